@@ -1,0 +1,315 @@
+"""Messages to types and back. Everything that came over a wire passes through here and is validated here."""
+
+from __future__ import annotations
+
+from baton import errors
+from baton.types import (
+    Failure,
+    FinishReason,
+    KvLayout,
+    Lease,
+    ModelDescription,
+    NodeDescription,
+    NodeStatus,
+    PositionLogprobs,
+    Role,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+    TransferReport,
+)
+from baton.v1 import common_pb2 as pb
+
+_ROLE_TO_PB = {
+    Role.PREFILL: pb.Role.ROLE_PREFILL,
+    Role.DECODE: pb.Role.ROLE_DECODE,
+    Role.MIXED: pb.Role.ROLE_MIXED,
+}
+_ROLE_FROM_PB = {v: k for k, v in _ROLE_TO_PB.items()}
+_FINISH_TO_PB = {
+    None: pb.FinishReason.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: pb.FinishReason.FINISH_REASON_STOP,
+    FinishReason.LENGTH: pb.FinishReason.FINISH_REASON_LENGTH,
+}
+_FINISH_FROM_PB = {v: k for k, v in _FINISH_TO_PB.items()}
+
+
+def role_to_pb(role: Role) -> pb.Role:
+    return _ROLE_TO_PB[role]
+
+
+def role_from_pb(role: pb.Role) -> Role:
+    if role not in _ROLE_FROM_PB:
+        raise errors.InvalidRequest(f"role is {role}, expected prefill, decode or mixed", param="role")
+    return _ROLE_FROM_PB[role]
+
+
+def finish_to_pb(reason: FinishReason | None) -> pb.FinishReason:
+    return _FINISH_TO_PB[reason]
+
+
+def finish_from_pb(reason: pb.FinishReason) -> FinishReason | None:
+    if reason not in _FINISH_FROM_PB:
+        raise errors.InvalidRequest(f"finish_reason {reason} is unknown", param="finish_reason")
+    return _FINISH_FROM_PB[reason]
+
+
+def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
+    def given(name: str, default: float) -> float:
+        return getattr(msg, name) if msg.HasField(name) else default  # type: ignore[no-any-return,arg-type]
+
+    return SamplingParams(
+        temperature=given("temperature", 1.0),
+        top_p=given("top_p", 1.0),
+        top_k=msg.top_k,
+        min_p=msg.min_p,
+        repetition_penalty=given("repetition_penalty", 1.0),
+        presence_penalty=msg.presence_penalty,
+        frequency_penalty=msg.frequency_penalty,
+        seed=msg.seed if msg.HasField("seed") else None,
+        max_tokens=msg.max_tokens if msg.HasField("max_tokens") else None,
+        min_tokens=msg.min_tokens,
+        ignore_eos=msg.ignore_eos,
+        stop_token_ids=tuple(msg.stop_token_ids),
+        logprobs=msg.logprobs if msg.HasField("logprobs") else None,
+        logit_bias=dict(msg.logit_bias),
+    )
+
+
+def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
+    return pb.SamplingParams(
+        temperature=params.temperature,
+        top_p=params.top_p,
+        top_k=params.top_k,
+        min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        seed=params.seed,
+        max_tokens=params.max_tokens,
+        min_tokens=params.min_tokens,
+        ignore_eos=params.ignore_eos,
+        stop_token_ids=params.stop_token_ids,
+        logprobs=params.logprobs,
+        logit_bias=params.logit_bias,
+    )
+
+
+def sequence_from_pb(msg: pb.Sequence) -> SequenceSpec:
+    return SequenceSpec(
+        sequence_id=msg.sequence_id,
+        prompt_token_ids=tuple(msg.prompt_token_ids),
+        generated_token_ids=tuple(msg.generated_token_ids),
+        sampling=sampling_from_pb(msg.sampling),
+    )
+
+
+def sequence_to_pb(spec: SequenceSpec) -> pb.Sequence:
+    return pb.Sequence(
+        sequence_id=spec.sequence_id,
+        prompt_token_ids=spec.prompt_token_ids,
+        generated_token_ids=spec.generated_token_ids,
+        sampling=sampling_to_pb(spec.sampling),
+    )
+
+
+def logprobs_from_pb(msg: pb.PositionLogprobs) -> PositionLogprobs:
+    return PositionLogprobs(
+        chosen=TokenLogprob(msg.chosen.token_id, msg.chosen.logprob),
+        rank=msg.rank,
+        top=tuple(TokenLogprob(t.token_id, t.logprob) for t in msg.top),
+    )
+
+
+def logprobs_to_pb(position: PositionLogprobs) -> pb.PositionLogprobs:
+    return pb.PositionLogprobs(
+        chosen=pb.TokenLogprob(token_id=position.chosen.token_id, logprob=position.chosen.logprob),
+        rank=position.rank,
+        top=[pb.TokenLogprob(token_id=t.token_id, logprob=t.logprob) for t in position.top],
+    )
+
+
+def tokens_from_pb(msg: pb.Tokens) -> TokenChunk:
+    if msg.logprobs and len(msg.logprobs) != len(msg.token_ids):
+        raise errors.InvalidRequest(
+            f"{msg.sequence_id}: {len(msg.logprobs)} logprobs for {len(msg.token_ids)} tokens", param="logprobs"
+        )
+    return TokenChunk(
+        sequence_id=msg.sequence_id,
+        index=msg.index,
+        token_ids=tuple(msg.token_ids),
+        logprobs=tuple(logprobs_from_pb(p) for p in msg.logprobs),
+        finish_reason=finish_from_pb(msg.finish_reason),
+    )
+
+
+def tokens_to_pb(chunk: TokenChunk) -> pb.Tokens:
+    return pb.Tokens(
+        sequence_id=chunk.sequence_id,
+        index=chunk.index,
+        token_ids=chunk.token_ids,
+        logprobs=[logprobs_to_pb(p) for p in chunk.logprobs],
+        finish_reason=finish_to_pb(chunk.finish_reason),
+    )
+
+
+def layout_from_pb(msg: pb.KvLayout) -> KvLayout:
+    return KvLayout(
+        num_layers=msg.num_layers,
+        num_blocks=msg.num_blocks,
+        num_kv_heads=msg.num_kv_heads,
+        head_dim=msg.head_dim,
+        block_tokens=msg.block_tokens,
+        dtype=msg.dtype,
+    )
+
+
+def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
+    return pb.KvLayout(
+        num_layers=layout.num_layers,
+        num_blocks=layout.num_blocks,
+        num_kv_heads=layout.num_kv_heads,
+        head_dim=layout.head_dim,
+        block_tokens=layout.block_tokens,
+        dtype=layout.dtype,
+    )
+
+
+def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
+    m = msg.model
+    return NodeDescription(
+        node_id=msg.node_id,
+        incarnation=msg.incarnation,
+        role=role_from_pb(msg.role),
+        home_role=role_from_pb(msg.home_role),
+        address=msg.address,
+        model=ModelDescription(m.name, m.fingerprint, m.dtype, m.max_model_tokens, m.vocab_size),
+        kv_layout=layout_from_pb(msg.kv_layout),
+        protocol_version=msg.protocol_version,
+        pid=msg.pid,
+        host_id=msg.host_id,
+        transports=tuple(msg.transports),
+        device=msg.device,
+        kernels=msg.kernels,
+        software_version=msg.software_version,
+    )
+
+
+def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
+    m = node.model
+    return pb.NodeDescription(
+        node_id=node.node_id,
+        incarnation=node.incarnation,
+        role=role_to_pb(node.role),
+        home_role=role_to_pb(node.home_role),
+        address=node.address,
+        model=pb.ModelDescription(
+            name=m.name,
+            fingerprint=m.fingerprint,
+            dtype=m.dtype,
+            max_model_tokens=m.max_model_tokens,
+            vocab_size=m.vocab_size,
+        ),
+        kv_layout=layout_to_pb(node.kv_layout),
+        protocol_version=node.protocol_version,
+        pid=node.pid,
+        host_id=node.host_id,
+        transports=node.transports,
+        device=node.device,
+        kernels=node.kernels,
+        software_version=node.software_version,
+    )
+
+
+def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
+    return NodeStatus(
+        role=role_from_pb(msg.role),
+        draining=msg.draining,
+        total_blocks=msg.total_blocks,
+        free_blocks=msg.free_blocks,
+        queued_prompt_tokens=msg.queued_prompt_tokens,
+        num_waiting=msg.num_waiting,
+        num_running=msg.num_running,
+        running_tokens=msg.running_tokens,
+        stalled_s=msg.stalled_s,
+    )
+
+
+def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
+    return pb.NodeStatus(
+        role=role_to_pb(status.role),
+        draining=status.draining,
+        total_blocks=status.total_blocks,
+        free_blocks=status.free_blocks,
+        queued_prompt_tokens=status.queued_prompt_tokens,
+        num_waiting=status.num_waiting,
+        num_running=status.num_running,
+        running_tokens=status.running_tokens,
+        stalled_s=status.stalled_s,
+    )
+
+
+def lease_from_pb(msg: pb.Lease) -> Lease:
+    return Lease(
+        sequence_id=msg.sequence_id,
+        epoch=msg.epoch,
+        node_id=msg.node_id,
+        incarnation=msg.incarnation,
+        address=msg.address,
+        block_ids=tuple(msg.block_ids),
+        ttl_s=msg.ttl_s,
+    )
+
+
+def lease_to_pb(lease: Lease) -> pb.Lease:
+    return pb.Lease(
+        sequence_id=lease.sequence_id,
+        epoch=lease.epoch,
+        node_id=lease.node_id,
+        incarnation=lease.incarnation,
+        address=lease.address,
+        block_ids=lease.block_ids,
+        ttl_s=lease.ttl_s,
+    )
+
+
+def failure_from_pb(msg: pb.Failure) -> Failure:
+    return Failure(msg.code, msg.message, msg.retryable, msg.blamed_node_id)
+
+
+def failure_to_pb(failure: Failure) -> pb.Failure:
+    return pb.Failure(
+        code=failure.code,
+        message=failure.message,
+        retryable=failure.retryable,
+        blamed_node_id=failure.blamed_node_id,
+    )
+
+
+def failure_of(error: errors.BatonError, blamed_node_id: str = "") -> Failure:
+    return Failure(error.code, error.message, error.retryable, blamed_node_id)
+
+
+def report_from_pb(msg: pb.TransferReport) -> TransferReport:
+    return TransferReport(
+        transport=msg.transport,
+        layerwise=msg.layerwise,
+        num_bytes=msg.num_bytes,
+        num_blocks=msg.num_blocks,
+        total_s=msg.total_s,
+        exposed_s=msg.exposed_s,
+        retransmits=msg.retransmits,
+    )
+
+
+def report_to_pb(report: TransferReport) -> pb.TransferReport:
+    return pb.TransferReport(
+        transport=report.transport,
+        layerwise=report.layerwise,
+        num_bytes=report.num_bytes,
+        num_blocks=report.num_blocks,
+        total_s=report.total_s,
+        exposed_s=report.exposed_s,
+        retransmits=report.retransmits,
+    )

@@ -1,0 +1,125 @@
+"""The one error tree. Each leaf knows its gRPC status, HTTP status, OpenAI error type and whether a retry can help.
+
+BatonError
+├── InvalidRequest        the caller's mistake                                INVALID_ARGUMENT    400
+│   ├── PromptTooLong     prompt + output exceed the context                  INVALID_ARGUMENT    400
+│   └── UnknownModel      the name is not served here                         NOT_FOUND           404
+├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
+│   └── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
+├── Unavailable           nobody can serve it at present                      UNAVAILABLE         503   retryable
+│   ├── NodeLost          a node died or its session broke                    UNAVAILABLE         503   retryable
+│   └── TransferFailed    KV did not arrive                                   UNAVAILABLE         503   retryable
+├── Incompatible          fingerprint, layout, dtype or version differ        FAILED_PRECONDITION 409
+├── DeadlineExceeded      the request's time is up                            DEADLINE_EXCEEDED   408
+├── Cancelled             the client left                                     CANCELLED           499
+├── UnsupportedModel      this model cannot be served, and why                FAILED_PRECONDITION 500
+├── BadConfig             a setting is wrong; stops the start                 FAILED_PRECONDITION 500
+└── InternalError         our own defect                                      INTERNAL            500
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class BatonError(Exception):
+    """Base of every error Baton raises on purpose. The message says what was wrong, what was expected, what to do."""
+
+    grpc_status: ClassVar[str] = "INTERNAL"
+    http_status: ClassVar[int] = 500
+    openai_type: ClassVar[str] = "server_error"
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    @property
+    def code(self) -> str:
+        return type(self).__name__
+
+
+class InvalidRequest(BatonError):
+    grpc_status = "INVALID_ARGUMENT"
+    http_status = 400
+    openai_type = "invalid_request_error"
+
+
+class PromptTooLong(InvalidRequest):
+    pass
+
+
+class UnknownModel(InvalidRequest):
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class Overloaded(BatonError):
+    grpc_status = "RESOURCE_EXHAUSTED"
+    http_status = 429
+    openai_type = "rate_limit_error"
+    retryable = True
+
+
+class NoBlocks(Overloaded):
+    pass
+
+
+class Unavailable(BatonError):
+    grpc_status = "UNAVAILABLE"
+    http_status = 503
+    openai_type = "service_unavailable_error"
+    retryable = True
+
+
+class NodeLost(Unavailable):
+    pass
+
+
+class TransferFailed(Unavailable):
+    pass
+
+
+class Incompatible(BatonError):
+    grpc_status = "FAILED_PRECONDITION"
+    http_status = 409
+    openai_type = "server_error"
+
+
+class DeadlineExceeded(BatonError):
+    grpc_status = "DEADLINE_EXCEEDED"
+    http_status = 408
+    openai_type = "timeout_error"
+
+
+class Cancelled(BatonError):
+    grpc_status = "CANCELLED"
+    http_status = 499
+    openai_type = "cancelled"
+
+
+class UnsupportedModel(BatonError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class BadConfig(BatonError):
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class InternalError(BatonError):
+    pass
+
+
+def _leaves(root: type[BatonError]) -> dict[str, type[BatonError]]:
+    found = {root.__name__: root}
+    for child in root.__subclasses__():
+        found |= _leaves(child)
+    return found
+
+
+def from_code(code: str, message: str) -> BatonError:
+    """Rebuild an error from the ``code`` it had on the other side of a wire; unknown codes become InternalError."""
+    error = _leaves(BatonError).get(code)
+    return InternalError(f"{code}: {message}") if error is None else error(message)

@@ -1,0 +1,270 @@
+"""The nouns every process shares: sampling, sequences, tokens, KV geometry. Plain data, validated on construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from baton.errors import InvalidRequest
+
+MAX_TOP_LOGPROBS = 20
+MAX_SEED = 2**64 - 1
+MAX_REQUEST_ID_CHARS = 128
+DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class Role(Enum):
+    """What a worker is used for; policy, not capability."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class FinishReason(Enum):
+    """Why generation ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+def _check(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InvalidRequest(f"{name} is {value!r}, expected {expected}", param=name)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; the meaning of each field is in proto/baton/v1/common.proto.
+
+    Raises InvalidRequest, with ``param`` set, for a value out of range.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "a number in [0, 100]")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
+        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
+        _check(
+            0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "a number in (0, 100]"
+        )
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "a number in [-2, 2]")
+        if self.seed is not None:
+            _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, "an integer in [0, 2**64)")
+        if self.max_tokens is not None:
+            _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
+        if self.logprobs is not None:
+            _check(0 <= self.logprobs <= MAX_TOP_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_TOP_LOGPROBS}")
+        for bias in self.logit_bias.values():
+            _check(-100 <= bias <= 100, "logit_bias", bias, "values in [-100, 100]")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One sequence as a node gets it, sampling fully resolved (max_tokens, seed and stop_token_ids are final).
+
+    ``generated_token_ids`` came from an earlier attempt: computed like prompt, counted as output.
+    """
+
+    sequence_id: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    generated_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(bool(self.sequence_id), "sequence_id", self.sequence_id, "a non-empty string")
+        _check(len(self.prompt_token_ids) > 0, "prompt", "empty", "at least one token")
+        _check(self.sampling.max_tokens is not None, "max_tokens", None, "a resolved number")
+        _check(self.sampling.seed is not None, "seed", None, "a resolved number")
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens whose KV the prompt phase computes."""
+        return len(self.prompt_token_ids) + len(self.generated_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Upper bound on prompt + output tokens over the whole life of the request."""
+        assert self.sampling.max_tokens is not None
+        return len(self.prompt_token_ids) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    token_id: int
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class PositionLogprobs:
+    """The chosen token, its rank (1 = most likely) and the most likely alternatives, best first."""
+
+    chosen: TokenLogprob
+    rank: int
+    top: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChunk:
+    """Consecutive new tokens; ``index`` is the position of the first among all generated tokens of the request."""
+
+    sequence_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """Geometry of a KV cache: bytes are [num_layers, num_blocks] of [num_kv_heads, 2 (K, V), block_tokens, head_dim].
+
+    With K and V next to each other inside a head, one (layer, block) is one run of bytes, a range of heads is one run
+    too, and K and V of all (block, head) pairs are strided views that batched matrix products accept without a copy.
+    """
+
+    num_layers: int
+    num_blocks: int
+    num_kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_blocks", "num_kv_heads", "head_dim", "block_tokens"):
+            _check(getattr(self, name) > 0, name, getattr(self, name), "a positive integer")
+        _check(self.dtype in DTYPE_BYTES, "dtype", self.dtype, f"one of {sorted(DTYPE_BYTES)}")
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block in one layer."""
+        return self.num_kv_heads * 2 * self.block_tokens * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def total_bytes(self) -> int:
+        return self.num_layers * self.num_blocks * self.block_bytes
+
+    def offset(self, layer: int, block: int) -> int:
+        """Byte offset of a block in the cache."""
+        return (layer * self.num_blocks + block) * self.block_bytes
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-num_tokens // self.block_tokens)
+
+    def mismatch(self, other: KvLayout) -> str | None:
+        """What makes two caches unable to exchange blocks, with both values; None if nothing does.
+
+        The number of blocks may differ: ids are mapped one to one by the lease.
+        """
+        for name in ("num_layers", "num_kv_heads", "head_dim", "block_tokens", "dtype"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{name} is {mine} here and {theirs} there"
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    name: str
+    fingerprint: str
+    dtype: str
+    max_model_tokens: int
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDescription:
+    """Who a node is; ``incarnation`` names one life of the process, ``host_id`` is equal where memory can be shared."""
+
+    node_id: str
+    incarnation: int
+    role: Role
+    home_role: Role
+    address: str
+    model: ModelDescription
+    kv_layout: KvLayout
+    protocol_version: int
+    pid: int
+    host_id: str
+    transports: tuple[str, ...]
+    device: str
+    kernels: str
+    software_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """Load of a node, as the cluster-level scheduler sees it."""
+
+    role: Role
+    draining: bool = False
+    total_blocks: int = 0
+    free_blocks: int = 0
+    queued_prompt_tokens: int = 0
+    num_waiting: int = 0
+    num_running: int = 0
+    running_tokens: int = 0
+    stalled_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """Decode blocks reserved for one sequence; ``ttl_s`` counts from the grant, by the decode node's clock."""
+
+    sequence_id: str
+    epoch: int
+    node_id: str
+    incarnation: int
+    address: str
+    block_ids: tuple[int, ...]
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A failure that crosses a wire inside a stream; ``code`` is the class name of an error in baton.errors."""
+
+    code: str
+    message: str
+    retryable: bool
+    blamed_node_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class TransferReport:
+    """How a KV transfer went; ``exposed_s`` is what it added after the end of the prompt computation."""
+
+    transport: str
+    layerwise: bool
+    num_bytes: int
+    num_blocks: int
+    total_s: float
+    exposed_s: float
+    retransmits: int = 0

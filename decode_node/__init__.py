@@ -1,0 +1,1 @@
+"""Receive KV, generate, stream."""

@@ -1,0 +1,72 @@
+"""What the scheduler hands to the runner and gets back: live sequences, step plans, sampled tokens. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.types import PositionLogprobs, SequenceSpec
+
+
+class Sequence:
+    """The tokens of one request on this node. Written by the scheduler alone, between steps; read by the runner.
+
+    Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
+    """
+
+    __slots__ = ("block_ids", "num_computed", "spec", "token_ids")
+
+    def __init__(self, spec: SequenceSpec) -> None:
+        self.spec = spec
+        # Prompt, then generated tokens.
+        self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.generated_token_ids]
+        # Block i holds the KV of positions [i * block_tokens, (i + 1) * block_tokens).
+        self.block_ids: list[int] = []
+        # Tokens whose KV is in the blocks.
+        self.num_computed = 0
+
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.spec.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One sequence's part of a step: tokens at positions [start, start + num_tokens) are computed.
+
+    If ``samples``, the token at position start + num_tokens is drawn from the last row's logits.
+    """
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One engine step. Pieces of different sequences are independent; their order never changes a result."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(p.num_tokens for p in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token drawn for a piece that samples."""
+
+    token_id: int
+    logprobs: PositionLogprobs | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """By sequence id, one entry for every piece that samples."""
+
+    sampled: dict[str, Sampled] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""Move KV blocks once, whole or not at all. Knows no model."""

@@ -1,0 +1,1 @@
+"""Run prompts and hand their KV off."""
