@@ -14,13 +14,13 @@ if [[ ! -f "$stamp" || "$(cat "$stamp")" != "${tools[*]}" ]]; then
   echo "making $venv (${tools[*]})"
   rm -rf "$venv"
   .venv/bin/python -m venv --without-pip "$venv"
-  .venv/bin/python -m pip --python "$venv/bin/python" install --quiet "${tools[@]}"
+  .venv/bin/python -m pip --python "$venv/bin/python" install -qq "${tools[@]}"
   echo "${tools[*]}" >"$stamp"
 fi
 
 generate() {
   PATH="$PWD/$venv/bin:$PATH" "$venv/bin/python" -m grpc_tools.protoc -I proto \
-    --python_out="$1" --grpc_python_out="$1" --mypy_out="$1" --mypy_grpc_out="$1" proto/baton/v1/*.proto
+    --python_out="$1" --grpc_python_out="$1" --mypy_out="quiet:$1" --mypy_grpc_out="quiet:$1" proto/baton/v1/*.proto
 }
 
 if [[ "${1:-}" == check ]]; then
