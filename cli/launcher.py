@@ -131,7 +131,7 @@ class Launcher:
                 self._say(message)
 
     async def _watch(self, name: str, child: Child) -> None:
-        """From start to end of one child. One that answers its probe wrongly is killed, and that is its cause of death."""
+        """From start to end of one child; one that answers its probe wrongly is killed, and that is why it died."""
         ended = asyncio.create_task(child.ended())
         probe = asyncio.create_task(self._probe(name, child.pid))
         complaint = ""

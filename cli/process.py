@@ -89,14 +89,15 @@ class Child:
 class ReservedPort:
     """A TCP port that nobody else is given while this lives, although nothing listens on it here.
 
-    gRPC servers set SO_REUSEPORT and so can bind it too; a worker that died finds its port free when it comes back.
+    With SO_REUSEADDR on both sides Linux lets a server bind it too, as long as no other listens: a worker that died
+    finds its port free when it comes back. Raises OSError if somebody listens on the port now.
     """
 
     def __init__(self, host: str, port: int) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._socket = socket.socket(family, socket.SOCK_STREAM)
         try:
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             self._socket.bind((host, port))
         except OSError:
             self._socket.close()

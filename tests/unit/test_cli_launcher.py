@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -144,14 +148,19 @@ def test_children_die_with_a_launcher_that_is_killed() -> None:
     orphan.wait(timeout=10)
 
 
-def test_a_reserved_port_is_given_to_nobody_else() -> None:
-    first = ReservedPort("127.0.0.1", 0)
-    second = ReservedPort("127.0.0.1", 0)
-    try:
-        assert first.port != second.port
-    finally:
-        first.close()
-        second.close()
+def test_a_reserved_port_can_be_served_on_and_is_refused_while_somebody_does() -> None:
+    with contextlib.closing(ReservedPort("127.0.0.1", 0)) as reserved:
+        for _ in range(2):
+            server = grpc.server(ThreadPoolExecutor(1), options=[("grpc.so_reuseport", 0)])
+            assert server.add_insecure_port(f"127.0.0.1:{reserved.port}") == reserved.port
+            server.start()
+            with pytest.raises(OSError, match="in use"):
+                ReservedPort("127.0.0.1", reserved.port)
+            server.stop(None).wait()
+        with contextlib.closing(socket.create_server(("127.0.0.1", reserved.port))):
+            pass
+        with contextlib.closing(socket.socket()) as stranger, pytest.raises(OSError, match="in use"):
+            stranger.bind(("127.0.0.1", reserved.port))
 
 
 def test_the_ready_file_is_replaced_whole(tmp_path: Path) -> None:
