@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -119,7 +120,7 @@ def up(
     )
     is_first = True
 
-    def on_ready(endpoints: cluster.Endpoints) -> None:
+    def on_ready(endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
         nonlocal is_first
         if is_first:
             is_first = False

@@ -83,8 +83,13 @@ class Endpoints:
     grpc: str
 
 
-async def up(options: ClusterOptions, say: Callable[[str], None], on_ready: Callable[[Endpoints], None]) -> None:
-    """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises ClusterFailed if it cannot go on."""
+async def up(
+    options: ClusterOptions, say: Callable[[str], None], on_ready: Callable[[Endpoints, Callable[[], None]], None]
+) -> None:
+    """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises ClusterFailed if it cannot go on.
+
+    ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
+    """
     folder = model_source.resolve(options.model)
     if options.ready_file is not None:
         options.ready_file.unlink(missing_ok=True)
@@ -103,7 +108,7 @@ async def up(options: ClusterOptions, say: Callable[[str], None], on_ready: Call
         def announce(pids: Mapping[str, int]) -> None:
             if options.ready_file is not None:
                 write_json_atomically(options.ready_file, _ready_content(endpoints, workers, pids))
-            on_ready(endpoints)
+            on_ready(endpoints, launcher.stop)
 
         launcher = Launcher(
             router,
