@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 from rich.console import Console
@@ -204,7 +205,7 @@ def _over_http(base: str, prompt: Prompt, write: Callable[[str], None]) -> Answe
     else:
         path, body["prompt"] = "/v1/completions", prompt.text
     answer = Answer()
-    started, usage = time.monotonic(), {}
+    started = time.monotonic()
     for event in _server_sent_events(base + path, body):
         for choice in event["choices"]:
             piece = choice["delta"].get("content") if prompt.is_chat else choice["text"]
@@ -212,11 +213,10 @@ def _over_http(base: str, prompt: Prompt, write: Callable[[str], None]) -> Answe
                 answer.arrivals_s.append(time.monotonic() - started)
                 answer.text += piece
                 write(piece)
-        usage = event.get("usage") or usage
     return answer
 
 
-def _server_sent_events(url: str, body: dict[str, object]) -> Iterator[dict[str, object]]:
+def _server_sent_events(url: str, body: dict[str, object]) -> Iterator[dict[str, Any]]:
     request = urllib.request.Request(  # noqa: S310 - always our own http:// address
         url, json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
