@@ -16,7 +16,7 @@ import pytest
 
 from baton.v1 import common_pb2, router_pb2
 from demo import tasks
-from tests.cluster.conftest import CALL_TIMEOUT_S, STOP_TIMEOUT_S, Cluster, StartCluster
+from tests.cluster.harness import CALL_TIMEOUT_S, STOP_TIMEOUT_S, Cluster, StartCluster
 
 REQUEST_TIMEOUT_S = 60.0
 CONCURRENT = 8
