@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -13,8 +14,11 @@ import typer
 from rich.console import Console
 
 from baton import __version__
-from baton.v1 import common_pb2, router_pb2
-from cli import ask
+from baton.client import Client, Options
+from baton.errors import BadConfig, Unavailable
+from baton.types import SamplingParams
+from cli import ask, model_source
+from cli import host as host_facts
 from cli.process import die_with
 
 app = typer.Typer(
@@ -29,6 +33,9 @@ class Transport(StrEnum):
     auto = "auto"
     shm = "shm"
     tcp = "tcp"
+
+
+_TRANSPORTS = {Transport.auto: ("shm", "tcp"), Transport.shm: ("shm",), Transport.tcp: ("tcp",)}
 
 
 class DType(StrEnum):
@@ -154,7 +161,28 @@ def worker(
     """Run one worker: a model replica that computes prompts, generates tokens, or both."""
     if die_with_parent:
         die_with(die_with_parent)
-    raise NotImplementedError
+    from baton.types import Role
+    from cli.worker import WorkerConfig, serve
+
+    _log_to_stderr()
+    config = WorkerConfig(
+        model=model_source.resolve(model),
+        role=Role(role.value),
+        node_id=node_id,
+        listen=listen,
+        advertise_host=advertise,
+        model_name=model_name or model_source.name_of(model),
+        dtype=dtype.value,
+        kernels=kernels.value,
+        kv_bytes=(kv_mib or host_facts.default_kv_mib(1)) << 20,
+        num_blocks=num_blocks or None,
+        block_tokens=block_tokens,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        num_threads=threads,
+        transports=_TRANSPORTS[transport],
+    )
+    asyncio.run(serve(config))
 
 
 @app.command()
@@ -169,7 +197,22 @@ def router(
     """Run the router: picks the pair of nodes for each request and answers the clients."""
     if die_with_parent:
         die_with(die_with_parent)
-    raise NotImplementedError
+    from router.config import RouterConfig
+    from router.server import serve
+
+    _log_to_stderr()
+    http_host, http_port = _address(http, "--http")
+    grpc_host, grpc_port = _address(grpc, "--grpc")
+    config = RouterConfig(
+        nodes=tuple(node),
+        http_host=http_host,
+        http_port=http_port,
+        grpc_host=grpc_host,
+        grpc_port=grpc_port,
+        model_folder=model_source.resolve(model),
+        model_name=model_name or model_source.name_of(model),
+    )
+    asyncio.run(serve(config))
 
 
 @app.command()
@@ -188,12 +231,13 @@ def generate(
     """Continue a text, as it comes."""
     console = Console()
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
-    sampling = common_pb2.SamplingParams(
+    sampling = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos
     )
-    request = router_pb2.GenerateRequest(prompt=text, sampling=sampling, stop=stop or [])
-    with ask.router_at(router) as stub:
-        _, finished = ask.generate(stub, request, lambda part: ask.write_raw(console, part))
+    with _client(router) as client:
+        finished = ask.generate(
+            client, text, Options(sampling, tuple(stop or ())), lambda part: ask.write_raw(console, part)
+        )
     console.print()
     if relay:
         ask.print_relay(Console(stderr=True), finished)
@@ -211,17 +255,9 @@ def chat(
     relay: Relay = False,
 ) -> None:
     """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
-    sampling = common_pb2.SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens
-    )
-    with ask.router_at(router) as stub:
-        ask.chat(
-            stub,
-            Console(),
-            lambda conversation: router_pb2.GenerateRequest(chat=conversation, sampling=sampling),
-            system=system,
-            show_relay=relay,
-        )
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens)
+    with _client(router) as client:
+        ask.chat(client, Console(), Options(sampling), system=system, show_relay=relay)
 
 
 @app.command()
@@ -232,8 +268,8 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
     """Show nodes, roles, queues and blocks of a running cluster."""
-    with ask.router_at(router) as stub, contextlib.suppress(KeyboardInterrupt):
-        ask.show_status(stub, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+    with _client(router) as client, contextlib.suppress(KeyboardInterrupt):
+        ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
 @app.command()
@@ -254,6 +290,27 @@ def demo(
     from cli.demo import run
 
     raise typer.Exit(run(model, Console()))
+
+
+def _address(text: str, option: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise BadConfig(f"{option} is {text!r}, expected host:port")
+    return host, int(port)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        try:
+            yield client
+        except Unavailable as error:
+            hint = f"no answer from a router at {address} ({error.message}); `baton up` starts one"
+            raise Unavailable(hint) from error
 
 
 def _version(is_asked: bool) -> None:

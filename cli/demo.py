@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.text import Text
 
 import demo as demo_package
-from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
+from baton.client import Client, Options
+from baton.types import SamplingParams
 from cli import ask, cluster
-from cli.show import relay_line, seconds
+from cli.show import seconds
 from demo import tasks
 
 _NUM_PREFILL = 2
@@ -130,16 +130,22 @@ class _Performance:
             stop()
 
     def _one_by_one(self, endpoints: cluster.Endpoints) -> None:
-        with ask.router_at(endpoints.grpc) as stub:
+        with Client(endpoints.grpc) as client:
             for i, prompt in enumerate(self._prompts):
                 over_http = i % 2 == 1 or prompt.is_chat
                 self._announce(prompt, "OpenAI HTTP API" if over_http else "gRPC")
-                answer = _over_http(endpoints.http, prompt, self._write) if over_http else self._over_grpc(stub, prompt)
+                answer = _over_http(endpoints.http, prompt, self._write) if over_http else self._over_grpc(client, prompt)
                 self._judge(prompt, answer)
 
-    def _over_grpc(self, stub: router_pb2_grpc.RouterStub, prompt: Prompt) -> Answer:
-        text, finished = ask.generate(stub, _grpc_request(prompt), self._write)
-        return Answer(text, relay_line(finished.relay, finished.usage))
+    def _over_grpc(self, client: Client, prompt: Prompt) -> Answer:
+        parts: list[str] = []
+
+        def write(text: str) -> None:
+            parts.append(text)
+            self._write(text)
+
+        finished = ask.generate(client, prompt.text, _options(prompt), write)
+        return Answer("".join(parts), finished.relay.line())
 
     def _announce(self, prompt: Prompt, api: str) -> None:
         text = prompt.text
@@ -169,15 +175,14 @@ class _Performance:
             for task in tasks.recall_prompts(7, _RUSH)
         ]
         started = time.monotonic()
-        with grpc.insecure_channel(endpoints.grpc) as channel, ThreadPoolExecutor(_RUSH) as pool:
-            stub = router_pb2_grpc.RouterStub(channel)
-            answers = list(pool.map(lambda p: ask.generate(stub, _grpc_request(p), lambda _: None), prompts))
+        with Client(endpoints.grpc) as client, ThreadPoolExecutor(_RUSH) as pool:
+            answers = list(pool.map(lambda prompt: client.complete(prompt.text, _options(prompt)), prompts))
         took_s = time.monotonic() - started
-        num_right = sum(text.strip() == p.expected for (text, _), p in zip(answers, prompts, strict=True))
+        num_right = sum(a.text.strip() == p.expected for a, p in zip(answers, prompts, strict=True))
         self.num_asked += _RUSH
         self.num_wrong += _RUSH - num_right
-        pairs = {(f.relay.prefill_node_id, f.relay.decode_node_id) for _, f in answers}
-        num_tokens = sum(f.usage.prompt_tokens + f.usage.completion_tokens for _, f in answers)
+        pairs = {(a.relay.prefill_node_id, a.relay.decode_node_id) for a in answers}
+        num_tokens = sum(a.usage.prompt_tokens + a.usage.completion_tokens for a in answers)
         self._console.print(
             f"\n[bold]{_RUSH} recall prompts at once:[/bold] {num_right} right; {num_tokens} tokens in "
             f"{seconds(took_s)} over {len(pairs)} different pairs of nodes",
@@ -185,12 +190,9 @@ class _Performance:
         )
 
 
-def _grpc_request(prompt: Prompt) -> router_pb2.GenerateRequest:
-    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=prompt.max_tokens)
-    if prompt.is_chat:
-        chat = router_pb2.Chat(messages=[router_pb2.ChatMessage(role="user", content=prompt.text)])
-        return router_pb2.GenerateRequest(chat=chat, sampling=sampling, timeout_s=_REQUEST_TIMEOUT_S)
-    return router_pb2.GenerateRequest(prompt=prompt.text, sampling=sampling, timeout_s=_REQUEST_TIMEOUT_S)
+def _options(prompt: Prompt) -> Options:
+    sampling = SamplingParams(temperature=0, max_tokens=prompt.max_tokens)
+    return Options(sampling, timeout_s=_REQUEST_TIMEOUT_S)
 
 
 def _over_http(base: str, prompt: Prompt, write: Callable[[str], None]) -> Answer:

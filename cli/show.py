@@ -1,4 +1,4 @@
-"""How Baton's answers look in a terminal: the relay line, the cluster, the ledger. Asks nobody anything."""
+"""How a cluster and its ledger look in a terminal. Asks nobody anything."""
 
 from __future__ import annotations
 
@@ -19,41 +19,6 @@ def seconds(value_s: float) -> str:
     if value_s < 1:
         return f"{value_s * 1e3:.3g} ms"
     return f"{value_s:.3g} s"
-
-
-def size(num_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.3g} {unit}" if unit != "B" else f"{num_bytes:.0f} B"
-        num_bytes /= 1024
-    return f"{num_bytes:.3g} GiB"
-
-
-def relay_line(relay: router_pb2.Relay, usage: router_pb2.Usage) -> str:
-    """One request on one line: which nodes, how long each stage took, what moved and how."""
-    transfer = relay.transfer
-    same_node = relay.prefill_node_id == relay.decode_node_id or not relay.decode_node_id
-    path = relay.prefill_node_id if same_node else f"{relay.prefill_node_id} -> {relay.decode_node_id}"
-    if transfer.num_bytes:
-        how = "layer-wise" if transfer.layerwise else "serialized"
-        moved = (
-            f"KV {size(transfer.num_bytes)} by {transfer.transport} in {seconds(transfer.total_s)}"
-            f" ({how}, {seconds(transfer.exposed_s)} exposed)"
-        )
-    else:
-        moved = "no KV moved"
-    parts = [
-        path,
-        f"queue {seconds(relay.router_queue_s + relay.prefill_queue_s)}",
-        f"prefill {usage.prompt_tokens} tokens in {seconds(relay.prefill_s)}",
-        moved,
-        f"TTFT {seconds(relay.ttft_s)}",
-        f"{usage.completion_tokens} tokens, TBT {seconds(relay.tbt_mean_s)} (max {seconds(relay.tbt_max_s)})",
-        f"E2E {seconds(relay.e2e_s)}",
-    ]
-    if relay.attempts > 1:
-        parts.append(f"{relay.attempts} attempts")
-    return " | ".join(parts)
 
 
 def _role(role: common_pb2.Role.ValueType) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from baton.errors import BadConfig
-from baton.v1 import common_pb2, router_pb2
-from cli import model_source, show
+from cli import model_source
 from cli.cluster import ClusterOptions
 
 
@@ -76,32 +75,3 @@ def test_doctor_says_that_a_model_is_not_one(tmp_path: Path) -> None:
     done = baton("doctor", "--model", str(tmp_path))
     assert done.returncode == 1
     assert "has no config.json" in done.stdout
-
-
-def test_relay_line_of_a_split_request() -> None:
-    relay = router_pb2.Relay(
-        prefill_node_id="prefill-0",
-        decode_node_id="decode-1",
-        router_queue_s=0.0001,
-        prefill_queue_s=0.0009,
-        prefill_s=0.0123,
-        transfer=common_pb2.TransferReport(
-            transport="shm", layerwise=True, num_bytes=3 << 20, num_blocks=12, total_s=0.002, exposed_s=0.0005
-        ),
-        ttft_s=0.015,
-        e2e_s=1.25,
-        tbt_mean_s=0.004,
-        tbt_max_s=0.01,
-        attempts=2,
-    )
-    assert show.relay_line(relay, router_pb2.Usage(prompt_tokens=700, completion_tokens=40)) == (
-        "prefill-0 -> decode-1 | queue 1 ms | prefill 700 tokens in 12.3 ms | KV 3 MiB by shm in 2 ms "
-        "(layer-wise, 500 us exposed) | TTFT 15 ms | 40 tokens, TBT 4 ms (max 10 ms) | E2E 1.25 s | 2 attempts"
-    )
-
-
-def test_relay_line_of_a_request_that_stayed() -> None:
-    relay = router_pb2.Relay(prefill_node_id="mixed-0", decode_node_id="mixed-0", attempts=1)
-    line = show.relay_line(relay, router_pb2.Usage(prompt_tokens=1, completion_tokens=1))
-    assert line.startswith("mixed-0 | ")
-    assert "no KV moved" in line
