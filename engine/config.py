@@ -215,11 +215,21 @@ def _rope(raw: Mapping[str, Any], family: _Family, head_dim: int, source: str) -
         "max_position_embeddings": max_positions,
         "original_max_position_embeddings": original,
     }
+    if rope_type != "default":
+        values |= _scaling(params, rope_type, max_positions / original, head_dim, source)
+    return RopeConfig(**values)
+
+
+def _scaling(
+    params: Mapping[str, Any], rope_type: str, default_factor: float, head_dim: int, source: str
+) -> dict[str, Any]:
+    """The numbers that one scaling type takes."""
+    values: dict[str, Any] = {}
     if rope_type in ("yarn", "longrope"):
-        values["factor"] = _number(params, "factor", source, default=max_positions / original)
+        values["factor"] = _number(params, "factor", source, default=default_factor)
         if params.get("attention_factor") is not None:
             values["attention_factor"] = _number(params, "attention_factor", source)
-    elif rope_type != "default":
+    else:
         values["factor"] = _number(params, "factor", source)
     if rope_type == "yarn":
         values["beta_fast"] = params.get("beta_fast") or 32.0
@@ -236,7 +246,7 @@ def _rope(raw: Mapping[str, Any], family: _Family, head_dim: int, source: str) -
             if not isinstance(factors, list) or len(factors) != head_dim // 2:
                 raise UnsupportedModel(f"{source}: {key} of longrope must be a list of {head_dim // 2} numbers")
             values[key] = tuple(float(f) for f in factors)
-    return RopeConfig(**values)
+    return values
 
 
 def _max_model_tokens(rope: RopeConfig) -> int:

@@ -1,4 +1,4 @@
-"""The transformer: weights in, logits of the rows that sample out. Owns the order of operations, no kernel, no cache."""
+"""The transformer: weights in, logits of the rows that sample out. Owns the order of operations alone."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Model:
         c, kernels = self._config, self._kernels
         rows = len(x)
         qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps))
-        q, k, v = qkv.view(rows, -1, c.head_dim).split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        q, k, v = qkv.view(rows, -1, c.head_dim).split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q.contiguous(), layer.q_norm, c.rms_norm_eps)
             k = kernels.rms_norm(k.contiguous(), layer.k_norm, c.rms_norm_eps)

@@ -1,8 +1,8 @@
 """Rotary position embedding: inverse frequencies of every supported scaling, and the cosines and sines of a step.
 
 A row's values depend on (position, prompt length) alone, never on what else is in the step. Dynamic and longrope
-frequencies follow the length a sequence has when the token is computed: the whole prompt for prompt tokens, position + 1
-for generated ones, as `generate` of transformers does, and unlike it also after a re-run.
+frequencies follow the length a sequence has when the token is computed: the whole prompt for prompt tokens, position
++ 1 for generated ones, as `generate` of transformers does, and unlike it also after a re-run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One model on one device: executes step plans. Owns weights, cache and sampler; decides nothing about what runs when."""
+"""One model on one device: executes step plans. Owns weights, cache and sampler; never decides what runs when."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Runner:
         return cls(model, cache, model_config=model_config, description=description, kernels=kernels.name)
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        """Run one step. ``on_layer(i)`` is called in this thread once layer i's keys and values of all pieces are written."""
+        """Run one step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written."""
         logits = self.execute_logits(plan, on_layer)
         with torch.inference_mode():
             return StepResult(self._sampler.sample(logits, [p.sequence for p in plan.pieces if p.samples]))

@@ -103,9 +103,10 @@ class Checkpoint:
             )
         for name, shape in expected.items():
             view = self._files[name].get_slice(name)
-            if tuple(view.get_shape()) != shape:
+            found = tuple(view.get_shape())
+            if found != shape:
                 raise UnsupportedModel(
-                    f"tensor {name} in {self._folder} has shape {tuple(view.get_shape())}, expected {shape} by config.json"
+                    f"tensor {name} in {self._folder} has shape {found}, expected {shape} by config.json"
                 )
             if view.get_dtype() not in _FLOATS:
                 raise UnsupportedModel(

@@ -7,8 +7,8 @@ operations whose vector and scalar paths agree, reductions over the last dimensi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from baton.types import KvLayout
 from engine.batch import Batch
@@ -36,7 +36,7 @@ class CpuKernels:
         return PackedLinear(weight, bias) if self._can_pack[key] else PlainLinear(weight, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return functional.rms_norm(x, weight.shape, weight, eps)
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         half = x.shape[-1] // 2
@@ -60,7 +60,7 @@ class CpuKernels:
         step = max(1, _SILU_ELEMENTS // features)
         for at in range(0, rows, step):
             gate, up = gate_up[at : at + step, :features].float(), gate_up[at : at + step, features:]
-            # F.silu's scalar tail differs from its vector body; each of these operations has one result everywhere.
+            # silu's scalar tail differs from its vector body; each of these operations has one result everywhere.
             scale = gate.neg().exp_().add_(1)
             out[at : at + step] = gate.div_(scale).mul_(up)
         return out
@@ -77,7 +77,7 @@ class PlainLinear:
         self._bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        return functional.linear(x, self._weight, self._bias)
 
 
 class PackedLinear:

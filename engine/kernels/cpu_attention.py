@@ -186,7 +186,7 @@ def _bucket(num_blocks: int) -> int:
 
 
 def _fold(parts: Tensor) -> Tensor:
-    """Sum over the first dimension, upper half onto lower: zeros appended there change nothing. Overwrites ``parts``."""
+    """Sum over the first dimension, upper half onto lower: zeros appended change nothing. Overwrites ``parts``."""
     size = len(parts)
     while size > 1:
         half = 1 << ((size - 1).bit_length() - 1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from baton.types import KvLayout
 from engine.batch import ROW_MULTIPLE, Batch, Span
@@ -26,7 +26,7 @@ class ReferenceKernels:
 
         def apply(x: Tensor) -> Tensor:
             assert len(x) % ROW_MULTIPLE == 0
-            return F.linear(x, weight, bias)
+            return functional.linear(x, weight, bias)
 
         return apply
 
