@@ -173,7 +173,7 @@ class CpuAttention:
             rows=rows,
             real=None if bool(is_real.all()) else is_real.nonzero()[:, 0],
             targets=rows[is_real],
-            key_items=(items * 2).view(-1),
+            key_items=(items * 2).reshape(-1),
             first_masked=first_masked,
             mask=mask[first_masked:, :, None, :, None, :],
             hidden_rows=hidden.reshape(-1).nonzero()[:, 0],
