@@ -28,6 +28,8 @@ class SchedulerConfig:
 
     block_tokens: int = 64
     max_model_tokens: int = 4096
+    # Token ids are smaller.
+    vocab_size: int = 2**31
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
     max_waiting: int = 1024
@@ -35,7 +37,7 @@ class SchedulerConfig:
     watermark: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("block_tokens", "max_model_tokens", "max_waiting", "max_preemptions"):
+        for name in ("block_tokens", "max_model_tokens", "vocab_size", "max_waiting", "max_preemptions"):
             if getattr(self, name) < 1:
                 raise BadConfig(f"{name} is {getattr(self, name)}, expected at least 1", param=name)
         if self.max_num_seqs < 2:
@@ -196,6 +198,22 @@ class Scheduler:
                 f"{spec.sampling.max_tokens}",
                 param="generated_token_ids",
             )
+        self._validate_ids(spec)
+
+    def _validate_ids(self, spec: SequenceSpec) -> None:
+        """One id out of range would fail the step for every sequence in it."""
+        named = {
+            "prompt_token_ids": spec.prompt_token_ids,
+            "generated_token_ids": spec.generated_token_ids,
+            "stop_token_ids": spec.sampling.stop_token_ids,
+            "logit_bias": tuple(spec.sampling.logit_bias),
+        }
+        for name, ids in named.items():
+            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+                raise InvalidRequest(
+                    f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}",
+                    param=name,
+                )
 
     def add(self, spec: SequenceSpec, *, hands_off: bool, now: float) -> None:
         """Queue a prompt. With ``hands_off`` it gets one token and its blocks are held until ``release``.
