@@ -54,7 +54,7 @@ class ServerLimits:
 
 
 class GrpcServer:
-    """One grpc.aio server. Add servicers, ``start``, and ``stop`` with a deadline."""
+    """One grpc.aio server: ``bind`` it, add servicers, ``start``, and ``stop`` with a deadline."""
 
     def __init__(self, limits: ServerLimits | None = None) -> None:
         self._server = grpc.aio.server(
@@ -68,27 +68,27 @@ class GrpcServer:
         register(servicer, self._server)
         self._names.append(service_name)
 
-    async def start(self, listen: str, *, advertise_host: str | None = None) -> str:
-        """Bind ``host:port`` (port 0: any) and serve; returns the address to tell others.
-
-        Raises BadConfig if the address cannot be had.
-        """
+    def bind(self, listen: str, *, advertise_host: str | None = None) -> str:
+        """Take ``host:port`` (port 0: any); returns the address to tell others. Raises BadConfig if it is not ours."""
         host, colon, port = listen.rpartition(":")
         if not colon or not port.isdigit():
             raise BadConfig(f"listen address is {listen!r}, expected host:port", param="listen")
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
-        )
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError as error:
             raise BadConfig(f"cannot listen on {listen}: {error}", param="listen") from error
         if bound == 0:
             raise BadConfig(f"cannot listen on {listen}: the address is taken or not ours", param="listen")
+        return f"{advertise_host or host}:{bound}"
+
+    async def start(self) -> None:
+        """Serve what was added, with health and reflection."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
+        )
         await self._server.start()
         await self.set_serving(True)
-        return f"{advertise_host or host}:{bound}"
 
     async def set_serving(self, is_serving: bool) -> None:
         """Health of the whole server ("") and of every service added."""
@@ -152,8 +152,9 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
         rebuild = getattr(grpc, f"{kind}_rpc_method_handler")
         behaviour = getattr(handler, kind)
         wrap = _guard_stream if inspect.isasyncgenfunction(behaviour) else _guard
+        # Quoted: the class is generic in its stubs alone.
         return cast(
-            grpc.RpcMethodHandler[Any, Any],
+            "grpc.RpcMethodHandler[Any, Any]",
             rebuild(wrap(behaviour), handler.request_deserializer, handler.response_serializer),
         )
 

@@ -23,7 +23,8 @@ from engine.schedule import EngineEvent
 class ReceiverLike(Protocol):
     """What leases blocks to writers (kvtransfer's Receiver). Its events come through DecodeService's three methods."""
 
-    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float) -> Lease: ...
+    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+        """Lease blocks out. A commit of fewer than ``min_blocks`` is refused. Raises a BatonError if it cannot."""
 
     def revoke(self, sequence_id: str, reason: str) -> None:
         """End the lease early; Released follows once it is fenced."""
@@ -190,7 +191,8 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
             self._feed(m.Refused(sequence_id, codec.failure_of(error)))
             return
         try:
-            lease = self._receiver.grant(sequence_id, block_ids, ttl_s)
+            min_blocks = self._replica.blocks_for(action.spec.num_known_tokens)
+            lease = self._receiver.grant(sequence_id, block_ids, ttl_s, min_blocks=min_blocks)
         except BatonError as error:
             self._replica.return_lease(sequence_id)
             self._feed(m.Refused(sequence_id, codec.failure_of(error)))

@@ -26,6 +26,9 @@ class PushLike(LayerSink, Protocol):
     async def commit(self, first_token: TokenChunk) -> TransferReport:
         """After the last layer_ready. Raises TransferFailed, NodeLost, Incompatible; has a deadline of its own."""
 
+    def add_failure_callback(self, callback: Callable[[BatonError], None]) -> None:
+        """Called on the event loop if the push ends without arriving: there is no point in computing on."""
+
     async def abort(self, reason: str) -> None:
         """Never raises; when it has returned, no write is under way. Also after, and during, a commit."""
 
@@ -183,7 +186,12 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
             self._feed(m.PushRefused(action.sequence_id, codec.failure_of(error)))
             return
         self._pushes[action.sequence_id] = push
+        push.add_failure_callback(lambda error: self._push_failed(action.sequence_id, push, error))
         self._replica.attach(action.sequence_id, push)
+
+    def _push_failed(self, sequence_id: str, push: PushLike, error: BatonError) -> None:
+        if self._pushes.get(sequence_id) is push:
+            self._feed(m.PushFailed(sequence_id, codec.failure_of(error)))
 
     async def _commit(self, sequence_id: str, push: PushLike, first_token: TokenChunk) -> None:
         try:
