@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -181,6 +182,8 @@ def worker(
         max_num_seqs=max_num_seqs,
         num_threads=threads,
         transports=_TRANSPORTS[transport],
+        # One line of JSON with the address, for whoever asked for any port.
+        ready_fd=os.dup(1),
     )
     asyncio.run(serve(config))
 
