@@ -132,10 +132,12 @@ class _Performance:
     def _one_by_one(self, endpoints: cluster.Endpoints) -> None:
         with Client(endpoints.grpc) as client:
             for i, prompt in enumerate(self._prompts):
-                over_http = i % 2 == 1 or prompt.is_chat
-                self._announce(prompt, "OpenAI HTTP API" if over_http else "gRPC")
-                answer = _over_http(endpoints.http, prompt, self._write) if over_http else self._over_grpc(client, prompt)
-                self._judge(prompt, answer)
+                if i % 2 == 1 or prompt.is_chat:
+                    self._announce(prompt, "OpenAI HTTP API")
+                    self._judge(prompt, _over_http(endpoints.http, prompt, self._write))
+                else:
+                    self._announce(prompt, "gRPC")
+                    self._judge(prompt, self._over_grpc(client, prompt))
 
     def _over_grpc(self, client: Client, prompt: Prompt) -> Answer:
         parts: list[str] = []
