@@ -68,6 +68,8 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         self._config = config or DecodeConfig()
         self._machine = m.DecodeMachine(node_id)
         self._loop = asyncio.get_running_loop()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._host: SessionHost[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse, m.Send] = SessionHost(
             self, clock=clock, config=session_config
         )
@@ -84,6 +86,10 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
     @property
     def num_sequences(self) -> int:
         return self._machine.num_sequences
+
+    async def drained(self) -> None:
+        """Returns when no sequence is left here."""
+        await self._is_idle.wait()
 
     def close(self) -> None:
         """End all sessions: their sequences are cancelled and their leases revoked."""
@@ -160,6 +166,10 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         for event in events:
             for action in self._machine.handle(event, self._clock.now()):
                 self._perform(action)
+        if self._machine.num_sequences:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
 
     # -- actions out
 

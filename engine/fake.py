@@ -11,7 +11,7 @@ import time
 from array import array
 from collections.abc import Callable, Sequence
 
-from baton.types import KvLayout, PositionLogprobs, SamplingParams, SequenceSpec, TokenLogprob
+from baton.types import KvLayout, ModelDescription, PositionLogprobs, SamplingParams, SequenceSpec, TokenLogprob
 from engine.step import Piece, Sampled, StepPlan, StepResult
 
 _CELL_BYTES = 4
@@ -20,18 +20,23 @@ _CELL_BYTES = 4
 class FakeRunner:
     """Implements RunnerLike over a buffer of ``layout.total_bytes``; ``step_delay_s`` is spent in every step."""
 
+    device = "cpu"
+    kernels = "fake"
+
     def __init__(
         self,
         layout: KvLayout,
         *,
         buffer: memoryview | None = None,
         vocab_size: int = 32000,
+        max_model_tokens: int = 4096,
         step_delay_s: float = 0.0,
         pause: Callable[[float], None] = time.sleep,
     ) -> None:
         assert layout.block_bytes >= layout.block_tokens * _CELL_BYTES, "a block must hold its token ids"
         self.layout = layout
         self.vocab_size = vocab_size
+        self.description = ModelDescription("fake", "fake", layout.dtype, max_model_tokens, vocab_size)
         self.step_delay_s = step_delay_s
         self._pause = pause
         self._cells = (memoryview(bytearray(layout.total_bytes)) if buffer is None else buffer).cast("B").cast("I")

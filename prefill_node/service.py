@@ -59,6 +59,8 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         self._status = status
         self._machine = m.PrefillMachine(node_id)
         self._loop = asyncio.get_running_loop()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
         self._host: SessionHost[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse, m.Send] = SessionHost(
             self, clock=clock, config=session_config
         )
@@ -77,6 +79,10 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
     @property
     def num_sequences(self) -> int:
         return self._machine.num_sequences
+
+    async def drained(self) -> None:
+        """Returns when no sequence is left here."""
+        await self._is_idle.wait()
 
     async def close(self, timeout_s: float) -> bool:
         """End all sessions (their sequences are cancelled) and wait for pushes to end; False if some did not."""
@@ -152,6 +158,10 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         for event in events:
             for action in self._machine.handle(event):
                 self._perform(action)
+        if self._machine.num_sequences:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
 
     # -- actions out
 
