@@ -61,11 +61,14 @@ class Worker:
 
 @asynccontextmanager
 async def worker(tmp_path: Path, node_id: str, role: Role = Role.MIXED, **settings: Any) -> AsyncIterator[Worker]:
-    load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
+    """``load`` and ``model`` in the settings make it a worker with a real model."""
+    load = settings.pop("load", None)
+    if load is None:
+        load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
     ready, stop = tmp_path / f"{node_id}.json", asyncio.Event()
     ready.unlink(missing_ok=True)
-    settings = {"max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
-    config = WorkerConfig(model=Path("fake"), role=role, node_id=node_id, ready_file=ready, **settings)
+    settings = {"model": Path("fake"), "max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
+    config = WorkerConfig(role=role, node_id=node_id, ready_file=ready, **settings)
     task = asyncio.create_task(serve(config, load=load, stop=stop))
     try:
         async with asyncio.timeout(WAIT_S):
