@@ -1,0 +1,1 @@
+"""Measure. Imports anything; nothing imports it."""
