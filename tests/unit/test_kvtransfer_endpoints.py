@@ -91,7 +91,9 @@ async def test_many_pushes_share_one_channel(transport: str) -> None:
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
-@pytest.mark.parametrize("mischief", ["corrupt=1", "corrupt=2", "drop=1", "reorder=1,delay_s=0.01", "corrupt=1,drop=1,seed=3"])
+@pytest.mark.parametrize(
+    "mischief", ["corrupt=1", "corrupt=2", "drop=1", "reorder=1,delay_s=0.01", "corrupt=1,drop=1,seed=3"]
+)
 async def test_damage_is_found_and_repaired(transport: str, mischief: str) -> None:
     sender_config = only(f"fake:{mischief},over={transport}", layerwise_from_bytes={transport: 0})
     async with pair(sender_config=sender_config, receiver_config=only(transport)) as p:
