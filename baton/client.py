@@ -9,7 +9,7 @@ A call that ends early (``close`` on the iterator, a break out of the loop) canc
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import Self
@@ -119,7 +119,9 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
-    def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Iterator[Part]:
+    def generate(
+        self, prompt: Prompt, options: Options | None = None, **settings: object
+    ) -> Generator[Part, None, None]:
         """Accepted, Deltas, Finished. ``settings`` are fields of Options or SamplingParams, for short calls."""
         call = self._stub.Generate(_request(prompt, options, settings))
         try:

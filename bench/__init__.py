@@ -1,1 +1,1 @@
-"""Measure. Imports anything; nothing imports it."""
+"""Measures Baton beside its peers and limits. Imports anything; nothing imports it."""
