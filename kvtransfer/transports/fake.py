@@ -13,12 +13,13 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self, cast
+from typing import Generic, Self, TypeVar, cast
 
 from baton.errors import BadConfig, BatonError, TransferFailed
 from kvtransfer.digest import ByteArray
 from kvtransfer.writing import Unit, Wire, WriteJob
 
+T = TypeVar("T")
 _PARSERS: Mapping[str, Callable[[str], object]] = {"str": str, "int": int, "float": float}
 
 
@@ -137,3 +138,23 @@ class FakeWire:
     async def close(self) -> None:
         self._closing.set()
         await self._inner.close()
+
+
+class Link(Generic[T]):
+    """One direction of a lossy control channel: messages under way, taken out in any order, lost or taken twice."""
+
+    def __init__(self) -> None:
+        self._under_way: list[T] = []
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def put(self, message: T) -> None:
+        self._under_way.append(message)
+
+    def take(self, index: int = 0) -> T:
+        return self._under_way.pop(index % len(self._under_way))
+
+    def take_copy(self, index: int) -> T:
+        """Deliver a message that will come again."""
+        return self._under_way[index % len(self._under_way)]
