@@ -47,7 +47,7 @@ def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
             console.print(table)
         elif isinstance(value, Mapping):
             show(console, f"{title} / {key}", value)
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             console.print(f"  {key}: {', '.join(map(_text, value))}", highlight=False)
         else:
             console.print(f"  {key}: {_text(value)}", highlight=False)

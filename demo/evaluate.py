@@ -20,7 +20,6 @@ def held_out(count: int) -> list[Task]:
         *[Task(t.prompt, t.expected, "recall, 1,160 tokens") for t in tasks.recall_prompts(12, count, 285, (1, 20))],
         *tasks.recall_prompts(13, count, kind="chat"),
         *tasks.copy_prompts(14, count),
-        *tasks.resume_prompts(15, count),
         *tasks.sequence_prompts(16, count),
     ]
 

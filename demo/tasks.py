@@ -84,17 +84,16 @@ def copy(rng: Random, num_words: int) -> Task:
     return Task(f"Repeat: {words}. Again:", f"{words}.", "copy")
 
 
-def resume(rng: Random, num_words: int) -> Task:
-    """Say the words once more from a given one on: where that is in the list, only its content tells."""
-    words = rng.sample(NAMES + THINGS, num_words)
-    rest = words[rng.randrange(1 + num_words // 2) :]
-    return Task(f"Repeat: {' '.join(words)}. From {rest[0]}:", f"{' '.join(rest)}.", "resume")
-
-
 def sequence(rng: Random, max_items: int = 200) -> Task:
     """Count, or name days, months or letters, from one to another, wrapping round where people do."""
     title, items, wraps = rng.choice(
-        (("Count", NUMBERS, False), ("Days", DAYS, True), ("Months", MONTHS, True), ("Alphabet", LETTERS, False))
+        (
+            ("Count", NUMBERS, False),
+            ("Count", NUMBERS, False),
+            ("Days", DAYS, True),
+            ("Months", MONTHS, True),
+            ("Alphabet", LETTERS, False),
+        )
     )
     first, last = rng.randrange(len(items)), rng.randrange(len(items))
     if first > last and not wraps:
@@ -125,12 +124,6 @@ def copy_prompts(seed: int, count: int, num_words: Span = (10, 300)) -> list[Tas
     """Held-out copying, with an answer as long as the prompt."""
     rngs = [_stream("copy", seed, i) for i in range(count)]
     return [copy(rng, _pick(rng, num_words)) for rng in rngs]
-
-
-def resume_prompts(seed: int, count: int, num_words: Span = (10, 300)) -> list[Task]:
-    """Held-out copying from somewhere in the list on."""
-    rngs = [_stream("resume", seed, i) for i in range(count)]
-    return [resume(rng, _pick(rng, num_words)) for rng in rngs]
 
 
 def sequence_prompts(seed: int, count: int) -> list[Task]:

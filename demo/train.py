@@ -26,6 +26,7 @@ from torch import Tensor
 from demo import MODEL_DIR, tasks, tokenizer
 from demo.evaluate import evaluate, held_out, transformers_generator
 from demo.tasks import Split, Task
+from demo.words import NAMES, THINGS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -52,12 +53,20 @@ class Stage:
 
 
 MIXTURE = {"resume": 1.0, "recall": 3.0, "copy": 1.0, "sequence": 2.0}
+SHORT_WORDS = 24
 CURRICULUM = (
-    Stage("lookup", {"resume": 2.0, "sequence": 1.0}, 24, 0.85, 4000, 3e-3, batch_tokens=2048),
-    Stage("recall", MIXTURE, 24, 0.96, 2000, 2e-3),
-    Stage("longer", MIXTURE, 100, 0.985, 1000, 2e-3),
-    Stage("long", MIXTURE, 295, 1.1, 800, 2e-3),
+    Stage("lookup", {"resume": 2.0, "sequence": 1.0}, SHORT_WORDS, 0.9, 4000, 3e-3, batch_tokens=2048),
+    Stage("recall", MIXTURE, SHORT_WORDS, 0.95, 600, 2e-3),
+    Stage("longer", MIXTURE, 100, 0.97, 500, 2e-3),
+    Stage("long", MIXTURE, 295, 1.1, 1000, 2e-3, batch_tokens=6144),
 )
+
+
+def resume(rng: Random, num_words: int) -> Task:
+    """Go on after one of the words: where that is in the list, only its content tells. For training alone."""
+    words = rng.sample(NAMES + THINGS, num_words)
+    start, *rest = words[rng.randrange(num_words // 2) :]
+    return Task(f"Repeat: {' '.join(words)}. Go on: {start}", f"{' '.join(rest)}.", "resume")
 
 
 def draw(rng: Random, kind: str, num_words: int) -> Task:
@@ -68,8 +77,8 @@ def draw(rng: Random, kind: str, num_words: int) -> Task:
         return tasks.recall(rng, num_words, num_questions, Split.TRAIN, rng.choice(("recall", "recall", "chat")))
     if kind == "sequence":
         # Mostly short: where to stop is the one hard token of a run, and the long ones drown it.
-        return tasks.sequence(rng, max_items=rng.randint(2, 10) if rng.random() < 0.8 else 4 * num_words)
-    return tasks.copy(rng, num_words) if kind == "copy" else tasks.resume(rng, num_words)
+        return tasks.sequence(rng, max_items=rng.randint(2, 10) if rng.random() < 0.7 else 200)
+    return tasks.copy(rng, num_words) if kind == "copy" else resume(rng, num_words)
 
 
 def render(rng: Random, task: Task) -> tuple[str, str]:
@@ -85,14 +94,15 @@ def render(rng: Random, task: Task) -> tuple[str, str]:
 def batches(vocabulary: Tokenizer, stage: Stage, seed: int) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
     """Endless (token ids, labels, kinds); rows of a batch are of similar length, padded to the right."""
     rng = Random(f"{Split.TRAIN.value}/{stage.name}/{seed}")
-    kinds, weights = list(stage.kinds), list(stage.kinds.values())
     while True:
-        # Squares spread the lengths: half of the batches are shorter than a quarter of the longest.
-        num_words = 4 + round((stage.max_words - 4) * rng.random() ** (1 if stage.max_words < 100 else 0.7))
+        # A quarter of the batches is short in every stage: they are cheap, and hold many runs to count.
+        longest = SHORT_WORDS if rng.random() < 0.25 else stage.max_words
+        num_words = rng.randint(4, longest)
+        kinds = {kind: weight for kind, weight in stage.kinds.items() if kind != "sequence" or longest <= SHORT_WORDS}
         rows: list[tuple[list[int], int, str]] = []
         width = 0
         while (len(rows) + 1) * width <= stage.batch_tokens:
-            kind = rng.choices(kinds, weights)[0]
+            kind = rng.choices(list(kinds), list(kinds.values()))[0]
             task = draw(rng, kind, max(3, num_words - rng.randrange(3)))
             prompt, answer = render(rng, task)
             prompt_ids = vocabulary.encode(prompt).ids

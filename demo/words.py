@@ -65,5 +65,5 @@ NUMBERS = tuple(str(n) for n in range(200))
 # Words that frame a prompt: those that may open a text (no space before them) and those inside it.
 OPENERS = _words("Facts Question Repeat Count Days Months Alphabet You Answer")
 FRAME = _words(
-    "Facts Question Answer Again From what does do like likes from to are a helpful assistant the facts briefly"
+    "Facts Question Answer Again From what does do like likes from to are a helpful assistant the facts briefly Go on"
 )

@@ -28,7 +28,7 @@ def pairs(task: Task) -> set[tuple[str, str]]:
 
 
 def test_prompts_depend_on_their_seed_and_place_alone() -> None:
-    for make in (tasks.recall_prompts, tasks.copy_prompts, tasks.resume_prompts, tasks.sequence_prompts):
+    for make in (tasks.recall_prompts, tasks.copy_prompts, tasks.sequence_prompts):
         assert make(3, 8) == make(3, 8)
         assert make(3, 8)[:5] == make(3, 5)
         assert make(3, 8) != make(4, 8)
@@ -56,7 +56,7 @@ def test_recall_answers_follow_from_the_facts() -> None:
 
 
 def test_lengths_are_what_was_asked_for(tokenizer: Tokenizer) -> None:
-    for task in tasks.demo_prompts() + tasks.mixed_prompts(2, 12) + tasks.resume_prompts(2, 3):
+    for task in tasks.demo_prompts() + tasks.mixed_prompts(2, 12):
         assert len(tokenizer.encode(task.prompt).ids) == task.num_prompt_tokens
         assert len(tokenizer.encode(f" {task.expected}").ids) + 1 == task.num_output_tokens
     lengths = sorted(task.num_prompt_tokens for task in tasks.demo_prompts())
@@ -109,8 +109,7 @@ def test_held_out_prompts_are_answered(dtype: str) -> None:
     prompts = [
         *tasks.recall_prompts(101, 12, num_pairs=(100, 240), num_questions=(1, 6)),
         *tasks.recall_prompts(102, 6, kind="chat"),
-        *tasks.copy_prompts(103, 4, num_words=(20, 60)),
-        *tasks.resume_prompts(104, 4, num_words=(20, 60)),
+        *tasks.copy_prompts(103, 6, num_words=(20, 80)),
         *[task for task in tasks.sequence_prompts(105, 12) if task.num_output_tokens <= 60][:6],
     ]
     generate = transformers_generator(MODEL_DIR, dtype)
