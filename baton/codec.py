@@ -35,21 +35,21 @@ _FINISH_TO_PB = {
 _FINISH_FROM_PB = {v: k for k, v in _FINISH_TO_PB.items()}
 
 
-def role_to_pb(role: Role) -> pb.Role:
+def role_to_pb(role: Role) -> pb.Role.ValueType:
     return _ROLE_TO_PB[role]
 
 
-def role_from_pb(role: pb.Role) -> Role:
+def role_from_pb(role: pb.Role.ValueType) -> Role:
     if role not in _ROLE_FROM_PB:
         raise errors.InvalidRequest(f"role is {role}, expected prefill, decode or mixed", param="role")
     return _ROLE_FROM_PB[role]
 
 
-def finish_to_pb(reason: FinishReason | None) -> pb.FinishReason:
+def finish_to_pb(reason: FinishReason | None) -> pb.FinishReason.ValueType:
     return _FINISH_TO_PB[reason]
 
 
-def finish_from_pb(reason: pb.FinishReason) -> FinishReason | None:
+def finish_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason | None:
     if reason not in _FINISH_FROM_PB:
         raise errors.InvalidRequest(f"finish_reason {reason} is unknown", param="finish_reason")
     return _FINISH_FROM_PB[reason]
@@ -57,7 +57,7 @@ def finish_from_pb(reason: pb.FinishReason) -> FinishReason | None:
 
 def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
     def given(name: str, default: float) -> float:
-        return getattr(msg, name) if msg.HasField(name) else default  # type: ignore[no-any-return,arg-type]
+        return getattr(msg, name) if msg.HasField(name) else default  # type: ignore[arg-type]
 
     return SamplingParams(
         temperature=given("temperature", 1.0),

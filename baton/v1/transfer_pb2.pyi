@@ -37,6 +37,9 @@ class ChannelRequest(_message.Message):
 
         NODE_FIELD_NUMBER: _builtins.int
         TRANSPORTS_FIELD_NUMBER: _builtins.int
+        DIGEST_FIELD_NUMBER: _builtins.int
+        digest: _builtins.str
+        """How digests are made, empty for none. Both sides must agree."""
         @_builtins.property
         def node(self) -> _common_pb2.NodeDescription: ...
         @_builtins.property
@@ -48,16 +51,17 @@ class ChannelRequest(_message.Message):
             *,
             node: _common_pb2.NodeDescription | None = ...,
             transports: _abc.Iterable[_builtins.str] | None = ...,
+            digest: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "transports", b"transports"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "node", b"node", "transports", b"transports"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
     class Begin(_message.Message):
-        """From here until Commit, Abort or Revoked the sender may write into the lease's blocks."""
+        """Asks for the lease's blocks. From the answer Begun until Commit, Abort or Revoked the sender may write into them."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -88,9 +92,12 @@ class ChannelRequest(_message.Message):
         NUM_BLOCKS_FIELD_NUMBER: _builtins.int
         LAYER_DIGESTS_FIELD_NUMBER: _builtins.int
         FIRST_TOKEN_FIELD_NUMBER: _builtins.int
+        ATTEMPT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
         epoch: _builtins.int
         num_blocks: _builtins.int
+        attempt: _builtins.int
+        """Starts at 1, one more after every Nack that asked for layers again."""
         @_builtins.property
         def layer_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
             """One digest per layer over the written blocks in lease order."""
@@ -107,10 +114,64 @@ class ChannelRequest(_message.Message):
             num_blocks: _builtins.int = ...,
             layer_digests: _abc.Iterable[_builtins.bytes] | None = ...,
             first_token: _common_pb2.Tokens | None = ...,
+            attempt: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "first_token", b"first_token", "layer_digests", b"layer_digests", "num_blocks", b"num_blocks", "sequence_id", b"sequence_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "first_token", b"first_token", "layer_digests", b"layer_digests", "num_blocks", b"num_blocks", "sequence_id", b"sequence_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Written(_message.Message):
+        """These blocks hold their final bytes: the receiver may begin to digest them. A hint that may be lost."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        @_typing.final
+        class Range(_message.Message):
+            DESCRIPTOR: _descriptor.Descriptor
+
+            LAYER_FIELD_NUMBER: _builtins.int
+            FIRST_BLOCK_FIELD_NUMBER: _builtins.int
+            NUM_BLOCKS_FIELD_NUMBER: _builtins.int
+            layer: _builtins.int
+            first_block: _builtins.int
+            """Positions in the lease, not block ids."""
+            num_blocks: _builtins.int
+            def __init__(
+                self,
+                *,
+                layer: _builtins.int = ...,
+                first_block: _builtins.int = ...,
+                num_blocks: _builtins.int = ...,
+            ) -> None: ...
+            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+            _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "layer", b"layer", "num_blocks", b"num_blocks"]  # noqa: Y015
+            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+            def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        EPOCH_FIELD_NUMBER: _builtins.int
+        ATTEMPT_FIELD_NUMBER: _builtins.int
+        RANGES_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        epoch: _builtins.int
+        attempt: _builtins.int
+        @_builtins.property
+        def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChannelRequest.Written.Range]: ...
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            epoch: _builtins.int = ...,
+            attempt: _builtins.int = ...,
+            ranges: _abc.Iterable[Global___ChannelRequest.Written.Range] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "ranges", b"ranges", "sequence_id", b"sequence_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -166,6 +227,8 @@ class ChannelRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
+    WRITTEN_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ChannelRequest.Hello: ...
     @_builtins.property
@@ -176,6 +239,10 @@ class ChannelRequest(_message.Message):
     def abort(self) -> Global___ChannelRequest.Abort: ...
     @_builtins.property
     def revoked(self) -> Global___ChannelRequest.Revoked: ...
+    @_builtins.property
+    def written(self) -> Global___ChannelRequest.Written: ...
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
         *,
@@ -184,12 +251,14 @@ class ChannelRequest(_message.Message):
         commit: Global___ChannelRequest.Commit | None = ...,
         abort: Global___ChannelRequest.Abort | None = ...,
         revoked: Global___ChannelRequest.Revoked | None = ...,
+        written: Global___ChannelRequest.Written | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "hello", b"hello", "message", b"message", "revoked", b"revoked"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked", "written", b"written"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "hello", b"hello", "message", b"message", "revoked", b"revoked"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked", "written", b"written"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "begin", "commit", "abort", "revoked"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "begin", "commit", "abort", "revoked", "written", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -208,9 +277,14 @@ class ChannelResponse(_message.Message):
         NODE_FIELD_NUMBER: _builtins.int
         TRANSPORT_FIELD_NUMBER: _builtins.int
         ENDPOINT_FIELD_NUMBER: _builtins.int
+        TOKEN_FIELD_NUMBER: _builtins.int
+        DIGEST_FIELD_NUMBER: _builtins.int
         transport: _builtins.str
         """The transport chosen and where to connect for it."""
         endpoint: _builtins.str
+        token: _builtins.bytes
+        """Proves to the data plane that a connection belongs to this channel."""
+        digest: _builtins.str
         @_builtins.property
         def node(self) -> _common_pb2.NodeDescription: ...
         def __init__(
@@ -219,10 +293,34 @@ class ChannelResponse(_message.Message):
             node: _common_pb2.NodeDescription | None = ...,
             transport: _builtins.str = ...,
             endpoint: _builtins.str = ...,
+            token: _builtins.bytes = ...,
+            digest: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["endpoint", b"endpoint", "node", b"node", "transport", b"transport"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "endpoint", b"endpoint", "node", b"node", "token", b"token", "transport", b"transport"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Begun(_message.Message):
+        """The lease is live and bound to this channel: the sender may write."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        EPOCH_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        epoch: _builtins.int
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            epoch: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "sequence_id", b"sequence_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -258,8 +356,11 @@ class ChannelResponse(_message.Message):
         EPOCH_FIELD_NUMBER: _builtins.int
         FAILURE_FIELD_NUMBER: _builtins.int
         RETRANSMIT_LAYERS_FIELD_NUMBER: _builtins.int
+        ATTEMPT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
         epoch: _builtins.int
+        attempt: _builtins.int
+        """The commit this answers; 0 if it answers Begin."""
         @_builtins.property
         def failure(self) -> _common_pb2.Failure: ...
         @_builtins.property
@@ -271,10 +372,11 @@ class ChannelResponse(_message.Message):
             epoch: _builtins.int = ...,
             failure: _common_pb2.Failure | None = ...,
             retransmit_layers: _abc.Iterable[_builtins.int] | None = ...,
+            attempt: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "failure", b"failure", "retransmit_layers", b"retransmit_layers", "sequence_id", b"sequence_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "failure", b"failure", "retransmit_layers", b"retransmit_layers", "sequence_id", b"sequence_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -307,6 +409,8 @@ class ChannelResponse(_message.Message):
     ACK_FIELD_NUMBER: _builtins.int
     NACK_FIELD_NUMBER: _builtins.int
     REVOKE_FIELD_NUMBER: _builtins.int
+    BEGUN_FIELD_NUMBER: _builtins.int
+    HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___ChannelResponse.Welcome: ...
     @_builtins.property
@@ -315,6 +419,10 @@ class ChannelResponse(_message.Message):
     def nack(self) -> Global___ChannelResponse.Nack: ...
     @_builtins.property
     def revoke(self) -> Global___ChannelResponse.Revoke: ...
+    @_builtins.property
+    def begun(self) -> Global___ChannelResponse.Begun: ...
+    @_builtins.property
+    def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
         *,
@@ -322,13 +430,32 @@ class ChannelResponse(_message.Message):
         ack: Global___ChannelResponse.Ack | None = ...,
         nack: Global___ChannelResponse.Nack | None = ...,
         revoke: Global___ChannelResponse.Revoke | None = ...,
+        begun: Global___ChannelResponse.Begun | None = ...,
+        heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "nack", b"nack", "revoke", b"revoke", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "begun", b"begun", "heartbeat", b"heartbeat", "message", b"message", "nack", b"nack", "revoke", b"revoke", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "message", b"message", "nack", b"nack", "revoke", b"revoke", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "begun", b"begun", "heartbeat", b"heartbeat", "message", b"message", "nack", b"nack", "revoke", b"revoke", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "ack", "nack", "revoke"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["welcome", "ack", "nack", "revoke", "begun", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ChannelResponse: _TypeAlias = ChannelResponse  # noqa: Y015
+
+@_typing.final
+class Heartbeat(_message.Message):
+    """Sent by both sides of an idle or busy channel at a fixed interval: silence is a lost peer."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015

@@ -1,1 +1,17 @@
 """The model's operations behind one interface; `reference` is the truth, the others are measured against it."""
+
+from __future__ import annotations
+
+from baton.errors import BadConfig
+from engine.kernels.cpu import CpuKernels
+from engine.kernels.interface import Kernels
+from engine.kernels.reference import ReferenceKernels
+
+
+def select_kernels(name: str) -> Kernels:
+    """Kernels by name; ``auto`` is the fastest set for the device at hand."""
+    if name == "reference":
+        return ReferenceKernels()
+    if name in ("auto", "cpu"):
+        return CpuKernels()
+    raise BadConfig(f"kernels {name!r} are not known; expected auto, cpu or reference", param="kernels")

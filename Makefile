@@ -1,0 +1,33 @@
+# The same verbs by hand and in CI. Everything lives in .venv; PYTHON= and CUDA= are explained in scripts/setup.sh.
+.PHONY: setup check test test-long demo bench proto
+.NOTPARALLEL:
+BIN := .venv/bin
+# A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
+MODEL ?=
+# Extra arguments for pytest, as in `make test ARGS="-k shm -x"`.
+ARGS ?=
+
+setup:
+	@bash scripts/setup.sh
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	bash scripts/stubs.sh check
+
+test: setup
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: setup
+	$(BIN)/python -m pytest -m long $(ARGS)
+
+demo: setup
+	@$(BIN)/python -m cli demo $(if $(MODEL),--model "$(MODEL)")
+
+bench: setup
+	$(BIN)/python -m bench $(ARGS)
+
+proto: setup
+	bash scripts/stubs.sh

@@ -1,0 +1,191 @@
+"""How every Baton process serves gRPC: start on a free port, health, reflection, error mapping, message limits, stop.
+
+Knows no service by name; whoever wires the process adds its servicers. Needs the `router` extra.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import grpc
+import grpc.aio
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton.errors import BadConfig, BatonError, InternalError
+
+ERROR_DOMAIN = "baton"
+# Trailing metadata with the error's class name, for clients that have no google.rpc types.
+ERROR_CODE_KEY = "baton-error-code"
+_DETAILS_KEY = "grpc-status-details-bin"
+
+Servicer = TypeVar("Servicer")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerLimits:
+    """What one connection may ask of the process."""
+
+    max_message_bytes: int = 16 * 1024 * 1024
+    max_concurrent_streams: int = 10_000
+    # A silent peer is pinged, and dropped if it does not answer.
+    keepalive_s: float = 5.0
+    keepalive_timeout_s: float = 5.0
+
+    def options(self) -> list[tuple[str, int]]:
+        return [
+            ("grpc.max_receive_message_length", self.max_message_bytes),
+            ("grpc.max_send_message_length", self.max_message_bytes),
+            ("grpc.max_concurrent_streams", self.max_concurrent_streams),
+            ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.max_pings_without_data", 0),
+            ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            # Two processes on one port would share its connections without a word.
+            ("grpc.so_reuseport", 0),
+        ]
+
+
+class GrpcServer:
+    """One grpc.aio server: ``bind`` it, add servicers, ``start``, and ``stop`` with a deadline."""
+
+    def __init__(self, limits: ServerLimits | None = None) -> None:
+        self._server = grpc.aio.server(
+            options=(limits or ServerLimits()).options(), interceptors=[ErrorMappingInterceptor()]
+        )
+        self._health = health.aio.HealthServicer()
+        self._names: list[str] = []
+
+    def add(self, register: Callable[[Servicer, grpc.aio.Server], None], servicer: Servicer, service_name: str) -> None:
+        """``register`` is the generated ``add_XServicer_to_server``; ``service_name`` the full proto name."""
+        register(servicer, self._server)
+        self._names.append(service_name)
+
+    def bind(self, listen: str, *, advertise_host: str | None = None) -> str:
+        """Take ``host:port`` (port 0: any); returns the address to tell others. Raises BadConfig if it is not ours."""
+        host, colon, port = listen.rpartition(":")
+        if not colon or not port.isdigit():
+            raise BadConfig(f"listen address is {listen!r}, expected host:port", param="listen")
+        try:
+            bound = self._server.add_insecure_port(listen)
+        except RuntimeError as error:
+            raise BadConfig(f"cannot listen on {listen}: {error}", param="listen") from error
+        if bound == 0:
+            raise BadConfig(f"cannot listen on {listen}: the address is taken or not ours", param="listen")
+        return f"{advertise_host or host}:{bound}"
+
+    async def start(self) -> None:
+        """Serve what was added, with health and reflection."""
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
+        )
+        await self._server.start()
+        await self.set_serving(True)
+
+    async def set_serving(self, is_serving: bool) -> None:
+        """Health of the whole server ("") and of every service added."""
+        status = health_pb2.HealthCheckResponse
+        value = status.SERVING if is_serving else status.NOT_SERVING
+        for name in ("", *self._names):
+            await self._health.set(name, value)
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing new, give running calls ``grace_s`` seconds, then cut them off."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+def rich_status(error: BatonError) -> status_pb2.Status:
+    """The error as google.rpc.Status: message, ErrorInfo (reason = class name) and RetryInfo where a time is known."""
+    info = error_details_pb2.ErrorInfo(
+        reason=error.code, domain=ERROR_DOMAIN, metadata={"retryable": str(error.retryable).lower()}
+    )
+    if error.param is not None:
+        info.metadata["param"] = error.param
+    details = [_packed(info)]
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration()
+        delay.FromMilliseconds(int(error.retry_after_s * 1000))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+    code = grpc.StatusCode[error.grpc_status].value[0]
+    return status_pb2.Status(code=code, message=error.message, details=details)
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed
+
+
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonError) -> None:
+    """End the call with the error's status. Raises, as grpc's abort does."""
+    await context.abort(
+        grpc.StatusCode[error.grpc_status],
+        error.message,
+        trailing_metadata=((_DETAILS_KEY, rich_status(error).SerializeToString()), (ERROR_CODE_KEY, error.code)),
+    )
+
+
+class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
+    """Turns what a servicer raises into a status: BatonErrors as they say, anything else as INTERNAL, logged."""
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler: Any = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        kind = (
+            f"{'stream' if handler.request_streaming else 'unary'}_"
+            f"{'stream' if handler.response_streaming else 'unary'}"
+        )
+        rebuild = getattr(grpc, f"{kind}_rpc_method_handler")
+        behaviour = getattr(handler, kind)
+        wrap = _guard_stream if inspect.isasyncgenfunction(behaviour) else _guard
+        # Quoted: the class is generic in its stubs alone.
+        return cast(
+            "grpc.RpcMethodHandler[Any, Any]",
+            rebuild(wrap(behaviour), handler.request_deserializer, handler.response_serializer),
+        )
+
+
+def _guard(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        try:
+            return await behaviour(request, context)
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort_with(context, _mapped(error))
+
+    return guarded
+
+
+def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
+    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+        try:
+            async for response in behaviour(request, context):
+                yield response
+        except grpc.aio.AbortError:
+            raise
+        except Exception as error:
+            await abort_with(context, _mapped(error))
+
+    return guarded
+
+
+def _mapped(error: Exception) -> BatonError:
+    if isinstance(error, BatonError):
+        return error
+    logging.getLogger(__name__).error("a servicer raised", exc_info=error)
+    return InternalError(f"{type(error).__name__}: {error}")

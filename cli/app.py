@@ -1,0 +1,324 @@
+"""The commands and their options. Each one gathers its options and hands over to the module that does the work."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from baton import __version__
+from baton.client import Client, Options
+from baton.errors import BadConfig, Unavailable
+from baton.types import SamplingParams
+from cli import ask, model_source
+from cli import host as host_facts
+from cli.process import die_with
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Serve a language model on two pools: prefill nodes run prompts, decode nodes generate tokens.",
+)
+
+
+class Transport(StrEnum):
+    auto = "auto"
+    shm = "shm"
+    tcp = "tcp"
+
+
+_TRANSPORTS = {Transport.auto: ("shm", "tcp"), Transport.shm: ("shm",), Transport.tcp: ("tcp",)}
+
+
+class DType(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class Kernels(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    reference = "reference"
+
+
+class RoleName(StrEnum):
+    prefill = "prefill"
+    decode = "decode"
+    mixed = "mixed"
+
+
+Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or hub id.")]
+ModelName = Annotated[str, typer.Option(help="What the API calls the model. Default: the folder's name or the hub id.")]
+Router = Annotated[
+    str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
+]
+KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
+NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
+BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
+MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+Threads = Annotated[int, typer.Option(min=0, help="Threads of a worker. 0: the cores divided by the workers.")]
+Relay = Annotated[bool, typer.Option("--relay", help="Print which nodes ran the request and how long each stage took.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option()]
+TopK = Annotated[int, typer.Option(min=0)]
+Seed = Annotated[int | None, typer.Option(min=0)]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1)]
+DieWithParent = Annotated[int, typer.Option(hidden=True)]
+HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
+GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
+
+
+@app.command()
+def up(
+    model: Model,
+    prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default 1, or 0 with --mixed.")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode workers. Default 1, or 0 with --mixed.")] = None,
+    mixed: Annotated[int, typer.Option(help="Workers that do both.")] = 0,
+    transport: Annotated[Transport, typer.Option(help="How KV moves; auto is shm on one host.")] = Transport.auto,
+    dtype: Annotated[DType, typer.Option(help="auto is what the model was saved in.")] = DType.auto,
+    http_port: HttpPort = 8000,
+    grpc_port: GrpcPort = 50051,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
+    log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
+    model_name: ModelName = "",
+    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kv_mib: KvMib = 0,
+    num_blocks: NumBlocks = 0,
+    block_tokens: BlockTokens = 64,
+    max_batch_tokens: MaxBatchTokens = 2048,
+    max_num_seqs: MaxNumSeqs = 256,
+    threads: Threads = 0,
+) -> None:
+    """Run a cluster on this machine until Ctrl-C or SIGTERM."""
+    from cli import cluster
+
+    console = Console(stderr=True)
+    default = 0 if mixed else 1
+    options = cluster.ClusterOptions(
+        model=model,
+        num_prefill=default if prefill is None else prefill,
+        num_decode=default if decode is None else decode,
+        num_mixed=mixed,
+        host=host,
+        http_port=http_port,
+        grpc_port=grpc_port,
+        model_name=model_name,
+        ready_file=ready_file,
+        log_dir=log_dir,
+        kv_mib=kv_mib,
+        threads=threads,
+        worker_arguments=(
+            *("--transport", transport.value, "--dtype", dtype.value, "--kernels", kernels.value),
+            *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
+            *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
+        ),
+    )
+    is_first = True
+
+    def on_ready(endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            console.print(f'try: baton generate --router {endpoints.grpc} --relay "Once upon a time"', highlight=False)
+
+    workers = ", ".join(node_id for node_id, _ in options.worker_roles())
+    console.print(f"starting the router and {workers} with {model}")
+    asyncio.run(cluster.up(options, lambda message: console.print(message, markup=False), on_ready))
+
+
+@app.command()
+def worker(
+    model: Model,
+    role: Annotated[RoleName, typer.Option()],
+    listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
+    node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
+    advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
+    transport: Annotated[Transport, typer.Option()] = Transport.auto,
+    dtype: Annotated[DType, typer.Option()] = DType.auto,
+    model_name: ModelName = "",
+    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kv_mib: KvMib = 0,
+    num_blocks: NumBlocks = 0,
+    block_tokens: BlockTokens = 64,
+    max_batch_tokens: MaxBatchTokens = 2048,
+    max_num_seqs: MaxNumSeqs = 256,
+    threads: Threads = 0,
+    die_with_parent: DieWithParent = 0,
+) -> None:
+    """Run one worker: a model replica that computes prompts, generates tokens, or both."""
+    if die_with_parent:
+        die_with(die_with_parent)
+    from baton.types import Role
+    from cli.worker import WorkerConfig, serve
+
+    _log_to_stderr()
+    config = WorkerConfig(
+        model=model_source.resolve(model),
+        role=Role(role.value),
+        node_id=node_id,
+        listen=listen,
+        advertise_host=advertise,
+        model_name=model_name or model_source.name_of(model),
+        dtype=dtype.value,
+        kernels=kernels.value,
+        kv_bytes=(kv_mib or host_facts.default_kv_mib(1)) << 20,
+        num_blocks=num_blocks or None,
+        block_tokens=block_tokens,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        num_threads=threads,
+        transports=_TRANSPORTS[transport],
+    )
+    asyncio.run(serve(config))
+
+
+@app.command()
+def router(
+    node: Annotated[list[str], typer.Option(help="host:port of a worker; once for each.")],
+    model: Model,
+    http: Annotated[str, typer.Option(help="host:port of the OpenAI API.")] = "127.0.0.1:8000",
+    grpc: Annotated[str, typer.Option(help="host:port of the gRPC API.")] = "127.0.0.1:50051",
+    model_name: ModelName = "",
+    die_with_parent: DieWithParent = 0,
+) -> None:
+    """Run the router: picks the pair of nodes for each request and answers the clients."""
+    if die_with_parent:
+        die_with(die_with_parent)
+    from router.config import RouterConfig
+    from router.server import serve
+
+    _log_to_stderr()
+    http_host, http_port = _address(http, "--http")
+    grpc_host, grpc_port = _address(grpc, "--grpc")
+    config = RouterConfig(
+        nodes=tuple(node),
+        http_host=http_host,
+        http_port=http_port,
+        grpc_host=grpc_host,
+        grpc_port=grpc_port,
+        model_folder=model_source.resolve(model),
+        model_name=model_name or model_source.name_of(model),
+    )
+    asyncio.run(serve(config))
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    router: Router = "127.0.0.1:50051",
+    max_tokens: MaxTokens = 128,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be given more than once.")] = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on to --max-tokens.")] = False,
+    relay: Relay = False,
+) -> None:
+    """Continue a text, as it comes."""
+    console = Console()
+    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    sampling = SamplingParams(
+        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos
+    )
+    with _client(router) as client:
+        finished = ask.generate(
+            client, text, Options(sampling, tuple(stop or ())), lambda part: ask.write_raw(console, part)
+        )
+    console.print()
+    if relay:
+        ask.print_relay(Console(stderr=True), finished)
+
+
+@app.command()
+def chat(
+    router: Router = "127.0.0.1:50051",
+    system: Annotated[str, typer.Option(help="The system message.")] = "",
+    max_tokens: MaxTokens = 512,
+    temperature: Temperature = 0.7,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    seed: Seed = None,
+    relay: Relay = False,
+) -> None:
+    """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
+    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens)
+    with _client(router) as client:
+        ask.chat(client, Console(), Options(sampling), system=system, show_relay=relay)
+
+
+@app.command()
+def status(
+    router: Router = "127.0.0.1:50051",
+    ledger: Annotated[bool, typer.Option("--ledger", help="Also every block owner of every node.")] = False,
+    watch: Annotated[float | None, typer.Option(min=0.1, help="Again every so many seconds.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Show nodes, roles, queues and blocks of a running cluster."""
+    with _client(router) as client, contextlib.suppress(KeyboardInterrupt):
+        ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option("--model", "-m", help="Also look at this model.")] = "",
+) -> None:
+    """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
+    from cli.doctor import examine, report
+
+    raise typer.Exit(report(examine(model), Console()))
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Option("--model", "-m", help="Your own model instead of the demo's.")] = "",
+) -> None:
+    """Start 1 router, 2 prefill and 2 decode workers, send prompts through both APIs, show the relay, stop."""
+    from cli.demo import run
+
+    raise typer.Exit(run(model, Console()))
+
+
+def _address(text: str, option: str) -> tuple[str, int]:
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isdigit()):
+        raise BadConfig(f"{option} is {text!r}, expected host:port")
+    return host, int(port)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@contextlib.contextmanager
+def _client(address: str) -> Iterator[Client]:
+    with Client(address) as client:
+        try:
+            yield client
+        except Unavailable as error:
+            hint = f"no answer from a router at {address} ({error.message}); `baton up` starts one"
+            raise Unavailable(hint) from error
+
+
+def _version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"baton {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    pass

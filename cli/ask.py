@@ -1,0 +1,105 @@
+"""Talk to a running router from a terminal: generate, chat, status, ledger. Starts and stops nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+
+from google.protobuf.json_format import MessageToDict
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+
+from baton.client import Client, Delta, Finished, Options, Prompt
+from baton.v1 import router_pb2
+from cli.show import cluster_table, ledger_tables
+
+_ANSWER_TIMEOUT_S = 10.0
+
+
+def generate(client: Client, prompt: Prompt, options: Options, write: Callable[[str], None]) -> Finished:
+    """Streams the text to ``write`` as it comes. Leaving early, by any exception, cancels the request."""
+    finished: Finished | None = None
+    with closing(client.generate(prompt, options)) as parts:
+        for part in parts:
+            if isinstance(part, Delta):
+                write(part.text)
+            elif isinstance(part, Finished):
+                finished = part
+    assert finished is not None, "the client raises if a stream ends without Finished"
+    return finished
+
+
+def chat(client: Client, console: Console, options: Options, *, system: str, show_relay: bool) -> None:
+    """Reads lines until end of input. Ctrl-C during an answer ends that answer, which stays in the conversation."""
+    conversation = [("system", system)] if system else []
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            console.print()
+            return
+        if not line:
+            continue
+        conversation.append(("user", line))
+        answer: list[str] = []
+
+        def write(text: str, answer: list[str] = answer) -> None:
+            answer.append(text)
+            write_raw(console, text)
+
+        try:
+            finished = generate(client, conversation, options, write)
+            console.print()
+            if show_relay:
+                print_relay(console, finished)
+        except KeyboardInterrupt:
+            console.print(" (stopped)", style="dim")
+        conversation.append(("assistant", "".join(answer)))
+
+
+def print_relay(console: Console, finished: Finished) -> None:
+    console.print(finished.relay.line(), style="dim", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_raw(console: Console, text: str) -> None:
+    """The model's own characters, untouched by markup, at once."""
+    console.file.write(text)
+    console.file.flush()
+
+
+def show_status(
+    client: Client, console: Console, *, with_ledger: bool, as_json: bool, watch_s: float | None
+) -> None:
+    """Prints the cluster once, or every ``watch_s`` seconds until interrupted (one JSON object per line with JSON)."""
+    if as_json:
+        while True:
+            write_raw(console, json.dumps(_as_dict(client, with_ledger)) + "\n")
+            if watch_s is None:
+                return
+            time.sleep(watch_s)
+    if watch_s is None:
+        console.print(_as_tables(client, with_ledger))
+        return
+    with Live(_as_tables(client, with_ledger), console=console, auto_refresh=False) as live:
+        while True:
+            time.sleep(watch_s)
+            live.update(_as_tables(client, with_ledger), refresh=True)
+
+
+def _as_dict(client: Client, with_ledger: bool) -> dict[str, object]:
+    def plain(message: router_pb2.StatusResponse | router_pb2.ClusterLedgerResponse) -> dict[str, object]:
+        return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+
+    found = plain(client.status(_ANSWER_TIMEOUT_S))
+    if with_ledger:
+        found["ledger"] = plain(client.ledger(_ANSWER_TIMEOUT_S))
+    return found
+
+
+def _as_tables(client: Client, with_ledger: bool) -> RenderableType:
+    shown: list[RenderableType] = [cluster_table(client.status(_ANSWER_TIMEOUT_S))]
+    if with_ledger:
+        shown += ledger_tables(client.ledger(_ANSWER_TIMEOUT_S))
+    return Group(*shown)

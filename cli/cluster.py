@@ -1,0 +1,223 @@
+"""`baton up`: turns options into the commands and probes of a local cluster, and runs it until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+
+from baton.clock import MonotonicClock
+from baton.errors import BadConfig
+from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
+from cli import host, model_source
+from cli.launcher import Launcher, Program, write_json_atomically
+from cli.process import ReservedPort
+from cli.supervise import SuperviseConfig
+
+_PROBE_INTERVAL_S = 0.05
+_CALL_TIMEOUT_S = 5.0
+# A worker needs seconds to load; the defaults would have us look again only every 1.6, 2.6, ... seconds.
+_EAGER_RECONNECT = (
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 200),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """What was asked for. ``worker_arguments`` go to every worker as they are."""
+
+    model: str
+    num_prefill: int = 1
+    num_decode: int = 1
+    num_mixed: int = 0
+    host: str = "127.0.0.1"
+    http_port: int = 0
+    grpc_port: int = 0
+    model_name: str = ""
+    ready_file: Path | None = None
+    log_dir: Path | None = None
+    kv_mib: int = 0
+    threads: int = 0
+    worker_arguments: tuple[str, ...] = ()
+    router_arguments: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("num_prefill", "num_decode", "num_mixed"):
+            if getattr(self, name) < 0:
+                raise BadConfig(f"--{name.removeprefix('num_')} is {getattr(self, name)}, expected 0 or more")
+        can_prefill, can_decode = self.num_prefill + self.num_mixed, self.num_decode + self.num_mixed
+        if can_prefill < 1 or can_decode < 1:
+            raise BadConfig(
+                f"{self.num_prefill} prefill, {self.num_decode} decode, {self.num_mixed} mixed workers cannot serve: "
+                "expected at least one for prompts (--prefill or --mixed) and one for tokens (--decode or --mixed)"
+            )
+
+    def worker_roles(self) -> Iterator[tuple[str, str]]:
+        """(node id, role) of every worker."""
+        for role, count in (("prefill", self.num_prefill), ("decode", self.num_decode), ("mixed", self.num_mixed)):
+            for i in range(count):
+                yield f"{role}-{i}", role
+
+
+@dataclass(frozen=True, slots=True)
+class _Worker:
+    node_id: str
+    role: str
+    address: str
+    program: Program
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoints:
+    http: str
+    grpc: str
+
+
+async def up(
+    options: ClusterOptions, say: Callable[[str], None], on_ready: Callable[[Endpoints, Callable[[], None]], None]
+) -> None:
+    """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises ClusterFailed if it cannot go on.
+
+    ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
+    """
+    folder = model_source.resolve(options.model)
+    if options.ready_file is not None:
+        options.ready_file.unlink(missing_ok=True)
+    with ExitStack() as resources:
+        log_dir = resources.enter_context(_run_directory(options.log_dir))
+        workers = [
+            _worker(options, folder, node_id, role, resources.enter_context(_port(options.host, 0)))
+            for node_id, role in options.worker_roles()
+        ]
+        endpoints = Endpoints(
+            http=f"http://{options.host}:{resources.enter_context(_port(options.host, options.http_port))}",
+            grpc=f"{options.host}:{resources.enter_context(_port(options.host, options.grpc_port))}",
+        )
+        router = _router(options, folder, workers, endpoints)
+
+        def announce(pids: Mapping[str, int]) -> None:
+            if options.ready_file is not None:
+                write_json_atomically(options.ready_file, _ready_content(endpoints, workers, pids))
+            on_ready(endpoints, launcher.stop)
+
+        launcher = Launcher(
+            router,
+            [worker.program for worker in workers],
+            log_dir=log_dir,
+            environment=_environment(_threads(options, len(workers))),
+            clock=MonotonicClock(),
+            config=SuperviseConfig(),
+            say=say,
+            announce=announce,
+        )
+        try:
+            await launcher.run()
+        finally:
+            if options.ready_file is not None:
+                options.ready_file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _run_directory(wanted: Path | None) -> Iterator[Path]:
+    """Where children log: the folder asked for, which stays, or a temporary one, which goes."""
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=True)
+        yield wanted
+        return
+    folder = Path(tempfile.mkdtemp(prefix="baton-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _port(address: str, port: int) -> Iterator[int]:
+    try:
+        reserved = ReservedPort(address, port)
+    except OSError as error:
+        raise BadConfig(f"cannot listen on {address}:{port}: {error.strerror}") from error
+    try:
+        yield reserved.port
+    finally:
+        reserved.close()
+
+
+def _threads(options: ClusterOptions, num_workers: int) -> int:
+    return options.threads or max(1, host.usable_cores() // num_workers)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """OpenMP reads its variable when torch is loaded, before any code of ours could tell it."""
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+
+
+def _command(name: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", "cli", name, "--die-with-parent", str(os.getpid()), *arguments)
+
+
+def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port: int) -> _Worker:
+    num_workers = options.num_prefill + options.num_decode + options.num_mixed
+    address = f"{options.host}:{port}"
+    command = _command(
+        "worker",
+        *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
+        *("--model-name", options.model_name or model_source.name_of(options.model)),
+        *("--threads", str(_threads(options, num_workers))),
+        *("--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))),
+        *options.worker_arguments,
+    )
+    return _Worker(node_id, role, address, Program(node_id, command, lambda pid: _worker_answers(address, pid)))
+
+
+def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpoints: Endpoints) -> Program:
+    command = _command(
+        "router",
+        *("--model", str(folder), "--model-name", options.model_name or model_source.name_of(options.model)),
+        *("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc),
+        *(argument for worker in workers for argument in ("--node", worker.address)),
+        *options.router_arguments,
+    )
+    return Program("router", command, lambda pid: _router_sees(endpoints.grpc, len(workers)))
+
+
+async def _worker_answers(address: str, pid: int) -> None:
+    """Returns when the worker describes itself, which it does once its model is loaded."""
+    async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
+        stub = node_pb2_grpc.NodeStub(channel)
+        found = await stub.Describe(node_pb2.DescribeRequest(), wait_for_ready=True)
+    if found.node.pid != pid:
+        raise BadConfig(f"process {found.node.pid} answers on {address}, expected process {pid}")
+
+
+async def _router_sees(address: str, num_nodes: int) -> None:
+    """Returns when the router answers and every node is ready in its eyes."""
+    async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
+        stub = router_pb2_grpc.RouterStub(channel)
+        status = await stub.Status(router_pb2.StatusRequest(), wait_for_ready=True)
+        while sum(node.state == "ready" for node in status.nodes) < num_nodes:
+            # The router has no call that waits for this, and the launcher asks for it once in a cluster's life.
+            await asyncio.sleep(_PROBE_INTERVAL_S)
+            status = await stub.Status(router_pb2.StatusRequest(), timeout=_CALL_TIMEOUT_S)
+
+
+def _ready_content(endpoints: Endpoints, workers: list[_Worker], pids: Mapping[str, int]) -> dict[str, object]:
+    return {
+        "http": endpoints.http,
+        "grpc": endpoints.grpc,
+        "router_pid": pids["router"],
+        "nodes": [
+            {"id": worker.node_id, "role": worker.role, "pid": pids[worker.node_id], "address": worker.address}
+            for worker in workers
+        ],
+    }

@@ -1,0 +1,179 @@
+"""`baton doctor`: what is installed, what will be used, what is missing and how to get it. Changes nothing."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from baton import __version__
+from baton.errors import BatonError
+from cli import host, model_source
+from cli.process import ReservedPort
+
+_DISTRIBUTION = "baton-serve"
+_MARKS = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]-[/dim]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """``is_ok`` None is neither good nor bad: something to know. ``advice`` is how to mend what is not ok."""
+
+    subject: str
+    is_ok: bool | None
+    found: str
+    advice: str = ""
+
+
+def examine(model: str = "") -> list[Finding]:
+    findings = [
+        Finding("baton", True, f"{__version__} in {Path(__file__).resolve().parents[1]}"),
+        Finding(
+            "python",
+            sys.version_info >= (3, 11),
+            f"{platform.python_version()} ({sys.executable})",
+            "Baton needs Python 3.11 or newer",
+        ),
+        Finding("machine", None, f"{platform.platform()}, {platform.machine()}"),
+        *(_extra(name) for name in ("", "router", "worker")),
+    ]
+    has_torch = all(f.is_ok is not False for f in findings)
+    findings += [*_torch()] if has_torch else []
+    findings += [*_transports(), *_resources(), *_ports()]
+    if model:
+        findings.append(_model(model, has_torch))
+    return findings
+
+
+def report(findings: list[Finding], console: Console) -> int:
+    """Prints the findings; 0 if this machine can serve, else 1."""
+    table = Table("", "what", "found", box=None, pad_edge=False)
+    for finding in findings:
+        table.add_row(_MARKS[finding.is_ok], finding.subject, escape(finding.found))
+    console.print(table)
+    faults = [finding for finding in findings if finding.is_ok is False]
+    for fault in faults:
+        console.print(f"[bold]{fault.subject}[/bold]: {escape(fault.advice)}", highlight=False)
+    console.print("[red]this machine cannot serve yet[/red]" if faults else "this machine can serve: try `make demo`")
+    return 1 if faults else 0
+
+
+def _extra(name: str) -> Finding:
+    """Whether everything that an extra of ours asks for is installed, in a version it allows."""
+    subject, target = (f"extra {name}", f"{_DISTRIBUTION}[{name}]") if name else ("client", _DISTRIBUTION)
+    advice = f"pip install '{target}'; in a checkout: make setup"
+    try:
+        requirements = [Requirement(text) for text in importlib.metadata.requires(_DISTRIBUTION) or ()]
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(subject, False, f"{_DISTRIBUTION} itself is not installed", advice)
+    found, faults = [], []
+    for requirement in requirements:
+        if requirement.name == _DISTRIBUTION or not _applies(requirement, name):
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            faults.append(f"{requirement.name} is missing")
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            found.append(f"{requirement.name} {version}")
+        else:
+            faults.append(f"{requirement.name} is {version}, expected {requirement.specifier}")
+    return Finding(subject, not faults, "; ".join(faults) or ", ".join(found), advice)
+
+
+def _applies(requirement: Requirement, extra: str) -> bool:
+    if requirement.marker is None:
+        return not extra
+    without = requirement.marker.evaluate({"extra": ""})
+    return without if not extra else not without and requirement.marker.evaluate({"extra": extra})
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
+    oneapi = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"  # type: ignore[no-untyped-call]
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("torch", True, f"{torch.__version__} ({build} build, {capability}, {oneapi})")
+    cards = host.gpus()
+    can_use = torch.cuda.is_available()
+    if cards and not can_use:
+        yield Finding("gpu", False, f"{'; '.join(cards)}, but torch cannot use it", "make setup CUDA=1")
+    elif can_use:
+        yield Finding("gpu", True, "; ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+    else:
+        yield Finding("gpu", None, "none: the CPU will be used")
+
+
+def _transports() -> Iterator[Finding]:
+    fault = _shm_fault()
+    advice = "workers on one host will move KV by tcp; memfd and unix sockets need Linux 3.17 or newer"
+    yield Finding("transport shm", True if not fault else None, fault or "memfd and unix sockets work")
+    if fault:
+        yield Finding("", None, advice)
+    yield Finding("transport tcp", True, "always there")
+
+
+def _shm_fault() -> str:
+    """Does once what two workers on one host do: pass shared memory over a unix socket."""
+    if not hasattr(os, "memfd_create"):
+        return "no memfd on this platform"
+    try:
+        fd = os.memfd_create("baton-doctor")
+        try:
+            left, right = socket.socketpair(socket.AF_UNIX)
+            with left, right:
+                socket.send_fds(left, [b"x"], [fd])
+                for received in socket.recv_fds(right, 1, 1)[1]:
+                    os.close(received)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _resources() -> Iterator[Finding]:
+    cores, memory = host.usable_cores(), host.available_memory_bytes()
+    yield Finding("cores", None, f"{cores}; baton up gives each worker its share, at least one thread")
+    kv_mib = host.default_kv_mib(2)
+    found = f"{memory / 2**30:.1f} GiB free; with two workers each gets up to {kv_mib} MiB for KV"
+    yield Finding("memory", memory > 1 << 30, found, "less than 1 GiB is free: end other programs")
+    free = shutil.disk_usage(Path.home()).free
+    yield Finding("disk", None, f"{free / 2**30:.0f} GiB free for models fetched from the hub")
+
+
+def _ports() -> Iterator[Finding]:
+    for name, port in (("http port", 8000), ("grpc port", 50051)):
+        try:
+            ReservedPort("127.0.0.1", port).close()
+        except OSError:
+            yield Finding(name, None, f"{port} is taken: baton up --{name.replace(' ', '-')} 0 takes any free one")
+        else:
+            yield Finding(name, None, f"{port} is free")
+
+
+def _model(model: str, has_torch: bool) -> Finding:
+    advice = "see the README for the models that are served"
+    try:
+        folder = model_source.resolve(model)
+        if not has_torch:
+            return Finding("model", None, f"{folder}; not looked into: the worker extra is missing")
+        from engine.config import ModelConfig
+
+        config = ModelConfig.from_folder(folder)
+    except BatonError as error:
+        return Finding("model", False, error.message, advice)
+    return Finding("model", True, f"{folder}: {config}")

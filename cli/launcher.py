@@ -1,0 +1,159 @@
+"""Runs a local cluster: carries out what the supervisor decides and tells it what happened. Decides nothing itself."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.clock import Clock
+from baton.errors import BatonError
+from cli.process import Child
+from cli.supervise import (
+    Announce,
+    Begin,
+    Event,
+    Exited,
+    Finish,
+    Kill,
+    Ready,
+    Say,
+    Spawn,
+    StopAsked,
+    SuperviseConfig,
+    Supervisor,
+    Terminate,
+    Tick,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How to run one child and how to find out that it is ready (the probe returns then, however long it takes)."""
+
+    name: str
+    command: tuple[str, ...]
+    probe: Callable[[int], Awaitable[None]]
+
+
+class ClusterFailed(BatonError):
+    """A local cluster could not be started or kept running; the message has the failed child's own words."""
+
+
+class Launcher:
+    """``run`` returns once nothing runs any more; raises ClusterFailed if that was not asked for with ``stop``."""
+
+    def __init__(
+        self,
+        router: Program,
+        workers: Sequence[Program],
+        *,
+        log_dir: Path,
+        environment: Mapping[str, str],
+        clock: Clock,
+        config: SuperviseConfig,
+        say: Callable[[str], None],
+        announce: Callable[[Mapping[str, int]], None],
+    ) -> None:
+        self._programs = {program.name: program for program in (*workers, router)}
+        self._machine = Supervisor(router.name, [program.name for program in workers], config)
+        self._log_dir = log_dir
+        self._environment = environment
+        self._clock = clock
+        self._say = say
+        self._announce = announce
+        self._children: dict[str, Child] = {}
+        self._watchers: set[asyncio.Task[None]] = set()
+        # At most a few per child are ever under way; the supervisor takes them as they come.
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    def stop(self) -> None:
+        """May be called from a signal handler of the event loop; a second call stops at once, without grace."""
+        self._events.put_nowait(StopAsked())
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                error = await self._drive(tasks)
+                for watcher in self._watchers:
+                    watcher.cancel()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                loop.remove_signal_handler(number)
+            # Reached with children alive only through a defect of ours or a cancelled run.
+            for name in self._machine.alive:
+                if name in self._children:
+                    self._children[name].send(signal.SIGKILL)
+        if error is not None:
+            raise ClusterFailed(error)
+
+    async def _drive(self, tasks: asyncio.TaskGroup) -> str | None:
+        event: Event = Begin()
+        while True:
+            for action in self._machine.handle(event, self._clock.now()):
+                if isinstance(action, Finish):
+                    return action.error
+                await self._act(action, tasks)
+            event = await self._next_event()
+
+    async def _next_event(self) -> Event:
+        due_at = self._machine.next_due_at
+        timeout_s = None if due_at is None else max(0.0, due_at - self._clock.now())
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._events.get()
+        except TimeoutError:
+            return Tick()
+
+    async def _act(self, action: Spawn | Terminate | Kill | Announce | Say, tasks: asyncio.TaskGroup) -> None:
+        match action:
+            case Spawn(name):
+                log = self._log_dir / f"{name}.log"
+                child = await Child.start(self._programs[name].command, log, self._environment)
+                self._children[name] = child
+                watcher = tasks.create_task(self._watch(name, child))
+                self._watchers.add(watcher)
+                watcher.add_done_callback(self._watchers.discard)
+            case Terminate(name):
+                self._children[name].send(signal.SIGTERM)
+            case Kill(name):
+                self._children[name].send(signal.SIGKILL)
+            case Announce():
+                self._announce({name: child.pid for name, child in self._children.items()})
+            case Say(message):
+                self._say(message)
+
+    async def _watch(self, name: str, child: Child) -> None:
+        """From start to end of one child; one that answers its probe wrongly is killed, and that is why it died."""
+        ended = asyncio.create_task(child.ended())
+        probe = asyncio.create_task(self._probe(name, child.pid))
+        complaint = ""
+        try:
+            await asyncio.wait([ended, probe], return_when=asyncio.FIRST_COMPLETED)
+            if probe.done() and (error := probe.exception()) is not None:
+                complaint = f"{error}\n"
+                child.send(signal.SIGKILL)
+            message = await ended
+        finally:
+            ended.cancel()
+            probe.cancel()
+            await asyncio.wait([ended, probe])
+        self._events.put_nowait(Exited(name, complaint + message))
+
+    async def _probe(self, name: str, pid: int) -> None:
+        await self._programs[name].probe(pid)
+        self._events.put_nowait(Ready(name))
+
+
+def write_json_atomically(path: Path, content: object) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.write_text(json.dumps(content, indent=2) + "\n")
+    draft.replace(path)

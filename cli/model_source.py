@@ -1,0 +1,43 @@
+"""From what a person calls a model to a folder: a local one as it is, a hub id downloaded. Reads no weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from baton.errors import BadConfig
+
+# Only what serving needs: no pickles, no other frameworks' copies of the weights.
+_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def resolve(model: str) -> Path:
+    """The folder of ``model``. Raises BadConfig, with what was looked for, if there is none and the hub has none."""
+    folder = Path(model).expanduser()
+    if (folder / "config.json").is_file():
+        return folder.resolve()
+    if folder.exists():
+        raise BadConfig(f"{model} is no model: {folder.resolve()} has no config.json (a Hugging Face folder has one)")
+    if not _HUB_ID.fullmatch(model):
+        raise BadConfig(f"model folder {model} does not exist ({folder.resolve()})")
+    return _download(model)
+
+
+def _download(hub_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=_PATTERNS))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadConfig(
+            f"model {hub_id} is neither a folder here nor could it be fetched from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def name_of(model: str) -> str:
+    """What the model is called over the API if nobody says otherwise: the hub id, or the folder's name."""
+    folder = Path(model).expanduser()
+    return folder.resolve().name if folder.exists() else model

@@ -1,0 +1,238 @@
+"""The life of a local cluster as a pure machine: what to start, stop and restart, and when. Touches no process itself.
+
+All children start together. Until every one of them is ready, the death of one ends everything; after that a dead
+worker is started again, later each time it dies young, and the death of the router ends everything. Stopping goes
+router first, so that no request is cut off by a worker that left before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+
+@dataclass(frozen=True, slots=True)
+class SuperviseConfig:
+    start_timeout_s: float = 300.0
+    # First the router gets this long to end its streams, then the workers get as long again, then SIGKILL.
+    stop_grace_s: float = 5.0
+    min_backoff_s: float = 0.25
+    max_backoff_s: float = 15.0
+    # A worker that was ready this long before it died is started again without remembering earlier deaths.
+    stable_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Exited:
+    name: str
+    # What to tell a person: exit code or signal, and the child's own last words.
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopAsked:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Begin | Ready | Exited | StopAsked | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Terminate:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Everything is ready (again): publish where it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """Nothing runs any more. ``error`` is why, unless it was asked for."""
+
+    error: str | None
+
+
+Action = Spawn | Terminate | Kill | Announce | Say | Finish
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    DONE = "done"
+
+
+class _Child:
+    """``due_at``: when down, the time to start it again; when starting, the time to give up; else None."""
+
+    __slots__ = ("deaths", "due_at", "is_alive", "is_ready", "name", "ready_at")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.is_alive = False
+        self.is_ready = False
+        self.ready_at = 0.0
+        self.due_at: float | None = None
+        # In a row, each before it had been stable.
+        self.deaths = 0
+
+
+class Supervisor:
+    """``handle(event, now)`` returns what to do; ``next_due_at`` is when it wants a Tick."""
+
+    def __init__(self, router: str, workers: Sequence[str], config: SuperviseConfig) -> None:
+        self._router = router
+        self._config = config
+        self._children = {name: _Child(name) for name in (*workers, router)}
+        self._error: str | None = None
+        # Stopping only: when patience with whoever was told to stop ends.
+        self._grace_ends_at: float | None = None
+        self._workers_told = False
+        self._all_killed = False
+        self.phase = Phase.STARTING
+
+    @property
+    def next_due_at(self) -> float | None:
+        if self.phase is Phase.STOPPING:
+            return self._grace_ends_at
+        dues = [child.due_at for child in self._children.values() if child.due_at is not None]
+        return min(dues, default=None)
+
+    @property
+    def alive(self) -> list[str]:
+        return [child.name for child in self._children.values() if child.is_alive]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        if self.phase is Phase.DONE:
+            return []
+        match event:
+            case Begin():
+                return [self._spawn(child, now) for child in self._children.values()]
+            case Ready(name):
+                return self._on_ready(self._children[name], now)
+            case Exited(name, message):
+                return self._on_exit(self._children[name], message, now)
+            case StopAsked():
+                return self._on_stop_asked(now)
+            case Tick():
+                return self._on_tick(now)
+
+    def _spawn(self, child: _Child, now: float) -> Action:
+        assert not child.is_alive
+        child.is_alive, child.is_ready = True, False
+        child.due_at = now + self._config.start_timeout_s
+        return Spawn(child.name)
+
+    def _on_ready(self, child: _Child, now: float) -> list[Action]:
+        if self.phase is Phase.STOPPING or not child.is_alive or child.is_ready:
+            return []
+        child.is_ready, child.ready_at, child.due_at = True, now, None
+        if self.phase is Phase.RUNNING:
+            return [Say(f"{child.name} is back"), Announce()]
+        if all(c.is_ready for c in self._children.values()):
+            self.phase = Phase.RUNNING
+            return [Announce()]
+        return []
+
+    def _on_exit(self, child: _Child, message: str, now: float) -> list[Action]:
+        if not child.is_alive:
+            return []
+        was_stable = child.is_ready and now - child.ready_at >= self._config.stable_s
+        child.is_alive = child.is_ready = False
+        child.due_at = None
+        if self.phase is Phase.STOPPING:
+            return self._stop_next(now)
+        if self.phase is Phase.STARTING:
+            return self._stop(f"{child.name} did not start: {message}", now)
+        if child.name == self._router:
+            return self._stop(f"the router died: {message}", now)
+        child.deaths = 0 if was_stable else child.deaths
+        backoff_s = min(self._config.min_backoff_s * 2.0 ** min(child.deaths, 16), self._config.max_backoff_s)
+        child.deaths += 1
+        child.due_at = now + backoff_s
+        return [Say(f"{child.name} died: {message}\nstarting it again in {backoff_s:.2g} s")]
+
+    def _on_stop_asked(self, now: float) -> list[Action]:
+        if self.phase is Phase.STOPPING:
+            # Asked twice: no more patience.
+            return [Kill(name) for name in self.alive]
+        return self._stop(None, now)
+
+    def _on_tick(self, now: float) -> list[Action]:
+        if self.phase is Phase.STOPPING:
+            if self._grace_ends_at is None or now < self._grace_ends_at:
+                return []
+            if not self._workers_told:
+                return [Kill(self._router), *self._tell_workers(now)]
+            if not self._all_killed:
+                self._all_killed = True
+                self._grace_ends_at = now + self._config.stop_grace_s
+                return [Kill(name) for name in self.alive]
+            self.phase, self._grace_ends_at = Phase.DONE, None
+            return [Finish(f"{', '.join(self.alive)} cannot be killed")]
+        actions: list[Action] = []
+        for child in self._children.values():
+            if child.due_at is None or now < child.due_at:
+                continue
+            if not child.is_alive:
+                actions.append(self._spawn(child, now))
+            elif self.phase is Phase.STARTING:
+                limit_s = self._config.start_timeout_s
+                return [*actions, *self._stop(f"{child.name} was not ready after {limit_s:.0f} s", now)]
+            else:
+                child.due_at = None
+                actions.append(Kill(child.name))
+        return actions
+
+    def _stop(self, error: str | None, now: float) -> list[Action]:
+        self.phase, self._error = Phase.STOPPING, error
+        self._grace_ends_at = now + self._config.stop_grace_s
+        if self._children[self._router].is_alive:
+            return [Terminate(self._router)]
+        return self._stop_next(now)
+
+    def _stop_next(self, now: float) -> list[Action]:
+        if not self.alive:
+            self.phase, self._grace_ends_at = Phase.DONE, None
+            return [Finish(self._error)]
+        if not self._workers_told and not self._children[self._router].is_alive:
+            return self._tell_workers(now)
+        return []
+
+    def _tell_workers(self, now: float) -> list[Action]:
+        self._workers_told = True
+        self._grace_ends_at = now + self._config.stop_grace_s
+        return [Terminate(name) for name in self.alive if name != self._router]

@@ -1,0 +1,306 @@
+"""The token phase as a pure machine: which sequence is where, and what follows from each event.
+
+    reserve -> ASKED -> LEASED -> RUNNING -> gone
+                          |
+                          +--> ENDING (no writer may come back) --> gone
+
+Law: leased blocks go back only when the receiver says Released, running ones when the engine lets go of them. No I/O,
+clock or threads; ``now`` is handed in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.types import Failure, Lease, SequenceSpec, TokenChunk
+from engine.schedule import Failed, Output, Started
+
+# -- events
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveAsked:
+    session: int
+    spec: SequenceSpec
+    ttl_s: float
+    prefill_node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    session: int
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    """Every byte is there and verified."""
+
+    sequence_id: str
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class JoinRefused:
+    """The engine did not take what arrived."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseFenced:
+    """The lease is over, but a writer may still reach its blocks."""
+
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseReleased:
+    """The lease is over and no writer can reach its blocks any more."""
+
+    sequence_id: str
+    reason: str
+
+
+Event = (
+    ReserveAsked
+    | CancelAsked
+    | SessionLost
+    | Granted
+    | Refused
+    | KvArrived
+    | JoinRefused
+    | LeaseFenced
+    | LeaseReleased
+    | Started
+    | Output
+    | Failed
+)
+
+# -- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Reserve blocks and lease them out; answer with Granted or Refused."""
+
+    spec: SequenceSpec
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Join:
+    sequence_id: str
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class RejectArrival:
+    """Do not acknowledge what arrived: nobody waits for it."""
+
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeLease:
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReturnBlocks:
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopCompute:
+    """Compute no further; the engine takes the blocks back."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendLease:
+    session: int
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class SendRefused:
+    session: int
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class SendJoined:
+    session: int
+    sequence_id: str
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class SendTokens:
+    session: int
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    session: int
+    sequence_id: str
+    failure: Failure
+
+
+Send = SendLease | SendRefused | SendJoined | SendTokens | SendFailed
+Action = Grant | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | Send
+
+
+class Phase(Enum):
+    ASKED = "asked"
+    LEASED = "leased"
+    RUNNING = "running"
+    # The router has heard its last of it; the lease's blocks wait for the receiver.
+    ENDING = "ending"
+
+
+class _Relay:
+    __slots__ = ("granted_s", "phase", "prefill_node_id", "session")
+
+    def __init__(self, session: int, prefill_node_id: str) -> None:
+        self.session = session
+        self.prefill_node_id = prefill_node_id
+        self.phase = Phase.ASKED
+        self.granted_s = 0.0
+
+
+class DecodeMachine:
+    """``handle(event, now)`` -> actions. Events about sequences it does not know are late, and ignored."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._relays: dict[str, _Relay] = {}
+
+    def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 - one table of transitions
+        match event:
+            case ReserveAsked():
+                return self._reserve(event)
+            case SessionLost(session):
+                mine = [name for name, relay in self._relays.items() if relay.session == session]
+                return [action for name in mine for action in self._stop(name, "the router's session was lost")]
+            case CancelAsked(session, sequence_id, reason):
+                relay = self._relays.get(sequence_id)
+                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
+            case Granted(lease):
+                return self._granted(lease, now)
+            case KvArrived(sequence_id, first_token):
+                return self._arrived(sequence_id, first_token, now)
+        relay = self._relays.get(event.sequence_id)
+        if relay is None:
+            return []
+        match event:
+            case Refused(sequence_id, failure):
+                del self._relays[sequence_id]
+                return [SendRefused(relay.session, sequence_id, failure)]
+            case JoinRefused(sequence_id, failure):
+                relay.phase = Phase.ENDING
+                return [SendFailed(relay.session, sequence_id, failure)]
+            case LeaseFenced(sequence_id, reason):
+                return [Quarantine(sequence_id), *self._lease_over(relay, sequence_id, reason)]
+            case LeaseReleased(sequence_id, reason):
+                return self._released(relay, sequence_id, reason)
+            case Output(sequence_id, chunk):
+                if relay.phase is Phase.RUNNING and chunk.finish_reason is not None:
+                    del self._relays[sequence_id]
+                return [SendTokens(relay.session, chunk)] if relay.phase is Phase.RUNNING else []
+            case Failed(sequence_id, failure):
+                del self._relays[sequence_id]
+                return [SendFailed(relay.session, sequence_id, failure)]
+            case Started():
+                return []
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._relays)
+
+    def phase_of(self, sequence_id: str) -> Phase | None:
+        relay = self._relays.get(sequence_id)
+        return None if relay is None else relay.phase
+
+    def _reserve(self, event: ReserveAsked) -> list[Action]:
+        sequence_id = event.spec.sequence_id
+        if sequence_id in self._relays:
+            failure = Failure("Overloaded", f"{sequence_id} is still in use on {self._node_id}", retryable=True)
+            return [SendRefused(event.session, sequence_id, failure)]
+        if event.prefill_node_id == self._node_id:
+            message = f"prefill is {self._node_id} itself, expected no reservation: run the sequence without a lease"
+            return [SendRefused(event.session, sequence_id, Failure("InvalidRequest", message, retryable=False))]
+        self._relays[sequence_id] = _Relay(event.session, event.prefill_node_id)
+        return [Grant(event.spec, event.ttl_s)]
+
+    def _granted(self, lease: Lease, now: float) -> list[Action]:
+        relay = self._relays[lease.sequence_id]
+        assert relay.phase is Phase.ASKED, "a grant is answered at once"
+        relay.phase = Phase.LEASED
+        relay.granted_s = now
+        return [SendLease(relay.session, lease)]
+
+    def _arrived(self, sequence_id: str, first_token: TokenChunk, now: float) -> list[Action]:
+        relay = self._relays.get(sequence_id)
+        if relay is None or relay.phase is not Phase.LEASED:
+            return [RejectArrival(sequence_id, f"{sequence_id} is not expected on {self._node_id} any more")]
+        relay.phase = Phase.RUNNING
+        return [Join(sequence_id, first_token), SendJoined(relay.session, sequence_id, now - relay.granted_s)]
+
+    def _released(self, relay: _Relay, sequence_id: str, reason: str) -> list[Action]:
+        actions = self._lease_over(relay, sequence_id, reason)
+        del self._relays[sequence_id]
+        return [ReturnBlocks(sequence_id), *actions]
+
+    def _lease_over(self, relay: _Relay, sequence_id: str, reason: str) -> list[Action]:
+        """Tell the router, unless it has asked for this itself or was told."""
+        assert relay.phase is not Phase.RUNNING, "a lease that was taken over does not end"
+        if relay.phase is not Phase.LEASED:
+            return []
+        relay.phase = Phase.ENDING
+        message = f"KV of {sequence_id} did not arrive: {reason}"
+        failure = Failure("TransferFailed", message, retryable=True, blamed_node_id=relay.prefill_node_id)
+        return [SendFailed(relay.session, sequence_id, failure)]
+
+    def _stop(self, sequence_id: str, reason: str) -> list[Action]:
+        relay = self._relays[sequence_id]
+        match relay.phase:
+            case Phase.LEASED:
+                relay.phase = Phase.ENDING
+                return [RevokeLease(sequence_id, reason)]
+            case Phase.RUNNING:
+                del self._relays[sequence_id]
+                return [StopCompute(sequence_id)]
+            case Phase.ASKED | Phase.ENDING:
+                return []

@@ -1,0 +1,219 @@
+"""Drives DecodeMachine: sessions, transfer and engine events in, engine, lease and session calls out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc.aio
+
+from baton import codec
+from baton.clock import Clock
+from baton.errors import BadConfig, BatonError, InvalidRequest, TransferFailed
+from baton.session import NodeSession, SessionConfig, SessionHost, TokensBatch
+from baton.types import Lease, NodeDescription, NodeStatus, TokenChunk
+from baton.v1 import common_pb2, node_pb2, node_pb2_grpc
+from decode_node import machine as m
+from engine.replica import Replica
+from engine.schedule import EngineEvent
+
+
+class ReceiverLike(Protocol):
+    """What leases blocks to writers (kvtransfer's Receiver). Its events come through DecodeService's three methods."""
+
+    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+        """Lease blocks out. A commit of fewer than ``min_blocks`` is refused. Raises a BatonError if it cannot."""
+
+    def revoke(self, sequence_id: str, reason: str) -> None:
+        """End the lease early; Released follows once it is fenced."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How long a lease may last: what the router asks for, within these limits."""
+
+    default_ttl_s: float = 30.0
+    max_ttl_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.default_ttl_s <= self.max_ttl_s:
+            raise BadConfig(
+                f"default_ttl_s is {self.default_ttl_s}, expected more than 0 and at most max_ttl_s ({self.max_ttl_s})",
+                param="default_ttl_s",
+            )
+
+
+class DecodeService(node_pb2_grpc.DecodeNodeServicer):
+    """baton.v1.DecodeNode over one replica and one receiver. Lives on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        replica: Replica,
+        receiver: ReceiverLike,
+        describe: Callable[[], NodeDescription],
+        status: Callable[[], NodeStatus],
+        node_id: str,
+        clock: Clock,
+        config: DecodeConfig | None = None,
+        session_config: SessionConfig | None = None,
+    ) -> None:
+        self._replica = replica
+        self._receiver = receiver
+        self._describe = describe
+        self._status = status
+        self._clock = clock
+        self._config = config or DecodeConfig()
+        self._machine = m.DecodeMachine(node_id)
+        self._loop = asyncio.get_running_loop()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._host: SessionHost[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse, m.Send] = SessionHost(
+            self, clock=clock, config=session_config
+        )
+
+    # -- the service
+
+    async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
+        self,
+        request_iterator: AsyncIterator[node_pb2.DecodeSessionRequest],
+        context: grpc.aio.ServicerContext[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse],
+    ) -> None:
+        await self._host.serve(request_iterator, context)
+
+    @property
+    def num_sequences(self) -> int:
+        return self._machine.num_sequences
+
+    async def drained(self) -> None:
+        """Returns when no sequence is left here."""
+        await self._is_idle.wait()
+
+    def close(self) -> None:
+        """End all sessions: their sequences are cancelled and their leases revoked."""
+        self._host.close()
+        for number in self._host.numbers:
+            self._feed(m.SessionLost(number))
+
+    # -- what the receiver tells
+
+    def arrived(self, sequence_id: str, first_token: TokenChunk) -> None:
+        """Take the sequence over. Raises a BatonError if it is not taken: the sender must not be acknowledged."""
+        self._feed(m.KvArrived(sequence_id, first_token))
+
+    def quarantined(self, sequence_id: str, reason: str) -> None:
+        self._feed(m.LeaseFenced(sequence_id, reason))
+
+    def released(self, sequence_id: str, reason: str) -> None:
+        self._feed(m.LeaseReleased(sequence_id, reason))
+
+    # -- SessionService
+
+    def describe(self) -> common_pb2.NodeDescription:
+        return codec.node_to_pb(self._describe())
+
+    def status(self) -> common_pb2.NodeStatus:
+        return codec.status_to_pb(self._status())
+
+    def received(self, session: NodeSession[m.Send], request: node_pb2.DecodeSessionRequest) -> None:
+        match request.WhichOneof("message"):
+            case "reserve":
+                self._received_reserve(session, request.reserve)
+            case "cancel":
+                self._feed(m.CancelAsked(session.number, request.cancel.sequence_id, request.cancel.reason))
+            case other:
+                raise InvalidRequest(f"a decode session carries {other}, expected reserve or cancel")
+
+    def closed(self, session: NodeSession[m.Send]) -> None:
+        self._feed(m.SessionLost(session.number))
+
+    def compose(self, items: list[m.Send]) -> node_pb2.DecodeSessionResponse:
+        message = node_pb2.DecodeSessionResponse()
+        tokens = TokensBatch()
+        for item in items:
+            match item:
+                case m.SendTokens(_, chunk):
+                    tokens.add(chunk)
+                case m.SendLease(_, lease):
+                    message.reserved.append(codec.lease_to_pb(lease))
+                case m.SendJoined(_, sequence_id, wait_s):
+                    message.joined.add(sequence_id=sequence_id, wait_s=wait_s)
+                case m.SendRefused(_, sequence_id, failure):
+                    message.refused.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+                case m.SendFailed(_, sequence_id, failure):
+                    message.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+        message.tokens.extend(tokens.messages)
+        return message
+
+    # -- events in
+
+    def _received_reserve(self, session: NodeSession[m.Send], asked: node_pb2.DecodeSessionRequest.Reserve) -> None:
+        try:
+            spec = codec.sequence_from_pb(asked.sequence)
+        except BatonError as error:
+            refused = m.SendRefused(session.number, asked.sequence.sequence_id, codec.failure_of(error))
+            self._host.put(session.number, refused)
+            return
+        self._feed(m.ReserveAsked(session.number, spec, asked.ttl_s, asked.prefill_node_id))
+
+    def _from_engine(self, events: list[EngineEvent]) -> None:
+        """Called in the engine thread."""
+        self._loop.call_soon_threadsafe(self._feed, *events)
+
+    def _feed(self, *events: m.Event) -> None:
+        for event in events:
+            for action in self._machine.handle(event, self._clock.now()):
+                self._perform(action)
+        if self._machine.num_sequences:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()
+
+    # -- actions out
+
+    def _perform(self, action: m.Action) -> None:
+        match action:
+            case m.Grant():
+                self._grant(action)
+            case m.Join(sequence_id, first_token):
+                self._join(sequence_id, first_token)
+            case m.RejectArrival(_, reason):
+                raise TransferFailed(reason)
+            case m.RevokeLease(sequence_id, reason):
+                self._receiver.revoke(sequence_id, reason)
+            case m.Quarantine(sequence_id):
+                self._replica.quarantine(sequence_id)
+            case m.ReturnBlocks(sequence_id):
+                self._replica.return_lease(sequence_id)
+            case m.StopCompute(sequence_id):
+                self._replica.cancel(sequence_id)
+            case m.SendLease() | m.SendRefused() | m.SendJoined() | m.SendTokens() | m.SendFailed():
+                self._host.put(action.session, action)
+
+    def _grant(self, action: m.Grant) -> None:
+        sequence_id = action.spec.sequence_id
+        ttl_s = min(action.ttl_s, self._config.max_ttl_s) if action.ttl_s > 0 else self._config.default_ttl_s
+        try:
+            block_ids = self._replica.reserve(action.spec)
+        except BatonError as error:
+            self._feed(m.Refused(sequence_id, codec.failure_of(error)))
+            return
+        try:
+            min_blocks = self._replica.blocks_for(action.spec.num_known_tokens)
+            lease = self._receiver.grant(sequence_id, block_ids, ttl_s, min_blocks=min_blocks)
+        except BatonError as error:
+            self._replica.return_lease(sequence_id)
+            self._feed(m.Refused(sequence_id, codec.failure_of(error)))
+            return
+        self._replica.set_epoch(sequence_id, lease.epoch)
+        self._feed(m.Granted(lease))
+
+    def _join(self, sequence_id: str, first_token: TokenChunk) -> None:
+        try:
+            self._replica.join(sequence_id, first_token, self._from_engine)
+        except BatonError as error:
+            self._feed(m.JoinRefused(sequence_id, codec.failure_of(error)))
+            # Up through arrived() to the receiver, which refuses the commit and gives the lease back.
+            raise

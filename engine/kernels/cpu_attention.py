@@ -1,0 +1,208 @@
+"""Paged attention on CPUs whose result for a token is a function of that token and its context alone.
+
+A tile of queries (tokens of one sequence that share a KV block, or one token while decoding) meets every KV block it
+sees in an own small product; the maximum over all blocks is exact in any order, and the partial sums of the blocks are
+added by folding the upper half onto the lower, which zeros appended for shorter neighbours leave unchanged. So chunks,
+phases and neighbours cannot be told apart in the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baton.types import KvLayout
+from engine.batch import Batch
+from engine.config import ModelConfig
+
+# Score elements in flight at once; above it, tiles shrink and groups are cut.
+_MAX_SCORES = 1 << 22
+_MAX_TILE_TOKENS = 64
+# Elements per thread that torch's elementwise loops treat alike: two AVX-512 vectors of float32, four AVX2 ones.
+_VECTOR = 64
+_GRAIN = 32768
+
+
+@dataclass(frozen=True, slots=True)
+class _Tile:
+    """Queries at rows [row, row + num_tokens) and positions [start, start + num_tokens), within one KV block."""
+
+    row: int
+    start: int
+    num_tokens: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """Tiles of one padded size, computed together. Leading dimensions are [blocks, tiles]: block j of every tile."""
+
+    num_blocks: int
+    num_tiles: int
+    tile_tokens: int
+    # [num_tiles * tile_tokens] rows of queries; rows of padding repeat the tile's last token.
+    rows: Tensor
+    # Rows of `rows` that are not padding, and the batch rows they are written to.
+    real: Tensor | None
+    targets: Tensor
+    # [num_blocks * num_tiles * num_kv_heads] int64: (block * heads + head) * 2, the keys' item in the cache.
+    key_items: Tensor
+    # Blocks [first_masked, num_blocks) need the mask [blocks, tiles, 1, tile_tokens, 1, block_tokens], True is hidden.
+    first_masked: int
+    mask: Tensor
+    # Rows of gathered values, [items * block_tokens], that no query of their tile sees.
+    hidden_rows: Tensor
+
+
+class CpuAttention:
+    """One step's attention: tiles and masks are laid out once, then used by every layer."""
+
+    def __init__(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> None:
+        self._config = config
+        self._layout = layout
+        self._batch = batch
+        self._scale = 1 / math.sqrt(config.head_dim) * math.log2(math.e)
+        self._groups: dict[int | None, list[_Group]] = {}
+
+    def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
+        c = self._config
+        groups = self._groups.get(window)
+        if groups is None:
+            groups = self._groups[window] = list(self._lay_out(window))
+        grouped = queries.view(-1, c.num_kv_heads, c.group_size, c.head_dim)
+        out = queries.new_zeros(queries.shape)
+        for group in groups:
+            result = self._attend(group, grouped, cache)
+            out[group.targets] = result if group.real is None else result[group.real]
+        return out.flatten(1)
+
+    def _attend(self, group: _Group, queries: Tensor, cache: Tensor) -> Tensor:
+        """[num_tiles * tile_tokens, num_heads, head_dim]."""
+        c, heads, block_tokens = self._config, self._config.num_kv_heads, self._layout.block_tokens
+        blocks, tiles, tokens = group.num_blocks, group.num_tiles, group.tile_tokens
+        items, per_tile = blocks * tiles * heads, tokens * c.group_size
+        arena = cache.view(-1, block_tokens * c.head_dim)
+        keys = arena.index_select(0, group.key_items).view(items, block_tokens, c.head_dim)
+        q = queries[group.rows].view(tiles, tokens, heads, c.group_size, c.head_dim).transpose(1, 2)
+        q = q.expand(blocks, *q.shape).reshape(items, per_tile, c.head_dim)
+        raw = torch.bmm(q, keys.transpose(1, 2))
+        weights = _scratch(raw.numel())
+        scores = weights[: raw.numel()].view(blocks, tiles, heads, tokens, c.group_size, block_tokens)
+        torch.mul(raw.view(scores.shape), self._scale, out=scores)
+        if group.first_masked < blocks:
+            scores[group.first_masked :].masked_fill_(group.mask, -math.inf)
+        # The maximum over blocks and then positions: exact, so the order is free.
+        best = scores.amax(-1, keepdim=True).amax(0)
+        scores.sub_(best)
+        weights.exp2_()
+        total = _fold(scores.sum(-1))
+        values = arena.index_select(0, group.key_items + 1)
+        values.view(-1, c.head_dim).index_fill_(0, group.hidden_rows, 0)
+        p = scores.view(items, per_tile, block_tokens).to(raw.dtype)
+        parts = torch.bmm(p, values.view(items, block_tokens, c.head_dim))
+        seen = _fold(parts.view(blocks, tiles, heads, tokens, c.group_size, c.head_dim).float())
+        seen.div_(total.unsqueeze(-1))
+        return seen.to(raw.dtype).transpose(1, 2).reshape(tiles * tokens, c.num_heads, c.head_dim)
+
+    def _lay_out(self, window: int | None) -> Iterator[_Group]:
+        by_size: dict[tuple[int, int], list[_Tile]] = {}
+        for tile in self._tiles():
+            first = 0 if window is None else max(0, tile.start + 1 - window) // self._layout.block_tokens
+            num_blocks = len(tile.block_ids) - first
+            by_size.setdefault((self._padded_tokens(tile.num_tokens), _bucket(num_blocks)), []).append(tile)
+        for (tokens, num_blocks), tiles in by_size.items():
+            most = max(1, _MAX_SCORES // (num_blocks * tokens * self._config.num_heads * self._layout.block_tokens))
+            for at in range(0, len(tiles), most):
+                yield self._group(tiles[at : at + most], tokens, window)
+
+    def _tiles(self) -> Iterator[_Tile]:
+        """Cut spans at block boundaries, and finer where the context is so long that scores would not fit."""
+        block_tokens = self._layout.block_tokens
+        for span in self._batch.spans:
+            position, end = span.start, span.start + span.num_tokens
+            while position < end:
+                block = position // block_tokens
+                limit = _MAX_SCORES // ((block + 1) * block_tokens * self._config.num_heads)
+                most = min(_MAX_TILE_TOKENS, max(8, 1 << (limit.bit_length() - 1)) if limit else 8)
+                stop = min(end, (block + 1) * block_tokens, position + most)
+                row = span.row + position - span.start
+                yield _Tile(row, position, stop - position, span.block_ids[: block + 1])
+                position = stop
+
+    def _padded_tokens(self, num_tokens: int) -> int:
+        """A power of two for few distinct shapes; rows per product a multiple of 4, as float32 products need."""
+        least = 4 // math.gcd(4, self._config.group_size)
+        return max(least, 1 << (num_tokens - 1).bit_length())
+
+    def _group(self, tiles: list[_Tile], tokens: int, window: int | None) -> _Group:
+        block_tokens, heads = self._layout.block_tokens, self._config.num_kv_heads
+        starts = torch.tensor([tile.start for tile in tiles])
+        counts = torch.tensor([tile.num_tokens for tile in tiles])
+        firsts = torch.zeros_like(starts) if window is None else (starts + 1 - window).clamp(min=0) // block_tokens
+        sizes = torch.tensor([len(tile.block_ids) for tile in tiles]) - firsts
+        num_blocks = int(sizes.max())
+        # [blocks, tiles]; what a shorter tile lacks is its first block again, hidden by the mask.
+        block_ids = torch.tensor(
+            [
+                tile.block_ids[first:] + (tile.block_ids[first],) * (num_blocks - len(tile.block_ids) + first)
+                for tile, first in zip(tiles, firsts.tolist(), strict=True)
+            ]
+        ).T
+        level = torch.arange(num_blocks)[:, None]
+        key_starts = torch.where(level < sizes, (level + firsts) * block_tokens, 1 << 40)
+        keys = key_starts[..., None] + torch.arange(block_tokens)  # [blocks, tiles, block_tokens]
+        token = torch.minimum(torch.arange(tokens), counts[:, None] - 1)  # [tiles, tokens]
+        positions = starts[:, None] + token
+        mask = keys[:, :, None] > positions[..., None]
+        if window is not None:
+            mask |= keys[:, :, None] <= positions[..., None] - window
+        masked_levels = mask.flatten(1).any(1).nonzero()
+        first_masked = int(masked_levels[0]) if len(masked_levels) else num_blocks
+        rows = (torch.tensor([tile.row for tile in tiles])[:, None] + token).view(-1)
+        is_real = (torch.arange(tokens) < counts[:, None]).view(-1)
+        items = block_ids[..., None] * heads + torch.arange(heads)
+        hidden = mask.all(2)[:, :, None].expand(-1, -1, heads, -1)
+        return _Group(
+            num_blocks=num_blocks,
+            num_tiles=len(tiles),
+            tile_tokens=tokens,
+            rows=rows,
+            real=None if bool(is_real.all()) else is_real.nonzero()[:, 0],
+            targets=rows[is_real],
+            key_items=(items * 2).reshape(-1),
+            first_masked=first_masked,
+            mask=mask[first_masked:, :, None, :, None, :],
+            hidden_rows=hidden.reshape(-1).nonzero()[:, 0],
+        )
+
+
+def _bucket(num_blocks: int) -> int:
+    """Tiles of similar context are computed together: powers of two."""
+    return 1 << (num_blocks - 1).bit_length()
+
+
+def _fold(parts: Tensor) -> Tensor:
+    """Sum over the first dimension, upper half onto lower: zeros appended change nothing. Overwrites ``parts``."""
+    size = len(parts)
+    while size > 1:
+        half = 1 << ((size - 1).bit_length() - 1)
+        parts[: size - half].add_(parts[half:size])
+        size = half
+    return parts[0]
+
+
+def _scratch(num_elements: int) -> Tensor:
+    """Float32 memory for at least that many, of a length that elementwise loops split between threads at whole vectors:
+    scalar leftovers of exp2 would differ in the last bit."""
+    threads = torch.get_num_threads()
+    size = num_elements
+    while True:
+        used = min(threads, -(-size // _GRAIN))
+        rounded = -(-size // (_VECTOR * used)) * _VECTOR * used
+        if rounded == size:
+            return torch.empty(size)
+        size = rounded

@@ -1,0 +1,76 @@
+"""The truth: plain torch, one obvious formula per operation, one token at a time where that is plainest.
+
+Attention takes each token over exactly its own context, so nothing masked exists and batch, chunks and phase cannot
+matter. Slow by design.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from baton.types import KvLayout
+from engine.batch import ROW_MULTIPLE, Batch, Span
+from engine.config import ModelConfig
+from engine.kernels.interface import Attention, Linear
+
+
+class ReferenceKernels:
+    name = "reference"
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        weight = weight.contiguous()
+
+        def apply(x: Tensor) -> Tensor:
+            assert len(x) % ROW_MULTIPLE == 0
+            return functional.linear(x, weight, bias)
+
+        return apply
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        return (wide * scale).to(x.dtype) * weight
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        cos, sin = cos[:, None], sin[:, None]
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+    def store(self, keys: Tensor, values: Tensor, cache: Tensor, batch: Batch) -> None:
+        block_tokens = cache.shape[3]
+        for span in batch.spans:
+            for i in range(span.num_tokens):
+                block, offset = divmod(span.start + i, block_tokens)
+                cache[span.block_ids[block], :, 0, offset] = keys[span.row + i]
+                cache[span.block_ids[block], :, 1, offset] = values[span.row + i]
+
+    def silu_mul(self, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+    def attention(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> Attention:
+        def apply(queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
+            out = torch.zeros_like(queries)
+            for span in batch.spans:
+                _attend_span(queries, cache, window, span, out)
+            return out.flatten(1)
+
+        return apply
+
+
+def _attend_span(queries: Tensor, cache: Tensor, window: int | None, span: Span, out: Tensor) -> None:
+    """softmax(q K^T / sqrt(head_dim)) V per token, in float32."""
+    heads, head_dim = cache.shape[1], cache.shape[4]
+    blocks = cache[list(span.block_ids)]  # [blocks, heads, 2, block_tokens, head_dim]
+    keys, values = blocks.permute(2, 1, 0, 3, 4).flatten(2, 3).float()
+    for i in range(span.num_tokens):
+        position, row = span.start + i, span.row + i
+        first = 0 if window is None else max(0, position + 1 - window)
+        grouped = queries[row].float().view(heads, -1, head_dim)
+        scores = torch.einsum("hgd,hnd->hgn", grouped, keys[:, first : position + 1]) / math.sqrt(head_dim)
+        seen = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), values[:, first : position + 1])
+        out[row] = seen.reshape(-1, head_dim).to(out.dtype)

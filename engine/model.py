@@ -1,0 +1,124 @@
+"""The transformer: weights in, logits of the rows that sample out. Owns the order of operations alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baton.types import KvLayout
+from engine.batch import Batch, padded
+from engine.config import ModelConfig
+from engine.kernels.interface import Attention, Kernels, Linear
+from engine.kv_cache import KvCache
+from engine.rope import RopeTable
+from engine.weights import Checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer; q, k, v and gate, up are single products."""
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+    window: int | None
+
+
+class Model:
+    """A loaded model; ``forward`` is one step."""
+
+    def __init__(self, config: ModelConfig, checkpoint: Checkpoint, kernels: Kernels, dtype: torch.dtype) -> None:
+        self._config = config
+        self._kernels = kernels
+        self._rope = RopeTable(config.rope, config.head_dim)
+        loader = _Loader(checkpoint, kernels, dtype)
+        self._embedding = loader.tensor("model.embed_tokens.weight")
+        self._layers = [_load_layer(loader, config, i) for i in range(config.num_layers)]
+        self._norm = loader.tensor("model.norm.weight")
+        head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
+        self._head = loader.linear([head], bias=False)
+
+    def forward(self, batch: Batch, cache: KvCache, layout: KvLayout, on_layer: Callable[[int], None] | None) -> Tensor:
+        """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
+        c = self._config
+        cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
+        attention = self._kernels.attention(c, layout, batch)
+        x = self._embedding[batch.token_ids]
+        for index, layer in enumerate(self._layers):
+            x = self._attend(layer, x, cos, sin, batch, cache.layer(index), attention)
+            if on_layer is not None:
+                on_layer(index)
+            normed = self._kernels.rms_norm(x, layer.mlp_norm, c.rms_norm_eps)
+            x = x + layer.down(self._kernels.silu_mul(layer.gate_up(normed)))
+        return self._logits(x, batch)
+
+    def _attend(
+        self,
+        layer: Layer,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: Batch,
+        cache: Tensor,
+        attention: Attention,
+    ) -> Tensor:
+        c, kernels = self._config, self._kernels
+        rows = len(x)
+        qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps))
+        q, k, v = qkv.view(rows, -1, c.head_dim).split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = kernels.rms_norm(q.contiguous(), layer.q_norm, c.rms_norm_eps)
+            k = kernels.rms_norm(k.contiguous(), layer.k_norm, c.rms_norm_eps)
+        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
+        kernels.store(k[: batch.num_tokens], v[: batch.num_tokens], cache, batch)
+        return x + layer.output(attention(q, cache, layer.window))
+
+    def _logits(self, x: Tensor, batch: Batch) -> Tensor:
+        wanted = len(batch.sample_rows)
+        if wanted == 0:
+            return torch.empty(0, self._config.vocab_size)
+        filler = batch.sample_rows[-1:] * (padded(wanted) - wanted)
+        rows = x[torch.tensor(batch.sample_rows + filler)]
+        return self._head(self._kernels.rms_norm(rows, self._norm, self._config.rms_norm_eps))[:wanted].float()
+
+
+class _Loader:
+    """Tensors of a checkpoint in the dtype the model runs in."""
+
+    def __init__(self, checkpoint: Checkpoint, kernels: Kernels, dtype: torch.dtype) -> None:
+        self._checkpoint = checkpoint
+        self._kernels = kernels
+        self._dtype = dtype
+
+    def tensor(self, name: str) -> Tensor:
+        return self._checkpoint.tensor(name).to(self._dtype)
+
+    def linear(self, names: list[str], *, bias: bool) -> Linear:
+        """Several layers that read the same input, as one."""
+        weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
+        joined = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
+        return self._kernels.linear(weight, joined)
+
+
+def _load_layer(loader: _Loader, c: ModelConfig, index: int) -> Layer:
+    at = f"model.layers.{index}."
+    attn, mlp = f"{at}self_attn.", f"{at}mlp."
+    return Layer(
+        input_norm=loader.tensor(f"{at}input_layernorm.weight"),
+        qkv=loader.linear([f"{attn}q_proj", f"{attn}k_proj", f"{attn}v_proj"], bias=c.qkv_bias),
+        q_norm=loader.tensor(f"{attn}q_norm.weight") if c.qk_norm else None,
+        k_norm=loader.tensor(f"{attn}k_norm.weight") if c.qk_norm else None,
+        output=loader.linear([f"{attn}o_proj"], bias=c.output_bias),
+        mlp_norm=loader.tensor(f"{at}post_attention_layernorm.weight"),
+        gate_up=loader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], bias=c.mlp_bias),
+        down=loader.linear([f"{mlp}down_proj"], bias=c.mlp_bias),
+        window=c.windows[index],
+    )

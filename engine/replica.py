@@ -1,0 +1,336 @@
+"""The engine thread: schedule -> execute -> apply, for ever. Owns the scheduler, its mutex and the runner's thread.
+
+Everything public may be called from the event loop and returns in microseconds: the mutex is held to schedule and to
+apply, never while the model runs. Events go out in one call per step and listener, from the engine thread. It never
+touches the network, and never decides what the scheduler should.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.clock import Clock
+from baton.errors import BatonError, InternalError, Unavailable
+from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
+from engine.blocks import OwnerEntry
+from engine.schedule import EngineEvent, Scheduler, final_blocks
+from engine.step import StepPlan, StepResult
+
+# A waiting engine thread looks around this often even if nobody wakes it.
+_MAX_IDLE_S = 1.0
+
+# Called in the engine thread with the events of one step; hands them on and returns.
+Listener = Callable[[list[EngineEvent]], None]
+
+
+class RunnerLike(Protocol):
+    """What the engine thread needs of a model runner; all calls come from that one thread."""
+
+    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult: ...
+
+    def forget(self, sequence_id: str) -> None: ...
+
+
+class LayerSink(Protocol):
+    """Hears which blocks are final while the prompt is computed. Never blocks, never raises, also after an abort."""
+
+    def layer_ready(self, layer: int, num_blocks: int) -> None: ...
+
+
+class _Sink:
+    """Keeps a LayerSink's news monotonic: every (layer, count) is told once, in rising order of count."""
+
+    __slots__ = ("_target", "_told")
+
+    def __init__(self, target: LayerSink, num_layers: int) -> None:
+        self._target = target
+        self._told = [0] * num_layers
+
+    def advance(self, layer: int, num_blocks: int) -> None:
+        if num_blocks > self._told[layer]:
+            self._told[layer] = num_blocks
+            self._target.layer_ready(layer, num_blocks)
+
+    def advance_all(self, num_blocks: int) -> None:
+        for layer in range(len(self._told)):
+            self.advance(layer, num_blocks)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Counters since the start."""
+
+    num_steps: int
+    num_failed_steps: int
+    num_tokens: int
+    num_preempted: int
+
+
+class Replica:
+    """One model replica: a runner, a scheduler and the thread that joins them."""
+
+    def __init__(
+        self,
+        runner: RunnerLike,
+        scheduler: Scheduler,
+        *,
+        num_layers: int,
+        clock: Clock,
+        on_fatal: Callable[[BaseException], None] | None = None,
+    ) -> None:
+        self._runner = runner
+        self._scheduler = scheduler
+        self._num_layers = num_layers
+        self._clock = clock
+        self._on_fatal = on_fatal
+        self._changed = threading.Condition(threading.Lock())
+        # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
+        self._listeners: dict[str, Listener] = {}
+        self._sinks: dict[str, _Sink] = {}
+        self._to_forget: list[str] = []
+        self._is_stopping = False
+        self._is_draining = False
+        # When the engine last made progress, None while it has nothing to do.
+        self._busy_since_s: float | None = None
+        self._num_steps = 0
+        self._num_failed_steps = 0
+        self._num_tokens = 0
+        self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
+
+    # -- life
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Accept nothing new from now on; what is here goes on."""
+        with self._changed:
+            self._is_draining = True
+
+    def stop(self, timeout_s: float) -> bool:
+        """End the thread after the running step; False if that took longer. Blocks: call it off the event loop."""
+        with self._changed:
+            self._is_draining = True
+            self._is_stopping = True
+            self._changed.notify()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    # -- prompts
+
+    def submit(self, spec: SequenceSpec, *, hands_off: bool, listener: Listener) -> None:
+        """Queue a prompt. With ``hands_off`` its blocks stay after the first token until ``release``.
+
+        Raises PromptTooLong, InvalidRequest, Overloaded, Unavailable (draining).
+        """
+        with self._changed:
+            self._refuse_draining()
+            self._scheduler.add(spec, hands_off=hands_off, now=self._clock.now())
+            self._listeners[spec.sequence_id] = listener
+            self._woken()
+
+    def attach(self, sequence_id: str, target: LayerSink) -> None:
+        """Tell ``target`` about the sequence's final blocks from now on, starting with those there already are."""
+        with self._changed:
+            if sequence_id not in self._listeners:
+                return
+            sink = self._sinks[sequence_id] = _Sink(target, self._num_layers)
+            if not self._scheduler.is_in_flight(sequence_id):
+                # Else the engine thread tells it when the step is over: one teller at a time.
+                sink.advance_all(self._scheduler.num_final_blocks(sequence_id))
+
+    def release(self, sequence_id: str) -> None:
+        """The blocks of a handed-off (or failed, or cancelled) sequence have no reader any more. Idempotent."""
+        with self._changed:
+            self._scheduler.release(sequence_id, self._clock.now())
+            self._woken()
+
+    def cancel(self, sequence_id: str) -> None:
+        """Compute no further; takes effect when the running step ends. Unknown ids are ignored."""
+        with self._changed:
+            self._scheduler.cancel(sequence_id, self._clock.now())
+            self._woken()
+
+    # -- leases
+
+    def reserve(self, spec: SequenceSpec) -> list[int]:
+        """Blocks for a sequence that another node computes. Raises as Scheduler.reserve, and Unavailable (draining)."""
+        with self._changed:
+            self._refuse_draining()
+            return self._scheduler.reserve(spec, self._clock.now())
+
+    def set_epoch(self, sequence_id: str, epoch: int) -> None:
+        """Note a lease's epoch in the ledger."""
+        with self._changed:
+            self._scheduler.pool.set_epoch(sequence_id, epoch)
+
+    def quarantine(self, sequence_id: str) -> None:
+        with self._changed:
+            self._scheduler.quarantine(sequence_id, self._clock.now())
+
+    def return_lease(self, sequence_id: str) -> None:
+        with self._changed:
+            self._scheduler.return_lease(sequence_id)
+            self._woken()
+
+    def join(self, sequence_id: str, first_token: TokenChunk, listener: Listener) -> None:
+        """The leased blocks are filled: decode on. Raises InvalidRequest, InternalError."""
+        with self._changed:
+            self._scheduler.join(sequence_id, first_token, self._clock.now())
+            self._listeners[sequence_id] = listener
+            self._woken()
+
+    # -- questions
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return self._scheduler.config.blocks_for(num_tokens)
+
+    @property
+    def num_sequences(self) -> int:
+        with self._changed:
+            return self._scheduler.num_sequences
+
+    @property
+    def stalled_s(self) -> float:
+        """Seconds since the engine last made progress while it had something to compute; 0 when it has nothing."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else max(0.0, self._clock.now() - since_s)
+
+    def status(self, role: Role) -> NodeStatus:
+        with self._changed:
+            load, pool, draining = self._scheduler.load(), self._scheduler.pool, self._is_draining
+            return NodeStatus(
+                role=role,
+                draining=draining,
+                total_blocks=pool.num_blocks,
+                free_blocks=pool.num_free,
+                queued_prompt_tokens=load.queued_prompt_tokens,
+                num_waiting=load.num_waiting,
+                num_running=load.num_running,
+                running_tokens=load.running_tokens,
+                stalled_s=self.stalled_s,
+            )
+
+    def ledger(self) -> tuple[int, int, list[OwnerEntry]]:
+        """Total blocks, free blocks and every owner."""
+        with self._changed:
+            pool = self._scheduler.pool
+            return pool.num_blocks, pool.num_free, pool.ledger(self._clock.now())
+
+    def stats(self) -> EngineStats:
+        with self._changed:
+            return EngineStats(self._num_steps, self._num_failed_steps, self._num_tokens, self._scheduler.num_preempted)
+
+    def check(self) -> None:
+        """Assert the invariants of scheduler and pool."""
+        with self._changed:
+            self._scheduler.check()
+
+    # -- the engine thread
+
+    def _main(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except BaseException as error:
+            # A defect of ours: the replica is dead, the process should follow (a node that died is a known event).
+            logging.getLogger(__name__).critical("engine thread died", exc_info=error)
+            if self._on_fatal is not None:
+                self._on_fatal(error)
+
+    def _turn(self) -> bool:
+        """One step, or one wait for work. False when it is time to stop."""
+        with self._changed:
+            if self._is_stopping:
+                return False
+            plan, started = self._scheduler.schedule(self._clock.now())
+            forgotten, self._to_forget = self._to_forget, []
+            deliveries = self._address(started)
+            if plan is None and not forgotten:
+                self._busy_since_s = None
+                self._changed.wait(_MAX_IDLE_S)
+                return True
+            self._busy_since_s = self._clock.now()
+        _deliver(deliveries)
+        for sequence_id in forgotten:
+            self._runner.forget(sequence_id)
+        if plan is not None:
+            self._step(plan)
+        return True
+
+    def _step(self, plan: StepPlan) -> None:
+        block_tokens = self._scheduler.config.block_tokens
+        # Sequences that stay never get a sink; the look-up then finds nothing.
+        news = [
+            (p.sequence.sequence_id, final_blocks(p.sequence, p.start + p.num_tokens, block_tokens))
+            for p in plan.pieces
+            if p.start < p.sequence.spec.num_known_tokens
+        ]
+
+        def on_layer(layer: int) -> None:
+            for sequence_id, num_blocks in news:
+                sink = self._sinks.get(sequence_id)
+                if sink is not None:
+                    sink.advance(layer, num_blocks)
+
+        result: StepResult | None = None
+        failure: BatonError = InternalError("the step failed")
+        try:
+            result = self._runner.execute(plan, on_layer if news else None)
+        except BatonError as error:
+            failure = error
+        except Exception as error:
+            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
+            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
+        with self._changed:
+            if result is None:
+                self._num_failed_steps += 1
+                events = self._scheduler.fail(plan, failure, self._clock.now())
+            else:
+                for sequence_id, num_blocks in news:
+                    sink = self._sinks.get(sequence_id)
+                    if sink is not None:
+                        sink.advance_all(num_blocks)
+                events = self._scheduler.apply(plan, result, self._clock.now())
+            self._num_steps += 1
+            self._num_tokens += plan.num_tokens
+            self._busy_since_s = self._clock.now()
+            deliveries = self._address(events)
+            self._collect_gone()
+        _deliver(deliveries)
+
+    # -- inside, with the lock held
+
+    def _refuse_draining(self) -> None:
+        if self._is_draining:
+            raise Unavailable("this node is shutting down and accepts nothing new; try another node")
+
+    def _woken(self) -> None:
+        self._collect_gone()
+        self._changed.notify()
+
+    def _collect_gone(self) -> None:
+        for sequence_id in self._scheduler.take_gone():
+            self._listeners.pop(sequence_id, None)
+            self._sinks.pop(sequence_id, None)
+            self._to_forget.append(sequence_id)
+
+    def _address(self, events: list[EngineEvent]) -> list[tuple[Listener, list[EngineEvent]]]:
+        """Sort the events of a step by who hears them."""
+        mail: dict[Listener, list[EngineEvent]] = {}
+        for event in events:
+            listener = self._listeners.get(event.sequence_id)
+            if listener is not None:
+                mail.setdefault(listener, []).append(event)
+        return list(mail.items())
+
+
+def _deliver(deliveries: list[tuple[Listener, list[EngineEvent]]]) -> None:
+    for listener, events in deliveries:
+        listener(events)

@@ -1,0 +1,173 @@
+"""Chooses tokens from logits. Each row is treated alone, and its random number is a function of (seed, position):
+any node can continue any request, and batch neighbours cannot matter.
+
+Order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Log-probabilities are those of the raw
+logits, before any of these.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
+from engine.step import Sampled, Sequence
+
+_U32 = 0xFFFFFFFF
+# Candidates looked at first for top_p; the whole vocabulary is sorted only if they do not hold enough mass.
+_NUCLEUS = 512
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits: Philox4x32-10 of counter ``position`` under key ``seed``."""
+    c0, c1, c2, c3 = position & _U32, (position >> 32) & _U32, 0, 0
+    k0, k1 = seed & _U32, (seed >> 32) & _U32
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (p1 >> 32) ^ c1 ^ k0, p1 & _U32, (p0 >> 32) ^ c3 ^ k1, p0 & _U32
+        k0, k1 = (k0 + 0x9E3779B9) & _U32, (k1 + 0xBB67AE85) & _U32
+    return ((c0 << 21) | (c1 >> 11)) * 2.0**-53
+
+
+class _Seen:
+    """Which tokens a sequence holds and how often each was generated."""
+
+    __slots__ = ("counts", "num_tokens", "present")
+
+    def __init__(self, vocab_size: int) -> None:
+        self.present = np.zeros(vocab_size, dtype=bool)
+        self.counts = np.zeros(vocab_size, dtype=np.float32)
+        self.num_tokens = 0
+
+    def update(self, sequence: Sequence) -> None:
+        prompt = len(sequence.spec.prompt_token_ids)
+        new = np.asarray(sequence.token_ids[self.num_tokens :], dtype=np.int64)
+        self.present[new] = True
+        np.add.at(self.counts, new[max(0, prompt - self.num_tokens) :], 1)
+        self.num_tokens = len(sequence.token_ids)
+
+
+class Sampler:
+    """Keeps, per sequence that has penalties, what it has seen; ``forget`` drops it."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+        self._seen: dict[str, _Seen] = {}
+
+    def forget(self, sequence_id: str) -> None:
+        self._seen.pop(sequence_id, None)
+
+    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> dict[str, Sampled]:
+        """One token per row of ``logits`` [len(sequences), vocabulary] float32, by sequence id."""
+        if not sequences:
+            return {}
+        greedy: list[int] = logits.argmax(-1).tolist()
+        return {
+            sequence.sequence_id: self._sample_row(logits[row], sequence, greedy[row])
+            for row, sequence in enumerate(sequences)
+        }
+
+    def _sample_row(self, logits: Tensor, sequence: Sequence, greedy: int) -> Sampled:
+        params = sequence.spec.sampling
+        changed = self._change(logits, sequence)
+        if params.is_greedy:
+            token_id = greedy if changed is None else int(changed.argmax())
+        else:
+            number = uniform(params.seed or 0, len(sequence.token_ids))
+            token_id = draw(logits.numpy() if changed is None else changed, params, number)
+        return Sampled(token_id, None if params.logprobs is None else logprobs(logits, token_id, params.logprobs))
+
+    def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
+        """Logits after bias, ban and penalties; None if there is none of them."""
+        params = sequence.spec.sampling
+        banned = params.stop_token_ids if sequence.num_generated < params.min_tokens else ()
+        has_penalty = _has_penalty(params)
+        if not (params.logit_bias or banned or has_penalty):
+            return None
+        values: NDArray[np.float32] = logits.numpy().copy()
+        for token_id, bias in params.logit_bias.items():
+            if token_id < len(values):
+                values[token_id] += np.float32(bias)
+        values[[t for t in banned if t < len(values)]] = -np.inf
+        if has_penalty:
+            self._penalize(values, sequence)
+        return values
+
+    def _penalize(self, values: NDArray[np.float32], sequence: Sequence) -> None:
+        params = sequence.spec.sampling
+        seen = self._seen.get(sequence.sequence_id)
+        if seen is None or seen.num_tokens > len(sequence.token_ids):
+            seen = self._seen[sequence.sequence_id] = _Seen(self._vocab_size)
+        seen.update(sequence)
+        if params.repetition_penalty != 1:
+            factor = np.float32(params.repetition_penalty)
+            present = values[seen.present]
+            values[seen.present] = np.where(present > 0, present / factor, present * factor)
+        values -= np.float32(params.frequency_penalty) * seen.counts
+        values -= np.float32(params.presence_penalty) * (seen.counts > 0)
+
+
+def _has_penalty(params: SamplingParams) -> bool:
+    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
+
+
+def draw(logits: NDArray[np.float32], params: SamplingParams, number: float) -> int:
+    """The token at quantile ``number`` of the filtered distribution; ties keep the lower id."""
+    best = float(logits.max())
+    kept = _survivors(logits, best, params)
+    values = logits if kept is None else logits[kept]
+    mass = np.exp((values.astype(np.float64) - best) / params.temperature)
+    if params.top_p < 1:
+        nucleus = _nucleus(values, mass, params.top_p)
+        kept, mass = nucleus if kept is None else kept[nucleus], mass[nucleus]
+    heads = np.cumsum(mass)
+    chosen = min(int(np.searchsorted(heads, number * heads[-1], side="right")), len(heads) - 1)
+    return chosen if kept is None else int(kept[chosen])
+
+
+def _survivors(logits: NDArray[np.float32], best: float, params: SamplingParams) -> NDArray[np.int64] | None:
+    """Token ids that min_p and top_k leave; None is all."""
+    kept: NDArray[np.int64] | None = None
+    if params.min_p > 0:
+        kept = np.flatnonzero(logits >= best + params.temperature * math.log(params.min_p))
+    if 0 < params.top_k < len(logits if kept is None else kept):
+        head = _largest(logits if kept is None else logits[kept], params.top_k)
+        kept = head if kept is None else kept[head]
+    return kept
+
+
+def _nucleus(values: NDArray[np.float32], mass: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
+    """Indices of the shortest run of most likely tokens that holds ``top_p`` of the mass."""
+    wanted = top_p * float(mass.sum())
+    for count in (_NUCLEUS, len(values)):
+        head = _largest(values, min(count, len(values)))
+        heads = np.cumsum(mass[head])
+        if heads[-1] >= wanted:
+            break
+    return head[: int(np.searchsorted(heads, wanted)) + 1]
+
+
+def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """Indices of the ``count`` largest values, best first; of equal values the lower index comes first."""
+    if count >= len(values):
+        return np.argsort(-values, kind="stable")
+    threshold = np.partition(values, len(values) - count)[len(values) - count]
+    head = np.flatnonzero(values >= threshold)
+    return head[np.argsort(-values[head], kind="stable")[:count]]
+
+
+def logprobs(logits: Tensor, token_id: int, num_top: int) -> PositionLogprobs:
+    """Of the raw distribution: the chosen token, its rank, and the ``num_top`` most likely (ties: lower id first)."""
+    values = logits.numpy()
+    best = float(values.max())
+    log_sum = best + math.log(float(np.exp(values.astype(np.float64) - best).sum()))
+    chosen = TokenLogprob(token_id, float(values[token_id]) - log_sum)
+    rank = int((values > values[token_id]).sum()) + 1
+    if num_top == 0:
+        return PositionLogprobs(chosen, rank)
+    head = _largest(values, num_top)
+    return PositionLogprobs(chosen, rank, tuple(TokenLogprob(int(i), float(values[i]) - log_sum) for i in head))

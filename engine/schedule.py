@@ -1,0 +1,565 @@
+"""Machine-level scheduler: which tokens of which sequences the next step computes, and who gets KV blocks.
+
+Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner computes) -> apply | fail; cancel, release,
+reserve and join may come in between, and blocks that a running step reads or writes go back only when it is over.
+
+Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
+budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
+exhausted the youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was
+preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
+from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
+from engine.blocks import BlockPool, BlockState
+from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one replica. ``watermark`` is the share of blocks that admissions leave free for sequences to grow."""
+
+    block_tokens: int = 64
+    max_model_tokens: int = 4096
+    # Token ids are smaller.
+    vocab_size: int = 2**31
+    max_batch_tokens: int = 2048
+    max_num_seqs: int = 256
+    max_waiting: int = 1024
+    max_preemptions: int = 3
+    watermark: float = 0.01
+
+    def __post_init__(self) -> None:
+        for name in ("block_tokens", "max_model_tokens", "vocab_size", "max_waiting", "max_preemptions"):
+            if getattr(self, name) < 1:
+                raise BadConfig(f"{name} is {getattr(self, name)}, expected at least 1", param=name)
+        if self.max_num_seqs < 2:
+            raise BadConfig(f"max_num_seqs is {self.max_num_seqs}, expected at least 2", param="max_num_seqs")
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise BadConfig(
+                f"max_batch_tokens is {self.max_batch_tokens}, expected at least max_num_seqs ({self.max_num_seqs}), "
+                "or decoding would starve prompts",
+                param="max_batch_tokens",
+            )
+        if not 0 <= self.watermark < 1:
+            raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTimes:
+    """How the prompt went: waiting for its first chunk, then computing until the token was drawn."""
+
+    queue_s: float
+    compute_s: float
+    num_computed_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A sequence that will be handed off has all its blocks; its first chunk is in the step that begins now."""
+
+    sequence_id: str
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """New tokens; ``prefill`` is set with the first one."""
+
+    sequence_id: str
+    chunk: TokenChunk
+    prefill: PrefillTimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The step this sequence was in went wrong; it will get no more tokens."""
+
+    sequence_id: str
+    failure: Failure
+
+
+EngineEvent = Started | Output | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the scheduler holds, in the words of NodeStatus."""
+
+    queued_prompt_tokens: int
+    num_waiting: int
+    num_running: int
+    running_tokens: int
+
+
+class _Phase(Enum):
+    # Wants blocks.
+    WAITING = 1
+    # Has blocks, is computed.
+    ACTIVE = 2
+    # Is not computed any more; its blocks wait for the end of a step, or for release().
+    HELD = 3
+
+
+class _Entry:
+    __slots__ = (
+        "arrived_s",
+        "hands_off",
+        "is_in_flight",
+        "is_prefilled",
+        "is_released",
+        "num_computed_total",
+        "num_preemptions",
+        "order",
+        "phase",
+        "sequence",
+        "started_s",
+    )
+
+    def __init__(self, spec: SequenceSpec, *, hands_off: bool, order: tuple[int, int], now: float) -> None:
+        self.sequence = Sequence(spec)
+        self.hands_off = hands_off
+        # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
+        self.order = order
+        self.phase = _Phase.WAITING
+        self.num_preemptions = 0
+        # In the plan that the runner computes right now.
+        self.is_in_flight = False
+        # Has drawn a token here, or came with one: it decodes.
+        self.is_prefilled = False
+        # Nobody outside reads the blocks any more.
+        self.is_released = not hands_off
+        self.arrived_s = now
+        self.started_s: float | None = None
+        self.num_computed_total = 0
+
+    @property
+    def sequence_id(self) -> str:
+        return self.sequence.sequence_id
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.sequence.token_ids) - self.sequence.num_computed
+
+
+def _order(entry: _Entry) -> tuple[int, int]:
+    return entry.order
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+        self.config = config
+        self.pool = pool
+        self._watermark_blocks = int(config.watermark * pool.num_blocks)
+        # One slot of every step is left to prompts, so that a full decode batch never locks them out.
+        self._max_residents = config.max_num_seqs - 1
+        self._entries: dict[str, _Entry] = {}
+        # Both sorted by order.
+        self._waiting: list[_Entry] = []
+        self._active: list[_Entry] = []
+        # Blocks are allocated, bytes are to come.
+        self._leases: dict[str, SequenceSpec] = {}
+        self._num_ordered = 0
+        self._plan: StepPlan | None = None
+        self._gone: list[str] = []
+        self.num_preempted = 0
+
+    # -- arrivals and departures
+
+    def validate(self, spec: SequenceSpec) -> None:
+        """Raise for a sequence that can never run here: PromptTooLong, InvalidRequest."""
+        total = spec.max_total_tokens
+        if total > self.config.max_model_tokens:
+            raise PromptTooLong(
+                f"{len(spec.prompt_token_ids)} prompt tokens + max_tokens {spec.sampling.max_tokens} = {total}, "
+                f"expected at most {self.config.max_model_tokens}, the context of the model",
+                param="prompt",
+            )
+        if self.config.blocks_for(total) > self.pool.num_blocks:
+            raise PromptTooLong(
+                f"{total} tokens need {self.config.blocks_for(total)} KV blocks of {self.config.block_tokens} tokens, "
+                f"this node has {self.pool.num_blocks}",
+                param="prompt",
+            )
+        assert spec.sampling.max_tokens is not None
+        if len(spec.generated_token_ids) >= spec.sampling.max_tokens:
+            raise InvalidRequest(
+                f"{len(spec.generated_token_ids)} tokens were generated already, expected fewer than max_tokens "
+                f"{spec.sampling.max_tokens}",
+                param="generated_token_ids",
+            )
+        self._validate_ids(spec)
+
+    def _validate_ids(self, spec: SequenceSpec) -> None:
+        """One id out of range would fail the step for every sequence in it."""
+        named = {
+            "prompt_token_ids": spec.prompt_token_ids,
+            "generated_token_ids": spec.generated_token_ids,
+            "stop_token_ids": spec.sampling.stop_token_ids,
+            "logit_bias": tuple(spec.sampling.logit_bias),
+        }
+        for name, ids in named.items():
+            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+                raise InvalidRequest(
+                    f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}",
+                    param=name,
+                )
+
+    def add(self, spec: SequenceSpec, *, hands_off: bool, now: float) -> None:
+        """Queue a prompt. With ``hands_off`` it gets one token and its blocks are held until ``release``.
+
+        Raises PromptTooLong, InvalidRequest, Overloaded (queue full, or the id is still in use).
+        """
+        self.validate(spec)
+        self._refuse_known(spec.sequence_id)
+        if len(self._waiting) >= self.config.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
+        entry = _Entry(spec, hands_off=hands_off, order=self._next_order(), now=now)
+        self._entries[spec.sequence_id] = entry
+        insort(self._waiting, entry, key=_order)
+
+    def reserve(self, spec: SequenceSpec, now: float) -> list[int]:
+        """Blocks for a sequence that is computed elsewhere: its known tokens and the first new one.
+
+        Raises PromptTooLong, InvalidRequest, NoBlocks, Overloaded.
+        """
+        self.validate(spec)
+        self._refuse_known(spec.sequence_id)
+        if self._num_residents() >= self._max_residents:
+            raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
+        need = self.config.blocks_for(spec.num_known_tokens + 1)
+        # Nothing overtakes a prompt that waits for memory.
+        spare = self.pool.num_free - (self._blocks_to_start(self._waiting[0]) if self._waiting else 0)
+        if self.pool.num_used:
+            spare -= self._watermark_blocks
+        if need > spare:
+            raise NoBlocks(
+                f"{spec.sequence_id} needs {need} KV blocks, {self.pool.num_free} of {self.pool.num_blocks} are free "
+                f"and {max(spare, 0)} of them to be had"
+            )
+        block_ids = self.pool.allocate(spec.sequence_id, need, BlockState.LEASED, now)
+        self._leases[spec.sequence_id] = spec
+        return block_ids
+
+    def quarantine(self, sequence_id: str, now: float) -> None:
+        """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
+        if sequence_id in self._leases:
+            self.pool.move(sequence_id, BlockState.QUARANTINED, now)
+
+    def return_lease(self, sequence_id: str) -> None:
+        """No writer can reach the leased blocks any more and none is expected."""
+        if self._leases.pop(sequence_id, None) is not None:
+            self.pool.free(sequence_id)
+
+    def join(self, sequence_id: str, first_token: TokenChunk, now: float) -> None:
+        """The leased blocks hold the KV of the known tokens: decode from ``first_token`` on.
+
+        Raises InvalidRequest if the token does not continue the sequence, InternalError without a lease.
+        """
+        if sequence_id not in self._leases:
+            raise InternalError(f"{sequence_id} arrived without a lease")
+        spec = self._leases[sequence_id]
+        expected = len(spec.generated_token_ids)
+        if len(first_token.token_ids) != 1 or first_token.index != expected or first_token.finish_reason is not None:
+            raise InvalidRequest(
+                f"{sequence_id} arrived with {len(first_token.token_ids)} tokens at index {first_token.index} "
+                f"(finish {first_token.finish_reason}), expected one unfinished token at index {expected}"
+            )
+        del self._leases[sequence_id]
+        self.pool.move(sequence_id, BlockState.RUNNING, now)
+        entry = _Entry(spec, hands_off=False, order=self._next_order(), now=now)
+        entry.sequence.block_ids = self.pool.block_ids(sequence_id)
+        entry.sequence.num_computed = spec.num_known_tokens
+        entry.sequence.token_ids.append(first_token.token_ids[0])
+        entry.phase = _Phase.ACTIVE
+        entry.is_prefilled = True
+        self._entries[sequence_id] = entry
+        insort(self._active, entry, key=_order)
+
+    def cancel(self, sequence_id: str, now: float) -> None:
+        """Compute the sequence no further. Its blocks go back unless it is to be released; unknown ids are ignored."""
+        entry = self._entries.get(sequence_id)
+        if entry is not None and entry.phase is not _Phase.HELD:
+            self._retire(entry, now)
+
+    def release(self, sequence_id: str, now: float) -> None:
+        """Nobody outside reads the blocks any more: stop computing if need be and take them back. Idempotent."""
+        entry = self._entries.get(sequence_id)
+        if entry is not None:
+            entry.is_released = True
+            self._retire(entry, now)
+
+    # -- the step
+
+    def schedule(self, now: float) -> tuple[StepPlan | None, list[EngineEvent]]:
+        """The next step, None if nothing can be computed, and which sequences started with it."""
+        assert self._plan is None, "the last step was neither applied nor failed"
+        events: list[EngineEvent] = []
+        pieces = self._decode_pieces()
+        pieces += self._prompt_pieces(self.config.max_batch_tokens - len(pieces), len(pieces), events, now)
+        if not pieces:
+            return None, events
+        for piece in pieces:
+            self._entries[piece.sequence.sequence_id].is_in_flight = True
+        self._plan = StepPlan(tuple(pieces))
+        return self._plan, events
+
+    def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[EngineEvent]:
+        """Take in what the runner computed: new tokens, finished sequences, blocks that were waiting for this."""
+        events: list[EngineEvent] = []
+        for entry, piece in self._land(plan):
+            entry.sequence.num_computed += piece.num_tokens
+            entry.num_computed_total += piece.num_tokens
+            if entry.phase is _Phase.HELD:
+                self._retire(entry, now)
+            elif piece.samples:
+                sampled = result.sampled.get(entry.sequence_id)
+                if sampled is None:
+                    events.append(self._failed(entry, InternalError("the runner returned no token"), now))
+                else:
+                    events.append(self._advance(entry, sampled, now))
+        return events
+
+    def fail(self, plan: StepPlan, error: BatonError, now: float) -> list[EngineEvent]:
+        """The step went wrong: every sequence in it fails, the others go on."""
+        events: list[EngineEvent] = []
+        for entry, _ in self._land(plan):
+            if entry.phase is _Phase.HELD:
+                self._retire(entry, now)
+            else:
+                events.append(self._failed(entry, error, now))
+        return events
+
+    # -- questions
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._waiting or self._active)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences and leases that hold or want blocks."""
+        return len(self._entries) + len(self._leases)
+
+    def is_in_flight(self, sequence_id: str) -> bool:
+        entry = self._entries.get(sequence_id)
+        return entry is not None and entry.is_in_flight
+
+    def num_final_blocks(self, sequence_id: str) -> int:
+        """Leading blocks whose bytes will not change any more, the running step left out; 0 for unknown ids."""
+        entry = self._entries.get(sequence_id)
+        if entry is None:
+            return 0
+        return final_blocks(entry.sequence, entry.sequence.num_computed, self.config.block_tokens)
+
+    def take_gone(self) -> list[str]:
+        """Sequences that left since the last call: the runner may forget them."""
+        gone, self._gone = self._gone, []
+        return gone
+
+    def load(self) -> Load:
+        prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is _Phase.WAITING]
+        decoding = [e for e in self._active if e.is_prefilled]
+        return Load(
+            queued_prompt_tokens=sum(e.num_remaining for e in prompts),
+            num_waiting=len(prompts),
+            num_running=len(decoding),
+            running_tokens=sum(e.sequence.num_computed for e in decoding),
+        )
+
+    def check(self) -> None:
+        """Assert that scheduler and pool agree."""
+        self.pool.check()
+        holders = {e.sequence_id for e in self._entries.values() if e.sequence.block_ids} | set(self._leases)
+        assert holders == {line.owner for line in self.pool.ledger(0.0)}, "pool and scheduler disagree on owners"
+        for entry in self._entries.values():
+            seq = entry.sequence
+            assert 0 <= seq.num_computed <= len(seq.token_ids)
+            assert len(seq.block_ids) * self.config.block_tokens >= seq.num_computed
+            assert (entry.phase is _Phase.WAITING) == (entry in self._waiting)
+            assert (entry.phase is _Phase.ACTIVE) == (entry in self._active)
+            if seq.block_ids:
+                assert seq.block_ids == self.pool.block_ids(seq.sequence_id)
+        assert self._num_residents() <= self._max_residents
+
+    # -- inside
+
+    def _refuse_known(self, sequence_id: str) -> None:
+        if sequence_id in self._entries or sequence_id in self._leases:
+            raise Overloaded(f"{sequence_id} is still in use on this node, expected a new sequence id")
+
+    def _next_order(self, rank: int = 1) -> tuple[int, int]:
+        self._num_ordered += 1
+        return rank, self._num_ordered
+
+    def _num_residents(self) -> int:
+        return len(self._leases) + sum(not e.hands_off for e in self._active)
+
+    def _blocks_to_start(self, entry: _Entry) -> int:
+        if entry.num_preemptions >= self.config.max_preemptions:
+            return self.config.blocks_for(entry.sequence.spec.max_total_tokens)
+        return self.config.blocks_for(len(entry.sequence.token_ids))
+
+    def _can_start(self, entry: _Entry) -> bool:
+        spare = self.pool.num_free
+        if not entry.hands_off:
+            if self._num_residents() >= self._max_residents:
+                return False
+            if self.pool.num_used and entry.num_preemptions < self.config.max_preemptions:
+                spare -= self._watermark_blocks
+        return self._blocks_to_start(entry) <= spare
+
+    def _decode_pieces(self) -> list[Piece]:
+        pieces = []
+        for entry in list(self._active):
+            # A younger one may have been preempted for an older one just now.
+            if entry.phase is _Phase.ACTIVE and self._decodes(entry) and self._grow(entry):
+                pieces.append(Piece(entry.sequence, entry.sequence.num_computed, 1, samples=True))
+        return pieces
+
+    def _decodes(self, entry: _Entry) -> bool:
+        return entry.is_prefilled and entry.num_remaining == 1
+
+    def _grow(self, entry: _Entry) -> bool:
+        """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
+        seq = entry.sequence
+        need = self.config.blocks_for(seq.num_computed + 1) - len(seq.block_ids)
+        while need > self.pool.num_free:
+            victim = self._youngest_victim(entry.order)
+            if victim is None:
+                return False
+            self._preempt(victim)
+        if need > 0:
+            seq.block_ids += self.pool.grow(seq.sequence_id, need)
+        return True
+
+    def _youngest_victim(self, order: tuple[int, int]) -> _Entry | None:
+        for entry in reversed(self._active):
+            if entry.order <= order:
+                return None
+            if not entry.hands_off and entry.num_preemptions < self.config.max_preemptions:
+                return entry
+        return None
+
+    def _preempt(self, entry: _Entry) -> None:
+        self._active.remove(entry)
+        self.pool.free(entry.sequence_id)
+        entry.sequence.block_ids = []
+        entry.sequence.num_computed = 0
+        entry.phase = _Phase.WAITING
+        entry.num_preemptions += 1
+        self.num_preempted += 1
+        if entry.num_preemptions >= self.config.max_preemptions:
+            entry.order = self._next_order(rank=0)
+        insort(self._waiting, entry, key=_order)
+
+    def _prompt_pieces(self, budget: int, num_decoding: int, events: list[EngineEvent], now: float) -> Iterator[Piece]:
+        slots = self.config.max_num_seqs - num_decoding
+        for entry in list(self._active):
+            if budget > 0 and slots > 0 and not self._decodes(entry):
+                piece = self._chunk(entry, budget)
+                budget -= piece.num_tokens
+                slots -= 1
+                yield piece
+        while budget > 0 and slots > 0 and self._waiting and self._can_start(self._waiting[0]):
+            entry = self._start(self._waiting.pop(0), now)
+            if entry.hands_off:
+                events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids)))
+            piece = self._chunk(entry, budget)
+            budget -= piece.num_tokens
+            slots -= 1
+            yield piece
+
+    def _start(self, entry: _Entry, now: float) -> _Entry:
+        need = self._blocks_to_start(entry)
+        entry.sequence.block_ids = self.pool.allocate(entry.sequence_id, need, BlockState.PROMPT, now)
+        entry.phase = _Phase.ACTIVE
+        if entry.started_s is None:
+            entry.started_s = now
+        insort(self._active, entry, key=_order)
+        return entry
+
+    def _chunk(self, entry: _Entry, budget: int) -> Piece:
+        start = entry.sequence.num_computed
+        count = min(entry.num_remaining, budget)
+        if count < entry.num_remaining:
+            # End on a block boundary where there is one: whole tiles compute faster and can be pushed at once.
+            ragged = (start + count) % self.config.block_tokens
+            count -= ragged if ragged < count else 0
+        return Piece(entry.sequence, start, count, samples=count == entry.num_remaining)
+
+    def _land(self, plan: StepPlan) -> Iterator[tuple[_Entry, Piece]]:
+        assert plan is self._plan, "this is not the step that is under way"
+        self._plan = None
+        for piece in plan.pieces:
+            entry = self._entries[piece.sequence.sequence_id]
+            entry.is_in_flight = False
+            yield entry, piece
+
+    def _advance(self, entry: _Entry, sampled: Sampled, now: float) -> Output:
+        seq = entry.sequence
+        index = seq.num_generated
+        seq.token_ids.append(sampled.token_id)
+        times = None
+        if not entry.is_prefilled:
+            assert entry.started_s is not None
+            queue_s = entry.started_s - entry.arrived_s
+            times = PrefillTimes(queue_s, now - entry.started_s, entry.num_computed_total)
+            entry.is_prefilled = True
+        finish = _finish_reason(seq, sampled.token_id)
+        if finish is not None or entry.hands_off:
+            self._retire(entry, now)
+        else:
+            self.pool.move(seq.sequence_id, BlockState.RUNNING, now)
+        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
+        chunk = TokenChunk(seq.sequence_id, index, (sampled.token_id,), logprobs, finish)
+        return Output(seq.sequence_id, chunk, times)
+
+    def _failed(self, entry: _Entry, error: BatonError, now: float) -> Failed:
+        self._retire(entry, now)
+        return Failed(entry.sequence_id, Failure(error.code, error.message, error.retryable))
+
+    def _retire(self, entry: _Entry, now: float) -> None:
+        """Take the sequence out of the schedule; its blocks go back once no step and no reader outside has them."""
+        if entry.phase is _Phase.WAITING:
+            self._waiting.remove(entry)
+        elif entry.phase is _Phase.ACTIVE:
+            self._active.remove(entry)
+        entry.phase = _Phase.HELD
+        holds = bool(entry.sequence.block_ids)
+        if entry.is_in_flight:
+            return
+        if holds and not entry.is_released:
+            self.pool.move(entry.sequence_id, BlockState.SENDING, now)
+            return
+        if holds:
+            self.pool.free(entry.sequence_id)
+        del self._entries[entry.sequence_id]
+        self._gone.append(entry.sequence_id)
+
+
+def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:
+    """Leading blocks that hold their last bytes once ``num_computed`` tokens of the known ones are computed."""
+    if num_computed >= sequence.spec.num_known_tokens:
+        return -(-sequence.spec.num_known_tokens // block_tokens)
+    return num_computed // block_tokens
+
+
+def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
+    """``token_id`` was just appended to ``sequence``."""
+    sampling = sequence.spec.sampling
+    if token_id in sampling.stop_token_ids and sequence.num_generated > sampling.min_tokens:
+        return FinishReason.STOP
+    if sequence.num_generated == sampling.max_tokens:
+        return FinishReason.LENGTH
+    return None

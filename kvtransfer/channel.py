@@ -1,0 +1,151 @@
+"""The control channel's words: protocol messages to protobuf and back, handshake checks, gRPC options. No lifecycle."""
+
+from __future__ import annotations
+
+from baton import codec
+from baton.errors import Incompatible, InvalidRequest
+from baton.types import NodeDescription
+from baton.v1 import transfer_pb2 as pb
+from kvtransfer.protocol import messages as m
+
+# Commits carry 16 bytes per layer and one token; a Written a few ranges.
+MAX_MESSAGE_BYTES = 4 << 20
+
+# A channel is opened anew on every attempt: gRPC's own reconnection and its back-off would only hide what happened.
+CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_retries", 0),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+)
+
+
+def request_to_pb(message: m.SenderMessage) -> pb.ChannelRequest:
+    match message:
+        case m.Begin():
+            return pb.ChannelRequest(
+                begin=pb.ChannelRequest.Begin(sequence_id=message.sequence_id, epoch=message.epoch)
+            )
+        case m.Written():
+            ranges = [
+                pb.ChannelRequest.Written.Range(layer=r.layer, first_block=r.first_block, num_blocks=r.num_blocks)
+                for r in message.ranges
+            ]
+            return pb.ChannelRequest(
+                written=pb.ChannelRequest.Written(
+                    sequence_id=message.sequence_id, epoch=message.epoch, attempt=message.attempt, ranges=ranges
+                )
+            )
+        case m.Commit():
+            return pb.ChannelRequest(
+                commit=pb.ChannelRequest.Commit(
+                    sequence_id=message.sequence_id,
+                    epoch=message.epoch,
+                    attempt=message.attempt,
+                    num_blocks=message.num_blocks,
+                    layer_digests=message.layer_digests,
+                    first_token=codec.tokens_to_pb(message.first_token),
+                )
+            )
+        case m.Abort():
+            abort = pb.ChannelRequest.Abort(sequence_id=message.sequence_id, epoch=message.epoch, reason=message.reason)
+            return pb.ChannelRequest(abort=abort)
+        case m.Revoked():
+            revoked = pb.ChannelRequest.Revoked(sequence_id=message.sequence_id, epoch=message.epoch)
+            return pb.ChannelRequest(revoked=revoked)
+        case m.Heartbeat():
+            return pb.ChannelRequest(heartbeat=pb.Heartbeat())
+
+
+def request_from_pb(msg: pb.ChannelRequest) -> m.SenderMessage:
+    """Raises InvalidRequest for what no sender of this protocol version says after its Hello."""
+    match msg.WhichOneof("message"):
+        case "begin":
+            return m.Begin(msg.begin.sequence_id, msg.begin.epoch)
+        case "written":
+            ranges = tuple(m.WrittenRange(r.layer, r.first_block, r.num_blocks) for r in msg.written.ranges)
+            return m.Written(msg.written.sequence_id, msg.written.epoch, msg.written.attempt, ranges)
+        case "commit":
+            c = msg.commit
+            token = codec.tokens_from_pb(c.first_token)
+            return m.Commit(c.sequence_id, c.epoch, c.attempt, c.num_blocks, tuple(c.layer_digests), token)
+        case "abort":
+            return m.Abort(msg.abort.sequence_id, msg.abort.epoch, msg.abort.reason)
+        case "revoked":
+            return m.Revoked(msg.revoked.sequence_id, msg.revoked.epoch)
+        case "heartbeat":
+            return m.Heartbeat()
+        case other:
+            raise InvalidRequest(f"message {other!r} is not expected on a transfer channel after Hello")
+
+
+def response_to_pb(message: m.ReceiverMessage) -> pb.ChannelResponse:
+    match message:
+        case m.Begun():
+            begun = pb.ChannelResponse.Begun(sequence_id=message.sequence_id, epoch=message.epoch)
+            return pb.ChannelResponse(begun=begun)
+        case m.Ack():
+            return pb.ChannelResponse(ack=pb.ChannelResponse.Ack(sequence_id=message.sequence_id, epoch=message.epoch))
+        case m.Nack():
+            return pb.ChannelResponse(
+                nack=pb.ChannelResponse.Nack(
+                    sequence_id=message.sequence_id,
+                    epoch=message.epoch,
+                    attempt=message.attempt,
+                    failure=codec.failure_to_pb(message.failure),
+                    retransmit_layers=message.retransmit_layers,
+                )
+            )
+        case m.Revoke():
+            revoke = pb.ChannelResponse.Revoke(
+                sequence_id=message.sequence_id, epoch=message.epoch, reason=message.reason
+            )
+            return pb.ChannelResponse(revoke=revoke)
+        case m.Heartbeat():
+            return pb.ChannelResponse(heartbeat=pb.Heartbeat())
+
+
+def response_from_pb(msg: pb.ChannelResponse) -> m.ReceiverMessage:
+    """Raises InvalidRequest for what no receiver of this protocol version says after its Welcome."""
+    match msg.WhichOneof("message"):
+        case "begun":
+            return m.Begun(msg.begun.sequence_id, msg.begun.epoch)
+        case "ack":
+            return m.Ack(msg.ack.sequence_id, msg.ack.epoch)
+        case "nack":
+            n = msg.nack
+            failure = codec.failure_from_pb(n.failure)
+            return m.Nack(n.sequence_id, n.epoch, n.attempt, failure, tuple(n.retransmit_layers))
+        case "revoke":
+            return m.Revoke(msg.revoke.sequence_id, msg.revoke.epoch, msg.revoke.reason)
+        case "heartbeat":
+            return m.Heartbeat()
+        case other:
+            raise InvalidRequest(f"message {other!r} is not expected on a transfer channel after Welcome")
+
+
+def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: str, their_digest: str) -> None:
+    """Raise Incompatible, with both values, if two nodes must not exchange a byte of KV."""
+    pairs = (
+        ("protocol_version", mine.protocol_version, theirs.protocol_version),
+        ("model fingerprint", mine.model.fingerprint, theirs.model.fingerprint),
+        ("model dtype", mine.model.dtype, theirs.model.dtype),
+        ("digest", my_digest or "off", their_digest or "off"),
+    )
+    who = f"{mine.node_id} and {theirs.node_id} cannot exchange KV"
+    for name, here, there in pairs:
+        if here != there:
+            raise Incompatible(f"{who}: {name} is {here} at {mine.node_id} and {there} at {theirs.node_id}")
+    mismatch = mine.kv_layout.mismatch(theirs.kv_layout)
+    if mismatch is not None:
+        raise Incompatible(f"{who}: KV layout differs, {mismatch} ({theirs.node_id})")
+
+
+def choose_transport(mine: NodeDescription, theirs: NodeDescription, offered: list[str], supported: list[str]) -> str:
+    """The first transport of the sender's list that both have and that reaches. Raises Incompatible if there is none."""
+    for name in offered:
+        if name in supported and (name != "shm" or (mine.host_id and mine.host_id == theirs.host_id)):
+            return name
+    raise Incompatible(
+        f"{theirs.node_id} offers transports {offered} from host {theirs.host_id!r}, "
+        f"{mine.node_id} has {supported} on host {mine.host_id!r}: none of them connects the two"
+    )

@@ -1,0 +1,96 @@
+"""What travels on the control channel of a (sender, receiver) pair; the meaning is in proto/baton/v1/transfer.proto."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.types import Failure, TokenChunk
+
+# Both sides of a channel must speak the same version.
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    sequence_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    sequence_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenRange:
+    """Positions [first_block, first_block + num_blocks) of the lease in one layer."""
+
+    layer: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    sequence_id: str
+    epoch: int
+    attempt: int
+    ranges: tuple[WrittenRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    sequence_id: str
+    epoch: int
+    attempt: int
+    num_blocks: int
+    # Empty if the pair agreed on no digest, else one per layer.
+    layer_digests: tuple[bytes, ...]
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Ack:
+    sequence_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Nack:
+    sequence_id: str
+    epoch: int
+    # The commit this answers, 0 if it answers Begin.
+    attempt: int
+    failure: Failure
+    # Empty: final.
+    retransmit_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoke:
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    sequence_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    pass
+
+
+SenderMessage = Begin | Written | Commit | Abort | Revoked | Heartbeat
+ReceiverMessage = Begun | Ack | Nack | Revoke | Heartbeat

@@ -1,0 +1,624 @@
+"""The receiving side of every transfer of a node: leases, their writers and their ends. Pure.
+
+A lease ends in exactly one of two ways: its sequence *arrived*, or the lease was *released*. It is released only when no
+writer can reach its blocks any more, which is known when all of these hold:
+
+- nothing of ours is writing into them (``EpochQuiet``; a transport that writes in this process, like tcp), and
+- the peer, if it writes by itself (one-sided, like shm), has said that it stopped (Commit, Abort, Revoked) or is gone
+  (``WriterGone``). A time-out alone never frees such blocks.
+
+    granted --Begin--> writing --Commit--> verifying --digest ok--> arriving --taken over--> ARRIVED
+       |                 |  ^---Nack, layers again---'  |                          |
+       '---- expiry, revoke, abort, loss, bad digest ---'--> ending --quiet--> RELEASED
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from enum import Enum
+
+from baton.errors import BatonError, InvalidRequest, TransferFailed
+from baton.types import Failure, TokenChunk
+from kvtransfer.protocol.liveness import Heart, Pulse
+from kvtransfer.protocol.messages import (
+    Abort,
+    Ack,
+    Begin,
+    Begun,
+    Commit,
+    Heartbeat,
+    Nack,
+    ReceiverMessage,
+    Revoke,
+    Revoked,
+    SenderMessage,
+    Written,
+    WrittenRange,
+)
+
+# Arrived leases remembered so that a duplicate Commit is acknowledged again instead of refused.
+_MAX_REMEMBERED = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverConfig:
+    # Commits of one transfer that may fail their digest before the failure is final.
+    max_attempts: int = 3
+    # How long a writer may take to answer Revoke before its channel is dropped.
+    revoke_timeout_s: float = 2.0
+    heartbeat_s: float = 1.0
+    max_missed_heartbeats: int = 5
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Granted:
+    """The owner of the pool leases blocks. ``epoch`` is new in this incarnation."""
+
+    sequence_id: str
+    epoch: int
+    block_ids: tuple[int, ...]
+    ttl_s: float
+    # A commit of fewer blocks is refused.
+    min_blocks: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class RevokeAsked:
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelOpened:
+    channel: int
+    peer: str
+    # The peer writes into our memory by itself.
+    is_one_sided: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLost:
+    channel: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WriterGone:
+    """Nothing that was opened for this channel can write any more."""
+
+    channel: int
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    channel: int
+    message: SenderMessage
+
+
+@dataclass(frozen=True, slots=True)
+class EpochQuiet:
+    """After CloseEpoch: no write of this process into the epoch's blocks is under way."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    epoch: int
+    attempt: int
+    damaged_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyFailed:
+    epoch: int
+    attempt: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class TakenOver:
+    """The owner of the pool has accepted the sequence: the blocks are its own now."""
+
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOverRefused:
+    epoch: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+ReceiverEvent = (
+    Granted
+    | RevokeAsked
+    | ChannelOpened
+    | ChannelLost
+    | WriterGone
+    | Received
+    | EpochQuiet
+    | Verified
+    | VerifyFailed
+    | TakenOver
+    | TakeOverRefused
+    | Tick
+)
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    channel: int
+    message: ReceiverMessage
+
+
+@dataclass(frozen=True, slots=True)
+class OpenEpoch:
+    """From now on data for this epoch may be written into these blocks, if it comes from this channel."""
+
+    channel: int
+    epoch: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CloseEpoch:
+    """Refuse further data; answer EpochQuiet once nothing is being written."""
+
+    channel: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Digest:
+    """Start hashing these blocks, they hold their final bytes."""
+
+    epoch: int
+    ranges: tuple[WrittenRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Compare the blocks with the commit's digests; answer Verified or VerifyFailed."""
+
+    epoch: int
+    commit: Commit
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetDigests:
+    """These layers are written again; all layers if None, and the epoch is over."""
+
+    epoch: int
+    layers: tuple[int, ...] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Arrive:
+    """Hand the sequence to its owner; answer TakenOver or TakeOverRefused."""
+
+    sequence_id: str
+    epoch: int
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantine:
+    """The lease is over, but a writer may still reach its blocks."""
+
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """The lease is over and its blocks are safe to use."""
+
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DropChannel:
+    channel: int
+    reason: str
+
+
+ReceiverAction = (
+    Send | OpenEpoch | CloseEpoch | Digest | Verify | ForgetDigests | Arrive | Quarantine | Release | DropChannel
+)
+
+
+# --- machine ----------------------------------------------------------------------------------------------------------
+
+
+class LeaseState(Enum):
+    GRANTED = "granted"
+    WRITING = "writing"
+    VERIFYING = "verifying"
+    ARRIVING = "arriving"
+    ENDING = "ending"
+
+
+@dataclass(slots=True)
+class _Lease:
+    sequence_id: str
+    epoch: int
+    block_ids: tuple[int, ...]
+    min_blocks: int
+    deadline_s: float
+    state: LeaseState = LeaseState.GRANTED
+    channel: int | None = None
+    # The commit that is expected next, or being verified.
+    attempt: int = 1
+    commit: Commit | None = None
+    # The peer does not write now and will not unless we ask it to.
+    is_writer_quiet: bool = True
+    # No write of this process into the blocks is under way.
+    is_epoch_quiet: bool = True
+    reason: str = ""
+    # When an unanswered Revoke costs the peer its channel.
+    revoke_deadline_s: float | None = None
+
+
+@dataclass(slots=True)
+class _Channel:
+    peer: str
+    is_one_sided: bool
+    heart: Heart
+    is_lost: bool = False
+    is_writer_gone: bool = False
+    epochs: set[int] = field(default_factory=set)
+
+
+class ReceiverMachine:
+    """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
+
+    def __init__(self, config: ReceiverConfig) -> None:
+        self._config = config
+        self._leases: dict[int, _Lease] = {}
+        self._epoch_of: dict[str, int] = {}
+        self._channels: dict[int, _Channel] = {}
+        # Epochs of leases that arrived, with the channel they came through, oldest first.
+        self._arrived: OrderedDict[int, int | None] = OrderedDict()
+
+    # Read-only views for drivers, ledgers and tests.
+
+    def state(self, sequence_id: str) -> LeaseState | None:
+        epoch = self._epoch_of.get(sequence_id)
+        return None if epoch is None else self._leases[epoch].state
+
+    @property
+    def sequence_ids(self) -> tuple[str, ...]:
+        return tuple(self._epoch_of)
+
+    @property
+    def num_leases(self) -> int:
+        return len(self._leases)
+
+    @property
+    def num_channels(self) -> int:
+        return len(self._channels)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        deadlines = [c.heart.due_s for c in self._channels.values() if not c.is_lost]
+        for lease in self._leases.values():
+            if lease.state in (LeaseState.GRANTED, LeaseState.WRITING):
+                deadlines.append(lease.deadline_s)
+            elif lease.revoke_deadline_s is not None:
+                deadlines.append(lease.revoke_deadline_s)
+        return min(deadlines, default=None)
+
+    def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:
+        match event:
+            case Received():
+                return self._received(event.channel, event.message, now)
+            case Granted():
+                return self._granted(event, now)
+            case RevokeAsked():
+                epoch = self._epoch_of.get(event.sequence_id)
+                return [] if epoch is None else self._end(self._leases[epoch], event.reason, now)
+            case ChannelOpened():
+                heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
+                self._channels[event.channel] = _Channel(event.peer, event.is_one_sided, heart)
+                return []
+            case ChannelLost():
+                return self._channel_lost(event, now)
+            case WriterGone():
+                return self._writer_gone(event.channel, now)
+            case EpochQuiet():
+                return self._epoch_quiet(event.epoch)
+            case Verified():
+                return self._verified(event, now)
+            case VerifyFailed():
+                return self._verify_failed(event, now)
+            case TakenOver():
+                return self._taken_over(event.epoch)
+            case TakeOverRefused():
+                return self._take_over_refused(event, now)
+            case Tick():
+                return self._tick(now)
+
+    def check(self) -> None:
+        """Internal invariants; called by tests after every event."""
+        assert len(self._epoch_of) == len(self._leases)
+        for epoch, lease in self._leases.items():
+            assert lease.epoch == epoch == self._epoch_of[lease.sequence_id]
+            if lease.state is LeaseState.GRANTED:
+                assert lease.channel is None and lease.is_writer_quiet
+            else:
+                assert lease.channel is not None
+            if lease.state in (LeaseState.VERIFYING, LeaseState.ARRIVING):
+                assert lease.is_writer_quiet and lease.commit is not None
+            if lease.state is LeaseState.ENDING:
+                assert not (lease.is_writer_quiet and lease.is_epoch_quiet), "a settled lease must be released"
+            if lease.channel in self._channels:
+                assert epoch in self._channels[lease.channel].epochs
+
+    # Grants and ends.
+
+    def _granted(self, event: Granted, now: float) -> list[ReceiverAction]:
+        if event.sequence_id in self._epoch_of:
+            raise InvalidRequest(f"{event.sequence_id} has a lease already; a new attempt needs a new sequence id")
+        assert event.epoch not in self._leases, "epochs are given once"
+        self._leases[event.epoch] = _Lease(
+            event.sequence_id, event.epoch, event.block_ids, event.min_blocks, now + event.ttl_s
+        )
+        self._epoch_of[event.sequence_id] = event.epoch
+        return []
+
+    def _end(self, lease: _Lease, reason: str, now: float, *, tell: bool = True) -> list[ReceiverAction]:
+        """Stop a lease that has not arrived; releases it at once if nobody can write, else quarantines it."""
+        if lease.state in (LeaseState.ENDING, LeaseState.ARRIVING):
+            # Ending already, or its owner is taking it over in this very moment and will cancel the sequence itself.
+            return []
+        actions: list[ReceiverAction] = []
+        was = lease.state
+        lease.state, lease.reason = LeaseState.ENDING, reason
+        if was is LeaseState.WRITING:
+            if tell:
+                actions += self._send(lease, Revoke(lease.sequence_id, lease.epoch, reason))
+                lease.revoke_deadline_s = now + self._config.revoke_timeout_s
+            actions.append(self._close_epoch(lease))
+        elif was is LeaseState.VERIFYING and tell:
+            actions += self._nack(lease, TransferFailed(f"lease of {lease.sequence_id} is over: {reason}"))
+        if not (lease.is_writer_quiet and lease.is_epoch_quiet):
+            actions.append(Quarantine(lease.sequence_id, lease.epoch, reason))
+        return actions + self._settle(lease)
+
+    def _settle(self, lease: _Lease) -> list[ReceiverAction]:
+        if lease.state is not LeaseState.ENDING or not (lease.is_writer_quiet and lease.is_epoch_quiet):
+            return []
+        self._forget(lease)
+        return [ForgetDigests(lease.epoch, None), Release(lease.sequence_id, lease.epoch, lease.reason)]
+
+    def _forget(self, lease: _Lease) -> None:
+        del self._leases[lease.epoch]
+        del self._epoch_of[lease.sequence_id]
+        if lease.channel in self._channels:
+            self._channels[lease.channel].epochs.discard(lease.epoch)
+
+    def _open_epoch(self, lease: _Lease) -> ReceiverAction:
+        assert lease.channel is not None
+        lease.is_epoch_quiet = False
+        # A two-sided peer never writes: what reaches our memory is what this process puts there.
+        lease.is_writer_quiet = not self._channels[lease.channel].is_one_sided
+        return OpenEpoch(lease.channel, lease.epoch, lease.block_ids)
+
+    def _close_epoch(self, lease: _Lease) -> ReceiverAction:
+        assert lease.channel is not None
+        return CloseEpoch(lease.channel, lease.epoch)
+
+    def _send(self, lease: _Lease, message: ReceiverMessage) -> list[ReceiverAction]:
+        channel = None if lease.channel is None else self._channels.get(lease.channel)
+        if channel is None or channel.is_lost:
+            return []
+        assert lease.channel is not None
+        return [Send(lease.channel, message)]
+
+    def _nack(self, lease: _Lease, error: BatonError) -> list[ReceiverAction]:
+        failure = Failure(error.code, error.message, error.retryable)
+        return self._send(lease, Nack(lease.sequence_id, lease.epoch, lease.attempt, failure))
+
+    # Channels.
+
+    def _channel_lost(self, event: ChannelLost, now: float) -> list[ReceiverAction]:
+        channel = self._channels.get(event.channel)
+        if channel is None or channel.is_lost:
+            return []
+        channel.is_lost = True
+        actions: list[ReceiverAction] = []
+        for epoch in sorted(channel.epochs):
+            lease = self._leases[epoch]
+            # What is being verified is complete and its writer is quiet: it may still arrive.
+            if lease.state is LeaseState.WRITING:
+                actions += self._end(lease, f"channel to {channel.peer} lost: {event.reason}", now, tell=False)
+            lease.revoke_deadline_s = None
+        if channel.is_writer_gone:
+            del self._channels[event.channel]
+        return actions
+
+    def _writer_gone(self, channel_id: int, now: float) -> list[ReceiverAction]:
+        channel = self._channels.get(channel_id)
+        if channel is None:
+            return []
+        channel.is_writer_gone = True
+        actions: list[ReceiverAction] = []
+        for epoch in sorted(channel.epochs):
+            lease = self._leases[epoch]
+            lease.is_writer_quiet = True
+            if lease.state is LeaseState.WRITING:
+                actions += self._end(lease, f"writer {channel.peer} is gone", now)
+            else:
+                actions += self._settle(lease)
+        if channel.is_lost:
+            del self._channels[channel_id]
+        return actions
+
+    def _epoch_quiet(self, epoch: int) -> list[ReceiverAction]:
+        lease = self._leases.get(epoch)
+        if lease is None or lease.is_epoch_quiet or lease.state is LeaseState.WRITING:
+            return []
+        lease.is_epoch_quiet = True
+        if lease.state is LeaseState.VERIFYING:
+            assert lease.commit is not None
+            return [Verify(epoch, lease.commit)]
+        return self._settle(lease)
+
+    # Messages of the peer.
+
+    def _received(self, channel_id: int, message: SenderMessage, now: float) -> list[ReceiverAction]:
+        channel = self._channels.get(channel_id)
+        if channel is None or channel.is_lost:
+            return []
+        channel.heart.heard()
+        if isinstance(message, Heartbeat):
+            return []
+        lease = self._leases.get(message.epoch)
+        if lease is not None and lease.sequence_id != message.sequence_id:
+            lease = None
+        if isinstance(message, Begin):
+            return self._begin(channel_id, message, lease)
+        if lease is None or lease.channel != channel_id:
+            return self._unknown(channel_id, message)
+        match message:
+            case Written():
+                is_current = lease.state is LeaseState.WRITING and message.attempt == lease.attempt
+                inside = all(r.first_block + r.num_blocks <= len(lease.block_ids) for r in message.ranges)
+                return [Digest(lease.epoch, message.ranges)] if is_current and inside else []
+            case Commit():
+                return self._commit(lease, message, now)
+            case Abort():
+                return self._stopped(lease, f"aborted by {channel.peer}: {message.reason}", now)
+            case Revoked():
+                return self._stopped(lease, lease.reason or f"given back by {channel.peer}", now)
+
+    def _begin(self, channel_id: int, message: Begin, lease: _Lease | None) -> list[ReceiverAction]:
+        if lease is not None and lease.channel == channel_id:
+            return []  # A duplicate: Begun is said once, so that it can never start a second writer.
+        if self._channels[channel_id].is_writer_gone:
+            return []  # Its connection is broken, the channel will follow.
+        if lease is None or lease.state is not LeaseState.GRANTED:
+            what = "is not live here" if lease is None else "belongs to another channel"
+            error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} {what}; reserve again")
+            failure = Failure(error.code, error.message, error.retryable)
+            return [Send(channel_id, Nack(message.sequence_id, message.epoch, 0, failure))]
+        lease.state, lease.channel = LeaseState.WRITING, channel_id
+        self._channels[channel_id].epochs.add(lease.epoch)
+        return [self._open_epoch(lease), Send(channel_id, Begun(lease.sequence_id, lease.epoch))]
+
+    def _unknown(self, channel_id: int, message: SenderMessage) -> list[ReceiverAction]:
+        """A message for a lease that is over, or not this peer's. Only a Commit waits for an answer."""
+        if not isinstance(message, Commit):
+            return []
+        if self._arrived.get(message.epoch) == channel_id:
+            return [Send(channel_id, Ack(message.sequence_id, message.epoch))]
+        error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} is over")
+        failure = Failure(error.code, error.message, error.retryable)
+        return [Send(channel_id, Nack(message.sequence_id, message.epoch, message.attempt, failure))]
+
+    def _commit(self, lease: _Lease, commit: Commit, now: float) -> list[ReceiverAction]:
+        if commit.attempt != lease.attempt or lease.state not in (LeaseState.WRITING, LeaseState.ENDING):
+            return []  # Late or duplicate.
+        lease.is_writer_quiet = True
+        if lease.state is LeaseState.ENDING:
+            # Crossed with Revoke, which the sender takes for the answer.
+            return self._settle(lease)
+        lease.state, lease.commit = LeaseState.VERIFYING, commit
+        actions: list[ReceiverAction] = [self._close_epoch(lease)]
+        if not lease.min_blocks <= commit.num_blocks <= len(lease.block_ids):
+            error = InvalidRequest(
+                f"{commit.num_blocks} blocks committed, expected {lease.min_blocks} to {len(lease.block_ids)}"
+            )
+            return actions + self._nack(lease, error) + self._end(lease, error.message, now, tell=False)
+        return actions
+
+    def _stopped(self, lease: _Lease, reason: str, now: float) -> list[ReceiverAction]:
+        """The peer has stopped writing and will not write again."""
+        lease.is_writer_quiet = True
+        lease.revoke_deadline_s = None
+        if lease.state is LeaseState.ENDING:
+            return self._settle(lease)
+        return self._end(lease, reason, now, tell=False)
+
+    # Outcomes of verification and take-over.
+
+    def _verified(self, event: Verified, now: float) -> list[ReceiverAction]:
+        lease = self._leases.get(event.epoch)
+        if lease is None or lease.state is not LeaseState.VERIFYING or event.attempt != lease.attempt:
+            return []
+        assert lease.commit is not None and lease.channel is not None
+        if not event.damaged_layers:
+            lease.state = LeaseState.ARRIVING
+            return [Arrive(lease.sequence_id, lease.epoch, lease.commit.first_token)]
+        what = f"digest of layers {list(event.damaged_layers)} differs in attempt {lease.attempt}"
+        channel = self._channels.get(lease.channel)
+        can_repeat = lease.attempt < self._config.max_attempts and now < lease.deadline_s
+        if channel is None or channel.is_lost or channel.is_writer_gone or not can_repeat:
+            error = TransferFailed(f"{lease.sequence_id}: {what}, giving up")
+            return [*self._nack(lease, error), *self._end(lease, what, now, tell=False)]
+        failure = Failure(TransferFailed.__name__, what, TransferFailed.retryable)
+        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, failure, event.damaged_layers)
+        lease.attempt += 1
+        lease.state, lease.commit = LeaseState.WRITING, None
+        forget = ForgetDigests(lease.epoch, event.damaged_layers)
+        return [forget, self._open_epoch(lease), Send(lease.channel, nack)]
+
+    def _verify_failed(self, event: VerifyFailed, now: float) -> list[ReceiverAction]:
+        lease = self._leases.get(event.epoch)
+        if lease is None or lease.state is not LeaseState.VERIFYING or event.attempt != lease.attempt:
+            return []
+        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, event.failure)
+        return self._send(lease, nack) + self._end(lease, event.failure.message, now, tell=False)
+
+    def _taken_over(self, epoch: int) -> list[ReceiverAction]:
+        lease = self._leases.get(epoch)
+        if lease is None or lease.state is not LeaseState.ARRIVING:
+            return []
+        actions = self._send(lease, Ack(lease.sequence_id, epoch))
+        self._forget(lease)
+        self._arrived[epoch] = lease.channel
+        if len(self._arrived) > _MAX_REMEMBERED:
+            self._arrived.popitem(last=False)
+        return [ForgetDigests(epoch, None), *actions]
+
+    def _take_over_refused(self, event: TakeOverRefused, now: float) -> list[ReceiverAction]:
+        lease = self._leases.get(event.epoch)
+        if lease is None or lease.state is not LeaseState.ARRIVING:
+            return []
+        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, event.failure)
+        lease.state = LeaseState.VERIFYING
+        return self._send(lease, nack) + self._end(lease, event.failure.message, now, tell=False)
+
+    # Time.
+
+    def _tick(self, now: float) -> list[ReceiverAction]:
+        actions: list[ReceiverAction] = []
+        for lease in list(self._leases.values()):
+            if lease.state in (LeaseState.GRANTED, LeaseState.WRITING) and now >= lease.deadline_s:
+                actions += self._end(lease, "lease expired", now)
+            elif lease.revoke_deadline_s is not None and now >= lease.revoke_deadline_s:
+                lease.revoke_deadline_s = None
+                assert lease.channel is not None
+                actions.append(DropChannel(lease.channel, f"{lease.sequence_id}: Revoke was not answered"))
+        for channel_id, channel in self._channels.items():
+            pulse = Pulse.QUIET if channel.is_lost else channel.heart.beat(now)
+            if pulse is Pulse.BEAT:
+                actions.append(Send(channel_id, Heartbeat()))
+            elif pulse is Pulse.LOST:
+                actions.append(DropChannel(channel_id, f"{channel.peer} was silent"))
+        return actions

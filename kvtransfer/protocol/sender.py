@@ -1,0 +1,547 @@
+"""The sending side towards one receiver: its channel and every push over it. Pure.
+
+A push may write only between Begun and the moment its end is announced (Commit, Abort, Revoked). Its end is announced,
+and its owner told, only after ``Stopped`` or ``Drained``: no write of it is under way then, so its source blocks and the
+target blocks are both free to be used again.
+
+    waiting --channel--> beginning --Begun--> writing --commit--> draining --Drained--> committed --Ack--> DONE
+       |                    |                    |                  |  ^----Nack, layers---'  |
+       '------ abort, Revoke, loss, deadline ----'----> stopping <--'                         |
+                                                            '--Stopped--> FAILED <------------'
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.errors import BatonError, Cancelled, Incompatible, NodeLost, TransferFailed, from_code
+from baton.types import TokenChunk
+from kvtransfer.protocol.liveness import Heart, Pulse
+from kvtransfer.protocol.messages import (
+    Abort,
+    Ack,
+    Begin,
+    Begun,
+    Commit,
+    Heartbeat,
+    Nack,
+    ReceiverMessage,
+    Revoke,
+    Revoked,
+    SenderMessage,
+)
+
+# Epochs used on a channel that are remembered: a lease starts one push, ever.
+_MAX_REMEMBERED = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class SenderConfig:
+    # From begin() to Begun, connecting included.
+    begin_timeout_s: float = 5.0
+    # From commit() to the acknowledgement.
+    commit_timeout_s: float = 30.0
+    # A lease that its receiver must have revoked is given up this long after its lifetime.
+    lease_grace_s: float = 5.0
+    # For writes under way to end; then the connection is broken under them.
+    stop_timeout_s: float = 2.0
+    min_backoff_s: float = 0.05
+    max_backoff_s: float = 2.0
+    heartbeat_s: float = 1.0
+    max_missed_heartbeats: int = 5
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class PushBegun:
+    """A push was asked for. ``push`` is a number that its owner never uses twice."""
+
+    push: int
+    sequence_id: str
+    epoch: int
+    incarnation: int
+    ttl_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class CommitAsked:
+    push: int
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class AbortAsked:
+    push: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    channel: int
+    node_id: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectFailed:
+    error: BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelLost:
+    channel: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    channel: int
+    message: ReceiverMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """Every byte of the attempt is where it belongs and nothing is being written."""
+
+    push: int
+    attempt: int
+    num_blocks: int
+    layer_digests: tuple[bytes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFailed:
+    push: int
+    error: BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """After StopWriting: no write is under way and none will follow."""
+
+    push: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+SenderEvent = (
+    PushBegun
+    | CommitAsked
+    | AbortAsked
+    | Connected
+    | ConnectFailed
+    | ChannelLost
+    | Received
+    | Drained
+    | WriteFailed
+    | Stopped
+    | Tick
+)
+
+
+# --- actions ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connect:
+    """Answer Connected or ConnectFailed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    channel: int
+    message: SenderMessage
+
+
+@dataclass(frozen=True, slots=True)
+class StartWriting:
+    push: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Write what is left (the given layers once more, if any), wait until it has landed, answer Drained."""
+
+    push: int
+    attempt: int
+    rewrite_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopWriting:
+    """Begin no further write; answer Stopped when none is under way."""
+
+    push: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The push is over; without an error the receiver has taken the sequence over."""
+
+    push: int
+    error: BatonError | None
+
+
+@dataclass(frozen=True, slots=True)
+class DropChannel:
+    """Close channel and data connection; answer ChannelLost."""
+
+    channel: int
+    reason: str
+
+
+SenderAction = Connect | Send | StartWriting | Drain | StopWriting | Finish | DropChannel
+
+
+# --- machine ----------------------------------------------------------------------------------------------------------
+
+
+class PushState(Enum):
+    WAITING = "waiting"
+    BEGINNING = "beginning"
+    WRITING = "writing"
+    DRAINING = "draining"
+    COMMITTED = "committed"
+    STOPPING = "stopping"
+
+
+@dataclass(slots=True)
+class _Push:
+    number: int
+    sequence_id: str
+    epoch: int
+    incarnation: int
+    ttl_s: float
+    deadline_s: float
+    state: PushState = PushState.WAITING
+    attempt: int = 1
+    first_token: TokenChunk | None = None
+    # Why it is stopping, and what the receiver is told then.
+    error: BatonError | None = None
+    farewell: SenderMessage | None = None
+
+
+@dataclass(slots=True)
+class _Channel:
+    number: int
+    node_id: str
+    incarnation: int
+    heart: Heart
+    used_epochs: OrderedDict[int, None]
+    is_dropping: bool = False
+
+
+class SenderMachine:
+    """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
+
+    def __init__(self, peer: str, config: SenderConfig) -> None:
+        self._peer = peer
+        self._config = config
+        self._pushes: dict[int, _Push] = {}
+        self._channel: _Channel | None = None
+        self._is_connecting = False
+        # Connection attempts that failed in a row, and when the next one may start.
+        self._failures = 0
+        self._connect_at_s: float | None = None
+
+    # Read-only views for drivers and tests.
+
+    def state(self, push: int) -> PushState | None:
+        found = self._pushes.get(push)
+        return None if found is None else found.state
+
+    def attempt(self, push: int) -> int:
+        return self._pushes[push].attempt
+
+    @property
+    def num_pushes(self) -> int:
+        return len(self._pushes)
+
+    @property
+    def next_deadline_s(self) -> float | None:
+        deadlines = [p.deadline_s for p in self._pushes.values()]
+        if self._channel is not None and not self._channel.is_dropping:
+            deadlines.append(self._channel.heart.due_s)
+        if self._connect_at_s is not None and self._is_waited_for():
+            deadlines.append(self._connect_at_s)
+        return min(deadlines, default=None)
+
+    def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:
+        match event:
+            case Received():
+                return self._received(event.channel, event.message, now)
+            case PushBegun():
+                return self._push_begun(event, now)
+            case CommitAsked():
+                return self._commit_asked(event, now)
+            case AbortAsked():
+                return self._abort_asked(event, now)
+            case Drained():
+                return self._drained(event)
+            case WriteFailed():
+                return self._on(event.push, event.error, now, say_abort=True)
+            case Stopped():
+                return self._stopped(event.push)
+            case Connected():
+                return self._connected(event, now)
+            case ConnectFailed():
+                return self._connect_failed(event.error, now)
+            case ChannelLost():
+                return self._channel_lost(event, now)
+            case Tick():
+                return self._tick(now)
+
+    def check(self) -> None:
+        """Internal invariants; called by tests after every event."""
+        for number, push in self._pushes.items():
+            assert push.number == number
+            if push.state is PushState.STOPPING:
+                assert push.error is not None
+            if push.state in (PushState.DRAINING, PushState.COMMITTED):
+                assert push.first_token is not None
+            if self._channel is None:
+                assert push.state in (PushState.WAITING, PushState.STOPPING)
+        assert not (self._is_connecting and self._channel is not None)
+
+    # Channel.
+
+    def _is_waited_for(self) -> bool:
+        return any(p.state is PushState.WAITING for p in self._pushes.values())
+
+    def _connect(self, now: float) -> list[SenderAction]:
+        if self._channel is not None or self._is_connecting or not self._is_waited_for():
+            return []
+        if self._connect_at_s is not None and now < self._connect_at_s:
+            return []
+        self._is_connecting = True
+        return [Connect()]
+
+    def _connected(self, event: Connected, now: float) -> list[SenderAction]:
+        assert self._channel is None and self._is_connecting, "one connection at a time"
+        self._is_connecting, self._failures, self._connect_at_s = False, 0, None
+        heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
+        self._channel = _Channel(event.channel, event.node_id, event.incarnation, heart, OrderedDict())
+        actions: list[SenderAction] = []
+        for push in list(self._pushes.values()):
+            if push.state is PushState.WAITING:
+                actions += self._begin(push)
+        return actions
+
+    def _connect_failed(self, error: BatonError, now: float) -> list[SenderAction]:
+        """Nobody is kept waiting for the next attempt: a failed connection is news for the router."""
+        self._is_connecting = False
+        backoff_s = min(self._config.min_backoff_s * 2**self._failures, self._config.max_backoff_s)
+        self._failures += 1
+        self._connect_at_s = now + backoff_s
+        waiting = [p for p in self._pushes.values() if p.state is PushState.WAITING]
+        return [self._finish(p, error) for p in waiting]
+
+    def _channel_lost(self, event: ChannelLost, now: float) -> list[SenderAction]:
+        if self._channel is None or self._channel.number != event.channel:
+            return []
+        self._channel = None
+        actions: list[SenderAction] = []
+        error = NodeLost(f"{self._peer}: transfer channel lost: {event.reason}")
+        for push in list(self._pushes.values()):
+            if push.state is not PushState.WAITING:
+                push.farewell = None
+                actions += self._fail(push, error, now)
+        return actions + self._connect(now)
+
+    def _drop(self, reason: str) -> list[SenderAction]:
+        if self._channel is None or self._channel.is_dropping:
+            return []
+        self._channel.is_dropping = True
+        return [DropChannel(self._channel.number, reason)]
+
+    def _send(self, message: SenderMessage) -> list[SenderAction]:
+        if self._channel is None or self._channel.is_dropping:
+            return []
+        return [Send(self._channel.number, message)]
+
+    # Life of a push.
+
+    def _push_begun(self, event: PushBegun, now: float) -> list[SenderAction]:
+        push = _Push(
+            event.push,
+            event.sequence_id,
+            event.epoch,
+            event.incarnation,
+            event.ttl_s,
+            deadline_s=now + self._config.begin_timeout_s,
+        )
+        self._pushes[event.push] = push
+        if self._channel is not None and not self._channel.is_dropping:
+            return self._begin(push)
+        return self._connect(now)
+
+    def _begin(self, push: _Push) -> list[SenderAction]:
+        assert self._channel is not None
+        if push.incarnation != self._channel.incarnation:
+            error: BatonError = NodeLost(
+                f"lease of {push.sequence_id} was granted by incarnation {push.incarnation} of {self._channel.node_id}, "
+                f"which is now {self._channel.incarnation}"
+            )
+            return [self._finish(push, error)]
+        used = self._channel.used_epochs
+        if push.epoch in used:
+            return [self._finish(push, TransferFailed(f"lease {push.epoch} of {push.sequence_id} was used before"))]
+        used[push.epoch] = None
+        if len(used) > _MAX_REMEMBERED:
+            used.popitem(last=False)
+        push.state = PushState.BEGINNING
+        return self._send(Begin(push.sequence_id, push.epoch))
+
+    def _commit_asked(self, event: CommitAsked, now: float) -> list[SenderAction]:
+        push = self._pushes.get(event.push)
+        if push is None or push.state is PushState.STOPPING or push.first_token is not None:
+            return []
+        push.first_token = event.first_token
+        if push.state is not PushState.WRITING:
+            return []
+        return self._drain(push, now)
+
+    def _drain(self, push: _Push, now: float) -> list[SenderAction]:
+        push.state = PushState.DRAINING
+        push.deadline_s = now + self._config.commit_timeout_s
+        return [Drain(push.number, push.attempt)]
+
+    def _abort_asked(self, event: AbortAsked, now: float) -> list[SenderAction]:
+        push = self._pushes.get(event.push)
+        if push is None:
+            return []
+        return self._on(event.push, Cancelled(f"{push.sequence_id}: {event.reason}"), now, say_abort=True)
+
+    def _drained(self, event: Drained) -> list[SenderAction]:
+        push = self._pushes.get(event.push)
+        if push is None or push.state is not PushState.DRAINING or event.attempt != push.attempt:
+            return []
+        assert push.first_token is not None
+        push.state = PushState.COMMITTED
+        return self._send(
+            Commit(push.sequence_id, push.epoch, push.attempt, event.num_blocks, event.layer_digests, push.first_token)
+        )
+
+    def _on(self, number: int, error: BatonError, now: float, *, say_abort: bool = False) -> list[SenderAction]:
+        push = self._pushes.get(number)
+        if push is None or push.state is PushState.STOPPING:
+            return []
+        if say_abort and push.state is not PushState.WAITING:
+            push.farewell = Abort(push.sequence_id, push.epoch, error.message)
+        return self._fail(push, error, now)
+
+    def _fail(self, push: _Push, error: BatonError, now: float) -> list[SenderAction]:
+        """End a push with an error: at once if it is not writing, else after Stopped."""
+        if push.state is PushState.STOPPING:
+            return []
+        push.error = error
+        if push.state in (PushState.WRITING, PushState.DRAINING):
+            push.state = PushState.STOPPING
+            push.deadline_s = now + self._config.stop_timeout_s
+            return [StopWriting(push.number)]
+        return self._part(push)
+
+    def _part(self, push: _Push) -> list[SenderAction]:
+        actions = [] if push.farewell is None else self._send(push.farewell)
+        return [*actions, self._finish(push, push.error)]
+
+    def _stopped(self, number: int) -> list[SenderAction]:
+        push = self._pushes.get(number)
+        return [] if push is None or push.state is not PushState.STOPPING else self._part(push)
+
+    def _finish(self, push: _Push, error: BatonError | None) -> SenderAction:
+        del self._pushes[push.number]
+        return Finish(push.number, error)
+
+    # Messages of the peer.
+
+    def _received(self, channel: int, message: ReceiverMessage, now: float) -> list[SenderAction]:
+        if self._channel is None or self._channel.number != channel or self._channel.is_dropping:
+            return []
+        self._channel.heart.heard()
+        if isinstance(message, Heartbeat):
+            return []
+        push = self._find(message.sequence_id, message.epoch)
+        match message:
+            case Begun():
+                return [] if push is None else self._begun(push, now)
+            case Ack():
+                is_expected = push is not None and push.state is PushState.COMMITTED
+                return [self._finish(push, None)] if push is not None and is_expected else []
+            case Nack():
+                return [] if push is None else self._nacked(push, message, now)
+            case Revoke():
+                return self._revoked(push, message, now)
+
+    def _find(self, sequence_id: str, epoch: int) -> _Push | None:
+        for push in self._pushes.values():
+            if push.epoch == epoch and push.sequence_id == sequence_id and push.state is not PushState.WAITING:
+                return push
+        return None
+
+    def _begun(self, push: _Push, now: float) -> list[SenderAction]:
+        if push.state is not PushState.BEGINNING:
+            return []
+        push.state = PushState.WRITING
+        push.deadline_s = now + push.ttl_s + self._config.lease_grace_s
+        actions: list[SenderAction] = [StartWriting(push.number)]
+        return actions if push.first_token is None else actions + self._drain(push, now)
+
+    def _nacked(self, push: _Push, nack: Nack, now: float) -> list[SenderAction]:
+        if not nack.retransmit_layers:
+            error = from_code(nack.failure.code, nack.failure.message)
+            if not isinstance(error, TransferFailed | Incompatible | NodeLost):
+                error = TransferFailed(f"{self._peer} refused {push.sequence_id}: {nack.failure.message}")
+            if push.state is not PushState.COMMITTED:
+                push.farewell = Abort(push.sequence_id, push.epoch, "refused")
+            return self._fail(push, error, now)
+        if push.state is not PushState.COMMITTED or nack.attempt != push.attempt:
+            return []
+        push.attempt += 1
+        push.state = PushState.DRAINING
+        return [Drain(push.number, push.attempt, nack.retransmit_layers)]
+
+    def _revoked(self, push: _Push | None, message: Revoke, now: float) -> list[SenderAction]:
+        answer = Revoked(message.sequence_id, message.epoch)
+        if push is None:
+            return self._send(answer)  # Over: whoever wrote has stopped.
+        push.farewell = answer
+        error = TransferFailed(f"{self._peer} revoked the lease of {push.sequence_id}: {message.reason}")
+        return self._fail(push, error, now)
+
+    # Time.
+
+    def _tick(self, now: float) -> list[SenderAction]:
+        actions: list[SenderAction] = []
+        for push in list(self._pushes.values()):
+            if now >= push.deadline_s:
+                actions += self._late(push, now)
+        if self._channel is not None and not self._channel.is_dropping:
+            pulse = self._channel.heart.beat(now)
+            if pulse is Pulse.BEAT:
+                actions += self._send(Heartbeat())
+            elif pulse is Pulse.LOST:
+                actions += self._drop("the receiver was silent")
+        return actions + self._connect(now)
+
+    def _late(self, push: _Push, now: float) -> list[SenderAction]:
+        if push.state is PushState.STOPPING:
+            # Stuck in the transport: break the connection under it.
+            push.deadline_s = now + self._config.stop_timeout_s
+            return self._drop(f"a write of {push.sequence_id} did not stop")
+        waited_for = {
+            PushState.WAITING: "a channel",
+            PushState.BEGINNING: "Begun",
+            PushState.WRITING: "commit before the lease ended",
+            PushState.DRAINING: "its bytes to be written",
+            PushState.COMMITTED: "the acknowledgement",
+        }[push.state]
+        error = TransferFailed(f"{push.sequence_id} to {self._peer}: gave up waiting for {waited_for}")
+        return self._on(push.number, error, now, say_abort=True)

@@ -1,0 +1,404 @@
+"""The decode node's end of every transfer: grants leases, serves the control channel, tells its owner what became of them.
+
+Drives ReceiverMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to whoever
+gets the events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+import grpc.aio
+
+from baton import codec
+from baton.clock import Clock, MonotonicClock
+from baton.errors import BatonError, Incompatible, InternalError, InvalidRequest, Unavailable
+from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
+from baton.v1 import transfer_pb2 as pb
+from baton.v1 import transfer_pb2_grpc
+from kvtransfer import channel as wire_format
+from kvtransfer.arena import Arena
+from kvtransfer.config import TransferConfig
+from kvtransfer.digest import DIGEST_NAME
+from kvtransfer.plan import check_block_ids
+from kvtransfer.protocol import messages
+from kvtransfer.protocol import receiver as machine
+from kvtransfer.transports import shm, tcp
+from kvtransfer.verify import Verifier
+from kvtransfer.writing import as_bytes
+
+_HELLO_TIMEOUT_S = 5.0
+# Messages waiting for a slow peer; a peer that lets more pile up is dropped.
+_MAX_OUTBOX = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """The sequence's KV is here and verified. The blocks belong to the handler's side when it returns; if it raises, the
+    sender is told so and Released follows."""
+
+    sequence_id: str
+    epoch: int
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """The lease is over, but a writer may still reach its blocks: keep them until Released."""
+
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The lease is over without arrival and nobody can write into its blocks any more."""
+
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+ReceiverNotice = Arrived | Quarantined | Released
+
+
+class DataPlane(Protocol):
+    """The receiving end of one transport. All methods on the event loop."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_one_sided(self) -> bool: ...
+
+    async def start(self) -> None: ...
+
+    def offer(self, channel: int, token: bytes) -> str: ...
+
+    def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None: ...
+
+    def close_epoch(self, channel: int, epoch: int) -> bool:
+        """True if nothing is being written into the epoch's blocks; else its quiet is told later."""
+
+    def drop(self, channel: int) -> None:
+        """Leads to one call of on_writer_gone(channel)."""
+
+    async def close(self) -> None: ...
+
+
+class _Channel:
+    def __init__(self, number: int, peer: NodeDescription, plane: DataPlane) -> None:
+        self.number = number
+        self.peer = peer
+        self.plane = plane
+        self.outbox: asyncio.Queue[pb.ChannelResponse] = asyncio.Queue(_MAX_OUTBOX)
+        # Why the channel is given up, once it is.
+        self.dropped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+
+    def drop(self, reason: str) -> None:
+        if not self.dropped.done():
+            self.dropped.set_result(reason)
+
+
+class Receiver(transfer_pb2_grpc.KvTransferServicer):
+    """Serves ``baton.v1.KvTransfer``; add it to a grpc.aio server with ``add_to``. Everything on one event loop.
+
+    ``on_event`` gets Arrived, Quarantined and Released one at a time and never from inside a call of ours.
+    """
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        layout: KvLayout,
+        arena: Arena,
+        *,
+        on_event: Callable[[ReceiverNotice], None],
+        config: TransferConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        self._node = node
+        self._layout = layout
+        self._config = config or TransferConfig()
+        self._clock = clock or MonotonicClock()
+        self._on_event = on_event
+        self._machine = machine.ReceiverMachine(self._config.receiver)
+        self._memory = as_bytes(arena.buffer)
+        self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
+        self._planes: dict[str, DataPlane] = {}
+        for name in self._config.transport_names:
+            self._planes[name] = self._make_plane(name, arena)
+        self._channels: dict[int, _Channel] = {}
+        # Planes of channels whose writer is not known gone yet, lost ones included.
+        self._writers: dict[int, DataPlane] = {}
+        self._next_channel = 1
+        self._next_epoch = 1
+        self._notices: deque[machine.Arrive | ReceiverNotice] = deque()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._is_closing = False
+        self._has_changed = asyncio.Event()
+
+    def _make_plane(self, name: str, arena: Arena) -> DataPlane:
+        if name == shm.NAME:
+            return shm.ShmReceiver(arena, self._writer_gone)
+        return tcp.TcpReceiver(
+            self._memory,
+            self._layout,
+            advertised_host=self._node.address.rpartition(":")[0],
+            listen_host=self._config.tcp_listen_host,
+            on_writer_gone=self._writer_gone,
+            on_quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
+        )
+
+    # For the owner of the pool.
+
+    async def start(self) -> None:
+        for plane in self._planes.values():
+            await plane.start()
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        transfer_pb2_grpc.add_KvTransferServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+
+    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+        """Lease blocks to whoever computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
+
+        Raises InvalidRequest if the sequence has a live lease, or for blocks that are not ours; Unavailable when closing.
+        """
+        if self._is_closing:
+            raise Unavailable(f"{self._node.node_id} is shutting down")
+        check_block_ids(self._layout, block_ids, "leased")
+        epoch = self._next_epoch
+        self._handle(machine.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks))
+        self._next_epoch += 1
+        node = self._node
+        return Lease(sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s)
+
+    def revoke(self, sequence_id: str, reason: str) -> None:
+        """End the lease of a sequence that has not arrived; Released follows, maybe after Quarantined. Else nothing."""
+        self._handle(machine.RevokeAsked(sequence_id, reason))
+
+    async def close(self, deadline_s: float = 5.0) -> None:
+        """End all leases, wait for their writers up to the deadline, close every channel and connection."""
+        self._is_closing = True
+        for sequence_id in self._machine.sequence_ids:
+            self._handle(machine.RevokeAsked(sequence_id, "the node is shutting down"))
+        try:
+            async with asyncio.timeout(deadline_s):
+                await self._until(lambda: not self._machine.num_leases)
+                for channel in list(self._channels.values()):
+                    channel.drop("the node is shutting down")
+                await self._until(lambda: not self._writers and not self._channels)
+        except TimeoutError:
+            logging.getLogger(__name__).warning("closing with %d writers not known gone", len(self._writers))
+        if self._timer is not None:
+            self._timer.cancel()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for plane in self._planes.values():
+            await plane.close()
+        await asyncio.to_thread(self._verifier.close)
+        del self._memory
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            self._has_changed.clear()
+            await self._has_changed.wait()
+
+    # The machine and its actions.
+
+    def _handle(self, event: machine.ReceiverEvent) -> None:
+        for action in self._machine.handle(event, self._clock.now()):
+            self._act(action)
+        self._arm_timer()
+        self._has_changed.set()
+
+    def _act(self, action: machine.ReceiverAction) -> None:
+        match action:
+            case machine.Send():
+                self._send(action.channel, action.message)
+            case machine.OpenEpoch():
+                self._verifier.open(action.epoch, action.block_ids)
+                self._writers[action.channel].open_epoch(action.channel, action.epoch, action.block_ids)
+            case machine.CloseEpoch():
+                plane = self._writers.get(action.channel)
+                if plane is None or plane.close_epoch(action.channel, action.epoch):
+                    self._soon(machine.EpochQuiet(action.epoch))
+            case machine.Digest():
+                if self._config.digest:
+                    self._verifier.digest(action.epoch, action.ranges)
+            case machine.Verify():
+                self._spawn(self._verify(action))
+            case machine.ForgetDigests():
+                self._verifier.forget(action.epoch, action.layers)
+            case machine.Arrive():
+                self._notify(action)
+            case machine.Quarantine():
+                self._notify(Quarantined(action.sequence_id, action.epoch, action.reason))
+            case machine.Release():
+                self._notify(Released(action.sequence_id, action.epoch, action.reason))
+            case machine.DropChannel():
+                self._channels[action.channel].drop(action.reason)
+
+    def _soon(self, event: machine.ReceiverEvent) -> None:
+        asyncio.get_running_loop().call_soon(self._handle, event)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _send(self, channel: int, message: messages.ReceiverMessage) -> None:
+        found = self._channels.get(channel)
+        if found is None:
+            return  # Lost in this very moment; ChannelLost is on its way to the machine.
+        try:
+            found.outbox.put_nowait(wire_format.response_to_pb(message))
+        except asyncio.QueueFull:
+            found.drop(f"{_MAX_OUTBOX} messages were not taken")
+
+    async def _verify(self, action: machine.Verify) -> None:
+        epoch, commit = action.epoch, action.commit
+        try:
+            damaged = await self._verifier.verify(epoch, commit) if self._config.digest else ()
+        except BatonError as error:
+            self._handle(machine.VerifyFailed(epoch, commit.attempt, codec.failure_of(error)))
+        except Exception as error:  # a defect of ours must not leave the lease hanging
+            logging.getLogger(__name__).exception("verification failed")
+            failure = codec.failure_of(InternalError(f"verification failed: {error}"))
+            self._handle(machine.VerifyFailed(epoch, commit.attempt, failure))
+        else:
+            self._handle(machine.Verified(epoch, commit.attempt, damaged))
+
+    def _notify(self, notice: machine.Arrive | ReceiverNotice) -> None:
+        self._notices.append(notice)
+        asyncio.get_running_loop().call_soon(self._deliver)
+
+    def _deliver(self) -> None:
+        notice = self._notices.popleft()
+        if not isinstance(notice, machine.Arrive):
+            self._on_event(notice)
+            return
+        try:
+            self._on_event(Arrived(notice.sequence_id, notice.epoch, notice.first_token))
+        except BatonError as error:
+            self._handle(machine.TakeOverRefused(notice.epoch, codec.failure_of(error)))
+        except Exception as error:  # the sender must hear of it, whatever it is
+            logging.getLogger(__name__).exception("taking over %s failed", notice.sequence_id)
+            failure = codec.failure_of(InternalError(f"{type(error).__name__}: {error}"))
+            self._handle(machine.TakeOverRefused(notice.epoch, failure))
+        else:
+            self._handle(machine.TakenOver(notice.epoch))
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due_s = self._machine.next_deadline_s
+        if due_s is not None:
+            delay_s = max(0.0, due_s - self._clock.now())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._handle, machine.Tick())
+
+    def _writer_gone(self, channel: int) -> None:
+        if self._writers.pop(channel, None) is None:
+            return
+        found = self._channels.get(channel)
+        if found is not None:
+            found.drop("its data connection is closed")
+        self._handle(machine.WriterGone(channel))
+
+    # gRPC.
+
+    async def Channel(  # noqa: N802 - the name in the proto
+        self, request_iterator: object, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
+    ) -> None:
+        """One sender's control channel, from Hello to its loss."""
+        try:
+            channel = await self._open_channel(context)
+        except (Incompatible, InvalidRequest, Unavailable) as error:
+            await context.abort(grpc.StatusCode[error.grpc_status], error.message)
+        reason = "the channel's handler was cancelled"
+        try:
+            reason = await self._run_channel(channel, context)
+        finally:
+            del self._channels[channel.number]
+            self._handle(machine.ChannelLost(channel.number, reason))
+            plane = self._writers.get(channel.number)
+            if plane is not None:
+                plane.drop(channel.number)
+        if channel.dropped.done():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+
+    async def _open_channel(self, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> _Channel:
+        try:
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                request = await context.read()
+        except TimeoutError:
+            raise InvalidRequest("no Hello came") from None
+        if not isinstance(request, pb.ChannelRequest) or request.WhichOneof("message") != "hello":
+            raise InvalidRequest("the first message of a transfer channel must be Hello")
+        if self._is_closing:
+            raise Unavailable(f"{self._node.node_id} is shutting down")
+        hello = request.hello
+        peer = codec.node_from_pb(hello.node)
+        digest = DIGEST_NAME if self._config.digest else ""
+        wire_format.check_compatible(self._node, peer, digest, hello.digest)
+        name = wire_format.choose_transport(self._node, peer, list(hello.transports), list(self._planes))
+        for other in self._channels.values():
+            if other.peer.node_id == peer.node_id and other.peer.incarnation != peer.incarnation:
+                other.drop(f"{peer.node_id} was started anew")
+        plane = self._planes[name]
+        channel = _Channel(self._next_channel, peer, plane)
+        self._next_channel += 1
+        token = secrets.token_bytes(shm.TOKEN_BYTES)
+        welcome = pb.ChannelResponse.Welcome(
+            node=codec.node_to_pb(self._node),
+            transport=name,
+            endpoint=plane.offer(channel.number, token),
+            token=token,
+            digest=digest,
+        )
+        channel.outbox.put_nowait(pb.ChannelResponse(welcome=welcome))
+        self._channels[channel.number] = channel
+        self._writers[channel.number] = plane
+        self._handle(machine.ChannelOpened(channel.number, peer.node_id, plane.is_one_sided))
+        return channel
+
+    async def _run_channel(
+        self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
+    ) -> str:
+        """Carry messages both ways; returns why it ended."""
+        loop = asyncio.get_running_loop()
+        reading = loop.create_task(self._read(channel, context))
+        writing = loop.create_task(_write(channel, context))
+        try:
+            await asyncio.wait({reading, writing, channel.dropped}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reading, writing):
+                task.cancel()
+            results = await asyncio.gather(reading, writing, return_exceptions=True)
+        if channel.dropped.done():
+            return channel.dropped.result()
+        errors = [r for r in results if isinstance(r, Exception)]
+        return f"{type(errors[0]).__name__}: {errors[0]}" if errors else "the sender closed it"
+
+    async def _read(
+        self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
+    ) -> None:
+        while isinstance(request := await context.read(), pb.ChannelRequest):
+            message = wire_format.request_from_pb(request)
+            self._handle(machine.Received(channel.number, message))
+
+
+async def _write(channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> None:
+    while True:
+        await context.write(await channel.outbox.get())

@@ -1,0 +1,334 @@
+"""The prefill node's end of every transfer: pushes a sequence's blocks into a lease and commits it.
+
+Drives one SenderMachine per receiver over gRPC and a data wire. Owns no block: the caller keeps the source blocks until
+``commit`` or ``abort`` has returned.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Coroutine, Sequence
+
+from baton.clock import Clock, MonotonicClock
+from baton.errors import BatonError, InternalError, InvalidRequest, Unavailable
+from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
+from kvtransfer.arena import Arena
+from kvtransfer.config import TransferConfig
+from kvtransfer.connection import Connection
+from kvtransfer.plan import TransferPlan, check_block_ids
+from kvtransfer.protocol import messages
+from kvtransfer.protocol import sender as machine
+from kvtransfer.protocol.messages import WrittenRange
+from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
+
+# Below this many bytes the receiver hashes at commit: a hint would cost more than it saves.
+_HINT_FROM_BYTES = 4 << 20
+
+
+class Push:
+    """One sequence on its way to one lease. ``layer_ready`` from any thread, the rest on the event loop."""
+
+    def __init__(
+        self, number: int, lease: Lease, peer: _Peer, job_of: Callable[[Push], WriteJob], clock: Clock
+    ) -> None:
+        self._number = number
+        self._lease = lease
+        self._peer = peer
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        # Set once: None if the receiver took over, else the error.
+        self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
+        self._written: list[WrittenRange] = []
+        self._started_s: float | None = None
+        self._num_rewritten_layers = 0
+        self._transport = ""
+        self._job = job_of(self)
+
+    @property
+    def sequence_id(self) -> str:
+        return self._lease.sequence_id
+
+    @property
+    def layerwise(self) -> bool:
+        """Layers are pushed as they become ready; else all at commit."""
+        return self._job.is_layerwise
+
+    def layer_ready(self, layer: int, num_blocks: int) -> None:
+        """The first ``num_blocks`` source blocks of this layer hold final bytes. From any thread; never blocks."""
+        self._job.layer_ready(layer, num_blocks)
+
+    async def commit(self, first_token: TokenChunk) -> TransferReport:
+        """Push what is left and hand the sequence over; when this returns or raises, the source blocks are free.
+
+        Call it after the last ``layer_ready``. Raises TransferFailed, Incompatible or NodeLost. If it is cancelled, call
+        ``abort`` before the blocks are freed.
+        """
+        asked_s = self._clock.now()
+        unready = self._job.first_unready_layer
+        if unready is not None:
+            raise InternalError(f"{self.sequence_id}: commit before layer {unready} was ready")
+        self._peer.handle(machine.CommitAsked(self._number, first_token))
+        error = await asyncio.shield(self._outcome)
+        if error is not None:
+            raise error
+        now = self._clock.now()
+        plan = self._job.plan
+        assert plan is not None and self._started_s is not None
+        return TransferReport(
+            transport=self._transport,
+            layerwise=self.layerwise,
+            num_bytes=plan.num_bytes,
+            num_blocks=plan.num_blocks,
+            total_s=now - (self._started_s if self.layerwise else asked_s),
+            exposed_s=now - asked_s,
+            retransmits=self._num_rewritten_layers,
+        )
+
+    async def abort(self, reason: str) -> None:
+        """Give the lease back. When this returns no write is under way: the source blocks may be freed."""
+        self._peer.handle(machine.AbortAsked(self._number, reason))
+        await asyncio.shield(self._outcome)
+
+    def add_failure_callback(self, callback: Callable[[BatonError], None]) -> None:
+        """Called on the event loop if the push ends without arriving: there is no point in computing on."""
+
+        def on_done(outcome: asyncio.Future[BatonError | None]) -> None:
+            error = outcome.result()
+            if error is not None:
+                callback(error)
+
+        self._outcome.add_done_callback(on_done)
+
+    # What the peer tells us.
+
+    def start(self, connection: Connection, plan_of: Callable[[KvLayout], TransferPlan]) -> None:
+        self._started_s = self._clock.now()
+        self._transport = connection.wire.name
+        self._job.start(connection.wire, plan_of(connection.target_layout))
+
+    def drain(self, attempt: int, rewrite_layers: Sequence[int]) -> None:
+        self._num_rewritten_layers += len(rewrite_layers)
+        self._job.drain(attempt, rewrite_layers)
+
+    def stop(self) -> None:
+        self._job.stop()
+
+    def finish(self, error: BatonError | None) -> None:
+        self._outcome.set_result(error)
+
+    # What the lanes tell us, from any thread.
+
+    def on_written(self, attempt: int, ranges: WrittenRange) -> None:
+        if self._job.plan is None or self._job.digests is None or self._job.plan.num_bytes < _HINT_FROM_BYTES:
+            return
+        self._written.append(ranges)
+        if len(self._written) == 1:
+            self._loop.call_soon_threadsafe(self._send_written, attempt)
+
+    def _send_written(self, attempt: int) -> None:
+        # list.append and this swap are atomic under the GIL; a range in between is sent by the next call.
+        ranges, self._written = self._written, []
+        message = messages.Written(self._lease.sequence_id, self._lease.epoch, attempt, tuple(ranges))
+        self._peer.send_hint(self._number, message)
+
+    def on_drained(self, attempt: int) -> None:
+        self._loop.call_soon_threadsafe(self._drained, attempt)
+
+    def _drained(self, attempt: int) -> None:
+        event = machine.Drained(self._number, attempt, self._job.num_blocks, self._job.layer_digests())
+        self._peer.handle(event)
+
+    def on_stopped(self) -> None:
+        self._loop.call_soon_threadsafe(self._peer.handle, machine.Stopped(self._number))
+
+    def on_failed(self, error: BatonError) -> None:
+        self._loop.call_soon_threadsafe(self._peer.handle, machine.WriteFailed(self._number, error))
+
+
+class _Peer:
+    """One receiver, by address: its machine, its connection if there is one, and the pushes to it."""
+
+    def __init__(self, address: str, sender: Sender, config: TransferConfig, clock: Clock) -> None:
+        self.address = address
+        self.connection: Connection | None = None
+        self.pushes: dict[int, tuple[Push, Sequence[int], Lease]] = {}
+        self._sender = sender
+        self._clock = clock
+        self._machine = machine.SenderMachine(address, config.sender)
+        self._timer: asyncio.TimerHandle | None = None
+        self._next_channel = 1
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._is_closed = False
+
+    def handle(self, event: machine.SenderEvent) -> None:
+        if self._is_closed:
+            return
+        for action in self._machine.handle(event, self._clock.now()):
+            self._act(action)
+        self._arm_timer()
+
+    def begin(self, push: Push, number: int, source_blocks: Sequence[int], lease: Lease) -> None:
+        self.pushes[number] = (push, source_blocks, lease)
+        self.handle(machine.PushBegun(number, lease.sequence_id, lease.epoch, lease.incarnation, lease.ttl_s))
+
+    def send_hint(self, number: int, message: messages.Written) -> None:
+        if self.connection is not None and self._machine.state(number) is not None:
+            self.connection.send(message, is_optional=True)
+
+    def _act(self, action: machine.SenderAction) -> None:
+        match action:
+            case machine.Connect():
+                self._spawn(self._connect())
+            case machine.Send():
+                if self.connection is not None:
+                    self.connection.send(action.message)
+            case machine.StartWriting():
+                push, source_blocks, lease = self.pushes[action.push]
+                assert self.connection is not None
+                push.start(self.connection, lambda target: self._sender.plan(target, source_blocks, lease))
+            case machine.Drain():
+                self.pushes[action.push][0].drain(action.attempt, action.rewrite_layers)
+            case machine.StopWriting():
+                self.pushes[action.push][0].stop()
+            case machine.Finish():
+                self.pushes.pop(action.push)[0].finish(action.error)
+            case machine.DropChannel():
+                if self.connection is not None:
+                    self.connection.lose(action.reason)
+
+    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _connect(self) -> None:
+        try:
+            connection = await self._sender.open_connection(self.address)
+        except BatonError as error:
+            self.handle(machine.ConnectFailed(error))
+            return
+        except Exception as error:  # a defect of ours must not leave pushes waiting
+            logging.getLogger(__name__).exception("connecting to %s failed", self.address)
+            self.handle(machine.ConnectFailed(InternalError(f"cannot connect to {self.address}: {error}")))
+            return
+        number, self._next_channel = self._next_channel, self._next_channel + 1
+        self.connection = connection
+        self.handle(machine.Connected(number, connection.node.node_id, connection.node.incarnation))
+        reason = await connection.run(lambda message: self.handle(machine.Received(number, message)))
+        # Pushes stop first, then the wire is closed: the receiver takes its closing for our last write.
+        self.connection = None
+        self.handle(machine.ChannelLost(number, reason))
+        await connection.close()
+
+    def _arm_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        due_s = self._machine.next_deadline_s
+        if due_s is not None:
+            delay_s = max(0.0, due_s - self._clock.now())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self.handle, machine.Tick())
+
+    async def close(self) -> None:
+        """Every push must have ended before."""
+        if self.connection is not None:
+            self.connection.lose("the sender is closing")
+        else:
+            for task in list(self._tasks):
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+
+
+class Sender:
+    """Pushes blocks of one arena to any number of receivers. Everything but ``Push.layer_ready`` on one event loop."""
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        layout: KvLayout,
+        arena: Arena,
+        *,
+        config: TransferConfig | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        self._node = node
+        self._layout = layout
+        self._source = as_bytes(arena.buffer)
+        self._config = config or TransferConfig()
+        self._clock = clock or MonotonicClock()
+        self._peers: dict[str, _Peer] = {}
+        self._lanes: Lanes | None = None
+        self._next_push = 1
+        self._is_closing = False
+
+    async def start(self) -> None:
+        if "shm" in self._config.transport_names:
+            self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit)
+
+    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
+        """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease.
+
+        Connects if need be; nothing is waited for. Raises InvalidRequest if blocks and lease do not fit the tokens.
+        """
+        if self._is_closing:
+            raise Unavailable(f"{self._node.node_id} is shutting down")
+        num_blocks = self._layout.blocks_for(num_known_tokens)
+        if not 0 < num_blocks <= min(len(source_blocks), len(lease.block_ids)):
+            raise InvalidRequest(
+                f"{lease.sequence_id}: {num_known_tokens} tokens need {num_blocks} blocks, there are "
+                f"{len(source_blocks)} source and {len(lease.block_ids)} leased blocks"
+            )
+        blocks = tuple(source_blocks[:num_blocks])
+        check_block_ids(self._layout, blocks, "source")
+        peer = self._peers.get(lease.address)
+        if peer is None:
+            peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
+        number, self._next_push = self._next_push, self._next_push + 1
+        push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, num_blocks, peer), self._clock)
+        peer.begin(push, number, blocks, lease)
+        return push
+
+    def _make_job(self, push: Push, epoch: int, num_blocks: int, peer: _Peer) -> WriteJob:
+        connection = peer.connection
+        transport = self._config.transport_names[0] if connection is None else connection.wire.name
+        num_bytes = num_blocks * self._layout.block_bytes * self._layout.num_layers
+        return WriteJob(
+            self._source,
+            epoch,
+            self._layout.num_layers,
+            num_blocks,
+            self._layout.block_bytes,
+            is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
+            has_digest=self._config.digest,
+            listener=push,
+        )
+
+    def plan(self, target: KvLayout, source_blocks: Sequence[int], lease: Lease) -> TransferPlan:
+        return TransferPlan.of(self._layout, target, source_blocks, lease.block_ids[: len(source_blocks)])
+
+    async def open_connection(self, address: str) -> Connection:
+        return await Connection.open(address, self._node, self._config, self._lanes)
+
+    async def close(self, deadline_s: float = 5.0) -> None:
+        """Abort what is under way, close every channel and let go of every mapped arena."""
+        self._is_closing = True
+        pushes = [push for peer in self._peers.values() for push, _, _ in peer.pushes.values()]
+        try:
+            async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as group:
+                for push in pushes:
+                    group.create_task(push.abort("the node is shutting down"))
+            async with asyncio.timeout(deadline_s), asyncio.TaskGroup() as group:
+                for peer in self._peers.values():
+                    group.create_task(peer.close())
+        except TimeoutError:
+            logging.getLogger(__name__).warning("closing with writes that did not stop in %s s", deadline_s)
+        if self._lanes is not None:
+            self._lanes.close()
+            if not await asyncio.to_thread(self._lanes.join, deadline_s):
+                logging.getLogger(__name__).warning("a copying thread did not stop in %s s", deadline_s)
+        del self._source

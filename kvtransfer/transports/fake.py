@@ -1,0 +1,139 @@
+"""Misbehaviour on a seeded schedule, for tests of everything above: wraps a real wire on the sending side.
+
+Written as a transport name: ``fake:corrupt=1,seed=7,over=shm``. Keys (all optional): ``over`` the real transport (shm);
+``seed``; ``corrupt=N`` flip one byte in each of the first N units written; ``drop=N`` never write N units, picked by the
+seed; ``delay_s=X`` hold every unit up to X seconds; ``reorder=1`` shuffle what is queued together; ``die=N`` break the
+connection at the Nth unit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Self, cast
+
+from baton.errors import BadConfig, BatonError, TransferFailed
+from kvtransfer.digest import ByteArray
+from kvtransfer.writing import Unit, Wire, WriteJob
+
+
+@dataclass(frozen=True, slots=True)
+class Mischief:
+    over: str = "shm"
+    seed: int = 0
+    corrupt: int = 0
+    drop: int = 0
+    delay_s: float = 0.0
+    reorder: int = 0
+    die: int = 0
+
+    @classmethod
+    def parse(cls, spec: str) -> Self:
+        """Raises BadConfig for an unknown key or a value that is not a number."""
+        kind, _, rest = spec.partition(":")
+        if kind != "fake":
+            raise BadConfig(f"transport {spec!r} is not a fake")
+        types = {f.name: type(f.default) for f in fields(cls)}
+        values: dict[str, object] = {}
+        for item in filter(None, rest.split(",")):
+            key, _, value = item.partition("=")
+            if key not in types:
+                raise BadConfig(f"{spec!r}: unknown key {key!r}, expected some of {', '.join(types)}")
+            try:
+                values[key] = types[key](value)
+            except ValueError as error:
+                raise BadConfig(f"{spec!r}: {key} is {value!r}, expected a number") from error
+        return cls(**values)  # type: ignore[arg-type]
+
+
+class _CorruptedJob:
+    """Stands in for a job while one unit is written: the first run of bytes read has one byte flipped."""
+
+    def __init__(self, job: WriteJob, position: int) -> None:
+        self._job = job
+        self._position = position
+        self._is_spent = False
+        self.plan = job.plan
+
+    def read(self, offset: int, num_bytes: int) -> ByteArray:
+        data = self._job.read(offset, num_bytes)
+        if self._is_spent:
+            return data
+        self._is_spent = True
+        data = data.copy()
+        data[self._position % num_bytes] ^= 0xFF
+        return data
+
+    def hash(self, layer: int, first: int, num_blocks: int) -> None:
+        self._job.hash(layer, first, num_blocks)
+
+    def landed(self, unit: Unit) -> None:
+        self._job.landed(unit)
+
+    def fail(self, error: BatonError) -> None:
+        self._job.fail(error)
+
+
+class FakeWire:
+    """A wire whose units are delayed, shuffled, lost, damaged, or whose connection breaks, as ``mischief`` says."""
+
+    def __init__(
+        self, inner: Wire, mischief: Mischief, loop: asyncio.AbstractEventLoop, on_lost: Callable[[str], None]
+    ) -> None:
+        self._inner = inner
+        self._mischief = mischief
+        self._loop = loop
+        self._on_lost = on_lost
+        self._random = random.Random(mischief.seed)
+        self._lock = threading.Lock()
+        self._num_units = 0
+        self._num_dropped = 0
+        self._closing = threading.Event()
+
+    @property
+    def name(self) -> str:
+        return self._inner.name
+
+    @property
+    def num_lanes(self) -> int:
+        return self._inner.num_lanes
+
+    @property
+    def max_unit_bytes(self) -> int:
+        return self._inner.max_unit_bytes
+
+    def submit(self, units: Sequence[Unit]) -> None:
+        if self._mischief.reorder:
+            with self._lock:
+                units = self._random.sample(units, len(units))
+        self._inner.submit(units)
+
+    def write(self, lane: int, unit: Unit) -> None:
+        mischief = self._mischief
+        with self._lock:
+            self._num_units += 1
+            number = self._num_units
+            is_dropped = self._num_dropped < mischief.drop and self._random.random() < 0.5
+            self._num_dropped += is_dropped
+            delay_s = self._random.random() * mischief.delay_s
+            position = self._random.randrange(1 << 30)
+        if delay_s:
+            self._closing.wait(delay_s)
+        if mischief.die and number >= mischief.die:
+            self._loop.call_soon_threadsafe(self._on_lost, f"fake died at unit {number}")
+            raise TransferFailed(f"fake died at unit {number}")
+        if is_dropped:
+            for layer in range(unit.layer, unit.layer + unit.num_layers):
+                unit.job.hash(layer, unit.first, unit.num_blocks)
+            unit.job.landed(unit)
+        elif number <= mischief.corrupt:
+            self._inner.write(lane, unit._replace(job=cast("WriteJob", _CorruptedJob(unit.job, position))))
+        else:
+            self._inner.write(lane, unit)
+
+    async def close(self) -> None:
+        self._closing.set()
+        await self._inner.close()

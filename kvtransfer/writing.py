@@ -1,0 +1,313 @@
+"""The threads' side of a push: which bytes are ready, being written, landed. Owns no protocol and no connection.
+
+``layer_ready`` comes from the engine thread and only takes a short lock; the copying happens in the lanes, threads that
+belong to a wire. What happened is told by callbacks, in whatever thread it happened.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from baton.errors import BatonError, InternalError, TransferFailed
+from kvtransfer.digest import BlockDigests, ByteArray
+from kvtransfer.plan import TransferPlan
+from kvtransfer.protocol.messages import WrittenRange
+
+_MIN_SPLIT_BYTES = 256 << 10
+
+
+class Unit(NamedTuple):
+    """What one lane does in one go: positions [first, first + num_blocks) of ``num_layers`` layers from ``layer`` on."""
+
+    job: WriteJob
+    attempt: int
+    layer: int
+    num_layers: int
+    first: int
+    num_blocks: int
+
+
+class Wire(Protocol):
+    """The sending end of one data connection."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def num_lanes(self) -> int: ...
+
+    @property
+    def max_unit_bytes(self) -> int: ...
+
+    def submit(self, units: Sequence[Unit]) -> None:
+        """Queue units for the lanes, which call ``write`` of the wire that the unit's job was started with."""
+
+    def write(self, lane: int, unit: Unit) -> None:
+        """Read the source and send it, in the lane's thread. ``job.landed`` follows when the bytes are in the target,
+        before or after this returns; raises if they will not get there."""
+
+    async def close(self) -> None:
+        """Begin no further write, wait for those under way, let go of the connection."""
+
+
+class Lanes:
+    """A few threads that take units from one queue."""
+
+    def __init__(self, name: str, num_threads: int, run: Callable[[int, Unit], None]) -> None:
+        self._run = run
+        self._queue: deque[Unit] = deque()
+        self._has_work = threading.Condition()
+        self._is_closing = False
+        self._threads = [
+            threading.Thread(target=self._loop, args=(i,), name=f"{name}-{i}", daemon=True) for i in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, units: Iterable[Unit]) -> None:
+        with self._has_work:
+            before = len(self._queue)
+            self._queue.extend(units)
+            self._has_work.notify(len(self._queue) - before)
+
+    def _take(self) -> Unit | None:
+        with self._has_work:
+            while not self._queue and not self._is_closing:
+                self._has_work.wait()
+            return self._queue.popleft() if self._queue else None
+
+    def _loop(self, lane: int) -> None:
+        while (unit := self._take()) is not None:
+            if not unit.job.enter():
+                continue
+            try:
+                self._run(lane, unit)
+            except BatonError as error:
+                unit.job.fail(error)
+            except Exception as error:  # the owner hears of every failure, whatever it is
+                logging.getLogger(__name__).exception("kv write failed")
+                unit.job.fail(InternalError(f"write failed: {type(error).__name__}: {error}"))
+            finally:
+                unit.job.leave()
+
+    def close(self) -> None:
+        """Let the threads end after the queued units (those of stopped jobs are skipped)."""
+        with self._has_work:
+            self._is_closing = True
+            self._has_work.notify_all()
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait for the threads; False if one is still at work."""
+        for thread in self._threads:
+            thread.join(timeout_s)
+        return not any(thread.is_alive() for thread in self._threads)
+
+
+class WriteJobListener(Protocol):
+    """Called from any thread, never with a lock held."""
+
+    def on_written(self, attempt: int, ranges: WrittenRange) -> None: ...
+
+    def on_drained(self, attempt: int) -> None: ...
+
+    def on_stopped(self) -> None: ...
+
+    def on_failed(self, error: BatonError) -> None: ...
+
+
+class WriteJob:
+    """The bytes of one push. Invariant: after ``on_stopped`` or ``on_drained`` no lane touches source or target."""
+
+    def __init__(
+        self,
+        source: ByteArray,
+        epoch: int,
+        num_layers: int,
+        num_blocks: int,
+        block_bytes: int,
+        *,
+        is_layerwise: bool,
+        has_digest: bool,
+        listener: WriteJobListener,
+    ) -> None:
+        self.epoch = epoch
+        self.num_blocks = num_blocks
+        self.num_layers = num_layers
+        self.is_layerwise = is_layerwise
+        self.plan: TransferPlan | None = None
+        self.wire: Wire | None = None
+        self._source = source
+        self.digests = BlockDigests(num_layers, num_blocks, block_bytes) if has_digest else None
+        self._block_bytes = block_bytes
+        self._listener = listener
+        self._lock = threading.Lock()
+        # Per layer, how many leading blocks are final, and how many were handed to the wire.
+        self._ready = [0] * num_layers
+        self._submitted = [0] * num_layers
+        self._attempt = 1
+        # Units queued or written whose bytes have not landed; units a lane is at.
+        self._num_unlanded = 0
+        self._num_entered = 0
+        self._is_draining = False
+        self._is_stopping = False
+        self._has_failed = False
+
+    # Engine thread.
+
+    def layer_ready(self, layer: int, num_blocks: int) -> None:
+        """The first ``num_blocks`` source blocks of the layer hold final bytes. Never blocks, never goes back."""
+        if not 0 <= layer < self.num_layers:
+            raise InternalError(f"layer {layer} is outside 0..{self.num_layers - 1}")
+        with self._lock:
+            self._ready[layer] = max(self._ready[layer], min(num_blocks, self.num_blocks))
+            if not self.is_layerwise:
+                return
+            self._submit_ready([layer])
+
+    @property
+    def first_unready_layer(self) -> int | None:
+        with self._lock:
+            return next((i for i, ready in enumerate(self._ready) if ready < self.num_blocks), None)
+
+    # Event loop.
+
+    def start(self, wire: Wire, plan: TransferPlan) -> None:
+        with self._lock:
+            self.wire, self.plan = wire, plan
+            if self.is_layerwise:
+                self._submit_ready(range(self.num_layers))
+
+    def drain(self, attempt: int, rewrite_layers: Sequence[int]) -> None:
+        with self._lock:
+            self._attempt = attempt
+            self._is_draining = True
+            for layer in rewrite_layers:
+                if 0 <= layer < self.num_layers:
+                    self._submitted[layer] = 0
+            self._submit_ready(range(self.num_layers))
+            is_drained = self._take_drained()
+        if is_drained:
+            self._listener.on_drained(attempt)
+
+    def stop(self) -> None:
+        with self._lock:
+            self._is_stopping = True
+            is_stopped = self._num_entered == 0
+        if is_stopped:
+            self._listener.on_stopped()
+
+    def layer_digests(self) -> tuple[bytes, ...]:
+        if self.digests is None:
+            return ()
+        return tuple(self.digests.layer_digest(layer, self.num_blocks) for layer in range(self.num_layers))
+
+    # Lanes.
+
+    def enter(self) -> bool:
+        """A lane is about to read the source; False if it must not."""
+        with self._lock:
+            if self._is_stopping:
+                return False
+            self._num_entered += 1
+            return True
+
+    def leave(self) -> None:
+        """The lane reads the source no more."""
+        with self._lock:
+            self._num_entered -= 1
+            is_stopped = self._is_stopping and self._num_entered == 0
+            attempt, is_drained = self._attempt, self._take_drained()
+        if is_stopped:
+            self._listener.on_stopped()
+        elif is_drained:
+            self._listener.on_drained(attempt)
+
+    def read(self, offset: int, num_bytes: int) -> ByteArray:
+        """Source bytes, in place."""
+        return self._source[offset : offset + num_bytes]
+
+    def hash(self, layer: int, first: int, num_blocks: int) -> None:
+        """Digest source blocks while they are in the cache of the core that has just copied them."""
+        if self.digests is None or not self.digests.missing(layer, first, num_blocks):
+            return
+        assert self.plan is not None
+        for copy in self.plan.copies(layer, first, num_blocks):
+            count = copy.num_bytes // self._block_bytes
+            self.digests.update(self._source, copy.src_offset, layer, first, count)
+            first += count
+
+    def landed(self, unit: Unit) -> None:
+        with self._lock:
+            self._num_unlanded -= 1
+            attempt, is_drained = self._attempt, self._take_drained()
+            is_over = self._is_stopping
+        if is_over:
+            return
+        for layer in range(unit.layer, unit.layer + unit.num_layers):
+            self._listener.on_written(unit.attempt, WrittenRange(layer, unit.first, unit.num_blocks))
+        if is_drained:
+            self._listener.on_drained(attempt)
+
+    def fail(self, error: BatonError) -> None:
+        with self._lock:
+            if self._has_failed or self._is_stopping:
+                return
+            self._has_failed = True
+        self._listener.on_failed(error)
+
+    # With the lock held.
+
+    def _take_drained(self) -> bool:
+        if not self._is_draining or self._is_stopping or self._has_failed:
+            return False
+        if self._num_unlanded or self._num_entered:
+            return False
+        self._is_draining = False
+        return True
+
+    def _submit_ready(self, layers: Iterable[int]) -> None:
+        wire = self.wire
+        if wire is None or self._is_stopping or self._has_failed:
+            return
+        units: list[Unit] = []
+        for layer in layers:
+            first, stop = self._submitted[layer], self._ready[layer]
+            if first < stop:
+                self._submitted[layer] = stop
+                self._add_units(units, wire, layer, first, stop)
+        self._num_unlanded += len(units)
+        wire.submit(units)
+
+    def _add_units(self, units: list[Unit], wire: Wire, layer: int, first: int, stop: int) -> None:
+        """Cut a layer's range for the lanes, or append it to the unit before if both are small."""
+        num_bytes = (stop - first) * self._block_bytes
+        last = units[-1] if units else None
+        if last is not None and (last.first, last.num_blocks) == (first, stop - first):
+            is_next = last.layer + last.num_layers == layer
+            if is_next and (last.num_layers + 1) * num_bytes <= min(wire.max_unit_bytes, 4 * _MIN_SPLIT_BYTES):
+                units[-1] = last._replace(num_layers=last.num_layers + 1)
+                return
+        num_units = max(-(-num_bytes // wire.max_unit_bytes), min(wire.num_lanes, num_bytes // _MIN_SPLIT_BYTES), 1)
+        step = -(-(stop - first) // num_units)
+        for start in range(first, stop, step):
+            units.append(Unit(self, self._attempt, layer, 1, start, min(step, stop - start)))
+
+
+def write_unit(lane: int, unit: Unit) -> None:
+    assert unit.job.wire is not None, "units are queued after the push has begun"
+    unit.job.wire.write(lane, unit)
+
+
+def as_bytes(memory: memoryview) -> ByteArray:
+    """The memory as an array of bytes; no copy."""
+    return np.frombuffer(memory, dtype=np.uint8)
+
+
+def refused_by_receiver() -> TransferFailed:
+    return TransferFailed("the receiver refused a write: the lease is no longer live")

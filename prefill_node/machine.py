@@ -1,0 +1,315 @@
+"""The prompt phase as a pure machine: which sequence is where, and what follows from each event.
+
+    run -> QUEUED -> COMPUTING -> COMMITTING -> (handed off)
+              |          |            |
+              +-> gone   +---> ABORTING ---> gone
+
+Without a lease a sequence is QUEUED -> STAYING and decodes here to its end. Law: the blocks of a sequence whose push
+began are released exactly once, when the push was committed or its abort has returned. No I/O, clock or threads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
+from engine.schedule import Failed, Output, PrefillTimes, Started
+
+# -- events
+
+
+@dataclass(frozen=True, slots=True)
+class RunAsked:
+    session: int
+    spec: SequenceSpec
+    lease: Lease | None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    session: int
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    session: int
+
+
+@dataclass(frozen=True, slots=True)
+class SubmitRefused:
+    """The engine did not take the sequence."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PushRefused:
+    """The push could not even begin: no writer ever had the blocks."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PushCommitted:
+    """Decode has acknowledged."""
+
+    sequence_id: str
+    report: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class PushFailed:
+    """The commit ended without an acknowledgement."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PushAborted:
+    """No write is under way and none will follow."""
+
+    sequence_id: str
+
+
+Event = (
+    RunAsked
+    | CancelAsked
+    | SessionLost
+    | SubmitRefused
+    | PushRefused
+    | PushCommitted
+    | PushFailed
+    | PushAborted
+    | Started
+    | Output
+    | Failed
+)
+
+# -- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    spec: SequenceSpec
+    hands_off: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BeginPush:
+    sequence_id: str
+    lease: Lease
+    block_ids: tuple[int, ...]
+    num_known_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class CommitPush:
+    sequence_id: str
+    first_token: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class AbortPush:
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StopCompute:
+    """Compute no further; the blocks stay."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseBlocks:
+    """No reader has the blocks any more. Also ends a computation under way."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendTokens:
+    session: int
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class SendPrefillDone:
+    session: int
+    sequence_id: str
+    times: PrefillTimes
+
+
+@dataclass(frozen=True, slots=True)
+class SendHandedOff:
+    session: int
+    sequence_id: str
+    report: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class SendFailed:
+    session: int
+    sequence_id: str
+    failure: Failure
+
+
+Send = SendTokens | SendPrefillDone | SendHandedOff | SendFailed
+Action = Submit | BeginPush | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
+
+
+class Phase(Enum):
+    QUEUED = "queued"
+    # Its push has begun.
+    COMPUTING = "computing"
+    COMMITTING = "committing"
+    # The router has heard its last of it; the push is being ended.
+    ABORTING = "aborting"
+    # Decodes here.
+    STAYING = "staying"
+
+
+class _Relay:
+    __slots__ = ("lease", "num_known_tokens", "phase", "session")
+
+    def __init__(self, session: int, lease: Lease | None, num_known_tokens: int) -> None:
+        self.session = session
+        self.lease = lease
+        self.num_known_tokens = num_known_tokens
+        self.phase = Phase.STAYING if lease is None else Phase.QUEUED
+
+
+class PrefillMachine:
+    """``handle(event)`` -> actions. Events about sequences it does not know are late, and ignored."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._relays: dict[str, _Relay] = {}
+
+    def handle(self, event: Event) -> list[Action]:  # noqa: C901 - one table of transitions
+        match event:
+            case RunAsked():
+                return self._run(event)
+            case SessionLost(session):
+                mine = [name for name, relay in self._relays.items() if relay.session == session]
+                return [action for name in mine for action in self._stop(name, "the router's session was lost")]
+            case CancelAsked(session, sequence_id, reason):
+                relay = self._relays.get(sequence_id)
+                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
+        relay = self._relays.get(event.sequence_id)
+        if relay is None:
+            return []
+        match event:
+            case SubmitRefused(sequence_id, failure):
+                del self._relays[sequence_id]
+                return [SendFailed(relay.session, sequence_id, failure)]
+            case Started(sequence_id, block_ids):
+                return self._started(relay, sequence_id, block_ids)
+            case Output():
+                return self._output(relay, event)
+            case Failed(sequence_id, failure):
+                return self._fail(relay, sequence_id, failure)
+            case PushRefused(sequence_id, failure):
+                # Nobody reads the blocks: they go back as soon as the running step is over.
+                relay.phase = Phase.QUEUED
+                return self._fail(relay, sequence_id, self._blame(failure, relay))
+            case PushFailed(sequence_id, failure):
+                return self._fail(relay, sequence_id, self._blame(failure, relay))
+            case PushCommitted(sequence_id, report):
+                return self._committed(relay, sequence_id, report)
+            case PushAborted(sequence_id):
+                del self._relays[sequence_id]
+                return [ReleaseBlocks(sequence_id)]
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self._relays)
+
+    def phase_of(self, sequence_id: str) -> Phase | None:
+        relay = self._relays.get(sequence_id)
+        return None if relay is None else relay.phase
+
+    def _run(self, event: RunAsked) -> list[Action]:
+        sequence_id = event.spec.sequence_id
+        if sequence_id in self._relays:
+            failure = Failure("Overloaded", f"{sequence_id} is still in use on {self._node_id}", retryable=True)
+            return [SendFailed(event.session, sequence_id, failure)]
+        if event.lease is not None:
+            problem = self._lease_problem(sequence_id, event.lease)
+            if problem is not None:
+                return [SendFailed(event.session, sequence_id, Failure("InvalidRequest", problem, retryable=False))]
+        self._relays[sequence_id] = _Relay(event.session, event.lease, event.spec.num_known_tokens)
+        return [Submit(event.spec, hands_off=event.lease is not None)]
+
+    def _lease_problem(self, sequence_id: str, lease: Lease) -> str | None:
+        if lease.sequence_id != sequence_id:
+            return f"the lease is for {lease.sequence_id}, expected {sequence_id}"
+        if lease.node_id == self._node_id:
+            return f"the lease is on {self._node_id} itself, expected no lease: the sequence stays"
+        return None
+
+    def _started(self, relay: _Relay, sequence_id: str, block_ids: tuple[int, ...]) -> list[Action]:
+        if relay.phase is not Phase.QUEUED:
+            return []
+        assert relay.lease is not None
+        relay.phase = Phase.COMPUTING
+        return [BeginPush(sequence_id, relay.lease, block_ids, relay.num_known_tokens)]
+
+    def _output(self, relay: _Relay, event: Output) -> list[Action]:
+        if relay.phase not in (Phase.COMPUTING, Phase.STAYING):
+            return []
+        sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
+        actions: list[Action] = [SendTokens(relay.session, event.chunk)]
+        if event.prefill is not None:
+            actions.append(SendPrefillDone(relay.session, sequence_id, event.prefill))
+        if relay.phase is Phase.STAYING:
+            if is_last:
+                del self._relays[sequence_id]
+        elif is_last:
+            relay.phase = Phase.ABORTING
+            actions.append(AbortPush(sequence_id, "the first token ended the request"))
+        else:
+            relay.phase = Phase.COMMITTING
+            actions.append(CommitPush(sequence_id, event.chunk))
+        return actions
+
+    def _committed(self, relay: _Relay, sequence_id: str, report: TransferReport) -> list[Action]:
+        # Also when it was cancelled meanwhile: the acknowledgement says that no reader is left.
+        del self._relays[sequence_id]
+        actions: list[Action] = [ReleaseBlocks(sequence_id)]
+        if relay.phase is Phase.COMMITTING:
+            actions.append(SendHandedOff(relay.session, sequence_id, report))
+        return actions
+
+    def _fail(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
+        if relay.phase is Phase.ABORTING:
+            return []
+        return [*self._stop(sequence_id, failure.message), SendFailed(relay.session, sequence_id, failure)]
+
+    def _stop(self, sequence_id: str, reason: str) -> list[Action]:
+        relay = self._relays[sequence_id]
+        match relay.phase:
+            case Phase.QUEUED | Phase.STAYING:
+                del self._relays[sequence_id]
+                return [ReleaseBlocks(sequence_id)]
+            case Phase.COMPUTING:
+                relay.phase = Phase.ABORTING
+                return [StopCompute(sequence_id), AbortPush(sequence_id, reason)]
+            case Phase.COMMITTING:
+                relay.phase = Phase.ABORTING
+                return [AbortPush(sequence_id, reason)]
+            case Phase.ABORTING:
+                return []
+
+    def _blame(self, failure: Failure, relay: _Relay) -> Failure:
+        """What went wrong on the way to decode is held against decode, our own defects are not."""
+        if relay.lease is None or failure.blamed_node_id or failure.code == "InternalError":
+            return failure
+        return Failure(failure.code, failure.message, failure.retryable, relay.lease.node_id)

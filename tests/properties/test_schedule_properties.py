@@ -1,0 +1,228 @@
+"""Scheduler and FakeRunner under random arrivals, leases, cancels, failures and memory pressure.
+
+What holds whatever the order: blocks are conserved; every sequence that is not cancelled or failed yields exactly the
+tokens of the oracle, once each and in order; a plan keeps to its limits; no block of a running step is handed out;
+and when arrivals stop, everything comes to an end with all blocks free.
+"""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from baton.errors import InternalError, Overloaded, PromptTooLong
+from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk
+from engine.blocks import BlockPool, BlockState
+from engine.fake import FakeRunner, expected_tokens
+from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
+from engine.step import StepPlan
+
+BLOCK_TOKENS = 4
+NUM_BLOCKS = 14
+CONFIG = SchedulerConfig(
+    block_tokens=BLOCK_TOKENS,
+    max_model_tokens=48,
+    max_batch_tokens=12,
+    max_num_seqs=5,
+    max_waiting=4,
+    max_preemptions=2,
+    watermark=0.1,
+)
+LAYOUT = KvLayout(2, NUM_BLOCKS, 1, 1, BLOCK_TOKENS, "float32")
+VOCAB = 50
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = BlockPool(NUM_BLOCKS)
+        self.scheduler = Scheduler(CONFIG, self.pool)
+        self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB)
+        self.specs: dict[str, SequenceSpec] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.open: set[str] = set()
+        self.hands_off: set[str] = set()
+        self.leased: set[str] = set()
+        self.plan: StepPlan | None = None
+        self.now = 0.0
+        self.num_made = 0
+
+    def spec(self, num_prompt: int, max_tokens: int, num_generated: int, stops: bool) -> SequenceSpec:
+        self.num_made += 1
+        prompt = tuple((self.num_made * 7 + i) % VOCAB for i in range(num_prompt))
+        sampling = SamplingParams(
+            temperature=0.0, seed=1, max_tokens=max_tokens, stop_token_ids=(1, 2, 3, 4) if stops else ()
+        )
+        fresh = SequenceSpec(f"s{self.num_made}", prompt, sampling)
+        resumed = expected_tokens(fresh, LAYOUT, VOCAB)[:-1][:num_generated]
+        return SequenceSpec(fresh.sequence_id, prompt, sampling, tuple(resumed))
+
+    @rule(
+        num_prompt=st.integers(1, 30),
+        max_tokens=st.integers(1, 18),
+        num_generated=st.integers(0, 3),
+        hands_off=st.booleans(),
+        stops=st.booleans(),
+    )
+    def add(self, num_prompt: int, max_tokens: int, num_generated: int, hands_off: bool, stops: bool) -> None:
+        spec = self.spec(num_prompt, max_tokens, num_generated, stops)
+        try:
+            self.scheduler.add(spec, hands_off=hands_off, now=self.now)
+        except Overloaded:
+            return
+        self.register(spec)
+        if hands_off:
+            self.hands_off.add(spec.sequence_id)
+
+    @rule(num_prompt=st.integers(1, 30), max_tokens=st.integers(2, 18))
+    def reserve(self, num_prompt: int, max_tokens: int) -> None:
+        spec = self.spec(num_prompt, max_tokens, 0, stops=False)
+        try:
+            blocks = self.scheduler.reserve(spec, self.now)
+        except Overloaded:
+            return
+        assert len(blocks) == CONFIG.blocks_for(spec.num_known_tokens + 1)
+        assert not set(blocks) & self.blocks_in_flight()
+        self.register(spec)
+        self.leased.add(spec.sequence_id)
+
+    def register(self, spec: SequenceSpec) -> None:
+        self.specs[spec.sequence_id] = spec
+        self.tokens[spec.sequence_id] = list(spec.generated_token_ids)
+        self.open.add(spec.sequence_id)
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data())
+    def arrive(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.leased)))
+        self.leased.remove(name)
+        self.fill(name)
+        first = expected_tokens(self.specs[name], LAYOUT, VOCAB)[0]
+        self.tokens[name].append(first)
+        self.scheduler.join(name, TokenChunk(name, 0, (first,)), self.now)
+
+    def fill(self, name: str) -> None:
+        """Write the KV of the known tokens as the other node would have."""
+        blocks = self.pool.block_ids(name)
+        for layer in range(LAYOUT.num_layers):
+            for position, token in enumerate(self.specs[name].prompt_token_ids):
+                block, rest = blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
+                self.runner._cells[LAYOUT.offset(layer, block) // 4 + rest] = token + 1 + layer
+
+    @precondition(lambda self: self.leased)
+    @rule(data=st.data(), fenced=st.booleans())
+    def lose_lease(self, data: st.DataObject, fenced: bool) -> None:
+        name = data.draw(st.sampled_from(sorted(self.leased)))
+        self.leased.remove(name)
+        self.open.remove(name)
+        if fenced:
+            self.scheduler.quarantine(name, self.now)
+            assert self.pool.state_of(name) is BlockState.QUARANTINED
+        self.scheduler.return_lease(name)
+
+    @precondition(lambda self: self.open - self.leased)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.open - self.leased)))
+        self.open.remove(name)
+        self.scheduler.cancel(name, self.now)
+        if name in self.hands_off and name in self.pool and data.draw(st.booleans()):
+            self.hands_off.remove(name)
+            self.scheduler.release(name, self.now)
+
+    @precondition(lambda self: any(name in self.pool and name not in self.open for name in self.hands_off))
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        held = sorted(name for name in self.hands_off if name in self.pool and name not in self.open)
+        self.hands_off.remove(name := data.draw(st.sampled_from(held)))
+        self.scheduler.release(name, self.now)
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self) -> None:
+        self.now += 1
+        self.plan, events = self.scheduler.schedule(self.now)
+        if self.plan is not None:
+            assert self.plan.num_tokens <= CONFIG.max_batch_tokens
+            assert len(self.plan.pieces) <= CONFIG.max_num_seqs
+            assert len({p.sequence.sequence_id for p in self.plan.pieces}) == len(self.plan.pieces)
+        for event in events:
+            assert isinstance(event, Started)
+            assert event.sequence_id in self.hands_off
+            assert len(event.block_ids) == CONFIG.blocks_for(self.specs[event.sequence_id].num_known_tokens)
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def apply(self) -> None:
+        plan, self.plan = self.plan, None
+        assert plan is not None
+        self.absorb(self.scheduler.apply(plan, self.runner.execute(plan), self.now))
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def fail(self) -> None:
+        plan, self.plan = self.plan, None
+        assert plan is not None
+        self.absorb(self.scheduler.fail(plan, InternalError("boom"), self.now))
+
+    def absorb(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            assert event.sequence_id in self.open, "nothing is heard of a sequence that was cancelled or has ended"
+            if isinstance(event, Output):
+                tokens = self.tokens[event.sequence_id]
+                assert event.chunk.index == len(tokens)
+                tokens += event.chunk.token_ids
+                expected = expected_tokens(self.specs[event.sequence_id], LAYOUT, VOCAB)
+                assert tokens == expected[: len(tokens)]
+                assert (event.chunk.finish_reason is not None) == (len(tokens) == len(expected))
+                if event.chunk.finish_reason is not None or event.sequence_id in self.hands_off:
+                    self.open.remove(event.sequence_id)
+            else:
+                assert isinstance(event, Failed)
+                self.open.remove(event.sequence_id)
+
+    def blocks_in_flight(self) -> set[int]:
+        return {b for p in self.plan.pieces for b in p.sequence.block_ids} if self.plan is not None else set()
+
+    @invariant()
+    def consistent(self) -> None:
+        self.scheduler.check()
+        if self.plan is not None:
+            owned = {b for line in self.pool.ledger(0.0) for b in self.pool.block_ids(line.owner)}
+            assert self.blocks_in_flight() <= owned, "a block of the running step was given back"
+
+    def teardown(self) -> None:
+        """Everything comes to an end once nothing new arrives."""
+        for name in sorted(self.leased):
+            self.open.remove(name)
+            self.scheduler.return_lease(name)
+        for _ in range(1000):
+            for name in sorted(self.hands_off - self.open):
+                self.scheduler.release(name, self.now)
+            if self.plan is None:
+                self.schedule()
+            if self.plan is not None:
+                self.apply()
+            if not self.scheduler.num_sequences:
+                break
+        assert not self.open, "a sequence never ended"
+        assert self.scheduler.num_sequences == 0
+        assert self.pool.num_free == NUM_BLOCKS
+
+
+TestScheduler = SchedulerMachine.TestCase
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+
+
+def test_what_never_fits_is_refused_at_once() -> None:
+    scheduler = Scheduler(CONFIG, BlockPool(4))
+    sampling = SamplingParams(seed=0, max_tokens=10)
+    for call in (
+        lambda spec: scheduler.add(spec, hands_off=True, now=0.0),
+        lambda spec: scheduler.add(spec, hands_off=False, now=0.0),
+        lambda spec: scheduler.reserve(spec, 0.0),
+    ):
+        try:
+            call(SequenceSpec("a", (1,) * 7, sampling))
+        except PromptTooLong:
+            continue
+        raise AssertionError("17 tokens do not fit 4 blocks of 4")

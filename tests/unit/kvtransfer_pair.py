@@ -1,0 +1,130 @@
+"""A sender and a receiver joined by real sockets in one process, and small caches with known bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+import grpc.aio
+import numpy as np
+
+from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
+from kvtransfer.arena import Arena
+from kvtransfer.config import TransferConfig
+from kvtransfer.host import host_id
+from kvtransfer.protocol.messages import PROTOCOL_VERSION
+from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice
+from kvtransfer.sender import Sender
+from kvtransfer.writing import as_bytes
+
+LAYOUT = KvLayout(num_layers=3, num_blocks=40, num_kv_heads=2, head_dim=16, block_tokens=8, dtype="float32")
+
+
+def describe(node_id: str, layout: KvLayout, address: str = "", incarnation: int = 1) -> NodeDescription:
+    return NodeDescription(
+        node_id=node_id,
+        incarnation=incarnation,
+        role=Role.MIXED,
+        home_role=Role.MIXED,
+        address=address,
+        model=ModelDescription("demo", "fingerprint-1", layout.dtype, 4096, 1000),
+        kv_layout=layout,
+        protocol_version=PROTOCOL_VERSION,
+        pid=1,
+        host_id=host_id(),
+        transports=("shm", "tcp"),
+        device="cpu",
+        kernels="reference",
+        software_version="0",
+    )
+
+
+def token(sequence_id: str, token_id: int = 7) -> TokenChunk:
+    return TokenChunk(sequence_id, 0, (token_id,))
+
+
+class Inbox:
+    """Collects a receiver's events and lets a test wait for one."""
+
+    def __init__(self) -> None:
+        self.notices: list[ReceiverNotice] = []
+        self.refuse_with: Exception | None = None
+        self._changed = asyncio.Event()
+
+    def __call__(self, notice: ReceiverNotice) -> None:
+        self.notices.append(notice)
+        self._changed.set()
+        if isinstance(notice, Arrived) and self.refuse_with is not None:
+            raise self.refuse_with
+
+    async def wait(self, kind: type[ReceiverNotice], sequence_id: str, within_s: float = 5.0) -> ReceiverNotice:
+        async with asyncio.timeout(within_s):
+            while True:
+                for notice in self.notices:
+                    if isinstance(notice, kind) and notice.sequence_id == sequence_id:
+                        return notice
+                self._changed.clear()
+                await self._changed.wait()
+
+    def of(self, sequence_id: str) -> list[str]:
+        return [type(n).__name__ for n in self.notices if n.sequence_id == sequence_id]
+
+
+class Pair:
+    def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: Arena, target: Arena) -> None:
+        self.sender, self.receiver, self.inbox = sender, receiver, inbox
+        self.source, self.target = as_bytes(source.buffer), as_bytes(target.buffer)
+
+    def check_copied(
+        self, source_layout: KvLayout, source_blocks: list[int], target_layout: KvLayout, target_blocks: tuple[int, ...]
+    ) -> None:
+        """The pairs of blocks are equal and every other target byte still is 0xEE."""
+        size = source_layout.block_bytes
+        touched = np.zeros(target_layout.total_bytes, dtype=bool)
+        for layer in range(source_layout.num_layers):
+            for src, dst in zip(source_blocks, target_blocks, strict=False):
+                a, b = source_layout.offset(layer, src), target_layout.offset(layer, dst)
+                assert np.array_equal(self.source[a : a + size], self.target[b : b + size]), (layer, src, dst)
+                touched[b : b + size] = True
+        assert (self.target[~touched] == 0xEE).all()
+
+
+@contextlib.asynccontextmanager
+async def pair(
+    *,
+    sender_config: TransferConfig | None = None,
+    receiver_config: TransferConfig | None = None,
+    source_layout: KvLayout = LAYOUT,
+    target_layout: KvLayout | None = None,
+    alter_sender: dict[str, object] | None = None,
+) -> AsyncIterator[Pair]:
+    target_layout = target_layout or replace(source_layout, num_blocks=source_layout.num_blocks + 11)
+    inbox = Inbox()
+    server = grpc.aio.server()
+    port = server.add_insecure_port("127.0.0.1:0")
+    with Arena.create(source_layout.total_bytes) as source, Arena.create(target_layout.total_bytes) as target:
+        as_bytes(source.buffer)[:] = np.random.default_rng(0).integers(0, 256, source.num_bytes, dtype=np.uint8)
+        as_bytes(target.buffer)[:] = 0xEE
+        receiver = Receiver(
+            describe("decode-0", target_layout, f"127.0.0.1:{port}"),
+            target_layout,
+            target,
+            on_event=inbox,
+            config=receiver_config,
+        )
+        node = replace(describe("prefill-0", source_layout), **(alter_sender or {}))
+        sender = Sender(node, source_layout, source, config=sender_config)
+        receiver.add_to(server)
+        await receiver.start()
+        await server.start()
+        await sender.start()
+        joined = Pair(sender, receiver, inbox, source, target)
+        try:
+            yield joined
+        finally:
+            await sender.close()
+            await receiver.close()
+            await server.stop(0)
+            del joined.source, joined.target

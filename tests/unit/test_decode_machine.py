@@ -1,0 +1,153 @@
+"""Feed events, assert actions: every phase, with a cancel, a lost session and a death in each."""
+
+import pytest
+
+from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
+from decode_node.machine import (
+    Action,
+    CancelAsked,
+    DecodeMachine,
+    Event,
+    Grant,
+    Granted,
+    Join,
+    JoinRefused,
+    KvArrived,
+    LeaseFenced,
+    LeaseReleased,
+    Phase,
+    Quarantine,
+    Refused,
+    RejectArrival,
+    ReserveAsked,
+    ReturnBlocks,
+    RevokeLease,
+    SendFailed,
+    SendJoined,
+    SendLease,
+    SendRefused,
+    SendTokens,
+    SessionLost,
+    StopCompute,
+)
+from engine.schedule import Failed, Output
+
+SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4))
+ID = SPEC.sequence_id
+LEASE = Lease(ID, 5, "d0", 77, "host:1", (0, 1), 10.0)
+FIRST = TokenChunk(ID, 0, (42,))
+SECOND = TokenChunk(ID, 1, (43,))
+LAST = TokenChunk(ID, 2, (44,), finish_reason=FinishReason.LENGTH)
+BOOM = Failure("InternalError", "boom", retryable=False)
+
+ASK = ReserveAsked(1, SPEC, 10.0, "p0")
+ARRIVED = KvArrived(ID, FIRST)
+CANCEL = CancelAsked(1, ID, "client left")
+LEASED: list[Event] = [ASK, Granted(LEASE)]
+RUNNING: list[Event] = [*LEASED, ARRIVED]
+ENDING: list[Event] = [*LEASED, CANCEL]
+
+
+def after(*events: Event) -> DecodeMachine:
+    machine = DecodeMachine("d0")
+    for event in events:
+        machine.handle(event, 0.0)
+    return machine
+
+
+def test_the_whole_relay() -> None:
+    machine = DecodeMachine("d0")
+    assert machine.handle(ASK, 1.0) == [Grant(SPEC, 10.0)]
+    assert machine.handle(Granted(LEASE), 1.0) == [SendLease(1, LEASE)]
+    assert machine.handle(ARRIVED, 3.5) == [Join(ID, FIRST), SendJoined(1, ID, 2.5)]
+    assert machine.handle(Output(ID, SECOND), 4.0) == [SendTokens(1, SECOND)]
+    assert machine.handle(Output(ID, LAST), 5.0) == [SendTokens(1, LAST)]
+    assert machine.num_sequences == 0
+
+
+@pytest.mark.parametrize("stop", [CANCEL, SessionLost(1)])
+@pytest.mark.parametrize(
+    ("way", "expected", "then"),
+    [
+        (LEASED, "revoke", [LeaseReleased(ID, "revoked")]),
+        (LEASED, "revoke", [LeaseFenced(ID, "revoked"), LeaseReleased(ID, "revoked")]),
+        ([*LEASED, LeaseFenced(ID, "expired")], "nothing", [LeaseReleased(ID, "expired")]),
+        (RUNNING, "stop", []),
+        ([*RUNNING, Output(ID, SECOND)], "stop", []),
+        (ENDING, "nothing", [LeaseReleased(ID, "revoked")]),
+    ],
+)
+def test_cancel_in_every_phase(
+    way: list[Event], expected: str, then: list[Event], stop: CancelAsked | SessionLost
+) -> None:
+    machine = after(*way)
+    actions = machine.handle(stop, 1.0)
+    assert [type(a) for a in actions] == {"revoke": [RevokeLease], "stop": [StopCompute], "nothing": []}[expected]
+    assert machine.handle(stop, 1.0) == [], "twice is once"
+    told = [a for event in then for a in machine.handle(event, 2.0)]
+    assert [a for a in told if not isinstance(a, Quarantine)] == ([ReturnBlocks(ID)] if then else [])
+    assert machine.num_sequences == 0
+    for late in (Output(ID, SECOND), Failed(ID, BOOM), LeaseFenced(ID, "x"), LeaseReleased(ID, "x"), CANCEL):
+        assert machine.handle(late, 3.0) == []
+
+
+@pytest.mark.parametrize("way", [[], ENDING, RUNNING])
+def test_what_nobody_waits_for_is_not_acknowledged(way: list[Event]) -> None:
+    (action,) = after(*way).handle(ARRIVED, 1.0)
+    assert isinstance(action, RejectArrival)
+
+
+def test_a_lease_that_expires_is_told_at_once_and_returned_when_no_writer_is_left() -> None:
+    machine = after(*LEASED)
+    quarantine, failed = machine.handle(LeaseFenced(ID, "lease expired"), 10.0)
+    assert quarantine == Quarantine(ID)
+    assert isinstance(failed, SendFailed)
+    assert (failed.failure.code, failed.failure.retryable) == ("TransferFailed", True)
+    assert failed.failure.blamed_node_id == "p0"
+    assert "lease expired" in failed.failure.message
+    assert machine.handle(LeaseReleased(ID, "lease expired"), 11.0) == [ReturnBlocks(ID)]
+
+
+def test_a_lease_whose_writer_is_gone_is_returned_and_told() -> None:
+    actions = after(*LEASED).handle(LeaseReleased(ID, "channel lost"), 10.0)
+    assert actions[0] == ReturnBlocks(ID)
+    assert isinstance(actions[1], SendFailed)
+
+
+def test_the_engine_refuses_what_arrived() -> None:
+    machine = after(*RUNNING)
+    refused = Failure("InvalidRequest", "wrong token", retryable=False)
+    assert machine.handle(JoinRefused(ID, refused), 1.0) == [SendFailed(1, ID, refused)]
+    assert machine.handle(LeaseReleased(ID, "refused"), 1.0) == [ReturnBlocks(ID)]
+    assert machine.num_sequences == 0
+
+
+def test_a_failed_step_is_told() -> None:
+    machine = after(*RUNNING)
+    assert machine.handle(Failed(ID, BOOM), 1.0) == [SendFailed(1, ID, BOOM)]
+    assert machine.num_sequences == 0
+
+
+def test_no_blocks_is_a_refusal_and_leaves_nothing() -> None:
+    machine = after(ASK)
+    refused = Failure("NoBlocks", "none free", retryable=True)
+    assert machine.handle(Refused(ID, refused), 0.0) == [SendRefused(1, ID, refused)]
+    assert machine.num_sequences == 0
+
+
+def test_an_id_in_use_and_a_prefill_on_the_same_node_are_refused() -> None:
+    machine = after(*RUNNING)
+    (refused,) = machine.handle(ReserveAsked(2, SPEC, 1.0, "p1"), 0.0)
+    assert isinstance(refused, SendRefused)
+    assert (refused.session, refused.failure.code) == (2, "Overloaded")
+    assert machine.phase_of(ID) is Phase.RUNNING
+    (same,) = DecodeMachine("d0").handle(ReserveAsked(1, SPEC, 1.0, "d0"), 0.0)
+    assert isinstance(same, SendRefused)
+    assert same.failure.code == "InvalidRequest"
+
+
+def test_sessions_do_not_reach_into_each_other() -> None:
+    machine = after(*RUNNING)
+    actions: list[Action] = machine.handle(SessionLost(2), 0.0) + machine.handle(CancelAsked(2, ID, ""), 0.0)
+    assert actions == []
+    assert machine.phase_of(ID) is Phase.RUNNING

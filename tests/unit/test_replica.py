@@ -1,0 +1,263 @@
+import queue
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from baton.clock import MonotonicClock
+from baton.errors import Unavailable
+from baton.types import FinishReason, KvLayout, Role, SamplingParams, SequenceSpec, TokenChunk
+from engine.blocks import BlockPool
+from engine.fake import FakeRunner, expected_tokens
+from engine.replica import Replica
+from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
+
+LAYOUT = KvLayout(3, 64, 1, 1, 4, "float32")
+WAIT_S = 10.0
+
+
+def spec(name: str, num_prompt: int = 9, max_tokens: int = 6) -> SequenceSpec:
+    sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=max_tokens)
+    return SequenceSpec(name, tuple(range(1, num_prompt + 1)), sampling)
+
+
+class Inbox:
+    """Collects events from the engine thread; ``gate`` holds the thread in the listener."""
+
+    def __init__(self) -> None:
+        self.events: queue.Queue[EngineEvent] = queue.Queue()
+        self.num_calls = 0
+
+    def listen(self, events: list[EngineEvent]) -> None:
+        self.num_calls += 1
+        for event in events:
+            self.events.put(event)
+
+    def next(self) -> EngineEvent:
+        return self.events.get(timeout=WAIT_S)
+
+    def tokens(self) -> list[int]:
+        found: list[int] = []
+        while True:
+            event = self.next()
+            assert isinstance(event, Output)
+            found += event.chunk.token_ids
+            if event.chunk.finish_reason is not None:
+                return found
+
+
+class Gate:
+    """A runner's pause that stands still until it is opened."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Semaphore(0)
+        self.opened = threading.Semaphore(0)
+
+    def pause(self, _: float) -> None:
+        self.reached.release()
+        assert self.opened.acquire(timeout=WAIT_S)
+
+    def wait(self) -> None:
+        assert self.reached.acquire(timeout=WAIT_S)
+
+
+class Recorder:
+    def __init__(self) -> None:
+        self.told: list[tuple[int, int]] = []
+
+    def layer_ready(self, layer: int, num_blocks: int) -> None:
+        self.told.append((layer, num_blocks))
+
+
+@contextmanager
+def replica(gate: Gate | None = None, *, max_batch_tokens: int = 16) -> Iterator[tuple[Replica, FakeRunner]]:
+    runner = (
+        FakeRunner(LAYOUT) if gate is None else FakeRunner(LAYOUT, step_delay_s=LAYOUT.num_layers, pause=gate.pause)
+    )
+    config = SchedulerConfig(block_tokens=4, max_batch_tokens=max_batch_tokens, max_num_seqs=8, max_model_tokens=200)
+    engine = Replica(
+        runner,
+        Scheduler(config, BlockPool(LAYOUT.num_blocks)),
+        num_layers=LAYOUT.num_layers,
+        clock=MonotonicClock(),
+    )
+    engine.start()
+    try:
+        yield engine, runner
+        engine.check()
+    finally:
+        if gate is not None:
+            gate.opened.release(10_000)
+        assert engine.stop(WAIT_S)
+
+
+def test_tokens_of_several_sequences_in_one_call_per_step() -> None:
+    inbox = Inbox()
+    with replica() as (engine, runner):
+        specs = [spec(f"s{i}", num_prompt=5 + i) for i in range(3)]
+        for s in specs:
+            engine.submit(s, hands_off=False, listener=inbox.listen)
+        found: dict[str, list[int]] = {s.sequence_id: [] for s in specs}
+        while any(len(tokens) < 6 for tokens in found.values()):
+            event = inbox.next()
+            assert isinstance(event, Output)
+            found[event.sequence_id] += event.chunk.token_ids
+        assert found == {s.sequence_id: expected_tokens(s, LAYOUT) for s in specs}
+        assert inbox.num_calls == runner.num_steps
+        assert engine.num_sequences == 0
+        assert engine.stats().num_tokens == sum(5 + i + 5 for i in range(3))
+    assert sorted(runner.forgotten) == ["s0", "s1", "s2"]
+
+
+def test_layers_are_told_as_they_are_done_and_all_before_the_token() -> None:
+    inbox, gate, recorder = Inbox(), Gate(), Recorder()
+    with replica(gate, max_batch_tokens=8) as (engine, _):
+        engine.submit(spec("a", 13), hands_off=True, listener=inbox.listen)
+        gate.wait()
+        assert inbox.next() == Started("a", (0, 1, 2, 3))
+        engine.attach("a", recorder)
+        assert recorder.told == []
+        for told in ([(0, 2)], [(0, 2), (1, 2)]):
+            gate.opened.release()
+            gate.wait()
+            assert recorder.told == told
+        gate.opened.release(100)
+        assert isinstance(inbox.next(), Output)
+        assert recorder.told == [(0, 2), (1, 2), (2, 2), (0, 4), (1, 4), (2, 4)]
+        engine.release("a")
+        assert engine.ledger()[1] == 64
+
+
+@pytest.mark.parametrize("when", ["in the last layer", "after the step"])
+def test_a_sink_that_comes_late_hears_everything_once(when: str) -> None:
+    inbox, gate, recorder = Inbox(), Gate(), Recorder()
+    with replica(gate) as (engine, _):
+        engine.submit(spec("a", 9), hands_off=True, listener=inbox.listen)
+        gate.opened.release(LAYOUT.num_layers - 1)
+        for _ in range(LAYOUT.num_layers):
+            gate.wait()
+        assert isinstance(inbox.next(), Started)
+        if when == "in the last layer":
+            engine.attach("a", recorder)
+        gate.opened.release(100)
+        assert isinstance(inbox.next(), Output)
+        if when == "after the step":
+            engine.attach("a", recorder)
+        assert sorted(recorder.told) == [(0, 3), (1, 3), (2, 3)]
+        engine.release("a")
+        engine.attach("a", recorder)
+        assert len(recorder.told) == 3
+
+
+def test_an_exception_in_a_step_fails_its_sequences_and_the_engine_goes_on() -> None:
+    inbox = Inbox()
+    with replica() as (engine, runner):
+        runner.next_error = RuntimeError("out of luck")
+        engine.submit(spec("a"), hands_off=False, listener=inbox.listen)
+        failed = inbox.next()
+        assert isinstance(failed, Failed)
+        assert failed.failure.code == "InternalError"
+        assert "RuntimeError: out of luck" in failed.failure.message
+        engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
+        assert inbox.tokens() == expected_tokens(spec("b"), LAYOUT)
+        assert engine.stats().num_failed_steps == 1
+        assert engine.ledger()[1] == 64
+
+
+def test_cancel_in_a_step_does_not_wait_for_it_and_frees_after_it() -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate) as (engine, runner):
+        engine.submit(spec("a"), hands_off=False, listener=inbox.listen)
+        gate.wait()
+        engine.cancel("a")
+        assert engine.ledger()[1] == 61
+        engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
+        gate.opened.release(1000)
+        assert inbox.tokens() == expected_tokens(spec("b"), LAYOUT)
+        assert engine.ledger()[1] == 64
+        assert "a" in runner.forgotten
+
+
+def test_stalled_grows_while_a_step_hangs_and_is_zero_when_idle() -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate) as (engine, _):
+        assert engine.stalled_s == 0.0
+        engine.submit(spec("a", max_tokens=1), hands_off=False, listener=inbox.listen)
+        gate.wait()
+        first = engine.stalled_s
+        assert threading.Event().wait(0.02) is False
+        assert engine.status(Role.MIXED).stalled_s >= first + 0.02
+        gate.opened.release(1000)
+        assert inbox.tokens() == expected_tokens(spec("a", max_tokens=1), LAYOUT)
+
+
+def test_waiting_for_memory_is_not_a_stall() -> None:
+    inbox = Inbox()
+    with replica(max_batch_tokens=200) as (engine, _):
+        for name in ("a", "b"):
+            engine.submit(spec(name, 130), hands_off=True, listener=inbox.listen)
+        assert isinstance(inbox.next(), Started)
+        assert isinstance(inbox.next(), Output)
+        while engine.status(Role.PREFILL).stalled_s:
+            threading.Event().wait(0.001)
+        assert engine.status(Role.PREFILL).num_waiting == 1
+        engine.release("a")
+        assert inbox.next() == Started("b", tuple(range(33)))
+        assert isinstance(inbox.next(), Output)
+        engine.release("b")
+
+
+def test_lease_join_and_decode() -> None:
+    inbox = Inbox()
+    with replica() as (engine, runner):
+        s = spec("a", 6)
+        blocks = engine.reserve(s)
+        engine.set_epoch("a", 5)
+        assert engine.ledger()[2][0].epoch == 5
+        for layer in range(LAYOUT.num_layers):
+            for position, token in enumerate(s.prompt_token_ids):
+                runner._cells[LAYOUT.offset(layer, blocks[position // 4]) // 4 + position % 4] = token + 1 + layer
+        expected = expected_tokens(s, LAYOUT)
+        engine.join("a", TokenChunk("a", 0, (expected[0],)), inbox.listen)
+        assert inbox.tokens() == expected[1:]
+
+
+def test_draining_refuses_new_work_and_finishes_the_old() -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate) as (engine, _):
+        engine.submit(spec("a"), hands_off=False, listener=inbox.listen)
+        engine.drain()
+        with pytest.raises(Unavailable, match="shutting down"):
+            engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
+        with pytest.raises(Unavailable, match="shutting down"):
+            engine.reserve(spec("b"))
+        assert engine.status(Role.MIXED).draining
+        gate.opened.release(1000)
+        assert inbox.tokens() == expected_tokens(spec("a"), LAYOUT)
+
+
+def test_a_dead_engine_thread_is_reported() -> None:
+    died = threading.Event()
+    scheduler = Scheduler(SchedulerConfig(block_tokens=4, max_model_tokens=200), BlockPool(64))
+    runner = FakeRunner(LAYOUT)
+    engine = Replica(runner, scheduler, num_layers=3, clock=MonotonicClock(), on_fatal=lambda _: died.set())
+    engine.start()
+
+    def broken(_: list[EngineEvent]) -> None:
+        raise ValueError("a listener of ours is broken")
+
+    engine.submit(spec("a", max_tokens=1), hands_off=False, listener=broken)
+    assert died.wait(WAIT_S)
+    assert engine.stop(WAIT_S)
+
+
+def test_finish_reason_reaches_the_listener() -> None:
+    inbox = Inbox()
+    with replica() as (engine, _):
+        engine.submit(spec("a", max_tokens=1), hands_off=False, listener=inbox.listen)
+        event = inbox.next()
+        assert isinstance(event, Output)
+        assert event.chunk.finish_reason is FinishReason.LENGTH
+        assert event.prefill is not None
+        assert event.prefill.compute_s >= 0

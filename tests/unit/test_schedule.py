@@ -1,0 +1,356 @@
+import pytest
+
+from baton.errors import BadConfig, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
+from baton.types import FinishReason, SamplingParams, SequenceSpec, TokenChunk
+from engine.blocks import BlockPool, BlockState
+from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
+from engine.step import Sampled, StepPlan, StepResult
+
+
+def spec(
+    name: str,
+    num_prompt: int,
+    max_tokens: int = 8,
+    generated: tuple[int, ...] = (),
+    stop: tuple[int, ...] = (),
+    min_tokens: int = 0,
+) -> SequenceSpec:
+    sampling = SamplingParams(
+        temperature=0.0, seed=0, max_tokens=max_tokens, stop_token_ids=stop, min_tokens=min_tokens
+    )
+    return SequenceSpec(name, tuple(range(100, 100 + num_prompt)), sampling, generated)
+
+
+def scheduler(num_blocks: int = 64, **settings: int | float) -> Scheduler:
+    defaults: dict[str, int | float] = {
+        "block_tokens": 4,
+        "max_batch_tokens": 16,
+        "max_num_seqs": 8,
+        "max_model_tokens": 256,
+        "watermark": 0.0,
+    }
+    return Scheduler(SchedulerConfig(**{**defaults, **settings}), BlockPool(num_blocks))  # type: ignore[arg-type]
+
+
+def shape(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
+    assert plan is not None
+    return [(p.sequence.sequence_id, p.start, p.num_tokens, p.samples) for p in plan.pieces]
+
+
+def drawn(plan: StepPlan, token: int = 1) -> StepResult:
+    return StepResult({p.sequence.sequence_id: Sampled(token) for p in plan.pieces if p.samples})
+
+
+def step(s: Scheduler, token: int = 1) -> tuple[list[tuple[str, int, int, bool]], list[EngineEvent]]:
+    plan, started = s.schedule(0.0)
+    if plan is None:
+        return [], started
+    told = shape(plan)
+    events = started + s.apply(plan, drawn(plan, token), 0.0)
+    s.check()
+    return told, events
+
+
+def test_a_prompt_runs_in_chunks_that_end_on_block_boundaries_then_decodes() -> None:
+    s = scheduler()
+    s.add(spec("a", 21, max_tokens=3), hands_off=False, now=0.0)
+    assert step(s)[0] == [("a", 0, 16, False)]
+    told, (output,) = step(s, token=7)
+    assert told == [("a", 16, 5, True)]
+    assert isinstance(output, Output)
+    assert output.chunk == TokenChunk("a", 0, (7,))
+    assert output.prefill is not None
+    assert output.prefill.num_computed_tokens == 21
+    assert step(s)[0] == [("a", 21, 1, True)]
+    told, (output,) = step(s)
+    assert told == [("a", 22, 1, True)]
+    assert isinstance(output, Output)
+    assert output.chunk.finish_reason is FinishReason.LENGTH
+    assert output.prefill is None
+    assert s.pool.num_free == 64
+    assert s.num_sequences == 0
+    assert s.take_gone() == ["a"]
+
+
+def test_decodes_are_in_every_step_and_prompts_fill_the_rest_in_order() -> None:
+    s = scheduler()
+    s.add(spec("a", 3), hands_off=False, now=0.0)
+    step(s)
+    s.add(spec("b", 30), hands_off=False, now=0.0)
+    s.add(spec("c", 3), hands_off=False, now=0.0)
+    # The chunk of b ends on a block boundary, so three tokens of the budget are left for c.
+    assert step(s)[0] == [("a", 3, 1, True), ("b", 0, 12, False), ("c", 0, 3, True)]
+    assert step(s)[0] == [("a", 4, 1, True), ("c", 3, 1, True), ("b", 12, 12, False)]
+
+
+@pytest.mark.parametrize(
+    ("drawn_token", "min_tokens", "max_tokens", "expected"),
+    [
+        (9, 0, 5, FinishReason.STOP),
+        (9, 1, 5, None),
+        (9, 0, 1, FinishReason.STOP),
+        (8, 0, 1, FinishReason.LENGTH),
+        (8, 0, 2, None),
+    ],
+)
+def test_finish_at_the_first_token(
+    drawn_token: int, min_tokens: int, max_tokens: int, expected: FinishReason | None
+) -> None:
+    for hands_off in (False, True):
+        s = scheduler()
+        s.add(spec("a", 5, max_tokens, stop=(9,), min_tokens=min_tokens), hands_off=hands_off, now=0.0)
+        *_, output = step(s, drawn_token)[1]
+        assert isinstance(output, Output)
+        assert output.chunk.finish_reason is expected
+        assert s.pool.num_used == (2 if hands_off or expected is None else 0)
+
+
+def test_resumed_tokens_are_computed_but_counted_as_output() -> None:
+    s = scheduler()
+    s.add(spec("a", 5, max_tokens=4, generated=(11, 12)), hands_off=False, now=0.0)
+    told, (output,) = step(s)
+    assert told == [("a", 0, 7, True)]
+    assert isinstance(output, Output)
+    assert output.chunk.index == 2
+    _, (output,) = step(s)
+    assert isinstance(output, Output)
+    assert (output.chunk.index, output.chunk.finish_reason) == (3, FinishReason.LENGTH)
+
+
+def test_a_handed_off_sequence_holds_its_blocks_until_released() -> None:
+    s = scheduler()
+    s.add(spec("a", 9), hands_off=True, now=0.0)
+    told, (started, output) = step(s)
+    assert told == [("a", 0, 9, True)]
+    assert started == Started("a", (0, 1, 2))
+    assert isinstance(output, Output)
+    assert s.pool.state_of("a") is BlockState.SENDING
+    assert step(s)[0] == []
+    s.cancel("a", 0.0)
+    assert s.pool.num_used == 3
+    s.release("a", 0.0)
+    s.release("a", 0.0)
+    assert s.pool.num_used == 0
+    assert s.num_final_blocks("a") == 0
+
+
+def test_final_blocks_are_whole_until_the_prompt_is_complete() -> None:
+    s = scheduler(max_batch_tokens=10)
+    s.add(spec("a", 15), hands_off=True, now=0.0)
+    step(s)
+    assert s.num_final_blocks("a") == 2
+    step(s)
+    assert s.num_final_blocks("a") == 4
+
+
+@pytest.mark.parametrize("hands_off", [False, True])
+def test_cancel_during_a_step_returns_blocks_only_after_it(hands_off: bool) -> None:
+    s = scheduler()
+    s.add(spec("a", 9), hands_off=hands_off, now=0.0)
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    s.cancel("a", 0.0)
+    s.cancel("a", 0.0)
+    if hands_off:
+        s.release("a", 0.0)
+    assert s.pool.num_used == 3
+    s.check()
+    assert s.apply(plan, drawn(plan), 0.0) == []
+    assert s.pool.num_used == 0
+    assert s.num_sequences == 0
+
+
+def test_cancel_stops_a_long_prompt_within_one_chunk() -> None:
+    s = scheduler()
+    s.add(spec("a", 200), hands_off=True, now=0.0)
+    step(s)
+    s.cancel("a", 0.0)
+    assert step(s)[0] == []
+    assert s.pool.state_of("a") is BlockState.SENDING
+
+
+def test_a_waiting_prompt_is_cancelled_without_a_trace() -> None:
+    s = scheduler(num_blocks=4)
+    s.add(spec("a", 9, max_tokens=4), hands_off=True, now=0.0)
+    step(s)
+    s.add(spec("b", 9, max_tokens=4), hands_off=True, now=0.0)
+    assert step(s)[0] == []
+    s.cancel("b", 0.0)
+    assert s.take_gone() == ["b"]
+    assert s.num_sequences == 1
+
+
+def test_prompts_wait_for_memory_in_order() -> None:
+    s = scheduler(num_blocks=6)
+    s.add(spec("a", 12, max_tokens=4), hands_off=True, now=0.0)
+    s.add(spec("b", 16, max_tokens=4), hands_off=True, now=0.0)
+    s.add(spec("c", 4, max_tokens=4), hands_off=True, now=0.0)
+    assert step(s)[0] == [("a", 0, 12, True)]
+    assert step(s)[0] == [], "c must not overtake b"
+    s.release("a", 0.0)
+    assert step(s)[0] == [("b", 0, 16, True)]
+    assert step(s)[0] == [("c", 0, 4, True)]
+
+
+def test_refusals_name_both_values() -> None:
+    s = scheduler(num_blocks=4, max_waiting=1)
+    with pytest.raises(PromptTooLong, match=r"250 prompt tokens.*258.*256"):
+        s.add(spec("a", 250), hands_off=False, now=0.0)
+    with pytest.raises(PromptTooLong, match=r"20 tokens need 5 KV blocks.*has 4"):
+        s.reserve(spec("a", 12), 0.0)
+    with pytest.raises(InvalidRequest, match="2 tokens were generated"):
+        s.add(spec("a", 3, max_tokens=2, generated=(1, 2)), hands_off=False, now=0.0)
+    s.add(spec("a", 3), hands_off=False, now=0.0)
+    with pytest.raises(Overloaded, match="still in use"):
+        s.add(spec("a", 3), hands_off=False, now=0.0)
+    with pytest.raises(Overloaded, match="1 prompts wait"):
+        s.add(spec("b", 3), hands_off=False, now=0.0)
+    assert s.num_sequences == 1
+
+
+def test_lease_then_join_decodes_from_the_first_token() -> None:
+    s = scheduler()
+    assert s.reserve(spec("a", 8, max_tokens=3), 0.0) == [0, 1, 2], "known tokens and one more"
+    assert step(s)[0] == []
+    s.join("a", TokenChunk("a", 0, (5,)), 0.0)
+    assert s.pool.state_of("a") is BlockState.RUNNING
+    told, (output,) = step(s)
+    assert told == [("a", 8, 1, True)]
+    assert isinstance(output, Output)
+    assert (output.chunk.index, output.prefill) == (1, None)
+    step(s)
+    assert s.pool.num_used == 0
+
+
+def test_join_checks_the_token() -> None:
+    s = scheduler()
+    with pytest.raises(InternalError, match="without a lease"):
+        s.join("a", TokenChunk("a", 0, (5,)), 0.0)
+    s.reserve(spec("a", 8), 0.0)
+    for wrong in (TokenChunk("a", 1, (5,)), TokenChunk("a", 0, (5, 6)), TokenChunk("a", 0, ())):
+        with pytest.raises(InvalidRequest, match="expected one unfinished token at index 0"):
+            s.join("a", wrong, 0.0)
+    s.return_lease("a")
+    s.return_lease("a")
+    assert s.pool.num_used == 0
+
+
+def test_quarantined_blocks_stay_until_the_lease_is_returned() -> None:
+    s = scheduler()
+    s.reserve(spec("a", 8), 0.0)
+    s.quarantine("a", 1.0)
+    s.quarantine("unknown", 1.0)
+    assert s.pool.state_of("a") is BlockState.QUARANTINED
+    with pytest.raises(Overloaded):
+        s.reserve(spec("a", 8), 2.0)
+    s.return_lease("a")
+    assert s.pool.num_free == 64
+
+
+def test_reserve_leaves_room_for_growth_and_for_the_prompt_that_waits() -> None:
+    s = scheduler(num_blocks=10, watermark=0.2)
+    s.reserve(spec("a", 11), 0.0)
+    with pytest.raises(NoBlocks, match="6 KV blocks, 7 of 10 are free and 5"):
+        s.reserve(spec("b", 20), 0.0)
+    s = scheduler(num_blocks=10, max_num_seqs=2)
+    s.add(spec("a", 24, max_tokens=4), hands_off=True, now=0.0)
+    s.add(spec("b", 24, max_tokens=4), hands_off=True, now=0.0)
+    step(s)
+    with pytest.raises(NoBlocks, match="0 of them"):
+        s.reserve(spec("c", 4), 0.0)
+
+
+def test_the_number_of_decoding_sequences_is_bounded_and_leaves_prompts_a_slot() -> None:
+    s = scheduler(max_num_seqs=3)
+    for name in ("a", "b"):
+        s.reserve(spec(name, 4), 0.0)
+    with pytest.raises(Overloaded, match="2 sequences decode"):
+        s.reserve(spec("c", 4), 0.0)
+    s.add(spec("d", 4), hands_off=False, now=0.0)
+    assert step(s)[0] == [], "a sequence that would stay waits for a slot"
+    for name in ("a", "b"):
+        s.join(name, TokenChunk(name, 0, (1,)), 0.0)
+    s.cancel("d", 0.0)
+    s.add(spec("e", 4), hands_off=True, now=0.0)
+    assert {p[0] for p in step(s)[0]} == {"a", "b", "e"}
+
+
+def test_the_youngest_is_preempted_and_computed_again() -> None:
+    s = scheduler(num_blocks=4)
+    s.add(spec("a", 7, max_tokens=9), hands_off=False, now=0.0)
+    s.add(spec("b", 7, max_tokens=9), hands_off=False, now=0.0)
+    assert len(step(s, token=5)[0]) == 2
+    step(s, token=6)
+    assert step(s, token=7)[0] == [("a", 8, 1, True)]
+    assert s.num_preempted == 1
+    assert s.load().num_waiting == 1
+    told: list[tuple[str, int, int, bool]] = []
+    while not told or told[0][0] == "a":
+        told, events = step(s, token=8)
+    # b's tokens so far are known: all of them are computed again, and the numbering goes on.
+    assert told == [("b", 0, 9, True)]
+    (output,) = events
+    assert isinstance(output, Output)
+    assert output.chunk.index == 2
+    assert output.prefill is None
+
+
+def test_preemptions_of_one_sequence_are_bounded() -> None:
+    s = scheduler(num_blocks=8, max_preemptions=2, max_batch_tokens=32)
+    s.add(spec("victim", 5, max_tokens=20), hands_off=False, now=0.0)
+    s.add(spec("hog", 9, max_tokens=20), hands_off=False, now=0.0)
+    counts: dict[str, int] = {}
+    for round_ in range(300):
+        for event in step(s)[1]:
+            if isinstance(event, Output) and event.chunk.finish_reason is not None:
+                counts[event.sequence_id] = round_
+        if round_ % 3 == 0 and s.load().num_waiting < 3 and round_ < 200:
+            s.add(spec(f"n{round_}", 9, max_tokens=20), hands_off=False, now=0.0)
+        for entry in s._entries.values():
+            assert entry.num_preemptions <= 2
+    assert s.num_preempted > 4
+    assert s.num_sequences == 0, "everything came to its end"
+    assert {"victim", "hog"} <= set(counts)
+
+
+def test_a_failed_step_fails_its_sequences_and_no_other() -> None:
+    s = scheduler()
+    s.add(spec("a", 4), hands_off=False, now=0.0)
+    s.add(spec("b", 4), hands_off=True, now=0.0)
+    s.add(spec("c", 12), hands_off=False, now=0.0)
+    s.add(spec("d", 4), hands_off=False, now=0.0)
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    assert {p.sequence.sequence_id for p in plan.pieces} == {"a", "b", "c"}
+    s.cancel("c", 0.0)
+    failed = s.fail(plan, InternalError("boom"), 0.0)
+    assert [(type(e), e.sequence_id) for e in failed] == [(Failed, "a"), (Failed, "b")]
+    s.check()
+    assert s.pool.num_used == 1, "b's blocks have a reader outside"
+    s.release("b", 0.0)
+    assert step(s)[0] == [("d", 0, 4, True)]
+
+
+def test_a_missing_token_fails_that_sequence() -> None:
+    s = scheduler()
+    s.add(spec("a", 4), hands_off=False, now=0.0)
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    (failed,) = s.apply(plan, StepResult(), 0.0)
+    assert isinstance(failed, Failed)
+    assert s.pool.num_used == 0
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"block_tokens": 0},
+        {"max_num_seqs": 1},
+        {"max_batch_tokens": 4, "max_num_seqs": 8},
+        {"max_preemptions": 0},
+        {"watermark": 1.0},
+    ],
+)
+def test_bad_settings_are_refused(bad: dict[str, int | float]) -> None:
+    with pytest.raises(BadConfig, match=next(iter(bad))):
+        scheduler(**bad)
