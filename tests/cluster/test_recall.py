@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from demo import MODEL_DIR
 from demo.tasks import Task, recall_prompts
-from tests.cluster.conftest import StartCluster
+from tests.cluster.harness import StartCluster
 from tests.cluster.load import Answer, Job, run_all
 
 CONCURRENCY = 16
@@ -21,14 +22,15 @@ def accuracy(tasks: list[Task], answers: list[Answer]) -> float:
     return sum(t.accepts(a.text) for t, a in zip(tasks, answers, strict=True)) / len(tasks)
 
 
-async def split_equals_colocated(start_cluster: StartCluster, count: int) -> None:
+async def split_equals_colocated(start_cluster: StartCluster, model: Path, count: int) -> None:
     tasks = recall_prompts(seed=97, count=count)
-    with start_cluster(MODEL_DIR, prefill=2, decode=2) as cluster:
-        split = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
-        cluster.wait_baseline()
-    with start_cluster(MODEL_DIR, mixed=2) as cluster:
-        colocated = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
-        cluster.wait_baseline()
+    cluster = start_cluster(model, prefill=2, decode=2)
+    split = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
+    cluster.wait_baseline()
+    cluster.stop()
+    cluster = start_cluster(model, prefill=0, decode=0, mixed=2)
+    colocated = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
+    cluster.wait_baseline()
     assert [a.error for a in split + colocated] == [None] * (2 * count)
     assert [a.token_ids for a in split] == [a.token_ids for a in colocated]
     assert all(a.relay["prefill_node_id"] != a.relay["decode_node_id"] for a in split)
@@ -36,23 +38,26 @@ async def split_equals_colocated(start_cluster: StartCluster, count: int) -> Non
     assert accuracy(tasks, split) >= MIN_ACCURACY
 
 
-async def test_split_answers_like_colocated(start_cluster: StartCluster) -> None:
-    await split_equals_colocated(start_cluster, 40)
+async def test_split_answers_like_colocated(start_cluster: StartCluster, demo_model: Path) -> None:
+    await split_equals_colocated(start_cluster, demo_model, 40)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-async def test_500_prompts_split_answer_like_colocated(start_cluster: StartCluster) -> None:
-    await split_equals_colocated(start_cluster, 500)
+async def test_500_prompts_split_answer_like_colocated(start_cluster: StartCluster, demo_model: Path) -> None:
+    await split_equals_colocated(start_cluster, demo_model, 500)
 
 
-async def test_corrupted_block_is_caught_and_the_request_ends_right(start_cluster: StartCluster) -> None:
+async def test_corrupted_block_is_caught_and_the_request_ends_right(
+    start_cluster: StartCluster, demo_model: Path
+) -> None:
     tasks = recall_prompts(seed=98, count=12)
-    with start_cluster(MODEL_DIR, prefill=1, decode=1) as cluster:
-        expected = await run_all(cluster.http, jobs(tasks), 4)
-    with start_cluster(MODEL_DIR, prefill=1, decode=1, transport="fake:corrupt=0.02,seed=3,over=shm") as cluster:
-        answers = await run_all(cluster.http, jobs(tasks), 4)
-        cluster.wait_baseline()
+    cluster = start_cluster(demo_model, prefill=1, decode=1)
+    expected = await run_all(cluster.http, jobs(tasks), 4)
+    cluster.stop()
+    cluster = start_cluster(demo_model, prefill=1, decode=1, transport="fake:corrupt=0.1,seed=3,over=shm")
+    answers = await run_all(cluster.http, jobs(tasks), 4)
+    cluster.wait_baseline()
     assert [a.error for a in answers] == [None] * len(tasks)
     assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
     # Without a retransmission or a rerun nothing was corrupted and this test has shown nothing.
