@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -181,6 +183,8 @@ def worker(
         max_num_seqs=max_num_seqs,
         num_threads=threads,
         transports=_TRANSPORTS[transport],
+        # One line of JSON with the address, for whoever asked for any port.
+        ready_fd=os.dup(1),
     )
     asyncio.run(serve(config))
 
@@ -198,7 +202,7 @@ def router(
     if die_with_parent:
         die_with(die_with_parent)
     from router.config import RouterConfig
-    from router.server import serve
+    from router.serve import serve
 
     _log_to_stderr()
     http_host, http_port = _address(http, "--http")
@@ -212,7 +216,14 @@ def router(
         model_folder=model_source.resolve(model),
         model_name=model_name or model_source.name_of(model),
     )
-    asyncio.run(serve(config))
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await serve(config, stop)
+
+    asyncio.run(run())
 
 
 @app.command()

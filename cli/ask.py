@@ -69,9 +69,7 @@ def write_raw(console: Console, text: str) -> None:
     console.file.flush()
 
 
-def show_status(
-    client: Client, console: Console, *, with_ledger: bool, as_json: bool, watch_s: float | None
-) -> None:
+def show_status(client: Client, console: Console, *, with_ledger: bool, as_json: bool, watch_s: float | None) -> None:
     """Prints the cluster once, or every ``watch_s`` seconds until interrupted (one JSON object per line with JSON)."""
     if as_json:
         while True:

@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,10 @@ class Prompt:
 
 @dataclass(slots=True)
 class Answer:
-    """What came back; ``token_times`` are the client's, for the API that reports no relay."""
+    """What came back, and the line that says how it ran."""
 
     text: str = ""
     relay: str = ""
-    arrivals_s: list[float] = field(default_factory=list)
 
 
 def default_model() -> Path:
@@ -132,10 +131,12 @@ class _Performance:
     def _one_by_one(self, endpoints: cluster.Endpoints) -> None:
         with Client(endpoints.grpc) as client:
             for i, prompt in enumerate(self._prompts):
-                over_http = i % 2 == 1 or prompt.is_chat
-                self._announce(prompt, "OpenAI HTTP API" if over_http else "gRPC")
-                answer = _over_http(endpoints.http, prompt, self._write) if over_http else self._over_grpc(client, prompt)
-                self._judge(prompt, answer)
+                if i % 2 == 1 or prompt.is_chat:
+                    self._announce(prompt, "OpenAI HTTP API")
+                    self._judge(prompt, _over_http(endpoints.http, prompt, self._write))
+                else:
+                    self._announce(prompt, "gRPC")
+                    self._judge(prompt, self._over_grpc(client, prompt))
 
     def _over_grpc(self, client: Client, prompt: Prompt) -> Answer:
         parts: list[str] = []
@@ -201,20 +202,21 @@ def _over_http(base: str, prompt: Prompt, write: Callable[[str], None]) -> Answe
         "max_tokens": prompt.max_tokens,
         "stream": True,
         "stream_options": {"include_usage": True},
+        "return_relay": True,
     }
     if prompt.is_chat:
         path, body["messages"] = "/v1/chat/completions", [{"role": "user", "content": prompt.text}]
     else:
         path, body["prompt"] = "/v1/completions", prompt.text
     answer = Answer()
-    started = time.monotonic()
     for event in _server_sent_events(base + path, body):
         for choice in event["choices"]:
             piece = choice["delta"].get("content") if prompt.is_chat else choice["text"]
             if piece:
-                answer.arrivals_s.append(time.monotonic() - started)
                 answer.text += piece
                 write(piece)
+        if "baton" in event:
+            answer.relay = event["baton"]["relay"]["line"]
     return answer
 
 

@@ -15,16 +15,32 @@ def main() -> None:
     try:
         from cli.app import app
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
+        if error.name not in ("rich", "typer"):
+            raise
         sys.exit(
-            f"{ERROR_PREFIX}{package} is not installed; the `baton` command needs more than the client does: "
+            f"{ERROR_PREFIX}{error.name} is not installed; the `baton` command needs more than the client does: "
             "pip install 'baton-serve[router]' (to ask) or 'baton-serve[worker]' (to serve)"
         )
     try:
         app()
-    except (BadConfig, InvalidRequest, UnsupportedModel) as error:
-        print(f"{ERROR_PREFIX}{error.code}: {error.message}", file=sys.stderr)
-        sys.exit(_EXIT_USAGE)
     except BatonError as error:
-        print(f"{ERROR_PREFIX}{error.code}: {error.message}", file=sys.stderr)
-        sys.exit(_EXIT_FAILED)
+        sys.exit(_tell(error))
+    except ExceptionGroup as group:
+        # A TaskGroup wraps what its tasks raise; a person wants the one error inside.
+        errors = _leaves(group)
+        if len(errors) != 1 or not isinstance(errors[0], BatonError):
+            raise
+        sys.exit(_tell(errors[0]))
+
+
+def _tell(error: BatonError) -> int:
+    print(f"{ERROR_PREFIX}{error.code}: {error.message}", file=sys.stderr)
+    return _EXIT_USAGE if isinstance(error, BadConfig | InvalidRequest | UnsupportedModel) else _EXIT_FAILED
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -21,17 +22,28 @@ def seconds(value_s: float) -> str:
     return f"{value_s:.3g} s"
 
 
+def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold", pad_edge=False, expand=False)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
+
+
 def _role(role: common_pb2.Role.ValueType) -> str:
     return common_pb2.Role.Name(role).removeprefix("ROLE_").lower()
 
 
 def cluster_table(status: router_pb2.StatusResponse) -> Table:
+    """Fits 80 columns: what runs where, and how busy it is."""
     title = f"{status.model} · {status.num_running} running, {status.num_queued} queued at the router"
-    table = Table(title=title, title_justify="left")
-    for name in ("node", "role", "state", "address", "pid", "device", "kernels"):
-        table.add_column(name)
-    for name in ("waiting", "running", "prompt tokens queued", "blocks free"):
-        table.add_column(name, justify="right")
+    models = {
+        f"{n.node.model.dtype} on {n.node.device}, kernels {n.node.kernels}" for n in status.nodes if n.node.device
+    }
+    if len(models) == 1:
+        title += f" · {models.pop()}"
+    table = _table(title, ("node", "role", "state", "address", "pid"), ("waiting", "running", "free blocks"))
     for node in status.nodes:
         load = node.status
         role = _role(load.role) if load.role == node.node.home_role else f"{_role(load.role)} (borrowed)"
@@ -41,12 +53,9 @@ def cluster_table(status: router_pb2.StatusResponse) -> Table:
             Text(node.state, style=_STATE_STYLES.get(node.state, "")),
             node.node.address,
             str(node.node.pid),
-            node.node.device,
-            node.node.kernels,
             str(load.num_waiting),
             str(load.num_running),
-            str(load.queued_prompt_tokens),
-            f"{load.free_blocks} of {load.total_blocks}",
+            f"{load.free_blocks}/{load.total_blocks}",
         )
     return table
 
@@ -54,21 +63,21 @@ def cluster_table(status: router_pb2.StatusResponse) -> Table:
 def ledger_tables(ledger: router_pb2.ClusterLedgerResponse) -> Iterable[Table | Text]:
     """Every block of every node and who owns it; a node whose sums do not match is called out."""
     for node in ledger.nodes:
-        yield _ledger_table(node)
+        yield from _ledger_of(node)
     for node_id, reason in sorted(ledger.unreachable.items()):
         yield Text(f"{node_id} did not answer: {reason}", style="red")
 
 
-def _ledger_table(node: node_pb2.LedgerResponse) -> Table:
+def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[Table | Text]:
     owned = sum(owner.num_blocks for owner in node.owners)
-    lost = node.total_blocks - node.free_blocks - owned
     title = f"{node.node_id} · {node.free_blocks} of {node.total_blocks} blocks free"
-    if lost:
-        title += f" · {lost} blocks without an owner: this is a defect"
-    table = Table("owner", "state", title=title, title_justify="left")
-    for name in ("blocks", "epoch", "age"):
-        table.add_column(name, justify="right")
-    for owner in sorted(node.owners, key=lambda o: -o.age_s):
-        epoch = str(owner.epoch) if owner.epoch else ""
-        table.add_row(owner.owner, owner.state, str(owner.num_blocks), epoch, seconds(owner.age_s))
-    return table
+    if not node.owners:
+        yield Text(f"{title}, no owners", style="bold")
+    else:
+        table = _table(title, ("owner", "state"), ("blocks", "epoch", "age"))
+        for owner in sorted(node.owners, key=lambda o: -o.age_s):
+            epoch = str(owner.epoch) if owner.epoch else ""
+            table.add_row(owner.owner, owner.state, str(owner.num_blocks), epoch, seconds(owner.age_s))
+        yield table
+    if unowned := node.total_blocks - node.free_blocks - owned:
+        yield Text(f"{node.node_id}: {unowned} blocks have no owner, which is a defect", style="red")

@@ -59,9 +59,11 @@ def _bpe(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}, list(ranks)
 
 
-def build() -> Tokenizer:
-    """The tokenizer; the same words give the same ids."""
+def build(vocab_size: int = 0) -> Tokenizer:
+    """The tokenizer; the same words give the same ids. Tokens that no text becomes fill it up to ``vocab_size``."""
     vocab, merges = _bpe(_words())
+    for i in range(len(vocab), vocab_size):
+        vocab[f"\u0120unused{i}"] = i
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

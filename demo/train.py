@@ -51,11 +51,12 @@ class Stage:
     batch_tokens: int = 4096
 
 
+MIXTURE = {"resume": 1.0, "recall": 3.0, "copy": 1.0, "sequence": 2.0}
 CURRICULUM = (
-    Stage("lookup", {"resume": 1}, 24, 0.95, 4000, 3e-3, batch_tokens=2048),
-    Stage("recall", {"resume": 1, "recall": 3, "copy": 1, "sequence": 1}, 24, 0.98, 3000, 2e-3),
-    Stage("longer", {"resume": 1, "recall": 3, "copy": 1, "sequence": 1}, 80, 0.985, 2000, 1.5e-3),
-    Stage("long", {"resume": 1, "recall": 4, "copy": 1, "sequence": 1}, 290, 1.1, 700, 1e-3),
+    Stage("lookup", {"resume": 1.0}, 24, 0.90, 4000, 3e-3, batch_tokens=2048),
+    Stage("recall", MIXTURE, 24, 0.97, 3000, 2e-3),
+    Stage("longer", MIXTURE, 100, 0.985, 1500, 2e-3),
+    Stage("long", MIXTURE, 290, 1.1, 700, 1.5e-3),
 )
 
 
@@ -71,7 +72,7 @@ def draw(rng: Random, kind: str, num_words: int) -> Task:
 
 
 def render(rng: Random, task: Task) -> tuple[str, str]:
-    """Prompt and answer as the model reads them; some plain tasks become chats, some chats get a second turn."""
+    """Prompt and answer as the model reads them: some as plain text, some as a chat, with or without a system turn."""
     answer = f" {task.expected}{tokenizer.EOS}"
     if task.kind != "chat" and (task.kind == "recall" or rng.random() < 0.7):
         return task.prompt, answer
@@ -184,7 +185,8 @@ class Meter:
 
     @property
     def worst(self) -> float:
-        return min(self.by_kind.values())
+        """Of the kinds that look things up; counting is learnt on the side and takes all stages."""
+        return min(share for kind, share in self.by_kind.items() if kind != "sequence")
 
     def __str__(self) -> str:
         return " ".join(f"{kind} {share:.3f}" for kind, share in sorted(self.by_kind.items()))

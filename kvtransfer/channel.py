@@ -141,7 +141,7 @@ def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: 
 
 
 def choose_transport(mine: NodeDescription, theirs: NodeDescription, offered: list[str], supported: list[str]) -> str:
-    """The first transport of the sender's list that both have and that reaches. Raises Incompatible if there is none."""
+    """The first transport of the sender's list that both have and that reaches. Raises Incompatible if none does."""
     for name in offered:
         if name in supported and (name != "shm" or (mine.host_id and mine.host_id == theirs.host_id)):
             return name

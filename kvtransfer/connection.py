@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -87,7 +88,8 @@ class Connection:
         reading = loop.create_task(self._read(on_message))
         writing = loop.create_task(self._write())
         try:
-            await asyncio.wait({reading, writing, self._lost}, return_when=asyncio.FIRST_COMPLETED)
+            waited_for: set[asyncio.Future[Any]] = {reading, writing, self._lost}
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (reading, writing):
                 task.cancel()

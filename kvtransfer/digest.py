@@ -7,6 +7,7 @@ while bytes still move. Owns no memory: callers name bytes by an array and an of
 from __future__ import annotations
 
 import ctypes
+import importlib
 from collections.abc import Callable
 
 import numpy as np
@@ -36,11 +37,9 @@ def _hash_without_gil() -> _Hash:
     The module keeps the GIL for inputs below about 100 kB: with 64 kB blocks a digesting thread then stalled other
     threads for 25 ms at a time. A ctypes call always lets go of it. Falls back to the module if the symbol is absent.
     """
-    from xxhash import _xxhash
-
     try:
-        function = ctypes.CDLL(_xxhash.__file__).XXH3_128bits
-    except (OSError, AttributeError):
+        function = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__).XXH3_128bits
+    except (ImportError, OSError, AttributeError):
         return _hash_through_buffer
     function.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     function.restype = _Hash128
@@ -69,7 +68,7 @@ class BlockDigests:
 
     def update(self, memory: ByteArray, offset: int, layer: int, first: int, num_blocks: int) -> None:
         """Hash ``num_blocks`` blocks that lie one after the other in ``memory`` from ``offset``."""
-        assert offset >= 0 and offset + num_blocks * self._block_bytes <= memory.size, "range outside the memory"
+        assert 0 <= offset <= memory.size - num_blocks * self._block_bytes, "range outside the memory"
         address = memory.ctypes.data + offset
         size, hash_bytes = self._block_bytes, self._hash
         self._table[layer, first : first + num_blocks] = [
@@ -95,4 +94,4 @@ class BlockDigests:
 
     def layer_digest(self, layer: int, num_blocks: int) -> bytes:
         assert self._done[layer, :num_blocks].all(), "every block must be hashed before its layer is"
-        return xxhash.xxh3_128_digest(np.ascontiguousarray(self._table[layer, :num_blocks]))
+        return xxhash.xxh3_128_digest(self._table[layer, :num_blocks].tobytes())

@@ -1,4 +1,4 @@
-"""Names the memory domain a process lives in. Two equal host ids can pass a memfd to each other; nothing else is said."""
+"""Names the memory domain a process lives in: two processes with equal ids can pass a memfd to each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decode node's end of every transfer: grants leases, serves the control channel, tells its owner what became of them.
+"""The decode node's end of every transfer: grants leases, serves the control channel, tells what became of them.
 
 Drives ReceiverMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to whoever
 gets the events.
@@ -12,7 +12,7 @@ import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 import grpc.aio
@@ -41,8 +41,8 @@ _MAX_OUTBOX = 4096
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """The sequence's KV is here and verified. The blocks belong to the handler's side when it returns; if it raises, the
-    sender is told so and Released follows."""
+    """The sequence's KV is here and verified. The blocks belong to the handler's side when it returns; if it raises,
+    the sender is told so and Released follows."""
 
     sequence_id: str
     epoch: int
@@ -166,12 +166,12 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             await plane.start()
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        transfer_pb2_grpc.add_KvTransferServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        transfer_pb2_grpc.add_KvTransferServicer_to_server(self, server)
 
     def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
         """Lease blocks to whoever computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
 
-        Raises InvalidRequest if the sequence has a live lease, or for blocks that are not ours; Unavailable when closing.
+        Raises InvalidRequest if the sequence has a live lease or a block is not ours; Unavailable when closing.
         """
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
@@ -187,7 +187,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._handle(machine.RevokeAsked(sequence_id, reason))
 
     async def close(self, deadline_s: float = 5.0) -> None:
-        """End all leases, wait for their writers up to the deadline, close every channel and connection."""
+        """End all leases, wait for their writers up to the deadline, close every channel and connection. Once."""
+        if self._is_closing:
+            return
         self._is_closing = True
         for sequence_id in self._machine.sequence_ids:
             self._handle(machine.RevokeAsked(sequence_id, "the node is shutting down"))
@@ -222,7 +224,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._arm_timer()
         self._has_changed.set()
 
-    def _act(self, action: machine.ReceiverAction) -> None:
+    def _act(self, action: machine.ReceiverAction) -> None:  # noqa: C901 - one case per action
         match action:
             case machine.Send():
                 self._send(action.channel, action.message)
@@ -318,7 +320,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     # gRPC.
 
-    async def Channel(  # noqa: N802 - the name in the proto
+    async def Channel(  # type: ignore[override]  # noqa: N802 - named in the proto; the stub knows no coroutines
         self, request_iterator: object, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
     ) -> None:
         """One sender's control channel, from Hello to its loss."""
@@ -329,14 +331,14 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         reason = "the channel's handler was cancelled"
         try:
             reason = await self._run_channel(channel, context)
+            if channel.dropped.done():
+                await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
         finally:
             del self._channels[channel.number]
             self._handle(machine.ChannelLost(channel.number, reason))
             plane = self._writers.get(channel.number)
             if plane is not None:
                 plane.drop(channel.number)
-        if channel.dropped.done():
-            await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
 
     async def _open_channel(self, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> _Channel:
         try:
@@ -381,7 +383,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         reading = loop.create_task(self._read(channel, context))
         writing = loop.create_task(_write(channel, context))
         try:
-            await asyncio.wait({reading, writing, channel.dropped}, return_when=asyncio.FIRST_COMPLETED)
+            waited_for: set[asyncio.Future[Any]] = {reading, writing, channel.dropped}
+            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in (reading, writing):
                 task.cancel()

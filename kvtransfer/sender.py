@@ -26,6 +26,10 @@ from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
 _HINT_FROM_BYTES = 4 << 20
 
 
+# Receivers remembered without a connection, for their back-off.
+_MAX_IDLE_PEERS = 256
+
+
 class Push:
     """One sequence on its way to one lease. ``layer_ready`` from any thread, the rest on the event loop."""
 
@@ -40,7 +44,9 @@ class Push:
         # Set once: None if the receiver took over, else the error.
         self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
         self._written: list[WrittenRange] = []
+        # When bytes could first be written: the lease is begun and a layer is ready.
         self._started_s: float | None = None
+        self._first_ready_s: float | None = None
         self._num_rewritten_layers = 0
         self._transport = ""
         self._job = job_of(self)
@@ -56,13 +62,15 @@ class Push:
 
     def layer_ready(self, layer: int, num_blocks: int) -> None:
         """The first ``num_blocks`` source blocks of this layer hold final bytes. From any thread; never blocks."""
+        if self._first_ready_s is None:
+            self._first_ready_s = self._clock.now()
         self._job.layer_ready(layer, num_blocks)
 
     async def commit(self, first_token: TokenChunk) -> TransferReport:
         """Push what is left and hand the sequence over; when this returns or raises, the source blocks are free.
 
-        Call it after the last ``layer_ready``. Raises TransferFailed, Incompatible or NodeLost. If it is cancelled, call
-        ``abort`` before the blocks are freed.
+        Call it after the last ``layer_ready``. Raises TransferFailed, Incompatible or NodeLost. If it is cancelled,
+        call ``abort`` before the blocks are freed.
         """
         asked_s = self._clock.now()
         unready = self._job.first_unready_layer
@@ -74,13 +82,15 @@ class Push:
             raise error
         now = self._clock.now()
         plan = self._job.plan
-        assert plan is not None and self._started_s is not None
+        assert plan is not None
+        assert self._started_s is not None
+        assert self._first_ready_s is not None
         return TransferReport(
             transport=self._transport,
             layerwise=self.layerwise,
             num_bytes=plan.num_bytes,
             num_blocks=plan.num_blocks,
-            total_s=now - (self._started_s if self.layerwise else asked_s),
+            total_s=now - (min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s),
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
         )
@@ -167,6 +177,10 @@ class _Peer:
         for action in self._machine.handle(event, self._clock.now()):
             self._act(action)
         self._arm_timer()
+
+    @property
+    def is_idle(self) -> bool:
+        return not self._tasks and not self.pushes
 
     def begin(self, push: Push, number: int, source_blocks: Sequence[int], lease: Lease) -> None:
         self.pushes[number] = (push, source_blocks, lease)
@@ -287,11 +301,17 @@ class Sender:
         check_block_ids(self._layout, blocks, "source")
         peer = self._peers.get(lease.address)
         if peer is None:
+            self._forget_idle_peers()
             peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
         number, self._next_push = self._next_push, self._next_push + 1
         push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, num_blocks, peer), self._clock)
         peer.begin(push, number, blocks, lease)
         return push
+
+    def _forget_idle_peers(self) -> None:
+        """Receivers that are gone for good must not pile up."""
+        if len(self._peers) >= _MAX_IDLE_PEERS:
+            self._peers = {address: peer for address, peer in self._peers.items() if not peer.is_idle}
 
     def _make_job(self, push: Push, epoch: int, num_blocks: int, peer: _Peer) -> WriteJob:
         connection = peer.connection
@@ -315,7 +335,9 @@ class Sender:
         return await Connection.open(address, self._node, self._config, self._lanes)
 
     async def close(self, deadline_s: float = 5.0) -> None:
-        """Abort what is under way, close every channel and let go of every mapped arena."""
+        """Abort what is under way, close every channel and let go of every mapped arena. Once."""
+        if self._is_closing:
+            return
         self._is_closing = True
         pushes = [push for peer in self._peers.values() for push, _, _ in peer.pushes.values()]
         try:

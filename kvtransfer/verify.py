@@ -50,7 +50,7 @@ class Verifier:
         if entry is None:
             return
         for layer, first, count in ((r.layer, r.first_block, r.num_blocks) for r in ranges):
-            inside = 0 <= layer < self._layout.num_layers and 0 <= first and first + count <= len(entry.block_ids)
+            inside = 0 <= layer < self._layout.num_layers and first >= 0 and first + count <= len(entry.block_ids)
             if inside and count > 0 and len(entry.pending) < _MAX_PENDING:
                 entry.pending.append(self._pool.submit(self._hash, entry, [layer], first, count))
 

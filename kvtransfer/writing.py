@@ -23,7 +23,7 @@ _MIN_SPLIT_BYTES = 256 << 10
 
 
 class Unit(NamedTuple):
-    """What one lane does in one go: positions [first, first + num_blocks) of ``num_layers`` layers from ``layer`` on."""
+    """What one lane does in one go: positions [first, first + num_blocks) of ``num_layers`` layers."""
 
     job: WriteJob
     attempt: int

@@ -1,7 +1,7 @@
 """The receiving side of every transfer of a node: leases, their writers and their ends. Pure.
 
-A lease ends in exactly one of two ways: its sequence *arrived*, or the lease was *released*. It is released only when no
-writer can reach its blocks any more, which is known when all of these hold:
+A lease ends in exactly one of two ways: its sequence *arrived*, or the lease was *released*. It is released only when
+no writer can reach its blocks any more, which is known when all of these hold:
 
 - nothing of ours is writing into them (``EpochQuiet``; a transport that writes in this process, like tcp), and
 - the peer, if it writes by itself (one-sided, like shm), has said that it stopped (Commit, Abort, Revoked) or is gone
@@ -323,7 +323,7 @@ class ReceiverMachine:
                 deadlines.append(lease.revoke_deadline_s)
         return min(deadlines, default=None)
 
-    def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:
+    def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:  # noqa: C901 - one case per event
         match event:
             case Received():
                 return self._received(event.channel, event.message, now)
@@ -359,11 +359,12 @@ class ReceiverMachine:
         for epoch, lease in self._leases.items():
             assert lease.epoch == epoch == self._epoch_of[lease.sequence_id]
             if lease.state is LeaseState.GRANTED:
-                assert lease.channel is None and lease.is_writer_quiet
+                assert (lease.channel, lease.is_writer_quiet) == (None, True)
             else:
                 assert lease.channel is not None
             if lease.state in (LeaseState.VERIFYING, LeaseState.ARRIVING):
-                assert lease.is_writer_quiet and lease.commit is not None
+                assert lease.is_writer_quiet
+                assert lease.commit is not None
             if lease.state is LeaseState.ENDING:
                 assert not (lease.is_writer_quiet and lease.is_epoch_quiet), "a settled lease must be released"
             if lease.channel in self._channels:
@@ -493,6 +494,9 @@ class ReceiverMachine:
             lease = None
         if isinstance(message, Begin):
             return self._begin(channel_id, message, lease)
+        if isinstance(message, Abort) and lease is not None and lease.state is LeaseState.GRANTED:
+            # Given back by who was to write, before it began.
+            return self._end(lease, f"aborted by {channel.peer}: {message.reason}", now)
         if lease is None or lease.channel != channel_id:
             return self._unknown(channel_id, message)
         match message:
@@ -561,7 +565,8 @@ class ReceiverMachine:
         lease = self._leases.get(event.epoch)
         if lease is None or lease.state is not LeaseState.VERIFYING or event.attempt != lease.attempt:
             return []
-        assert lease.commit is not None and lease.channel is not None
+        assert lease.commit is not None
+        assert lease.channel is not None
         if not event.damaged_layers:
             lease.state = LeaseState.ARRIVING
             return [Arrive(lease.sequence_id, lease.epoch, lease.commit.first_token)]

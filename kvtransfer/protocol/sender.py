@@ -1,8 +1,8 @@
 """The sending side towards one receiver: its channel and every push over it. Pure.
 
-A push may write only between Begun and the moment its end is announced (Commit, Abort, Revoked). Its end is announced,
-and its owner told, only after ``Stopped`` or ``Drained``: no write of it is under way then, so its source blocks and the
-target blocks are both free to be used again.
+A push may write only between Begun and the moment its end is announced (Commit, Abort, Revoked). Its end is
+announced, and its owner told, only after ``Stopped`` or ``Drained``: no write of it is under way then, so its source
+blocks and the target blocks are both free to be used again.
 
     waiting --channel--> beginning --Begun--> writing --commit--> draining --Drained--> committed --Ack--> DONE
        |                    |                    |                  |  ^----Nack, layers---'  |
@@ -246,6 +246,8 @@ class SenderMachine:
         self._config = config
         self._pushes: dict[int, _Push] = {}
         self._channel: _Channel | None = None
+        # Said as soon as there is a channel: leases of pushes that were aborted while they waited for one.
+        self._owed: list[tuple[int, Abort]] = []
         self._is_connecting = False
         # Connection attempts that failed in a row, and when the next one may start.
         self._failures = 0
@@ -273,7 +275,7 @@ class SenderMachine:
             deadlines.append(self._connect_at_s)
         return min(deadlines, default=None)
 
-    def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:
+    def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:  # noqa: C901 - one case per event
         match event:
             case Received():
                 return self._received(event.channel, event.message, now)
@@ -324,11 +326,14 @@ class SenderMachine:
         return [Connect()]
 
     def _connected(self, event: Connected, now: float) -> list[SenderAction]:
-        assert self._channel is None and self._is_connecting, "one connection at a time"
+        assert self._channel is None, "one connection at a time"
         self._is_connecting, self._failures, self._connect_at_s = False, 0, None
         heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
         self._channel = _Channel(event.channel, event.node_id, event.incarnation, heart, OrderedDict())
         actions: list[SenderAction] = []
+        for incarnation, abort in self._owed:
+            actions += self._send(abort) if incarnation == event.incarnation else []
+        self._owed.clear()
         for push in list(self._pushes.values()):
             if push.state is PushState.WAITING:
                 actions += self._begin(push)
@@ -337,6 +342,7 @@ class SenderMachine:
     def _connect_failed(self, error: BatonError, now: float) -> list[SenderAction]:
         """Nobody is kept waiting for the next attempt: a failed connection is news for the router."""
         self._is_connecting = False
+        self._owed.clear()
         backoff_s = min(self._config.min_backoff_s * 2**self._failures, self._config.max_backoff_s)
         self._failures += 1
         self._connect_at_s = now + backoff_s
@@ -386,8 +392,8 @@ class SenderMachine:
         assert self._channel is not None
         if push.incarnation != self._channel.incarnation:
             error: BatonError = NodeLost(
-                f"lease of {push.sequence_id} was granted by incarnation {push.incarnation} of {self._channel.node_id}, "
-                f"which is now {self._channel.incarnation}"
+                f"lease of {push.sequence_id} was granted by incarnation {push.incarnation} of "
+                f"{self._channel.node_id}, which is now {self._channel.incarnation}"
             )
             return [self._finish(push, error)]
         used = self._channel.used_epochs
@@ -433,8 +439,12 @@ class SenderMachine:
         push = self._pushes.get(number)
         if push is None or push.state is PushState.STOPPING:
             return []
-        if say_abort and push.state is not PushState.WAITING:
-            push.farewell = Abort(push.sequence_id, push.epoch, error.message)
+        if say_abort:
+            abort = Abort(push.sequence_id, push.epoch, error.message)
+            if push.state is not PushState.WAITING:
+                push.farewell = abort
+            elif self._is_connecting:
+                self._owed.append((push.incarnation, abort))
         return self._fail(push, error, now)
 
     def _fail(self, push: _Push, error: BatonError, now: float) -> list[SenderAction]:

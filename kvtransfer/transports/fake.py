@@ -1,9 +1,9 @@
 """Misbehaviour on a seeded schedule, for tests of everything above: wraps a real wire on the sending side.
 
-Written as a transport name: ``fake:corrupt=1,seed=7,over=shm``. Keys (all optional): ``over`` the real transport (shm);
-``seed``; ``corrupt=N`` flip one byte in each of the first N units written; ``drop=N`` never write N units, picked by the
-seed; ``delay_s=X`` hold every unit up to X seconds; ``reorder=1`` shuffle what is queued together; ``die=N`` break the
-connection at the Nth unit.
+Written as a transport name: ``fake:corrupt=1,seed=7,over=shm``. Keys, all optional:
+``over`` the real transport (shm) · ``seed`` · ``corrupt=N`` flip one byte in each of the first N units written ·
+``drop=N`` never write the next N units · ``delay_s=X`` hold every unit up to X seconds · ``reorder=1``
+shuffle what is queued together · ``die=N`` break the connection at the Nth unit.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Self, cast
+from typing import Generic, Self, TypeVar, cast
 
 from baton.errors import BadConfig, BatonError, TransferFailed
 from kvtransfer.digest import ByteArray
 from kvtransfer.writing import Unit, Wire, WriteJob
+
+T = TypeVar("T")
+_PARSERS: Mapping[str, Callable[[str], object]] = {"str": str, "int": int, "float": float}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Mischief:
         kind, _, rest = spec.partition(":")
         if kind != "fake":
             raise BadConfig(f"transport {spec!r} is not a fake")
-        types = {f.name: type(f.default) for f in fields(cls)}
+        types: dict[str, Callable[[str], object]] = {f.name: _PARSERS[str(f.type)] for f in fields(cls)}
         values: dict[str, object] = {}
         for item in filter(None, rest.split(",")):
             key, _, value = item.partition("=")
@@ -57,6 +60,7 @@ class _CorruptedJob:
         self._position = position
         self._is_spent = False
         self.plan = job.plan
+        self.epoch = job.epoch
 
     def read(self, offset: int, num_bytes: int) -> ByteArray:
         data = self._job.read(offset, num_bytes)
@@ -90,7 +94,6 @@ class FakeWire:
         self._random = random.Random(mischief.seed)
         self._lock = threading.Lock()
         self._num_units = 0
-        self._num_dropped = 0
         self._closing = threading.Event()
 
     @property
@@ -116,8 +119,6 @@ class FakeWire:
         with self._lock:
             self._num_units += 1
             number = self._num_units
-            is_dropped = self._num_dropped < mischief.drop and self._random.random() < 0.5
-            self._num_dropped += is_dropped
             delay_s = self._random.random() * mischief.delay_s
             position = self._random.randrange(1 << 30)
         if delay_s:
@@ -125,7 +126,7 @@ class FakeWire:
         if mischief.die and number >= mischief.die:
             self._loop.call_soon_threadsafe(self._on_lost, f"fake died at unit {number}")
             raise TransferFailed(f"fake died at unit {number}")
-        if is_dropped:
+        if mischief.corrupt < number <= mischief.corrupt + mischief.drop:
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 unit.job.hash(layer, unit.first, unit.num_blocks)
             unit.job.landed(unit)
@@ -137,3 +138,23 @@ class FakeWire:
     async def close(self) -> None:
         self._closing.set()
         await self._inner.close()
+
+
+class Link(Generic[T]):
+    """One direction of a lossy control channel: messages under way, taken out in any order, lost or taken twice."""
+
+    def __init__(self) -> None:
+        self._under_way: list[T] = []
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def put(self, message: T) -> None:
+        self._under_way.append(message)
+
+    def take(self, index: int = 0) -> T:
+        return self._under_way.pop(index % len(self._under_way))
+
+    def take_copy(self, index: int) -> T:
+        """Deliver a message that will come again."""
+        return self._under_way[index % len(self._under_way)]

@@ -1,4 +1,4 @@
-"""Same host: the receiver passes its arena's memfd over an abstract unix socket, the sender maps it and copies straight.
+"""Same host: the receiver passes its arena's memfd over an abstract unix socket, the sender maps it and copies.
 
 The socket stays open as the sender's sign of life: the kernel closes it after the last thread of a dead process has let
 go of its memory, so end-of-file means that no write can follow. Abstract sockets leave no file behind.
@@ -7,6 +7,7 @@ go of its memory, so end-of-file means that no write can follow. Abstract socket
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import mmap
 import os
@@ -124,10 +125,8 @@ class ShmReceiver:
         if connection is None:
             self._on_writer_gone(channel)
             return
-        try:
+        with contextlib.suppress(OSError):  # Its end is readable then, and reported from there.
             connection.shutdown(socket.SHUT_WR)
-        except OSError:
-            pass  # Its end is readable then, and reported from there.
 
     async def close(self) -> None:
         loop = asyncio.get_running_loop()
@@ -278,17 +277,21 @@ class ShmWire:
         if not self._is_empty.is_set():
             await asyncio.to_thread(self._is_empty.wait)
         del self._target
-        try:
+        # A view in a traceback may be alive: nobody writes through it, and the last reference unmaps.
+        with contextlib.suppress(BufferError):
             self._mapping.close()
-        except BufferError:
-            pass  # A view in a traceback is alive; nobody writes through it, the last reference unmaps.
         self._connection.close()
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
 
 
 async def _receive_fd(connection: socket.socket) -> int:
     loop = asyncio.get_running_loop()
     readable: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(connection, lambda: readable.done() or readable.set_result(None))
+    loop.add_reader(connection, _resolve, readable)
     try:
         await readable
     finally:

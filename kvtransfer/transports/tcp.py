@@ -55,7 +55,7 @@ def _break(connection: socket.socket) -> None:
 
 
 def _views(memory: ByteArray, found: Sequence[Span]) -> list[memoryview]:
-    whole = memoryview(memory)
+    whole = memory.data
     return [whole[offset : offset + size] for offset, size in found]
 
 
@@ -207,7 +207,8 @@ class TcpReceiver:
         _tune(connection)
         name = f"baton-kv-recv-{channel}"
         thread = threading.Thread(target=self._serve, args=(channel, connection), name=name, daemon=True)
-        self._threads.add(thread)
+        with self._lock:
+            self._threads.add(thread)
         thread.start()
 
     # Fences. Event loop, except where said.
@@ -288,6 +289,7 @@ class TcpReceiver:
             is_gone = streams.num_threads == 0
             if is_gone:
                 del self._channels[channel]
+            self._threads.discard(threading.current_thread())
         connection.close()
         if is_gone:
             self._tell(self._on_writer_gone, channel)
@@ -346,7 +348,8 @@ class TcpReceiver:
                 streams.is_dropped = True
                 for connection in streams.sockets:
                     _break(connection)
-        for thread in self._threads:
+            threads = list(self._threads)
+        for thread in threads:
             await asyncio.to_thread(thread.join, 5.0)
 
 
@@ -406,7 +409,7 @@ class TcpWire:
         views: list[memoryview] = []
         for layer in range(unit.layer, unit.layer + unit.num_layers):
             for offset, size in spans(layout, layer, block_ids, unit.first, unit.num_blocks):
-                views.append(memoryview(job.read(offset, size)))
+                views.append(job.read(offset, size).data)
         num_bytes = sum(view.nbytes for view in views)
         head = _FRAME.pack(job.epoch, unit.layer, unit.num_layers, unit.first, unit.num_blocks, num_bytes)
         self._unacked[lane].append(unit)

@@ -69,6 +69,42 @@ def test_http_answers_too(start_cluster: StartCluster, demo_model: Path) -> None
         assert task.accepts(json.load(response)["choices"][0]["text"])
 
 
+def baton(*arguments: str, stdin: str = "") -> str:
+    """The standard output of a command that must succeed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=REQUEST_TIMEOUT_S,
+        check=False,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_commands_talk_to_a_running_cluster(start_cluster: StartCluster, demo_model: Path) -> None:
+    cluster = start_cluster(demo_model, prefill=1, decode=1)
+    task = tasks.recall_prompts(25, 1, num_pairs=30)[0]
+    shown = baton("generate", "--router", cluster.grpc, "--relay", task.prompt)
+    assert task.accepts(shown.splitlines()[0])
+    assert "prefill-0 -> decode-0 | " in shown
+    assert task.accepts(baton("generate", "--router", cluster.grpc, "-", stdin=task.prompt))
+    said = tasks.recall_prompts(26, 1, num_pairs=10, num_questions=1, kind="chat")[0]
+    assert said.expected in baton("chat", "--router", cluster.grpc, "--temperature", "0", stdin=f"{said.prompt}\n")
+    cluster.wait_baseline()
+    table = baton("status", "--router", cluster.grpc, "--ledger")
+    assert "prefill-0" in table
+    assert "defect" not in table
+    found = json.loads(baton("status", "--router", cluster.grpc, "--ledger", "--json"))
+    assert [(n["node"]["node_id"], n["state"]) for n in found["nodes"]] == [
+        ("prefill-0", "ready"),
+        ("decode-0", "ready"),
+    ]
+    assert all(n["free_blocks"] == n["total_blocks"] for n in found["ledger"]["nodes"])
+
+
 def test_mixed_workers_answer_right(start_cluster: StartCluster, demo_model: Path) -> None:
     cluster = start_cluster(demo_model, prefill=0, decode=0, mixed=2)
     for finished in ask_all(cluster, tasks.recall_prompts(23, 8)):

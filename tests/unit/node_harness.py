@@ -276,6 +276,14 @@ class Router:
         assert found == kind, f"{found} came, {kind} was expected: {item}"
         return item
 
+    async def until(self, kind: str, timeout_s: float = WAIT_S) -> Any:
+        """The next item of this kind, whatever comes before it."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                found, item = await self.inbox.get()
+                if found == kind:
+                    return item
+
     async def tokens(self) -> list[int]:
         found: list[int] = []
         async with asyncio.timeout(WAIT_S):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -59,11 +61,14 @@ class Worker:
 
 @asynccontextmanager
 async def worker(tmp_path: Path, node_id: str, role: Role = Role.MIXED, **settings: Any) -> AsyncIterator[Worker]:
-    load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
+    """``load`` and ``model`` in the settings make it a worker with a real model."""
+    load = settings.pop("load", None)
+    if load is None:
+        load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
     ready, stop = tmp_path / f"{node_id}.json", asyncio.Event()
     ready.unlink(missing_ok=True)
-    settings = {"max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
-    config = WorkerConfig(model=Path("fake"), role=role, node_id=node_id, ready_file=ready, **settings)
+    settings = {"model": Path("fake"), "max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
+    config = WorkerConfig(role=role, node_id=node_id, ready_file=ready, **settings)
     task = asyncio.create_task(serve(config, load=load, stop=stop))
     try:
         async with asyncio.timeout(WAIT_S):
@@ -91,7 +96,7 @@ class Pair:
 
     async def reserve(self, sequence: SequenceSpec, ttl_s: float = 20.0) -> Any:
         await self.decode.reserve(sequence, ttl_s, self.prefill_worker.node_id)
-        return codec.lease_from_pb(await self.decode.next("reserved"))
+        return codec.lease_from_pb(await self.decode.until("reserved"))
 
     async def relay(self, sequence: SequenceSpec) -> list[int]:
         """Everything goes well: the tokens of one request, nothing else under way."""
@@ -104,6 +109,12 @@ class Pair:
         report = await self.prefill.next("handed_off")
         assert report.report.num_blocks == LAYOUT.blocks_for(sequence.num_known_tokens)
         return tokens
+
+    def forget(self) -> None:
+        """Drop everything heard so far."""
+        for router in (self.prefill, self.decode):
+            while not router.inbox.empty():
+                router.inbox.get_nowait()
 
     async def settled(self, timeout_s: float = WAIT_S) -> None:
         await self.prefill_worker.until_ledger({}, timeout_s)
@@ -127,3 +138,127 @@ async def pair(tmp_path: Path, **settings: Any) -> AsyncIterator[Pair]:
         await to_prefill.hello()
         await to_decode.hello()
         yield Pair(p, d, to_prefill, to_decode)
+
+
+class Load:
+    """Many requests at once over one pair; what is refused is asked for again. Any failure fails the test."""
+
+    def __init__(self, relay: Pair, sequences: list[SequenceSpec], *, at_once: int) -> None:
+        self._relay = relay
+        self._todo = list(sequences)
+        self._by_id = {s.sequence_id: s for s in sequences}
+        self._slots = asyncio.Semaphore(at_once)
+        self._tokens: dict[str, dict[int, list[int]]] = {s.sequence_id: {} for s in sequences}
+        # How many tokens there will be, once the last is known.
+        self._totals: dict[str, int] = {}
+        self._news = asyncio.Event()
+        self.num_refused = 0
+
+    async def run(self) -> dict[str, list[int]]:
+        """Every token of every request, in order."""
+        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+            helpers = [
+                tasks.create_task(self._listen(self._relay.prefill, self._from_prefill)),
+                tasks.create_task(self._listen(self._relay.decode, self._from_decode)),
+                tasks.create_task(self._ask()),
+            ]
+            while not all(self._is_whole(name) for name in self._by_id):
+                self._news.clear()
+                await self._news.wait()
+            for helper in helpers:
+                helper.cancel()
+        return {name: [t for i in sorted(parts) for t in parts[i]] for name, parts in self._tokens.items()}
+
+    def _is_whole(self, name: str) -> bool:
+        return name in self._totals and sum(map(len, self._tokens[name].values())) == self._totals[name]
+
+    async def _ask(self) -> None:
+        while True:
+            await self._slots.acquire()
+            while not self._todo:  # noqa: ASYNC110 - what was refused comes back here
+                await asyncio.sleep(0.01)
+            await self._relay.decode.reserve(self._todo.pop(0), 20.0, self._relay.prefill_worker.node_id)
+
+    async def _listen(self, router: Router, hear: Any) -> None:
+        while True:
+            kind, item = await router.inbox.get()
+            if kind == "tokens":
+                self._hear_tokens(item)
+            else:
+                await hear(kind, item)
+
+    def _hear_tokens(self, item: Any) -> None:
+        parts = self._tokens[item.sequence_id]
+        assert item.index not in parts, "a token came twice"
+        parts[item.index] = list(item.token_ids)
+        if item.finish_reason:
+            self._totals[item.sequence_id] = item.index + len(item.token_ids)
+            self._slots.release()
+        self._news.set()
+
+    async def _from_prefill(self, kind: str, item: Any) -> None:
+        assert kind in ("prefills", "handed_off"), item
+
+    async def _from_decode(self, kind: str, item: Any) -> None:
+        if kind == "reserved":
+            lease = codec.lease_from_pb(item)
+            await self._relay.prefill.run(self._by_id[lease.sequence_id], lease)
+        elif kind == "refused":
+            assert item.failure.retryable, item
+            self.num_refused += 1
+            self._todo.append(self._by_id[item.sequence_id])
+            self._slots.release()
+        elif kind == "failed":
+            # A lease that went back because the first token was the last.
+            assert self._by_id[item.sequence_id].sampling.max_tokens == 1, item
+
+
+@dataclass
+class ProcessWorker:
+    """A worker in a process of its own, which can be killed and restarted."""
+
+    node_id: str
+    address: str
+    process: asyncio.subprocess.Process
+    arguments: tuple[str, ...]
+
+    @classmethod
+    async def start(
+        cls, tmp_path: Path, node_id: str, role: str, *, listen: str = "127.0.0.1:0", step_delay_s: float = 0.0
+    ) -> ProcessWorker:
+        ready = tmp_path / f"{node_id}.json"
+        ready.unlink(missing_ok=True)
+        arguments = (node_id, role, listen, str(ready), str(step_delay_s))
+        here = Path(__file__).parent
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            str(here / "fake_worker_main.py"),
+            *arguments,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parent.parent), str(here)))},
+        )
+        async with asyncio.timeout(30):
+            while not ready.exists() and process.returncode is None:  # noqa: ASYNC110 - a file
+                await asyncio.sleep(0.01)
+        assert process.returncode is None, "the worker did not start"
+        found = json.loads(ready.read_text())
+        assert found["pid"] == process.pid
+        return cls(node_id, found["address"], process, arguments)
+
+    async def kill(self) -> None:
+        if self.process.returncode is None:
+            self.process.kill()
+        await self.process.wait()
+
+    async def terminate(self) -> int:
+        self.process.terminate()
+        async with asyncio.timeout(30):
+            return await self.process.wait()
+
+
+@asynccontextmanager
+async def process_worker(tmp_path: Path, node_id: str, role: str, **settings: Any) -> AsyncIterator[ProcessWorker]:
+    started = await ProcessWorker.start(tmp_path, node_id, role, **settings)
+    try:
+        yield started
+    finally:
+        await started.kill()

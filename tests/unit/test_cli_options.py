@@ -50,7 +50,7 @@ def test_what_is_neither_folder_nor_hub_id_is_refused(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(BadConfig, match="does not exist|no config.json"):
+    with pytest.raises(BadConfig, match=r"does not exist|no config\.json"):
         model_source.resolve(model)
 
 

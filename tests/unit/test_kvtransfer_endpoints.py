@@ -3,30 +3,362 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from dataclasses import replace
 
 import pytest
-from kvtransfer_pair import LAYOUT, pair, token
+from kvtransfer_pair import LAYOUT, describe, pair, token
 
+from baton.errors import (
+    BadConfig,
+    Cancelled,
+    Incompatible,
+    InternalError,
+    InvalidRequest,
+    NodeLost,
+    NoBlocks,
+    TransferFailed,
+    Unavailable,
+)
 from kvtransfer.config import TransferConfig
-from kvtransfer.receiver import Arrived
+from kvtransfer.protocol.receiver import ReceiverConfig
+from kvtransfer.protocol.sender import SenderConfig
+from kvtransfer.receiver import Arrived, Quarantined, Released
+from kvtransfer.sender import Push
+
+TRANSPORTS = ["shm", "tcp"]
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def only(transport: str, **changes: object) -> TransferConfig:
+    return TransferConfig(transports=(transport,), **changes)
+
+
+def ready(push: Push, num_blocks: int) -> None:
+    for layer in range(LAYOUT.num_layers):
+        push.layer_ready(layer, num_blocks)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> object:
+    before = set(threading.enumerate())
+    yield
+    left = {t for t in threading.enumerate() if t.is_alive()} - before
+    assert not {t.name for t in left if t.name.startswith("baton")}
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("layerwise_from_bytes", [0, 1 << 40])
 async def test_bytes_arrive_in_the_leased_blocks_and_nowhere_else(transport: str, layerwise_from_bytes: int) -> None:
-    config = TransferConfig(transports=(transport,), layerwise_from_bytes={transport: layerwise_from_bytes})
+    config = only(transport, layerwise_from_bytes={transport: layerwise_from_bytes})
     async with pair(sender_config=config, receiver_config=config) as p:
         source_blocks = [5, 6, 7, 1, 30]
         lease = p.receiver.grant("r/0/0", [11, 10, 12, 13, 50, 3], ttl_s=30)
         push = p.sender.begin(lease, source_blocks, num_known_tokens=4 * LAYOUT.block_tokens + 1)
-        for layer in range(LAYOUT.num_layers):
-            await asyncio.to_thread(push.layer_ready, layer, 2)
-        for layer in range(LAYOUT.num_layers):
-            await asyncio.to_thread(push.layer_ready, layer, 5)
+        for num_blocks in (2, 5):
+            for layer in range(LAYOUT.num_layers):
+                await asyncio.to_thread(push.layer_ready, layer, num_blocks)
         report = await push.commit(token("r/0/0"))
         assert push.layerwise == (layerwise_from_bytes == 0)
         assert (report.transport, report.num_blocks, report.retransmits) == (transport, 5, 0)
         assert report.num_bytes == 5 * LAYOUT.block_bytes * LAYOUT.num_layers
+        assert 0 < report.exposed_s <= report.total_s
         arrived = await p.inbox.wait(Arrived, "r/0/0")
         assert arrived.first_token == token("r/0/0")
         p.check_copied(LAYOUT, source_blocks, p.receiver._layout, lease.block_ids)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_many_pushes_share_one_channel(transport: str) -> None:
+    config = only(transport)
+    async with pair(sender_config=config, receiver_config=config) as p:
+
+        async def one(i: int) -> None:
+            lease = p.receiver.grant(f"r{i}", [i], ttl_s=30)
+            push = p.sender.begin(lease, [39 - i], num_known_tokens=3)
+            ready(push, 1)
+            if i % 5 == 4:
+                await push.abort("not wanted")
+            else:
+                await push.commit(token(f"r{i}", i))
+
+        async with asyncio.TaskGroup() as group:
+            for i in range(40):
+                group.create_task(one(i))
+        for i in range(40):
+            await p.inbox.wait(Released if i % 5 == 4 else Arrived, f"r{i}")
+        assert len(p.receiver._channels) == 1
+        assert p.receiver._machine.num_leases == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+@pytest.mark.parametrize("mischief", ["corrupt=1", "corrupt=2", "drop=1", "reorder=1,delay_s=0.01", "corrupt=1,drop=1,seed=3"])
+async def test_damage_is_found_and_repaired(transport: str, mischief: str) -> None:
+    sender_config = only(f"fake:{mischief},over={transport}", layerwise_from_bytes={transport: 0})
+    async with pair(sender_config=sender_config, receiver_config=only(transport)) as p:
+        lease = p.receiver.grant("r", [1, 2, 3, 9], ttl_s=30)
+        push = p.sender.begin(lease, [4, 2, 0], num_known_tokens=24)
+        ready(push, 3)
+        report = await push.commit(token("r"))
+        assert report.transport == transport
+        assert (report.retransmits > 0) == ("corrupt" in mischief or "drop" in mischief)
+        p.check_copied(LAYOUT, [4, 2, 0], p.receiver._layout, lease.block_ids)
+
+
+async def test_damage_beyond_the_last_attempt_is_final() -> None:
+    async with pair(sender_config=only("fake:corrupt=1000"), receiver_config=only("shm")) as p:
+        lease = p.receiver.grant("r", [1, 2], ttl_s=30)
+        push = p.sender.begin(lease, [4], num_known_tokens=8)
+        ready(push, 1)
+        with pytest.raises(TransferFailed, match="digest of layers"):
+            await push.commit(token("r"))
+        await p.inbox.wait(Released, "r")
+        assert "Arrived" not in p.inbox.of("r")
+
+
+async def test_without_digest_damage_goes_unnoticed() -> None:
+    """Shows that the test above fails when nothing is verified."""
+    async with pair(
+        sender_config=only("fake:corrupt=1000", digest=False), receiver_config=only("shm", digest=False)
+    ) as p:
+        lease = p.receiver.grant("r", [1, 2], ttl_s=30)
+        push = p.sender.begin(lease, [4], num_known_tokens=8)
+        ready(push, 1)
+        await push.commit(token("r"))
+        with pytest.raises(AssertionError):
+            p.check_copied(LAYOUT, [4], p.receiver._layout, lease.block_ids)
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_a_broken_connection_fails_the_push_and_heals(transport: str) -> None:
+    config = only(f"fake:die=2,over={transport}", layerwise_from_bytes={transport: 0})
+    async with pair(sender_config=config, receiver_config=only(transport)) as p:
+        lease = p.receiver.grant("r", list(range(6)), ttl_s=30)
+        push = p.sender.begin(lease, list(range(6)), num_known_tokens=48)
+        for layer in range(LAYOUT.num_layers):  # One unit a layer, so that the second dies.
+            push.layer_ready(layer, 6)
+            await asyncio.sleep(0.02)
+        with pytest.raises((TransferFailed, NodeLost), match="died"):
+            await push.commit(token("r"))
+        await p.inbox.wait(Released, "r", within_s=1)
+        assert p.inbox.of("r") == ["Quarantined", "Released"]
+        lease = p.receiver.grant("r2", [7], ttl_s=30)
+        push = p.sender.begin(lease, [7], num_known_tokens=1)
+        ready(push, 1)
+        # The fake counts anew for every connection, and what is ready before Begun goes out as one unit.
+        await push.commit(token("r2"))
+        await p.inbox.wait(Arrived, "r2")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_revoke_stops_the_writer_before_the_blocks_are_released(transport: str) -> None:
+    config = only(f"fake:delay_s=0.2,over={transport}", layerwise_from_bytes={transport: 0})
+    async with pair(sender_config=config, receiver_config=only(transport)) as p:
+        lease = p.receiver.grant("r", [1, 2, 3], ttl_s=30)
+        push = p.sender.begin(lease, [1, 2, 3], num_known_tokens=24)
+        failures: list[str] = []
+        push.add_failure_callback(lambda error: failures.append(error.code))
+        ready(push, 3)
+        await asyncio.sleep(0.05)
+        p.receiver.revoke("r", "client left")
+        await p.inbox.wait(Released, "r")
+        p.target[:] = 0xEE
+        await asyncio.sleep(0.3)
+        assert (p.target == 0xEE).all(), "a write after Released"
+        assert p.inbox.of("r") == ["Quarantined", "Released"]
+        with pytest.raises(TransferFailed, match="client left"):
+            await push.commit(token("r"))
+        assert failures == ["TransferFailed"]
+
+
+async def test_revoke_before_begin_releases_at_once_and_refuses_the_late_sender() -> None:
+    async with pair() as p:
+        lease = p.receiver.grant("r", [1], ttl_s=30)
+        p.receiver.revoke("r", "cancelled")
+        p.receiver.revoke("r", "cancelled")
+        await p.inbox.wait(Released, "r")
+        push = p.sender.begin(lease, [1], num_known_tokens=1)
+        ready(push, 1)
+        with pytest.raises(TransferFailed, match="not live"):
+            await push.commit(token("r"))
+        assert p.inbox.of("r") == ["Released"]
+        assert (p.target == 0xEE).all()
+
+
+@pytest.mark.parametrize("with_writer", [False, True])
+async def test_expiry_is_driven_by_the_clock(with_writer: bool) -> None:
+    async with pair() as p:
+        lease = p.receiver.grant("r", [1], ttl_s=0.2)
+        if with_writer:
+            push = p.sender.begin(lease, [1], num_known_tokens=1)
+        notice = await p.inbox.wait(Released, "r", within_s=1)
+        assert notice.reason == "lease expired"
+        if with_writer:
+            ready(push, 1)
+            with pytest.raises(TransferFailed, match="expired"):
+                await push.commit(token("r"))
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_abort_at_every_phase(transport: str) -> None:
+    config = only(f"fake:delay_s=0.05,over={transport}", layerwise_from_bytes={transport: 0})
+    async with pair(sender_config=config, receiver_config=only(transport)) as p:
+        for phase, pause_s in enumerate((0.0, 0.001, 0.01, 0.03, 0.06)):
+            name = f"r{phase}"
+            lease = p.receiver.grant(name, [phase], ttl_s=30)
+            push = p.sender.begin(lease, [phase], num_known_tokens=1)
+            ready(push, 1)
+            await asyncio.sleep(pause_s)
+            await push.abort("client left")
+            with pytest.raises(Cancelled):
+                await push.commit(token(name))
+        for phase in range(5):
+            await p.inbox.wait(Released, f"r{phase}")
+        assert p.receiver._machine.num_leases == 0
+
+
+async def test_a_refused_take_over_fails_the_commit_and_releases_the_blocks() -> None:
+    async with pair() as p:
+        p.inbox.refuse_with = NoBlocks("no room in the batch")
+        lease = p.receiver.grant("r", [1], ttl_s=30)
+        push = p.sender.begin(lease, [1], num_known_tokens=1)
+        ready(push, 1)
+        with pytest.raises(TransferFailed, match="no room in the batch"):
+            await push.commit(token("r"))
+        await p.inbox.wait(Released, "r")
+
+
+@pytest.mark.parametrize(
+    ("alter", "message"),
+    [
+        ({"protocol_version": 99}, "protocol_version is 1 at decode-0 and 99 at prefill-0"),
+        ({"model": replace(describe("x", LAYOUT).model, fingerprint="other")}, "fingerprint is fingerprint-1 .* other"),
+        ({"kv_layout": replace(LAYOUT, block_tokens=16)}, "block_tokens is 8 here and 16 there"),
+        ({"kv_layout": replace(LAYOUT, dtype="float16")}, "dtype is float32 here and float16 there"),
+        ({"host_id": "elsewhere"}, "none of them connects the two"),
+    ],
+)
+async def test_a_mismatch_is_refused_at_the_handshake(alter: dict[str, object], message: str) -> None:
+    async with pair(alter_sender=alter, receiver_config=only("shm")) as p:
+        push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
+        ready(push, 1)
+        with pytest.raises(Incompatible, match=message):
+            await push.commit(token("r"))
+
+
+async def test_digest_on_one_side_only_is_refused() -> None:
+    async with pair(sender_config=TransferConfig(digest=False)) as p:
+        push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
+        ready(push, 1)
+        with pytest.raises(Incompatible, match="digest is xxh3_128/block at decode-0 and off at prefill-0"):
+            await push.commit(token("r"))
+
+
+async def test_another_host_gets_tcp() -> None:
+    async with pair(alter_sender={"host_id": "elsewhere"}) as p:
+        push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
+        ready(push, 1)
+        assert (await push.commit(token("r"))).transport == "tcp"
+
+
+async def test_a_lease_of_another_incarnation_is_refused() -> None:
+    async with pair() as p:
+        lease = replace(p.receiver.grant("r", [1], ttl_s=30), incarnation=77)
+        push = p.sender.begin(lease, [1], num_known_tokens=1)
+        ready(push, 1)
+        with pytest.raises(NodeLost, match="incarnation 77"):
+            await push.commit(token("r"))
+
+
+async def test_an_unreachable_receiver_is_told_at_once() -> None:
+    async with pair() as p:
+        lease = replace(p.receiver.grant("r", [1], ttl_s=30), address="127.0.0.1:1")
+        async with asyncio.timeout(1):
+            push = p.sender.begin(lease, [1], num_known_tokens=1)
+            ready(push, 1)
+            with pytest.raises(NodeLost):
+                await push.commit(token("r"))
+
+
+async def test_a_lease_starts_one_push_only() -> None:
+    async with pair() as p:
+        lease = p.receiver.grant("r", [1], ttl_s=30)
+        first = p.sender.begin(lease, [1], num_known_tokens=1)
+        second = p.sender.begin(lease, [1], num_known_tokens=1)
+        ready(first, 1)
+        ready(second, 1)
+        with pytest.raises(TransferFailed, match="used before"):
+            await second.commit(token("r"))
+        await first.commit(token("r"))
+
+
+async def test_misuse_is_refused() -> None:
+    async with pair() as p:
+        lease = p.receiver.grant("r", [1, 2], ttl_s=30, min_blocks=2)
+        with pytest.raises(InvalidRequest, match="has a lease already"):
+            p.receiver.grant("r", [3], ttl_s=30)
+        with pytest.raises(InvalidRequest, match="outside the cache"):
+            p.receiver.grant("r2", [51], ttl_s=30)
+        with pytest.raises(InvalidRequest, match="twice"):
+            p.receiver.grant("r2", [5, 5], ttl_s=30)
+        with pytest.raises(InvalidRequest, match="need 3 blocks"):
+            p.sender.begin(lease, [1, 2, 3], num_known_tokens=17)
+        with pytest.raises(InvalidRequest, match="outside the cache"):
+            p.sender.begin(lease, [40], num_known_tokens=1)
+        push = p.sender.begin(lease, [1], num_known_tokens=1)
+        with pytest.raises(InternalError, match="before layer 0 was ready"):
+            await push.commit(token("r"))
+        with pytest.raises(InternalError, match="outside 0..2"):
+            push.layer_ready(3, 1)
+        ready(push, 1)
+        with pytest.raises(TransferFailed, match="1 blocks committed, expected 2 to 2"):
+            await push.commit(token("r"))
+        await p.inbox.wait(Released, "r")
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+async def test_closing_ends_what_is_under_way(transport: str) -> None:
+    config = only(transport)
+    async with pair(sender_config=config, receiver_config=config) as p:
+        pushes = []
+        for i in range(3):
+            pushes.append(p.sender.begin(p.receiver.grant(f"r{i}", [i], ttl_s=30), [i], num_known_tokens=1))
+            ready(pushes[-1], 1)
+        await asyncio.sleep(0.1)
+        await p.receiver.close(deadline_s=2)
+        for i, push in enumerate(pushes):
+            with pytest.raises((TransferFailed, NodeLost)):
+                await push.commit(token(f"r{i}"))
+            assert p.inbox.of(f"r{i}")[-1] == "Released"
+        with pytest.raises(Unavailable):
+            p.receiver.grant("late", [1], ttl_s=1)
+        await p.sender.close(deadline_s=2)
+        with pytest.raises(Unavailable):
+            p.sender.begin(pushes[0]._lease, [1], num_known_tokens=1)
+
+
+async def test_a_silent_sender_loses_its_channel() -> None:
+    """Heartbeats off at the sender: the receiver drops the channel, the sender hears of it and lets go."""
+    quiet = TransferConfig(sender=SenderConfig(heartbeat_s=60))
+    strict = TransferConfig(receiver=ReceiverConfig(heartbeat_s=0.05, max_missed_heartbeats=3))
+    async with pair(sender_config=quiet, receiver_config=strict) as p:
+        push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
+        await p.inbox.wait(Quarantined, "r", within_s=2)
+        await p.inbox.wait(Released, "r", within_s=1)
+        ready(push, 1)
+        with pytest.raises(NodeLost, match="channel lost"):
+            await push.commit(token("r"))
+
+
+def test_bad_settings_stop_the_start() -> None:
+    for bad in (
+        {"transports": ()},
+        {"transports": ("rdma",)},
+        {"transports": ("fake:over=rdma",)},
+        {"transports": ("fake:explode=1",)},
+        {"transports": ("fake:corrupt=x",)},
+        {"tcp_streams": 0},
+        {"connect_timeout_s": 0.0},
+        {"receiver": ReceiverConfig(revoke_timeout_s=-1)},
+    ):
+        with pytest.raises(BadConfig):
+            TransferConfig(**bad)

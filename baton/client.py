@@ -1,0 +1,325 @@
+"""Talk to a Baton router over gRPC: `Client` for threads, `AsyncClient` for asyncio. Needs grpcio and protobuf only.
+
+    with baton.Client("127.0.0.1:8001") as client:
+        for part in client.generate("Once upon a time", max_tokens=32):
+            print(part.text, end="")
+
+A call that ends early (``close`` on the iterator, a break out of the loop) cancels the request in the cluster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import TracebackType
+from typing import Self
+
+import grpc
+from grpc import aio
+
+from baton import codec, errors
+from baton.observe import Relay
+from baton.types import FinishReason, PositionLogprobs, SamplingParams
+from baton.v1 import router_pb2, router_pb2_grpc
+
+# Trailing metadata that says which error of baton.errors ended a call.
+ERROR_CODE_KEY = "baton-error-code"
+ERROR_PARAM_KEY = "baton-error-param"
+RETRY_AFTER_KEY = "baton-retry-after-s"
+
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+_OPTIONS = [
+    ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+]
+_CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
+    grpc.StatusCode.NOT_FOUND: errors.UnknownModel,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
+    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
+    grpc.StatusCode.FAILED_PRECONDITION: errors.Incompatible,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
+    grpc.StatusCode.CANCELLED: errors.Cancelled,
+}
+
+# Text, token ids, or chat messages as (role, content).
+Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """The router has admitted the request."""
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New output. Text may lag behind token ids while a character or a stop string is incomplete."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    finish_reason: FinishReason
+    usage: Usage
+    relay: Relay
+    stop_reason: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    usage: Usage
+    relay: Relay
+    stop_reason: str = ""
+    logprobs: tuple[PositionLogprobs, ...] = ()
+
+
+Part = Accepted | Delta | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What may be asked for beside the prompt; the meanings are in proto/baton/v1."""
+
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: Sequence[str] = ()
+    include_stop_in_output: bool = False
+    timeout_s: float = 0.0
+    request_id: str = ""
+    model: str = ""
+    skip_special_tokens_in_prompt: bool = False
+
+
+class Client:
+    """Thread-safe. Every method raises an error of baton.errors."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
+        self._stub = router_pb2_grpc.RouterStub(self._channel)
+
+    def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Generator[Part, None, None]:
+        """Accepted, Deltas, Finished. ``settings`` are fields of Options or SamplingParams, for short calls."""
+        call = self._stub.Generate(_request(prompt, options, settings))
+        try:
+            for message in call:
+                yield _part(message)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+        finally:
+            call.cancel()
+
+    def complete(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Completion:
+        """Wait for the whole answer."""
+        return _collect(list(self.generate(prompt, options, **settings)))
+
+    def status(self, timeout_s: float = 5.0) -> router_pb2.StatusResponse:
+        try:
+            return self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
+    def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
+        try:
+            return self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
+    def close(self) -> None:
+        self._channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class AsyncClient:
+    """Make it and use it on one event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = aio.insecure_channel(address, options=_OPTIONS)
+        self._stub = router_pb2_grpc.RouterStub(self._channel)
+
+    async def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> AsyncIterator[Part]:
+        """As `Client.generate`. To cancel at once when leaving the loop early, use `contextlib.aclosing`."""
+        call = self._stub.Generate(_request(prompt, options, settings))
+        try:
+            async for message in call:
+                yield _part(message)
+        except aio.AioRpcError as error:
+            raise _error(error) from error
+        finally:
+            call.cancel()
+
+    async def complete(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Completion:
+        return _collect([part async for part in self.generate(prompt, options, **settings)])
+
+    async def status(self, timeout_s: float = 5.0) -> router_pb2.StatusResponse:
+        try:
+            return await self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _error(error) from error
+
+    async def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
+        try:
+            return await self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _error(error) from error
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
+    return Relay(
+        prefill_node_id=message.prefill_node_id,
+        decode_node_id=message.decode_node_id,
+        router_queue_s=message.router_queue_s,
+        prefill_queue_s=message.prefill_queue_s,
+        prefill_s=message.prefill_s,
+        ttft_s=message.ttft_s,
+        e2e_s=message.e2e_s,
+        tbt_mean_s=message.tbt_mean_s,
+        tbt_max_s=message.tbt_max_s,
+        attempts=message.attempts,
+        num_tokens=usage.completion_tokens,
+        num_cached_tokens=usage.cached_tokens,
+        transfer=codec.report_from_pb(message.transfer) if message.HasField("transfer") else None,
+    )
+
+
+def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, object]) -> router_pb2.GenerateRequest:
+    options = _merged(options or Options(), settings)
+    request = router_pb2.GenerateRequest(
+        request_id=options.request_id,
+        model=options.model,
+        sampling=codec.sampling_to_pb(options.sampling),
+        stop=options.stop,
+        include_stop_in_output=options.include_stop_in_output,
+        timeout_s=options.timeout_s,
+        skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
+    )
+    _set_input(request, prompt)
+    return request
+
+
+def _merged(options: Options, settings: Mapping[str, object]) -> Options:
+    """Options with some fields, its own or its sampling's, set otherwise."""
+    own = {f.name for f in fields(Options)}
+    sampling = {f.name for f in fields(SamplingParams)}
+    unknown = set(settings) - own - sampling
+    if unknown:
+        raise errors.InvalidRequest(f"unknown settings {sorted(unknown)}", param=min(unknown))
+    inner = {k: v for k, v in settings.items() if k in sampling}
+    outer = {k: v for k, v in settings.items() if k in own}
+    if inner:
+        outer["sampling"] = replace(outer.get("sampling", options.sampling), **inner)  # type: ignore[type-var]
+    return replace(options, **outer)  # type: ignore[arg-type]
+
+
+def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt) -> None:
+    if isinstance(prompt, str):
+        request.prompt = prompt
+        return
+    ids: list[int] = []
+    messages: list[router_pb2.ChatMessage] = []
+    for item in prompt:
+        if isinstance(item, int):
+            ids.append(item)
+        else:
+            messages.append(router_pb2.ChatMessage(role=item[0], content=item[1]))
+    if ids and messages:
+        raise errors.InvalidRequest("the prompt mixes token ids and messages", param="prompt")
+    if messages:
+        request.chat.messages.extend(messages)
+    else:
+        request.prompt_token_ids.token_ids.extend(ids)
+        request.prompt_token_ids.SetInParent()
+
+
+def _part(message: router_pb2.GenerateResponse) -> Part:
+    match message.WhichOneof("message"):
+        case "accepted":
+            a = message.accepted
+            return Accepted(a.request_id, a.model, tuple(a.prompt_token_ids))
+        case "delta":
+            d = message.delta
+            return Delta(d.text, tuple(d.token_ids), tuple(codec.logprobs_from_pb(p) for p in d.logprobs))
+        case "finished":
+            f = message.finished
+            reason = codec.finish_from_pb(f.finish_reason)
+            if reason is None:
+                raise errors.InternalError("the router finished without a reason")
+            usage = Usage(f.usage.prompt_tokens, f.usage.completion_tokens, f.usage.cached_tokens)
+            return Finished(reason, usage, relay_from_pb(f.relay, f.usage), f.stop_reason)
+        case other:
+            raise errors.InternalError(f"the router sent a message this client does not know: {other}")
+
+
+def _collect(parts: Sequence[Part]) -> Completion:
+    accepted, *deltas = parts
+    finished = parts[-1]
+    if not isinstance(accepted, Accepted) or not isinstance(finished, Finished):
+        raise errors.InternalError("the router's stream did not open with Accepted and end with Finished")
+    whole = [d for d in deltas if isinstance(d, Delta)]
+    return Completion(
+        request_id=accepted.request_id,
+        text="".join(d.text for d in whole),
+        token_ids=tuple(i for d in whole for i in d.token_ids),
+        prompt_token_ids=accepted.prompt_token_ids,
+        finish_reason=finished.finish_reason,
+        usage=finished.usage,
+        relay=finished.relay,
+        stop_reason=finished.stop_reason,
+        logprobs=tuple(p for d in whole for p in d.logprobs),
+    )
+
+
+def _error(error: grpc.RpcError) -> errors.BatonError:
+    """The very error that the router raised, or the nearest one to a status from elsewhere."""
+    if not isinstance(error, grpc.Call | aio.AioRpcError):
+        return errors.Unavailable(str(error))
+    trailing = error.trailing_metadata() or ()
+    metadata = {key: value for key, value in trailing if isinstance(value, str)}
+    message = error.details() or error.code().name
+    if ERROR_CODE_KEY in metadata:
+        found = errors.from_code(metadata[ERROR_CODE_KEY], message)
+    else:
+        found = _CODE_TO_ERROR.get(error.code(), errors.InternalError)(message)
+    found.param = metadata.get(ERROR_PARAM_KEY)
+    if RETRY_AFTER_KEY in metadata:
+        found.retry_after_s = float(metadata[RETRY_AFTER_KEY])
+    return found

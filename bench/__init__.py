@@ -1,0 +1,1 @@
+"""Measures Baton beside its peers and limits. Imports anything; nothing imports it."""

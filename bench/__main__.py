@@ -1,0 +1,84 @@
+"""``python -m bench [--quick] [engine|transfer|router|cluster|all]``: prints tables, saves one JSON file a run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench import measure
+
+# Each module has ``run(quick: bool) -> dict``. A list of flat mappings in it is printed as a table, a mapping as part,
+# the rest as a line; keys starting with "samples" are saved only.
+BENCHES = ("engine", "transfer", "router", "cluster")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 10 else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.1f}"
+    return "-" if value is None else str(value)
+
+
+def _is_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
+
+
+def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
+    """Print a result of any bench: its flat values, its tables, its parts."""
+    console.print(f"\n[bold]{title}[/bold]")
+    for key, value in result.items():
+        if key.startswith("samples"):
+            continue
+        if _is_rows(value):
+            columns = [c for c in dict.fromkeys(c for row in value for c in row) if not c.startswith("samples")]
+            table = Table(*columns)
+            for row in value:
+                table.add_row(*(_text(row.get(column)) for column in columns))
+            console.print(table)
+        elif isinstance(value, Mapping):
+            show(console, f"{title} / {key}", value)
+        elif isinstance(value, list):
+            console.print(f"  {key}: {', '.join(map(_text, value))}", highlight=False)
+        else:
+            console.print(f"  {key}: {_text(value)}", highlight=False)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Baton beside its peers and limits.")
+    parser.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default=["all"], help="default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; for a look, not for the record")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
+    args = parser.parse_args()
+
+    wanted = BENCHES if "all" in args.what else tuple(dict.fromkeys(args.what))
+    started = datetime.now(UTC)
+    console = Console()
+    record: dict[str, Any] = {
+        "date": started.isoformat(timespec="seconds"),
+        "quick": args.quick,
+        "commit": measure.commit(),
+        "machine": measure.machine(),
+        "versions": measure.versions(),
+        "results": {},
+    }
+    for name in wanted:
+        console.print(f"measuring {name} ...")
+        record["results"][name] = importlib.import_module(f"bench.{name}").run(args.quick)
+        show(console, name, record["results"][name])
+    args.out.mkdir(parents=True, exist_ok=True)
+    label = "all" if wanted == BENCHES else "-".join(wanted)
+    path = args.out / f"{label}-{started.strftime('%Y-%m-%dT%H%M%SZ')}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"\nsaved {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""What every bench shares: the memory-bandwidth probe, medians, facts about the machine. Measures nothing of Baton."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+_PACKAGES = ("baton-serve", "torch", "transformers", "grpcio", "protobuf", "numpy")
+_PROBE_BYTES = 256 * 2**20  # far beyond any cache
+
+
+class BandwidthProbe:
+    """Reads a large buffer with all threads. Beside each sample, since a virtual machine's bandwidth drifts."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self._buffer = torch.ones(_PROBE_BYTES // 4, dtype=torch.float32)
+        self.read_gb_s()  # page faults
+
+    def read_gb_s(self) -> float:
+        started = time.perf_counter()
+        self._buffer.sum()
+        return _PROBE_BYTES / (time.perf_counter() - started) / 1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Repeated measurements of one figure."""
+
+    values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Samples:
+        return cls(tuple(values))
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.values)
+
+    def percentile(self, share: float) -> float:
+        """Nearest rank."""
+        ordered = sorted(self.values)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def spread(self) -> float:
+        """(largest - smallest) / median: what the figure is worth."""
+        return (max(self.values) - min(self.values)) / self.median
+
+
+def ratio(ours: Samples, theirs: Samples) -> float:
+    """Median of ours / theirs over neighbouring samples, which saw the same machine."""
+    return statistics.median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
+
+
+def machine() -> dict[str, object]:
+    """Enough to tell whether two result files may be compared."""
+    return {
+        "cpu": _cpu_name(),
+        "num_cpus": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "gpus": _gpu_names(),
+        "platform": platform.platform(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def commit() -> str:
+    """Short hash, with a plus sign where tracked files differ from it; empty outside a git checkout."""
+    command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=10)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _gpu_names() -> list[str]:
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -1,0 +1,120 @@
+"""The router's settings: frozen, checked on construction, wrong values named. Read nowhere but here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from baton.errors import BadConfig
+from router.flow import FlowConfig
+from router.membership import MembershipConfig
+from router.policy import PolicyConfig
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    # Sequences that wait for a placement; one more is refused with Overloaded.
+    max_queued: int = 1024
+    # Sequences in flight, queued ones included.
+    max_active: int = 8192
+    # Choices of one request (n times the number of prompts).
+    max_choices: int = 128
+    max_body_bytes: int = 32 * 1024 * 1024
+    max_stop_strings: int = 16
+    max_stop_chars: int = 1024
+    max_prompt_chars: int = 16 * 1024 * 1024
+    default_timeout_s: float = 600.0
+    max_timeout_s: float = 3600.0
+    # A client that takes no byte for so long is gone.
+    write_timeout_s: float = 60.0
+    # New requests are refused at once when no node has been available for so long.
+    refuse_after_s: float = 2.0
+    # How long tokens of many streams may be held back to leave in one chunk when the process is behind.
+    max_hold_s: float = 0.05
+    # Running requests get this long to end on their own at shutdown.
+    drain_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class LinkConfig:
+    connect_timeout_s: float = 5.0
+    # Messages waiting to be sent to one node; a node that falls so far behind is broken.
+    max_unsent: int = 8192
+    ledger_timeout_s: float = 3.0
+    max_message_bytes: int = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Raises BadConfig, naming the setting, for a value that cannot be served."""
+
+    # host:port of each worker.
+    nodes: tuple[str, ...]
+    http_host: str = "127.0.0.1"
+    # 0 asks for any free port; None turns the face off.
+    http_port: int | None = 0
+    grpc_host: str = "127.0.0.1"
+    grpc_port: int | None = 0
+    # Folder with tokenizer.json and the model's JSON files. None: token ids only.
+    model_folder: Path | None = None
+    # Name clients ask for. None: the folder's, else the one that the nodes say.
+    model_name: str | None = None
+    # Written once, when both faces are bound: {"http", "grpc", "pid"}.
+    ready_file: Path | None = None
+    # Write it only when every listed node is up.
+    ready_needs_nodes: bool = False
+    router_id: str = "router-0"
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    link: LinkConfig = field(default_factory=LinkConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    membership: MembershipConfig = field(default_factory=MembershipConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+
+    def __post_init__(self) -> None:
+        _check(len(self.nodes) > 0, "nodes", self.nodes, "at least one host:port")
+        _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
+        for address in self.nodes:
+            host, _, port = address.rpartition(":")
+            _check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "nodes", address, "host:port")
+        for name in ("http_port", "grpc_port"):
+            port_number = getattr(self, name)
+            _check(port_number is None or 0 <= port_number < 65536, name, port_number, "a port, 0 or None")
+        _check(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
+        if self.model_folder is not None:
+            _check(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
+        for part in (self.limits, self.link, self.flow, self.membership, self.policy):
+            for setting in fields(part):
+                value = getattr(part, setting.name)
+                name = f"{type(part).__name__}.{setting.name}"
+                _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
+        _check(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
+               f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str) -> RouterConfig:
+        """From parsed JSON or the like, nested for the parts; an unknown key is refused with its source."""
+        parts = {"limits": LimitsConfig, "link": LinkConfig, "flow": FlowConfig, "membership": MembershipConfig,
+                 "policy": PolicyConfig}  # fmt: skip
+        known = {f.name for f in fields(cls)}
+        settings: dict[str, Any] = {}
+        for key, value in values.items():
+            if key not in known:
+                raise BadConfig(f"{source}: unknown setting {key!r}, expected one of {sorted(known)}", param=key)
+            if key in parts:
+                unknown = set(value) - {f.name for f in fields(parts[key])}
+                if unknown:
+                    raise BadConfig(f"{source}: unknown settings {sorted(unknown)} in {key!r}", param=key)
+                value = parts[key](**value)
+            elif key == "nodes":
+                value = tuple(value)
+            elif key in ("model_folder", "ready_file") and value is not None:
+                value = Path(value)
+            settings[key] = value
+        return cls(**settings)
+
+
+def _check(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise BadConfig(f"setting {name} is {value!r}, expected {expected}", param=name)

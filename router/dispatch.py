@@ -1,0 +1,508 @@
+"""The router's one loop of events: sessions and clients in, messages to nodes and tokens to streams out.
+
+It drives the pure machines (membership, policy, flow) and owns nothing of their decisions: it looks up, feeds, and
+performs. Everything here runs on the event loop and never waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from baton import codec, errors
+from baton.clock import Clock
+from baton.observe import RequestMetrics
+from baton.types import NodeDescription, NodeStatus, SamplingParams
+from baton.v1 import common_pb2, node_pb2
+from router import flow as f
+from router import membership as m
+from router.config import RouterConfig
+from router.load import Loads
+from router.policy import Obstacle, PairBreakers, Placement, choose
+from router.stream import Pacer, TokenStream
+
+_log = logging.getLogger("baton.router")
+
+# Membership looks at silences this often; nodes speak at least every 0.25 s.
+_TICK_S = 0.1
+
+
+class Link(Protocol):
+    def dial(self) -> None: ...
+
+    def hang_up(self) -> None: ...
+
+    def send_prefill(self, message: node_pb2.PrefillSessionRequest) -> None: ...
+
+    def send_decode(self, message: node_pb2.DecodeSessionRequest) -> None: ...
+
+    async def ledger(self) -> node_pb2.LedgerResponse: ...
+
+    async def close(self) -> None: ...
+
+
+class Active:
+    """A sequence in flight and what belongs to it here."""
+
+    __slots__ = ("fingerprint", "flow", "is_queued", "stream", "timer", "timer_s")
+
+    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str) -> None:
+        self.flow = flow
+        self.stream = stream
+        # The model its tokens came from: no other model may continue it.
+        self.fingerprint = fingerprint
+        self.is_queued = False
+        self.timer: asyncio.TimerHandle | None = None
+        self.timer_s = 0.0
+
+
+class Dispatcher:
+    """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
+
+    def __init__(
+        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RequestMetrics
+    ) -> None:
+        self._config = config
+        self._clock = clock
+        self._metrics = metrics
+        self._membership = m.Membership(config.nodes, config.membership)
+        self._loads = Loads()
+        self._breakers = PairBreakers(config.policy)
+        self._links = {address: link(address, self) for address in config.nodes}
+        self._address_of: dict[str, str] = {}
+        self._active: set[Active] = set()
+        self._by_sequence: dict[str, Active] = {}
+        # Sequences that wait for a placement; reruns in front.
+        self._queue: deque[Active] = deque()
+        self._is_pumping = False
+        self._pacer = Pacer(config.limits.max_hold_s)
+        self._ticker: asyncio.TimerHandle | None = None
+        self._down_since_s: float | None = clock.now()
+        self._finished_at_s: deque[float] = deque(maxlen=64)
+        self._is_closing = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._watchers: list[Callable[[], None]] = []
+
+    # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def start(self) -> None:
+        self._do_membership(self._membership.start())
+        self._on_ticker()
+
+    async def close(self, drain_s: float = 0.0) -> None:
+        """Refuse new sequences, give running ones ``drain_s`` to end, then fail the rest and hang up."""
+        self._is_closing = True
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _log.warning("%d sequences still ran at shutdown", len(self._active))
+        for active in list(self._active):
+            self._feed(active, f.Abandon(errors.Unavailable("the router is shutting down")))
+        if self._ticker is not None:
+            self._ticker.cancel()
+        async with asyncio.TaskGroup() as tasks:
+            for link in self._links.values():
+                tasks.create_task(link.close())
+
+    def watch(self, on_change: Callable[[], None]) -> None:
+        """Be told when nodes come, go or change state."""
+        self._watchers.append(on_change)
+
+    # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_capacity(self, num_sequences: int) -> None:
+        """Raises what a request of so many sequences would be refused with; nothing happens between this and submit."""
+        if self._is_closing:
+            raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
+        now = self._clock.now()
+        if self._down_since_s is not None and now - self._down_since_s > self._config.limits.refuse_after_s:
+            raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
+        limits = self._config.limits
+        if len(self._queue) + num_sequences > limits.max_queued and self._queue:
+            raise errors.Overloaded(
+                f"{len(self._queue)} sequences are waiting (limit {limits.max_queued}); try again later",
+                retry_after_s=self._retry_after_s(),
+            )
+        if len(self._active) + num_sequences > limits.max_active:
+            raise errors.Overloaded(
+                f"{len(self._active)} sequences are in flight (limit {limits.max_active}); try again later",
+                retry_after_s=self._retry_after_s(),
+            )
+
+    def submit(
+        self,
+        request_id: str,
+        choice: int,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        arrived_s: float,
+        deadline_s: float,
+    ) -> Active:
+        """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
+        flow = f.Flow(
+            request_id,
+            choice,
+            prompt_token_ids,
+            sampling,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            config=self._config.flow,
+        )
+        reference = self._membership.reference
+        active = Active(flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint)
+        self._active.add(active)
+        self._idle.clear()
+        self._feed(active, f.Begin())
+        self._pump()
+        return active
+
+    def cancel(self, active: Active, reason: str) -> None:
+        if not active.flow.has_ended:
+            self._feed(active, f.Cancel(reason))
+            self._pump()
+
+    def stop_text(self, active: Active) -> None:
+        """A stop string ended the sequence."""
+        if not active.flow.has_ended:
+            self._feed(active, f.StopText())
+            self._pump()
+
+    def now(self) -> float:
+        return self._clock.now()
+
+    # ── What is known ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def members(self) -> Sequence[m.Member]:
+        return list(self._membership.members.values())
+
+    @property
+    def reference(self) -> NodeDescription | None:
+        return self._membership.reference
+
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_active(self) -> int:
+        return len(self._active)
+
+    @property
+    def is_ready(self) -> bool:
+        """Somebody can run prompts and somebody can decode; as roles are policy, one available node is both."""
+        return not self._is_closing and any(self._membership.is_available(x) for x in self.members)
+
+    @property
+    def capacity_tokens(self) -> int | None:
+        """The longest sequence, prompt and output, that fits into a node; None while no node is known."""
+        nodes = [x.node for x in self.members if x.is_up and x.node is not None]
+        return max((n.kv_layout.num_blocks * n.kv_layout.block_tokens for n in nodes), default=None)
+
+    async def ledgers(self) -> tuple[list[node_pb2.LedgerResponse], dict[str, str]]:
+        """All nodes' ledgers, asked for now, and by address the reasons of those that did not answer."""
+        found: list[node_pb2.LedgerResponse] = []
+        unreachable: dict[str, str] = {}
+
+        async def ask(address: str, link: Link) -> None:
+            try:
+                found.append(await link.ledger())
+            except errors.BatonError as error:
+                unreachable[address] = error.message
+
+        async with asyncio.TaskGroup() as tasks:
+            for address, link in self._links.items():
+                tasks.create_task(ask(address, link))
+        return sorted(found, key=lambda x: x.node_id), unreachable
+
+    def check(self) -> None:
+        """Our own books balance; called by tests."""
+        self._loads.check()
+        if not self._active:
+            assert self._loads.num_assigned == 0
+            assert not self._by_sequence
+            assert not self._queue
+
+    # ── Links ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
+        self._do_membership(self._membership.handle(m.Welcomed(address, node, status), self._clock.now()))
+
+    def on_broken(self, address: str, reason: str) -> None:
+        self._do_membership(self._membership.handle(m.Broken(address, reason), self._clock.now()))
+
+    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
+        member = self._membership.members[address]
+        if not member.is_up or member.node is None:
+            return
+        node_id = member.node.node_id
+        for done in message.prefills:
+            self._loads.prefilled(done.sequence_id)
+            self._route(
+                done.sequence_id,
+                f.PrefillDone(
+                    done.sequence_id, done.queue_s, done.compute_s, done.num_computed_tokens, done.num_cached_tokens
+                ),
+            )
+        for over in message.handed_off:
+            self._route(over.sequence_id, f.HandedOff(over.sequence_id, codec.report_from_pb(over.report)))
+        # Tokens before failures: what is done and late is done.
+        for tokens in message.tokens:
+            self._route(tokens.sequence_id, f.Tokens(node_id, codec.tokens_from_pb(tokens)))
+        for failed in message.failed:
+            failure = codec.failure_from_pb(failed.failure)
+            self._route(failed.sequence_id, f.SequenceFailed(node_id, failed.sequence_id, failure))
+        self._heard(address, message.status if message.HasField("status") else None)
+
+    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
+        member = self._membership.members[address]
+        if not member.is_up or member.node is None:
+            return
+        node_id = member.node.node_id
+        for lease in message.reserved:
+            self._loads.confirm(lease.sequence_id)
+            self._route(lease.sequence_id, f.Reserved(codec.lease_from_pb(lease)))
+        for refused in message.refused:
+            failure = codec.failure_from_pb(refused.failure)
+            self._route(refused.sequence_id, f.Refused(refused.sequence_id, failure))
+        for joined in message.joined:
+            self._route(joined.sequence_id, f.Joined(joined.sequence_id, joined.wait_s))
+        for tokens in message.tokens:
+            self._route(tokens.sequence_id, f.Tokens(node_id, codec.tokens_from_pb(tokens)))
+        for failed in message.failed:
+            failure = codec.failure_from_pb(failed.failure)
+            self._route(failed.sequence_id, f.SequenceFailed(node_id, failed.sequence_id, failure))
+        self._heard(address, message.status if message.HasField("status") else None)
+
+    def _route(self, sequence_id: str, event: f.Event) -> None:
+        """To the sequence's flow; a sequence that is over hears nothing."""
+        active = self._by_sequence.get(sequence_id)
+        if active is not None:
+            self._feed(active, event)
+
+    def _heard(self, address: str, status: common_pb2.NodeStatus | None) -> None:
+        known = None if status is None else codec.status_from_pb(status)
+        node = self._membership.members[address].node
+        if known is not None and node is not None:
+            self._loads.status(node.node_id, known)
+        self._do_membership(self._membership.handle(m.Heard(address, known), self._clock.now()))
+        self._pump()
+
+    # ── Membership ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_ticker(self) -> None:
+        self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
+        self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
+
+    def _do_membership(self, actions: Sequence[m.Action]) -> None:
+        for action in actions:
+            match action:
+                case m.Dial():
+                    self._links[action.address].dial()
+                case m.HangUp():
+                    self._links[action.address].hang_up()
+                case m.NodeUp():
+                    self._on_node_up(action.node, action.status)
+                case m.NodeDown():
+                    self._on_node_down(action.node_id, action.reason)
+                case m.NodeRefused():
+                    _log.error("node at %s is refused: %s", action.address, action.reason)
+                case m.NodeChanged():
+                    pass
+        if actions:
+            self._note_availability()
+            self._pump()
+
+    def _on_node_up(self, node: NodeDescription, status: NodeStatus) -> None:
+        _log.info("node %s (%s, %s) is up at %s", node.node_id, node.role.value, node.device, node.address)
+        address = next(x.address for x in self.members if x.is_up and x.node is node)
+        self._address_of[node.node_id] = address
+        self._loads.add_node(node, status)
+        for active in list(self._active):
+            if not active.flow.tokens:
+                active.fingerprint = node.model.fingerprint
+            self._feed(active, f.SomebodyThere())
+
+    def _on_node_down(self, node_id: str, reason: str) -> None:
+        _log.warning("node %s is lost: %s", node_id, reason)
+        self._address_of.pop(node_id, None)
+        for active in list(self._active):
+            self._feed(active, f.NodeLost(node_id, reason))
+        self._loads.remove_node(node_id)
+        self._breakers.forget(node_id)
+
+    def _note_availability(self) -> None:
+        if any(self._membership.is_available(x) for x in self.members):
+            self._down_since_s = None
+        elif self._down_since_s is None:
+            self._down_since_s = self._clock.now()
+        for watcher in self._watchers:
+            watcher()
+
+    # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _feed(self, active: Active, event: f.Event) -> None:
+        for action in active.flow.handle(event, self._clock.now()):
+            self._perform(active, action)
+        self._arm(active)
+
+    def _perform(self, active: Active, action: f.Action) -> None:  # noqa: C901 (a flat table)
+        match action:
+            case f.Deliver():
+                active.stream.push(action.token_ids, action.logprobs)
+            case f.Enqueue():
+                self._enqueue(active, action.is_rerun)
+            case f.SendReserve():
+                reserve = node_pb2.DecodeSessionRequest.Reserve(
+                    sequence=codec.sequence_to_pb(action.spec), ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
+                )
+                self._send_decode(action.node_id, node_pb2.DecodeSessionRequest(reserve=reserve))
+            case f.SendRun():
+                lease = None if action.lease is None else codec.lease_to_pb(action.lease)
+                run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(action.spec), lease=lease)
+                self._send_prefill(action.node_id, node_pb2.PrefillSessionRequest(run=run))
+            case f.SendCancel():
+                self._send_cancel(action)
+            case f.Detach():
+                self._by_sequence.pop(action.sequence_id, None)
+                self._loads.release(action.sequence_id)
+            case f.NodeFull():
+                self._loads.full(action.node_id)
+            case f.PairFailed():
+                self._breakers.failed(action.placement.prefill_id, action.placement.decode_id, self._clock.now())
+            case f.PairWorked():
+                self._breakers.worked(action.placement.prefill_id, action.placement.decode_id)
+            case f.End():
+                self._end(active, action.outcome)
+
+    def _send_cancel(self, action: f.SendCancel) -> None:
+        cancel = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)
+        if action.is_decode:
+            self._send_decode(action.node_id, node_pb2.DecodeSessionRequest(cancel=cancel))
+        else:
+            self._send_prefill(action.node_id, node_pb2.PrefillSessionRequest(cancel=cancel))
+
+    def _send_prefill(self, node_id: str, message: node_pb2.PrefillSessionRequest) -> None:
+        address = self._address_of.get(node_id)
+        if address is not None:
+            self._guard(address, lambda: self._links[address].send_prefill(message))
+
+    def _send_decode(self, node_id: str, message: node_pb2.DecodeSessionRequest) -> None:
+        address = self._address_of.get(node_id)
+        if address is not None:
+            self._guard(address, lambda: self._links[address].send_decode(message))
+
+    def _guard(self, address: str, send: Callable[[], None]) -> None:
+        """A node that takes no messages is lost. Told later: a flow is in the middle of its actions."""
+        try:
+            send()
+        except errors.NodeLost as error:
+            self._links[address].hang_up()
+            asyncio.get_running_loop().call_soon(self.on_broken, address, error.message)
+
+    def _end(self, active: Active, outcome: f.Outcome) -> None:
+        if active.timer is not None:
+            active.timer.cancel()
+        self._active.discard(active)
+        if active.is_queued:
+            active.is_queued = False
+            self._queue.remove(active)
+        if not self._active:
+            self._idle.set()
+        relay = active.flow.lifeline.relay()
+        self._finished_at_s.append(self._clock.now())
+        active.stream.end(outcome, relay)
+        code = "" if outcome.error is None else outcome.error.code
+        self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
+        detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
+        _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
+                  relay.line())  # fmt: skip
+
+    def _arm(self, active: Active) -> None:
+        """One timer per sequence; pushed-back deadlines cost nothing, the timer looks again when it fires."""
+        if active.flow.has_ended:
+            return
+        wake_s = active.flow.wake_at_s
+        if active.timer is not None:
+            if active.timer_s <= wake_s:
+                return
+            active.timer.cancel()
+        active.timer_s = wake_s
+        wait_s = max(0.0, wake_s - self._clock.now())
+        active.timer = asyncio.get_running_loop().call_later(wait_s, self._on_timer, active)
+
+    def _on_timer(self, active: Active) -> None:
+        active.timer = None
+        if active.flow.has_ended:
+            return
+        if self._clock.now() >= active.flow.wake_at_s:
+            self._feed(active, f.Tick())
+            self._pump()
+        else:
+            self._arm(active)
+
+    # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _enqueue(self, active: Active, is_rerun: bool) -> None:
+        active.is_queued = True
+        if is_rerun:
+            self._queue.appendleft(active)
+        else:
+            self._queue.append(active)
+
+    def _pump(self) -> None:
+        """Place waiting sequences, first come first served, until one has to wait."""
+        if self._is_pumping:
+            return
+        self._is_pumping = True
+        try:
+            while self._queue and self._place(self._queue[0]):
+                pass
+        finally:
+            self._is_pumping = False
+
+    def _place(self, active: Active) -> bool:
+        """Place the head of the queue; False if it must wait."""
+        now = self._clock.now()
+        flow = active.flow
+        reference = self._membership.reference
+        if reference is not None and flow.tokens and reference.model.fingerprint != active.fingerprint:
+            changed = f"the model changed from {active.fingerprint} to {reference.model.fingerprint} in mid-request"
+            self._feed(active, f.Abandon(errors.Unavailable(changed)))
+            return True
+        views = [
+            self._loads.view(x.node.node_id, self._membership.is_available(x))
+            for x in self._membership.members.values()
+            if x.is_up and x.node is not None
+        ]
+        placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
+        if isinstance(placement, Obstacle):
+            if placement is Obstacle.NO_NODE:
+                for waiting in list(self._queue):
+                    self._feed(waiting, f.NobodyThere())
+            return False
+        self._queue.popleft()
+        active.is_queued = False
+        self._assign(active, placement, now)
+        return True
+
+    def _assign(self, active: Active, placement: Placement, now: float) -> None:
+        flow = active.flow
+        self._by_sequence[flow.sequence_id] = active
+        self._loads.assign(flow.sequence_id, placement, len(flow.prompt_token_ids) + len(flow.tokens))
+        self._breakers.used(placement.prefill_id, placement.decode_id, now)
+        self._feed(active, f.Placed(placement))
+
+    def _retry_after_s(self) -> float:
+        """How long the present queue takes at the present pace, between 1 and 30 s."""
+        if len(self._finished_at_s) < 2:
+            return 1.0
+        span_s = self._clock.now() - self._finished_at_s[0]
+        pace = len(self._finished_at_s) / max(span_s, 1e-3)
+        return min(max(1.0, len(self._queue) / pace), 30.0)

@@ -1,0 +1,644 @@
+"""Nodes without a model: real gRPC sessions, made-up tokens, failures on request. For tests and router benchmarks.
+
+Tokens are a pure function of (prompt + generated so far, seed, position), so that any node continues any sequence and a
+wrong continuation shows. Handing over is a call inside the process: all nodes of a `FakeCluster` live in one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import itertools
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from grpc import aio
+
+from baton import PROTOCOL_VERSION, codec
+from baton.types import (
+    Failure,
+    FinishReason,
+    KvLayout,
+    Lease,
+    ModelDescription,
+    NodeDescription,
+    NodeStatus,
+    PositionLogprobs,
+    Role,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+    TransferReport,
+)
+from baton.v1 import node_pb2, node_pb2_grpc
+
+_Response = node_pb2.PrefillSessionResponse | node_pb2.DecodeSessionResponse
+
+_MASK = 2**64 - 1
+_MULTIPLIER = 6364136223846793005
+
+
+def _mix(state: int, value: int) -> int:
+    return ((state ^ value) * _MULTIPLIER + 1442695040888963407) & _MASK
+
+
+class FakeText:
+    """What the fake model says after a context: a running hash of all tokens, drawn with seed and position."""
+
+    __slots__ = ("_position", "_seed", "_state", "_vocab_size")
+
+    def __init__(self, token_ids: Sequence[int], seed: int, vocab_size: int) -> None:
+        self._state = 0
+        self._position = 0
+        self._seed = seed
+        self._vocab_size = vocab_size
+        for token_id in token_ids:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> None:
+        self._state = _mix(self._state, token_id + 1)
+        self._position += 1
+
+    def draw(self) -> int:
+        return (_mix(_mix(self._state, self._seed), self._position) >> 33) % self._vocab_size
+
+
+def expected_tokens(
+    prompt: Sequence[int], seed: int, max_tokens: int, vocab_size: int, stop_ids: Sequence[int] = ()
+) -> list[int]:
+    """The oracle: what an undisturbed run generates."""
+    text = FakeText(prompt, seed, vocab_size)
+    out: list[int] = []
+    while len(out) < max_tokens:
+        out.append(text.draw())
+        text.push(out[-1])
+        if out[-1] in stop_ids:
+            break
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class FakeConfig:
+    vocab_size: int = 512
+    max_model_tokens: int = 4096
+    num_blocks: int = 1024
+    block_tokens: int = 16
+    model_name: str = "fake"
+    fingerprint: str = "fake-fingerprint"
+    # Time of a decode step, and of a prompt token.
+    step_s: float = 0.001
+    prefill_token_s: float = 0.0
+    transfer_s: float = 0.0
+    status_s: float = 0.05
+
+
+class _Session:
+    """One router's stream on one phase; what a step produces leaves as one message."""
+
+    def __init__(self, is_prefill: bool) -> None:
+        self.is_prefill = is_prefill
+        self.outbox: asyncio.Queue[_Response] = asyncio.Queue()
+        self._draft: _Response | None = None
+
+    @property
+    def draft(self) -> _Response:
+        if self._draft is None:
+            self._draft = node_pb2.PrefillSessionResponse() if self.is_prefill else node_pb2.DecodeSessionResponse()
+        return self._draft
+
+    def flush(self, is_muted: bool) -> None:
+        draft, self._draft = self._draft, None
+        if draft is not None and not is_muted:
+            self.outbox.put_nowait(draft)
+
+
+class _Live:
+    """A sequence on a node."""
+
+    __slots__ = ("epoch", "lease", "num_generated", "ready_s", "seed_text", "session", "since_s", "spec", "state")
+
+    def __init__(self, spec: SequenceSpec, session: _Session, state: str, vocab_size: int, now: float) -> None:
+        assert spec.sampling.seed is not None
+        self.spec = spec
+        self.session = session
+        self.state = state
+        self.since_s = now
+        self.epoch = 0
+        self.lease: Lease | None = None
+        self.ready_s = 0.0
+        self.num_generated = len(spec.generated_token_ids)
+        known = (*spec.prompt_token_ids, *spec.generated_token_ids)
+        self.seed_text = FakeText(known, spec.sampling.seed, vocab_size)
+
+    def next_chunk(self, vocab_size: int) -> TokenChunk:
+        sampling = self.spec.sampling
+        token_id = self.seed_text.draw()
+        while token_id in sampling.stop_token_ids and self.num_generated < sampling.min_tokens:
+            token_id = (token_id + 1) % vocab_size
+        self.seed_text.push(token_id)
+        index = self.num_generated
+        self.num_generated += 1
+        finish = None
+        if token_id in sampling.stop_token_ids:
+            finish = FinishReason.STOP
+        elif self.num_generated == sampling.max_tokens:
+            finish = FinishReason.LENGTH
+        logprobs = () if sampling.logprobs is None else (_logprobs(token_id, sampling.logprobs, vocab_size),)
+        return TokenChunk(self.spec.sequence_id, index, (token_id,), logprobs, finish)
+
+
+def _logprobs(token_id: int, num_top: int, vocab_size: int) -> PositionLogprobs:
+    top = tuple(TokenLogprob((token_id + i) % vocab_size, -0.25 * (i + 1)) for i in range(num_top))
+    return PositionLogprobs(TokenLogprob(token_id, -0.25), 1, top)
+
+
+class FakeNode(node_pb2_grpc.NodeServicer):
+    """One worker. Failures: `fail`, `drop`, `duplicate`, `stall`, `mute`, `die`."""
+
+    def __init__(self, node_id: str, role: Role, cluster: FakeCluster, config: FakeConfig) -> None:
+        self.node_id = node_id
+        self.role = role
+        self.config = config
+        self.is_draining = False
+        self.address = ""
+        self.incarnation = 0
+        # By what would be sent or done: how often to fail, drop or double it from now on.
+        self._fail: dict[str, list[Failure]] = {}
+        self._drop: Counter[str] = Counter()
+        self._duplicate: Counter[str] = Counter()
+        self.seen: Counter[str] = Counter()
+        self._cluster = cluster
+        self._epochs = itertools.count(1)
+        self._server: aio.Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._live: dict[str, _Live] = {}
+        self._sessions: list[_Session] = []
+        self._work = asyncio.Event()
+        self._unstalled = asyncio.Event()
+        self._unstalled.set()
+        self._stalled_since_s: float | None = None
+        self._is_muted = False
+
+    # ── Life and failures ───────────────────────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Listen; a restarted node takes its old port and is another incarnation."""
+        self._reset()
+        self.incarnation = time.time_ns()
+        self._server = aio.server(options=[("grpc.so_reuseport", 0)])
+        node_pb2_grpc.add_NodeServicer_to_server(self, self._server)
+        node_pb2_grpc.add_PrefillNodeServicer_to_server(_Prefill(self), self._server)
+        node_pb2_grpc.add_DecodeNodeServicer_to_server(_Decode(self), self._server)
+        port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
+        self.address = f"127.0.0.1:{port}"
+        await self._server.start()
+        self._tasks = [asyncio.create_task(self._engine()), asyncio.create_task(self._heartbeat())]
+
+    async def die(self) -> None:
+        """At once: streams break, everything is forgotten."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
+        if self._server is not None:
+            await self._server.stop(None)
+            self._server = None
+        self._live.clear()
+        for task in tasks:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+
+    def fail(self, what: str, times: int = 1, code: str = "NoBlocks", retryable: bool = True, blamed: str = "") -> None:
+        """``what``: "reserve", "run", "transfer" or "decode"."""
+        failure = Failure(code, f"scripted failure of {what} at {self.node_id}", retryable, blamed)
+        self._fail.setdefault(what, []).extend([failure] * times)
+
+    def drop(self, what: str, times: int = 1) -> None:
+        """``what``: "reserved", "tokens", "prefill_done", "handed_off", "joined" or "commit"."""
+        self._drop[what] += times
+
+    def duplicate(self, what: str, times: int = 1) -> None:
+        self._duplicate[what] += times
+
+    def stall(self) -> None:
+        """The engine makes no step; sessions and status go on, and say so."""
+        self._unstalled.clear()
+        self._stalled_since_s = time.monotonic()
+
+    def mute(self) -> None:
+        """The process hangs: connections stay open and nothing is said any more."""
+        self._is_muted = True
+
+    def resume(self) -> None:
+        self._is_muted = False
+        self._stalled_since_s = None
+        self._unstalled.set()
+
+    def _failure(self, what: str) -> Failure | None:
+        planned = self._fail.get(what)
+        return planned.pop(0) if planned else None
+
+    def _times(self, what: str) -> int:
+        """How often to send a message of this kind."""
+        self.seen[what] += 1
+        if self._drop[what] > 0:
+            self._drop[what] -= 1
+            return 0
+        if self._duplicate[what] > 0:
+            self._duplicate[what] -= 1
+            return 2
+        return 1
+
+    # ── What it says of itself ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def description(self) -> NodeDescription:
+        c = self.config
+        return NodeDescription(
+            node_id=self.node_id,
+            incarnation=self.incarnation,
+            role=self.role,
+            home_role=self.role,
+            address=self.address,
+            model=ModelDescription(c.model_name, c.fingerprint, "float32", c.max_model_tokens, c.vocab_size),
+            kv_layout=KvLayout(1, c.num_blocks, 1, 8, c.block_tokens, "float32"),
+            protocol_version=PROTOCOL_VERSION,
+            pid=0,
+            host_id="fake",
+            transports=("fake",),
+            device="none",
+            kernels="none",
+            software_version="fake",
+        )
+
+    @property
+    def is_down(self) -> bool:
+        return self._server is None
+
+    @property
+    def used_blocks(self) -> int:
+        return sum(self._blocks(x) for x in self._live.values())
+
+    def _blocks(self, live: _Live) -> int:
+        known = len(live.spec.prompt_token_ids) + live.num_generated
+        return self.description.kv_layout.blocks_for(known + 1)
+
+    def status(self) -> NodeStatus:
+        prompts = [x for x in self._live.values() if x.state == "prompt"]
+        running = [x for x in self._live.values() if x.state == "running"]
+        stalled_s = 0.0 if self._stalled_since_s is None else time.monotonic() - self._stalled_since_s
+        return NodeStatus(
+            role=self.role,
+            draining=self.is_draining,
+            total_blocks=self.config.num_blocks,
+            free_blocks=self.config.num_blocks - self.used_blocks,
+            queued_prompt_tokens=sum(x.spec.num_known_tokens for x in prompts),
+            num_waiting=len(prompts),
+            num_running=len(running),
+            running_tokens=sum(len(x.spec.prompt_token_ids) + x.num_generated for x in running),
+            stalled_s=stalled_s,
+        )
+
+    async def Describe(self, request: node_pb2.DescribeRequest, context: Any) -> node_pb2.DescribeResponse:  # noqa: N802
+        return node_pb2.DescribeResponse(
+            node=codec.node_to_pb(self.description), status=codec.status_to_pb(self.status())
+        )
+
+    async def Ledger(self, request: node_pb2.LedgerRequest, context: Any) -> node_pb2.LedgerResponse:  # noqa: N802
+        now = time.monotonic()
+        owners = [
+            node_pb2.LedgerResponse.Owner(
+                owner=x.spec.sequence_id,
+                state=x.state,
+                num_blocks=self._blocks(x),
+                epoch=x.epoch,
+                age_s=now - x.since_s,
+            )
+            for x in self._live.values()
+        ]
+        return node_pb2.LedgerResponse(
+            node_id=self.node_id,
+            incarnation=self.incarnation,
+            total_blocks=self.config.num_blocks,
+            free_blocks=self.config.num_blocks - self.used_blocks,
+            owners=owners,
+        )
+
+    # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def open_session(self, session: _Session) -> None:
+        self._sessions.append(session)
+        session.draft.welcome.node.CopyFrom(codec.node_to_pb(self.description))
+        session.draft.welcome.status.CopyFrom(codec.status_to_pb(self.status()))
+        session.flush(self._is_muted)
+
+    def close_session(self, session: _Session) -> None:
+        """The router is gone, and with it everybody who waits for these sequences."""
+        if session in self._sessions:
+            self._sessions.remove(session)
+        for live in [x for x in self._live.values() if x.session is session]:
+            self._forget(live.spec.sequence_id)
+
+    def on_run(self, session: _Session, message: node_pb2.PrefillSessionRequest.Run) -> None:
+        spec = codec.sequence_from_pb(message.sequence)
+        if failure := self._failure("run"):
+            return self._send_failed(session, spec.sequence_id, failure)
+        now = time.monotonic()
+        live = _Live(spec, session, "prompt", self.config.vocab_size, now)
+        live.lease = codec.lease_from_pb(message.lease) if message.HasField("lease") else None
+        # Prompts run one after the other.
+        busy_s = max((x.ready_s for x in self._live.values() if x.state == "prompt"), default=now)
+        live.ready_s = max(now, busy_s) + spec.num_known_tokens * self.config.prefill_token_s
+        self._live[spec.sequence_id] = live
+        self._work.set()
+        return None
+
+    def on_reserve(self, session: _Session, message: node_pb2.DecodeSessionRequest.Reserve) -> None:
+        spec = codec.sequence_from_pb(message.sequence)
+        live = _Live(spec, session, "leased", self.config.vocab_size, time.monotonic())
+        failure = self._failure("reserve")
+        if failure is None and self.used_blocks + self._blocks(live) > self.config.num_blocks:
+            failure = Failure("NoBlocks", f"{self.node_id} has no room", True)
+        if failure is not None:
+            refused = node_pb2.SequenceFailed(sequence_id=spec.sequence_id, failure=codec.failure_to_pb(failure))
+            session.draft.refused.append(refused)  # type: ignore[union-attr]
+            return session.flush(self._is_muted)
+        live.epoch = next(self._epochs)
+        self._live[spec.sequence_id] = live
+        num_blocks = self._blocks(live)
+        lease = Lease(
+            spec.sequence_id, live.epoch, self.node_id, self.incarnation, self.address, tuple(range(num_blocks)),
+            message.ttl_s,
+        )  # fmt: skip
+        loop = asyncio.get_running_loop()
+        loop.call_later(message.ttl_s, self._expire, spec.sequence_id, live.epoch)
+        for _ in range(self._times("reserved")):
+            session.draft.reserved.append(codec.lease_to_pb(lease))  # type: ignore[union-attr]
+        return session.flush(self._is_muted)
+
+    def on_cancel(self, sequence_id: str) -> None:
+        self.seen["cancel"] += 1
+        self._forget(sequence_id)
+
+    def _expire(self, sequence_id: str, epoch: int) -> None:
+        live = self._live.get(sequence_id)
+        if live is None or live.epoch != epoch or live.state != "leased":
+            return
+        self._forget(sequence_id)
+        self._send_failed(live.session, sequence_id, Failure("TransferFailed", "the lease expired", True))
+
+    def _forget(self, sequence_id: str) -> None:
+        self._live.pop(sequence_id, None)
+
+    def _send_failed(self, session: _Session, sequence_id: str, failure: Failure) -> None:
+        session.draft.failed.append(
+            node_pb2.SequenceFailed(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+        )
+        session.flush(self._is_muted)
+
+    # ── The engine ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _heartbeat(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.status_s)
+            status = codec.status_to_pb(self.status())
+            for session in self._sessions:
+                session.draft.status.CopyFrom(status)
+                session.flush(self._is_muted)
+
+    async def _engine(self) -> None:
+        while True:
+            if not any(x.state in ("prompt", "running") for x in self._live.values()):
+                self._work.clear()
+                await self._work.wait()
+            await self._unstalled.wait()
+            now = time.monotonic()
+            prompts = [x for x in self._live.values() if x.state == "prompt"]
+            is_decoding = any(x.state == "running" for x in self._live.values())
+            for live in prompts:
+                if live.ready_s <= now:
+                    self._finish_prompt(live)
+            if is_decoding:
+                await asyncio.sleep(self.config.step_s)
+                if self._unstalled.is_set():
+                    self._decode_step()
+            elif prompts:
+                await asyncio.sleep(max(0.0, min(x.ready_s for x in prompts) - time.monotonic()))
+            for session in self._sessions:
+                session.flush(self._is_muted)
+
+    def _finish_prompt(self, live: _Live) -> None:
+        spec, session = live.spec, live.session
+        chunk = live.next_chunk(self.config.vocab_size)
+        done = node_pb2.PrefillSessionResponse.PrefillDone(
+            sequence_id=spec.sequence_id,
+            queue_s=max(0.0, time.monotonic() - live.since_s - spec.num_known_tokens * self.config.prefill_token_s),
+            compute_s=spec.num_known_tokens * self.config.prefill_token_s,
+            num_computed_tokens=spec.num_known_tokens,
+        )
+        session.draft.prefills.extend([done] * self._times("prefill_done"))  # type: ignore[union-attr]
+        session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
+        # The first token waits for nothing.
+        session.flush(self._is_muted)
+        if chunk.finish_reason is not None:
+            self._forget(spec.sequence_id)
+            if live.lease is not None:
+                self._cluster.abort(live.lease)
+        elif live.lease is None:
+            live.state = "running"
+        else:
+            live.state = "sending"
+            asyncio.get_running_loop().call_later(self.config.transfer_s, self._hand_off, live, chunk)
+
+    def _hand_off(self, live: _Live, first: TokenChunk) -> None:
+        sequence_id = live.spec.sequence_id
+        if self._live.get(sequence_id) is not live or live.lease is None:
+            return None
+        failure = self._failure("transfer")
+        if failure is None and not self._times("commit"):
+            return None  # decode never hears of it; the lease will expire
+        if failure is None:
+            failure = self._cluster.commit(live.lease, first)
+        self._forget(sequence_id)
+        if failure is not None:
+            return self._send_failed(live.session, sequence_id, failure)
+        report = TransferReport("fake", False, 1024 * live.spec.num_known_tokens, len(live.lease.block_ids),
+                                self.config.transfer_s, self.config.transfer_s)  # fmt: skip
+        over = node_pb2.PrefillSessionResponse.HandedOff(sequence_id=sequence_id, report=codec.report_to_pb(report))
+        live.session.draft.handed_off.extend([over] * self._times("handed_off"))  # type: ignore[union-attr]
+        return live.session.flush(self._is_muted)
+
+    def on_commit(self, lease: Lease, first: TokenChunk) -> Failure | None:
+        """Decode's side of the hand-over: None is the acknowledgement."""
+        live = self._live.get(lease.sequence_id)
+        if live is None or live.epoch != lease.epoch or live.state != "leased":
+            return Failure("TransferFailed", f"{self.node_id} has no such lease", True)
+        if failure := self._failure("decode"):
+            self._forget(lease.sequence_id)
+            self._send_failed(live.session, lease.sequence_id, failure)
+            return failure
+        live.state = "running"
+        live.seed_text.push(first.token_ids[0])
+        live.num_generated += 1
+        joined = node_pb2.DecodeSessionResponse.Joined(
+            sequence_id=lease.sequence_id, wait_s=time.monotonic() - live.since_s
+        )
+        live.session.draft.joined.extend([joined] * self._times("joined"))  # type: ignore[union-attr]
+        live.session.flush(self._is_muted)
+        self._work.set()
+        return None
+
+    def on_abort(self, lease: Lease) -> None:
+        live = self._live.get(lease.sequence_id)
+        if live is not None and live.epoch == lease.epoch:
+            self._forget(lease.sequence_id)
+
+    def _decode_step(self) -> None:
+        for live in [x for x in self._live.values() if x.state == "running"]:
+            chunk = live.next_chunk(self.config.vocab_size)
+            live.session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
+            if chunk.finish_reason is not None:
+                self._forget(live.spec.sequence_id)
+
+
+class _Prefill(node_pb2_grpc.PrefillNodeServicer):
+    def __init__(self, node: FakeNode) -> None:
+        self._node = node
+
+    async def Session(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: AsyncIterator[node_pb2.PrefillSessionRequest], context: Any
+    ) -> AsyncIterator[_Response]:
+        session = _Session(is_prefill=True)
+
+        async def read() -> None:
+            async for request in request_iterator:
+                match request.WhichOneof("message"):
+                    case "hello":
+                        self._node.open_session(session)
+                    case "run":
+                        self._node.on_run(session, request.run)
+                    case "cancel":
+                        self._node.on_cancel(request.cancel.sequence_id)
+
+        async for response in _pumped(self._node, session, asyncio.create_task(read())):
+            yield response
+
+
+class _Decode(node_pb2_grpc.DecodeNodeServicer):
+    def __init__(self, node: FakeNode) -> None:
+        self._node = node
+
+    async def Session(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: AsyncIterator[node_pb2.DecodeSessionRequest], context: Any
+    ) -> AsyncIterator[_Response]:
+        session = _Session(is_prefill=False)
+
+        async def read() -> None:
+            async for request in request_iterator:
+                match request.WhichOneof("message"):
+                    case "hello":
+                        self._node.open_session(session)
+                    case "reserve":
+                        self._node.on_reserve(session, request.reserve)
+                    case "cancel":
+                        self._node.on_cancel(request.cancel.sequence_id)
+
+        async for response in _pumped(self._node, session, asyncio.create_task(read())):
+            yield response
+
+
+async def _pumped(node: FakeNode, session: _Session, reader: asyncio.Task[None]) -> AsyncIterator[_Response]:
+    """The session's outbox, for as long as the router's side is open."""
+    try:
+        while True:
+            message = asyncio.create_task(session.outbox.get())
+            await asyncio.wait([message, reader], return_when=asyncio.FIRST_COMPLETED)
+            if not message.done():
+                message.cancel()
+                return
+            yield message.result()
+    finally:
+        reader.cancel()
+        node.close_session(session)
+
+
+class FakeCluster:
+    """Nodes that can hand over to each other."""
+
+    def __init__(self, config: FakeConfig | None = None, *, prefill: int = 0, decode: int = 0, mixed: int = 0) -> None:
+        self.config = config or FakeConfig()
+        self.nodes: dict[str, FakeNode] = {}
+        for role, count in ((Role.PREFILL, prefill), (Role.DECODE, decode), (Role.MIXED, mixed)):
+            for i in range(count):
+                self.add(f"{role.value}-{i}", role)
+
+    def add(self, node_id: str, role: Role, config: FakeConfig | None = None) -> FakeNode:
+        self.nodes[node_id] = FakeNode(node_id, role, self, config or self.config)
+        return self.nodes[node_id]
+
+    def __getitem__(self, node_id: str) -> FakeNode:
+        return self.nodes[node_id]
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        return tuple(n.address for n in self.nodes.values())
+
+    @property
+    def used_blocks(self) -> int:
+        return sum(n.used_blocks for n in self.nodes.values())
+
+    def commit(self, lease: Lease, first: TokenChunk) -> Failure | None:
+        node = self.nodes[lease.node_id]
+        if node.incarnation != lease.incarnation or node.is_down:
+            return Failure("TransferFailed", f"{lease.node_id} is gone", True, lease.node_id)
+        return node.on_commit(lease, first)
+
+    def abort(self, lease: Lease) -> None:
+        self.nodes[lease.node_id].on_abort(lease)
+
+    async def __aenter__(self) -> FakeCluster:
+        for node in self.nodes.values():
+            await node.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for node in self.nodes.values():
+            await node.die()
+
+
+async def _serve(arguments: argparse.Namespace) -> None:
+    config = FakeConfig(
+        step_s=arguments.step_s, vocab_size=arguments.vocab_size, num_blocks=arguments.num_blocks,
+        prefill_token_s=arguments.prefill_token_s, max_model_tokens=65536, status_s=0.25,
+    )  # fmt: skip
+    cluster = FakeCluster(config, prefill=arguments.prefill, decode=arguments.decode, mixed=arguments.mixed)
+    async with cluster:
+        sys.stdout.write(json.dumps(list(cluster.addresses)) + "\n")
+        sys.stdout.flush()
+        # Whoever started this process ends it by closing its input.
+        await asyncio.to_thread(sys.stdin.read)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fake nodes in one process; prints their addresses as JSON")
+    for name in ("prefill", "decode", "mixed"):
+        parser.add_argument(f"--{name}", type=int, default=0)
+    parser.add_argument("--step-s", type=float, default=0.001)
+    parser.add_argument("--prefill-token-s", type=float, default=0.0)
+    parser.add_argument("--vocab-size", type=int, default=512)
+    parser.add_argument("--num-blocks", type=int, default=1 << 20)
+    asyncio.run(_serve(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,667 @@
+"""The life of one generated sequence as the router owns it: a pure machine from arrival to exactly one outcome.
+
+    queued -> reserving -> prefilling -> decoding -> ended
+       ^          |            |            |
+       +----------+------------+------------+   a node failed: a new attempt from prompt + tokens so far
+
+Colocated attempts skip `reserving`. Whatever happens, the attempt's old sequence id is cancelled wherever it may still
+live. The machine orders tokens, it never sees text; stop strings reach it as an event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from baton import errors
+from baton.observe import Lifeline
+from baton.types import (
+    Failure,
+    FinishReason,
+    Lease,
+    PositionLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TransferReport,
+)
+from router.policy import Demand, Placement
+
+
+@dataclass(frozen=True, slots=True)
+class FlowConfig:
+    # How often a request may run; beyond, the last failure is its outcome.
+    max_attempts: int = 20
+    # Nodes' own defects are not worth as many runs: the request itself may be the cause.
+    max_internal_errors: int = 3
+    backoff_base_s: float = 0.05
+    backoff_max_s: float = 1.0
+    # How long a blamed node is avoided by this request.
+    avoid_s: float = 5.0
+    reserve_timeout_s: float = 5.0
+    lease_ttl_s: float = 60.0
+    # Tokens after a hole wait this long for the hole to be filled by the other session.
+    gap_timeout_s: float = 2.0
+    # A decoding sequence that brings no token for so long is run again elsewhere.
+    token_timeout_s: float = 60.0
+    # A sequence waits this long for any node to be available.
+    no_node_timeout_s: float = 30.0
+
+
+class Phase(Enum):
+    QUEUED = "queued"
+    RESERVING = "reserving"
+    PREFILLING = "prefilling"
+    DECODING = "decoding"
+    ENDED = "ended"
+
+
+class OutcomeKind(Enum):
+    FINISHED = "finished"
+    REJECTED = "rejected"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a sequence ended. FINISHED has a reason, every other kind an error."""
+
+    kind: OutcomeKind
+    finish_reason: FinishReason | None = None
+    error: errors.BatonError | None = None
+
+
+# ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class NobodyThere:
+    """No node is available at all."""
+
+
+@dataclass(frozen=True, slots=True)
+class SomebodyThere:
+    """A node came up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The decode node did not grant a lease."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    node_id: str
+    chunk: TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    sequence_id: str
+    queue_s: float
+    compute_s: float
+    num_computed_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    sequence_id: str
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOff:
+    sequence_id: str
+    report: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    node_id: str
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class NodeLost:
+    node_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The router gives up on the sequence: shutdown, a changed model."""
+
+    error: errors.BatonError
+
+
+@dataclass(frozen=True, slots=True)
+class StopText:
+    """A stop string was found in the text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed `wake_at_s`."""
+
+
+Event = (
+    Begin | Placed | NobodyThere | SomebodyThere | Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff
+    | SequenceFailed | NodeLost | Cancel | Abandon | StopText | Tick
+)  # fmt: skip
+
+
+# ── Actions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Enqueue:
+    """Find a placement and answer Placed. Sequences that already ran go first."""
+
+    is_rerun: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SendReserve:
+    node_id: str
+    spec: SequenceSpec
+    ttl_s: float
+    prefill_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SendRun:
+    node_id: str
+    spec: SequenceSpec
+    lease: Lease | None
+
+
+@dataclass(frozen=True, slots=True)
+class SendCancel:
+    node_id: str
+    sequence_id: str
+    # On which session: the reservation lives on decode's, the run on prefill's.
+    is_decode: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Deliver:
+    token_ids: tuple[int, ...]
+    logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Detach:
+    """The attempt is over: nothing that still arrives under its sequence id matters."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFull:
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PairFailed:
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class PairWorked:
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    outcome: Outcome
+
+
+Action = (
+    Enqueue | SendReserve | SendRun | SendCancel | Deliver | Detach | NodeFull | PairFailed | PairWorked | End
+)  # fmt: skip
+
+
+class Flow:
+    """One sequence of a request. ``sampling`` is resolved: max_tokens and seed are set, stop ids include EOS.
+
+    After every ``handle``, ``wake_at_s`` says when to send Tick at the latest. Invariant: `tokens` only grows, each of
+    its tokens is delivered exactly once and in order, and End is the last action.
+    """
+
+    def __init__(
+        self,
+        request_id: str,
+        choice: int,
+        prompt_token_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        arrived_s: float,
+        deadline_s: float,
+        config: FlowConfig,
+    ) -> None:
+        self.request_id = request_id
+        self.choice = choice
+        self.prompt_token_ids = prompt_token_ids
+        self.sampling = sampling
+        self.deadline_s = deadline_s
+        self.phase = Phase.QUEUED
+        self.tokens: list[int] = []
+        self.placement: Placement | None = None
+        self.outcome: Outcome | None = None
+        self.lifeline = Lifeline(arrived_s)
+        self._config = config
+        # Ids are numbered by attempt; a refused reservation uses one up as well.
+        self._attempt = 0
+        self._refusals = 0
+        self._internal_errors = 0
+        # Chunks behind a hole, by index. Bounded by max_tokens.
+        self._early: dict[int, TokenChunk] = {}
+        # Number of tokens at the end, and why, once a node has said so.
+        self._end: tuple[int, FinishReason] | None = None
+        self._has_joined = False
+        # When the present wait is over; None while only the deadline counts.
+        self._timer_s: float | None = None
+        self._is_backing_off = False
+        self._avoid: dict[str, float] = {}
+        self._last_error: errors.BatonError | None = None
+
+    @property
+    def sequence_id(self) -> str:
+        return f"{self.request_id}/{self.choice}/{self._attempt}"
+
+    @property
+    def wake_at_s(self) -> float:
+        return self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.phase is Phase.ENDED
+
+    @property
+    def max_tokens(self) -> int:
+        assert self.sampling.max_tokens is not None
+        return self.sampling.max_tokens
+
+    def demand(self, now: float) -> Demand:
+        self._avoid = {n: until for n, until in self._avoid.items() if until > now}
+        return Demand(
+            num_known_tokens=len(self.prompt_token_ids) + len(self.tokens),
+            is_single_token=self.max_tokens - len(self.tokens) == 1,
+            avoid=frozenset(self._avoid),
+        )
+
+    def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 (a flat table)
+        if self.phase is Phase.ENDED:
+            return []
+        match event:
+            case Tokens():
+                return self._on_tokens(event.node_id, event.chunk, now)
+            case Begin():
+                return [Enqueue(is_rerun=False)]
+            case Placed():
+                return self._on_placed(event.placement, now)
+            case Reserved():
+                return self._on_reserved(event.lease, now)
+            case Refused():
+                return self._on_refused(event, now)
+            case PrefillDone():
+                self._on_prefill_done(event)
+                return []
+            case Joined():
+                return self._on_joined(event.sequence_id, now)
+            case HandedOff():
+                return self._on_handed_off(event)
+            case SequenceFailed():
+                return self._on_sequence_failed(event, now)
+            case NodeLost():
+                return self._on_node_lost(event, now)
+            case NobodyThere():
+                return self._on_nobody_there(now)
+            case SomebodyThere():
+                return self._on_somebody_there()
+            case Cancel():
+                error: errors.BatonError = errors.Cancelled(event.reason)
+                return self._finish(Outcome(OutcomeKind.CANCELLED, error=error), now, event.reason)
+            case Abandon():
+                return self._fail(event.error, now)
+            case StopText():
+                return self._finish(Outcome(OutcomeKind.FINISHED, FinishReason.STOP), now, "stop string")
+            case Tick():
+                return self._on_tick(now)
+
+    # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_placed(self, placement: Placement, now: float) -> list[Action]:
+        assert self.phase is Phase.QUEUED
+        assert self.placement is None
+        self.placement = placement
+        self._has_joined = False
+        self.lifeline.placed(placement.prefill_id, placement.decode_id)
+        if placement.is_colocated:
+            return self._run(None, now)
+        self.phase = Phase.RESERVING
+        self._timer_s = now + self._config.reserve_timeout_s
+        return [SendReserve(placement.decode_id, self._spec(), self._ttl_s(now), placement.prefill_id)]
+
+    def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
+        if lease.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
+            return []
+        return self._run(lease, now)
+
+    def _run(self, lease: Lease | None, now: float) -> list[Action]:
+        assert self.placement is not None
+        self.phase = Phase.PREFILLING
+        # With a lease, its expiry bounds prompt and transfer; a node that keeps the sequence is bounded by the deadline
+        # and, should it die or wedge, by membership.
+        self._timer_s = None if lease is None else now + lease.ttl_s + self._config.gap_timeout_s
+        self.lifeline.sent(now)
+        return [SendRun(self.placement.prefill_id, self._spec(), lease)]
+
+    def _on_refused(self, event: Refused, now: float) -> list[Action]:
+        if event.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
+            return []
+        assert self.placement is not None
+        error = errors.from_code(event.failure.code, event.failure.message)
+        if isinstance(error, errors.InvalidRequest):
+            return self._finish(Outcome(OutcomeKind.REJECTED, error=error), now, "refused")
+        return self._look_elsewhere(self.placement.decode_id, error, now)
+
+    def _look_elsewhere(self, full_node_id: str, error: errors.BatonError, now: float) -> list[Action]:
+        """A node has no room. That is no failure and uses up no attempt; waiting is bounded by the deadline."""
+        actions = [*self._leave(error.code, lost=full_node_id), NodeFull(full_node_id)]
+        self._last_error = error
+        self._refusals += 1
+        self._avoid[full_node_id] = now + self._config.backoff_max_s
+        self._requeue()
+        # The first refusals only mean that a status was stale; then nodes say no whatever their status says.
+        return actions + self._enqueue_after(self._backoff_s(self._refusals - 3), now)
+
+    def _requeue(self) -> None:
+        self.phase = Phase.QUEUED
+        self.placement = None
+        self._timer_s = None
+        self._early.clear()
+        self._end = None
+        self._attempt += 1
+
+    def _enqueue_after(self, wait_s: float, now: float) -> list[Action]:
+        if wait_s <= 0:
+            return [Enqueue(is_rerun=True)]
+        self._is_backing_off = True
+        self._timer_s = now + wait_s
+        return []
+
+    def _backoff_s(self, exponent: int) -> float:
+        """Nothing below zero, then doubling."""
+        if exponent < 0:
+            return 0.0
+        return min(self._config.backoff_base_s * 2.0 ** min(exponent, 16), self._config.backoff_max_s)
+
+    def _on_nobody_there(self, now: float) -> list[Action]:
+        """Told on every fruitless look; the wait starts with the first."""
+        if self.phase is Phase.QUEUED and self._timer_s is None:
+            self._timer_s = now + self._config.no_node_timeout_s
+        return []
+
+    def _on_somebody_there(self) -> list[Action]:
+        if self.phase is Phase.QUEUED and not self._is_backing_off:
+            self._timer_s = None
+        return []
+
+    def _spec(self) -> SequenceSpec:
+        return SequenceSpec(self.sequence_id, self.prompt_token_ids, self.sampling, tuple(self.tokens))
+
+    def _ttl_s(self, now: float) -> float:
+        return max(0.1, min(self._config.lease_ttl_s, self.deadline_s - now + 1.0))
+
+    # ── Progress ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_tokens(self, node_id: str, chunk: TokenChunk, now: float) -> list[Action]:
+        if chunk.sequence_id != self.sequence_id or self.placement is None or self.phase is Phase.RESERVING:
+            return []
+        if not self.placement.is_colocated and node_id == self.placement.decode_id:
+            self._has_joined = True
+        if chunk.finish_reason is not None:
+            self._end = (chunk.index + len(chunk.token_ids), chunk.finish_reason)
+        if chunk.index > len(self.tokens):
+            if not self._early:
+                self._timer_s = now + self._config.gap_timeout_s
+            self._early[chunk.index] = chunk
+            return self._defect("tokens beyond max_tokens", now) if len(self._early) > self.max_tokens else []
+        new_ids: list[int] = []
+        logprobs: list[PositionLogprobs] = []
+        next_chunk: TokenChunk | None = chunk
+        while next_chunk is not None:
+            if not self._take(next_chunk, new_ids, logprobs):
+                return self._defect(f"token at {next_chunk.index} came twice with different values", now)
+            next_chunk = self._next_early()
+        return self._after_tokens(new_ids, logprobs, now)
+
+    def _take(self, chunk: TokenChunk, new_ids: list[int], logprobs: list[PositionLogprobs]) -> bool:
+        """Append what is new in a chunk that leaves no hole; False if what is old differs."""
+        have = len(self.tokens)
+        known = have - chunk.index
+        ids = chunk.token_ids
+        if known > 0:
+            overlap = min(known, len(ids))
+            if tuple(self.tokens[chunk.index : chunk.index + overlap]) != ids[:overlap]:
+                return False
+            ids = ids[overlap:]
+        self.tokens += ids
+        new_ids += ids
+        logprobs += chunk.logprobs[max(known, 0) :]
+        return True
+
+    def _next_early(self) -> TokenChunk | None:
+        if not self._early:
+            return None
+        index = min(self._early)
+        return self._early.pop(index) if index <= len(self.tokens) else None
+
+    def _after_tokens(self, new_ids: list[int], logprobs: list[PositionLogprobs], now: float) -> list[Action]:
+        if len(self.tokens) > self.max_tokens or (self._end is not None and len(self.tokens) > self._end[0]):
+            return self._defect("tokens beyond the end of the sequence", now)
+        actions: list[Action] = []
+        if new_ids:
+            if self.phase is Phase.PREFILLING:
+                self.phase = Phase.DECODING
+                self._refusals = 0
+            self.lifeline.tokens(len(new_ids), now)
+            actions.append(Deliver(tuple(new_ids), tuple(logprobs)))
+        if self._early:
+            self._timer_s = now + self._config.gap_timeout_s
+        elif self._is_settled:
+            self._timer_s = now + self._config.token_timeout_s
+        if self._end is not None and len(self.tokens) == self._end[0]:
+            return actions + self._finish(Outcome(OutcomeKind.FINISHED, self._end[1]), now, "finished")
+        if (reason := self._satisfied()) is not None:
+            return actions + self._finish(Outcome(OutcomeKind.FINISHED, reason), now, "finished")
+        return actions
+
+    @property
+    def _is_settled(self) -> bool:
+        """The sequence is where it will be decoded, so only token times matter from here."""
+        assert self.placement is not None
+        return self.placement.is_colocated or self._has_joined
+
+    def _satisfied(self) -> FinishReason | None:
+        """Whether the tokens so far already are a whole answer."""
+        if self.tokens and self.tokens[-1] in self.sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.tokens) >= self.max_tokens else None
+
+    def _on_prefill_done(self, event: PrefillDone) -> None:
+        if event.sequence_id == self.sequence_id:
+            self.lifeline.prefilled(event.queue_s, event.compute_s, event.num_cached_tokens)
+
+    def _on_joined(self, sequence_id: str, now: float) -> list[Action]:
+        if sequence_id != self.sequence_id or self.placement is None or self._has_joined:
+            return []
+        self._has_joined = True
+        self._timer_s = now + (self._config.token_timeout_s if self.tokens else self._config.gap_timeout_s)
+        return [PairWorked(self.placement)]
+
+    def _on_handed_off(self, event: HandedOff) -> list[Action]:
+        if event.sequence_id == self.sequence_id:
+            self.lifeline.transferred(event.report)
+        return []
+
+    # ── Failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_sequence_failed(self, event: SequenceFailed, now: float) -> list[Action]:
+        if event.sequence_id != self.sequence_id or self.placement is None:
+            return []
+        failure = event.failure
+        error = errors.from_code(failure.code, failure.message)
+        is_past_prefill = self._has_joined and event.node_id == self.placement.prefill_id != self.placement.decode_id
+        if is_past_prefill and self._has_first_token:
+            return []  # Decode has the sequence; what prefill has to say about it is history.
+        if isinstance(error, errors.InvalidRequest):
+            return self._finish(Outcome(OutcomeKind.REJECTED, error=error), now, "refused")
+        if isinstance(error, errors.InternalError):
+            self._internal_errors += 1
+            if self._internal_errors >= self._config.max_internal_errors:
+                return self._fail(error, now)
+        if isinstance(error, errors.Overloaded) and self.phase is Phase.PREFILLING:
+            return self._look_elsewhere(event.node_id, error, now)
+        return self._rerun(error, failure.blamed_node_id or event.node_id, now)
+
+    @property
+    def _has_first_token(self) -> bool:
+        """This attempt's first token has arrived (nothing waits behind a hole)."""
+        return self.phase is Phase.DECODING and not self._early
+
+    def _on_node_lost(self, event: NodeLost, now: float) -> list[Action]:
+        if self.placement is None or event.node_id not in (self.placement.prefill_id, self.placement.decode_id):
+            return []
+        is_decode = event.node_id == self.placement.decode_id
+        if not is_decode and self._has_joined and self._has_first_token:
+            return []  # The baton is handed over.
+        error = errors.NodeLost(f"node {event.node_id} was lost: {event.reason}")
+        return self._rerun(error, event.node_id, now, lost=event.node_id)
+
+    def _rerun(self, error: errors.BatonError, blamed: str, now: float, lost: str = "") -> list[Action]:
+        """End this attempt everywhere and start the next, unless the answer is whole or the attempts are used up."""
+        assert self.placement is not None
+        if (reason := self._satisfied()) is not None:
+            return self._finish(Outcome(OutcomeKind.FINISHED, reason), now, "finished")
+        self._last_error = error
+        placement = self.placement
+        if self.lifeline.attempts >= self._config.max_attempts:
+            spent = type(error)(f"gave up after {self.lifeline.attempts} attempts; the last: {error.message}")
+            return self._fail(spent, now)
+        actions = self._leave(error.code, lost)
+        if not lost:
+            actions.append(PairFailed(placement))
+        self._avoid[blamed] = now + self._config.avoid_s
+        self.lifeline.failed()
+        self._requeue()
+        # The first rerun starts at once: the client's next token waits for it.
+        return actions + self._enqueue_after(self._backoff_s(self.lifeline.attempts - 3), now)
+
+    def _leave(self, reason: str, lost: str = "") -> list[Action]:
+        """Cancel the attempt wherever it may live and stop listening to it."""
+        if self.placement is None:
+            return []
+        actions: list[Action] = []
+        placement, sequence_id = self.placement, self.sequence_id
+        has_run = self.phase in (Phase.PREFILLING, Phase.DECODING)
+        if has_run and placement.prefill_id != lost:
+            actions.append(SendCancel(placement.prefill_id, sequence_id, False, reason))
+        if not placement.is_colocated and placement.decode_id != lost:
+            actions.append(SendCancel(placement.decode_id, sequence_id, True, reason))
+        actions.append(Detach(sequence_id))
+        return actions
+
+    def _on_tick(self, now: float) -> list[Action]:
+        if now >= self.deadline_s:
+            # Done and late is done: tokens that make a whole answer were drained before.
+            waited = f"{now - self.lifeline.arrived_s:.1f} s, {len(self.tokens)} tokens"
+            last = f"; last failure: {self._last_error.message}" if self._last_error else ""
+            return self._fail(errors.DeadlineExceeded(f"the request's time is up after {waited}{last}"), now)
+        if self._timer_s is None or now < self._timer_s:
+            return []
+        self._timer_s = None
+        if self.phase is Phase.QUEUED:
+            if self._is_backing_off:
+                self._is_backing_off = False
+                return [Enqueue(is_rerun=True)]
+            return self._fail(self._last_error or errors.Unavailable("no node is available"), now)
+        assert self.placement is not None
+        return self._on_timeout(self.placement, now)
+
+    def _on_timeout(self, placement: Placement, now: float) -> list[Action]:
+        match self.phase:
+            case Phase.RESERVING:
+                what, blamed = "did not answer a reservation", placement.decode_id
+            case Phase.PREFILLING:
+                what, blamed = "did not finish the prompt in time", placement.prefill_id
+            case _ if self._early or not self._is_settled:
+                what, blamed = "left a hole in the tokens or did not hand over", placement.prefill_id
+            case _:
+                what, blamed = "brought no token", placement.decode_id
+        return self._rerun(errors.Unavailable(f"node {blamed} {what}"), blamed, now)
+
+    def _defect(self, what: str, now: float) -> list[Action]:
+        return self._fail(errors.InternalError(f"{self.sequence_id}: {what}"), now)
+
+    def _fail(self, error: errors.BatonError, now: float) -> list[Action]:
+        return self._finish(Outcome(OutcomeKind.FAILED, error=error), now, error.code)
+
+    def _finish(self, outcome: Outcome, now: float, reason: str) -> list[Action]:
+        """The one way out."""
+        actions: list[Action] = []
+        if self.placement is not None:
+            actions = self._farewell(reason, outcome)
+        self.phase = Phase.ENDED
+        self.outcome = outcome
+        self._timer_s = None
+        self._early.clear()
+        self.lifeline.ended(now)
+        return [*actions, End(outcome)]
+
+    def _farewell(self, reason: str, outcome: Outcome) -> list[Action]:
+        """Cancel what a node does not know to be over: all of it, unless a node itself announced the end."""
+        assert self.placement is not None
+        is_announced = outcome.kind is OutcomeKind.FINISHED and self._end is not None
+        if not is_announced:
+            return self._leave(reason)
+        actions: list[Action] = []
+        if not self.placement.is_colocated and not self._has_joined:
+            # The first token was the last: the lease is not needed.
+            actions.append(SendCancel(self.placement.decode_id, self.sequence_id, True, reason))
+        return [*actions, PairWorked(self.placement), Detach(self.sequence_id)]
+
+
+def resolve_stop_ids(sampling: SamplingParams, eos_token_ids: Sequence[int]) -> tuple[int, ...]:
+    """Stop ids as nodes get them: the caller's and, unless ignored, the model's end-of-sequence ids."""
+    eos = () if sampling.ignore_eos else tuple(eos_token_ids)
+    return tuple(dict.fromkeys((*sampling.stop_token_ids, *eos)))

@@ -1,0 +1,351 @@
+"""From a client's request to generations: validate, tokenize, resolve sampling, admit; then tokens back to text.
+
+Both faces, gRPC and HTTP, stand on this. It owns what is checked at the edge and the text of every choice; the fate of
+a sequence is the flow's.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from baton import errors
+from baton.observe import Relay
+from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
+from router.chat import ChatMessage, ChatTemplate
+from router.config import LimitsConfig
+from router.dispatch import Active, Dispatcher
+from router.flow import Outcome, OutcomeKind, resolve_stop_ids
+from router.text import TextStream
+from router.tokenizer import ModelFacts, Tokenizer, require
+
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
+_DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What both faces ask for. Each prompt is text or token ids and gets ``n`` choices."""
+
+    prompts: tuple[str | tuple[int, ...], ...]
+    sampling: SamplingParams
+    model: str = ""
+    request_id: str = ""
+    n: int = 1
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool = True
+    # Without max_tokens, chat may use what is left of the context and a completion gets 16.
+    is_chat: bool = False
+    timeout_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """New output of one choice. Text lags behind token ids where it is not certain yet."""
+
+    text: str
+    token_ids: list[int]
+    logprobs: list[PositionLogprobs]
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How one choice ended well."""
+
+    finish_reason: FinishReason
+    # The stop string or stop token that ended it; None for end of sequence and length.
+    stop_reason: str | int | None
+    num_tokens: int
+    num_cached_tokens: int
+    relay: Relay
+
+
+class Generation:
+    """One choice: read `next` until it returns an Ending, or leave with `cancel`. Errors are raised from `next`."""
+
+    def __init__(
+        self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self.prompt_token_ids = prompt_token_ids
+        self._dispatcher = dispatcher
+        self._active = active
+        self._text = text
+        self._eos_token_ids = eos_token_ids
+        self._num_tokens = 0
+        self._last_id: int | None = None
+        self._ending: Ending | None = None
+
+    @property
+    def ending(self) -> Ending | None:
+        """How it ended, as soon as the last part has been read."""
+        return self._ending
+
+    async def next(self) -> Part | Ending:
+        """The next part, of as many tokens as there are. Raises the error that ended the sequence."""
+        if self._ending is not None:
+            return self._ending
+        batch = await self._active.stream.next()
+        if batch.outcome is None:
+            return self._part(batch.token_ids, batch.logprobs)
+        if batch.outcome.kind is not OutcomeKind.FINISHED and not batch.token_ids:
+            assert batch.outcome.error is not None
+            raise batch.outcome.error
+        part = self._part(batch.token_ids, batch.logprobs)
+        if batch.outcome.error is not None:
+            # Tokens first; the next call finds the error again.
+            return part
+        if self._ending is None:
+            part = self._finish(part, batch.outcome)
+        return part
+
+    def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs]) -> Part:
+        delta = self._text.push(token_ids)
+        token_ids, logprobs = token_ids[: delta.num_tokens], logprobs[: delta.num_tokens]
+        self._num_tokens += len(token_ids)
+        if token_ids:
+            self._last_id = token_ids[-1]
+        if delta.stop is not None:
+            self._dispatcher.stop_text(self._active)
+            self._end(FinishReason.STOP, delta.stop)
+        return Part(delta.text, token_ids, logprobs)
+
+    def _finish(self, part: Part, outcome: Outcome) -> Part:
+        assert outcome.finish_reason is not None
+        rest = self._text.flush()
+        stop: str | int | None = rest.stop
+        reason = outcome.finish_reason
+        if rest.stop is not None:
+            reason = FinishReason.STOP
+        elif reason is FinishReason.STOP and self._last_id not in self._eos_token_ids:
+            stop = self._last_id
+        self._end(reason, stop)
+        return replace(part, text=part.text + rest.text)
+
+    def _end(self, reason: FinishReason, stop: str | int | None) -> None:
+        relay = self._active.stream.relay
+        assert relay is not None, "a sequence that ended has a relay"
+        self._ending = Ending(reason, stop, self._num_tokens, relay.num_cached_tokens, relay)
+
+    def cancel(self, reason: str) -> None:
+        """Harmless when the sequence is over."""
+        self._dispatcher.cancel(self._active, reason)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """An admitted request; ``generations`` is prompt by prompt, choice by choice."""
+
+    request_id: str
+    model: str
+    created_s: float
+    generations: list[Generation] = field(default_factory=list)
+
+    def cancel(self, reason: str) -> None:
+        for generation in self.generations:
+            generation.cancel(reason)
+
+
+class Frontend:
+    def __init__(
+        self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_name: str | None,
+        limits: LimitsConfig, rng: random.Random,
+    ) -> None:  # fmt: skip
+        self._dispatcher = dispatcher
+        self.tokenizer = tokenizer
+        self._facts = facts
+        self._model_name = model_name
+        self._limits = limits
+        self._rng = rng
+        self._chat = None
+        if tokenizer is not None and tokenizer.chat_template is not None:
+            self._chat = ChatTemplate(tokenizer.chat_template, tokenizer.special)
+
+    @property
+    def model_name(self) -> str:
+        reference = self._dispatcher.reference
+        return self._model_name or (reference.model.name if reference else "")
+
+    @property
+    def max_model_tokens(self) -> int | None:
+        """Prompt and output together; None while neither a node nor a folder has said so."""
+        reference = self._dispatcher.reference
+        bounds = [
+            reference.model.max_model_tokens if reference else self._facts.max_model_tokens,
+            self._dispatcher.capacity_tokens,
+        ]
+        return min((b for b in bounds if b is not None), default=None)
+
+    def chat_prompt(
+        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
+        """Raises InvalidRequest if the model has no chat template or refuses the messages."""
+        require(self.tokenizer, "messages")
+        if self._chat is None:
+            raise errors.InvalidRequest(
+                "the served model has no chat template; use completions with a prompt", param="messages"
+            )
+        if not messages:
+            raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
+        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+
+    async def start(self, request: GenerationRequest) -> Accepted:
+        """Admit a request with all of its choices, or raise why not."""
+        arrived_s = self._dispatcher.now()
+        self._check_model(request.model)
+        request_id = self._request_id(request.request_id)
+        self._check_stops(request)
+        num_choices = request.n * len(request.prompts)
+        if not 1 <= num_choices <= self._limits.max_choices:
+            raise errors.InvalidRequest(
+                f"{num_choices} choices were asked for, expected 1 to {self._limits.max_choices}", param="n"
+            )
+        self._dispatcher.check_capacity(num_choices)
+        prompts = [await self._token_ids(p, request.add_special_tokens) for p in request.prompts]
+        resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
+        for prompt, sampling in zip(prompts, resolved, strict=True):
+            self._check_ids(prompt, sampling)
+        # Again, as others came while this one was tokenized; nothing comes between here and submit.
+        self._dispatcher.check_capacity(num_choices)
+        deadline_s = arrived_s + self._timeout_s(request.timeout_s)
+        accepted = Accepted(request_id, self.model_name, arrived_s)
+        for number, (prompt, sampling) in enumerate(zip(prompts, resolved, strict=True)):
+            for i in range(request.n):
+                own = _choice_sampling(sampling, i)
+                choice = number * request.n + i
+                accepted.generations.append(
+                    self._submit(request, request_id, choice, prompt, own, arrived_s, deadline_s)
+                )
+        return accepted
+
+    def _submit(
+        self, request: GenerationRequest, request_id: str, choice: int, prompt: tuple[int, ...],
+        sampling: SamplingParams, arrived_s: float, deadline_s: float,
+    ) -> Generation:  # fmt: skip
+        active = self._dispatcher.submit(
+            request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s
+        )
+        text = TextStream(
+            self.tokenizer,
+            stops=request.stops,
+            include_stop=request.include_stop,
+            stop_token_ids=sampling.stop_token_ids,
+            skip_special_tokens=request.skip_special_tokens,
+        )
+        return Generation(self._dispatcher, active, prompt, text, self._facts.eos_token_ids)
+
+    # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_model(self, model: str) -> None:
+        served = self.model_name
+        if model and served and model != served:
+            raise errors.UnknownModel(f"the model {model!r} does not exist; this server has {served!r}", param="model")
+
+    def _request_id(self, asked: str) -> str:
+        if not asked:
+            return f"{self._rng.getrandbits(96):024x}"
+        if not _REQUEST_ID.fullmatch(asked):
+            raise errors.InvalidRequest(
+                f"request_id is {asked[:160]!r}, expected 1 to {MAX_REQUEST_ID_CHARS} letters, digits, '.', '_', '-' "
+                "and ':'",
+                param="request_id",
+            )
+        # Unique even if a client uses an id twice at once.
+        return f"{asked}~{self._rng.getrandbits(32):08x}"
+
+    def _check_stops(self, request: GenerationRequest) -> None:
+        if not request.stops:
+            return
+        require(self.tokenizer, "stop")
+        if len(request.stops) > self._limits.max_stop_strings:
+            raise errors.InvalidRequest(
+                f"{len(request.stops)} stop strings, expected at most {self._limits.max_stop_strings}", param="stop"
+            )
+        for stop in request.stops:
+            if not 0 < len(stop) <= self._limits.max_stop_chars:
+                raise errors.InvalidRequest(
+                    f"a stop string has {len(stop)} characters, expected 1 to {self._limits.max_stop_chars}",
+                    param="stop",
+                )
+
+    async def _token_ids(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
+        if isinstance(prompt, tuple):
+            token_ids = prompt
+        else:
+            tokenizer = require(self.tokenizer, "prompt")
+            if len(prompt) > self._limits.max_prompt_chars:
+                raise errors.PromptTooLong(
+                    f"the prompt has {len(prompt)} characters, expected at most {self._limits.max_prompt_chars}",
+                    param="prompt",
+                )
+            token_ids = await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
+        if not token_ids:
+            raise errors.InvalidRequest("the prompt is empty, expected at least one token", param="prompt")
+        return token_ids
+
+    def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
+        """Final max_tokens, seed and stop ids; raises PromptTooLong if prompt and output do not fit."""
+        sampling = request.sampling
+        limit = self.max_model_tokens
+        room = None if limit is None else limit - num_prompt_tokens
+        if room is not None and room < 1:
+            raise errors.PromptTooLong(
+                f"this model's maximum context length is {limit} tokens, but the prompt alone has {num_prompt_tokens}; "
+                "shorten the prompt",
+                param="messages" if request.is_chat else "prompt",
+            )
+        max_tokens = sampling.max_tokens
+        if max_tokens is None:
+            default = _DEFAULT_COMPLETION_TOKENS if not request.is_chat else (room or _DEFAULT_COMPLETION_TOKENS)
+            max_tokens = default if room is None else min(default, room)
+            max_tokens = max(max_tokens, sampling.min_tokens)
+        if room is not None and max_tokens > room:
+            raise errors.PromptTooLong(
+                f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were "
+                f"asked for ({num_prompt_tokens} in the prompt and {max_tokens} to generate); shorten one of them",
+                param="max_tokens",
+            )
+        seed = self._rng.getrandbits(63) if sampling.seed is None else sampling.seed
+        stop_ids = resolve_stop_ids(sampling, self._facts.eos_token_ids)
+        return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_ids)
+
+    def _check_ids(self, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
+        """Every id that a node would look up is in the vocabulary."""
+        reference = self._dispatcher.reference
+        vocab_size = (
+            reference.model.vocab_size if reference else (self.tokenizer.vocab_size if self.tokenizer else None)
+        )
+        if vocab_size is None:
+            return
+        groups: dict[str, Sequence[int]] = {
+            "prompt": (min(prompt), max(prompt)),
+            "stop_token_ids": sampling.stop_token_ids,
+            "logit_bias": tuple(sampling.logit_bias),
+        }
+        for param, ids in groups.items():
+            for token_id in ids:
+                if not 0 <= token_id < vocab_size:
+                    raise errors.InvalidRequest(
+                        f"token id {token_id} in {param} is out of range, expected 0 to {vocab_size - 1}", param=param
+                    )
+
+    def _timeout_s(self, asked_s: float | None) -> float:
+        if asked_s is None:
+            return self._limits.default_timeout_s
+        if not 0 < asked_s <= self._limits.max_timeout_s:
+            raise errors.InvalidRequest(
+                f"timeout is {asked_s} s, expected more than 0 and at most {self._limits.max_timeout_s}",
+                param="timeout",
+            )
+        return asked_s
+
+
+def _choice_sampling(sampling: SamplingParams, choice: int) -> SamplingParams:
+    assert sampling.seed is not None
+    return replace(sampling, seed=(sampling.seed + choice) % (MAX_SEED + 1))

@@ -1,0 +1,263 @@
+"""Who is in the cluster and in what state: a pure machine over the sessions to a static list of addresses.
+
+It decides when to dial, whom to trust and when a node counts as lost; it opens no connection. Health of a node is
+judged by that node's own words and silence, never by what another node says about it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from baton import PROTOCOL_VERSION
+from baton.types import NodeDescription, NodeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipConfig:
+    # A node says something every 0.25 s. Silence makes it suspect (no new work), then lost (its work runs elsewhere).
+    suspect_s: float = 1.0
+    lost_s: float = 2.0
+    # An engine that had work and finished no step for so long gets no new work, then counts as lost.
+    stall_suspect_s: float = 10.0
+    stall_lost_s: float = 30.0
+    redial_base_s: float = 0.1
+    redial_max_s: float = 2.0
+    # A node that is refused is asked again after this time: it may have been replaced by the right one.
+    refused_redial_s: float = 5.0
+
+
+class State(Enum):
+    CONNECTING = "connecting"
+    READY = "ready"
+    SUSPECT = "suspect"
+    LOST = "lost"
+    DRAINING = "draining"
+    REFUSED = "refused"
+
+
+# ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Welcomed:
+    """Both sessions of the node are open."""
+
+    address: str
+    node: NodeDescription
+    status: NodeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """Any message came in; ``status`` if it carried one."""
+
+    address: str
+    status: NodeStatus | None
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """A session ended, or could not be opened."""
+
+    address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Welcomed | Heard | Broken | Tick
+
+
+# ── Actions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True, slots=True)
+class Dial:
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class HangUp:
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeUp:
+    node: NodeDescription
+    status: NodeStatus
+
+
+@dataclass(frozen=True, slots=True)
+class NodeDown:
+    node_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeChanged:
+    """The state or the status changed; placement may go differently now."""
+
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRefused:
+    address: str
+    reason: str
+
+
+Action = Dial | HangUp | NodeUp | NodeDown | NodeChanged | NodeRefused
+
+
+class Member:
+    """One address of the list."""
+
+    __slots__ = ("address", "failures", "heard_s", "node", "reason", "redial_s", "state", "status")
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.state = State.CONNECTING
+        # The last one that answered here; kept after its loss, for people to read.
+        self.node: NodeDescription | None = None
+        self.status: NodeStatus | None = None
+        self.heard_s = 0.0
+        self.failures = 0
+        # When to dial; None while a connection exists or is being made.
+        self.redial_s: float | None = None
+        self.reason = ""
+
+    @property
+    def is_up(self) -> bool:
+        return self.state in (State.READY, State.SUSPECT, State.DRAINING)
+
+
+class Membership:
+    """Invariant: every NodeUp is followed by at most one NodeDown before the next NodeUp of the same id."""
+
+    def __init__(self, addresses: Sequence[str], config: MembershipConfig) -> None:
+        self._config = config
+        self.members = {a: Member(a) for a in addresses}
+
+    def start(self) -> list[Action]:
+        return [Dial(a) for a in self.members]
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        match event:
+            case Heard():
+                return self._on_heard(event, now)
+            case Welcomed():
+                return self._on_welcomed(event, now)
+            case Broken():
+                return self._down(self.members[event.address], event.reason, now)
+            case Tick():
+                return self._on_tick(now)
+
+    def member_of(self, node_id: str) -> Member | None:
+        """The member that is up under this id."""
+        return next((m for m in self.members.values() if m.is_up and m.node and m.node.node_id == node_id), None)
+
+    def is_available(self, member: Member) -> bool:
+        """Whether it gets new work."""
+        return member.state is State.READY
+
+    @property
+    def reference(self) -> NodeDescription | None:
+        """A node whose model and layout every other one must share; None while nobody is there."""
+        return next((m.node for m in self.members.values() if m.is_up and m.node is not None), None)
+
+    def _on_welcomed(self, event: Welcomed, now: float) -> list[Action]:
+        member = self.members[event.address]
+        if member.is_up:
+            return []
+        reason = self._mismatch(event.node)
+        member.node, member.status, member.heard_s = event.node, event.status, now
+        if reason is not None:
+            member.state, member.reason = State.REFUSED, reason
+            member.redial_s = now + self._config.refused_redial_s
+            return [HangUp(event.address), NodeRefused(event.address, reason)]
+        member.reason, member.redial_s, member.failures = "", None, 0
+        member.state = self._judge(member, now)
+        return [NodeUp(event.node, event.status)]
+
+    def _mismatch(self, node: NodeDescription) -> str | None:
+        """Why this node cannot be in the cluster, with both values."""
+        if node.protocol_version != PROTOCOL_VERSION:
+            return f"protocol version is {PROTOCOL_VERSION} here and {node.protocol_version} at {node.node_id}"
+        if self.member_of(node.node_id) is not None:
+            return f"node id {node.node_id} is already taken by another address"
+        reference = self.reference
+        if reference is None:
+            return None
+        for name in ("fingerprint", "dtype", "max_model_tokens", "vocab_size"):
+            mine, theirs = getattr(reference.model, name), getattr(node.model, name)
+            if mine != theirs:
+                return f"model {name} is {mine} at {reference.node_id} and {theirs} at {node.node_id}"
+        layout = reference.kv_layout.mismatch(node.kv_layout)
+        return (
+            None if layout is None else f"KV layout of {reference.node_id} (here) and {node.node_id} (there): {layout}"
+        )
+
+    def _on_heard(self, event: Heard, now: float) -> list[Action]:
+        member = self.members[event.address]
+        if not member.is_up:
+            return []
+        member.heard_s = now
+        if event.status is None and member.state is State.READY:
+            return []
+        if event.status is not None:
+            member.status = event.status
+        assert member.node is not None
+        assert member.status is not None
+        if member.status.stalled_s > self._config.stall_lost_s:
+            wedged = f"its engine has finished no step for {member.status.stalled_s:.1f} s"
+            return [HangUp(member.address), *self._down(member, wedged, now)]
+        member.state = self._judge(member, now)
+        return [NodeChanged(member.node.node_id)]
+
+    def _judge(self, member: Member, now: float) -> State:
+        assert member.status is not None
+        if now - member.heard_s > self._config.suspect_s or member.status.stalled_s > self._config.stall_suspect_s:
+            return State.SUSPECT
+        return State.DRAINING if member.status.draining else State.READY
+
+    def _down(self, member: Member, reason: str, now: float) -> list[Action]:
+        was_up = member.is_up
+        if member.state is State.REFUSED:
+            return []  # We hung up ourselves; the redial is set.
+        wait_s = min(self._config.redial_base_s * 2.0 ** min(member.failures, 16), self._config.redial_max_s)
+        member.failures += 1
+        member.state = State.LOST if member.node is not None else State.CONNECTING
+        member.reason, member.redial_s = reason, now + wait_s
+        if not was_up:
+            return []
+        assert member.node is not None
+        return [NodeDown(member.node.node_id, reason)]
+
+    def _on_tick(self, now: float) -> list[Action]:
+        actions: list[Action] = []
+        for member in self.members.values():
+            if member.redial_s is not None and now >= member.redial_s:
+                member.redial_s = None
+                if member.state is State.REFUSED:
+                    member.state = State.CONNECTING
+                actions.append(Dial(member.address))
+            elif member.is_up:
+                actions += self._check_silence(member, now)
+        return actions
+
+    def _check_silence(self, member: Member, now: float) -> list[Action]:
+        assert member.node is not None
+        silence_s = now - member.heard_s
+        if silence_s > self._config.lost_s:
+            reason = f"nothing heard for {silence_s:.1f} s"
+            return [HangUp(member.address), *self._down(member, reason, now)]
+        state = self._judge(member, now)
+        if state is member.state:
+            return []
+        member.state = state
+        return [NodeChanged(member.node.node_id)]

@@ -1,0 +1,295 @@
+"""Bodies of the OpenAI API, as clients send them, to `GenerationRequest`.
+
+Types are strict, null means absent, what is not known is refused by name as OpenAI does, and what cannot be honoured is
+refused too: nothing that changes the answer is dropped in silence. Fields marked "no effect" are accepted because
+clients send them by habit and they concern accounts or speed only.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from baton.errors import InvalidRequest
+from baton.types import MAX_TOP_LOGPROBS, SamplingParams
+from router.chat import ChatMessage
+from router.frontend import GenerationRequest
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    # No effect: obfuscation is for OpenAI's own wire.
+    include_obfuscation: bool | None = None
+
+
+class _Common(_Strict):
+    model: str | None = None
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: str | list[str] | None = None
+    seed: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: dict[str, float] | None = None
+    # Beyond OpenAI, named as vLLM names them.
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    add_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
+    request_id: str | None = None
+    priority: int | None = None
+    # Beyond both: seconds until the request fails, and the relay line with the answer.
+    timeout: float | None = None
+    return_relay: bool | None = None
+    # No effect.
+    user: str | None = None
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    def _refuse(self, param: str, why: str) -> None:
+        if getattr(self, param):
+            raise InvalidRequest(f"{param} is not supported: {why}", param=param)
+
+    @property
+    def wants_usage(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def sampling(self, max_tokens: int | None, max_tokens_param: str, num_logprobs: int | None) -> SamplingParams:
+        """Raises InvalidRequest with the API's name of the parameter."""
+        if max_tokens is not None and max_tokens < 1:
+            raise InvalidRequest(f"{max_tokens_param} is {max_tokens}, expected at least 1", param=max_tokens_param)
+        return SamplingParams(
+            temperature=_or(self.temperature, 1.0),
+            top_p=_or(self.top_p, 1.0),
+            # vLLM's -1 and 0 both mean off.
+            top_k=max(0, self.top_k) if self.top_k is not None and self.top_k >= -1 else _or(self.top_k, 0),
+            min_p=_or(self.min_p, 0.0),
+            repetition_penalty=_or(self.repetition_penalty, 1.0),
+            presence_penalty=_or(self.presence_penalty, 0.0),
+            frequency_penalty=_or(self.frequency_penalty, 0.0),
+            # OpenAI's seeds are signed 64-bit integers.
+            seed=self.seed + 2**64 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed,
+            max_tokens=max_tokens,
+            min_tokens=_or(self.min_tokens, 0),
+            ignore_eos=bool(self.ignore_eos),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            logprobs=num_logprobs,
+            logit_bias=_logit_bias(self.logit_bias),
+        )
+
+    def _request(
+        self, prompts: tuple[str | tuple[int, ...], ...], sampling: SamplingParams, *, is_chat: bool
+    ) -> GenerationRequest:
+        self._refuse("priority", "requests are served first come, first served")
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+        return GenerationRequest(
+            prompts=prompts,
+            sampling=sampling,
+            model=self.model or "",
+            request_id=self.request_id or "",
+            n=1 if self.n is None else self.n,
+            stops=self.stops,
+            include_stop=bool(self.include_stop_str_in_output),
+            skip_special_tokens=self.skip_special_tokens is not False,
+            # A template writes the special tokens itself.
+            add_special_tokens=bool(self.add_special_tokens) if is_chat else self.add_special_tokens is not False,
+            is_chat=is_chat,
+            timeout_s=self.timeout,
+        )
+
+
+class CompletionBody(_Common):
+    prompt: Any
+    suffix: str | None = None
+    echo: bool | None = None
+    best_of: int | None = None
+    logprobs: int | None = None
+
+    def request(self) -> GenerationRequest:
+        self._refuse("suffix", "the served models complete from the left only")
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise InvalidRequest(f"best_of is {self.best_of}, expected n ({self.n or 1})", param="best_of")
+        if self.echo and self.logprobs is not None:
+            raise InvalidRequest("echo with logprobs is not supported: prompts have no log-probabilities", param="echo")
+        sampling = self.sampling(self.max_tokens, "max_tokens", self.logprobs)
+        return self._request(_prompts(self.prompt), sampling, is_chat=False)
+
+
+class TextPart(_Strict):
+    type: str
+    text: str | None = None
+
+
+class Message(BaseModel):
+    # Message fields beyond these (tool calls, refusals, audio) are looked at below, not silently taken.
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+    role: str
+    content: str | list[Any] | None = None
+    name: str | None = None
+
+    def flat(self, where: str) -> ChatMessage:
+        extra = {k for k, v in (self.model_extra or {}).items() if v not in (None, [], "")}
+        if extra:
+            raise InvalidRequest(f"{where} has {sorted(extra)}, which the server does not support", param=where)
+        if self.content is None:
+            raise InvalidRequest(f"{where}.content is missing, expected text", param=f"{where}.content")
+        if isinstance(self.content, str):
+            return ChatMessage(self.role, self.content, self.name)
+        texts = [_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content)]
+        return ChatMessage(self.role, "".join(texts), self.name)
+
+
+class ResponseFormat(_Strict):
+    type: str
+
+
+class ChatBody(_Common):
+    messages: list[Message]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[str] | None = None
+    add_generation_prompt: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    audio: Any = None
+    # No effect.
+    parallel_tool_calls: bool | None = None
+    prediction: Any = None
+
+    def request(self, prompt: str) -> GenerationRequest:
+        return self._request((prompt,), self._sampling(), is_chat=True)
+
+    def flat_messages(self) -> list[ChatMessage]:
+        """Raises InvalidRequest for what the server cannot honour."""
+        self._refuse("tools", "the server calls no tools")
+        self._refuse("functions", "the server calls no functions")
+        self._refuse("audio", "the served models write text only")
+        if self.tool_choice not in (None, "none", "auto"):
+            raise InvalidRequest("tool_choice is not supported: the server calls no tools", param="tool_choice")
+        if self.response_format is not None and self.response_format.type != "text":
+            raise InvalidRequest(
+                f"response_format is {self.response_format.type!r}, expected 'text'", param="response_format"
+            )
+        if self.modalities is not None and self.modalities != ["text"]:
+            raise InvalidRequest(f"modalities is {self.modalities}, expected ['text']", param="modalities")
+        return [m.flat(f"messages.{i}") for i, m in enumerate(self.messages)]
+
+    def _sampling(self) -> SamplingParams:
+        if self.max_completion_tokens is not None:
+            max_tokens: int | None = self.max_completion_tokens
+            param = "max_completion_tokens"
+        else:
+            max_tokens, param = self.max_tokens, "max_tokens"
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest(
+                f"top_logprobs is {self.top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs"
+            )
+        return self.sampling(max_tokens, param, (self.top_logprobs or 0) if self.logprobs else None)
+
+
+def parse(kind: type[_Model], body: bytes) -> _Model:
+    """Raises InvalidRequest for malformed JSON and for the first field that is wrong, with its path as ``param``."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as invalid:
+        first = invalid.errors(include_url=False, include_context=False)[0]
+        if first["type"] == "json_invalid":
+            raise InvalidRequest(f"the body is not valid JSON: {first['msg']}") from None
+        if not first["loc"]:
+            raise InvalidRequest("the body is not a JSON object") from None
+        raise _bad_field(first["type"], first["loc"], first["msg"], first["input"]) from None
+
+
+def _bad_field(kind: str, location: tuple[int | str, ...], message: str, value: object) -> InvalidRequest:
+    if kind == "extra_forbidden":
+        param = ".".join(str(x) for x in location)
+        return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
+    # A union's branches have their type's name at the end of the path.
+    path = [str(x) for x in location if not (isinstance(x, str) and ("[" in x or x in ("str", "int", "float")))]
+    param = ".".join(path)
+    if kind == "missing":
+        return InvalidRequest(f"you must provide a {param} parameter", param=param)
+    return InvalidRequest(f"{param} is {_short(value)}: {message}", param=param)
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _or(value: float | None, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
+    found = {}
+    for key, value in (bias or {}).items():
+        if not key.isascii() or not key.isdigit():
+            raise InvalidRequest(f"logit_bias has key {_short(key)}, expected token ids", param="logit_bias")
+        found[int(key)] = value
+    return found
+
+
+def _part_text(part: object, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    raise InvalidRequest(f"{where} is of type {kind!r}, expected 'text'", param=where)
+
+
+def _prompts(prompt: object) -> tuple[str | tuple[int, ...], ...]:
+    """Text, texts, token ids, or lists of token ids."""
+    if isinstance(prompt, str):
+        return (prompt,)
+    if isinstance(prompt, list) and prompt:
+        if all(isinstance(x, str) for x in prompt):
+            return tuple(prompt)
+        if _is_ids(prompt):
+            return (tuple(prompt),)
+        if all(isinstance(x, list) and _is_ids(x) for x in prompt):
+            return tuple(tuple(x) for x in prompt)
+    raise InvalidRequest(
+        f"prompt is {_short(prompt)}, expected a string, a list of strings, a list of token ids or a list "
+        "of such lists, not empty",
+        param="prompt",
+    )
+
+
+def _is_ids(items: list[Any]) -> bool:
+    return all(type(x) is int and 0 <= x < 2**32 for x in items)

@@ -1,0 +1,181 @@
+"""Answers in the OpenAI API's shapes: whole bodies, stream chunks, errors. Builds JSON and knows no HTTP.
+
+Stream chunks are written as text around one `json.dumps` of the new text: building objects per token cost three times
+as much.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from baton import errors
+from baton.observe import Relay
+from baton.types import PositionLogprobs, TokenLogprob
+from router.frontend import Ending, Part
+from router.tokenizer import Tokenizer
+
+_OPENAI_CODES = {"UnknownModel": "model_not_found", "PromptTooLong": "context_length_exceeded"}
+# JSON has no infinities; OpenAI writes this for tokens of probability zero.
+_LOWEST_LOGPROB = -9999.0
+
+DONE = b"data: [DONE]\n\n"
+
+
+def error_body(error: errors.BatonError) -> dict[str, Any]:
+    code = _OPENAI_CODES.get(error.code, _snake(error.code))
+    return {"error": {"message": error.message, "type": error.openai_type, "param": error.param, "code": code}}
+
+
+def error_event(error: errors.BatonError) -> bytes:
+    return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+
+
+def usage(num_prompt_tokens: int, endings: Sequence[Ending], num_cached_tokens: int) -> dict[str, Any]:
+    completion = sum(e.num_tokens for e in endings)
+    return {
+        "prompt_tokens": num_prompt_tokens,
+        "completion_tokens": completion,
+        "total_tokens": num_prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
+    }
+
+
+def relay_json(relay: Relay) -> dict[str, Any]:
+    return asdict(relay) | {"line": relay.line()}
+
+
+class LogprobWriter:
+    """Log-probabilities of one choice, in the style of either endpoint. Keeps the text offset of completions."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, is_chat: bool, as_ids: bool, start_offset: int) -> None:
+        self._tokenizer = tokenizer
+        self._is_chat = is_chat
+        self._as_ids = as_ids or tokenizer is None
+        self._offset = start_offset
+
+    def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
+        if self._is_chat:
+            return {"content": [self._chat_entry(p) for p in positions], "refusal": None}
+        tokens = [self._text(p.chosen.token_id) for p in positions]
+        offsets = []
+        for position in positions:
+            offsets.append(self._offset)
+            if self._tokenizer is not None:
+                self._offset += len(self._tokenizer.token_text(position.chosen.token_id))
+        return {
+            "tokens": tokens,
+            "token_logprobs": [_finite(p.chosen.logprob) for p in positions],
+            "top_logprobs": [{self._text(t.token_id): _finite(t.logprob) for t in _with_chosen(p)} for p in positions],
+            "text_offset": offsets,
+        }
+
+    def _chat_entry(self, position: PositionLogprobs) -> dict[str, Any]:
+        return self._entry(position.chosen) | {"top_logprobs": [self._entry(t) for t in position.top]}
+
+    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
+        raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token.token_id)
+        return {"token": self._text(token.token_id), "logprob": _finite(token.logprob), "bytes": list(raw)}
+
+    def _text(self, token_id: int) -> str:
+        if self._as_ids or self._tokenizer is None:
+            return f"token_id:{token_id}"
+        return self._tokenizer.token_text(token_id)
+
+
+class ChoiceWriter:
+    """Chunks and the whole of one choice."""
+
+    def __init__(
+        self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
+        prompt_token_ids: tuple[int, ...],
+    ) -> None:  # fmt: skip
+        self._logprobs = logprobs
+        self._wants_ids = token_ids
+        self._prompt_token_ids = prompt_token_ids
+        self._is_chat = envelope.is_chat
+        self._index = index
+        self._head = envelope.chunk_head + f'{{"index":{index},'
+        self._tail = envelope.chunk_tail
+        self._has_begun = False
+
+    def begin(self, echo: str = "") -> str:
+        """The first chunk: the role in chat, the prompt where it is echoed. Empty if there is nothing to say."""
+        self._has_begun = True
+        if not self._is_chat and not echo and not self._wants_ids:
+            return ""
+        ids = f',"prompt_token_ids":{json.dumps(self._prompt_token_ids)},"token_ids":[]' if self._wants_ids else ""
+        body = '"delta":{"role":"assistant","content":""}' if self._is_chat else f'"text":{json.dumps(echo)}'
+        return f'{self._head}{body},"logprobs":null,"finish_reason":null{ids}}}{self._tail}'
+
+    def chunk(self, part: Part) -> str:
+        text = json.dumps(part.text)
+        body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
+        ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
+        logprobs = "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs))
+        return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._tail}'
+
+    def end(self, ending: Ending) -> str:
+        body = '"delta":{}' if self._is_chat else '"text":""'
+        ids = ',"token_ids":[]' if self._wants_ids else ""
+        return (
+            f'{self._head}{body},"logprobs":null,"finish_reason":"{ending.finish_reason.value}",'
+            f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._tail}'
+        )
+
+    def whole(self, parts: Sequence[Part], ending: Ending, echo: str) -> dict[str, Any]:
+        text = "".join(p.text for p in parts)
+        choice: dict[str, Any] = {"index": self._index}
+        if self._is_chat:
+            choice["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            choice["text"] = echo + text
+        positions = [x for p in parts for x in p.logprobs]
+        choice["logprobs"] = None if self._logprobs is None else self._logprobs.write(positions)
+        choice["finish_reason"] = ending.finish_reason.value
+        choice["stop_reason"] = ending.stop_reason
+        if self._wants_ids:
+            choice["prompt_token_ids"] = self._prompt_token_ids
+            choice["token_ids"] = [i for p in parts for i in p.token_ids]
+        return choice
+
+
+class Envelope:
+    """What all chunks of an answer share."""
+
+    def __init__(self, *, answer_id: str, model: str, created: int, is_chat: bool, wants_usage: bool) -> None:
+        self.is_chat = is_chat
+        self._fields = {
+            "id": answer_id,
+            "object": "chat.completion.chunk" if is_chat else "text_completion",
+            "created": created,
+            "model": model,
+        }
+        self.chunk_head = f'data: {json.dumps(self._fields)[:-1]},"choices":['
+        # With usage asked for, OpenAI sends "usage": null on every chunk but the last.
+        self.chunk_tail = "]%s}\n\n" % (',"usage":null' if wants_usage else "")
+
+    def last_chunk(self, extra: dict[str, Any]) -> str:
+        """The chunk without choices that carries usage."""
+        return f"data: {json.dumps(self._fields | {'choices': []} | extra)}\n\n"
+
+    def whole(self, choices: Sequence[dict[str, Any]], extra: dict[str, Any]) -> dict[str, Any]:
+        kind = "chat.completion" if self.is_chat else "text_completion"
+        return self._fields | {"object": kind, "choices": choices} | extra
+
+
+def _with_chosen(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
+    """Completions list the chosen token among the alternatives."""
+    if any(t.token_id == position.chosen.token_id for t in position.top):
+        return position.top
+    return (*position.top, position.chosen)
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LOWEST_LOGPROB else _LOWEST_LOGPROB
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

@@ -1,0 +1,182 @@
+"""baton.v1.Router over gRPC: Generate, Status, Ledger, beside health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from grpc import aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from baton import codec, errors
+from baton.v1 import router_pb2, router_pb2_grpc
+from router.chat import ChatMessage
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.frontend import Accepted, Ending, Frontend, GenerationRequest
+from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
+
+_log = logging.getLogger("baton.router")
+
+Context = aio.ServicerContext[Any, Any]
+
+SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
+
+
+class RouterService(router_pb2_grpc.RouterServicer):
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+        self._frontend = frontend
+        self._dispatcher = dispatcher
+        self._config = config
+
+    async def Generate(  # noqa: N802 (gRPC names)
+        self,
+        request: router_pb2.GenerateRequest,
+        context: Context,
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        accepted: Accepted | None = None
+        try:
+            accepted = await self._frontend.start(self._asked(request, context))
+            async for response in _responses(accepted):
+                yield response
+        except errors.BatonError as error:
+            await abort(context, error)
+        except (asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            _log.exception("defect while serving Generate")
+            await abort(context, errors.InternalError(f"{type(error).__name__}: {error}"))
+        finally:
+            if accepted is not None:
+                accepted.cancel("the client left")
+
+    def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
+        kind = request.WhichOneof("input")
+        prompt: str | tuple[int, ...]
+        match kind:
+            case "prompt":
+                prompt = request.prompt
+            case "prompt_token_ids":
+                prompt = tuple(request.prompt_token_ids.token_ids)
+            case "chat":
+                messages = [ChatMessage(x.role, x.content) for x in request.chat.messages]
+                prompt = self._frontend.chat_prompt(messages)
+            case _:
+                raise errors.InvalidRequest(
+                    "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
+                )
+        return GenerationRequest(
+            prompts=(prompt,),
+            sampling=codec.sampling_from_pb(request.sampling),
+            model=request.model,
+            request_id=request.request_id,
+            stops=tuple(request.stop),
+            include_stop=request.include_stop_in_output,
+            add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
+            is_chat=kind == "chat",
+            timeout_s=self._timeout_s(request, context),
+        )
+
+    def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:
+        """The request's own, or the call's deadline, whichever is sooner."""
+        asked_s = request.timeout_s or None
+        if asked_s is not None and asked_s < 0:
+            raise errors.InvalidRequest(f"timeout_s is {asked_s}, expected a positive number", param="timeout_s")
+        call_s: float | None = context.time_remaining()
+        limit_s = self._config.limits.max_timeout_s
+        bounds = [b for b in (asked_s, None if call_s is None else min(call_s, limit_s)) if b is not None]
+        return max(min(bounds), 0.001) if bounds else None
+
+    async def Status(  # noqa: N802
+        self,
+        request: router_pb2.StatusRequest,
+        context: Context,
+    ) -> router_pb2.StatusResponse:
+        num_queued = self._dispatcher.num_queued
+        return router_pb2.StatusResponse(
+            router_id=self._config.router_id,
+            model=self._frontend.model_name,
+            num_queued=num_queued,
+            num_running=self._dispatcher.num_active - num_queued,
+            nodes=[member_to_pb(x) for x in self._dispatcher.members],
+        )
+
+    async def Ledger(  # noqa: N802
+        self,
+        request: router_pb2.ClusterLedgerRequest,
+        context: Context,
+    ) -> router_pb2.ClusterLedgerResponse:
+        nodes, unreachable = await self._dispatcher.ledgers()
+        return router_pb2.ClusterLedgerResponse(nodes=nodes, unreachable=unreachable)
+
+
+async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
+    generation = accepted.generations[0]
+    yield router_pb2.GenerateResponse(
+        accepted=router_pb2.GenerateResponse.Accepted(
+            request_id=accepted.request_id, model=accepted.model, prompt_token_ids=generation.prompt_token_ids
+        )
+    )
+    while True:
+        part = await generation.next()
+        if isinstance(part, Ending):
+            yield finished_to_pb(part, len(generation.prompt_token_ids))
+            return
+        if part.text or part.token_ids:
+            yield delta_to_pb(part)
+
+
+class GrpcFace:
+    """The gRPC server of the router. Health of "" is the process's own; of the service, whether it can serve."""
+
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+        self._dispatcher = dispatcher
+        self._config = config
+        limit = config.limits.max_body_bytes
+        self._server = aio.server(
+            options=[
+                ("grpc.max_receive_message_length", limit),
+                ("grpc.so_reuseport", 0),
+                ("grpc.keepalive_permit_without_calls", 1),
+                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+            ]
+        )
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config), self._server)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+        self._was_ready: bool | None = None
+        self._updates: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> str:
+        """Returns host:port. Raises BadConfig if it cannot be bound."""
+        assert self._config.grpc_port is not None
+        asked = f"{self._config.grpc_host}:{self._config.grpc_port}"
+        try:
+            port = self._server.add_insecure_port(asked)
+        except RuntimeError as error:
+            raise errors.BadConfig(f"cannot listen on {asked}: {error}", param="grpc_port") from error
+        await self._server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._set_ready(self._dispatcher.is_ready)
+        self._dispatcher.watch(self._on_change)
+        return f"{self._config.grpc_host}:{port}"
+
+    def _on_change(self) -> None:
+        if self._dispatcher.is_ready is not self._was_ready:
+            task = asyncio.create_task(self._set_ready(self._dispatcher.is_ready))
+            self._updates.add(task)
+            task.add_done_callback(self._updates.discard)
+
+    async def _set_ready(self, is_ready: bool) -> None:
+        self._was_ready = is_ready
+        served = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        await self._health.set(SERVICE_NAME, served)
+
+    async def stop(self) -> None:
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace=0.5)

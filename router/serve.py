@@ -1,0 +1,157 @@
+"""Wire the router together and run it until it is told to stop. The one place where its parts meet."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import uvicorn
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+
+from baton import errors
+from baton.clock import MonotonicClock
+from baton.observe import RequestMetrics
+from router.config import RouterConfig
+from router.dispatch import Dispatcher
+from router.frontend import Frontend
+from router.http import build_app
+from router.membership import State
+from router.router import GrpcFace
+from router.sessions import NodeLink, hello
+from router.tokenizer import ModelFacts, Tokenizer, load_facts
+
+_log = logging.getLogger("baton.router")
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A running router. ``http`` is a base URL, ``grpc`` a host:port; None where that face is off."""
+
+    http: str | None
+    grpc: str | None
+    dispatcher: Dispatcher
+    frontend: Frontend
+
+
+async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
+    """Run until ``stop`` is set (or the task is cancelled), then drain and leave nothing behind."""
+    async with running(config) as router, asyncio.TaskGroup() as group:
+        writer = group.create_task(_write_ready_file(config, router))
+        try:
+            await (stop or asyncio.Event()).wait()
+        finally:
+            writer.cancel()
+
+
+@asynccontextmanager
+async def running(config: RouterConfig) -> AsyncIterator[Router]:
+    """A router for the length of the block. Raises BadConfig if it cannot start."""
+    folder = config.model_folder
+    tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
+    facts = ModelFacts() if folder is None else load_facts(folder)
+    registry = CollectorRegistry()
+    clock = MonotonicClock()
+    greeting = hello(config.router_id, time.time_ns())
+    dispatcher = Dispatcher(
+        config,
+        clock,
+        lambda address, events: NodeLink(address, events, greeting, config.link),
+        RequestMetrics(registry),
+    )
+    _add_gauges(registry, dispatcher)
+    name = config.model_name or (folder.resolve().name if folder is not None else None)
+    frontend = Frontend(
+        dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
+        rng=random.SystemRandom(),
+    )  # fmt: skip
+    grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
+    http_face = _HttpFace(build_app(frontend, dispatcher, config, registry), config)
+    try:
+        dispatcher.start()
+        grpc_address = await grpc_face.start() if grpc_face is not None else None
+        http_address = await http_face.start() if config.http_port is not None else None
+        _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
+        yield Router(http_address, grpc_address, dispatcher, frontend)
+    finally:
+        # Streams end first (well or with an error), then the faces have nothing left to wait for.
+        await dispatcher.close(config.limits.drain_s)
+        await http_face.stop()
+        if grpc_face is not None:
+            await grpc_face.stop()
+
+
+def _add_gauges(registry: CollectorRegistry, dispatcher: Dispatcher) -> None:
+    gauge = RequestMetrics.gauge
+    gauge(registry, "sequences_queued", "Sequences waiting for a placement", lambda: dispatcher.num_queued)
+    gauge(registry, "sequences_active", "Sequences in flight, queued ones included", lambda: dispatcher.num_active)
+    gauge(
+        registry,
+        "nodes_ready",
+        "Nodes that get new work",
+        lambda: sum(x.state is State.READY for x in dispatcher.members),
+    )
+    gauge(registry, "ready", "1 if requests can be served", lambda: float(dispatcher.is_ready))
+
+
+async def _write_ready_file(config: RouterConfig, router: Router) -> None:
+    if config.ready_file is None:
+        return
+    if config.ready_needs_nodes:
+        await _all_up(router.dispatcher)
+    facts = {"http": router.http, "grpc": router.grpc, "pid": os.getpid()}
+    partial = config.ready_file.with_name(config.ready_file.name + ".partial")
+    partial.write_text(json.dumps(facts) + "\n")
+    partial.replace(config.ready_file)  # never half a file
+
+
+async def _all_up(dispatcher: Dispatcher) -> None:
+    changed = asyncio.Event()
+    dispatcher.watch(changed.set)
+    while not all(x.state is State.READY for x in dispatcher.members):
+        changed.clear()
+        await changed.wait()
+
+
+class _HttpFace:
+    """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
+
+    def __init__(self, app: FastAPI, config: RouterConfig) -> None:
+        self._host = config.http_host
+        self._port = config.http_port
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
+                timeout_keep_alive=30, server_header=False,
+            )
+        )  # fmt: skip
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        assert self._port is not None
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((self._host, self._port))
+        except OSError as error:
+            listener.close()
+            raise errors.BadConfig(f"cannot listen on {self._host}:{self._port}: {error}", param="http_port") from error
+        port = listener.getsockname()[1]
+        # `_serve` is what `serve` runs inside its signal handling, which belongs to the process, not to us.
+        self._task = asyncio.create_task(self._server._serve([listener]), name="http")  # noqa: SLF001
+        host = f"[{self._host}]" if family is socket.AF_INET6 else self._host
+        return f"http://{host}:{port}"
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task

@@ -1,0 +1,182 @@
+"""The two session streams to one node: open them, read them, write them, say when they break.
+
+A link knows gRPC and one address. It judges nothing: what a silence or a break means is membership's to decide, and
+what a message means is the dispatcher's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol, TypeVar
+
+from grpc import aio
+
+from baton import PROTOCOL_VERSION, codec, errors
+from baton.types import NodeDescription, NodeStatus
+from baton.v1 import node_pb2, node_pb2_grpc
+from router.config import LinkConfig
+
+_Q = TypeVar("_Q")
+_R = TypeVar("_R")
+
+_log = logging.getLogger("baton.router.sessions")
+
+PrefillCall = aio.StreamStreamCall[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse]
+DecodeCall = aio.StreamStreamCall[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse]
+
+
+class LinkEvents(Protocol):
+    """Whom a link reports to. Called on the event loop; must not block."""
+
+    def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None: ...
+
+    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None: ...
+
+    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None: ...
+
+    def on_broken(self, address: str, reason: str) -> None: ...
+
+
+class _Broken(Exception):
+    """Ends a link's task with the reason."""
+
+
+class NodeLink:
+    """After `dial`, exactly one of on_broken or a `hang_up` by the owner ends the connection."""
+
+    def __init__(self, address: str, events: LinkEvents, hello: node_pb2.SessionHello, config: LinkConfig) -> None:
+        self.address = address
+        self._events = events
+        self._hello = hello
+        self._config = config
+        self._task: asyncio.Task[None] | None = None
+        self._prefill_out: asyncio.Queue[node_pb2.PrefillSessionRequest] = asyncio.Queue()
+        self._decode_out: asyncio.Queue[node_pb2.DecodeSessionRequest] = asyncio.Queue()
+        self._channel: aio.Channel | None = None
+
+    def dial(self) -> None:
+        assert self._task is None or self._task.done(), "one connection at a time"
+        self._prefill_out = asyncio.Queue(self._config.max_unsent)
+        self._decode_out = asyncio.Queue(self._config.max_unsent)
+        self._task = asyncio.create_task(self._run(), name=f"link {self.address}")
+
+    def hang_up(self) -> None:
+        """End the connection; nothing more is reported."""
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None
+
+    async def close(self) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task], timeout=2.0)
+
+    def send_prefill(self, message: node_pb2.PrefillSessionRequest) -> None:
+        """Raises NodeLost if the node takes nothing any more."""
+        self._put(self._prefill_out, message)
+
+    def send_decode(self, message: node_pb2.DecodeSessionRequest) -> None:
+        self._put(self._decode_out, message)
+
+    def _put(self, queue: asyncio.Queue[_Q], message: _Q) -> None:
+        try:
+            queue.put_nowait(message)
+        except asyncio.QueueFull:
+            raise errors.NodeLost(f"{self.address} has {queue.maxsize} messages unsent") from None
+
+    async def ledger(self) -> node_pb2.LedgerResponse:
+        """Raises Unavailable if the node does not answer in time."""
+        if self._channel is None:
+            raise errors.Unavailable(f"{self.address} is not connected")
+        try:
+            return await node_pb2_grpc.NodeStub(self._channel).Ledger(
+                node_pb2.LedgerRequest(), timeout=self._config.ledger_timeout_s
+            )
+        except aio.AioRpcError as error:
+            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+
+    async def _run(self) -> None:
+        reason = "the connection ended"
+        try:
+            # A channel of its own for every connection: nothing of a former life of the address survives in it.
+            async with aio.insecure_channel(self.address, _channel_options(self._config)) as channel:
+                await self._serve(channel)
+        except* _Broken as group:
+            reason = str(group.exceptions[0])
+        except* (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError) as group:
+            reason = _why(group.exceptions[0])
+        except* TimeoutError:
+            reason = f"no welcome within {self._config.connect_timeout_s} s"
+        except* errors.BatonError as group:
+            reason = f"protocol error: {group.exceptions[0]}"
+            _log.error("%s: %s", self.address, reason)
+        self._events.on_broken(self.address, reason)
+
+    async def _serve(self, channel: aio.Channel) -> None:
+        self._channel = channel
+        prefill = node_pb2_grpc.PrefillNodeStub(channel).Session()
+        decode = node_pb2_grpc.DecodeNodeStub(channel).Session()
+        try:
+            async with asyncio.timeout(self._config.connect_timeout_s):
+                await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello))
+                await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello))
+                welcome = (await _read(prefill)).welcome
+                second = (await _read(decode)).welcome
+            if welcome.node.incarnation != second.node.incarnation:
+                raise _Broken("the two sessions were answered by different incarnations")
+            node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(second.status)
+            self._events.on_welcome(self.address, node, status)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._read_prefill(prefill))
+                tasks.create_task(self._read_decode(decode))
+                tasks.create_task(_write(prefill, self._prefill_out))
+                tasks.create_task(_write(decode, self._decode_out))
+        finally:
+            if self._channel is channel:  # a hung-up connection may end after its successor began
+                self._channel = None
+            prefill.cancel()
+            decode.cancel()
+
+    async def _read_prefill(self, call: PrefillCall) -> None:
+        while True:
+            self._events.on_prefill_message(self.address, await _read(call))
+
+    async def _read_decode(self, call: DecodeCall) -> None:
+        while True:
+            self._events.on_decode_message(self.address, await _read(call))
+
+
+async def _read(call: aio.StreamStreamCall[_Q, _R]) -> _R:
+    message = await call.read()
+    if message is aio.EOF:
+        code, details = await call.code(), await call.details()
+        raise _Broken(f"the node ended the session: {code.name} {details}".rstrip())
+    return message  # type: ignore[return-value]
+
+
+async def _write(call: aio.StreamStreamCall[_Q, _R], queue: asyncio.Queue[_Q]) -> None:
+    while True:
+        await call.write(await queue.get())
+
+
+def _why(error: BaseException) -> str:
+    if isinstance(error, aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _channel_options(config: LinkConfig) -> list[tuple[str, int]]:
+    return [
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.max_receive_message_length", config.max_message_bytes),
+        ("grpc.max_send_message_length", config.max_message_bytes),
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 5_000),
+    ]
+
+
+def hello(router_id: str, incarnation: int) -> node_pb2.SessionHello:
+    return node_pb2.SessionHello(router_id=router_id, router_incarnation=incarnation, protocol_version=PROTOCOL_VERSION)

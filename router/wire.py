@@ -1,0 +1,96 @@
+"""The router's own types to the messages clients get, and errors to rich gRPC statuses."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc import aio
+
+from baton import codec, errors
+from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
+from baton.observe import Relay
+from baton.v1 import router_pb2
+from router.frontend import Ending, Part
+from router.membership import Member
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_DOMAIN = "baton"
+
+
+def relay_to_pb(relay: Relay) -> router_pb2.Relay:
+    return router_pb2.Relay(
+        prefill_node_id=relay.prefill_node_id,
+        decode_node_id=relay.decode_node_id,
+        router_queue_s=relay.router_queue_s,
+        prefill_queue_s=relay.prefill_queue_s,
+        prefill_s=relay.prefill_s,
+        transfer=None if relay.transfer is None else codec.report_to_pb(relay.transfer),
+        ttft_s=relay.ttft_s,
+        e2e_s=relay.e2e_s,
+        tbt_mean_s=relay.tbt_mean_s,
+        tbt_max_s=relay.tbt_max_s,
+        attempts=relay.attempts,
+    )
+
+
+def delta_to_pb(part: Part) -> router_pb2.GenerateResponse:
+    return router_pb2.GenerateResponse(
+        delta=router_pb2.GenerateResponse.Delta(
+            text=part.text, token_ids=part.token_ids, logprobs=[codec.logprobs_to_pb(p) for p in part.logprobs]
+        )
+    )
+
+
+def finished_to_pb(ending: Ending, num_prompt_tokens: int) -> router_pb2.GenerateResponse:
+    return router_pb2.GenerateResponse(
+        finished=router_pb2.GenerateResponse.Finished(
+            finish_reason=codec.finish_to_pb(ending.finish_reason),
+            usage=router_pb2.Usage(
+                prompt_tokens=num_prompt_tokens,
+                completion_tokens=ending.num_tokens,
+                cached_tokens=ending.num_cached_tokens,
+            ),
+            relay=relay_to_pb(ending.relay),
+            stop_reason="" if ending.stop_reason is None else str(ending.stop_reason),
+        )
+    )
+
+
+def member_to_pb(member: Member) -> router_pb2.StatusResponse.NodeState:
+    state = member.state.value if not member.reason else f"{member.state.value}: {member.reason}"
+    found = router_pb2.StatusResponse.NodeState(state=state)
+    if member.node is not None:
+        found.node.CopyFrom(codec.node_to_pb(member.node))
+    else:
+        found.node.address = member.address
+    if member.status is not None:
+        found.status.CopyFrom(codec.status_to_pb(member.status))
+    return found
+
+
+async def abort(context: aio.ServicerContext[Any, Any], error: errors.BatonError) -> NoReturn:
+    """End a call with the error's status, its name and the time to wait, for machines and for people."""
+    code = grpc.StatusCode[error.grpc_status]
+    info = error_details_pb2.ErrorInfo(reason=error.code, domain=_DOMAIN)
+    if error.param:
+        info.metadata["param"] = error.param
+    details = [_packed(info)]
+    metadata = [(ERROR_CODE_KEY, error.code)]
+    if error.param:
+        metadata.append((ERROR_PARAM_KEY, error.param))
+    if error.retry_after_s is not None:
+        delay = duration_pb2.Duration(nanos=round(error.retry_after_s * 1e9) % 10**9, seconds=int(error.retry_after_s))
+        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
+        metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
+    status = status_pb2.Status(code=code.value[0], message=error.message, details=details)
+    trailing = (*metadata, (_DETAILS_KEY, status.SerializeToString()))
+    await context.abort(code, error.message, trailing)
+
+
+def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
+    packed = any_pb2.Any()
+    packed.Pack(message)
+    return packed

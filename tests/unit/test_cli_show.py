@@ -1,0 +1,69 @@
+"""What `baton status` prints."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console, Group
+
+from baton.v1 import common_pb2, node_pb2, router_pb2
+from cli import show
+
+
+def printed(*parts: object) -> str:
+    console = Console(file=io.StringIO(), width=80, no_color=True)
+    console.print(Group(*parts))  # type: ignore[arg-type]
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def node(node_id: str, role: common_pb2.Role.ValueType, state: str) -> router_pb2.StatusResponse.NodeState:
+    return router_pb2.StatusResponse.NodeState(
+        node=common_pb2.NodeDescription(
+            node_id=node_id,
+            home_role=common_pb2.Role.ROLE_PREFILL,
+            address="127.0.0.1:40000",
+            pid=4242,
+            device="cpu",
+            kernels="cpu",
+            model=common_pb2.ModelDescription(dtype="bfloat16"),
+        ),
+        status=common_pb2.NodeStatus(role=role, total_blocks=100, free_blocks=60, num_running=3),
+        state=state,
+    )
+
+
+def test_status_fits_a_narrow_terminal() -> None:
+    nodes = [
+        node("prefill-0", common_pb2.Role.ROLE_PREFILL, "ready"),
+        node("prefill-1", common_pb2.Role.ROLE_DECODE, "lost"),
+    ]
+    text = printed(show.cluster_table(router_pb2.StatusResponse(model="tiny", num_running=3, nodes=nodes)))
+    assert "tiny · 3 running, 0 queued at the router · bfloat16 on cpu, kernels cpu" in text
+    assert "60/100" in text
+    assert "127.0.0.1:40000" in text
+    assert "borrowed" in text
+    assert all(len(line) <= 80 for line in text.splitlines())
+
+
+def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
+    owner = node_pb2.LedgerResponse.Owner(owner="r1/0/0", state="leased", num_blocks=7, epoch=3, age_s=0.25)
+    ledger = router_pb2.ClusterLedgerResponse(
+        nodes=[
+            node_pb2.LedgerResponse(node_id="good", total_blocks=10, free_blocks=3, owners=[owner]),
+            node_pb2.LedgerResponse(node_id="idle", total_blocks=10, free_blocks=10),
+            node_pb2.LedgerResponse(node_id="bad", total_blocks=10, free_blocks=1, owners=[owner]),
+        ],
+        unreachable={"gone": "deadline exceeded"},
+    )
+    text = printed(*show.ledger_tables(ledger))
+    assert "r1/0/0" in text
+    assert "250 ms" in text
+    assert "idle · 10 of 10 blocks free, no owners" in text
+    assert "bad: 2 blocks have no owner" in text
+    assert "good: " not in text
+    assert "gone did not answer: deadline exceeded" in text
+
+
+def test_durations_have_the_unit_that_fits() -> None:
+    assert [show.seconds(s) for s in (0.0, 0.0004, 0.0123, 1.234)] == ["0 us", "400 us", "12.3 ms", "1.23 s"]

@@ -1,0 +1,101 @@
+"""Workers as processes: what remains when one is killed, and how one stops.
+
+Rows of the table of known failures: 2 prefill dies in mid-transfer, 3 decode dies, 13 health is about oneself,
+15 a replacement on the same address.
+"""
+
+import asyncio
+from pathlib import Path
+
+import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from node_harness import session, spec
+from relay_harness import LAYOUT, ProcessWorker, process_worker, worker
+
+from baton import codec
+from baton.types import Role
+from engine.fake import expected_tokens
+
+
+async def test_2_and_13_prefill_dies_in_mid_prompt_and_decode_neither_leaks_nor_sickens(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, "d0", Role.DECODE) as d,
+        process_worker(tmp_path, "p0", "prefill", step_delay_s=0.2) as p,
+        session(d.address, "decode") as decode,
+        session(p.address, "prefill") as prefill,
+    ):
+        await decode.hello()
+        await prefill.hello()
+        sequence = spec("a", 400)
+        await decode.reserve(sequence, 60.0, "p0")
+        await prefill.run(sequence, codec.lease_from_pb(await decode.next("reserved")))
+        await asyncio.sleep(0.6)
+        await p.kill()
+        failed = await decode.next("failed")
+        assert (failed.failure.code, failed.failure.blamed_node_id) == ("TransferFailed", "p0")
+        await d.until_ledger({}, 5.0)
+        async with grpc.aio.insecure_channel(d.address) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_3_decode_dies_and_prefill_frees_its_blocks_in_seconds(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, "p0", Role.PREFILL, step_delay_s=0.2) as p,
+        process_worker(tmp_path, "d0", "decode") as d,
+        session(d.address, "decode") as decode,
+        session(p.address, "prefill") as prefill,
+    ):
+        await decode.hello()
+        await prefill.hello()
+        sequence = spec("a", 400)
+        await decode.reserve(sequence, 60.0, "p0")
+        await prefill.run(sequence, codec.lease_from_pb(await decode.next("reserved")))
+        await asyncio.sleep(0.5)
+        await d.kill()
+        failed = await prefill.next("failed")
+        assert (failed.failure.retryable, failed.failure.blamed_node_id) == (True, "d0")
+        await p.until_ledger({}, 5.0)
+
+
+async def test_15_a_replacement_on_the_same_address_is_a_new_node(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, "p0", Role.PREFILL) as p,
+        process_worker(tmp_path, "d0", "decode") as d,
+        session(p.address, "prefill") as prefill,
+    ):
+        await prefill.hello()
+        sequence = spec("a", 40, max_tokens=5)
+        async with session(d.address, "decode") as decode:
+            before = (await decode.hello()).welcome.node.incarnation
+            await decode.reserve(sequence, 60.0, "p0")
+            stale = codec.lease_from_pb(await decode.next("reserved"))
+            await d.kill()
+        again = await ProcessWorker.start(tmp_path, "d0", "decode", listen=d.address)
+        try:
+            async with session(again.address, "decode") as decode:
+                assert (await decode.hello()).welcome.node.incarnation != before
+                await prefill.run(sequence, stale)
+                item = await prefill.until("failed")
+                assert (item.failure.retryable, item.failure.blamed_node_id) == (True, "d0")
+                await p.until_ledger({}, 5.0)
+                fresh = spec("b", 40, max_tokens=5)
+                await decode.reserve(fresh, 60.0, "p0")
+                await prefill.run(fresh, codec.lease_from_pb(await decode.next("reserved")))
+                first = await prefill.next("tokens")
+                await decode.next("joined")
+                assert [*first.token_ids, *await decode.tokens()] == expected_tokens(fresh, LAYOUT, 1000)
+        finally:
+            assert await again.terminate() == 0
+
+
+async def test_sigterm_ends_the_process_with_0(tmp_path: Path) -> None:
+    async with (
+        process_worker(tmp_path, "m0", "mixed", step_delay_s=0.01) as m,
+        session(m.address, "prefill") as router,
+    ):
+        await router.hello()
+        await router.run(spec("a", 20, max_tokens=100))
+        await router.next("tokens")
+        assert await m.terminate() == 0
+        assert len(await router.tokens()) == 99
