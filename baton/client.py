@@ -119,7 +119,9 @@ class Client:
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
-    def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Generator[Part, None, None]:
+    def generate(
+        self, prompt: Prompt, options: Options | None = None, **settings: object
+    ) -> Generator[Part, None, None]:
         """Accepted, Deltas, Finished. ``settings`` are fields of Options or SamplingParams, for short calls."""
         call = self._stub.Generate(_request(prompt, options, settings))
         try:

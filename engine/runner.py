@@ -76,7 +76,10 @@ class Runner:
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Run one step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written."""
-        logits = self.execute_logits(plan, on_layer)
+        return self.sample(self.execute_logits(plan, on_layer), plan)
+
+    def sample(self, logits: Tensor, plan: StepPlan) -> StepResult:
+        """Draw the tokens of a plan from what ``execute_logits`` returned for it."""
         with torch.inference_mode():
             return StepResult(self._sampler.sample(logits, [p.sequence for p in plan.pieces if p.samples]))
 

@@ -62,7 +62,7 @@ class CpuKernels:
             gate, up = gate_up[at : at + step, :features].float(), gate_up[at : at + step, features:]
             # silu's scalar tail differs from its vector body; each of these operations has one result everywhere.
             scale = gate.neg().exp_().add_(1)
-            out[at : at + step] = gate.div_(scale).mul_(up)
+            out[at : at + step] = torch.div(gate, scale, out=scale).mul_(up)
         return out
 
     def attention(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> Attention:
