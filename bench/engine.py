@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -137,7 +138,6 @@ class Theirs:
         never = self._torch.zeros(batch, dtype=self._torch.bool)
 
         def decode() -> float:
-            cache.crop(CONTEXT_TOKENS - 1)
             stamps: list[float] = []
 
             def stamp(token_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
@@ -147,7 +147,7 @@ class Theirs:
             self._model.generate(
                 token_ids,
                 attention_mask=mask,
-                past_key_values=cache,
+                past_key_values=deepcopy(cache),
                 do_sample=False,
                 min_new_tokens=num_steps + 1,
                 max_new_tokens=num_steps + 1,

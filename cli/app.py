@@ -106,7 +106,7 @@ def up(
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from cli import cluster
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     default = 0 if mixed else 1
     options = cluster.ClusterOptions(
         model=model,
@@ -184,7 +184,7 @@ def worker(
         num_threads=threads,
         transports=_TRANSPORTS[transport],
         # One line of JSON with the address, for whoever asked for any port.
-        ready_fd=os.dup(1),
+        ready_fd=None if die_with_parent else os.dup(1),
     )
     asyncio.run(serve(config))
 
@@ -320,6 +320,8 @@ def _client(address: str) -> Iterator[Client]:
         try:
             yield client
         except Unavailable as error:
+            if "failed to connect" not in error.message:
+                raise
             hint = f"no answer from a router at {address} ({error.message}); `baton up` starts one"
             raise Unavailable(hint) from error
 

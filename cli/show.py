@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -23,11 +22,11 @@ def seconds(value_s: float) -> str:
 
 
 def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    table = Table(box=box.SIMPLE, title=title, title_justify="left", title_style="bold", pad_edge=False, expand=False)
+    table = Table(box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", no_wrap=True)
     return table
 
 
@@ -43,13 +42,15 @@ def cluster_table(status: router_pb2.StatusResponse) -> Table:
     }
     if len(models) == 1:
         title += f" · {models.pop()}"
-    table = _table(title, ("node", "role", "state", "address", "pid"), ("waiting", "running", "free blocks"))
+    table = _table(title, ("node", "role", "state", "address", "pid"), ("queued", "active", "free blocks"))
     for node in status.nodes:
         load = node.status
-        role = _role(load.role) if load.role == node.node.home_role else f"{_role(load.role)} (borrowed)"
+        is_borrowed = load.role != node.node.home_role
+        if is_borrowed:
+            table.caption, table.caption_justify = "* borrowed from another pool", "left"
         table.add_row(
             node.node.node_id,
-            role,
+            _role(load.role) + ("*" if is_borrowed else ""),
             Text(node.state, style=_STATE_STYLES.get(node.state, "")),
             node.node.address,
             str(node.node.pid),

@@ -15,8 +15,8 @@ from enum import Enum
 @dataclass(frozen=True, slots=True)
 class SuperviseConfig:
     start_timeout_s: float = 300.0
-    # First the router gets this long to end its streams, then the workers get as long again, then SIGKILL.
-    stop_grace_s: float = 5.0
+    # First the router gets this long to end its streams (it takes 5 s at most), then the workers as long, then SIGKILL.
+    stop_grace_s: float = 10.0
     min_backoff_s: float = 0.25
     max_backoff_s: float = 15.0
     # A worker that was ready this long before it died is started again without remembering earlier deaths.
