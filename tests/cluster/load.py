@@ -69,7 +69,8 @@ def _take(answer: Answer, chunk: dict[str, Any]) -> None:
     if "error" in chunk:
         answer.error = chunk["error"]["message"]
         return
-    answer.relay = chunk.get("baton") or answer.relay
+    if "baton" in chunk:
+        answer.relay = chunk["baton"]["relay"]
     for choice in chunk.get("choices", []):
         answer.text += choice.get("text") or ""
         answer.token_ids += choice.get("token_ids") or []
