@@ -1,6 +1,6 @@
-"""Transfer figures: GB/s per transport beside its limit, cost of the digest, exposed tail and switch-over of layer-wise.
+"""Transfer figures: GB/s per transport beside its limit, cost of the digest, exposed tail of layer-wise pushes.
 
-    python -m bench.transfer [--rounds 7] [--out bench/results/transfer.json]
+    python -m bench transfer [--quick]
 
 Sender and receiver are two processes. Every round runs each contender once, next to a memcpy of the same bytes and (for
 tcp) a bare sendmsg/recv_into loop over as many streams; figures are medians over the rounds, ratios are medians of the
@@ -9,11 +9,9 @@ per-round ratios, because memory bandwidth drifts from minute to minute.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -22,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import grpc.aio
 import numpy as np
@@ -30,6 +27,7 @@ import numpy as np
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
+from kvtransfer.digest import ByteArray
 from kvtransfer.host import host_id
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
@@ -40,6 +38,7 @@ from kvtransfer.writing import as_bytes
 # The bench model in bfloat16: 64 KiB a block and layer, 16 KiB a token.
 LAYOUT = KvLayout(num_layers=16, num_blocks=160, num_kv_heads=4, head_dim=64, block_tokens=64, dtype="bfloat16")
 BULK_TOKENS = 8192
+BULK_BYTES = BULK_TOKENS // LAYOUT.block_tokens * LAYOUT.block_bytes * LAYOUT.num_layers
 STREAMS = 2
 BARE_MESSAGE_BYTES = 2 << 20
 # What the CPU engine of the bench model computes; sets how long a layer takes in the layer-wise runs.
@@ -95,8 +94,7 @@ def serve_bare(listener: socket.socket, target: memoryview) -> None:
 async def receive() -> None:
     """A receiver for every variant over one arena; leases are granted for a line "variant num_tokens" on stdin."""
     with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena, socket.create_server(("127.0.0.1", 0)) as bare:
-        bulk = arena.buffer[: BULK_TOKENS * LAYOUT.block_bytes * LAYOUT.num_layers // LAYOUT.block_tokens]
-        threading.Thread(target=serve_bare, args=(bare, bulk), daemon=True).start()
+        threading.Thread(target=serve_bare, args=(bare, arena.buffer[:BULK_BYTES]), daemon=True).start()
         receivers: dict[str, Receiver] = {}
         servers = []
 
@@ -133,7 +131,10 @@ class Peer:
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.transfer", "--receive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-m", "bench.transfer", "--receive"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         self.bare_port = int(self._read())
         self.bare = [socket.create_connection(("127.0.0.1", self.bare_port)) for _ in range(STREAMS)]
@@ -178,11 +179,10 @@ class Peer:
 
 
 class Bench:
-    def __init__(self, peer: Peer, arena: Arena, copy_target: np.ndarray, senders: dict[str, dict[str, Sender]]) -> None:
+    def __init__(self, peer: Peer, arena: Arena, copy_target: ByteArray, senders: dict[str, dict[str, Sender]]) -> None:
         self.peer, self.senders = peer, senders
-        self.num_bulk_bytes = BULK_TOKENS // LAYOUT.block_tokens * LAYOUT.block_bytes * LAYOUT.num_layers
         self.arena = arena
-        self.source = as_bytes(arena.buffer)[: self.num_bulk_bytes]
+        self.source = as_bytes(arena.buffer)[:BULK_BYTES]
         self.copy_target = copy_target
 
     def memcpy(self) -> float:
@@ -223,7 +223,7 @@ class Row:
     ratio_bare: float | None
 
 
-async def bulk(bench: Bench, rounds: int) -> list[Row]:
+async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
     seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bare tcp", *VARIANTS)}
     for index in range(rounds + 1):
         found = {"memcpy": bench.memcpy(), "bare tcp": await asyncio.to_thread(bench.peer.bare_send, bench.source.data)}
@@ -236,9 +236,13 @@ async def bulk(bench: Bench, rounds: int) -> list[Row]:
     for name, values in seconds.items():
         memcpy = statistics.median(m / v for m, v in zip(seconds["memcpy"], values, strict=True))
         bare = statistics.median(b / v for b, v in zip(seconds["bare tcp"], values, strict=True))
-        rate = bench.num_bulk_bytes / statistics.median(values) / 1e9
+        rate = BULK_BYTES / statistics.median(values) / 1e9
         rows.append(Row(name, rate, memcpy, bare if "tcp" in name else None))
-    return rows
+    cost = {}
+    for name in ("shm", "tcp"):
+        pairs = zip(seconds[name], seconds[f"{name}, no digest"], strict=True)
+        cost[name] = statistics.median(1 - without / with_digest for with_digest, without in pairs)
+    return rows, cost
 
 
 def make_compute(seconds: float) -> Callable[[], None]:
@@ -290,7 +294,7 @@ async def layerwise(bench: Bench, rounds: int, sizes: list[int]) -> list[dict[st
     return rows
 
 
-async def run(rounds: int, sizes: list[int]) -> dict[str, object]:
+async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
     peer = Peer()
     senders: dict[str, dict[str, Sender]] = {"layerwise": {}, "serialized": {}}
     with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena:
@@ -301,59 +305,35 @@ async def run(rounds: int, sizes: list[int]) -> dict[str, object]:
                 sender = Sender(node, LAYOUT, arena, config=replace(config, layerwise_from_bytes=table))
                 await sender.start()
                 senders[mode][name] = sender
-        with Arena.create(128 << 20, prefault_pages=True) as copy_arena:
+        with Arena.create(BULK_BYTES, prefault_pages=True) as copy_arena:
             bench = Bench(peer, arena, as_bytes(copy_arena.buffer), senders)
             try:
-                rows = await bulk(bench, rounds)
+                bulk_rows, digest_cost = await bulk(bench, rounds)
                 tails = await layerwise(bench, max(3, rounds // 2), sizes)
             finally:
-                for by_name in senders.values():
-                    for sender in by_name.values():
+                for senders_of_mode in senders.values():
+                    for sender in senders_of_mode.values():
                         await sender.close()
                 peer.close()
                 del bench
-    by_name = {row.name: row for row in rows}
     return {
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
         "layout": asdict(LAYOUT),
         "rounds": rounds,
-        "bulk_bytes": BULK_TOKENS // LAYOUT.block_tokens * LAYOUT.block_bytes * LAYOUT.num_layers,
-        "bulk": [asdict(row) for row in rows],
-        "digest_cost": {t: 1 - by_name[t].gb_per_s / by_name[f"{t}, no digest"].gb_per_s for t in ("shm", "tcp")},
+        "bulk_bytes": BULK_BYTES,
+        "streams": STREAMS,
+        "bulk": [asdict(row) for row in bulk_rows],
+        "digest_cost_of_bulk": digest_cost,
         "layerwise": tails,
     }
 
 
-def report(result: dict[str, object]) -> None:
-    print(f"\n{'':20}{'GB/s':>8}{'/memcpy':>9}{'/bare':>8}")
-    for row in result["bulk"]:  # type: ignore[attr-defined]
-        bare = "" if row["ratio_bare"] is None else f"{row['ratio_bare']:8.2f}"
-        print(f"{row['name']:20}{row['gb_per_s']:8.2f}{row['ratio_memcpy']:9.2f}{bare:>8}")
-    print("digest cost:", {k: f"{v:.1%}" for k, v in result["digest_cost"].items()})  # type: ignore[attr-defined]
-    print(f"\n{'':6}{'tokens':>7}{'MB':>7}{'alone ms':>10}{'layerwise':>11}{'serialized':>11}{'tail':>7}{'tail ser.':>10}")
-    for row in result["layerwise"]:  # type: ignore[attr-defined]
-        print(
-            f"{row['transport']:6}{row['num_tokens']:7}{row['num_bytes'] / 1e6:7.1f}{row['compute_alone_ms']:10.1f}"
-            f"{row['layerwise_total_ms']:11.1f}{row['serialized_total_ms']:11.1f}"
-            f"{row['layerwise_exposed_ms']:7.1f}{row['serialized_exposed_ms']:10.1f}"
-        )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--receive", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 128, 256, 512, 1024, 2048])
-    parser.add_argument("--out", type=Path, default=Path("bench/results/transfer.json"))
-    arguments = parser.parse_args()
-    if arguments.receive:
-        asyncio.run(receive())
-        return
-    result = asyncio.run(run(arguments.rounds, arguments.sizes))
-    report(result)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+def run(quick: bool) -> dict[str, object]:
+    """The bench's entry for ``python -m bench transfer``."""
+    return asyncio.run(measured(3 if quick else 9, [64, 512] if quick else [64, 128, 256, 512, 1024, 2048]))
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:] == ["--receive"]:
+        asyncio.run(receive())
+    else:
+        print(json.dumps(run("--quick" in sys.argv), indent=1))

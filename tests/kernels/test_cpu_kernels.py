@@ -88,8 +88,8 @@ def test_attention_equals_the_reference(heads: tuple[int, int, int], dtype: str,
     batch = batch_of(MIXED, layout)
     cache = poisoned_cache(layout, batch, DTYPES[dtype])
     queries = torch.randn(batch.num_rows, config.num_heads, config.head_dim).to(DTYPES[dtype]) * 2
-    expected = ReferenceKernels().attention(config, layout, batch)(queries, cache, window)
-    found = CpuKernels().attention(config, layout, batch)(queries, cache, window)
+    expected = ReferenceKernels().attention(config, layout, batch.spans)(queries, cache, window)
+    found = CpuKernels().attention(config, layout, batch.spans)(queries, cache, window)
     assert torch.isfinite(found).all()
     assert close(found, expected)
 
@@ -103,9 +103,9 @@ def test_long_contexts_are_cut_into_smaller_tiles_with_the_same_result(
     batch = batch_of(MIXED, layout)
     cache = poisoned_cache(layout, batch, DTYPES[dtype])
     queries = torch.randn(batch.num_rows, 4, 32).to(DTYPES[dtype])
-    whole = CpuKernels().attention(config, layout, batch)(queries, cache, None)
+    whole = CpuKernels().attention(config, layout, batch.spans)(queries, cache, None)
     monkeypatch.setattr("engine.kernels.cpu_attention._MAX_SCORES", 1 << 14)
-    cut = CpuKernels().attention(config, layout, batch)(queries, cache, None)
+    cut = CpuKernels().attention(config, layout, batch.spans)(queries, cache, None)
     assert torch.equal(whole, cut)
 
 

@@ -115,7 +115,7 @@ class TransferMachine(RuleBasedStateMachine):
             peer.is_dropping = False
             self.lose_at_sender(peer)
 
-    def receiver_acts(self, action: r.ReceiverAction) -> None:
+    def receiver_acts(self, action: r.ReceiverAction) -> None:  # noqa: C901
         match action:
             case r.Send():
                 assert not self.wires[action.channel].lost_at_receiver
@@ -457,7 +457,7 @@ class TransferMachine(RuleBasedStateMachine):
         for step in steps:
             self.step(step)
 
-    def step(self, step: str, is_damaged: bool = False) -> None:
+    def step(self, step: str, is_damaged: bool = False) -> None:  # noqa: C901
         cls = TransferMachine
         match step:
             case "connect":
@@ -500,7 +500,9 @@ class TransferMachine(RuleBasedStateMachine):
         trouble=st.sampled_from(TROUBLES),
         after=st.lists(STEPS, max_size=6),
     )
-    def transfer_with_trouble(self, peer: int, until: int, is_damaged: bool, trouble: str, after: list[str]) -> None:
+    def transfer_with_trouble(  # noqa: C901
+        self, peer: int, until: int, is_damaged: bool, trouble: str, after: list[str]
+    ) -> None:
         """A push that gets to some phase undisturbed, meets one trouble there, and goes on."""
         cls = TransferMachine
         cls.grant(self, 1, 100.0)
@@ -557,7 +559,7 @@ class TransferMachine(RuleBasedStateMachine):
         for block, sequence_id in self.owner.items():
             assert self.ended[sequence_id] == "arrived", f"block {block} leaked"
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: C901
         for wire in list(self.wires.values()):
             while len(wire.up):
                 self.deliver_up(wire)

@@ -43,7 +43,8 @@ async def run_sender(spec: str) -> None:
             push.layer_ready(layer, 2)
         async with asyncio.TaskGroup() as group:
             group.create_task(push.commit(token(lease.sequence_id)))
-            await asyncio.sleep(0.3)  # Long enough for Begun; the fake holds every write much longer.
+            while push._started_s is None:  # noqa: ASYNC110 - a look from outside
+                await asyncio.sleep(0.01)
             say(state="writing")
 
 
