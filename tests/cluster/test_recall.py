@@ -55,7 +55,7 @@ async def test_corrupted_block_is_caught_and_the_request_ends_right(
     cluster = start_cluster(demo_model, prefill=1, decode=1)
     expected = await run_all(cluster.http, jobs(tasks), 4)
     cluster.stop()
-    cluster = start_cluster(demo_model, prefill=1, decode=1, transport="fake:corrupt=0.1,seed=3,over=shm")
+    cluster = start_cluster(demo_model, prefill=1, decode=1, transport="fake:corrupt=5,seed=3,over=shm")
     answers = await run_all(cluster.http, jobs(tasks), 4)
     cluster.wait_baseline()
     assert [a.error for a in answers] == [None] * len(tasks)
