@@ -38,7 +38,7 @@ class TransferConfig:
     tcp_listen_host: str = ""
     # Transfers of at least this many bytes are pushed layer by layer, smaller ones in one go at commit. Measured by
     # bench/transfer.py (see docs/decisions/0003-transfer.md).
-    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: {"shm": 2 << 20, "tcp": 2 << 20})
+    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: {"shm": 1 << 20, "tcp": 1 << 20})
     sender: SenderConfig = field(default_factory=SenderConfig)
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
 

@@ -88,8 +88,10 @@ def test_attention_equals_the_reference(heads: tuple[int, int, int], dtype: str,
     batch = batch_of(MIXED, layout)
     cache = poisoned_cache(layout, batch, DTYPES[dtype])
     queries = torch.randn(batch.num_rows, config.num_heads, config.head_dim).to(DTYPES[dtype]) * 2
-    expected = ReferenceKernels().attention(config, layout, batch.spans)(queries, cache, window)
-    found = CpuKernels().attention(config, layout, batch.spans)(queries, cache, window)
+    scales = [kernels.query_scale(config.head_dim) for kernels in (ReferenceKernels(), CpuKernels())]
+    scaled = [(queries.double() * scale).to(queries.dtype) for scale in scales]
+    expected = ReferenceKernels().attention(config, layout, batch.spans)(scaled[0], cache, window)
+    found = CpuKernels().attention(config, layout, batch.spans)(scaled[1], cache, window)
     assert torch.isfinite(found).all()
     assert close(found, expected)
 
