@@ -42,6 +42,19 @@ class Batch:
     sample_rows: tuple[int, ...]
 
 
+def sampling_rows(batch: Batch) -> Tensor:
+    """Rows that sample, padded by repeating the last; there must be one."""
+    rows = batch.sample_rows
+    return torch.tensor(rows + rows[-1:] * (padded(len(rows)) - len(rows)))
+
+
+def sampling_spans(batch: Batch) -> tuple[Span, ...]:
+    """Spans of the single tokens that sample, in rows numbered as ``sampling_rows`` orders them."""
+    wanted = set(batch.sample_rows)
+    spans = [s for s in batch.spans if s.row + s.num_tokens - 1 in wanted]
+    return tuple(Span(i, s.start + s.num_tokens - 1, 1, s.block_ids) for i, s in enumerate(spans))
+
+
 def padded(num_rows: int) -> int:
     return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
 

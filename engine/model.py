@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch, padded
+from engine.batch import Batch, sampling_rows, sampling_spans
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Kernels, Linear
+from engine.kernels.interface import Kernels, Linear
 from engine.kv_cache import KvCache
 from engine.rope import RopeTable
 from engine.weights import Checkpoint
@@ -48,46 +48,38 @@ class Model:
 
     def forward(self, batch: Batch, cache: KvCache, layout: KvLayout, on_layer: Callable[[int], None] | None) -> Tensor:
         """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
-        c = self._config
+        c, kernels = self._config, self._kernels
         cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
-        attention = self._kernels.attention(c, layout, batch)
+        attention = kernels.attention(c, layout, batch.spans)
         x = self._embedding[batch.token_ids]
         for index, layer in enumerate(self._layers):
-            x = self._attend(layer, x, cos, sin, batch, cache.layer(index), attention)
+            arena = cache.layer(index)
+            q, k, v = self._project(layer, x, cos, sin)
+            kernels.store(k[: batch.num_tokens], v[: batch.num_tokens], arena, batch)
             if on_layer is not None:
                 on_layer(index)
-            normed = self._kernels.rms_norm(x, layer.mlp_norm, c.rms_norm_eps)
-            x = x + layer.down(self._kernels.silu_mul(layer.gate_up(normed)))
-        return self._logits(x, batch)
+            if index == c.num_layers - 1:
+                # Nothing reads the last layer's output but the rows that sample.
+                if not batch.sample_rows:
+                    return torch.empty(0, c.vocab_size)
+                rows = sampling_rows(batch)
+                x, q = x[rows], q[rows]
+                attention = kernels.attention(c, layout, sampling_spans(batch))
+            x = x + layer.output(attention(q, arena, layer.window))
+            normed = kernels.rms_norm(x, layer.mlp_norm, c.rms_norm_eps)
+            x = x + layer.down(kernels.silu_mul(layer.gate_up(normed)))
+        logits = self._head(kernels.rms_norm(x, self._norm, c.rms_norm_eps))
+        return logits[: len(batch.sample_rows)].float()
 
-    def _attend(
-        self,
-        layer: Layer,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        batch: Batch,
-        cache: Tensor,
-        attention: Attention,
-    ) -> Tensor:
+    def _project(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, [rows, heads, head_dim], the first two normed and rotated."""
         c, kernels = self._config, self._kernels
-        rows = len(x)
-        qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps))
-        q, k, v = qkv.view(rows, -1, c.head_dim).split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps)).view(len(x), -1, c.head_dim)
+        q, k, v = qkv.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q.contiguous(), layer.q_norm, c.rms_norm_eps)
             k = kernels.rms_norm(k.contiguous(), layer.k_norm, c.rms_norm_eps)
-        q, k = kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin)
-        kernels.store(k[: batch.num_tokens], v[: batch.num_tokens], cache, batch)
-        return x + layer.output(attention(q, cache, layer.window))
-
-    def _logits(self, x: Tensor, batch: Batch) -> Tensor:
-        wanted = len(batch.sample_rows)
-        if wanted == 0:
-            return torch.empty(0, self._config.vocab_size)
-        filler = batch.sample_rows[-1:] * (padded(wanted) - wanted)
-        rows = x[torch.tensor(batch.sample_rows + filler)]
-        return self._head(self._kernels.rms_norm(rows, self._norm, self._config.rms_norm_eps))[:wanted].float()
+        return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin), v
 
 
 class _Loader:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton.types import KvLayout
-from engine.batch import Batch
+from engine.batch import Batch, Span
 from engine.config import ModelConfig
-from engine.kernels.cpu_attention import CpuAttention
+from engine.kernels.cpu_attention import CpuAttention, Workspace
 from engine.kernels.interface import Attention, Linear
 
 # Rows probed for bitwise equality: each class of shapes that the product could treat differently.
@@ -26,6 +26,7 @@ class CpuKernels:
     name = "cpu"
 
     def __init__(self) -> None:
+        self._space = Workspace()
         # By (out, in, dtype): whether packed weights exist here and pass the probe.
         self._can_pack: dict[tuple[int, int, torch.dtype], bool] = {}
 
@@ -62,11 +63,11 @@ class CpuKernels:
             gate, up = gate_up[at : at + step, :features].float(), gate_up[at : at + step, features:]
             # silu's scalar tail differs from its vector body; each of these operations has one result everywhere.
             scale = gate.neg().exp_().add_(1)
-            out[at : at + step] = gate.div_(scale).mul_(up)
+            out[at : at + step] = torch.div(gate, scale, out=scale).mul_(up)
         return out
 
-    def attention(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> Attention:
-        return CpuAttention(config, layout, batch)
+    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
+        return CpuAttention(config, layout, spans, self._space)
 
 
 class PlainLinear:

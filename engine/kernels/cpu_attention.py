@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch
+from engine.batch import Span
 from engine.config import ModelConfig
 
 # Score elements in flight at once; above it, tiles shrink and groups are cut.
 _MAX_SCORES = 1 << 22
 _MAX_TILE_TOKENS = 64
+# Elements of keys or values gathered at a time.
+_MAX_GATHERED = 1 << 19
 # Elements per thread that torch's elementwise loops treat alike: two AVX-512 vectors of float32, four AVX2 ones.
 _VECTOR = 64
 _GRAIN = 32768
@@ -54,17 +56,18 @@ class _Group:
     # Blocks [first_masked, num_blocks) need the mask [blocks, tiles, 1, tile_tokens, 1, block_tokens], True is hidden.
     first_masked: int
     mask: Tensor
-    # Rows of gathered values, [items * block_tokens], that no query of their tile sees.
-    hidden_rows: Tensor
+    # Of the same blocks, [blocks, tiles, 1, block_tokens, 1]: positions that no query of the tile sees.
+    unseen: Tensor
 
 
 class CpuAttention:
     """One step's attention: tiles and masks are laid out once, then used by every layer."""
 
-    def __init__(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> None:
+    def __init__(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...], space: Workspace) -> None:
+        self._space = space
         self._config = config
         self._layout = layout
-        self._batch = batch
+        self._spans = spans
         self._scale = 1 / math.sqrt(config.head_dim) * math.log2(math.e)
         self._groups: dict[int | None, list[_Group]] = {}
 
@@ -83,30 +86,56 @@ class CpuAttention:
     def _attend(self, group: _Group, queries: Tensor, cache: Tensor) -> Tensor:
         """[num_tiles * tile_tokens, num_heads, head_dim]."""
         c, heads, block_tokens = self._config, self._config.num_kv_heads, self._layout.block_tokens
-        blocks, tiles, tokens = group.num_blocks, group.num_tiles, group.tile_tokens
-        items, per_tile = blocks * tiles * heads, tokens * c.group_size
-        arena = cache.view(-1, block_tokens * c.head_dim)
-        keys = arena.index_select(0, group.key_items).view(items, block_tokens, c.head_dim)
-        q = queries[group.rows].view(tiles, tokens, heads, c.group_size, c.head_dim).transpose(1, 2)
-        q = q.expand(blocks, *q.shape).reshape(items, per_tile, c.head_dim)
-        raw = torch.bmm(q, keys.transpose(1, 2))
-        weights = _scratch(raw.numel())
-        scores = weights[: raw.numel()].view(blocks, tiles, heads, tokens, c.group_size, block_tokens)
-        torch.mul(raw.view(scores.shape), self._scale, out=scores)
+        blocks, tiles, tokens, dtype = group.num_blocks, group.num_tiles, group.tile_tokens, queries.dtype
+        shape = (blocks, tiles, heads, tokens, c.group_size)
+        q = self._space.take("queries", dtype, *shape, c.head_dim)
+        q.copy_(queries[group.rows].view(tiles, tokens, heads, c.group_size, c.head_dim).transpose(1, 2))
+        raw = self._space.take("raw", dtype, *shape, block_tokens)
+        for part, keys in self._gathered(group, cache, group.key_items):
+            flat = q[part].view(len(keys), -1, c.head_dim)
+            torch.bmm(flat, keys.transpose(1, 2), out=raw[part].view(len(keys), -1, block_tokens))
+        size = loop_length(raw.numel(), torch.get_num_threads())
+        weights = self._space.take("scores", torch.float32, size)
+        scores = weights[: raw.numel()].view(*shape, block_tokens)
+        torch.mul(raw, self._scale, out=scores)
         if group.first_masked < blocks:
             scores[group.first_masked :].masked_fill_(group.mask, -math.inf)
         # The maximum over blocks and then positions: exact, so the order is free.
-        best = scores.amax(-1, keepdim=True).amax(0)
-        scores.sub_(best)
+        scores.sub_(scores.amax(-1, keepdim=True).amax(0))
         weights.exp2_()
         total = _fold(scores.sum(-1))
-        values = arena.index_select(0, group.key_items + 1)
-        values.view(-1, c.head_dim).index_fill_(0, group.hidden_rows, 0)
-        p = scores.view(items, per_tile, block_tokens).to(raw.dtype)
-        parts = torch.bmm(p, values.view(items, block_tokens, c.head_dim))
-        seen = _fold(parts.view(blocks, tiles, heads, tokens, c.group_size, c.head_dim).float())
+        raw.copy_(scores)
+        parts = self._space.take("parts", dtype, *shape, c.head_dim)
+        for part, values in self._gathered(group, cache, group.key_items + 1):
+            self._hide(group, part, values)
+            flat = raw[part].view(len(values), -1, block_tokens)
+            torch.bmm(flat, values, out=parts[part].view(len(values), -1, c.head_dim))
+        seen = _fold(self._space.take("sums", torch.float32, *parts.shape).copy_(parts))
         seen.div_(total.unsqueeze(-1))
-        return seen.to(raw.dtype).transpose(1, 2).reshape(tiles * tokens, c.num_heads, c.head_dim)
+        return seen.to(dtype).transpose(1, 2).reshape(tiles * tokens, c.num_heads, c.head_dim)
+
+    def _gathered(self, group: _Group, cache: Tensor, items: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Keys or values, [items, block_tokens, head_dim], as many levels at a time as stay in cache: products read
+        them there, and oneDNN would copy strided operands anyway, more slowly."""
+        block_tokens, head_dim = self._layout.block_tokens, self._config.head_dim
+        per_level = len(items) // group.num_blocks
+        step = max(1, _MAX_GATHERED // (per_level * block_tokens * head_dim))
+        arena = cache.view(-1, block_tokens * head_dim)
+        for at in range(0, group.num_blocks, step):
+            stop = min(group.num_blocks, at + step)
+            chosen = items[at * per_level : stop * per_level]
+            out = self._space.take("gathered", cache.dtype, len(chosen), block_tokens * head_dim)
+            torch.index_select(arena, 0, chosen, out=out)
+            yield slice(at, stop), out.view(-1, block_tokens, head_dim)
+
+    def _hide(self, group: _Group, part: slice, values: Tensor) -> None:
+        """Zero gathered values that no query sees: their weight is 0, but 0 times what lies there may be NaN."""
+        first = max(part.start, group.first_masked)
+        if first >= part.stop:
+            return
+        by_level = values.view(-1, group.num_tiles, self._config.num_kv_heads, *values.shape[1:])
+        unseen = group.unseen[first - group.first_masked : part.stop - group.first_masked]
+        by_level[first - part.start :].masked_fill_(unseen, 0)
 
     def _lay_out(self, window: int | None) -> Iterator[_Group]:
         by_size: dict[tuple[int, int], list[_Tile]] = {}
@@ -122,7 +151,7 @@ class CpuAttention:
     def _tiles(self) -> Iterator[_Tile]:
         """Cut spans at block boundaries, and finer where the context is so long that scores would not fit."""
         block_tokens = self._layout.block_tokens
-        for span in self._batch.spans:
+        for span in self._spans:
             position, end = span.start, span.start + span.num_tokens
             while position < end:
                 block = position // block_tokens
@@ -165,7 +194,6 @@ class CpuAttention:
         rows = (torch.tensor([tile.row for tile in tiles])[:, None] + token).view(-1)
         is_real = (torch.arange(tokens) < counts[:, None]).view(-1)
         items = block_ids[..., None] * heads + torch.arange(heads)
-        hidden = mask.all(2)[:, :, None].expand(-1, -1, heads, -1)
         return _Group(
             num_blocks=num_blocks,
             num_tiles=len(tiles),
@@ -176,7 +204,7 @@ class CpuAttention:
             key_items=(items * 2).reshape(-1),
             first_masked=first_masked,
             mask=mask[first_masked:, :, None, :, None, :],
-            hidden_rows=hidden.reshape(-1).nonzero()[:, 0],
+            unseen=mask[first_masked:].all(2)[:, :, None, :, None],
         )
 
 
@@ -195,14 +223,28 @@ def _fold(parts: Tensor) -> Tensor:
     return parts[0]
 
 
-def _scratch(num_elements: int) -> Tensor:
-    """Float32 memory for at least that many, of a length that elementwise loops split between threads at whole vectors:
-    scalar leftovers of exp2 would differ in the last bit."""
-    threads = torch.get_num_threads()
+class Workspace:
+    """Memory kept from step to step, by purpose: fresh pages for megabytes of scores cost more than the arithmetic."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, purpose: str, dtype: torch.dtype, *shape: int) -> Tensor:
+        """Uninitialized, contiguous; valid until the purpose is taken again."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(purpose)
+        if buffer is None or buffer.dtype != dtype or len(buffer) < size:
+            buffer = self._buffers[purpose] = torch.empty(size, dtype=dtype)
+        return buffer[:size].view(shape)
+
+
+def loop_length(num_elements: int, threads: int) -> int:
+    """At least as many, such that elementwise loops split them between threads at whole vectors: what exp2 gives for
+    an element of a scalar remainder differs in the last bit."""
     size = num_elements
     while True:
         used = min(threads, -(-size // _GRAIN))
         rounded = -(-size // (_VECTOR * used)) * _VECTOR * used
         if rounded == size:
-            return torch.empty(size)
+            return size
         size = rounded

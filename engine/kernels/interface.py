@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch
+from engine.batch import Batch, Span
 from engine.config import ModelConfig
 
 
@@ -54,4 +54,4 @@ class Kernels(Protocol):
         """[rows, 2 * features] -> silu(first half) * second half."""
         ...
 
-    def attention(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> Attention: ...
+    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...

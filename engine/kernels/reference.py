@@ -52,10 +52,10 @@ class ReferenceKernels:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
 
-    def attention(self, config: ModelConfig, layout: KvLayout, batch: Batch) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         def apply(queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
             out = torch.zeros_like(queries)
-            for span in batch.spans:
+            for span in spans:
                 _attend_span(queries, cache, window, span, out)
             return out.flatten(1)
 

@@ -1,0 +1,169 @@
+"""Sampling: each filter does what it says, numbers come from (seed, position), rows are independent bit for bit."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.types import SamplingParams, SequenceSpec
+from engine.sampler import Sampler, draw, logprobs, uniform
+from engine.step import Sequence
+
+VOCAB = 97
+
+
+def sequence(name: str = "a", prompt: tuple[int, ...] = (1, 2), generated: tuple[int, ...] = (), **options: object):
+    params = SamplingParams(**{"max_tokens": 50, "seed": 7, **options})  # type: ignore[arg-type]
+    return Sequence(SequenceSpec(name, prompt, params, generated))
+
+
+def sample_one(logits: torch.Tensor, live: Sequence) -> int:
+    return Sampler(logits.shape[-1]).sample(logits[None], [live])[live.sequence_id].token_id
+
+
+def test_uniform_is_philox_with_known_answers() -> None:
+    # Random123's known answers for philox4x32-10: counter 0, key 0.
+    assert uniform(0, 0) == ((0x6627E8D5 << 21) | (0xE169C58D >> 11)) * 2.0**-53
+    assert uniform(5, 3) != uniform(3, 5)
+    assert uniform(2**64 - 1, 10) != uniform(2**32 - 1, 10)
+
+
+def test_uniform_is_uniform() -> None:
+    numbers = np.array([uniform(42, i) for i in range(4000)])
+    assert numbers.min() >= 0
+    assert numbers.max() < 1
+    counts = np.histogram(numbers, bins=20, range=(0, 1))[0]
+    # Chi-squared with 19 degrees of freedom: 43.8 is the 0.1 % point.
+    assert ((counts - 200) ** 2 / 200).sum() < 43.8
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], dtype=np.float32))
+    tokens = [draw(logits, SamplingParams(), uniform(1, i)) for i in range(4000)]
+    assert np.bincount(tokens, minlength=4) / 4000 == pytest.approx([0.5, 0.25, 0.125, 0.125], abs=0.03)
+
+
+@given(
+    st.integers(0, 2**32),
+    st.floats(0.05, 5),
+    st.integers(0, 12),
+    st.floats(0.05, 1),
+    st.floats(0, 0.5),
+    st.floats(0, 0.999999),
+)
+def test_filters_match_their_definition(
+    seed: int, temperature: float, top_k: int, top_p: float, min_p: float, number: float
+) -> None:
+    logits = np.random.default_rng(seed).normal(size=40).astype(np.float32).round(1)  # rounded: ties occur
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    token = draw(logits, params, number)
+    p = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    order = sorted(range(40), key=lambda i: (-p[i], i))
+    if min_p > 0:
+        order = [i for i in order if p[i] >= min_p * p.max() * (1 - 1e-6)]
+    order = order[: top_k or None]
+    mass = np.cumsum(p[order]) / p[order].sum()
+    allowed = order[: int((mass < top_p - 1e-9).sum()) + 2]
+    assert token in allowed
+
+
+def test_top_p_looks_beyond_the_first_candidates() -> None:
+    logits = np.zeros(3000, dtype=np.float32)
+    assert draw(logits, SamplingParams(top_p=0.9), 0.9999) == 2699
+    assert draw(logits, SamplingParams(top_p=0.9), 0.0) == 0
+
+
+def test_greedy_takes_the_first_of_equals() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[[5, 9]] = 3
+    assert sample_one(logits, sequence(temperature=0)) == 5
+
+
+def test_top_k_one_is_greedy() -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(0))
+    assert sample_one(logits, sequence(top_k=1)) == int(logits.argmax())
+
+
+def test_bias_bans_and_min_tokens() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[3] = 5
+    assert sample_one(logits, sequence(temperature=0, logit_bias={8: 6})) == 8
+    stop = {"temperature": 0, "stop_token_ids": (3,), "min_tokens": 2}
+    assert sample_one(logits, sequence(**stop)) != 3
+    assert sample_one(logits, sequence(generated=(4,), **stop)) != 3
+    assert sample_one(logits, sequence(generated=(4, 4), **stop)) == 3
+
+
+def test_penalties_count_prompt_and_output_as_they_should() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[1], logits[2], logits[6] = 2.0, 1.9, 1.5
+    # Repetition counts the prompt: 1 and 2 are halved.
+    assert sample_one(logits, sequence(temperature=0, repetition_penalty=2)) == 6
+    # Presence and frequency count output alone.
+    assert sample_one(logits, sequence(temperature=0, presence_penalty=2)) == 1
+    assert sample_one(logits, sequence(generated=(1,), temperature=0, presence_penalty=1)) == 2
+    assert sample_one(logits, sequence(generated=(1, 2, 1), temperature=0, frequency_penalty=0.45)) == 6
+    # A negative logit is multiplied.
+    logits = torch.full((VOCAB,), -3.0)
+    logits[1] = -2.0
+    assert sample_one(logits, sequence(temperature=0, repetition_penalty=2)) == 0
+
+
+def test_penalty_state_follows_the_tokens_also_when_a_sequence_starts_over() -> None:
+    sampler, generator = Sampler(VOCAB), torch.Generator().manual_seed(3)
+    live = sequence(repetition_penalty=1.5, frequency_penalty=0.5)
+    for _ in range(6):
+        logits = torch.randn(VOCAB, generator=generator)
+        token = sampler.sample(logits[None], [live])["a"].token_id
+        assert token == sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
+        live.token_ids.append(token)
+    del live.token_ids[4:]
+    logits = torch.randn(VOCAB, generator=generator)
+    expected = sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
+    assert sampler.sample(logits[None], [live])["a"].token_id == expected
+    sampler.forget("a")
+    sampler.forget("never seen")
+    assert sampler.sample(logits[None], [live])["a"].token_id == expected
+
+
+def _options(live: Sequence) -> dict[str, object]:
+    params = live.spec.sampling
+    return {"repetition_penalty": params.repetition_penalty, "frequency_penalty": params.frequency_penalty}
+
+
+def test_rows_do_not_see_each_other() -> None:
+    logits = torch.randn(24, 5000, generator=torch.Generator().manual_seed(1)) * 3
+    kinds: list[dict[str, object]] = [
+        {},
+        {"temperature": 0},
+        {"top_p": 0.7},
+        {"top_k": 40, "logprobs": 4},
+        {"min_p": 0.05, "presence_penalty": 1.0},
+        {"temperature": 0, "logprobs": 0, "logit_bias": {4: 3.0}},
+    ]
+    live = [sequence(f"s{i}", prompt=(i, i + 1), seed=i, **kinds[i % len(kinds)]) for i in range(24)]
+    together = Sampler(5000).sample(logits, live)
+    for i, one in enumerate(live):
+        alone = Sampler(5000).sample(logits[i : i + 1].clone(), [one])
+        assert alone[one.sequence_id] == together[one.sequence_id]
+
+
+def test_logprobs_are_those_of_the_raw_distribution() -> None:
+    logits = torch.randn(VOCAB, generator=torch.Generator().manual_seed(2)) * 4
+    expected = torch.log_softmax(logits.double(), 0)
+    found = logprobs(logits, 11, 5)
+    assert found.chosen.logprob == pytest.approx(float(expected[11]), abs=1e-9)
+    assert found.rank == int((logits > logits[11]).sum()) + 1
+    assert [t.token_id for t in found.top] == logits.topk(5).indices.tolist()
+    assert [t.logprob for t in found.top] == pytest.approx(expected.topk(5).values.tolist(), abs=1e-9)
+    assert math.isclose(sum(math.exp(t.logprob) for t in logprobs(logits, 0, 20).top), 1, abs_tol=0.2)
+    assert logprobs(logits, 11, 0).top == ()
+
+
+def test_nothing_to_sample() -> None:
+    assert Sampler(VOCAB).sample(torch.empty(0, VOCAB), []) == {}
