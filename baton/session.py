@@ -145,11 +145,9 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
         try:
             await self._write(context, self._with_status(self._welcome()))
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._send(session, context))
-                async for request in requests:
-                    self._service.received(session, request)
-                # The router said goodbye.
-                session.outbox.close()
+                receiving = tasks.create_task(self._receive(session, requests))
+                await self._send(session, context)
+                receiving.cancel()
         except BaseExceptionGroup as group:
             raise _first(group) from None
         finally:
@@ -195,6 +193,12 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
     def _with_status(self, message: ResponseT) -> ResponseT:
         message.status.CopyFrom(self._service.status())
         return message
+
+    async def _receive(self, session: NodeSession[Item], requests: AsyncIterator[RequestT]) -> None:
+        async for request in requests:
+            self._service.received(session, request)
+        # The router said goodbye.
+        session.outbox.close()
 
     async def _send(self, session: NodeSession[Item], context: grpc.aio.ServicerContext[RequestT, ResponseT]) -> None:
         config, told_s = self._config, self._clock.now()

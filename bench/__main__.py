@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import signal
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -58,6 +60,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
 
+    # As Ctrl-C: what a bench has started is ended by its context managers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = BENCHES if "all" in args.what else tuple(dict.fromkeys(args.what))
     started = datetime.now(UTC)
     console = Console()

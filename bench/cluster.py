@@ -198,15 +198,16 @@ async def _measure(quick: bool) -> dict[str, Any]:
         mixed = await stack.enter_async_context(cluster("colocated", ["--mixed", "2"], folder, run_dir))
         results["nodes"] = {where.name: list(where.nodes) for where in (split, mixed)}
         for title, one_round, rounds in (
-            ("idle", _idle_round, 5 if quick else 15),
+            ("idle", _idle_round, 3 if quick else 15),
             ("loaded", _loaded_round, 1 if quick else 3),
         ):
             timings: dict[str, list[Timing]] = {split.name: [], mixed.name: []}
-            for i in range(rounds + 1):
+            # The first idle round warms up.
+            for i in range(rounds + (one_round is _idle_round)):
                 bandwidths.append(probe.read_gb_s())
                 for where in (split, mixed) if i % 2 else (mixed, split):
                     taken = await one_round(where, rng, num_output)
-                    timings[where.name] += taken if i else []  # the first round warms up
+                    timings[where.name] += taken if i or one_round is _loaded_round else []
             results[title] = {
                 "compared": _compare(timings[split.name], timings[mixed.name]),
                 "rows": [{"cluster": name, **_summary(taken)} for name, taken in timings.items()],

@@ -37,17 +37,12 @@ class SchedulerConfig:
     watermark: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("block_tokens", "max_model_tokens", "vocab_size", "max_waiting", "max_preemptions"):
+        for name in (
+            *("block_tokens", "max_model_tokens", "vocab_size", "max_batch_tokens", "max_num_seqs"),
+            *("max_waiting", "max_preemptions"),
+        ):
             if getattr(self, name) < 1:
                 raise BadConfig(f"{name} is {getattr(self, name)}, expected at least 1", param=name)
-        if self.max_num_seqs < 2:
-            raise BadConfig(f"max_num_seqs is {self.max_num_seqs}, expected at least 2", param="max_num_seqs")
-        if self.max_batch_tokens < self.max_num_seqs:
-            raise BadConfig(
-                f"max_batch_tokens is {self.max_batch_tokens}, expected at least max_num_seqs ({self.max_num_seqs}), "
-                "or decoding would starve prompts",
-                param="max_batch_tokens",
-            )
         if not 0 <= self.watermark < 1:
             raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
 
@@ -161,8 +156,8 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
-        # One slot of every step is left to prompts, so that a full decode batch never locks them out.
-        self._max_residents = config.max_num_seqs - 1
+        # One slot of every step is left to prompts where there are two: a full decode batch must not lock them out.
+        self._max_residents = max(1, min(config.max_num_seqs, config.max_batch_tokens) - 1)
         self._entries: dict[str, _Entry] = {}
         # Both sorted by order.
         self._waiting: list[_Entry] = []
@@ -306,7 +301,7 @@ class Scheduler:
         assert self._plan is None, "the last step was neither applied nor failed"
         events: list[EngineEvent] = []
         pieces = self._decode_pieces()
-        pieces += self._prompt_pieces(self.config.max_batch_tokens - len(pieces), len(pieces), events, now)
+        pieces += self._prompt_pieces(len(pieces), events, now)
         if not pieces:
             return None, events
         for piece in pieces:
@@ -463,7 +458,8 @@ class Scheduler:
             entry.order = self._next_order(rank=0)
         insort(self._waiting, entry, key=_order)
 
-    def _prompt_pieces(self, budget: int, num_decoding: int, events: list[EngineEvent], now: float) -> Iterator[Piece]:
+    def _prompt_pieces(self, num_decoding: int, events: list[EngineEvent], now: float) -> Iterator[Piece]:
+        budget = self.config.max_batch_tokens - num_decoding
         slots = self.config.max_num_seqs - num_decoding
         for entry in list(self._active):
             if budget > 0 and slots > 0 and not self._decodes(entry):

@@ -15,6 +15,10 @@ from kvtransfer.transports.fake import Mischief
 TRANSPORTS = ("shm", "tcp")
 
 
+def _default_threads() -> int:
+    return min(4, max(2, (os.cpu_count() or 2) // 2))
+
+
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
     """``transports`` is what the node offers, best first: "shm", "tcp", or a fake over one of them such as
@@ -25,16 +29,16 @@ class TransferConfig:
     # Both ends must agree; without digests a damaged block goes unnoticed.
     digest: bool = True
     connect_timeout_s: float = 5.0
-    # Copying threads of a sender for all its shm peers; one saturates the memory bus of small machines.
-    copy_threads: int = field(default_factory=lambda: min(4, max(1, (os.cpu_count() or 2) // 2)))
-    # Hashing threads of a receiver.
-    verify_threads: int = field(default_factory=lambda: min(4, max(1, (os.cpu_count() or 2) // 2)))
+    # Copying threads of a sender for all its shm peers, and hashing threads of a receiver. One thread fills the memory
+    # bus of a small machine with copies, but hashing makes it wait.
+    copy_threads: int = field(default_factory=_default_threads)
+    verify_threads: int = field(default_factory=_default_threads)
     tcp_streams: int = 2
     # Interface the receiver's data sockets listen on; empty: the host of the node's address.
     tcp_listen_host: str = ""
     # Transfers of at least this many bytes are pushed layer by layer, smaller ones in one go at commit. Measured by
     # bench/transfer.py (see docs/decisions/0003-transfer.md).
-    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: {"shm": 2 << 20, "tcp": 2 << 20})
+    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: {"shm": 1 << 20, "tcp": 1 << 20})
     sender: SenderConfig = field(default_factory=SenderConfig)
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
 

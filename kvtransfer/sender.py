@@ -168,6 +168,7 @@ class _Peer:
         self._machine = machine.SenderMachine(address, config.sender)
         self._timer: asyncio.TimerHandle | None = None
         self._next_channel = 1
+        self._is_opening = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -217,6 +218,7 @@ class _Peer:
         task.add_done_callback(self._tasks.discard)
 
     async def _connect(self) -> None:
+        self._is_opening = True
         try:
             connection = await self._sender.open_connection(self.address)
         except BatonError as error:
@@ -226,6 +228,8 @@ class _Peer:
             logging.getLogger(__name__).exception("connecting to %s failed", self.address)
             self.handle(machine.ConnectFailed(InternalError(f"cannot connect to {self.address}: {error}")))
             return
+        finally:
+            self._is_opening = False
         number, self._next_channel = self._next_channel, self._next_channel + 1
         self.connection = connection
         self.handle(machine.Connected(number, connection.node.node_id, connection.node.incarnation))
@@ -248,7 +252,7 @@ class _Peer:
         """Every push must have ended before."""
         if self.connection is not None:
             self.connection.lose("the sender is closing")
-        else:
+        elif self._is_opening:
             for task in list(self._tasks):
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

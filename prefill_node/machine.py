@@ -266,9 +266,11 @@ class PrefillMachine:
         if relay.phase not in (Phase.COMPUTING, Phase.STAYING):
             return []
         sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
-        actions: list[Action] = [SendTokens(relay.session, event.chunk)]
+        actions: list[Action] = []
         if event.prefill is not None:
             actions.append(SendPrefillDone(relay.session, sequence_id, event.prefill))
+        # Last, for it may be the end of the sequence.
+        actions.append(SendTokens(relay.session, event.chunk))
         if relay.phase is Phase.STAYING:
             if is_last:
                 del self._relays[sequence_id]

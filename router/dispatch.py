@@ -420,6 +420,8 @@ class Dispatcher:
         active.stream.end(outcome, relay)
         code = "" if outcome.error is None else outcome.error.code
         self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
+        if not _log.isEnabledFor(logging.INFO):
+            return
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
         _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
                   relay.line())  # fmt: skip

@@ -569,10 +569,11 @@ class Flow:
         return self._rerun(error, event.node_id, now, lost=event.node_id)
 
     def _rerun(self, error: errors.BatonError, blamed: str, now: float, lost: str = "") -> list[Action]:
-        """End this attempt everywhere and start the next, unless the answer is whole or the attempts are used up."""
+        """End this attempt everywhere and start the next, unless the attempts are used up.
+
+        Tokens that make a whole answer have ended the flow when they came.
+        """
         assert self.placement is not None
-        if (reason := self._satisfied()) is not None:
-            return self._finish(Outcome(OutcomeKind.FINISHED, reason), now, "finished")
         self._last_error = error
         placement = self.placement
         if self.lifeline.attempts >= self._config.max_attempts:

@@ -106,11 +106,12 @@ class Answer:
         """Server-sent events. Raises an error of the sequence; what was yielded before stands."""
         if len(self._accepted.generations) == 1:
             async for text in self._choice_events(0):
-                yield text.encode()
+                # The last chunk, usage and the end leave in one write.
+                yield text.encode() + (self._closing() if self._endings else b"")
         else:
             async for text in self._merged_events():
                 yield text.encode()
-        yield self._closing()
+            yield self._closing()
 
     def _closing(self) -> bytes:
         extra = self._extras()
@@ -196,13 +197,17 @@ class EventStream(Response):
         self._events = events
         self._answer = answer
         self._write_timeout_s = write_timeout_s
+        # When the write that is under way began. Looked at now and then: a timer per write cost 10 us a token.
+        self._writing_since_s: float | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         writer = asyncio.create_task(self._write(send))
         leaver = asyncio.create_task(_left(receive))
+        self._watch = asyncio.get_running_loop().call_later(self._write_timeout_s / 2, self._check, writer)
         try:
             await asyncio.wait([writer, leaver], return_when=asyncio.FIRST_COMPLETED)
         finally:
+            self._watch.cancel()
             self._answer.cancel()
             writer.cancel()
             leaver.cancel()
@@ -210,22 +215,34 @@ class EventStream(Response):
         if isinstance(results[0], Exception):
             raise results[0]
 
+    def _check(self, writer: asyncio.Task[None]) -> None:
+        loop = asyncio.get_running_loop()
+        since_s = self._writing_since_s
+        if since_s is not None and loop.time() - since_s > self._write_timeout_s:
+            _log.warning("%s: the client took nothing for %.0f s", self._answer.request_id, self._write_timeout_s)
+            writer.cancel()
+            return
+        self._watch = loop.call_later(self._write_timeout_s / 2, self._check, writer)
+
     async def _write(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
-            await self._send(send, self._first)
-            async for event in self._events:
-                await self._send(send, event)
+            is_open = await self._send(send, self._first)
+            if is_open:
+                async for event in self._events:
+                    is_open = await self._send(send, event)
         except errors.BatonError as error:
             await self._send(send, error_event(error))
-        except TimeoutError:
-            _log.warning("%s: the client took nothing for %.0f s", self._answer.request_id, self._write_timeout_s)
-            return
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        if is_open:
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _send(self, send: Send, body: bytes) -> None:
-        async with asyncio.timeout(self._write_timeout_s):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+    async def _send(self, send: Send, body: bytes) -> bool:
+        """Whether more may follow; the last event leaves together with the end of the body."""
+        more = not body.endswith(DONE)
+        self._writing_since_s = asyncio.get_running_loop().time()
+        await send({"type": "http.response.body", "body": body, "more_body": more})
+        self._writing_since_s = None
+        return more
 
 
 async def _left(receive: Receive) -> None:

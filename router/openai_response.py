@@ -82,7 +82,11 @@ class LogprobWriter:
     def _text(self, token_id: int) -> str:
         if self._as_ids or self._tokenizer is None:
             return f"token_id:{token_id}"
-        return self._tokenizer.token_text(token_id)
+        raw = self._tokenizer.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:  # part of a character: as OpenAI writes it, so that entries stay distinct
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
 
 
 class ChoiceWriter:

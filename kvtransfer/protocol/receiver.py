@@ -499,6 +499,12 @@ class ReceiverMachine:
             return self._end(lease, f"aborted by {channel.peer}: {message.reason}", now)
         if lease is None or lease.channel != channel_id:
             return self._unknown(channel_id, message)
+        return self._said(lease, message, channel.peer, now)
+
+    def _said(
+        self, lease: _Lease, message: Written | Commit | Abort | Revoked, peer: str, now: float
+    ) -> list[ReceiverAction]:
+        """The lease's own writer speaks."""
         match message:
             case Written():
                 is_current = lease.state is LeaseState.WRITING and message.attempt == lease.attempt
@@ -507,9 +513,9 @@ class ReceiverMachine:
             case Commit():
                 return self._commit(lease, message, now)
             case Abort():
-                return self._stopped(lease, f"aborted by {channel.peer}: {message.reason}", now)
+                return self._stopped(lease, f"aborted by {peer}: {message.reason}", now)
             case Revoked():
-                return self._stopped(lease, lease.reason or f"given back by {channel.peer}", now)
+                return self._stopped(lease, lease.reason or f"given back by {peer}", now)
 
     def _begin(self, channel_id: int, message: Begin, lease: _Lease | None) -> list[ReceiverAction]:
         if lease is not None and lease.channel == channel_id:

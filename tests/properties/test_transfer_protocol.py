@@ -23,6 +23,10 @@ from kvtransfer.transports.fake import Link
 NUM_LAYERS = 2
 NUM_BLOCKS = 6
 INDEX = st.integers(0, 1 << 10)
+# The undisturbed way of a push; what else a stretch may do; what may happen on the way.
+PATH = ["connect", "up", "down", "write", "lane", "up", "quiet", "verify", "take over", "down"]
+STEPS = st.sampled_from(sorted({*PATH, "gone"}))
+TROUBLES = ["none", "revoke", "abort", "lost", "lost there", "dies", "late", "write fails", "again"]
 
 
 @dataclass
@@ -111,7 +115,7 @@ class TransferMachine(RuleBasedStateMachine):
             peer.is_dropping = False
             self.lose_at_sender(peer)
 
-    def receiver_acts(self, action: r.ReceiverAction) -> None:
+    def receiver_acts(self, action: r.ReceiverAction) -> None:  # noqa: C901
         match action:
             case r.Send():
                 assert not self.wires[action.channel].lost_at_receiver
@@ -447,56 +451,90 @@ class TransferMachine(RuleBasedStateMachine):
         for peer in self.peers:
             self.to_sender(peer, s.Tick())
 
-    @rule(steps=st.lists(st.sampled_from(["connect", "up", "down", "write", "lane", "quiet", "verify"]), max_size=12))
+    @rule(steps=st.lists(STEPS, max_size=12))
     def runs_smoothly(self, steps: list[str]) -> None:
         """A stretch without trouble, so that whole transfers happen often."""
-        self.runs_smoothly_steps(steps)
-
-    def runs_smoothly_steps(self, steps: list[str]) -> None:
-        cls = TransferMachine
         for step in steps:
-            match step:
-                case "connect":
-                    for peer in self.peers:
-                        cls.connect(self, peer.number, True)
-                case "up" | "down":
-                    deliver = self.deliver_up if step == "up" else self.deliver_down
-                    for wire in list(self.wires.values()):
-                        while len(getattr(wire, step)):
-                            deliver(wire)
-                case "write":
-                    for i in range(len(self.writing()) * NUM_LAYERS):
-                        cls.write_layer(self, i, False)
-                    while self.frames():
-                        cls.frame_comes(self, 0)
-                    while self.receiving:
-                        cls.frame_ends(self, 0)
-                case "lane":
-                    for i in range(len(self.writing())):
-                        if i < len(self.writing()):
-                            cls.lane_settles(self, i)
-                case "quiet":
-                    while self.quiet:
-                        cls.quiet_told(self, 0)
-                case "verify":
-                    while self.verifying:
-                        cls.verify(self, 0, 0)
-                    while self.arriving:
-                        cls.take_over(self, 0)
+            self.step(step)
+
+    def step(self, step: str, is_damaged: bool = False) -> None:  # noqa: C901
+        cls = TransferMachine
+        match step:
+            case "connect":
+                for peer in self.peers:
+                    cls.connect(self, peer.number, True)
+            case "up" | "down":
+                deliver = self.deliver_up if step == "up" else self.deliver_down
+                for wire in list(self.wires.values()):
+                    while len(getattr(wire, step)):
+                        deliver(wire)
+            case "write":
+                for i in range(len(self.writing()) * NUM_LAYERS):
+                    cls.write_layer(self, i, is_damaged)
+                while self.frames():
+                    cls.frame_comes(self, 0)
+                while self.receiving:
+                    cls.frame_ends(self, 0)
+            case "lane":
+                for i in range(len(self.writing())):
+                    if i < len(self.writing()):
+                        cls.lane_settles(self, i)
+            case "quiet":
+                while self.quiet:
+                    cls.quiet_told(self, 0)
+            case "verify":
+                while self.verifying:
+                    cls.verify(self, 0, 0)
+            case "take over":
+                while self.arriving:
+                    cls.take_over(self, 0)
+            case "gone":
+                for wire in self.wires.values():
+                    self.tell_gone(wire)
 
     @precondition(lambda self: NUM_BLOCKS - len(self.owner) > 0)
-    @rule(peer=st.integers(0, 1), until=st.integers(0, 11))
-    def whole_transfer(self, peer: int, until: int) -> None:
-        """A push on its way to arrival, left alone at some phase."""
+    @rule(
+        peer=st.integers(0, 1),
+        until=st.integers(0, len(PATH)),
+        is_damaged=st.sampled_from([False, False, True]),
+        trouble=st.sampled_from(TROUBLES),
+        after=st.lists(STEPS, max_size=6),
+    )
+    def transfer_with_trouble(  # noqa: C901
+        self, peer: int, until: int, is_damaged: bool, trouble: str, after: list[str]
+    ) -> None:
+        """A push that gets to some phase undisturbed, meets one trouble there, and goes on."""
         cls = TransferMachine
         cls.grant(self, 1, 100.0)
-        self.unused.append(self.unused.pop())
         cls.begin(self, len(self.unused) - 1, peer, 0, 1)
         at = self.peers[peer]
         writer = list(at.writers.values())[-1]
         self.to_sender(at, s.CommitAsked(writer.push, TokenChunk(writer.sequence_id, 0, (1,))))
-        path = ["connect", "up", "down", "write", "lane", "up", "quiet", "verify", "down"]
-        self.runs_smoothly_steps(path[:until])
+        for step in PATH[:until]:
+            self.step(step, is_damaged)
+        match trouble:
+            case "revoke":
+                self.to_receiver(r.RevokeAsked(writer.sequence_id, "cancelled"))
+            case "abort":
+                self.to_sender(at, s.AbortAsked(writer.push, "cancelled"))
+            case "lost":
+                self.lose_at_sender(at)
+            case "lost there":
+                for wire in [w for w in self.wires.values() if w.peer == peer]:
+                    self.lose_at_receiver(wire)
+            case "dies":
+                cls.sender_dies(self, peer)
+            case "late":
+                cls.time_passes(self, 40.0)
+            case "write fails" if writer.may_write:
+                self.to_sender(at, s.WriteFailed(writer.push, InternalError("write failed")))
+            case "again":
+                for wire in [w for w in self.wires.values() if w.peer == peer]:
+                    for link in (wire.up, wire.down):
+                        for i in range(len(link)):
+                            link.put(link.take_copy(i))
+        for step in after:
+            self.step(step)
 
     # What must hold.
 
@@ -521,7 +559,7 @@ class TransferMachine(RuleBasedStateMachine):
         for block, sequence_id in self.owner.items():
             assert self.ended[sequence_id] == "arrived", f"block {block} leaked"
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: C901
         for wire in list(self.wires.values()):
             while len(wire.up):
                 self.deliver_up(wire)

@@ -63,7 +63,7 @@ def test_the_whole_relay() -> None:
     machine = PrefillMachine("p0")
     assert machine.handle(RUN) == [Submit(SPEC, hands_off=True)]
     assert machine.handle(STARTED) == [BeginPush(ID, LEASE, (3, 4), 4)]
-    assert machine.handle(TOKEN) == [SendTokens(1, FIRST), SendPrefillDone(1, ID, TIMES), CommitPush(ID, FIRST)]
+    assert machine.handle(TOKEN) == [SendPrefillDone(1, ID, TIMES), SendTokens(1, FIRST), CommitPush(ID, FIRST)]
     assert machine.handle(PushCommitted(ID, REPORT)) == [ReleaseBlocks(ID), SendHandedOff(1, ID, REPORT)]
     assert machine.num_sequences == 0
 
@@ -71,7 +71,7 @@ def test_the_whole_relay() -> None:
 def test_the_first_token_ends_the_request_and_nothing_is_committed() -> None:
     machine = after(*COMPUTING)
     actions = machine.handle(Output(ID, ENDING, TIMES))
-    assert actions[:2] == [SendTokens(1, ENDING), SendPrefillDone(1, ID, TIMES)]
+    assert actions[:2] == [SendPrefillDone(1, ID, TIMES), SendTokens(1, ENDING)]
     assert isinstance(actions[2], AbortPush)
     assert machine.handle(PushAborted(ID)) == [ReleaseBlocks(ID)]
     assert machine.num_sequences == 0
@@ -80,7 +80,7 @@ def test_the_first_token_ends_the_request_and_nothing_is_committed() -> None:
 def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
     machine = PrefillMachine("p0")
     assert machine.handle(RunAsked(1, SPEC, None)) == [Submit(SPEC, hands_off=False)]
-    assert machine.handle(TOKEN) == [SendTokens(1, FIRST), SendPrefillDone(1, ID, TIMES)]
+    assert machine.handle(TOKEN) == [SendPrefillDone(1, ID, TIMES), SendTokens(1, FIRST)]
     last = TokenChunk(ID, 2, (43,), finish_reason=FinishReason.LENGTH)
     assert machine.handle(Output(ID, last)) == [SendTokens(1, last)]
     assert machine.num_sequences == 0

@@ -341,12 +341,30 @@ def test_a_missing_token_fails_that_sequence() -> None:
     assert s.pool.num_used == 0
 
 
+@pytest.mark.parametrize("limits", [{"max_num_seqs": 1}, {"max_batch_tokens": 1}, {"max_batch_tokens": 2}])
+def test_the_tightest_limits_still_finish_everything(limits: dict[str, int]) -> None:
+    s = scheduler(**limits)
+    s.add(spec("a", 7, max_tokens=5), hands_off=False, now=0.0)
+    s.add(spec("b", 6, max_tokens=5), hands_off=True, now=0.0)
+    s.add(spec("c", 5, max_tokens=5), hands_off=False, now=0.0)
+    counts = {"a": 0, "b": 0, "c": 0}
+    for _ in range(60):
+        told, events = step(s)
+        assert sum(count for _, _, count, _ in told) <= s.config.max_batch_tokens
+        assert len(told) <= s.config.max_num_seqs
+        for event in events:
+            counts[event.sequence_id] += isinstance(event, Output)
+    s.release("b", 0.0)
+    assert counts == {"a": 5, "b": 1, "c": 5}
+    assert s.num_sequences == 0
+
+
 @pytest.mark.parametrize(
     "bad",
     [
         {"block_tokens": 0},
-        {"max_num_seqs": 1},
-        {"max_batch_tokens": 4, "max_num_seqs": 8},
+        {"max_num_seqs": 0},
+        {"max_batch_tokens": 0},
         {"max_preemptions": 0},
         {"watermark": 1.0},
     ],

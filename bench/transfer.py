@@ -1,0 +1,339 @@
+"""Transfer figures: GB/s per transport beside its limit, cost of the digest, exposed tail of layer-wise pushes.
+
+    python -m bench transfer [--quick]
+
+Sender and receiver are two processes. Every round runs each contender once, next to a memcpy of the same bytes and (for
+tcp) a bare sendmsg/recv_into loop over as many streams; figures are medians over the rounds, ratios are medians of the
+per-round ratios, because memory bandwidth drifts from minute to minute.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+
+import grpc.aio
+import numpy as np
+
+from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
+from kvtransfer.arena import Arena
+from kvtransfer.config import TransferConfig
+from kvtransfer.digest import ByteArray
+from kvtransfer.host import host_id
+from kvtransfer.protocol.messages import PROTOCOL_VERSION
+from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
+from kvtransfer.sender import Sender
+from kvtransfer.transports.tcp import receive_all, send_all
+from kvtransfer.writing import as_bytes
+
+# The bench model in bfloat16: 64 KiB a block and layer, 16 KiB a token.
+LAYOUT = KvLayout(num_layers=16, num_blocks=160, num_kv_heads=4, head_dim=64, block_tokens=64, dtype="bfloat16")
+BULK_TOKENS = 8192
+BULK_BYTES = BULK_TOKENS // LAYOUT.block_tokens * LAYOUT.block_bytes * LAYOUT.num_layers
+STREAMS = 2
+BARE_MESSAGE_BYTES = 2 << 20
+# What the CPU engine of the bench model computes; sets how long a layer takes in the layer-wise runs.
+PREFILL_TOKENS_PER_S = 1500
+VARIANTS = {
+    "shm": TransferConfig(transports=("shm",), digest=True),
+    "shm, no digest": TransferConfig(transports=("shm",), digest=False),
+    "tcp": TransferConfig(transports=("tcp",), digest=True, tcp_streams=STREAMS),
+    "tcp, no digest": TransferConfig(transports=("tcp",), digest=False, tcp_streams=STREAMS),
+}
+SERIALIZED = {"shm": 1 << 60, "tcp": 1 << 60}
+LAYERWISE = {"shm": 0, "tcp": 0}
+
+
+def describe(node_id: str, address: str) -> NodeDescription:
+    return NodeDescription(
+        node_id=node_id,
+        incarnation=1,
+        role=Role.MIXED,
+        home_role=Role.MIXED,
+        address=address,
+        model=ModelDescription("bench", "bench", LAYOUT.dtype, 32768, 32000),
+        kv_layout=LAYOUT,
+        protocol_version=PROTOCOL_VERSION,
+        pid=os.getpid(),
+        host_id=host_id(),
+        transports=("shm", "tcp"),
+        device="cpu",
+        kernels="cpu",
+        software_version="bench",
+    )
+
+
+# --- the receiving process --------------------------------------------------------------------------------------------
+
+
+def serve_bare(listener: socket.socket, target: memoryview) -> None:
+    """Fill the target from STREAMS connections, each its own part, again and again; acknowledge each part."""
+    part = len(target) // STREAMS
+
+    def fill(connection: socket.socket, number: int) -> None:
+        mine = target[number * part : (number + 1) * part]
+        while receive_all(connection, [mine[i : i + BARE_MESSAGE_BYTES] for i in range(0, part, BARE_MESSAGE_BYTES)]):
+            connection.sendall(b"\1")
+        connection.close()
+
+    for number in range(STREAMS):
+        connection, _ = listener.accept()
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        threading.Thread(target=fill, args=(connection, number), daemon=True).start()
+
+
+async def receive() -> None:
+    """A receiver for every variant over one arena; leases are granted for a line "variant num_tokens" on stdin."""
+    with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena, socket.create_server(("127.0.0.1", 0)) as bare:
+        threading.Thread(target=serve_bare, args=(bare, arena.buffer[:BULK_BYTES]), daemon=True).start()
+        receivers: dict[str, Receiver] = {}
+        servers = []
+
+        def on_event(notice: ReceiverNotice) -> None:
+            assert isinstance(notice, Arrived | Released), notice
+
+        for name, config in VARIANTS.items():
+            server = grpc.aio.server()
+            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            receiver = Receiver(describe(name, address), LAYOUT, arena, on_event=on_event, config=config)
+            receiver.add_to(server)
+            await receiver.start()
+            await server.start()
+            receivers[name] = receiver
+            servers.append(server)
+        print(json.dumps(bare.getsockname()[1]), flush=True)
+        number = 0
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            name, num_tokens = line.rsplit(" ", 1)
+            number += 1
+            lease = receivers[name].grant(f"seq{number}", range(LAYOUT.blocks_for(int(num_tokens))), ttl_s=120)
+            print(json.dumps(asdict(lease)), flush=True)
+        for receiver in receivers.values():
+            await receiver.close()
+        for server in servers:
+            await server.stop(0)
+
+
+# --- the sending process ----------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """The receiving process as the sender sees it."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.transfer", "--receive"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.bare_port = int(self._read())
+        self.bare = [socket.create_connection(("127.0.0.1", self.bare_port)) for _ in range(STREAMS)]
+        for connection in self.bare:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def _read(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def lease(self, variant: str, num_tokens: int) -> Lease:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{variant} {num_tokens}\n")
+        self.process.stdin.flush()
+        values = json.loads(self._read())
+        return Lease(**{**values, "block_ids": tuple(values["block_ids"])})
+
+    def bare_send(self, source: memoryview) -> float:
+        part = len(source) // STREAMS
+
+        def push(number: int) -> None:
+            mine = source[number * part : (number + 1) * part]
+            send_all(self.bare[number], [mine[i : i + BARE_MESSAGE_BYTES] for i in range(0, part, BARE_MESSAGE_BYTES)])
+            self.bare[number].recv(1)
+
+        threads = [threading.Thread(target=push, args=(i,)) for i in range(STREAMS)]
+        started_s = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - started_s
+
+    def close(self) -> None:
+        for connection in self.bare:
+            connection.close()
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(30)
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+class Bench:
+    def __init__(self, peer: Peer, arena: Arena, copy_target: ByteArray, senders: dict[str, dict[str, Sender]]) -> None:
+        self.peer, self.senders = peer, senders
+        self.arena = arena
+        self.source = as_bytes(arena.buffer)[:BULK_BYTES]
+        self.copy_target = copy_target
+
+    def memcpy(self) -> float:
+        started_s = time.perf_counter()
+        np.copyto(self.copy_target, self.source)
+        return time.perf_counter() - started_s
+
+    async def push(
+        self, variant: str, mode: str, num_tokens: int, compute: Callable[[], None] | None = None
+    ) -> tuple[float, TransferReport]:
+        """Seconds from the first layer's computation to the acknowledgement, and the report."""
+        lease = self.peer.lease(variant, num_tokens)
+        num_blocks = LAYOUT.blocks_for(num_tokens)
+        push = self.senders[mode][variant].begin(lease, range(num_blocks), num_known_tokens=num_tokens)
+        await asyncio.sleep(0.02)  # Begun comes while the prompt is computed.
+
+        def engine() -> None:
+            for layer in range(LAYOUT.num_layers):
+                if compute is not None:
+                    compute()
+                push.layer_ready(layer, num_blocks)
+
+        started_s = time.perf_counter()
+        if compute is None:
+            engine()
+        else:
+            await asyncio.to_thread(engine)
+        report = await push.commit(TokenChunk(lease.sequence_id, 0, (1,)))
+        return time.perf_counter() - started_s, report
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    gb_per_s: float
+    # Of memcpy, or of the bare loop, in the same round.
+    ratio_memcpy: float
+    ratio_bare: float | None
+
+
+async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
+    seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bare tcp", *VARIANTS)}
+    for index in range(rounds + 1):
+        found = {"memcpy": bench.memcpy(), "bare tcp": await asyncio.to_thread(bench.peer.bare_send, bench.source.data)}
+        for variant in VARIANTS:
+            found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
+        if index:  # The first round warms pages and connections.
+            for name, value in found.items():
+                seconds[name].append(value)
+    rows = []
+    for name, values in seconds.items():
+        memcpy = statistics.median(m / v for m, v in zip(seconds["memcpy"], values, strict=True))
+        bare = statistics.median(b / v for b, v in zip(seconds["bare tcp"], values, strict=True))
+        rate = BULK_BYTES / statistics.median(values) / 1e9
+        rows.append(Row(name, rate, memcpy, bare if "tcp" in name else None))
+    cost = {}
+    for name in ("shm", "tcp"):
+        pairs = zip(seconds[name], seconds[f"{name}, no digest"], strict=True)
+        cost[name] = statistics.median(1 - without / with_digest for with_digest, without in pairs)
+    return rows, cost
+
+
+def make_compute(seconds: float) -> Callable[[], None]:
+    """Matrix products on one core, as long as a layer of this many tokens takes."""
+    a = np.ones((256, 256), dtype=np.float32)
+    out = np.empty_like(a)
+    np.matmul(a, a, out=out)
+    started_s = time.perf_counter()
+    for _ in range(50):
+        np.matmul(a, a, out=out)
+    count = max(1, round(seconds / ((time.perf_counter() - started_s) / 50)))
+
+    def compute() -> None:
+        for _ in range(count):
+            np.matmul(a, a, out=out)
+
+    return compute
+
+
+async def layerwise(bench: Bench, rounds: int, sizes: list[int]) -> list[dict[str, float | str]]:
+    """Layer-wise beside serialized beside no transfer at all, per prompt length."""
+    rows: list[dict[str, float | str]] = []
+    for variant in ("shm", "tcp"):
+        for num_tokens in sizes:
+            compute = make_compute(num_tokens / PREFILL_TOKENS_PER_S / LAYOUT.num_layers)
+            found: dict[str, list[float]] = {key: [] for key in ("alone", "total", "exposed", "total 1", "exposed 1")}
+            for _ in range(rounds):
+                started_s = time.perf_counter()
+                for _ in range(LAYOUT.num_layers):
+                    await asyncio.to_thread(compute)
+                found["alone"].append(time.perf_counter() - started_s)
+                for mode, suffix in (("layerwise", ""), ("serialized", " 1")):
+                    total_s, report = await bench.push(variant, mode, num_tokens, compute)
+                    found["total" + suffix].append(total_s)
+                    found["exposed" + suffix].append(report.exposed_s)
+            median = {key: statistics.median(values) * 1e3 for key, values in found.items()}
+            rows.append(
+                {
+                    "transport": variant,
+                    "num_tokens": num_tokens,
+                    "num_bytes": LAYOUT.blocks_for(num_tokens) * LAYOUT.block_bytes * LAYOUT.num_layers,
+                    "compute_alone_ms": median["alone"],
+                    "layerwise_total_ms": median["total"],
+                    "serialized_total_ms": median["total 1"],
+                    "layerwise_exposed_ms": median["exposed"],
+                    "serialized_exposed_ms": median["exposed 1"],
+                }
+            )
+    return rows
+
+
+async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
+    peer = Peer()
+    senders: dict[str, dict[str, Sender]] = {"layerwise": {}, "serialized": {}}
+    with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena:
+        as_bytes(arena.buffer)[:] = np.random.default_rng(0).integers(0, 256, arena.num_bytes, dtype=np.uint8)
+        for mode, table in (("layerwise", LAYERWISE), ("serialized", SERIALIZED)):
+            for name, config in VARIANTS.items():
+                node = describe(f"sender-{mode}-{name}", "")
+                sender = Sender(node, LAYOUT, arena, config=replace(config, layerwise_from_bytes=table))
+                await sender.start()
+                senders[mode][name] = sender
+        with Arena.create(BULK_BYTES, prefault_pages=True) as copy_arena:
+            bench = Bench(peer, arena, as_bytes(copy_arena.buffer), senders)
+            try:
+                bulk_rows, digest_cost = await bulk(bench, rounds)
+                tails = await layerwise(bench, max(3, rounds // 2), sizes)
+            finally:
+                for senders_of_mode in senders.values():
+                    for sender in senders_of_mode.values():
+                        await sender.close()
+                peer.close()
+                del bench
+    return {
+        "layout": asdict(LAYOUT),
+        "rounds": rounds,
+        "bulk_bytes": BULK_BYTES,
+        "streams": STREAMS,
+        "bulk": [asdict(row) for row in bulk_rows],
+        "digest_cost_of_bulk": digest_cost,
+        "layerwise": tails,
+    }
+
+
+def run(quick: bool) -> dict[str, object]:
+    """The bench's entry for ``python -m bench transfer``."""
+    return asyncio.run(measured(3 if quick else 9, [64, 512] if quick else [64, 128, 256, 512, 1024, 2048]))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] == ["--receive"]:
+        asyncio.run(receive())
+    else:
+        print(json.dumps(run("--quick" in sys.argv), indent=1))

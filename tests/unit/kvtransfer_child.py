@@ -1,0 +1,77 @@
+"""One end of a transfer in a process of its own, to be killed. Speaks JSON lines on stdin and stdout.
+
+``sender TRANSPORT SPEC`` reads one lease and writes into it for ever; ``receiver TRANSPORT PORT INCARNATION`` grants a
+lease for every line and reports what arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import asdict
+
+import grpc.aio
+from kvtransfer_pair import LAYOUT, describe, token
+
+from baton.types import Lease
+from kvtransfer.arena import Arena
+from kvtransfer.config import TransferConfig
+from kvtransfer.receiver import Receiver, ReceiverNotice
+from kvtransfer.sender import Sender
+
+
+def say(**values: object) -> None:
+    sys.stdout.write(json.dumps(values) + "\n")
+    sys.stdout.flush()
+
+
+async def read_line() -> str:
+    return await asyncio.to_thread(sys.stdin.readline)
+
+
+async def run_sender(spec: str) -> None:
+    with Arena.create(LAYOUT.total_bytes) as arena:
+        config = TransferConfig(transports=(spec,), layerwise_from_bytes={})
+        sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
+        await sender.start()
+        values = json.loads(await read_line())
+        values["block_ids"] = tuple(values["block_ids"])
+        lease = Lease(**values)
+        push = sender.begin(lease, range(len(lease.block_ids)), num_known_tokens=LAYOUT.block_tokens * 2)
+        for layer in range(LAYOUT.num_layers):
+            push.layer_ready(layer, 2)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(push.commit(token(lease.sequence_id)))
+            while push._started_s is None:  # noqa: ASYNC110 - a look from outside
+                await asyncio.sleep(0.01)
+            say(state="writing")
+
+
+async def run_receiver(transport: str, port: int, incarnation: int) -> None:
+    def on_event(notice: ReceiverNotice) -> None:
+        say(event=type(notice).__name__, sequence_id=notice.sequence_id)
+
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    port = server.add_insecure_port(f"127.0.0.1:{port}")
+    with Arena.create(LAYOUT.total_bytes) as arena:
+        node = describe("decode-0", LAYOUT, f"127.0.0.1:{port}", incarnation)
+        config = TransferConfig(transports=(transport,))
+        receiver = Receiver(node, LAYOUT, arena, on_event=on_event, config=config)
+        receiver.add_to(server)
+        await receiver.start()
+        await server.start()
+        say(state="ready", port=port)
+        number = 0
+        while await read_line():
+            number += 1
+            say(**asdict(receiver.grant(f"seq{number}", range(number * 2, number * 2 + 2), ttl_s=30)))
+        await receiver.close()
+        await server.stop(0)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sender":
+        asyncio.run(run_sender(sys.argv[2]))
+    else:
+        asyncio.run(run_receiver(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))

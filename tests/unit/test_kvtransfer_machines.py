@@ -1,0 +1,290 @@
+"""The protocol machines, one story at a time: feed events, assert actions."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.errors import NodeLost, TransferFailed
+from baton.types import Failure, TokenChunk
+from kvtransfer.protocol import receiver as r
+from kvtransfer.protocol import sender as s
+from kvtransfer.protocol.messages import Abort, Ack, Begin, Begun, Commit, Heartbeat, Nack, Revoke, Revoked
+
+TOKEN = TokenChunk("q", 0, (5,))
+DAMAGE = Failure("TransferFailed", "digest of layers [1] differs in attempt 1", True)
+
+
+def commit(attempt: int = 1, num_blocks: int = 2) -> Commit:
+    return Commit("q", 7, attempt, num_blocks, (b"d",), TOKEN)
+
+
+class Receiving:
+    """A receiver with lease 7 of "q" over blocks 4 and 5, and channel 1."""
+
+    def __init__(self, one_sided: bool = True, ttl_s: float = 10.0) -> None:
+        self.machine = r.ReceiverMachine(r.ReceiverConfig())
+        self.now = 0.0
+        assert self.feed(r.ChannelOpened(1, "prefill-0", one_sided)) == []
+        assert self.feed(r.Granted("q", 7, (4, 5), ttl_s)) == []
+
+    def feed(self, event: r.ReceiverEvent) -> list[r.ReceiverAction]:
+        actions = self.machine.handle(event, self.now)
+        self.machine.check()
+        return actions
+
+    def hears(self, message: object, channel: int = 1) -> list[r.ReceiverAction]:
+        return self.feed(r.Received(channel, message))  # type: ignore[arg-type]
+
+    def begin(self) -> None:
+        assert self.hears(Begin("q", 7)) == [r.OpenEpoch(1, 7, (4, 5)), r.Send(1, Begun("q", 7))]
+
+    def verify(self, attempt: int = 1) -> None:
+        assert self.hears(commit(attempt)) == [r.CloseEpoch(1, 7)]
+        assert self.feed(r.EpochQuiet(7)) == [r.Verify(7, commit(attempt))]
+
+
+def test_receiver_takes_over_what_is_verified() -> None:
+    t = Receiving()
+    t.begin()
+    t.verify()
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.TakenOver(7)) == [r.ForgetDigests(7, None), r.Send(1, Ack("q", 7))]
+    assert t.machine.num_leases == 0
+    assert t.hears(commit()) == [r.Send(1, Ack("q", 7))], "a duplicate is acknowledged again"
+    assert t.feed(r.RevokeAsked("q", "late")) == []
+
+
+def test_receiver_asks_for_damaged_layers_again_and_takes_only_the_expected_commit() -> None:
+    t = Receiving()
+    t.begin()
+    t.verify()
+    nack = Nack("q", 7, 1, DAMAGE, (1,))
+    assert t.feed(r.Verified(7, 1, (1,))) == [
+        r.ForgetDigests(7, (1,)),
+        r.OpenEpoch(1, 7, (4, 5)),
+        r.Send(1, nack),
+    ]
+    assert t.hears(commit(1)) == [], "the first commit once more says nothing about the second writing"
+    assert t.feed(r.EpochQuiet(7)) == [], "nor does a late quiet"
+    t.verify(attempt=2)
+    assert t.feed(r.Verified(7, 1, ())) == [], "a late result of the first verification"
+    assert t.feed(r.Verified(7, 2, ())) == [r.Arrive("q", 7, TOKEN)]
+
+
+def test_a_duplicate_begin_never_starts_a_second_writer() -> None:
+    t = Receiving()
+    t.begin()
+    assert t.hears(Begin("q", 7)) == []
+    t.feed(r.ChannelOpened(2, "prefill-1", True))
+    (answer,) = t.hears(Begin("q", 7), channel=2)
+    assert isinstance(answer, r.Send)
+    assert isinstance(answer.message, Nack)
+    assert "belongs to another channel" in answer.message.failure.message
+
+
+def test_a_channel_without_data_connection_begins_nothing() -> None:
+    t = Receiving()
+    assert t.feed(r.WriterGone(1)) == []
+    assert t.hears(Begin("q", 7)) == []
+    assert t.machine.state("q") is r.LeaseState.GRANTED
+
+
+@pytest.mark.parametrize("last_word", [Revoked("q", 7), Abort("q", 7, "x"), commit()])
+def test_a_one_sided_writer_must_speak_before_blocks_are_released(last_word: object) -> None:
+    t = Receiving()
+    t.begin()
+    assert t.feed(r.RevokeAsked("q", "cancelled")) == [
+        r.Send(1, Revoke("q", 7, "cancelled")),
+        r.CloseEpoch(1, 7),
+        r.Quarantine("q", 7, "cancelled"),
+    ]
+    assert t.feed(r.EpochQuiet(7)) == []
+    t.now = 3.0
+    assert r.DropChannel(1, "q: Revoke was not answered") in t.feed(r.Tick())
+    assert t.machine.num_leases == 1, "no time-out frees blocks that a live writer can reach"
+    assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Release("q", 7, "cancelled")]
+
+
+def test_a_lost_channel_is_not_a_gone_writer() -> None:
+    t = Receiving()
+    t.begin()
+    lost = t.feed(r.ChannelLost(1, "reset"))
+    assert [type(a) for a in lost] == [r.CloseEpoch, r.Quarantine]
+    assert t.feed(r.EpochQuiet(7)) == []
+    assert t.feed(r.WriterGone(1))[-1] == r.Release("q", 7, "channel to prefill-0 lost: reset")
+    assert t.machine.num_channels == 0
+
+
+def test_a_two_sided_lease_ends_when_this_process_is_quiet() -> None:
+    t = Receiving(one_sided=False)
+    t.begin()
+    t.feed(r.RevokeAsked("q", "cancelled"))
+    assert t.feed(r.EpochQuiet(7))[-1] == r.Release("q", 7, "cancelled")
+
+
+def test_what_was_committed_before_the_channel_broke_still_arrives() -> None:
+    t = Receiving()
+    t.begin()
+    t.verify()
+    assert t.feed(r.ChannelLost(1, "reset")) == []
+    assert t.feed(r.WriterGone(1)) == []
+    t.now = 100.0
+    assert t.feed(r.Tick()) == [], "done and late is done"
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.TakenOver(7)) == [r.ForgetDigests(7, None)]
+
+
+def test_a_silent_peer_is_dropped_but_not_by_a_receiver_that_slept() -> None:
+    t = Receiving(ttl_s=1e6)
+    t.now = 1000.0
+    assert t.feed(r.Tick()) == [r.Send(1, Heartbeat())], "one late tick of ours is one missed beat"
+    for _ in range(5):
+        t.now += 1.0
+        actions = t.feed(r.Tick())
+    assert actions == [r.DropChannel(1, "prefill-0 was silent")]
+
+
+class Sending:
+    """A sender with push 3 of "q" towards lease 7, waiting for its channel."""
+
+    def __init__(self) -> None:
+        self.machine = s.SenderMachine("decode:1", s.SenderConfig())
+        self.now = 0.0
+        assert self.feed(s.PushBegun(3, "q", 7, 1, 10.0)) == [s.Connect()]
+
+    def feed(self, event: s.SenderEvent) -> list[s.SenderAction]:
+        actions = self.machine.handle(event, self.now)
+        self.machine.check()
+        return actions
+
+    def hears(self, message: object) -> list[s.SenderAction]:
+        return self.feed(s.Received(1, message))  # type: ignore[arg-type]
+
+    def begin(self) -> None:
+        assert self.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Begin("q", 7))]
+        assert self.hears(Begun("q", 7)) == [s.StartWriting(3)]
+
+    def commit(self) -> None:
+        assert self.feed(s.CommitAsked(3, TOKEN)) == [s.Drain(3, 1)]
+        assert self.feed(s.Drained(3, 1, 2, (b"d",))) == [s.Send(1, commit())]
+
+
+def test_sender_commits_and_finishes_on_ack() -> None:
+    t = Sending()
+    t.begin()
+    t.commit()
+    assert t.hears(Begun("q", 7)) == [], "a duplicate"
+    assert t.hears(Ack("q", 7)) == [s.Finish(3, None)]
+    assert t.hears(Ack("q", 7)) == []
+    assert t.machine.num_pushes == 0
+
+
+def test_a_commit_asked_early_follows_begun() -> None:
+    t = Sending()
+    assert t.feed(s.CommitAsked(3, TOKEN)) == []
+    assert t.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Begin("q", 7))]
+    assert t.hears(Begun("q", 7)) == [s.StartWriting(3), s.Drain(3, 1)]
+
+
+def test_sender_writes_damaged_layers_again_once_per_nack() -> None:
+    t = Sending()
+    t.begin()
+    t.commit()
+    nack = Nack("q", 7, 1, DAMAGE, (1,))
+    assert t.hears(nack) == [s.Drain(3, 2, (1,))]
+    assert t.hears(nack) == [], "a duplicate while it writes"
+    assert t.feed(s.Drained(3, 1, 2, (b"d",))) == [], "a late report of the first attempt"
+    assert t.feed(s.Drained(3, 2, 2, (b"d",))) == [s.Send(1, commit(2))]
+    assert t.hears(nack) == [], "a duplicate of an answered Nack"
+    assert t.hears(Ack("q", 7)) == [s.Finish(3, None)]
+
+
+@pytest.mark.parametrize("is_draining", [False, True])
+def test_sender_answers_revoke_only_when_it_has_stopped(is_draining: bool) -> None:
+    t = Sending()
+    t.begin()
+    if is_draining:
+        t.feed(s.CommitAsked(3, TOKEN))
+    assert t.hears(Revoke("q", 7, "cancelled")) == [s.StopWriting(3)]
+    assert t.feed(s.Drained(3, 1, 2, ())) == []
+    told, finish = t.feed(s.Stopped(3))
+    assert told == s.Send(1, Revoked("q", 7))
+    assert isinstance(finish, s.Finish)
+    assert isinstance(finish.error, TransferFailed)
+    assert t.hears(Revoke("q", 7, "cancelled")) == [s.Send(1, Revoked("q", 7))], "asked again"
+
+
+def test_a_lost_channel_fails_pushes_after_their_writes_have_stopped() -> None:
+    t = Sending()
+    t.begin()
+    assert t.feed(s.ChannelLost(1, "reset")) == [s.StopWriting(3)]
+    (finish,) = t.feed(s.Stopped(3))
+    assert isinstance(finish, s.Finish)
+    assert isinstance(finish.error, NodeLost)
+
+
+def test_a_write_that_does_not_stop_costs_the_connection() -> None:
+    t = Sending()
+    t.begin()
+    t.feed(s.AbortAsked(3, "cancelled"))
+    t.now = 2.0
+    assert s.DropChannel(1, "a write of q did not stop") in t.feed(s.Tick())
+    assert t.feed(s.ChannelLost(1, "dropped")) == []
+    assert [type(a) for a in t.feed(s.Stopped(3))] == [s.Finish]
+
+
+def test_an_aborted_wait_gives_the_lease_back_when_the_channel_comes() -> None:
+    t = Sending()
+    assert [type(a) for a in t.feed(s.AbortAsked(3, "cancelled"))] == [s.Finish]
+    assert t.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Abort("q", 7, "q: cancelled"))]
+
+
+def test_a_lease_is_used_once_on_a_channel() -> None:
+    t = Sending()
+    t.begin()
+    (finish,) = t.feed(s.PushBegun(4, "q", 7, 1, 10.0))
+    assert isinstance(finish, s.Finish)
+    assert isinstance(finish.error, TransferFailed)
+
+
+def test_back_off_grows_and_ends() -> None:
+    t = Sending()
+    error = NodeLost("refused")
+    assert t.feed(s.ConnectFailed(error)) == [s.Finish(3, error)]
+    waits = []
+    for push in range(4, 12):
+        assert t.feed(s.PushBegun(push, "q", push, 1, 10.0)) == []
+        due_s = t.machine.next_deadline_s
+        assert due_s is not None
+        waits.append(due_s - t.now)
+        t.now = due_s
+        assert t.feed(s.Tick()) == [s.Connect()]
+        t.feed(s.ConnectFailed(error))
+    assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    ("reach", "waited_for"),
+    [(0, "a channel"), (1, "Begun"), (2, "commit before the lease ended"), (3, "bytes"), (4, "the acknowledgement")],
+)
+def test_every_wait_has_a_deadline(reach: int, waited_for: str) -> None:
+    t = Sending()
+    steps = [
+        s.Connected(1, "decode-0", 1),
+        s.Received(1, Begun("q", 7)),
+        s.CommitAsked(3, TOKEN),
+        s.Drained(3, 1, 2, ()),
+    ]
+    for step in steps[:reach]:
+        t.feed(step)
+    finished: list[s.Finish] = []
+    for _ in range(60):
+        t.now += 1.0
+        t.hears(Heartbeat())
+        for action in t.feed(s.Tick()):
+            if isinstance(action, s.StopWriting):
+                finished += [a for a in t.feed(s.Stopped(3)) if isinstance(a, s.Finish)]
+            elif isinstance(action, s.Finish):
+                finished.append(action)
+    assert len(finished) == 1
+    assert waited_for in str(finished[0].error)

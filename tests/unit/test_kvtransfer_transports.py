@@ -1,0 +1,183 @@
+"""The data planes on their own, with peers that lie, repeat, vanish or never had a right to speak."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import socket
+from collections.abc import AsyncIterator
+
+import numpy as np
+import pytest
+from kvtransfer_pair import LAYOUT
+
+from kvtransfer.arena import Arena
+from kvtransfer.transports import shm, tcp
+from kvtransfer.transports.fake import Mischief
+from kvtransfer.writing import as_bytes
+
+TOKEN = bytes(range(32))
+SIZE = LAYOUT.block_bytes
+
+
+class Streams:
+    """A TcpReceiver with channel 1 on offer, and raw client sockets."""
+
+    def __init__(self, plane: tcp.TcpReceiver, memory: np.ndarray) -> None:
+        self.plane, self.memory = plane, memory
+        self.gone: list[int] = []
+        self.quiet: list[int] = []
+        self.endpoint = plane.offer(1, TOKEN)
+
+    async def connect(self, token: bytes = TOKEN) -> socket.socket:
+        host, port = self.endpoint.split(":")
+        stream = await asyncio.to_thread(socket.create_connection, (host, int(port)), 5)
+        stream.sendall(tcp._PREAMBLE.pack(tcp._MAGIC, token, 0))
+        return stream
+
+    async def send(self, stream: socket.socket, *head: int, payload: bytes) -> int:
+        """Send one frame; the status it is acknowledged with."""
+        stream.sendall(tcp._FRAME.pack(*head, len(payload)) + payload)
+        answer = await asyncio.to_thread(stream.recv, tcp._ACK.size)
+        assert tcp._ACK.unpack(answer)[0] == head[0]
+        return int(tcp._ACK.unpack(answer)[1])
+
+
+@contextlib.asynccontextmanager
+async def streams() -> AsyncIterator[Streams]:
+    memory = np.zeros(LAYOUT.total_bytes, dtype=np.uint8)
+    made: list[Streams] = []
+    plane = tcp.TcpReceiver(
+        memory,
+        LAYOUT,
+        advertised_host="127.0.0.1",
+        listen_host="",
+        on_writer_gone=lambda channel: made[0].gone.append(channel),
+        on_quiet=lambda epoch: made[0].quiet.append(epoch),
+    )
+    await plane.start()
+    made.append(Streams(plane, memory))
+    try:
+        yield made[0]
+    finally:
+        await plane.close()
+
+
+async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> None:
+    async with streams() as s:
+        with await s.connect() as stream:
+            assert await asyncio.to_thread(stream.recv, 1) == b"\1"
+            s.plane.open_epoch(1, 9, (5, 2))
+            block = b"x" * SIZE
+            assert await s.send(stream, 9, 1, 1, 1, 1, payload=block) == 0
+            offset = LAYOUT.offset(1, 2)
+            assert bytes(s.memory[offset : offset + SIZE]) == block
+            s.memory[offset : offset + SIZE] = 0
+            for epoch, layer, num_layers, first, num_blocks, payload in (
+                (8, 0, 1, 0, 1, block),  # no such epoch
+                (9, 3, 1, 0, 1, block),  # no such layer
+                (9, 2, 2, 0, 1, block * 2),  # layers beyond the last
+                (9, 0, 1, 2, 1, block),  # a position beyond the lease
+                (9, 0, 1, 1, 2, block * 2),
+                (9, 0, 1, 0xFFFFFFFF, 1, block),
+                (9, 0, 1, 0, 1, block[:-1]),  # less than it says
+                (9, 0, 1, 0, 1, block + b"y"),  # more than it says
+                (9, 0, 0, 0, 0, b""),
+            ):
+                status = await s.send(stream, epoch, layer, num_layers, first, num_blocks, payload=payload)
+                assert status == (0 if not payload else 1)
+            assert s.plane.close_epoch(1, 9)
+            assert await s.send(stream, 9, 0, 1, 0, 1, payload=block) == 1, "late"
+            assert not s.memory.any()
+            stream.sendall(tcp._FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
+            assert await asyncio.to_thread(stream.recv, 1) == b"", "an absurd size ends the stream"
+        await asyncio.sleep(0.05)
+        assert s.gone == [1]
+
+
+async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
+    async with streams() as s:
+        with await s.connect() as stream:
+            s.plane.open_epoch(1, 9, (0, 1))
+            stream.sendall(tcp._FRAME.pack(9, 0, 1, 0, 1, SIZE) + b"x" * 100)
+            await asyncio.sleep(0.1)
+            assert not s.plane.close_epoch(1, 9)
+            stream.sendall(b"x" * (SIZE - 100))
+            await asyncio.sleep(0.1)
+            assert s.quiet == [9]
+            s.plane.open_epoch(1, 10, (0, 1))
+            stream.sendall(tcp._FRAME.pack(10, 0, 1, 0, 1, SIZE) + b"x" * 100)
+            await asyncio.sleep(0.1)
+            assert not s.plane.close_epoch(1, 10)
+            s.plane.drop(1)
+            await asyncio.sleep(0.1)
+            assert (s.quiet, s.gone) == ([9, 10], [1])
+
+
+async def test_tcp_channels_cannot_write_into_each_others_leases() -> None:
+    async with streams() as s:
+        s.plane.offer(2, b"2" * 32)
+        s.plane.open_epoch(2, 9, (0,))
+        with await s.connect() as stream:
+            assert await asyncio.to_thread(stream.recv, 1) == b"\1"
+            assert await s.send(stream, 9, 0, 1, 0, 1, payload=b"x" * SIZE) == 1
+        assert not s.memory.any()
+
+
+async def test_tcp_refuses_streams_without_a_live_token() -> None:
+    async with streams() as s:
+        for token in (b"\0" * 32, TOKEN):
+            if token == TOKEN:
+                s.plane.drop(1)
+            with await s.connect(token) as stream:
+                assert await asyncio.to_thread(stream.recv, 1) == b""
+        with await s.connect(b"short"[:5].ljust(32)) as stream:
+            assert await asyncio.to_thread(stream.recv, 1) == b""
+        assert s.gone == [1]
+
+
+async def test_shm_hands_the_arena_to_the_token_once() -> None:
+    gone: list[int] = []
+    with Arena.create(4096) as arena:
+        plane = shm.ShmReceiver(arena, gone.append)
+        await plane.start()
+        name = plane.offer(1, TOKEN)
+        with contextlib.ExitStack() as stack:
+            for token, is_welcome in ((b"\0" * 32, False), (TOKEN, True), (TOKEN, False)):
+                peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+                peer.connect(f"\0{name}")
+                peer.sendall(token)
+                data, fds, _, _ = await asyncio.to_thread(socket.recv_fds, peer, 1, 1)
+                assert (len(fds) == 1) == is_welcome == bool(data)
+                for fd in fds:
+                    os.close(fd)
+            assert gone == []
+        await asyncio.sleep(0.05)
+        assert gone == [1], "end-of-file on the one that was let in"
+        plane.offer(2, TOKEN)
+        plane.drop(2)
+        assert gone == [1, 2], "nobody ever came"
+        await plane.close()
+
+
+def test_mischief_is_read_and_checked() -> None:
+    found = Mischief.parse("fake:corrupt=1,seed=7,over=tcp,delay_s=0.5")
+    assert (found.corrupt, found.seed, found.over, found.delay_s) == (1, 7, "tcp", 0.5)
+    assert Mischief.parse("fake") == Mischief()
+
+
+@pytest.mark.parametrize("sizes", [[10], [3, 4, 5], [1] * 600])
+def test_partial_sends_and_receives_lose_nothing(sizes: list[int]) -> None:
+    left, right = socket.socketpair()
+    with left, right:
+        data = np.random.default_rng(1).integers(0, 256, sum(sizes), dtype=np.uint8)
+        cuts = np.cumsum([0, *sizes])
+        views = [data.data[a:b] for a, b in itertools.pairwise(cuts)]
+        tcp.send_all(left, views)
+        target = as_bytes(memoryview(bytearray(len(data))))
+        assert tcp.receive_all(right, [target.data[: len(data) // 2], target.data[len(data) // 2 :]])
+        assert np.array_equal(target, data)
+        left.shutdown(socket.SHUT_WR)
+        assert not tcp.receive_all(right, [target.data[:1]])
