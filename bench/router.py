@@ -4,7 +4,7 @@ Three processes: fake nodes that compute nothing, the router, and this one as th
 the router minus the time of the same call made straight to a fake node, interleaved. Throughput is per CPU second of
 the router process, so that a busy machine distorts it little.
 
-    python -m bench.router --json out/router.json
+    python -m bench router
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import tokenizers
@@ -40,22 +40,18 @@ _VOCAB_SIZE = 512
 _PROMPT = list(range(100, 228))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=Path("bench/results/router.json"))
-    parser.add_argument("--quick", action="store_true", help="a tenth of the load, for tests")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        asyncio.run(_serve(json.loads(arguments.serve)))
-        return
-    scale = 0.1 if arguments.quick else 1.0
+def run(quick: bool) -> dict[str, Any]:
+    """All measures; quick takes a tenth of the load."""
     with tempfile.TemporaryDirectory() as folder:
         _write_tokenizer(Path(folder) / "model")
-        report = asyncio.run(_measure(Path(folder), scale))
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    arguments.json.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
+        return asyncio.run(_measure(Path(folder), 0.1 if quick else 1.0))
+
+
+def main() -> None:
+    """The router process of this bench."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--serve", required=True)
+    asyncio.run(_serve(json.loads(parser.parse_args().serve)))
 
 
 # ── Processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -156,11 +152,11 @@ async def _measure(folder: Path, scale: float) -> dict[str, Any]:
     with _cluster(folder, step_s=0.002) as cluster:
         ttft = await _added_ttft(cluster, rate_per_s=200, seconds=max(1.0, 6 * scale))
         memory = await _memory_per_stream(cluster, count=int(1000 * scale))
-    with _cluster(folder, step_s=0.0) as cluster:
-        streamed = [
-            await _streamed(cluster, count, int(400 * scale)) for count in (1, 32, 256, int(1000 * max(scale, 0.3)))
-        ]
-    return {"added_ttft": ttft, "memory": memory, "sse": streamed, "cpus": psutil.cpu_count()}
+    counts = [c for c in (1, 64, 256, 1000) if c <= 1000 * max(scale, 0.3)]
+    with _cluster(folder, step_s=0.005) as cluster:
+        streamed = [await _streamed(cluster, count, min(400, int(80_000 * scale / count) + 20)) for count in counts]
+    return {"cpus": psutil.cpu_count(), "load_average": psutil.getloadavg()[0], "added_ttft": ttft, "memory": memory,
+            "sse": streamed}  # fmt: skip
 
 
 async def _added_ttft(cluster: _Cluster, rate_per_s: float, seconds: float) -> dict[str, Any]:
@@ -228,7 +224,7 @@ class _Direct:
         return cls(call)
 
     async def _read(self) -> None:
-        while (message := await self._call.read()) is not aio.EOF:
+        while isinstance(message := await self._call.read(), node_pb2.PrefillSessionResponse):
             for tokens in message.tokens:
                 waiter = self._waiting.pop(tokens.sequence_id, None)
                 if waiter is not None:
@@ -242,7 +238,8 @@ class _Direct:
         start_s = time.perf_counter()
         run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(spec))
         await self._call.write(node_pb2.PrefillSessionRequest(run=run))
-        return await waiter - start_s
+        ended_s = await waiter
+        return float(ended_s - start_s)
 
     async def close(self) -> None:
         self._call.cancel()
@@ -287,8 +284,30 @@ async def _http_ttft_s(cluster: _Cluster, number: int) -> float:
 
 
 async def _streamed(cluster: _Cluster, count: int, max_tokens: int) -> dict[str, Any]:
-    """Streams as fast as the fake nodes can; chunks are counted to see how many tokens share one."""
-    max_tokens = max_tokens if count > 1 else max_tokens * 10
+    """Streams beside each other; what starting them costs is measured with short ones and taken off."""
+    await _stream_all(cluster, count, 2)
+    short = await _stream_all(cluster, count, 2)
+    whole = await _stream_all(cluster, count, max_tokens)
+    num_tokens = count * max_tokens
+    cpu_s = whole.cpu_s - short.cpu_s
+    return {
+        "streams": count,
+        "tokens": num_tokens,
+        "tokens_per_s": round(num_tokens / whole.wall_s),
+        "tokens_per_core_s": round((num_tokens - 2 * count) / cpu_s) if cpu_s > 0 else None,
+        "start_cpu_ms": _ms(short.cpu_s / count),
+        "tokens_per_chunk": round(num_tokens / max(whole.num_chunks, 1), 2),
+        "router_cpu_share": round(whole.cpu_s / whole.wall_s, 2),
+    }
+
+
+class _Streamed(NamedTuple):
+    wall_s: float
+    cpu_s: float
+    num_chunks: int
+
+
+async def _stream_all(cluster: _Cluster, count: int, max_tokens: int) -> _Streamed:
     num_chunks = 0
 
     async def one(number: int) -> None:
@@ -299,22 +318,11 @@ async def _streamed(cluster: _Cluster, count: int, max_tokens: int) -> dict[str,
             num_chunks += block.count(b"data: {")
         writer.close()
 
-    await one(0)
-    num_chunks = 0
     before_s, start_s = cluster.cpu_s(), time.monotonic()
     async with asyncio.TaskGroup() as group:
         for number in range(count):
             group.create_task(one(number))
-    wall_s, cpu_s = time.monotonic() - start_s, cluster.cpu_s() - before_s
-    num_tokens = count * max_tokens
-    return {
-        "streams": count,
-        "tokens": num_tokens,
-        "tokens_per_s": round(num_tokens / wall_s),
-        "tokens_per_core_s": round(num_tokens / cpu_s),
-        "cpu_us_per_token": round(cpu_s / num_tokens * 1e6, 2),
-        "tokens_per_chunk": round(num_tokens / max(num_chunks, 1), 2),
-    }
+    return _Streamed(time.monotonic() - start_s, cluster.cpu_s() - before_s, num_chunks)
 
 
 async def _memory_per_stream(cluster: _Cluster, count: int) -> dict[str, Any]:
@@ -325,6 +333,7 @@ async def _memory_per_stream(cluster: _Cluster, count: int) -> dict[str, Any]:
     with_bytes = cluster.router.memory_info().rss
     for _, writer in streams:
         writer.close()
+        await writer.wait_closed()
     return {"streams": count, "bytes_per_stream": round((with_bytes - before_bytes) / count)}
 
 

@@ -78,6 +78,8 @@ class Dispatcher:
         # Sequences that wait for a placement; reruns in front.
         self._queue: deque[Active] = deque()
         self._is_pumping = False
+        # Something happened since the last look that can make room for a waiting sequence.
+        self._has_changed = False
         self._pacer = Pacer(config.limits.max_hold_s)
         self._ticker: asyncio.TimerHandle | None = None
         self._down_since_s: float | None = clock.now()
@@ -243,6 +245,7 @@ class Dispatcher:
             return
         node_id = member.node.node_id
         for done in message.prefills:
+            self._has_changed = True
             self._loads.prefilled(done.sequence_id)
             self._route(
                 done.sequence_id,
@@ -292,7 +295,8 @@ class Dispatcher:
         if known is not None and node is not None:
             self._loads.status(node.node_id, known)
         self._do_membership(self._membership.handle(m.Heard(address, known), self._clock.now()))
-        self._pump()
+        if self._has_changed:
+            self._pump()
 
     # ── Membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -370,6 +374,7 @@ class Dispatcher:
             case f.SendCancel():
                 self._send_cancel(action)
             case f.Detach():
+                self._has_changed = True
                 self._by_sequence.pop(action.sequence_id, None)
                 self._loads.release(action.sequence_id)
             case f.NodeFull():
@@ -463,6 +468,7 @@ class Dispatcher:
         if self._is_pumping:
             return
         self._is_pumping = True
+        self._has_changed = False
         try:
             while self._queue and self._place(self._queue[0]):
                 pass

@@ -303,20 +303,20 @@ async def test_end_at_the_first_token() -> None:
 async def test_full_cluster_queues_then_refuses() -> None:
     """Two sequences fit; others wait for room, and beyond the queue's limit they are refused with a time to return."""
     config = replace(SLOW, num_blocks=8)
-    async with FakeCluster(config, prefill=1, decode=1) as cluster:
-        async with router_beside(cluster, limits=LimitsConfig(max_queued=4)) as router:
-            assert router.grpc is not None
-            async with baton.AsyncClient(router.grpc) as client:
-                prompt = list(range(40))
-                calls = [client.complete(prompt, max_tokens=15, seed=i) for i in range(12)]
-                done = await asyncio.gather(*calls, return_exceptions=True)
-            finished = [x for x in done if isinstance(x, Completion)]
-            refused = [x for x in done if isinstance(x, errors.Overloaded)]
-            assert len(finished) + len(refused) == 12
-            assert len(finished) >= 6
-            assert refused
-            assert all(x.retry_after_s for x in refused)
-            await baseline(cluster)
+    limits = LimitsConfig(max_queued=4)
+    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, limits=limits) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            prompt = list(range(40))
+            calls = [client.complete(prompt, max_tokens=15, seed=i) for i in range(12)]
+            done = await asyncio.gather(*calls, return_exceptions=True)
+        finished = [x for x in done if isinstance(x, Completion)]
+        refused = [x for x in done if isinstance(x, errors.Overloaded)]
+        assert len(finished) + len(refused) == 12
+        assert len(finished) >= 6
+        assert refused
+        assert all(x.retry_after_s for x in refused)
+        await baseline(cluster)
 
 
 async def test_deadline_ends_a_waiting_request() -> None:

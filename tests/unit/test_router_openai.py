@@ -309,23 +309,23 @@ async def test_client_that_leaves_cancels_its_request(folder: Path, stream: bool
 async def test_killed_node_leaves_the_stream_unbroken(folder: Path, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("abc", add_special_tokens=True)
     ids = expected_tokens(prompt, 4, 60, VOCAB_SIZE)
-    async with FakeCluster(replace(CONFIG, step_s=0.005), prefill=1, decode=2) as cluster:
-        async with router_beside(cluster, model_folder=folder) as router, sdk(router) as client:
-            stream = await client.completions.create(
-                model="tiny", prompt="abc", seed=4, max_tokens=60, stream=True,
-                extra_body={"return_token_ids": True, "ignore_eos": True, "return_relay": True},
-            )  # fmt: skip
-            got: list[int] = []
-            attempts = 0
-            async for chunk in stream:
-                if chunk.choices:
-                    got += chunk.choices[0].token_ids  # type: ignore[attr-defined]
-                else:
-                    attempts = chunk.baton["relay"]["attempts"]  # type: ignore[attr-defined]
-                if len(got) >= 10 and all(not n.is_down for n in cluster.nodes.values()):
-                    await next(n for n in cluster.nodes.values() if n.used_blocks).die()
-            assert got == ids
-            assert attempts == 2
+    cluster = FakeCluster(replace(CONFIG, step_s=0.005), prefill=1, decode=2)
+    async with cluster, router_beside(cluster, model_folder=folder) as router, sdk(router) as client:
+        stream = await client.completions.create(
+            model="tiny", prompt="abc", seed=4, max_tokens=60, stream=True,
+            extra_body={"return_token_ids": True, "ignore_eos": True, "return_relay": True},
+        )  # fmt: skip
+        got: list[int] = []
+        attempts = 0
+        async for chunk in stream:
+            if chunk.choices:
+                got += chunk.choices[0].token_ids  # type: ignore[attr-defined]
+            else:
+                attempts = chunk.baton["relay"]["attempts"]  # type: ignore[attr-defined]
+            if len(got) >= 10 and all(not n.is_down for n in cluster.nodes.values()):
+                await next(n for n in cluster.nodes.values() if n.used_blocks).die()
+        assert got == ids
+        assert attempts == 2
 
 
 async def test_models_metrics_and_relay(folder: Path) -> None:

@@ -1,0 +1,168 @@
+"""Imports stay light, settings are checked, the synchronous client works, the tokens of a slow reader gather."""
+
+from __future__ import annotations
+
+import asyncio
+import pkgutil
+import subprocess
+import sys
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import baton
+import router as router_package
+from baton import errors
+from baton.client import Accepted, Delta, Finished, Options
+from baton.observe import Lifeline
+from baton.types import FinishReason, TransferReport
+from router.config import LimitsConfig, RouterConfig
+from router.fake import FakeCluster, FakeConfig, expected_tokens
+from router.flow import FlowConfig, Outcome, OutcomeKind
+from router.stream import Pacer, TokenStream
+from tests.unit.router_support import router_beside, until
+
+
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    return done.stdout.strip()
+
+
+def modules(package: Any) -> list[str]:
+    return [m.name for m in pkgutil.walk_packages(package.__path__, package.__name__ + ".")]
+
+
+@pytest.mark.parametrize("package", [baton, router_package])
+def test_no_module_loads_torch_or_transformers(package: Any) -> None:
+    imports = "\n".join(f"import {name}" for name in modules(package))
+    heavy = "[m for m in ('torch', 'transformers', 'numpy', 'engine', 'kvtransfer') if m in sys.modules]"
+    assert run(f"import sys\n{imports}\nprint({heavy})") == "[]"
+
+
+def test_import_baton_is_light() -> None:
+    heavy = "[m for m in ('grpc', 'google.protobuf', 'prometheus_client', 'fastapi') if m in sys.modules]"
+    assert run(f"import sys, baton, baton.types, baton.errors\nprint({heavy})") == "[]"
+    assert run("import sys, baton\nbaton.Client\nprint('prometheus_client' in sys.modules)") == "False"
+    with pytest.raises(AttributeError):
+        _ = baton.nothing
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"nodes": ()}, "nodes"),
+        ({"nodes": ("nowhere",)}, "nodes"),
+        ({"nodes": ("a:1", "a:1")}, "nodes"),
+        ({"nodes": ("a:1",), "http_port": 70000}, "http_port"),
+        ({"nodes": ("a:1",), "http_port": None, "grpc_port": None}, "http_port"),
+        ({"nodes": ("a:1",), "flow": FlowConfig(max_attempts=0)}, "FlowConfig.max_attempts"),
+        ({"nodes": ("a:1",), "limits": LimitsConfig(max_queued=-1)}, "LimitsConfig.max_queued"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, Any], name: str) -> None:
+    with pytest.raises(errors.BadConfig) as refused:
+        RouterConfig(**settings)
+    assert refused.value.param == name
+
+
+def test_settings_from_a_mapping() -> None:
+    config = RouterConfig.from_mapping({"nodes": ["a:1"], "flow": {"max_attempts": 3}}, "test.json")
+    assert (config.nodes, config.flow.max_attempts) == (("a:1",), 3)
+    for bad in ({"nodes": ["a:1"], "colour": 1}, {"nodes": ["a:1"], "flow": {"colour": 1}}):
+        with pytest.raises(errors.BadConfig, match=r"test\.json"):
+            RouterConfig.from_mapping(bad, "test.json")
+
+
+async def test_synchronous_client() -> None:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+        address = router.grpc
+        assert address is not None
+
+        def use() -> None:
+            with baton.Client(address) as client:
+                parts = list(client.generate([1, 2], max_tokens=5, seed=1))
+                assert isinstance(parts[0], Accepted)
+                assert isinstance(parts[-1], Finished)
+                ids = [i for p in parts if isinstance(p, Delta) for i in p.token_ids]
+                assert ids == expected_tokens([1, 2], 1, 5, 512)
+                assert client.complete([1, 2], Options(request_id="abc"), max_tokens=2).request_id.startswith("abc")
+                assert {n.node.node_id for n in client.status().nodes} == {"prefill-0", "decode-0"}
+                assert len(client.ledger().nodes) == 2
+                with pytest.raises(errors.InvalidRequest, match="colour"):
+                    client.complete([1], colour="red")
+                # Leaving the loop cancels the request.
+                for part in client.generate([1], max_tokens=3000):
+                    if isinstance(part, Delta):
+                        break
+
+        await asyncio.to_thread(use)
+        await until(lambda: router.dispatcher.num_active == 0)
+    with baton.Client("127.0.0.1:1") as nobody, pytest.raises(errors.Unavailable):
+        nobody.complete([1])
+
+
+async def test_health_service_follows_readiness() -> None:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+        assert router.grpc is not None
+        async with aio.insecure_channel(router.grpc) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+
+            async def state(service: str) -> int:
+                return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
+
+            assert await state("baton.v1.Router") == health_pb2.HealthCheckResponse.SERVING
+            for node in cluster.nodes.values():
+                await node.die()
+            await until(lambda: not router.dispatcher.is_ready)
+            await asyncio.sleep(0.05)
+            assert await state("baton.v1.Router") == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await state("") == health_pb2.HealthCheckResponse.SERVING
+
+
+async def test_tokens_gather_while_the_reader_is_away() -> None:
+    stream = TokenStream(Pacer(0.05))
+    for i in range(5):
+        stream.push((i,), ())
+    assert (await stream.next()).token_ids == [0, 1, 2, 3, 4]
+    reading = asyncio.create_task(stream.next())
+    await asyncio.sleep(0)
+    stream.push((5,), ())
+    assert (await reading).token_ids == [5]
+    stream.end(Outcome(OutcomeKind.FINISHED, FinishReason.STOP), Lifeline(0.0).relay())
+    assert (await stream.next()).outcome is not None
+
+
+def test_relay_line_reads_like_one() -> None:
+    life = Lifeline(10.0)
+    life.placed("p0", "d0")
+    life.sent(10.001)
+    life.prefilled(0.002, 0.03, 7)
+    life.transferred(TransferReport("shm", True, 3 << 20, 4, 0.01, 0.002))
+    life.tokens(1, 10.05)
+    life.tokens(1, 10.06)
+    life.tokens(2, 10.10)
+    life.ended(10.11)
+    relay = life.relay()
+    assert relay.num_cached_tokens == 7
+    assert relay.tbt_mean_s == pytest.approx(0.05 / 3)
+    assert relay.line() == (
+        "p0 -> d0 | queue 3.0 ms | prefill 30.0 ms | transfer 2.0 ms (3.0 MiB shm, layer-wise) | TTFT 50.0 ms | "
+        "TBT 16.7 ms (max 40.0 ms) | E2E 110.0 ms | 4 tokens"
+    )
+
+
+async def test_usage_and_timing_of_the_relay() -> None:
+    """ROBUSTNESS 27: the time to the first token is at least the sum of its stages."""
+    config = replace(FakeConfig(), prefill_token_s=0.001)
+    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            done = await asyncio.gather(*(client.complete([1] * 30, max_tokens=4, seed=i) for i in range(4)))
+    for one in done:
+        stages = one.relay.router_queue_s + one.relay.prefill_queue_s + one.relay.prefill_s
+        assert stages <= one.relay.ttft_s + 1e-3
+        assert one.relay.ttft_s < stages + 0.1
+        assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (30, 4)

@@ -1,0 +1,160 @@
+"""One request, step by step: events in, actions out."""
+
+from __future__ import annotations
+
+from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
+from router import flow as f
+from router.policy import Placement
+
+SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
+SPLIT = Placement("p", "d")
+
+
+def begin(sampling: SamplingParams = SAMPLING, **config: float) -> f.Flow:
+    flow = f.Flow(
+        "r", 0, (1, 2), sampling, arrived_s=0.0, deadline_s=100.0, config=f.FlowConfig(**config)  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert flow.handle(f.Begin(), 0.0) == [f.Enqueue(is_rerun=False)]
+    return flow
+
+
+def spec(flow: f.Flow, attempt: int = 0, generated: tuple[int, ...] = ()) -> SequenceSpec:
+    return SequenceSpec(f"r/0/{attempt}", (1, 2), flow.sampling, generated)
+
+
+def lease(attempt: int = 0) -> Lease:
+    return Lease(f"r/0/{attempt}", 1, "d", 1, "a:1", (0,), 60.0)
+
+
+def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishReason | None = None) -> f.Tokens:
+    return f.Tokens(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
+
+
+def prefilling(**config: float) -> f.Flow:
+    flow = begin(**config)  # type: ignore[arg-type]
+    flow.handle(f.Placed(SPLIT), 0.0)
+    flow.handle(f.Reserved(lease()), 0.0)
+    return flow
+
+
+def finished(reason: FinishReason) -> f.End:
+    return f.End(f.Outcome(f.OutcomeKind.FINISHED, reason))
+
+
+def test_split_life() -> None:
+    flow = begin()
+    assert flow.handle(f.Placed(SPLIT), 1.0) == [f.SendReserve("d", spec(flow), 60.0, "p")]
+    assert flow.handle(f.Reserved(lease()), 1.0) == [f.SendRun("p", spec(flow), lease())]
+    assert flow.handle(tokens("p", 0, 7), 2.0) == [f.Deliver((7,), ())]
+    assert flow.phase is f.Phase.DECODING
+    assert flow.handle(f.Joined("r/0/0", 0.1), 2.0) == [f.PairWorked(SPLIT)]
+    assert flow.handle(tokens("d", 1, 8, 9), 3.0) == [f.Deliver((8, 9), ())]
+    last = flow.handle(tokens("d", 3, 10, finish=FinishReason.LENGTH), 4.0)
+    assert last == [f.Deliver((10,), ()), f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
+    assert flow.handle(tokens("d", 4, 11), 5.0) == []
+
+
+def test_first_token_that_ends_it_gives_the_lease_back() -> None:
+    last = prefilling().handle(tokens("p", 0, 99, finish=FinishReason.STOP), 1.0)
+    assert f.SendCancel("d", "r/0/0", True, "finished") in last
+    assert last[-1] == finished(FinishReason.STOP)
+
+
+def test_decode_may_overtake_the_first_token() -> None:
+    flow = prefilling()
+    assert flow.handle(tokens("d", 1, 8), 1.0) == []
+    assert flow.handle(tokens("p", 0, 7), 1.1) == [f.Deliver((7, 8), ())]
+
+
+def test_hole_that_stays_is_a_failure() -> None:
+    flow = prefilling()
+    flow.handle(tokens("d", 1, 8), 1.0)
+    actions = flow.handle(f.Tick(), flow.wake_at_s)
+    assert f.SendCancel("d", "r/0/0", True, "Unavailable") in actions
+    assert actions[-1] == f.Enqueue(is_rerun=True)
+
+
+def test_repeated_tokens_are_dropped_and_different_ones_a_defect() -> None:
+    flow = prefilling()
+    flow.handle(tokens("p", 0, 7), 1.0)
+    assert flow.handle(tokens("p", 0, 7), 1.0) == []
+    end = flow.handle(tokens("d", 0, 6), 1.0)[-1]
+    assert isinstance(end, f.End)
+    assert end.outcome.error is not None
+    assert end.outcome.error.code == "InternalError"
+
+
+def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
+    flow = prefilling()
+    flow.handle(tokens("p", 0, 7), 1.0)
+    actions = flow.handle(f.NodeLost("d", "killed"), 2.0)
+    assert actions == [f.SendCancel("p", "r/0/0", False, "NodeLost"), f.Detach("r/0/0"), f.Enqueue(is_rerun=True)]
+    assert flow.demand(2.0).avoid == {"d"}
+    again = flow.handle(f.Placed(Placement("p", "p")), 2.0)
+    assert again == [f.SendRun("p", spec(flow, 1, (7,)), None)]
+    assert flow.handle(tokens("d", 1, 8), 2.0) == [], "the old attempt is history"
+    assert flow.handle(tokens("p", 1, 8, attempt=1), 3.0) == [f.Deliver((8,), ())]
+
+
+def test_prefill_lost_after_the_handover_does_not_matter() -> None:
+    flow = prefilling()
+    flow.handle(tokens("p", 0, 7), 1.0)
+    flow.handle(f.Joined("r/0/0", 0.1), 1.0)
+    assert flow.handle(f.NodeLost("p", "killed"), 2.0) == []
+    assert flow.phase is f.Phase.DECODING
+
+
+def test_prefill_lost_with_the_first_token_is_run_again() -> None:
+    flow = prefilling()
+    flow.handle(f.Joined("r/0/0", 0.1), 1.0)
+    assert flow.handle(f.NodeLost("p", "killed"), 2.0)[-1] == f.Enqueue(is_rerun=True)
+
+
+def test_refusals_use_up_no_attempt_and_are_not_hammered() -> None:
+    flow = begin()
+    for i in range(6):
+        flow.handle(f.Placed(SPLIT), 1.0)
+        actions = flow.handle(f.Refused(flow.sequence_id, Failure("NoBlocks", "full", True)), 1.0)
+        assert f.NodeFull("d") in actions
+        if i >= 2:
+            assert f.Enqueue(is_rerun=True) not in actions, "later ones wait first"
+            assert flow.handle(f.Tick(), flow.wake_at_s) == [f.Enqueue(is_rerun=True)]
+    assert flow.lifeline.attempts == 1
+
+
+def test_cancel_reaches_both_nodes() -> None:
+    actions = prefilling().handle(f.Cancel("left"), 1.0)
+    assert f.SendCancel("p", "r/0/0", False, "left") in actions
+    assert f.SendCancel("d", "r/0/0", True, "left") in actions
+
+
+def test_attempts_run_out_with_the_last_failure() -> None:
+    flow = begin(max_attempts=2)  # type: ignore[arg-type]
+    for _ in range(2):
+        flow.handle(f.Placed(SPLIT), 1.0)
+        actions = flow.handle(f.NodeLost("d", "killed"), 1.0)
+    assert isinstance(actions[-1], f.End)
+    assert actions[-1].outcome.kind is f.OutcomeKind.FAILED
+    assert "2 attempts" in str(actions[-1].outcome.error)
+
+
+def test_waiting_for_any_node_has_an_end_that_a_new_node_lifts() -> None:
+    flow = begin()
+    flow.handle(f.NobodyThere(), 1.0)
+    flow.handle(f.NobodyThere(), 20.0)
+    assert flow.wake_at_s == 31.0
+    flow.handle(f.SomebodyThere(), 25.0)
+    assert flow.wake_at_s == 100.0
+    flow.handle(f.NobodyThere(), 40.0)
+    end = flow.handle(f.Tick(), 70.0)[-1]
+    assert isinstance(end, f.End)
+    assert end.outcome.error is not None
+    assert end.outcome.error.code == "Unavailable"
+
+
+def test_deadline_says_what_happened_before() -> None:
+    flow = prefilling()
+    flow.handle(f.NodeLost("d", "killed"), 2.0)
+    end = flow.handle(f.Tick(), 100.0)[-1]
+    assert isinstance(end, f.End)
+    assert "killed" in str(end.outcome.error)

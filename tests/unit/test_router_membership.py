@@ -1,0 +1,92 @@
+"""Who counts as there: the pure machine, by hand-turned time."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+from baton import PROTOCOL_VERSION
+from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
+from router import membership as m
+
+STATUS = NodeStatus(Role.DECODE)
+NODE = NodeDescription(
+    "n0", 1, Role.DECODE, Role.DECODE, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+    KvLayout(1, 100, 1, 8, 16, "float32"), PROTOCOL_VERSION, 1, "h", (), "cpu", "none", "0",
+)  # fmt: skip
+OTHER = replace(NODE, node_id="n1")
+
+
+def membership() -> m.Membership:
+    machine = m.Membership(["a:1", "b:1"], m.MembershipConfig())
+    assert machine.start() == [m.Dial("a:1"), m.Dial("b:1")]
+    assert machine.handle(m.Welcomed("a:1", NODE, STATUS), 0.0) == [m.NodeUp(NODE, STATUS)]
+    return machine
+
+
+def test_silence_makes_suspect_then_lost_then_redialled() -> None:
+    machine = membership()
+    assert machine.handle(m.Tick(), 0.9) == []
+    assert machine.handle(m.Tick(), 1.1) == [m.NodeChanged("n0")]
+    assert machine.members["a:1"].state is m.State.SUSPECT
+    assert machine.handle(m.Heard("a:1", None), 1.2) == [m.NodeChanged("n0")]
+    assert machine.members["a:1"].state is m.State.READY
+    hang_up, down = machine.handle(m.Tick(), 3.3)
+    assert hang_up == m.HangUp("a:1")
+    assert isinstance(down, m.NodeDown)
+    assert machine.handle(m.Tick(), 3.5) == [m.Dial("a:1")]
+
+
+def test_break_is_told_once_and_backs_off() -> None:
+    machine = membership()
+    assert machine.handle(m.Broken("a:1", "reset"), 1.0) == [m.NodeDown("n0", "reset")]
+    times, now = [], 1.0
+    for _ in range(8):
+        while not machine.handle(m.Tick(), now):
+            now += 0.05
+        times.append(now)
+        assert machine.handle(m.Broken("a:1", "refused"), now) == [], "down already"
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert gaps[-1] <= 2.1
+    assert gaps[0] < gaps[3]
+    again = replace(NODE, incarnation=2)
+    machine.handle(m.Tick(), now + 3)
+    assert machine.handle(m.Welcomed("a:1", again, STATUS), now + 3) == [m.NodeUp(again, STATUS)]
+
+
+def test_mismatches_are_refused_with_both_values_and_asked_again() -> None:
+    wrong = {
+        "fingerprint": replace(OTHER, model=replace(OTHER.model, fingerprint="g")),
+        "block_tokens": replace(OTHER, kv_layout=replace(OTHER.kv_layout, block_tokens=32)),
+        "dtype": replace(OTHER, kv_layout=replace(OTHER.kv_layout, dtype="bfloat16")),
+        "protocol": replace(OTHER, protocol_version=99),
+        "already taken": NODE,
+    }
+    for word, node in wrong.items():
+        machine = membership()
+        hang_up, refused = machine.handle(m.Welcomed("b:1", node, STATUS), 1.0)
+        assert hang_up == m.HangUp("b:1")
+        assert isinstance(refused, m.NodeRefused)
+        assert word in refused.reason
+        assert m.Dial("b:1") not in machine.handle(m.Tick(), 1.5)
+        assert m.Dial("b:1") in machine.handle(m.Tick(), 7.0)
+
+
+def test_another_model_is_welcome_once_the_old_one_is_gone() -> None:
+    machine = membership()
+    machine.handle(m.Broken("a:1", "gone"), 1.0)
+    new = replace(OTHER, model=replace(OTHER.model, fingerprint="g"))
+    assert machine.handle(m.Welcomed("b:1", new, STATUS), 1.0) == [m.NodeUp(new, STATUS)]
+
+
+def test_draining_and_wedged_nodes() -> None:
+    machine = membership()
+    machine.handle(m.Heard("a:1", replace(STATUS, draining=True)), 0.1)
+    assert machine.members["a:1"].state is m.State.DRAINING
+    machine.handle(m.Heard("a:1", replace(STATUS, stalled_s=11.0)), 0.2)
+    assert machine.members["a:1"].state is m.State.SUSPECT
+    machine.handle(m.Heard("a:1", STATUS), 0.3)
+    assert machine.is_available(machine.members["a:1"])
+    hang_up, down = machine.handle(m.Heard("a:1", replace(STATUS, stalled_s=31.0)), 0.4)
+    assert hang_up == m.HangUp("a:1")
+    assert isinstance(down, m.NodeDown)
