@@ -31,12 +31,13 @@ def prompts(case: ModelCase) -> list[list[int]]:
     return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in LENGTHS if length <= limit]
 
 
-def oracle(folder: Path, prompt: Sequence[int]) -> list[int]:
-    """What transformers generates, one prompt at a time."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def oracle(model: transformers.GenerationMixin, prompt: Sequence[int]) -> list[int]:
+    """What transformers generates from the prompt alone."""
+    ids = torch.tensor([prompt])
     with torch.inference_mode():
+        # With its own guess of the mask, generate would take every token 0 of the prompt for padding.
         out = model.generate(
-            torch.tensor([prompt]), max_new_tokens=MAX_TOKENS, min_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0
         )
     return list(map(int, out[0, len(prompt) :]))
 
@@ -60,8 +61,9 @@ async def split_equals_oracle(start_cluster: StartCluster, case: ModelCase, tran
     answers = await run_all(cluster.http, [Job(p, MAX_TOKENS, {"ignore_eos": True}) for p in asked], concurrency=8)
     cluster.wait_baseline()
     assert [a.error for a in answers] == [None] * len(asked)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for prompt, answer in zip(asked, answers, strict=True):
-        assert answer.token_ids == oracle(folder, prompt), f"{case.name}, {len(prompt)} prompt tokens"
+        assert answer.token_ids == oracle(model, prompt), f"{case.name}, {len(prompt)} prompt tokens"
         assert answer.relay["prefill_node_id"] != answer.relay["decode_node_id"]
     how = {a.relay["transfer"]["layerwise"] for a in answers if a.relay["transfer"]}
     assert how == {False, True}
