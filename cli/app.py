@@ -307,7 +307,7 @@ def demo(
 
 
 def _transports(name: str) -> tuple[str, ...]:
-    """Best first. Besides real transports it takes the one that misbehaves, for tests: kvtransfer/transports/fake.py."""
+    """Best first. Tests may also name one that misbehaves; see kvtransfer/transports/fake.py."""
     from kvtransfer.config import TransferConfig
 
     return TransferConfig().transports if name == "auto" else TransferConfig(transports=(name,)).transports
