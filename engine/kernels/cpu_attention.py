@@ -63,7 +63,7 @@ class _Group:
     first_masked: int
     bias: Tensor
     # Of the same blocks, [blocks, tiles, 1, block_tokens, head_dim]: all bits set at positions that some query sees.
-    # Spelled out in full because it is 20 times as fast as filling under a broadcast mask.
+    # Spelled out in full: filling under a broadcast mask is not vectorized and took 7 % of a decode step.
     seen_bits: Tensor
 
 
