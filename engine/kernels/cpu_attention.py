@@ -23,6 +23,8 @@ from engine.kv_cache import TORCH_DTYPES
 # Score elements in flight at once; above it, tiles shrink and groups are cut.
 _MAX_SCORES = 1 << 22
 _MAX_TILE_TOKENS = 64
+# Score elements that stay in cache with what is computed from them; above it, KV heads take turns.
+_MAX_CACHED_SCORES = 1 << 20
 # Elements of keys or values gathered at a time.
 _MAX_GATHERED = 1 << 19
 # Rows per product up to which K q^T beats q K^T: torch copies a transposed bfloat16 operand, here all keys.
@@ -54,14 +56,14 @@ class _Group:
     # Rows of `rows` that are not padding, and the batch rows they are written to.
     real: Tensor | None
     targets: Tensor
-    # [num_blocks * num_tiles * num_kv_heads] int64: (block * heads + head) * 2, the keys' item in the cache.
+    # [num_blocks, num_tiles, num_kv_heads] int64: (block * heads + head) * 2, the keys' item in the cache.
     key_items: Tensor
     # Blocks [first_masked, num_blocks) hold hidden positions; -inf there, 0 elsewhere:
     # [blocks, tiles, 1, tile_tokens, 1, block_tokens].
     first_masked: int
     bias: Tensor
     # Of the same blocks, [blocks, tiles, 1, block_tokens, head_dim]: all bits set at positions that some query sees.
-    # Spelled out in full because it is 20 times as fast as filling under a broadcast mask.
+    # Spelled out in full: filling under a broadcast mask is not vectorized and took 7 % of a decode step.
     seen_bits: Tensor
 
 
@@ -87,18 +89,23 @@ class CpuAttention:
         if groups is None:
             groups = self._groups[window] = list(self._lay_out(window))
         grouped = queries.view(-1, c.num_kv_heads, c.group_size, c.head_dim)
-        out = queries.new_zeros(queries.shape)
+        out = torch.zeros_like(grouped)
         for group in groups:
-            result = self._attend(group, grouped, cache)
-            out[group.targets] = result if group.real is None else result[group.real]
+            per_head = group.num_blocks * group.num_tiles * group.tile_tokens * c.group_size * self._layout.block_tokens
+            step = max(1, _MAX_CACHED_SCORES // per_head)
+            for head in range(0, c.num_kv_heads, step):
+                heads = slice(head, min(head + step, c.num_kv_heads))
+                result = self._attend(group, heads, grouped[:, heads], cache)
+                out[group.targets, heads] = result if group.real is None else result[group.real]
         return out.flatten(1)
 
-    def _attend(self, group: _Group, queries: Tensor, cache: Tensor) -> Tensor:
-        """[num_tiles * tile_tokens, num_heads, head_dim]."""
-        c, heads, block_tokens = self._config, self._config.num_kv_heads, self._layout.block_tokens
+    def _attend(self, group: _Group, heads: slice, queries: Tensor, cache: Tensor) -> Tensor:
+        """Some KV heads of a group, [num_tiles * tile_tokens, heads, group_size, head_dim]."""
+        c, block_tokens = self._config, self._layout.block_tokens
         blocks, tiles, tokens, dtype = group.num_blocks, group.num_tiles, group.tile_tokens, queries.dtype
-        shape = (blocks, tiles, heads, tokens, c.group_size)
-        raw = self._scores(group, queries, cache)
+        shape = (blocks, tiles, queries.shape[1], tokens, c.group_size)
+        items = group.key_items[:, :, heads].reshape(-1)
+        raw = self._scores(group, items, queries, cache)
         if group.first_masked < blocks:
             raw[group.first_masked :].add_(group.bias)
         # The maximum over blocks and then positions: exact, so the order is free, and this one is the fastest.
@@ -111,16 +118,16 @@ class CpuAttention:
         total = _fold(scores.sum(-1))
         raw.copy_(scores)
         parts = self._space.take("parts", dtype, *shape, c.head_dim)
-        for part, values in self._gathered(group, cache, group.key_items + 1):
+        for part, values in self._gathered(group, cache, items + 1):
             flat = raw[part].view(len(values), -1, block_tokens)
             torch.bmm(flat, values, out=parts[part].view(len(values), -1, c.head_dim))
         seen = _fold(self._space.take("sums", torch.float32, *parts.shape).copy_(parts))
         seen.div_(total.unsqueeze(-1))
-        return seen.to(dtype).transpose(1, 2).reshape(tiles * tokens, c.num_heads, c.head_dim)
+        return seen.to(dtype).transpose(1, 2).reshape(tiles * tokens, -1, c.group_size, c.head_dim)
 
-    def _scores(self, group: _Group, queries: Tensor, cache: Tensor) -> Tensor:
+    def _scores(self, group: _Group, items: Tensor, queries: Tensor, cache: Tensor) -> Tensor:
         """Products of queries and keys, [blocks, tiles, kv_heads, tile_tokens, group_size, block_tokens]."""
-        c, heads, block_tokens = self._config, self._config.num_kv_heads, self._layout.block_tokens
+        c, heads, block_tokens = self._config, queries.shape[1], self._layout.block_tokens
         tiles, tokens, dtype = group.num_tiles, group.tile_tokens, queries.dtype
         shape = (group.num_blocks, tiles, heads, tokens, c.group_size)
         per_tile = tokens * c.group_size
@@ -130,14 +137,14 @@ class CpuAttention:
             q = self._space.take("queries", dtype, group.num_blocks, tiles, heads, c.head_dim, per_tile)
             q.copy_(chosen.permute(0, 2, 4, 1, 3).reshape(tiles, heads, c.head_dim, per_tile))
             turned = self._space.take("turned", dtype, group.num_blocks * tiles * heads, block_tokens, per_tile)
-            for part, keys in self._gathered(group, cache, group.key_items):
-                items = slice(part.start * tiles * heads, part.stop * tiles * heads)
-                torch.bmm(keys, q[part].view(len(keys), c.head_dim, per_tile), out=turned[items])
+            for part, keys in self._gathered(group, cache, items):
+                out = turned[part.start * tiles * heads : part.stop * tiles * heads]
+                torch.bmm(keys, q[part].view(len(keys), c.head_dim, per_tile), out=out)
             raw.view(-1, per_tile, block_tokens).copy_(turned.transpose(1, 2))
             return raw
         straight = self._space.take("queries", dtype, *shape, c.head_dim)
         straight.copy_(chosen.transpose(1, 2))
-        for part, keys in self._gathered(group, cache, group.key_items):
+        for part, keys in self._gathered(group, cache, items):
             flat = straight[part].view(len(keys), per_tile, c.head_dim)
             torch.bmm(flat, keys.transpose(1, 2), out=raw[part].view(len(keys), per_tile, block_tokens))
         return raw
@@ -162,7 +169,7 @@ class CpuAttention:
         first = max(part.start, group.first_masked)
         if first >= part.stop:
             return
-        by_level = gathered.view(-1, group.num_tiles, self._config.num_kv_heads, *gathered.shape[1:])
+        by_level = gathered.view(part.stop - part.start, group.num_tiles, -1, *gathered.shape[1:])
         seen = group.seen_bits[first - group.first_masked : part.stop - group.first_masked]
         by_level[first - part.start :].view(seen.dtype).bitwise_and_(seen)
 
@@ -230,7 +237,7 @@ class CpuAttention:
             rows=rows,
             real=None if bool(is_real.all()) else is_real.nonzero()[:, 0],
             targets=rows[is_real],
-            key_items=(items * 2).reshape(-1),
+            key_items=items * 2,
             first_masked=first_masked,
             bias=torch.zeros(mask[first_masked:].shape, dtype=TORCH_DTYPES[self._layout.dtype]).masked_fill_(
                 mask[first_masked:], -math.inf
