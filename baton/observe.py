@@ -102,6 +102,10 @@ class Lifeline:
     def transferred(self, report: TransferReport) -> None:
         self._transfer = report
 
+    @property
+    def is_transfer_known(self) -> bool:
+        return self._transfer is not None
+
     def tokens(self, num_tokens: int, now: float) -> None:
         if self._first_token_s is None:
             self._first_token_s = now
@@ -112,6 +116,7 @@ class Lifeline:
 
     def failed(self) -> None:
         self.attempts += 1
+        self._transfer = None
 
     def ended(self, now: float) -> None:
         self._ended_s = now

@@ -31,15 +31,6 @@ app = typer.Typer(
 )
 
 
-class Transport(StrEnum):
-    auto = "auto"
-    shm = "shm"
-    tcp = "tcp"
-
-
-_TRANSPORTS = {Transport.auto: ("shm", "tcp"), Transport.shm: ("shm",), Transport.tcp: ("tcp",)}
-
-
 class DType(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -69,6 +60,13 @@ NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blo
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+Transport = Annotated[
+    str,
+    typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+]
+LayerwiseFromKib = Annotated[
+    int, typer.Option(min=-1, help="Push KV of at least this size layer by layer. -1: as measured for the transport.")
+]
 Threads = Annotated[int, typer.Option(min=0, help="Threads of a worker. 0: the cores divided by the workers.")]
 Relay = Annotated[bool, typer.Option("--relay", help="Print which nodes ran the request and how long each stage took.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
@@ -87,7 +85,7 @@ def up(
     prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default 1, or 0 with --mixed.")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode workers. Default 1, or 0 with --mixed.")] = None,
     mixed: Annotated[int, typer.Option(help="Workers that do both.")] = 0,
-    transport: Annotated[Transport, typer.Option(help="How KV moves; auto is shm on one host.")] = Transport.auto,
+    transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option(help="auto is what the model was saved in.")] = DType.auto,
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 50051,
@@ -102,11 +100,13 @@ def up(
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
+    layerwise_from_kib: LayerwiseFromKib = -1,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from cli import cluster
 
     console = Console(stderr=True, soft_wrap=True)
+    _transports(transport)  # a typing error is told here, not by a worker that does not start
     default = 0 if mixed else 1
     options = cluster.ClusterOptions(
         model=model,
@@ -122,9 +122,10 @@ def up(
         kv_mib=kv_mib,
         threads=threads,
         worker_arguments=(
-            *("--transport", transport.value, "--dtype", dtype.value, "--kernels", kernels.value),
+            *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
+            *("--layerwise-from-kib", str(layerwise_from_kib)),
         ),
     )
     is_first = True
@@ -148,7 +149,7 @@ def worker(
     listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
     node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
     advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
-    transport: Annotated[Transport, typer.Option()] = Transport.auto,
+    transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
     kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
@@ -158,6 +159,7 @@ def worker(
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
+    layerwise_from_kib: LayerwiseFromKib = -1,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both."""
@@ -182,7 +184,8 @@ def worker(
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
         num_threads=threads,
-        transports=_TRANSPORTS[transport],
+        transports=_transports(transport),
+        layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
@@ -301,6 +304,13 @@ def demo(
     from cli.demo import run
 
     raise typer.Exit(run(model, Console()))
+
+
+def _transports(name: str) -> tuple[str, ...]:
+    """Best first. Tests may also name one that misbehaves; see kvtransfer/transports/fake.py."""
+    from kvtransfer.config import TransferConfig
+
+    return TransferConfig().transports if name == "auto" else TransferConfig(transports=(name,)).transports
 
 
 def _address(text: str, option: str) -> tuple[str, int]:

@@ -9,6 +9,7 @@ import asyncio
 import json
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from demo import tasks
 _NUM_PREFILL = 2
 _NUM_DECODE = 2
 _RUSH = 16
+# Of the demo model's answers are right, on prompts it never saw. Fewer means that KV was damaged on its way.
+_PROMISED_SHARE = 0.95
 _SHOWN_PROMPT_CHARS = 110
 _REQUEST_TIMEOUT_S = 120.0
 _OWN_MODEL_PROMPTS = (
@@ -60,15 +63,16 @@ def default_model() -> Path:
 
 
 def run(model: str, console: Console) -> int:
-    """Returns the exit code: 0 if every prompt was answered, and answered right where there is a right answer."""
+    """Returns the exit code: 0 if every prompt was answered, and as many of them right as the demo's model promises."""
     prompts = own_prompts() if model else demo_prompts()
     options = cluster.ClusterOptions(
         model=model or str(default_model()), num_prefill=_NUM_PREFILL, num_decode=_NUM_DECODE, grpc_port=0, http_port=0
     )
     performance = _Performance(prompts, console, has_answers=not model)
     asyncio.run(performance.play(options))
-    if performance.num_wrong:
-        console.print(f"[red]{performance.num_wrong} of {performance.num_asked} answers were wrong[/red]")
+    num_right = performance.num_asked - performance.num_wrong
+    if not model and num_right < _PROMISED_SHARE * performance.num_asked:
+        console.print(f"[red]only {num_right} of {performance.num_asked} answers were right[/red]")
         return 1
     shown = model or "demo/model"
     console.print(
@@ -77,6 +81,7 @@ def run(model: str, console: Console) -> int:
         "and your own model, a Hugging Face folder or hub id (Llama, Mistral, Qwen2, Qwen3):\n"
         "  make demo MODEL=Qwen/Qwen3-0.6B",
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -166,7 +171,7 @@ class _Performance:
             is_right = answer.text.strip() == prompt.expected
             self.num_wrong += not is_right
             verdict = "[green]right[/green]" if is_right else f"[red]wrong, expected[/red] {prompt.expected}"
-            self._console.print(f"  {verdict}", highlight=False)
+            self._console.print(f"  {verdict}", highlight=False, soft_wrap=True)
         self._console.print(f"  {answer.relay}", style="dim", highlight=False, markup=False, soft_wrap=True)
 
     def _all_at_once(self, endpoints: cluster.Endpoints) -> None:
@@ -182,12 +187,14 @@ class _Performance:
         num_right = sum(a.text.strip() == p.expected for a, p in zip(answers, prompts, strict=True))
         self.num_asked += _RUSH
         self.num_wrong += _RUSH - num_right
-        pairs = {(a.relay.prefill_node_id, a.relay.decode_node_id) for a in answers}
         num_tokens = sum(a.usage.prompt_tokens + a.usage.completion_tokens for a in answers)
+        shares = Counter(node_id for a in answers for node_id in (a.relay.prefill_node_id, a.relay.decode_node_id))
         self._console.print(
-            f"\n[bold]{_RUSH} recall prompts at once:[/bold] {num_right} right; {num_tokens} tokens in "
-            f"{seconds(took_s)} over {len(pairs)} different pairs of nodes",
+            f"\n[bold]{_RUSH} recall prompts at once:[/bold] {num_right} right; "
+            f"{num_tokens} tokens in {seconds(took_s)}; "
+            + ", ".join(f"{node_id} ran {count}" for node_id, count in sorted(shares.items())),
             highlight=False,
+            soft_wrap=True,
         )
 
 

@@ -63,6 +63,8 @@ class WorkerConfig:
     # 0: torch's own choice.
     num_threads: int = 0
     transports: tuple[str, ...] = ("shm", "tcp")
+    # None: as measured for each transport.
+    layerwise_from_bytes: int | None = None
     lease_ttl_s: float = 30.0
     max_lease_ttl_s: float = 600.0
     # How long running sequences may go on after SIGTERM.
@@ -164,6 +166,9 @@ class _Worker:
         self._died: asyncio.Future[None] = self._loop.create_future()
         clock = MonotonicClock()
         transfer = TransferConfig(transports=config.transports)
+        if config.layerwise_from_bytes is not None:
+            at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
+            transfer = replace(transfer, layerwise_from_bytes=at)
         layout = model.layout
         self._server = GrpcServer()
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)

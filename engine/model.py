@@ -50,11 +50,13 @@ class Model:
         """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
         c, kernels = self._config, self._kernels
         cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
+        scale = kernels.query_scale(c.head_dim)
+        turns = (cos * scale, sin * scale), (cos, sin)
         attention = kernels.attention(c, layout, batch.spans)
         x = self._embedding[batch.token_ids]
         for index, layer in enumerate(self._layers):
             arena = cache.layer(index)
-            q, k, v = self._project(layer, x, cos, sin)
+            q, k, v = self._project(layer, x, *turns)
             kernels.store(k[: batch.num_tokens], v[: batch.num_tokens], arena, batch)
             if on_layer is not None:
                 on_layer(index)
@@ -71,7 +73,9 @@ class Model:
         logits = self._head(kernels.rms_norm(x, self._norm, c.rms_norm_eps))
         return logits[: len(batch.sample_rows)].float()
 
-    def _project(self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(
+        self, layer: Layer, x: Tensor, query_turn: tuple[Tensor, Tensor], key_turn: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, [rows, heads, head_dim], the first two normed and rotated."""
         c, kernels = self._config, self._kernels
         qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps)).view(len(x), -1, c.head_dim)
@@ -79,7 +83,7 @@ class Model:
         if layer.q_norm is not None and layer.k_norm is not None:
             q = kernels.rms_norm(q.contiguous(), layer.q_norm, c.rms_norm_eps)
             k = kernels.rms_norm(k.contiguous(), layer.k_norm, c.rms_norm_eps)
-        return kernels.rotate(q, cos, sin), kernels.rotate(k, cos, sin), v
+        return kernels.rotate(q, *query_turn), kernels.rotate(k, *key_turn), v
 
 
 class _Loader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -65,7 +66,8 @@ class RouterConfig:
     ready_file: Path | None = None
     # Write it only when every listed node is up.
     ready_needs_nodes: bool = False
-    router_id: str = "router-0"
+    # Two live routers must not share one: a node ends the older session of the same router.
+    router_id: str = field(default_factory=lambda: f"router-{secrets.token_hex(4)}")
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)

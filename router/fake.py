@@ -103,7 +103,8 @@ class _Session:
 
     def __init__(self, is_prefill: bool) -> None:
         self.is_prefill = is_prefill
-        self.outbox: asyncio.Queue[_Response] = asyncio.Queue()
+        # None ends it.
+        self.outbox: asyncio.Queue[_Response | None] = asyncio.Queue()
         self._draft: _Response | None = None
 
     @property
@@ -559,14 +560,10 @@ class _Decode(node_pb2_grpc.DecodeNodeServicer):
 
 async def _pumped(node: FakeNode, session: _Session, reader: asyncio.Task[None]) -> AsyncIterator[_Response]:
     """The session's outbox, for as long as the router's side is open."""
+    reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
     try:
-        while True:
-            message = asyncio.create_task(session.outbox.get())
-            await asyncio.wait([message, reader], return_when=asyncio.FIRST_COMPLETED)
-            if not message.done():
-                message.cancel()
-                return
-            yield message.result()
+        while (message := await session.outbox.get()) is not None:
+            yield message
     finally:
         reader.cancel()
         node.close_session(session)

@@ -1,11 +1,12 @@
 """The life of one generated sequence as the router owns it: a pure machine from arrival to exactly one outcome.
 
-    queued -> reserving -> prefilling -> decoding -> ended
+    queued -> reserving -> prefilling -> decoding -> settling -> ended
        ^          |            |            |
        +----------+------------+------------+   a node failed: a new attempt from prompt + tokens so far
 
 Colocated attempts skip `reserving`. Whatever happens, the attempt's old sequence id is cancelled wherever it may still
-live. The machine orders tokens, it never sees text; stop strings reach it as an event.
+live. The machine orders tokens, it never sees text; stop strings reach it as an event. A short answer can be complete
+before prefill has reported its transfer: then the end is told after the report, or without it after a moment.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ class FlowConfig:
     lease_ttl_s: float = 60.0
     # Tokens after a hole wait this long for the hole to be filled by the other session.
     gap_timeout_s: float = 2.0
+    # How long a complete answer waits to hear from prefill how its transfer went.
+    report_timeout_s: float = 0.2
     # A decoding sequence that brings no token for so long is run again elsewhere.
     token_timeout_s: float = 60.0
     # A sequence waits this long for any node to be available.
@@ -54,6 +57,8 @@ class Phase(Enum):
     RESERVING = "reserving"
     PREFILLING = "prefilling"
     DECODING = "decoding"
+    # Every token is out, the outcome is fixed; only the report of the transfer is missing.
+    SETTLING = "settling"
     ENDED = "ended"
 
 
@@ -321,6 +326,8 @@ class Flow:
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 (a flat table)
         if self.phase is Phase.ENDED:
             return []
+        if self.phase is Phase.SETTLING:
+            return self._settle(event, now)
         match event:
             case Tokens():
                 return self._on_tokens(event.node_id, event.chunk, now)
@@ -638,16 +645,52 @@ class Flow:
         return self._finish(Outcome(OutcomeKind.FAILED, error=error), now, error.code)
 
     def _finish(self, outcome: Outcome, now: float, reason: str) -> list[Action]:
-        """The one way out."""
+        """The one way out, if need be by way of settling."""
         actions: list[Action] = []
+        self.outcome = outcome
+        self._early.clear()
+        self.lifeline.ended(now)
+        if outcome.kind is OutcomeKind.FINISHED and self._awaits_report:
+            self.phase = Phase.SETTLING
+            self._timer_s = now + self._config.report_timeout_s
+            return []
         if self.placement is not None:
             actions = self._farewell(reason, outcome)
         self.phase = Phase.ENDED
-        self.outcome = outcome
         self._timer_s = None
-        self._early.clear()
-        self.lifeline.ended(now)
         return [*actions, End(outcome)]
+
+    @property
+    def _awaits_report(self) -> bool:
+        """Decode announced the end of a sequence that was handed over, and prefill has not said how."""
+        return (
+            self.phase is Phase.DECODING
+            and self._end is not None
+            and self._has_joined
+            and not self.lifeline.is_transfer_known
+        )
+
+    def _settle(self, event: Event, now: float) -> list[Action]:
+        """The report, or anything that means it will not come. Done and late is done: the outcome stays."""
+        assert self.placement is not None
+        assert self.outcome is not None
+        match event:
+            case HandedOff() if event.sequence_id == self.sequence_id:
+                self.lifeline.transferred(event.report)
+            case NodeLost() if event.node_id == self.placement.prefill_id:
+                pass
+            case SequenceFailed() if event.sequence_id == self.sequence_id:
+                pass
+            case Cancel() | Abandon():
+                pass
+            case Tick() if now >= self.wake_at_s:
+                pass
+            case _:
+                return []
+        actions = self._farewell("finished", self.outcome)
+        self.phase = Phase.ENDED
+        self._timer_s = None
+        return [*actions, End(self.outcome)]
 
     def _farewell(self, reason: str, outcome: Outcome) -> list[Action]:
         """Cancel what a node does not know to be over: all of it, unless a node itself announced the end."""

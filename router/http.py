@@ -42,7 +42,10 @@ class Answer:
         self, frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
     ):
         self._accepted = accepted
-        self._body = body
+        # Not the body itself: it would live as long as the stream.
+        self._wants_usage = body.wants_usage
+        self._wants_ids = bool(body.return_token_ids)
+        self._wants_relay = bool(body.return_relay)
         is_chat = request.is_chat
         self._envelope = Envelope(
             answer_id=("chatcmpl-" if is_chat else "cmpl-") + accepted.request_id,
@@ -115,7 +118,7 @@ class Answer:
 
     def _closing(self) -> bytes:
         extra = self._extras()
-        if self._body.wants_usage:
+        if self._wants_usage:
             extra["usage"] = self._usage()
         return (self._envelope.last_chunk(extra).encode() if extra else b"") + DONE
 
@@ -177,9 +180,9 @@ class Answer:
 
     def _extras(self) -> dict[str, Any]:
         extra: dict[str, Any] = {}
-        if self._body.return_token_ids and self._envelope.is_chat:
+        if self._wants_ids and self._envelope.is_chat:
             extra["prompt_token_ids"] = self._accepted.generations[0].prompt_token_ids
-        if self._body.return_relay:
+        if self._wants_relay:
             relays = [relay_json(self._endings[i].relay) for i in sorted(self._endings)]
             extra["baton"] = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
         return extra

@@ -13,13 +13,14 @@ from torch.nn import functional
 from baton.types import KvLayout
 from engine.batch import Batch, Span
 from engine.config import ModelConfig
-from engine.kernels.cpu_attention import CpuAttention, Workspace
+from engine.kernels.cpu_attention import CpuAttention, Workspace, can_turn, loop_length, query_scale
 from engine.kernels.interface import Attention, Linear
+from engine.kv_cache import TORCH_DTYPES
 
 # Rows probed for bitwise equality: each class of shapes that the product could treat differently.
 _PROBE_ROWS = (8, 16, 32, 64, 256)
-# Elements of the MLP's activations worked on at a time, so that float32 intermediates stay in cache.
-_SILU_ELEMENTS = 1 << 18
+# Elements worked on at a time, so that float32 intermediates stay in cache.
+_CACHED_ELEMENTS = 1 << 18
 
 
 class CpuKernels:
@@ -27,6 +28,8 @@ class CpuKernels:
 
     def __init__(self) -> None:
         self._space = Workspace()
+        # By (head_dim, block_tokens, dtype): whether products of keys and queries may be turned round.
+        self._can_turn: dict[tuple[int, int, str], bool] = {}
         # By (out, in, dtype): whether packed weights exist here and pass the probe.
         self._can_pack: dict[tuple[int, int, torch.dtype], bool] = {}
 
@@ -39,15 +42,20 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, eps)
 
+    def query_scale(self, head_dim: int) -> float:
+        return query_scale(head_dim)
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        half = x.shape[-1] // 2
-        cos, sin = cos[:, None], sin[:, None]
-        wide = x.float()
-        first, second = wide[..., :half], wide[..., half:]
-        out = torch.empty_like(wide)
-        torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-        torch.mul(second, cos, out=out[..., half:]).add_(first * sin)
-        return out.to(x.dtype)
+        rows, heads, half = len(x), x.shape[1], x.shape[2] // 2
+        out = x.new_empty(x.shape)
+        step = max(1, _CACHED_ELEMENTS // (heads * half))
+        for at in range(0, rows, step):
+            part = slice(at, at + step)
+            c, s = cos[part, None], sin[part, None]
+            first, second = x[part, :, :half].float(), x[part, :, half:].float()
+            out[part, :, :half] = (first * c).sub_(second * s)
+            out[part, :, half:] = second.mul(c).add_(first * s)
+        return out
 
     def store(self, keys: Tensor, values: Tensor, cache: Tensor, batch: Batch) -> None:
         head_dim, block_tokens = cache.shape[4], cache.shape[3]
@@ -58,16 +66,23 @@ class CpuKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         rows, features = gate_up.shape[0], gate_up.shape[1] // 2
         out = gate_up.new_empty(rows, features)
-        step = max(1, _SILU_ELEMENTS // features)
+        step = max(1, _CACHED_ELEMENTS // features)
         for at in range(0, rows, step):
-            gate, up = gate_up[at : at + step, :features].float(), gate_up[at : at + step, features:]
-            # silu's scalar tail differs from its vector body; each of these operations has one result everywhere.
-            scale = gate.neg().exp_().add_(1)
-            out[at : at + step] = torch.div(gate, scale, out=scale).mul_(up)
+            part = gate_up[at : at + step]
+            size = len(part) * features
+            # silu of a scalar remainder differs in the last bit; of this length there is none.
+            whole = self._space.take("gate", torch.float32, loop_length(size, torch.get_num_threads()))
+            gate = whole[:size].view(-1, features)
+            gate.copy_(part[:, :features])
+            functional.silu(whole, inplace=True)
+            out[at : at + step] = gate.mul_(part[:, features:])
         return out
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        return CpuAttention(config, layout, spans, self._space)
+        key = (layout.head_dim, layout.block_tokens, layout.dtype)
+        if key not in self._can_turn:
+            self._can_turn[key] = can_turn(layout.head_dim, layout.block_tokens, TORCH_DTYPES[layout.dtype])
+        return CpuAttention(config, layout, spans, self._space, turns=self._can_turn[key])
 
 
 class PlainLinear:

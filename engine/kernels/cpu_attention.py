@@ -18,12 +18,17 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
+from engine.kv_cache import TORCH_DTYPES
 
 # Score elements in flight at once; above it, tiles shrink and groups are cut.
 _MAX_SCORES = 1 << 22
 _MAX_TILE_TOKENS = 64
+# Score elements that stay in cache with what is computed from them; above it, KV heads take turns.
+_MAX_CACHED_SCORES = 1 << 20
 # Elements of keys or values gathered at a time.
 _MAX_GATHERED = 1 << 19
+# Rows per product up to which K q^T beats q K^T: torch copies a transposed bfloat16 operand, here all keys.
+_MAX_TURNED_ROWS = 16
 # Elements per thread that torch's elementwise loops treat alike: two AVX-512 vectors of float32, four AVX2 ones.
 _VECTOR = 64
 _GRAIN = 32768
@@ -51,24 +56,31 @@ class _Group:
     # Rows of `rows` that are not padding, and the batch rows they are written to.
     real: Tensor | None
     targets: Tensor
-    # [num_blocks * num_tiles * num_kv_heads] int64: (block * heads + head) * 2, the keys' item in the cache.
+    # [num_blocks, num_tiles, num_kv_heads] int64: (block * heads + head) * 2, the keys' item in the cache.
     key_items: Tensor
-    # Blocks [first_masked, num_blocks) need the mask [blocks, tiles, 1, tile_tokens, 1, block_tokens], True is hidden.
+    # Blocks [first_masked, num_blocks) hold hidden positions; -inf there, 0 elsewhere:
+    # [blocks, tiles, 1, tile_tokens, 1, block_tokens].
     first_masked: int
-    mask: Tensor
-    # Of the same blocks, [blocks, tiles, 1, block_tokens, 1]: positions that no query of the tile sees.
-    unseen: Tensor
+    bias: Tensor
+    # Of the same blocks, [blocks, tiles, 1, block_tokens, head_dim]: all bits set at positions that some query sees.
+    # Spelled out in full: filling under a broadcast mask is not vectorized and took 7 % of a decode step.
+    seen_bits: Tensor
 
 
 class CpuAttention:
-    """One step's attention: tiles and masks are laid out once, then used by every layer."""
+    """One step's attention: tiles and masks are laid out once, then used by every layer.
 
-    def __init__(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...], space: Workspace) -> None:
+    Queries come multiplied by ``query_scale``. ``turns``: whether K q^T may stand in for q K^T (see ``can_turn``).
+    """
+
+    def __init__(
+        self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...], space: Workspace, *, turns: bool
+    ) -> None:
         self._space = space
+        self._turns = turns
         self._config = config
         self._layout = layout
         self._spans = spans
-        self._scale = 1 / math.sqrt(config.head_dim) * math.log2(math.e)
         self._groups: dict[int | None, list[_Group]] = {}
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
@@ -77,42 +89,65 @@ class CpuAttention:
         if groups is None:
             groups = self._groups[window] = list(self._lay_out(window))
         grouped = queries.view(-1, c.num_kv_heads, c.group_size, c.head_dim)
-        out = queries.new_zeros(queries.shape)
+        out = torch.zeros_like(grouped)
         for group in groups:
-            result = self._attend(group, grouped, cache)
-            out[group.targets] = result if group.real is None else result[group.real]
+            per_head = group.num_blocks * group.num_tiles * group.tile_tokens * c.group_size * self._layout.block_tokens
+            step = max(1, _MAX_CACHED_SCORES // per_head)
+            for head in range(0, c.num_kv_heads, step):
+                heads = slice(head, min(head + step, c.num_kv_heads))
+                result = self._attend(group, heads, grouped[:, heads], cache)
+                out[group.targets, heads] = result if group.real is None else result[group.real]
         return out.flatten(1)
 
-    def _attend(self, group: _Group, queries: Tensor, cache: Tensor) -> Tensor:
-        """[num_tiles * tile_tokens, num_heads, head_dim]."""
-        c, heads, block_tokens = self._config, self._config.num_kv_heads, self._layout.block_tokens
+    def _attend(self, group: _Group, heads: slice, queries: Tensor, cache: Tensor) -> Tensor:
+        """Some KV heads of a group, [num_tiles * tile_tokens, heads, group_size, head_dim]."""
+        c, block_tokens = self._config, self._layout.block_tokens
         blocks, tiles, tokens, dtype = group.num_blocks, group.num_tiles, group.tile_tokens, queries.dtype
-        shape = (blocks, tiles, heads, tokens, c.group_size)
-        q = self._space.take("queries", dtype, *shape, c.head_dim)
-        q.copy_(queries[group.rows].view(tiles, tokens, heads, c.group_size, c.head_dim).transpose(1, 2))
-        raw = self._space.take("raw", dtype, *shape, block_tokens)
-        for part, keys in self._gathered(group, cache, group.key_items):
-            flat = q[part].view(len(keys), -1, c.head_dim)
-            torch.bmm(flat, keys.transpose(1, 2), out=raw[part].view(len(keys), -1, block_tokens))
-        size = loop_length(raw.numel(), torch.get_num_threads())
-        weights = self._space.take("scores", torch.float32, size)
-        scores = weights[: raw.numel()].view(*shape, block_tokens)
-        torch.mul(raw, self._scale, out=scores)
+        shape = (blocks, tiles, queries.shape[1], tokens, c.group_size)
+        items = group.key_items[:, :, heads].reshape(-1)
+        raw = self._scores(group, items, queries, cache)
         if group.first_masked < blocks:
-            scores[group.first_masked :].masked_fill_(group.mask, -math.inf)
-        # The maximum over blocks and then positions: exact, so the order is free.
-        scores.sub_(scores.amax(-1, keepdim=True).amax(0))
+            raw[group.first_masked :].add_(group.bias)
+        # The maximum over blocks and then positions: exact, so the order is free, and this one is the fastest.
+        best = raw.amax(0).amax(-1, keepdim=True)
+        size = loop_length(raw.numel(), torch.get_num_threads())
+        weights = self._space.take("weights", torch.float32, size)
+        scores = weights[: raw.numel()].view(*shape, block_tokens)
+        scores.copy_(raw).sub_(best)
         weights.exp2_()
         total = _fold(scores.sum(-1))
         raw.copy_(scores)
         parts = self._space.take("parts", dtype, *shape, c.head_dim)
-        for part, values in self._gathered(group, cache, group.key_items + 1):
-            self._hide(group, part, values)
+        for part, values in self._gathered(group, cache, items + 1):
             flat = raw[part].view(len(values), -1, block_tokens)
             torch.bmm(flat, values, out=parts[part].view(len(values), -1, c.head_dim))
         seen = _fold(self._space.take("sums", torch.float32, *parts.shape).copy_(parts))
         seen.div_(total.unsqueeze(-1))
-        return seen.to(dtype).transpose(1, 2).reshape(tiles * tokens, c.num_heads, c.head_dim)
+        return seen.to(dtype).transpose(1, 2).reshape(tiles * tokens, -1, c.group_size, c.head_dim)
+
+    def _scores(self, group: _Group, items: Tensor, queries: Tensor, cache: Tensor) -> Tensor:
+        """Products of queries and keys, [blocks, tiles, kv_heads, tile_tokens, group_size, block_tokens]."""
+        c, heads, block_tokens = self._config, queries.shape[1], self._layout.block_tokens
+        tiles, tokens, dtype = group.num_tiles, group.tile_tokens, queries.dtype
+        shape = (group.num_blocks, tiles, heads, tokens, c.group_size)
+        per_tile = tokens * c.group_size
+        raw = self._space.take("raw", dtype, *shape, block_tokens)
+        chosen = queries[group.rows].view(tiles, tokens, heads, c.group_size, c.head_dim)
+        if self._turns and per_tile <= _MAX_TURNED_ROWS:
+            q = self._space.take("queries", dtype, group.num_blocks, tiles, heads, c.head_dim, per_tile)
+            q.copy_(chosen.permute(0, 2, 4, 1, 3).reshape(tiles, heads, c.head_dim, per_tile))
+            turned = self._space.take("turned", dtype, group.num_blocks * tiles * heads, block_tokens, per_tile)
+            for part, keys in self._gathered(group, cache, items):
+                out = turned[part.start * tiles * heads : part.stop * tiles * heads]
+                torch.bmm(keys, q[part].view(len(keys), c.head_dim, per_tile), out=out)
+            raw.view(-1, per_tile, block_tokens).copy_(turned.transpose(1, 2))
+            return raw
+        straight = self._space.take("queries", dtype, *shape, c.head_dim)
+        straight.copy_(chosen.transpose(1, 2))
+        for part, keys in self._gathered(group, cache, items):
+            flat = straight[part].view(len(keys), per_tile, c.head_dim)
+            torch.bmm(flat, keys.transpose(1, 2), out=raw[part].view(len(keys), per_tile, block_tokens))
+        return raw
 
     def _gathered(self, group: _Group, cache: Tensor, items: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """Keys or values, [items, block_tokens, head_dim], as many levels at a time as stay in cache: products read
@@ -126,16 +161,17 @@ class CpuAttention:
             chosen = items[at * per_level : stop * per_level]
             out = self._space.take("gathered", cache.dtype, len(chosen), block_tokens * head_dim)
             torch.index_select(arena, 0, chosen, out=out)
+            self._hide(group, slice(at, stop), out.view(-1, block_tokens, head_dim))
             yield slice(at, stop), out.view(-1, block_tokens, head_dim)
 
-    def _hide(self, group: _Group, part: slice, values: Tensor) -> None:
-        """Zero gathered values that no query sees: their weight is 0, but 0 times what lies there may be NaN."""
+    def _hide(self, group: _Group, part: slice, gathered: Tensor) -> None:
+        """Zero what no query sees: whatever lies there, NaN included, must not meet a weight of 0."""
         first = max(part.start, group.first_masked)
         if first >= part.stop:
             return
-        by_level = values.view(-1, group.num_tiles, self._config.num_kv_heads, *values.shape[1:])
-        unseen = group.unseen[first - group.first_masked : part.stop - group.first_masked]
-        by_level[first - part.start :].masked_fill_(unseen, 0)
+        by_level = gathered.view(part.stop - part.start, group.num_tiles, -1, *gathered.shape[1:])
+        seen = group.seen_bits[first - group.first_masked : part.stop - group.first_masked]
+        by_level[first - part.start :].view(seen.dtype).bitwise_and_(seen)
 
     def _lay_out(self, window: int | None) -> Iterator[_Group]:
         by_size: dict[tuple[int, int], list[_Tile]] = {}
@@ -201,11 +237,18 @@ class CpuAttention:
             rows=rows,
             real=None if bool(is_real.all()) else is_real.nonzero()[:, 0],
             targets=rows[is_real],
-            key_items=(items * 2).reshape(-1),
+            key_items=items * 2,
             first_masked=first_masked,
-            mask=mask[first_masked:, :, None, :, None, :],
-            unseen=mask[first_masked:].all(2)[:, :, None, :, None],
+            bias=torch.zeros(mask[first_masked:].shape, dtype=TORCH_DTYPES[self._layout.dtype]).masked_fill_(
+                mask[first_masked:], -math.inf
+            )[:, :, None, :, None, :],
+            seen_bits=self._seen_bits(mask[first_masked:]),
         )
+
+    def _seen_bits(self, mask: Tensor) -> Tensor:
+        dtype = torch.int32 if self._layout.dtype == "float32" else torch.int16
+        seen = (~mask.all(2)).to(dtype).neg_()[:, :, None, :, None]
+        return seen.expand(*seen.shape[:-1], self._layout.head_dim).contiguous()
 
 
 def _bucket(num_blocks: int) -> int:
@@ -221,6 +264,25 @@ def _fold(parts: Tensor) -> Tensor:
         parts[: size - half].add_(parts[half:size])
         size = half
     return parts[0]
+
+
+def query_scale(head_dim: int) -> float:
+    """1 / sqrt(head_dim), in the logarithm of base 2 that exp2 undoes."""
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def can_turn(head_dim: int, block_tokens: int, dtype: torch.dtype) -> bool:
+    """Whether K q^T has the very bits of q K^T here. float32 gains nothing by it and does not."""
+    if dtype == torch.float32:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 4, 7, 8, _MAX_TURNED_ROWS):
+        queries = torch.randn(24, rows, head_dim, generator=generator).to(dtype)
+        keys = torch.randn(24, block_tokens, head_dim, generator=generator).to(dtype)
+        straight = torch.bmm(queries, keys.transpose(1, 2))
+        if not torch.equal(straight, torch.bmm(keys, queries.transpose(1, 2).contiguous()).transpose(1, 2)):
+            return False
+    return True
 
 
 class Workspace:

@@ -21,7 +21,7 @@ class Attention(Protocol):
     """One step's attention; built once per step, called once per layer."""
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        """queries [rows, num_heads, head_dim], rotated; cache: one layer's arena, this step's keys and values written.
+        """queries [rows, num_heads, head_dim], rotated and scaled; cache: one layer, this step's keys and values in it.
 
         Returns [rows, num_heads * head_dim]. Cache rows at positions a query does not see never reach its result,
         whatever they hold. Rows of padding come back finite.
@@ -40,6 +40,10 @@ class Kernels(Protocol):
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32."""
+        ...
+
+    def query_scale(self, head_dim: int) -> float:
+        """What attention expects queries to be multiplied by; the model does it while it rotates them in float32."""
         ...
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

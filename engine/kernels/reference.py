@@ -35,6 +35,9 @@ class ReferenceKernels:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return (wide * scale).to(x.dtype) * weight
 
+    def query_scale(self, head_dim: int) -> float:
+        return 1 / math.sqrt(head_dim)
+
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         cos, sin = cos[:, None], sin[:, None]
         first, second = x.float().chunk(2, dim=-1)
@@ -63,7 +66,7 @@ class ReferenceKernels:
 
 
 def _attend_span(queries: Tensor, cache: Tensor, window: int | None, span: Span, out: Tensor) -> None:
-    """softmax(q K^T / sqrt(head_dim)) V per token, in float32."""
+    """softmax(q K^T) V per token, in float32; q comes scaled."""
     heads, head_dim = cache.shape[1], cache.shape[4]
     blocks = cache[list(span.block_ids)]  # [blocks, heads, 2, block_tokens, head_dim]
     keys, values = blocks.permute(2, 1, 0, 3, 4).flatten(2, 3).float()
@@ -71,6 +74,6 @@ def _attend_span(queries: Tensor, cache: Tensor, window: int | None, span: Span,
         position, row = span.start + i, span.row + i
         first = 0 if window is None else max(0, position + 1 - window)
         grouped = queries[row].float().view(heads, -1, head_dim)
-        scores = torch.einsum("hgd,hnd->hgn", grouped, keys[:, first : position + 1]) / math.sqrt(head_dim)
+        scores = torch.einsum("hgd,hnd->hgn", grouped, keys[:, first : position + 1])
         seen = torch.einsum("hgn,hnd->hgd", scores.softmax(-1), values[:, first : position + 1])
         out[row] = seen.reshape(-1, head_dim).to(out.dtype)

@@ -22,6 +22,11 @@ REQUEST_TIMEOUT_S = 60.0
 CONCURRENT = 8
 
 
+def recall(seed: int, count: int) -> list[tasks.Task]:
+    """Of lengths at which the demo model itself makes no mistake."""
+    return tasks.recall_prompts(seed, count, num_pairs=(20, 150), num_questions=(1, 6))
+
+
 def ask(cluster: Cluster, task: tasks.Task) -> tuple[str, router_pb2.GenerateResponse.Finished]:
     sampling = common_pb2.SamplingParams(temperature=0, max_tokens=task.num_output_tokens + 4)
     request = router_pb2.GenerateRequest(prompt=task.prompt, sampling=sampling, timeout_s=REQUEST_TIMEOUT_S)
@@ -49,20 +54,22 @@ def test_two_pools_answer_right_and_return_every_block(
     cluster = start_cluster(demo_model, prefill=2, decode=2, transport=transport)
     assert [n.role for n in cluster.nodes.values()] == ["prefill", "prefill", "decode", "decode"]
     assert all(psutil.pid_exists(n.pid) for n in cluster.nodes.values())
-    for finished in ask_all(cluster, tasks.recall_prompts(21, 12)):
-        relay = finished.relay
+    relays = [finished.relay for finished in ask_all(cluster, recall(21, 12))]
+    for relay in relays:
         assert relay.prefill_node_id.startswith("prefill-")
         assert relay.decode_node_id.startswith("decode-")
-        assert relay.transfer.transport == transport
-        assert relay.transfer.num_bytes > 0
         assert relay.attempts == 1
         assert 0 < relay.ttft_s <= relay.e2e_s
+    # A short answer can be complete before the prefill node's report of the handoff is in.
+    transfers = [relay.transfer for relay in relays if relay.HasField("transfer")]
+    assert {report.transport for report in transfers} == {transport}
+    assert all(report.num_bytes > 0 for report in transfers)
     cluster.wait_baseline()
 
 
 def test_http_answers_too(start_cluster: StartCluster, demo_model: Path) -> None:
     cluster = start_cluster(demo_model, prefill=1, decode=1)
-    task = tasks.recall_prompts(22, 1, num_pairs=20)[0]
+    task = recall(22, 1)[0]
     body = json.dumps({"prompt": task.prompt, "max_tokens": task.num_output_tokens + 4, "temperature": 0}).encode()
     request = urllib.request.Request(f"{cluster.http}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
@@ -86,7 +93,7 @@ def baton(*arguments: str, stdin: str = "") -> str:
 
 def test_commands_talk_to_a_running_cluster(start_cluster: StartCluster, demo_model: Path) -> None:
     cluster = start_cluster(demo_model, prefill=1, decode=1)
-    task = tasks.recall_prompts(25, 1, num_pairs=30)[0]
+    task = recall(25, 1)[0]
     shown = baton("generate", "--router", cluster.grpc, "--relay", task.prompt)
     assert task.accepts(shown.splitlines()[0])
     assert "prefill-0 -> decode-0 | " in shown
@@ -107,7 +114,7 @@ def test_commands_talk_to_a_running_cluster(start_cluster: StartCluster, demo_mo
 
 def test_mixed_workers_answer_right(start_cluster: StartCluster, demo_model: Path) -> None:
     cluster = start_cluster(demo_model, prefill=0, decode=0, mixed=2)
-    for finished in ask_all(cluster, tasks.recall_prompts(23, 8)):
+    for finished in ask_all(cluster, recall(23, 8)):
         if finished.relay.decode_node_id == finished.relay.prefill_node_id:
             assert finished.relay.transfer.num_bytes == 0
     cluster.wait_baseline()
@@ -119,7 +126,7 @@ def test_a_killed_worker_comes_back_and_works(start_cluster: StartCluster, demo_
     dead = cluster.kill(victim)
     back = cluster.wait_back(dead)
     assert back.role == dead.role
-    ask_all(cluster, tasks.recall_prompts(24, 2))
+    ask_all(cluster, recall(24, 2))
     cluster.wait_baseline()
 
 

@@ -12,6 +12,7 @@ from baton.types import KvLayout, SamplingParams, SequenceSpec
 from engine.batch import Batch, build_batch
 from engine.config import ModelConfig, RopeConfig
 from engine.kernels.cpu import CpuKernels, PackedLinear, PlainLinear, can_pack
+from engine.kernels.cpu_attention import loop_length
 from engine.kernels.reference import ReferenceKernels
 from engine.step import Piece, Sequence, StepPlan
 
@@ -88,8 +89,10 @@ def test_attention_equals_the_reference(heads: tuple[int, int, int], dtype: str,
     batch = batch_of(MIXED, layout)
     cache = poisoned_cache(layout, batch, DTYPES[dtype])
     queries = torch.randn(batch.num_rows, config.num_heads, config.head_dim).to(DTYPES[dtype]) * 2
-    expected = ReferenceKernels().attention(config, layout, batch.spans)(queries, cache, window)
-    found = CpuKernels().attention(config, layout, batch.spans)(queries, cache, window)
+    scales = [kernels.query_scale(config.head_dim) for kernels in (ReferenceKernels(), CpuKernels())]
+    scaled = [(queries.double() * scale).to(queries.dtype) for scale in scales]
+    expected = ReferenceKernels().attention(config, layout, batch.spans)(scaled[0], cache, window)
+    found = CpuKernels().attention(config, layout, batch.spans)(scaled[1], cache, window)
     assert torch.isfinite(found).all()
     assert close(found, expected)
 
@@ -162,6 +165,16 @@ def test_linear_rows_do_not_see_each_other(
     whole = linear(x)
     for at, rows in ((0, 8), (5, 16), (8, 24), (13, 40), (0, 128), (24, 504), (8, 1016)):
         assert torch.equal(linear(x[at : at + rows].clone()), whole[at : at + rows])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 4, 7, 16])
+def test_loops_of_that_length_are_split_at_whole_vectors(threads: int) -> None:
+    for size in (1, 63, 64, 65, 32768, 32769, 70_000, 98_305, 1_000_003):
+        length = loop_length(size, threads)
+        # As at::parallel_for splits: no more threads than grains, equal shares rounded up.
+        used = min(threads, -(-length // 32768))
+        assert size <= length <= size + 128 * threads
+        assert length % (64 * used) == 0
 
 
 def test_config_helpers() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from engine.config import EngineConfig
 from engine.runner import Runner
+from engine.step import StepPlan
 from tests.engine_driver import Crowd, Driver, Run, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
 
@@ -159,8 +160,6 @@ def test_layers_are_reported_in_order_once_written(load: Loader) -> None:
         blocks = driver._arena[layer][sequence.block_ids[:2]]
         assert torch.isfinite(blocks).all()
         reported.append(layer)
-
-    from engine.step import StepPlan
 
     runner.execute(StepPlan((driver.piece(sequence, 1 << 30),)), on_layer)
     assert reported == [0, 1]

@@ -1,4 +1,4 @@
-"""The router against fake nodes over real gRPC: every failure its users have met (ROBUSTNESS), one test each."""
+"""The router against fake nodes over real gRPC: every failure its users have met (docs/failures.md), one test each."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ async def test_rerun_starts_from_the_tokens_so_far() -> None:
 
 
 async def test_node_restarted_on_its_port_is_used_again() -> None:
-    """ROBUSTNESS 15: a new incarnation at the old address."""
+    """Known failure 15: a new incarnation at the old address."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         for node_id in ("decode-0", "prefill-0"):
             before = cluster[node_id].incarnation
@@ -116,7 +116,7 @@ async def test_node_restarted_on_its_port_is_used_again() -> None:
 
 
 async def test_bounced_pool_recovers_by_itself() -> None:
-    """ROBUSTNESS 16: the whole token pool goes and comes back under load."""
+    """Known failure 16: the whole token pool goes and comes back under load."""
     async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         running = asyncio.create_task(many(router, 8, max_tokens=40))
         await asyncio.sleep(0.1)
@@ -132,7 +132,7 @@ async def test_bounced_pool_recovers_by_itself() -> None:
 
 
 async def test_prefill_serves_alone_while_the_token_pool_is_gone() -> None:
-    """Role is policy: the opposite pool is borrowed while it must. ROBUSTNESS 13: a neighbour's death hurts nobody."""
+    """Role is policy: the opposite pool is borrowed. Known failure 13: a neighbour's death hurts nobody."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         await cluster["decode-0"].die()
         await until(lambda: sum(m.state is State.READY for m in router.dispatcher.members) == 1)
@@ -175,7 +175,7 @@ async def test_silent_node_counts_as_lost() -> None:
 
 @pytest.mark.parametrize("code", ["TransferFailed", "InternalError", "Unavailable"])
 async def test_failed_transfer_is_run_again(code: str) -> None:
-    """ROBUSTNESS 20: nobody waits for a time-out."""
+    """Known failure 20: nobody waits for a time-out."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         cluster["prefill-0"].fail("transfer", 1, code=code, blamed="decode-0")
         async with asyncio.timeout(1.0):
@@ -186,7 +186,7 @@ async def test_failed_transfer_is_run_again(code: str) -> None:
 
 
 async def test_pair_heals_after_transient_failures() -> None:
-    """ROBUSTNESS 14: failures shut no pair out for good, not even the only one."""
+    """Known failure 14: failures shut no pair out for good, not even the only one."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         cluster["prefill-0"].fail("transfer", 4, code="TransferFailed", blamed="decode-0")
         # While decode is avoided, prefill keeps the sequence; the next requests try the pair again.
@@ -237,7 +237,7 @@ async def test_lost_and_repeated_messages(what: str, how: str) -> None:
 
 
 async def test_silent_prefill_costs_decode_its_lease_only() -> None:
-    """ROBUSTNESS 1, the router's share: a commit that never comes ends with the lease and the request runs again."""
+    """Known failure 1, the router's share: a commit that never comes ends with the lease and the request runs again."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         # The request's own time bounds the lease.
         cluster["prefill-0"].drop("commit")
@@ -248,7 +248,7 @@ async def test_silent_prefill_costs_decode_its_lease_only() -> None:
 
 @pytest.mark.parametrize("phase", ["queued", "reserving", "prefilling", "decoding"])
 async def test_cancel_in_every_phase(phase: str) -> None:
-    """ROBUSTNESS 4, 5, 6: whoever leaves, and whenever, nothing stays behind."""
+    """Known failure 4, 5, 6: whoever leaves, and whenever, nothing stays behind."""
     config = replace(SLOW, prefill_token_s=0.05 if phase == "prefilling" else 0.0)
     async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         if phase == "queued":
@@ -288,7 +288,7 @@ async def test_many_cancels_leave_nothing() -> None:
 
 
 async def test_end_at_the_first_token() -> None:
-    """ROBUSTNESS 24: max_tokens=1 and a stop id as the first token, split and colocated; no lease stays."""
+    """Known failure 24: max_tokens=1 and a stop id as the first token, split and colocated; no lease stays."""
     first = expected([9], 1, 1)[0]
     for pools in ({"prefill": 1, "decode": 1}, {"mixed": 1}):
         async with FakeCluster(**pools) as cluster, router_beside(cluster) as router:
@@ -331,7 +331,7 @@ async def test_deadline_ends_a_waiting_request() -> None:
 
 
 async def test_wedged_engine_makes_the_router_unready() -> None:
-    """ROBUSTNESS 8: sessions and status go on, but no step is finished."""
+    """Known failure 8: sessions and status go on, but no step is finished."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         for node in cluster.nodes.values():
             node.stall()

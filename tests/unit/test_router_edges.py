@@ -155,7 +155,7 @@ def test_relay_line_reads_like_one() -> None:
 
 
 async def test_usage_and_timing_of_the_relay() -> None:
-    """ROBUSTNESS 27: the time to the first token is at least the sum of its stages."""
+    """Known failure 27: the time to the first token is at least the sum of its stages."""
     config = replace(FakeConfig(), prefill_token_s=0.001)
     async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         assert router.grpc is not None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
+import pytest
+
+from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow as f
 from router.policy import Placement
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
 SPLIT = Placement("p", "d")
+REPORT = TransferReport("shm", False, 4096, 1, 0.01, 0.005)
 
 
 def begin(sampling: SamplingParams = SAMPLING, **config: float) -> f.Flow:
@@ -49,9 +52,43 @@ def test_split_life() -> None:
     assert flow.phase is f.Phase.DECODING
     assert flow.handle(f.Joined("r/0/0", 0.1), 2.0) == [f.PairWorked(SPLIT)]
     assert flow.handle(tokens("d", 1, 8, 9), 3.0) == [f.Deliver((8, 9), ())]
+    assert flow.handle(f.HandedOff("r/0/0", REPORT), 3.0) == []
     last = flow.handle(tokens("d", 3, 10, finish=FinishReason.LENGTH), 4.0)
     assert last == [f.Deliver((10,), ()), f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
     assert flow.handle(tokens("d", 4, 11), 5.0) == []
+
+
+def settling() -> f.Flow:
+    flow = prefilling()
+    flow.handle(tokens("p", 0, 7), 1.0)
+    assert flow.handle(tokens("d", 1, 8, 9, 10, finish=FinishReason.LENGTH), 1.5) == [f.Deliver((8, 9, 10), ())]
+    assert flow.phase is f.Phase.SETTLING
+    return flow
+
+
+@pytest.mark.parametrize(
+    ("event", "at_s"),
+    [
+        (f.HandedOff("r/0/0", REPORT), 1.6),
+        (f.NodeLost("p", "died"), 1.6),
+        (f.Cancel("client left"), 1.6),
+        (f.Tick(), 1.5 + f.FlowConfig().report_timeout_s),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_whole_answer_ends_with_the_transfer_report_or_without(event: f.Event, at_s: float) -> None:
+    flow = settling()
+    assert flow.handle(event, at_s) == [f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
+    relay = flow.lifeline.relay()
+    assert relay.transfer == (REPORT if isinstance(event, f.HandedOff) else None)
+    assert relay.e2e_s == 1.5
+
+
+def test_a_settling_answer_is_moved_by_nothing_else() -> None:
+    flow = settling()
+    for event in (f.NodeLost("d", "died"), f.Tick(), f.HandedOff("r/0/1", REPORT), tokens("d", 4, 11), f.StopText()):
+        assert flow.handle(event, 1.55) == []
+    assert flow.outcome == f.Outcome(f.OutcomeKind.FINISHED, FinishReason.LENGTH)
 
 
 def test_first_token_that_ends_it_gives_the_lease_back() -> None:

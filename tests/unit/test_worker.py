@@ -1,6 +1,6 @@
 """Two whole workers and a router's two sessions: the relay, and what users of such clusters have met.
 
-The numbers are rows of the table of known failures: 1 silent prefill, 4-6 cancels and disconnects between phases,
+The numbers are rows of docs/failures.md: 1 silent prefill, 4-6 cancels and disconnects between phases,
 10 a stalled decode, 12 a soak against an oracle, 20 and 22 transfers that fail silently or stall, 24 ends at token one.
 """
 
