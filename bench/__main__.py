@@ -64,7 +64,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = BENCHES if "all" in args.what else tuple(dict.fromkeys(args.what))
     started = datetime.now(UTC)
-    console = Console()
+    # Tables are wide; a pipe or a log has no width of its own.
+    console = Console(width=None if sys.stdout.isatty() else 160)
     record: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),
         "quick": args.quick,
