@@ -1,4 +1,4 @@
-"""Time as a constructor argument: the monotonic clock in production, one that tests turn by hand."""
+"""Time as a constructor argument: the monotonic clock in production, whatever a test needs elsewhere."""
 
 from __future__ import annotations
 
@@ -14,17 +14,3 @@ class Clock(Protocol):
 class MonotonicClock:
     def now(self) -> float:
         return time.monotonic()
-
-
-class ManualClock:
-    """Stands still until ``advance`` is called."""
-
-    def __init__(self, start_s: float = 0.0) -> None:
-        self._now_s = start_s
-
-    def now(self) -> float:
-        return self._now_s
-
-    def advance(self, seconds: float) -> None:
-        assert seconds >= 0, "time does not run backwards"
-        self._now_s += seconds

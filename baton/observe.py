@@ -121,10 +121,6 @@ class Lifeline:
     def ended(self, now: float) -> None:
         self._ended_s = now
 
-    @property
-    def first_token_s(self) -> float | None:
-        return self._first_token_s
-
     def relay(self) -> Relay:
         first = self._first_token_s
         ended = self._last_token_s if self._ended_s is None else self._ended_s

@@ -338,10 +338,6 @@ class Scheduler:
     # -- questions
 
     @property
-    def has_work(self) -> bool:
-        return bool(self._waiting or self._active)
-
-    @property
     def num_sequences(self) -> int:
         """Sequences and leases that hold or want blocks."""
         return len(self._entries) + len(self._leases)

@@ -24,9 +24,6 @@ from engine.config import ModelConfig
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Buffers that older checkpoints saved and that are computed here.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
-# Of a tensor larger than _SAMPLES windows, only evenly spaced windows are digested: seconds even for large models.
-_SAMPLES = 16
-_WINDOW_BYTES = 1 << 16
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -142,10 +139,7 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of config and weights, independent of sharding; nodes that differ in it never exchange KV.
-
-    Tensors above 1 MiB count by 16 evenly spaced windows of 64 KiB, smaller ones whole.
-    """
+    """Digest of config and all weights, independent of sharding; nodes that differ in it never exchange KV."""
     config = ModelConfig.from_folder(folder)
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     with Checkpoint(folder) as checkpoint:
@@ -153,16 +147,5 @@ def fingerprint(folder: Path) -> str:
         for name in expected_shapes(config):
             tensor = checkpoint.tensor(name)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            _digest_tensor(digest, tensor)
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _digest_tensor(digest: Any, tensor: Tensor) -> None:
-    data = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    if data.nbytes <= _SAMPLES * _WINDOW_BYTES:
-        digest.update(data)
-        return
-    last = data.nbytes - _WINDOW_BYTES
-    for i in range(_SAMPLES):
-        at = last * i // (_SAMPLES - 1)
-        digest.update(data[at : at + _WINDOW_BYTES])

@@ -144,11 +144,6 @@ class CompletionBody(_Common):
         return self._request(_prompts(self.prompt), sampling, is_chat=False)
 
 
-class TextPart(_Strict):
-    type: str
-    text: str | None = None
-
-
 class Message(BaseModel):
     # Message fields beyond these (tool calls, refusals, audio) are looked at below, not silently taken.
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())

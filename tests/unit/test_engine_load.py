@@ -191,3 +191,14 @@ def test_cache_lies_in_the_given_memory(folder: Path) -> None:
         Runner.load(folder, CONFIG, allocate=lambda n: memoryview(bytearray(n - 1)))
     with pytest.raises(BadConfig, match="kv_bytes"):
         Runner.load(folder, EngineConfig(kv_bytes=10))
+
+
+def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path) -> None:
+    case = ModelCase("wide", hidden=512, intermediate=2048)
+    model = case.build()
+    model.save_pretrained(tmp_path / "before")
+    with torch.no_grad():
+        # In the middle of a matrix of 4 MB, where no sample of its bytes would be likely to look.
+        model.model.layers[1].mlp.up_proj.weight[1000, 201] += 1
+    model.save_pretrained(tmp_path / "after")
+    assert fingerprint(tmp_path / "before") != fingerprint(tmp_path / "after")
