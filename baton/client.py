@@ -148,6 +148,13 @@ class Client:
         except grpc.RpcError as error:
             raise _error(error) from error
 
+    def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
+        """Ask a node, by id or address, to finish what it has and leave; returns once it has agreed."""
+        try:
+            return self._stub.Drain(router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
     def close(self) -> None:
         self._channel.close()
 
@@ -190,6 +197,13 @@ class AsyncClient:
     async def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
             return await self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise _error(error) from error
+
+    async def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
+        """As `Client.drain`."""
+        try:
+            return await self._stub.Drain(router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s)
         except aio.AioRpcError as error:
             raise _error(error) from error
 

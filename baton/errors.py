@@ -3,10 +3,12 @@
 BatonError
 ├── InvalidRequest        the caller's mistake                                INVALID_ARGUMENT    400
 │   ├── PromptTooLong     prompt + output exceed the context                  INVALID_ARGUMENT    400
-│   └── UnknownModel      the name is not served here                         NOT_FOUND           404
+│   ├── UnknownModel      the name is not served here                         NOT_FOUND           404
+│   └── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
 │   └── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
 ├── Unavailable           nobody can serve it at present                      UNAVAILABLE         503   retryable
+│   ├── Draining          the node takes nothing new, it is about to leave    UNAVAILABLE         503   retryable
 │   ├── NodeLost          a node died or its session broke                    UNAVAILABLE         503   retryable
 │   └── TransferFailed    KV did not arrive                                   UNAVAILABLE         503   retryable
 ├── Incompatible          fingerprint, layout, dtype or version differ        FAILED_PRECONDITION 409
@@ -56,6 +58,11 @@ class UnknownModel(InvalidRequest):
     http_status = 404
 
 
+class UnknownNode(InvalidRequest):
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
 class Overloaded(BatonError):
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
@@ -72,6 +79,10 @@ class Unavailable(BatonError):
     http_status = 503
     openai_type = "service_unavailable_error"
     retryable = True
+
+
+class Draining(Unavailable):
+    pass
 
 
 class NodeLost(Unavailable):

@@ -21,6 +21,8 @@ from grpc_reflection.v1alpha import reflection
 from baton.errors import BadConfig, BatonError, InternalError
 
 ERROR_DOMAIN = "baton"
+# A health name that stays SERVING while the process is well, also while it drains: for who restarts what is broken.
+LIVENESS = "baton.live"
 # Trailing metadata with the error's class name, for clients that have no google.rpc types.
 ERROR_CODE_KEY = "baton-error-code"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -88,19 +90,26 @@ class GrpcServer:
             (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
         )
         await self._server.start()
+        await self.set_live(True)
         await self.set_serving(True)
 
     async def set_serving(self, is_serving: bool) -> None:
-        """Health of the whole server ("") and of every service added."""
-        status = health_pb2.HealthCheckResponse
-        value = status.SERVING if is_serving else status.NOT_SERVING
+        """Readiness: health of the whole server ("") and of every service added."""
         for name in ("", *self._names):
-            await self._health.set(name, value)
+            await self._health.set(name, _health(is_serving))
+
+    async def set_live(self, is_live: bool) -> None:
+        await self._health.set(LIVENESS, _health(is_live))
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing new, give running calls ``grace_s`` seconds, then cut them off."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
+
+
+def _health(is_well: bool) -> health_pb2.HealthCheckResponse.ServingStatus.ValueType:
+    status = health_pb2.HealthCheckResponse
+    return status.SERVING if is_well else status.NOT_SERVING
 
 
 def rich_status(error: BatonError) -> status_pb2.Status:

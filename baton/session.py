@@ -47,6 +47,7 @@ class Outbox(Generic[Item]):
         self._items: deque[Item] = deque()
         self._wake = asyncio.Event()
         self._is_closed = False
+        self._is_nudged = False
         self._error: BatonError | None = None
 
     def put(self, item: Item) -> None:
@@ -66,9 +67,14 @@ class Outbox(Generic[Item]):
             self._error = error
             self._wake.set()
 
+    def nudge(self) -> None:
+        """Let ``take`` return now, with or without items."""
+        self._is_nudged = True
+        self._wake.set()
+
     async def take(self, max_items: int, timeout_s: float) -> list[Item] | None:
-        """What has gathered, at most ``max_items``; [] after ``timeout_s`` without any, None when it is closed."""
-        if not self._items and not self._is_closed:
+        """What has gathered, at most ``max_items``; [] after ``timeout_s`` or a nudge, None when it is closed."""
+        if not self._items and not self._is_closed and not self._is_nudged:
             self._wake.clear()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -78,6 +84,7 @@ class Outbox(Generic[Item]):
         if self._error is not None:
             raise self._error
         if not self._items:
+            self._is_nudged = False
             return None if self._is_closed else []
         return [self._items.popleft() for _ in range(min(max_items, len(self._items)))]
 
@@ -130,6 +137,11 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
         session = self._sessions.get(session_number)
         if session is not None:
             session.outbox.put(item)
+
+    def tell_status(self) -> None:
+        """Send every router the status now instead of when it is due."""
+        for session in self._sessions.values():
+            session.outbox.nudge()
 
     def close(self) -> None:
         """End every session in good order: what is in the outboxes is still sent."""
@@ -208,7 +220,7 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
             if items is None:
                 return
             message = self._service.compose(items)
-            if self._clock.now() - told_s >= config.status_interval_s / 2:
+            if not items or self._clock.now() - told_s >= config.status_interval_s / 2:
                 told_s = self._clock.now()
                 self._with_status(message)
             await self._write(context, message)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -74,6 +75,7 @@ TopP = Annotated[float, typer.Option()]
 TopK = Annotated[int, typer.Option(min=0)]
 Seed = Annotated[int | None, typer.Option(min=0)]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1)]
+Grace = Annotated[float, typer.Option(min=0.1, help="Seconds that running work may take to end after SIGTERM.")]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -160,9 +162,15 @@ def worker(
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
+    grace: Grace = 10.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
-    """Run one worker: a model replica that computes prompts, generates tokens, or both."""
+    """Run one worker: a model replica that computes prompts, generates tokens, or both.
+
+    SIGTERM drains it: nothing new, what runs may end, exit code 0. A second one stops it at once.
+    """
+    # Until the event loop takes over nothing is worth ending in good order.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if die_with_parent:
         die_with(die_with_parent)
     from baton.types import Role
@@ -186,10 +194,14 @@ def worker(
         num_threads=threads,
         transports=_transports(transport),
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
+        grace_s=grace,
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
-    asyncio.run(serve(config))
+    if not asyncio.run(serve(config)):
+        # A thread of the model still computes; at exit Python would wait for it, or torch crash under it.
+        logging.shutdown()
+        os._exit(0)
 
 
 @app.command()
@@ -199,12 +211,13 @@ def router(
     http: Annotated[str, typer.Option(help="host:port of the OpenAI API.")] = "127.0.0.1:8000",
     grpc: Annotated[str, typer.Option(help="host:port of the gRPC API.")] = "127.0.0.1:50051",
     model_name: ModelName = "",
+    grace: Grace = 5.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
     if die_with_parent:
         die_with(die_with_parent)
-    from router.config import RouterConfig
+    from router.config import LimitsConfig, RouterConfig
     from router.serve import serve
 
     _log_to_stderr()
@@ -218,6 +231,7 @@ def router(
         grpc_port=grpc_port,
         model_folder=model_source.resolve(model),
         model_name=model_name or model_source.name_of(model),
+        limits=LimitsConfig(drain_s=grace),
     )
 
     async def run() -> None:
@@ -284,6 +298,41 @@ def status(
     """Show nodes, roles, queues and blocks of a running cluster."""
     with _client(router) as client, contextlib.suppress(KeyboardInterrupt):
         ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+
+
+@app.command("drain")
+def drain_node(
+    node: Annotated[str, typer.Argument(help="Node id or host:port.")],
+    router: Router = "127.0.0.1:50051",
+    grace: Annotated[
+        float, typer.Option(min=0.0, help="Seconds until what still runs is cut off. 0: the node's own --grace.")
+    ] = 0.0,
+    direct: Annotated[bool, typer.Option("--direct", help="Ask the worker at host:port itself, not a router.")] = False,
+    wait: Annotated[bool, typer.Option(help="Return only when the node has left.")] = True,
+) -> None:
+    """Let a worker finish what it has and leave; it gets nothing new, and no request fails."""
+    from cli import draining
+
+    console = Console(soft_wrap=True)
+    if direct:
+        draining.drain_directly(node, grace, console, waits=wait)
+        return
+    with _client(router) as client:
+        draining.drain(client, node, grace, console, waits=wait)
+
+
+@app.command()
+def health(
+    address: Annotated[str, typer.Argument(help="host:port of a worker or router (gRPC).")],
+    live: Annotated[bool, typer.Option("--live", help="Whether it is well, rather than ready for work.")] = False,
+    timeout: Annotated[float, typer.Option(min=0.1)] = 3.0,
+) -> None:
+    """Exit code 0 if a process is healthy, 1 if not: for containers and scripts."""
+    from cli.draining import check_health
+
+    answer = check_health(address, live=live, timeout_s=timeout)
+    Console(soft_wrap=True).print(answer or "healthy", markup=False, highlight=False)
+    raise typer.Exit(1 if answer else 0)
 
 
 @app.command()

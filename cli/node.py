@@ -1,4 +1,4 @@
-"""baton.v1.Node of a worker: who it is, how busy it is, and who owns each of its blocks. Changes nothing."""
+"""baton.v1.Node of a worker: who it is, how busy it is, who owns each of its blocks, and how to ask it to leave."""
 
 from __future__ import annotations
 
@@ -7,16 +7,26 @@ from collections.abc import Callable
 import grpc.aio
 
 from baton import codec
+from baton.errors import InvalidRequest
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.replica import Replica
 
 
 class NodeService(node_pb2_grpc.NodeServicer):
-    def __init__(self, node: NodeDescription, status: Callable[[], NodeStatus], replica: Replica) -> None:
+    """``drain`` takes the grace time (0: the worker's own) and returns how long the worker stays at the most."""
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        status: Callable[[], NodeStatus],
+        replica: Replica,
+        drain: Callable[[float], float],
+    ) -> None:
         self._node = node
         self._status = status
         self._replica = replica
+        self._drain = drain
 
     async def Describe(  # noqa: N802 - the name in the proto
         self,
@@ -24,6 +34,21 @@ class NodeService(node_pb2_grpc.NodeServicer):
         context: grpc.aio.ServicerContext[node_pb2.DescribeRequest, node_pb2.DescribeResponse],
     ) -> node_pb2.DescribeResponse:
         return node_pb2.DescribeResponse(node=codec.node_to_pb(self._node), status=codec.status_to_pb(self._status()))
+
+    async def Drain(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[node_pb2.DrainRequest, node_pb2.DrainResponse],
+    ) -> node_pb2.DrainResponse:
+        if not 0 <= request.grace_s < float("inf"):
+            raise InvalidRequest(f"grace_s is {request.grace_s}, expected 0 or a number of seconds", param="grace_s")
+        grace_s = self._drain(request.grace_s)
+        return node_pb2.DrainResponse(
+            node_id=self._node.node_id,
+            incarnation=self._node.incarnation,
+            num_sequences=self._replica.num_sequences,
+            grace_s=grace_s,
+        )
 
     async def Ledger(  # noqa: N802 - the name in the proto
         self,

@@ -1,7 +1,8 @@
 """The life of a local cluster as a pure machine: what to start, stop and restart, and when. Touches no process itself.
 
-All children start together. Until every one of them is ready, the death of one ends everything; after that a dead
-worker is started again, later each time it dies young, and the death of the router ends everything. Stopping goes
+All children start together. Until every one of them is ready, the death of one ends everything; after that a worker
+that ended is started again (a drained one too: draining one after the other is a rolling restart), later each time it
+dies young, and the death of the router ends everything. Stopping goes
 router first, so that no request is cut off by a worker that left before it.
 """
 
@@ -183,7 +184,7 @@ class Supervisor:
         backoff_s = min(self._config.min_backoff_s * 2.0 ** min(child.deaths, 16), self._config.max_backoff_s)
         child.deaths += 1
         child.due_at = now + backoff_s
-        return [Say(f"{child.name} died: {message}\nstarting it again in {backoff_s:.2g} s")]
+        return [Say(f"{child.name} ended: {message}\nstarting it again in {backoff_s:.2g} s")]
 
     def _on_stop_asked(self, now: float) -> list[Action]:
         if self.phase is Phase.STOPPING:

@@ -1,33 +1,35 @@
 """Wires one worker: a model replica, both ends of KV transfer, and every node service, in one process. Wiring only.
 
-The start is all or nothing: the worker answers Describe once its model is loaded and everything else runs. SIGTERM and
-SIGINT stop it: nothing new is accepted, what runs may end within the grace time, the rest is cancelled.
+The start is all or nothing: the worker answers Describe once its model is loaded and everything else runs. SIGTERM,
+SIGINT and Node/Drain let it leave the way cli/drain says.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import json
 import logging
 import os
 import secrets
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
 
 from baton import PROTOCOL_VERSION, __version__
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig, InternalError
 from baton.server import GrpcServer
-from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
+from baton.types import NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
+from cli import drain
+from cli.drain import DrainConfig
+from cli.leaving import Leaving
+from cli.loading import Allocate, LoadedModel, Loading
 from cli.node import NodeService
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
-from engine.replica import Replica, RunnerLike
+from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
@@ -35,6 +37,8 @@ from kvtransfer.host import host_id
 from kvtransfer.receiver import Arrived, Quarantined, Receiver, ReceiverNotice, Released
 from kvtransfer.sender import Sender
 from prefill_node.service import PrefillService
+
+_log = logging.getLogger("baton.worker")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +71,9 @@ class WorkerConfig:
     layerwise_from_bytes: int | None = None
     lease_ttl_s: float = 30.0
     max_lease_ttl_s: float = 600.0
-    # How long running sequences may go on after SIGTERM.
+    # How long running sequences may go on after SIGTERM, and how long closing may then take on top.
     grace_s: float = 10.0
+    close_s: float = 3.0
     # Health turns NOT_SERVING when the engine makes no progress for this long.
     stall_limit_s: float = 30.0
     # Gets {node_id, role, pid, address} once all is served.
@@ -76,7 +81,7 @@ class WorkerConfig:
     ready_fd: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("grace_s", "lease_ttl_s", "stall_limit_s"):
+        for name in ("grace_s", "close_s", "lease_ttl_s", "stall_limit_s"):
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
@@ -84,24 +89,6 @@ class WorkerConfig:
             raise BadConfig(f"num_blocks is {self.num_blocks}, expected at least 1", param="num_blocks")
 
 
-class LoadedModel(RunnerLike, Protocol):
-    """A runner that says what it runs."""
-
-    @property
-    def layout(self) -> KvLayout: ...
-
-    @property
-    def description(self) -> ModelDescription: ...
-
-    @property
-    def device(self) -> str: ...
-
-    @property
-    def kernels(self) -> str: ...
-
-
-# Gives the bytes of the KV cache, in memory that peers on this host can map.
-Allocate = Callable[[int], memoryview]
 Load = Callable[[WorkerConfig, Allocate], LoadedModel]
 
 
@@ -124,46 +111,35 @@ def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
     return Runner.load(config.model, engine, allocate=allocate)
 
 
-async def serve(config: WorkerConfig, *, load: Load = load_model, stop: asyncio.Event | None = None) -> None:
-    """Run a worker until SIGTERM, SIGINT or ``stop``. Raises InternalError if its engine dies."""
-    arenas: list[Arena] = []
+async def serve(config: WorkerConfig, *, load: Load = load_model, stop: asyncio.Event | None = None) -> bool:
+    """Run a worker until it has drained (``stop`` does what a first signal does). Raises InternalError if it breaks.
 
-    def allocate(num_bytes: int) -> memoryview:
-        arenas.append(Arena.create(num_bytes))
-        return arenas[-1].buffer
-
-    try:
-        model = await asyncio.to_thread(load, config, allocate)
-        if len(arenas) != 1:
-            raise InternalError(f"the model's KV cache lies in {len(arenas)} arenas, expected 1")
-        worker = _Worker(config, model, arenas[0])
-        async with _stop_signals(stop or asyncio.Event()) as stopped:
-            await worker.run(stopped)
-    finally:
-        for arena in arenas:
-            arena.close()
-
-
-@contextlib.asynccontextmanager
-async def _stop_signals(stop: asyncio.Event) -> AsyncIterator[asyncio.Event]:
-    loop = asyncio.get_running_loop()
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    for number in numbers:
-        loop.add_signal_handler(number, stop.set)
-    try:
-        yield stop
-    finally:
-        for number in numbers:
-            loop.remove_signal_handler(number)
+    False if a thread of the model would not end in time, so that the process has to be ended without waiting for it.
+    """
+    leaving = Leaving(DrainConfig(config.grace_s), MonotonicClock())
+    with leaving.on_signals():
+        watching = asyncio.create_task(leaving.on_event(stop or asyncio.Event()))
+        loading = Loading(functools.partial(load, config))
+        try:
+            model = await loading.unless(leaving)
+            if model is None:
+                _log.info("told to stop while the model was being loaded")
+                return loading.abandon()
+            return await _Worker(config, model, loading.arena, leaving).run()
+        finally:
+            watching.cancel()
+            loading.close()
 
 
 class _Worker:
     """All parts of one worker, and the order in which they start and stop."""
 
-    def __init__(self, config: WorkerConfig, model: LoadedModel, arena: Arena) -> None:
+    def __init__(self, config: WorkerConfig, model: LoadedModel, arena: Arena, leaving: Leaving) -> None:
         self._config = config
+        self._leaving = leaving
         self._loop = asyncio.get_running_loop()
-        self._died: asyncio.Future[None] = self._loop.create_future()
+        self._died: BaseException | None = None
+        self._helpers: list[asyncio.Task[None]] = []
         clock = MonotonicClock()
         transfer = TransferConfig(transports=config.transports)
         if config.layerwise_from_bytes is not None:
@@ -200,20 +176,22 @@ class _Worker:
             config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
         )
         add = self._server.add
-        node_service = NodeService(self.node, self._status, self._replica)
+        node_service = NodeService(self.node, self._status, self._replica, leaving.ask)
         add(node_pb2_grpc.add_NodeServicer_to_server, node_service, "baton.v1.Node")
         add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self._prefill, "baton.v1.PrefillNode")
         add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self._decode, "baton.v1.DecodeNode")
         add(transfer_pb2_grpc.add_KvTransferServicer_to_server, self._receiver, "baton.v1.KvTransfer")
 
-    async def run(self, stop: asyncio.Event) -> None:
+    async def run(self) -> bool:
+        """Until it is time to go; False if the engine's thread would not end."""
         await self._receiver.start()
         await self._sender.start()
         self._replica.start()
         try:
             await self._server.start()
             self._announce()
-            await self._serve(stop)
+            self._leaving.feed(drain.Loaded())
+            await self._serve()
         finally:
             closing = asyncio.ensure_future(self._close())
             try:
@@ -221,42 +199,55 @@ class _Worker:
             except asyncio.CancelledError:
                 await closing
                 raise
+        return closing.result()
 
-    async def _serve(self, stop: asyncio.Event) -> None:
-        """Until ``stop``, then until all work is done or the grace time is over."""
+    async def _serve(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            watching = tasks.create_task(self._watch_health())
-            stopping = tasks.create_task(stop.wait())
-            ends: set[asyncio.Future[Any]] = {stopping, self._died}
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            watching.cancel()
-            stopping.cancel()
-        if self._died.done():
-            self._died.result()
-        self._replica.drain()
-        await self._server.set_serving(False)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self._config.grace_s):
-                await self._prefill.drained()
-                await self._decode.drained()
+            self._leaving.on_refuse_new = lambda: self._helpers.append(tasks.create_task(self._drain()))
+            self._helpers.append(tasks.create_task(self._watch_health()))
+            closed = await self._leaving.closing()
+            for helper in self._helpers:
+                helper.cancel()
+        if self._died is not None:
+            raise InternalError(f"the engine died: {type(self._died).__name__}: {self._died}")
+        if closed.reason:
+            num_left = self._prefill.num_sequences + self._decode.num_sequences
+            _log.warning("%s leaves, %s: %d sequences are cut off", self.node.node_id, closed.reason, num_left)
+        else:
+            _log.info("%s has drained and leaves", self.node.node_id)
 
-    async def _close(self) -> None:
-        await self._prefill.close(self._config.grace_s)
+    async def _drain(self) -> None:
+        self._replica.drain()
+        self._prefill.tell_status()
+        self._decode.tell_status()
+        _log.info("%s drains: %d sequences are here", self.node.node_id, self._replica.num_sequences)
+        await self._server.set_serving(False)
+        await self._prefill.drained()
+        await self._decode.drained()
+        self._leaving.feed(drain.Emptied())
+
+    async def _close(self) -> bool:
+        """Bounded by ``close_s``, twice if an engine step or a push does not end."""
+        limit_s = self._config.close_s
         self._decode.close()
+        await self._prefill.close(limit_s)
         await self._sender.close()
         await self._receiver.close()
         await self._server.stop(1.0)
-        if not await asyncio.to_thread(self._replica.stop, self._config.grace_s):
-            logging.getLogger(__name__).error("the engine's last step did not end in %s s", self._config.grace_s)
+        if await asyncio.to_thread(self._replica.stop, limit_s):
+            return True
+        _log.error("the engine's last step did not end in %s s", limit_s)
+        return False
 
     async def _watch_health(self) -> None:
-        """Readiness is about oneself: red while the engine is wedged."""
-        is_serving = True
+        """Health is about oneself: red while the engine is wedged; a draining worker is well, but not ready."""
+        is_well = True
         while True:
             await asyncio.sleep(min(1.0, self._config.stall_limit_s / 4))
-            if is_serving != (self._replica.stalled_s < self._config.stall_limit_s):
-                is_serving = not is_serving
-                await self._server.set_serving(is_serving)
+            if is_well != (self._replica.stalled_s < self._config.stall_limit_s):
+                is_well = not is_well
+                await self._server.set_live(is_well)
+                await self._server.set_serving(is_well and not self._leaving.is_draining)
 
     def _status(self) -> NodeStatus:
         return self._replica.status(self.node.role)
@@ -275,8 +266,8 @@ class _Worker:
         self._loop.call_soon_threadsafe(self._engine_died, error)
 
     def _engine_died(self, error: BaseException) -> None:
-        if not self._died.done():
-            self._died.set_exception(InternalError(f"the engine died: {type(error).__name__}: {error}"))
+        self._died = self._died or error
+        self._leaving.feed(drain.EngineDied())
 
     def _announce(self) -> None:
         node = self.node

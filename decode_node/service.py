@@ -91,6 +91,10 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         """Returns when no sequence is left here."""
         await self._is_idle.wait()
 
+    def tell_status(self) -> None:
+        """Let every router know the present status at once."""
+        self._host.tell_status()
+
     def close(self) -> None:
         """End all sessions: their sequences are cancelled and their leases revoked."""
         self._host.close()

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.clock import Clock
-from baton.errors import BatonError, InternalError, Unavailable
+from baton.errors import BatonError, Draining, InternalError
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import OwnerEntry
 from engine.schedule import EngineEvent, Scheduler, final_blocks
@@ -126,7 +126,7 @@ class Replica:
     def submit(self, spec: SequenceSpec, *, hands_off: bool, listener: Listener) -> None:
         """Queue a prompt. With ``hands_off`` its blocks stay after the first token until ``release``.
 
-        Raises PromptTooLong, InvalidRequest, Overloaded, Unavailable (draining).
+        Raises PromptTooLong, InvalidRequest, Overloaded, Draining.
         """
         with self._changed:
             self._refuse_draining()
@@ -159,7 +159,7 @@ class Replica:
     # -- leases
 
     def reserve(self, spec: SequenceSpec) -> list[int]:
-        """Blocks for a sequence that another node computes. Raises as Scheduler.reserve, and Unavailable (draining)."""
+        """Blocks for a sequence that another node computes. Raises as Scheduler.reserve, and Draining."""
         with self._changed:
             self._refuse_draining()
             return self._scheduler.reserve(spec, self._clock.now())
@@ -309,7 +309,7 @@ class Replica:
 
     def _refuse_draining(self) -> None:
         if self._is_draining:
-            raise Unavailable("this node is shutting down and accepts nothing new; try another node")
+            raise Draining("this node is about to leave and accepts nothing new; try another node")
 
     def _woken(self) -> None:
         self._collect_gone()

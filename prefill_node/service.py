@@ -84,6 +84,10 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         """Returns when no sequence is left here."""
         await self._is_idle.wait()
 
+    def tell_status(self) -> None:
+        """Let every router know the present status at once."""
+        self._host.tell_status()
+
     async def close(self, timeout_s: float) -> bool:
         """End all sessions (their sequences are cancelled) and wait for pushes to end; False if some did not."""
         self._host.close()

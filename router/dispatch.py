@@ -41,6 +41,8 @@ class Link(Protocol):
 
     async def ledger(self) -> node_pb2.LedgerResponse: ...
 
+    async def drain(self, grace_s: float) -> node_pb2.DrainResponse: ...
+
     async def close(self) -> None: ...
 
 
@@ -222,6 +224,14 @@ class Dispatcher:
             for address, link in self._links.items():
                 tasks.create_task(ask(address, link))
         return sorted(found, key=lambda x: x.node_id), unreachable
+
+    async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
+        """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
+        member = self._membership.member_of(node) or self._membership.members.get(node)
+        if member is None:
+            known = sorted(x.node.node_id for x in self.members if x.is_up and x.node is not None)
+            raise errors.UnknownNode(f"no node {node!r} is up, expected one of {known} or an address", param="node")
+        return member.address, await self._links[member.address].drain(grace_s)
 
     def check(self) -> None:
         """Our own books balance; called by tests."""

@@ -217,6 +217,15 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
+    async def Drain(  # noqa: N802
+        self, request: node_pb2.DrainRequest, context: aio.ServicerContext[Any, Any]
+    ) -> node_pb2.DrainResponse:
+        """It says so and never leaves by itself."""
+        self.is_draining = True
+        return node_pb2.DrainResponse(
+            node_id=self.node_id, incarnation=self.incarnation, num_sequences=len(self._live), grace_s=request.grace_s
+        )
+
     def fail(self, what: str, times: int = 1, code: str = "NoBlocks", retryable: bool = True, blamed: str = "") -> None:
         """``what``: "reserve", "run", "transfer" or "decode"."""
         failure = Failure(code, f"scripted failure of {what} at {self.node_id}", retryable, blamed)

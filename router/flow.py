@@ -557,7 +557,7 @@ class Flow:
             self._internal_errors += 1
             if self._internal_errors >= self._config.max_internal_errors:
                 return self._fail(error, now)
-        if isinstance(error, errors.Overloaded) and self.phase is Phase.PREFILLING:
+        if isinstance(error, errors.Overloaded | errors.Draining) and self.phase is Phase.PREFILLING:
             return self._look_elsewhere(event.node_id, error, now)
         return self._rerun(error, failure.blamed_node_id or event.node_id, now)
 

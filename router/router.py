@@ -112,6 +112,17 @@ class RouterService(router_pb2_grpc.RouterServicer):
         nodes, unreachable = await self._dispatcher.ledgers()
         return router_pb2.ClusterLedgerResponse(nodes=nodes, unreachable=unreachable)
 
+    async def Drain(  # noqa: N802
+        self,
+        request: router_pb2.DrainNodeRequest,
+        context: Context,
+    ) -> router_pb2.DrainNodeResponse:
+        try:
+            address, answer = await self._dispatcher.drain(request.node, request.grace_s)
+        except errors.BatonError as error:
+            await abort(context, error)
+        return router_pb2.DrainNodeResponse(drain=answer, address=address)
+
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
     generation = accepted.generations[0]

@@ -7,9 +7,11 @@ what a message means is the dispatcher's.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Protocol, TypeVar
 
+import grpc
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
@@ -40,6 +42,10 @@ class LinkEvents(Protocol):
 
 class _Broken(Exception):
     """Ends a link's task with the reason."""
+
+
+class _Left(_Broken):
+    """The node ended a session in good order."""
 
 
 class NodeLink:
@@ -97,6 +103,17 @@ class NodeLink:
         except aio.AioRpcError as error:
             raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
 
+    async def drain(self, grace_s: float) -> node_pb2.DrainResponse:
+        """Ask the node to leave. Raises Unavailable if it does not answer in time."""
+        if self._channel is None:
+            raise errors.Unavailable(f"{self.address} is not connected")
+        try:
+            return await node_pb2_grpc.NodeStub(self._channel).Drain(
+                node_pb2.DrainRequest(grace_s=grace_s), timeout=self._config.ledger_timeout_s
+            )
+        except aio.AioRpcError as error:
+            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+
     async def _run(self) -> None:
         reason = "the connection ended"
         try:
@@ -129,8 +146,7 @@ class NodeLink:
             node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(second.status)
             self._events.on_welcome(self.address, node, status)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read_prefill(prefill))
-                tasks.create_task(self._read_decode(decode))
+                tasks.create_task(self._read_both(tasks, prefill, decode))
                 tasks.create_task(_write(prefill, self._prefill_out))
                 tasks.create_task(_write(decode, self._decode_out))
         finally:
@@ -139,19 +155,30 @@ class NodeLink:
             prefill.cancel()
             decode.cancel()
 
+    async def _read_both(self, tasks: asyncio.TaskGroup, prefill: PrefillCall, decode: DecodeCall) -> None:
+        """A node that leaves in good order ends both sessions: what the second still carries must not be lost."""
+        readers = [tasks.create_task(self._read_prefill(prefill)), tasks.create_task(self._read_decode(decode))]
+        await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
+        raise _Broken("the node left")
+
     async def _read_prefill(self, call: PrefillCall) -> None:
-        while True:
-            self._events.on_prefill_message(self.address, await _read(call))
+        with contextlib.suppress(_Left):
+            while True:
+                self._events.on_prefill_message(self.address, await _read(call))
 
     async def _read_decode(self, call: DecodeCall) -> None:
-        while True:
-            self._events.on_decode_message(self.address, await _read(call))
+        with contextlib.suppress(_Left):
+            while True:
+                self._events.on_decode_message(self.address, await _read(call))
 
 
 async def _read(call: aio.StreamStreamCall[_Q, _R]) -> _R:
     message = await call.read()
     if message is aio.EOF:
         code, details = await call.code(), await call.details()
+        if code is grpc.StatusCode.OK:
+            raise _Left("the node ended the session")
         raise _Broken(f"the node ended the session: {code.name} {details}".rstrip())
     return message  # type: ignore[return-value]
 

@@ -44,6 +44,11 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.LedgerRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.LedgerResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/baton.v1.Node/Drain',
+                request_serializer=baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
@@ -63,6 +68,13 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -75,6 +87,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Ledger,
                     request_deserializer=baton_dot_v1_dot_node__pb2.LedgerRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.LedgerResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.DrainRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -131,6 +148,33 @@ class Node(object):
             '/baton.v1.Node/Ledger',
             baton_dot_v1_dot_node__pb2.LedgerRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.LedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Drain',
+            baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

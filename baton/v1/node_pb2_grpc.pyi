@@ -37,6 +37,8 @@ class NodeStub:
     """Who the node is and what it serves."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_node_pb2.LedgerRequest, _node_pb2.LedgerResponse]
     """Every KV block and its owner, right now."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]
+    """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -45,6 +47,8 @@ class NodeAsyncStub(NodeStub):
     """Who the node is and what it serves."""
     Ledger: _aio.UnaryUnaryMultiCallable[_node_pb2.LedgerRequest, _node_pb2.LedgerResponse]  # type: ignore[assignment]
     """Every KV block and its owner, right now."""
+    Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]  # type: ignore[assignment]
+    """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -62,6 +66,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.LedgerResponse, _abc.Awaitable[_node_pb2.LedgerResponse]]:
         """Every KV block and its owner, right now."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _node_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.DrainResponse, _abc.Awaitable[_node_pb2.DrainResponse]]:
+        """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

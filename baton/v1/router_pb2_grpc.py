@@ -49,6 +49,11 @@ class RouterStub(object):
                 request_serializer=baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/baton.v1.Router/Drain',
+                request_serializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer(object):
@@ -76,6 +81,13 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost".
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -93,6 +105,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Ledger,
                     request_deserializer=baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.FromString,
                     response_serializer=baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -176,6 +193,33 @@ class Router(object):
             '/baton.v1.Router/Ledger',
             baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.SerializeToString,
             baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Router/Drain',
+            baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
+            baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
             options,
             channel_credentials,
             insecure,

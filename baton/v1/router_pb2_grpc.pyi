@@ -39,6 +39,8 @@ class RouterStub:
     """The cluster as the router sees it."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]
     """The block ledgers of all nodes, asked for now."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
+    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
@@ -51,6 +53,8 @@ class RouterAsyncStub(RouterStub):
     """The cluster as the router sees it."""
     Ledger: _aio.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]  # type: ignore[assignment]
     """The block ledgers of all nodes, asked for now."""
+    Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
+    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -78,5 +82,13 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ClusterLedgerResponse, _abc.Awaitable[_router_pb2.ClusterLedgerResponse]]:
         """The block ledgers of all nodes, asked for now."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _router_pb2.DrainNodeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.DrainNodeResponse, _abc.Awaitable[_router_pb2.DrainNodeResponse]]:
+        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

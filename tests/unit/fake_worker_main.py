@@ -1,13 +1,25 @@
-"""A worker process with a fake model, for tests that kill it. Arguments: node id, role, listen, ready file, delay."""
+"""A worker process with a fake model, for tests that kill it. Arguments: node id, role, listen, ready file, delay.
+
+A delay of "load" is a model that never gets loaded.
+"""
 
 import asyncio
+import os
 import sys
+import time
 from pathlib import Path
 
 from relay_harness import fake_load
 
 from baton.types import Role
-from cli.worker import WorkerConfig, serve
+from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
+
+
+def endless_load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
+    sys.stdout.write("loading\n")
+    sys.stdout.flush()
+    while True:
+        time.sleep(1.0)
 
 
 def main() -> None:
@@ -23,7 +35,9 @@ def main() -> None:
         grace_s=3.0,
         transports=tuple(sys.argv[6:]) or ("shm", "tcp"),
     )
-    asyncio.run(serve(config, load=fake_load(float(delay_s))))
+    load = endless_load if delay_s == "load" else fake_load(float(delay_s))
+    if not asyncio.run(serve(config, load=load)):
+        os._exit(0)
 
 
 if __name__ == "__main__":

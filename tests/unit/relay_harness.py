@@ -43,7 +43,7 @@ def fake_load(step_delay_s: float = 0.0, num_blocks: int = LAYOUT.num_blocks) ->
 class Worker:
     address: str
     node_id: str
-    task: asyncio.Task[None]
+    task: asyncio.Task[bool]
     stop: asyncio.Event
 
     async def ledger(self) -> dict[str, str]:
@@ -243,6 +243,10 @@ class ProcessWorker:
         found = json.loads(ready.read_text())
         assert found["pid"] == process.pid
         return cls(node_id, found["address"], process, arguments)
+
+    async def describe(self) -> node_pb2.DescribeResponse:
+        async with grpc.aio.insecure_channel(self.address) as channel:
+            return await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
 
     async def kill(self) -> None:
         if self.process.returncode is None:

@@ -97,7 +97,7 @@ async def test_a_dead_worker_is_started_again_and_announced_with_its_new_pid(tmp
         assert second["a"] != first["a"]
         assert second["router"] == first["router"]
         cluster.launcher.stop()
-    assert "a died: killed by SIGKILL" in cluster.said[0]
+    assert "a ended: killed by SIGKILL" in cluster.said[0]
 
 
 async def test_the_routers_death_ends_it(tmp_path: Path) -> None:

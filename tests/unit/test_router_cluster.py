@@ -416,3 +416,31 @@ async def test_seeds_are_drawn_and_requests_with_one_agree() -> None:
         assert seeded[0].token_ids == seeded[1].token_ids
         drawn = [await complete(router, [3], max_tokens=8) for _ in range(2)]
         assert drawn[0].token_ids != drawn[1].token_ids
+
+
+async def test_a_draining_node_gets_nothing_new_and_loses_nothing() -> None:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            running = [asyncio.create_task(client.complete([1, 2, i], max_tokens=60, seed=i)) for i in range(6)]
+            await until(lambda: cluster["decode-0"].used_blocks > 0)
+            answer = await client.drain("decode-0", grace_s=7.0)
+            assert (answer.address, answer.drain.grace_s) == (cluster["decode-0"].address, 7.0)
+            assert answer.drain.num_sequences > 0
+            await until(lambda: State.DRAINING in [m.state for m in router.dispatcher.members])
+            later = [await client.complete([9, i], max_tokens=3, seed=1) for i in range(4)]
+            assert {c.relay.decode_node_id for c in later} == {"decode-1"}
+            assert [(await r).relay.attempts for r in running] == [1] * 6
+            by_address = await client.drain(cluster["decode-1"].address)
+            assert by_address.drain.node_id == "decode-1"
+            with pytest.raises(errors.UnknownNode, match="expected one of"):
+                await client.drain("decode-7")
+
+
+async def test_a_node_that_refuses_because_it_drains_costs_no_attempt() -> None:
+    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+        cluster["prefill-0"].fail("run", 20, code="Draining")
+        cluster["decode-0"].fail("reserve", 20, code="Draining")
+        done = await many(router, 8)
+        assert [d.relay.attempts for d in done if isinstance(d, Completion)] == [1] * 8
+        await baseline(cluster)

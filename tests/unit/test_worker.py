@@ -6,6 +6,7 @@ The numbers are rows of docs/failures.md: 1 silent prefill, 4-6 cancels and disc
 
 import asyncio
 import random
+import threading
 from pathlib import Path
 
 import grpc.aio
@@ -15,9 +16,10 @@ from node_harness import WAIT_S, session, spec
 from relay_harness import LAYOUT, Load, Pair, pair, worker
 
 from baton.errors import BadConfig
+from baton.server import LIVENESS
 from baton.types import Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
-from cli.worker import WorkerConfig
+from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
 from engine.fake import expected_tokens
 
 
@@ -249,12 +251,65 @@ async def test_stop_lets_running_sequences_end_and_refuses_new_ones(tmp_path: Pa
                 if kind == "tokens":
                     rest += item.token_ids
                 else:
-                    assert (item.sequence_id, item.failure.code) == ("b", "Unavailable")
+                    assert (item.sequence_id, item.failure.code) == ("b", "Draining")
                     refused = True
         assert rest == oracle(sequence)
         assert refused
         async with asyncio.timeout(WAIT_S):
             await mixed.task
+
+
+async def test_drain_over_the_network_ends_the_worker_and_can_be_asked_twice(tmp_path: Path) -> None:
+    async with (
+        worker(tmp_path, "m0", step_delay_s=0.01) as mixed,
+        session(mixed.address, "prefill") as router,
+        grpc.aio.insecure_channel(mixed.address) as channel,
+    ):
+        node, health = node_pb2_grpc.NodeStub(channel), health_pb2_grpc.HealthStub(channel)
+        await router.hello()
+        sequence = spec("a", 20, max_tokens=60)
+        await router.run(sequence)
+        first = await router.next("tokens")
+        answer = await node.Drain(node_pb2.DrainRequest())
+        assert (answer.node_id, answer.num_sequences, round(answer.grace_s)) == ("m0", 1, 5)
+        again = await node.Drain(node_pb2.DrainRequest(grace_s=60))
+        assert again.grace_s < 5.1, "asking again does not give it more time"
+        assert (await node.Describe(node_pb2.DescribeRequest())).status.draining
+        ready, live = [await health.Check(health_pb2.HealthCheckRequest(service=s)) for s in ("", LIVENESS)]
+        assert ready.status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert live.status == health_pb2.HealthCheckResponse.SERVING
+        await router.next("prefills")
+        assert [*first.token_ids, *await router.tokens()] == oracle(sequence)
+        async with asyncio.timeout(WAIT_S):
+            assert await mixed.task is True
+        with pytest.raises(grpc.aio.AioRpcError):
+            await node.Drain(node_pb2.DrainRequest())
+
+
+async def test_a_bad_grace_time_is_refused(tmp_path: Path) -> None:
+    async with worker(tmp_path, "m0") as mixed, grpc.aio.insecure_channel(mixed.address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError, match="grace_s"):
+            await node_pb2_grpc.NodeStub(channel).Drain(node_pb2.DrainRequest(grace_s=-1))
+
+
+async def test_stop_while_the_model_loads_waits_for_nobody() -> None:
+    stop, may_end = asyncio.Event(), threading.Event()
+
+    def load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
+        memory = allocate(4096)
+        may_end.wait(WAIT_S)
+        memory[0] = 1  # its memory is there for as long as it may write
+        raise BadConfig("nobody hears this any more")
+
+    task = asyncio.create_task(serve(WorkerConfig(model=Path("fake"), role=Role.MIXED), load=load, stop=stop))
+    await asyncio.sleep(0.05)
+    stop.set()
+    async with asyncio.timeout(WAIT_S):
+        assert await task is False
+    may_end.set()
+    for thread in threading.enumerate():
+        if thread.name == "load":
+            await asyncio.to_thread(thread.join, WAIT_S)
 
 
 async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None:
@@ -271,7 +326,8 @@ async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "bad", [{"grace_s": 0.0}, {"num_blocks": 0}, {"lease_ttl_s": -1.0}, {"stall_limit_s": float("nan")}]
+    "bad",
+    [{"grace_s": 0.0}, {"close_s": 0.0}, {"num_blocks": 0}, {"lease_ttl_s": -1.0}, {"stall_limit_s": float("nan")}],
 )
 def test_bad_settings_stop_the_start(bad: dict[str, float]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):

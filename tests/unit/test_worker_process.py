@@ -5,8 +5,11 @@ Rows of the table of known failures: 2 prefill dies in mid-transfer, 3 decode di
 """
 
 import asyncio
+import os
+import sys
 from pathlib import Path
 
+import grpc
 import grpc.aio
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_harness import session, spec
@@ -99,3 +102,34 @@ async def test_sigterm_ends_the_process_with_0(tmp_path: Path) -> None:
         await router.next("tokens")
         assert await m.terminate() == 0
         assert len(await router.tokens()) == 99
+
+
+async def test_a_second_sigterm_stops_at_once(tmp_path: Path) -> None:
+    async with (
+        process_worker(tmp_path, "m0", "mixed", step_delay_s=0.1) as m,
+        session(m.address, "prefill") as router,
+    ):
+        await router.hello()
+        await router.run(spec("a", 20, max_tokens=500))
+        await router.next("tokens")
+        m.process.terminate()
+        async with asyncio.timeout(5):
+            while not (await m.describe()).status.draining:  # noqa: ASYNC110 - another process's state
+                await asyncio.sleep(0.01)
+        assert await m.terminate() == 0, "well before the 3 s of its grace time, or its 500 tokens"
+        code, _, _ = await router.ended()
+        assert code is grpc.StatusCode.OK
+
+
+async def test_sigterm_while_the_model_loads_ends_the_process_with_0(tmp_path: Path) -> None:
+    here = Path(__file__).parent
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(here / "fake_worker_main.py"), "m0", "mixed", "127.0.0.1:0", str(tmp_path / "r"), "load"),
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(here.parent.parent), str(here)))},
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        assert await process.stdout.readline() == b"loading\n"
+        process.terminate()
+        assert await process.wait() == 0

@@ -1,0 +1,94 @@
+"""Loads a worker's model beside the event loop, in a thread that nobody has to wait for. Knows no model itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from baton.errors import InternalError
+from baton.types import KvLayout, ModelDescription
+from cli.leaving import Leaving
+from engine.replica import RunnerLike
+from kvtransfer.arena import Arena
+
+
+class LoadedModel(RunnerLike, Protocol):
+    """A runner that says what it runs."""
+
+    @property
+    def layout(self) -> KvLayout: ...
+
+    @property
+    def description(self) -> ModelDescription: ...
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def kernels(self) -> str: ...
+
+
+# Gives the bytes of the KV cache, in memory that peers on this host can map.
+Allocate = Callable[[int], memoryview]
+
+
+class Loading:
+    """Loads the model in a thread that nobody has to wait for, and owns the memory of its KV cache."""
+
+    def __init__(self, load: Callable[[Allocate], LoadedModel]) -> None:
+        self._arenas: list[Arena] = []
+        self._loop = asyncio.get_running_loop()
+        self._model: asyncio.Future[LoadedModel] = self._loop.create_future()
+        self._is_abandoned = False
+        self._thread = threading.Thread(target=self._main, args=(load,), name="load", daemon=True)
+        self._thread.start()
+
+    @property
+    def arena(self) -> Arena:
+        if len(self._arenas) != 1:
+            raise InternalError(f"the model's KV cache lies in {len(self._arenas)} arenas, expected 1")
+        return self._arenas[0]
+
+    async def unless(self, leaving: Leaving) -> LoadedModel | None:
+        """The model, or None if the worker is to leave before it is there. Raises what loading raised."""
+        closing = asyncio.create_task(leaving.closing())
+        try:
+            ends: set[asyncio.Future[Any]] = {self._model, closing}
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+        return self._model.result() if self._model.done() else None
+
+    def abandon(self) -> bool:
+        """Leave the thread to itself, with its memory; whether it has ended already."""
+        self._is_abandoned = self._thread.is_alive()
+        return not self._is_abandoned
+
+    def close(self) -> None:
+        if not self._is_abandoned:
+            for arena in self._arenas:
+                arena.close()
+
+    def _main(self, load: Callable[[Allocate], LoadedModel]) -> None:
+        try:
+            model = load(self._allocate)
+        except BaseException as error:
+            self._report(self._model.set_exception, error)
+        else:
+            self._report(self._model.set_result, model)
+
+    def _report(self, settle: Callable[[Any], None], outcome: Any) -> None:
+        def report() -> None:
+            if not self._model.done():
+                settle(outcome)
+
+        # The loop is closed if the worker has left meanwhile: nobody wants to know any more.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(report)
+
+    def _allocate(self, num_bytes: int) -> memoryview:
+        self._arenas.append(Arena.create(num_bytes))
+        return self._arenas[-1].buffer
