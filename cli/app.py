@@ -76,6 +76,17 @@ TopK = Annotated[int, typer.Option(min=0)]
 Seed = Annotated[int | None, typer.Option(min=0)]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1)]
 Grace = Annotated[float, typer.Option(min=0.1, help="Seconds that running work may take to end after SIGTERM.")]
+Registry = Annotated[
+    str,
+    typer.Option(
+        envvar="BATON_REGISTRY",
+        show_envvar=True,
+        help="redis://[user:password@]host:port/db, rediss:// for TLS: where workers register and routers find them.",
+    ),
+]
+ClusterName = Annotated[
+    str, typer.Option("--cluster", envvar="BATON_CLUSTER", help="Clusters of other names in one Redis do not meet.")
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -103,12 +114,17 @@ def up(
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
+    from baton.registry import RegistryConfig
     from cli import cluster
 
     console = Console(stderr=True, soft_wrap=True)
     _transports(transport)  # a typing error is told here, not by a worker that does not start
+    if registry:
+        RegistryConfig(registry, cluster_name)  # the same
     default = 0 if mixed else 1
     options = cluster.ClusterOptions(
         model=model,
@@ -123,6 +139,8 @@ def up(
         log_dir=log_dir,
         kv_mib=kv_mib,
         threads=threads,
+        registry=registry,
+        cluster_name=cluster_name,
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
@@ -162,6 +180,9 @@ def worker(
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
+    registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
     grace: Grace = 10.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
@@ -173,7 +194,9 @@ def worker(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if die_with_parent:
         die_with(die_with_parent)
+    from baton.registry import RegistryConfig
     from baton.types import Role
+    from cli.registration import LeaseConfig
     from cli.worker import WorkerConfig, serve
 
     _log_to_stderr()
@@ -194,6 +217,8 @@ def worker(
         num_threads=threads,
         transports=_transports(transport),
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
+        registry=RegistryConfig(registry, cluster_name) if registry else None,
+        registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
@@ -206,8 +231,10 @@ def worker(
 
 @app.command()
 def router(
-    node: Annotated[list[str], typer.Option(help="host:port of a worker; once for each.")],
     model: Model,
+    node: Annotated[list[str] | None, typer.Option(help="host:port of a worker; once for each.")] = None,
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
     http: Annotated[str, typer.Option(help="host:port of the OpenAI API.")] = "127.0.0.1:8000",
     grpc: Annotated[str, typer.Option(help="host:port of the gRPC API.")] = "127.0.0.1:50051",
     model_name: ModelName = "",
@@ -217,6 +244,7 @@ def router(
     """Run the router: picks the pair of nodes for each request and answers the clients."""
     if die_with_parent:
         die_with(die_with_parent)
+    from baton.registry import RegistryConfig
     from router.config import LimitsConfig, RouterConfig
     from router.serve import serve
 
@@ -224,7 +252,8 @@ def router(
     http_host, http_port = _address(http, "--http")
     grpc_host, grpc_port = _address(grpc, "--grpc")
     config = RouterConfig(
-        nodes=tuple(node),
+        nodes=tuple(node or ()),
+        registry=RegistryConfig(registry, cluster_name) if registry else None,
         http_host=http_host,
         http_port=http_port,
         grpc_host=grpc_host,

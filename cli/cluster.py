@@ -48,6 +48,9 @@ class ClusterOptions:
     log_dir: Path | None = None
     kv_mib: int = 0
     threads: int = 0
+    # Workers register there and the router finds them there. Empty: the router gets a list.
+    registry: str = ""
+    cluster_name: str = "default"
     worker_arguments: tuple[str, ...] = ()
     router_arguments: tuple[str, ...] = ()
 
@@ -114,7 +117,7 @@ async def up(
             router,
             [worker.program for worker in workers],
             log_dir=log_dir,
-            environment=_environment(_threads(options, len(workers))),
+            environment=_environment(options, _threads(options, len(workers))),
             clock=MonotonicClock(),
             config=SuperviseConfig(),
             say=say,
@@ -157,9 +160,13 @@ def _threads(options: ClusterOptions, num_workers: int) -> int:
     return options.threads or max(1, host.usable_cores() // num_workers)
 
 
-def _environment(threads: int) -> dict[str, str]:
-    """OpenMP reads its variable when torch is loaded, before any code of ours could tell it."""
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
+    """OpenMP reads its variable when torch is loaded, before any code of ours could tell it.
+
+    The registry's address may hold a password, which arguments would show to everybody on this machine.
+    """
+    registry = {"BATON_REGISTRY": options.registry, "BATON_CLUSTER": options.cluster_name}
+    return {**os.environ, **registry, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def _command(name: str, *arguments: str) -> tuple[str, ...]:
@@ -185,7 +192,7 @@ def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpo
         "router",
         *("--model", str(folder), "--model-name", options.model_name or model_source.name_of(options.model)),
         *("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc),
-        *(argument for worker in workers for argument in ("--node", worker.address)),
+        *(argument for worker in workers for argument in ("--node", worker.address) if not options.registry),
         *options.router_arguments,
     )
     return Program("router", command, lambda pid: _router_sees(endpoints.grpc, len(workers)))

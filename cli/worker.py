@@ -13,12 +13,13 @@ import logging
 import os
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from baton import PROTOCOL_VERSION, __version__
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig, InternalError
+from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.server import GrpcServer
 from baton.types import NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
@@ -27,6 +28,7 @@ from cli.drain import DrainConfig
 from cli.leaving import Leaving
 from cli.loading import Allocate, LoadedModel, Loading
 from cli.node import NodeService
+from cli.registration import LeaseConfig, Registration
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
 from engine.replica import Replica
@@ -71,6 +73,9 @@ class WorkerConfig:
     layerwise_from_bytes: int | None = None
     lease_ttl_s: float = 30.0
     max_lease_ttl_s: float = 600.0
+    # Where to register, and for how long at a time; None: routers are told the address by other means.
+    registry: RegistryConfig | None = None
+    registry_lease: LeaseConfig = field(default_factory=LeaseConfig)
     # How long running sequences may go on after SIGTERM, and how long closing may then take on top.
     grace_s: float = 10.0
     close_s: float = 3.0
@@ -87,6 +92,10 @@ class WorkerConfig:
                 raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadConfig(f"num_blocks is {self.num_blocks}, expected at least 1", param="num_blocks")
+        is_anywhere = self.listen.rpartition(":")[0] in ("", "0.0.0.0", "[::]", "::")  # noqa: S104 - not to bind
+        if self.registry is not None and is_anywhere and not self.advertise_host:
+            message = f"listen is {self.listen}, which nobody can dial: expected --advertise with a host to register"
+            raise BadConfig(message, param="advertise_host")
 
 
 Load = Callable[[WorkerConfig, Allocate], LoadedModel]
@@ -140,6 +149,7 @@ class _Worker:
         self._loop = asyncio.get_running_loop()
         self._died: BaseException | None = None
         self._helpers: list[asyncio.Task[None]] = []
+        self._registration: Registration | None = None
         clock = MonotonicClock()
         transfer = TransferConfig(transports=config.transports)
         if config.layerwise_from_bytes is not None:
@@ -189,6 +199,7 @@ class _Worker:
         self._replica.start()
         try:
             await self._server.start()
+            await self._register()
             self._announce()
             self._leaving.feed(drain.Loaded())
             await self._serve()
@@ -200,6 +211,16 @@ class _Worker:
                 await closing
                 raise
         return closing.result()
+
+    async def _register(self) -> None:
+        if self._config.registry is None:
+            return
+        node = self.node
+        record = NodeRecord(node.node_id, node.address, node.incarnation, node.home_role, node.model.fingerprint)
+        self._registration = Registration(
+            Registry(self._config.registry), record, self._config.registry_lease, MonotonicClock()
+        )
+        await self._registration.start()
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as tasks:
@@ -222,6 +243,8 @@ class _Worker:
         self._decode.tell_status()
         _log.info("%s drains: %d sequences are here", self.node.node_id, self._replica.num_sequences)
         await self._server.set_serving(False)
+        if self._registration is not None:
+            await self._registration.withdraw()
         await self._prefill.drained()
         await self._decode.drained()
         self._leaving.feed(drain.Emptied())
@@ -229,6 +252,8 @@ class _Worker:
     async def _close(self) -> bool:
         """Bounded by ``close_s``, twice if an engine step or a push does not end."""
         limit_s = self._config.close_s
+        if self._registration is not None:
+            await self._registration.close()
         self._decode.close()
         await self._prefill.close(limit_s)
         await self._sender.close()

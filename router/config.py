@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import BadConfig
+from baton.registry import RegistryConfig
 from router.flow import FlowConfig
 from router.membership import MembershipConfig
 from router.policy import PolicyConfig
@@ -50,11 +51,19 @@ class LinkConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class WatchConfig:
+    # The registry is asked so often, beside whenever it announces a change.
+    poll_s: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class RouterConfig:
     """Raises BadConfig, naming the setting, for a value that cannot be served."""
 
-    # host:port of each worker.
-    nodes: tuple[str, ...]
+    # host:port of each worker; may be empty with a registry.
+    nodes: tuple[str, ...] = ()
+    # Where more workers are registered.
+    registry: RegistryConfig | None = None
     http_host: str = "127.0.0.1"
     # 0 asks for any free port; None turns the face off.
     http_port: int | None = 0
@@ -75,9 +84,11 @@ class RouterConfig:
     flow: FlowConfig = field(default_factory=FlowConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        _check(len(self.nodes) > 0, "nodes", self.nodes, "at least one host:port")
+        has_source = len(self.nodes) > 0 or self.registry is not None
+        _check(has_source, "nodes", self.nodes, "at least one host:port, or a registry")
         _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
         for address in self.nodes:
             host, _, port = address.rpartition(":")
@@ -88,7 +99,7 @@ class RouterConfig:
         _check(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
         if self.model_folder is not None:
             _check(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
-        for part in (self.limits, self.link, self.flow, self.membership, self.policy):
+        for part in (self.limits, self.link, self.flow, self.membership, self.policy, self.watch):
             for setting in fields(part):
                 value = getattr(part, setting.name)
                 name = f"{type(part).__name__}.{setting.name}"
@@ -100,7 +111,7 @@ class RouterConfig:
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> RouterConfig:
         """From parsed JSON or the like, nested for the parts; an unknown key is refused with its source."""
         parts = {"limits": LimitsConfig, "link": LinkConfig, "flow": FlowConfig, "membership": MembershipConfig,
-                 "policy": PolicyConfig}  # fmt: skip
+                 "policy": PolicyConfig, "watch": WatchConfig, "registry": RegistryConfig}  # fmt: skip
         known = {f.name for f in fields(cls)}
         settings: dict[str, Any] = {}
         for key, value in values.items():

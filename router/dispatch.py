@@ -15,6 +15,7 @@ from typing import Protocol
 from baton import codec, errors
 from baton.clock import Clock
 from baton.observe import RequestMetrics
+from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2
 from router import flow as f
@@ -73,7 +74,8 @@ class Dispatcher:
         self._membership = m.Membership(config.nodes, config.membership)
         self._loads = Loads()
         self._breakers = PairBreakers(config.policy)
-        self._links = {address: link(address, self) for address in config.nodes}
+        self._new_link = link
+        self._links: dict[str, Link] = {}
         self._address_of: dict[str, str] = {}
         self._active: set[Active] = set()
         self._by_sequence: dict[str, Active] = {}
@@ -246,6 +248,11 @@ class Dispatcher:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self._do_membership(self._membership.handle(m.Welcomed(address, node, status), self._clock.now()))
 
+    def on_listing(self, records: Sequence[NodeRecord]) -> None:
+        """Everybody whom the registry knows now."""
+        listed = m.Listed({record.address: record.incarnation for record in records})
+        self._do_membership(self._membership.handle(listed, self._clock.now()))
+
     def on_broken(self, address: str, reason: str) -> None:
         self._do_membership(self._membership.handle(m.Broken(address, reason), self._clock.now()))
 
@@ -314,13 +321,17 @@ class Dispatcher:
         self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
 
-    def _do_membership(self, actions: Sequence[m.Action]) -> None:
+    def _do_membership(self, actions: Sequence[m.Action]) -> None:  # noqa: C901 (a flat table)
         for action in actions:
             match action:
                 case m.Dial():
+                    if action.address not in self._links:
+                        self._links[action.address] = self._new_link(action.address, self)
                     self._links[action.address].dial()
                 case m.HangUp():
                     self._links[action.address].hang_up()
+                case m.Forget():
+                    self._links.pop(action.address).hang_up()
                 case m.NodeUp():
                     self._on_node_up(action.node, action.status)
                 case m.NodeDown():

@@ -1,12 +1,13 @@
-"""Who is in the cluster and in what state: a pure machine over the sessions to a static list of addresses.
+"""Who is in the cluster and in what state: a pure machine over the sessions to fixed addresses and to listed ones.
 
 It decides when to dial, whom to trust and when a node counts as lost; it opens no connection. Health of a node is
-judged by that node's own words and silence, never by what another node says about it.
+judged by that node's own words and silence, never by what another node or a registry says about it: a listing only
+says whom to dial, and a node that is up stays when it is listed no more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -66,11 +67,18 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """All addresses the registry knows now, with the incarnation that registered there."""
+
+    incarnations: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     pass
 
 
-Event = Welcomed | Heard | Broken | Tick
+Event = Welcomed | Heard | Broken | Listed | Tick
 
 
 # ── Actions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -83,6 +91,13 @@ class Dial:
 
 @dataclass(frozen=True, slots=True)
 class HangUp:
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    """The address is in the cluster no more: hang up, and never dial it again."""
+
     address: str
 
 
@@ -111,16 +126,24 @@ class NodeRefused:
     reason: str
 
 
-Action = Dial | HangUp | NodeUp | NodeDown | NodeChanged | NodeRefused
+Action = Dial | HangUp | Forget | NodeUp | NodeDown | NodeChanged | NodeRefused
 
 
 class Member:
-    """One address of the list."""
+    """One address."""
 
-    __slots__ = ("address", "failures", "heard_s", "node", "reason", "redial_s", "state", "status")
+    __slots__ = (
+        "address", "failures", "heard_s", "incarnation", "is_fixed", "is_listed", "node", "reason", "redial_s", "state",
+        "status",
+    )  # fmt: skip
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, is_fixed: bool) -> None:
         self.address = address
+        # Fixed ones stay whatever the registry says.
+        self.is_fixed = is_fixed
+        self.is_listed = False
+        # That is registered here, as far as was ever heard; 0 if none.
+        self.incarnation = 0
         self.state = State.CONNECTING
         # The last one that answered here; kept after its loss, for people to read.
         self.node: NodeDescription | None = None
@@ -141,12 +164,14 @@ class Membership:
 
     def __init__(self, addresses: Sequence[str], config: MembershipConfig) -> None:
         self._config = config
-        self.members = {a: Member(a) for a in addresses}
+        self.members = {a: Member(a, is_fixed=True) for a in addresses}
 
     def start(self) -> list[Action]:
         return [Dial(a) for a in self.members]
 
     def handle(self, event: Event, now: float) -> list[Action]:
+        if not isinstance(event, Listed | Tick) and event.address not in self.members:
+            return []  # Late words of somebody forgotten.
         match event:
             case Heard():
                 return self._on_heard(event, now)
@@ -154,6 +179,8 @@ class Membership:
                 return self._on_welcomed(event, now)
             case Broken():
                 return self._down(self.members[event.address], event.reason, now)
+            case Listed():
+                return self._on_listed(event.incarnations, now)
             case Tick():
                 return self._on_tick(now)
 
@@ -233,14 +260,51 @@ class Membership:
         member.failures += 1
         member.state = State.LOST if member.node is not None else State.CONNECTING
         member.reason, member.redial_s = reason, now + wait_s
-        if not was_up:
-            return []
-        assert member.node is not None
-        return [NodeDown(member.node.node_id, reason)]
+        actions: list[Action] = []
+        if was_up:
+            assert member.node is not None
+            actions.append(NodeDown(member.node.node_id, reason))
+        if not (member.is_fixed or member.is_listed):
+            actions += self._forget(member)
+        return actions
+
+    def _forget(self, member: Member) -> list[Action]:
+        del self.members[member.address]
+        return [Forget(member.address)]
+
+    def _on_listed(self, incarnations: Mapping[str, int], now: float) -> list[Action]:
+        actions: list[Action] = []
+        for address, incarnation in incarnations.items():
+            member = self.members.get(address)
+            if member is None:
+                member = self.members[address] = Member(address, is_fixed=False)
+                actions.append(Dial(address))
+            elif incarnation != member.incarnation:
+                actions += self._on_new_life(member, now)
+            member.is_listed, member.incarnation = True, incarnation
+        for member in [x for x in self.members.values() if x.is_listed and x.address not in incarnations]:
+            member.is_listed = False
+            if not (member.is_up or member.is_fixed):
+                actions += self._forget(member)
+        return actions
+
+    def _on_new_life(self, member: Member, now: float) -> list[Action]:
+        """Another incarnation registered: the one registered before is gone, even if its session looks alive."""
+        if member.is_up:
+            assert member.node is not None
+            if member.node.incarnation != member.incarnation:
+                return []  # We have met the new one already, or nobody whom the registry knows.
+            node_id = member.node.node_id
+            member.state, member.reason = State.LOST, "another incarnation registered at its address"
+            member.redial_s, member.failures = None, 0
+            return [HangUp(member.address), NodeDown(node_id, member.reason), Dial(member.address)]
+        if member.redial_s is not None:
+            member.redial_s, member.failures = now, 0  # No need to wait: dialled with the next tick.
+        return []
 
     def _on_tick(self, now: float) -> list[Action]:
         actions: list[Action] = []
-        for member in self.members.values():
+        for member in list(self.members.values()):
             if member.redial_s is not None and now >= member.redial_s:
                 member.redial_s = None
                 if member.state is State.REFUSED:

@@ -20,11 +20,13 @@ from prometheus_client import CollectorRegistry
 from baton import errors
 from baton.clock import MonotonicClock
 from baton.observe import RequestMetrics
+from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
 from router.http import build_app
 from router.membership import State
+from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
 from router.tokenizer import ModelFacts, Tokenizer, load_facts
@@ -75,13 +77,20 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     )  # fmt: skip
     grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
     http_face = _HttpFace(build_app(frontend, dispatcher, config, registry), config)
+    watch = None
+    if config.registry is not None:
+        watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock)
     try:
         dispatcher.start()
+        if watch is not None:
+            await watch.start()
         grpc_address = await grpc_face.start() if grpc_face is not None else None
         http_address = await http_face.start() if config.http_port is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
         yield Router(http_address, grpc_address, dispatcher, frontend)
     finally:
+        if watch is not None:
+            await watch.close()
         # Streams end first (well or with an error), then the faces have nothing left to wait for.
         await dispatcher.close(config.limits.drain_s)
         await http_face.stop()

@@ -3,7 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.redis_server import RedisServer
 
 # Before torch is imported. Tests use small tensors: a second thread saves nothing, and on a busy machine every parallel
 # loop would wait for it. Tests about threads ask torch for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def redis_server(tmp_path: Path) -> Iterator[RedisServer]:
+    folder = tmp_path / "redis"
+    folder.mkdir()
+    server = RedisServer(folder, password="s3cret")
+    try:
+        yield server.start()
+    finally:
+        server.close()

@@ -209,5 +209,5 @@ async def test_draining_refuses_and_says_so() -> None:
         node.replica.drain()
         await router.run(spec("a"))
         failed = await router.next("failed")
-        assert (failed.failure.code, failed.failure.retryable) == ("Unavailable", True)
+        assert (failed.failure.code, failed.failure.retryable) == ("Draining", True)
         await node.until(lambda: router.messages[-1].status.draining)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 
 from baton.clock import MonotonicClock
-from baton.errors import Unavailable
+from baton.errors import Draining
 from baton.types import FinishReason, KvLayout, Role, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool
 from engine.fake import FakeRunner, expected_tokens
@@ -228,9 +228,9 @@ def test_draining_refuses_new_work_and_finishes_the_old() -> None:
     with replica(gate) as (engine, _):
         engine.submit(spec("a"), hands_off=False, listener=inbox.listen)
         engine.drain()
-        with pytest.raises(Unavailable, match="shutting down"):
+        with pytest.raises(Draining, match="about to leave"):
             engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
-        with pytest.raises(Unavailable, match="shutting down"):
+        with pytest.raises(Draining, match="about to leave"):
             engine.reserve(spec("b"))
         assert engine.status(Role.MIXED).draining
         gate.opened.release(1000)

@@ -90,3 +90,76 @@ def test_draining_and_wedged_nodes() -> None:
     hang_up, down = machine.handle(m.Heard("a:1", replace(STATUS, stalled_s=31.0)), 0.4)
     assert hang_up == m.HangUp("a:1")
     assert isinstance(down, m.NodeDown)
+
+
+def listed(**incarnations: int) -> m.Listed:
+    return m.Listed({f"{name}:1": incarnation for name, incarnation in incarnations.items()})
+
+
+def test_listed_nodes_are_dialled_and_unlisted_ones_forgotten_once_they_are_down() -> None:
+    machine = m.Membership([], m.MembershipConfig())
+    assert machine.start() == []
+    assert machine.handle(listed(a=1, b=7), 0.0) == [m.Dial("a:1"), m.Dial("b:1")]
+    assert machine.handle(listed(a=1, b=7), 0.1) == []
+    machine.handle(m.Welcomed("a:1", NODE, STATUS), 0.2)
+    # b never answered: it goes at once. a speaks for itself, whatever the registry says.
+    assert machine.handle(listed(), 1.0) == [m.Forget("b:1")]
+    assert machine.is_available(machine.members["a:1"])
+    assert machine.handle(m.Heard("b:1", None), 1.0) == [], "late words of somebody forgotten"
+    assert machine.handle(m.Broken("a:1", "left"), 1.1) == [m.NodeDown("n0", "left"), m.Forget("a:1")]
+    assert machine.members == {}
+
+
+def test_a_listed_node_that_is_down_is_dialled_again_and_again() -> None:
+    machine = m.Membership([], m.MembershipConfig())
+    machine.handle(listed(a=1), 0.0)
+    assert machine.handle(m.Broken("a:1", "refused"), 0.1) == []
+    assert machine.handle(m.Tick(), 0.3) == [m.Dial("a:1")]
+
+
+def test_a_new_life_at_an_address_ends_the_session_of_the_old_one() -> None:
+    machine = m.Membership([], m.MembershipConfig())
+    machine.handle(listed(a=1), 0.0)
+    machine.handle(m.Welcomed("a:1", NODE, STATUS), 0.1)
+    hang_up, down, dial = machine.handle(listed(a=2), 0.2)
+    assert (hang_up, dial) == (m.HangUp("a:1"), m.Dial("a:1"))
+    assert isinstance(down, m.NodeDown)
+    new = replace(NODE, incarnation=2)
+    assert machine.handle(m.Welcomed("a:1", new, STATUS), 0.3) == [m.NodeUp(new, STATUS)]
+    assert machine.handle(listed(a=2), 0.4) == []
+
+
+def test_a_new_life_that_was_met_before_it_was_listed_stays() -> None:
+    machine = m.Membership([], m.MembershipConfig())
+    machine.handle(listed(a=1), 0.0)
+    machine.handle(m.Welcomed("a:1", NODE, STATUS), 0.1)
+    machine.handle(m.Broken("a:1", "died"), 0.2)
+    assert machine.handle(m.Tick(), 0.4) == [m.Dial("a:1")]
+    new = replace(NODE, incarnation=2)
+    machine.handle(m.Welcomed("a:1", new, STATUS), 0.5)
+    assert machine.handle(listed(a=1), 0.6) == [], "an old view"
+    assert machine.handle(listed(a=2), 0.7) == []
+    assert machine.is_available(machine.members["a:1"])
+
+
+def test_a_listing_shortens_the_wait_before_the_next_dial() -> None:
+    machine = m.Membership([], m.MembershipConfig())
+    machine.handle(listed(a=1), 0.0)
+    now = 0.0
+    for _ in range(6):
+        machine.handle(m.Broken("a:1", "refused"), now)
+        now += 10.0
+        assert machine.handle(m.Tick(), now) == [m.Dial("a:1")]
+    machine.handle(m.Broken("a:1", "refused"), now)
+    assert machine.handle(m.Tick(), now + 1.0) == []
+    machine.handle(listed(a=2), now + 1.0)
+    assert machine.handle(m.Tick(), now + 1.1) == [m.Dial("a:1")]
+
+
+def test_a_fixed_address_stays_whatever_is_listed() -> None:
+    machine = membership()
+    machine.handle(listed(a=1, c=3), 0.1)
+    assert machine.handle(listed(), 0.2) == [m.Forget("c:1")]
+    assert machine.handle(m.Broken("a:1", "died"), 0.3) == [m.NodeDown("n0", "died")]
+    assert m.Dial("a:1") in machine.handle(m.Tick(), 1.0)
+    assert sorted(machine.members) == ["a:1", "b:1"]

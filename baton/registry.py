@@ -1,0 +1,233 @@
+"""The cluster's registry in Redis: who is where, each node under a lease of its own. Needs the `router` extra.
+
+Owns the keys and what they mean, for nodes that write them and routers that read them; keeps no view and retries
+nothing. Nothing running depends on it: it tells routers whom to dial, and nodes answer for themselves.
+
+    baton:{CLUSTER}:node:ADDRESS   hash, one NodeRecord, expires with the lease
+    baton:{CLUSTER}:nodes          set of the addresses that were registered; expired ones are taken out when seen
+    baton:{CLUSTER}:changed        channel, an address whenever its record came, went or changed
+
+Commands of Redis 6.2; the braces keep a cluster's keys on one shard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
+
+from baton.errors import BadConfig, Unavailable
+from baton.types import Role
+
+_T = TypeVar("_T")
+
+# A view is bounded, whatever somebody has put into the database.
+MAX_NODES = 4096
+_SCHEMES = ("redis", "rediss", "unix")
+_CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+# KEYS: record, index. ARGV: incarnation, "1" to take over from another incarnation, ttl in ms, address, channel, then
+# the record's fields and values. Returns the incarnation that holds the address instead, or "".
+_REGISTER = """
+local held = redis.call('HGET', KEYS[1], 'incarnation')
+if held and held ~= ARGV[1] and ARGV[2] ~= '1' then return held end
+redis.call('HSET', KEYS[1], unpack(ARGV, 6))
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
+redis.call('SADD', KEYS[2], ARGV[4])
+if held ~= ARGV[1] then redis.call('PUBLISH', ARGV[5], ARGV[4]) end
+return ''
+"""
+# KEYS as above. ARGV: incarnation, address, channel.
+_LEAVE = """
+if redis.call('HGET', KEYS[1], 'incarnation') ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])
+redis.call('SREM', KEYS[2], ARGV[2])
+redis.call('PUBLISH', ARGV[3], ARGV[2])
+return 1
+"""
+# KEYS as above. ARGV: address. The node may have registered again since it was seen to be gone.
+_PRUNE = "if redis.call('EXISTS', KEYS[1]) == 0 then return redis.call('SREM', KEYS[2], ARGV[1]) end return 0"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeRecord:
+    """What a node says about itself before anybody has dialled it; the handshake says the rest."""
+
+    node_id: str
+    address: str
+    incarnation: int
+    home_role: Role
+    fingerprint: str
+
+    def fields(self) -> dict[str, str]:
+        return {
+            "node_id": self.node_id,
+            "address": self.address,
+            "incarnation": str(self.incarnation),
+            "home_role": self.home_role.value,
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, str]) -> NodeRecord:
+        """Raises ValueError for what no node of ours has written."""
+        host, _, port = fields.get("address", "").rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
+            raise ValueError(f"address is {fields.get('address')!r}, expected host:port")
+        if not fields.get("incarnation", "").isdigit():
+            raise ValueError(f"incarnation is {fields.get('incarnation')!r}, expected a number")
+        return cls(
+            node_id=fields.get("node_id", ""),
+            address=fields["address"],
+            incarnation=int(fields["incarnation"]),
+            home_role=Role(fields.get("home_role", "")),
+            fingerprint=fields.get("fingerprint", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryConfig:
+    """``url``: redis://[user:password@]host:port/db, rediss:// for TLS, unix:///path. Raises BadConfig."""
+
+    url: str
+    cluster: str = "default"
+    # Deadline of every call.
+    timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in _SCHEMES:
+            expected = "redis://host:port/db, rediss:// for TLS, or unix:///path"
+            raise BadConfig(f"registry is {self.shown_url!r}, expected {expected}", param="registry")
+        if not _CLUSTER.fullmatch(self.cluster):
+            raise BadConfig(f"cluster is {self.cluster!r}, expected letters, digits, '.', '_', '-'", param="cluster")
+        if not 0 < self.timeout_s < float("inf"):
+            raise BadConfig(f"registry timeout_s is {self.timeout_s}, expected a positive number", param="registry")
+
+    @property
+    def shown_url(self) -> str:
+        """Without the password and the query, for logs."""
+        parts = urlsplit(self.url)
+        return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+class Registry:
+    """One cluster's part of a Redis database. Calls raise Unavailable, or BadConfig if Redis does not let us in."""
+
+    def __init__(self, config: RegistryConfig, client: redis.asyncio.Redis | None = None) -> None:
+        """``client`` decodes responses; a fake one in tests."""
+        self._config = config
+        prefix = f"baton:{{{config.cluster}}}"
+        self._index = f"{prefix}:nodes"
+        self._channel = f"{prefix}:changed"
+        self._record_prefix = f"{prefix}:node:"
+        self._redis = client or _connect(config)
+        self._register = self._redis.register_script(_REGISTER)
+        self._leave = self._redis.register_script(_LEAVE)
+        self._prune = self._redis.register_script(_PRUNE)
+
+    async def register(self, record: NodeRecord, ttl_s: float, *, takes_over: bool) -> int | None:
+        """Write or renew the record. Another incarnation that holds the address is returned, unless it is replaced."""
+        fields = [word for item in record.fields().items() for word in item]
+        arguments: list[str | int] = [
+            record.incarnation,
+            int(takes_over),
+            int(ttl_s * 1000),
+            record.address,
+            self._channel,
+            *fields,
+        ]
+        held = await self._call(self._register(keys=self._keys(record.address), args=arguments))
+        return int(held) if held else None
+
+    async def leave(self, record: NodeRecord) -> None:
+        """Take the record out, if it is still this incarnation's."""
+        arguments: list[str | int] = [record.incarnation, record.address, self._channel]
+        await self._call(self._leave(keys=self._keys(record.address), args=arguments))
+
+    async def nodes(self) -> tuple[list[NodeRecord], list[str]]:
+        """Everybody whose lease has not expired, by address; and what was wrong with records that were left out."""
+        return await self._call(self._nodes())
+
+    async def _nodes(self) -> tuple[list[NodeRecord], list[str]]:
+        addresses = sorted(await _awaited(self._redis.smembers(self._index)))
+        problems = []
+        if len(addresses) > MAX_NODES:
+            problems.append(f"{len(addresses)} addresses are registered, only the first {MAX_NODES} count")
+            addresses = addresses[:MAX_NODES]
+        pipeline = self._redis.pipeline(transaction=False)
+        for address in addresses:
+            pipeline.hgetall(self._record_prefix + address)
+        found: list[NodeRecord] = []
+        for address, fields in zip(addresses, await pipeline.execute() if addresses else [], strict=True):
+            if not fields:
+                await self._prune(keys=self._keys(address), args=[address])
+                continue
+            try:
+                found.append(NodeRecord.parse(fields))
+            except ValueError as error:
+                problems.append(f"record of {address}: {error}")
+        return found, problems
+
+    async def changes(self, look_s: float) -> AsyncGenerator[None, None]:
+        """Once when subscribed, then at every change, for ever; close the iterator to end. ``look_s`` as for a ping."""
+        pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
+        try:
+            await self._call(pubsub.subscribe(self._channel))
+            yield None
+            while True:
+                message = await self._call(pubsub.get_message(timeout=look_s), extra_s=look_s)
+                if message is not None:
+                    yield None
+        finally:
+            with contextlib.suppress(RedisError, OSError):
+                await pubsub.aclose()  # type: ignore[no-untyped-call]
+
+    async def close(self) -> None:
+        with contextlib.suppress(RedisError, OSError):
+            await self._redis.aclose()
+
+    def _keys(self, address: str) -> list[str]:
+        return [self._record_prefix + address, self._index]
+
+    async def _call(self, call: Awaitable[_T], extra_s: float = 0.0) -> _T:
+        where = self._config.shown_url
+        try:
+            # The socket's own timeout comes first; this one bounds name resolution and several round trips.
+            async with asyncio.timeout(3 * self._config.timeout_s + extra_s):
+                return await call
+        except (AuthenticationError, NoPermissionError) as error:
+            raise BadConfig(f"the registry at {where} does not let us in: {error}", param="registry") from error
+        except (RedisError, OSError) as error:
+            raise Unavailable(f"the registry at {where}: {type(error).__name__}: {error}") from error
+
+
+def _connect(config: RegistryConfig) -> redis.asyncio.Redis:
+    try:
+        client = redis.asyncio.Redis.from_url(
+            config.url,
+            decode_responses=True,
+            socket_timeout=config.timeout_s,
+            socket_connect_timeout=config.timeout_s,
+            health_check_interval=5,
+            # Who calls knows whether and when to try again.
+            retry=Retry(NoBackoff(), 0),
+        )
+        # Connects nowhere; options of the URL that do not exist would be noticed by the first call alone.
+        client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
+    except (ValueError, TypeError) as error:
+        raise BadConfig(f"registry {config.shown_url!r}: {error}", param="registry") from error
+    return client
+
+
+async def _awaited(answer: Any) -> Any:
+    """redis-py types its commands for both of its clients at once."""
+    return await answer

@@ -1,0 +1,215 @@
+"""Keeps a worker's record in the registry: a pure machine for the lease, and the thin driver that talks to Redis.
+
+A registry that cannot be reached disturbs nothing: the worker goes on and tries again until it is there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from baton.clock import Clock
+from baton.errors import BadConfig, Unavailable
+from baton.registry import NodeRecord, Registry
+
+_log = logging.getLogger("baton.worker.registry")
+
+
+@dataclass(frozen=True, slots=True)
+class LeaseConfig:
+    # A record lives so long without being renewed, and is renewed three times as often.
+    ttl_s: float = 10.0
+    backoff_base_s: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0.1 <= self.ttl_s <= 3600:
+            raise BadConfig(f"registry lease is {self.ttl_s} s, expected 0.1 to 3600", param="ttl_s")
+
+    @property
+    def renew_s(self) -> float:
+        return self.ttl_s / 3
+
+
+# -- events
+
+
+@dataclass(frozen=True, slots=True)
+class Begin:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Superseded:
+    """Another incarnation holds the address."""
+
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Withdraw:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    pass
+
+
+Event = Begin | Accepted | Superseded | Failed | Withdraw | Tick
+
+# -- actions
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Answer with Accepted, Superseded or Failed."""
+
+    takes_over: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Leave:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    level: int
+    message: str
+
+
+Action = Register | Leave | Say
+
+
+class LeaseKeeper:
+    """The first registration replaces whoever held the address (a former life of it); a renewal never does."""
+
+    def __init__(self, config: LeaseConfig) -> None:
+        self._config = config
+        self._has_been_accepted = False
+        self._is_over = False
+        self._failures = 0
+        self._failing_since_s = 0.0
+        # When to send Tick; None while an answer is awaited, and when it is over.
+        self.due_at_s: float | None = None
+
+    def handle(self, event: Event, now: float) -> list[Action]:
+        if self._is_over:
+            return []
+        match event:
+            case Begin():
+                return self._register()
+            case Tick():
+                return self._register() if self.due_at_s is not None and now >= self.due_at_s else []
+            case Accepted():
+                return self._accepted(now)
+            case Failed(reason):
+                return self._failed(reason, now)
+            case Superseded(incarnation):
+                self._is_over, self.due_at_s = True, None
+                message = (
+                    f"incarnation {incarnation} is registered at this worker's address: two workers advertise one "
+                    "address; this one is not registered any more, give each its own --listen or --advertise"
+                )
+                return [Say(logging.ERROR, message)]
+            case Withdraw():
+                self._is_over, self.due_at_s = True, None
+                return [Leave()]
+
+    def _register(self) -> list[Action]:
+        self.due_at_s = None
+        return [Register(takes_over=not self._has_been_accepted)]
+
+    def _accepted(self, now: float) -> list[Action]:
+        self.due_at_s = now + self._config.renew_s
+        failures, self._failures = self._failures, 0
+        is_first, self._has_been_accepted = not self._has_been_accepted, True
+        if failures:
+            return [Say(logging.INFO, f"registered again, {now - self._failing_since_s:.1f} s after the registry left")]
+        return [Say(logging.INFO, "registered")] if is_first else []
+
+    def _failed(self, reason: str, now: float) -> list[Action]:
+        wait_s = self._config.backoff_base_s * 2.0 ** min(self._failures, 16)
+        self.due_at_s = now + min(wait_s, self._config.renew_s)
+        self._failures += 1
+        if self._failures > 1:
+            return []
+        self._failing_since_s = now
+        return [Say(logging.WARNING, f"cannot register: {reason}; the worker serves on and tries again")]
+
+
+class Registration:
+    """Drives a LeaseKeeper over a Registry, in one task. ``withdraw`` never raises and is bounded in time."""
+
+    def __init__(self, registry: Registry, record: NodeRecord, config: LeaseConfig, clock: Clock) -> None:
+        self._registry = registry
+        self._record = record
+        self._config = config
+        self._clock = clock
+        self._machine = LeaseKeeper(config)
+        self._withdrawing = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Returns after the first attempt, whatever came of it. Raises BadConfig if Redis does not let us in."""
+        await self._feed(Begin())
+        self._task = asyncio.create_task(self._run(), name="registration")
+
+    async def withdraw(self) -> None:
+        self._withdrawing.set()
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
+    async def close(self) -> None:
+        await self.withdraw()
+        await self._registry.close()
+
+    async def _run(self) -> None:
+        while not self._withdrawing.is_set():
+            due_at_s = self._machine.due_at_s
+            try:
+                async with asyncio.timeout(None if due_at_s is None else max(0.0, due_at_s - self._clock.now())):
+                    await self._withdrawing.wait()
+            except TimeoutError:
+                try:
+                    await self._feed(Tick())
+                except BadConfig as error:
+                    # It let us in before: somebody works on it.
+                    await self._feed(Failed(error.message))
+        await self._feed(Withdraw())
+
+    async def _feed(self, event: Event) -> None:
+        queue = [event]
+        while queue:
+            for action in self._machine.handle(queue.pop(0), self._clock.now()):
+                match action:
+                    case Register(takes_over):
+                        queue.append(await self._register(takes_over))
+                    case Leave():
+                        await self._leave()
+                    case Say(level, message):
+                        _log.log(level, "%s: %s", self._record.node_id, message)
+
+    async def _register(self, takes_over: bool) -> Event:
+        try:
+            holder = await self._registry.register(self._record, self._config.ttl_s, takes_over=takes_over)
+        except Unavailable as error:
+            return Failed(error.message)
+        return Accepted() if holder is None else Superseded(holder)
+
+    async def _leave(self) -> None:
+        try:
+            await self._registry.leave(self._record)
+        except (Unavailable, BadConfig) as error:
+            _log.warning("%s: the record stays until it expires: %s", self._record.node_id, error.message)

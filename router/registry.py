@@ -1,0 +1,94 @@
+"""Watches the registry and tells whom it lists: at every change, and every so often in case a change went unheard.
+
+Owns the connection to Redis and the last answer's age, nothing else. When Redis is gone it says nothing, so that the
+last known view stays; it never says that a node is gone because it could not ask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+
+from baton.clock import Clock
+from baton.errors import BadConfig, Unavailable
+from baton.registry import NodeRecord, Registry
+from router.config import WatchConfig
+
+_log = logging.getLogger("baton.router.registry")
+
+
+class RegistryWatch:
+    """``on_listing`` is called on the event loop with everybody who is registered."""
+
+    def __init__(
+        self, registry: Registry, on_listing: Callable[[Sequence[NodeRecord]], None], config: WatchConfig, clock: Clock
+    ) -> None:
+        self._registry = registry
+        self._on_listing = on_listing
+        self._config = config
+        self._clock = clock
+        self._changed = asyncio.Event()
+        self._silent_since_s: float | None = None
+        self._told_problems: list[str] = []
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Returns after the first attempt, whatever came of it. Raises BadConfig if Redis does not let us in."""
+        await self._ask()
+        self._tasks = [
+            asyncio.create_task(self._poll(), name="registry poll"),
+            asyncio.create_task(self._listen(), name="registry changes"),
+        ]
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self._registry.close()
+
+    async def _poll(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(self._config.poll_s):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+            self._changed.clear()
+            try:
+                await self._ask()
+            except BadConfig as error:
+                # It let us in before: somebody works on it.
+                self._note_silence(error.message)
+
+    async def _ask(self) -> None:
+        try:
+            records, problems = await self._registry.nodes()
+        except Unavailable as error:
+            self._note_silence(error.message)
+            return
+        if self._silent_since_s is not None:
+            _log.info("the registry answers again after %.1f s", self._clock.now() - self._silent_since_s)
+            self._silent_since_s = None
+        if problems != self._told_problems:
+            self._told_problems = problems
+            for problem in problems:
+                _log.error("registry: %s", problem)
+        self._on_listing(records)
+
+    def _note_silence(self, reason: str) -> None:
+        if self._silent_since_s is None:
+            self._silent_since_s = self._clock.now()
+            _log.warning("%s; the last known nodes stay", reason)
+
+    async def _listen(self) -> None:
+        while True:
+            try:
+                async with aclosing(self._registry.changes(self._config.poll_s)) as changes:
+                    async for _ in changes:
+                        self._changed.set()
+            except (Unavailable, BadConfig):
+                # Polling notices the same and says so.
+                await asyncio.sleep(self._config.poll_s)

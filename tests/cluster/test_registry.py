@@ -1,0 +1,99 @@
+"""A cluster whose nodes are found in Redis, and what its users see of Redis being gone: nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from baton.registry import Registry, RegistryConfig
+from tests.cluster.harness import Cluster, StartCluster
+from tests.cluster.load import Answer, Job, run_all
+from tests.cluster.test_death import load
+from tests.redis_server import RedisServer
+
+CONCURRENCY = 8
+
+
+def start(start_cluster: StartCluster, model: Path, server: RedisServer) -> Cluster:
+    return start_cluster(model, prefill=2, decode=2, arguments=("--registry", server.url))
+
+
+async def load_for(cluster: Cluster, jobs: list[Job], seconds: float) -> list[list[Answer]]:
+    """The same jobs again and again for a while; at least once."""
+    until_s = time.monotonic() + seconds
+    rounds = [await run_all(cluster.http, jobs, CONCURRENCY)]
+    while time.monotonic() < until_s:
+        rounds.append(await run_all(cluster.http, jobs, CONCURRENCY))
+    return rounds
+
+
+def assert_same(rounds: list[list[Answer]], undisturbed: list[Answer]) -> None:
+    for answers in rounds:
+        assert [a.error for a in answers] == [None] * len(undisturbed)
+        assert [a.token_ids for a in answers] == [a.token_ids for a in undisturbed]
+
+
+async def outage(cluster: Cluster, server: RedisServer, seconds: float) -> int:
+    """Redis gone under load, also while a request is asked for; the number of requests that went well."""
+    jobs = load(16)
+    undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
+    before = {n.node.node_id: n.node.incarnation for n in cluster.status().nodes}
+    running = asyncio.create_task(load_for(cluster, jobs, 1.0))
+    await asyncio.sleep(0.3)
+    server.kill()
+    rounds = await load_for(cluster, jobs, seconds)
+    await asyncio.to_thread(server.start)
+    rounds += await load_for(cluster, jobs, 1.0) + await running
+    assert_same(rounds, undisturbed)
+    assert [a.relay["attempts"] for answers in rounds for a in answers] == [1] * len(rounds) * len(jobs)
+    # Nobody was restarted or lost, and everybody registers again.
+    assert {n.node.node_id: n.node.incarnation for n in cluster.status().nodes} == before
+    registry = Registry(RegistryConfig(server.url))
+    try:
+        async with asyncio.timeout(10):
+            while len((await registry.nodes())[0]) < len(before):  # noqa: ASYNC110 - other processes
+                await asyncio.sleep(0.1)
+    finally:
+        await registry.close()
+    await asyncio.to_thread(cluster.wait_baseline)
+    return len(rounds) * len(jobs)
+
+
+async def test_17_redis_gone_for_seconds(
+    start_cluster: StartCluster, demo_model: Path, redis_server: RedisServer
+) -> None:
+    cluster = start(start_cluster, demo_model, redis_server)
+    assert await outage(cluster, redis_server, 2.0) > 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("seconds", [5, 30, 120])
+async def test_17_redis_gone_for_minutes(
+    start_cluster: StartCluster,
+    demo_model: Path,
+    redis_server: RedisServer,
+    seconds: float,
+    record_property: Callable[[str, object], None],
+) -> None:
+    cluster = start(start_cluster, demo_model, redis_server)
+    record_property(f"requests that went well, {seconds} s", await outage(cluster, redis_server, seconds))
+
+
+async def test_nodes_come_back_on_the_same_address_while_redis_is_there_and_while_it_is_gone(
+    start_cluster: StartCluster, demo_model: Path, redis_server: RedisServer
+) -> None:
+    cluster = start(start_cluster, demo_model, redis_server)
+    jobs = load(16)
+    undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
+    for node_id in ("decode-0", "prefill-1"):
+        running = asyncio.create_task(load_for(cluster, jobs, 0.0))
+        await asyncio.sleep(0.2)
+        await asyncio.to_thread(cluster.wait_back, cluster.kill(node_id))
+        assert_same([*await running, *await load_for(cluster, jobs, 0.0)], undisturbed)
+        redis_server.kill()
+    await asyncio.to_thread(cluster.wait_baseline)
