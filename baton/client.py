@@ -40,6 +40,7 @@ _CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: errors.Incompatible,
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
+    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
 }
 
 # Text, token ids, or chat messages as (role, content).
@@ -115,7 +116,8 @@ class Options:
 class Client:
     """Thread-safe. Every method raises an error of baton.errors."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str = "") -> None:
+        self._metadata = _credentials(api_key)
         self._channel = grpc.insecure_channel(address, options=_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
@@ -123,7 +125,7 @@ class Client:
         self, prompt: Prompt, options: Options | None = None, **settings: object
     ) -> Generator[Part, None, None]:
         """Accepted, Deltas, Finished. ``settings`` are fields of Options or SamplingParams, for short calls."""
-        call = self._stub.Generate(_request(prompt, options, settings))
+        call = self._stub.Generate(_request(prompt, options, settings), metadata=self._metadata)
         try:
             for message in call:
                 yield _part(message)
@@ -138,20 +140,22 @@ class Client:
 
     def status(self, timeout_s: float = 5.0) -> router_pb2.StatusResponse:
         try:
-            return self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
+            return self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _error(error) from error
 
     def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
-            return self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s)
+            return self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _error(error) from error
 
     def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """Ask a node, by id or address, to finish what it has and leave; returns once it has agreed."""
         try:
-            return self._stub.Drain(router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s)
+            return self._stub.Drain(
+                router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s, metadata=self._metadata
+            )
         except grpc.RpcError as error:
             raise _error(error) from error
 
@@ -170,13 +174,14 @@ class Client:
 class AsyncClient:
     """Make it and use it on one event loop."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, api_key: str = "") -> None:
+        self._metadata = _credentials(api_key)
         self._channel = aio.insecure_channel(address, options=_OPTIONS)
         self._stub = router_pb2_grpc.RouterStub(self._channel)
 
     async def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> AsyncIterator[Part]:
         """As `Client.generate`. To cancel at once when leaving the loop early, use `contextlib.aclosing`."""
-        call = self._stub.Generate(_request(prompt, options, settings))
+        call = self._stub.Generate(_request(prompt, options, settings), metadata=self._metadata)
         try:
             async for message in call:
                 yield _part(message)
@@ -190,20 +195,24 @@ class AsyncClient:
 
     async def status(self, timeout_s: float = 5.0) -> router_pb2.StatusResponse:
         try:
-            return await self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s)
+            return await self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise _error(error) from error
 
     async def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
-            return await self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s)
+            return await self._stub.Ledger(
+                router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata
+            )
         except aio.AioRpcError as error:
             raise _error(error) from error
 
     async def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """As `Client.drain`."""
         try:
-            return await self._stub.Drain(router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s)
+            return await self._stub.Drain(
+                router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s, metadata=self._metadata
+            )
         except aio.AioRpcError as error:
             raise _error(error) from error
 
@@ -235,6 +244,10 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         num_cached_tokens=usage.cached_tokens,
         transfer=codec.report_from_pb(message.transfer) if message.HasField("transfer") else None,
     )
+
+
+def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
 def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, object]) -> router_pb2.GenerateRequest:

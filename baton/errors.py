@@ -5,6 +5,7 @@ BatonError
 │   ├── PromptTooLong     prompt + output exceed the context                  INVALID_ARGUMENT    400
 │   ├── UnknownModel      the name is not served here                         NOT_FOUND           404
 │   └── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
+├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
 │   └── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
 ├── Unavailable           nobody can serve it at present                      UNAVAILABLE         503   retryable
@@ -61,6 +62,12 @@ class UnknownModel(InvalidRequest):
 class UnknownNode(InvalidRequest):
     grpc_status = "NOT_FOUND"
     http_status = 404
+
+
+class Unauthenticated(BatonError):
+    grpc_status = "UNAUTHENTICATED"
+    http_status = 401
+    openai_type = "invalid_request_error"
 
 
 class Overloaded(BatonError):

@@ -16,7 +16,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -98,7 +98,7 @@ class NodeRecord:
 class RegistryConfig:
     """``url``: redis://[user:password@]host:port/db, rediss:// for TLS, unix:///path. Raises BadConfig."""
 
-    url: str
+    url: str = field(repr=False)
     cluster: str = "default"
     # Deadline of every call.
     timeout_s: float = 1.0

@@ -87,6 +87,16 @@ Registry = Annotated[
 ClusterName = Annotated[
     str, typer.Option("--cluster", envvar="BATON_CLUSTER", help="Clusters of other names in one Redis do not meet.")
 ]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--api-key",
+        envvar="BATON_API_KEY",
+        show_envvar=True,
+        help="Clients must give one of these as `Authorization: Bearer KEY`; may be given more than once.",
+    ),
+]
+ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -116,6 +126,7 @@ def up(
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
     cluster_name: ClusterName = "default",
+    api_key: ApiKeys = None,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from baton.registry import RegistryConfig
@@ -141,6 +152,7 @@ def up(
         threads=threads,
         registry=registry,
         cluster_name=cluster_name,
+        api_keys=tuple(api_key or ()),
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
@@ -238,6 +250,7 @@ def router(
     http: Annotated[str, typer.Option(help="host:port of the OpenAI API.")] = "127.0.0.1:8000",
     grpc: Annotated[str, typer.Option(help="host:port of the gRPC API.")] = "127.0.0.1:50051",
     model_name: ModelName = "",
+    api_key: ApiKeys = None,
     grace: Grace = 5.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
@@ -260,6 +273,7 @@ def router(
         grpc_port=grpc_port,
         model_folder=model_source.resolve(model),
         model_name=model_name or model_source.name_of(model),
+        api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
     )
 
@@ -284,6 +298,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be given more than once.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on to --max-tokens.")] = False,
     relay: Relay = False,
+    api_key: ApiKey = "",
 ) -> None:
     """Continue a text, as it comes."""
     console = Console()
@@ -291,7 +306,7 @@ def generate(
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos
     )
-    with _client(router) as client:
+    with _client(router, api_key) as client:
         finished = ask.generate(
             client, text, Options(sampling, tuple(stop or ())), lambda part: ask.write_raw(console, part)
         )
@@ -310,10 +325,11 @@ def chat(
     top_k: TopK = 0,
     seed: Seed = None,
     relay: Relay = False,
+    api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens)
-    with _client(router) as client:
+    with _client(router, api_key) as client:
         ask.chat(client, Console(), Options(sampling), system=system, show_relay=relay)
 
 
@@ -323,9 +339,10 @@ def status(
     ledger: Annotated[bool, typer.Option("--ledger", help="Also every block owner of every node.")] = False,
     watch: Annotated[float | None, typer.Option(min=0.1, help="Again every so many seconds.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    api_key: ApiKey = "",
 ) -> None:
     """Show nodes, roles, queues and blocks of a running cluster."""
-    with _client(router) as client, contextlib.suppress(KeyboardInterrupt):
+    with _client(router, api_key) as client, contextlib.suppress(KeyboardInterrupt):
         ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
@@ -338,6 +355,7 @@ def drain_node(
     ] = 0.0,
     direct: Annotated[bool, typer.Option("--direct", help="Ask the worker at host:port itself, not a router.")] = False,
     wait: Annotated[bool, typer.Option(help="Return only when the node has left.")] = True,
+    api_key: ApiKey = "",
 ) -> None:
     """Let a worker finish what it has and leave; it gets nothing new, and no request fails."""
     from cli import draining
@@ -346,7 +364,7 @@ def drain_node(
     if direct:
         draining.drain_directly(node, grace, console, waits=wait)
         return
-    with _client(router) as client:
+    with _client(router, api_key) as client:
         draining.drain(client, node, grace, console, waits=wait)
 
 
@@ -403,8 +421,9 @@ def _log_to_stderr() -> None:
 
 
 @contextlib.contextmanager
-def _client(address: str) -> Iterator[Client]:
-    with Client(address) as client:
+def _client(address: str, api_keys: str) -> Iterator[Client]:
+    # The variable may hold all the keys of a router that was started with it.
+    with Client(address, api_key=next(iter(api_keys.split()), "")) as client:
         try:
             yield client
         except Unavailable as error:

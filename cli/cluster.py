@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -51,6 +51,7 @@ class ClusterOptions:
     # Workers register there and the router finds them there. Empty: the router gets a list.
     registry: str = ""
     cluster_name: str = "default"
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     worker_arguments: tuple[str, ...] = ()
     router_arguments: tuple[str, ...] = ()
 
@@ -163,10 +164,14 @@ def _threads(options: ClusterOptions, num_workers: int) -> int:
 def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
     """OpenMP reads its variable when torch is loaded, before any code of ours could tell it.
 
-    The registry's address may hold a password, which arguments would show to everybody on this machine.
+    What is secret or may hold a password goes this way too: arguments are shown to everybody on this machine.
     """
-    registry = {"BATON_REGISTRY": options.registry, "BATON_CLUSTER": options.cluster_name}
-    return {**os.environ, **registry, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    told = {
+        "BATON_REGISTRY": options.registry,
+        "BATON_CLUSTER": options.cluster_name,
+        "BATON_API_KEY": " ".join(options.api_keys),
+    }
+    return {**os.environ, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def _command(name: str, *arguments: str) -> tuple[str, ...]:
@@ -195,7 +200,7 @@ def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpo
         *(argument for worker in workers for argument in ("--node", worker.address) if not options.registry),
         *options.router_arguments,
     )
-    return Program("router", command, lambda pid: _router_sees(endpoints.grpc, len(workers)))
+    return Program("router", command, lambda pid: _router_sees(endpoints.grpc, len(workers), options.api_keys))
 
 
 async def _worker_answers(address: str, pid: int) -> None:
@@ -207,15 +212,16 @@ async def _worker_answers(address: str, pid: int) -> None:
         raise BadConfig(f"process {found.node.pid} answers on {address}, expected process {pid}")
 
 
-async def _router_sees(address: str, num_nodes: int) -> None:
+async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...]) -> None:
     """Returns when the router answers and every node is ready in its eyes."""
+    metadata = (("authorization", f"Bearer {api_keys[0]}"),) if api_keys else ()
     async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
-        status = await stub.Status(router_pb2.StatusRequest(), wait_for_ready=True)
+        status = await stub.Status(router_pb2.StatusRequest(), wait_for_ready=True, metadata=metadata)
         while sum(node.state == "ready" for node in status.nodes) < num_nodes:
             # The router has no call that waits for this, and the launcher asks for it once in a cluster's life.
             await asyncio.sleep(_PROBE_INTERVAL_S)
-            status = await stub.Status(router_pb2.StatusRequest(), timeout=_CALL_TIMEOUT_S)
+            status = await stub.Status(router_pb2.StatusRequest(), timeout=_CALL_TIMEOUT_S, metadata=metadata)
 
 
 def _ready_content(endpoints: Endpoints, workers: list[_Worker], pids: Mapping[str, int]) -> dict[str, object]:

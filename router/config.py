@@ -69,6 +69,8 @@ class RouterConfig:
     http_port: int | None = 0
     grpc_host: str = "127.0.0.1"
     grpc_port: int | None = 0
+    # Any of them lets a client in; none: everybody may use the API.
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     # Folder with tokenizer.json and the model's JSON files. None: token ids only.
     model_folder: Path | None = None
     # Name clients ask for. None: the folder's, else the one that the nodes say.
@@ -93,6 +95,8 @@ class RouterConfig:
         for address in self.nodes:
             host, _, port = address.rpartition(":")
             _check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "nodes", address, "host:port")
+        is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
+        _check(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
         for name in ("http_port", "grpc_port"):
             port_number = getattr(self, name)
             _check(port_number is None or 0 <= port_number < 65536, name, port_number, "a port, 0 or None")
@@ -122,7 +126,7 @@ class RouterConfig:
                 if unknown:
                     raise BadConfig(f"{source}: unknown settings {sorted(unknown)} in {key!r}", param=key)
                 value = parts[key](**value)
-            elif key == "nodes":
+            elif key in ("nodes", "api_keys"):
                 value = tuple(value)
             elif key in ("model_folder", "ready_file") and value is not None:
                 value = Path(value)

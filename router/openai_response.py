@@ -17,7 +17,11 @@ from baton.types import PositionLogprobs, TokenLogprob
 from router.frontend import Ending, Part
 from router.tokenizer import Tokenizer
 
-_OPENAI_CODES = {"UnknownModel": "model_not_found", "PromptTooLong": "context_length_exceeded"}
+_OPENAI_CODES = {
+    "Unauthenticated": "invalid_api_key",
+    "UnknownModel": "model_not_found",
+    "PromptTooLong": "context_length_exceeded",
+}
 # JSON has no infinities; OpenAI writes this for tokens of probability zero.
 _LOWEST_LOGPROB = -9999.0
 

@@ -17,6 +17,7 @@ from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Ending, Frontend, GenerationRequest
+from router.keys import ApiKeys, GrpcGuard
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
@@ -147,13 +148,15 @@ class GrpcFace:
         self._dispatcher = dispatcher
         self._config = config
         limit = config.limits.max_body_bytes
+        keys = ApiKeys(config.api_keys)
         self._server = aio.server(
+            interceptors=[GrpcGuard(SERVICE_NAME, keys)] if keys else None,
             options=[
                 ("grpc.max_receive_message_length", limit),
                 ("grpc.so_reuseport", 0),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ]
+            ],
         )
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config), self._server)
         self._health = health.aio.HealthServicer()

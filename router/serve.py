@@ -14,8 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp
 
 from baton import errors
 from baton.clock import MonotonicClock
@@ -25,6 +25,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
 from router.http import build_app
+from router.keys import ApiKeys, HttpGuard
 from router.membership import State
 from router.registry import RegistryWatch
 from router.router import GrpcFace
@@ -76,7 +77,10 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         rng=random.SystemRandom(),
     )  # fmt: skip
     grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
-    http_face = _HttpFace(build_app(frontend, dispatcher, config, registry), config)
+    app: ASGIApp = build_app(frontend, dispatcher, config, registry)
+    if keys := ApiKeys(config.api_keys):
+        app = HttpGuard(app, keys)
+    http_face = _HttpFace(app, config)
     watch = None
     if config.registry is not None:
         watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock)
@@ -133,7 +137,7 @@ async def _all_up(dispatcher: Dispatcher) -> None:
 class _HttpFace:
     """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
 
-    def __init__(self, app: FastAPI, config: RouterConfig) -> None:
+    def __init__(self, app: ASGIApp, config: RouterConfig) -> None:
         self._host = config.http_host
         self._port = config.http_port
         self._server = uvicorn.Server(

@@ -1,0 +1,124 @@
+"""API keys: who may use the two faces of the router. Wraps them from outside and knows no route's meaning.
+
+As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. Of
+the gRPC services the router's own needs the same words as metadata; health and reflection stay open.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+from grpc import aio
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from baton import errors
+from router.openai_response import error_body
+from router.wire import abort
+
+_GUARDED_PATH = "/v1"
+
+
+class ApiKeys:
+    """Keeps digests, not keys: they are of one length, so that a comparison takes the same time whatever is asked."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [_digest(key.encode()) for key in keys]
+
+    def __bool__(self) -> bool:
+        return bool(self._digests)
+
+    def check(self, authorization: bytes | None) -> None:
+        """Raises Unauthenticated unless the header's value is `Bearer` and one of the keys."""
+        if authorization is None:
+            raise errors.Unauthenticated(
+                "no API key was given, expected the header 'Authorization: Bearer KEY' (BATON_API_KEY for `baton`)"
+            )
+        scheme, _, key = authorization.partition(b" ")
+        asked = _digest(key.strip())
+        # Every key is compared: the time says nothing about which one came near.
+        matches = [hmac.compare_digest(asked, digest) for digest in self._digests]
+        if scheme.lower() != b"bearer" or not any(matches):
+            raise errors.Unauthenticated(
+                "the API key is not one of this router's, expected 'Authorization: Bearer KEY'"
+            )
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+class HttpGuard:
+    """An ASGI application around another."""
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+        self._app = app
+        self._keys = keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # Browsers ask for permission without a key.
+        if scope["type"] == "http" and scope["method"] != "OPTIONS" and _is_guarded(scope["path"]):
+            try:
+                self._keys.check(dict(scope["headers"]).get(b"authorization"))
+            except errors.Unauthenticated as error:
+                await _refuse(error, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_guarded(path: str) -> bool:
+    return path == _GUARDED_PATH or path.startswith(f"{_GUARDED_PATH}/")
+
+
+async def _refuse(error: errors.Unauthenticated, send: Send) -> None:
+    body = json.dumps(error_body(error)).encode()
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        (b"www-authenticate", b"Bearer"),
+    ]
+    await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+class GrpcGuard(aio.ServerInterceptor):
+    """Refuses calls of one service without a key, whatever their kind."""
+
+    def __init__(self, service_name: str, keys: ApiKeys) -> None:
+        self._prefix = f"/{service_name}/"
+        self._keys = keys
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or not handler_call_details.method.startswith(self._prefix):
+            return handler
+        metadata: dict[str, str | bytes] = dict(handler_call_details.invocation_metadata or ())
+        said = metadata.get("authorization")
+        try:
+            self._keys.check(said.encode() if isinstance(said, str) else said)
+        except errors.Unauthenticated as error:
+            return _refusing(error, handler)
+        return handler
+
+
+def _refusing(
+    error: errors.Unauthenticated, handler: grpc.RpcMethodHandler[Any, Any]
+) -> grpc.RpcMethodHandler[Any, Any]:
+    async def refuse(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        await abort(context, error)
+
+    async def refuse_stream(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
+        await abort(context, error)
+        yield  # makes it a stream
+
+    make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler
+    behaviour = refuse_stream if handler.response_streaming else refuse
+    return make(behaviour, handler.request_deserializer, handler.response_serializer)
