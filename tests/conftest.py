@@ -8,11 +8,19 @@ from pathlib import Path
 
 import pytest
 
+import demo
 from tests.redis_server import RedisServer
 
 # Before torch is imported. Tests use small tensors: a second thread saves nothing, and on a busy machine every parallel
 # loop would wait for it. Tests about threads ask torch for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    folder = Path(demo.__file__).parent / "model"
+    assert (folder / "config.json").exists(), "demo/model is part of the repository"
+    return folder
 
 
 @pytest.fixture

@@ -11,17 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import demo
 from tests.cluster.harness import Cluster, StartCluster
 
 START_TIMEOUT_S = 90.0
-
-
-@pytest.fixture(scope="session")
-def demo_model() -> Path:
-    folder = Path(demo.__file__).parent / "model"
-    assert (folder / "config.json").exists(), "demo/model is part of the repository"
-    return folder
 
 
 @pytest.fixture
