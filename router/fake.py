@@ -238,6 +238,12 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     def duplicate(self, what: str, times: int = 1) -> None:
         self._duplicate[what] += times
 
+    def end_sessions(self, *, is_prefill: bool) -> None:
+        """In good order, as a node does that leaves."""
+        for session in self._sessions:
+            if session.is_prefill is is_prefill:
+                session.outbox.put_nowait(None)
+
     def stall(self) -> None:
         """The engine makes no step; sessions and status go on, and say so."""
         self._unstalled.clear()

@@ -444,3 +444,15 @@ async def test_a_node_that_refuses_because_it_drains_costs_no_attempt() -> None:
         done = await many(router, 8)
         assert [d.relay.attempts for d in done if isinstance(d, Completion)] == [1] * 8
         await baseline(cluster)
+
+
+async def test_the_last_tokens_of_a_node_that_leaves_are_not_lost() -> None:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+        asked = asyncio.create_task(complete(router, [1, 2, 3], max_tokens=30, seed=7))
+        await until(lambda: any(n.seen["joined"] for n in cluster.nodes.values()))
+        leaving = next(n for n in cluster.nodes.values() if n.seen["joined"])
+        # Its two sessions do not end at the same moment: the second still carries tokens.
+        leaving.end_sessions(is_prefill=True)
+        done = await asked
+        assert (done.relay.attempts, done.relay.decode_node_id) == (1, leaving.node_id)
+        assert done.token_ids == expected([1, 2, 3], 7, 30)

@@ -160,3 +160,17 @@ async def test_without_any_node_requests_are_refused_after_a_while(redis_server:
 def test_a_router_needs_nodes_or_a_registry() -> None:
     with pytest.raises(BadConfig, match="registry"):
         RouterConfig()
+
+
+async def test_two_routers_serve_over_the_same_nodes_and_one_may_leave(redis_server: RedisServer) -> None:
+    async with FakeCluster(SLOW, prefill=1, decode=1) as cluster, router_on(redis_server) as stays:
+        leases = [await register(redis_server, node) for node in cluster.nodes.values()]
+        async with router_on(redis_server) as leaves:
+            for router in (stays, leaves):
+                await until(lambda router=router: list(states(router).values()) == [State.READY] * 2)
+            await asyncio.gather(ask(stays, 6, max_tokens=40), ask(leaves, 6, max_tokens=40))
+            load = asyncio.create_task(ask(stays, 6, max_tokens=100))
+        await load
+        await until(lambda: cluster.used_blocks == 0)
+        for lease in leases:
+            await lease.close()

@@ -133,3 +133,35 @@ async def test_sigterm_while_the_model_loads_ends_the_process_with_0(tmp_path: P
         assert await process.stdout.readline() == b"loading\n"
         process.terminate()
         assert await process.wait() == 0
+
+
+async def cli(*arguments: str) -> tuple[int | None, str]:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cli", *arguments), stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    output, _ = await process.communicate()
+    return process.returncode, output.decode()
+
+
+async def test_baton_drain_waits_for_the_end_and_baton_health_tells_before_and_after(tmp_path: Path) -> None:
+    async with (
+        process_worker(tmp_path, "m0", "mixed", step_delay_s=0.01) as m,
+        session(m.address, "prefill") as router,
+    ):
+        await router.hello()
+        await router.run(spec("a", 20, max_tokens=100))
+        await router.next("tokens")
+        assert await cli("health", m.address) == (0, "healthy\n")
+        assert await cli("health", "--live", m.address) == (0, "healthy\n")
+        code, said = await cli("drain", "--direct", m.address, "--grace", "20")
+        assert code == 0, said
+        assert "m0 drains: 1 sequences are there, 20 s at the most" in said
+        assert "m0 has left after" in said
+        assert len(await router.tokens()) == 99
+        assert await m.process.wait() == 0
+        code, said = await cli("health", m.address, "--timeout", "1")
+        assert (code, m.address in said) == (1, True)
+        code, said = await cli("drain", "--direct", m.address)
+        assert code == 1
+        assert f"no worker answers at {m.address}" in said
+        assert "Traceback" not in said
