@@ -177,16 +177,15 @@ class Registry:
                 problems.append(f"record of {address}: {error}")
         return found, problems
 
-    async def changes(self, look_s: float) -> AsyncGenerator[None, None]:
-        """Once when subscribed, then at every change, for ever; close the iterator to end. ``look_s`` as for a ping."""
+    async def changes(self, look_s: float) -> AsyncGenerator[bool, None]:
+        """True once subscribed and at every change, False after ``look_s`` without one; close the iterator to end."""
         pubsub = self._redis.pubsub(ignore_subscribe_messages=True)
         try:
             await self._call(pubsub.subscribe(self._channel))
-            yield None
+            yield True
             while True:
                 message = await self._call(pubsub.get_message(timeout=look_s), extra_s=look_s)
-                if message is not None:
-                    yield None
+                yield message is not None
         finally:
             with contextlib.suppress(RedisError, OSError):
                 await pubsub.aclose()  # type: ignore[no-untyped-call]

@@ -243,22 +243,25 @@ class _Worker:
         self._decode.tell_status()
         _log.info("%s drains: %d sequences are here", self.node.node_id, self._replica.num_sequences)
         await self._server.set_serving(False)
-        if self._registration is not None:
-            await self._registration.withdraw()
-        await self._prefill.drained()
-        await self._decode.drained()
+        async with asyncio.TaskGroup() as tasks:
+            # A Redis that does not answer holds nobody up.
+            if self._registration is not None:
+                tasks.create_task(self._registration.withdraw())
+            await self._prefill.drained()
+            await self._decode.drained()
         self._leaving.feed(drain.Emptied())
 
     async def _close(self) -> bool:
         """Bounded by ``close_s``, twice if an engine step or a push does not end."""
         limit_s = self._config.close_s
-        if self._registration is not None:
-            await self._registration.close()
-        self._decode.close()
-        await self._prefill.close(limit_s)
-        await self._sender.close()
-        await self._receiver.close()
-        await self._server.stop(1.0)
+        async with asyncio.TaskGroup() as tasks:
+            if self._registration is not None:
+                tasks.create_task(self._registration.close())
+            self._decode.close()
+            await self._prefill.close(limit_s)
+            await self._sender.close()
+            await self._receiver.close()
+            await self._server.stop(1.0)
         if await asyncio.to_thread(self._replica.stop, limit_s):
             return True
         _log.error("the engine's last step did not end in %s s", limit_s)

@@ -32,6 +32,7 @@ class RegistryWatch:
         self._changed = asyncio.Event()
         self._silent_since_s: float | None = None
         self._told_problems: list[str] = []
+        self._is_closing = False
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -43,6 +44,8 @@ class RegistryWatch:
         ]
 
     async def close(self) -> None:
+        # Both: a redis-py (8.1) that finds its connection broken can lose a cancellation.
+        self._is_closing = True
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -50,7 +53,7 @@ class RegistryWatch:
         await self._registry.close()
 
     async def _poll(self) -> None:
-        while True:
+        while not self._is_closing:
             try:
                 async with asyncio.timeout(self._config.poll_s):
                     await self._changed.wait()
@@ -84,11 +87,14 @@ class RegistryWatch:
             _log.warning("%s; the last known nodes stay", reason)
 
     async def _listen(self) -> None:
-        while True:
+        while not self._is_closing:
             try:
                 async with aclosing(self._registry.changes(self._config.poll_s)) as changes:
-                    async for _ in changes:
-                        self._changed.set()
+                    async for has_changed in changes:
+                        if has_changed:
+                            self._changed.set()
+                        if self._is_closing:
+                            return
             except (Unavailable, BadConfig):
                 # Polling notices the same and says so.
                 await asyncio.sleep(self._config.poll_s)
