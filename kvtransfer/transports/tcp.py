@@ -124,13 +124,16 @@ class TcpReceiver:
         *,
         advertised_host: str,
         listen_host: str,
+        on_frame: Callable[[int, int, int, int], None] | None,
         on_writer_gone: Callable[[int], None],
         on_quiet: Callable[[int], None],
     ) -> None:
+        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread, before the acknowledgement."""
         self._memory = memory
         self._layout = layout
         self._advertised_host = advertised_host
         self._listen_host = listen_host or advertised_host.strip("[]")
+        self._on_frame = on_frame
         self._on_writer_gone = on_writer_gone
         self._on_quiet = on_quiet
         self._listener: socket.socket | None = None
@@ -312,11 +315,13 @@ class TcpReceiver:
                 continue
             try:
                 found = self._spans(block_ids, layer, num_layers, first, num_blocks, num_bytes)
-                is_whole = (
-                    _discard(connection, scratch, num_bytes)
-                    if found is None
-                    else receive_all(connection, _views(self._memory, found))
-                )
+                if found is None:
+                    is_whole = _discard(connection, scratch, num_bytes)
+                else:
+                    is_whole = receive_all(connection, _views(self._memory, found))
+                    if is_whole and self._on_frame is not None:
+                        for i in range(layer, layer + num_layers):
+                            self._on_frame(epoch, i, first, num_blocks)
             finally:
                 self._leave(epoch)
             if not is_whole:
