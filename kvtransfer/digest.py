@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -29,6 +29,14 @@ ByteArray = npt.NDArray[np.uint8]
 
 def segment_blocks(block_bytes: int) -> int:
     return max(1, _SEGMENT_BYTES // block_bytes)
+
+
+def cut(first: int, num_blocks: int, step_blocks: int) -> Iterator[tuple[int, int]]:
+    """A range of blocks, cut where segments are."""
+    stop = first + num_blocks
+    for start in range(first - first % step_blocks, stop, step_blocks):
+        begin = max(first, start)
+        yield begin, min(start + step_blocks, stop) - begin
 
 
 class _Hash128(ctypes.Structure):

@@ -21,6 +21,7 @@ import numpy as np
 
 from baton.errors import InternalError, TransferFailed
 from kvtransfer.arena import Arena, prefault
+from kvtransfer.digest import cut
 from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.writing import Lanes, Unit, as_bytes
 
@@ -267,11 +268,8 @@ class ShmWire:
         job, target = unit.job, self._target
         if job.plan is None:
             raise InternalError("a unit was queued before its push had begun")
-        step, stop = job.step_blocks, unit.first + unit.num_blocks
         for layer in range(unit.layer, unit.layer + unit.num_layers):
-            for start in range(unit.first - unit.first % step, stop, step):
-                first = max(start, unit.first)
-                count = min(start + step, stop) - first
+            for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
                 for src, dst, size in job.plan.copies(layer, first, count):
                     np.copyto(target[dst : dst + size], job.read(src, size))
                 job.hash(layer, first, count)
