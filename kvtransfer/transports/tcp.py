@@ -431,11 +431,12 @@ class TcpWire:
         try:
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
+                    # First the digest: the socket's copy then finds the bytes in the cache.
+                    job.hash(layer, first, count)
                     for offset, size in spans(layout, layer, block_ids, first, count):
                         views.append(job.read(offset, size).data)
                     if job.has_digest:
                         send_all(self._streams[lane], views)
-                        job.hash(layer, first, count)
                         views = []
             send_all(self._streams[lane], views)
         except OSError as error:

@@ -194,3 +194,18 @@ def test_the_pure_modules_load_neither_torch_nor_numpy_nor_grpc_nor_asyncio() ->
     code = "import sys; import kvtransfer.sender, kvtransfer.receiver; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "False"
+
+
+def test_pages_are_taken_in_the_background_where_asked_and_closing_waits() -> None:
+    arena = Arena.create(64 << 20)
+    arena.prefault_in_background([(0, 1 << 20), (33 << 20, 34 << 20)])
+    prefaulting = arena._prefaulting
+    assert prefaulting is not None
+    prefaulting.join()
+    assert os.fstat(arena.fd).st_blocks * 512 == 2 << 20
+    arena.close()
+    closed_early = Arena.create(512 << 20)
+    closed_early.prefault_in_background([(0, 512 << 20)])
+    closed_early.close()
+    assert closed_early._prefaulting is not None
+    assert not closed_early._prefaulting.is_alive()
