@@ -14,7 +14,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from baton import errors
@@ -23,7 +22,7 @@ from baton.observe import RequestMetrics
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
-from router.http import build_app
+from router.http import HttpFace
 from router.membership import State
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
@@ -74,17 +73,17 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         rng=random.SystemRandom(),
     )  # fmt: skip
     grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
-    http_face = _HttpFace(build_app(frontend, dispatcher, config, registry), config)
+    http_server = _HttpServer(HttpFace(frontend, dispatcher, config, registry), config)
     try:
         dispatcher.start()
         grpc_address = await grpc_face.start() if grpc_face is not None else None
-        http_address = await http_face.start() if config.http_port is not None else None
+        http_address = await http_server.start() if config.http_port is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
         yield Router(http_address, grpc_address, dispatcher, frontend)
     finally:
         # Streams end first (well or with an error), then the faces have nothing left to wait for.
         await dispatcher.close(config.limits.drain_s)
-        await http_face.stop()
+        await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
 
@@ -121,16 +120,16 @@ async def _all_up(dispatcher: Dispatcher) -> None:
         await changed.wait()
 
 
-class _HttpFace:
+class _HttpServer:
     """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
 
-    def __init__(self, app: FastAPI, config: RouterConfig) -> None:
+    def __init__(self, app: HttpFace, config: RouterConfig) -> None:
         self._host = config.http_host
         self._port = config.http_port
         self._server = uvicorn.Server(
             uvicorn.Config(
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
-                timeout_keep_alive=30, server_header=False,
+                timeout_keep_alive=30, server_header=False, interface="asgi3", ws="none", proxy_headers=False,
             )
         )  # fmt: skip
         self._task: asyncio.Task[None] | None = None
