@@ -131,17 +131,13 @@ def logprobs_to_pb(position: PositionLogprobs) -> pb.PositionLogprobs:
 
 
 def tokens_from_pb(msg: pb.Tokens) -> TokenChunk:
-    if msg.logprobs and len(msg.logprobs) != len(msg.token_ids):
+    token_ids = tuple(msg.token_ids)
+    logprobs = tuple([logprobs_from_pb(p) for p in msg.logprobs])
+    if logprobs and len(logprobs) != len(token_ids):
         raise errors.InvalidRequest(
-            f"{msg.sequence_id}: {len(msg.logprobs)} logprobs for {len(msg.token_ids)} tokens", param="logprobs"
+            f"{msg.sequence_id}: {len(logprobs)} logprobs for {len(token_ids)} tokens", param="logprobs"
         )
-    return TokenChunk(
-        sequence_id=msg.sequence_id,
-        index=msg.index,
-        token_ids=tuple(msg.token_ids),
-        logprobs=tuple(logprobs_from_pb(p) for p in msg.logprobs),
-        finish_reason=finish_from_pb(msg.finish_reason),
-    )
+    return TokenChunk(msg.sequence_id, msg.index, token_ids, logprobs, finish_from_pb(msg.finish_reason))
 
 
 def tokens_to_pb(chunk: TokenChunk) -> pb.Tokens:
