@@ -45,7 +45,7 @@ class Router:
 async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
     """Run until ``stop`` is set (or the task is cancelled), then drain and leave nothing behind."""
     async with running(config) as router, asyncio.TaskGroup() as group:
-        # What exists now stays: looking through it for garbage stopped all streams for 35 ms, again and again.
+        # What exists now stays: looking through it for garbage stopped every stream for 20 to 30 ms, again and again.
         gc.collect()
         gc.freeze()
         writer = group.create_task(_write_ready_file(config, router))
