@@ -92,6 +92,8 @@ class LogprobWriter:
 class ChoiceWriter:
     """Chunks and the whole of one choice."""
 
+    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_prompt_token_ids", "_tail", "_wants_ids")
+
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
         prompt_token_ids: tuple[int, ...],
@@ -103,11 +105,9 @@ class ChoiceWriter:
         self._index = index
         self._head = envelope.chunk_head + f'{{"index":{index},'
         self._tail = envelope.chunk_tail
-        self._has_begun = False
 
     def begin(self, echo: str = "") -> str:
         """The first chunk: the role in chat, the prompt where it is echoed. Empty if there is nothing to say."""
-        self._has_begun = True
         if not self._is_chat and not echo and not self._wants_ids:
             return ""
         ids = f',"prompt_token_ids":{json.dumps(self._prompt_token_ids)},"token_ids":[]' if self._wants_ids else ""
@@ -148,6 +148,8 @@ class ChoiceWriter:
 
 class Envelope:
     """What all chunks of an answer share."""
+
+    __slots__ = ("_fields", "chunk_head", "chunk_tail", "is_chat")
 
     def __init__(self, *, answer_id: str, model: str, created: int, is_chat: bool, wants_usage: bool) -> None:
         self.is_chat = is_chat
