@@ -32,6 +32,11 @@ app = typer.Typer(
 )
 
 
+class OnOff(StrEnum):
+    on = "on"
+    off = "off"
+
+
 class DType(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -64,6 +69,10 @@ MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once
 Transport = Annotated[
     str,
     typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+]
+Digest = Annotated[
+    OnOff,
+    typer.Option(help="Check KV that arrives against a digest. off gives up the check: damaged KV goes unnoticed."),
 ]
 LayerwiseFromKib = Annotated[
     int, typer.Option(min=-1, help="Push KV of at least this size layer by layer. -1: as measured for the transport.")
@@ -127,6 +136,7 @@ def up(
     registry: Registry = "",
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
+    digest: Digest = OnOff.on,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from baton.registry import RegistryConfig
@@ -157,7 +167,7 @@ def up(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
-            *("--layerwise-from-kib", str(layerwise_from_kib)),
+            *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
         ),
     )
     is_first = True
@@ -196,6 +206,7 @@ def worker(
     cluster_name: ClusterName = "default",
     registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
     grace: Grace = 10.0,
+    digest: Digest = OnOff.on,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both.
@@ -228,6 +239,7 @@ def worker(
         max_num_seqs=max_num_seqs,
         num_threads=threads,
         transports=_transports(transport),
+        digest=digest is OnOff.on,
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
         registry=RegistryConfig(registry, cluster_name) if registry else None,
         registry_lease=LeaseConfig(registry_lease),

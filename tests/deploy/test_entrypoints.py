@@ -162,7 +162,7 @@ def kill_all(containers: Containers) -> None:
 
 def test_the_router_starts_where_there_is_no_torch() -> None:
     """As in its image: what only the worker's extra brings cannot be imported."""
-    absent = ("torch", "transformers", "numpy", "safetensors", "triton", "xxhash", "numba")
+    absent = ("torch", "transformers", "numpy", "safetensors", "triton", "xxhash", "llvmlite")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
         "import router.serve, router.registry, cli.draining, cli.ask; from cli.main import main; "

