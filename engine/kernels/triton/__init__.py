@@ -1,0 +1,1 @@
+"""Baton's own kernels for NVIDIA GPUs, one operation per file: plain functions on tensors. `reference` is the truth."""
