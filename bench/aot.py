@@ -74,7 +74,8 @@ class CompileOnlyDriver:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        # Triton keeps what it compiled by device: one number per target.
+        return self._arch
 
     def get_current_stream(self, device: int) -> int:
         return 0

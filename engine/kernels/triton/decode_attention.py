@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.triton.language import dot, load_rows, online_softmax, page_offsets
+from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import DecodeTile
 
 # Splits combined at a time. Part of the numerics: sums within a chunk are a tree, chunks follow one another.
@@ -75,20 +75,20 @@ def _split_kernel(
         for n in range(start, stop, BLOCK_N):
             b_token = n + tl.arange(0, BLOCK_N)
             m_token = (b_token >= first) & (b_token < length)
-            b_offset = page_offsets(p_table, b_token, m_token, stride_block, D, BLOCK_TOKENS)
+            b_offset = page_offsets(p_table, n, b_token, m_token, stride_block, D, BLOCK_TOKENS, BLOCK_N)
             b_key = load_rows(p_key, b_offset, m_token, D, BLOCK_D)
             b_scores = dot(b_query, tl.trans(b_key), tl.zeros([BLOCK_G, BLOCK_N], tl.float32))
             b_scores = tl.where(m_token[None, :], b_scores, float("-inf"))
             b_weight, b_rescale, b_max, b_sum = online_softmax(b_scores, b_max, b_sum, scale_log2)
             b_value = load_rows(p_value, b_offset, m_token, D, BLOCK_D)
-            b_acc = dot(b_weight.to(b_value.dtype), b_value, b_acc * b_rescale[:, None])
+            b_acc = dot(narrow(b_weight, b_value.dtype), b_value, b_acc * b_rescale[:, None])
         # Only padding has no sum; it comes out as zeros.
         b_result = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
         m_result = m_group[:, None] & (b_column < D)[None, :]
         b_item = i_row * (HKV * GROUP) + b_head
         if is_direct:
             p_to = p_out + b_item[:, None] * D + b_column[None, :]
-            tl.store(p_to, b_result.to(p_out.dtype.element_ty), mask=m_result)
+            tl.store(p_to, narrow(b_result, p_out.dtype.element_ty), mask=m_result)
         else:
             b_slot = b_item * num_splits + i_slot
             tl.store(p_partial + b_slot[:, None] * D + b_column[None, :], b_result, mask=m_result)
@@ -137,7 +137,7 @@ def _combine_kernel(
             total = total * rescale + tl.sum(b_weight, 0)
             b_acc = b_acc * rescale + tl.sum(b_weight[:, None] * b_part, 0)
             best = higher
-        tl.store(p_out + i_item * D + b_column, (b_acc / total).to(p_out.dtype.element_ty), mask=m_column)
+        tl.store(p_out + i_item * D + b_column, narrow(b_acc / total, p_out.dtype.element_ty), mask=m_column)
 
 
 def max_splits(max_length: int, window: int | None, split: int) -> int:

@@ -17,12 +17,32 @@ def dot(a, b, acc):
     """acc + a b in float32. The interpreter multiplies the bits of bfloat16 as integers, so it gets float32."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
-    return tl.dot(a, b, acc, input_precision="ieee")
+    else:  # noqa: RET505 - the compiler drops this branch, but not what follows a return
+        return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
-def page_offsets(p_table, b_token, m_token, stride_block, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr):
-    """Elements from a head's keys in block 0 to those of positions ``b_token`` [BLOCK_N] int32, as int64 [BLOCK_N]."""
+def narrow(b_x, dtype: tl.constexpr):
+    """float32 in another dtype, rounded to nearest; the interpreter cuts bfloat16 off instead, so it gets help."""
+    if INTERPRET and dtype == tl.bfloat16:
+        b_bits = b_x.to(tl.uint32, bitcast=True)
+        b_even = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(b_x == b_x, b_even.to(tl.float32, bitcast=True), b_x).to(dtype)
+    else:  # noqa: RET505 - the compiler drops this branch, but not what follows a return
+        return b_x.to(dtype)
+
+
+@triton.jit
+def page_offsets(
+    p_table, n, b_token, m_token, stride_block, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Elements from a head's keys in block 0 to those of ``b_token`` = n + [0, BLOCK_N), int64 [BLOCK_N].
+
+    ``n`` is a multiple of BLOCK_N and the tile holds a position that exists.
+    """
+    if BLOCK_TOKENS % BLOCK_N == 0:
+        page = tl.load(p_table + n // BLOCK_TOKENS).to(tl.int64)
+        return page * stride_block + (n % BLOCK_TOKENS + tl.arange(0, BLOCK_N)) * D
     b_page = tl.load(p_table + b_token // BLOCK_TOKENS, mask=m_token, other=0)
     return b_page.to(tl.int64) * stride_block + (b_token % BLOCK_TOKENS) * D
 

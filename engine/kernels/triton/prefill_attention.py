@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.decode_attention import NO_WINDOW
-from engine.kernels.triton.language import dot, load_rows, online_softmax, page_offsets
+from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import PrefillTile
 
 
@@ -35,10 +35,11 @@ class Chunk(NamedTuple):
 
 @triton.jit
 def _key_offsets(
-    p_table, b_token, m_token, stride_block, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, IS_PAGED: tl.constexpr
-):
+    p_table, n, b_token, m_token, stride_block,
+    D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, IS_PAGED: tl.constexpr,
+):  # fmt: skip
     if IS_PAGED:
-        return page_offsets(p_table, b_token, m_token, stride_block, D, BLOCK_TOKENS)
+        return page_offsets(p_table, n, b_token, m_token, stride_block, D, BLOCK_TOKENS, BLOCK_N)
     # Contiguous: the table holds the sequence's first row, and a row is what stride_block says.
     return (tl.load(p_table) + b_token).to(tl.int64) * stride_block
 
@@ -56,7 +57,7 @@ def _attend(
         m_token = (b_token <= last) & (b_token >= first)
     else:
         m_token = tl.full([BLOCK_N], True, tl.int1)
-    b_offset = _key_offsets(p_table, b_token, m_token, stride_block, D, BLOCK_TOKENS, IS_PAGED)
+    b_offset = _key_offsets(p_table, n, b_token, m_token, stride_block, D, BLOCK_TOKENS, BLOCK_N, IS_PAGED)
     b_key = load_rows(p_key, b_offset, m_token, D, BLOCK_D)
     b_scores = dot(b_query, tl.trans(b_key), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
     if IS_MASKED:
@@ -64,7 +65,7 @@ def _attend(
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
     b_weight, b_rescale, b_max, b_sum = online_softmax(b_scores, b_max, b_sum, scale_log2)
     b_value = load_rows(p_value, b_offset, m_token, D, BLOCK_D)
-    b_acc = dot(b_weight.to(b_value.dtype), b_value, b_acc * b_rescale[:, None])
+    b_acc = dot(narrow(b_weight, b_value.dtype), b_value, b_acc * b_rescale[:, None])
     return b_acc, b_max, b_sum
 
 
@@ -143,7 +144,7 @@ def _prefill_kernel(
         b_result = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
         p_to = p_out + (b_row * (HKV * GROUP) + b_head)[:, None] * D + b_column[None, :]
         m_result = m_row[:, None] & (b_column < D)[None, :]
-        tl.store(p_to, b_result.to(p_out.dtype.element_ty), mask=m_result)
+        tl.store(p_to, narrow(b_result, p_out.dtype.element_ty), mask=m_result)
 
 
 def list_tiles(chunks: Sequence[Chunk], group_size: int, block_m: int) -> np.ndarray:
