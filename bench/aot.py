@@ -30,8 +30,11 @@ from triton.runtime.driver import driver
 
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear
+from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rotate_store, silu_mul
 from engine.kernels.triton.prefill_attention import contiguous_prefill_attention, paged_prefill_attention
+from engine.kernels.triton.sampling import Draws, sample
+from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning, parse
 
 # Bytes of shared memory one program may have.
@@ -182,6 +185,14 @@ def indices(*shape: int) -> Tensor:
 
 def cases(tuning: Tuning) -> Iterator[Case]:
     """Every configuration in use: kernels x models x dtypes, on the tiles of ``tuning``."""
+    draws = Draws(
+        meta(64, dtype=torch.float64), indices(64), meta(64, dtype=torch.float64), meta(64, dtype=torch.float64),
+        meta(64, dtype=torch.int64), meta(64, dtype=torch.int64),
+    )  # fmt: skip
+    yield Case("sampling", partial(sample, meta(64, 128256, dtype=torch.float32), draws), is_fast=True)
+    cache = meta(32, 512, 8, 2, 64, 128, dtype=torch.bfloat16)
+    yield Case("blocks out", partial(gather_blocks, cache, indices(16), cache[:, :16].contiguous()), is_fast=True)
+    yield Case("blocks in", partial(scatter_blocks, cache[:, :16].contiguous(), indices(16), cache), is_fast=True)
     for model in MODELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if dtype == torch.bfloat16 or model.name in ("llama-3-8b", "head-256"):
@@ -213,6 +224,15 @@ def _attention_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterat
             ),
             is_fast=is_first,
         )  # fmt: skip
+    plan = SharedPlan(indices(64), indices(8, 4), indices(64), 4)
+    yield Case(
+        f"{label}, blocks of 64: shared prefix",
+        partial(
+            shared_decode_attention, query[:64], cache, indices(64, 128), indices(64), indices(64), plan,
+            scale_log2=0.1, max_length=8192, tile=tuning.decode_tile(model.head_dim, dtype),
+        ),
+        is_fast=is_first,
+    )  # fmt: skip
     key = meta(4096, model.kv_heads, model.head_dim, dtype=dtype)
     yield Case(
         f"{label}: prefill, contiguous",

@@ -100,7 +100,7 @@ class Tuning:
 
     def prefill_tile(self, head_dim: int, dtype: torch.dtype, *, is_windowed: bool) -> PrefillTile:
         tile = _by_head_dim(self.prefill_windowed if is_windowed else self.prefill, head_dim)
-        return replace(tile, block_m=64, block_n=32, num_stages=2) if dtype == torch.float32 else tile
+        return replace(tile, block_m=32, block_n=32, num_stages=2) if dtype == torch.float32 else tile
 
     def gemm_plan(self, out_features: int, in_features: int, dtype: torch.dtype) -> GemmPlan:
         """The measured plan, or the default cut so that the programs of a decode step fill the processors."""
@@ -110,7 +110,7 @@ class Tuning:
         plan = self.gemm_default
         if dtype == torch.float32:
             stream = replace(plan.stream, max_block_m=32, block_n=32, num_stages=3)
-            grid = replace(plan.grid, block_m=64, block_n=64, num_stages=2)
+            grid = replace(plan.grid, block_m=64, block_n=32, num_stages=2)
             plan = replace(plan, block_k=32, stream=stream, grid=grid)
         tiles = -(-out_features // plan.stream.block_n)
         steps = -(-in_features // plan.block_k)
