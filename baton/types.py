@@ -145,8 +145,8 @@ class TokenChunk:
 class KvLayout:
     """Geometry of a KV cache: bytes are [num_layers, num_blocks] of [num_kv_heads, 2 (K, V), block_tokens, head_dim].
 
-    With K and V next to each other inside a head, one (layer, block) is one run of bytes, a range of heads is one run
-    too, and K and V of all (block, head) pairs are strided views that batched matrix products accept without a copy.
+    With K and V next to each other inside a head, one (layer, block) is one run of bytes, and a range of heads is one
+    run too. How the block_tokens * head_dim elements of one K or V are ordered is the kernels' business.
     """
 
     num_layers: int

@@ -10,9 +10,6 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.step import Piece, StepPlan
 
-# A row of a matrix product keeps its bits whatever the other rows only if their number is a multiple of this.
-ROW_MULTIPLE = 8
-
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -27,36 +24,24 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's inputs; rows beyond ``num_tokens`` are padding: computed, never read, never written to the cache."""
+    """One step's inputs, a row per token."""
 
     num_tokens: int
-    num_rows: int
-    token_ids: Tensor  # [num_rows] int64
-    positions: Tensor  # [num_rows] int64
-    prompt_lengths: Tensor  # [num_rows] int64
+    token_ids: Tensor  # [num_tokens] int64
+    positions: Tensor  # [num_tokens] int64
+    prompt_lengths: Tensor  # [num_tokens] int64
+    # Where a token's keys and values go, block * block_tokens + offset, [num_tokens] int64.
+    slot_mapping: Tensor
     spans: tuple[Span, ...]
-    # Cache rows of the tokens' keys, [num_tokens * num_kv_heads] int64, token-major, in a layer seen as
-    # [num_blocks * num_kv_heads * 2 * block_tokens, head_dim]; values lie block_tokens rows further.
-    key_rows: Tensor
     # Rows whose logits are wanted, in the order of the pieces that sample.
     sample_rows: tuple[int, ...]
 
 
-def sampling_rows(batch: Batch) -> Tensor:
-    """Rows that sample, padded by repeating the last; there must be one."""
-    rows = batch.sample_rows
-    return torch.tensor(rows + rows[-1:] * (padded(len(rows)) - len(rows)))
-
-
 def sampling_spans(batch: Batch) -> tuple[Span, ...]:
-    """Spans of the single tokens that sample, in rows numbered as ``sampling_rows`` orders them."""
+    """Spans of the single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
     wanted = set(batch.sample_rows)
     spans = [s for s in batch.spans if s.row + s.num_tokens - 1 in wanted]
     return tuple(Span(i, s.start + s.num_tokens - 1, 1, s.block_ids) for i, s in enumerate(spans))
-
-
-def padded(num_rows: int) -> int:
-    return -(-num_rows // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 def build_batch(plan: StepPlan, layout: KvLayout) -> Batch:
@@ -70,18 +55,17 @@ def build_batch(plan: StepPlan, layout: KvLayout) -> Batch:
         spans.append(_span(piece, row, layout))
         if piece.samples:
             sample_rows.append(row + piece.num_tokens - 1)
-    padding = padded(num_tokens) - num_tokens
     positions = _ranges([s.start for s in spans], [s.num_tokens for s in spans])
     counts = torch.tensor([s.num_tokens for s in spans])
-    prompts = torch.tensor([len(p.sequence.spec.prompt_token_ids) for p in plan.pieces]).repeat_interleave(counts)
     return Batch(
         num_tokens=num_tokens,
-        num_rows=num_tokens + padding,
-        token_ids=torch.tensor(token_ids + [0] * padding),
-        positions=torch.cat((positions, positions.new_zeros(padding))),
-        prompt_lengths=torch.cat((prompts, prompts.new_ones(padding))),
+        token_ids=torch.tensor(token_ids),
+        positions=positions,
+        prompt_lengths=torch.tensor([len(p.sequence.spec.prompt_token_ids) for p in plan.pieces]).repeat_interleave(
+            counts
+        ),
+        slot_mapping=_slot_mapping(spans, positions, counts, layout.block_tokens),
         spans=tuple(spans),
-        key_rows=_key_rows(spans, positions, counts, layout),
         sample_rows=tuple(sample_rows),
     )
 
@@ -99,11 +83,8 @@ def _ranges(starts: list[int], counts: list[int]) -> Tensor:
     return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
 
 
-def _key_rows(spans: list[Span], positions: Tensor, counts: Tensor, layout: KvLayout) -> Tensor:
-    heads, block_tokens = layout.num_kv_heads, layout.block_tokens
+def _slot_mapping(spans: list[Span], positions: Tensor, counts: Tensor, block_tokens: int) -> Tensor:
     tables = torch.tensor([block for span in spans for block in span.block_ids])
     sizes = torch.tensor([len(span.block_ids) for span in spans])
     first = (sizes.cumsum(0) - sizes).repeat_interleave(counts)
-    blocks = tables[first + positions // block_tokens]
-    by_head = blocks[:, None] * heads + torch.arange(heads)
-    return (by_head * (2 * block_tokens) + (positions % block_tokens)[:, None]).view(-1)
+    return tables[first + positions // block_tokens] * block_tokens + positions % block_tokens

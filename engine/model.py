@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch, sampling_rows, sampling_spans
+from engine.batch import Batch, sampling_spans
 from engine.config import ModelConfig
 from engine.kernels.interface import Kernels, Linear
 from engine.kv_cache import KvCache
@@ -23,8 +23,7 @@ class Layer:
 
     input_norm: Tensor
     qkv: Linear
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    head_norms: tuple[Tensor, Tensor] | None  # of q and k, [head_dim]
     output: Linear
     mlp_norm: Tensor
     gate_up: Linear
@@ -50,40 +49,29 @@ class Model:
         """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
         c, kernels = self._config, self._kernels
         cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
-        scale = kernels.query_scale(c.head_dim)
-        turns = (cos * scale, sin * scale), (cos, sin)
         attention = kernels.attention(c, layout, batch.spans)
         x = self._embedding[batch.token_ids]
-        for index, layer in enumerate(self._layers):
+        normed = kernels.rms_norm(x, self._layers[0].input_norm, c.rms_norm_eps)
+        next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             arena = cache.layer(index)
-            q, k, v = self._project(layer, x, *turns)
-            kernels.store(k[: batch.num_tokens], v[: batch.num_tokens], arena, batch)
+            q = kernels.rope_store(
+                layer.qkv(normed), layer.head_norms, c.rms_norm_eps, cos, sin, arena, batch.slot_mapping
+            )
             if on_layer is not None:
                 on_layer(index)
             if index == c.num_layers - 1:
                 # Nothing reads the last layer's output but the rows that sample.
                 if not batch.sample_rows:
                     return torch.empty(0, c.vocab_size)
-                rows = sampling_rows(batch)
+                rows = torch.tensor(batch.sample_rows)
                 x, q = x[rows], q[rows]
                 attention = kernels.attention(c, layout, sampling_spans(batch))
-            x = x + layer.output(attention(q, arena, layer.window))
-            normed = kernels.rms_norm(x, layer.mlp_norm, c.rms_norm_eps)
-            x = x + layer.down(kernels.silu_mul(layer.gate_up(normed)))
-        logits = self._head(kernels.rms_norm(x, self._norm, c.rms_norm_eps))
-        return logits[: len(batch.sample_rows)].float()
-
-    def _project(
-        self, layer: Layer, x: Tensor, query_turn: tuple[Tensor, Tensor], key_turn: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values, [rows, heads, head_dim], the first two normed and rotated."""
-        c, kernels = self._config, self._kernels
-        qkv = layer.qkv(kernels.rms_norm(x, layer.input_norm, c.rms_norm_eps)).view(len(x), -1, c.head_dim)
-        q, k, v = qkv.split_with_sizes((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = kernels.rms_norm(q.contiguous(), layer.q_norm, c.rms_norm_eps)
-            k = kernels.rms_norm(k.contiguous(), layer.k_norm, c.rms_norm_eps)
-        return kernels.rotate(q, *query_turn), kernels.rotate(k, *key_turn), v
+            delta = layer.output(attention(q, arena, layer.window))
+            normed = kernels.add_rms_norm(x, delta, layer.mlp_norm, c.rms_norm_eps)
+            delta = layer.down(kernels.silu_mul(layer.gate_up(normed)))
+            normed = kernels.add_rms_norm(x, delta, next_norm, c.rms_norm_eps)
+        return self._head(normed).float()
 
 
 class _Loader:
@@ -110,8 +98,9 @@ def _load_layer(loader: _Loader, c: ModelConfig, index: int) -> Layer:
     return Layer(
         input_norm=loader.tensor(f"{at}input_layernorm.weight"),
         qkv=loader.linear([f"{attn}q_proj", f"{attn}k_proj", f"{attn}v_proj"], bias=c.qkv_bias),
-        q_norm=loader.tensor(f"{attn}q_norm.weight") if c.qk_norm else None,
-        k_norm=loader.tensor(f"{attn}k_norm.weight") if c.qk_norm else None,
+        head_norms=(loader.tensor(f"{attn}q_norm.weight"), loader.tensor(f"{attn}k_norm.weight"))
+        if c.qk_norm
+        else None,
         output=loader.linear([f"{attn}o_proj"], bias=c.output_bias),
         mlp_norm=loader.tensor(f"{at}post_attention_layernorm.weight"),
         gate_up=loader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], bias=c.mlp_bias),

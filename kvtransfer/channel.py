@@ -129,6 +129,7 @@ def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: 
         ("protocol_version", mine.protocol_version, theirs.protocol_version),
         ("model fingerprint", mine.model.fingerprint, theirs.model.fingerprint),
         ("model dtype", mine.model.dtype, theirs.model.dtype),
+        ("kernels", mine.kernels, theirs.kernels),
         ("digest", my_digest or "off", their_digest or "off"),
     )
     who = f"{mine.node_id} and {theirs.node_id} cannot exchange KV"

@@ -197,6 +197,9 @@ class Membership:
             mine, theirs = getattr(reference.model, name), getattr(node.model, name)
             if mine != theirs:
                 return f"model {name} is {mine} at {reference.node_id} and {theirs} at {node.node_id}"
+        if reference.kernels != node.kernels:
+            # Other kernels round otherwise: a request that moved would not go on with the same tokens.
+            return f"kernels are {reference.kernels} at {reference.node_id} and {node.kernels} at {node.node_id}"
         layout = reference.kv_layout.mismatch(node.kv_layout)
         return (
             None if layout is None else f"KV layout of {reference.node_id} (here) and {node.node_id} (there): {layout}"

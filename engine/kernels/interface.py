@@ -7,12 +7,12 @@ from typing import Protocol
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch, Span
+from engine.batch import Span
 from engine.config import ModelConfig
 
 
 class Linear(Protocol):
-    """x [rows, in] -> x W^T + b, [rows, out]; rows are a multiple of 8."""
+    """x [rows, in] -> x W^T + b, [rows, out]."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
@@ -21,16 +21,20 @@ class Attention(Protocol):
     """One step's attention; built once per step, called once per layer."""
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        """queries [rows, num_heads, head_dim], rotated and scaled; cache: one layer, this step's keys and values in it.
+        """queries as ``rope_store`` gave them; cache: one layer, this step's keys and values in it.
 
-        Returns [rows, num_heads * head_dim]. Cache rows at positions a query does not see never reach its result,
-        whatever they hold. Rows of padding come back finite.
+        Returns [rows, num_heads * head_dim]. What lies in the cache at positions that a query does not see never
+        reaches its result, NaN included.
         """
         ...
 
 
 class Kernels(Protocol):
-    """Law: a row of every result depends on that row's inputs alone, bit for bit."""
+    """Law: a row of every result depends on that row's inputs alone, bit for bit.
+
+    How a set of kernels orders the elements within one head of a KV block is its own business; blocks are exchanged
+    between nodes that run the same kernels, and as a whole.
+    """
 
     name: str
 
@@ -39,23 +43,33 @@ class Kernels(Protocol):
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / sqrt(mean(x^2) + eps) * weight over the last dimension, accumulated in float32."""
+        """x / sqrt(mean(x^2) + eps) * weight per row, in float32, rounded before and after the weight."""
         ...
 
-    def query_scale(self, head_dim: int) -> float:
-        """What attention expects queries to be multiplied by; the model does it while it rotates them in float32."""
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x += delta in place, rounded; then ``rms_norm`` of it."""
         ...
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x [rows, heads, head_dim], cos and sin [rows, head_dim / 2] float32: each half-split pair turned."""
-        ...
+    def rope_store(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        """Head norms of q and k, rotary embedding, and this step's keys and values into one layer of the cache.
 
-    def store(self, keys: Tensor, values: Tensor, cache: Tensor, batch: Batch) -> None:
-        """Write keys and values [num_tokens, num_kv_heads, head_dim] to their cache rows."""
+        qkv [rows, (num_heads + 2 * num_kv_heads) * head_dim]; cos and sin [rows, head_dim / 2] float32, for half-split
+        pairs; slot_mapping [rows] int64, block * block_tokens + offset. Returns queries [rows, num_heads, head_dim],
+        scaled as this set's attention wants them.
+        """
         ...
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """[rows, 2 * features] -> silu(first half) * second half."""
+        """[rows, 2 * features] -> silu(first half) * second half, rounded once."""
         ...
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...

@@ -13,9 +13,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton.types import KvLayout
-from engine.batch import ROW_MULTIPLE, Batch, Span
+from engine.batch import Span
 from engine.config import ModelConfig
 from engine.kernels.interface import Attention, Linear
+
+# torch's product gives a row the same bits whatever the other rows only if their number is a multiple of this.
+_ROW_MULTIPLE = 8
 
 
 class ReferenceKernels:
@@ -25,8 +28,8 @@ class ReferenceKernels:
         weight = weight.contiguous()
 
         def apply(x: Tensor) -> Tensor:
-            assert len(x) % ROW_MULTIPLE == 0
-            return functional.linear(x, weight, bias)
+            padded = functional.pad(x, (0, 0, 0, -len(x) % _ROW_MULTIPLE))
+            return functional.linear(padded, weight, bias)[: len(x)]
 
         return apply
 
@@ -35,21 +38,28 @@ class ReferenceKernels:
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         return (wide * scale).to(x.dtype) * weight
 
-    def query_scale(self, head_dim: int) -> float:
-        return 1 / math.sqrt(head_dim)
+    def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return self.rms_norm(x.add_(delta), weight, eps)
 
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        cos, sin = cos[:, None], sin[:, None]
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-    def store(self, keys: Tensor, values: Tensor, cache: Tensor, batch: Batch) -> None:
-        block_tokens = cache.shape[3]
-        for span in batch.spans:
-            for i in range(span.num_tokens):
-                block, offset = divmod(span.start + i, block_tokens)
-                cache[span.block_ids[block], :, 0, offset] = keys[span.row + i]
-                cache[span.block_ids[block], :, 1, offset] = values[span.row + i]
+    def rope_store(
+        self,
+        qkv: Tensor,
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Tensor,
+        slot_mapping: Tensor,
+    ) -> Tensor:
+        _, kv_heads, _, block_tokens, head_dim = cache.shape
+        split = qkv.view(len(qkv), -1, head_dim)
+        q, k, v = split[:, : -2 * kv_heads], split[:, -2 * kv_heads : -kv_heads], split[:, -kv_heads:]
+        if norms is not None:
+            q, k = self.rms_norm(q, norms[0], eps), self.rms_norm(k, norms[1], eps)
+        blocks, offsets = slot_mapping // block_tokens, slot_mapping % block_tokens
+        cache[blocks, :, 0, offsets] = rotate(k, cos, sin).to(cache.dtype)
+        cache[blocks, :, 1, offsets] = v
+        return (rotate(q, cos, sin) / math.sqrt(head_dim)).to(qkv.dtype)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)
@@ -63,6 +73,13 @@ class ReferenceKernels:
             return out.flatten(1)
 
         return apply
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [rows, heads, head_dim], cos and sin [rows, head_dim / 2]: each half-split pair turned, in float32."""
+    cos, sin = cos[:, None], sin[:, None]
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 def _attend_span(queries: Tensor, cache: Tensor, window: int | None, span: Span, out: Tensor) -> None:

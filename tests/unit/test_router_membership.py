@@ -59,6 +59,7 @@ def test_mismatches_are_refused_with_both_values_and_asked_again() -> None:
         "fingerprint": replace(OTHER, model=replace(OTHER.model, fingerprint="g")),
         "block_tokens": replace(OTHER, kv_layout=replace(OTHER.kv_layout, block_tokens=32)),
         "dtype": replace(OTHER, kv_layout=replace(OTHER.kv_layout, dtype="bfloat16")),
+        "kernels": replace(OTHER, kernels="cpu-avx2"),
         "protocol": replace(OTHER, protocol_version=99),
         "already taken": NODE,
     }

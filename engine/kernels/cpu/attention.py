@@ -1,0 +1,239 @@
+"""Paged attention on CPUs whose result for a token is a function of that token and its context alone.
+
+A task is a tile of queries (consecutive tokens of one sequence, all query heads of one KV head; a single token while
+decoding). It meets the KV blocks it sees in ascending order and keeps a running maximum, a running sum and the running
+output of each row (online softmax, Milakov and Gimelshein 2018), so the additions of a row depend neither on the rows
+beside it nor on how the prompt was cut. Blocks that some token of the tile sees only in part are taken token by token,
+within exactly what it sees: memory beyond that is never touched by arithmetic, whatever it holds.
+
+Layout of K and V: pointwise.py. Bound: KV bytes while decoding, 4 * head_dim operations per (query, token) in prefill.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+from baton.types import KvLayout
+from engine.batch import Span
+from engine.config import ModelConfig
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+
+# Query rows of a tile: their outputs and a KV block of one head stay in the first two caches.
+_TILE_ROWS = 64
+_NO_WINDOW = 1 << 40
+
+
+class CpuAttention:
+    """One step's attention: tiles are laid out once, then used by every layer."""
+
+    def __init__(self, isa: Isa, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> None:
+        self._kv_heads = layout.num_kv_heads
+        self._kernel = _kernel(
+            isa, layout.dtype, config.group_size, layout.head_dim, layout.block_tokens, layout.num_kv_heads
+        )
+        tiles, block_ids = _tiles(spans, max(1, _TILE_ROWS // config.group_size))
+        self._num_tiles = len(tiles)
+        self._tiles = torch.tensor(tiles)
+        self._block_ids = torch.tensor(block_ids)
+
+    def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
+        out = torch.empty_like(queries)
+        self._kernel(
+            self._num_tiles * self._kv_heads,
+            *(self._tiles.data_ptr(), self._block_ids.data_ptr(), queries.data_ptr(), cache.data_ptr()),
+            *(out.data_ptr(), window or _NO_WINDOW),
+        )
+        return out.flatten(1)
+
+
+def query_scale(head_dim: int) -> float:
+    """1 / sqrt(head_dim), in the logarithm of base 2 that exp2 undoes."""
+    return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def _tiles(spans: tuple[Span, ...], most: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
+    """(first row, its position, tokens, start of its block ids), longest context first so that threads end together."""
+    tiles: list[tuple[int, int, int, int]] = []
+    block_ids: list[int] = []
+    for span in spans:
+        table = len(block_ids)
+        block_ids += span.block_ids
+        for at in range(0, span.num_tokens, most):
+            tiles.append((span.row + at, span.start + at, min(most, span.num_tokens - at), table))
+    tiles.sort(key=lambda tile: -tile[1])
+    return tiles, block_ids
+
+
+@functools.cache
+def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, kv_heads: int) -> Kernel:
+    item = itemsize(dtype)
+    side = block_tokens * head_dim * item
+    max_rows = max(_TILE_ROWS, group)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        tiles, block_ids, queries, cache, out, window = parameters
+        rows = _Rows(e, dtype, head_dim, block_tokens, max_rows)
+        kv_head = task % kv_heads
+        row, start, num_tokens, table = (e.load_int(tiles + task // kv_heads * 32 + 8 * i) for i in range(4))
+        end = start + num_tokens
+        # Bytes from a token's queries of this KV head to the next token's, and where this tile's begin.
+        stride = kv_heads * group * head_dim * item
+        place = row * stride + kv_head * (group * head_dim * item)
+        with e.loop(0, num_tokens) as token, e.loop(0, group) as head:
+            rows.begin(
+                token.index * group + head.index,
+                queries + place + token.index * stride + head.index * (head_dim * item),
+            )
+        first = (start + 1 - window).max(0) // block_tokens
+        with e.loop(first, (end - 1) // block_tokens + 1) as block:
+            base = block.index * block_tokens
+            keys = cache + (e.load_int(block_ids + (table + block.index) * 8) * kv_heads + kv_head) * (2 * side)
+            seen_by_all = e.b.and_(base + (block_tokens - 1) <= start, end - window <= base)
+            with e.b.if_else(seen_by_all) as (whole, in_part):
+                with whole:
+                    e.by_rows(
+                        *(0, num_tokens * group, isa.tile_rows),
+                        lambda row, count: rows.attend(row, count, keys, keys + side, None),
+                        multiple=group,
+                    )
+                with in_part, e.loop(0, num_tokens) as token:
+                    low = (start + token.index + 1 - window - base).max(0)
+                    high = (start + token.index + 1 - base).min(block_tokens)
+                    with e.b.if_then(low < high):
+                        for at in range(0, group, isa.tile_rows):
+                            count = min(isa.tile_rows, group - at)
+                            rows.attend(token.index * group + at, count, keys, keys + side, (low, high))
+        with e.loop(0, num_tokens) as token, e.loop(0, group) as head:
+            rows.finish(
+                token.index * group + head.index, out + place + token.index * stride + head.index * (head_dim * item)
+            )
+
+    return Kernel(f"attention_{dtype}", isa, 6, build)
+
+
+class _Rows:
+    """Query rows of a tile with their running state, in the thread's scratch memory."""
+
+    def __init__(self, e: Emitter, dtype: str, head_dim: int, block_tokens: int, max_rows: int) -> None:
+        self._e = e
+        self._dtype = dtype
+        # Weights meet V in its dtype where the dot product wants pairs, in float32 elsewhere.
+        self._weight_dtype = dtype if per_dot(dtype) == 2 else "float32"
+        self._head_dim = head_dim
+        self._block_tokens = block_tokens
+        self._item = itemsize(dtype)
+        self._step = per_dot(dtype)
+        self._token_width = e.isa.width(block_tokens)
+        self._width = e.isa.width(head_dim)
+        self._queries = e.scratch(max_rows * head_dim * self._item)
+        self._outputs = e.scratch(max_rows * head_dim * 4)
+        self._best = e.scratch(max_rows * 4)
+        self._totals = e.scratch(max_rows * self._token_width * 4)
+        self._weights = e.scratch(e.isa.tile_rows * block_tokens * 4)
+
+    def begin(self, row: Int, source: Int) -> None:
+        e = self._e
+        for i in range(0, self._head_dim, self._width):
+            query = e.load(self._dtype, source + i * self._item, self._width)
+            e.store(self._dtype, query, self._queries + row * (self._head_dim * self._item) + i * self._item)
+            e.store("float32", e.constant(0.0, self._width), self._output(row, i))
+        e.store("float32", e.constant(-math.inf, 1), self._best + row * 4)
+        e.store("float32", e.constant(0.0, self._token_width), self._total(row))
+
+    def finish(self, row: Int, target: Int) -> None:
+        e = self._e
+        total = e.lane_sum(e.load("float32", self._total(row), self._token_width))
+        total = e.resize(total, self._width)
+        for i in range(0, self._head_dim, self._width):
+            e.store(self._dtype, e.load("float32", self._output(row, i), self._width) / total, target + i * self._item)
+
+    def attend(self, row: Int, count: int, keys: Int, values: Int, seen: tuple[Int, Int] | None) -> None:
+        """``count`` rows meet one block; of its tokens they see [low, high), or all."""
+        scores = self._scores(row, count, keys)
+        decays = [self._weigh(row + i, i, scores[i], seen) for i in range(count)]
+        vectors = self._head_dim // self._width
+        for first in range(0, vectors, self._e.isa.tile_vectors):
+            self._gather(row, count, values, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors)))
+
+    def _scores(self, row: Int, count: int, keys: Int) -> list[list[Vec]]:
+        """[rows][vectors of tokens]."""
+        e, width, step, item = self._e, self._token_width, self._step, self._item
+        scores: list[list[Vec]] = [[] for _ in range(count)]
+        queries = self._queries + row * (self._head_dim * item)
+        num_vectors = self._block_tokens // width
+        for first in range(0, num_vectors, e.isa.tile_vectors):
+            vectors = range(first, min(num_vectors, first + e.isa.tile_vectors))
+            with e.loop(0, self._head_dim // step, values=[e.constant(0.0, width)] * (count * len(vectors))) as loop:
+                at = keys + loop.index * (self._block_tokens * step * item)
+                loaded = [e.dot_load(self._dtype, at + v * width * step * item, width) for v in vectors]
+                for i in range(count):
+                    query = e.dot_spread(
+                        self._dtype, queries + loop.index * (step * item) + i * self._head_dim * item, width
+                    )
+                    for v, key in enumerate(loaded):
+                        loop.following.append(e.dot(self._dtype, loop.values[i * len(loaded) + v], key, query))
+            for i in range(count):
+                scores[i] += loop.values[i * len(vectors) : (i + 1) * len(vectors)]
+        return scores
+
+    def _weigh(self, row: Int, index: int, scores: list[Vec], seen: tuple[Int, Int] | None) -> Vec:
+        """Weights of the block's tokens to scratch, sum and maximum carried on; what earlier results shrink by."""
+        e, width = self._e, self._token_width
+        if seen is not None:
+            masks = [e.lanes_between(v * width, width, *seen) for v in range(len(scores))]
+            scores = [score.where(mask, -math.inf) for score, mask in zip(scores, masks, strict=True)]
+        before = e.spread("float32", self._best + row * 4, width)
+        best = before.max(e.lane_max(functools.reduce(Vec.max, scores)))
+        e.store_lane(best, self._best + row * 4)
+        decay = e.exp2(before - best)
+        total = e.load("float32", self._total(row), width) * decay
+        for v, score in enumerate(scores):
+            weight = e.exp2(score - best)
+            total = total + weight
+            size = itemsize(self._weight_dtype)
+            e.store(self._weight_dtype, weight, self._weights + index * self._block_tokens * size + v * width * size)
+        e.store("float32", total, self._total(row))
+        return e.resize(decay, self._width)
+
+    def _gather(
+        self, row: Int, count: int, values: Int, seen: tuple[Int, Int] | None, decays: list[Vec], vectors: range
+    ) -> None:
+        """outputs = outputs * decay + weights . V, for some vectors of the head."""
+        e, step = self._e, self._step
+        places = [self._output(row + i, v * self._width) for i in range(count) for v in vectors]
+        decayed = [e.load("float32", place, self._width) * decays[n // len(vectors)] for n, place in enumerate(places)]
+
+        def add(pair: Int, totals: list[Vec], keep: str = "both") -> list[Vec]:
+            at = values + pair * (self._head_dim * step * self._item)
+            loaded = [
+                e.dot_load(self._dtype, at + v * self._width * step * self._item, self._width, keep) for v in vectors
+            ]
+            size = itemsize(self._weight_dtype)
+            weights = self._weights + pair * (step * size)
+            added = []
+            for i in range(count):
+                weight = e.dot_spread(self._weight_dtype, weights + i * self._block_tokens * size, self._width)
+                for v, value in enumerate(loaded):
+                    added.append(e.dot(self._dtype, totals[i * len(loaded) + v], value, weight))
+            return added
+
+        low, high = (e.integer(0), e.integer(self._block_tokens)) if seen is None else seen
+        if seen is not None and step == 2:
+            decayed = e.when(low % 2, decayed, lambda totals: add(low // 2, totals, "high"))
+        with e.loop((low + (step - 1)) // step, high // step, values=decayed) as loop:
+            loop.following = add(loop.index, loop.values)
+        totals = loop.values
+        if seen is not None and step == 2:
+            totals = e.when(high % 2, totals, lambda totals: add(high // 2, totals, "low"))
+        for place, total in zip(places, totals, strict=True):
+            e.store("float32", total, place)
+
+    def _output(self, row: Int, element: int) -> Int:
+        return self._outputs + row * (self._head_dim * 4) + element * 4
+
+    def _total(self, row: Int) -> Int:
+        return self._totals + row * (self._token_width * 4)

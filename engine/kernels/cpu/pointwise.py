@@ -1,0 +1,183 @@
+"""Row-wise kernels: RMSNorm with the residual addition, head norms + RoPE + KV write in one pass, SwiGLU.
+
+A KV block of one head holds K as [head_dim / s, block_tokens, s] and V as [block_tokens / s, head_dim, s], s elements
+being one step of a dot product: attention reads both front to back with tokens, then head elements, in its lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+from torch import Tensor
+
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+
+# Elements of a task: microseconds of work.
+_TASK_ELEMENTS = 1 << 14
+_LOG2_E = math.log2(math.e)
+
+
+def dtype_name(x: Tensor) -> str:
+    return str(x.dtype).removeprefix("torch.")
+
+
+def rows_per_task(num_features: int) -> int:
+    return max(1, _TASK_ELEMENTS // num_features)
+
+
+def rms_norm(isa: Isa, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+    """x += delta where there is one; x / sqrt(mean(x^2) + eps) * weight, rounded before and after the weight."""
+    kernel = _rms_norm(isa, dtype_name(x), x.shape[1], eps, delta is not None)
+    out = x.new_empty(x.shape)
+    rows = rows_per_task(x.shape[1])
+    kernel(
+        -(-len(x) // rows),
+        *(x.data_ptr(), 0 if delta is None else delta.data_ptr(), weight.data_ptr(), out.data_ptr(), len(x)),
+    )
+    return out
+
+
+def silu_mul(isa: Isa, gate_up: Tensor) -> Tensor:
+    """[rows, 2 * features] -> silu(first half) * second half."""
+    features = gate_up.shape[1] // 2
+    out = gate_up.new_empty(len(gate_up), features)
+    kernel = _silu_mul(isa, dtype_name(gate_up), features)
+    kernel(-(-len(gate_up) // rows_per_task(features)), gate_up.data_ptr(), out.data_ptr(), len(gate_up))
+    return out
+
+
+@functools.cache
+def _rms_norm(isa: Isa, dtype: str, size: int, eps: float, adds: bool) -> Kernel:
+    width, item = isa.width(size), itemsize(dtype)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        x, delta, weight, out, num_rows = parameters
+        first = task * rows_per_task(size)
+        with e.loop(first, (first + rows_per_task(size)).min(num_rows)) as rows:
+            at = rows.index * (size * item)
+            with e.loop(0, size * item, width * item, [e.constant(0.0, width)]) as loop:
+                here = at + loop.index
+                value = e.load(dtype, x + here, width)
+                if adds:
+                    value = e.round(dtype, value + e.load(dtype, delta + here, width))
+                    e.store(dtype, value, x + here)
+                loop.following = [e.fma(value, value, loop.values[0])]
+            scale = inverse_rms(e, loop.values[0], size, eps)
+            with e.loop(0, size * item, width * item) as loop:
+                normed = e.round(dtype, e.load(dtype, x + at + loop.index, width) * scale)
+                e.store(dtype, normed * e.load(dtype, weight + loop.index, width), out + at + loop.index)
+
+    return Kernel(f"rms_norm_{dtype}", isa, 5, build)
+
+
+def inverse_rms(e: Emitter, squares: Vec, size: int, eps: float) -> Vec:
+    """Of the squares summed lane by lane."""
+    return e.constant(1.0, squares.width) / e.sqrt(e.lane_sum(squares) * (1 / size) + eps)
+
+
+@functools.cache
+def _silu_mul(isa: Isa, dtype: str, size: int) -> Kernel:
+    width, item = isa.width(size), itemsize(dtype)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        gate_up, out, num_rows = parameters
+        first = task * rows_per_task(size)
+        with e.loop(first, (first + rows_per_task(size)).min(num_rows)) as rows:
+            gates, target = gate_up + rows.index * (2 * size * item), out + rows.index * (size * item)
+            with e.loop(0, size * item, width * item) as loop:
+                gate = e.load(dtype, gates + loop.index, width)
+                up = e.load(dtype, gates + size * item + loop.index, width)
+                # Beyond 127 the quotient rounds to the gate, or to a zero below float32's smallest.
+                decay = e.exp2((gate * -_LOG2_E).min(127.0))
+                e.store(dtype, gate / (decay + 1.0) * up, target + loop.index)
+
+    return Kernel(f"silu_mul_{dtype}", isa, 3, build)
+
+
+def rope_store(
+    isa: Isa,
+    qkv: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    cos: Tensor,
+    sin: Tensor,
+    cache: Tensor,
+    slot_mapping: Tensor,
+    scale: float,
+) -> Tensor:
+    """Queries [rows, heads, head_dim], normed, rotated and scaled; keys and values go to their slots of the cache."""
+    _, kv_heads, _, block_tokens, head_dim = cache.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    kernel = _rope_store(isa, dtype_name(qkv), heads, kv_heads, head_dim, block_tokens, norms is not None, eps, scale)
+    queries = qkv.new_empty(len(qkv), heads, head_dim)
+    q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+    kernel(
+        -(-len(qkv) // rows_per_task(qkv.shape[1])),
+        *(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), q_norm, k_norm),
+        *(cache.data_ptr(), slot_mapping.data_ptr(), queries.data_ptr(), len(qkv)),
+    )
+    return queries
+
+
+@functools.cache
+def _rope_store(
+    isa: Isa, dtype: str, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norms: bool, eps: float,
+    scale: float,
+) -> Kernel:  # fmt: skip
+    half, item, step = head_dim // 2, itemsize(dtype), per_dot(dtype)
+    width = isa.width(half)
+    side = block_tokens * head_dim * item  # bytes of K, or of V, of one head of a block
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        qkv, cos, sin, q_norm, k_norm, cache, slot_mapping, queries, num_rows = parameters
+        turned = e.scratch(head_dim * item)
+        per_task = rows_per_task((heads + 2 * kv_heads) * head_dim)
+
+        def turn(source: Int, norm: Int, angles: Int, factor: float, target: Int) -> None:
+            """One head, its halves as the two coordinates of each pair."""
+            inverse = e.constant(1.0, width)
+            if norms:
+                with e.loop(0, head_dim * item, width * item, [e.constant(0.0, width)]) as loop:
+                    value = e.load(dtype, source + loop.index, width)
+                    loop.following = [e.fma(value, value, loop.values[0])]
+                inverse = inverse_rms(e, loop.values[0], head_dim, eps)
+            for i in range(0, half, width):
+                pair = []
+                for at in (i * item, (half + i) * item):
+                    value = e.load(dtype, source + at, width)
+                    if norms:
+                        normed = e.round(dtype, value * inverse)
+                        value = e.round(dtype, normed * e.load(dtype, norm + at, width))
+                    pair.append(value)
+                c = e.load("float32", cos + angles + 4 * i, width)
+                s = e.load("float32", sin + angles + 4 * i, width)
+                e.store(dtype, (pair[0] * c - pair[1] * s) * factor, target + i * item)
+                e.store(dtype, (pair[1] * c + pair[0] * s) * factor, target + (half + i) * item)
+
+        first = task * per_task
+        with e.loop(first, (first + per_task).min(num_rows)) as rows:
+            row = rows.index
+            angles = row * (half * 4)
+            source = qkv + row * ((heads + 2 * kv_heads) * head_dim * item)
+            with e.loop(0, heads) as loop:
+                offset = loop.index * (head_dim * item)
+                turn(source + offset, q_norm, angles, scale, queries + row * (heads * head_dim * item) + offset)
+            slot = e.load_int(slot_mapping + row * 8)
+            block, token = slot // block_tokens, slot % block_tokens
+            with e.loop(0, kv_heads) as loop:
+                keys = source + (loop.index + heads) * (head_dim * item)
+                values = keys + kv_heads * head_dim * item
+                turn(keys, k_norm, angles, 1.0, turned)
+                place = cache + (block * kv_heads + loop.index) * (2 * side)
+                with e.loop(0, head_dim // step) as element:
+                    e.copy(
+                        turned + element.index * (step * item),
+                        place + (element.index * block_tokens + token) * (step * item),
+                        step * item,
+                    )
+                target = place + side + (token // step * (head_dim * step) + token % step) * item
+                with e.loop(0, head_dim) as element:
+                    e.copy(values + element.index * item, target + element.index * (step * item), item)
+
+    return Kernel(f"rope_store_{dtype}", isa, 9, build)
