@@ -31,7 +31,7 @@ from triton.runtime.driver import driver
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
-from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rotate_store, silu_mul
+from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import contiguous_prefill_attention, paged_prefill_attention
 from engine.kernels.triton.sampling import Draws, sample
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
@@ -166,7 +166,6 @@ MODELS = (
     Model("llama-3-8b", 4096, 32, 8, 128, 14336),
     Model("llama-3.2-1b", 2048, 32, 8, 64, 8192),
     Model("qwen3-0.6b", 1024, 16, 8, 128, 3072, has_qk_norm=True),
-    Model("qwen2.5-0.5b", 896, 14, 2, 64, 4864),
     Model("mistral-7b", 4096, 32, 8, 128, 14336, window=4096),
     Model("phi-3-mini", 3072, 32, 32, 96, 8192),
     Model("head-80", 2560, 32, 8, 80, 6912),
@@ -189,10 +188,10 @@ def cases(tuning: Tuning) -> Iterator[Case]:
         meta(64, dtype=torch.float64), indices(64), meta(64, dtype=torch.float64), meta(64, dtype=torch.float64),
         meta(64, dtype=torch.int64), meta(64, dtype=torch.int64),
     )  # fmt: skip
-    yield Case("sampling", partial(sample, meta(64, 128256, dtype=torch.float32), draws), is_fast=True)
+    yield Case("sampling", partial(sample, meta(64, 128256, dtype=torch.float32), draws))
     cache = meta(32, 512, 8, 2, 64, 128, dtype=torch.bfloat16)
-    yield Case("blocks out", partial(gather_blocks, cache, indices(16), cache[:, :16].contiguous()), is_fast=True)
-    yield Case("blocks in", partial(scatter_blocks, cache[:, :16].contiguous(), indices(16), cache), is_fast=True)
+    yield Case("blocks out", partial(gather_blocks, cache, indices(16), cache[:, :16].contiguous()))
+    yield Case("blocks in", partial(scatter_blocks, cache[:, :16].contiguous(), indices(16), cache))
     for model in MODELS:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             if dtype == torch.bfloat16 or model.name in ("llama-3-8b", "head-256"):
@@ -214,7 +213,7 @@ def _attention_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterat
                 window=model.window,
             ),
             has_hgmma=dtype != torch.float32,
-            is_fast=is_first,
+            is_fast=is_first and block_tokens == 64,
         )  # fmt: skip
         yield Case(
             f"{label}, blocks of {block_tokens}: decode",
@@ -222,7 +221,7 @@ def _attention_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterat
                 decode_attention, query[:64], cache, indices(64, 128), indices(64), indices(64), scale_log2=0.1,
                 max_length=8192, tile=tuning.decode_tile(model.head_dim, dtype), window=model.window,
             ),
-            is_fast=is_first,
+            is_fast=is_first and block_tokens == 64,
         )  # fmt: skip
     plan = SharedPlan(indices(64), indices(8, 4), indices(64), 4)
     yield Case(
@@ -262,24 +261,22 @@ def _other_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterator[C
                 f"{label}: {name}, {size}",
                 partial(linear, x, weight, None, plan, is_gated=is_gated),
                 has_hgmma=dtype != torch.float32,
-                is_fast=is_first and name in ("output", "gate and up"),
+                is_fast=is_first and (name, size) in (("output", "many rows"), ("gate and up", "one row")),
             )
     x, weight = meta(64, model.hidden, dtype=dtype), meta(model.hidden, dtype=dtype)
     yield Case(f"{label}: norm", partial(rms_norm, x, weight, 1e-6))
-    yield Case(f"{label}: add and norm", partial(add_rms_norm, x, x, weight, 1e-6), is_fast=is_first)
+    yield Case(f"{label}: add and norm", partial(add_rms_norm, x, x, weight, 1e-6))
     yield Case(f"{label}: embed", partial(embed, meta(128256, model.hidden, dtype=dtype), indices(64)))
     yield Case(f"{label}: silu * mul", partial(silu_mul, meta(64, 2 * model.inner, dtype=dtype)))
-    norm = meta(model.head_dim, dtype=dtype) if model.has_qk_norm else None
+    norm = meta(model.head_dim, dtype=dtype)
+    norms = (norm, norm) if model.has_qk_norm else None
     angles = meta(64, model.head_dim // 2, dtype=torch.float32)
     cache = meta(512, model.kv_heads, 2, 64, model.head_dim, dtype=dtype)
+    slots = meta(64, dtype=torch.int64)
     yield Case(
-        f"{label}: rotate and store",
-        partial(
-            rotate_store, meta(64, qkv, dtype=dtype), cache, angles, angles, indices(64), indices(64, 128),
-            indices(64), num_heads=model.heads, q_norm=norm, k_norm=norm, eps=1e-6,
-        ),
-        is_fast=is_first,
-    )  # fmt: skip
+        f"{label}: rope and store",
+        partial(rope_store, meta(64, qkv, dtype=dtype), norms, 1e-6, angles, angles, cache, slots),
+    )
 
 
 def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, bool]]:

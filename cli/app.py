@@ -41,6 +41,7 @@ class DType(StrEnum):
 class Kernels(StrEnum):
     auto = "auto"
     cpu = "cpu"
+    triton = "triton"
     reference = "reference"
 
 

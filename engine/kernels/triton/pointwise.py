@@ -21,8 +21,7 @@ _ROTATED = 4096
 @triton.jit
 def _rms_norm_kernel(
     p_out,  # [rows, COLUMNS]
-    p_sum,  # [rows, COLUMNS] or None
-    p_x,  # [rows, COLUMNS]
+    p_x,  # [rows, COLUMNS]; with a delta, their sum is left here
     p_delta,  # [rows, COLUMNS] or None
     p_weight,  # [COLUMNS]
     eps,
@@ -38,7 +37,7 @@ def _rms_norm_kernel(
         b_x += tl.load(p_delta + i_row * COLUMNS + b_column, mask=m_column, other=0.0).to(tl.float32)
         # What is kept is what is normed: rounded once.
         b_kept = narrow(b_x, p_out.dtype.element_ty)
-        tl.store(p_sum + i_row * COLUMNS + b_column, b_kept, mask=m_column)
+        tl.store(p_x + i_row * COLUMNS + b_column, b_kept, mask=m_column)
         b_x = b_kept.to(tl.float32)
     scale = tl.math.rsqrt(tl.sum(b_x * b_x, 0) / COLUMNS + eps)
     b_normed = narrow(b_x * scale, p_out.dtype.element_ty).to(tl.float32)
@@ -47,25 +46,24 @@ def _rms_norm_kernel(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [rows, features] / sqrt(mean(x^2) + eps) * weight."""
-    return _rms_norm(x, None, weight, eps)[1]
+    """x [rows, features] / sqrt(mean(x^2) + eps) * weight, rounded before and after the weight."""
+    return _rms_norm(x, None, weight, eps)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x + delta, its norm): the residual stream goes on, and into the next layer."""
+def add_rms_norm(x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x += delta in place, rounded; then ``rms_norm`` of it."""
+    assert delta.is_contiguous()
     return _rms_norm(x, delta, weight, eps)
 
 
-def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     assert x.is_contiguous()
     rows, columns = x.shape
     out = torch.empty_like(x)
-    total = x if delta is None else torch.empty_like(x)
     block = triton.next_power_of_2(columns)
     if rows:
         _rms_norm_kernel[(rows,)](
             out,
-            total,
             x,
             delta,
             weight,
@@ -75,7 +73,7 @@ def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> tu
             HAS_DELTA=delta is not None,
             num_warps=max(1, min(8, block // 512)),
         )
-    return total, out
+    return out
 
 
 @triton.jit
@@ -147,7 +145,7 @@ def _norm_heads(b_first, b_second, m_normed, p_weight, b_half, m_half, HALF: tl.
 
 
 @triton.jit
-def _rotate_store_kernel(
+def _rope_store_kernel(
     p_query,  # [rows, H, D]
     p_cache,  # [blocks, HKV, 2, BLOCK_TOKENS, D]
     p_qkv,  # [rows, (H + 2 * HKV) * D]
@@ -155,12 +153,9 @@ def _rotate_store_kernel(
     p_sin,  # [rows, D / 2] float32
     p_q_norm,  # [D] or None
     p_k_norm,  # [D] or None
-    p_position,  # [rows] int32
-    p_table,  # [sequences, stride_table] int32
-    p_table_row,  # [rows] int32; negative: padding, not written to the cache
+    p_slot,  # [rows] int64, block * BLOCK_TOKENS + offset; negative: padding, not written to the cache
     eps,
     stride_block,
-    stride_table,
     H: tl.constexpr,
     HKV: tl.constexpr,
     HALF: tl.constexpr,
@@ -191,67 +186,56 @@ def _rotate_store_kernel(
     p_to = p_query + i_row * (H * D) + b_head[:, None] * D + b_half[None, :]
     tl.store(p_to, narrow(b_r1, element), mask=is_query[:, None] & m_half[None, :])
     tl.store(p_to + HALF, narrow(b_r2, element), mask=is_query[:, None] & m_half[None, :])
-    table_row = tl.load(p_table_row + i_row).to(tl.int64)
-    if table_row >= 0:
-        position = tl.load(p_position + i_row)
-        page = tl.load(p_table + table_row * stride_table + position // BLOCK_TOKENS).to(tl.int64)
+    slot = tl.load(p_slot + i_row)
+    if slot >= 0:
         b_kv = tl.where(is_value, b_head - H - HKV, b_head - H)
-        b_slot = (b_kv * 2 + is_value.to(tl.int32)) * (BLOCK_TOKENS * D) + position % BLOCK_TOKENS * D
-        p_to = p_cache + page * stride_block + b_slot[:, None] + b_half[None, :]
+        b_slot = (b_kv * 2 + is_value.to(tl.int32)) * (BLOCK_TOKENS * D) + slot % BLOCK_TOKENS * D
+        p_to = p_cache + slot // BLOCK_TOKENS * stride_block + b_slot[:, None] + b_half[None, :]
         m_kv = (is_key | is_value)[:, None] & m_half[None, :]
         tl.store(p_to, narrow(tl.where(is_value[:, None], b_first, b_r1), element), mask=m_kv)
         tl.store(p_to + HALF, narrow(tl.where(is_value[:, None], b_second, b_r2), element), mask=m_kv)
 
 
-def rotate_store(
+def rope_store(
     qkv: Tensor,
-    cache: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
     cos: Tensor,
     sin: Tensor,
-    positions: Tensor,
-    tables: Tensor,
-    table_rows: Tensor,
-    *,
-    num_heads: int,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    cache: Tensor,
+    slot_mapping: Tensor,
 ) -> Tensor:
     """Norm queries and keys, turn both, write keys and values to their pages: queries [rows, heads, head_dim].
 
-    qkv [rows, (heads + 2 * kv_heads) * head_dim]; cos, sin [rows, head_dim / 2] float32; rows whose ``table_rows`` is
-    negative are padding.
+    qkv [rows, (heads + 2 * kv_heads) * head_dim]; cos, sin [rows, head_dim / 2] float32; slot_mapping [rows] int64,
+    block * block_tokens + offset, negative for padding.
     """
     assert qkv.is_contiguous()
-    assert (q_norm is None) == (k_norm is None)
     rows = len(qkv)
     num_kv_heads, block_tokens, head_dim = cache.shape[1], cache.shape[3], cache.shape[4]
-    query = qkv.new_empty(rows, num_heads, head_dim)
+    heads = qkv.shape[1] // head_dim
+    query = qkv.new_empty(rows, heads - 2 * num_kv_heads, head_dim)
     block_half = triton.next_power_of_2(head_dim // 2)
-    heads = num_heads + 2 * num_kv_heads
     block_h = min(triton.next_power_of_2(heads), max(1, _ROTATED // (2 * block_half)))
     if rows:
-        _rotate_store_kernel[(rows, triton.cdiv(heads, block_h))](
+        _rope_store_kernel[(rows, triton.cdiv(heads, block_h))](
             query,
             cache,
             qkv,
             cos,
             sin,
-            q_norm,
-            k_norm,
-            positions,
-            tables,
-            table_rows,
+            None if norms is None else norms[0],
+            None if norms is None else norms[1],
+            slot_mapping,
             eps,
             cache.stride(0),
-            tables.stride(0),
-            H=num_heads,
+            H=heads - 2 * num_kv_heads,
             HKV=num_kv_heads,
             HALF=head_dim // 2,
             BLOCK_TOKENS=block_tokens,
             BLOCK_H=block_h,
             BLOCK_HALF=block_half,
-            HAS_NORM=q_norm is not None,
+            HAS_NORM=norms is not None,
             num_warps=4,
         )
     return query

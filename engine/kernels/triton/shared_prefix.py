@@ -21,7 +21,9 @@ from engine.kernels.triton.decode_attention import SharedPartials, decode_attent
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import DecodeTile
 
+# Rows of a tile; products of float32 hold fewer in registers.
 _BLOCK_M = 64
+_BLOCK_M_FLOAT32 = 16
 # Below it, one more launch per layer costs more than what is not read: some 4 us of memory traffic.
 MIN_SAVED_BYTES = 16 << 20
 
@@ -139,14 +141,14 @@ class SharedPlan:
 
 
 def plan_prefixes(
-    groups: Sequence[Group], table_rows: Sequence[int], split_tokens: int, group_size: int, device: torch.device
+    groups: Sequence[Group], table_rows: Sequence[int], split_tokens: int, tile_rows: int, device: torch.device
 ) -> SharedPlan:
-    """``table_rows`` names each row's line of the block table."""
+    """``table_rows`` names each row's line of the block table; ``tile_rows`` comes from ``rows_per_tile``."""
     members: list[int] = []
     tiles: list[tuple[int, int, int, int]] = []
     prefix = [0] * len(table_rows)
     for group in groups:
-        for rows in _in_tiles(group.rows, rows_per_tile(group_size)):
+        for rows in _in_tiles(group.rows, tile_rows):
             tiles.append((len(members), len(rows), table_rows[rows[0]], group.num_splits))
             members += rows
         for row in group.rows:
@@ -159,8 +161,9 @@ def plan_prefixes(
     )
 
 
-def rows_per_tile(group_size: int) -> int:
-    return max(1, _BLOCK_M // group_size)
+def rows_per_tile(group_size: int, dtype: torch.dtype) -> int:
+    """Rows of the batch whose queries of one KV head fit a tile."""
+    return max(1, (_BLOCK_M_FLOAT32 if dtype == torch.float32 else _BLOCK_M) // group_size)
 
 
 def _in_tiles(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -184,6 +187,7 @@ def shared_decode_attention(
     heads, head_dim = query.shape[1:]
     num_kv_heads, block_tokens = cache.shape[1], cache.shape[3]
     num_splits = max_splits(max_length, None, tile.split_tokens)
+    group_size = heads // num_kv_heads
     partials = SharedPartials.empty(query, num_splits, plan.prefix_tokens)
     if len(plan.tiles):
         _prefix_kernel[(plan.num_splits, num_kv_heads, len(plan.tiles))](
@@ -200,14 +204,14 @@ def shared_decode_attention(
             tables.stride(0),
             num_splits,
             HKV=num_kv_heads,
-            GROUP=heads // num_kv_heads,
+            GROUP=group_size,
             D=head_dim,
             BLOCK_TOKENS=block_tokens,
             SPLIT=tile.split_tokens,
-            BLOCK_M=max(_BLOCK_M, triton.next_power_of_2(heads // num_kv_heads)),
+            BLOCK_M=triton.next_power_of_2(group_size * rows_per_tile(group_size, query.dtype)),
             BLOCK_N=tile.block_n,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=tile.num_warps,
+            num_warps=8,
             num_stages=tile.num_stages,
         )
     return decode_attention(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from dataclasses import dataclass, fields, replace
@@ -92,26 +93,27 @@ class Tuning:
     # By (out, in); what is not there is planned from the default.
     gemm: dict[tuple[int, int], GemmPlan]
     gemm_default: GemmPlan
+    # Of any shape: a value of 4 bytes has no tensor cores that are exact, and half the room.
+    decode_float32: DecodeTile
+    prefill_float32: PrefillTile
+    gemm_float32: GemmPlan
+    # Of the data, by which nodes of one numeric class know each other.
+    digest: str
 
     def decode_tile(self, head_dim: int, dtype: torch.dtype) -> DecodeTile:
         tile = _by_head_dim(self.decode, head_dim)
-        # Twice the bytes: half the tile.
-        return replace(tile, block_n=max(16, tile.block_n // 2)) if dtype == torch.float32 else tile
+        return self.decode_float32 if dtype == torch.float32 else tile
 
     def prefill_tile(self, head_dim: int, dtype: torch.dtype, *, is_windowed: bool) -> PrefillTile:
         tile = _by_head_dim(self.prefill_windowed if is_windowed else self.prefill, head_dim)
-        return replace(tile, block_m=32, block_n=32, num_stages=2) if dtype == torch.float32 else tile
+        return self.prefill_float32 if dtype == torch.float32 else tile
 
     def gemm_plan(self, out_features: int, in_features: int, dtype: torch.dtype) -> GemmPlan:
         """The measured plan, or the default cut so that the programs of a decode step fill the processors."""
         measured = self.gemm.get((out_features, in_features))
         if measured is not None and dtype != torch.float32:
             return measured
-        plan = self.gemm_default
-        if dtype == torch.float32:
-            stream = replace(plan.stream, max_block_m=32, block_n=32, num_stages=3)
-            grid = replace(plan.grid, block_m=64, block_n=32, num_stages=2)
-            plan = replace(plan, block_k=32, stream=stream, grid=grid)
+        plan = self.gemm_float32 if dtype == torch.float32 else self.gemm_default
         tiles = -(-out_features // plan.stream.block_n)
         steps = -(-in_features // plan.block_k)
         # Two programs per processor, each with no fewer than eight steps.
@@ -141,7 +143,7 @@ def load(gpu: str, capability: tuple[int, int], num_processors: int) -> Tuning:
 
 _KEYS = {
     "gpu", "is_measured", "num_processors", "split_tokens", "decode", "prefill", "prefill_windowed", "gemm",
-    "gemm_default",
+    "gemm_default", "decode_float32", "prefill_float32", "gemm_float32",
 }  # fmt: skip
 
 
@@ -152,7 +154,8 @@ def parse(data: dict[str, Any], source: str, num_processors: int | None = None) 
     count = data["num_processors"] if num_processors is None else num_processors
     split = data["split_tokens"]
     decode = {int(k): _build(DecodeTile, {"split_tokens": split, **v}, source) for k, v in data["decode"].items()}
-    for tile in decode.values():
+    decode_float32 = _build(DecodeTile, {"split_tokens": split, **data["decode_float32"]}, source)
+    for tile in (*decode.values(), decode_float32):
         if split % tile.block_n:
             raise BadConfig(f"{source}: split_tokens {split} is no multiple of block_n {tile.block_n}", param="tuning")
     gemm = {}
@@ -168,6 +171,10 @@ def parse(data: dict[str, Any], source: str, num_processors: int | None = None) 
         prefill_windowed=_prefill_tiles(data["prefill_windowed"], source, count),
         gemm=gemm,
         gemm_default=_gemm_plan(data["gemm_default"], source, count),
+        decode_float32=decode_float32,
+        prefill_float32=_build(PrefillTile, _programs(data["prefill_float32"], count), source),
+        gemm_float32=_gemm_plan(data["gemm_float32"], source, count),
+        digest=hashlib.sha256(json.dumps([data, count], sort_keys=True).encode()).hexdigest()[:8],
     )
 
 

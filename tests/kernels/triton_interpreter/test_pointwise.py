@@ -9,7 +9,7 @@ import torch
 
 from bench.cases import TOLERANCE, relative_error
 from engine.kernels.reference import ReferenceKernels
-from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rotate_store, silu_mul
+from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 
 REFERENCE = ReferenceKernels()
 
@@ -21,7 +21,8 @@ def test_norms_equal_the_reference(features: int, dtype: torch.dtype) -> None:
     weight = torch.randn(features).to(dtype)
     wide = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
     assert relative_error(rms_norm(x, weight, 1e-6), wide) < TOLERANCE[dtype]
-    total, normed = add_rms_norm(x, delta, weight, 1e-6)
+    total = x.clone()
+    normed = add_rms_norm(total, delta, weight, 1e-6)
     assert torch.equal(total, x + delta)
     assert torch.equal(rms_norm(total, weight, 1e-6), normed)
     assert torch.equal(rms_norm(x[2:3].clone(), weight, 1e-6), rms_norm(x, weight, 1e-6)[2:3])
@@ -54,21 +55,13 @@ def test_rotation_writes_queries_and_pages(
     rows, block_tokens = 4, 16
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(dtype)
     angle = torch.randn(rows, head_dim // 2)
-    norms = [torch.randn(head_dim).to(dtype) for _ in range(2)] if has_norm else [None, None]
-    cache = torch.full((6, kv_heads, 2, block_tokens, head_dim), math.nan).to(dtype)
-    tables = torch.tensor([[4, 1], [5, 2]], dtype=torch.int32)
-    positions = torch.tensor([0, 17, 3, 9], dtype=torch.int32)
-    table_rows = torch.tensor([0, 0, 1, -1], dtype=torch.int32)
-    query = rotate_store(
-        qkv, cache, angle.cos(), angle.sin(), positions, tables, table_rows,
-        num_heads=heads, q_norm=norms[0], k_norm=norms[1], eps=1e-6,
-    )  # fmt: skip
-    q, k, v = qkv.view(rows, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
-    if norms[0] is not None and norms[1] is not None:
-        q, k = (REFERENCE.rms_norm(x.contiguous(), w, 1e-6) for x, w in zip((q, k), norms, strict=True))
-    q, k = (REFERENCE.rotate(x, angle.cos(), angle.sin()) for x in (q, k))
-    assert relative_error(query, q.double()) < TOLERANCE[dtype]
-    for row, (block, offset) in enumerate([(4, 0), (1, 1), (5, 3)]):
-        assert relative_error(cache[block, :, 0, offset], k[row].double()) < TOLERANCE[dtype]
-        assert torch.equal(cache[block, :, 1, offset], v[row])
-    assert int(cache.isnan().all(-1).sum()) == 6 * kv_heads * 2 * block_tokens - 3 * kv_heads * 2
+    norms = (torch.randn(head_dim).to(dtype), torch.randn(head_dim).to(dtype)) if has_norm else None
+    caches = [torch.full((6, kv_heads, 2, block_tokens, head_dim), math.nan).to(dtype) for _ in range(2)]
+    slots = torch.tensor([4 * 16 + 0, 1 * 16 + 1, 5 * 16 + 3, -1])
+    query = rope_store(qkv, norms, 1e-6, angle.cos(), angle.sin(), caches[0], slots)
+    reference = REFERENCE.rope_store(qkv[:3], norms, 1e-6, angle[:3].cos(), angle[:3].sin(), caches[1], slots[:3])
+    expected = reference.double() * math.sqrt(head_dim)  # the reference scales its queries
+    assert relative_error(query[:3], expected) < TOLERANCE[dtype]
+    assert torch.isfinite(query).all()
+    assert torch.equal(caches[0].isnan(), caches[1].isnan())
+    assert relative_error(caches[0].nan_to_num(), caches[1].nan_to_num().double()) < TOLERANCE[dtype]
