@@ -62,7 +62,7 @@ class Runner:
         if allocate is not None and kernels.device.type != "cpu":
             raise BadConfig(
                 f"the KV cache lies on {kernels.device}, which no transport reaches yet; expected kernels cpu",
-                "kernels",
+                param="kernels",
             )
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             checkpoint.check(model_config)

@@ -1,4 +1,4 @@
-"""Kernels compile for sm_80 and sm_90 without spills, within shared memory, and to the products they are meant to use."""
+"""Kernels compile for sm_80 and sm_90: no spills, within shared memory, to the products they are meant to use."""
 
 from __future__ import annotations
 

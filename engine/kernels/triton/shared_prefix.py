@@ -21,9 +21,6 @@ from engine.kernels.triton.decode_attention import SharedPartials, decode_attent
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import DecodeTile
 
-# Rows of a tile; products of float32 hold fewer in registers.
-_BLOCK_M = 64
-_BLOCK_M_FLOAT32 = 16
 # Below it, one more launch per layer costs more than what is not read: some 4 us of memory traffic.
 MIN_SAVED_BYTES = 16 << 20
 
@@ -161,9 +158,9 @@ def plan_prefixes(
     )
 
 
-def rows_per_tile(group_size: int, dtype: torch.dtype) -> int:
+def rows_per_tile(group_size: int, tile: DecodeTile) -> int:
     """Rows of the batch whose queries of one KV head fit a tile."""
-    return max(1, (_BLOCK_M_FLOAT32 if dtype == torch.float32 else _BLOCK_M) // group_size)
+    return max(1, tile.prefix_block_m // group_size)
 
 
 def _in_tiles(rows: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -208,10 +205,10 @@ def shared_decode_attention(
             D=head_dim,
             BLOCK_TOKENS=block_tokens,
             SPLIT=tile.split_tokens,
-            BLOCK_M=triton.next_power_of_2(group_size * rows_per_tile(group_size, query.dtype)),
+            BLOCK_M=triton.next_power_of_2(max(16, group_size * rows_per_tile(group_size, tile))),
             BLOCK_N=tile.block_n,
             BLOCK_D=triton.next_power_of_2(head_dim),
-            num_warps=8,
+            num_warps=tile.num_warps,
             num_stages=tile.num_stages,
         )
     return decode_attention(

@@ -25,6 +25,8 @@ class DecodeTile:
     block_n: int
     num_warps: int
     num_stages: int
+    # Rows of a tile that reads a shared prefix.
+    prefix_block_m: int = 64
 
 
 @dataclass(frozen=True, slots=True)

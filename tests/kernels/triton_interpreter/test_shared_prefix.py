@@ -17,7 +17,7 @@ from engine.kernels.triton.shared_prefix import (
 )
 from engine.kernels.triton.tuning import DecodeTile
 
-TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2)
+TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix_block_m=16)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -29,7 +29,7 @@ def test_shared_prefixes_give_the_plain_result(shape: Shape, dtype: torch.dtype)
     sequences.tables[3, :6] = sequences.tables[1, :6]
     sequences.tables[0, :4] = sequences.tables[1, :4]
     tables = [row[: -(-length // 16)] for row, length in zip(sequences.tables.tolist(), lengths, strict=True)]
-    tile_rows = rows_per_tile(shape.heads // shape.kv_heads, dtype)
+    tile_rows = rows_per_tile(shape.heads // shape.kv_heads, TILE)
     groups = [Group((0, 1, 3), 2)]
     plan = plan_prefixes(groups, range(6), 32, tile_rows, torch.device("cpu"))
     query = sequences.query(6)
