@@ -83,6 +83,10 @@ class TritonKernels:
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         return TritonAttention(config, layout, spans, self._tuning, self.device)
 
+    @property
+    def tuning(self) -> Tuning:
+        return self._tuning
+
     def _plan(self, weight: Tensor) -> GemmPlan:
         key = (weight.shape[0], weight.shape[1], weight.dtype)
         if key not in self._plans:
@@ -103,6 +107,26 @@ class TritonLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias, self.plan, is_gated=self.is_gated)
+
+
+class DeviceDecode:
+    """Decode attention of a step whose inputs stay where they are on the device while their values change."""
+
+    def __init__(
+        self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int, tuning: Tuning
+    ) -> None:
+        self._tile = tuning.decode_tile(config.head_dim, TORCH_DTYPES[layout.dtype])
+        self._scale_log2 = math.log2(math.e) / math.sqrt(config.head_dim)
+        self._tables = tables
+        self._lengths = lengths
+        self._max_length = max_length
+        self._table_rows = torch.arange(len(lengths), dtype=torch.int32, device=lengths.device)
+
+    def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
+        return decode_attention(
+            queries, cache, self._tables, self._table_rows, self._lengths,
+            scale_log2=self._scale_log2, max_length=self._max_length, window=window, tile=self._tile,
+        ).flatten(1)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
