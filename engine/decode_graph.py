@@ -101,7 +101,7 @@ class DecodeGraph:
         )  # fmt: skip
 
     def _record(self) -> None:
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             # Compiles what is not compiled yet: nothing may be while recording.
