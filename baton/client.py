@@ -112,6 +112,10 @@ class Options:
     skip_special_tokens_in_prompt: bool = False
 
 
+_OPTION_NAMES = frozenset(f.name for f in fields(Options))
+_SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams))
+
+
 class Client:
     """Thread-safe. Every method raises an error of baton.errors."""
 
@@ -240,13 +244,11 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
 
 def _merged(options: Options, settings: Mapping[str, object]) -> Options:
     """Options with some fields, its own or its sampling's, set otherwise."""
-    own = {f.name for f in fields(Options)}
-    sampling = {f.name for f in fields(SamplingParams)}
-    unknown = set(settings) - own - sampling
+    unknown = settings.keys() - _OPTION_NAMES - _SAMPLING_NAMES
     if unknown:
         raise errors.InvalidRequest(f"unknown settings {sorted(unknown)}", param=min(unknown))
-    inner = {k: v for k, v in settings.items() if k in sampling}
-    outer = {k: v for k, v in settings.items() if k in own}
+    inner = {k: v for k, v in settings.items() if k in _SAMPLING_NAMES}
+    outer = {k: v for k, v in settings.items() if k in _OPTION_NAMES}
     if inner:
         outer["sampling"] = replace(outer.get("sampling", options.sampling), **inner)  # type: ignore[type-var]
     return replace(options, **outer)  # type: ignore[arg-type]

@@ -56,15 +56,12 @@ def finish_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason | None:
 
 
 def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
-    def given(name: str, default: float) -> float:
-        return getattr(msg, name) if msg.HasField(name) else default  # type: ignore[arg-type]
-
     return SamplingParams(
-        temperature=given("temperature", 1.0),
-        top_p=given("top_p", 1.0),
+        temperature=msg.temperature if msg.HasField("temperature") else 1.0,
+        top_p=msg.top_p if msg.HasField("top_p") else 1.0,
         top_k=msg.top_k,
         min_p=msg.min_p,
-        repetition_penalty=given("repetition_penalty", 1.0),
+        repetition_penalty=msg.repetition_penalty if msg.HasField("repetition_penalty") else 1.0,
         presence_penalty=msg.presence_penalty,
         frequency_penalty=msg.frequency_penalty,
         seed=msg.seed if msg.HasField("seed") else None,
@@ -131,17 +128,13 @@ def logprobs_to_pb(position: PositionLogprobs) -> pb.PositionLogprobs:
 
 
 def tokens_from_pb(msg: pb.Tokens) -> TokenChunk:
-    if msg.logprobs and len(msg.logprobs) != len(msg.token_ids):
+    token_ids = tuple(msg.token_ids)
+    logprobs = tuple([logprobs_from_pb(p) for p in msg.logprobs])
+    if logprobs and len(logprobs) != len(token_ids):
         raise errors.InvalidRequest(
-            f"{msg.sequence_id}: {len(msg.logprobs)} logprobs for {len(msg.token_ids)} tokens", param="logprobs"
+            f"{msg.sequence_id}: {len(logprobs)} logprobs for {len(token_ids)} tokens", param="logprobs"
         )
-    return TokenChunk(
-        sequence_id=msg.sequence_id,
-        index=msg.index,
-        token_ids=tuple(msg.token_ids),
-        logprobs=tuple(logprobs_from_pb(p) for p in msg.logprobs),
-        finish_reason=finish_from_pb(msg.finish_reason),
-    )
+    return TokenChunk(msg.sequence_id, msg.index, token_ids, logprobs, finish_from_pb(msg.finish_reason))
 
 
 def tokens_to_pb(chunk: TokenChunk) -> pb.Tokens:

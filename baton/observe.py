@@ -109,8 +109,8 @@ class Lifeline:
     def tokens(self, num_tokens: int, now: float) -> None:
         if self._first_token_s is None:
             self._first_token_s = now
-        else:
-            self._tbt_max_s = max(self._tbt_max_s, now - self._last_token_s)
+        elif now - self._last_token_s > self._tbt_max_s:
+            self._tbt_max_s = now - self._last_token_s
         self._last_token_s = now
         self._num_tokens += num_tokens
 

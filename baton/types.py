@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -58,17 +57,15 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
-            _check(math.isfinite(getattr(self, name)), name, getattr(self, name), "a finite number")
+        # Checked several times on a request's way; NaN and infinities are in no range.
         _check(0 <= self.temperature <= 100, "temperature", self.temperature, "a number in [0, 100]")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
         _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
-        _check(
-            0 < self.repetition_penalty <= 100, "repetition_penalty", self.repetition_penalty, "a number in (0, 100]"
-        )
-        for name in ("presence_penalty", "frequency_penalty"):
-            _check(-2 <= getattr(self, name) <= 2, name, getattr(self, name), "a number in [-2, 2]")
+        penalty = self.repetition_penalty
+        _check(0 < penalty <= 100, "repetition_penalty", penalty, "a number in (0, 100]")
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "a number in [-2, 2]")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "a number in [-2, 2]")
         if self.seed is not None:
             _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, "an integer in [0, 2**64)")
         if self.max_tokens is not None:

@@ -173,9 +173,11 @@ def _row(
             bandwidths.append((before + probe.read_gb_s()) / 2)
     bandwidth = Samples.of(bandwidths).median
     mine_s = Samples.of(baton_s)
+    times = ratio(Samples.of(transformers_s), mine_s)
+    print(f"  {what}: {times:.2f} times transformers", flush=True)
     return Row(
         what=what,
-        ratio=ratio(Samples.of(transformers_s), mine_s),
+        ratio=times,
         baton_tokens_s=num_tokens / mine_s.median,
         transformers_tokens_s=num_tokens / Samples.of(transformers_s).median,
         baton_ms=mine_s.median * 1e3,

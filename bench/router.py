@@ -1,8 +1,10 @@
 """What the router costs: added time to first token, CPU per streamed token, memory per open stream.
 
-Three processes: fake nodes that compute nothing, the router, and this one as the client. Added TTFT is the time through
-the router minus the time of the same call made straight to a fake node, interleaved. Throughput is per CPU second of
-the router process, so that a busy machine distorts it little.
+Three processes: fake nodes that compute nothing, the router, and this one as the client. Added TTFT is the median
+through one face of the router minus the median of asking a fake prefill node over an open session, interleaved: what is
+added is the client's own call, the reservation's round trip, and the router. HTTP is asked over kept connections, as
+clients do, and over new ones. Throughput is per CPU second of the router process, so that a busy machine distorts it
+little.
 
     python -m bench router
 """
@@ -38,6 +40,7 @@ from router.sessions import hello
 
 _VOCAB_SIZE = 512
 _PROMPT = list(range(100, 228))
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -150,10 +153,10 @@ def _write_tokenizer(folder: Path) -> None:
 
 async def _measure(folder: Path, scale: float) -> dict[str, Any]:
     with _cluster(folder, step_s=0.002) as cluster:
-        # The lower rate shows the cost of a request alone, also on a machine that others use.
-        ttft = [await _added_ttft(cluster, rate, max(1.0, 6 * scale)) for rate in (20, 200)]
+        # One at a time shows the cost of a request alone, also on a machine that others use.
+        ttft = [await _added_ttft(cluster, None, 800), await _added_ttft(cluster, 200, int(2000 * max(scale, 0.2)))]
     with _cluster(folder, step_s=1.0) as cluster:
-        memory = await _memory_per_stream(cluster, count=int(1000 * scale))
+        memory = await _memory_per_stream(cluster, count=max(300, int(1000 * scale)))
     counts = [c for c in (1, 64, 256, 1000) if c <= 1000 * max(scale, 0.3)]
     with _cluster(folder, step_s=0.005) as cluster:
         streamed = [await _streamed(cluster, count, min(400, int(80_000 * scale / count) + 20)) for count in counts]
@@ -161,52 +164,83 @@ async def _measure(folder: Path, scale: float) -> dict[str, Any]:
             "sse": streamed}  # fmt: skip
 
 
-async def _added_ttft(cluster: _Cluster, rate_per_s: float, seconds: float) -> dict[str, float]:
-    """Open loop: requests start on the clock, whatever became of the ones before; direct ones in between."""
-    through_grpc: list[float] = []
-    through_http: list[float] = []
-    straight: list[float] = []
-    inside: list[float] = []
+class _Ways:
+    """The ways to a first token, asked in turn, and what each took."""
+
+    def __init__(self, cluster: _Cluster, client: AsyncClient, direct: _Direct) -> None:
+        self._cluster = cluster
+        self._client = client
+        self._direct = direct
+        self._kept: list[_Connection] = []
+        self.direct: list[float] = []
+        self.inside: list[float] = []
+        self.grpc: list[float] = []
+        self.http: list[float] = []
+        self.http_new: list[float] = []
+
+    async def one(self, number: int) -> None:
+        match number % 4:
+            case 0:
+                self.direct.append(await self._direct.ttft_s(number))
+            case 1:
+                ttft_s, inside_s = await _grpc_ttft_s(self._client, number)
+                self.grpc.append(ttft_s)
+                self.inside.append(inside_s)
+            case 2:
+                connection = self._kept.pop() if self._kept else await _Connection.open(self._cluster)
+                self.http.append(await connection.ttft_s(number))
+                self._kept.append(connection)
+            case _:
+                start_s = time.perf_counter()
+                connection = await _Connection.open(self._cluster)
+                opened_s = time.perf_counter() - start_s
+                self.http_new.append(opened_s + await connection.ttft_s(number))
+                connection.close()
+
+    def clear(self) -> None:
+        for samples in (self.direct, self.inside, self.grpc, self.http, self.http_new):
+            samples.clear()
+
+    def close(self) -> None:
+        for connection in self._kept:
+            connection.close()
+
+    def row(self) -> dict[str, Any]:
+        base = statistics.median(self.direct)
+        row: dict[str, Any] = {
+            "samples": len(self.direct),
+            "direct_p50_ms": _ms(base),
+            "direct_p99_ms": _ms(_quantile(self.direct, 0.99)),
+            "inside_p50_ms": _ms(statistics.median(self.inside)),
+        }
+        for name, samples in (("grpc", self.grpc), ("http", self.http), ("http_new", self.http_new)):
+            row[f"{name}_p50_ms"] = _ms(statistics.median(samples) - base)
+            row[f"{name}_p99_ms"] = _ms(_quantile(samples, 0.99) - base)
+        return row
+
+
+async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -> dict[str, Any]:
+    """None: one after the other. Else an open loop: requests start on the clock, whatever became of the ones before."""
     async with AsyncClient(cluster.grpc) as client, aio.insecure_channel(cluster.nodes[0]) as channel:
         direct = await _Direct.open(channel)
-
-        async def one(number: int) -> None:
-            match number % 10:
-                case 0:
-                    straight.append(await direct.ttft_s(number))
-                case 1 | 2:
-                    through_http.append(await _http_ttft_s(cluster, number))
-                case _:
-                    ttft_s, relay_s = await _grpc_ttft_s(client, number)
-                    through_grpc.append(ttft_s)
-                    inside.append(relay_s)
-
-        for number in range(50):  # connections and caches
-            await one(number)
-        for samples in (through_grpc, through_http, straight, inside):
-            samples.clear()
-        start_s = time.monotonic()
-        before_s = cluster.cpu_s()
+        ways = _Ways(cluster, client, direct)
+        for number in range(80):  # connections and caches
+            await ways.one(number)
+        ways.clear()
+        start_s, before_s = time.monotonic(), cluster.cpu_s()
         async with asyncio.TaskGroup() as group:
-            for number in range(int(rate_per_s * seconds)):
-                await asyncio.sleep(max(0.0, start_s + number / rate_per_s - time.monotonic()))
-                group.create_task(one(number))
+            for number in range(count):
+                if rate_per_s is None:
+                    await ways.one(number)
+                    await asyncio.sleep(0.003)  # what follows the first token is over, too
+                else:
+                    await asyncio.sleep(max(0.0, start_s + number / rate_per_s - time.monotonic()))
+                    group.create_task(ways.one(number))
         cpu_s = cluster.cpu_s() - before_s
+        ways.close()
         await direct.close()
-    base = statistics.median(straight)
-    num_requests = len(through_grpc) + len(through_http)
-    return {
-        "rate_per_s": rate_per_s,
-        "num_requests": num_requests,
-        "direct_p50_ms": _ms(base),
-        "direct_p99_ms": _ms(_quantile(straight, 0.99)),
-        "inside_router_p50_ms": _ms(statistics.median(inside)),
-        "added_grpc_p50_ms": _ms(statistics.median(through_grpc) - base),
-        "added_grpc_p99_ms": _ms(_quantile(through_grpc, 0.99) - base),
-        "added_http_p50_ms": _ms(statistics.median(through_http) - base),
-        "added_http_p99_ms": _ms(_quantile(through_http, 0.99) - base),
-        "router_cpu_ms_per_request": _ms(cpu_s / num_requests),
-    }
+    load = "one at a time" if rate_per_s is None else f"{rate_per_s:.0f}/s"
+    return {"load": load, **ways.row(), "cpu_ms": _ms(cpu_s / (count * 3 / 4))}
 
 
 class _Direct:
@@ -261,27 +295,36 @@ async def _grpc_ttft_s(client: AsyncClient, number: int) -> tuple[float, float]:
     return first_s, inside_s
 
 
-async def _post(cluster: _Cluster, body: dict[str, Any]) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A bare client: the measured process is not this one."""
-    reader, writer = await asyncio.open_connection(cluster.host, cluster.port)
-    content = json.dumps(body).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
-    )
-    writer.write(head.encode() + content)
-    await reader.readuntil(b"\r\n\r\n")
-    return reader, writer
+class _Connection:
+    """A bare HTTP client: the measured process is not this one."""
 
+    def __init__(self, cluster: _Cluster, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._host = cluster.host
+        self.reader = reader
+        self.writer = writer
 
-async def _http_ttft_s(cluster: _Cluster, number: int) -> float:
-    start_s = time.perf_counter()
-    body = {"prompt": _PROMPT, "max_tokens": 8, "seed": number, "stream": True, "ignore_eos": True}
-    reader, writer = await _post(cluster, body)
-    await reader.readuntil(b"data: ")
-    first_s = time.perf_counter() - start_s
-    await reader.read()
-    writer.close()
-    return first_s
+    @classmethod
+    async def open(cls, cluster: _Cluster) -> _Connection:
+        return cls(cluster, *await asyncio.open_connection(cluster.host, cluster.port))
+
+    async def post(self, number: int, max_tokens: int) -> None:
+        """Returns when the answer has begun, which is with its first token."""
+        body = {"prompt": _PROMPT, "max_tokens": max_tokens, "seed": number, "stream": True, "ignore_eos": True}
+        content = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: {self._host}\r\ncontent-length: {len(content)}\r\n\r\n"
+        self.writer.write(head.encode() + content)
+        await self.reader.readuntil(b"\r\n\r\n")
+
+    async def ttft_s(self, number: int) -> float:
+        start_s = time.perf_counter()
+        await self.post(number, 8)
+        await self.reader.readuntil(b"data: ")
+        first_s = time.perf_counter() - start_s
+        await self.reader.readuntil(_LAST_CHUNK)
+        return first_s
+
+    def close(self) -> None:
+        self.writer.close()
 
 
 async def _streamed(cluster: _Cluster, count: int, max_tokens: int) -> dict[str, Any]:
@@ -313,11 +356,14 @@ async def _stream_all(cluster: _Cluster, count: int, max_tokens: int) -> _Stream
 
     async def one(number: int) -> None:
         nonlocal num_chunks
-        body = {"prompt": _PROMPT, "max_tokens": max_tokens, "seed": number, "stream": True, "ignore_eos": True}
-        reader, writer = await _post(cluster, body)
-        while block := await reader.read(1 << 16):
+        connection = await _Connection.open(cluster)
+        await connection.post(number, max_tokens)
+        block = b""
+        while not block.endswith(_LAST_CHUNK):
+            block = await connection.reader.read(1 << 16)
+            assert block, "a stream broke off"
             num_chunks += block.count(b"data: {")
-        writer.close()
+        connection.close()
 
     before_s, start_s = cluster.cpu_s(), time.monotonic()
     async with asyncio.TaskGroup() as group:
@@ -328,13 +374,14 @@ async def _stream_all(cluster: _Cluster, count: int, max_tokens: int) -> _Stream
 
 async def _memory_per_stream(cluster: _Cluster, count: int) -> dict[str, Any]:
     """Streams that have begun and now wait: the router's resident set before and with them."""
-    body = {"prompt": _PROMPT, "max_tokens": 30000, "stream": True, "ignore_eos": True, "seed": 1}
     before_bytes = cluster.router.memory_info().rss
-    streams = [await _post(cluster, body) for _ in range(count)]
+    connections = [await _Connection.open(cluster) for _ in range(count)]
+    for connection in connections:
+        await connection.post(1, 30000)
     with_bytes = cluster.router.memory_info().rss
-    for _, writer in streams:
-        writer.close()
-        await writer.wait_closed()
+    for connection in connections:
+        connection.close()
+        await connection.writer.wait_closed()
     return {"streams": count, "bytes_per_stream": round((with_bytes - before_bytes) / count)}
 
 

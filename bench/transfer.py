@@ -2,9 +2,11 @@
 
     python -m bench transfer [--quick]
 
-Sender and receiver are two processes. Every round runs each contender once, next to a memcpy of the same bytes and (for
-tcp) a bare sendmsg/recv_into loop over as many streams; figures are medians over the rounds, ratios are medians of the
-per-round ratios, because memory bandwidth drifts from minute to minute.
+Sender and receiver are two processes; a push counts until the receiver has verified it and taken it over. Every round
+runs each contender once, next to a memcpy of the same bytes, next to the same copy with a digest of source and target
+by two threads without a protocol ("bound"), and (for tcp) next to a bare sendmsg/recv_into loop over as many streams.
+Figures are medians over the rounds, ratios are medians of the per-round ratios, because memory bandwidth drifts from
+minute to minute.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import numpy as np
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import ByteArray
+from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
 from kvtransfer.host import host_id
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
@@ -190,6 +192,32 @@ class Bench:
         np.copyto(self.copy_target, self.source)
         return time.perf_counter() - started_s
 
+    def bound(self) -> float:
+        """Copy, digest of the source and, by the other thread, of the target: what two cores have to do at least."""
+        layout = replace(LAYOUT, num_blocks=BULK_TOKENS // LAYOUT.block_tokens)
+        blocks = range(layout.num_blocks)
+        source = LayerDigests(self.source, layout, blocks)
+        target = LayerDigests(self.copy_target, layout, blocks)
+        is_copied = threading.Barrier(2)
+
+        def work(mine: range, others: range) -> None:
+            for layer in mine:
+                for first, count in cut(0, layout.num_blocks, segment_blocks(layout.block_bytes)):
+                    span = slice(layout.offset(layer, first), layout.offset(layer, first + count))
+                    np.copyto(self.copy_target[span], self.source[span])
+                    source.update(layer, first, count)
+            is_copied.wait()
+            for layer in others:
+                target.update(layer, 0, layout.num_blocks)
+
+        halves = range(layout.num_layers // 2), range(layout.num_layers // 2, layout.num_layers)
+        other = threading.Thread(target=work, args=halves[::-1])
+        started_s = time.perf_counter()
+        other.start()
+        work(*halves)
+        other.join()
+        return time.perf_counter() - started_s
+
     async def push(
         self, variant: str, mode: str, num_tokens: int, compute: Callable[[], None] | None = None
     ) -> tuple[float, TransferReport]:
@@ -218,26 +246,31 @@ class Bench:
 class Row:
     name: str
     gb_per_s: float
-    # Of memcpy, or of the bare loop, in the same round.
+    # Of memcpy, of copy and both digests, or of the bare loop, in the same round.
     ratio_memcpy: float
+    ratio_bound: float
     ratio_bare: float | None
 
 
 async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bare tcp", *VARIANTS)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bound", "bare tcp", *VARIANTS)}
     for index in range(rounds + 1):
-        found = {"memcpy": bench.memcpy(), "bare tcp": await asyncio.to_thread(bench.peer.bare_send, bench.source.data)}
+        found = {"memcpy": bench.memcpy(), "bound": bench.bound()}
+        found["bare tcp"] = await asyncio.to_thread(bench.peer.bare_send, bench.source.data)
         for variant in VARIANTS:
             found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
         if index:  # The first round warms pages and connections.
             for name, value in found.items():
                 seconds[name].append(value)
+
+    def ratio(name: str, to: str) -> float:
+        return statistics.median(limit / value for limit, value in zip(seconds[to], seconds[name], strict=True))
+
     rows = []
     for name, values in seconds.items():
-        memcpy = statistics.median(m / v for m, v in zip(seconds["memcpy"], values, strict=True))
-        bare = statistics.median(b / v for b, v in zip(seconds["bare tcp"], values, strict=True))
         rate = BULK_BYTES / statistics.median(values) / 1e9
-        rows.append(Row(name, rate, memcpy, bare if "tcp" in name else None))
+        bare = ratio(name, "bare tcp") if "tcp" in name else None
+        rows.append(Row(name, rate, ratio(name, "memcpy"), ratio(name, "bound"), bare))
     cost = {}
     for name in ("shm", "tcp"):
         pairs = zip(seconds[name], seconds[f"{name}, no digest"], strict=True)

@@ -31,6 +31,11 @@ app = typer.Typer(
 )
 
 
+class OnOff(StrEnum):
+    on = "on"
+    off = "off"
+
+
 class DType(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -64,6 +69,10 @@ MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once
 Transport = Annotated[
     str,
     typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+]
+Digest = Annotated[
+    OnOff,
+    typer.Option(help="Check KV that arrives against a digest. off gives up the check: damaged KV goes unnoticed."),
 ]
 LayerwiseFromKib = Annotated[
     int, typer.Option(min=-1, help="Push KV of at least this size layer by layer. -1: as measured for the transport.")
@@ -102,6 +111,7 @@ def up(
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
+    digest: Digest = OnOff.on,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from cli import cluster
@@ -126,7 +136,7 @@ def up(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
-            *("--layerwise-from-kib", str(layerwise_from_kib)),
+            *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
         ),
     )
     is_first = True
@@ -161,6 +171,7 @@ def worker(
     max_num_seqs: MaxNumSeqs = 256,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
+    digest: Digest = OnOff.on,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both."""
@@ -186,6 +197,7 @@ def worker(
         max_num_seqs=max_num_seqs,
         num_threads=threads,
         transports=_transports(transport),
+        digest=digest is OnOff.on,
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),

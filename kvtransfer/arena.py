@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
+import threading
+from collections.abc import Sequence
 from typing import Self
 
 from baton.errors import BadConfig
 
 _MADV_POPULATE_WRITE = 23
-# The GIL is held for one step, so a step must stay short: 8 MB of existing pages take about 2 ms.
-_PREFAULT_STEP_BYTES = 8 << 20
+# How long closing waits: fresh pages came at 0.4 to 1.8 GB/s.
+_PREFAULT_STEP_BYTES = 16 << 20
 
 
 def prefault(mapping: mmap.mmap, start: int, stop: int) -> bool:
-    """Back [start, stop) with pages now instead of on first write; False if this kernel cannot (before Linux 5.14).
-
-    First writes into fresh shared memory ran at 0.25 GB/s here, 30 times below a copy into touched pages.
+    """Back [start, stop), page-aligned, with pages now instead of on first write; False if this kernel cannot (before
+    Linux 5.14). Through ctypes, because ``mmap.madvise`` keeps the GIL while the kernel zeroes pages.
     """
-    for offset in range(start - start % mmap.PAGESIZE, stop, _PREFAULT_STEP_BYTES):
-        try:
-            mapping.madvise(_MADV_POPULATE_WRITE, offset, min(_PREFAULT_STEP_BYTES, len(mapping) - offset))
-        except OSError:
-            return False
-    return True
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    view = ctypes.c_char.from_buffer(mapping, start)  # The mapping cannot be closed meanwhile.
+    return bool(madvise(ctypes.addressof(view), stop - start, _MADV_POPULATE_WRITE) == 0)
 
 
 class Arena:
@@ -36,6 +36,8 @@ class Arena:
         self._fd = fd
         self._mapping = mapping
         self._is_closed = False
+        self._closing = threading.Event()
+        self._prefaulting: threading.Thread | None = None
         self.buffer = memoryview(mapping)
 
     @classmethod
@@ -61,6 +63,20 @@ class Arena:
             prefault(mapping, 0, num_bytes)
         return cls(fd, mapping)
 
+    def prefault_in_background(self, ranges: Sequence[tuple[int, int]]) -> None:
+        """Take the pages of byte ranges (start, stop) now, in a thread, instead of on first write."""
+        assert self._prefaulting is None, "once"
+
+        def run() -> None:
+            for first, last in ranges:
+                for start in range(first - first % mmap.PAGESIZE, last, _PREFAULT_STEP_BYTES):
+                    is_over = self._closing.is_set()
+                    if is_over or not prefault(self._mapping, start, min(start + _PREFAULT_STEP_BYTES, last)):
+                        return
+
+        self._prefaulting = threading.Thread(target=run, name="baton-kv-prefault", daemon=True)
+        self._prefaulting.start()
+
     @property
     def fd(self) -> int:
         assert not self._is_closed, "arena is closed"
@@ -75,6 +91,9 @@ class Arena:
         if self._is_closed:
             return
         self._is_closed = True
+        self._closing.set()
+        if self._prefaulting is not None:
+            self._prefaulting.join()
         os.close(self._fd)
         try:
             self.buffer.release()

@@ -8,7 +8,7 @@ from baton.types import NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from kvtransfer.protocol import messages as m
 
-# Commits carry 16 bytes per layer and one token; a Written a few ranges.
+# A commit carries 16 bytes per layer and one token.
 MAX_MESSAGE_BYTES = 4 << 20
 
 # A channel is opened anew on every attempt: gRPC's own reconnection and its back-off would only hide what happened.
@@ -24,16 +24,6 @@ def request_to_pb(message: m.SenderMessage) -> pb.ChannelRequest:
         case m.Begin():
             return pb.ChannelRequest(
                 begin=pb.ChannelRequest.Begin(sequence_id=message.sequence_id, epoch=message.epoch)
-            )
-        case m.Written():
-            ranges = [
-                pb.ChannelRequest.Written.Range(layer=r.layer, first_block=r.first_block, num_blocks=r.num_blocks)
-                for r in message.ranges
-            ]
-            return pb.ChannelRequest(
-                written=pb.ChannelRequest.Written(
-                    sequence_id=message.sequence_id, epoch=message.epoch, attempt=message.attempt, ranges=ranges
-                )
             )
         case m.Commit():
             return pb.ChannelRequest(
@@ -61,9 +51,6 @@ def request_from_pb(msg: pb.ChannelRequest) -> m.SenderMessage:
     match msg.WhichOneof("message"):
         case "begin":
             return m.Begin(msg.begin.sequence_id, msg.begin.epoch)
-        case "written":
-            ranges = tuple(m.WrittenRange(r.layer, r.first_block, r.num_blocks) for r in msg.written.ranges)
-            return m.Written(msg.written.sequence_id, msg.written.epoch, msg.written.attempt, ranges)
         case "commit":
             c = msg.commit
             token = codec.tokens_from_pb(c.first_token)

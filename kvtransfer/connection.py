@@ -70,10 +70,8 @@ class Connection:
     def target_layout(self) -> KvLayout:
         return self.node.kv_layout
 
-    def send(self, message: messages.SenderMessage, *, is_optional: bool = False) -> None:
-        """Queue a message. When the queue is full an optional one is dropped, any other costs the connection."""
-        if is_optional and self._outbox.qsize() > _MAX_OUTBOX // 2:
-            return
+    def send(self, message: messages.SenderMessage) -> None:
+        """Queue a message. A full queue costs the connection."""
         try:
             self._outbox.put_nowait(wire_format.request_to_pb(message))
         except asyncio.QueueFull:

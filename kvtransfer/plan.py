@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -96,7 +98,10 @@ class TransferPlan:
         assert 0 <= first <= first + num_blocks <= self.num_blocks, "range outside the lease"
         size, stop = self.src_layout.block_bytes, first + num_blocks
         found = []
-        for run in self._runs:
+        start = max(0, bisect_right(self._runs, first, key=lambda run: run.first) - 1)
+        for run in itertools.islice(self._runs, start, None):
+            if run.first >= stop:
+                break
             low, high = max(first, run.first), min(stop, run.first + run.num_blocks)
             if low < high:
                 skip = low - run.first

@@ -149,12 +149,13 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     def _make_plane(self, name: str, arena: Arena) -> DataPlane:
         if name == shm.NAME:
-            return shm.ShmReceiver(arena, self._writer_gone)
+            return shm.ShmReceiver(arena, self._writer_gone, self._wrote)
         return tcp.TcpReceiver(
             self._memory,
             self._layout,
             advertised_host=self._node.address.rpartition(":")[0],
             listen_host=self._config.tcp_listen_host,
+            on_frame=self._verifier.digest_here if self._config.digest else None,
             on_writer_gone=self._writer_gone,
             on_quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
         )
@@ -309,6 +310,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock.now())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._handle, machine.Tick())
+
+    def _wrote(self, channel: int, epoch: int, attempt: int, ranges: Sequence[messages.WrittenRange]) -> None:
+        self._handle(machine.Wrote(channel, epoch, attempt, tuple(ranges)))
 
     def _writer_gone(self, channel: int) -> None:
         if self._writers.pop(channel, None) is None:

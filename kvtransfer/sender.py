@@ -17,14 +17,8 @@ from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
 from kvtransfer.plan import TransferPlan, check_block_ids
-from kvtransfer.protocol import messages
 from kvtransfer.protocol import sender as machine
-from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
-
-# Below this many bytes the receiver hashes at commit: a hint would cost more than it saves.
-_HINT_FROM_BYTES = 4 << 20
-
 
 # Receivers remembered without a connection, for their back-off.
 _MAX_IDLE_PEERS = 256
@@ -43,7 +37,6 @@ class Push:
         self._loop = asyncio.get_running_loop()
         # Set once: None if the receiver took over, else the error.
         self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
-        self._written: list[WrittenRange] = []
         # When bytes could first be written: the lease is begun and a layer is ready.
         self._started_s: float | None = None
         self._first_ready_s: float | None = None
@@ -129,19 +122,6 @@ class Push:
 
     # What the lanes tell us, from any thread.
 
-    def on_written(self, attempt: int, ranges: WrittenRange) -> None:
-        if self._job.plan is None or self._job.digests is None or self._job.plan.num_bytes < _HINT_FROM_BYTES:
-            return
-        self._written.append(ranges)
-        if len(self._written) == 1:
-            self._loop.call_soon_threadsafe(self._send_written, attempt)
-
-    def _send_written(self, attempt: int) -> None:
-        # list.append and this swap are atomic under the GIL; a range in between is sent by the next call.
-        ranges, self._written = self._written, []
-        message = messages.Written(self._lease.sequence_id, self._lease.epoch, attempt, tuple(ranges))
-        self._peer.send_hint(self._number, message)
-
     def on_drained(self, attempt: int) -> None:
         self._loop.call_soon_threadsafe(self._drained, attempt)
 
@@ -186,10 +166,6 @@ class _Peer:
     def begin(self, push: Push, number: int, source_blocks: Sequence[int], lease: Lease) -> None:
         self.pushes[number] = (push, source_blocks, lease)
         self.handle(machine.PushBegun(number, lease.sequence_id, lease.epoch, lease.incarnation, lease.ttl_s))
-
-    def send_hint(self, number: int, message: messages.Written) -> None:
-        if self.connection is not None and self._machine.state(number) is not None:
-            self.connection.send(message, is_optional=True)
 
     def _act(self, action: machine.SenderAction) -> None:
         match action:
@@ -308,7 +284,7 @@ class Sender:
             self._forget_idle_peers()
             peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
         number, self._next_push = self._next_push, self._next_push + 1
-        push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, num_blocks, peer), self._clock)
+        push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock)
         peer.begin(push, number, blocks, lease)
         return push
 
@@ -317,16 +293,15 @@ class Sender:
         if len(self._peers) >= _MAX_IDLE_PEERS:
             self._peers = {address: peer for address, peer in self._peers.items() if not peer.is_idle}
 
-    def _make_job(self, push: Push, epoch: int, num_blocks: int, peer: _Peer) -> WriteJob:
+    def _make_job(self, push: Push, epoch: int, block_ids: Sequence[int], peer: _Peer) -> WriteJob:
         connection = peer.connection
         transport = self._config.transport_names[0] if connection is None else connection.wire.name
-        num_bytes = num_blocks * self._layout.block_bytes * self._layout.num_layers
+        num_bytes = len(block_ids) * self._layout.block_bytes * self._layout.num_layers
         return WriteJob(
             self._source,
+            self._layout,
+            block_ids,
             epoch,
-            self._layout.num_layers,
-            num_blocks,
-            self._layout.block_bytes,
             is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
             has_digest=self._config.digest,
             listener=push,

@@ -8,8 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from baton.errors import InvalidRequest
 from baton.types import KvLayout
-from kvtransfer.digest import DIGEST_BYTES, BlockDigests, ByteArray
-from kvtransfer.plan import spans
+from kvtransfer.digest import DIGEST_BYTES, ByteArray, LayerDigests
 from kvtransfer.protocol.messages import Commit, WrittenRange
 
 # Hints beyond this many wait for the commit: a peer cannot pile up work.
@@ -17,9 +16,9 @@ _MAX_PENDING = 4096
 
 
 class _Entry:
-    def __init__(self, layout: KvLayout, block_ids: Sequence[int]) -> None:
-        self.block_ids = block_ids
-        self.digests = BlockDigests(layout.num_layers, len(block_ids), layout.block_bytes)
+    def __init__(self, digests: LayerDigests, num_blocks: int) -> None:
+        self.digests = digests
+        self.num_blocks = num_blocks
         self.pending: list[Future[None]] = []
 
 
@@ -34,7 +33,9 @@ class Verifier:
         self._entries: dict[int, _Entry] = {}
 
     def open(self, epoch: int, block_ids: Sequence[int]) -> None:
-        self._entries.setdefault(epoch, _Entry(self._layout, block_ids))
+        """Begin, or go on with layers that are written again."""
+        if epoch not in self._entries:
+            self._entries[epoch] = _Entry(LayerDigests(self._memory, self._layout, block_ids), len(block_ids))
 
     def forget(self, epoch: int, layers: Sequence[int] | None) -> None:
         if layers is None:
@@ -50,9 +51,15 @@ class Verifier:
         if entry is None:
             return
         for layer, first, count in ((r.layer, r.first_block, r.num_blocks) for r in ranges):
-            inside = 0 <= layer < self._layout.num_layers and first >= 0 and first + count <= len(entry.block_ids)
+            inside = 0 <= layer < self._layout.num_layers and first >= 0 and first + count <= entry.num_blocks
             if inside and count > 0 and len(entry.pending) < _MAX_PENDING:
-                entry.pending.append(self._pool.submit(self._hash, entry, [layer], first, count))
+                entry.pending.append(self._pool.submit(entry.digests.update, layer, first, count))
+
+    def digest_here(self, epoch: int, layer: int, first: int, num_blocks: int) -> None:
+        """Hash in the calling thread, which has just written these blocks and holds their epoch open."""
+        entry = self._entries.get(epoch)
+        if entry is not None:
+            entry.digests.update(layer, first, num_blocks)
 
     async def verify(self, epoch: int, commit: Commit) -> tuple[int, ...]:
         """The layers whose digest differs. Raises InvalidRequest if there is not one digest per layer."""
@@ -66,29 +73,32 @@ class Verifier:
             )
         pending, entry.pending = entry.pending, []
         for future in pending:
-            await asyncio.wrap_future(future)
-        loop = asyncio.get_running_loop()
-        parts = [range(i, num_layers, self._num_threads) for i in range(self._num_threads)]
+            if not future.done():
+                await asyncio.wrap_future(future)
+            future.result()
+        damaged: set[int] = set()
         async with asyncio.TaskGroup() as group:
-            for layers in parts:
-                work = loop.run_in_executor(self._pool, self._hash, entry, layers, 0, commit.num_blocks)
-                group.create_task(_finished(work))
-        found = [entry.digests.layer_digest(layer, commit.num_blocks) for layer in range(num_layers)]
-        return tuple(i for i in range(num_layers) if found[i] != commit.layer_digests[i])
+            for layers in self._shares(entry, commit):
+                group.create_task(self._compare(entry, layers, commit, damaged))
+        return tuple(sorted(damaged))
 
-    def _hash(self, entry: _Entry, layers: Sequence[int], first: int, num_blocks: int) -> None:
-        size = self._layout.block_bytes
-        for layer in layers:
-            for start, count in entry.digests.missing(layer, first, num_blocks):
-                position = start
-                for span in spans(self._layout, layer, entry.block_ids, start, count):
-                    entry.digests.update(self._memory, span.offset, layer, position, span.num_bytes // size)
-                    position += span.num_bytes // size
+    def _shares(self, entry: _Entry, commit: Commit) -> list[list[int]]:
+        """Layers for one worker thread each; all for one if almost nothing is left to hash."""
+        layers = range(self._layout.num_layers)
+        num_missing = sum(len(entry.digests.missing(layer, commit.num_blocks)) for layer in layers)
+        num_shares = max(1, min(self._num_threads, num_missing // 2))
+        return [list(layers[i::num_shares]) for i in range(num_shares)]
+
+    async def _compare(self, entry: _Entry, layers: Sequence[int], commit: Commit, damaged: set[int]) -> None:
+        def differing() -> list[int]:
+            return [
+                layer
+                for layer in layers
+                if entry.digests.layer_digest(layer, commit.num_blocks) != commit.layer_digests[layer]
+            ]
+
+        damaged.update(await asyncio.get_running_loop().run_in_executor(self._pool, differing))
 
     def close(self) -> None:
         self._entries.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
-
-
-async def _finished(work: asyncio.Future[None]) -> None:
-    await work

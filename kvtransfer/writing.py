@@ -15,9 +15,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from baton.errors import BatonError, InternalError, TransferFailed
-from kvtransfer.digest import BlockDigests, ByteArray
+from baton.types import KvLayout
+from kvtransfer.digest import ByteArray, LayerDigests, segment_blocks
 from kvtransfer.plan import TransferPlan
-from kvtransfer.protocol.messages import WrittenRange
 
 _MIN_SPLIT_BYTES = 256 << 10
 
@@ -112,8 +112,6 @@ class Lanes:
 class WriteJobListener(Protocol):
     """Called from any thread, never with a lock held."""
 
-    def on_written(self, attempt: int, ranges: WrittenRange) -> None: ...
-
     def on_drained(self, attempt: int) -> None: ...
 
     def on_stopped(self) -> None: ...
@@ -127,29 +125,30 @@ class WriteJob:
     def __init__(
         self,
         source: ByteArray,
+        layout: KvLayout,
+        block_ids: Sequence[int],
         epoch: int,
-        num_layers: int,
-        num_blocks: int,
-        block_bytes: int,
         *,
         is_layerwise: bool,
         has_digest: bool,
         listener: WriteJobListener,
     ) -> None:
         self.epoch = epoch
-        self.num_blocks = num_blocks
-        self.num_layers = num_layers
+        self.num_blocks = len(block_ids)
+        self.num_layers = layout.num_layers
         self.is_layerwise = is_layerwise
         self.plan: TransferPlan | None = None
         self.wire: Wire | None = None
         self._source = source
-        self.digests = BlockDigests(num_layers, num_blocks, block_bytes) if has_digest else None
-        self._block_bytes = block_bytes
+        self._digests = LayerDigests(source, layout, block_ids) if has_digest else None
+        self._block_bytes = layout.block_bytes
+        # Units are cut where segments are, so that each is hashed in one go.
+        self.step_blocks = segment_blocks(layout.block_bytes)
         self._listener = listener
         self._lock = threading.Lock()
         # Per layer, how many leading blocks are final, and how many were handed to the wire.
-        self._ready = [0] * num_layers
-        self._submitted = [0] * num_layers
+        self._ready = [0] * layout.num_layers
+        self._submitted = [0] * layout.num_layers
         self._attempt = 1
         # Units queued or written whose bytes have not landed; units a lane is at.
         self._num_unlanded = 0
@@ -203,11 +202,15 @@ class WriteJob:
             self._listener.on_stopped()
 
     def layer_digests(self) -> tuple[bytes, ...]:
-        if self.digests is None:
+        if self._digests is None:
             return ()
-        return tuple(self.digests.layer_digest(layer, self.num_blocks) for layer in range(self.num_layers))
+        return tuple(self._digests.layer_digest(layer, self.num_blocks) for layer in range(self.num_layers))
 
     # Lanes.
+
+    @property
+    def has_digest(self) -> bool:
+        return self._digests is not None
 
     def enter(self) -> bool:
         """A lane is about to read the source; False if it must not."""
@@ -234,23 +237,15 @@ class WriteJob:
 
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
         """Digest source blocks while they are in the cache of the core that has just copied them."""
-        if self.digests is None or not self.digests.missing(layer, first, num_blocks):
-            return
-        assert self.plan is not None
-        for copy in self.plan.copies(layer, first, num_blocks):
-            count = copy.num_bytes // self._block_bytes
-            self.digests.update(self._source, copy.src_offset, layer, first, count)
-            first += count
+        if self._digests is not None:
+            # A segment that an earlier unit began: blocks before these are final as well.
+            begun = first % self.step_blocks
+            self._digests.update(layer, first - begun, num_blocks + begun)
 
     def landed(self, unit: Unit) -> None:
         with self._lock:
             self._num_unlanded -= 1
             attempt, is_drained = self._attempt, self._take_drained()
-            is_over = self._is_stopping
-        if is_over:
-            return
-        for layer in range(unit.layer, unit.layer + unit.num_layers):
-            self._listener.on_written(unit.attempt, WrittenRange(layer, unit.first, unit.num_blocks))
         if is_drained:
             self._listener.on_drained(attempt)
 
@@ -295,8 +290,10 @@ class WriteJob:
                 return
         num_units = max(-(-num_bytes // wire.max_unit_bytes), min(wire.num_lanes, num_bytes // _MIN_SPLIT_BYTES), 1)
         step = -(-(stop - first) // num_units)
-        for start in range(first, stop, step):
-            units.append(Unit(self, self._attempt, layer, 1, start, min(step, stop - start)))
+        step += -step % self.step_blocks
+        for start in range(first - first % self.step_blocks, stop, step):
+            begin = max(first, start)
+            units.append(Unit(self, self._attempt, layer, 1, begin, min(start + step, stop) - begin))
 
 
 def write_unit(lane: int, unit: Unit) -> None:

@@ -352,9 +352,10 @@ class Dispatcher:
     # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _feed(self, active: Active, event: f.Event) -> None:
-        for action in active.flow.handle(event, self._clock.now()):
+        now = self._clock.now()
+        for action in active.flow.handle(event, now):
             self._perform(active, action)
-        self._arm(active)
+        self._arm(active, now)
 
     def _perform(self, active: Active, action: f.Action) -> None:  # noqa: C901 (a flat table)
         match action:
@@ -431,7 +432,7 @@ class Dispatcher:
         _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
                   relay.line())  # fmt: skip
 
-    def _arm(self, active: Active) -> None:
+    def _arm(self, active: Active, now: float) -> None:
         """One timer per sequence; pushed-back deadlines cost nothing, the timer looks again when it fires."""
         if active.flow.has_ended:
             return
@@ -441,18 +442,19 @@ class Dispatcher:
                 return
             active.timer.cancel()
         active.timer_s = wake_s
-        wait_s = max(0.0, wake_s - self._clock.now())
+        wait_s = max(0.0, wake_s - now)
         active.timer = asyncio.get_running_loop().call_later(wait_s, self._on_timer, active)
 
     def _on_timer(self, active: Active) -> None:
         active.timer = None
         if active.flow.has_ended:
             return
-        if self._clock.now() >= active.flow.wake_at_s:
+        now = self._clock.now()
+        if now >= active.flow.wake_at_s:
             self._feed(active, f.Tick())
             self._pump()
         else:
-            self._arm(active)
+            self._arm(active, now)
 
     # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
 

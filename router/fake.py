@@ -122,10 +122,9 @@ class _Session:
 class _Live:
     """A sequence on a node."""
 
-    __slots__ = ("epoch", "lease", "num_generated", "ready_s", "seed_text", "session", "since_s", "spec", "state")
+    __slots__ = ("epoch", "lease", "num_generated", "ready_s", "session", "since_s", "spec", "state", "text")
 
-    def __init__(self, spec: SequenceSpec, session: _Session, state: str, vocab_size: int, now: float) -> None:
-        assert spec.sampling.seed is not None
+    def __init__(self, spec: SequenceSpec, session: _Session, state: str, now: float) -> None:
         self.spec = spec
         self.session = session
         self.state = state
@@ -134,15 +133,23 @@ class _Live:
         self.lease: Lease | None = None
         self.ready_s = 0.0
         self.num_generated = len(spec.generated_token_ids)
-        known = (*spec.prompt_token_ids, *spec.generated_token_ids)
-        self.seed_text = FakeText(known, spec.sampling.seed, vocab_size)
+        # Not before a token is asked for: a reservation costs the router's bench next to nothing.
+        self.text: FakeText | None = None
+
+    def text_so_far(self, vocab_size: int) -> FakeText:
+        if self.text is None:
+            assert self.spec.sampling.seed is not None
+            known = (*self.spec.prompt_token_ids, *self.spec.generated_token_ids)
+            self.text = FakeText(known, self.spec.sampling.seed, vocab_size)
+        return self.text
 
     def next_chunk(self, vocab_size: int) -> TokenChunk:
         sampling = self.spec.sampling
-        token_id = self.seed_text.draw()
+        text = self.text_so_far(vocab_size)
+        token_id = text.draw()
         while token_id in sampling.stop_token_ids and self.num_generated < sampling.min_tokens:
             token_id = (token_id + 1) % vocab_size
-        self.seed_text.push(token_id)
+        text.push(token_id)
         index = self.num_generated
         self.num_generated += 1
         finish = None
@@ -290,7 +297,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def _blocks(self, live: _Live) -> int:
         known = len(live.spec.prompt_token_ids) + live.num_generated
-        return self.description.kv_layout.blocks_for(known + 1)
+        return -(-(known + 1) // self.config.block_tokens)
 
     def status(self) -> NodeStatus:
         prompts = [x for x in self._live.values() if x.state == "prompt"]
@@ -335,8 +342,6 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
-
     def open_session(self, session: _Session) -> None:
         self._sessions.append(session)
         session.draft.welcome.node.CopyFrom(codec.node_to_pb(self.description))
@@ -355,7 +360,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         if failure := self._failure("run"):
             return self._send_failed(session, spec.sequence_id, failure)
         now = time.monotonic()
-        live = _Live(spec, session, "prompt", self.config.vocab_size, now)
+        live = _Live(spec, session, "prompt", now)
         live.lease = codec.lease_from_pb(message.lease) if message.HasField("lease") else None
         # Prompts run one after the other.
         busy_s = max((x.ready_s for x in self._live.values() if x.state == "prompt"), default=now)
@@ -366,7 +371,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def on_reserve(self, session: _Session, message: node_pb2.DecodeSessionRequest.Reserve) -> None:
         spec = codec.sequence_from_pb(message.sequence)
-        live = _Live(spec, session, "leased", self.config.vocab_size, time.monotonic())
+        live = _Live(spec, session, "leased", time.monotonic())
         failure = self._failure("reserve")
         if failure is None and self.used_blocks + self._blocks(live) > self.config.num_blocks:
             failure = Failure("NoBlocks", f"{self.node_id} has no room", True)
@@ -489,7 +494,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             self._send_failed(live.session, lease.sequence_id, failure)
             return failure
         live.state = "running"
-        live.seed_text.push(first.token_ids[0])
+        live.text_so_far(self.config.vocab_size).push(first.token_ids[0])
         live.num_generated += 1
         joined = node_pb2.DecodeSessionResponse.Joined(
             sequence_id=lease.sequence_id, wait_s=time.monotonic() - live.since_s

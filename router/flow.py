@@ -261,6 +261,11 @@ class Flow:
     its tokens is delivered exactly once and in order, and End is the last action.
     """
 
+    __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_has_joined", "_internal_errors",
+                 "_is_backing_off", "_last_error", "_refusals", "_timer_s", "choice", "deadline_s", "lifeline",
+                 "max_tokens", "outcome", "phase", "placement", "prompt_token_ids", "request_id", "sampling",
+                 "sequence_id", "tokens")  # fmt: skip
+
     def __init__(
         self,
         request_id: str,
@@ -272,6 +277,7 @@ class Flow:
         deadline_s: float,
         config: FlowConfig,
     ) -> None:
+        assert sampling.max_tokens is not None
         self.request_id = request_id
         self.choice = choice
         self.prompt_token_ids = prompt_token_ids
@@ -283,7 +289,9 @@ class Flow:
         self.outcome: Outcome | None = None
         self.lifeline = Lifeline(arrived_s)
         self._config = config
-        # Ids are numbered by attempt; a refused reservation uses one up as well.
+        self.max_tokens = sampling.max_tokens
+        # Of the present attempt; a refused reservation uses one up as well.
+        self.sequence_id = f"{request_id}/{choice}/0"
         self._attempt = 0
         self._refusals = 0
         self._internal_errors = 0
@@ -299,21 +307,12 @@ class Flow:
         self._last_error: errors.BatonError | None = None
 
     @property
-    def sequence_id(self) -> str:
-        return f"{self.request_id}/{self.choice}/{self._attempt}"
-
-    @property
     def wake_at_s(self) -> float:
         return self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
 
     @property
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
-
-    @property
-    def max_tokens(self) -> int:
-        assert self.sampling.max_tokens is not None
-        return self.sampling.max_tokens
 
     def demand(self, now: float) -> Demand:
         self._avoid = {n: until for n, until in self._avoid.items() if until > now}
@@ -418,6 +417,7 @@ class Flow:
         self._early.clear()
         self._end = None
         self._attempt += 1
+        self.sequence_id = f"{self.request_id}/{self.choice}/{self._attempt}"
 
     def _enqueue_after(self, wait_s: float, now: float) -> list[Action]:
         if wait_s <= 0:
@@ -463,6 +463,9 @@ class Flow:
                 self._timer_s = now + self._config.gap_timeout_s
             self._early[chunk.index] = chunk
             return self._defect("tokens beyond max_tokens", now) if len(self._early) > self.max_tokens else []
+        if chunk.index == len(self.tokens) and not self._early:  # nearly always
+            self.tokens += chunk.token_ids
+            return self._after_tokens(chunk.token_ids, chunk.logprobs, now)
         new_ids: list[int] = []
         logprobs: list[PositionLogprobs] = []
         next_chunk: TokenChunk | None = chunk
@@ -470,7 +473,7 @@ class Flow:
             if not self._take(next_chunk, new_ids, logprobs):
                 return self._defect(f"token at {next_chunk.index} came twice with different values", now)
             next_chunk = self._next_early()
-        return self._after_tokens(new_ids, logprobs, now)
+        return self._after_tokens(tuple(new_ids), tuple(logprobs), now)
 
     def _take(self, chunk: TokenChunk, new_ids: list[int], logprobs: list[PositionLogprobs]) -> bool:
         """Append what is new in a chunk that leaves no hole; False if what is old differs."""
@@ -493,8 +496,11 @@ class Flow:
         index = min(self._early)
         return self._early.pop(index) if index <= len(self.tokens) else None
 
-    def _after_tokens(self, new_ids: list[int], logprobs: list[PositionLogprobs], now: float) -> list[Action]:
-        if len(self.tokens) > self.max_tokens or (self._end is not None and len(self.tokens) > self._end[0]):
+    def _after_tokens(
+        self, new_ids: tuple[int, ...], logprobs: tuple[PositionLogprobs, ...], now: float
+    ) -> list[Action]:  # fmt: skip
+        num_tokens = len(self.tokens)
+        if num_tokens > self.max_tokens or (self._end is not None and num_tokens > self._end[0]):
             return self._defect("tokens beyond the end of the sequence", now)
         actions: list[Action] = []
         if new_ids:
@@ -502,12 +508,12 @@ class Flow:
                 self.phase = Phase.DECODING
                 self._refusals = 0
             self.lifeline.tokens(len(new_ids), now)
-            actions.append(Deliver(tuple(new_ids), tuple(logprobs)))
+            actions.append(Deliver(new_ids, logprobs))
         if self._early:
             self._timer_s = now + self._config.gap_timeout_s
         elif self._is_settled:
             self._timer_s = now + self._config.token_timeout_s
-        if self._end is not None and len(self.tokens) == self._end[0]:
+        if self._end is not None and num_tokens == self._end[0]:
             return actions + self._finish(Outcome(OutcomeKind.FINISHED, self._end[1]), now, "finished")
         if (reason := self._satisfied()) is not None:
             return actions + self._finish(Outcome(OutcomeKind.FINISHED, reason), now, "finished")

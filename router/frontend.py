@@ -68,6 +68,9 @@ class Ending:
 class Generation:
     """One choice: read `next` until it returns an Ending, or leave with `cancel`. Errors are raised from `next`."""
 
+    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_last_id", "_num_tokens", "_text",
+                 "prompt_token_ids")  # fmt: skip
+
     def __init__(
         self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
         eos_token_ids: tuple[int, ...],

@@ -287,4 +287,5 @@ def _prompts(prompt: object) -> tuple[str | tuple[int, ...], ...]:
 
 
 def _is_ids(items: list[Any]) -> bool:
-    return all(type(x) is int and 0 <= x < 2**32 for x in items)
+    # No bools, and no loop of our own: prompts are long.
+    return not items or (set(map(type, items)) == {int} and min(items) >= 0 and max(items) < 2**32)

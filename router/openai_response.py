@@ -22,6 +22,8 @@ _OPENAI_CODES = {"UnknownModel": "model_not_found", "PromptTooLong": "context_le
 _LOWEST_LOGPROB = -9999.0
 
 DONE = b"data: [DONE]\n\n"
+_TAIL = "]}\n\n"
+_TAIL_WITH_USAGE = '],"usage":null}\n\n'
 
 
 def error_body(error: errors.BatonError) -> dict[str, Any]:
@@ -92,6 +94,8 @@ class LogprobWriter:
 class ChoiceWriter:
     """Chunks and the whole of one choice."""
 
+    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_prompt_token_ids", "_tail", "_wants_ids")
+
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
         prompt_token_ids: tuple[int, ...],
@@ -103,11 +107,9 @@ class ChoiceWriter:
         self._index = index
         self._head = envelope.chunk_head + f'{{"index":{index},'
         self._tail = envelope.chunk_tail
-        self._has_begun = False
 
     def begin(self, echo: str = "") -> str:
         """The first chunk: the role in chat, the prompt where it is echoed. Empty if there is nothing to say."""
-        self._has_begun = True
         if not self._is_chat and not echo and not self._wants_ids:
             return ""
         ids = f',"prompt_token_ids":{json.dumps(self._prompt_token_ids)},"token_ids":[]' if self._wants_ids else ""
@@ -149,17 +151,25 @@ class ChoiceWriter:
 class Envelope:
     """What all chunks of an answer share."""
 
+    __slots__ = ("_answer_id", "_created", "_model", "chunk_tail", "is_chat")
+
     def __init__(self, *, answer_id: str, model: str, created: int, is_chat: bool, wants_usage: bool) -> None:
         self.is_chat = is_chat
-        self._fields = {
-            "id": answer_id,
-            "object": "chat.completion.chunk" if is_chat else "text_completion",
-            "created": created,
-            "model": model,
-        }
-        self.chunk_head = f'data: {json.dumps(self._fields)[:-1]},"choices":['
+        self._answer_id = answer_id
+        self._created = created
+        self._model = model
         # With usage asked for, OpenAI sends "usage": null on every chunk but the last.
-        self.chunk_tail = "]%s}\n\n" % (',"usage":null' if wants_usage else "")
+        self.chunk_tail = _TAIL_WITH_USAGE if wants_usage else _TAIL
+
+    @property
+    def _fields(self) -> dict[str, Any]:
+        """Built when needed: kept, they were half a kilobyte a stream."""
+        kind = "chat.completion.chunk" if self.is_chat else "text_completion"
+        return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
+
+    @property
+    def chunk_head(self) -> str:
+        return f'data: {json.dumps(self._fields)[:-1]},"choices":['
 
     def last_chunk(self, extra: dict[str, Any]) -> str:
         """The chunk without choices that carries usage."""

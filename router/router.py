@@ -115,6 +115,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
     generation = accepted.generations[0]
+    # The reservation is on its way first: writing to this client costs 0.1 ms.
+    await asyncio.sleep(0)
     yield router_pb2.GenerateResponse(
         accepted=router_pb2.GenerateResponse.Accepted(
             request_id=accepted.request_id, model=accepted.model, prompt_token_ids=generation.prompt_token_ids

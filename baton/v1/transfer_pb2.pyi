@@ -123,59 +123,6 @@ class ChannelRequest(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
-    class Written(_message.Message):
-        """These blocks hold their final bytes: the receiver may begin to digest them. A hint that may be lost."""
-
-        DESCRIPTOR: _descriptor.Descriptor
-
-        @_typing.final
-        class Range(_message.Message):
-            DESCRIPTOR: _descriptor.Descriptor
-
-            LAYER_FIELD_NUMBER: _builtins.int
-            FIRST_BLOCK_FIELD_NUMBER: _builtins.int
-            NUM_BLOCKS_FIELD_NUMBER: _builtins.int
-            layer: _builtins.int
-            first_block: _builtins.int
-            """Positions in the lease, not block ids."""
-            num_blocks: _builtins.int
-            def __init__(
-                self,
-                *,
-                layer: _builtins.int = ...,
-                first_block: _builtins.int = ...,
-                num_blocks: _builtins.int = ...,
-            ) -> None: ...
-            _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-            def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-            _ClearFieldArgType: _TypeAlias = _typing.Literal["first_block", b"first_block", "layer", b"layer", "num_blocks", b"num_blocks"]  # noqa: Y015
-            def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-            def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
-        EPOCH_FIELD_NUMBER: _builtins.int
-        ATTEMPT_FIELD_NUMBER: _builtins.int
-        RANGES_FIELD_NUMBER: _builtins.int
-        sequence_id: _builtins.str
-        epoch: _builtins.int
-        attempt: _builtins.int
-        @_builtins.property
-        def ranges(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChannelRequest.Written.Range]: ...
-        def __init__(
-            self,
-            *,
-            sequence_id: _builtins.str = ...,
-            epoch: _builtins.int = ...,
-            attempt: _builtins.int = ...,
-            ranges: _abc.Iterable[Global___ChannelRequest.Written.Range] | None = ...,
-        ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "ranges", b"ranges", "sequence_id", b"sequence_id"]  # noqa: Y015
-        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-    @_typing.final
     class Abort(_message.Message):
         """The sender has stopped writing and gives the lease back."""
 
@@ -227,7 +174,6 @@ class ChannelRequest(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     ABORT_FIELD_NUMBER: _builtins.int
     REVOKED_FIELD_NUMBER: _builtins.int
-    WRITTEN_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ChannelRequest.Hello: ...
@@ -240,8 +186,6 @@ class ChannelRequest(_message.Message):
     @_builtins.property
     def revoked(self) -> Global___ChannelRequest.Revoked: ...
     @_builtins.property
-    def written(self) -> Global___ChannelRequest.Written: ...
-    @_builtins.property
     def heartbeat(self) -> Global___Heartbeat: ...
     def __init__(
         self,
@@ -251,14 +195,13 @@ class ChannelRequest(_message.Message):
         commit: Global___ChannelRequest.Commit | None = ...,
         abort: Global___ChannelRequest.Abort | None = ...,
         revoked: Global___ChannelRequest.Revoked | None = ...,
-        written: Global___ChannelRequest.Written | None = ...,
         heartbeat: Global___Heartbeat | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked", "written", b"written"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked", "written", b"written"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abort", b"abort", "begin", b"begin", "commit", b"commit", "heartbeat", b"heartbeat", "hello", b"hello", "message", b"message", "revoked", b"revoked"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "begin", "commit", "abort", "revoked", "written", "heartbeat"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "begin", "commit", "abort", "revoked", "heartbeat"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 

@@ -32,14 +32,6 @@ class WrittenRange:
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
-    sequence_id: str
-    epoch: int
-    attempt: int
-    ranges: tuple[WrittenRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Commit:
     sequence_id: str
     epoch: int
@@ -92,5 +84,5 @@ class Heartbeat:
     pass
 
 
-SenderMessage = Begin | Written | Commit | Abort | Revoked | Heartbeat
+SenderMessage = Begin | Commit | Abort | Revoked | Heartbeat
 ReceiverMessage = Begun | Ack | Nack | Revoke | Heartbeat

@@ -33,7 +33,6 @@ from kvtransfer.protocol.messages import (
     Revoke,
     Revoked,
     SenderMessage,
-    Written,
     WrittenRange,
 )
 
@@ -100,6 +99,16 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Wrote:
+    """A hint of a one-sided writer, which may be lost: these blocks hold what the attempt's commit will cover."""
+
+    channel: int
+    epoch: int
+    attempt: int
+    ranges: tuple[WrittenRange, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EpochQuiet:
     """After CloseEpoch: no write of this process into the epoch's blocks is under way."""
 
@@ -145,6 +154,7 @@ ReceiverEvent = (
     | ChannelLost
     | WriterGone
     | Received
+    | Wrote
     | EpochQuiet
     | Verified
     | VerifyFailed
@@ -327,6 +337,8 @@ class ReceiverMachine:
         match event:
             case Received():
                 return self._received(event.channel, event.message, now)
+            case Wrote():
+                return self._wrote(event)
             case Granted():
                 return self._granted(event, now)
             case RevokeAsked():
@@ -470,6 +482,13 @@ class ReceiverMachine:
             del self._channels[channel_id]
         return actions
 
+    def _wrote(self, event: Wrote) -> list[ReceiverAction]:
+        lease = self._leases.get(event.epoch)
+        if lease is None or lease.channel != event.channel:
+            return []
+        is_current = lease.state is LeaseState.WRITING and event.attempt == lease.attempt
+        return [Digest(lease.epoch, event.ranges)] if is_current else []
+
     def _epoch_quiet(self, epoch: int) -> list[ReceiverAction]:
         lease = self._leases.get(epoch)
         if lease is None or lease.is_epoch_quiet or lease.state is LeaseState.WRITING:
@@ -501,15 +520,9 @@ class ReceiverMachine:
             return self._unknown(channel_id, message)
         return self._said(lease, message, channel.peer, now)
 
-    def _said(
-        self, lease: _Lease, message: Written | Commit | Abort | Revoked, peer: str, now: float
-    ) -> list[ReceiverAction]:
+    def _said(self, lease: _Lease, message: Commit | Abort | Revoked, peer: str, now: float) -> list[ReceiverAction]:
         """The lease's own writer speaks."""
         match message:
-            case Written():
-                is_current = lease.state is LeaseState.WRITING and message.attempt == lease.attempt
-                inside = all(r.first_block + r.num_blocks <= len(lease.block_ids) for r in message.ranges)
-                return [Digest(lease.epoch, message.ranges)] if is_current and inside else []
             case Commit():
                 return self._commit(lease, message, now)
             case Abort():

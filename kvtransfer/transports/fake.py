@@ -61,6 +61,8 @@ class _CorruptedJob:
         self._is_spent = False
         self.plan = job.plan
         self.epoch = job.epoch
+        self.step_blocks = job.step_blocks
+        self.has_digest = job.has_digest
 
     def read(self, offset: int, num_bytes: int) -> ByteArray:
         data = self._job.read(offset, num_bytes)

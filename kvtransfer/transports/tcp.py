@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from baton.errors import InternalError, TransferFailed
 from baton.types import KvLayout
-from kvtransfer.digest import ByteArray
+from kvtransfer.digest import ByteArray, cut, segment_blocks
 from kvtransfer.plan import Span, spans
 from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
 
@@ -124,13 +124,17 @@ class TcpReceiver:
         *,
         advertised_host: str,
         listen_host: str,
+        on_frame: Callable[[int, int, int, int], None] | None,
         on_writer_gone: Callable[[int], None],
         on_quiet: Callable[[int], None],
     ) -> None:
+        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread, before the acknowledgement."""
         self._memory = memory
         self._layout = layout
         self._advertised_host = advertised_host
         self._listen_host = listen_host or advertised_host.strip("[]")
+        self._on_frame = on_frame
+        self._step_blocks = segment_blocks(layout.block_bytes)
         self._on_writer_gone = on_writer_gone
         self._on_quiet = on_quiet
         self._listener: socket.socket | None = None
@@ -311,29 +315,43 @@ class TcpReceiver:
                 connection.sendall(_ACK.pack(epoch, 1))
                 continue
             try:
-                found = self._spans(block_ids, layer, num_layers, first, num_blocks, num_bytes)
-                is_whole = (
-                    _discard(connection, scratch, num_bytes)
-                    if found is None
-                    else receive_all(connection, _views(self._memory, found))
-                )
+                is_inside = self._is_inside(block_ids, layer, num_layers, first, num_blocks, num_bytes)
+                if is_inside:
+                    is_whole = self._fill(connection, epoch, block_ids, layer, num_layers, first, num_blocks)
+                else:
+                    is_whole = _discard(connection, scratch, num_bytes)
             finally:
                 self._leave(epoch)
             if not is_whole:
                 return
-            connection.sendall(_ACK.pack(epoch, int(found is None)))
+            connection.sendall(_ACK.pack(epoch, int(not is_inside)))
 
-    def _spans(
+    def _is_inside(
         self, block_ids: Sequence[int], layer: int, num_layers: int, first: int, num_blocks: int, num_bytes: int
-    ) -> list[Span] | None:
-        """Where a frame's payload goes; None unless it lies inside the lease and has the size it says."""
+    ) -> bool:
+        """Whether a frame's payload lies inside the lease and has the size it says."""
         inside = layer + num_layers <= self._layout.num_layers and first + num_blocks <= len(block_ids)
-        if not inside or num_layers * num_blocks * self._layout.block_bytes != num_bytes:
-            return None
-        found: list[Span] = []
+        return inside and num_layers * num_blocks * self._layout.block_bytes == num_bytes
+
+    def _fill(
+        self,
+        connection: socket.socket,
+        epoch: int,
+        block_ids: Sequence[int],
+        layer: int,
+        num_layers: int,
+        first: int,
+        num_blocks: int,
+    ) -> bool:
+        """Receive a frame's payload, segment by segment if each is to be digested while it is in the cache."""
+        step = num_blocks if self._on_frame is None else self._step_blocks
         for i in range(layer, layer + num_layers):
-            found += spans(self._layout, i, block_ids, first, num_blocks)
-        return found
+            for start, count in cut(first, num_blocks, max(1, step)):
+                if not receive_all(connection, _views(self._memory, spans(self._layout, i, block_ids, start, count))):
+                    return False
+                if self._on_frame is not None:
+                    self._on_frame(epoch, i, start, count)
+        return True
 
     async def close(self) -> None:
         tasks = [*self._greetings] if self._accepting is None else [self._accepting, *self._greetings]
@@ -366,7 +384,7 @@ class TcpWire:
     """The streams to one receiver: one sending thread each, acknowledgements are read on the event loop."""
 
     name = NAME
-    max_unit_bytes = 2 << 20
+    max_unit_bytes = 8 << 20
 
     def __init__(self, streams: list[socket.socket], on_lost: Callable[[str], None]) -> None:
         self.num_lanes = len(streams)
@@ -406,19 +424,23 @@ class TcpWire:
         if job.plan is None:
             raise InternalError("a unit was queued before its push had begun")
         layout, block_ids = job.plan.src_layout, job.plan.src_block_ids
-        views: list[memoryview] = []
-        for layer in range(unit.layer, unit.layer + unit.num_layers):
-            for offset, size in spans(layout, layer, block_ids, unit.first, unit.num_blocks):
-                views.append(job.read(offset, size).data)
-        num_bytes = sum(view.nbytes for view in views)
+        num_bytes = unit.num_layers * unit.num_blocks * layout.block_bytes
         head = _FRAME.pack(job.epoch, unit.layer, unit.num_layers, unit.first, unit.num_blocks, num_bytes)
+        views = [memoryview(head)]
         self._unacked[lane].append(unit)
         try:
-            send_all(self._streams[lane], [memoryview(head), *views])
+            for layer in range(unit.layer, unit.layer + unit.num_layers):
+                for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
+                    # First the digest: the socket's copy then finds the bytes in the cache.
+                    job.hash(layer, first, count)
+                    for offset, size in spans(layout, layer, block_ids, first, count):
+                        views.append(job.read(offset, size).data)
+                    if job.has_digest:
+                        send_all(self._streams[lane], views)
+                        views = []
+            send_all(self._streams[lane], views)
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error
-        for layer in range(unit.layer, unit.layer + unit.num_layers):
-            job.hash(layer, unit.first, unit.num_blocks)
 
     def _on_readable(self, lane: int, stream: socket.socket) -> None:
         try:

@@ -65,6 +65,13 @@ def test_errors_are_one_clear_line_and_an_exit_code(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_the_digest_is_on_or_off_and_nothing_else() -> None:
+    for command in (["up"], ["worker", "--role", "mixed"]):
+        done = baton(*command, "--model", "x", "--digest", "maybe")
+        assert done.returncode == 2
+        assert "maybe" in done.stderr
+
+
 def test_a_model_that_the_hub_does_not_give_is_said_so() -> None:
     done = baton("up", "--model", "nobody/nothing")
     assert done.returncode == 2

@@ -251,7 +251,7 @@ async def test_digest_on_one_side_only_is_refused() -> None:
     async with pair(sender_config=TransferConfig(digest=False)) as p:
         push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
         ready(push, 1)
-        with pytest.raises(Incompatible, match="digest is xxh3_128/block at decode-0 and off at prefill-0"):
+        with pytest.raises(Incompatible, match="digest is xxh3_128/512k at decode-0 and off at prefill-0"):
             await push.commit(token("r"))
 
 

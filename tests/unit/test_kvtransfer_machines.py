@@ -8,7 +8,18 @@ from baton.errors import NodeLost, TransferFailed
 from baton.types import Failure, TokenChunk
 from kvtransfer.protocol import receiver as r
 from kvtransfer.protocol import sender as s
-from kvtransfer.protocol.messages import Abort, Ack, Begin, Begun, Commit, Heartbeat, Nack, Revoke, Revoked
+from kvtransfer.protocol.messages import (
+    Abort,
+    Ack,
+    Begin,
+    Begun,
+    Commit,
+    Heartbeat,
+    Nack,
+    Revoke,
+    Revoked,
+    WrittenRange,
+)
 
 TOKEN = TokenChunk("q", 0, (5,))
 DAMAGE = Failure("TransferFailed", "digest of layers [1] differs in attempt 1", True)
@@ -69,6 +80,21 @@ def test_receiver_asks_for_damaged_layers_again_and_takes_only_the_expected_comm
     t.verify(attempt=2)
     assert t.feed(r.Verified(7, 1, ())) == [], "a late result of the first verification"
     assert t.feed(r.Verified(7, 2, ())) == [r.Arrive("q", 7, TOKEN)]
+
+
+def test_only_hints_of_the_attempt_under_way_are_digested() -> None:
+    t = Receiving()
+    hinted = (WrittenRange(0, 0, 2),)
+    assert t.feed(r.Wrote(1, 7, 1, hinted)) == [], "not begun"
+    t.begin()
+    assert t.feed(r.Wrote(1, 7, 1, hinted)) == [r.Digest(7, hinted)]
+    for wrong in (r.Wrote(2, 7, 1, hinted), r.Wrote(1, 8, 1, hinted), r.Wrote(1, 7, 2, hinted)):
+        assert t.feed(wrong) == []
+    t.verify()
+    assert t.feed(r.Wrote(1, 7, 1, hinted)) == [], "being verified"
+    t.feed(r.Verified(7, 1, (0,)))
+    assert t.feed(r.Wrote(1, 7, 1, hinted)) == [], "late: the layer is written again"
+    assert t.feed(r.Wrote(1, 7, 2, hinted)) == [r.Digest(7, hinted)]
 
 
 def test_a_duplicate_begin_never_starts_a_second_writer() -> None:

@@ -7,17 +7,19 @@ import mmap
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import xxhash
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.errors import BadConfig, InvalidRequest
 from baton.types import KvLayout
 from kvtransfer.arena import Arena
-from kvtransfer.digest import BlockDigests
+from kvtransfer.digest import ByteArray, LayerDigests, segment_blocks
 from kvtransfer.host import host_id
 from kvtransfer.plan import Copy, TransferPlan, spans
 from kvtransfer.writing import as_bytes
@@ -78,29 +80,76 @@ def test_bad_block_lists_are_refused() -> None:
             TransferPlan.of(SMALL, LARGE, src, dst)
 
 
-@pytest.mark.parametrize("block_bytes", [16, 1000, 4096, 200_000])
-def test_digest_is_the_hash_of_block_hashes_in_any_order(block_bytes: int) -> None:
-    memory = np.random.default_rng(0).integers(0, 256, 6 * block_bytes, dtype=np.uint8)
-    digests = BlockDigests(2, 5, block_bytes)
-    digests.update(memory, 3 * block_bytes, 1, 3, 2)
-    assert digests.missing(1, 0, 5) == [(0, 3)]
-    digests.update(memory, block_bytes, 1, 1, 1)
-    assert digests.missing(1, 0, 5) == [(0, 1), (2, 1)]
-    digests.update(memory, 0, 1, 0, 1)
-    digests.update(memory, 2 * block_bytes, 1, 2, 1)
-    assert digests.missing(1, 0, 5) == []
-    assert digests.missing(0, 2, 2) == [(2, 2)], "another layer"
-    hashes = [xxhash.xxh3_128_intdigest(memory[i * block_bytes : (i + 1) * block_bytes]) for i in range(5)]
-    row = b"".join(h.to_bytes(16, sys.byteorder) for h in hashes)
-    assert digests.layer_digest(1, 5) == xxhash.xxh3_128_digest(row)
-    before = digests.layer_digest(1, 5)
-    memory[4 * block_bytes] ^= 1
-    digests.forget(1)
-    assert digests.missing(1, 0, 5) == [(0, 5)]
-    digests.update(memory, 0, 1, 0, 5)
-    assert digests.layer_digest(1, 5) != before
+SEGMENTED = KvLayout(num_layers=2, num_blocks=40, num_kv_heads=2, head_dim=64, block_tokens=128, dtype="float32")
+STEP = segment_blocks(SEGMENTED.block_bytes)
+BLOCK_IDS = [7, 3, 4, 5, *range(20, 29), 1, 30]
+
+
+def filled(layout: KvLayout) -> ByteArray:
+    return np.random.default_rng(0).integers(0, 256, layout.total_bytes, dtype=np.uint8)
+
+
+def expected_digest(memory: ByteArray, layer: int, block_ids: Sequence[int]) -> bytes:
+    size = SEGMENTED.block_bytes
+    blocks = [memory[SEGMENTED.offset(layer, b) :][:size].tobytes() for b in block_ids]
+    segments = [b"".join(blocks[i : i + STEP]) for i in range(0, len(blocks), STEP)]
+    return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_intdigest(s).to_bytes(16, sys.byteorder) for s in segments))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, len(BLOCK_IDS)), max_size=5), st.permutations(range(6)), st.integers(1, len(BLOCK_IDS)))
+def test_digest_does_not_depend_on_how_the_writes_were_cut(cuts: list[int], order: list[int], num_blocks: int) -> None:
+    assert STEP == 4, "the lists here are made for it"
+    memory = filled(SEGMENTED)
+    digests = LayerDigests(memory, SEGMENTED, BLOCK_IDS)
+    ranges = list(itertools.pairwise(sorted({0, len(BLOCK_IDS), *cuts})))
+    for i in order:
+        if i < len(ranges):
+            digests.update(1, ranges[i][0], ranges[i][1] - ranges[i][0])
+    for layer in range(2):
+        assert digests.layer_digest(layer, num_blocks) == expected_digest(memory, layer, BLOCK_IDS[:num_blocks])
+        assert digests.missing(layer, num_blocks) == []
+
+
+def test_digest_tells_a_flipped_byte_swapped_blocks_and_another_length() -> None:
+    memory = filled(SEGMENTED)
+    size, n = SEGMENTED.block_bytes, len(BLOCK_IDS)
+    whole = LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n)
+    assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n - 1) != whole
+    for i, j in ((0, 1), (1, 2), (3, 4), (0, n - 1), (4, 8)):
+        swapped = list(BLOCK_IDS)
+        swapped[i], swapped[j] = swapped[j], swapped[i]
+        assert LayerDigests(memory, SEGMENTED, swapped).layer_digest(0, n) != whole
+    for block, byte in ((BLOCK_IDS[0], 0), (BLOCK_IDS[5], size // 2), (BLOCK_IDS[-1], size - 1)):
+        memory[SEGMENTED.offset(0, block) + byte] ^= 1
+        assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n) != whole
+        memory[SEGMENTED.offset(0, block) + byte] ^= 1
+    assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n) == whole
+
+
+def test_a_layer_that_is_written_again_is_hashed_again() -> None:
+    memory = filled(SEGMENTED)
+    digests = LayerDigests(memory, SEGMENTED, BLOCK_IDS)
+    n = len(BLOCK_IDS)
+    digests.update(0, 0, n)
+    before = digests.layer_digest(0, n)
+    memory[SEGMENTED.offset(0, BLOCK_IDS[2])] ^= 1
+    assert digests.layer_digest(0, n) == before, "hashed once"
+    digests.forget(0)
+    assert digests.missing(0, n) == [(i, min(STEP, n - i)) for i in range(0, n, STEP)]
+    assert digests.layer_digest(0, n) != before
     with pytest.raises(AssertionError):
-        digests.update(memory, 2 * block_bytes, 1, 0, 5)
+        digests.update(0, 1, n)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 16, 1024])
+def test_block_sizes_from_much_less_to_more_than_a_segment(block_tokens: int) -> None:
+    layout = replace(SEGMENTED, num_blocks=5, block_tokens=block_tokens)
+    memory = filled(layout)
+    one = LayerDigests(memory, layout, [4, 2, 0])
+    other = LayerDigests(memory, layout, [4, 2, 0])
+    other.update(1, 0, 3)
+    assert one.layer_digest(1, 3) == other.layer_digest(1, 3) != one.layer_digest(0, 3)
 
 
 def test_arena_is_shared_sealed_and_outlived_by_its_views() -> None:
@@ -145,3 +194,18 @@ def test_the_pure_modules_load_neither_torch_nor_numpy_nor_grpc_nor_asyncio() ->
     code = "import sys; import kvtransfer.sender, kvtransfer.receiver; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert found.stdout.strip() == "False"
+
+
+def test_pages_are_taken_in_the_background_where_asked_and_closing_waits() -> None:
+    arena = Arena.create(64 << 20)
+    arena.prefault_in_background([(0, 1 << 20), (33 << 20, 34 << 20)])
+    prefaulting = arena._prefaulting
+    assert prefaulting is not None
+    prefaulting.join()
+    assert os.fstat(arena.fd).st_blocks * 512 == 2 << 20
+    arena.close()
+    closed_early = Arena.create(512 << 20)
+    closed_early.prefault_in_background([(0, 512 << 20)])
+    closed_early.close()
+    assert closed_early._prefaulting is not None
+    assert not closed_early._prefaulting.is_alive()

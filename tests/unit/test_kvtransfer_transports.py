@@ -14,6 +14,7 @@ import pytest
 from kvtransfer_pair import LAYOUT
 
 from kvtransfer.arena import Arena
+from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.transports import shm, tcp
 from kvtransfer.transports.fake import Mischief
 from kvtransfer.writing import as_bytes
@@ -29,6 +30,7 @@ class Streams:
         self.plane, self.memory = plane, memory
         self.gone: list[int] = []
         self.quiet: list[int] = []
+        self.frames: list[tuple[int, ...]] = []
         self.endpoint = plane.offer(1, TOKEN)
 
     async def connect(self, token: bytes = TOKEN) -> socket.socket:
@@ -54,6 +56,7 @@ async def streams() -> AsyncIterator[Streams]:
         LAYOUT,
         advertised_host="127.0.0.1",
         listen_host="",
+        on_frame=lambda *frame: made[0].frames.append(frame),
         on_writer_gone=lambda channel: made[0].gone.append(channel),
         on_quiet=lambda epoch: made[0].quiet.append(epoch),
     )
@@ -74,6 +77,7 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
             assert await s.send(stream, 9, 1, 1, 1, 1, payload=block) == 0
             offset = LAYOUT.offset(1, 2)
             assert bytes(s.memory[offset : offset + SIZE]) == block
+            assert s.frames == [(9, 1, 1, 1)], "told before it is acknowledged"
             s.memory[offset : offset + SIZE] = 0
             for epoch, layer, num_layers, first, num_blocks, payload in (
                 (8, 0, 1, 0, 1, block),  # no such epoch
@@ -91,6 +95,7 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
             assert s.plane.close_epoch(1, 9)
             assert await s.send(stream, 9, 0, 1, 0, 1, payload=block) == 1, "late"
             assert not s.memory.any()
+            assert len(s.frames) == 1, "what was refused is not told"
             stream.sendall(tcp._FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
             assert await asyncio.to_thread(stream.recv, 1) == b"", "an absurd size ends the stream"
         await asyncio.sleep(0.05)
@@ -141,7 +146,8 @@ async def test_tcp_refuses_streams_without_a_live_token() -> None:
 async def test_shm_hands_the_arena_to_the_token_once() -> None:
     gone: list[int] = []
     with Arena.create(4096) as arena:
-        plane = shm.ShmReceiver(arena, gone.append)
+        hints: list[object] = []
+        plane = shm.ShmReceiver(arena, gone.append, lambda *hint: hints.append(hint))
         await plane.start()
         name = plane.offer(1, TOKEN)
         with contextlib.ExitStack() as stack:
@@ -153,6 +159,13 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
                 assert (len(fds) == 1) == is_welcome == bool(data)
                 for fd in fds:
                     os.close(fd)
+                if is_welcome:
+                    raw = shm._HINT.pack(7, 1, 2, 2, 3, 4) + shm._HINT.pack(8, 2, 0, 1, 0, 1)
+                    for part in (raw[:5], raw[5:]):
+                        peer.sendall(part)
+                        await asyncio.sleep(0.02)
+            first = (1, 7, 1, [WrittenRange(2, 3, 4), WrittenRange(3, 3, 4)])
+            assert hints == [first, (1, 8, 2, [WrittenRange(0, 0, 1)])], "hints may come in pieces"
             assert gone == []
         await asyncio.sleep(0.05)
         assert gone == [1], "end-of-file on the one that was let in"

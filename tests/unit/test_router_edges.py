@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pkgutil
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow import FlowConfig, Outcome, OutcomeKind
+from router.serve import listen
 from router.stream import Pacer, TokenStream
 from tests.unit.router_support import router_beside, until
 
@@ -166,3 +168,19 @@ async def test_usage_and_timing_of_the_relay() -> None:
         assert stages <= one.relay.ttft_s + 1e-3
         assert one.relay.ttft_s < stages + 0.1
         assert (one.usage.prompt_tokens, one.usage.completion_tokens) == (30, 4)
+
+
+async def test_chunks_do_not_wait_for_acknowledgements() -> None:
+    accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+    def on_client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sock = writer.get_extra_info("socket")
+        accepted.set_result(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        writer.close()
+
+    server = await asyncio.start_server(on_client, sock=listen("127.0.0.1", 0))
+    async with server:
+        _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        assert await accepted == 1
+        writer.close()
+        await writer.wait_closed()

@@ -1,0 +1,216 @@
+"""One admitted request on its way to an HTTP client: all of its choices, whole or as server-sent events.
+
+It joins generations with the JSON of `openai_response`, and knows no sockets.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from baton import errors
+from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest, Part
+from router.openai_request import ChatBody, CompletionBody
+from router.openai_response import DONE, ChoiceWriter, Envelope, LogprobWriter, relay_json, usage
+
+
+class Choice:
+    """One choice: its tokens come in, its chunks or its whole go out."""
+
+    __slots__ = ("_echo", "_generation", "_has_begun", "_writer", "ending")
+
+    def __init__(self, generation: Generation, writer: ChoiceWriter, echo: str) -> None:
+        self._generation = generation
+        self._writer = writer
+        self._echo = echo
+        self._has_begun = False
+        self.ending: Ending | None = None
+
+    async def next(self) -> str:
+        """Its next chunks; with the last of them `ending` is set. Raises what ended the sequence badly."""
+        text = ""
+        while not text:
+            text = self._chunks(await self._generation.next())
+        return text
+
+    def _chunks(self, part: Part | Ending) -> str:
+        text = ""
+        if not self._has_begun:
+            self._has_begun = True
+            text = self._writer.begin(self._echo)
+        if isinstance(part, Ending):
+            self.ending = part
+        else:
+            if part.text or part.token_ids:
+                text += self._writer.chunk(part)
+            self.ending = self._generation.ending
+        return text if self.ending is None else text + self._writer.end(self.ending)
+
+    async def whole(self) -> dict[str, Any]:
+        parts: list[Part] = []
+        while isinstance(part := await self._generation.next(), Part):
+            parts.append(part)
+        self.ending = part
+        return self._writer.whole(parts, part, self._echo)
+
+
+class Answer:
+    """Read it with `whole`, or with `next` until `is_over`; leave it with `cancel`."""
+
+    __slots__ = ("_accepted", "_choices", "_envelope", "_merger", "_n", "_wants_ids", "_wants_relay", "_wants_usage",
+                 "is_over")  # fmt: skip
+
+    def __init__(
+        self, frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
+    ) -> None:  # fmt: skip
+        self._accepted = accepted
+        # Not the body itself: it would live as long as the stream.
+        self._wants_usage = body.wants_usage
+        self._wants_ids = bool(body.return_token_ids)
+        self._wants_relay = bool(body.return_relay)
+        is_chat = request.is_chat
+        self._envelope = Envelope(
+            answer_id=("chatcmpl-" if is_chat else "cmpl-") + accepted.request_id,
+            model=accepted.model,
+            created=int(time.time()),
+            is_chat=is_chat,
+            wants_usage=body.wants_usage,
+        )
+        self._n = request.n
+        self._choices: list[Choice] = []
+        self._merger: _Merger | None = None
+        # The last event has been given out.
+        self.is_over = False
+        echoes = _echoes(frontend, body, request, accepted)
+        for i, generation in enumerate(accepted.generations):
+            logprobs = None
+            if request.sampling.logprobs is not None:
+                logprobs = LogprobWriter(
+                    frontend.tokenizer, is_chat=is_chat, as_ids=bool(body.return_tokens_as_token_ids),
+                    start_offset=len(echoes[i]),
+                )  # fmt: skip
+            writer = ChoiceWriter(
+                envelope=self._envelope, index=i, logprobs=logprobs, token_ids=self._wants_ids,
+                prompt_token_ids=generation.prompt_token_ids,
+            )  # fmt: skip
+            self._choices.append(Choice(generation, writer, echoes[i]))
+
+    @property
+    def request_id(self) -> str:
+        return self._accepted.request_id
+
+    def cancel(self) -> None:
+        """Harmless when everything is over; else whoever reads gets Cancelled."""
+        self._accepted.cancel("the client left")
+
+    async def whole(self) -> dict[str, Any]:
+        """Wait for all choices; raises the first error."""
+        if len(self._choices) == 1:
+            choices = [await self._choices[0].whole()]
+        else:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    tasks = [group.create_task(choice.whole()) for choice in self._choices]
+            except* errors.BatonError as failed:
+                raise failed.exceptions[0] from None
+            choices = [t.result() for t in tasks]
+        return self._envelope.whole(choices, {"usage": self._usage(), **self._extras()})
+
+    def relay_line(self) -> str:
+        return self._endings[0].relay.line()
+
+    async def next(self) -> bytes:
+        """The next server-sent events, at least one; the last ones come with usage and the end.
+
+        Raises an error of a sequence; what was given out before stands.
+        """
+        if len(self._choices) == 1:
+            text = await self._choices[0].next()
+            self.is_over = self._choices[0].ending is not None
+        else:
+            if self._merger is None:
+                self._merger = _Merger(self._choices)
+            text = await self._merger.next()
+            self.is_over = self._merger.num_left == 0
+        return text.encode() + self._closing() if self.is_over else text.encode()
+
+    async def close(self) -> None:
+        """Leave nothing behind, whatever was read."""
+        self.cancel()
+        if self._merger is not None:
+            await self._merger.close()
+
+    def _closing(self) -> bytes:
+        extra = self._extras()
+        if self._wants_usage:
+            extra["usage"] = self._usage()
+        return (self._envelope.last_chunk(extra).encode() if extra else b"") + DONE
+
+    @property
+    def _endings(self) -> list[Ending]:
+        """Of all choices; they have ended."""
+        return [c.ending for c in self._choices if c.ending is not None]
+
+    def _usage(self) -> dict[str, Any]:
+        """Prompts count once, however many choices they have."""
+        firsts = self._accepted.generations[:: self._n]
+        num_prompt = sum(len(g.prompt_token_ids) for g in firsts)
+        endings = self._endings
+        return usage(num_prompt, endings, sum(e.num_cached_tokens for e in endings[:: self._n]))
+
+    def _extras(self) -> dict[str, Any]:
+        extra: dict[str, Any] = {}
+        if self._wants_ids and self._envelope.is_chat:
+            extra["prompt_token_ids"] = self._accepted.generations[0].prompt_token_ids
+        if self._wants_relay:
+            relays = [relay_json(e.relay) for e in self._endings]
+            extra["baton"] = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
+        return extra
+
+
+class _Merger:
+    """Several choices, each read by a task of its own; the queue holds them back to the client's pace."""
+
+    def __init__(self, choices: Sequence[Choice]) -> None:
+        self.num_left = len(choices)
+        self._queue: asyncio.Queue[tuple[str, bool] | Exception] = asyncio.Queue(len(choices))
+        self._tasks = [asyncio.create_task(self._read(c)) for c in choices]
+
+    async def _read(self, choice: Choice) -> None:
+        try:
+            while choice.ending is None:
+                text = await choice.next()
+                await self._queue.put((text, choice.ending is not None))
+        except Exception as error:
+            await self._queue.put(error)
+
+    async def next(self) -> str:
+        item = await self._queue.get()
+        if isinstance(item, Exception):
+            raise item
+        text, is_last = item
+        self.num_left -= is_last
+        return text
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
+
+
+def _echoes(
+    frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
+) -> list[str]:
+    """The prompt's text before each choice, where it was asked for."""
+    if not isinstance(body, CompletionBody) or not body.echo:
+        return [""] * len(accepted.generations)
+
+    def text(prompt: str | tuple[int, ...]) -> str:
+        if isinstance(prompt, str) or frontend.tokenizer is None:
+            return prompt if isinstance(prompt, str) else ""
+        return frontend.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
+
+    texts = [text(p) for p in request.prompts]
+    return [texts[i // request.n] for i in range(len(accepted.generations))]
