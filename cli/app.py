@@ -47,6 +47,7 @@ class DType(StrEnum):
 class Kernels(StrEnum):
     auto = "auto"
     cpu = "cpu"
+    triton = "triton"
     reference = "reference"
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Span:
     num_tokens: int
     # Block j holds positions [j * block_tokens, (j + 1) * block_tokens).
     block_ids: tuple[int, ...]
+    # Positions from here on were generated; a step that takes a sequence up again may hold both kinds.
+    num_prompt_tokens: int = sys.maxsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ def sampling_spans(batch: Batch) -> tuple[Span, ...]:
     """Spans of the single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
     wanted = set(batch.sample_rows)
     spans = [s for s in batch.spans if s.row + s.num_tokens - 1 in wanted]
-    return tuple(Span(i, s.start + s.num_tokens - 1, 1, s.block_ids) for i, s in enumerate(spans))
+    return tuple(replace(s, row=i, start=s.start + s.num_tokens - 1, num_tokens=1) for i, s in enumerate(spans))
 
 
 def build_batch(plan: StepPlan, layout: KvLayout) -> Batch:
@@ -76,7 +79,8 @@ def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
     assert piece.num_tokens > 0, "a piece computes at least one token"
     assert end <= len(sequence.token_ids), "a piece computes tokens that are known"
     assert num_blocks <= len(sequence.block_ids), "a piece's tokens have blocks"
-    return Span(row, piece.start, piece.num_tokens, tuple(sequence.block_ids[:num_blocks]))
+    block_ids = tuple(sequence.block_ids[:num_blocks])
+    return Span(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
 
 
 def _ranges(starts: list[int], counts: list[int]) -> Tensor:

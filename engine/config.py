@@ -309,7 +309,8 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check(self.dtype in ("auto", *DTYPE_BYTES), "dtype", f"auto or one of {', '.join(DTYPE_BYTES)}")
-        self._check(self.kernels in ("auto", "cpu", "reference"), "kernels", "auto, cpu or reference")
+        known = ("auto", "cpu", "triton", "reference")
+        self._check(self.kernels in known, "kernels", "auto, cpu, triton or reference")
         is_power = self.block_tokens >= 16 and self.block_tokens & (self.block_tokens - 1) == 0
         self._check(is_power, "block_tokens", "a power of two, at least 16")
         self._check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", "at least 1, or none")

@@ -15,10 +15,10 @@ class KvCache:
     """Views over one arena of ``layout.total_bytes`` bytes.
 
     With a ``buffer`` the cache lies in it (writable, for example a shared mapping) and keeps it alive; without one it
-    allocates. Contents are never assumed: unwritten rows may hold anything, NaN included.
+    allocates on ``device``. Contents are never assumed: unwritten rows may hold anything, NaN included.
     """
 
-    def __init__(self, layout: KvLayout, buffer: memoryview | None = None) -> None:
+    def __init__(self, layout: KvLayout, buffer: memoryview | None = None, device: torch.device | None = None) -> None:
         self.layout = layout
         dtype = TORCH_DTYPES[layout.dtype]
         shape = (
@@ -30,7 +30,7 @@ class KvCache:
             layout.head_dim,
         )
         if buffer is None:
-            self._arena = torch.empty(shape, dtype=dtype)
+            self._arena = torch.empty(shape, dtype=dtype, device=device)
         else:
             if buffer.readonly or buffer.nbytes != layout.total_bytes:
                 raise BadConfig(

@@ -11,7 +11,7 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Batch, sampling_spans
 from engine.config import ModelConfig
-from engine.kernels.interface import Kernels, Linear
+from engine.kernels.interface import Attention, Kernels, Linear
 from engine.kv_cache import KvCache
 from engine.rope import RopeTable
 from engine.weights import Checkpoint
@@ -26,7 +26,7 @@ class Layer:
     head_norms: tuple[Tensor, Tensor] | None  # of q and k, [head_dim]
     output: Linear
     mlp_norm: Tensor
-    gate_up: Linear
+    gated: Linear
     down: Linear
     window: int | None
 
@@ -47,31 +47,64 @@ class Model:
 
     def forward(self, batch: Batch, cache: KvCache, layout: KvLayout, on_layer: Callable[[int], None] | None) -> Tensor:
         """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
+        kernels, device = self._kernels, self._kernels.device
+        cos, sin = (part.to(device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
+        slots, token_ids = batch.slot_mapping.to(device), batch.token_ids.to(device)
+        attention = kernels.attention(self._config, layout, batch.spans)
+
+        def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention] | None:
+            if not batch.sample_rows:
+                return None
+            rows = torch.tensor(batch.sample_rows, device=device)
+            return x[rows], q[rows], kernels.attention(self._config, layout, sampling_spans(batch))
+
+        logits = self._run(token_ids, cos, sin, slots, attention, cache, on_layer, choose)
+        return torch.empty(0, self._config.vocab_size) if logits is None else logits.float().cpu()
+
+    def decode(
+        self, token_ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: Attention, cache: KvCache
+    ) -> Tensor:
+        """Logits of every row, [rows, vocabulary], in the model's dtype, from inputs on the device: no work of the host
+        depends on their values, so the whole step can be recorded once and replayed."""
+        logits = self._run(token_ids, cos, sin, slots, attention, cache, None, lambda x, q: (x, q, attention))
+        assert logits is not None
+        return logits
+
+    def rope_rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self._rope.rows(positions, prompt_lengths)
+
+    def _run(
+        self,
+        token_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        attention: Attention,
+        cache: KvCache,
+        on_layer: Callable[[int], None] | None,
+        choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention] | None],
+    ) -> Tensor | None:
+        """``choose`` leaves, in the last layer, the rows of (residual, queries) that sample, and how they attend."""
         c, kernels = self._config, self._kernels
-        cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
-        attention = kernels.attention(c, layout, batch.spans)
-        x = self._embedding[batch.token_ids]
+        x = self._embedding[token_ids]
         normed = kernels.rms_norm(x, self._layers[0].input_norm, c.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):
             arena = cache.layer(index)
-            q = kernels.rope_store(
-                layer.qkv(normed), layer.head_norms, c.rms_norm_eps, cos, sin, arena, batch.slot_mapping
-            )
+            q = kernels.rope_store(layer.qkv(normed), layer.head_norms, c.rms_norm_eps, cos, sin, arena, slots)
             if on_layer is not None:
                 on_layer(index)
             if index == c.num_layers - 1:
                 # Nothing reads the last layer's output but the rows that sample.
-                if not batch.sample_rows:
-                    return torch.empty(0, c.vocab_size)
-                rows = torch.tensor(batch.sample_rows)
-                x, q = x[rows], q[rows]
-                attention = kernels.attention(c, layout, sampling_spans(batch))
+                chosen = choose(x, q)
+                if chosen is None:
+                    return None
+                x, q, attention = chosen
             delta = layer.output(attention(q, arena, layer.window))
             normed = kernels.add_rms_norm(x, delta, layer.mlp_norm, c.rms_norm_eps)
-            delta = layer.down(kernels.silu_mul(layer.gate_up(normed)))
+            delta = layer.down(layer.gated(normed))
             normed = kernels.add_rms_norm(x, delta, next_norm, c.rms_norm_eps)
-        return self._head(normed).float()
+        return self._head(normed)
 
 
 class _Loader:
@@ -83,13 +116,18 @@ class _Loader:
         self._dtype = dtype
 
     def tensor(self, name: str) -> Tensor:
-        return self._checkpoint.tensor(name).to(self._dtype)
+        return self._checkpoint.tensor(name).to(self._kernels.device, self._dtype)
 
     def linear(self, names: list[str], *, bias: bool) -> Linear:
         """Several layers that read the same input, as one."""
+        return self._kernels.linear(*self._joined(names, bias=bias))
+
+    def gated_linear(self, names: list[str], *, bias: bool) -> Linear:
+        return self._kernels.gated_linear(*self._joined(names, bias=bias))
+
+    def _joined(self, names: list[str], *, bias: bool) -> tuple[Tensor, Tensor | None]:
         weight = torch.cat([self.tensor(f"{name}.weight") for name in names])
-        joined = torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
-        return self._kernels.linear(weight, joined)
+        return weight, torch.cat([self.tensor(f"{name}.bias") for name in names]) if bias else None
 
 
 def _load_layer(loader: _Loader, c: ModelConfig, index: int) -> Layer:
@@ -103,7 +141,7 @@ def _load_layer(loader: _Loader, c: ModelConfig, index: int) -> Layer:
         else None,
         output=loader.linear([f"{attn}o_proj"], bias=c.output_bias),
         mlp_norm=loader.tensor(f"{at}post_attention_layernorm.weight"),
-        gate_up=loader.linear([f"{mlp}gate_proj", f"{mlp}up_proj"], bias=c.mlp_bias),
+        gated=loader.gated_linear([f"{mlp}gate_proj", f"{mlp}up_proj"], bias=c.mlp_bias),
         down=loader.linear([f"{mlp}down_proj"], bias=c.mlp_bias),
         window=c.windows[index],
     )

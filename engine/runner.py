@@ -23,8 +23,6 @@ from engine.weights import Checkpoint, fingerprint
 class Runner:
     """Built by ``load``. ``execute`` is called by one thread at a time."""
 
-    device = "cpu"
-
     def __init__(
         self,
         model: Model,
@@ -33,11 +31,13 @@ class Runner:
         model_config: ModelConfig,
         description: ModelDescription,
         kernels: str,
+        device: str = "cpu",
     ) -> None:
         self.model_config = model_config
         self.description = description
         self.layout = cache.layout
         self.kernels = kernels
+        self.device = device
         self._model = model
         self._cache = cache
         self._sampler = Sampler(model_config.vocab_size)
@@ -59,12 +59,17 @@ class Runner:
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         kernels = select_kernels(config.kernels)
+        if allocate is not None and kernels.device.type != "cpu":
+            raise BadConfig(
+                f"the KV cache lies on {kernels.device}, which no transport reaches yet; expected kernels cpu",
+                param="kernels",
+            )
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
         layout = kv_layout(model_config, config, dtype)
         with torch.inference_mode():
-            cache = KvCache(layout, None if allocate is None else allocate(layout.total_bytes))
+            cache = KvCache(layout, None if allocate is None else allocate(layout.total_bytes), kernels.device)
         description = ModelDescription(
             name=folder.resolve().name,
             fingerprint=fingerprint(folder),
@@ -72,7 +77,14 @@ class Runner:
             max_model_tokens=model_config.max_model_tokens,
             vocab_size=model_config.vocab_size,
         )
-        return cls(model, cache, model_config=model_config, description=description, kernels=kernels.name)
+        return cls(
+            model,
+            cache,
+            model_config=model_config,
+            description=description,
+            kernels=kernels.name,
+            device=str(kernels.device),
+        )
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Run one step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written."""

@@ -8,13 +8,20 @@ from engine.kernels.interface import Kernels
 
 def select_kernels(name: str) -> Kernels:
     """Kernels by name; ``auto`` is the fastest set for the device at hand."""
-    # Imported on choice: a GPU worker needs no compiler for CPUs.
+    # Imported on choice: a GPU worker needs no compiler for CPUs. `auto` takes a GPU once transports reach its memory.
     if name == "reference":
         from engine.kernels.reference import ReferenceKernels
 
         return ReferenceKernels()
+    if name == "triton":
+        try:
+            from engine.kernels.triton.kernels import TritonKernels
+        except ImportError as error:
+            raise BadConfig(f"kernels triton need the package triton: {error}", param="kernels") from error
+
+        return TritonKernels.on_this_machine()
     if name in ("auto", "cpu"):
         from engine.kernels.cpu import CpuKernels
 
         return CpuKernels()
-    raise BadConfig(f"kernels {name!r} are not known; expected auto, cpu or reference", param="kernels")
+    raise BadConfig(f"kernels {name!r} are not known; expected auto, cpu, triton or reference", param="kernels")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from baton.types import KvLayout
@@ -37,6 +38,8 @@ class Kernels(Protocol):
     """
 
     name: str
+    # Where weights, cache and activations lie.
+    device: torch.device
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Prepare a layer for repeated use; weight [out, in], not kept if the kernel holds its own copy."""
@@ -70,6 +73,10 @@ class Kernels(Protocol):
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         """[rows, 2 * features] -> silu(first half) * second half, rounded once."""
+        ...
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """``silu_mul`` of ``linear``, which may be one pass without the rounding between."""
         ...
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...

@@ -23,6 +23,7 @@ _ROW_MULTIPLE = 8
 
 class ReferenceKernels:
     name = "reference"
+    device = torch.device("cpu")
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         weight = weight.contiguous()
@@ -64,6 +65,10 @@ class ReferenceKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (gate / (1 + torch.exp(-gate)) * up).to(gate_up.dtype)
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        linear = self.linear(weight, bias)
+        return lambda x: self.silu_mul(linear(x))
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         def apply(queries: Tensor, cache: Tensor, window: int | None) -> Tensor:

@@ -6,6 +6,7 @@ docs/decisions/0002-exact-on-cpu.md.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from baton.types import KvLayout
@@ -20,6 +21,8 @@ from engine.kernels.interface import Attention, Linear
 
 class CpuKernels:
     """``isa`` other than the host's is for tests."""
+
+    device = torch.device("cpu")
 
     def __init__(self, isa: Isa | None = None) -> None:
         self._isa = isa or Isa.of_host()
@@ -49,6 +52,10 @@ class CpuKernels:
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(self._isa, gate_up)
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        linear = self.linear(weight, bias)
+        return lambda x: self.silu_mul(linear(x))
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         return CpuAttention(self._isa, config, layout, spans)

@@ -1,0 +1,28 @@
+"""Runs the tests of Triton's kernels under its interpreter, which must be chosen before the kernels are imported."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).parent / "triton_interpreter"
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("test_*.py")))
+def test_under_the_interpreter(name: str) -> None:
+    pytest.importorskip("triton", reason="triton is only for Linux")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"{name}.py")],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        cwd=FOLDER.parents[2],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout

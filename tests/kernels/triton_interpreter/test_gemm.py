@@ -1,0 +1,86 @@
+"""Products of few and of many rows against float64; both give a row the same bits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from bench.cases import TOLERANCE, relative_error
+from engine.kernels.triton.gemm import linear, probe
+from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile
+
+PLAN = GemmPlan(
+    splits=1,
+    block_k=32,
+    stream=StreamTile(32, 32, 4, 2),
+    grid=GridTile(32, 32, 4, 2, num_programs=3),
+    grid_from_rows=24,
+)
+
+
+def described(plan: GemmPlan) -> GemmPlan:
+    return dataclasses.replace(
+        plan,
+        stream=dataclasses.replace(plan.stream, has_descriptors=True),
+        grid=dataclasses.replace(plan.grid, has_descriptors=True),
+    )
+
+
+def inputs(rows: int, out: int, inner: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rows)
+    sizes = (rows, inner), (out, inner), (out,)
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    return x, weight / inner**0.5, bias
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("rows", [1, 23, 25, 63])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_linear_equals_the_reference(rows: int, splits: int, dtype: torch.dtype, is_gated: bool) -> None:
+    x, weight, bias = inputs(rows, 82, 200, dtype)
+    found = linear(x, weight, bias, dataclasses.replace(PLAN, splits=splits), is_gated=is_gated)
+    expected = x.double() @ weight.double().T + bias.double()
+    if is_gated:
+        gate, up = expected.chunk(2, dim=1)
+        expected = torch.nn.functional.silu(gate) * up
+    assert relative_error(found, expected) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("inner", [64, 72, 33, 8])
+@pytest.mark.parametrize("rows", [5, 40])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_descriptors_read_what_pointers_read(rows: int, inner: int, splits: int) -> None:
+    x, weight, bias = inputs(rows, 48, inner, torch.float32)
+    plan = dataclasses.replace(PLAN, splits=splits)
+    assert torch.equal(linear(x, weight, bias, described(plan)), linear(x, weight, bias, plan))
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, splits: int, is_gated: bool) -> None:
+    x, weight, bias = inputs(65, 64, 160, dtype)
+    plan = dataclasses.replace(PLAN, splits=splits)
+    whole = linear(x, weight, bias, plan, is_gated=is_gated)
+    for at, rows in ((0, 1), (3, 16), (20, 23), (8, 33), (64, 1)):
+        part = slice(at, at + rows)
+        assert torch.equal(linear(x[part].clone(), weight, bias, plan, is_gated=is_gated), whole[part])
+    assert probe(weight, plan)
+
+
+def test_no_rows() -> None:
+    x, weight, bias = inputs(1, 10, 16, torch.float32)
+    assert linear(x[:0], weight, bias, PLAN).shape == (0, 10)
+
+
+def test_what_a_neighbour_holds_does_not_matter() -> None:
+    x, weight, _ = inputs(30, 40, 48, torch.float32)
+    whole = linear(x, weight, None, PLAN)
+    x[7] = float("nan")
+    found = linear(x, weight, None, PLAN)
+    assert found[7].isnan().all()
+    keep = torch.arange(30) != 7
+    assert torch.equal(found[keep], whole[keep])
