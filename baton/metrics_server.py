@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,22 +27,30 @@ class MetricsServer:
     def __init__(self, read: Callable[[], bytes], config: MetricsServerConfig | None = None) -> None:
         self._read = read
         self._config = config or MetricsServerConfig()
+        self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def start(self, host: str, port: int) -> int:
-        """Returns the port, port 0: any. Raises BadConfig if it is not to be had."""
+    def bind(self, host: str, port: int) -> int:
+        """Take the port (0: any) and return it; it answers after ``start``. Raises BadConfig if it is not to be had."""
+        host = host.strip("[]")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
-            self._server = await asyncio.start_server(
-                self._accept, host.strip("[]"), port, limit=self._config.max_head_bytes
-            )
+            self._listener = socket.create_server((host, port), family=family)
         except OSError as error:
             raise BadConfig(f"cannot serve metrics on {host}:{port}: {error}", param="metrics_port") from error
-        bound: int = self._server.sockets[0].getsockname()[1]
+        bound: int = self._listener.getsockname()[1]
         return bound
+
+    async def start(self) -> None:
+        assert self._listener is not None, "bind comes first"
+        limit = self._config.max_head_bytes
+        self._server = await asyncio.start_server(self._accept, sock=self._listener, limit=limit)
 
     async def close(self) -> None:
         if self._server is None:
+            if self._listener is not None:
+                self._listener.close()
             return
         self._server.close()
         for task in list(self._tasks):

@@ -208,6 +208,16 @@ def worker(
     registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
     grace: Grace = 10.0,
     digest: Digest = OnOff.on,
+    metrics_port: Annotated[
+        int,
+        typer.Option(min=-1, max=65535, help="Port of GET /metrics on --listen's host; 0 = any free one, -1 = none."),
+    ] = 0,
+    peak_tflops: Annotated[
+        float, typer.Option(min=0.0, help="What the hardware can compute at --dtype, for utilisation. 0: not known.")
+    ] = 0.0,
+    peak_gbps: Annotated[
+        float, typer.Option(min=0.0, help="Memory bandwidth in GB/s, for utilisation. 0: not known.")
+    ] = 0.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both.
@@ -222,6 +232,7 @@ def worker(
     from baton.types import Role
     from cli.registration import LeaseConfig
     from cli.worker import WorkerConfig, serve
+    from cli.worker_metrics import Peaks
 
     _log_to_stderr()
     config = WorkerConfig(
@@ -245,6 +256,8 @@ def worker(
         registry=RegistryConfig(registry, cluster_name) if registry else None,
         registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
+        metrics_port=None if metrics_port < 0 else metrics_port,
+        peaks=Peaks(peak_tflops * 1e12, peak_gbps * 1e9),
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
@@ -265,6 +278,9 @@ def router(
     model_name: ModelName = "",
     api_key: ApiKeys = None,
     grace: Grace = 5.0,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
+    ] = True,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
@@ -288,6 +304,7 @@ def router(
         model_name=model_name or model_source.name_of(model),
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
+        vllm_metrics=vllm_metrics,
     )
 
     async def run() -> None:

@@ -196,6 +196,7 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics) 
     app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     app.add_api_route("/ready", routes.ready, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics/targets", routes.metrics_targets, methods=["GET"], response_model=None)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
@@ -245,6 +246,11 @@ class _Routes:
 
     async def metrics(self) -> Response:
         return Response(exposition(self._metrics), media_type=CONTENT_TYPE)
+
+    async def metrics_targets(self) -> Response:
+        """The workers' metrics ports, as Prometheus' http_sd asks for them. Lost nodes stay: they are missed."""
+        nodes = [member.node for member in self._dispatcher.members if member.node is not None]
+        return JSONResponse([{"targets": [n.metrics_address]} for n in nodes if n.metrics_address])
 
 
 class _TooLarge(errors.InvalidRequest):
