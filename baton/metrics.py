@@ -111,8 +111,11 @@ class Metrics:
         self._child(name, "counter", help_text, labels, lambda: child.value)
         return child
 
-    def counters(self, name: str, help_text: str, *label_names: str) -> Counters:
+    def counters(self, name: str, help_text: str, *label_names: str, preset: Iterable[Labels] = ()) -> Counters:
+        """``preset`` children are there from the start: what appears at 1 has no rate that shows it."""
         found = Counters(len(label_names))
+        for values in preset:
+            found.add(*values, amount=0.0)
         read = found.children
         self.add(Family(name, "counter", help_text, label_names, lambda: {k: c.value for k, c in list(read.items())}))
         return found

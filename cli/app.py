@@ -107,6 +107,10 @@ ApiKeys = Annotated[
     ),
 ]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
+PeakTflops = Annotated[
+    float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
+]
+PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -138,6 +142,8 @@ def up(
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from baton.registry import RegistryConfig
@@ -169,6 +175,7 @@ def up(
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
+            *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
     )
     is_first = True
@@ -212,12 +219,8 @@ def worker(
         int,
         typer.Option(min=-1, max=65535, help="Port of GET /metrics on --listen's host; 0 = any free one, -1 = none."),
     ] = 0,
-    peak_tflops: Annotated[
-        float, typer.Option(min=0.0, help="What the hardware can compute at --dtype, for utilisation. 0: not known.")
-    ] = 0.0,
-    peak_gbps: Annotated[
-        float, typer.Option(min=0.0, help="Memory bandwidth in GB/s, for utilisation. 0: not known.")
-    ] = 0.0,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both.

@@ -48,7 +48,10 @@ class _TransferMeter(SenderObserver):
             for is_layerwise in (True, False)
         }
         self._failures = metrics.counters(
-            "baton_transfer_failures", "Transfers that ended without arriving, by error code", "code"
+            "baton_transfer_failures",
+            "Transfers that ended without arriving, by error code",
+            "code",
+            preset=[("TransferFailed",), ("NodeLost",)],
         )
 
     def pushed(self, report: TransferReport) -> None:

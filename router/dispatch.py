@@ -367,7 +367,8 @@ class Dispatcher:
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
         _log.warning("node %s is lost: %s", node_id, reason)
-        self._metrics.node_losses.add(self._loads.pool_of(node_id))
+        if (pool := self._loads.lost_pool(node_id)) is not None:
+            self._metrics.node_losses.add(pool)
         self._address_of.pop(node_id, None)
         for active in list(self._active):
             self._feed(active, f.NodeLost(node_id, reason))

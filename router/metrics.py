@@ -13,6 +13,7 @@ from baton.observe import Relay
 from baton.types import FinishReason, Role
 from router.flow import Outcome, OutcomeKind, Phase
 from router.membership import Member, State
+from router.policy import Reason
 
 # Fine where decode steps are.
 _TBT_BUCKETS_S = (
@@ -31,16 +32,47 @@ class RouterMetrics:
         self._metrics = metrics
         self._model_name = model_name
         counter, counters, histogram = metrics.counter, metrics.counters, metrics.histogram
-        self.outcomes = counters("baton_requests", "Sequences by outcome and error code", "outcome", "code")
-        # Refused before there was a sequence.
-        self.refusals = counters("baton_refusals", "Requests refused at the door, by error code", "code")
-        self.cancellations = counters("baton_cancellations", "Sequences cancelled, by the phase they were in", "phase")
-        self.placements = counters("baton_placements", "Pairs of nodes chosen, by reason", "reason")
-        self.placement_waits = counters("baton_placement_waits", "Fruitless looks for a pair, by obstacle", "reason")
-        self.reservation_refusals = counters(
-            "baton_reservation_refusals", "Reservations that a decode node refused, by error code", "code"
+        self.outcomes = counters(
+            "baton_requests",
+            "Sequences by outcome and error code",
+            "outcome",
+            "code",
+            preset=[("finished", ""), ("cancelled", "Cancelled")],
         )
-        self.node_losses = counters("baton_node_losses", "Nodes that went down, by pool", "pool")
+        # Refused before there was a sequence.
+        self.refusals = counters(
+            "baton_refusals",
+            "Requests refused at the door, by error code",
+            "code",
+            preset=_each("Overloaded", "Unavailable", "InvalidRequest"),
+        )
+        self.cancellations = counters(
+            "baton_cancellations",
+            "Sequences cancelled, by the phase they were in",
+            "phase",
+            preset=_each("queued", "prefilling", "decoding"),
+        )
+        self.placements = counters(
+            "baton_placements",
+            "Pairs of nodes chosen, by reason",
+            "reason",
+            preset=_each(*(reason.value for reason in Reason)),
+        )
+        self.placement_waits = counters(
+            "baton_placement_waits",
+            "Fruitless looks for a pair, by obstacle",
+            "reason",
+            preset=_each("no_node", "no_room"),
+        )
+        self.reservation_refusals = counters(
+            "baton_reservation_refusals",
+            "Reservations that a decode node refused, by error code",
+            "code",
+            preset=_each("NoBlocks"),
+        )
+        self.node_losses = counters(
+            "baton_node_losses", "Nodes that went down, by pool", "pool", preset=_each(*(role.value for role in Role))
+        )
         self.reruns = counter("baton_reruns", "Attempts after the first, that is after a failure")
         self.recoveries = counter("baton_recoveries", "Finished sequences of which at least one attempt had failed")
         self.recovery = histogram(
@@ -153,6 +185,10 @@ class RouterMetrics:
         help_text = "As baton_finished_total, under vLLM's name"
         labels = (*_VLLM_LABELS, "finished_reason")
         self._metrics.add(Family("vllm:request_success", "counter", help_text, labels, successes))
+
+
+def _each(*values: str) -> list[Labels]:
+    return [(value,) for value in values]
 
 
 def _nodes(members: list[Member]) -> Mapping[Labels, float]:
