@@ -63,7 +63,7 @@ LLAMA_8B = Sizes(
 # One of each dtype, with odd shapes.
 TINY = tuple(
     Sizes(
-        dtype, shape, 48, 40, 70,
+        dtype, shape, 84, 40, 70,
         prefill=((2, 20), (1, 63)), chunked=((9, 30),), decode=((1, 1), (3, 63), (2, 300)), prefixes=((3, 256, 5),),
         rows=(1, 63, 70), copied_tokens=(33,), block_tokens=(64, 16),
     )
@@ -81,10 +81,10 @@ def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
 
 def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     for block_tokens in sizes.block_tokens:
-        yield from _decode(sizes, tuning, device, block_tokens)
+        yield from decode_works(sizes, tuning, device, block_tokens)
     yield from _gemm(sizes, tuning, device)
     for block_tokens in sizes.block_tokens:
-        yield from _prefill(sizes, tuning, device, block_tokens)
+        yield from prefill_works(sizes, tuning, device, block_tokens)
     yield from _shared(sizes, tuning, device)
     yield from _pointwise(sizes, device)
     yield from _copies(sizes, device)
@@ -114,7 +114,7 @@ def _sdpa_peers(*, is_causal: bool) -> dict[str, Any]:
     }
 
 
-def _decode(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
+def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
     shape, size = sizes.shape, sizes.dtype.itemsize
     tile = tuning.decode_tile(shape.head_dim, sizes.dtype)
 
@@ -157,7 +157,7 @@ def _decode(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> 
         )
 
 
-def _prefill(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
+def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
     shape = sizes.shape
     tile = tuning.prefill_tile(shape.head_dim, sizes.dtype, is_windowed=False)
     group = shape.heads // shape.kv_heads
