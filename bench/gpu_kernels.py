@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from baton.types import SamplingParams
 from bench.cases import TOLERANCE, PagedSequences, Shape
 from bench.gpu_measure import Device, Work
 from engine.kernels.triton.decode_attention import decode_attention
@@ -30,6 +31,7 @@ from engine.kernels.triton.prefill_attention import (
 from engine.kernels.triton.sampling import Draws, sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
+from engine.sampler import draw, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -440,6 +442,7 @@ def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
 def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
     rows = 64 if device.is_gpu else 2
     for name, temperature, top_k, top_p in (("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top-p", 0.8, 50, 0.9)):
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
         draws = Draws(
             torch.full((rows,), temperature, dtype=torch.float64, device=device.torch),
             torch.full((rows,), top_k, dtype=torch.int32, device=device.torch),
@@ -448,14 +451,22 @@ def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
             torch.arange(rows, device=device.torch),
             torch.arange(rows, device=device.torch),
         )
-        is_greedy = temperature == 0
         yield Work(
             f"sampling, {name}",
             f"{rows} x {sizes.vocabulary}",
             lambda seed: _randn(device, torch.float32, rows, sizes.vocabulary, seed=seed) * 4,
             lambda logits, draws=draws: sample(logits, draws),
-            {"torch_argmax": lambda logits: logits.argmax(-1)} if is_greedy else {},
-            (lambda logits: logits.argmax(-1).double()) if is_greedy else None,
+            {"torch_argmax": lambda logits: logits.argmax(-1)} if params.is_greedy else {},
+            partial(_drawn, params),
             bytes=rows * sizes.vocabulary * 4,
             input_bytes=rows * sizes.vocabulary * 4,
         )
+
+
+def _drawn(params: SamplingParams, logits: Tensor) -> Tensor:
+    """What the engine's sampler draws for row i of seed i at position i."""
+    if params.is_greedy:
+        return logits.argmax(-1).double()
+    rows = logits.cpu().numpy()
+    tokens = [draw(row, params, uniform(i, i)) for i, row in enumerate(rows)]
+    return torch.tensor(tokens, dtype=torch.float64, device=logits.device)
