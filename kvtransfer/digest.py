@@ -10,7 +10,7 @@ import ctypes
 import importlib
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -119,7 +119,7 @@ def _best_hash() -> _Hash:
 def _compiled_pass() -> OnePass | None:
     """None without llvmlite, or if what it made does not give the hashes of the library."""
     try:
-        from kvtransfer.onepass import OnePass  # noqa: PLC0415 - llvmlite may be missing
+        from kvtransfer.onepass import OnePass  # llvmlite may be missing
     except ImportError:
         return None
     found = OnePass()
@@ -137,7 +137,7 @@ def _compiled_pass() -> OnePass | None:
 
 def _run(
     one_pass: OnePass, rows: Sequence[tuple[int, int, int]], segment_bytes: int, *, is_copying: bool
-) -> Sequence[_Hash128]:
+) -> Iterable[_Hash128]:
     """Hashes of the segments of rows (source address, target address, number of bytes) that follow each other."""
     num_bytes = sum(row[2] for row in rows)
     hashes = (_Hash128 * -(-num_bytes // segment_bytes))()
@@ -208,7 +208,7 @@ class LayerDigests:
         return found
 
     def _keep(
-        self, layer: int, start: int, num_blocks: int, hashes: Sequence[_Hash128], *, shorter: bool = False
+        self, layer: int, start: int, num_blocks: int, hashes: Iterable[_Hash128], *, shorter: bool = False
     ) -> None:
         base = layer * self._num_segments
         with self._lock:

@@ -2,8 +2,8 @@
 
 Copying with ordinary stores reads the target before it is overwritten, and hashing afterwards loads everything again.
 Here each vector is loaded once, goes into the hash and past the caches to the target. One call does any number of
-segments without the GIL, so threads do not meet at it between two segments. Owns no memory and starts no thread; without
-llvmlite there is none, and callers copy and hash by other means, with the same result.
+segments without the GIL. Owns no memory and starts no thread. Without llvmlite there is none; callers then copy and
+hash by other means, with the same result.
 """
 
 from __future__ import annotations
@@ -165,7 +165,6 @@ class _Emitter:
 
     def _load(self, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
         return self._b.load(self._pointer(address, kind), align=align)
-
 
 
 class OnePass:

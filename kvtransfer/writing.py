@@ -17,6 +17,7 @@ import numpy as np
 from baton.errors import BatonError, InternalError, TransferFailed
 from baton.types import KvLayout
 from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
+from kvtransfer.host import keep_apart
 from kvtransfer.plan import TransferPlan
 
 _MIN_SPLIT_BYTES = 256 << 10
@@ -83,6 +84,7 @@ class Lanes:
             return self._queue.popleft() if self._queue else None
 
     def _loop(self, lane: int) -> None:
+        keep_apart(lane)
         while (unit := self._take()) is not None:
             if not unit.job.enter():
                 continue
