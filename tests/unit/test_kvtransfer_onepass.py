@@ -1,6 +1,8 @@
 """The compiled pass gives the library's hashes and an exact copy, however the stream is cut into rows."""
 
 import ctypes
+import os
+import threading
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from baton.types import KvLayout
 from kvtransfer.digest import LayerDigests
+from kvtransfer.host import keep_apart
 from kvtransfer.plan import Copy
 
 pytest.importorskip("llvmlite")
@@ -90,3 +93,19 @@ def test_an_unaligned_target_or_odd_block_size_is_left_to_two_passes() -> None:
     assert not LayerDigests(source, layout, range(4)).copy(0, 0, 4, whole, target[8:])
     odd = KvLayout(num_layers=1, num_blocks=4, num_kv_heads=1, head_dim=8, block_tokens=3, dtype="bfloat16")
     assert not LayerDigests(source, odd, range(4)).copy(0, 0, 4, [Copy(0, 0, 4 * odd.block_bytes)], target)
+
+
+def test_threads_with_successive_numbers_keep_to_different_cpus() -> None:
+    allowed = os.sched_getaffinity(0)
+    found: dict[int, set[int]] = {}
+
+    def stay(number: int) -> None:
+        keep_apart(number)
+        found[number] = os.sched_getaffinity(0)
+
+    for number in range(4):
+        thread = threading.Thread(target=stay, args=(number,))
+        thread.start()
+        thread.join()
+    assert set().union(*found.values()) == allowed == os.sched_getaffinity(0)
+    assert len(allowed) == 1 or not found[0] & found[1]
