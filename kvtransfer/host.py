@@ -28,8 +28,8 @@ def keep_apart(number: int) -> None:
     """Let the calling thread run on a share of the process's CPUs only; successive numbers get different shares.
 
     Threads that sleep between short bursts get woken on one and the same CPU; a scheduler that packs light loads left
-    both lanes of a push there for all of its 30 ms, beside an idle one. A quarter of the CPUs each (half of two or
-    three) still leaves the scheduler a choice on larger hosts.
+    both lanes of a push there for all of its 30 ms. A quarter of the CPUs each (one CPU each of up to four)
+    still leaves the scheduler a choice on larger hosts.
     """
     allowed = sorted(os.sched_getaffinity(0))
     num_shares = min(4, len(allowed))
