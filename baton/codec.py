@@ -226,6 +226,11 @@ def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
         num_running=msg.num_running,
         running_tokens=msg.running_tokens,
         stalled_s=msg.stalled_s,
+        prompt_blocks=msg.prompt_blocks,
+        sending_blocks=msg.sending_blocks,
+        leased_blocks=msg.leased_blocks,
+        running_blocks=msg.running_blocks,
+        quarantined_blocks=msg.quarantined_blocks,
     )
 
 
@@ -240,6 +245,11 @@ def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
         num_running=status.num_running,
         running_tokens=status.running_tokens,
         stalled_s=status.stalled_s,
+        prompt_blocks=status.prompt_blocks,
+        sending_blocks=status.sending_blocks,
+        leased_blocks=status.leased_blocks,
+        running_blocks=status.running_blocks,
+        quarantined_blocks=status.quarantined_blocks,
     )
 
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from baton.clock import Clock
 from baton.errors import BatonError, Draining, InternalError
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
-from engine.blocks import OwnerEntry
+from engine.blocks import BlockState, OwnerEntry
 from engine.schedule import EngineEvent, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
@@ -205,6 +205,7 @@ class Replica:
     def status(self, role: Role) -> NodeStatus:
         with self._changed:
             load, pool, draining = self._scheduler.load(), self._scheduler.pool, self._is_draining
+            owned = pool.blocks_by_state()
             return NodeStatus(
                 role=role,
                 draining=draining,
@@ -215,6 +216,11 @@ class Replica:
                 num_running=load.num_running,
                 running_tokens=load.running_tokens,
                 stalled_s=self.stalled_s,
+                prompt_blocks=owned[BlockState.PROMPT],
+                sending_blocks=owned[BlockState.SENDING],
+                leased_blocks=owned[BlockState.LEASED],
+                running_blocks=owned[BlockState.RUNNING],
+                quarantined_blocks=owned[BlockState.QUARANTINED],
             )
 
     def ledger(self) -> tuple[int, int, list[OwnerEntry]]:

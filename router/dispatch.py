@@ -10,11 +10,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton import codec, errors
 from baton.clock import Clock
-from baton.observe import RequestMetrics
+from baton.observe import Relay, RequestMetrics
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2
@@ -62,6 +63,17 @@ class Active:
         self.timer_s = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that is over, for those who keep record."""
+
+    request_id: str
+    choice: int
+    outcome: f.Outcome
+    relay: Relay
+    num_prompt_tokens: int
+
+
 class Dispatcher:
     """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
 
@@ -92,6 +104,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._watchers: list[Callable[[], None]] = []
+        self._end_watchers: list[Callable[[Ended], None]] = []
 
     # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,6 +131,10 @@ class Dispatcher:
     def watch(self, on_change: Callable[[], None]) -> None:
         """Be told when nodes come, go or change state."""
         self._watchers.append(on_change)
+
+    def watch_ends(self, on_ended: Callable[[Ended], None]) -> None:
+        """Be told of every sequence that ends. Returns at once and never raises."""
+        self._end_watchers.append(on_ended)
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -195,6 +212,11 @@ class Dispatcher:
     @property
     def num_queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def flows(self) -> list[f.Flow]:
+        """Every sequence in flight, in no order; to look at."""
+        return [x.flow for x in self._active]
 
     @property
     def num_active(self) -> int:
@@ -447,6 +469,11 @@ class Dispatcher:
         active.stream.end(outcome, relay)
         code = "" if outcome.error is None else outcome.error.code
         self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
+        ended = Ended(
+            active.flow.request_id, active.flow.choice, outcome, relay, len(active.flow.prompt_token_ids)
+        )  # fmt: skip
+        for watcher in self._end_watchers:
+            watcher(ended)
         if not _log.isEnabledFor(logging.INFO):
             return
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")

@@ -314,6 +314,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         known = len(live.spec.prompt_token_ids) + live.num_generated
         return -(-(known + 1) // self.config.block_tokens)
 
+    def _blocks_in(self, state: str) -> int:
+        return sum(self._blocks(x) for x in self._live.values() if x.state == state)
+
     def status(self) -> NodeStatus:
         prompts = [x for x in self._live.values() if x.state == "prompt"]
         running = [x for x in self._live.values() if x.state == "running"]
@@ -328,6 +331,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             num_running=len(running),
             running_tokens=sum(len(x.spec.prompt_token_ids) + x.num_generated for x in running),
             stalled_s=stalled_s,
+            **{f"{s}_blocks": self._blocks_in(s) for s in ("prompt", "sending", "leased", "running")},
         )
 
     async def Describe(self, request: node_pb2.DescribeRequest, context: Any) -> node_pb2.DescribeResponse:  # noqa: N802

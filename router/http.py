@@ -24,6 +24,7 @@ from router.dispatch import Dispatcher
 from router.frontend import Frontend, GenerationRequest
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
+from router.status import StatusPage
 
 _log = logging.getLogger("baton.router.http")
 
@@ -39,7 +40,8 @@ class HttpFace:
     ) -> None:
         self._frontend = frontend
         self._limits = config.limits
-        self._others = _build_others(frontend, dispatcher, registry)
+        page = StatusPage(frontend, dispatcher, config.router_id)
+        self._others = _build_others(frontend, dispatcher, registry, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
@@ -187,7 +189,9 @@ async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
     answer.cancel()
 
 
-def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry) -> FastAPI:
+def _build_others(
+    frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry, page: StatusPage
+) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
     routes = _Routes(frontend, dispatcher, registry)
     for path in (_COMPLETIONS, _CHAT):
@@ -197,6 +201,7 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: Collecto
     app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     app.add_api_route("/ready", routes.ready, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    page.add_to(app)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
