@@ -18,7 +18,7 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
-from baton.observe import Relay
+from baton.observe import Relay, Stamp
 from baton.types import FinishReason, PositionLogprobs, SamplingParams
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -247,6 +247,15 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         num_tokens=usage.completion_tokens,
         num_cached_tokens=usage.cached_tokens,
         transfer=codec.report_from_pb(message.transfer) if message.HasField("transfer") else None,
+        tokenize_s=message.tokenize_s,
+        rerun_s=message.rerun_s,
+        placement_s=message.placement_s,
+        reserve_s=message.reserve_s,
+        network_s=message.network_s,
+        second_token_s=message.second_token_s,
+        lease_wait_s=message.lease_wait_s,
+        recovery_s=message.recovery_s,
+        stamps=tuple(Stamp(stamp.name, stamp.at_s) for stamp in message.stamps),
     )
 
 

@@ -144,7 +144,7 @@ def _seconds(device: Device, calls: Mapping[str, Sequence[Callable[[], Any]]]) -
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(_ROUNDS):
         for name, (replay, num_calls) in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
             start.record()
             replay()
             stop.record()

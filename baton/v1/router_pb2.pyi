@@ -280,6 +280,30 @@ class Relay(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Stamp(_message.Message):
+        """When something happened: "arrived", "queued", "attempt", "placed", "leased", "dispatched", "first_token", "joined",
+        "handed_off", "second_token", "last_token", "ended". Seconds since arrival, by the router's clock.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        at_s: _builtins.float
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PREFILL_NODE_ID_FIELD_NUMBER: _builtins.int
     DECODE_NODE_ID_FIELD_NUMBER: _builtins.int
     ROUTER_QUEUE_S_FIELD_NUMBER: _builtins.int
@@ -291,6 +315,15 @@ class Relay(_message.Message):
     TBT_MEAN_S_FIELD_NUMBER: _builtins.int
     TBT_MAX_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    TOKENIZE_S_FIELD_NUMBER: _builtins.int
+    RERUN_S_FIELD_NUMBER: _builtins.int
+    PLACEMENT_S_FIELD_NUMBER: _builtins.int
+    RESERVE_S_FIELD_NUMBER: _builtins.int
+    NETWORK_S_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
+    LEASE_WAIT_S_FIELD_NUMBER: _builtins.int
+    RECOVERY_S_FIELD_NUMBER: _builtins.int
+    STAMPS_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
     decode_node_id: _builtins.str
     router_queue_s: _builtins.float
@@ -306,8 +339,24 @@ class Relay(_message.Message):
     tbt_max_s: _builtins.float
     attempts: _builtins.int
     """1 + the number of times the request ran again after a failure."""
+    tokenize_s: _builtins.float
+    """The rest of ttft_s: with prefill_queue_s and prefill_s, these five add up to it. Chat template and tokenizer;
+    attempts that failed; waiting for a pair of nodes; the reservation on the decode node; wire and event loops.
+    """
+    rerun_s: _builtins.float
+    placement_s: _builtins.float
+    reserve_s: _builtins.float
+    network_s: _builtins.float
+    second_token_s: _builtins.float
+    """First to second token."""
+    lease_wait_s: _builtins.float
+    """From the lease's grant to the verified KV, by the decode node's clock."""
+    recovery_s: _builtins.float
+    """Failures after the first token: from each failure to the next token."""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferReport: ...
+    @_builtins.property
+    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]: ...
     def __init__(
         self,
         *,
@@ -322,10 +371,19 @@ class Relay(_message.Message):
         tbt_mean_s: _builtins.float = ...,
         tbt_max_s: _builtins.float = ...,
         attempts: _builtins.int = ...,
+        tokenize_s: _builtins.float = ...,
+        rerun_s: _builtins.float = ...,
+        placement_s: _builtins.float = ...,
+        reserve_s: _builtins.float = ...,
+        network_s: _builtins.float = ...,
+        second_token_s: _builtins.float = ...,
+        lease_wait_s: _builtins.float = ...,
+        recovery_s: _builtins.float = ...,
+        stamps: _abc.Iterable[Global___Relay.Stamp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "router_queue_s", b"router_queue_s", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
