@@ -36,11 +36,15 @@ class HttpFace:
     """The ASGI application."""
 
     def __init__(
-        self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, registry: CollectorRegistry
+        self,
+        frontend: Frontend,
+        dispatcher: Dispatcher,
+        config: RouterConfig,
+        registry: CollectorRegistry,
+        page: StatusPage,
     ) -> None:
         self._frontend = frontend
         self._limits = config.limits
-        page = StatusPage(frontend, dispatcher, config.router_id)
         self._others = _build_others(frontend, dispatcher, registry, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -189,9 +193,7 @@ async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
     answer.cancel()
 
 
-def _build_others(
-    frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry, page: StatusPage
-) -> FastAPI:
+def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry, page: StatusPage) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
     routes = _Routes(frontend, dispatcher, registry)
     for path in (_COMPLETIONS, _CHAT):

@@ -1,7 +1,7 @@
 """API keys: who may use the two faces of the router. Wraps them from outside and knows no route's meaning.
 
-As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. So does
-the status page, which holds nothing until it is given a key: its data name requests and machines, and need one. Of
+As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. So
+does the status page, which is empty until it is given a key: its data names requests and machines, and needs one. Of
 the gRPC services the router's own needs the same words as metadata; health and reflection stay open.
 """
 

@@ -1,4 +1,4 @@
-"""The last minutes in a fixed amount of memory: how long things took, in slices of a few seconds. Pure; owns no clock."""
+"""The last minutes in bounded memory: how long things took, in slices of a few seconds. Pure; owns no clock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Histogram:
 class Slice:
     """What ended in one slice of time. Widths are the window's."""
 
-    __slots__ = ("number", "num_requests", "num_tokens", "tbt", "ttft")
+    __slots__ = ("num_requests", "num_tokens", "number", "tbt", "ttft")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -55,13 +55,13 @@ class Slice:
 
 
 class Window:
-    """``num_slices`` slices of ``slice_s`` seconds, the last one still filling."""
+    """``num_slices`` whole slices of ``slice_s`` seconds."""
 
-    def __init__(self, slice_s: float = 5.0, num_slices: int = 60) -> None:
+    def __init__(self, slice_s: float = 3.0, num_slices: int = 100) -> None:
         self.slice_s = slice_s
         self._num_slices = num_slices
         # Slices in which nothing ended are left out.
-        self._slices: deque[Slice] = deque(maxlen=num_slices)
+        self._slices: deque[Slice] = deque(maxlen=num_slices + 1)
 
     def current(self, now: float) -> Slice:
         """Where what ends now is counted."""
@@ -71,7 +71,7 @@ class Window:
         return self._slices[-1]
 
     def slices(self, now: float) -> Sequence[Slice | None]:
-        """Oldest first, None where nothing ended; always ``num_slices`` of them."""
-        last = int(now // self.slice_s)
+        """Oldest first, None where nothing ended; without the one that still fills, which would look like a dip."""
+        last = int(now // self.slice_s) - 1
         by_number = {x.number: x for x in self._slices}
         return [by_number.get(number) for number in range(last - self._num_slices + 1, last + 1)]

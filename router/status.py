@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
+import re
 from collections import deque
 from collections.abc import Sequence
 from importlib import resources
@@ -125,9 +126,10 @@ def _serving(content: bytes, media_type: str) -> Any:
 # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _urgency(member: Member) -> tuple[bool, str]:
-    """What is not well comes first, and is never cut off."""
-    return member.state is State.READY, member.node.node_id if member.node else member.address
+def _urgency(member: Member) -> tuple[bool, list[str]]:
+    """What is not well comes first, and is never cut off; then by name, 2 before 10."""
+    name = member.node.node_id if member.node else member.address
+    return member.state is State.READY, [x.zfill(12) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
 
 def _node(member: Member, now: float) -> dict[str, Any]:
@@ -228,24 +230,21 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
 
 
 def stages(relay: Relay) -> list[tuple[str, float, float]]:
-    """Name, start after arrival and length in seconds of each stage, in order.
+    """Name, start after arrival and length in seconds of each stage, in order; they add up to ``e2e_s``.
 
-    Lengths were each measured by one clock; a stage is put where the one before it ends, so no two clocks are compared.
+    The transfer is what of it came between first and second token. Lengths were each measured by one clock; a stage is
+    put where the one before it ends, so no two clocks are compared.
     """
+    if not relay.num_tokens:
+        return [("no token", 0.0, relay.e2e_s)] if relay.e2e_s > 0 else []
+    exposed_s = min(relay.transfer.exposed_s, relay.second_token_s) if relay.transfer else 0.0
+    parts = [*relay.ttft_stages, ("transfer", exposed_s), ("decode", relay.e2e_s - relay.ttft_s - exposed_s)]
     found: list[tuple[str, float, float]] = []
     at_s = 0.0
-    parts = [
-        ("queue", relay.router_queue_s),
-        ("node queue", relay.prefill_queue_s),
-        ("prefill", relay.prefill_s),
-        ("transfer", relay.transfer.exposed_s if relay.transfer else 0.0),
-    ]
     for name, length_s in parts:
         if length_s > 0:
             found.append((name, at_s, length_s))
             at_s += length_s
-    if relay.num_tokens and relay.e2e_s > at_s:
-        found.append(("decode", at_s, relay.e2e_s - at_s))
     return found
 
 

@@ -10,6 +10,11 @@ const STATES = {
   ready: ["good", "● ready"], connecting: ["warn", "◌ connecting"], suspect: ["warn", "▲ suspect"],
   draining: ["warn", "◐ draining"], lost: ["bad", "✕ dead"], refused: ["bad", "✕ refused"],
 };
+// What a stage of a lifeline is drawn as.
+const STAGES = {
+  tokenize: "tokenize", rerun: "rerun", placement: "queue", reserve: "queue", prefill_queue: "queue", prefill: "prefill",
+  network: "network", transfer: "transfer", decode: "decode", "no token": "rerun",
+};
 const OUTCOMES = { finished: "good", rejected: "warn", cancelled: "warn", failed: "bad" };
 const SERIES = [
   { title: "Time to first token", lines: { p50: "ttft_p50_s", p95: "ttft_p95_s" }, show: seconds },
@@ -63,16 +68,22 @@ function name(text) {
   return made;
 }
 
-const cell = (className, ...children) => element("td", className, ...children);
+function cell(className, ...children) {
+  const made = element("td", className, ...children);
+  made.setAttribute("role", "cell");
+  return made;
+}
 
 function heading(...children) {
   const made = element("th", "", ...children);
   made.scope = "row";
+  made.setAttribute("role", "rowheader");
   return made;
 }
 
 // Rows that say what they said are left alone: of 200 nodes few change in a second.
 function rows(body, items, keyOf, draw) {
+  const labels = [...body.parentElement.tHead.rows[0].cells].map((x) => x.textContent);
   const old = new Map([...body.children].map((row) => [row.dataset.key, row]));
   let at = body.firstElementChild;
   for (const item of items) {
@@ -82,11 +93,14 @@ function rows(body, items, keyOf, draw) {
     old.delete(rowKey);
     if (!row) {
       row = element("tr");
+      row.setAttribute("role", "row");
       row.dataset.key = rowKey;
     }
     if (row.said !== content) {
       row.said = content;
       row.replaceChildren(...draw(item));
+      // For narrow screens, where a row is a card and the column's head is not above it.
+      [...row.cells].forEach((x, i) => { x.dataset.label = labels[i]; });
     }
     if (row === at) at = at.nextElementSibling;
     else body.insertBefore(row, at);
@@ -142,7 +156,7 @@ function drawPools(pools) {
     cell("number", count(pool.queued_prompt_tokens)),
     cell("number", count(pool.num_running)),
     cell("number", count(pool.running_tokens)),
-    cell("", kvBar(pool.blocks)),
+    cell("bar-cell", kvBar(pool.blocks)),
   ]);
 }
 
@@ -173,9 +187,9 @@ function nodeCells(node) {
   const first = heading(name(node.id || node.address));
   first.title = [node.address, node.device].filter(Boolean).join(", ");
   const role = node.role && node.role !== node.home ? `${node.role} (home: ${node.home})` : node.role || node.home || "–";
-  if (!node.blocks) return [first, cell("", role), state, cell("number", "–"), cell("number", "–"), cell("soft", "–")];
+  if (!node.blocks) return [first, cell("", role), state, cell("number", "–"), cell("number", "–"), cell("bar-cell soft", "–")];
   return [first, cell("", role), state, cell("number", count(node.num_waiting)), cell("number", count(node.num_running)),
-    cell("", kvBar(node.blocks))];
+    cell("bar-cell", kvBar(node.blocks))];
 }
 
 function drawRecent(recent) {
@@ -197,11 +211,11 @@ function recentCells(request) {
     cell("number", hasToken ? seconds(request.ttft_s) : "–"),
     cell("number", request.num_tokens > 1 ? seconds(request.tbt_s) : "–"),
     cell("number", seconds(request.e2e_s)),
-    cell("", lifeline(request, hasToken))];
+    cell("bar-cell", lifeline(request, hasToken))];
 }
 
 function lifeline(request, hasToken) {
-  const parts = request.stages.map(([stage, , length_s]) => `${stage} ${seconds(length_s)}`);
+  const parts = request.stages.map(([stage, , length_s]) => `${stage.replace("_", " ")} ${seconds(length_s)}`);
   const moved = request.transfer;
   if (moved) {
     const how = moved.is_layerwise ? "layer by layer" : "at once";
@@ -213,7 +227,7 @@ function lifeline(request, hasToken) {
   bar.title = parts.join("\n");
   const at = (value_s) => `${Math.min(100, (100 * value_s) / request.scale_s)}%`;
   for (const [stage, start_s, length_s] of request.stages) {
-    const part = element("i", `stage-${stage.split(" ").pop()}`);
+    const part = element("i", `stage-${STAGES[stage] || "queue"}`);
     part.style.left = at(start_s);
     part.style.width = at(length_s);
     bar.append(part);
@@ -249,18 +263,16 @@ function drawSeries(series) {
 }
 
 function sparkline(spec, series) {
-  const SVG = "http://www.w3.org/2000/svg";
-  const svg = document.createElementNS(SVG, "svg");
+  const svg = $("sparkline").content.firstElementChild.cloneNode(true);
+  const blank = svg.firstElementChild;
   const lines = Object.entries(spec.lines).map(([kind, from]) => [kind, series[from]]);
   const top = Math.max(...lines.flatMap(([, values]) => values.map((x) => x || 0)), 1e-9);
   const width = lines[0][1].length;
   svg.setAttribute("viewBox", `0 0 ${width} 100`);
-  svg.setAttribute("preserveAspectRatio", "none");
-  svg.setAttribute("role", "img");
   const said = [];
   const legend = element("span", "key");
   for (const [kind, values] of lines) {
-    const path = document.createElementNS(SVG, "path");
+    const path = blank.cloneNode();
     path.setAttribute("class", kind);
     path.setAttribute("d", outline(values, top));
     svg.append(path);
@@ -269,6 +281,7 @@ function sparkline(spec, series) {
     legend.append(element("i", kind, text), " ");
     said.push(text);
   }
+  blank.remove();
   svg.setAttribute("aria-label", `${spec.title}, latest: ${said.join(", ")}; highest ${spec.show(top)}`);
   return element("figure", "", element("figcaption", "", element("span", "", spec.title), legend), svg);
 }
