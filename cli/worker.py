@@ -21,6 +21,7 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig, InternalError
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.server import GrpcServer
+from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from cli import drain
@@ -162,6 +163,7 @@ class _Worker:
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
         clock = MonotonicClock()
+        timeline = Timeline()
         transfer = TransferConfig(transports=config.transports, digest=config.digest)
         if config.layerwise_from_bytes is not None:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
@@ -176,8 +178,9 @@ class _Worker:
             num_layers=layout.num_layers,
             clock=clock,
             on_fatal=self._from_dying_engine,
+            timeline=timeline,
         )
-        self._sender = Sender(self.node, layout, arena, config=transfer, clock=clock)
+        self._sender = Sender(self.node, layout, arena, config=transfer, clock=clock, timeline=timeline)
         self._receiver = Receiver(self.node, layout, arena, on_event=self._from_receiver, config=transfer, clock=clock)
         self._prefill = PrefillService(
             replica=self._replica,
@@ -197,7 +200,7 @@ class _Worker:
             config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
         )
         add = self._server.add
-        node_service = NodeService(self.node, self._status, self._replica, leaving.ask)
+        node_service = NodeService(self.node, self._status, self._replica, leaving.ask, timeline, clock)
         add(node_pb2_grpc.add_NodeServicer_to_server, node_service, "baton.v1.Node")
         add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self._prefill, "baton.v1.PrefillNode")
         add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self._decode, "baton.v1.DecodeNode")

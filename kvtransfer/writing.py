@@ -14,7 +14,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, InternalError, TransferFailed
+from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.digest import ByteArray, LayerDigests, segment_blocks
 from kvtransfer.plan import TransferPlan
@@ -59,8 +61,11 @@ class Wire(Protocol):
 class Lanes:
     """A few threads that take units from one queue."""
 
-    def __init__(self, name: str, num_threads: int, run: Callable[[int, Unit], None]) -> None:
+    def __init__(
+        self, name: str, num_threads: int, run: Callable[[int, Unit], None], clock: Clock | None = None
+    ) -> None:
         self._run = run
+        self._clock = clock or MonotonicClock()
         self._queue: deque[Unit] = deque()
         self._has_work = threading.Condition()
         self._is_closing = False
@@ -86,8 +91,10 @@ class Lanes:
         while (unit := self._take()) is not None:
             if not unit.job.enter():
                 continue
+            started_s = self._clock.now()
             try:
                 self._run(lane, unit)
+                unit.job.record(lane, unit, started_s, self._clock.now())
             except BatonError as error:
                 unit.job.fail(error)
             except Exception as error:  # the owner hears of every failure, whatever it is
@@ -132,7 +139,11 @@ class WriteJob:
         is_layerwise: bool,
         has_digest: bool,
         listener: WriteJobListener,
+        sequence_id: str = "",
+        timeline: Timeline | None = None,
     ) -> None:
+        self._sequence_id = sequence_id
+        self._timeline = timeline
         self.epoch = epoch
         self.num_blocks = len(block_ids)
         self.num_layers = layout.num_layers
@@ -241,6 +252,13 @@ class WriteJob:
             # A segment that an earlier unit began: blocks before these are final as well.
             begun = first % self.step_blocks
             self._digests.update(layer, first - begun, num_blocks + begun)
+
+    def record(self, lane: int, unit: Unit, started_s: float, ended_s: float) -> None:
+        if self._timeline is not None:
+            num_bytes = unit.num_layers * unit.num_blocks * self._block_bytes
+            self._timeline.write(
+                Write(self._sequence_id, lane, unit.layer, unit.num_layers, num_bytes, started_s, ended_s)
+            )
 
     def landed(self, unit: Unit) -> None:
         with self._lock:

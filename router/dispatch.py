@@ -18,7 +18,7 @@ from baton.clock import Clock
 from baton.observe import Relay, RequestMetrics
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
-from baton.v1 import common_pb2, node_pb2
+from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow as f
 from router import membership as m
 from router.config import RouterConfig
@@ -27,6 +27,8 @@ from router.policy import Obstacle, PairBreakers, Placement, choose
 from router.stream import Pacer, TokenStream
 
 _log = logging.getLogger("baton.router")
+
+NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
@@ -44,6 +46,8 @@ class Link(Protocol):
     async def ledger(self) -> node_pb2.LedgerResponse: ...
 
     async def drain(self, grace_s: float) -> node_pb2.DrainResponse: ...
+
+    async def trace(self, last_s: float, clock: Clock) -> NodeTrace: ...
 
     async def close(self) -> None: ...
 
@@ -65,10 +69,11 @@ class Active:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A sequence that is over, for those who keep record."""
+    """A sequence that is over, for those who keep record. ``arrived_s`` is by the router's clock."""
 
     request_id: str
     choice: int
+    arrived_s: float
     outcome: f.Outcome
     relay: Relay
     num_prompt_tokens: int
@@ -248,6 +253,22 @@ class Dispatcher:
             for address, link in self._links.items():
                 tasks.create_task(ask(address, link))
         return sorted(found, key=lambda x: x.node_id), unreachable
+
+    async def traces(self, last_s: float) -> list[NodeTrace]:
+        """What every node did lately; those that do not answer say why."""
+        links = list(self._links.items())
+
+        async def ask(address: str, link: Link) -> NodeTrace:
+            try:
+                found = await link.trace(last_s, self._clock)
+            except errors.BatonError as error:
+                found = NodeTrace(unreachable=error.message)
+            found.address = address
+            return found
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask(address, link)) for address, link in links]
+        return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
 
     async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
         """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
@@ -470,7 +491,8 @@ class Dispatcher:
         code = "" if outcome.error is None else outcome.error.code
         self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
         ended = Ended(
-            active.flow.request_id, active.flow.choice, outcome, relay, len(active.flow.prompt_token_ids)
+            active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
+            len(active.flow.prompt_token_ids),
         )  # fmt: skip
         for watcher in self._end_watchers:
             watcher(ended)

@@ -25,6 +25,7 @@ from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
+from router.history import History
 from router.http import HttpFace
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
@@ -82,8 +83,9 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
         rng=random.SystemRandom(),
     )  # fmt: skip
-    page = StatusPage(frontend, dispatcher, config.router_id)
-    grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
+    history = History(dispatcher)
+    page = StatusPage(frontend, dispatcher, history, config.router_id)
+    grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
     app: ASGIApp = HttpFace(frontend, dispatcher, config, registry, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import heapq
 import json
 import re
-from collections import deque
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -23,6 +22,7 @@ from baton.types import NodeStatus, Role
 from router.dispatch import Dispatcher, Ended
 from router.flow import Flow, Phase
 from router.frontend import Frontend
+from router.history import History
 from router.membership import Member, State
 from router.rolling import Slice, Window
 
@@ -54,13 +54,13 @@ DATA_PATH = "/status/data"
 class StatusPage:
     """The page's files and the data it asks for once a second."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, router_id: str) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, history: History, router_id: str) -> None:
         self._frontend = frontend
         self._dispatcher = dispatcher
         self._router_id = router_id
         self._started_s = dispatcher.now()
         self._window = Window()
-        self._recent: deque[dict[str, Any]] = deque(maxlen=_MAX_RECENT)
+        self._history = history
         self._made = b""
         self._made_s = float("-inf")
         dispatcher.watch_ends(self._on_ended)
@@ -86,7 +86,6 @@ class StatusPage:
             here.ttft.add(relay.ttft_s)
         if relay.num_tokens > 1:
             here.tbt.add(relay.tbt_mean_s, relay.num_tokens - 1)
-        self._recent.appendleft(_lifeline(ended))
 
     def snapshot(self, now: float) -> dict[str, Any]:
         dispatcher = self._dispatcher
@@ -111,7 +110,7 @@ class StatusPage:
             "nodes": [_node(x, now) for x in sorted(members, key=_urgency)[:_MAX_NODES]],
             "relay": counts,
             "in_flight": [_running(x, now) for x in oldest],
-            "recent": list(self._recent),
+            "recent": [_lifeline(x) for x in self._history.newest(_MAX_RECENT)],
             "series": _series(self._window.slices(now), self._window.slice_s),
         }
 
