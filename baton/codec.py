@@ -188,6 +188,7 @@ def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
         device=msg.device,
         kernels=msg.kernels,
         software_version=msg.software_version,
+        metrics_address=msg.metrics_address,
     )
 
 
@@ -214,6 +215,7 @@ def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
         device=node.device,
         kernels=node.kernels,
         software_version=node.software_version,
+        metrics_address=node.metrics_address,
     )
 
 

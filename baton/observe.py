@@ -1,23 +1,16 @@
 """One mechanism for observability: the stamps of a request's lifeline feed its relay, its log line and the metrics.
 
 Stamps are taken by one clock, the router's. What a node knows better it measures itself and sends as a duration; times
-of two machines are never subtracted. It owns no clock and writes nowhere by itself; prometheus-client is needed only
-where `RequestMetrics` is made.
+of two machines are never subtracted. It owns no clock and writes nowhere by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from baton.types import TransferReport
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
-
-# Upper bounds in seconds: fine where people wait for a first token, coarse where requests end.
-_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
 
 
 class Stamp(NamedTuple):
@@ -313,59 +306,6 @@ class _Parts(NamedTuple):
     prefill_queue_s: float = 0.0
     prefill_s: float = 0.0
     network_s: float = 0.0
-
-
-class RequestMetrics:
-    """Counters and histograms over finished lifelines, on a registry of the caller's."""
-
-    def __init__(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import Counter, Histogram
-
-        def seconds(name: str, help_text: str) -> Histogram:
-            return Histogram(f"baton_{name}_seconds", help_text, registry=registry, buckets=_LATENCY_BUCKETS_S)
-
-        def total(name: str, help_text: str, *labels: str) -> Counter:
-            return Counter(f"baton_{name}", help_text, labels, registry=registry)
-
-        self._outcomes = total("requests", "Sequences by terminal outcome and error code", "outcome", "code")
-        self._prompt_tokens = total("prompt_tokens", "Prompt tokens of finished sequences")
-        self._cached_tokens = total("cached_prompt_tokens", "Prompt tokens found in a prefix cache")
-        self._generated_tokens = total("generated_tokens", "Tokens generated")
-        self._reruns = total("reruns", "Attempts after the first, that is after a failure")
-        self._transfer_bytes = total("transfer_bytes", "KV bytes handed over", "transport")
-        self._queue = seconds("router_queue", "Arrival to the prompt's dispatch")
-        self._prefill_queue = seconds("prefill_queue", "Wait in the prefill node's queue")
-        self._prefill = seconds("prefill", "Prompt computation")
-        self._exposed = seconds("transfer_exposed", "Transfer time after the end of the prompt computation")
-        self._ttft = seconds("time_to_first_token", "Arrival to first token")
-        self._tbt = seconds("time_between_tokens", "Mean time between tokens of a sequence")
-        self._e2e = seconds("request_duration", "Arrival to the terminal outcome")
-
-    def observe(self, outcome: str, code: str, relay: Relay, num_prompt_tokens: int) -> None:
-        self._outcomes.labels(outcome, code).inc()
-        self._generated_tokens.inc(relay.num_tokens)
-        self._reruns.inc(relay.attempts - 1)
-        self._e2e.observe(relay.e2e_s)
-        if relay.transfer is not None:
-            self._transfer_bytes.labels(relay.transfer.transport).inc(relay.transfer.num_bytes)
-            self._exposed.observe(relay.transfer.exposed_s)
-        if relay.num_tokens == 0:
-            return
-        self._prompt_tokens.inc(num_prompt_tokens)
-        self._cached_tokens.inc(relay.num_cached_tokens)
-        self._queue.observe(relay.router_queue_s)
-        self._prefill_queue.observe(relay.prefill_queue_s)
-        self._prefill.observe(relay.prefill_s)
-        self._ttft.observe(relay.ttft_s)
-        if relay.num_tokens > 1:
-            self._tbt.observe(relay.tbt_mean_s)
-
-    @staticmethod
-    def gauge(registry: CollectorRegistry, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """A gauge whose value is asked for at scrape time."""
-        from prometheus_client import Gauge
-
-        Gauge(f"baton_{name}", help_text, registry=registry).set_function(read)
 
 
 def _ms(seconds: float) -> str:

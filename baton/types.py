@@ -214,6 +214,8 @@ class NodeDescription:
     device: str
     kernels: str
     software_version: str
+    # host:port of its metrics; empty without.
+    metrics_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)

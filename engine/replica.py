@@ -18,6 +18,7 @@ from baton.errors import BatonError, Draining, InternalError
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
+from engine.meter import EngineMeter
 from engine.schedule import EngineEvent, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
@@ -83,6 +84,7 @@ class Replica:
         clock: Clock,
         on_fatal: Callable[[BaseException], None] | None = None,
         timeline: Timeline | None = None,
+        meter: EngineMeter | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
@@ -90,6 +92,7 @@ class Replica:
         self._clock = clock
         self._on_fatal = on_fatal
         self._timeline = timeline or Timeline()
+        self._meter = meter
         self._changed = threading.Condition(threading.Lock())
         # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
         self._listeners: dict[str, Listener] = {}
@@ -228,6 +231,11 @@ class Replica:
                 quarantined_blocks=owned[BlockState.QUARANTINED],
             )
 
+    def leased_tokens(self) -> int:
+        """Known tokens of sequences that are computed elsewhere and have not arrived."""
+        with self._changed:
+            return self._scheduler.leased_tokens
+
     def ledger(self) -> tuple[int, int, list[OwnerEntry]]:
         """Total blocks, free blocks and every owner."""
         with self._changed:
@@ -299,15 +307,7 @@ class Replica:
                 if sink is not None:
                     sink.advance(layer, num_blocks)
 
-        result: StepResult | None = None
-        failure: BatonError = InternalError("the step failed")
-        try:
-            result = self._runner.execute(plan, on_layer if news else None)
-        except BatonError as error:
-            failure = error
-        except Exception as error:
-            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
-            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
+        result, failure = self._execute(plan, on_layer if news else None)
         with self._changed:
             if result is None:
                 self._num_failed_steps += 1
@@ -324,6 +324,25 @@ class Replica:
             deliveries = self._address(events)
             self._collect_gone()
         _deliver(deliveries)
+        if self._meter is not None:
+            self._meter.outcome(events)
+
+    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> tuple[StepResult | None, BatonError]:
+        """What came of the step; without a result, why."""
+        result: StepResult | None = None
+        failure: BatonError = InternalError("the step failed")
+        began_s = self._clock.now()
+        try:
+            result = self._runner.execute(plan, on_layer)
+        except BatonError as error:
+            failure = error
+        except Exception as error:
+            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
+            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
+        if self._meter is not None:
+            # Before the plan is applied: sequences say what they were in the step.
+            self._meter.step(plan, self._clock.now() - began_s, has_failed=result is None)
+        return result, failure
 
     # -- inside, with the lock held
 

@@ -12,6 +12,7 @@ from baton.errors import BadConfig
 from baton.types import DTYPE_BYTES, KvLayout, ModelDescription
 from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
+from engine.cost import CostModel
 from engine.kernels import select_kernels
 from engine.kv_cache import TORCH_DTYPES, KvCache
 from engine.model import Model
@@ -38,6 +39,7 @@ class Runner:
         self.layout = cache.layout
         self.kernels = kernels
         self.device = device
+        self.cost = CostModel.of(model_config, cache.layout.dtype)
         self._model = model
         self._cache = cache
         self._sampler = Sampler(model_config.vocab_size)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, InternalError, InvalidRequest, Unavailable
+from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
 from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
@@ -25,16 +25,33 @@ from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
 _MAX_IDLE_PEERS = 256
 
 
+class SenderObserver:
+    """Hears how transfers went, on the event loop. This one does not listen."""
+
+    def pushed(self, report: TransferReport) -> None:
+        """The receiver has taken over."""
+
+    def failed(self, error: BatonError) -> None:
+        """A transfer ended without arriving, and nobody had asked for that."""
+
+
 class Push:
     """One sequence on its way to one lease. ``layer_ready`` from any thread, the rest on the event loop."""
 
     def __init__(
-        self, number: int, lease: Lease, peer: _Peer, job_of: Callable[[Push], WriteJob], clock: Clock
+        self,
+        number: int,
+        lease: Lease,
+        peer: _Peer,
+        job_of: Callable[[Push], WriteJob],
+        clock: Clock,
+        observer: SenderObserver,
     ) -> None:
         self._number = number
         self._lease = lease
         self._peer = peer
         self._clock = clock
+        self._observer = observer
         self._loop = asyncio.get_running_loop()
         # Set once: None if the receiver took over, else the error.
         self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
@@ -86,7 +103,7 @@ class Push:
                 asked_s, now,
             )
         )  # fmt: skip
-        return TransferReport(
+        report = TransferReport(
             transport=self._transport,
             layerwise=self.layerwise,
             num_bytes=plan.num_bytes,
@@ -95,6 +112,8 @@ class Push:
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
         )
+        self._observer.pushed(report)
+        return report
 
     async def abort(self, reason: str) -> None:
         """Give the lease back. When this returns no write is under way: the source blocks may be freed."""
@@ -126,6 +145,8 @@ class Push:
         self._job.stop()
 
     def finish(self, error: BatonError | None) -> None:
+        if error is not None and not isinstance(error, Cancelled):
+            self._observer.failed(error)
         self._outcome.set_result(error)
 
     # What the lanes tell us, from any thread.
@@ -258,8 +279,10 @@ class Sender:
         config: TransferConfig | None = None,
         clock: Clock | None = None,
         timeline: Timeline | None = None,
+        observer: SenderObserver | None = None,
     ) -> None:
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        self._observer = observer or SenderObserver()
         self._node = node
         self._layout = layout
         self._source = as_bytes(arena.buffer)
@@ -295,7 +318,9 @@ class Sender:
             self._forget_idle_peers()
             peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
         number, self._next_push = self._next_push, self._next_push + 1
-        push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock)
+        push = Push(
+            number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock, self._observer
+        )
         peer.begin(push, number, blocks, lease)
         return push
 

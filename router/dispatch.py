@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from baton import codec, errors
 from baton.clock import Clock
-from baton.observe import Relay, RequestMetrics
+from baton.observe import Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
@@ -23,7 +23,8 @@ from router import flow as f
 from router import membership as m
 from router.config import RouterConfig
 from router.load import Loads
-from router.policy import Obstacle, PairBreakers, Placement, choose
+from router.metrics import RouterMetrics
+from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.stream import Pacer, TokenStream
 
 _log = logging.getLogger("baton.router")
@@ -83,7 +84,7 @@ class Dispatcher:
     """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
 
     def __init__(
-        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RequestMetrics
+        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RouterMetrics
     ) -> None:
         self._config = config
         self._clock = clock
@@ -181,6 +182,7 @@ class Dispatcher:
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             config=self._config.flow,
+            on_interval=self._metrics.tbt.observe,
         )
         reference = self._membership.reference
         active = Active(flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint)
@@ -192,6 +194,7 @@ class Dispatcher:
 
     def cancel(self, active: Active, reason: str) -> None:
         if not active.flow.has_ended:
+            self._metrics.cancellations.add(active.flow.phase.value)
             self._feed(active, f.Cancel(reason))
             self._pump()
 
@@ -226,6 +229,14 @@ class Dispatcher:
     @property
     def num_active(self) -> int:
         return len(self._active)
+
+    def phases(self) -> Mapping[f.Phase, int]:
+        """Sequences in flight by where they are."""
+        return Counter(active.flow.phase for active in self._active)
+
+    def refused(self, error: errors.BatonError) -> None:
+        """A request was turned away before it became a sequence."""
+        self._metrics.refusals.add(error.code)
 
     @property
     def is_ready(self) -> bool:
@@ -333,6 +344,7 @@ class Dispatcher:
             self._route(lease.sequence_id, f.Reserved(codec.lease_from_pb(lease)))
         for refused in message.refused:
             failure = codec.failure_from_pb(refused.failure)
+            self._metrics.reservation_refusals.add(failure.code)
             self._route(refused.sequence_id, f.Refused(refused.sequence_id, failure))
         for joined in message.joined:
             self._route(joined.sequence_id, f.Joined(joined.sequence_id, joined.wait_s))
@@ -399,6 +411,8 @@ class Dispatcher:
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
         _log.warning("node %s is lost: %s", node_id, reason)
+        if (pool := self._loads.lost_pool(node_id)) is not None:
+            self._metrics.node_losses.add(pool)
         self._address_of.pop(node_id, None)
         for active in list(self._active):
             self._feed(active, f.NodeLost(node_id, reason))
@@ -489,7 +503,7 @@ class Dispatcher:
         self._finished_at_s.append(self._clock.now())
         active.stream.end(outcome, relay)
         code = "" if outcome.error is None else outcome.error.code
-        self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
+        self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
         ended = Ended(
             active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
             len(active.flow.prompt_token_ids),
@@ -563,10 +577,12 @@ class Dispatcher:
         ]
         placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
+            self._metrics.placement_waits.add(placement.name.lower())
             if placement is Obstacle.NO_NODE:
                 for waiting in list(self._queue):
                     self._feed(waiting, f.NobodyThere())
             return False
+        self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
         self._queue.popleft()
         active.is_queued = False
         self._assign(active, placement, now)

@@ -15,12 +15,11 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from baton import errors
 from baton.clock import MonotonicClock
-from baton.observe import RequestMetrics
+from baton.metrics import Metrics
 from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
@@ -29,6 +28,7 @@ from router.history import History
 from router.http import HttpFace
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
+from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
@@ -68,16 +68,17 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     folder = config.model_folder
     tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
     facts = ModelFacts() if folder is None else load_facts(folder)
-    registry = CollectorRegistry()
+    metrics = Metrics()
+    counted = RouterMetrics(metrics, (lambda: frontend.model_name) if config.vllm_metrics else None)
     clock = MonotonicClock()
     greeting = hello(config.router_id, time.time_ns())
     dispatcher = Dispatcher(
         config,
         clock,
         lambda address, events: NodeLink(address, events, greeting, config.link),
-        RequestMetrics(registry),
+        counted,
     )
-    _add_gauges(registry, dispatcher)
+    counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
@@ -86,7 +87,7 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
     history = History(dispatcher)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
     grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
-    app: ASGIApp = HttpFace(frontend, dispatcher, config, registry, page)
+    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)
     http_server = _HttpServer(app, config)
@@ -109,19 +110,6 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
-
-
-def _add_gauges(registry: CollectorRegistry, dispatcher: Dispatcher) -> None:
-    gauge = RequestMetrics.gauge
-    gauge(registry, "sequences_queued", "Sequences waiting for a placement", lambda: dispatcher.num_queued)
-    gauge(registry, "sequences_active", "Sequences in flight, queued ones included", lambda: dispatcher.num_active)
-    gauge(
-        registry,
-        "nodes_ready",
-        "Nodes that get new work",
-        lambda: sum(x.state is State.READY for x in dispatcher.members),
-    )
-    gauge(registry, "ready", "1 if requests can be served", lambda: float(dispatcher.is_ready))
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

@@ -403,6 +403,7 @@ class NodeDescription(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     incarnation: _builtins.int
     """Identifies one life of the process: a restarted node is a new node."""
@@ -419,6 +420,8 @@ class NodeDescription(_message.Message):
     """"cpu" or "cuda:N (name)"."""
     software_version: _builtins.str
     kernels: _builtins.str
+    metrics_address: _builtins.str
+    """host:port where GET /metrics is answered over HTTP; empty without."""
     @_builtins.property
     def model(self) -> Global___ModelDescription: ...
     @_builtins.property
@@ -442,10 +445,11 @@ class NodeDescription(_message.Message):
         device: _builtins.str = ...,
         software_version: _builtins.str = ...,
         kernels: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "model", b"model", "node_id", b"node_id", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
