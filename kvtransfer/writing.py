@@ -14,7 +14,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, InternalError, TransferFailed
+from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
 from kvtransfer.host import keep_apart
@@ -60,8 +62,11 @@ class Wire(Protocol):
 class Lanes:
     """A few threads that take units from one queue."""
 
-    def __init__(self, name: str, num_threads: int, run: Callable[[int, Unit], None]) -> None:
+    def __init__(
+        self, name: str, num_threads: int, run: Callable[[int, Unit], None], clock: Clock | None = None
+    ) -> None:
         self._run = run
+        self._clock = clock or MonotonicClock()
         self._queue: deque[Unit] = deque()
         self._has_work = threading.Condition()
         self._is_closing = False
@@ -88,8 +93,10 @@ class Lanes:
         while (unit := self._take()) is not None:
             if not unit.job.enter():
                 continue
+            started_s = self._clock.now()
             try:
                 self._run(lane, unit)
+                unit.job.record(lane, unit, started_s, self._clock.now())
             except BatonError as error:
                 unit.job.fail(error)
             except Exception as error:  # the owner hears of every failure, whatever it is
@@ -134,7 +141,11 @@ class WriteJob:
         is_layerwise: bool,
         has_digest: bool,
         listener: WriteJobListener,
+        sequence_id: str = "",
+        timeline: Timeline | None = None,
     ) -> None:
+        self._sequence_id = sequence_id
+        self._timeline = timeline
         self.epoch = epoch
         self.num_blocks = len(block_ids)
         self.num_layers = layout.num_layers
@@ -252,6 +263,13 @@ class WriteJob:
             for src, dst, size in self.plan.copies(layer, start, count):
                 np.copyto(target[dst : dst + size], self.read(src, size))
             self.hash(layer, start, count)  # While the bytes are in the cache.
+
+    def record(self, lane: int, unit: Unit, started_s: float, ended_s: float) -> None:
+        if self._timeline is not None:
+            num_bytes = unit.num_layers * unit.num_blocks * self._block_bytes
+            self._timeline.write(
+                Write(self._sequence_id, lane, unit.layer, unit.num_layers, num_bytes, started_s, ended_s)
+            )
 
     def landed(self, unit: Unit) -> None:
         with self._lock:

@@ -470,6 +470,11 @@ class NodeStatus(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
     STALLED_S_FIELD_NUMBER: _builtins.int
+    PROMPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    SENDING_BLOCKS_FIELD_NUMBER: _builtins.int
+    LEASED_BLOCKS_FIELD_NUMBER: _builtins.int
+    RUNNING_BLOCKS_FIELD_NUMBER: _builtins.int
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     draining: _builtins.bool
     total_blocks: _builtins.int
@@ -482,6 +487,12 @@ class NodeStatus(_message.Message):
     """Tokens held in KV by running sequences."""
     stalled_s: _builtins.float
     """Seconds since the engine last finished a step while it had work; 0 when idle. Grows when the engine is wedged."""
+    prompt_blocks: _builtins.int
+    """Owned blocks by the ledger's states (LedgerResponse.Owner); with free_blocks they make up total_blocks."""
+    sending_blocks: _builtins.int
+    leased_blocks: _builtins.int
+    running_blocks: _builtins.int
+    quarantined_blocks: _builtins.int
     def __init__(
         self,
         *,
@@ -494,10 +505,15 @@ class NodeStatus(_message.Message):
         num_running: _builtins.int = ...,
         running_tokens: _builtins.int = ...,
         stalled_s: _builtins.float = ...,
+        prompt_blocks: _builtins.int = ...,
+        sending_blocks: _builtins.int = ...,
+        leased_blocks: _builtins.int = ...,
+        running_blocks: _builtins.int = ...,
+        quarantined_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_tokens", b"running_tokens", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -524,6 +524,144 @@ class ClusterLedgerResponse(_message.Message):
 Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
 
 @_typing.final
+class ClusterTraceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Seconds back from now. 0: all that is kept."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterTraceRequest: _TypeAlias = ClusterTraceRequest  # noqa: Y015
+
+@_typing.final
+class ClusterTraceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RouterTrace(_message.Message):
+        """Times are by the router's monotonic clock."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROUTER_ID_FIELD_NUMBER: _builtins.int
+        NOW_S_FIELD_NUMBER: _builtins.int
+        REQUESTS_FIELD_NUMBER: _builtins.int
+        router_id: _builtins.str
+        now_s: _builtins.float
+        @_builtins.property
+        def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterTraceResponse.Request]:
+            """The last requests that ended."""
+
+        def __init__(
+            self,
+            *,
+            router_id: _builtins.str = ...,
+            now_s: _builtins.float = ...,
+            requests: _abc.Iterable[Global___ClusterTraceResponse.Request] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s", "requests", b"requests", "router_id", b"router_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Request(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        CHOICE_FIELD_NUMBER: _builtins.int
+        OUTCOME_FIELD_NUMBER: _builtins.int
+        ARRIVED_S_FIELD_NUMBER: _builtins.int
+        RELAY_FIELD_NUMBER: _builtins.int
+        request_id: _builtins.str
+        choice: _builtins.int
+        outcome: _builtins.str
+        arrived_s: _builtins.float
+        @_builtins.property
+        def relay(self) -> Global___Relay: ...
+        def __init__(
+            self,
+            *,
+            request_id: _builtins.str = ...,
+            choice: _builtins.int = ...,
+            outcome: _builtins.str = ...,
+            arrived_s: _builtins.float = ...,
+            relay: Global___Relay | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["relay", b"relay"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_s", b"arrived_s", "choice", b"choice", "outcome", b"outcome", "relay", b"relay", "request_id", b"request_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NodeTrace(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ADDRESS_FIELD_NUMBER: _builtins.int
+        UNREACHABLE_FIELD_NUMBER: _builtins.int
+        CLOCK_OFFSET_S_FIELD_NUMBER: _builtins.int
+        CLOCK_ERROR_S_FIELD_NUMBER: _builtins.int
+        TRACE_FIELD_NUMBER: _builtins.int
+        address: _builtins.str
+        unreachable: _builtins.str
+        """Why there is nothing; empty if there is."""
+        clock_offset_s: _builtins.float
+        """The node's clock minus the router's, as estimated, and how far off that can be: half of the quickest round trip.
+        To draw with; no duration is ever made of two clocks.
+        """
+        clock_error_s: _builtins.float
+        @_builtins.property
+        def trace(self) -> _node_pb2.TraceResponse: ...
+        def __init__(
+            self,
+            *,
+            address: _builtins.str = ...,
+            unreachable: _builtins.str = ...,
+            clock_offset_s: _builtins.float = ...,
+            clock_error_s: _builtins.float = ...,
+            trace: _node_pb2.TraceResponse | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "clock_error_s", b"clock_error_s", "clock_offset_s", b"clock_offset_s", "trace", b"trace", "unreachable", b"unreachable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def router(self) -> Global___ClusterTraceResponse.RouterTrace: ...
+    @_builtins.property
+    def node(self) -> Global___ClusterTraceResponse.NodeTrace: ...
+    def __init__(
+        self,
+        *,
+        router: Global___ClusterTraceResponse.RouterTrace | None = ...,
+        node: Global___ClusterTraceResponse.NodeTrace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["router", "node"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ClusterTraceResponse: _TypeAlias = ClusterTraceResponse  # noqa: Y015
+
+@_typing.final
 class DrainNodeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
