@@ -27,6 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RouterStub:
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -44,6 +46,8 @@ class RouterStub:
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate text. The stream opens with Accepted, carries Deltas, and ends with exactly one Finished or with a gRPC
@@ -57,6 +61,8 @@ class RouterAsyncStub(RouterStub):
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_abc_1.abstractmethod
     def Generate(
         self,
