@@ -545,9 +545,13 @@ class NodeStatus(_message.Message):
     prompt_blocks: _builtins.int
     """Owned blocks by the ledger's states (LedgerResponse.Owner); with free_blocks they make up total_blocks."""
     sending_blocks: _builtins.int
+    """Of prompts computed and on their way."""
     leased_blocks: _builtins.int
+    """Reserved for KV that is to arrive."""
     running_blocks: _builtins.int
+    """Of sequences that decode."""
     quarantined_blocks: _builtins.int
+    """Of ended leases that a writer might still reach."""
     def __init__(
         self,
         *,

@@ -221,6 +221,8 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class ClockRequest(_message.Message):
+    """Asks what time it is at the node."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -236,10 +238,13 @@ Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
 
 @_typing.final
 class ClockResponse(_message.Message):
+    """The time at the node."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NOW_S_FIELD_NUMBER: _builtins.int
     now_s: _builtins.float
+    """Seconds by the node's monotonic clock."""
     def __init__(
         self,
         *,
@@ -255,6 +260,8 @@ Global___ClockResponse: _TypeAlias = ClockResponse  # noqa: Y015
 
 @_typing.final
 class TraceRequest(_message.Message):
+    """Asks what a node did lately."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAST_S_FIELD_NUMBER: _builtins.int
@@ -291,9 +298,13 @@ class TraceResponse(_message.Message):
         NUM_DECODING_FIELD_NUMBER: _builtins.int
         PROMPTS_FIELD_NUMBER: _builtins.int
         started_s: _builtins.float
+        """When the step began."""
         ended_s: _builtins.float
+        """When it was done."""
         num_prompt_tokens: _builtins.int
+        """Prompt tokens computed in it."""
         num_decoding: _builtins.int
+        """Sequences that generated a token in it."""
         @_builtins.property
         def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Sequences whose prompts were computed, the first few."""
@@ -328,14 +339,21 @@ class TraceResponse(_message.Message):
         COMPUTED_S_FIELD_NUMBER: _builtins.int
         ENDED_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         target: _builtins.str
         """Node id of the receiver."""
         transport: _builtins.str
+        """Name of the transport."""
         layerwise: _builtins.bool
+        """Whether layers left while the prompt was still computed."""
         num_bytes: _builtins.int
+        """Bytes of it."""
         started_s: _builtins.float
+        """When the first byte left."""
         computed_s: _builtins.float
+        """When the last layer was computed."""
         ended_s: _builtins.float
+        """When the receiver had acknowledged."""
         def __init__(
             self,
             *,
@@ -368,12 +386,19 @@ class TraceResponse(_message.Message):
         STARTED_S_FIELD_NUMBER: _builtins.int
         ENDED_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         lane: _builtins.int
+        """Number of the writing thread."""
         layer: _builtins.int
+        """First layer."""
         num_layers: _builtins.int
+        """Layers in this piece."""
         num_bytes: _builtins.int
+        """Bytes of it."""
         started_s: _builtins.float
+        """When its writing began."""
         ended_s: _builtins.float
+        """When it was written."""
         def __init__(
             self,
             *,
@@ -400,7 +425,9 @@ class TraceResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         AT_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         at_s: _builtins.float
+        """When it joined the running batch."""
         def __init__(
             self,
             *,
@@ -421,16 +448,27 @@ class TraceResponse(_message.Message):
     WRITES_FIELD_NUMBER: _builtins.int
     JOINS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that answers."""
     incarnation: _builtins.int
+    """The life of its process."""
     role: _common_pb2.Role.ValueType
+    """What it works as now."""
     @_builtins.property
-    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]: ...
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]:
+        """Steps of its engine."""
+
     @_builtins.property
-    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]: ...
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]:
+        """KV that it pushed."""
+
     @_builtins.property
-    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]: ...
+    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]:
+        """Pieces of these pushes."""
+
     @_builtins.property
-    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]: ...
+    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]:
+        """KV that it received."""
+
     def __init__(
         self,
         *,

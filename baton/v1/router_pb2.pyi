@@ -345,7 +345,9 @@ class Relay(_message.Message):
         NAME_FIELD_NUMBER: _builtins.int
         AT_S_FIELD_NUMBER: _builtins.int
         name: _builtins.str
+        """What happened."""
         at_s: _builtins.float
+        """Seconds since arrival."""
         def __init__(
             self,
             *,
@@ -399,13 +401,15 @@ class Relay(_message.Message):
     attempts: _builtins.int
     """1 + the number of times the request ran again after a failure."""
     tokenize_s: _builtins.float
-    """The rest of ttft_s: with prefill_queue_s and prefill_s, these five add up to it. Chat template and tokenizer;
-    attempts that failed; waiting for a pair of nodes; the reservation on the decode node; wire and event loops.
-    """
+    """Chat template and tokenizer. With the next four, prefill_queue_s and prefill_s it adds up to ttft_s."""
     rerun_s: _builtins.float
+    """Attempts that failed before the first token."""
     placement_s: _builtins.float
+    """Waiting for a pair of nodes."""
     reserve_s: _builtins.float
+    """The reservation on the decode node."""
     network_s: _builtins.float
+    """Wire and event loops: what no stage accounts for."""
     second_token_s: _builtins.float
     """First to second token."""
     lease_wait_s: _builtins.float
@@ -417,7 +421,9 @@ class Relay(_message.Message):
         """Absent if no KV was moved."""
 
     @_builtins.property
-    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]: ...
+    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]:
+        """The request's lifeline, in the order things happened."""
+
     def __init__(
         self,
         *,
@@ -608,6 +614,8 @@ Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
 
 @_typing.final
 class ClusterTraceRequest(_message.Message):
+    """Asks what the cluster did lately."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAST_S_FIELD_NUMBER: _builtins.int
@@ -628,6 +636,8 @@ Global___ClusterTraceRequest: _TypeAlias = ClusterTraceRequest  # noqa: Y015
 
 @_typing.final
 class ClusterTraceResponse(_message.Message):
+    """The router's part, or one node's."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -640,7 +650,9 @@ class ClusterTraceResponse(_message.Message):
         NOW_S_FIELD_NUMBER: _builtins.int
         REQUESTS_FIELD_NUMBER: _builtins.int
         router_id: _builtins.str
+        """The router that answers."""
         now_s: _builtins.float
+        """When it answered."""
         @_builtins.property
         def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterTraceResponse.Request]:
             """The last requests that ended."""
@@ -660,6 +672,8 @@ class ClusterTraceResponse(_message.Message):
 
     @_typing.final
     class Request(_message.Message):
+        """A request that ended."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -668,11 +682,17 @@ class ClusterTraceResponse(_message.Message):
         ARRIVED_S_FIELD_NUMBER: _builtins.int
         RELAY_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
+        """Its id."""
         choice: _builtins.int
+        """Which of its n choices."""
         outcome: _builtins.str
+        """How it ended: "finished", "rejected", "failed" or "cancelled"."""
         arrived_s: _builtins.float
+        """When it arrived."""
         @_builtins.property
-        def relay(self) -> Global___Relay: ...
+        def relay(self) -> Global___Relay:
+            """How it ran."""
+
         def __init__(
             self,
             *,
@@ -690,6 +710,8 @@ class ClusterTraceResponse(_message.Message):
 
     @_typing.final
     class NodeTrace(_message.Message):
+        """What one node did."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         ADDRESS_FIELD_NUMBER: _builtins.int
@@ -698,6 +720,7 @@ class ClusterTraceResponse(_message.Message):
         CLOCK_ERROR_S_FIELD_NUMBER: _builtins.int
         TRACE_FIELD_NUMBER: _builtins.int
         address: _builtins.str
+        """Where it listens, host:port."""
         unreachable: _builtins.str
         """Why there is nothing; empty if there is."""
         clock_offset_s: _builtins.float
@@ -705,8 +728,11 @@ class ClusterTraceResponse(_message.Message):
         To draw with; no duration is ever made of two clocks.
         """
         clock_error_s: _builtins.float
+        """Half of the quickest round trip."""
         @_builtins.property
-        def trace(self) -> _node_pb2.TraceResponse: ...
+        def trace(self) -> _node_pb2.TraceResponse:
+            """Its own account, by its own clock."""
+
         def __init__(
             self,
             *,
@@ -725,9 +751,13 @@ class ClusterTraceResponse(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def router(self) -> Global___ClusterTraceResponse.RouterTrace: ...
+    def router(self) -> Global___ClusterTraceResponse.RouterTrace:
+        """The first message."""
+
     @_builtins.property
-    def node(self) -> Global___ClusterTraceResponse.NodeTrace: ...
+    def node(self) -> Global___ClusterTraceResponse.NodeTrace:
+        """Every other message."""
+
     def __init__(
         self,
         *,
