@@ -163,6 +163,14 @@ class Client:
         except grpc.RpcError as error:
             raise _error(error) from error
 
+    def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
+        """What router and nodes did in the last seconds (0: all that is kept), the router's part first."""
+        request = router_pb2.ClusterTraceRequest(last_s=last_s)
+        try:
+            return list(self._stub.Trace(request, timeout=timeout_s, metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
     def close(self) -> None:
         self._channel.close()
 

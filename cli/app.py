@@ -379,6 +379,20 @@ def status(
         ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
+@app.command()
+def trace(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("baton-trace.json"),
+    last: Annotated[float, typer.Option(min=0.0, help="Seconds back from now. 0: all that nodes keep.")] = 10.0,
+    router: Router = "127.0.0.1:50051",
+    api_key: ApiKey = "",
+) -> None:
+    """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
+    from cli.trace import write
+
+    with _client(router, api_key) as client:
+        write(client, last, output, Console())
+
+
 @app.command("drain")
 def drain_node(
     node: Annotated[str, typer.Argument(help="Node id or host:port.")],
@@ -418,11 +432,13 @@ def health(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Also look at this model.")] = "",
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
 ) -> None:
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model), Console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), Console()))
 
 
 @app.command()

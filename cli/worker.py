@@ -23,6 +23,7 @@ from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.server import GrpcServer
+from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from cli import drain, energy
@@ -170,6 +171,7 @@ class _Worker:
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
         clock = MonotonicClock()
+        timeline = Timeline()
         transfer = TransferConfig(transports=config.transports, digest=config.digest)
         if config.layerwise_from_bytes is not None:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
@@ -187,8 +189,17 @@ class _Worker:
             clock=clock,
             on_fatal=self._from_dying_engine,
             meter=self._metrics.engine,
+            timeline=timeline,
         )
-        self._sender = Sender(self.node, layout, arena, config=transfer, clock=clock, observer=self._metrics.transfers)
+        self._sender = Sender(
+            self.node,
+            layout,
+            arena,
+            config=transfer,
+            clock=clock,
+            observer=self._metrics.transfers,
+            timeline=timeline,
+        )
         self._receiver = Receiver(self.node, layout, arena, on_event=self._from_receiver, config=transfer, clock=clock)
         self._prefill = PrefillService(
             replica=self._replica,
@@ -210,7 +221,7 @@ class _Worker:
         )
         self._metrics.watch(self._replica, self._receiver, self._status, lambda: leaving.is_draining)
         add = self._server.add
-        node_service = NodeService(self.node, self._status, self._replica, leaving.ask)
+        node_service = NodeService(self.node, self._status, self._replica, leaving.ask, timeline, clock)
         add(node_pb2_grpc.add_NodeServicer_to_server, node_service, "baton.v1.Node")
         add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self._prefill, "baton.v1.PrefillNode")
         add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self._decode, "baton.v1.DecodeNode")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
+from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
@@ -95,12 +96,19 @@ class Push:
         assert plan is not None
         assert self._started_s is not None
         assert self._first_ready_s is not None
+        started_s = min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s
+        self._peer.timeline.transfer(
+            Transfer(
+                self.sequence_id, self._lease.node_id, self._transport, self.layerwise, plan.num_bytes, started_s,
+                asked_s, now,
+            )
+        )  # fmt: skip
         report = TransferReport(
             transport=self._transport,
             layerwise=self.layerwise,
             num_bytes=plan.num_bytes,
             num_blocks=plan.num_blocks,
-            total_s=now - (min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s),
+            total_s=now - started_s,
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
         )
@@ -165,6 +173,7 @@ class _Peer:
         self.connection: Connection | None = None
         self.pushes: dict[int, tuple[Push, Sequence[int], Lease]] = {}
         self._sender = sender
+        self.timeline = sender.timeline
         self._clock = clock
         self._machine = machine.SenderMachine(address, config.sender)
         self._timer: asyncio.TimerHandle | None = None
@@ -269,6 +278,7 @@ class Sender:
         *,
         config: TransferConfig | None = None,
         clock: Clock | None = None,
+        timeline: Timeline | None = None,
         observer: SenderObserver | None = None,
     ) -> None:
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
@@ -278,6 +288,7 @@ class Sender:
         self._source = as_bytes(arena.buffer)
         self._config = config or TransferConfig()
         self._clock = clock or MonotonicClock()
+        self.timeline = timeline or Timeline()
         self._peers: dict[str, _Peer] = {}
         self._lanes: Lanes | None = None
         self._next_push = 1
@@ -285,7 +296,7 @@ class Sender:
 
     async def start(self) -> None:
         if "shm" in self._config.transport_names:
-            self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit)
+            self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
         """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease.
@@ -330,6 +341,8 @@ class Sender:
             is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
             has_digest=self._config.digest,
             listener=push,
+            sequence_id=push.sequence_id,
+            timeline=self.timeline,
         )
 
     def plan(self, target: KvLayout, source_blocks: Sequence[int], lease: Lease) -> TransferPlan:

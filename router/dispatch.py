@@ -10,13 +10,15 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton import codec, errors
 from baton.clock import Clock
+from baton.observe import Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
-from baton.v1 import common_pb2, node_pb2
+from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow as f
 from router import membership as m
 from router.config import RouterConfig
@@ -26,6 +28,8 @@ from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.stream import Pacer, TokenStream
 
 _log = logging.getLogger("baton.router")
+
+NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
@@ -44,6 +48,8 @@ class Link(Protocol):
 
     async def drain(self, grace_s: float) -> node_pb2.DrainResponse: ...
 
+    async def trace(self, last_s: float, clock: Clock) -> NodeTrace: ...
+
     async def close(self) -> None: ...
 
 
@@ -60,6 +66,18 @@ class Active:
         self.is_queued = False
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that is over, for those who keep record. ``arrived_s`` is by the router's clock."""
+
+    request_id: str
+    choice: int
+    arrived_s: float
+    outcome: f.Outcome
+    relay: Relay
+    num_prompt_tokens: int
 
 
 class Dispatcher:
@@ -92,6 +110,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._watchers: list[Callable[[], None]] = []
+        self._end_watchers: list[Callable[[Ended], None]] = []
 
     # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,6 +137,10 @@ class Dispatcher:
     def watch(self, on_change: Callable[[], None]) -> None:
         """Be told when nodes come, go or change state."""
         self._watchers.append(on_change)
+
+    def watch_ends(self, on_ended: Callable[[Ended], None]) -> None:
+        """Be told of every sequence that ends. Returns at once and never raises."""
+        self._end_watchers.append(on_ended)
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -199,6 +222,11 @@ class Dispatcher:
         return len(self._queue)
 
     @property
+    def flows(self) -> list[f.Flow]:
+        """Every sequence in flight, in no order; to look at."""
+        return [x.flow for x in self._active]
+
+    @property
     def num_active(self) -> int:
         return len(self._active)
 
@@ -236,6 +264,22 @@ class Dispatcher:
             for address, link in self._links.items():
                 tasks.create_task(ask(address, link))
         return sorted(found, key=lambda x: x.node_id), unreachable
+
+    async def traces(self, last_s: float) -> list[NodeTrace]:
+        """What every node did lately; those that do not answer say why."""
+        links = list(self._links.items())
+
+        async def ask(address: str, link: Link) -> NodeTrace:
+            try:
+                found = await link.trace(last_s, self._clock)
+            except errors.BatonError as error:
+                found = NodeTrace(unreachable=error.message)
+            found.address = address
+            return found
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask(address, link)) for address, link in links]
+        return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
 
     async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
         """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
@@ -460,6 +504,12 @@ class Dispatcher:
         active.stream.end(outcome, relay)
         code = "" if outcome.error is None else outcome.error.code
         self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
+        ended = Ended(
+            active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
+            len(active.flow.prompt_token_ids),
+        )  # fmt: skip
+        for watcher in self._end_watchers:
+            watcher(ended)
         if not _log.isEnabledFor(logging.INFO):
             return
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")

@@ -315,6 +315,11 @@ class Flow:
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
 
+    @property
+    def is_handing_over(self) -> bool:
+        """The first token is out, and decode has not said that it has the sequence."""
+        return self.phase is Phase.DECODING and not self._is_settled
+
     def demand(self, now: float) -> Demand:
         self._avoid = {n: until for n, until in self._avoid.items() if until > now}
         return Demand(

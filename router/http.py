@@ -25,6 +25,7 @@ from router.dispatch import Dispatcher
 from router.frontend import Frontend, GenerationRequest
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
+from router.status import StatusPage
 
 _log = logging.getLogger("baton.router.http")
 
@@ -35,10 +36,12 @@ _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 class HttpFace:
     """The ASGI application."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics) -> None:
+    def __init__(
+        self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics, page: StatusPage
+    ) -> None:
         self._frontend = frontend
         self._limits = config.limits
-        self._others = _build_others(frontend, dispatcher, metrics)
+        self._others = _build_others(frontend, dispatcher, metrics, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
@@ -186,7 +189,7 @@ async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
     answer.cancel()
 
 
-def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics) -> FastAPI:
+def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
     routes = _Routes(frontend, dispatcher, metrics)
     for path in (_COMPLETIONS, _CHAT):
@@ -197,6 +200,7 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics) 
     app.add_api_route("/ready", routes.ready, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
     app.add_api_route("/metrics/targets", routes.metrics_targets, methods=["GET"], response_model=None)
+    page.add_to(app)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)

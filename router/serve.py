@@ -24,6 +24,7 @@ from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
+from router.history import History
 from router.http import HttpFace
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
@@ -31,6 +32,7 @@ from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
+from router.status import StatusPage
 from router.tokenizer import ModelFacts, Tokenizer, load_facts
 
 _log = logging.getLogger("baton.router")
@@ -44,6 +46,7 @@ class Router:
     grpc: str | None
     dispatcher: Dispatcher
     frontend: Frontend
+    status: StatusPage
 
 
 async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
@@ -81,8 +84,10 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
         rng=random.SystemRandom(),
     )  # fmt: skip
-    grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
-    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics)
+    history = History(dispatcher)
+    page = StatusPage(frontend, dispatcher, history, config.router_id)
+    grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
+    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)
     http_server = _HttpServer(app, config)
@@ -96,7 +101,7 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         grpc_address = await grpc_face.start() if grpc_face is not None else None
         http_address = await http_server.start() if config.http_port is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
-        yield Router(http_address, grpc_address, dispatcher, frontend)
+        yield Router(http_address, grpc_address, dispatcher, frontend, page)
     finally:
         if watch is not None:
             await watch.close()
