@@ -16,7 +16,7 @@ from engine.schedule import Scheduler, SchedulerConfig
 from router.metrics import RouterMetrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-ROW = re.compile(r"^\| `(?P<name>[a-z_:]+)` \| (?P<kind>counter|gauge|histogram) \|(?P<labels>[^|]*)\| \S", re.M)
+ROW = re.compile(r"^\| `(?P<name>[a-z0-9_:]+)` \| (?P<kind>counter|gauge|histogram) \|(?P<labels>[^|]*)\| \S", re.M)
 LAYOUT = KvLayout(1, 8, 1, 8, 16, "float32")
 COST = CostModel(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, ((None, 1),))
 Facts = dict[str, tuple[str, tuple[str, ...]]]
