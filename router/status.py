@@ -1,6 +1,6 @@
 """What the status page shows: a snapshot of the cluster, the last requests' lifelines, the last minutes' latencies.
 
-Everything it keeps is bounded, and a snapshot is made at most twice a second however many people look. It changes
+Everything it keeps is bounded, and a snapshot is made about once a second however many people look. It changes
 nothing; it reads the dispatcher on its event loop.
 """
 
@@ -29,7 +29,7 @@ from router.rolling import Slice, Window
 _MAX_RECENT = 40
 _MAX_IN_FLIGHT = 40
 _MAX_NODES = 1000
-_MAX_AGE_S = 0.5
+_MAX_AGE_S = 0.9
 _STAGES = ("queue", "prefill", "transfer", "decode")
 _LEDGER = ("prompt", "sending", "leased", "running", "quarantined")
 # Nothing from another host, nothing inline, nobody's frame.

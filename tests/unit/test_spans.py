@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import gzip
 import sys
+import threading
 from collections.abc import AsyncIterator
-from typing import Any
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any, ClassVar
 
 import httpx
 import pytest
 from grpc import aio
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -137,3 +142,55 @@ async def test_without_the_extra_the_start_stops_and_says_what_to_install(monkey
     with pytest.raises(errors.BadConfig, match=r"baton-serve\[otel\]"):
         async with running(RouterConfig(nodes=("127.0.0.1:1",), otel=True)):
             pass
+
+
+class Collector(BaseHTTPRequestHandler):
+    """Takes OTLP over HTTP."""
+
+    taken: ClassVar[list[ExportTraceServiceRequest]] = []
+
+    def do_POST(self) -> None:
+        assert self.path == "/v1/traces"
+        body = self.rfile.read(int(self.headers["content-length"]))
+        self.taken.append(ExportTraceServiceRequest.FromString(gzip.decompress(body) if body[:1] == b"\x1f" else body))
+        self.send_response(200)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+async def test_spans_go_out_over_otlp_before_the_router_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        async with (
+            FakeCluster(mixed=1) as cluster,
+            running(quick(RouterConfig(nodes=cluster.addresses, otel=True, router_id="r-1"))) as router,
+        ):
+            await until(lambda: router.dispatcher.is_ready)
+            async with httpx.AsyncClient(base_url=router.http or "") as client:
+                assert (await client.post("/v1/completions", json=BODY)).status_code == 200
+        (resource,) = {r.SerializeToString(): r for x in Collector.taken for r in x.resource_spans}.values()
+        said = {a.key: a.value.string_value for a in resource.resource.attributes}
+        assert (said["service.name"], said["service.instance.id"]) == ("baton-router", "r-1")
+        assert "text_completion fake" in [s.name for scope in resource.scope_spans for s in scope.spans]
+    finally:
+        await asyncio.to_thread(server.shutdown)
+        thread.join(5)
+        server.server_close()
+
+
+async def test_a_collector_that_is_gone_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
+    async with asyncio.timeout(30):
+        async with (
+            FakeCluster(mixed=1) as cluster,
+            running(quick(RouterConfig(nodes=cluster.addresses, otel=True))) as router,
+        ):
+            await until(lambda: router.dispatcher.is_ready)
+            async with httpx.AsyncClient(base_url=router.http or "") as client:
+                assert (await client.post("/v1/completions", json=BODY)).status_code == 200
