@@ -446,11 +446,13 @@ def health(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Also look at this model.")] = "",
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
 ) -> None:
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model), Console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), Console()))
 
 
 @app.command()

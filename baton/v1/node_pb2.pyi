@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DescribeRequest(_message.Message):
+    """Asks for a node's description."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -38,14 +40,20 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class DescribeResponse(_message.Message):
+    """The node and its load at this moment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def node(self) -> _common_pb2.NodeDescription: ...
+    def node(self) -> _common_pb2.NodeDescription:
+        """Who it is."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """Its load."""
+
     def __init__(
         self,
         *,
@@ -62,6 +70,8 @@ Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
 class LedgerRequest(_message.Message):
+    """Asks for a node's blocks and their owners."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -77,10 +87,14 @@ Global___LedgerRequest: _TypeAlias = LedgerRequest  # noqa: Y015
 
 @_typing.final
 class LedgerResponse(_message.Message):
+    """free_blocks and the owners' blocks add up to total_blocks, always."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Owner(_message.Message):
+        """Blocks that belong together."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         OWNER_FIELD_NUMBER: _builtins.int
@@ -95,6 +109,7 @@ class LedgerResponse(_message.Message):
         "running" (decoding), "quarantined" (a writer may still reach them).
         """
         num_blocks: _builtins.int
+        """How many it holds."""
         epoch: _builtins.int
         """Lease epoch, 0 where there is none."""
         age_s: _builtins.float
@@ -120,11 +135,17 @@ class LedgerResponse(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that answers."""
     incarnation: _builtins.int
+    """The life of its process."""
     total_blocks: _builtins.int
+    """KV blocks in the pool."""
     free_blocks: _builtins.int
+    """KV blocks without an owner."""
     @_builtins.property
-    def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerResponse.Owner]: ...
+    def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerResponse.Owner]:
+        """Everyone who holds blocks."""
+
     def __init__(
         self,
         *,
@@ -144,6 +165,8 @@ Global___LedgerResponse: _TypeAlias = LedgerResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
+    """Asks a node to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GRACE_S_FIELD_NUMBER: _builtins.int
@@ -164,6 +187,8 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
+    """The node has agreed to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_ID_FIELD_NUMBER: _builtins.int
@@ -171,7 +196,9 @@ class DrainResponse(_message.Message):
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     GRACE_S_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that leaves."""
     incarnation: _builtins.int
+    """The life of its process."""
     num_sequences: _builtins.int
     """Sequences that are here now."""
     grace_s: _builtins.float
@@ -194,6 +221,8 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class ClockRequest(_message.Message):
+    """Asks what time it is at the node."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -209,10 +238,13 @@ Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
 
 @_typing.final
 class ClockResponse(_message.Message):
+    """The time at the node."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NOW_S_FIELD_NUMBER: _builtins.int
     now_s: _builtins.float
+    """Seconds by the node's monotonic clock."""
     def __init__(
         self,
         *,
@@ -228,6 +260,8 @@ Global___ClockResponse: _TypeAlias = ClockResponse  # noqa: Y015
 
 @_typing.final
 class TraceRequest(_message.Message):
+    """Asks what a node did lately."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAST_S_FIELD_NUMBER: _builtins.int
@@ -264,9 +298,13 @@ class TraceResponse(_message.Message):
         NUM_DECODING_FIELD_NUMBER: _builtins.int
         PROMPTS_FIELD_NUMBER: _builtins.int
         started_s: _builtins.float
+        """When the step began."""
         ended_s: _builtins.float
+        """When it was done."""
         num_prompt_tokens: _builtins.int
+        """Prompt tokens computed in it."""
         num_decoding: _builtins.int
+        """Sequences that generated a token in it."""
         @_builtins.property
         def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Sequences whose prompts were computed, the first few."""
@@ -301,14 +339,21 @@ class TraceResponse(_message.Message):
         COMPUTED_S_FIELD_NUMBER: _builtins.int
         ENDED_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         target: _builtins.str
         """Node id of the receiver."""
         transport: _builtins.str
+        """Name of the transport."""
         layerwise: _builtins.bool
+        """Whether layers left while the prompt was still computed."""
         num_bytes: _builtins.int
+        """Bytes of it."""
         started_s: _builtins.float
+        """When the first byte left."""
         computed_s: _builtins.float
+        """When the last layer was computed."""
         ended_s: _builtins.float
+        """When the receiver had acknowledged."""
         def __init__(
             self,
             *,
@@ -341,12 +386,19 @@ class TraceResponse(_message.Message):
         STARTED_S_FIELD_NUMBER: _builtins.int
         ENDED_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         lane: _builtins.int
+        """Number of the writing thread."""
         layer: _builtins.int
+        """First layer."""
         num_layers: _builtins.int
+        """Layers in this piece."""
         num_bytes: _builtins.int
+        """Bytes of it."""
         started_s: _builtins.float
+        """When its writing began."""
         ended_s: _builtins.float
+        """When it was written."""
         def __init__(
             self,
             *,
@@ -373,7 +425,9 @@ class TraceResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         AT_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence."""
         at_s: _builtins.float
+        """When it joined the running batch."""
         def __init__(
             self,
             *,
@@ -394,16 +448,27 @@ class TraceResponse(_message.Message):
     WRITES_FIELD_NUMBER: _builtins.int
     JOINS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that answers."""
     incarnation: _builtins.int
+    """The life of its process."""
     role: _common_pb2.Role.ValueType
+    """What it works as now."""
     @_builtins.property
-    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]: ...
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]:
+        """Steps of its engine."""
+
     @_builtins.property
-    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]: ...
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]:
+        """KV that it pushed."""
+
     @_builtins.property
-    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]: ...
+    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]:
+        """Pieces of these pushes."""
+
     @_builtins.property
-    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]: ...
+    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]:
+        """KV that it received."""
+
     def __init__(
         self,
         *,
@@ -433,8 +498,11 @@ class SessionHello(_message.Message):
     ROUTER_INCARNATION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
+    """Who calls. A newer session of the same router ends the older one."""
     router_incarnation: _builtins.int
+    """The life of the router's process."""
     protocol_version: _builtins.int
+    """Must be the node's; else the session is refused with both values."""
     def __init__(
         self,
         *,
@@ -459,9 +527,13 @@ class SessionWelcome(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def node(self) -> _common_pb2.NodeDescription: ...
+    def node(self) -> _common_pb2.NodeDescription:
+        """Who answers."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """Its load."""
+
     def __init__(
         self,
         *,
@@ -485,7 +557,9 @@ class Cancel(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
+    """The sequence that is meant."""
     reason: _builtins.str
+    """For logs."""
     def __init__(
         self,
         *,
@@ -502,13 +576,18 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class SequenceFailed(_message.Message):
+    """A sequence has ended here without being finished."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
+    """The sequence that is meant."""
     @_builtins.property
-    def failure(self) -> _common_pb2.Failure: ...
+    def failure(self) -> _common_pb2.Failure:
+        """Why. If retryable, the router runs the sequence again elsewhere."""
+
     def __init__(
         self,
         *,
@@ -525,6 +604,8 @@ Global___SequenceFailed: _TypeAlias = SequenceFailed  # noqa: Y015
 
 @_typing.final
 class PrefillSessionRequest(_message.Message):
+    """Router to node, in the prompt phase."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -538,9 +619,13 @@ class PrefillSessionRequest(_message.Message):
         SEQUENCE_FIELD_NUMBER: _builtins.int
         LEASE_FIELD_NUMBER: _builtins.int
         @_builtins.property
-        def sequence(self) -> _common_pb2.Sequence: ...
+        def sequence(self) -> _common_pb2.Sequence:
+            """The prompt and how to sample."""
+
         @_builtins.property
-        def lease(self) -> _common_pb2.Lease: ...
+        def lease(self) -> _common_pb2.Lease:
+            """Where the KV is to go; granted by the decode node."""
+
         def __init__(
             self,
             *,
@@ -557,11 +642,17 @@ class PrefillSessionRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___SessionHello: ...
+    def hello(self) -> Global___SessionHello:
+        """Opens the session."""
+
     @_builtins.property
-    def run(self) -> Global___PrefillSessionRequest.Run: ...
+    def run(self) -> Global___PrefillSessionRequest.Run:
+        """A prompt to compute."""
+
     @_builtins.property
-    def cancel(self) -> Global___Cancel: ...
+    def cancel(self) -> Global___Cancel:
+        """A sequence to forget."""
+
     def __init__(
         self,
         *,
@@ -581,6 +672,8 @@ Global___PrefillSessionRequest: _TypeAlias = PrefillSessionRequest  # noqa: Y015
 
 @_typing.final
 class PrefillSessionResponse(_message.Message):
+    """Node to router, in the prompt phase: what happened in one engine step, or since."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -595,12 +688,15 @@ class PrefillSessionResponse(_message.Message):
         NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
         NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         queue_s: _builtins.float
         """From arrival at the node to the first chunk's start."""
         compute_s: _builtins.float
         """From the first chunk's start to the sampled token."""
         num_computed_tokens: _builtins.int
+        """Tokens that were computed."""
         num_cached_tokens: _builtins.int
+        """Tokens whose KV was there already."""
         def __init__(
             self,
             *,
@@ -625,8 +721,11 @@ class PrefillSessionResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         REPORT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         @_builtins.property
-        def report(self) -> _common_pb2.TransferReport: ...
+        def report(self) -> _common_pb2.TransferReport:
+            """How its transfer went."""
+
         def __init__(
             self,
             *,
@@ -646,19 +745,29 @@ class PrefillSessionResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___SessionWelcome: ...
+    def welcome(self) -> Global___SessionWelcome:
+        """Set in the first message only."""
+
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]:
         """The first token of handed-off sequences; every token of sequences that stay."""
 
     @_builtins.property
-    def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.PrefillDone]: ...
+    def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.PrefillDone]:
+        """Prompts that were computed to their end."""
+
     @_builtins.property
-    def handed_off(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.HandedOff]: ...
+    def handed_off(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.HandedOff]:
+        """Sequences that are decode's from now on."""
+
     @_builtins.property
-    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]: ...
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
+        """Sequences that ended here without being finished."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """The node's load, when it changed or was silent for a while."""
+
     def __init__(
         self,
         *,
@@ -679,6 +788,8 @@ Global___PrefillSessionResponse: _TypeAlias = PrefillSessionResponse  # noqa: Y0
 
 @_typing.final
 class DecodeSessionRequest(_message.Message):
+    """Router to node, in the token phase."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -693,8 +804,11 @@ class DecodeSessionRequest(_message.Message):
         ttl_s: _builtins.float
         """Lease lifetime asked for; the node may grant less."""
         prefill_node_id: _builtins.str
+        """The node that will write the blocks."""
         @_builtins.property
-        def sequence(self) -> _common_pb2.Sequence: ...
+        def sequence(self) -> _common_pb2.Sequence:
+            """The sequence that will come; its lengths say how many blocks it needs."""
+
         def __init__(
             self,
             *,
@@ -712,11 +826,17 @@ class DecodeSessionRequest(_message.Message):
     RESERVE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___SessionHello: ...
+    def hello(self) -> Global___SessionHello:
+        """Opens the session."""
+
     @_builtins.property
-    def reserve(self) -> Global___DecodeSessionRequest.Reserve: ...
+    def reserve(self) -> Global___DecodeSessionRequest.Reserve:
+        """Blocks that are needed."""
+
     @_builtins.property
-    def cancel(self) -> Global___Cancel: ...
+    def cancel(self) -> Global___Cancel:
+        """A sequence to forget."""
+
     def __init__(
         self,
         *,
@@ -736,6 +856,8 @@ Global___DecodeSessionRequest: _TypeAlias = DecodeSessionRequest  # noqa: Y015
 
 @_typing.final
 class DecodeSessionResponse(_message.Message):
+    """Node to router, in the token phase: what happened in one engine step, or since."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -747,6 +869,7 @@ class DecodeSessionResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         WAIT_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         wait_s: _builtins.float
         """From the lease's grant to the verified commit."""
         def __init__(
@@ -769,21 +892,33 @@ class DecodeSessionResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___SessionWelcome: ...
+    def welcome(self) -> Global___SessionWelcome:
+        """Set in the first message only."""
+
     @_builtins.property
-    def reserved(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]: ...
+    def reserved(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]:
+        """Leases granted."""
+
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
         """Reserve was not granted. The router tries another node."""
 
     @_builtins.property
-    def joined(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeSessionResponse.Joined]: ...
+    def joined(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeSessionResponse.Joined]:
+        """Sequences whose KV has arrived."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]:
+        """New tokens of running sequences."""
+
     @_builtins.property
-    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]: ...
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
+        """Sequences that ended here without being finished."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """The node's load, when it changed or was silent for a while."""
+
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class NodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +63,8 @@ class NodeStub(object):
 
 
 class NodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     def Describe(self, request, context):
         """Who the node is and what it serves.
@@ -136,7 +138,8 @@ def add_NodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Node(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     @staticmethod
     def Describe(request,
@@ -275,7 +278,8 @@ class Node(object):
 
 
 class PrefillNodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -291,10 +295,12 @@ class PrefillNodeStub(object):
 
 
 class PrefillNodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     def Session(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Opens with hello and welcome, then carries every prompt of this router.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -316,7 +322,8 @@ def add_PrefillNodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillNode(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     @staticmethod
     def Session(request_iterator,
@@ -347,7 +354,8 @@ class PrefillNode(object):
 
 
 class DecodeNodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -363,10 +371,12 @@ class DecodeNodeStub(object):
 
 
 class DecodeNodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     def Session(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Opens with hello and welcome, then carries every reservation and token of this router.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -388,7 +398,8 @@ def add_DecodeNodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeNode(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     @staticmethod
     def Session(request_iterator,

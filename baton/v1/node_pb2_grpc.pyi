@@ -29,6 +29,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class NodeStub:
+    """What every worker answers, whatever its role."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -46,6 +48,8 @@ class NodeStub:
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
+    """What every worker answers, whatever its role."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_node_pb2.DescribeRequest, _node_pb2.DescribeResponse]  # type: ignore[assignment]
     """Who the node is and what it serves."""
@@ -59,6 +63,8 @@ class NodeAsyncStub(NodeStub):
     """What ran here lately, by that clock."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
+    """What every worker answers, whatever its role."""
+
     @_abc_1.abstractmethod
     def Describe(
         self,
@@ -102,45 +108,63 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class PrefillNodeStub:
+    """The prompt phase. Every worker serves it."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillNodeAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_node_pb2.PrefillSessionRequest, _node_pb2.PrefillSessionResponse]
+    """Opens with hello and welcome, then carries every prompt of this router."""
 
 @_typing.type_check_only
 class PrefillNodeAsyncStub(PrefillNodeStub):
+    """The prompt phase. Every worker serves it."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_node_pb2.PrefillSessionRequest, _node_pb2.PrefillSessionResponse]  # type: ignore[assignment]
+    """Opens with hello and welcome, then carries every prompt of this router."""
 
 class PrefillNodeServicer(metaclass=_abc_1.ABCMeta):
+    """The prompt phase. Every worker serves it."""
+
     @_abc_1.abstractmethod
     def Session(
         self,
         request_iterator: _MaybeAsyncIterator[_node_pb2.PrefillSessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_node_pb2.PrefillSessionResponse], _abc.AsyncIterator[_node_pb2.PrefillSessionResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.PrefillSessionResponse], _abc.AsyncIterator[_node_pb2.PrefillSessionResponse]]:
+        """Opens with hello and welcome, then carries every prompt of this router."""
 
 def add_PrefillNodeServicer_to_server(servicer: PrefillNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class DecodeNodeStub:
+    """The token phase. Every worker serves it."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeNodeAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_node_pb2.DecodeSessionRequest, _node_pb2.DecodeSessionResponse]
+    """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 @_typing.type_check_only
 class DecodeNodeAsyncStub(DecodeNodeStub):
+    """The token phase. Every worker serves it."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_node_pb2.DecodeSessionRequest, _node_pb2.DecodeSessionResponse]  # type: ignore[assignment]
+    """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 class DecodeNodeServicer(metaclass=_abc_1.ABCMeta):
+    """The token phase. Every worker serves it."""
+
     @_abc_1.abstractmethod
     def Session(
         self,
         request_iterator: _MaybeAsyncIterator[_node_pb2.DecodeSessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_node_pb2.DecodeSessionResponse], _abc.AsyncIterator[_node_pb2.DecodeSessionResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.DecodeSessionResponse], _abc.AsyncIterator[_node_pb2.DecodeSessionResponse]]:
+        """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 def add_DecodeNodeServicer_to_server(servicer: DecodeNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

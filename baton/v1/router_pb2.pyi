@@ -22,11 +22,15 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TokenIds(_message.Message):
+    """A prompt that is tokenized already."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids in the model's vocabulary; nothing is added to them."""
+
     def __init__(
         self,
         *,
@@ -42,12 +46,16 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
+    """One turn of a conversation."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
+    """"system", "user" or "assistant", as the template knows them."""
     content: _builtins.str
+    """Text."""
     def __init__(
         self,
         *,
@@ -64,11 +72,15 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
+    """A conversation, which the model's chat template turns into a prompt."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """Oldest first."""
+
     def __init__(
         self,
         *,
@@ -84,6 +96,8 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
+    """One prompt and how to continue it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -101,17 +115,25 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Model name; empty means the one that is served."""
     prompt: _builtins.str
+    """Text to continue."""
     include_stop_in_output: _builtins.bool
+    """The stop string that ended generation is part of the text."""
     timeout_s: _builtins.float
     """Seconds until the request fails with DEADLINE_EXCEEDED. 0: the router's default."""
     skip_special_tokens_in_prompt: _builtins.bool
     """Do not prepend the tokenizer's special tokens (beginning of sequence) to a prompt given as text."""
     @_builtins.property
-    def prompt_token_ids(self) -> Global___TokenIds: ...
+    def prompt_token_ids(self) -> Global___TokenIds:
+        """Token ids to continue."""
+
     @_builtins.property
-    def chat(self) -> Global___Chat: ...
+    def chat(self) -> Global___Chat:
+        """A conversation to answer."""
+
     @_builtins.property
-    def sampling(self) -> _common_pb2.SamplingParams: ...
+    def sampling(self) -> _common_pb2.SamplingParams:
+        """How to choose tokens, and how many."""
+
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these strings."""
@@ -142,19 +164,27 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """A piece of the answer's stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Accepted(_message.Message):
+        """The request is admitted; nothing is computed yet."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         REQUEST_ID_FIELD_NUMBER: _builtins.int
         MODEL_FIELD_NUMBER: _builtins.int
         PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
+        """The request's id in logs and metrics."""
         model: _builtins.str
+        """Name of the model that answers."""
         @_builtins.property
-        def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """The prompt as the model sees it."""
+
         def __init__(
             self,
             *,
@@ -170,6 +200,8 @@ class GenerateResponse(_message.Message):
 
     @_typing.final
     class Delta(_message.Message):
+        """New output."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         TEXT_FIELD_NUMBER: _builtins.int
@@ -178,9 +210,13 @@ class GenerateResponse(_message.Message):
         text: _builtins.str
         """New text. Text that could still become part of a stop string or of a character is held back."""
         @_builtins.property
-        def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """New tokens. All deltas' together are the whole output, a stop token included."""
+
         @_builtins.property
-        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]: ...
+        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]:
+            """One per token if log-probabilities were asked for, else empty."""
+
         def __init__(
             self,
             *,
@@ -196,6 +232,8 @@ class GenerateResponse(_message.Message):
 
     @_typing.final
     class Finished(_message.Message):
+        """The request is complete."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         FINISH_REASON_FIELD_NUMBER: _builtins.int
@@ -203,12 +241,17 @@ class GenerateResponse(_message.Message):
         RELAY_FIELD_NUMBER: _builtins.int
         STOP_REASON_FIELD_NUMBER: _builtins.int
         finish_reason: _common_pb2.FinishReason.ValueType
+        """Why generation ended."""
         stop_reason: _builtins.str
         """The stop string or stop token's id (as text) that ended generation, if one did."""
         @_builtins.property
-        def usage(self) -> Global___Usage: ...
+        def usage(self) -> Global___Usage:
+            """What was counted."""
+
         @_builtins.property
-        def relay(self) -> Global___Relay: ...
+        def relay(self) -> Global___Relay:
+            """Which nodes ran it, and how long each stage took."""
+
         def __init__(
             self,
             *,
@@ -227,11 +270,17 @@ class GenerateResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def accepted(self) -> Global___GenerateResponse.Accepted: ...
+    def accepted(self) -> Global___GenerateResponse.Accepted:
+        """First in every stream."""
+
     @_builtins.property
-    def delta(self) -> Global___GenerateResponse.Delta: ...
+    def delta(self) -> Global___GenerateResponse.Delta:
+        """Any number of them."""
+
     @_builtins.property
-    def finished(self) -> Global___GenerateResponse.Finished: ...
+    def finished(self) -> Global___GenerateResponse.Finished:
+        """Last in every stream that did not fail."""
+
     def __init__(
         self,
         *,
@@ -251,14 +300,19 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """What the request has used. Attempts that failed are not counted."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
+    """Tokens of the prompt, special tokens included."""
     completion_tokens: _builtins.int
+    """Tokens generated."""
     cached_tokens: _builtins.int
+    """Prompt tokens whose KV was there already; part of prompt_tokens."""
     def __init__(
         self,
         *,
@@ -291,7 +345,9 @@ class Relay(_message.Message):
         NAME_FIELD_NUMBER: _builtins.int
         AT_S_FIELD_NUMBER: _builtins.int
         name: _builtins.str
+        """What happened."""
         at_s: _builtins.float
+        """Seconds since arrival."""
         def __init__(
             self,
             *,
@@ -325,28 +381,35 @@ class Relay(_message.Message):
     RECOVERY_S_FIELD_NUMBER: _builtins.int
     STAMPS_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
+    """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
+    """The node for the tokens after the first; the prefill node itself if it kept the sequence."""
     router_queue_s: _builtins.float
     """In the router, before the nodes had it."""
     prefill_queue_s: _builtins.float
-    """In the prefill node's queue, and computing."""
+    """In the prefill node's queue."""
     prefill_s: _builtins.float
+    """Computing the prompt, from its first chunk to the first token."""
     ttft_s: _builtins.float
-    """Arrival to first token, and arrival to end, by the router's clock."""
+    """Arrival to first token, by the router's clock."""
     e2e_s: _builtins.float
+    """Arrival to end, by the router's clock."""
     tbt_mean_s: _builtins.float
-    """Mean and maximum time between tokens."""
+    """The mean time between two tokens."""
     tbt_max_s: _builtins.float
+    """The longest time between two tokens."""
     attempts: _builtins.int
     """1 + the number of times the request ran again after a failure."""
     tokenize_s: _builtins.float
-    """The rest of ttft_s: with prefill_queue_s and prefill_s, these five add up to it. Chat template and tokenizer;
-    attempts that failed; waiting for a pair of nodes; the reservation on the decode node; wire and event loops.
-    """
+    """Chat template and tokenizer. With the next four, prefill_queue_s and prefill_s it adds up to ttft_s."""
     rerun_s: _builtins.float
+    """Attempts that failed before the first token."""
     placement_s: _builtins.float
+    """Waiting for a pair of nodes."""
     reserve_s: _builtins.float
+    """The reservation on the decode node."""
     network_s: _builtins.float
+    """Wire and event loops: what no stage accounts for."""
     second_token_s: _builtins.float
     """First to second token."""
     lease_wait_s: _builtins.float
@@ -354,9 +417,13 @@ class Relay(_message.Message):
     recovery_s: _builtins.float
     """Failures after the first token: from each failure to the next token."""
     @_builtins.property
-    def transfer(self) -> _common_pb2.TransferReport: ...
+    def transfer(self) -> _common_pb2.TransferReport:
+        """Absent if no KV was moved."""
+
     @_builtins.property
-    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]: ...
+    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]:
+        """The request's lifeline, in the order things happened."""
+
     def __init__(
         self,
         *,
@@ -391,6 +458,8 @@ Global___Relay: _TypeAlias = Relay  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):
+    """Asks for the cluster's state."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -406,10 +475,14 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
 @_typing.final
 class StatusResponse(_message.Message):
+    """The cluster as this router sees it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class NodeState(_message.Message):
+        """One node."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NODE_FIELD_NUMBER: _builtins.int
@@ -418,9 +491,13 @@ class StatusResponse(_message.Message):
         state: _builtins.str
         """"connecting", "ready", "suspect", "lost" or "draining"."""
         @_builtins.property
-        def node(self) -> _common_pb2.NodeDescription: ...
+        def node(self) -> _common_pb2.NodeDescription:
+            """Who it is; only its address while it was never reached."""
+
         @_builtins.property
-        def status(self) -> _common_pb2.NodeStatus: ...
+        def status(self) -> _common_pb2.NodeStatus:
+            """Its load, as it last said."""
+
         def __init__(
             self,
             *,
@@ -440,11 +517,17 @@ class StatusResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
+    """The router that answers."""
     model: _builtins.str
+    """Name of the model that is served."""
     num_queued: _builtins.int
+    """Sequences that wait for a placement."""
     num_running: _builtins.int
+    """Sequences that nodes work on."""
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusResponse.NodeState]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusResponse.NodeState]:
+        """All that the router knows, lost ones included."""
+
     def __init__(
         self,
         *,
@@ -464,6 +547,8 @@ Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
 
 @_typing.final
 class ClusterLedgerRequest(_message.Message):
+    """Asks for all block ledgers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -479,6 +564,8 @@ Global___ClusterLedgerRequest: _TypeAlias = ClusterLedgerRequest  # noqa: Y015
 
 @_typing.final
 class ClusterLedgerResponse(_message.Message):
+    """One ledger per node that answered."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -504,7 +591,9 @@ class ClusterLedgerResponse(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.LedgerResponse]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.LedgerResponse]:
+        """Those that answered."""
+
     @_builtins.property
     def unreachable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Nodes that did not answer, with the reason."""
@@ -525,6 +614,8 @@ Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
 
 @_typing.final
 class ClusterTraceRequest(_message.Message):
+    """Asks what the cluster did lately."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     LAST_S_FIELD_NUMBER: _builtins.int
@@ -545,6 +636,8 @@ Global___ClusterTraceRequest: _TypeAlias = ClusterTraceRequest  # noqa: Y015
 
 @_typing.final
 class ClusterTraceResponse(_message.Message):
+    """The router's part, or one node's."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -557,7 +650,9 @@ class ClusterTraceResponse(_message.Message):
         NOW_S_FIELD_NUMBER: _builtins.int
         REQUESTS_FIELD_NUMBER: _builtins.int
         router_id: _builtins.str
+        """The router that answers."""
         now_s: _builtins.float
+        """When it answered."""
         @_builtins.property
         def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterTraceResponse.Request]:
             """The last requests that ended."""
@@ -577,6 +672,8 @@ class ClusterTraceResponse(_message.Message):
 
     @_typing.final
     class Request(_message.Message):
+        """A request that ended."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -585,11 +682,17 @@ class ClusterTraceResponse(_message.Message):
         ARRIVED_S_FIELD_NUMBER: _builtins.int
         RELAY_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
+        """Its id."""
         choice: _builtins.int
+        """Which of its n choices."""
         outcome: _builtins.str
+        """How it ended: "finished", "rejected", "failed" or "cancelled"."""
         arrived_s: _builtins.float
+        """When it arrived."""
         @_builtins.property
-        def relay(self) -> Global___Relay: ...
+        def relay(self) -> Global___Relay:
+            """How it ran."""
+
         def __init__(
             self,
             *,
@@ -607,6 +710,8 @@ class ClusterTraceResponse(_message.Message):
 
     @_typing.final
     class NodeTrace(_message.Message):
+        """What one node did."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         ADDRESS_FIELD_NUMBER: _builtins.int
@@ -615,6 +720,7 @@ class ClusterTraceResponse(_message.Message):
         CLOCK_ERROR_S_FIELD_NUMBER: _builtins.int
         TRACE_FIELD_NUMBER: _builtins.int
         address: _builtins.str
+        """Where it listens, host:port."""
         unreachable: _builtins.str
         """Why there is nothing; empty if there is."""
         clock_offset_s: _builtins.float
@@ -622,8 +728,11 @@ class ClusterTraceResponse(_message.Message):
         To draw with; no duration is ever made of two clocks.
         """
         clock_error_s: _builtins.float
+        """Half of the quickest round trip."""
         @_builtins.property
-        def trace(self) -> _node_pb2.TraceResponse: ...
+        def trace(self) -> _node_pb2.TraceResponse:
+            """Its own account, by its own clock."""
+
         def __init__(
             self,
             *,
@@ -642,9 +751,13 @@ class ClusterTraceResponse(_message.Message):
     ROUTER_FIELD_NUMBER: _builtins.int
     NODE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def router(self) -> Global___ClusterTraceResponse.RouterTrace: ...
+    def router(self) -> Global___ClusterTraceResponse.RouterTrace:
+        """The first message."""
+
     @_builtins.property
-    def node(self) -> Global___ClusterTraceResponse.NodeTrace: ...
+    def node(self) -> Global___ClusterTraceResponse.NodeTrace:
+        """Every other message."""
+
     def __init__(
         self,
         *,
@@ -663,6 +776,8 @@ Global___ClusterTraceResponse: _TypeAlias = ClusterTraceResponse  # noqa: Y015
 
 @_typing.final
 class DrainNodeRequest(_message.Message):
+    """Names the node that is to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
@@ -687,13 +802,18 @@ Global___DrainNodeRequest: _TypeAlias = DrainNodeRequest  # noqa: Y015
 
 @_typing.final
 class DrainNodeResponse(_message.Message):
+    """The node has agreed to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DRAIN_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
+    """host:port of the node."""
     @_builtins.property
-    def drain(self) -> _node_pb2.DrainResponse: ...
+    def drain(self) -> _node_pb2.DrainResponse:
+        """What the node said."""
+
     def __init__(
         self,
         *,

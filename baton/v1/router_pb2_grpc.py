@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RouterStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -62,7 +63,8 @@ class RouterStub(object):
 
 
 class RouterServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     def Generate(self, request, context):
         """Generate text. The stream opens with Accepted, carries Deltas, and ends with exactly one Finished or with a gRPC
@@ -137,7 +139,8 @@ def add_RouterServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Router(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     @staticmethod
     def Generate(request,

@@ -27,6 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RouterStub:
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -46,6 +48,8 @@ class RouterStub:
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate text. The stream opens with Accepted, carries Deltas, and ends with exactly one Finished or with a gRPC
@@ -61,6 +65,8 @@ class RouterAsyncStub(RouterStub):
     """What the router and every node did lately: first the router's part, then a message per node."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_abc_1.abstractmethod
     def Generate(
         self,
