@@ -111,6 +111,15 @@ PeakTflops = Annotated[
     float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
 ]
 PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
+Otel = Annotated[
+    bool,
+    typer.Option(
+        "--otel",
+        envvar="BATON_OTEL",
+        show_envvar=True,
+        help="Make OpenTelemetry spans of requests; the OTEL_* variables say where they go.",
+    ),
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -142,6 +151,7 @@ def up(
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    otel: Otel = False,
     peak_tflops: PeakTflops = 0.0,
     peak_gbps: PeakGbps = 0.0,
 ) -> None:
@@ -170,6 +180,7 @@ def up(
         registry=registry,
         cluster_name=cluster_name,
         api_keys=tuple(api_key or ()),
+        router_arguments=("--otel",) if otel else (),
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
@@ -185,6 +196,7 @@ def up(
         if is_first:
             is_first = False
             console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            console.print(f"status page: {endpoints.http}/status", highlight=False)
             console.print(f'try: baton generate --router {endpoints.grpc} --relay "Once upon a time"', highlight=False)
 
     workers = ", ".join(node_id for node_id, _ in options.worker_roles())
@@ -284,6 +296,7 @@ def router(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
     ] = True,
+    otel: Otel = False,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
@@ -308,6 +321,7 @@ def router(
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
         vllm_metrics=vllm_metrics,
+        otel=otel,
     )
 
     async def run() -> None:
