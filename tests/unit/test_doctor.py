@@ -19,7 +19,8 @@ def test_everything_is_looked_at_and_every_fault_has_a_cure() -> None:
     subjects = {finding.subject for finding in findings}
     assert {
         "extra router", "extra worker", "torch", "gpu", "kernels cpu", "kernels triton", "nvidia driver",
-        "transport shm", "huge pages KV cache", "open files", "address space", "locked memory", "memory", "http and metrics port",
+        "transport shm", "huge pages KV cache", "open files", "address space", "locked memory", "memory",
+        "http and metrics port",
     } <= subjects  # fmt: skip
     assert all(finding.advice for finding in findings if finding.is_ok is False)
 
