@@ -44,7 +44,7 @@ def kernels() -> Iterator[Finding]:
     advice = {
         "avx512bf16": "",
         "avx512": "no bf16 products: --dtype float32 computes as fast here, at twice the memory",
-        "avx2": "half the lanes of AVX-512; in a virtual machine pass the host's processor through",
+        "avx2": "half of AVX-512's lanes, no bf16 products; in a virtual machine pass the host's processor through",
         "128bit": "no AVX2: in a virtual machine pass the host's processor through (for example -cpu host)",
     }[name]
     yield Finding("kernels cpu", None if advice else True, f"{name} vectors, compiled at start-up", advice)

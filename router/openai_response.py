@@ -50,7 +50,7 @@ def usage(num_prompt_tokens: int, endings: Sequence[Ending], num_cached_tokens: 
 
 
 def relay_json(relay: Relay) -> dict[str, Any]:
-    return asdict(relay) | {"line": relay.line()}
+    return asdict(relay) | {"stamps": dict(relay.stamps), "line": relay.line()}
 
 
 class LogprobWriter:

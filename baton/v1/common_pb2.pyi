@@ -440,6 +440,7 @@ class NodeDescription(_message.Message):
     DEVICE_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Unique in the cluster."""
     incarnation: _builtins.int
@@ -462,6 +463,8 @@ class NodeDescription(_message.Message):
     """Version of Baton."""
     kernels: _builtins.str
     """Name of the kernels. Part of what must agree, as other kernels may round differently."""
+    metrics_address: _builtins.str
+    """host:port where GET /metrics is answered over HTTP; empty without."""
     @_builtins.property
     def model(self) -> Global___ModelDescription:
         """What it serves."""
@@ -491,10 +494,11 @@ class NodeDescription(_message.Message):
         device: _builtins.str = ...,
         software_version: _builtins.str = ...,
         kernels: _builtins.str = ...,
+        metrics_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "model", b"model", "node_id", b"node_id", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -515,6 +519,11 @@ class NodeStatus(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     RUNNING_TOKENS_FIELD_NUMBER: _builtins.int
     STALLED_S_FIELD_NUMBER: _builtins.int
+    PROMPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    SENDING_BLOCKS_FIELD_NUMBER: _builtins.int
+    LEASED_BLOCKS_FIELD_NUMBER: _builtins.int
+    RUNNING_BLOCKS_FIELD_NUMBER: _builtins.int
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """What the node is used for now."""
     draining: _builtins.bool
@@ -533,6 +542,16 @@ class NodeStatus(_message.Message):
     """Tokens held in KV by running sequences."""
     stalled_s: _builtins.float
     """Seconds since the engine last finished a step while it had work; 0 when idle. Grows when the engine is wedged."""
+    prompt_blocks: _builtins.int
+    """Owned blocks by the ledger's states (LedgerResponse.Owner); with free_blocks they make up total_blocks."""
+    sending_blocks: _builtins.int
+    """Of prompts computed and on their way."""
+    leased_blocks: _builtins.int
+    """Reserved for KV that is to arrive."""
+    running_blocks: _builtins.int
+    """Of sequences that decode."""
+    quarantined_blocks: _builtins.int
+    """Of ended leases that a writer might still reach."""
     def __init__(
         self,
         *,
@@ -545,10 +564,15 @@ class NodeStatus(_message.Message):
         num_running: _builtins.int = ...,
         running_tokens: _builtins.int = ...,
         stalled_s: _builtins.float = ...,
+        prompt_blocks: _builtins.int = ...,
+        sending_blocks: _builtins.int = ...,
+        leased_blocks: _builtins.int = ...,
+        running_blocks: _builtins.int = ...,
+        quarantined_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_tokens", b"running_tokens", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -220,6 +220,275 @@ class DrainResponse(_message.Message):
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
+class ClockRequest(_message.Message):
+    """Asks what time it is at the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
+
+@_typing.final
+class ClockResponse(_message.Message):
+    """The time at the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOW_S_FIELD_NUMBER: _builtins.int
+    now_s: _builtins.float
+    """Seconds by the node's monotonic clock."""
+    def __init__(
+        self,
+        *,
+        now_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockResponse: _TypeAlias = ClockResponse  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    """Asks what a node did lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Seconds back from now. 0: all that is kept."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class TraceResponse(_message.Message):
+    """All times are seconds by the node's monotonic clock. Each list keeps a bounded number of the newest entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Step(_message.Message):
+        """One engine step."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+        NUM_DECODING_FIELD_NUMBER: _builtins.int
+        PROMPTS_FIELD_NUMBER: _builtins.int
+        started_s: _builtins.float
+        """When the step began."""
+        ended_s: _builtins.float
+        """When it was done."""
+        num_prompt_tokens: _builtins.int
+        """Prompt tokens computed in it."""
+        num_decoding: _builtins.int
+        """Sequences that generated a token in it."""
+        @_builtins.property
+        def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Sequences whose prompts were computed, the first few."""
+
+        def __init__(
+            self,
+            *,
+            started_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+            num_prompt_tokens: _builtins.int = ...,
+            num_decoding: _builtins.int = ...,
+            prompts: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "num_decoding", b"num_decoding", "num_prompt_tokens", b"num_prompt_tokens", "prompts", b"prompts", "started_s", b"started_s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Transfer(_message.Message):
+        """KV that arrived. total_s of its TransferReport is ended_s - started_s, exposed_s is ended_s - computed_s."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        TARGET_FIELD_NUMBER: _builtins.int
+        TRANSPORT_FIELD_NUMBER: _builtins.int
+        LAYERWISE_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        COMPUTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        target: _builtins.str
+        """Node id of the receiver."""
+        transport: _builtins.str
+        """Name of the transport."""
+        layerwise: _builtins.bool
+        """Whether layers left while the prompt was still computed."""
+        num_bytes: _builtins.int
+        """Bytes of it."""
+        started_s: _builtins.float
+        """When the first byte left."""
+        computed_s: _builtins.float
+        """When the last layer was computed."""
+        ended_s: _builtins.float
+        """When the receiver had acknowledged."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            target: _builtins.str = ...,
+            transport: _builtins.str = ...,
+            layerwise: _builtins.bool = ...,
+            num_bytes: _builtins.int = ...,
+            started_s: _builtins.float = ...,
+            computed_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_s", b"computed_s", "ended_s", b"ended_s", "layerwise", b"layerwise", "num_bytes", b"num_bytes", "sequence_id", b"sequence_id", "started_s", b"started_s", "target", b"target", "transport", b"transport"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Write(_message.Message):
+        """Layers [layer, layer + num_layers) of a sequence under way, in one of the node's writing threads."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        LANE_FIELD_NUMBER: _builtins.int
+        LAYER_FIELD_NUMBER: _builtins.int
+        NUM_LAYERS_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        lane: _builtins.int
+        """Number of the writing thread."""
+        layer: _builtins.int
+        """First layer."""
+        num_layers: _builtins.int
+        """Layers in this piece."""
+        num_bytes: _builtins.int
+        """Bytes of it."""
+        started_s: _builtins.float
+        """When its writing began."""
+        ended_s: _builtins.float
+        """When it was written."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            lane: _builtins.int = ...,
+            layer: _builtins.int = ...,
+            num_layers: _builtins.int = ...,
+            num_bytes: _builtins.int = ...,
+            started_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "lane", b"lane", "layer", b"layer", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "sequence_id", b"sequence_id", "started_s", b"started_s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Join(_message.Message):
+        """KV verified; the sequence decodes here from now on."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        at_s: _builtins.float
+        """When it joined the running batch."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "sequence_id", b"sequence_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    WRITES_FIELD_NUMBER: _builtins.int
+    JOINS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node that answers."""
+    incarnation: _builtins.int
+    """The life of its process."""
+    role: _common_pb2.Role.ValueType
+    """What it works as now."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]:
+        """Steps of its engine."""
+
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]:
+        """KV that it pushed."""
+
+    @_builtins.property
+    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]:
+        """Pieces of these pushes."""
+
+    @_builtins.property
+    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]:
+        """KV that it received."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        role: _common_pb2.Role.ValueType = ...,
+        steps: _abc.Iterable[Global___TraceResponse.Step] | None = ...,
+        transfers: _abc.Iterable[Global___TraceResponse.Transfer] | None = ...,
+        writes: _abc.Iterable[Global___TraceResponse.Write] | None = ...,
+        joins: _abc.Iterable[Global___TraceResponse.Join] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "joins", b"joins", "node_id", b"node_id", "role", b"role", "steps", b"steps", "transfers", b"transfers", "writes", b"writes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
+
+@_typing.final
 class SessionHello(_message.Message):
     """First message of every session, from the router."""
 

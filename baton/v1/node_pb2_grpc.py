@@ -50,6 +50,16 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Clock = channel.unary_unary(
+                '/baton.v1.Node/Clock',
+                request_serializer=baton_dot_v1_dot_node__pb2.ClockRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.ClockResponse.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/baton.v1.Node/Trace',
+                request_serializer=baton_dot_v1_dot_node__pb2.TraceRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
@@ -77,6 +87,20 @@ class NodeServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Clock(self, request, context):
+        """The node's monotonic clock: whoever asks a few times can tell how far it is from his own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
+        """What ran here lately, by that clock.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_NodeServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -94,6 +118,16 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=baton_dot_v1_dot_node__pb2.DrainRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.DrainResponse.SerializeToString,
+            ),
+            'Clock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Clock,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.ClockRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.ClockResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.TraceRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -178,6 +212,60 @@ class Node(object):
             '/baton.v1.Node/Drain',
             baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Clock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Clock',
+            baton_dot_v1_dot_node__pb2.ClockRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.ClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Trace',
+            baton_dot_v1_dot_node__pb2.TraceRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

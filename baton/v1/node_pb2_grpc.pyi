@@ -41,6 +41,10 @@ class NodeStub:
     """Every KV block and its owner, right now."""
     Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
+    Clock: _grpc.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]
+    """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+    Trace: _grpc.UnaryUnaryMultiCallable[_node_pb2.TraceRequest, _node_pb2.TraceResponse]
+    """What ran here lately, by that clock."""
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
@@ -53,6 +57,10 @@ class NodeAsyncStub(NodeStub):
     """Every KV block and its owner, right now."""
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]  # type: ignore[assignment]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
+    Clock: _aio.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]  # type: ignore[assignment]
+    """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+    Trace: _aio.UnaryUnaryMultiCallable[_node_pb2.TraceRequest, _node_pb2.TraceResponse]  # type: ignore[assignment]
+    """What ran here lately, by that clock."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
     """What every worker answers, whatever its role."""
@@ -80,6 +88,22 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.DrainResponse, _abc.Awaitable[_node_pb2.DrainResponse]]:
         """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
+
+    @_abc_1.abstractmethod
+    def Clock(
+        self,
+        request: _node_pb2.ClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ClockResponse, _abc.Awaitable[_node_pb2.ClockResponse]]:
+        """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _node_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.TraceResponse, _abc.Awaitable[_node_pb2.TraceResponse]]:
+        """What ran here lately, by that clock."""
 
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 

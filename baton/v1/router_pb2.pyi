@@ -334,6 +334,32 @@ class Relay(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Stamp(_message.Message):
+        """When something happened: "arrived", "queued", "attempt", "placed", "leased", "dispatched", "first_token", "joined",
+        "handed_off", "second_token", "last_token", "ended". Seconds since arrival, by the router's clock.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """What happened."""
+        at_s: _builtins.float
+        """Seconds since arrival."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PREFILL_NODE_ID_FIELD_NUMBER: _builtins.int
     DECODE_NODE_ID_FIELD_NUMBER: _builtins.int
     ROUTER_QUEUE_S_FIELD_NUMBER: _builtins.int
@@ -345,6 +371,15 @@ class Relay(_message.Message):
     TBT_MEAN_S_FIELD_NUMBER: _builtins.int
     TBT_MAX_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    TOKENIZE_S_FIELD_NUMBER: _builtins.int
+    RERUN_S_FIELD_NUMBER: _builtins.int
+    PLACEMENT_S_FIELD_NUMBER: _builtins.int
+    RESERVE_S_FIELD_NUMBER: _builtins.int
+    NETWORK_S_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
+    LEASE_WAIT_S_FIELD_NUMBER: _builtins.int
+    RECOVERY_S_FIELD_NUMBER: _builtins.int
+    STAMPS_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
     """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
@@ -365,9 +400,29 @@ class Relay(_message.Message):
     """The longest time between two tokens."""
     attempts: _builtins.int
     """1 + the number of times the request ran again after a failure."""
+    tokenize_s: _builtins.float
+    """Chat template and tokenizer. With the next four, prefill_queue_s and prefill_s it adds up to ttft_s."""
+    rerun_s: _builtins.float
+    """Attempts that failed before the first token."""
+    placement_s: _builtins.float
+    """Waiting for a pair of nodes."""
+    reserve_s: _builtins.float
+    """The reservation on the decode node."""
+    network_s: _builtins.float
+    """Wire and event loops: what no stage accounts for."""
+    second_token_s: _builtins.float
+    """First to second token."""
+    lease_wait_s: _builtins.float
+    """From the lease's grant to the verified KV, by the decode node's clock."""
+    recovery_s: _builtins.float
+    """Failures after the first token: from each failure to the next token."""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferReport:
         """Absent if no KV was moved."""
+
+    @_builtins.property
+    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]:
+        """The request's lifeline, in the order things happened."""
 
     def __init__(
         self,
@@ -383,10 +438,19 @@ class Relay(_message.Message):
         tbt_mean_s: _builtins.float = ...,
         tbt_max_s: _builtins.float = ...,
         attempts: _builtins.int = ...,
+        tokenize_s: _builtins.float = ...,
+        rerun_s: _builtins.float = ...,
+        placement_s: _builtins.float = ...,
+        reserve_s: _builtins.float = ...,
+        network_s: _builtins.float = ...,
+        second_token_s: _builtins.float = ...,
+        lease_wait_s: _builtins.float = ...,
+        recovery_s: _builtins.float = ...,
+        stamps: _abc.Iterable[Global___Relay.Stamp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "router_queue_s", b"router_queue_s", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,6 +611,168 @@ class ClusterLedgerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
+
+@_typing.final
+class ClusterTraceRequest(_message.Message):
+    """Asks what the cluster did lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Seconds back from now. 0: all that is kept."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterTraceRequest: _TypeAlias = ClusterTraceRequest  # noqa: Y015
+
+@_typing.final
+class ClusterTraceResponse(_message.Message):
+    """The router's part, or one node's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RouterTrace(_message.Message):
+        """Times are by the router's monotonic clock."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROUTER_ID_FIELD_NUMBER: _builtins.int
+        NOW_S_FIELD_NUMBER: _builtins.int
+        REQUESTS_FIELD_NUMBER: _builtins.int
+        router_id: _builtins.str
+        """The router that answers."""
+        now_s: _builtins.float
+        """When it answered."""
+        @_builtins.property
+        def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterTraceResponse.Request]:
+            """The last requests that ended."""
+
+        def __init__(
+            self,
+            *,
+            router_id: _builtins.str = ...,
+            now_s: _builtins.float = ...,
+            requests: _abc.Iterable[Global___ClusterTraceResponse.Request] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s", "requests", b"requests", "router_id", b"router_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Request(_message.Message):
+        """A request that ended."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        CHOICE_FIELD_NUMBER: _builtins.int
+        OUTCOME_FIELD_NUMBER: _builtins.int
+        ARRIVED_S_FIELD_NUMBER: _builtins.int
+        RELAY_FIELD_NUMBER: _builtins.int
+        request_id: _builtins.str
+        """Its id."""
+        choice: _builtins.int
+        """Which of its n choices."""
+        outcome: _builtins.str
+        """How it ended: "finished", "rejected", "failed" or "cancelled"."""
+        arrived_s: _builtins.float
+        """When it arrived."""
+        @_builtins.property
+        def relay(self) -> Global___Relay:
+            """How it ran."""
+
+        def __init__(
+            self,
+            *,
+            request_id: _builtins.str = ...,
+            choice: _builtins.int = ...,
+            outcome: _builtins.str = ...,
+            arrived_s: _builtins.float = ...,
+            relay: Global___Relay | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["relay", b"relay"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_s", b"arrived_s", "choice", b"choice", "outcome", b"outcome", "relay", b"relay", "request_id", b"request_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NodeTrace(_message.Message):
+        """What one node did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ADDRESS_FIELD_NUMBER: _builtins.int
+        UNREACHABLE_FIELD_NUMBER: _builtins.int
+        CLOCK_OFFSET_S_FIELD_NUMBER: _builtins.int
+        CLOCK_ERROR_S_FIELD_NUMBER: _builtins.int
+        TRACE_FIELD_NUMBER: _builtins.int
+        address: _builtins.str
+        """Where it listens, host:port."""
+        unreachable: _builtins.str
+        """Why there is nothing; empty if there is."""
+        clock_offset_s: _builtins.float
+        """The node's clock minus the router's, as estimated, and how far off that can be: half of the quickest round trip.
+        To draw with; no duration is ever made of two clocks.
+        """
+        clock_error_s: _builtins.float
+        """Half of the quickest round trip."""
+        @_builtins.property
+        def trace(self) -> _node_pb2.TraceResponse:
+            """Its own account, by its own clock."""
+
+        def __init__(
+            self,
+            *,
+            address: _builtins.str = ...,
+            unreachable: _builtins.str = ...,
+            clock_offset_s: _builtins.float = ...,
+            clock_error_s: _builtins.float = ...,
+            trace: _node_pb2.TraceResponse | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "clock_error_s", b"clock_error_s", "clock_offset_s", b"clock_offset_s", "trace", b"trace", "unreachable", b"unreachable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def router(self) -> Global___ClusterTraceResponse.RouterTrace:
+        """The first message."""
+
+    @_builtins.property
+    def node(self) -> Global___ClusterTraceResponse.NodeTrace:
+        """Every other message."""
+
+    def __init__(
+        self,
+        *,
+        router: Global___ClusterTraceResponse.RouterTrace | None = ...,
+        node: Global___ClusterTraceResponse.NodeTrace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["router", "node"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ClusterTraceResponse: _TypeAlias = ClusterTraceResponse  # noqa: Y015
 
 @_typing.final
 class DrainNodeRequest(_message.Message):

@@ -43,6 +43,8 @@ class RouterStub:
     """The block ledgers of all nodes, asked for now."""
     Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    Trace: _grpc.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]
+    """What the router and every node did lately: first the router's part, then a message per node."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
@@ -59,6 +61,8 @@ class RouterAsyncStub(RouterStub):
     """The block ledgers of all nodes, asked for now."""
     Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    Trace: _aio.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]  # type: ignore[assignment]
+    """What the router and every node did lately: first the router's part, then a message per node."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
     """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
@@ -96,5 +100,13 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DrainNodeResponse, _abc.Awaitable[_router_pb2.DrainNodeResponse]]:
         """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _router_pb2.ClusterTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.ClusterTraceResponse], _abc.AsyncIterator[_router_pb2.ClusterTraceResponse]]:
+        """What the router and every node did lately: first the router's part, then a message per node."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

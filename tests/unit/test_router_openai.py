@@ -360,7 +360,9 @@ async def test_models_metrics_and_relay(folder: Path) -> None:
         text = (await client.get("/metrics")).text
         assert 'baton_requests_total{code="",outcome="finished"} 1.0' in text
         assert "baton_time_to_first_token_seconds_count 1.0" in text
-        assert "baton_nodes_ready 2.0" in text
+        assert 'baton_nodes{pool="decode",state="ready"} 1.0' in text
+        assert 'baton_placements_total{reason="pools"} 1.0' in text
+        assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 1.0' in text
 
 
 async def test_without_a_tokenizer_ids_work_and_text_is_refused() -> None:
