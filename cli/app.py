@@ -62,6 +62,9 @@ ModelName = Annotated[str, typer.Option(help="What the API calls the model. Defa
 Router = Annotated[
     str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
 ]
+KernelsName = Annotated[
+    Kernels, typer.Option(help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: at present cpu.")
+]
 KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
 NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
@@ -139,7 +142,7 @@ def up(
     ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
@@ -207,14 +210,14 @@ def up(
 @app.command()
 def worker(
     model: Model,
-    role: Annotated[RoleName, typer.Option()],
+    role: Annotated[RoleName, typer.Option(help="prefill, decode, or mixed: what the worker is used for.")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
     node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
     advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
     transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
