@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from baton.types import SamplingParams
 from bench.cases import TOLERANCE, PagedSequences, Shape
 from bench.gpu_measure import Device, Work
+from engine.kernels.interface import Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
@@ -28,7 +29,7 @@ from engine.kernels.triton.prefill_attention import (
     paged_prefill_attention,
     tiles_on,
 )
-from engine.kernels.triton.sampling import Draws, sample
+from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
 from engine.sampler import draw, uniform

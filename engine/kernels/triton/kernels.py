@@ -20,13 +20,15 @@ from baton.errors import BadConfig
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Linear
+from engine.kernels.interface import Attention, Draws, Linear
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.pointwise import add_rms_norm, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import Chunk, list_tiles, paged_prefill_attention, tiles_on
+from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.tuning import GemmPlan, Tuning, load
 from engine.kv_cache import TORCH_DTYPES
+from engine.staging import to_device
 
 
 class TritonKernels:
@@ -83,9 +85,13 @@ class TritonKernels:
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         return TritonAttention(config, layout, spans, self._tuning, self.device)
 
-    @property
-    def tuning(self) -> Tuning:
-        return self._tuning
+    def device_decode(
+        self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
+    ) -> Attention:
+        return DeviceDecode(config, layout, tables, lengths, max_length, self._tuning)
+
+    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
+        return sample(logits, draws)
 
     def _plan(self, weight: Tensor) -> GemmPlan:
         key = (weight.shape[0], weight.shape[1], weight.dtype)
@@ -190,7 +196,7 @@ def _block_tables(spans: Sequence[Span], device: torch.device) -> Tensor:
     table = np.zeros((len(spans), max(len(span.block_ids) for span in spans)), dtype=np.int32)
     for i, span in enumerate(spans):
         table[i, : len(span.block_ids)] = span.block_ids
-    return torch.from_numpy(table).to(device)
+    return to_device(torch.from_numpy(table), device)
 
 
 def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk], _Decodes | None]:
@@ -205,9 +211,9 @@ def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk],
         return chunks, None
     listed = torch.tensor(rows).T
     return chunks, _Decodes(
-        rows=listed[0].to(device),
-        table_rows=listed[1].to(device, torch.int32),
-        lengths=listed[2].to(device, torch.int32),
+        rows=to_device(listed[0], device),
+        table_rows=to_device(listed[1].int(), device),
+        lengths=to_device(listed[2].int(), device),
         max_length=max(length for _, _, length in rows),
         is_everything=not chunks and [row for row, _, _ in rows] == list(range(len(rows))),
     )
