@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,7 +85,7 @@ def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
 def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     for block_tokens in sizes.block_tokens:
         yield from decode_works(sizes, tuning, device, block_tokens)
-    yield from _gemm(sizes, tuning, device)
+    yield from gemm_works(sizes, tuning, device, products(sizes))
     for block_tokens in sizes.block_tokens:
         yield from prefill_works(sizes, tuning, device, block_tokens)
     yield from _shared(sizes, tuning, device)
@@ -238,16 +238,29 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
             )  # fmt: skip
 
 
-def _gemm(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
-    shape, size = sizes.shape, sizes.dtype.itemsize
+class Product(NamedTuple):
+    """A layer's weights, [out, inner]; gated: gate and up, which meet."""
+
+    name: str
+    out: int
+    inner: int
+    is_gated: bool
+
+
+def products(sizes: Sizes) -> list[Product]:
+    shape = sizes.shape
     heads = shape.heads * shape.head_dim
-    layers = (
-        ("qkv", heads + 2 * shape.kv_heads * shape.head_dim, sizes.hidden, False),
-        ("output", sizes.hidden, heads, False),
-        ("gate and up", 2 * sizes.inner, sizes.hidden, True),
-        ("down", sizes.hidden, sizes.inner, False),
-        ("head", sizes.vocabulary, sizes.hidden, False),
-    )
+    return [
+        Product("qkv", heads + 2 * shape.kv_heads * shape.head_dim, sizes.hidden, False),
+        Product("output", sizes.hidden, heads, False),
+        Product("gate and up", 2 * sizes.inner, sizes.hidden, True),
+        Product("down", sizes.hidden, sizes.inner, False),
+        Product("head", sizes.vocabulary, sizes.hidden, False),
+    ]
+
+
+def gemm_works(sizes: Sizes, tuning: Tuning, device: Device, layers: Sequence[Product]) -> Iterator[Work]:
+    size = sizes.dtype.itemsize
     for name, out, inner, is_gated in layers:
         plan = tuning.gemm_plan(out, inner, sizes.dtype)
 

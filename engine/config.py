@@ -298,7 +298,8 @@ def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
 class EngineConfig:
     """How one replica runs. ``num_blocks`` wins over ``kv_bytes``; ``num_threads`` 0 leaves torch's setting alone.
 
-    ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none.
+    ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none. Without
+    ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step.
     """
 
     dtype: str = "auto"
@@ -309,6 +310,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_graph_seqs: int = 256
     kernels: str = "auto"
+    is_batch_invariant: bool = True
     num_threads: int = 0
 
     def __post_init__(self) -> None:

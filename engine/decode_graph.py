@@ -25,7 +25,7 @@ from engine.staging import new_event
 _log = logging.getLogger(__name__)
 
 # Lengths are bucketed in wide steps: of a row that is shorter, programs end before they read anything.
-_FIRST_LENGTH = 2048
+_FIRST_LENGTH = 512
 _LENGTH_FACTOR = 4
 # Most rows * length of a recorded step, which bounds the partial results of attention; larger steps are long enough
 # for the host to keep ahead of the device.

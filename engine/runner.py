@@ -86,7 +86,7 @@ class Runner:
             torch.set_num_threads(config.num_threads)
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        kernels = select_kernels(config.kernels)
+        kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
         if allocate is not None and kernels.device.type != "cpu":
             raise BadConfig(
                 f"the KV cache lies on {kernels.device}, which no transport reaches yet; expected kernels cpu",

@@ -19,8 +19,8 @@ def test_buckets_hold_every_size_with_bounded_padding() -> None:
         for rows in range(8, most + 1):
             assert min(b for b in buckets if b >= rows) * 2 <= rows * 3
     assert length_buckets(100) == [100]
-    assert length_buckets(2048) == [2048]
-    assert length_buckets(9000) == [2048, 8192, 9000]
+    assert length_buckets(512) == [512]
+    assert length_buckets(9000) == [512, 2048, 8192, 9000]
 
 
 def piece(num_prompt: int, num_generated: int, start: int, num_tokens: int = 1) -> Piece:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -32,28 +32,37 @@ from engine.staging import to_device
 
 
 class TritonKernels:
-    """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit."""
+    """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit.
 
-    def __init__(self, tuning: Tuning, device: torch.device, *, is_probing: bool = True) -> None:
+    Without ``is_batch_invariant`` products of many rows are the vendor's where the tuning says so, and a row's bits
+    depend on the rows beside it: the interface's law does not hold.
+    """
+
+    def __init__(
+        self, tuning: Tuning, device: torch.device, *, is_probing: bool = True, is_batch_invariant: bool = True
+    ) -> None:
         self.device = device
         # Tiles decide how some sums are rounded, so nodes with other tiles are told apart by name.
-        self.name = f"triton-{tuning.digest}"
+        self.name = f"triton-{tuning.digest}" + ("" if is_batch_invariant else "-vendor")
         self._tuning = tuning
+        self._is_batch_invariant = is_batch_invariant
         self._is_probing = is_probing
         self._plans: dict[tuple[int, int, torch.dtype], GemmPlan] = {}
 
     @classmethod
-    def on_this_machine(cls) -> TritonKernels:
+    def on_this_machine(cls, *, is_batch_invariant: bool = True) -> TritonKernels:
         """On the GPU, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig where neither is to be had."""
         if triton.knobs.runtime.interpret:
-            return cls(load("interpreter", (8, 0), 1), torch.device("cpu"))
+            tuning = load("interpreter", (8, 0), 1)
+            return cls(tuning, torch.device("cpu"), is_batch_invariant=is_batch_invariant)
         if not torch.cuda.is_available():
             raise BadConfig(
                 "kernels triton need an NVIDIA GPU, or TRITON_INTERPRET=1 to try them without", param="kernels"
             )
         device = torch.device("cuda", torch.cuda.current_device())
         has = torch.cuda.get_device_properties(device)
-        return cls(load(has.name, (has.major, has.minor), has.multi_processor_count), device)
+        tuning = load(has.name, (has.major, has.minor), has.multi_processor_count)
+        return cls(tuning, device, is_batch_invariant=is_batch_invariant)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=False)
@@ -97,6 +106,8 @@ class TritonKernels:
         key = (weight.shape[0], weight.shape[1], weight.dtype)
         if key not in self._plans:
             plan = self._tuning.gemm_plan(*key)
+            if self._is_batch_invariant:
+                plan = replace(plan, vendor_from_rows=None)
             agrees = not self._is_probing or probe(weight.contiguous(), plan)
             self._plans[key] = plan if agrees else plan.one_kernel()
         return self._plans[key]
@@ -112,7 +123,11 @@ class TritonLinear:
     is_gated: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.plan, is_gated=self.is_gated)
+        vendor_from_rows = self.plan.vendor_from_rows
+        if vendor_from_rows is None or len(x) < vendor_from_rows:
+            return linear(x, self.weight, self.bias, self.plan, is_gated=self.is_gated)
+        product = torch.nn.functional.linear(x, self.weight, self.bias)
+        return silu_mul(product) if self.is_gated else product
 
 
 class DeviceDecode:
