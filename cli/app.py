@@ -70,6 +70,16 @@ NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blo
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+MaxGraphSeqs = Annotated[
+    int, typer.Option(min=0, help="GPUs record decode steps of up to so many sequences at the start. 0 = none.")
+]
+BatchInvariant = Annotated[
+    OnOff,
+    typer.Option(
+        help="A request's tokens depend on nothing it is batched with. off lets GPUs use cuBLAS where it is faster: "
+        "tokens then vary with the load, and after a failure."
+    ),
+]
 Transport = Annotated[
     str,
     typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
@@ -148,6 +158,8 @@ def up(
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
@@ -188,6 +200,7 @@ def up(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
+            *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
             *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
@@ -223,6 +236,8 @@ def worker(
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
@@ -267,6 +282,8 @@ def worker(
         block_tokens=block_tokens,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
+        max_graph_seqs=max_graph_seqs,
+        is_batch_invariant=batch_invariant is OnOff.on,
         num_threads=threads,
         transports=_transports(transport),
         digest=digest is OnOff.on,
