@@ -39,23 +39,30 @@ def cut(first: int, num_blocks: int, step_blocks: int) -> Iterator[tuple[int, in
         yield begin, min(start + step_blocks, stop) - begin
 
 
-class _Hash128(ctypes.Structure):
+class Hash128(ctypes.Structure):
     """XXH128_hash_t, in the host's byte order: peers of another order could not read each other's KV either."""
 
     _fields_ = (("low", ctypes.c_uint64), ("high", ctypes.c_uint64))
 
 
+class Hashed(Protocol):
+    """Memory that the processor does not address and that gives hashes of itself."""
+
+    def hash(self, base: int, parts: Sequence[Span]) -> Hash128:
+        """The hash of the bytes at ``base`` plus each part's offset, as if they were one after the other."""
+
+
 class _Hash(Protocol):
-    def __call__(self, address: int, parts: Sequence[Span]) -> _Hash128:
+    def __call__(self, address: int, parts: Sequence[Span]) -> Hash128:
         """The hash of bytes that lie in several places, as if they were one after the other."""
 
 
-def _hash_through_module(address: int, parts: Sequence[Span]) -> _Hash128:
+def _hash_through_module(address: int, parts: Sequence[Span]) -> Hash128:
     state = xxhash.xxh3_128()
     for offset, num_bytes in parts:
         state.update((ctypes.c_char * num_bytes).from_address(address + offset))
     value = state.intdigest()
-    return _Hash128(value & (2**64 - 1), value >> 64)
+    return Hash128(value & (2**64 - 1), value >> 64)
 
 
 class _HashThroughLibrary:
@@ -70,7 +77,7 @@ class _HashThroughLibrary:
         library = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
         suffix = "_dispatch" if hasattr(library, "XXH3_128bits_dispatch") else ""
         self._once = library[f"XXH3_128bits{suffix}"]
-        self._once.argtypes, self._once.restype = (ctypes.c_void_p, ctypes.c_size_t), _Hash128
+        self._once.argtypes, self._once.restype = (ctypes.c_void_p, ctypes.c_size_t), Hash128
         self._update = library[f"XXH3_128bits_update{suffix}"]
         self._update.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
         self._create = library.XXH3_createState
@@ -78,9 +85,9 @@ class _HashThroughLibrary:
         self._reset, self._free = library.XXH3_128bits_reset, library.XXH3_freeState
         self._reset.argtypes = self._free.argtypes = (ctypes.c_void_p,)
         self._digest = library.XXH3_128bits_digest
-        self._digest.argtypes, self._digest.restype = (ctypes.c_void_p,), _Hash128
+        self._digest.argtypes, self._digest.restype = (ctypes.c_void_p,), Hash128
 
-    def __call__(self, address: int, parts: Sequence[Span]) -> _Hash128:
+    def __call__(self, address: int, parts: Sequence[Span]) -> Hash128:
         if len(parts) == 1:
             offset, num_bytes = parts[0]
             return self._once(address + offset, num_bytes)  # type: ignore[no-any-return]
@@ -109,23 +116,26 @@ def _best_hash() -> _Hash:
     return found
 
 
+hash_parts: _Hash = _best_hash()
+
+
 class LayerDigests:
     """Hashes of the segments of one transfer at one end. Any thread may hash any part at any time.
 
     Invariant: a segment with a count has in the table the hash of that many leading blocks, as they were when hashed.
     """
 
-    _hash: _Hash = staticmethod(_best_hash())
+    _hash: _Hash = staticmethod(hash_parts)
 
-    def __init__(self, memory: ByteArray, layout: KvLayout, block_ids: Sequence[int]) -> None:
+    def __init__(self, memory: ByteArray | Hashed, layout: KvLayout, block_ids: Sequence[int]) -> None:
         self._memory = memory
-        self._address = memory.ctypes.data
+        self._address = memory.ctypes.data if isinstance(memory, np.ndarray) else 0
         self._layout = layout
         self._block_ids = block_ids
         self._step = segment_blocks(layout.block_bytes)
         self._num_segments = -(-len(block_ids) // self._step)
         # Row by row: [num_layers, num_segments].
-        self._table = (_Hash128 * (layout.num_layers * self._num_segments))()
+        self._table = (Hash128 * (layout.num_layers * self._num_segments))()
         self._counts = [0] * len(self._table)
         self._lock = threading.Lock()
         # Where a part of a segment lies in layer 0, by (first, num_blocks).
@@ -144,12 +154,25 @@ class LayerDigests:
         parts = self._parts.get((start, count))
         if parts is None:
             parts = self._parts[start, count] = spans(self._layout, 0, self._block_ids, start, count)
-        found = self._hash(self._address + self._layout.offset(layer, 0), parts)
+        base = self._layout.offset(layer, 0)
+        if isinstance(self._memory, np.ndarray):
+            found = self._hash(self._address + base, parts)
+        else:
+            found = self._memory.hash(base, parts)
+        self._keep(layer, start, count, found, shorter=shorter)
+
+    def _keep(self, layer: int, start: int, count: int, found: Hash128, *, shorter: bool) -> None:
         i = layer * self._num_segments + start // self._step
         with self._lock:
             # Another thread may have come further meanwhile.
             if shorter or count > self._counts[i]:
                 self._table[i], self._counts[i] = found, count
+
+    def update_from(self, copied: ByteArray, layer: int, start: int, count: int) -> None:
+        """Hash a segment, which begins at ``start``, from a copy of its bytes that lie one after the other."""
+        assert start % self._step == 0 and count <= self._step, "one segment"  # noqa: PT018
+        found = self._hash(copied.ctypes.data, [Span(0, copied.nbytes)])
+        self._keep(layer, start, count, found, shorter=False)
 
     def forget(self, layer: int) -> None:
         """The layer is written again: what was hashed no longer counts."""

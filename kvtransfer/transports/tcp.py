@@ -17,9 +17,11 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import InternalError, TransferFailed
+from baton.errors import BatonError, InternalError, TransferFailed
 from baton.types import KvLayout
+from kvtransfer import staged
 from kvtransfer.digest import ByteArray, cut, segment_blocks
+from kvtransfer.memory import CacheMemory, DeviceMemory
 from kvtransfer.plan import Span, spans
 from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
 
@@ -119,7 +121,7 @@ class TcpReceiver:
 
     def __init__(
         self,
-        memory: ByteArray,
+        memory: CacheMemory,
         layout: KvLayout,
         *,
         advertised_host: str,
@@ -276,7 +278,7 @@ class TcpReceiver:
         try:
             connection.sendall(_READY)
             self._receive(channel, connection)
-        except OSError as error:
+        except (OSError, BatonError) as error:
             logging.getLogger(__name__).info("data stream of channel %d ended: %s", channel, error)
         finally:
             self._ended(channel, connection)
@@ -344,10 +346,14 @@ class TcpReceiver:
         num_blocks: int,
     ) -> bool:
         """Receive a frame's payload, segment by segment if each is to be digested while it is in the cache."""
+        memory = self._memory
+        if isinstance(memory, DeviceMemory):
+            frame = staged.Frame(epoch, block_ids, layer, num_layers, first, num_blocks)
+            return staged.fill(memory, self._layout, frame, lambda v: receive_all(connection, [v]), self._on_frame)
         step = num_blocks if self._on_frame is None else self._step_blocks
         for i in range(layer, layer + num_layers):
             for start, count in cut(first, num_blocks, max(1, step)):
-                if not receive_all(connection, _views(self._memory, spans(self._layout, i, block_ids, start, count))):
+                if not receive_all(connection, _views(memory, spans(self._layout, i, block_ids, start, count))):
                     return False
                 if self._on_frame is not None:
                     self._on_frame(epoch, i, start, count)
@@ -429,6 +435,10 @@ class TcpWire:
         views = [memoryview(head)]
         self._unacked[lane].append(unit)
         try:
+            if job.device_memory is not None:
+                send_all(self._streams[lane], views)
+                staged.read(job.device_memory, unit, lambda view: send_all(self._streams[lane], [view]))
+                return
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
                     # First the digest: the socket's copy then finds the bytes in the cache.
@@ -441,6 +451,10 @@ class TcpWire:
             send_all(self._streams[lane], views)
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error
+        except BaseException:
+            # What came next would be taken for the rest of this frame.
+            _break(self._streams[lane])
+            raise
 
     def _on_readable(self, lane: int, stream: socket.socket) -> None:
         try:

@@ -12,10 +12,9 @@ import sys
 from dataclasses import asdict
 
 import grpc.aio
-from kvtransfer_pair import LAYOUT, describe, token
+from kvtransfer_pair import LAYOUT, describe, make_arena, token
 
 from baton.types import Lease
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.receiver import Receiver, ReceiverNotice
 from kvtransfer.sender import Sender
@@ -31,7 +30,7 @@ async def read_line() -> str:
 
 
 async def run_sender(spec: str) -> None:
-    with Arena.create(LAYOUT.total_bytes) as arena:
+    with make_arena(LAYOUT.total_bytes, on_device="cuda_ipc" in spec) as arena:
         config = TransferConfig(transports=(spec,), layerwise_from_bytes={})
         sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
         await sender.start()
@@ -54,7 +53,7 @@ async def run_receiver(transport: str, port: int, incarnation: int) -> None:
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     port = server.add_insecure_port(f"127.0.0.1:{port}")
-    with Arena.create(LAYOUT.total_bytes) as arena:
+    with make_arena(LAYOUT.total_bytes, on_device=transport == "cuda_ipc") as arena:
         node = describe("decode-0", LAYOUT, f"127.0.0.1:{port}", incarnation)
         config = TransferConfig(transports=(transport,))
         receiver = Receiver(node, LAYOUT, arena, on_event=on_event, config=config)

@@ -26,7 +26,7 @@ from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.receiver import Arrived, Quarantined, Released
 from kvtransfer.sender import Push
 
-TRANSPORTS = ["shm", "tcp"]
+TRANSPORTS = ["shm", "tcp", "cuda_ipc"]
 
 
 def only(transport: str, **changes: object) -> TransferConfig:
