@@ -1,5 +1,5 @@
 # The same verbs by hand and in CI. Everything lives in .venv; PYTHON= and CUDA= are explained in scripts/setup.sh.
-.PHONY: setup check test test-long demo bench proto
+.PHONY: setup check test test-long demo bench tune proto
 .NOTPARALLEL:
 BIN := .venv/bin
 # A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
@@ -28,6 +28,10 @@ demo: setup
 
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
+
+# Tiles of the GPU kernels, measured on the GPU at hand.
+tune: setup
+	$(BIN)/python -m bench.tune $(ARGS)
 
 proto: setup
 	bash scripts/stubs.sh

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from baton.types import SamplingParams
 from bench.cases import TOLERANCE, PagedSequences, Shape
 from bench.gpu_measure import Device, Work
 from engine.kernels.triton.decode_attention import decode_attention
@@ -30,6 +31,7 @@ from engine.kernels.triton.prefill_attention import (
 from engine.kernels.triton.sampling import Draws, sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
+from engine.sampler import draw, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ LLAMA_8B = Sizes(
 # One of each dtype, with odd shapes.
 TINY = tuple(
     Sizes(
-        dtype, shape, 48, 40, 70,
+        dtype, shape, 84, 40, 70,
         prefill=((2, 20), (1, 63)), chunked=((9, 30),), decode=((1, 1), (3, 63), (2, 300)), prefixes=((3, 256, 5),),
         rows=(1, 63, 70), copied_tokens=(33,), block_tokens=(64, 16),
     )
@@ -81,10 +83,10 @@ def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
 
 def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     for block_tokens in sizes.block_tokens:
-        yield from _decode(sizes, tuning, device, block_tokens)
+        yield from decode_works(sizes, tuning, device, block_tokens)
     yield from _gemm(sizes, tuning, device)
     for block_tokens in sizes.block_tokens:
-        yield from _prefill(sizes, tuning, device, block_tokens)
+        yield from prefill_works(sizes, tuning, device, block_tokens)
     yield from _shared(sizes, tuning, device)
     yield from _pointwise(sizes, device)
     yield from _copies(sizes, device)
@@ -114,7 +116,7 @@ def _sdpa_peers(*, is_causal: bool) -> dict[str, Any]:
     }
 
 
-def _decode(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
+def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
     shape, size = sizes.shape, sizes.dtype.itemsize
     tile = tuning.decode_tile(shape.head_dim, sizes.dtype)
 
@@ -157,7 +159,7 @@ def _decode(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> 
         )
 
 
-def _prefill(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
+def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
     shape = sizes.shape
     tile = tuning.prefill_tile(shape.head_dim, sizes.dtype, is_windowed=False)
     group = shape.heads // shape.kv_heads
@@ -440,6 +442,7 @@ def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
 def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
     rows = 64 if device.is_gpu else 2
     for name, temperature, top_k, top_p in (("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top-p", 0.8, 50, 0.9)):
+        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
         draws = Draws(
             torch.full((rows,), temperature, dtype=torch.float64, device=device.torch),
             torch.full((rows,), top_k, dtype=torch.int32, device=device.torch),
@@ -448,14 +451,22 @@ def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
             torch.arange(rows, device=device.torch),
             torch.arange(rows, device=device.torch),
         )
-        is_greedy = temperature == 0
         yield Work(
             f"sampling, {name}",
             f"{rows} x {sizes.vocabulary}",
             lambda seed: _randn(device, torch.float32, rows, sizes.vocabulary, seed=seed) * 4,
             lambda logits, draws=draws: sample(logits, draws),
-            {"torch_argmax": lambda logits: logits.argmax(-1)} if is_greedy else {},
-            (lambda logits: logits.argmax(-1).double()) if is_greedy else None,
+            {"torch_argmax": lambda logits: logits.argmax(-1)} if params.is_greedy else {},
+            partial(_drawn, params),
             bytes=rows * sizes.vocabulary * 4,
             input_bytes=rows * sizes.vocabulary * 4,
         )
+
+
+def _drawn(params: SamplingParams, logits: Tensor) -> Tensor:
+    """What the engine's sampler draws for row i of seed i at position i."""
+    if params.is_greedy:
+        return logits.argmax(-1).double()
+    rows = logits.cpu().numpy()
+    tokens = [draw(row, params, uniform(i, i)) for i, row in enumerate(rows)]
+    return torch.tensor(tokens, dtype=torch.float64, device=logits.device)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout, SamplingParams, SequenceSpec
+from bench.cases import TOLERANCE
 from bench.gpu_kernels import Sizes
 from bench.gpu_measure import Device, Work
 from engine.batch import build_batch
@@ -95,6 +96,18 @@ class WholeModel:
         graph.step([DecodeRow(i + 1, context - 1, 1, range(i * blocks, (i + 1) * blocks)) for i in range(rows)])
         return graph
 
+    def unrecorded(self, rows: int, context: int) -> Tensor:
+        """Logits of the same step by the runner's path: its own index tensors, the same cache."""
+        blocks = self.layout.blocks_for(context)
+        pieces = []
+        for i in range(rows):
+            known = (0,) * (context - 2) + (i + 1,)
+            sequence = Sequence(SequenceSpec(f"{i}", (1,), SamplingParams(max_tokens=context, seed=0), known))
+            sequence.block_ids = [*range(i * blocks, (i + 1) * blocks)]
+            pieces.append(Piece(sequence, context - 1, 1, samples=True))
+        batch = build_batch(StepPlan(tuple(pieces)), self.layout)
+        return self.model.forward(batch, self.cache, self.layout, None).to(self.kernels.device)
+
     def prefill(self, num_tokens: int) -> Tensor:
         """Logits of the last token of one prompt."""
         prompt = tuple(i % self.config.vocab_size for i in range(num_tokens))
@@ -114,6 +127,9 @@ def works(whole: WholeModel, sizes: Sizes, device: Device) -> Iterator[Work]:
             lambda _, rows=rows, context=context: whole.decode(rows, context),
             lambda graph: graph.replay(),
             _transformers(sizes, whole.config, device, rows, context),
+            lambda _, rows=rows, context=context: whole.unrecorded(rows, context),
+            TOLERANCE[sizes.dtype],
+            compared=lambda logits: logits.float(),
             bytes=whole.step_bytes + rows * context * kv_bytes,
         )
     tokens = 8192 if device.is_gpu else 30

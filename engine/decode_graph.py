@@ -63,18 +63,15 @@ class DecodeGraph:
         self._fill(rows)
         self._inputs.copy_(self._host, non_blocking=True)
         self._turns.copy_(self._host_turns, non_blocking=True)
-        if self._graph is None:
-            self._logits = self._compute()
-        else:
-            self._graph.replay()
-        return self._logits[: len(rows)]
+        return self.replay()[: len(rows)]
 
-    def replay(self) -> None:
-        """The step again, on the inputs as they are: what a measurement times."""
+    def replay(self) -> Tensor:
+        """The step again, on the inputs as they are: what a measurement times. Logits of all rows."""
         if self._graph is None:
             self._logits = self._compute()
         else:
             self._graph.replay()
+        return self._logits
 
     def _fill(self, rows: Sequence[DecodeRow]) -> None:
         assert 0 < len(rows) <= len(self._host), "a step fits its bucket"

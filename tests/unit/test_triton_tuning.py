@@ -26,7 +26,7 @@ def test_an_unknown_gpu_gets_its_architectures_defaults_and_one_warning(
     assert tuning == parse(data(name), name, 99)
     assert not tuning.is_measured
     assert [record.message for record in caplog.records] == [
-        f"no tuning for Some GPU: using the unmeasured defaults of {name}"
+        f"no tuning for Some GPU: using the unmeasured defaults of {name}; `make tune` measures"
     ]
 
 

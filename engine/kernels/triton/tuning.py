@@ -139,7 +139,7 @@ def load(gpu: str, capability: tuple[int, int], num_processors: int) -> Tuning:
     if own.is_file():
         return parse(json.loads(own.read_text()), own.name, num_processors)
     default = folder / ("sm90.json" if capability >= (9, 0) else "sm80.json")
-    _log.warning("no tuning for %s: using the unmeasured defaults of %s", gpu, default.name)
+    _log.warning("no tuning for %s: using the unmeasured defaults of %s; `make tune` measures", gpu, default.name)
     return parse(json.loads(default.read_text()), default.name, num_processors)
 
 

@@ -35,9 +35,11 @@ def inputs(rows: int, out: int, inner: int, dtype: torch.dtype) -> tuple[torch.T
     return x, weight / inner**0.5, bias
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [*((rows, torch.float32) for rows in (1, 23, 25, 63)), *((rows, t) for t in TOLERANCE for rows in (9, 30))],
+)
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("rows", [1, 23, 25, 63])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_linear_equals_the_reference(rows: int, splits: int, dtype: torch.dtype, is_gated: bool) -> None:
     x, weight, bias = inputs(rows, 82, 200, dtype)
@@ -49,7 +51,7 @@ def test_linear_equals_the_reference(rows: int, splits: int, dtype: torch.dtype,
     assert relative_error(found, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("inner", [64, 72, 33, 8])
+@pytest.mark.parametrize("inner", [72, 33])
 @pytest.mark.parametrize("rows", [5, 40])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_descriptors_read_what_pointers_read(rows: int, inner: int, splits: int) -> None:
@@ -62,10 +64,10 @@ def test_descriptors_read_what_pointers_read(rows: int, inner: int, splits: int)
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("is_gated", [False, True])
 def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, splits: int, is_gated: bool) -> None:
-    x, weight, bias = inputs(65, 64, 160, dtype)
+    x, weight, bias = inputs(40, 64, 96, dtype)
     plan = dataclasses.replace(PLAN, splits=splits)
     whole = linear(x, weight, bias, plan, is_gated=is_gated)
-    for at, rows in ((0, 1), (3, 16), (20, 23), (8, 33), (64, 1)):
+    for at, rows in ((0, 1), (3, 23), (8, 32)):
         part = slice(at, at + rows)
         assert torch.equal(linear(x[part].clone(), weight, bias, plan, is_gated=is_gated), whole[part])
     assert probe(weight, plan)

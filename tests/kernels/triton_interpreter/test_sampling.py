@@ -53,11 +53,11 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("size", [1, 63, 2500])
-def test_every_way_to_draw(size: int, kind: dict[str, float]) -> None:
-    logits = torch.randn(3, size, generator=torch.Generator().manual_seed(size)) * 3
-    params = [SamplingParams(seed=2**64 - 1 - i, **kind) for i in range(3)]  # type: ignore[arg-type]
-    check(logits, params, [1, 2**33 + 7, 500])
+@pytest.mark.parametrize(("size", "rows"), [(63, 2), (2500, 1)])
+def test_every_way_to_draw(size: int, rows: int, kind: dict[str, float]) -> None:
+    logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)) * 3
+    params = [SamplingParams(seed=2**64 - 1 - i, **kind) for i in range(rows)]  # type: ignore[arg-type]
+    check(logits, params, [2**33 + 7, 500][:rows])
 
 
 def test_equal_logits_are_taken_by_id() -> None:
@@ -71,6 +71,10 @@ def test_equal_logits_are_taken_by_id() -> None:
     ]
     check(logits, params, list(range(8)))
     check(logits, [SamplingParams(temperature=0.0)] * 8, [0] * 8)
+
+
+def test_a_vocabulary_of_one() -> None:
+    check(torch.zeros(2, 1), [SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.5)], [0, 1])
 
 
 def test_banned_tokens_are_never_drawn() -> None:

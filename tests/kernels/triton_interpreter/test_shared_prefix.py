@@ -20,8 +20,11 @@ from engine.kernels.triton.tuning import DecodeTile
 TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix_block_m=16)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shape", [Shape(2, 2, 16), Shape(8, 2, 24), Shape(12, 1, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [*zip((Shape(2, 2, 16), Shape(8, 2, 24), Shape(12, 1, 16)), TOLERANCE, strict=True)],
+    ids=str,
+)
 def test_shared_prefixes_give_the_plain_result(shape: Shape, dtype: torch.dtype) -> None:
     lengths = [70, 100, 33, 97, 5, 66]
     sequences = PagedSequences(shape, lengths, 16, dtype, "cpu")

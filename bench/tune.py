@@ -1,0 +1,108 @@
+"""``python -m bench.tune``: measures tiles on the GPU at hand and writes its file of tunings.
+
+Tiles of keys are part of the numerics, and so the file's digest is part of the kernels' name: nodes with other files
+refuse each other. Splits are kept as they are. A candidate that is wrong on any shape, or does not fit, is out. Serving
+reads the file and measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import gpu_kernels
+from bench.cases import relative_error
+from bench.gpu import tuning_for
+from bench.gpu_measure import Budget, Device, Work, find_device, measure
+from engine.kernels.triton.tuning import Tuning, parse
+
+_DECODE = [{"block_n": n, "num_warps": w, "num_stages": s} for n in (32, 64, 128) for w in (4, 8) for s in (3, 5, 7)]
+_PREFILL = [
+    {"block_m": m, "block_n": n, "num_warps": w, "num_stages": s, "programs_per_processor": p}
+    for m, w in ((64, 4), (128, 8))
+    for n in (32, 64, 128)
+    for s in (2, 3, 5)
+    for p in (0, 1, 2)
+]
+
+
+def best(
+    data: dict[str, Any],
+    change: Callable[[dict[str, Any], Any], dict[str, Any]],
+    candidates: Iterable[Any],
+    works: Callable[[Tuning], Iterator[Work]],
+    device: Device,
+    budget: Budget,
+) -> dict[str, Any]:
+    """``data`` changed to the candidate that takes least time over all works, each relative to the first candidate."""
+    chosen, least = data, float("inf")
+    first: dict[str, float] = {}
+    for candidate in candidates:
+        if budget.is_spent:
+            break
+        changed = change(data, candidate)
+        with torch.inference_mode():
+            # Peers are of no interest here.
+            alone = (dataclasses.replace(w, peers={}) for w in works(parse(changed, "candidate")))
+            rows = [measure(work, device, relative_error) for work in alone]
+        if not all(row["is_right"] for row in rows):
+            continue
+        taken = {f"{row['kernel']} {row['shape']}": row.get("us", 1.0) for row in rows}
+        first = first or taken
+        share = sum(taken[name] / first[name] for name in first) / len(first)
+        print(f"{share:6.3f}  {candidate}", flush=True)
+        if share < least:
+            chosen, least = changed, share
+    return chosen
+
+
+def with_tile(section: str, key: str) -> Callable[[dict[str, Any], Any], dict[str, Any]]:
+    return lambda data, tile: {**data, section: {**data[section], key: {**data[section].get(key, {}), **tile}}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.tune", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(str(resources.files("engine.kernels.triton") / "tuned")))
+    parser.add_argument("--budget-s", type=float, default=1500.0)
+    parser.add_argument("--tiny", action="store_true", help="the same path under TRITON_INTERPRET=1; chooses nothing")
+    options = parser.parse_args()
+    if not torch.cuda.is_available() and not (options.tiny and os.environ.get("TRITON_INTERPRET") == "1"):
+        parser.error("there is no GPU here")
+    device, budget = find_device(), Budget(options.budget_s)
+    folder = resources.files("engine.kernels.triton") / "tuned"
+    if device.is_gpu:
+        base = "sm90.json" if torch.cuda.get_device_capability() >= (9, 0) else "sm80.json"
+        sizes = dataclasses.replace(gpu_kernels.LLAMA_8B, prefill=((4, 4096),), chunked=((2048, 8192),))
+    else:
+        base, sizes = "interpreter.json", dataclasses.replace(gpu_kernels.TINY[1], block_tokens=(64,))
+    data = json.loads((folder / base).read_text())
+    count = tuning_for(device).num_processors
+    data |= {"gpu": device.name, "is_measured": device.is_gpu, "num_processors": count}
+    few = 2 if options.tiny else None
+    key = min((k for k in data["decode"] if int(k) >= sizes.shape.head_dim), key=int)
+    block_tokens = sizes.block_tokens[0]
+    data = best(
+        data, with_tile("decode", key), [data["decode"][key], *_DECODE][:few],
+        lambda tuning: gpu_kernels.decode_works(sizes, tuning, device, block_tokens), device, budget,
+    )  # fmt: skip
+    data = best(
+        data, with_tile("prefill", key), [data["prefill"][key], *_PREFILL][:few],
+        lambda tuning: gpu_kernels.prefill_works(sizes, tuning, device, block_tokens), device, budget,
+    )  # fmt: skip
+    path = options.out / f"{device.name.lower().replace(' ', '-').replace(',', '')}.json"
+    path.write_text(json.dumps(data, indent=2) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
