@@ -69,7 +69,10 @@ MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
 Transport = Annotated[
     str,
-    typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+    typer.Option(
+        help="How KV moves: auto takes cuda_ipc between GPUs of one host, shm on one host without GPUs, else tcp.",
+        metavar="auto|cuda_ipc|shm|tcp",
+    ),
 ]
 Digest = Annotated[
     OnOff,

@@ -50,7 +50,7 @@ def examine(model: str = "") -> list[Finding]:
     ]
     has_torch = all(f.is_ok is not False for f in findings)
     findings += [*_torch()] if has_torch else []
-    findings += [*_transports(), *_resources(), *_ports()]
+    findings += [*_transports(), _cuda_ipc(has_torch), *_resources(), *_ports()]
     if model:
         findings.append(_model(model, has_torch))
     return findings
@@ -143,6 +143,29 @@ def _shm_fault() -> str:
     except OSError as error:
         return str(error)
     return ""
+
+
+def _cuda_ipc(has_torch: bool) -> Finding:
+    """Does once what a worker does whose KV lies on a GPU: take memory there and a handle to it."""
+    subject = "transport cuda_ipc"
+    if not has_torch:
+        return Finding(subject, None, "not looked into: the worker extra is missing")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(subject, None, "no GPU that torch can use")
+    from kvtransfer.devices.cuda import CudaDevice
+
+    try:
+        device = CudaDevice.of_torch("cuda")
+        address = device.allocate(1)
+        try:
+            device.export(address)
+        finally:
+            device.free(address)
+    except BatonError as error:
+        return Finding(subject, None, f"{error.message}; KV on GPUs moves by tcp through pinned memory")
+    return Finding(subject, True, f"{len(device.reachable_ids)} of the GPUs can be written to from the first")
 
 
 def _resources() -> Iterator[Finding]:

@@ -8,7 +8,7 @@ from engine.kernels.interface import Kernels
 
 def select_kernels(name: str) -> Kernels:
     """Kernels by name; ``auto`` is the fastest set for the device at hand."""
-    # Imported on choice: a GPU worker needs no compiler for CPUs. `auto` takes a GPU once transports reach its memory.
+    # Imported on choice: a GPU worker needs no compiler for CPUs. `auto` takes a GPU once all has run on one.
     if name == "reference":
         from engine.kernels.reference import ReferenceKernels
 
