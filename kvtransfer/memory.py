@@ -81,6 +81,13 @@ class DeviceMemory:
         self._idle: list[Staging] = []
         self._is_closed = False
 
+    def reserve(self, num_stagings: int, num_bytes: int) -> None:
+        """Make staging that will be wanted, with buffers of ``num_bytes``: pinning takes milliseconds, and allocating
+        while a graph is recorded in another thread breaks the recording."""
+        made = [Staging(self.device, max(num_bytes, _MIN_STAGING_BYTES)) for _ in range(num_stagings)]
+        with self._lock:
+            self._idle += made
+
     @contextlib.contextmanager
     def staging(self, num_bytes: int = 0) -> Iterator[Staging]:
         """Borrow buffers of at least ``num_bytes`` each. Given back with nothing under way, whatever happens."""

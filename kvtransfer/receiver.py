@@ -25,8 +25,8 @@ from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import DIGEST_NAME
-from kvtransfer.memory import AnyArena, DeviceArena, device_of, memory_of
+from kvtransfer.digest import DIGEST_NAME, segment_blocks
+from kvtransfer.memory import AnyArena, DeviceArena, DeviceMemory, device_of, memory_of
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
 from kvtransfer.protocol import receiver as machine
@@ -166,6 +166,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     # For the owner of the pool.
 
     async def start(self) -> None:
+        if isinstance(self._memory, DeviceMemory):
+            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+            num_stagings = self._config.verify_threads + 2 * self._config.tcp_streams
+            await asyncio.to_thread(self._memory.reserve, num_stagings, num_bytes)
         for plane in self._planes.values():
             await plane.start()
 

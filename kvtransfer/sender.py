@@ -15,7 +15,8 @@ from baton.errors import BatonError, InternalError, InvalidRequest, Unavailable
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
-from kvtransfer.memory import AnyArena, device_of, memory_of
+from kvtransfer.digest import segment_blocks
+from kvtransfer.memory import AnyArena, DeviceMemory, device_of, memory_of
 from kvtransfer.plan import TransferPlan, check_block_ids
 from kvtransfer.protocol import sender as machine
 from kvtransfer.writing import Lanes, WriteJob, write_unit
@@ -261,6 +262,10 @@ class Sender:
         self._is_closing = False
 
     async def start(self) -> None:
+        if isinstance(self._source, DeviceMemory):
+            # A lane holds one for its copies and one for its digests.
+            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+            await asyncio.to_thread(self._source.reserve, 2 * self._config.copy_threads, num_bytes)
         if not {"shm", "cuda_ipc"}.isdisjoint(self._config.transport_names):
             self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit)
 

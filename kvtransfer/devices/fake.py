@@ -106,7 +106,7 @@ class FakeStream:
 
     def copy(self, target: int, source: int, num_bytes: int) -> None:
         device = self._device
-        delay_s = device.next_delay_s()
+        delay_s = device.ask_copy()
 
         def work() -> None:
             time.sleep(delay_s)
@@ -177,6 +177,8 @@ class FakeDevice:
         self._regions: dict[int, _Region] = {}
         self._next_address = _FIRST_ADDRESS
         self._num_copies = 0
+        # Copies that were queued.
+        self.num_asked = 0
         self._streams: list[FakeStream] = []
         self.compute = self.stream()
 
@@ -260,6 +262,11 @@ class FakeDevice:
     def next_delay_s(self) -> float:
         with self._lock:
             return self._random.random() * self._max_delay_s
+
+    def ask_copy(self) -> float:
+        with self._lock:
+            self.num_asked += 1
+        return self.next_delay_s()
 
     def count_copy(self) -> None:
         with self._lock:

@@ -132,7 +132,7 @@ async def test_a_copy_waits_for_the_computation_of_its_layer(
         committing = asyncio.create_task(push.commit(token("r")))
         if is_waited_for:
             # Long enough for a lane to have queued its copies; the streams then stand still, or the test shows nothing.
-            while len(device._streams) < 2:  # noqa: ASYNC110 - a look from outside
+            while device.num_asked == before:  # noqa: ASYNC110 - a look from outside
                 await asyncio.sleep(0.001)
             await asyncio.sleep(0.02)
             await asyncio.to_thread(lambda: [s.settle() for s in device._streams if s is not compute])
@@ -165,7 +165,7 @@ async def test_abort_returns_when_the_device_reads_no_more(transport: str) -> No
         push = p.sender.begin(lease, [4, 2], num_known_tokens=16)
         for layer in range(LAYOUT.num_layers):
             push.layer_ready(layer, 2)
-        while len(device._streams) < 2:  # noqa: ASYNC110 - a look from outside
+        while not device.num_asked:  # noqa: ASYNC110 - a look from outside
             await asyncio.sleep(0.001)
         aborting = asyncio.create_task(push.abort("client left"))
         await asyncio.sleep(0.05)
