@@ -110,6 +110,10 @@ ApiKeys = Annotated[
     ),
 ]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
+PeakTflops = Annotated[
+    float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
+]
+PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -141,6 +145,8 @@ def up(
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from baton.registry import RegistryConfig
@@ -172,6 +178,7 @@ def up(
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
+            *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
     )
     is_first = True
@@ -211,6 +218,12 @@ def worker(
     registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
     grace: Grace = 10.0,
     digest: Digest = OnOff.on,
+    metrics_port: Annotated[
+        int,
+        typer.Option(min=-1, max=65535, help="Port of GET /metrics on --listen's host; 0 = any free one, -1 = none."),
+    ] = 0,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both.
@@ -225,6 +238,7 @@ def worker(
     from baton.types import Role
     from cli.registration import LeaseConfig
     from cli.worker import WorkerConfig, serve
+    from cli.worker_metrics import Peaks
 
     _log_to_stderr()
     config = WorkerConfig(
@@ -248,6 +262,8 @@ def worker(
         registry=RegistryConfig(registry, cluster_name) if registry else None,
         registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
+        metrics_port=None if metrics_port < 0 else metrics_port,
+        peaks=Peaks(peak_tflops * 1e12, peak_gbps * 1e9),
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
@@ -268,6 +284,9 @@ def router(
     model_name: ModelName = "",
     api_key: ApiKeys = None,
     grace: Grace = 5.0,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
+    ] = True,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
@@ -291,6 +310,7 @@ def router(
         model_name=model_name or model_source.name_of(model),
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
+        vllm_metrics=vllm_metrics,
     )
 
     async def run() -> None:
@@ -362,6 +382,20 @@ def status(
         ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
+@app.command()
+def trace(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("baton-trace.json"),
+    last: Annotated[float, typer.Option(min=0.0, help="Seconds back from now. 0: all that nodes keep.")] = 10.0,
+    router: Router = "127.0.0.1:50051",
+    api_key: ApiKey = "",
+) -> None:
+    """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
+    from cli.trace import write
+
+    with _client(router, api_key) as client:
+        write(client, last, output, Console())
+
+
 @app.command("drain")
 def drain_node(
     node: Annotated[str, typer.Argument(help="Node id or host:port.")],
@@ -401,11 +435,13 @@ def health(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Also look at this model.")] = "",
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
 ) -> None:
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model), Console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), Console()))
 
 
 @app.command()

@@ -200,6 +200,13 @@ class Frontend:
 
     async def start(self, request: GenerationRequest) -> Accepted:
         """Admit a request with all of its choices, or raise why not."""
+        try:
+            return await self._start(request)
+        except errors.BatonError as error:
+            self._dispatcher.refused(error)
+            raise
+
+    async def _start(self, request: GenerationRequest) -> Accepted:
         arrived_s = self._dispatcher.now()
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)

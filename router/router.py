@@ -17,6 +17,7 @@ from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Ending, Frontend, GenerationRequest
+from router.history import History
 from router.keys import ApiKeys, GrpcGuard
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
@@ -28,10 +29,11 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History) -> None:
         self._frontend = frontend
         self._dispatcher = dispatcher
         self._config = config
+        self._history = history
 
     async def Generate(  # noqa: N802 (gRPC names)
         self,
@@ -124,6 +126,19 @@ class RouterService(router_pb2_grpc.RouterServicer):
             await abort(context, error)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
 
+    async def Trace(  # noqa: N802
+        self,
+        request: router_pb2.ClusterTraceRequest,
+        context: Context,
+    ) -> AsyncIterator[router_pb2.ClusterTraceResponse]:
+        try:
+            last_s = codec.last_s_from_pb(request.last_s)
+            yield self._history.trace(self._config.router_id, self._dispatcher.now(), last_s)
+            for node in await self._dispatcher.traces(request.last_s):
+                yield router_pb2.ClusterTraceResponse(node=node)
+        except errors.BatonError as error:
+            await abort(context, error)
+
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
     generation = accepted.generations[0]
@@ -146,7 +161,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
 class GrpcFace:
     """The gRPC server of the router. Health of "" is the process's own; of the service, whether it can serve."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History) -> None:
         self._dispatcher = dispatcher
         self._config = config
         limit = config.limits.max_body_bytes
@@ -160,7 +175,7 @@ class GrpcFace:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ],
         )
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config), self._server)
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config, history), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

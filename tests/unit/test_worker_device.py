@@ -28,7 +28,7 @@ from kvtransfer.memory import DeviceArena
 class DeviceRunner(FakeRunner):
     """Queues its writes on the device and goes on; waits for them when it needs a token, as an engine on a GPU does."""
 
-    device = "cuda:0"
+    device = "fake"
 
     def __init__(self, arena: DeviceArena, **settings: Any) -> None:
         assert isinstance(arena.memory.device, FakeDevice)
