@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 _MAX_STEPS = 8192
@@ -84,7 +85,7 @@ class Timeline:
     def step(
         self, started_s: float, ended_s: float, num_prompt_tokens: int, num_decoding: int, prompts: Iterable[str]
     ) -> None:
-        names = tuple(name for name, _ in zip(prompts, range(_MAX_NAMES), strict=False))
+        names = tuple(islice(prompts, _MAX_NAMES))
         self._steps.append(Step(started_s, ended_s, num_prompt_tokens, num_decoding, names))
 
     def transfer(self, transfer: Transfer) -> None:

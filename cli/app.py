@@ -62,11 +62,24 @@ ModelName = Annotated[str, typer.Option(help="What the API calls the model. Defa
 Router = Annotated[
     str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
 ]
+KernelsName = Annotated[
+    Kernels, typer.Option(help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: at present cpu.")
+]
 KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
 NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+MaxGraphSeqs = Annotated[
+    int, typer.Option(min=0, help="GPUs record decode steps of up to so many sequences at the start. 0 = none.")
+]
+BatchInvariant = Annotated[
+    OnOff,
+    typer.Option(
+        help="A request's tokens depend on nothing it is batched with. off lets GPUs use cuBLAS where it is faster: "
+        "tokens then vary with the load, and after a failure."
+    ),
+]
 Transport = Annotated[
     str,
     typer.Option(
@@ -114,6 +127,15 @@ PeakTflops = Annotated[
     float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
 ]
 PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
+Otel = Annotated[
+    bool,
+    typer.Option(
+        "--otel",
+        envvar="BATON_OTEL",
+        show_envvar=True,
+        help="Make OpenTelemetry spans of requests; the OTEL_* variables say where they go.",
+    ),
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -133,18 +155,21 @@ def up(
     ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    otel: Otel = False,
     peak_tflops: PeakTflops = 0.0,
     peak_gbps: PeakGbps = 0.0,
 ) -> None:
@@ -173,10 +198,12 @@ def up(
         registry=registry,
         cluster_name=cluster_name,
         api_keys=tuple(api_key or ()),
+        router_arguments=("--otel",) if otel else (),
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
+            *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
             *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
@@ -188,6 +215,7 @@ def up(
         if is_first:
             is_first = False
             console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            console.print(f"status page: {endpoints.http}/status", highlight=False)
             console.print(f'try: baton generate --router {endpoints.grpc} --relay "Once upon a time"', highlight=False)
 
     workers = ", ".join(node_id for node_id, _ in options.worker_roles())
@@ -198,19 +226,21 @@ def up(
 @app.command()
 def worker(
     model: Model,
-    role: Annotated[RoleName, typer.Option()],
+    role: Annotated[RoleName, typer.Option(help="prefill, decode, or mixed: what the worker is used for.")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
     node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
     advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
     transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
@@ -255,6 +285,8 @@ def worker(
         block_tokens=block_tokens,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
+        max_graph_seqs=max_graph_seqs,
+        is_batch_invariant=batch_invariant is OnOff.on,
         num_threads=threads,
         transports=_transports(transport),
         digest=digest is OnOff.on,
@@ -287,6 +319,7 @@ def router(
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
     ] = True,
+    otel: Otel = False,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
@@ -311,6 +344,7 @@ def router(
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
         vllm_metrics=vllm_metrics,
+        otel=otel,
     )
 
     async def run() -> None:

@@ -71,6 +71,8 @@ class WorkerConfig:
     block_tokens: int = 64
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
+    max_graph_seqs: int = 256
+    is_batch_invariant: bool = True
     max_waiting: int = 1024
     max_preemptions: int = 3
     watermark: float = 0.01
@@ -130,6 +132,8 @@ def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         kernels=config.kernels,
+        max_graph_seqs=config.max_graph_seqs,
+        is_batch_invariant=config.is_batch_invariant,
         num_threads=config.num_threads,
     )
     return Runner.load(config.model, engine, allocate=allocate)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from baton.errors import BadConfig, BatonError
-from baton.metrics import LATENCY_BUCKETS_S, OTHER, Histogram, Labels, Metrics
+from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics
 from baton.types import NodeDescription, NodeStatus, TransferReport
 from cli.energy import EnergySource
 from engine.blocks import BlockState
@@ -44,7 +44,7 @@ class _TransferMeter(SenderObserver):
     def __init__(self, metrics: Metrics, transports: Sequence[str]) -> None:
         self._kinds = {
             (transport, is_layerwise): _Transfers(metrics, transport, "layerwise" if is_layerwise else "whole")
-            for transport in (*transports, OTHER)
+            for transport in transports
             for is_layerwise in (True, False)
         }
         self._failures = metrics.counters(
@@ -55,8 +55,7 @@ class _TransferMeter(SenderObserver):
         )
 
     def pushed(self, report: TransferReport) -> None:
-        kind = self._kinds.get((report.transport, report.layerwise))
-        (kind or self._kinds[(OTHER, report.layerwise)]).observe(report)
+        self._kinds[(report.transport, report.layerwise)].observe(report)
 
     def failed(self, error: BatonError) -> None:
         self._failures.add(error.code)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from baton.types import DTYPE_BYTES
 from engine.config import ModelConfig
-from engine.step import StepPlan
+from engine.step import Piece, StepPlan
 
 
 class StepCost(NamedTuple):
@@ -54,25 +54,42 @@ class CostModel:
         )
 
     def step(self, plan: StepPlan) -> StepCost:
-        num_tokens = num_samples = 0
-        pairs = kv_reads = 0.0
+        num_tokens = num_samples = num_keys = num_halves = 0
         for piece in plan.pieces:
             count, start = piece.num_tokens, piece.start
             num_tokens += count
             num_samples += piece.samples
-            for window, num_layers in self.windows:
-                # Token at position p sees p + 1 positions, or the window.
-                if window is None or start + count <= window:
-                    pairs += num_layers * count * (start + (count + 1) / 2)
-                    kv_reads += num_layers * (start + count)
-                else:
-                    inside = max(0, window - start)
-                    pairs += num_layers * (inside * (start + (inside + 1) / 2) + (count - inside) * window)
-                    kv_reads += num_layers * min(start + count, window + count - 1)
-        num_layers_all = sum(num_layers for _, num_layers in self.windows)
+            # Token at position p sees p + 1 positions; counted in halves to stay with integers.
+            num_keys += start + count
+            num_halves += count * (2 * start + count + 1)
+        pairs = kv_reads = 0.0
+        for window, num_layers in self.windows:
+            if window is None:
+                pairs += num_layers * num_halves / 2
+                kv_reads += num_layers * num_keys
+            else:
+                pairs += num_layers * sum(_pairs_inside(piece, window) for piece in plan.pieces)
+                kv_reads += num_layers * sum(_keys_inside(piece, window) for piece in plan.pieces)
         return StepCost(
             flops=num_tokens * self.flops_per_token + num_samples * self.flops_per_sample + pairs * self.flops_per_pair,
             num_bytes=self.layer_weight_bytes
             + (self.head_weight_bytes if num_samples else 0.0)
-            + self.kv_bytes_per_layer * (kv_reads + num_layers_all * num_tokens),
+            + self.kv_bytes_per_layer * (kv_reads + self._num_layers * num_tokens),
         )
+
+    @property
+    def _num_layers(self) -> int:
+        return sum(num_layers for _, num_layers in self.windows)
+
+
+def _pairs_inside(piece: Piece, window: int) -> float:
+    """(query, key) pairs when a token sees the last ``window`` positions, its own included."""
+    count, start = piece.num_tokens, piece.start
+    # So many of the tokens still see everything before them.
+    num_whole = min(count, max(0, window - start))
+    return num_whole * (start + (num_whole + 1) / 2) + (count - num_whole) * window
+
+
+def _keys_inside(piece: Piece, window: int) -> int:
+    """Positions that some token of the piece sees."""
+    return min(piece.start + piece.num_tokens, window + piece.num_tokens - 1)

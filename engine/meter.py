@@ -68,11 +68,13 @@ class EngineMeter:
         )
 
     def step(self, plan: StepPlan, seconds: float, *, has_failed: bool) -> None:
-        num_tokens, num_prompt = 0, 0
+        num_tokens = num_prompt = 0
         for piece in plan.pieces:
-            num_tokens += piece.num_tokens
-            if piece.start < piece.sequence.spec.num_known_tokens:
-                num_prompt += piece.num_tokens
+            count = piece.num_tokens
+            num_tokens += count
+            spec = piece.sequence.spec
+            if piece.start < len(spec.prompt_token_ids) + len(spec.generated_token_ids):
+                num_prompt += count
         phase = StepPhase.MIXED
         if num_prompt in (0, num_tokens):
             phase = StepPhase.PREFILL if num_prompt else StepPhase.DECODE

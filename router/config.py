@@ -75,6 +75,8 @@ class RouterConfig:
     model_folder: Path | None = None
     # Name clients ask for. None: the folder's, else the one that the nodes say.
     model_name: str | None = None
+    # Make OpenTelemetry spans; needs the extra `otel`.
+    otel: bool = False
     # Written once, when both faces are bound: {"http", "grpc", "pid"}.
     ready_file: Path | None = None
     # Write it only when every listed node is up.

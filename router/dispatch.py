@@ -56,16 +56,28 @@ class Link(Protocol):
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("fingerprint", "flow", "is_queued", "stream", "timer", "timer_s")
+    __slots__ = ("fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
 
-    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str) -> None:
+    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
         self.flow = flow
+        self.origin = origin
         self.stream = stream
         # The model its tokens came from: no other model may continue it.
         self.fingerprint = fingerprint
         self.is_queued = False
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is of no use but to those who keep record: whose request it is. Untrusted, as clients sent it."""
+
+    model: str = ""
+    is_chat: bool = False
+    # W3C Trace Context.
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,8 @@ class Ended:
     outcome: f.Outcome
     relay: Relay
     num_prompt_tokens: int
+    sampling: SamplingParams
+    origin: Origin
 
 
 class Dispatcher:
@@ -172,6 +186,7 @@ class Dispatcher:
         *,
         arrived_s: float,
         deadline_s: float,
+        origin: Origin = Origin(),
     ) -> Active:
         """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
         flow = f.Flow(
@@ -185,7 +200,9 @@ class Dispatcher:
             on_interval=self._metrics.tbt.observe,
         )
         reference = self._membership.reference
-        active = Active(flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint)
+        active = Active(
+            flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint, origin
+        )
         self._active.add(active)
         self._idle.clear()
         self._feed(active, f.Begin())
@@ -506,7 +523,7 @@ class Dispatcher:
         self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
         ended = Ended(
             active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
-            len(active.flow.prompt_token_ids),
+            len(active.flow.prompt_token_ids), active.flow.sampling, active.origin,
         )  # fmt: skip
         for watcher in self._end_watchers:
             watcher(ended)

@@ -1,10 +1,11 @@
-"""The last sequences that ended, in bounded memory: what the status page and traces show of the past."""
+"""The last sequences that ended, in bounded memory, and their lifelines as stages: what pages and traces show."""
 
 from __future__ import annotations
 
 from collections import deque
 from itertools import islice
 
+from baton.observe import Relay
 from baton.v1 import router_pb2
 from router.dispatch import Dispatcher, Ended
 from router.wire import relay_to_pb
@@ -36,3 +37,22 @@ class History:
                     relay=relay_to_pb(ended.relay),
                 )
         return router_pb2.ClusterTraceResponse(router=part)
+
+
+def stages(relay: Relay) -> list[tuple[str, float, float]]:
+    """Name, start after arrival and length in seconds of each stage, in order; they add up to ``e2e_s``.
+
+    The transfer is what of it came between first and second token. Lengths were each measured by one clock; a stage is
+    put where the one before it ends, so no two clocks are compared.
+    """
+    if not relay.num_tokens:
+        return [("no token", 0.0, relay.e2e_s)] if relay.e2e_s > 0 else []
+    exposed_s = min(relay.transfer.exposed_s, relay.second_token_s) if relay.transfer else 0.0
+    parts = [*relay.ttft_stages, ("transfer", exposed_s), ("decode", relay.e2e_s - relay.ttft_s - exposed_s)]
+    found: list[tuple[str, float, float]] = []
+    at_s = 0.0
+    for name, length_s in parts:
+        if length_s > 0:
+            found.append((name, at_s, length_s))
+            at_s += length_s
+    return found

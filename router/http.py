@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -30,6 +31,9 @@ from router.status import StatusPage
 _log = logging.getLogger("baton.router.http")
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
+# The standard asks for 512 of a tracestate.
+_MAX_TRACE_BYTES = 512
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -53,6 +57,7 @@ class HttpFace:
         stream: _EventStream | None = None
         try:
             body, request = self._asked(scope["path"], await self._read(scope, receive))
+            request = _with_trace(request, scope)
             answer = Answer(self._frontend, body, request, await self._frontend.start(request))
             wants_stream = body.stream
             # They would live as long as the stream.
@@ -112,6 +117,15 @@ class HttpFace:
         except TimeoutError:
             raise errors.DeadlineExceeded("the request's body did not arrive in time") from None
         return b"".join(chunks)
+
+
+def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
+    """The caller's trace context, where it sent one."""
+    found = {n: v for n, v in scope["headers"] if n in _TRACE_HEADERS and len(v) <= _MAX_TRACE_BYTES}
+    if b"traceparent" not in found:
+        return request
+    texts = {name.decode(): value.decode("latin-1") for name, value in found.items()}
+    return replace(request, **texts)
 
 
 class _EventStream:

@@ -23,6 +23,9 @@ from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
 
+# The standard asks for 512 of a tracestate.
+_MAX_TRACE_CHARS = 512
+
 Context = aio.ServicerContext[Any, Any]
 
 SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
@@ -71,6 +74,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 raise errors.InvalidRequest(
                     "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
                 )
+        trace = _trace_context(context)
         return GenerationRequest(
             prompts=(prompt,),
             sampling=codec.sampling_from_pb(request.sampling),
@@ -81,6 +85,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),
+            traceparent=trace.get("traceparent", ""),
+            tracestate=trace.get("tracestate", ""),
         )
 
     def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:
@@ -138,6 +144,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 yield router_pb2.ClusterTraceResponse(node=node)
         except errors.BatonError as error:
             await abort(context, error)
+
+
+def _trace_context(context: Context) -> dict[str, str]:
+    """The caller's W3C trace context, where it sent one."""
+    found: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        if name in ("traceparent", "tracestate") and isinstance(value, str) and len(value) <= _MAX_TRACE_CHARS:
+            found[name] = value
+    return found
 
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:

@@ -32,6 +32,7 @@ from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
+from router.spans import Spans
 from router.status import StatusPage
 from router.tokenizer import ModelFacts, Tokenizer, load_facts
 
@@ -63,8 +64,10 @@ async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None
 
 
 @asynccontextmanager
-async def running(config: RouterConfig) -> AsyncIterator[Router]:
+async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIterator[Router]:
     """A router for the length of the block. Raises BadConfig if it cannot start."""
+    if spans is None and config.otel:
+        spans = Spans(config.router_id)
     folder = config.model_folder
     tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
     facts = ModelFacts() if folder is None else load_facts(folder)
@@ -85,6 +88,8 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         rng=random.SystemRandom(),
     )  # fmt: skip
     history = History(dispatcher)
+    if spans is not None:
+        dispatcher.watch_ends(spans.on_ended)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
     grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
     app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
@@ -110,6 +115,8 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
+        if spans is not None:
+            await spans.close()
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

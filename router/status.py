@@ -1,6 +1,6 @@
 """What the status page shows: a snapshot of the cluster, the last requests' lifelines, the last minutes' latencies.
 
-Everything it keeps is bounded, and a snapshot is made at most twice a second however many people look. It changes
+Everything it keeps is bounded, and a snapshot is made about once a second however many people look. It changes
 nothing; it reads the dispatcher on its event loop.
 """
 
@@ -22,14 +22,14 @@ from baton.types import NodeStatus, Role
 from router.dispatch import Dispatcher, Ended
 from router.flow import Flow, Phase
 from router.frontend import Frontend
-from router.history import History
+from router.history import History, stages
 from router.membership import Member, State
 from router.rolling import Slice, Window
 
 _MAX_RECENT = 40
 _MAX_IN_FLIGHT = 40
 _MAX_NODES = 1000
-_MAX_AGE_S = 0.5
+_MAX_AGE_S = 0.9
 _STAGES = ("queue", "prefill", "transfer", "decode")
 _LEDGER = ("prompt", "sending", "leased", "running", "quarantined")
 # Nothing from another host, nothing inline, nobody's frame.
@@ -226,25 +226,6 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
         "stages": [[name, _round(start_s), _round(length_s)] for name, start_s, length_s in stages(relay)],
         "transfer": _transfer(relay),
     }
-
-
-def stages(relay: Relay) -> list[tuple[str, float, float]]:
-    """Name, start after arrival and length in seconds of each stage, in order; they add up to ``e2e_s``.
-
-    The transfer is what of it came between first and second token. Lengths were each measured by one clock; a stage is
-    put where the one before it ends, so no two clocks are compared.
-    """
-    if not relay.num_tokens:
-        return [("no token", 0.0, relay.e2e_s)] if relay.e2e_s > 0 else []
-    exposed_s = min(relay.transfer.exposed_s, relay.second_token_s) if relay.transfer else 0.0
-    parts = [*relay.ttft_stages, ("transfer", exposed_s), ("decode", relay.e2e_s - relay.ttft_s - exposed_s)]
-    found: list[tuple[str, float, float]] = []
-    at_s = 0.0
-    for name, length_s in parts:
-        if length_s > 0:
-            found.append((name, at_s, length_s))
-            at_s += length_s
-    return found
 
 
 def _transfer(relay: Relay) -> dict[str, Any] | None:

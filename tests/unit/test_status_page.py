@@ -17,9 +17,9 @@ import baton
 from baton.observe import Lifeline
 from baton.types import Role, TransferReport
 from router.fake import FakeCluster, FakeConfig
+from router.history import stages
 from router.rolling import Histogram, Window
 from router.serve import Router
-from router.status import stages
 from tests.chromium import Browser
 from tests.unit.router_support import router_beside, until
 

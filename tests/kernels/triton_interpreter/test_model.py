@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.decode_graph import DecodeGraph, DecodeRow
-from engine.kernels.triton.kernels import TritonKernels
 from engine.runner import Runner
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
@@ -48,25 +46,39 @@ def test_logits_do_not_depend_on_batch_chunks_or_a_re_run(tmp_path: Path) -> Non
             assert torch.equal(logits_by_id[sequence.sequence_id], alone.logits[step])
 
 
-def test_a_recorded_step_gives_the_logits_of_the_runner(tmp_path: Path) -> None:
+def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:
     case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
     folder = case.save(tmp_path / "model")
-    runner = Runner.load(folder, EngineConfig(dtype="float32", num_blocks=20, kernels="triton"))
-    driver = Driver(runner)
-    sequences = [
-        driver.add(spec(name, random_prompt(n, VOCAB_SIZE), max_tokens=4)) for name, n in (("a", 5), ("b", 66))
-    ]
-    driver.step([driver.piece(s, 1000) for s in sequences])
-    kernels = runner._model._kernels
-    assert isinstance(kernels, TritonKernels)
-    with torch.inference_mode():
-        graph = DecodeGraph(runner._model, runner._cache, runner.model_config, kernels, num_rows=3, max_length=130)
-        rows = []
-        for s in sequences:
-            driver.grow(s, len(s.token_ids))
-            rows.append(DecodeRow(s.token_ids[-1], len(s.token_ids) - 1, len(s.spec.prompt_token_ids), s.block_ids))
-        found = graph.step(rows)
-        graph.replay()
-    _, expected = driver.step([driver.piece(s, 1000) for s in sequences])
-    for i, s in enumerate(sequences):
-        assert torch.equal(found[i], expected[s.sequence_id])
+    kinds: list[dict[str, object]] = [{}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3}]
+    runs = []
+    for max_graph_seqs in (4, 0):
+        config = EngineConfig(dtype="bfloat16", num_blocks=20, kernels="triton", max_graph_seqs=max_graph_seqs)
+        driver = Driver(Runner.load(folder, config))
+        prompts = [random_prompt(n, VOCAB_SIZE) for n in (5, 66, 1)]
+        sequences = [driver.add(spec(f"{i}", p, **kinds[i])) for i, p in enumerate(prompts)]
+        steps = []
+        for chosen in (sequences, sequences, sequences[:1]):
+            steps.append(driver.step([driver.piece(s, 1000) for s in chosen]))
+        graphs = driver.runner._graphs
+        assert (graphs is not None) == bool(max_graph_seqs)
+        if graphs is not None and (graph := graphs.find(1, 8)) is not None:
+            with torch.inference_mode():
+                assert graph.replay().token_ids.tolist() == sequences[0].token_ids[-1:]
+        runs.append((steps, [s.token_ids for s in sequences]))
+    (recorded, tokens), (plain, plain_tokens) = runs
+    assert tokens == plain_tokens
+    for (_, ours), (_, theirs) in zip(recorded, plain, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_graph_is_as_large_as_it_must_be(tmp_path: Path) -> None:
+    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
+    runner = Runner.load(
+        case.save(tmp_path / "model"), EngineConfig(dtype="float32", num_blocks=2, kernels="triton", max_num_seqs=3)
+    )
+    graphs = runner._graphs
+    assert graphs is not None
+    assert graphs.find(1, 10) is not graphs.find(2, 10)
+    assert graphs.find(3, 128) is not None
+    assert graphs.find(4, 10) is None
+    assert graphs.find(1, 129) is None
