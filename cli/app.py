@@ -82,7 +82,10 @@ BatchInvariant = Annotated[
 ]
 Transport = Annotated[
     str,
-    typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+    typer.Option(
+        help="How KV moves: auto takes cuda_ipc between GPUs of one host, shm on one host without GPUs, else tcp.",
+        metavar="auto|cuda_ipc|shm|tcp",
+    ),
 ]
 Digest = Annotated[
     OnOff,

@@ -19,7 +19,7 @@ from engine.decode_graph import DecodeGraphs, DecodeRow
 from engine.draws import draws_of
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels
-from engine.kv_cache import TORCH_DTYPES, KvCache
+from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.model import Model
 from engine.sampler import Sampler, is_plain
 from engine.staging import new_event, to_device, to_host
@@ -78,9 +78,9 @@ class Runner:
         folder: Path,
         config: EngineConfig,
         *,
-        allocate: Callable[[int], memoryview] | None = None,
+        allocate: Allocate | None = None,
     ) -> Runner:
-        """Load a Hugging Face folder; ``allocate(num_bytes)`` gives the memory of the KV arena.
+        """Load a Hugging Face folder; ``allocate`` gives the memory of the KV arena.
 
         Raises UnsupportedModel, naming what and why, and BadConfig.
         """
@@ -89,17 +89,13 @@ class Runner:
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
-        if allocate is not None and kernels.device.type != "cpu":
-            raise BadConfig(
-                f"the KV cache lies on {kernels.device}, which no transport reaches yet; expected kernels cpu",
-                param="kernels",
-            )
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
         layout = kv_layout(model_config, config, dtype)
         with torch.inference_mode():
-            cache = KvCache(layout, None if allocate is None else allocate(layout.total_bytes), kernels.device)
+            buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, kernels.device)
+            cache = KvCache(layout, buffer, kernels.device)
             graphs = _decode_graphs(model, cache, model_config, kernels, config)
         description = ModelDescription(
             name=folder.resolve().name,
@@ -187,6 +183,17 @@ class Runner:
     def forget(self, sequence_id: str) -> None:
         """Drop what is kept for a sequence that has ended; unknown ids are fine."""
         self._sampler.forget(sequence_id)
+
+
+def _allocated(allocate: Allocate, num_bytes: int, device: torch.device) -> memoryview | DeviceBuffer:
+    """Transfers know memory of the processor and of CUDA's devices. Raises BadConfig for any other."""
+    if device.type == "cpu":
+        return allocate(num_bytes)
+    if device.type == "cuda":
+        return allocate(num_bytes, str(device))
+    raise BadConfig(
+        f"the KV cache lies on {device}, which no transport reaches; expected kernels for cpu or cuda", param="kernels"
+    )
 
 
 def decode_rows(plan: StepPlan) -> list[DecodeRow] | None:

@@ -11,7 +11,7 @@ def select_kernels(name: str, *, is_batch_invariant: bool = True) -> Kernels:
 
     ``is_batch_invariant`` False allows products whose bits depend on the batch; only triton has any.
     """
-    # Imported on choice: a GPU worker needs no compiler for CPUs. `auto` takes a GPU once transports reach its memory.
+    # Imported on choice: a GPU worker needs no compiler for CPUs. `auto` takes a GPU once all has run on one.
     if name == "reference":
         from engine.kernels.reference import ReferenceKernels
 
