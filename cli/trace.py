@@ -88,7 +88,7 @@ def _rebase(events: list[Event]) -> None:
     start_us = min((event["ts"] for event in events if "ts" in event), default=0.0)
     for event in events:
         if "ts" in event:
-            event["ts"] -= start_us
+            event["ts"] = round(event["ts"] - start_us, 3)
 
 
 # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,26 +105,24 @@ def _node_events(node: NodeTrace, pid: int) -> Iterator[Event]:
         return (at_s - node.clock_offset_s) * 1e6
 
     for step in trace.steps:
-        yield _slice(pid, _STEPS_TID, us(step.started_s), step.ended_s - step.started_s, **_step(step))
+        yield _slice(pid, _STEPS_TID, us(step.started_s), us(step.ended_s), **_step(step))
     for join in trace.joins:
         yield {"ph": "i", "s": "t", "name": "KV verified", "cat": "join", "pid": pid, "tid": _STEPS_TID,
                "ts": us(join.at_s), "args": {"sequence": join.sequence_id}}  # fmt: skip
         yield _arrow("f", pid, _STEPS_TID, us(join.at_s), join.sequence_id) | {"bp": "e"}
     rows = _rows((x.started_s, x.ended_s) for x in trace.transfers)
     for row, transfer in zip(rows, trace.transfers, strict=True):
-        tid = _TRANSFERS_TID + row
-        yield _slice(pid, tid, us(transfer.started_s), transfer.ended_s - transfer.started_s, **_transfer(transfer))
-        exposed_s = transfer.ended_s - transfer.computed_s
-        yield _slice(pid, tid, us(transfer.computed_s), exposed_s, name="not hidden", cat="exposed",
-                     args={"sequence": transfer.sequence_id})  # fmt: skip
-        yield _arrow("s", pid, tid, us(transfer.computed_s), transfer.sequence_id)
-    for row in set(rows):
-        yield _named("thread_name", pid, _TRANSFERS_TID + row, "transfers" if row == 0 else f"transfers {row + 1}")
-    for write in trace.writes:
-        yield _slice(pid, _WRITES_TID + write.lane, us(write.started_s), write.ended_s - write.started_s,
-                     **_write(write))  # fmt: skip
-    for lane in {write.lane for write in trace.writes}:
-        yield _named("thread_name", pid, _WRITES_TID + lane, f"KV writes, thread {lane}")
+        tid, computed_us, ended_us = _TRANSFERS_TID + row, us(transfer.computed_s), us(transfer.ended_s)
+        yield _slice(pid, tid, us(transfer.started_s), ended_us, **_transfer(transfer))
+        rest = {"name": "not hidden", "cat": "exposed", "args": {"sequence": transfer.sequence_id}}
+        yield _slice(pid, tid, computed_us, ended_us, **rest)
+        yield _arrow("s", pid, tid, computed_us, transfer.sequence_id)
+    yield from _row_names(pid, _TRANSFERS_TID, rows, "transfers")
+    # Every connection has threads of its own with numbers of their own: what is drawn is how many write at once.
+    rows = _rows((x.started_s, x.ended_s) for x in trace.writes)
+    for row, write in zip(rows, trace.writes, strict=True):
+        yield _slice(pid, _WRITES_TID + row, us(write.started_s), us(write.ended_s), **_write(write))
+    yield from _row_names(pid, _WRITES_TID, rows, "KV writes")
 
 
 def _step(step: node_pb2.TraceResponse.Step) -> Event:
@@ -181,29 +179,36 @@ def _router_events(part: router_pb2.ClusterTraceResponse.RouterTrace) -> Iterato
     rows = _rows((x.arrived_s, x.arrived_s + x.relay.e2e_s) for x in part.requests)
     for row, request in zip(rows, part.requests, strict=True):
         tid, relay, at_us = _STEPS_TID + row, request.relay, request.arrived_s * 1e6
+        ended_us = at_us + relay.e2e_s * 1e6
         name = f"{request.request_id}/{request.choice}"
         args: Event = {"request": name, "outcome": request.outcome, "prefill": relay.prefill_node_id,
                 "decode": relay.decode_node_id, "attempts": relay.attempts}  # fmt: skip
         if relay.HasField("transfer"):
             args |= {"transfer_total_s": relay.transfer.total_s, "transfer_exposed_s": relay.transfer.exposed_s}
-        yield _slice(_ROUTER_PID, tid, at_us, relay.e2e_s, name=name, cat="request", args=args)
+        yield _slice(_ROUTER_PID, tid, at_us, ended_us, name=name, cat="request", args=args)
         if not relay.ttft_s:
             continue
         for stage in _STAGES:
-            length_s = getattr(relay, stage)
-            if length_s > 0:
-                yield _slice(_ROUTER_PID, tid, at_us, length_s, name=stage.removesuffix("_s"), cat="stage", args={})
-            at_us += length_s * 1e6
-        yield _slice(_ROUTER_PID, tid, at_us, relay.e2e_s - relay.ttft_s, name="decode", cat="stage", args={})
-    for row in set(rows):
-        yield _named("thread_name", _ROUTER_PID, _STEPS_TID + row, "requests" if row == 0 else f"requests {row + 1}")
+            until_us = min(at_us + getattr(relay, stage) * 1e6, ended_us)
+            if until_us > at_us:
+                yield _slice(_ROUTER_PID, tid, at_us, until_us, name=stage.removesuffix("_s"), cat="stage", args={})
+            at_us = until_us
+        yield _slice(_ROUTER_PID, tid, at_us, ended_us, name="decode", cat="stage", args={})
+    yield from _row_names(_ROUTER_PID, _STEPS_TID, rows, "requests")
 
 
 # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _slice(pid: int, tid: int, ts_us: float, length_s: float, **rest: Any) -> Event:
-    return {"ph": "X", "pid": pid, "tid": tid, "ts": ts_us, "dur": length_s * 1e6, **rest}
+def _slice(pid: int, tid: int, from_us: float, to_us: float, **rest: Any) -> Event:
+    """On whole nanoseconds: viewers count in them, and a slice must not end after the one that it lies in."""
+    ts_us = round(from_us, 3)
+    return {"ph": "X", "pid": pid, "tid": tid, "ts": ts_us, "dur": round(round(to_us, 3) - ts_us, 3), **rest}
+
+
+def _row_names(pid: int, first_tid: int, rows: Sequence[int], name: str) -> Iterator[Event]:
+    for row in range(max(rows, default=-1) + 1):
+        yield _named("thread_name", pid, first_tid + row, name if row == 0 else f"{name} {row + 1}")
 
 
 def _arrow(phase: str, pid: int, tid: int, ts_us: float, sequence_id: str) -> Event:

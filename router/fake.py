@@ -189,6 +189,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self._server: aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.timeline = Timeline()
+        # End of the last step that was recorded: they do not overlap.
+        self._stepped_s = float("-inf")
         self._reset()
 
     def now(self) -> float:
@@ -474,11 +476,16 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 if self._unstalled.is_set():
                     num_running = sum(x.state == "running" for x in self._live.values())
                     self._decode_step()
-                    self.timeline.step(began_s, self.now(), 0, num_running, ())
+                    self._record(began_s, 0, num_running, ())
             elif prompts:
                 await asyncio.sleep(max(0.0, min(x.ready_s for x in prompts) - time.monotonic()))
             for session in self._sessions:
                 session.flush(self._is_muted)
+
+    def _record(self, began_s: float, num_prompt_tokens: int, num_decoding: int, prompts: Sequence[str]) -> None:
+        ended_s = self.now()
+        self.timeline.step(max(began_s, self._stepped_s), ended_s, num_prompt_tokens, num_decoding, prompts)
+        self._stepped_s = ended_s
 
     def _finish_prompt(self, live: _Live) -> None:
         spec, session = live.spec, live.session
@@ -490,8 +497,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             num_computed_tokens=spec.num_known_tokens,
         )
         took_s = spec.num_known_tokens * self.config.prefill_token_s
-        ended_s = self.now()
-        self.timeline.step(ended_s - took_s, ended_s, spec.num_known_tokens, 0, [spec.sequence_id])
+        self._record(self.now() - took_s, spec.num_known_tokens, 0, [spec.sequence_id])
         session.draft.prefills.extend([done] * self._times("prefill_done"))  # type: ignore[union-attr]
         session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
         # The first token waits for nothing.

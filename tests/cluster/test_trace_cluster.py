@@ -10,6 +10,7 @@ import pytest
 from cli.trace import overlap_shares
 from tests.cluster.harness import StartCluster
 from tests.cluster.test_smoke import ask_all, baton, recall
+from tests.unit.test_trace import check_nesting
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -21,6 +22,7 @@ def test_overlap_in_the_trace_equals_the_metric(
     path = tmp_path / "trace.json"
     baton("trace", "--router", cluster.grpc, "--last", "0", "-o", str(path))
     document = json.loads(path.read_text())
+    check_nesting(document)
     shares = overlap_shares(document)
     events = document["traceEvents"]
     requests = [e["args"] for e in events if e.get("cat") == "request"]
@@ -30,7 +32,9 @@ def test_overlap_in_the_trace_equals_the_metric(
     assert reported
     for request in reported:
         sequence = f"{request['request']}/{request['attempts'] - 1}"
-        assert shares[sequence] == pytest.approx(1 - request["transfer_exposed_s"] / request["transfer_total_s"])
+        assert shares[sequence] == pytest.approx(
+            1 - request["transfer_exposed_s"] / request["transfer_total_s"], abs=1e-5
+        )
     assert {e["cat"] for e in events if e["ph"] == "X"} >= {
         *("request", "stage", "prefill", "decode", "transfer", "exposed", "write")
     }
