@@ -1,5 +1,5 @@
 # The same verbs by hand and in CI. Everything lives in .venv; PYTHON= and CUDA= are explained in scripts/setup.sh.
-.PHONY: setup check test test-long demo bench tune proto
+.PHONY: setup check test test-long demo bench tune proto proto-check
 .NOTPARALLEL:
 BIN := .venv/bin
 # A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
@@ -16,6 +16,7 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	bash scripts/stubs.sh check
+	bash scripts/proto_check.sh
 
 test: setup
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
@@ -35,3 +36,6 @@ tune: setup
 
 proto: setup
 	bash scripts/stubs.sh
+
+proto-check:
+	bash scripts/proto_check.sh

@@ -18,7 +18,7 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
-from baton.observe import Relay
+from baton.observe import Relay, Stamp
 from baton.types import FinishReason, PositionLogprobs, SamplingParams
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -163,6 +163,14 @@ class Client:
         except grpc.RpcError as error:
             raise _error(error) from error
 
+    def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
+        """What router and nodes did in the last seconds (0: all that is kept), the router's part first."""
+        request = router_pb2.ClusterTraceRequest(last_s=last_s)
+        try:
+            return list(self._stub.Trace(request, timeout=timeout_s, metadata=self._metadata))
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
     def close(self) -> None:
         self._channel.close()
 
@@ -247,6 +255,15 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         num_tokens=usage.completion_tokens,
         num_cached_tokens=usage.cached_tokens,
         transfer=codec.report_from_pb(message.transfer) if message.HasField("transfer") else None,
+        tokenize_s=message.tokenize_s,
+        rerun_s=message.rerun_s,
+        placement_s=message.placement_s,
+        reserve_s=message.reserve_s,
+        network_s=message.network_s,
+        second_token_s=message.second_token_s,
+        lease_wait_s=message.lease_wait_s,
+        recovery_s=message.recovery_s,
+        stamps=tuple(Stamp(stamp.name, stamp.at_s) for stamp in message.stamps),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from baton import errors
+from baton.timeline import Recorded
 from baton.types import (
     Failure,
     FinishReason,
@@ -20,6 +21,7 @@ from baton.types import (
     TransferReport,
 )
 from baton.v1 import common_pb2 as pb
+from baton.v1 import node_pb2
 
 _ROLE_TO_PB = {
     Role.PREFILL: pb.Role.ROLE_PREFILL,
@@ -186,6 +188,7 @@ def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
         device=msg.device,
         kernels=msg.kernels,
         software_version=msg.software_version,
+        metrics_address=msg.metrics_address,
     )
 
 
@@ -212,6 +215,7 @@ def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
         device=node.device,
         kernels=node.kernels,
         software_version=node.software_version,
+        metrics_address=node.metrics_address,
     )
 
 
@@ -226,6 +230,11 @@ def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
         num_running=msg.num_running,
         running_tokens=msg.running_tokens,
         stalled_s=msg.stalled_s,
+        prompt_blocks=msg.prompt_blocks,
+        sending_blocks=msg.sending_blocks,
+        leased_blocks=msg.leased_blocks,
+        running_blocks=msg.running_blocks,
+        quarantined_blocks=msg.quarantined_blocks,
     )
 
 
@@ -240,6 +249,11 @@ def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
         num_running=status.num_running,
         running_tokens=status.running_tokens,
         stalled_s=status.stalled_s,
+        prompt_blocks=status.prompt_blocks,
+        sending_blocks=status.sending_blocks,
+        leased_blocks=status.leased_blocks,
+        running_blocks=status.running_blocks,
+        quarantined_blocks=status.quarantined_blocks,
     )
 
 
@@ -306,3 +320,46 @@ def report_to_pb(report: TransferReport) -> pb.TransferReport:
         exposed_s=report.exposed_s,
         retransmits=report.retransmits,
     )
+
+
+def last_s_from_pb(last_s: float) -> float:
+    """How far back a trace is to go; 0 stands for all."""
+    if not 0 <= last_s < float("inf"):
+        raise errors.InvalidRequest(f"last_s is {last_s}, expected 0 (all) or a number of seconds", param="last_s")
+    return last_s or float("inf")
+
+
+def recorded_to_pb(node: NodeDescription, role: Role, recorded: Recorded) -> node_pb2.TraceResponse:
+    message = node_pb2.TraceResponse(node_id=node.node_id, incarnation=node.incarnation, role=role_to_pb(role))
+    for step in recorded.steps:
+        message.steps.add(
+            started_s=step.started_s,
+            ended_s=step.ended_s,
+            num_prompt_tokens=step.num_prompt_tokens,
+            num_decoding=step.num_decoding,
+            prompts=step.prompts,
+        )
+    for transfer in recorded.transfers:
+        message.transfers.add(
+            sequence_id=transfer.sequence_id,
+            target=transfer.target,
+            transport=transfer.transport,
+            layerwise=transfer.is_layerwise,
+            num_bytes=transfer.num_bytes,
+            started_s=transfer.started_s,
+            computed_s=transfer.computed_s,
+            ended_s=transfer.ended_s,
+        )
+    for write in recorded.writes:
+        message.writes.add(
+            sequence_id=write.sequence_id,
+            lane=write.lane,
+            layer=write.layer,
+            num_layers=write.num_layers,
+            num_bytes=write.num_bytes,
+            started_s=write.started_s,
+            ended_s=write.ended_s,
+        )
+    for join in recorded.joins:
+        message.joins.add(sequence_id=join.sequence_id, at_s=join.at_s)
+    return message

@@ -1,30 +1,45 @@
 """One mechanism for observability: the stamps of a request's lifeline feed its relay, its log line and the metrics.
 
-It owns no clock and writes nowhere by itself; prometheus-client is needed only where `RequestMetrics` is made.
+Stamps are taken by one clock, the router's. What a node knows better it measures itself and sends as a duration; times
+of two machines are never subtracted. It owns no clock and writes nowhere by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from baton.types import TransferReport
 
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry
 
-# Upper bounds in seconds: fine where people wait for a first token, coarse where requests end.
-_LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+class Stamp(NamedTuple):
+    """When something happened, in seconds since the request's arrival, by the router's clock."""
+
+    name: str
+    at_s: float
+
+
+class Stage(NamedTuple):
+    """A part of the time to the first token."""
+
+    name: str
+    duration_s: float
 
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """How a request ran. Durations in seconds, each measured by one clock; attempts counts the first run too."""
+    """How a request ran. Durations in seconds, each measured by one clock; attempts counts the first run too.
+
+    The seven parts of `ttft_stages` add up to ``ttft_s``: those of the attempt that brought the first token, with all
+    that went before it in ``rerun_s``. Without a first token they are zero and ``stamps`` tells how far it came.
+    """
 
     prefill_node_id: str
     decode_node_id: str
+    # Arrival to the first dispatch of the prompt.
     router_queue_s: float
+    # Measured by the prefill node: its queue, and the prompt's computation.
     prefill_queue_s: float
     prefill_s: float
     ttft_s: float
@@ -35,6 +50,37 @@ class Relay:
     num_tokens: int = 0
     num_cached_tokens: int = 0
     transfer: TransferReport | None = None
+    # Chat template, tokenizer and checks: arrival to the router's queue.
+    tokenize_s: float = 0.0
+    # Attempts that failed before there was a token.
+    rerun_s: float = 0.0
+    # In the router's queue until a pair was found, refused reservations included.
+    placement_s: float = 0.0
+    # From asking the decode node for blocks to sending the prompt; 0 if one node does both.
+    reserve_s: float = 0.0
+    # What is left of dispatch to first token beside the node's own durations: wire, sessions, event loops.
+    network_s: float = 0.0
+    # First to second token: where a hand-over that is not hidden shows.
+    second_token_s: float = 0.0
+    # Measured by the decode node: lease granted to KV verified. 0 if one node did both.
+    lease_wait_s: float = 0.0
+    # Failures after the first token: from each failure to the next token.
+    recovery_s: float = 0.0
+    # What happened when, in order; only what happened.
+    stamps: tuple[Stamp, ...] = ()
+
+    @property
+    def ttft_stages(self) -> tuple[Stage, ...]:
+        """Where the time to the first token went, in order; their sum is ``ttft_s``."""
+        return (
+            Stage("tokenize", self.tokenize_s),
+            Stage("rerun", self.rerun_s),
+            Stage("placement", self.placement_s),
+            Stage("reserve", self.reserve_s),
+            Stage("prefill_queue", self.prefill_queue_s),
+            Stage("prefill", self.prefill_s),
+            Stage("network", self.network_s),
+        )
 
     def line(self) -> str:
         """One line for people and logs."""
@@ -62,45 +108,90 @@ class Relay:
         return " | ".join(parts)
 
 
+class _Attempt:
+    """Stamps of one run of a sequence up to its first token."""
+
+    __slots__ = ("began_s", "leased_s", "placed_s", "prefill_queue_s", "prefill_s", "sent_s")
+
+    def __init__(self, began_s: float) -> None:
+        self.began_s = began_s
+        self.placed_s: float | None = None
+        self.leased_s: float | None = None
+        self.sent_s: float | None = None
+        self.prefill_queue_s = 0.0
+        self.prefill_s = 0.0
+
+
 class Lifeline:
-    """The time stamps of one sequence, all by one clock. Written by its owner as things happen."""
+    """The time stamps of one sequence, all by one clock. Written by its owner as things happen.
 
-    __slots__ = ("_cached_tokens", "_decode_id", "_ended_s", "_first_token_s", "_last_token_s", "_num_tokens",
-                 "_prefill_id", "_prefill_queue_s", "_prefill_s", "_sent_s", "_tbt_max_s", "_transfer", "arrived_s",
-                 "attempts")  # fmt: skip
+    ``on_interval(seconds, count)`` hears every time between tokens; tokens that come together share theirs.
+    """
 
-    def __init__(self, arrived_s: float) -> None:
+    __slots__ = ("_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failed_s", "_first_sent_s",
+                 "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_num_tokens",
+                 "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_tbt_max_s",
+                 "_transfer", "arrived_s", "attempts")  # fmt: skip
+
+    def __init__(self, arrived_s: float, on_interval: Callable[[float, int], None] | None = None) -> None:
         self.arrived_s = arrived_s
         self.attempts = 1
+        self._on_interval = on_interval
+        self._queued_s = arrived_s
+        # The one that brought the first token, once there is one; until then the present one.
+        self._attempt = _Attempt(arrived_s)
         self._prefill_id = ""
         self._decode_id = ""
-        self._sent_s: float | None = None
+        self._first_sent_s: float | None = None
         self._first_token_s: float | None = None
+        self._second_token_s: float | None = None
+        self._joined_s: float | None = None
+        self._handed_off_s: float | None = None
         self._last_token_s = arrived_s
         self._ended_s: float | None = None
+        # When the attempt failed that has to be made good; None while all is well.
+        self._failed_s: float | None = None
+        self._recovery_s = 0.0
         self._num_tokens = 0
         self._tbt_max_s = 0.0
-        self._prefill_queue_s = 0.0
-        self._prefill_s = 0.0
+        self._lease_wait_s = 0.0
         self._cached_tokens: int | None = None
         self._transfer: TransferReport | None = None
 
-    def placed(self, prefill_id: str, decode_id: str) -> None:
+    def queued(self, now: float) -> None:
+        """Tokenized, checked and admitted: waits for a pair of nodes."""
+        self._queued_s = self._attempt.began_s = now
+
+    def placed(self, prefill_id: str, decode_id: str, now: float) -> None:
         self._prefill_id, self._decode_id = prefill_id, decode_id
+        if self._first_token_s is None:
+            self._attempt.placed_s = now
+
+    def leased(self, now: float) -> None:
+        """The decode node has blocks for it."""
+        if self._first_token_s is None:
+            self._attempt.leased_s = now
 
     def sent(self, now: float) -> None:
-        """The prompt is on its way to a node; the first time counts."""
-        if self._sent_s is None:
-            self._sent_s = now
+        """The prompt is on its way to a node."""
+        if self._first_sent_s is None:
+            self._first_sent_s = now
+        if self._first_token_s is None:
+            self._attempt.sent_s = now
 
     def prefilled(self, queue_s: float, compute_s: float, num_cached_tokens: int) -> None:
         """What the prefill node says of the prompt phase. A rerun's cached tokens are not the client's."""
-        self._prefill_queue_s, self._prefill_s = queue_s, compute_s
+        if self._first_token_s is None:
+            self._attempt.prefill_queue_s, self._attempt.prefill_s = queue_s, compute_s
         if self._cached_tokens is None:
             self._cached_tokens = num_cached_tokens
 
-    def transferred(self, report: TransferReport) -> None:
-        self._transfer = report
+    def joined(self, wait_s: float, now: float) -> None:
+        """The decode node has verified the KV and decodes."""
+        self._joined_s, self._lease_wait_s = now, wait_s
+
+    def transferred(self, report: TransferReport, now: float) -> None:
+        self._transfer, self._handed_off_s = report, now
 
     @property
     def is_transfer_known(self) -> bool:
@@ -109,14 +200,30 @@ class Lifeline:
     def tokens(self, num_tokens: int, now: float) -> None:
         if self._first_token_s is None:
             self._first_token_s = now
-        elif now - self._last_token_s > self._tbt_max_s:
-            self._tbt_max_s = now - self._last_token_s
+            num_intervals = num_tokens - 1
+        else:
+            interval_s, num_intervals = now - self._last_token_s, num_tokens
+            if interval_s > self._tbt_max_s:
+                self._tbt_max_s = interval_s
+            if self._second_token_s is None:
+                self._second_token_s = now
+            if self._failed_s is not None:
+                self._recovery_s += now - self._failed_s
+                self._failed_s = None
+        if num_intervals > 0 and self._on_interval is not None:
+            self._on_interval((now - self._last_token_s) / num_intervals if self._num_tokens else 0.0, num_intervals)
         self._last_token_s = now
         self._num_tokens += num_tokens
 
-    def failed(self) -> None:
+    def failed(self, now: float) -> None:
+        """The attempt is lost, another follows."""
         self.attempts += 1
-        self._transfer = None
+        self._transfer = self._handed_off_s = self._joined_s = None
+        self._lease_wait_s = 0.0
+        if self._first_token_s is None:
+            self._attempt = _Attempt(now)
+        elif self._failed_s is None:
+            self._failed_s = now
 
     def ended(self, now: float) -> None:
         self._ended_s = now
@@ -125,12 +232,13 @@ class Lifeline:
         first = self._first_token_s
         ended = self._last_token_s if self._ended_s is None else self._ended_s
         intervals = self._num_tokens - 1
+        parts = _Parts() if first is None else self._parts(first)
         return Relay(
             prefill_node_id=self._prefill_id,
             decode_node_id=self._decode_id,
-            router_queue_s=(ended if self._sent_s is None else self._sent_s) - self.arrived_s,
-            prefill_queue_s=self._prefill_queue_s,
-            prefill_s=self._prefill_s,
+            router_queue_s=(ended if self._first_sent_s is None else self._first_sent_s) - self.arrived_s,
+            prefill_queue_s=parts.prefill_queue_s,
+            prefill_s=parts.prefill_s,
             ttft_s=0.0 if first is None else first - self.arrived_s,
             e2e_s=ended - self.arrived_s,
             tbt_mean_s=(self._last_token_s - first) / intervals if first is not None and intervals > 0 else 0.0,
@@ -139,60 +247,65 @@ class Lifeline:
             num_tokens=self._num_tokens,
             num_cached_tokens=self._cached_tokens or 0,
             transfer=self._transfer,
+            tokenize_s=parts.tokenize_s,
+            rerun_s=parts.rerun_s,
+            placement_s=parts.placement_s,
+            reserve_s=parts.reserve_s,
+            network_s=parts.network_s,
+            second_token_s=0.0 if first is None or self._second_token_s is None else self._second_token_s - first,
+            lease_wait_s=self._lease_wait_s,
+            recovery_s=self._recovery_s,
+            stamps=self._stamps(),
         )
 
+    def _parts(self, first_s: float) -> _Parts:
+        """The time to the first token, cut at the attempt's stamps; a stamp that is missing has no stage of its own."""
+        attempt = self._attempt
+        placed_s = attempt.began_s if attempt.placed_s is None else attempt.placed_s
+        sent_s = placed_s if attempt.sent_s is None else attempt.sent_s
+        # No node can have spent more time than went by here, whatever its clock's pace.
+        prefill_s = min(attempt.prefill_s, first_s - sent_s)
+        prefill_queue_s = min(attempt.prefill_queue_s, first_s - sent_s - prefill_s)
+        return _Parts(
+            tokenize_s=self._queued_s - self.arrived_s,
+            rerun_s=attempt.began_s - self._queued_s,
+            placement_s=placed_s - attempt.began_s,
+            reserve_s=sent_s - placed_s,
+            prefill_queue_s=prefill_queue_s,
+            prefill_s=prefill_s,
+            network_s=first_s - sent_s - prefill_queue_s - prefill_s,
+        )
 
-class RequestMetrics:
-    """Counters and histograms over finished lifelines, on a registry of the caller's."""
+    def _stamps(self) -> tuple[Stamp, ...]:
+        attempt = self._attempt
+        taken = (
+            ("arrived", self.arrived_s),
+            ("queued", self._queued_s),
+            ("attempt", attempt.began_s if self.attempts > 1 else None),
+            ("placed", attempt.placed_s),
+            ("leased", attempt.leased_s),
+            ("dispatched", attempt.sent_s),
+            ("first_token", self._first_token_s),
+            ("joined", self._joined_s),
+            ("handed_off", self._handed_off_s),
+            ("second_token", self._second_token_s),
+            ("last_token", self._last_token_s if self._num_tokens else None),
+            ("ended", self._ended_s),
+        )
+        stamps = [Stamp(name, at_s - self.arrived_s) for name, at_s in taken if at_s is not None]
+        return tuple(sorted(stamps, key=lambda stamp: stamp.at_s))
 
-    def __init__(self, registry: CollectorRegistry) -> None:
-        from prometheus_client import Counter, Histogram
 
-        def seconds(name: str, help_text: str) -> Histogram:
-            return Histogram(f"baton_{name}_seconds", help_text, registry=registry, buckets=_LATENCY_BUCKETS_S)
+class _Parts(NamedTuple):
+    """The time to the first token, cut up."""
 
-        def total(name: str, help_text: str, *labels: str) -> Counter:
-            return Counter(f"baton_{name}", help_text, labels, registry=registry)
-
-        self._outcomes = total("requests", "Sequences by terminal outcome and error code", "outcome", "code")
-        self._prompt_tokens = total("prompt_tokens", "Prompt tokens of finished sequences")
-        self._cached_tokens = total("cached_prompt_tokens", "Prompt tokens found in a prefix cache")
-        self._generated_tokens = total("generated_tokens", "Tokens generated")
-        self._reruns = total("reruns", "Attempts after the first, that is after a failure")
-        self._transfer_bytes = total("transfer_bytes", "KV bytes handed over", "transport")
-        self._queue = seconds("router_queue", "Arrival to the prompt's dispatch")
-        self._prefill_queue = seconds("prefill_queue", "Wait in the prefill node's queue")
-        self._prefill = seconds("prefill", "Prompt computation")
-        self._exposed = seconds("transfer_exposed", "Transfer time after the end of the prompt computation")
-        self._ttft = seconds("time_to_first_token", "Arrival to first token")
-        self._tbt = seconds("time_between_tokens", "Mean time between tokens of a sequence")
-        self._e2e = seconds("request_duration", "Arrival to the terminal outcome")
-
-    def observe(self, outcome: str, code: str, relay: Relay, num_prompt_tokens: int) -> None:
-        self._outcomes.labels(outcome, code).inc()
-        self._generated_tokens.inc(relay.num_tokens)
-        self._reruns.inc(relay.attempts - 1)
-        self._e2e.observe(relay.e2e_s)
-        if relay.transfer is not None:
-            self._transfer_bytes.labels(relay.transfer.transport).inc(relay.transfer.num_bytes)
-            self._exposed.observe(relay.transfer.exposed_s)
-        if relay.num_tokens == 0:
-            return
-        self._prompt_tokens.inc(num_prompt_tokens)
-        self._cached_tokens.inc(relay.num_cached_tokens)
-        self._queue.observe(relay.router_queue_s)
-        self._prefill_queue.observe(relay.prefill_queue_s)
-        self._prefill.observe(relay.prefill_s)
-        self._ttft.observe(relay.ttft_s)
-        if relay.num_tokens > 1:
-            self._tbt.observe(relay.tbt_mean_s)
-
-    @staticmethod
-    def gauge(registry: CollectorRegistry, name: str, help_text: str, read: Callable[[], float]) -> None:
-        """A gauge whose value is asked for at scrape time."""
-        from prometheus_client import Gauge
-
-        Gauge(f"baton_{name}", help_text, registry=registry).set_function(read)
+    tokenize_s: float = 0.0
+    rerun_s: float = 0.0
+    placement_s: float = 0.0
+    reserve_s: float = 0.0
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    network_s: float = 0.0
 
 
 def _ms(seconds: float) -> str:

@@ -214,6 +214,8 @@ class NodeDescription:
     device: str
     kernels: str
     software_version: str
+    # host:port of its metrics; empty without.
+    metrics_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,12 @@ class NodeStatus:
     num_running: int = 0
     running_tokens: int = 0
     stalled_s: float = 0.0
+    # Owned blocks by the ledger's states; with the free ones they make up the total.
+    prompt_blocks: int = 0
+    sending_blocks: int = 0
+    leased_blocks: int = 0
+    running_blocks: int = 0
+    quarantined_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""``python -m bench [--quick] [engine|transfer|router|cluster|all]``: prints tables, saves one JSON file a run."""
+"""``python -m bench [--quick] [engine|transfer|router|cluster|observability|all]``: prints tables, saves JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench import measure
 
 # Each module has ``run(quick: bool) -> dict``. A list of flat mappings in it is printed as a table, a mapping as part,
 # the rest as a line; keys starting with "samples" are saved only.
-BENCHES = ("engine", "transfer", "router", "cluster")
+BENCHES = ("engine", "transfer", "router", "cluster", "observability")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

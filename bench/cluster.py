@@ -50,6 +50,7 @@ class Cluster:
     name: str
     stub: router_pb2_grpc.RouterAsyncStub
     nodes: tuple[str, ...]
+    http: str
 
 
 @contextlib.asynccontextmanager
@@ -65,7 +66,7 @@ async def cluster(name: str, roles: Sequence[str], folder: Path, run_dir: Path) 
         ready = await asyncio.to_thread(_await_ready, process, ready_file, log_path)
         async with grpc.aio.insecure_channel(ready["grpc"]) as channel:
             nodes = tuple(f"{node['id']} ({node['role']})" for node in ready["nodes"])
-            yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes)
+            yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, ready["http"])
     finally:
         process.terminate()
         await asyncio.to_thread(_await_end, process)

@@ -29,8 +29,9 @@ import numpy as np
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
-from kvtransfer.host import host_id
+from kvtransfer.digest import ByteArray, LayerDigests
+from kvtransfer.host import host_id, keep_apart
+from kvtransfer.plan import Copy
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
 from kvtransfer.sender import Sender
@@ -200,22 +201,25 @@ class Bench:
         target = LayerDigests(self.copy_target, layout, blocks)
         is_copied = threading.Barrier(2)
 
-        def work(mine: range, others: range) -> None:
+        def work(number: int, mine: range, others: range) -> None:
+            keep_apart(number)
             for layer in mine:
-                for first, count in cut(0, layout.num_blocks, segment_blocks(layout.block_bytes)):
-                    span = slice(layout.offset(layer, first), layout.offset(layer, first + count))
-                    np.copyto(self.copy_target[span], self.source[span])
-                    source.update(layer, first, count)
+                offset, stop = layout.offset(layer, 0), layout.offset(layer, layout.num_blocks)
+                whole = Copy(offset, offset, stop - offset)
+                if not source.copy(layer, 0, layout.num_blocks, [whole], self.copy_target):
+                    np.copyto(self.copy_target[offset:stop], self.source[offset:stop])
+                    source.update(layer, 0, layout.num_blocks)
             is_copied.wait()
             for layer in others:
                 target.update(layer, 0, layout.num_blocks)
 
         halves = range(layout.num_layers // 2), range(layout.num_layers // 2, layout.num_layers)
-        other = threading.Thread(target=work, args=halves[::-1])
+        threads = [threading.Thread(target=work, args=(i, halves[i], halves[1 - i])) for i in range(2)]
         started_s = time.perf_counter()
-        other.start()
-        work(*halves)
-        other.join()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         return time.perf_counter() - started_s
 
     async def push(

@@ -62,6 +62,9 @@ ModelName = Annotated[str, typer.Option(help="What the API calls the model. Defa
 Router = Annotated[
     str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
 ]
+KernelsName = Annotated[
+    Kernels, typer.Option(help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: at present cpu.")
+]
 KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
 NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
@@ -117,6 +120,19 @@ ApiKeys = Annotated[
     ),
 ]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
+PeakTflops = Annotated[
+    float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
+]
+PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
+Otel = Annotated[
+    bool,
+    typer.Option(
+        "--otel",
+        envvar="BATON_OTEL",
+        show_envvar=True,
+        help="Make OpenTelemetry spans of requests; the OTEL_* variables say where they go.",
+    ),
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -136,7 +152,7 @@ def up(
     ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
@@ -150,6 +166,9 @@ def up(
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    otel: Otel = False,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     from baton.registry import RegistryConfig
@@ -176,12 +195,14 @@ def up(
         registry=registry,
         cluster_name=cluster_name,
         api_keys=tuple(api_key or ()),
+        router_arguments=("--otel",) if otel else (),
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
             *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
+            *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
     )
     is_first = True
@@ -191,6 +212,7 @@ def up(
         if is_first:
             is_first = False
             console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            console.print(f"status page: {endpoints.http}/status", highlight=False)
             console.print(f'try: baton generate --router {endpoints.grpc} --relay "Once upon a time"', highlight=False)
 
     workers = ", ".join(node_id for node_id, _ in options.worker_roles())
@@ -201,14 +223,14 @@ def up(
 @app.command()
 def worker(
     model: Model,
-    role: Annotated[RoleName, typer.Option()],
+    role: Annotated[RoleName, typer.Option(help="prefill, decode, or mixed: what the worker is used for.")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
     node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
     advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
     transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
@@ -223,6 +245,12 @@ def worker(
     registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
     grace: Grace = 10.0,
     digest: Digest = OnOff.on,
+    metrics_port: Annotated[
+        int,
+        typer.Option(min=-1, max=65535, help="Port of GET /metrics on --listen's host; 0 = any free one, -1 = none."),
+    ] = 0,
+    peak_tflops: PeakTflops = 0.0,
+    peak_gbps: PeakGbps = 0.0,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run one worker: a model replica that computes prompts, generates tokens, or both.
@@ -237,6 +265,7 @@ def worker(
     from baton.types import Role
     from cli.registration import LeaseConfig
     from cli.worker import WorkerConfig, serve
+    from cli.worker_metrics import Peaks
 
     _log_to_stderr()
     config = WorkerConfig(
@@ -262,6 +291,8 @@ def worker(
         registry=RegistryConfig(registry, cluster_name) if registry else None,
         registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
+        metrics_port=None if metrics_port < 0 else metrics_port,
+        peaks=Peaks(peak_tflops * 1e12, peak_gbps * 1e9),
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
@@ -282,6 +313,10 @@ def router(
     model_name: ModelName = "",
     api_key: ApiKeys = None,
     grace: Grace = 5.0,
+    vllm_metrics: Annotated[
+        bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
+    ] = True,
+    otel: Otel = False,
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
@@ -305,6 +340,8 @@ def router(
         model_name=model_name or model_source.name_of(model),
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
+        vllm_metrics=vllm_metrics,
+        otel=otel,
     )
 
     async def run() -> None:
@@ -376,6 +413,20 @@ def status(
         ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
+@app.command()
+def trace(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("baton-trace.json"),
+    last: Annotated[float, typer.Option(min=0.0, help="Seconds back from now. 0: all that nodes keep.")] = 10.0,
+    router: Router = "127.0.0.1:50051",
+    api_key: ApiKey = "",
+) -> None:
+    """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
+    from cli.trace import write
+
+    with _client(router, api_key) as client:
+        write(client, last, output, Console())
+
+
 @app.command("drain")
 def drain_node(
     node: Annotated[str, typer.Argument(help="Node id or host:port.")],
@@ -415,11 +466,13 @@ def health(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Also look at this model.")] = "",
+    registry: Registry = "",
+    cluster_name: ClusterName = "default",
 ) -> None:
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model), Console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), Console()))
 
 
 @app.command()

@@ -78,6 +78,7 @@ class _Worker:
     node_id: str
     role: str
     address: str
+    metrics: str
     program: Program
 
 
@@ -100,7 +101,14 @@ async def up(
     with ExitStack() as resources:
         log_dir = resources.enter_context(_run_directory(options.log_dir))
         workers = [
-            _worker(options, folder, node_id, role, resources.enter_context(_port(options.host, 0)))
+            _worker(
+                options,
+                folder,
+                node_id,
+                role,
+                resources.enter_context(_port(options.host, 0)),
+                resources.enter_context(_port(options.host, 0)),
+            )
             for node_id, role in options.worker_roles()
         ]
         endpoints = Endpoints(
@@ -178,7 +186,7 @@ def _command(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "cli", name, "--die-with-parent", str(os.getpid()), *arguments)
 
 
-def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port: int) -> _Worker:
+def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port: int, metrics_port: int) -> _Worker:
     num_workers = options.num_prefill + options.num_decode + options.num_mixed
     address = f"{options.host}:{port}"
     command = _command(
@@ -187,9 +195,11 @@ def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port
         *("--model-name", options.model_name or model_source.name_of(options.model)),
         *("--threads", str(_threads(options, num_workers))),
         *("--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))),
+        *("--metrics-port", str(metrics_port)),
         *options.worker_arguments,
     )
-    return _Worker(node_id, role, address, Program(node_id, command, lambda pid: _worker_answers(address, pid)))
+    program = Program(node_id, command, lambda pid: _worker_answers(address, pid))
+    return _Worker(node_id, role, address, f"{options.host}:{metrics_port}", program)
 
 
 def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpoints: Endpoints) -> Program:
@@ -230,7 +240,13 @@ def _ready_content(endpoints: Endpoints, workers: list[_Worker], pids: Mapping[s
         "grpc": endpoints.grpc,
         "router_pid": pids["router"],
         "nodes": [
-            {"id": worker.node_id, "role": worker.role, "pid": pids[worker.node_id], "address": worker.address}
+            {
+                "id": worker.node_id,
+                "role": worker.role,
+                "pid": pids[worker.node_id],
+                "address": worker.address,
+                "metrics": worker.metrics,
+            }
             for worker in workers
         ],
     }

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import platform
 import shutil
-import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -19,24 +16,15 @@ from rich.table import Table
 
 from baton import __version__
 from baton.errors import BatonError
-from cli import host, model_source
-from cli.process import ReservedPort
+from cli import host, machine, model_source
+from cli.machine import Finding
 
 _DISTRIBUTION = "baton-serve"
 _MARKS = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]-[/dim]"}
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """``is_ok`` None is neither good nor bad: something to know. ``advice`` is how to mend what is not ok."""
-
-    subject: str
-    is_ok: bool | None
-    found: str
-    advice: str = ""
-
-
-def examine(model: str = "") -> list[Finding]:
+def examine(model: str = "", registry: str = "", cluster: str = "default") -> list[Finding]:
+    """``registry``: the URL of a Redis that is to be looked at too."""
     findings = [
         Finding("baton", True, f"{__version__} in {Path(__file__).resolve().parents[1]}"),
         Finding(
@@ -49,8 +37,11 @@ def examine(model: str = "") -> list[Finding]:
         *(_extra(name) for name in ("", "router", "worker")),
     ]
     has_torch = all(f.is_ok is not False for f in findings)
-    findings += [*_torch()] if has_torch else []
-    findings += [*_transports(), *_resources(), *_ports()]
+    findings += [*_torch(), *machine.kernels()] if has_torch else []
+    findings += [machine.driver(), *_transports(), *machine.memory_sharing(), *_resources(), *machine.limits()]
+    findings += machine.ports()
+    if registry:
+        findings.append(machine.registry(registry, cluster))
     if model:
         findings.append(_model(model, has_torch))
     return findings
@@ -62,9 +53,10 @@ def report(findings: list[Finding], console: Console) -> int:
     for finding in findings:
         table.add_row(_MARKS[finding.is_ok], finding.subject, escape(finding.found))
     console.print(table)
+    for finding in findings:
+        if finding.is_ok is not True and finding.advice:
+            console.print(f"[bold]{finding.subject}[/bold]: {escape(finding.advice)}", highlight=False)
     faults = [finding for finding in findings if finding.is_ok is False]
-    for fault in faults:
-        console.print(f"[bold]{fault.subject}[/bold]: {escape(fault.advice)}", highlight=False)
     console.print("[red]this machine cannot serve yet[/red]" if faults else "this machine can serve: try `make demo`")
     return 1 if faults else 0
 
@@ -118,31 +110,10 @@ def _torch() -> Iterator[Finding]:
 
 
 def _transports() -> Iterator[Finding]:
-    fault = _shm_fault()
-    advice = "workers on one host will move KV by tcp; memfd and unix sockets need Linux 3.17 or newer"
-    yield Finding("transport shm", True if not fault else None, fault or "memfd and unix sockets work")
-    if fault:
-        yield Finding("", None, advice)
+    fault = machine.shm_fault()
+    advice = "workers on one host will move KV by tcp; memfd and unix sockets need Linux 3.17 or newer" if fault else ""
+    yield Finding("transport shm", None if fault else True, fault or "memfd and unix sockets work", advice)
     yield Finding("transport tcp", True, "always there")
-
-
-def _shm_fault() -> str:
-    """Does once what two workers on one host do: pass shared memory over a unix socket."""
-    if not hasattr(os, "memfd_create"):
-        return "no memfd on this platform"
-    try:
-        fd = os.memfd_create("baton-doctor")
-        try:
-            left, right = socket.socketpair(socket.AF_UNIX)
-            with left, right:
-                socket.send_fds(left, [b"x"], [fd])
-                for received in socket.recv_fds(right, 1, 1)[1]:
-                    os.close(received)
-        finally:
-            os.close(fd)
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _resources() -> Iterator[Finding]:
@@ -153,16 +124,6 @@ def _resources() -> Iterator[Finding]:
     yield Finding("memory", memory > 1 << 30, found, "less than 1 GiB is free: end other programs")
     free = shutil.disk_usage(Path.home()).free
     yield Finding("disk", None, f"{free / 2**30:.0f} GiB free for models fetched from the hub")
-
-
-def _ports() -> Iterator[Finding]:
-    for name, port in (("http port", 8000), ("grpc port", 50051)):
-        try:
-            ReservedPort("127.0.0.1", port).close()
-        except OSError:
-            yield Finding(name, None, f"{port} is taken: baton up --{name.replace(' ', '-')} 0 takes any free one")
-        else:
-            yield Finding(name, None, f"{port} is free")
 
 
 def _model(model: str, has_torch: bool) -> Finding:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from baton.errors import InternalError
 from baton.types import KvLayout, ModelDescription
 from cli.leaving import Leaving
+from engine.cost import CostModel
 from engine.replica import RunnerLike
 from kvtransfer.arena import Arena
 
@@ -29,6 +30,9 @@ class LoadedModel(RunnerLike, Protocol):
 
     @property
     def kernels(self) -> str: ...
+
+    @property
+    def cost(self) -> CostModel | None: ...
 
 
 # Gives the bytes of the KV cache, in memory that peers on this host can map.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import grpc.aio
 
 from baton import codec
+from baton.clock import Clock
 from baton.errors import InvalidRequest
+from baton.timeline import Timeline
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.replica import Replica
@@ -22,11 +25,15 @@ class NodeService(node_pb2_grpc.NodeServicer):
         status: Callable[[], NodeStatus],
         replica: Replica,
         drain: Callable[[float], float],
+        timeline: Timeline,
+        clock: Clock,
     ) -> None:
         self._node = node
         self._status = status
         self._replica = replica
         self._drain = drain
+        self._timeline = timeline
+        self._clock = clock
 
     async def Describe(  # noqa: N802 - the name in the proto
         self,
@@ -72,3 +79,21 @@ class NodeService(node_pb2_grpc.NodeServicer):
                 for line in owners
             ],
         )
+
+    async def Clock(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.ClockRequest,
+        context: grpc.aio.ServicerContext[node_pb2.ClockRequest, node_pb2.ClockResponse],
+    ) -> node_pb2.ClockResponse:
+        return node_pb2.ClockResponse(now_s=self._clock.now())
+
+    async def Trace(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.TraceRequest,
+        context: grpc.aio.ServicerContext[node_pb2.TraceRequest, node_pb2.TraceResponse],
+    ) -> node_pb2.TraceResponse:
+        last_s = codec.last_s_from_pb(request.last_s)
+        recorded = self._timeline.since(self._clock.now() - last_s)
+        status = self._status()
+        # Thousands of spans: made off the loop that carries tokens.
+        return await asyncio.to_thread(codec.recorded_to_pb, self._node, status.role, recorded)

@@ -19,16 +19,20 @@ from pathlib import Path
 from baton import PROTOCOL_VERSION, __version__
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig, InternalError
+from baton.metrics import exposition
+from baton.metrics_server import MetricsServer
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.server import GrpcServer
+from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
-from cli import drain
+from cli import drain, energy
 from cli.drain import DrainConfig
 from cli.leaving import Leaving
 from cli.loading import Allocate, LoadedModel, Loading
 from cli.node import NodeService
 from cli.registration import LeaseConfig, Registration
+from cli.worker_metrics import Peaks, WorkerMetrics
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
 from engine.replica import Replica
@@ -87,7 +91,10 @@ class WorkerConfig:
     close_s: float = 3.0
     # Health turns NOT_SERVING when the engine makes no progress for this long.
     stall_limit_s: float = 30.0
-    # Gets {node_id, role, pid, address} once all is served.
+    # Where GET /metrics is answered, on the host of ``listen``. 0: any free port; None: nowhere.
+    metrics_port: int | None = 0
+    peaks: Peaks = field(default_factory=Peaks)
+    # Gets {node_id, role, pid, address, metrics} once all is served.
     ready_file: Path | None = None
     ready_fd: int | None = None
 
@@ -96,6 +103,8 @@ class WorkerConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
+            raise BadConfig(f"metrics_port is {self.metrics_port}, expected a port, 0 or None", param="metrics_port")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadConfig(f"num_blocks is {self.num_blocks}, expected at least 1", param="num_blocks")
         is_anywhere = self.listen.rpartition(":")[0] in ("", "0.0.0.0", "[::]", "::")  # noqa: S104 - not to bind
@@ -166,6 +175,7 @@ class _Worker:
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
         clock = MonotonicClock()
+        timeline = Timeline()
         transfer = TransferConfig(transports=config.transports, digest=config.digest)
         if config.layerwise_from_bytes is not None:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
@@ -173,15 +183,27 @@ class _Worker:
         layout = model.layout
         self._server = GrpcServer()
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
-        self.node = _describe(config, model, address, transfer)
+        self._metrics_server, metrics_address = self._bind_metrics(address)
+        self.node = replace(_describe(config, model, address, transfer), metrics_address=metrics_address)
+        self._metrics = WorkerMetrics(self.node, model.cost, config.peaks, energy.sources(model.device))
         self._replica = Replica(
             model,
             Scheduler(_scheduler_config(config, model), BlockPool(layout.num_blocks)),
             num_layers=layout.num_layers,
             clock=clock,
             on_fatal=self._from_dying_engine,
+            meter=self._metrics.engine,
+            timeline=timeline,
         )
-        self._sender = Sender(self.node, layout, arena, config=transfer, clock=clock)
+        self._sender = Sender(
+            self.node,
+            layout,
+            arena,
+            config=transfer,
+            clock=clock,
+            observer=self._metrics.transfers,
+            timeline=timeline,
+        )
         self._receiver = Receiver(self.node, layout, arena, on_event=self._from_receiver, config=transfer, clock=clock)
         self._prefill = PrefillService(
             replica=self._replica,
@@ -199,13 +221,23 @@ class _Worker:
             node_id=self.node.node_id,
             clock=clock,
             config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
+            observer=self._metrics,
         )
+        self._metrics.watch(self._replica, self._receiver, self._status, lambda: leaving.is_draining)
         add = self._server.add
-        node_service = NodeService(self.node, self._status, self._replica, leaving.ask)
+        node_service = NodeService(self.node, self._status, self._replica, leaving.ask, timeline, clock)
         add(node_pb2_grpc.add_NodeServicer_to_server, node_service, "baton.v1.Node")
         add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self._prefill, "baton.v1.PrefillNode")
         add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self._decode, "baton.v1.DecodeNode")
         add(transfer_pb2_grpc.add_KvTransferServicer_to_server, self._receiver, "baton.v1.KvTransfer")
+
+    def _bind_metrics(self, address: str) -> tuple[MetricsServer, str]:
+        """The server, and where others reach it (empty: nowhere)."""
+        server = MetricsServer(lambda: exposition(self._metrics.metrics))
+        if self._config.metrics_port is None:
+            return server, ""
+        port = server.bind(self._config.listen.rpartition(":")[0], self._config.metrics_port)
+        return server, f"{address.rpartition(':')[0]}:{port}"
 
     async def run(self) -> bool:
         """Until it is time to go; False if the engine's thread would not end."""
@@ -214,6 +246,8 @@ class _Worker:
         self._replica.start()
         try:
             await self._server.start()
+            if self.node.metrics_address:
+                await self._metrics_server.start()
             await self._register()
             self._announce()
             self._leaving.feed(drain.Loaded())
@@ -277,6 +311,7 @@ class _Worker:
             await self._sender.close()
             await self._receiver.close()
             await self._server.stop(1.0)
+            await self._metrics_server.close()
         if await asyncio.to_thread(self._replica.stop, limit_s):
             return True
         _log.error("the engine's last step did not end in %s s", limit_s)
@@ -296,6 +331,7 @@ class _Worker:
         return self._replica.status(self.node.role)
 
     def _from_receiver(self, notice: ReceiverNotice) -> None:
+        self._metrics.lease_ended(notice)
         match notice:
             case Arrived(sequence_id, _, first_token):
                 self._decode.arrived(sequence_id, first_token)
@@ -314,7 +350,8 @@ class _Worker:
 
     def _announce(self) -> None:
         node = self.node
-        text = json.dumps({"node_id": node.node_id, "role": node.role.value, "pid": node.pid, "address": node.address})
+        facts = {"node_id": node.node_id, "role": node.role.value, "pid": node.pid, "address": node.address}
+        text = json.dumps({**facts, "metrics": node.metrics_address})
         if self._config.ready_file is not None:
             # Whoever waits for the file must never read half of it.
             partial = self._config.ready_file.with_name(f"{self._config.ready_file.name}.{os.getpid()}")

@@ -30,6 +30,14 @@ class ReceiverLike(Protocol):
         """End the lease early; Released follows once it is fenced."""
 
 
+class DecodeObserver(Protocol):
+    """Hears what leases come to, on the event loop."""
+
+    def granted(self) -> None: ...
+
+    def joined(self, wait_s: float) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class DecodeConfig:
     """How long a lease may last: what the router asks for, within these limits."""
@@ -59,7 +67,9 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         clock: Clock,
         config: DecodeConfig | None = None,
         session_config: SessionConfig | None = None,
+        observer: DecodeObserver | None = None,
     ) -> None:
+        self._observer = observer
         self._replica = replica
         self._receiver = receiver
         self._describe = describe
@@ -194,7 +204,15 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
             case m.StopCompute(sequence_id):
                 self._replica.cancel(sequence_id)
             case m.SendLease() | m.SendRefused() | m.SendJoined() | m.SendTokens() | m.SendFailed():
+                if self._observer is not None and isinstance(action, m.SendLease | m.SendJoined):
+                    self._observe(self._observer, action)
                 self._host.put(action.session, action)
+
+    def _observe(self, observer: DecodeObserver, action: m.SendLease | m.SendJoined) -> None:
+        if isinstance(action, m.SendLease):
+            observer.granted()
+        else:
+            observer.joined(action.wait_s)
 
     def _grant(self, action: m.Grant) -> None:
         sequence_id = action.spec.sequence_id

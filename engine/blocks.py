@@ -109,6 +109,13 @@ class BlockPool:
             heapq.heappush(self._free, block)
         return len(holding.block_ids)
 
+    def blocks_by_state(self) -> dict[BlockState, int]:
+        """The ledger in short: owned blocks by why they are held."""
+        counts = dict.fromkeys(BlockState, 0)
+        for held in self._holdings.values():
+            counts[held.state] += len(held.block_ids)
+        return counts
+
     def ledger(self, now: float) -> list[OwnerEntry]:
         return [
             OwnerEntry(owner, held.state, len(held.block_ids), held.epoch, max(0.0, now - held.since_s))

@@ -22,6 +22,8 @@ class FakeRunner:
 
     device = "cpu"
     kernels = "fake"
+    # What a step costs is not known.
+    cost = None
 
     def __init__(
         self,

@@ -15,8 +15,10 @@ from typing import Protocol
 
 from baton.clock import Clock
 from baton.errors import BatonError, Draining, InternalError
+from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
-from engine.blocks import OwnerEntry
+from engine.blocks import BlockState, OwnerEntry
+from engine.meter import EngineMeter
 from engine.schedule import EngineEvent, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
@@ -81,12 +83,16 @@ class Replica:
         num_layers: int,
         clock: Clock,
         on_fatal: Callable[[BaseException], None] | None = None,
+        timeline: Timeline | None = None,
+        meter: EngineMeter | None = None,
     ) -> None:
         self._runner = runner
         self._scheduler = scheduler
         self._num_layers = num_layers
         self._clock = clock
         self._on_fatal = on_fatal
+        self._timeline = timeline or Timeline()
+        self._meter = meter
         self._changed = threading.Condition(threading.Lock())
         # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
         self._listeners: dict[str, Listener] = {}
@@ -181,7 +187,9 @@ class Replica:
     def join(self, sequence_id: str, first_token: TokenChunk, listener: Listener) -> None:
         """The leased blocks are filled: decode on. Raises InvalidRequest, InternalError."""
         with self._changed:
-            self._scheduler.join(sequence_id, first_token, self._clock.now())
+            now = self._clock.now()
+            self._scheduler.join(sequence_id, first_token, now)
+            self._timeline.joined(sequence_id, now)
             self._listeners[sequence_id] = listener
             self._woken()
 
@@ -205,6 +213,7 @@ class Replica:
     def status(self, role: Role) -> NodeStatus:
         with self._changed:
             load, pool, draining = self._scheduler.load(), self._scheduler.pool, self._is_draining
+            owned = pool.blocks_by_state()
             return NodeStatus(
                 role=role,
                 draining=draining,
@@ -215,7 +224,17 @@ class Replica:
                 num_running=load.num_running,
                 running_tokens=load.running_tokens,
                 stalled_s=self.stalled_s,
+                prompt_blocks=owned[BlockState.PROMPT],
+                sending_blocks=owned[BlockState.SENDING],
+                leased_blocks=owned[BlockState.LEASED],
+                running_blocks=owned[BlockState.RUNNING],
+                quarantined_blocks=owned[BlockState.QUARANTINED],
             )
+
+    def leased_tokens(self) -> int:
+        """Known tokens of sequences that are computed elsewhere and have not arrived."""
+        with self._changed:
+            return self._scheduler.leased_tokens
 
     def ledger(self) -> tuple[int, int, list[OwnerEntry]]:
         """Total blocks, free blocks and every owner."""
@@ -256,13 +275,22 @@ class Replica:
                 self._busy_since_s = None
                 self._changed.wait(_MAX_IDLE_S)
                 return True
-            self._busy_since_s = self._clock.now()
+            started_s = self._busy_since_s = self._clock.now()
         _deliver(deliveries)
         for sequence_id in forgotten:
             self._runner.forget(sequence_id)
         if plan is not None:
             self._step(plan)
+            # Set when the step had been applied.
+            self._record(plan, started_s, self._busy_since_s)
         return True
+
+    def _record(self, plan: StepPlan, started_s: float, ended_s: float) -> None:
+        prompts = [p for p in plan.pieces if p.start < p.sequence.spec.num_known_tokens]
+        self._timeline.step(
+            started_s, ended_s, sum(p.num_tokens for p in prompts), len(plan.pieces) - len(prompts),
+            (p.sequence.sequence_id for p in prompts),
+        )  # fmt: skip
 
     def _step(self, plan: StepPlan) -> None:
         block_tokens = self._scheduler.config.block_tokens
@@ -279,15 +307,7 @@ class Replica:
                 if sink is not None:
                     sink.advance(layer, num_blocks)
 
-        result: StepResult | None = None
-        failure: BatonError = InternalError("the step failed")
-        try:
-            result = self._runner.execute(plan, on_layer if news else None)
-        except BatonError as error:
-            failure = error
-        except Exception as error:
-            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
-            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
+        result, failure = self._execute(plan, on_layer if news else None)
         with self._changed:
             if result is None:
                 self._num_failed_steps += 1
@@ -304,6 +324,25 @@ class Replica:
             deliveries = self._address(events)
             self._collect_gone()
         _deliver(deliveries)
+        if self._meter is not None:
+            self._meter.outcome(events)
+
+    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> tuple[StepResult | None, BatonError]:
+        """What came of the step; without a result, why."""
+        result: StepResult | None = None
+        failure: BatonError = InternalError("the step failed")
+        began_s = self._clock.now()
+        try:
+            result = self._runner.execute(plan, on_layer)
+        except BatonError as error:
+            failure = error
+        except Exception as error:
+            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
+            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
+        if self._meter is not None:
+            # Before the plan is applied: sequences say what they were in the step.
+            self._meter.step(plan, self._clock.now() - began_s, has_failed=result is None)
+        return result, failure
 
     # -- inside, with the lock held
 

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from baton.errors import BadConfig
-from baton.types import DTYPE_BYTES, KvLayout, ModelDescription
+from baton.types import DTYPE_BYTES, KvLayout, ModelDescription, SamplingParams, SequenceSpec
 from engine.batch import build_batch
 from engine.config import EngineConfig, ModelConfig
+from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow
 from engine.draws import draws_of
 from engine.kernels import select_kernels
@@ -22,7 +23,7 @@ from engine.kv_cache import TORCH_DTYPES, KvCache
 from engine.model import Model
 from engine.sampler import Sampler, is_plain
 from engine.staging import new_event, to_device, to_host
-from engine.step import Sampled, Sequence, StepPlan, StepResult
+from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
 from engine.weights import Checkpoint, fingerprint
 
 
@@ -64,6 +65,7 @@ class Runner:
         self.layout = cache.layout
         self.kernels = kernels.name
         self.device = str(kernels.device)
+        self.cost = CostModel.of(model_config, cache.layout.dtype)
         self._kernels = kernels
         self._model = model
         self._cache = cache
@@ -106,7 +108,7 @@ class Runner:
             max_model_tokens=model_config.max_model_tokens,
             vocab_size=model_config.vocab_size,
         )
-        return cls(
+        runner = cls(
             model,
             cache,
             model_config=model_config,
@@ -114,6 +116,18 @@ class Runner:
             kernels=kernels,
             graphs=graphs,
         )
+        runner._warm_up()
+        return runner
+
+    def _warm_up(self) -> None:
+        """A prompt and a generated token through block 0, so that no kernel is compiled while serving."""
+        spec = SequenceSpec("warm-up", (0, 0), SamplingParams(temperature=0.0, max_tokens=2, seed=0))
+        sequence = Sequence(spec)
+        sequence.block_ids = [0]
+        self.execute(StepPlan((Piece(sequence, 0, 2, samples=True),)))
+        sequence.token_ids.append(0)
+        self.execute(StepPlan((Piece(sequence, 2, 1, samples=True),)))
+        self.forget("warm-up")
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Run one step. ``on_layer`` as in ``launch``."""

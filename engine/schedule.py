@@ -342,6 +342,11 @@ class Scheduler:
         """Sequences and leases that hold or want blocks."""
         return len(self._entries) + len(self._leases)
 
+    @property
+    def leased_tokens(self) -> int:
+        """Known tokens of the leases whose bytes are to come."""
+        return sum(spec.num_known_tokens for spec in self._leases.values())
+
     def is_in_flight(self, sequence_id: str) -> bool:
         entry = self._entries.get(sequence_id)
         return entry is not None and entry.is_in_flight

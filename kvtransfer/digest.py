@@ -8,21 +8,28 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import itertools
 import threading
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from baton.types import KvLayout
-from kvtransfer.plan import Span, spans
+from kvtransfer.plan import Copy, Span, spans
+
+if TYPE_CHECKING:
+    from kvtransfer.onepass import OnePass
 
 DIGEST_NAME = "xxh3_128/512k"
 DIGEST_BYTES = 16
 # One call hashes this much: it still fits a core's cache beside its copy, and the call (0.4 us) is lost in it.
 _SEGMENT_BYTES = 512 << 10
+# The compiled pass takes blocks that are multiples of this, to places aligned so.
+ROW_UNIT_BYTES = 1024
+ALIGNMENT_BYTES = 64
 
 ByteArray = npt.NDArray[np.uint8]
 
@@ -109,6 +116,37 @@ def _best_hash() -> _Hash:
     return found
 
 
+def _compiled_pass() -> OnePass | None:
+    """None without llvmlite, or if what it made does not give the hashes of the library."""
+    try:
+        from kvtransfer.onepass import OnePass  # llvmlite may be missing
+    except ImportError:
+        return None
+    found = OnePass()
+    source, target = np.arange(8 << 10, dtype=np.uint16).view(np.uint8), np.zeros(16 << 10, np.uint8)
+    address, skip = source.ctypes.data, -target.ctypes.data % 64
+    parts = [Span(0, 3 << 10), Span(8 << 10, 1 << 10), Span(9 << 10, 3 << 10)]
+    wanted = [_hash_through_module(address, parts[:1] + parts[1:2]), _hash_through_module(address, parts[2:])]
+    for is_copying in (False, True):
+        rows = [(address + a, target.ctypes.data + skip + a if is_copying else 0, n) for a, n in parts]
+        if [bytes(h) for h in _run(found, rows, 4 << 10, is_copying=is_copying)] != [bytes(h) for h in wanted]:
+            return None
+    is_copied = all(np.array_equal(target[skip + a : skip + a + n], source[a : a + n]) for a, n in parts)
+    return found if is_copied else None
+
+
+def _run(
+    one_pass: OnePass, rows: Sequence[tuple[int, int, int]], segment_bytes: int, *, is_copying: bool
+) -> Iterable[_Hash128]:
+    """Hashes of the segments of rows (source address, target address, number of bytes) that follow each other."""
+    num_bytes = sum(row[2] for row in rows)
+    hashes = (_Hash128 * -(-num_bytes // segment_bytes))()
+    table = (ctypes.c_uint64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
+    run = one_pass.copy_rows if is_copying else one_pass.hash_rows
+    run(ctypes.addressof(table), num_bytes, segment_bytes, ctypes.addressof(hashes))
+    return hashes
+
+
 class LayerDigests:
     """Hashes of the segments of one transfer at one end. Any thread may hash any part at any time.
 
@@ -116,6 +154,7 @@ class LayerDigests:
     """
 
     _hash: _Hash = staticmethod(_best_hash())
+    _compiled = _compiled_pass()
 
     def __init__(self, memory: ByteArray, layout: KvLayout, block_ids: Sequence[int]) -> None:
         self._memory = memory
@@ -124,32 +163,60 @@ class LayerDigests:
         self._block_ids = block_ids
         self._step = segment_blocks(layout.block_bytes)
         self._num_segments = -(-len(block_ids) // self._step)
+        self._one_pass = self._compiled if layout.block_bytes % ROW_UNIT_BYTES == 0 else None
         # Row by row: [num_layers, num_segments].
         self._table = (_Hash128 * (layout.num_layers * self._num_segments))()
         self._counts = [0] * len(self._table)
         self._lock = threading.Lock()
-        # Where a part of a segment lies in layer 0, by (first, num_blocks).
+        # Where a range of blocks lies in layer 0, by (first, num_blocks).
         self._parts: dict[tuple[int, int], list[Span]] = {}
 
     def update(self, layer: int, first: int, num_blocks: int) -> None:
         """Hash the segments that begin in a range of blocks and were not hashed as far as it reaches."""
         stop = first + num_blocks
         assert 0 <= first <= stop <= len(self._block_ids), "range outside the lease"
-        for start in range(-(-first // self._step) * self._step, stop, self._step):
-            count = min(self._step, stop - start)
-            if self._counts[layer * self._num_segments + start // self._step] < count:
-                self._update(layer, start, count)
+        begin, base = -(-first // self._step) * self._step, layer * self._num_segments
+        for start in range(begin, stop, self._step):
+            if self._counts[base + start // self._step] < min(self._step, stop - start):
+                self._update(layer, start, stop - start)
+                return
 
-    def _update(self, layer: int, start: int, count: int, *, shorter: bool = False) -> None:
-        parts = self._parts.get((start, count))
-        if parts is None:
-            parts = self._parts[start, count] = spans(self._layout, 0, self._block_ids, start, count)
-        found = self._hash(self._address + self._layout.offset(layer, 0), parts)
-        i = layer * self._num_segments + start // self._step
+    def copy(self, layer: int, first: int, num_blocks: int, copies: Sequence[Copy], target: ByteArray) -> bool:
+        """Copy a range, beginning with a segment, and hash it in the same pass; False if this has to be done in two."""
+        address = target.ctypes.data
+        if self._one_pass is None or first % self._step or address % ALIGNMENT_BYTES:
+            return False
+        rows = [(self._address + c.src_offset, address + c.dst_offset, c.num_bytes) for c in copies]
+        hashes = _run(self._one_pass, rows, self._step * self._layout.block_bytes, is_copying=True)
+        self._keep(layer, first, num_blocks, hashes)
+        return True
+
+    def _update(self, layer: int, start: int, num_blocks: int, *, shorter: bool = False) -> None:
+        """Hash blocks from the beginning of a segment on."""
+        base, size = self._address + self._layout.offset(layer, 0), self._layout.block_bytes
+        if self._one_pass is not None:
+            rows = [(base + offset, 0, num_bytes) for offset, num_bytes in self._spans(start, num_blocks)]
+            found = _run(self._one_pass, rows, self._step * size, is_copying=False)
+        else:
+            found = [self._hash(base, self._spans(*piece)) for piece in cut(start, num_blocks, self._step)]
+        self._keep(layer, start, num_blocks, found, shorter=shorter)
+
+    def _spans(self, first: int, num_blocks: int) -> list[Span]:
+        found = self._parts.get((first, num_blocks))
+        if found is None:
+            found = self._parts[first, num_blocks] = spans(self._layout, 0, self._block_ids, first, num_blocks)
+        return found
+
+    def _keep(
+        self, layer: int, start: int, num_blocks: int, hashes: Iterable[_Hash128], *, shorter: bool = False
+    ) -> None:
+        base = layer * self._num_segments
         with self._lock:
-            # Another thread may have come further meanwhile.
-            if shorter or count > self._counts[i]:
-                self._table[i], self._counts[i] = found, count
+            for (first, count), found in zip(cut(start, num_blocks, self._step), hashes, strict=True):
+                i = base + first // self._step
+                # Another thread may have come further meanwhile.
+                if shorter or count > self._counts[i]:
+                    self._table[i], self._counts[i] = found, count
 
     def forget(self, layer: int) -> None:
         """The layer is written again: what was hashed no longer counts."""
@@ -160,7 +227,7 @@ class LayerDigests:
     def missing(self, layer: int, num_blocks: int) -> list[tuple[int, int]]:
         """Segments (first, num_blocks) that the digest of the first ``num_blocks`` blocks needs and has not."""
         base = layer * self._num_segments
-        wanted = [(start, min(self._step, num_blocks - start)) for start in range(0, num_blocks, self._step)]
+        wanted = cut(0, num_blocks, self._step)
         return [(start, count) for i, (start, count) in enumerate(wanted) if self._counts[base + i] != count]
 
     def layer_digest(self, layer: int, num_blocks: int) -> bytes:

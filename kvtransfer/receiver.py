@@ -141,6 +141,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._writers: dict[int, DataPlane] = {}
         self._next_channel = 1
         self._next_epoch = 1
+        # Commits whose bytes were not the ones that were sent.
+        self.num_digest_failures = 0
         self._notices: deque[machine.Arrive | ReceiverNotice] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
@@ -280,6 +282,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             failure = codec.failure_of(InternalError(f"verification failed: {error}"))
             self._handle(machine.VerifyFailed(epoch, commit.attempt, failure))
         else:
+            self.num_digest_failures += bool(damaged)
             self._handle(machine.Verified(epoch, commit.attempt, damaged))
 
     def _notify(self, notice: machine.Arrive | ReceiverNotice) -> None:

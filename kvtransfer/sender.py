@@ -11,7 +11,8 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, InternalError, InvalidRequest, Unavailable
+from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
+from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
@@ -24,16 +25,33 @@ from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
 _MAX_IDLE_PEERS = 256
 
 
+class SenderObserver:
+    """Hears how transfers went, on the event loop. This one does not listen."""
+
+    def pushed(self, report: TransferReport) -> None:
+        """The receiver has taken over."""
+
+    def failed(self, error: BatonError) -> None:
+        """A transfer ended without arriving, and nobody had asked for that."""
+
+
 class Push:
     """One sequence on its way to one lease. ``layer_ready`` from any thread, the rest on the event loop."""
 
     def __init__(
-        self, number: int, lease: Lease, peer: _Peer, job_of: Callable[[Push], WriteJob], clock: Clock
+        self,
+        number: int,
+        lease: Lease,
+        peer: _Peer,
+        job_of: Callable[[Push], WriteJob],
+        clock: Clock,
+        observer: SenderObserver,
     ) -> None:
         self._number = number
         self._lease = lease
         self._peer = peer
         self._clock = clock
+        self._observer = observer
         self._loop = asyncio.get_running_loop()
         # Set once: None if the receiver took over, else the error.
         self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
@@ -78,15 +96,24 @@ class Push:
         assert plan is not None
         assert self._started_s is not None
         assert self._first_ready_s is not None
-        return TransferReport(
+        started_s = min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s
+        self._peer.timeline.transfer(
+            Transfer(
+                self.sequence_id, self._lease.node_id, self._transport, self.layerwise, plan.num_bytes, started_s,
+                asked_s, now,
+            )
+        )  # fmt: skip
+        report = TransferReport(
             transport=self._transport,
             layerwise=self.layerwise,
             num_bytes=plan.num_bytes,
             num_blocks=plan.num_blocks,
-            total_s=now - (min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s),
+            total_s=now - started_s,
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
         )
+        self._observer.pushed(report)
+        return report
 
     async def abort(self, reason: str) -> None:
         """Give the lease back. When this returns no write is under way: the source blocks may be freed."""
@@ -118,6 +145,8 @@ class Push:
         self._job.stop()
 
     def finish(self, error: BatonError | None) -> None:
+        if error is not None and not isinstance(error, Cancelled):
+            self._observer.failed(error)
         self._outcome.set_result(error)
 
     # What the lanes tell us, from any thread.
@@ -144,6 +173,7 @@ class _Peer:
         self.connection: Connection | None = None
         self.pushes: dict[int, tuple[Push, Sequence[int], Lease]] = {}
         self._sender = sender
+        self.timeline = sender.timeline
         self._clock = clock
         self._machine = machine.SenderMachine(address, config.sender)
         self._timer: asyncio.TimerHandle | None = None
@@ -248,13 +278,17 @@ class Sender:
         *,
         config: TransferConfig | None = None,
         clock: Clock | None = None,
+        timeline: Timeline | None = None,
+        observer: SenderObserver | None = None,
     ) -> None:
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        self._observer = observer or SenderObserver()
         self._node = node
         self._layout = layout
         self._source = as_bytes(arena.buffer)
         self._config = config or TransferConfig()
         self._clock = clock or MonotonicClock()
+        self.timeline = timeline or Timeline()
         self._peers: dict[str, _Peer] = {}
         self._lanes: Lanes | None = None
         self._next_push = 1
@@ -262,7 +296,7 @@ class Sender:
 
     async def start(self) -> None:
         if "shm" in self._config.transport_names:
-            self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit)
+            self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
         """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease.
@@ -284,7 +318,9 @@ class Sender:
             self._forget_idle_peers()
             peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
         number, self._next_push = self._next_push, self._next_push + 1
-        push = Push(number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock)
+        push = Push(
+            number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock, self._observer
+        )
         peer.begin(push, number, blocks, lease)
         return push
 
@@ -305,6 +341,8 @@ class Sender:
             is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
             has_digest=self._config.digest,
             listener=push,
+            sequence_id=push.sequence_id,
+            timeline=self.timeline,
         )
 
     def plan(self, target: KvLayout, source_blocks: Sequence[int], lease: Lease) -> TransferPlan:

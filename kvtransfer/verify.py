@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from baton.errors import InvalidRequest
 from baton.types import KvLayout
 from kvtransfer.digest import DIGEST_BYTES, ByteArray, LayerDigests
+from kvtransfer.host import keep_apart
 from kvtransfer.protocol.messages import Commit, WrittenRange
 
 # Hints beyond this many wait for the commit: a peer cannot pile up work.
@@ -29,7 +31,10 @@ class Verifier:
         self._memory = memory
         self._layout = layout
         self._num_threads = num_threads
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="baton-kv-verify")
+        numbers = itertools.count()
+        self._pool = ThreadPoolExecutor(
+            num_threads, thread_name_prefix="baton-kv-verify", initializer=lambda: keep_apart(next(numbers))
+        )
         self._entries: dict[int, _Entry] = {}
 
     def open(self, epoch: int, block_ids: Sequence[int]) -> None:

@@ -14,9 +14,12 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, InternalError, TransferFailed
+from baton.timeline import Timeline, Write
 from baton.types import KvLayout
-from kvtransfer.digest import ByteArray, LayerDigests, segment_blocks
+from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
+from kvtransfer.host import keep_apart
 from kvtransfer.plan import TransferPlan
 
 _MIN_SPLIT_BYTES = 256 << 10
@@ -59,8 +62,11 @@ class Wire(Protocol):
 class Lanes:
     """A few threads that take units from one queue."""
 
-    def __init__(self, name: str, num_threads: int, run: Callable[[int, Unit], None]) -> None:
+    def __init__(
+        self, name: str, num_threads: int, run: Callable[[int, Unit], None], clock: Clock | None = None
+    ) -> None:
         self._run = run
+        self._clock = clock or MonotonicClock()
         self._queue: deque[Unit] = deque()
         self._has_work = threading.Condition()
         self._is_closing = False
@@ -83,11 +89,14 @@ class Lanes:
             return self._queue.popleft() if self._queue else None
 
     def _loop(self, lane: int) -> None:
+        keep_apart(lane)
         while (unit := self._take()) is not None:
             if not unit.job.enter():
                 continue
+            started_s = self._clock.now()
             try:
                 self._run(lane, unit)
+                unit.job.record(lane, unit, started_s, self._clock.now())
             except BatonError as error:
                 unit.job.fail(error)
             except Exception as error:  # the owner hears of every failure, whatever it is
@@ -132,7 +141,11 @@ class WriteJob:
         is_layerwise: bool,
         has_digest: bool,
         listener: WriteJobListener,
+        sequence_id: str = "",
+        timeline: Timeline | None = None,
     ) -> None:
+        self._sequence_id = sequence_id
+        self._timeline = timeline
         self.epoch = epoch
         self.num_blocks = len(block_ids)
         self.num_layers = layout.num_layers
@@ -140,7 +153,8 @@ class WriteJob:
         self.plan: TransferPlan | None = None
         self.wire: Wire | None = None
         self._source = source
-        self._digests = LayerDigests(source, layout, block_ids) if has_digest else None
+        self.has_digest = has_digest
+        self._digests = LayerDigests(source, layout, block_ids)
         self._block_bytes = layout.block_bytes
         # Units are cut where segments are, so that each is hashed in one go.
         self.step_blocks = segment_blocks(layout.block_bytes)
@@ -202,15 +216,11 @@ class WriteJob:
             self._listener.on_stopped()
 
     def layer_digests(self) -> tuple[bytes, ...]:
-        if self._digests is None:
+        if not self.has_digest:
             return ()
         return tuple(self._digests.layer_digest(layer, self.num_blocks) for layer in range(self.num_layers))
 
     # Lanes.
-
-    @property
-    def has_digest(self) -> bool:
-        return self._digests is not None
 
     def enter(self) -> bool:
         """A lane is about to read the source; False if it must not."""
@@ -236,11 +246,30 @@ class WriteJob:
         return self._source[offset : offset + num_bytes]
 
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
-        """Digest source blocks while they are in the cache of the core that has just copied them."""
-        if self._digests is not None:
+        """Digest source blocks."""
+        if self.has_digest:
             # A segment that an earlier unit began: blocks before these are final as well.
             begun = first % self.step_blocks
             self._digests.update(layer, first - begun, num_blocks + begun)
+
+    def copy(self, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+        """Copy source blocks to where the plan says and digest them, in one pass where that can be done."""
+        assert self.plan is not None, "units are queued after the push has begun"
+        head = min(-first % self.step_blocks, num_blocks)
+        rest = first + head, num_blocks - head
+        if rest[1] and self._digests.copy(layer, *rest, self.plan.copies(layer, *rest), target):
+            num_blocks = head
+        for start, count in cut(first, num_blocks, self.step_blocks):
+            for src, dst, size in self.plan.copies(layer, start, count):
+                np.copyto(target[dst : dst + size], self.read(src, size))
+            self.hash(layer, start, count)  # While the bytes are in the cache.
+
+    def record(self, lane: int, unit: Unit, started_s: float, ended_s: float) -> None:
+        if self._timeline is not None:
+            num_bytes = unit.num_layers * unit.num_blocks * self._block_bytes
+            self._timeline.write(
+                Write(self._sequence_id, lane, unit.layer, unit.num_layers, num_bytes, started_s, ended_s)
+            )
 
     def landed(self, unit: Unit) -> None:
         with self._lock:

@@ -93,7 +93,7 @@ class Answer:
                 )  # fmt: skip
             writer = ChoiceWriter(
                 envelope=self._envelope, index=i, logprobs=logprobs, token_ids=self._wants_ids,
-                prompt_token_ids=generation.prompt_token_ids,
+                prompt_token_ids=generation.prompt_token_ids, running_usage=body.wants_running_usage,
             )  # fmt: skip
             self._choices.append(Choice(generation, writer, echoes[i]))
 

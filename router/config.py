@@ -75,10 +75,14 @@ class RouterConfig:
     model_folder: Path | None = None
     # Name clients ask for. None: the folder's, else the one that the nodes say.
     model_name: str | None = None
+    # Make OpenTelemetry spans; needs the extra `otel`.
+    otel: bool = False
     # Written once, when both faces are bound: {"http", "grpc", "pid"}.
     ready_file: Path | None = None
     # Write it only when every listed node is up.
     ready_needs_nodes: bool = False
+    # Show a subset of the metrics under vLLM's names as well.
+    vllm_metrics: bool = True
     # Two live routers must not share one: a node ends the older session of the same router.
     router_id: str = field(default_factory=lambda: f"router-{secrets.token_hex(4)}")
     limits: LimitsConfig = field(default_factory=LimitsConfig)

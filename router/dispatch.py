@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton import codec, errors
 from baton.clock import Clock
-from baton.observe import RequestMetrics
+from baton.observe import Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
-from baton.v1 import common_pb2, node_pb2
+from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow as f
 from router import membership as m
 from router.config import RouterConfig
 from router.load import Loads
-from router.policy import Obstacle, PairBreakers, Placement, choose
+from router.metrics import RouterMetrics
+from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.stream import Pacer, TokenStream
 
 _log = logging.getLogger("baton.router")
+
+NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
@@ -44,16 +48,19 @@ class Link(Protocol):
 
     async def drain(self, grace_s: float) -> node_pb2.DrainResponse: ...
 
+    async def trace(self, last_s: float, clock: Clock) -> NodeTrace: ...
+
     async def close(self) -> None: ...
 
 
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("fingerprint", "flow", "is_queued", "stream", "timer", "timer_s")
+    __slots__ = ("fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
 
-    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str) -> None:
+    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
         self.flow = flow
+        self.origin = origin
         self.stream = stream
         # The model its tokens came from: no other model may continue it.
         self.fingerprint = fingerprint
@@ -62,11 +69,36 @@ class Active:
         self.timer_s = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What is of no use but to those who keep record: whose request it is. Untrusted, as clients sent it."""
+
+    model: str = ""
+    is_chat: bool = False
+    # W3C Trace Context.
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A sequence that is over, for those who keep record. ``arrived_s`` is by the router's clock."""
+
+    request_id: str
+    choice: int
+    arrived_s: float
+    outcome: f.Outcome
+    relay: Relay
+    num_prompt_tokens: int
+    sampling: SamplingParams
+    origin: Origin
+
+
 class Dispatcher:
     """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
 
     def __init__(
-        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RequestMetrics
+        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RouterMetrics
     ) -> None:
         self._config = config
         self._clock = clock
@@ -92,6 +124,7 @@ class Dispatcher:
         self._idle = asyncio.Event()
         self._idle.set()
         self._watchers: list[Callable[[], None]] = []
+        self._end_watchers: list[Callable[[Ended], None]] = []
 
     # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -118,6 +151,10 @@ class Dispatcher:
     def watch(self, on_change: Callable[[], None]) -> None:
         """Be told when nodes come, go or change state."""
         self._watchers.append(on_change)
+
+    def watch_ends(self, on_ended: Callable[[Ended], None]) -> None:
+        """Be told of every sequence that ends. Returns at once and never raises."""
+        self._end_watchers.append(on_ended)
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -149,6 +186,7 @@ class Dispatcher:
         *,
         arrived_s: float,
         deadline_s: float,
+        origin: Origin = Origin(),
     ) -> Active:
         """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
         flow = f.Flow(
@@ -159,9 +197,12 @@ class Dispatcher:
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             config=self._config.flow,
+            on_interval=self._metrics.tbt.observe,
         )
         reference = self._membership.reference
-        active = Active(flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint)
+        active = Active(
+            flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint, origin
+        )
         self._active.add(active)
         self._idle.clear()
         self._feed(active, f.Begin())
@@ -170,6 +211,7 @@ class Dispatcher:
 
     def cancel(self, active: Active, reason: str) -> None:
         if not active.flow.has_ended:
+            self._metrics.cancellations.add(active.flow.phase.value)
             self._feed(active, f.Cancel(reason))
             self._pump()
 
@@ -197,8 +239,21 @@ class Dispatcher:
         return len(self._queue)
 
     @property
+    def flows(self) -> list[f.Flow]:
+        """Every sequence in flight, in no order; to look at."""
+        return [x.flow for x in self._active]
+
+    @property
     def num_active(self) -> int:
         return len(self._active)
+
+    def phases(self) -> Mapping[f.Phase, int]:
+        """Sequences in flight by where they are."""
+        return Counter(active.flow.phase for active in self._active)
+
+    def refused(self, error: errors.BatonError) -> None:
+        """A request was turned away before it became a sequence."""
+        self._metrics.refusals.add(error.code)
 
     @property
     def is_ready(self) -> bool:
@@ -226,6 +281,22 @@ class Dispatcher:
             for address, link in self._links.items():
                 tasks.create_task(ask(address, link))
         return sorted(found, key=lambda x: x.node_id), unreachable
+
+    async def traces(self, last_s: float) -> list[NodeTrace]:
+        """What every node did lately; those that do not answer say why."""
+        links = list(self._links.items())
+
+        async def ask(address: str, link: Link) -> NodeTrace:
+            try:
+                found = await link.trace(last_s, self._clock)
+            except errors.BatonError as error:
+                found = NodeTrace(unreachable=error.message)
+            found.address = address
+            return found
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask(address, link)) for address, link in links]
+        return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
 
     async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
         """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
@@ -290,6 +361,7 @@ class Dispatcher:
             self._route(lease.sequence_id, f.Reserved(codec.lease_from_pb(lease)))
         for refused in message.refused:
             failure = codec.failure_from_pb(refused.failure)
+            self._metrics.reservation_refusals.add(failure.code)
             self._route(refused.sequence_id, f.Refused(refused.sequence_id, failure))
         for joined in message.joined:
             self._route(joined.sequence_id, f.Joined(joined.sequence_id, joined.wait_s))
@@ -356,6 +428,8 @@ class Dispatcher:
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
         _log.warning("node %s is lost: %s", node_id, reason)
+        if (pool := self._loads.lost_pool(node_id)) is not None:
+            self._metrics.node_losses.add(pool)
         self._address_of.pop(node_id, None)
         for active in list(self._active):
             self._feed(active, f.NodeLost(node_id, reason))
@@ -446,7 +520,13 @@ class Dispatcher:
         self._finished_at_s.append(self._clock.now())
         active.stream.end(outcome, relay)
         code = "" if outcome.error is None else outcome.error.code
-        self._metrics.observe(outcome.kind.value, code, relay, len(active.flow.prompt_token_ids))
+        self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
+        ended = Ended(
+            active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
+            len(active.flow.prompt_token_ids), active.flow.sampling, active.origin,
+        )  # fmt: skip
+        for watcher in self._end_watchers:
+            watcher(ended)
         if not _log.isEnabledFor(logging.INFO):
             return
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
@@ -514,10 +594,12 @@ class Dispatcher:
         ]
         placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
+            self._metrics.placement_waits.add(placement.name.lower())
             if placement is Obstacle.NO_NODE:
                 for waiting in list(self._queue):
                     self._feed(waiting, f.NobodyThere())
             return False
+        self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
         self._queue.popleft()
         active.is_queued = False
         self._assign(active, placement, now)

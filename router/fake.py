@@ -21,6 +21,7 @@ from typing import Any
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec
+from baton.timeline import Timeline, Transfer
 from baton.types import (
     Failure,
     FinishReason,
@@ -96,6 +97,8 @@ class FakeConfig:
     prefill_token_s: float = 0.0
     transfer_s: float = 0.0
     status_s: float = 0.05
+    # What its clock shows beyond ours.
+    clock_skew_s: float = 0.0
 
 
 class _Session:
@@ -185,7 +188,12 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self._epochs = itertools.count(1)
         self._server: aio.Server | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.timeline = Timeline()
         self._reset()
+
+    def now(self) -> float:
+        """The clock that it tells others."""
+        return time.monotonic() + self.config.clock_skew_s
 
     def _reset(self) -> None:
         self._live: dict[str, _Live] = {}
@@ -314,6 +322,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         known = len(live.spec.prompt_token_ids) + live.num_generated
         return -(-(known + 1) // self.config.block_tokens)
 
+    def _blocks_in(self, state: str) -> int:
+        return sum(self._blocks(x) for x in self._live.values() if x.state == state)
+
     def status(self) -> NodeStatus:
         prompts = [x for x in self._live.values() if x.state == "prompt"]
         running = [x for x in self._live.values() if x.state == "running"]
@@ -328,6 +339,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             num_running=len(running),
             running_tokens=sum(len(x.spec.prompt_token_ids) + x.num_generated for x in running),
             stalled_s=stalled_s,
+            **{f"{s}_blocks": self._blocks_in(s) for s in ("prompt", "sending", "leased", "running")},
         )
 
     async def Describe(self, request: node_pb2.DescribeRequest, context: Any) -> node_pb2.DescribeResponse:  # noqa: N802
@@ -354,6 +366,13 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             free_blocks=self.config.num_blocks - self.used_blocks,
             owners=owners,
         )
+
+    async def Clock(self, request: node_pb2.ClockRequest, context: Any) -> node_pb2.ClockResponse:  # noqa: N802
+        return node_pb2.ClockResponse(now_s=self.now())
+
+    async def Trace(self, request: node_pb2.TraceRequest, context: Any) -> node_pb2.TraceResponse:  # noqa: N802
+        recorded = self.timeline.since(self.now() - codec.last_s_from_pb(request.last_s))
+        return codec.recorded_to_pb(self.description, self.role, recorded)
 
     # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -450,9 +469,12 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 if live.ready_s <= now:
                     self._finish_prompt(live)
             if is_decoding:
+                began_s = self.now()
                 await asyncio.sleep(self.config.step_s)
                 if self._unstalled.is_set():
+                    num_running = sum(x.state == "running" for x in self._live.values())
                     self._decode_step()
+                    self.timeline.step(began_s, self.now(), 0, num_running, ())
             elif prompts:
                 await asyncio.sleep(max(0.0, min(x.ready_s for x in prompts) - time.monotonic()))
             for session in self._sessions:
@@ -467,6 +489,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             compute_s=spec.num_known_tokens * self.config.prefill_token_s,
             num_computed_tokens=spec.num_known_tokens,
         )
+        took_s = spec.num_known_tokens * self.config.prefill_token_s
+        ended_s = self.now()
+        self.timeline.step(ended_s - took_s, ended_s, spec.num_known_tokens, 0, [spec.sequence_id])
         session.draft.prefills.extend([done] * self._times("prefill_done"))  # type: ignore[union-attr]
         session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
         # The first token waits for nothing.
@@ -495,6 +520,11 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             return self._send_failed(live.session, sequence_id, failure)
         report = TransferReport("fake", False, 1024 * live.spec.num_known_tokens, len(live.lease.block_ids),
                                 self.config.transfer_s, self.config.transfer_s)  # fmt: skip
+        ended_s = self.now()
+        began_s = ended_s - self.config.transfer_s
+        self.timeline.transfer(
+            Transfer(sequence_id, live.lease.node_id, "fake", False, report.num_bytes, began_s, began_s, ended_s)
+        )
         over = node_pb2.PrefillSessionResponse.HandedOff(sequence_id=sequence_id, report=codec.report_to_pb(report))
         live.session.draft.handed_off.extend([over] * self._times("handed_off"))  # type: ignore[union-attr]
         return live.session.flush(self._is_muted)
@@ -514,6 +544,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         joined = node_pb2.DecodeSessionResponse.Joined(
             sequence_id=lease.sequence_id, wait_s=time.monotonic() - live.since_s
         )
+        self.timeline.joined(lease.sequence_id, self.now())
         live.session.draft.joined.extend([joined] * self._times("joined"))  # type: ignore[union-attr]
         live.session.flush(self._is_muted)
         self._work.set()

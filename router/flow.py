@@ -11,7 +11,7 @@ before prefill has reported its transfer: then the end is told after the report,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -276,6 +276,7 @@ class Flow:
         arrived_s: float,
         deadline_s: float,
         config: FlowConfig,
+        on_interval: Callable[[float, int], None] | None = None,
     ) -> None:
         assert sampling.max_tokens is not None
         self.request_id = request_id
@@ -287,7 +288,7 @@ class Flow:
         self.tokens: list[int] = []
         self.placement: Placement | None = None
         self.outcome: Outcome | None = None
-        self.lifeline = Lifeline(arrived_s)
+        self.lifeline = Lifeline(arrived_s, on_interval)
         self._config = config
         self.max_tokens = sampling.max_tokens
         # Of the present attempt; a refused reservation uses one up as well.
@@ -314,6 +315,11 @@ class Flow:
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
 
+    @property
+    def is_handing_over(self) -> bool:
+        """The first token is out, and decode has not said that it has the sequence."""
+        return self.phase is Phase.DECODING and not self._is_settled
+
     def demand(self, now: float) -> Demand:
         self._avoid = {n: until for n, until in self._avoid.items() if until > now}
         return Demand(
@@ -331,6 +337,7 @@ class Flow:
             case Tokens():
                 return self._on_tokens(event.node_id, event.chunk, now)
             case Begin():
+                self.lifeline.queued(now)
                 return [Enqueue(is_rerun=False)]
             case Placed():
                 return self._on_placed(event.placement, now)
@@ -342,9 +349,9 @@ class Flow:
                 self._on_prefill_done(event)
                 return []
             case Joined():
-                return self._on_joined(event.sequence_id, now)
+                return self._on_joined(event, now)
             case HandedOff():
-                return self._on_handed_off(event)
+                return self._on_handed_off(event, now)
             case SequenceFailed():
                 return self._on_sequence_failed(event, now)
             case NodeLost():
@@ -370,7 +377,7 @@ class Flow:
         assert self.placement is None
         self.placement = placement
         self._has_joined = False
-        self.lifeline.placed(placement.prefill_id, placement.decode_id)
+        self.lifeline.placed(placement.prefill_id, placement.decode_id, now)
         if placement.is_colocated:
             return self._run(None, now)
         self.phase = Phase.RESERVING
@@ -380,6 +387,7 @@ class Flow:
     def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
         if lease.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
             return []
+        self.lifeline.leased(now)
         return self._run(lease, now)
 
     def _run(self, lease: Lease | None, now: float) -> list[Action]:
@@ -535,16 +543,17 @@ class Flow:
         if event.sequence_id == self.sequence_id:
             self.lifeline.prefilled(event.queue_s, event.compute_s, event.num_cached_tokens)
 
-    def _on_joined(self, sequence_id: str, now: float) -> list[Action]:
-        if sequence_id != self.sequence_id or self.placement is None or self._has_joined:
+    def _on_joined(self, event: Joined, now: float) -> list[Action]:
+        if event.sequence_id != self.sequence_id or self.placement is None or self._has_joined:
             return []
         self._has_joined = True
+        self.lifeline.joined(event.wait_s, now)
         self._timer_s = now + (self._config.token_timeout_s if self.tokens else self._config.gap_timeout_s)
         return [PairWorked(self.placement)]
 
-    def _on_handed_off(self, event: HandedOff) -> list[Action]:
+    def _on_handed_off(self, event: HandedOff, now: float) -> list[Action]:
         if event.sequence_id == self.sequence_id:
-            self.lifeline.transferred(event.report)
+            self.lifeline.transferred(event.report, now)
         return []
 
     # ── Failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -596,7 +605,7 @@ class Flow:
         if not lost:
             actions.append(PairFailed(placement))
         self._avoid[blamed] = now + self._config.avoid_s
-        self.lifeline.failed()
+        self.lifeline.failed(now)
         self._requeue()
         # The first rerun starts at once: the client's next token waits for it.
         return actions + self._enqueue_after(self._backoff_s(self.lifeline.attempts - 3), now)
@@ -682,7 +691,7 @@ class Flow:
         assert self.outcome is not None
         match event:
             case HandedOff() if event.sequence_id == self.sequence_id:
-                self.lifeline.transferred(event.report)
+                self.lifeline.transferred(event.report, now)
             case NodeLost() if event.node_id == self.placement.prefill_id:
                 pass
             case SequenceFailed() if event.sequence_id == self.sequence_id:

@@ -17,7 +17,7 @@ from baton.observe import Relay
 from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
 from router.chat import ChatMessage, ChatTemplate
 from router.config import LimitsConfig
-from router.dispatch import Active, Dispatcher
+from router.dispatch import Active, Dispatcher, Origin
 from router.flow import Outcome, OutcomeKind, resolve_stop_ids
 from router.text import TextStream
 from router.tokenizer import ModelFacts, Tokenizer, require
@@ -42,6 +42,9 @@ class GenerationRequest:
     # Without max_tokens, chat may use what is left of the context and a completion gets 16.
     is_chat: bool = False
     timeout_s: float | None = None
+    # W3C Trace Context of the caller, as it came.
+    traceparent: str = ""
+    tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +203,13 @@ class Frontend:
 
     async def start(self, request: GenerationRequest) -> Accepted:
         """Admit a request with all of its choices, or raise why not."""
+        try:
+            return await self._start(request)
+        except errors.BatonError as error:
+            self._dispatcher.refused(error)
+            raise
+
+    async def _start(self, request: GenerationRequest) -> Accepted:
         arrived_s = self._dispatcher.now()
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)
@@ -232,7 +242,13 @@ class Frontend:
         sampling: SamplingParams, arrived_s: float, deadline_s: float,
     ) -> Generation:  # fmt: skip
         active = self._dispatcher.submit(
-            request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s
+            request_id,
+            choice,
+            prompt,
+            sampling,
+            arrived_s=arrived_s,
+            deadline_s=deadline_s,
+            origin=Origin(self.model_name, request.is_chat, request.traceparent, request.tracestate),
         )
         text = TextStream(
             self.tokenizer,

@@ -9,25 +9,31 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from baton import errors
+from baton.metrics import Metrics, exposition
+from baton.metrics_server import CONTENT_TYPE
 from router.answer import Answer
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend, GenerationRequest
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
+from router.status import StatusPage
 
 _log = logging.getLogger("baton.router.http")
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}
+_TRACE_HEADERS = (b"traceparent", b"tracestate")
+# The standard asks for 512 of a tracestate.
+_MAX_TRACE_BYTES = 512
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -35,11 +41,11 @@ class HttpFace:
     """The ASGI application."""
 
     def __init__(
-        self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, registry: CollectorRegistry
+        self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics, page: StatusPage
     ) -> None:
         self._frontend = frontend
         self._limits = config.limits
-        self._others = _build_others(frontend, dispatcher, registry)
+        self._others = _build_others(frontend, dispatcher, metrics, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
@@ -51,6 +57,7 @@ class HttpFace:
         stream: _EventStream | None = None
         try:
             body, request = self._asked(scope["path"], await self._read(scope, receive))
+            request = _with_trace(request, scope)
             answer = Answer(self._frontend, body, request, await self._frontend.start(request))
             wants_stream = body.stream
             # They would live as long as the stream.
@@ -110,6 +117,15 @@ class HttpFace:
         except TimeoutError:
             raise errors.DeadlineExceeded("the request's body did not arrive in time") from None
         return b"".join(chunks)
+
+
+def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
+    """The caller's trace context, where it sent one."""
+    found = {n: v for n, v in scope["headers"] if n in _TRACE_HEADERS and len(v) <= _MAX_TRACE_BYTES}
+    if b"traceparent" not in found:
+        return request
+    texts = {name.decode(): value.decode("latin-1") for name, value in found.items()}
+    return replace(request, **texts)
 
 
 class _EventStream:
@@ -187,9 +203,9 @@ async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
     answer.cancel()
 
 
-def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry) -> FastAPI:
+def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
-    routes = _Routes(frontend, dispatcher, registry)
+    routes = _Routes(frontend, dispatcher, metrics)
     for path in (_COMPLETIONS, _CHAT):
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
     app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
@@ -197,6 +213,8 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: Collecto
     app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
     app.add_api_route("/ready", routes.ready, methods=["GET"], response_model=None)
     app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
+    app.add_api_route("/metrics/targets", routes.metrics_targets, methods=["GET"], response_model=None)
+    page.add_to(app)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
@@ -206,10 +224,10 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, registry: Collecto
 class _Routes:
     """What does not generate."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, registry: CollectorRegistry) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._frontend = frontend
         self._dispatcher = dispatcher
-        self._registry = registry
+        self._metrics = metrics
         self._started_s = int(time.time())
 
     async def only_post(self) -> Response:
@@ -245,7 +263,12 @@ class _Routes:
         )
 
     async def metrics(self) -> Response:
-        return PlainTextResponse(generate_latest(self._registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(exposition(self._metrics), media_type=CONTENT_TYPE)
+
+    async def metrics_targets(self) -> Response:
+        """The workers' metrics ports, as Prometheus' http_sd asks for them. Lost nodes stay: they are missed."""
+        nodes = [member.node for member in self._dispatcher.members if member.node is not None]
+        return JSONResponse([{"targets": [n.metrics_address]} for n in nodes if n.metrics_address])
 
 
 class _TooLarge(errors.InvalidRequest):

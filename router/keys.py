@@ -1,6 +1,7 @@
 """API keys: who may use the two faces of the router. Wraps them from outside and knows no route's meaning.
 
-As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. Of
+As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. So
+does the status page, which is empty until it is given a key: its data names requests and machines, and needs one. Of
 the gRPC services the router's own needs the same words as metadata; health and reflection stay open.
 """
 
@@ -20,7 +21,7 @@ from baton import errors
 from router.openai_response import error_body
 from router.wire import abort
 
-_GUARDED_PATH = "/v1"
+_GUARDED_PATHS = ("/v1", "/status/data")
 
 
 class ApiKeys:
@@ -71,7 +72,7 @@ class HttpGuard:
 
 
 def _is_guarded(path: str) -> bool:
-    return path == _GUARDED_PATH or path.startswith(f"{_GUARDED_PATH}/")
+    return any(path == guarded or path.startswith(f"{guarded}/") for guarded in _GUARDED_PATHS)
 
 
 async def _refuse(error: errors.Unauthenticated, send: Send) -> None:

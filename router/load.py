@@ -67,6 +67,11 @@ class Loads:
         """Forget a lost node; its sequences are released one by one by their flows."""
         self._nodes.pop(node_id, None)
 
+    def lost_pool(self, node_id: str) -> str | None:
+        """The home pool of a known node, unless it had said that it was about to leave."""
+        load = self._nodes[node_id]
+        return None if load.status.draining else load.node.home_role.value
+
     def status(self, node_id: str, status: NodeStatus) -> None:
         load = self._nodes.get(node_id)
         if load is None:

@@ -25,6 +25,8 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    # As vLLM's: every chunk says how many tokens its choice has so far. Load tools ask for it.
+    continuous_usage_stats: bool | None = None
     # No effect: obfuscation is for OpenAI's own wire.
     include_obfuscation: bool | None = None
 
@@ -75,6 +77,10 @@ class _Common(_Strict):
     @property
     def wants_usage(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def wants_running_usage(self) -> bool:
+        return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
 
     @property
     def stops(self) -> tuple[str, ...]:

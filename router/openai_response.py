@@ -50,7 +50,7 @@ def usage(num_prompt_tokens: int, endings: Sequence[Ending], num_cached_tokens: 
 
 
 def relay_json(relay: Relay) -> dict[str, Any]:
-    return asdict(relay) | {"line": relay.line()}
+    return asdict(relay) | {"stamps": dict(relay.stamps), "line": relay.line()}
 
 
 class LogprobWriter:
@@ -98,11 +98,11 @@ class LogprobWriter:
 class ChoiceWriter:
     """Chunks and the whole of one choice."""
 
-    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_prompt_token_ids", "_tail", "_wants_ids")
+    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_num_tokens", "_prompt_token_ids", "_tail", "_wants_ids")
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
-        prompt_token_ids: tuple[int, ...],
+        prompt_token_ids: tuple[int, ...], running_usage: bool,
     ) -> None:  # fmt: skip
         self._logprobs = logprobs
         self._wants_ids = token_ids
@@ -111,6 +111,8 @@ class ChoiceWriter:
         self._index = index
         self._head = envelope.chunk_head + f'{{"index":{index},'
         self._tail = envelope.chunk_tail
+        # Tokens written; counted only where every chunk says it.
+        self._num_tokens: int | None = 0 if running_usage else None
 
     def begin(self, echo: str = "") -> str:
         """The first chunk: the role in chat, the prompt where it is echoed. Empty if there is nothing to say."""
@@ -118,22 +120,31 @@ class ChoiceWriter:
             return ""
         ids = f',"prompt_token_ids":{json.dumps(self._prompt_token_ids)},"token_ids":[]' if self._wants_ids else ""
         body = '"delta":{"role":"assistant","content":""}' if self._is_chat else f'"text":{json.dumps(echo)}'
-        return f'{self._head}{body},"logprobs":null,"finish_reason":null{ids}}}{self._tail}'
+        return f'{self._head}{body},"logprobs":null,"finish_reason":null{ids}}}{self._close()}'
 
     def chunk(self, part: Part) -> str:
+        if self._num_tokens is not None:
+            self._num_tokens += len(part.token_ids)
         text = json.dumps(part.text)
         body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
         ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
         logprobs = "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs))
-        return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._tail}'
+        return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._close()}'
 
     def end(self, ending: Ending) -> str:
         body = '"delta":{}' if self._is_chat else '"text":""'
         ids = ',"token_ids":[]' if self._wants_ids else ""
         return (
             f'{self._head}{body},"logprobs":null,"finish_reason":"{ending.finish_reason.value}",'
-            f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._tail}'
+            f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._close()}'
         )
+
+    def _close(self) -> str:
+        if self._num_tokens is None:
+            return self._tail
+        prompt, completion = len(self._prompt_token_ids), self._num_tokens
+        counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return f'],"usage":{json.dumps(counts)}}}\n\n'
 
     def whole(self, parts: Sequence[Part], ending: Ending, echo: str) -> dict[str, Any]:
         text = "".join(p.text for p in parts)

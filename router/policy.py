@@ -75,6 +75,21 @@ class Obstacle(Enum):
     NO_ROOM = "no node has room"
 
 
+class Reason(Enum):
+    """Which rule put a request where it runs."""
+
+    # Prompt pool to token pool: what disaggregation is for.
+    POOLS = "pools"
+    # A mixed node took a phase although that phase has a pool of its own.
+    OVERFLOW = "overflow"
+    # Mixed nodes, there being no pool for the phase.
+    MIXED = "mixed"
+    # One token completes it: there is nothing to hand over.
+    SINGLE_TOKEN = "single_token"  # noqa: S105 - not that kind of token
+    # The pool that a phase needs is gone; another one does its work.
+    BORROWED = "borrowed"
+
+
 class _Breaker:
     __slots__ = ("failures", "open_s", "open_until_s", "trial_until_s")
 
@@ -142,6 +157,19 @@ def choose(
         return Obstacle.NO_ROOM
     closed = (p for p in pairs if not breakers.is_open(p.prefill_id, p.decode_id, now))
     return next(closed, None) or min(pairs, key=lambda p: breakers.reopens_at(p.prefill_id, p.decode_id))
+
+
+def reason_of(placement: Placement, nodes: Sequence[NodeView], demand: Demand) -> Reason:
+    """Why `choose` came to this placement, in one word."""
+    roles = {n.node_id: n.role for n in nodes}
+    pools = {n.role for n in nodes if n.is_available}
+    prefill, decode = roles[placement.prefill_id], roles[placement.decode_id]
+    if Role.MIXED in (prefill, decode):
+        has_own = Role.PREFILL in pools if prefill is Role.MIXED else Role.DECODE in pools
+        return Reason.OVERFLOW if has_own else Reason.MIXED
+    if prefill is Role.PREFILL and not placement.is_colocated:
+        return Reason.POOLS
+    return Reason.SINGLE_TOKEN if prefill is Role.PREFILL and demand.is_single_token else Reason.BORROWED
 
 
 def _pairs(nodes: Sequence[NodeView], demand: Demand, config: PolicyConfig) -> list[Placement]:

@@ -17,10 +17,14 @@ from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Ending, Frontend, GenerationRequest
+from router.history import History
 from router.keys import ApiKeys, GrpcGuard
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
+
+# The standard asks for 512 of a tracestate.
+_MAX_TRACE_CHARS = 512
 
 Context = aio.ServicerContext[Any, Any]
 
@@ -28,10 +32,11 @@ SERVICE_NAME = router_pb2.DESCRIPTOR.services_by_name["Router"].full_name
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History) -> None:
         self._frontend = frontend
         self._dispatcher = dispatcher
         self._config = config
+        self._history = history
 
     async def Generate(  # noqa: N802 (gRPC names)
         self,
@@ -69,6 +74,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 raise errors.InvalidRequest(
                     "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
                 )
+        trace = _trace_context(context)
         return GenerationRequest(
             prompts=(prompt,),
             sampling=codec.sampling_from_pb(request.sampling),
@@ -79,6 +85,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),
+            traceparent=trace.get("traceparent", ""),
+            tracestate=trace.get("tracestate", ""),
         )
 
     def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:
@@ -124,6 +132,28 @@ class RouterService(router_pb2_grpc.RouterServicer):
             await abort(context, error)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
 
+    async def Trace(  # noqa: N802
+        self,
+        request: router_pb2.ClusterTraceRequest,
+        context: Context,
+    ) -> AsyncIterator[router_pb2.ClusterTraceResponse]:
+        try:
+            last_s = codec.last_s_from_pb(request.last_s)
+            yield self._history.trace(self._config.router_id, self._dispatcher.now(), last_s)
+            for node in await self._dispatcher.traces(request.last_s):
+                yield router_pb2.ClusterTraceResponse(node=node)
+        except errors.BatonError as error:
+            await abort(context, error)
+
+
+def _trace_context(context: Context) -> dict[str, str]:
+    """The caller's W3C trace context, where it sent one."""
+    found: dict[str, str] = {}
+    for name, value in context.invocation_metadata() or ():
+        if name in ("traceparent", "tracestate") and isinstance(value, str) and len(value) <= _MAX_TRACE_CHARS:
+            found[name] = value
+    return found
+
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
     generation = accepted.generations[0]
@@ -146,7 +176,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
 class GrpcFace:
     """The gRPC server of the router. Health of "" is the process's own; of the service, whether it can serve."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig) -> None:
+    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History) -> None:
         self._dispatcher = dispatcher
         self._config = config
         limit = config.limits.max_body_bytes
@@ -160,7 +190,7 @@ class GrpcFace:
                 ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
             ],
         )
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config), self._server)
+        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config, history), self._server)
         self._health = health.aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)

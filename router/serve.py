@@ -15,22 +15,25 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from prometheus_client import CollectorRegistry
 from starlette.types import ASGIApp
 
 from baton import errors
 from baton.clock import MonotonicClock
-from baton.observe import RequestMetrics
+from baton.metrics import Metrics
 from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
+from router.history import History
 from router.http import HttpFace
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
+from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
+from router.spans import Spans
+from router.status import StatusPage
 from router.tokenizer import ModelFacts, Tokenizer, load_facts
 
 _log = logging.getLogger("baton.router")
@@ -44,6 +47,7 @@ class Router:
     grpc: str | None
     dispatcher: Dispatcher
     frontend: Frontend
+    status: StatusPage
 
 
 async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
@@ -60,28 +64,35 @@ async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None
 
 
 @asynccontextmanager
-async def running(config: RouterConfig) -> AsyncIterator[Router]:
+async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIterator[Router]:
     """A router for the length of the block. Raises BadConfig if it cannot start."""
+    if spans is None and config.otel:
+        spans = Spans(config.router_id)
     folder = config.model_folder
     tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
     facts = ModelFacts() if folder is None else load_facts(folder)
-    registry = CollectorRegistry()
+    metrics = Metrics()
+    counted = RouterMetrics(metrics, (lambda: frontend.model_name) if config.vllm_metrics else None)
     clock = MonotonicClock()
     greeting = hello(config.router_id, time.time_ns())
     dispatcher = Dispatcher(
         config,
         clock,
         lambda address, events: NodeLink(address, events, greeting, config.link),
-        RequestMetrics(registry),
+        counted,
     )
-    _add_gauges(registry, dispatcher)
+    counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
         rng=random.SystemRandom(),
     )  # fmt: skip
-    grpc_face = GrpcFace(frontend, dispatcher, config) if config.grpc_port is not None else None
-    app: ASGIApp = HttpFace(frontend, dispatcher, config, registry)
+    history = History(dispatcher)
+    if spans is not None:
+        dispatcher.watch_ends(spans.on_ended)
+    page = StatusPage(frontend, dispatcher, history, config.router_id)
+    grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
+    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)
     http_server = _HttpServer(app, config)
@@ -95,7 +106,7 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         grpc_address = await grpc_face.start() if grpc_face is not None else None
         http_address = await http_server.start() if config.http_port is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
-        yield Router(http_address, grpc_address, dispatcher, frontend)
+        yield Router(http_address, grpc_address, dispatcher, frontend, page)
     finally:
         if watch is not None:
             await watch.close()
@@ -104,19 +115,8 @@ async def running(config: RouterConfig) -> AsyncIterator[Router]:
         await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
-
-
-def _add_gauges(registry: CollectorRegistry, dispatcher: Dispatcher) -> None:
-    gauge = RequestMetrics.gauge
-    gauge(registry, "sequences_queued", "Sequences waiting for a placement", lambda: dispatcher.num_queued)
-    gauge(registry, "sequences_active", "Sequences in flight, queued ones included", lambda: dispatcher.num_active)
-    gauge(
-        registry,
-        "nodes_ready",
-        "Nodes that get new work",
-        lambda: sum(x.state is State.READY for x in dispatcher.members),
-    )
-    gauge(registry, "ready", "1 if requests can be served", lambda: float(dispatcher.is_ready))
+        if spans is not None:
+            await spans.close()
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import grpc
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
+from baton.clock import Clock
 from baton.types import NodeDescription, NodeStatus
-from baton.v1 import node_pb2, node_pb2_grpc
+from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
 
 _Q = TypeVar("_Q")
 _R = TypeVar("_R")
 
 _log = logging.getLogger("baton.router.sessions")
+
+# The quickest of so many round trips bounds the error of the clocks' offset.
+_CLOCK_TRIPS = 8
 
 PrefillCall = aio.StreamStreamCall[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse]
 DecodeCall = aio.StreamStreamCall[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse]
@@ -46,6 +50,24 @@ class _Broken(Exception):
 
 class _Left(_Broken):
     """The node ended a session in good order."""
+
+
+class RoundTrip(NamedTuple):
+    """Two readings of our clock around one of the node's."""
+
+    asked_s: float
+    there_s: float
+    answered_s: float
+
+    @property
+    def offset_s(self) -> float:
+        """The node's clock minus ours, if both ways took as long."""
+        return self.there_s - (self.asked_s + self.answered_s) / 2
+
+    @property
+    def error_s(self) -> float:
+        """The node read its clock somewhere between our readings: the offset is off by no more than this."""
+        return (self.answered_s - self.asked_s) / 2
 
 
 class NodeLink:
@@ -113,6 +135,25 @@ class NodeLink:
             )
         except aio.AioRpcError as error:
             raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+
+    async def trace(self, last_s: float, clock: Clock) -> router_pb2.ClusterTraceResponse.NodeTrace:
+        """What the node did lately, and how far its clock is from ours. Raises Unavailable."""
+        if self._channel is None:
+            raise errors.Unavailable(f"{self.address} is not connected")
+        stub, timeout_s = node_pb2_grpc.NodeStub(self._channel), self._config.ledger_timeout_s
+        trips: list[RoundTrip] = []
+        try:
+            for _ in range(_CLOCK_TRIPS):
+                asked_s = clock.now()
+                there_s = (await stub.Clock(node_pb2.ClockRequest(), timeout=timeout_s)).now_s
+                trips.append(RoundTrip(asked_s, there_s, clock.now()))
+            found = await stub.Trace(node_pb2.TraceRequest(last_s=last_s), timeout=timeout_s)
+        except aio.AioRpcError as error:
+            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+        best = min(trips, key=lambda trip: trip.error_s)
+        return router_pb2.ClusterTraceResponse.NodeTrace(
+            clock_offset_s=best.offset_s, clock_error_s=best.error_s, trace=found
+        )
 
     async def _run(self) -> None:
         reason = "the connection ended"

@@ -33,6 +33,15 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
         tbt_mean_s=relay.tbt_mean_s,
         tbt_max_s=relay.tbt_max_s,
         attempts=relay.attempts,
+        tokenize_s=relay.tokenize_s,
+        rerun_s=relay.rerun_s,
+        placement_s=relay.placement_s,
+        reserve_s=relay.reserve_s,
+        network_s=relay.network_s,
+        second_token_s=relay.second_token_s,
+        lease_wait_s=relay.lease_wait_s,
+        recovery_s=relay.recovery_s,
+        stamps=[router_pb2.Relay.Stamp(name=name, at_s=at_s) for name, at_s in relay.stamps],
     )
 
 

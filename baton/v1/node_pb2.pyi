@@ -23,6 +23,8 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class DescribeRequest(_message.Message):
+    """Asks for a node's description."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -38,14 +40,20 @@ Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
 
 @_typing.final
 class DescribeResponse(_message.Message):
+    """The node and its load at this moment."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def node(self) -> _common_pb2.NodeDescription: ...
+    def node(self) -> _common_pb2.NodeDescription:
+        """Who it is."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """Its load."""
+
     def __init__(
         self,
         *,
@@ -62,6 +70,8 @@ Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
 class LedgerRequest(_message.Message):
+    """Asks for a node's blocks and their owners."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -77,10 +87,14 @@ Global___LedgerRequest: _TypeAlias = LedgerRequest  # noqa: Y015
 
 @_typing.final
 class LedgerResponse(_message.Message):
+    """free_blocks and the owners' blocks add up to total_blocks, always."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Owner(_message.Message):
+        """Blocks that belong together."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         OWNER_FIELD_NUMBER: _builtins.int
@@ -95,6 +109,7 @@ class LedgerResponse(_message.Message):
         "running" (decoding), "quarantined" (a writer may still reach them).
         """
         num_blocks: _builtins.int
+        """How many it holds."""
         epoch: _builtins.int
         """Lease epoch, 0 where there is none."""
         age_s: _builtins.float
@@ -120,11 +135,17 @@ class LedgerResponse(_message.Message):
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that answers."""
     incarnation: _builtins.int
+    """The life of its process."""
     total_blocks: _builtins.int
+    """KV blocks in the pool."""
     free_blocks: _builtins.int
+    """KV blocks without an owner."""
     @_builtins.property
-    def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerResponse.Owner]: ...
+    def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerResponse.Owner]:
+        """Everyone who holds blocks."""
+
     def __init__(
         self,
         *,
@@ -144,6 +165,8 @@ Global___LedgerResponse: _TypeAlias = LedgerResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):
+    """Asks a node to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     GRACE_S_FIELD_NUMBER: _builtins.int
@@ -164,6 +187,8 @@ Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
 
 @_typing.final
 class DrainResponse(_message.Message):
+    """The node has agreed to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_ID_FIELD_NUMBER: _builtins.int
@@ -171,7 +196,9 @@ class DrainResponse(_message.Message):
     NUM_SEQUENCES_FIELD_NUMBER: _builtins.int
     GRACE_S_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
+    """The node that leaves."""
     incarnation: _builtins.int
+    """The life of its process."""
     num_sequences: _builtins.int
     """Sequences that are here now."""
     grace_s: _builtins.float
@@ -193,6 +220,275 @@ class DrainResponse(_message.Message):
 Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
+class ClockRequest(_message.Message):
+    """Asks what time it is at the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockRequest: _TypeAlias = ClockRequest  # noqa: Y015
+
+@_typing.final
+class ClockResponse(_message.Message):
+    """The time at the node."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NOW_S_FIELD_NUMBER: _builtins.int
+    now_s: _builtins.float
+    """Seconds by the node's monotonic clock."""
+    def __init__(
+        self,
+        *,
+        now_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClockResponse: _TypeAlias = ClockResponse  # noqa: Y015
+
+@_typing.final
+class TraceRequest(_message.Message):
+    """Asks what a node did lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Seconds back from now. 0: all that is kept."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
+
+@_typing.final
+class TraceResponse(_message.Message):
+    """All times are seconds by the node's monotonic clock. Each list keeps a bounded number of the newest entries."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Step(_message.Message):
+        """One engine step."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+        NUM_DECODING_FIELD_NUMBER: _builtins.int
+        PROMPTS_FIELD_NUMBER: _builtins.int
+        started_s: _builtins.float
+        """When the step began."""
+        ended_s: _builtins.float
+        """When it was done."""
+        num_prompt_tokens: _builtins.int
+        """Prompt tokens computed in it."""
+        num_decoding: _builtins.int
+        """Sequences that generated a token in it."""
+        @_builtins.property
+        def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Sequences whose prompts were computed, the first few."""
+
+        def __init__(
+            self,
+            *,
+            started_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+            num_prompt_tokens: _builtins.int = ...,
+            num_decoding: _builtins.int = ...,
+            prompts: _abc.Iterable[_builtins.str] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "num_decoding", b"num_decoding", "num_prompt_tokens", b"num_prompt_tokens", "prompts", b"prompts", "started_s", b"started_s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Transfer(_message.Message):
+        """KV that arrived. total_s of its TransferReport is ended_s - started_s, exposed_s is ended_s - computed_s."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        TARGET_FIELD_NUMBER: _builtins.int
+        TRANSPORT_FIELD_NUMBER: _builtins.int
+        LAYERWISE_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        COMPUTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        target: _builtins.str
+        """Node id of the receiver."""
+        transport: _builtins.str
+        """Name of the transport."""
+        layerwise: _builtins.bool
+        """Whether layers left while the prompt was still computed."""
+        num_bytes: _builtins.int
+        """Bytes of it."""
+        started_s: _builtins.float
+        """When the first byte left."""
+        computed_s: _builtins.float
+        """When the last layer was computed."""
+        ended_s: _builtins.float
+        """When the receiver had acknowledged."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            target: _builtins.str = ...,
+            transport: _builtins.str = ...,
+            layerwise: _builtins.bool = ...,
+            num_bytes: _builtins.int = ...,
+            started_s: _builtins.float = ...,
+            computed_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["computed_s", b"computed_s", "ended_s", b"ended_s", "layerwise", b"layerwise", "num_bytes", b"num_bytes", "sequence_id", b"sequence_id", "started_s", b"started_s", "target", b"target", "transport", b"transport"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Write(_message.Message):
+        """Layers [layer, layer + num_layers) of a sequence under way, in one of the node's writing threads."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        LANE_FIELD_NUMBER: _builtins.int
+        LAYER_FIELD_NUMBER: _builtins.int
+        NUM_LAYERS_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        STARTED_S_FIELD_NUMBER: _builtins.int
+        ENDED_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        lane: _builtins.int
+        """Number of the writing thread."""
+        layer: _builtins.int
+        """First layer."""
+        num_layers: _builtins.int
+        """Layers in this piece."""
+        num_bytes: _builtins.int
+        """Bytes of it."""
+        started_s: _builtins.float
+        """When its writing began."""
+        ended_s: _builtins.float
+        """When it was written."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            lane: _builtins.int = ...,
+            layer: _builtins.int = ...,
+            num_layers: _builtins.int = ...,
+            num_bytes: _builtins.int = ...,
+            started_s: _builtins.float = ...,
+            ended_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "lane", b"lane", "layer", b"layer", "num_bytes", b"num_bytes", "num_layers", b"num_layers", "sequence_id", b"sequence_id", "started_s", b"started_s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Join(_message.Message):
+        """KV verified; the sequence decodes here from now on."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence."""
+        at_s: _builtins.float
+        """When it joined the running batch."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "sequence_id", b"sequence_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    STEPS_FIELD_NUMBER: _builtins.int
+    TRANSFERS_FIELD_NUMBER: _builtins.int
+    WRITES_FIELD_NUMBER: _builtins.int
+    JOINS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node that answers."""
+    incarnation: _builtins.int
+    """The life of its process."""
+    role: _common_pb2.Role.ValueType
+    """What it works as now."""
+    @_builtins.property
+    def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Step]:
+        """Steps of its engine."""
+
+    @_builtins.property
+    def transfers(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Transfer]:
+        """KV that it pushed."""
+
+    @_builtins.property
+    def writes(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Write]:
+        """Pieces of these pushes."""
+
+    @_builtins.property
+    def joins(self) -> _containers.RepeatedCompositeFieldContainer[Global___TraceResponse.Join]:
+        """KV that it received."""
+
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        role: _common_pb2.Role.ValueType = ...,
+        steps: _abc.Iterable[Global___TraceResponse.Step] | None = ...,
+        transfers: _abc.Iterable[Global___TraceResponse.Transfer] | None = ...,
+        writes: _abc.Iterable[Global___TraceResponse.Write] | None = ...,
+        joins: _abc.Iterable[Global___TraceResponse.Join] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "joins", b"joins", "node_id", b"node_id", "role", b"role", "steps", b"steps", "transfers", b"transfers", "writes", b"writes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceResponse: _TypeAlias = TraceResponse  # noqa: Y015
+
+@_typing.final
 class SessionHello(_message.Message):
     """First message of every session, from the router."""
 
@@ -202,8 +498,11 @@ class SessionHello(_message.Message):
     ROUTER_INCARNATION_FIELD_NUMBER: _builtins.int
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
+    """Who calls. A newer session of the same router ends the older one."""
     router_incarnation: _builtins.int
+    """The life of the router's process."""
     protocol_version: _builtins.int
+    """Must be the node's; else the session is refused with both values."""
     def __init__(
         self,
         *,
@@ -228,9 +527,13 @@ class SessionWelcome(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def node(self) -> _common_pb2.NodeDescription: ...
+    def node(self) -> _common_pb2.NodeDescription:
+        """Who answers."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """Its load."""
+
     def __init__(
         self,
         *,
@@ -254,7 +557,9 @@ class Cancel(_message.Message):
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
+    """The sequence that is meant."""
     reason: _builtins.str
+    """For logs."""
     def __init__(
         self,
         *,
@@ -271,13 +576,18 @@ Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
 class SequenceFailed(_message.Message):
+    """A sequence has ended here without being finished."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SEQUENCE_ID_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
+    """The sequence that is meant."""
     @_builtins.property
-    def failure(self) -> _common_pb2.Failure: ...
+    def failure(self) -> _common_pb2.Failure:
+        """Why. If retryable, the router runs the sequence again elsewhere."""
+
     def __init__(
         self,
         *,
@@ -294,6 +604,8 @@ Global___SequenceFailed: _TypeAlias = SequenceFailed  # noqa: Y015
 
 @_typing.final
 class PrefillSessionRequest(_message.Message):
+    """Router to node, in the prompt phase."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -307,9 +619,13 @@ class PrefillSessionRequest(_message.Message):
         SEQUENCE_FIELD_NUMBER: _builtins.int
         LEASE_FIELD_NUMBER: _builtins.int
         @_builtins.property
-        def sequence(self) -> _common_pb2.Sequence: ...
+        def sequence(self) -> _common_pb2.Sequence:
+            """The prompt and how to sample."""
+
         @_builtins.property
-        def lease(self) -> _common_pb2.Lease: ...
+        def lease(self) -> _common_pb2.Lease:
+            """Where the KV is to go; granted by the decode node."""
+
         def __init__(
             self,
             *,
@@ -326,11 +642,17 @@ class PrefillSessionRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___SessionHello: ...
+    def hello(self) -> Global___SessionHello:
+        """Opens the session."""
+
     @_builtins.property
-    def run(self) -> Global___PrefillSessionRequest.Run: ...
+    def run(self) -> Global___PrefillSessionRequest.Run:
+        """A prompt to compute."""
+
     @_builtins.property
-    def cancel(self) -> Global___Cancel: ...
+    def cancel(self) -> Global___Cancel:
+        """A sequence to forget."""
+
     def __init__(
         self,
         *,
@@ -350,6 +672,8 @@ Global___PrefillSessionRequest: _TypeAlias = PrefillSessionRequest  # noqa: Y015
 
 @_typing.final
 class PrefillSessionResponse(_message.Message):
+    """Node to router, in the prompt phase: what happened in one engine step, or since."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -364,12 +688,15 @@ class PrefillSessionResponse(_message.Message):
         NUM_COMPUTED_TOKENS_FIELD_NUMBER: _builtins.int
         NUM_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         queue_s: _builtins.float
         """From arrival at the node to the first chunk's start."""
         compute_s: _builtins.float
         """From the first chunk's start to the sampled token."""
         num_computed_tokens: _builtins.int
+        """Tokens that were computed."""
         num_cached_tokens: _builtins.int
+        """Tokens whose KV was there already."""
         def __init__(
             self,
             *,
@@ -394,8 +721,11 @@ class PrefillSessionResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         REPORT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         @_builtins.property
-        def report(self) -> _common_pb2.TransferReport: ...
+        def report(self) -> _common_pb2.TransferReport:
+            """How its transfer went."""
+
         def __init__(
             self,
             *,
@@ -415,19 +745,29 @@ class PrefillSessionResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___SessionWelcome: ...
+    def welcome(self) -> Global___SessionWelcome:
+        """Set in the first message only."""
+
     @_builtins.property
     def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]:
         """The first token of handed-off sequences; every token of sequences that stay."""
 
     @_builtins.property
-    def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.PrefillDone]: ...
+    def prefills(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.PrefillDone]:
+        """Prompts that were computed to their end."""
+
     @_builtins.property
-    def handed_off(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.HandedOff]: ...
+    def handed_off(self) -> _containers.RepeatedCompositeFieldContainer[Global___PrefillSessionResponse.HandedOff]:
+        """Sequences that are decode's from now on."""
+
     @_builtins.property
-    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]: ...
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
+        """Sequences that ended here without being finished."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """The node's load, when it changed or was silent for a while."""
+
     def __init__(
         self,
         *,
@@ -448,6 +788,8 @@ Global___PrefillSessionResponse: _TypeAlias = PrefillSessionResponse  # noqa: Y0
 
 @_typing.final
 class DecodeSessionRequest(_message.Message):
+    """Router to node, in the token phase."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -462,8 +804,11 @@ class DecodeSessionRequest(_message.Message):
         ttl_s: _builtins.float
         """Lease lifetime asked for; the node may grant less."""
         prefill_node_id: _builtins.str
+        """The node that will write the blocks."""
         @_builtins.property
-        def sequence(self) -> _common_pb2.Sequence: ...
+        def sequence(self) -> _common_pb2.Sequence:
+            """The sequence that will come; its lengths say how many blocks it needs."""
+
         def __init__(
             self,
             *,
@@ -481,11 +826,17 @@ class DecodeSessionRequest(_message.Message):
     RESERVE_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___SessionHello: ...
+    def hello(self) -> Global___SessionHello:
+        """Opens the session."""
+
     @_builtins.property
-    def reserve(self) -> Global___DecodeSessionRequest.Reserve: ...
+    def reserve(self) -> Global___DecodeSessionRequest.Reserve:
+        """Blocks that are needed."""
+
     @_builtins.property
-    def cancel(self) -> Global___Cancel: ...
+    def cancel(self) -> Global___Cancel:
+        """A sequence to forget."""
+
     def __init__(
         self,
         *,
@@ -505,6 +856,8 @@ Global___DecodeSessionRequest: _TypeAlias = DecodeSessionRequest  # noqa: Y015
 
 @_typing.final
 class DecodeSessionResponse(_message.Message):
+    """Node to router, in the token phase: what happened in one engine step, or since."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -516,6 +869,7 @@ class DecodeSessionResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         WAIT_S_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         wait_s: _builtins.float
         """From the lease's grant to the verified commit."""
         def __init__(
@@ -538,21 +892,33 @@ class DecodeSessionResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___SessionWelcome: ...
+    def welcome(self) -> Global___SessionWelcome:
+        """Set in the first message only."""
+
     @_builtins.property
-    def reserved(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]: ...
+    def reserved(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Lease]:
+        """Leases granted."""
+
     @_builtins.property
     def refused(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
         """Reserve was not granted. The router tries another node."""
 
     @_builtins.property
-    def joined(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeSessionResponse.Joined]: ...
+    def joined(self) -> _containers.RepeatedCompositeFieldContainer[Global___DecodeSessionResponse.Joined]:
+        """Sequences whose KV has arrived."""
+
     @_builtins.property
-    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]: ...
+    def tokens(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.Tokens]:
+        """New tokens of running sequences."""
+
     @_builtins.property
-    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]: ...
+    def failed(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
+        """Sequences that ended here without being finished."""
+
     @_builtins.property
-    def status(self) -> _common_pb2.NodeStatus: ...
+    def status(self) -> _common_pb2.NodeStatus:
+        """The node's load, when it changed or was silent for a while."""
+
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class NodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -49,10 +50,21 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.Clock = channel.unary_unary(
+                '/baton.v1.Node/Clock',
+                request_serializer=baton_dot_v1_dot_node__pb2.ClockRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.ClockResponse.FromString,
+                _registered_method=True)
+        self.Trace = channel.unary_unary(
+                '/baton.v1.Node/Trace',
+                request_serializer=baton_dot_v1_dot_node__pb2.TraceRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     def Describe(self, request, context):
         """Who the node is and what it serves.
@@ -70,6 +82,20 @@ class NodeServicer(object):
 
     def Drain(self, request, context):
         """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Clock(self, request, context):
+        """The node's monotonic clock: whoever asks a few times can tell how far it is from his own.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Trace(self, request, context):
+        """What ran here lately, by that clock.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -93,6 +119,16 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=baton_dot_v1_dot_node__pb2.DrainRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.DrainResponse.SerializeToString,
             ),
+            'Clock': grpc.unary_unary_rpc_method_handler(
+                    servicer.Clock,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.ClockRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.ClockResponse.SerializeToString,
+            ),
+            'Trace': grpc.unary_unary_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.TraceRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.TraceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.v1.Node', rpc_method_handlers)
@@ -102,7 +138,8 @@ def add_NodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Node(object):
-    """Missing associated documentation comment in .proto file."""
+    """What every worker answers, whatever its role.
+    """
 
     @staticmethod
     def Describe(request,
@@ -185,9 +222,64 @@ class Node(object):
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def Clock(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Clock',
+            baton_dot_v1_dot_node__pb2.ClockRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.ClockResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Trace',
+            baton_dot_v1_dot_node__pb2.TraceRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.TraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class PrefillNodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -203,10 +295,12 @@ class PrefillNodeStub(object):
 
 
 class PrefillNodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     def Session(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Opens with hello and welcome, then carries every prompt of this router.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -228,7 +322,8 @@ def add_PrefillNodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class PrefillNode(object):
-    """Missing associated documentation comment in .proto file."""
+    """The prompt phase. Every worker serves it.
+    """
 
     @staticmethod
     def Session(request_iterator,
@@ -259,7 +354,8 @@ class PrefillNode(object):
 
 
 class DecodeNodeStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -275,10 +371,12 @@ class DecodeNodeStub(object):
 
 
 class DecodeNodeServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     def Session(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Opens with hello and welcome, then carries every reservation and token of this router.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -300,7 +398,8 @@ def add_DecodeNodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeNode(object):
-    """Missing associated documentation comment in .proto file."""
+    """The token phase. Every worker serves it.
+    """
 
     @staticmethod
     def Session(request_iterator,

@@ -29,6 +29,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class NodeStub:
+    """What every worker answers, whatever its role."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -39,9 +41,15 @@ class NodeStub:
     """Every KV block and its owner, right now."""
     Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
+    Clock: _grpc.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]
+    """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+    Trace: _grpc.UnaryUnaryMultiCallable[_node_pb2.TraceRequest, _node_pb2.TraceResponse]
+    """What ran here lately, by that clock."""
 
 @_typing.type_check_only
 class NodeAsyncStub(NodeStub):
+    """What every worker answers, whatever its role."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Describe: _aio.UnaryUnaryMultiCallable[_node_pb2.DescribeRequest, _node_pb2.DescribeResponse]  # type: ignore[assignment]
     """Who the node is and what it serves."""
@@ -49,8 +57,14 @@ class NodeAsyncStub(NodeStub):
     """Every KV block and its owner, right now."""
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]  # type: ignore[assignment]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
+    Clock: _aio.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]  # type: ignore[assignment]
+    """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+    Trace: _aio.UnaryUnaryMultiCallable[_node_pb2.TraceRequest, _node_pb2.TraceResponse]  # type: ignore[assignment]
+    """What ran here lately, by that clock."""
 
 class NodeServicer(metaclass=_abc_1.ABCMeta):
+    """What every worker answers, whatever its role."""
+
     @_abc_1.abstractmethod
     def Describe(
         self,
@@ -75,48 +89,82 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_node_pb2.DrainResponse, _abc.Awaitable[_node_pb2.DrainResponse]]:
         """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
 
+    @_abc_1.abstractmethod
+    def Clock(
+        self,
+        request: _node_pb2.ClockRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.ClockResponse, _abc.Awaitable[_node_pb2.ClockResponse]]:
+        """The node's monotonic clock: whoever asks a few times can tell how far it is from his own."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _node_pb2.TraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.TraceResponse, _abc.Awaitable[_node_pb2.TraceResponse]]:
+        """What ran here lately, by that clock."""
+
 def add_NodeServicer_to_server(servicer: NodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class PrefillNodeStub:
+    """The prompt phase. Every worker serves it."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> PrefillNodeAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_node_pb2.PrefillSessionRequest, _node_pb2.PrefillSessionResponse]
+    """Opens with hello and welcome, then carries every prompt of this router."""
 
 @_typing.type_check_only
 class PrefillNodeAsyncStub(PrefillNodeStub):
+    """The prompt phase. Every worker serves it."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_node_pb2.PrefillSessionRequest, _node_pb2.PrefillSessionResponse]  # type: ignore[assignment]
+    """Opens with hello and welcome, then carries every prompt of this router."""
 
 class PrefillNodeServicer(metaclass=_abc_1.ABCMeta):
+    """The prompt phase. Every worker serves it."""
+
     @_abc_1.abstractmethod
     def Session(
         self,
         request_iterator: _MaybeAsyncIterator[_node_pb2.PrefillSessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_node_pb2.PrefillSessionResponse], _abc.AsyncIterator[_node_pb2.PrefillSessionResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.PrefillSessionResponse], _abc.AsyncIterator[_node_pb2.PrefillSessionResponse]]:
+        """Opens with hello and welcome, then carries every prompt of this router."""
 
 def add_PrefillNodeServicer_to_server(servicer: PrefillNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
 
 class DecodeNodeStub:
+    """The token phase. Every worker serves it."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> DecodeNodeAsyncStub: ...
     Session: _grpc.StreamStreamMultiCallable[_node_pb2.DecodeSessionRequest, _node_pb2.DecodeSessionResponse]
+    """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 @_typing.type_check_only
 class DecodeNodeAsyncStub(DecodeNodeStub):
+    """The token phase. Every worker serves it."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Session: _aio.StreamStreamMultiCallable[_node_pb2.DecodeSessionRequest, _node_pb2.DecodeSessionResponse]  # type: ignore[assignment]
+    """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 class DecodeNodeServicer(metaclass=_abc_1.ABCMeta):
+    """The token phase. Every worker serves it."""
+
     @_abc_1.abstractmethod
     def Session(
         self,
         request_iterator: _MaybeAsyncIterator[_node_pb2.DecodeSessionRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_node_pb2.DecodeSessionResponse], _abc.AsyncIterator[_node_pb2.DecodeSessionResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_node_pb2.DecodeSessionResponse], _abc.AsyncIterator[_node_pb2.DecodeSessionResponse]]:
+        """Opens with hello and welcome, then carries every reservation and token of this router."""
 
 def add_DecodeNodeServicer_to_server(servicer: DecodeNodeServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

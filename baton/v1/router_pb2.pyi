@@ -22,11 +22,15 @@ DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
 class TokenIds(_message.Message):
+    """A prompt that is tokenized already."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Ids in the model's vocabulary; nothing is added to them."""
+
     def __init__(
         self,
         *,
@@ -42,12 +46,16 @@ Global___TokenIds: _TypeAlias = TokenIds  # noqa: Y015
 
 @_typing.final
 class ChatMessage(_message.Message):
+    """One turn of a conversation."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     ROLE_FIELD_NUMBER: _builtins.int
     CONTENT_FIELD_NUMBER: _builtins.int
     role: _builtins.str
+    """"system", "user" or "assistant", as the template knows them."""
     content: _builtins.str
+    """Text."""
     def __init__(
         self,
         *,
@@ -64,11 +72,15 @@ Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class Chat(_message.Message):
+    """A conversation, which the model's chat template turns into a prompt."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     MESSAGES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]: ...
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """Oldest first."""
+
     def __init__(
         self,
         *,
@@ -84,6 +96,8 @@ Global___Chat: _TypeAlias = Chat  # noqa: Y015
 
 @_typing.final
 class GenerateRequest(_message.Message):
+    """One prompt and how to continue it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
@@ -101,17 +115,25 @@ class GenerateRequest(_message.Message):
     model: _builtins.str
     """Model name; empty means the one that is served."""
     prompt: _builtins.str
+    """Text to continue."""
     include_stop_in_output: _builtins.bool
+    """The stop string that ended generation is part of the text."""
     timeout_s: _builtins.float
     """Seconds until the request fails with DEADLINE_EXCEEDED. 0: the router's default."""
     skip_special_tokens_in_prompt: _builtins.bool
     """Do not prepend the tokenizer's special tokens (beginning of sequence) to a prompt given as text."""
     @_builtins.property
-    def prompt_token_ids(self) -> Global___TokenIds: ...
+    def prompt_token_ids(self) -> Global___TokenIds:
+        """Token ids to continue."""
+
     @_builtins.property
-    def chat(self) -> Global___Chat: ...
+    def chat(self) -> Global___Chat:
+        """A conversation to answer."""
+
     @_builtins.property
-    def sampling(self) -> _common_pb2.SamplingParams: ...
+    def sampling(self) -> _common_pb2.SamplingParams:
+        """How to choose tokens, and how many."""
+
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Generation ends before the first of these strings."""
@@ -142,19 +164,27 @@ Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):
+    """A piece of the answer's stream."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class Accepted(_message.Message):
+        """The request is admitted; nothing is computed yet."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         REQUEST_ID_FIELD_NUMBER: _builtins.int
         MODEL_FIELD_NUMBER: _builtins.int
         PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
+        """The request's id in logs and metrics."""
         model: _builtins.str
+        """Name of the model that answers."""
         @_builtins.property
-        def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """The prompt as the model sees it."""
+
         def __init__(
             self,
             *,
@@ -170,6 +200,8 @@ class GenerateResponse(_message.Message):
 
     @_typing.final
     class Delta(_message.Message):
+        """New output."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         TEXT_FIELD_NUMBER: _builtins.int
@@ -178,9 +210,13 @@ class GenerateResponse(_message.Message):
         text: _builtins.str
         """New text. Text that could still become part of a stop string or of a character is held back."""
         @_builtins.property
-        def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """New tokens. All deltas' together are the whole output, a stop token included."""
+
         @_builtins.property
-        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]: ...
+        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]:
+            """One per token if log-probabilities were asked for, else empty."""
+
         def __init__(
             self,
             *,
@@ -196,6 +232,8 @@ class GenerateResponse(_message.Message):
 
     @_typing.final
     class Finished(_message.Message):
+        """The request is complete."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         FINISH_REASON_FIELD_NUMBER: _builtins.int
@@ -203,12 +241,17 @@ class GenerateResponse(_message.Message):
         RELAY_FIELD_NUMBER: _builtins.int
         STOP_REASON_FIELD_NUMBER: _builtins.int
         finish_reason: _common_pb2.FinishReason.ValueType
+        """Why generation ended."""
         stop_reason: _builtins.str
         """The stop string or stop token's id (as text) that ended generation, if one did."""
         @_builtins.property
-        def usage(self) -> Global___Usage: ...
+        def usage(self) -> Global___Usage:
+            """What was counted."""
+
         @_builtins.property
-        def relay(self) -> Global___Relay: ...
+        def relay(self) -> Global___Relay:
+            """Which nodes ran it, and how long each stage took."""
+
         def __init__(
             self,
             *,
@@ -227,11 +270,17 @@ class GenerateResponse(_message.Message):
     DELTA_FIELD_NUMBER: _builtins.int
     FINISHED_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def accepted(self) -> Global___GenerateResponse.Accepted: ...
+    def accepted(self) -> Global___GenerateResponse.Accepted:
+        """First in every stream."""
+
     @_builtins.property
-    def delta(self) -> Global___GenerateResponse.Delta: ...
+    def delta(self) -> Global___GenerateResponse.Delta:
+        """Any number of them."""
+
     @_builtins.property
-    def finished(self) -> Global___GenerateResponse.Finished: ...
+    def finished(self) -> Global___GenerateResponse.Finished:
+        """Last in every stream that did not fail."""
+
     def __init__(
         self,
         *,
@@ -251,14 +300,19 @@ Global___GenerateResponse: _TypeAlias = GenerateResponse  # noqa: Y015
 
 @_typing.final
 class Usage(_message.Message):
+    """What the request has used. Attempts that failed are not counted."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
+    """Tokens of the prompt, special tokens included."""
     completion_tokens: _builtins.int
+    """Tokens generated."""
     cached_tokens: _builtins.int
+    """Prompt tokens whose KV was there already; part of prompt_tokens."""
     def __init__(
         self,
         *,
@@ -280,6 +334,32 @@ class Relay(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class Stamp(_message.Message):
+        """When something happened: "arrived", "queued", "attempt", "placed", "leased", "dispatched", "first_token", "joined",
+        "handed_off", "second_token", "last_token", "ended". Seconds since arrival, by the router's clock.
+        """
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NAME_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        name: _builtins.str
+        """What happened."""
+        at_s: _builtins.float
+        """Seconds since arrival."""
+        def __init__(
+            self,
+            *,
+            name: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "name", b"name"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PREFILL_NODE_ID_FIELD_NUMBER: _builtins.int
     DECODE_NODE_ID_FIELD_NUMBER: _builtins.int
     ROUTER_QUEUE_S_FIELD_NUMBER: _builtins.int
@@ -291,23 +371,59 @@ class Relay(_message.Message):
     TBT_MEAN_S_FIELD_NUMBER: _builtins.int
     TBT_MAX_S_FIELD_NUMBER: _builtins.int
     ATTEMPTS_FIELD_NUMBER: _builtins.int
+    TOKENIZE_S_FIELD_NUMBER: _builtins.int
+    RERUN_S_FIELD_NUMBER: _builtins.int
+    PLACEMENT_S_FIELD_NUMBER: _builtins.int
+    RESERVE_S_FIELD_NUMBER: _builtins.int
+    NETWORK_S_FIELD_NUMBER: _builtins.int
+    SECOND_TOKEN_S_FIELD_NUMBER: _builtins.int
+    LEASE_WAIT_S_FIELD_NUMBER: _builtins.int
+    RECOVERY_S_FIELD_NUMBER: _builtins.int
+    STAMPS_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
+    """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
+    """The node for the tokens after the first; the prefill node itself if it kept the sequence."""
     router_queue_s: _builtins.float
     """In the router, before the nodes had it."""
     prefill_queue_s: _builtins.float
-    """In the prefill node's queue, and computing."""
+    """In the prefill node's queue."""
     prefill_s: _builtins.float
+    """Computing the prompt, from its first chunk to the first token."""
     ttft_s: _builtins.float
-    """Arrival to first token, and arrival to end, by the router's clock."""
+    """Arrival to first token, by the router's clock."""
     e2e_s: _builtins.float
+    """Arrival to end, by the router's clock."""
     tbt_mean_s: _builtins.float
-    """Mean and maximum time between tokens."""
+    """The mean time between two tokens."""
     tbt_max_s: _builtins.float
+    """The longest time between two tokens."""
     attempts: _builtins.int
     """1 + the number of times the request ran again after a failure."""
+    tokenize_s: _builtins.float
+    """Chat template and tokenizer. With the next four, prefill_queue_s and prefill_s it adds up to ttft_s."""
+    rerun_s: _builtins.float
+    """Attempts that failed before the first token."""
+    placement_s: _builtins.float
+    """Waiting for a pair of nodes."""
+    reserve_s: _builtins.float
+    """The reservation on the decode node."""
+    network_s: _builtins.float
+    """Wire and event loops: what no stage accounts for."""
+    second_token_s: _builtins.float
+    """First to second token."""
+    lease_wait_s: _builtins.float
+    """From the lease's grant to the verified KV, by the decode node's clock."""
+    recovery_s: _builtins.float
+    """Failures after the first token: from each failure to the next token."""
     @_builtins.property
-    def transfer(self) -> _common_pb2.TransferReport: ...
+    def transfer(self) -> _common_pb2.TransferReport:
+        """Absent if no KV was moved."""
+
+    @_builtins.property
+    def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]:
+        """The request's lifeline, in the order things happened."""
+
     def __init__(
         self,
         *,
@@ -322,10 +438,19 @@ class Relay(_message.Message):
         tbt_mean_s: _builtins.float = ...,
         tbt_max_s: _builtins.float = ...,
         attempts: _builtins.int = ...,
+        tokenize_s: _builtins.float = ...,
+        rerun_s: _builtins.float = ...,
+        placement_s: _builtins.float = ...,
+        reserve_s: _builtins.float = ...,
+        network_s: _builtins.float = ...,
+        second_token_s: _builtins.float = ...,
+        lease_wait_s: _builtins.float = ...,
+        recovery_s: _builtins.float = ...,
+        stamps: _abc.Iterable[Global___Relay.Stamp] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "router_queue_s", b"router_queue_s", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -333,6 +458,8 @@ Global___Relay: _TypeAlias = Relay  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):
+    """Asks for the cluster's state."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -348,10 +475,14 @@ Global___StatusRequest: _TypeAlias = StatusRequest  # noqa: Y015
 
 @_typing.final
 class StatusResponse(_message.Message):
+    """The cluster as this router sees it."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
     class NodeState(_message.Message):
+        """One node."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NODE_FIELD_NUMBER: _builtins.int
@@ -360,9 +491,13 @@ class StatusResponse(_message.Message):
         state: _builtins.str
         """"connecting", "ready", "suspect", "lost" or "draining"."""
         @_builtins.property
-        def node(self) -> _common_pb2.NodeDescription: ...
+        def node(self) -> _common_pb2.NodeDescription:
+            """Who it is; only its address while it was never reached."""
+
         @_builtins.property
-        def status(self) -> _common_pb2.NodeStatus: ...
+        def status(self) -> _common_pb2.NodeStatus:
+            """Its load, as it last said."""
+
         def __init__(
             self,
             *,
@@ -382,11 +517,17 @@ class StatusResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
+    """The router that answers."""
     model: _builtins.str
+    """Name of the model that is served."""
     num_queued: _builtins.int
+    """Sequences that wait for a placement."""
     num_running: _builtins.int
+    """Sequences that nodes work on."""
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusResponse.NodeState]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusResponse.NodeState]:
+        """All that the router knows, lost ones included."""
+
     def __init__(
         self,
         *,
@@ -406,6 +547,8 @@ Global___StatusResponse: _TypeAlias = StatusResponse  # noqa: Y015
 
 @_typing.final
 class ClusterLedgerRequest(_message.Message):
+    """Asks for all block ledgers."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     def __init__(
@@ -421,6 +564,8 @@ Global___ClusterLedgerRequest: _TypeAlias = ClusterLedgerRequest  # noqa: Y015
 
 @_typing.final
 class ClusterLedgerResponse(_message.Message):
+    """One ledger per node that answered."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
@@ -446,7 +591,9 @@ class ClusterLedgerResponse(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     UNREACHABLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.LedgerResponse]: ...
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.LedgerResponse]:
+        """Those that answered."""
+
     @_builtins.property
     def unreachable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """Nodes that did not answer, with the reason."""
@@ -466,7 +613,171 @@ class ClusterLedgerResponse(_message.Message):
 Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
 
 @_typing.final
+class ClusterTraceRequest(_message.Message):
+    """Asks what the cluster did lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAST_S_FIELD_NUMBER: _builtins.int
+    last_s: _builtins.float
+    """Seconds back from now. 0: all that is kept."""
+    def __init__(
+        self,
+        *,
+        last_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["last_s", b"last_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterTraceRequest: _TypeAlias = ClusterTraceRequest  # noqa: Y015
+
+@_typing.final
+class ClusterTraceResponse(_message.Message):
+    """The router's part, or one node's."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class RouterTrace(_message.Message):
+        """Times are by the router's monotonic clock."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ROUTER_ID_FIELD_NUMBER: _builtins.int
+        NOW_S_FIELD_NUMBER: _builtins.int
+        REQUESTS_FIELD_NUMBER: _builtins.int
+        router_id: _builtins.str
+        """The router that answers."""
+        now_s: _builtins.float
+        """When it answered."""
+        @_builtins.property
+        def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClusterTraceResponse.Request]:
+            """The last requests that ended."""
+
+        def __init__(
+            self,
+            *,
+            router_id: _builtins.str = ...,
+            now_s: _builtins.float = ...,
+            requests: _abc.Iterable[Global___ClusterTraceResponse.Request] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["now_s", b"now_s", "requests", b"requests", "router_id", b"router_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class Request(_message.Message):
+        """A request that ended."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REQUEST_ID_FIELD_NUMBER: _builtins.int
+        CHOICE_FIELD_NUMBER: _builtins.int
+        OUTCOME_FIELD_NUMBER: _builtins.int
+        ARRIVED_S_FIELD_NUMBER: _builtins.int
+        RELAY_FIELD_NUMBER: _builtins.int
+        request_id: _builtins.str
+        """Its id."""
+        choice: _builtins.int
+        """Which of its n choices."""
+        outcome: _builtins.str
+        """How it ended: "finished", "rejected", "failed" or "cancelled"."""
+        arrived_s: _builtins.float
+        """When it arrived."""
+        @_builtins.property
+        def relay(self) -> Global___Relay:
+            """How it ran."""
+
+        def __init__(
+            self,
+            *,
+            request_id: _builtins.str = ...,
+            choice: _builtins.int = ...,
+            outcome: _builtins.str = ...,
+            arrived_s: _builtins.float = ...,
+            relay: Global___Relay | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["relay", b"relay"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_s", b"arrived_s", "choice", b"choice", "outcome", b"outcome", "relay", b"relay", "request_id", b"request_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NodeTrace(_message.Message):
+        """What one node did."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        ADDRESS_FIELD_NUMBER: _builtins.int
+        UNREACHABLE_FIELD_NUMBER: _builtins.int
+        CLOCK_OFFSET_S_FIELD_NUMBER: _builtins.int
+        CLOCK_ERROR_S_FIELD_NUMBER: _builtins.int
+        TRACE_FIELD_NUMBER: _builtins.int
+        address: _builtins.str
+        """Where it listens, host:port."""
+        unreachable: _builtins.str
+        """Why there is nothing; empty if there is."""
+        clock_offset_s: _builtins.float
+        """The node's clock minus the router's, as estimated, and how far off that can be: half of the quickest round trip.
+        To draw with; no duration is ever made of two clocks.
+        """
+        clock_error_s: _builtins.float
+        """Half of the quickest round trip."""
+        @_builtins.property
+        def trace(self) -> _node_pb2.TraceResponse:
+            """Its own account, by its own clock."""
+
+        def __init__(
+            self,
+            *,
+            address: _builtins.str = ...,
+            unreachable: _builtins.str = ...,
+            clock_offset_s: _builtins.float = ...,
+            clock_error_s: _builtins.float = ...,
+            trace: _node_pb2.TraceResponse | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["trace", b"trace"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "clock_error_s", b"clock_error_s", "clock_offset_s", b"clock_offset_s", "trace", b"trace", "unreachable", b"unreachable"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def router(self) -> Global___ClusterTraceResponse.RouterTrace:
+        """The first message."""
+
+    @_builtins.property
+    def node(self) -> Global___ClusterTraceResponse.NodeTrace:
+        """Every other message."""
+
+    def __init__(
+        self,
+        *,
+        router: Global___ClusterTraceResponse.RouterTrace | None = ...,
+        node: Global___ClusterTraceResponse.NodeTrace | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "node", b"node", "router", b"router"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["router", "node"]  # noqa: Y015
+    _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
+
+Global___ClusterTraceResponse: _TypeAlias = ClusterTraceResponse  # noqa: Y015
+
+@_typing.final
 class DrainNodeRequest(_message.Message):
+    """Names the node that is to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
@@ -491,13 +802,18 @@ Global___DrainNodeRequest: _TypeAlias = DrainNodeRequest  # noqa: Y015
 
 @_typing.final
 class DrainNodeResponse(_message.Message):
+    """The node has agreed to leave."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     DRAIN_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     address: _builtins.str
+    """host:port of the node."""
     @_builtins.property
-    def drain(self) -> _node_pb2.DrainResponse: ...
+    def drain(self) -> _node_pb2.DrainResponse:
+        """What the node said."""
+
     def __init__(
         self,
         *,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class RouterStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -54,10 +55,16 @@ class RouterStub(object):
                 request_serializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.Trace = channel.unary_stream(
+                '/baton.v1.Router/Trace',
+                request_serializer=baton_dot_v1_dot_router__pb2.ClusterTraceRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_router__pb2.ClusterTraceResponse.FromString,
+                _registered_method=True)
 
 
 class RouterServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     def Generate(self, request, context):
         """Generate text. The stream opens with Accepted, carries Deltas, and ends with exactly one Finished or with a gRPC
@@ -88,6 +95,13 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Trace(self, request, context):
+        """What the router and every node did lately: first the router's part, then a message per node.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RouterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -111,6 +125,11 @@ def add_RouterServicer_to_server(servicer, server):
                     request_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.SerializeToString,
             ),
+            'Trace': grpc.unary_stream_rpc_method_handler(
+                    servicer.Trace,
+                    request_deserializer=baton_dot_v1_dot_router__pb2.ClusterTraceRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_router__pb2.ClusterTraceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.v1.Router', rpc_method_handlers)
@@ -120,7 +139,8 @@ def add_RouterServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Router(object):
-    """Missing associated documentation comment in .proto file."""
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call.
+    """
 
     @staticmethod
     def Generate(request,
@@ -220,6 +240,33 @@ class Router(object):
             '/baton.v1.Router/Drain',
             baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
             baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Trace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.Router/Trace',
+            baton_dot_v1_dot_router__pb2.ClusterTraceRequest.SerializeToString,
+            baton_dot_v1_dot_router__pb2.ClusterTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,8 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class RouterStub:
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -41,9 +43,13 @@ class RouterStub:
     """The block ledgers of all nodes, asked for now."""
     Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    Trace: _grpc.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]
+    """What the router and every node did lately: first the router's part, then a message per node."""
 
 @_typing.type_check_only
 class RouterAsyncStub(RouterStub):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_router_pb2.GenerateRequest, _router_pb2.GenerateResponse]  # type: ignore[assignment]
     """Generate text. The stream opens with Accepted, carries Deltas, and ends with exactly one Finished or with a gRPC
@@ -55,8 +61,12 @@ class RouterAsyncStub(RouterStub):
     """The block ledgers of all nodes, asked for now."""
     Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    Trace: _aio.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]  # type: ignore[assignment]
+    """What the router and every node did lately: first the router's part, then a message per node."""
 
 class RouterServicer(metaclass=_abc_1.ABCMeta):
+    """The client's service. With API keys: metadata `authorization: Bearer KEY` on every call."""
+
     @_abc_1.abstractmethod
     def Generate(
         self,
@@ -90,5 +100,13 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DrainNodeResponse, _abc.Awaitable[_router_pb2.DrainNodeResponse]]:
         """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+
+    @_abc_1.abstractmethod
+    def Trace(
+        self,
+        request: _router_pb2.ClusterTraceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.ClusterTraceResponse], _abc.AsyncIterator[_router_pb2.ClusterTraceResponse]]:
+        """What the router and every node did lately: first the router's part, then a message per node."""
 
 def add_RouterServicer_to_server(servicer: RouterServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -41,7 +41,9 @@ class ChannelRequest(_message.Message):
         digest: _builtins.str
         """How digests are made, empty for none. Both sides must agree."""
         @_builtins.property
-        def node(self) -> _common_pb2.NodeDescription: ...
+        def node(self) -> _common_pb2.NodeDescription:
+            """Who sends."""
+
         @_builtins.property
         def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Transports the sender can use, best first."""
@@ -68,7 +70,9 @@ class ChannelRequest(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         def __init__(
             self,
             *,
@@ -94,8 +98,11 @@ class ChannelRequest(_message.Message):
         FIRST_TOKEN_FIELD_NUMBER: _builtins.int
         ATTEMPT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         num_blocks: _builtins.int
+        """Blocks that were written."""
         attempt: _builtins.int
         """Starts at 1, one more after every Nack that asked for layers again."""
         @_builtins.property
@@ -132,8 +139,11 @@ class ChannelRequest(_message.Message):
         EPOCH_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         reason: _builtins.str
+        """For logs."""
         def __init__(
             self,
             *,
@@ -156,7 +166,9 @@ class ChannelRequest(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         def __init__(
             self,
             *,
@@ -176,17 +188,29 @@ class ChannelRequest(_message.Message):
     REVOKED_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def hello(self) -> Global___ChannelRequest.Hello: ...
+    def hello(self) -> Global___ChannelRequest.Hello:
+        """Opens the channel."""
+
     @_builtins.property
-    def begin(self) -> Global___ChannelRequest.Begin: ...
+    def begin(self) -> Global___ChannelRequest.Begin:
+        """Asks to write."""
+
     @_builtins.property
-    def commit(self) -> Global___ChannelRequest.Commit: ...
+    def commit(self) -> Global___ChannelRequest.Commit:
+        """All is written."""
+
     @_builtins.property
-    def abort(self) -> Global___ChannelRequest.Abort: ...
+    def abort(self) -> Global___ChannelRequest.Abort:
+        """Gives a lease back."""
+
     @_builtins.property
-    def revoked(self) -> Global___ChannelRequest.Revoked: ...
+    def revoked(self) -> Global___ChannelRequest.Revoked:
+        """Answers a revoke."""
+
     @_builtins.property
-    def heartbeat(self) -> Global___Heartbeat: ...
+    def heartbeat(self) -> Global___Heartbeat:
+        """Sign of life."""
+
     def __init__(
         self,
         *,
@@ -215,6 +239,8 @@ class ChannelResponse(_message.Message):
 
     @_typing.final
     class Welcome(_message.Message):
+        """The handshake is good."""
+
         DESCRIPTOR: _descriptor.Descriptor
 
         NODE_FIELD_NUMBER: _builtins.int
@@ -225,11 +251,15 @@ class ChannelResponse(_message.Message):
         transport: _builtins.str
         """The transport chosen and where to connect for it."""
         endpoint: _builtins.str
+        """Address for the transport: host:port, or the name of a unix socket."""
         token: _builtins.bytes
         """Proves to the data plane that a connection belongs to this channel."""
         digest: _builtins.str
+        """The way of making digests that both will use, empty for none."""
         @_builtins.property
-        def node(self) -> _common_pb2.NodeDescription: ...
+        def node(self) -> _common_pb2.NodeDescription:
+            """Who receives."""
+
         def __init__(
             self,
             *,
@@ -254,7 +284,9 @@ class ChannelResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         def __init__(
             self,
             *,
@@ -276,7 +308,9 @@ class ChannelResponse(_message.Message):
         SEQUENCE_ID_FIELD_NUMBER: _builtins.int
         EPOCH_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         def __init__(
             self,
             *,
@@ -291,7 +325,7 @@ class ChannelResponse(_message.Message):
 
     @_typing.final
     class Nack(_message.Message):
-        """Not taken over. With retransmit_layers the sender writes those layers again and commits again; without, it is final."""
+        """Not taken over. With retransmit_layers the sender writes those again and commits again; without, it is final."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -301,13 +335,19 @@ class ChannelResponse(_message.Message):
         RETRANSMIT_LAYERS_FIELD_NUMBER: _builtins.int
         ATTEMPT_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         attempt: _builtins.int
         """The commit this answers; 0 if it answers Begin."""
         @_builtins.property
-        def failure(self) -> _common_pb2.Failure: ...
+        def failure(self) -> _common_pb2.Failure:
+            """What was wrong."""
+
         @_builtins.property
-        def retransmit_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+        def retransmit_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+            """Indices of layers whose digest differed."""
+
         def __init__(
             self,
             *,
@@ -333,8 +373,11 @@ class ChannelResponse(_message.Message):
         EPOCH_FIELD_NUMBER: _builtins.int
         REASON_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
+        """The sequence that is meant."""
         epoch: _builtins.int
+        """Epoch of its lease."""
         reason: _builtins.str
+        """For logs."""
         def __init__(
             self,
             *,
@@ -355,17 +398,29 @@ class ChannelResponse(_message.Message):
     BEGUN_FIELD_NUMBER: _builtins.int
     HEARTBEAT_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def welcome(self) -> Global___ChannelResponse.Welcome: ...
+    def welcome(self) -> Global___ChannelResponse.Welcome:
+        """Answers hello."""
+
     @_builtins.property
-    def ack(self) -> Global___ChannelResponse.Ack: ...
+    def ack(self) -> Global___ChannelResponse.Ack:
+        """Answers commit: taken over."""
+
     @_builtins.property
-    def nack(self) -> Global___ChannelResponse.Nack: ...
+    def nack(self) -> Global___ChannelResponse.Nack:
+        """Answers begin or commit: not so."""
+
     @_builtins.property
-    def revoke(self) -> Global___ChannelResponse.Revoke: ...
+    def revoke(self) -> Global___ChannelResponse.Revoke:
+        """Ends a lease from this side."""
+
     @_builtins.property
-    def begun(self) -> Global___ChannelResponse.Begun: ...
+    def begun(self) -> Global___ChannelResponse.Begun:
+        """Answers begin: write."""
+
     @_builtins.property
-    def heartbeat(self) -> Global___Heartbeat: ...
+    def heartbeat(self) -> Global___Heartbeat:
+        """Sign of life."""
+
     def __init__(
         self,
         *,

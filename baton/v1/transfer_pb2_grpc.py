@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class KvTransferStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Served by every worker, for the others.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -42,10 +43,12 @@ class KvTransferStub(object):
 
 
 class KvTransferServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Served by every worker, for the others.
+    """
 
     def Channel(self, request_iterator, context):
-        """Missing associated documentation comment in .proto file."""
+        """Opens with hello and welcome, then carries every transfer of this pair of nodes.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -67,7 +70,8 @@ def add_KvTransferServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class KvTransfer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Served by every worker, for the others.
+    """
 
     @staticmethod
     def Channel(request_iterator,

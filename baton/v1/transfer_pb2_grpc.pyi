@@ -29,23 +29,32 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class KvTransferStub:
+    """Served by every worker, for the others."""
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> KvTransferAsyncStub: ...
     Channel: _grpc.StreamStreamMultiCallable[_transfer_pb2.ChannelRequest, _transfer_pb2.ChannelResponse]
+    """Opens with hello and welcome, then carries every transfer of this pair of nodes."""
 
 @_typing.type_check_only
 class KvTransferAsyncStub(KvTransferStub):
+    """Served by every worker, for the others."""
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Channel: _aio.StreamStreamMultiCallable[_transfer_pb2.ChannelRequest, _transfer_pb2.ChannelResponse]  # type: ignore[assignment]
+    """Opens with hello and welcome, then carries every transfer of this pair of nodes."""
 
 class KvTransferServicer(metaclass=_abc_1.ABCMeta):
+    """Served by every worker, for the others."""
+
     @_abc_1.abstractmethod
     def Channel(
         self,
         request_iterator: _MaybeAsyncIterator[_transfer_pb2.ChannelRequest],
         context: _ServicerContext,
-    ) -> _typing.Union[_abc.Iterator[_transfer_pb2.ChannelResponse], _abc.AsyncIterator[_transfer_pb2.ChannelResponse]]: ...
+    ) -> _typing.Union[_abc.Iterator[_transfer_pb2.ChannelResponse], _abc.AsyncIterator[_transfer_pb2.ChannelResponse]]:
+        """Opens with hello and welcome, then carries every transfer of this pair of nodes."""
 
 def add_KvTransferServicer_to_server(servicer: KvTransferServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

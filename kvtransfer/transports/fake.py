@@ -73,6 +73,13 @@ class _CorruptedJob:
         data[self._position % num_bytes] ^= 0xFF
         return data
 
+    def copy(self, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+        self._job.copy(target, layer, first, num_blocks)
+        if not self._is_spent and self.plan is not None:
+            self._is_spent = True
+            _, dst, size = self.plan.copies(layer, first, num_blocks)[0]
+            target[dst + self._position % size] ^= 0xFF
+
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
         self._job.hash(layer, first, num_blocks)
 

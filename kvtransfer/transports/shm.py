@@ -17,11 +17,8 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
-from baton.errors import InternalError, TransferFailed
+from baton.errors import TransferFailed
 from kvtransfer.arena import Arena, prefault
-from kvtransfer.digest import cut
 from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.writing import Lanes, Unit, as_bytes
 
@@ -265,14 +262,8 @@ class ShmWire:
         unit.job.landed(unit)
 
     def _copy(self, unit: Unit) -> None:
-        job, target = unit.job, self._target
-        if job.plan is None:
-            raise InternalError("a unit was queued before its push had begun")
         for layer in range(unit.layer, unit.layer + unit.num_layers):
-            for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
-                for src, dst, size in job.plan.copies(layer, first, count):
-                    np.copyto(target[dst : dst + size], job.read(src, size))
-                job.hash(layer, first, count)
+            unit.job.copy(self._target, layer, unit.first, unit.num_blocks)
 
     def _tell_written(self, unit: Unit) -> None:
         """The receiver digests what was written while the next unit is copied. If its buffer is full, at commit."""

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 
 from baton.errors import InternalError, TransferFailed
 from baton.types import KvLayout
-from kvtransfer.digest import ByteArray, cut, segment_blocks
+from kvtransfer.digest import ByteArray
+from kvtransfer.host import keep_apart
 from kvtransfer.plan import Span, spans
 from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
 
@@ -134,7 +135,6 @@ class TcpReceiver:
         self._advertised_host = advertised_host
         self._listen_host = listen_host or advertised_host.strip("[]")
         self._on_frame = on_frame
-        self._step_blocks = segment_blocks(layout.block_bytes)
         self._on_writer_gone = on_writer_gone
         self._on_quiet = on_quiet
         self._listener: socket.socket | None = None
@@ -195,7 +195,7 @@ class TcpReceiver:
         except asyncio.CancelledError:
             connection.close()
             raise
-        magic, token, _ = _PREAMBLE.unpack(raw)
+        magic, token, number = _PREAMBLE.unpack(raw)
         with self._lock:
             channel = next((n for n, s in self._channels.items() if s.token == token and not s.is_dropped), None)
             is_welcome = magic == _MAGIC and channel is not None
@@ -210,7 +210,7 @@ class TcpReceiver:
         connection.setblocking(True)
         _tune(connection)
         name = f"baton-kv-recv-{channel}"
-        thread = threading.Thread(target=self._serve, args=(channel, connection), name=name, daemon=True)
+        thread = threading.Thread(target=self._serve, args=(channel, number, connection), name=name, daemon=True)
         with self._lock:
             self._threads.add(thread)
         thread.start()
@@ -272,7 +272,8 @@ class TcpReceiver:
 
     # Stream threads.
 
-    def _serve(self, channel: int, connection: socket.socket) -> None:
+    def _serve(self, channel: int, number: int, connection: socket.socket) -> None:
+        keep_apart(number)
         try:
             connection.sendall(_READY)
             self._receive(channel, connection)
@@ -343,14 +344,14 @@ class TcpReceiver:
         first: int,
         num_blocks: int,
     ) -> bool:
-        """Receive a frame's payload, segment by segment if each is to be digested while it is in the cache."""
-        step = num_blocks if self._on_frame is None else self._step_blocks
-        for i in range(layer, layer + num_layers):
-            for start, count in cut(first, num_blocks, max(1, step)):
-                if not receive_all(connection, _views(self._memory, spans(self._layout, i, block_ids, start, count))):
-                    return False
-                if self._on_frame is not None:
-                    self._on_frame(epoch, i, start, count)
+        """Receive a frame's payload; then it is digested, in one go for each layer."""
+        layers = range(layer, layer + num_layers)
+        found = [span for i in layers for span in spans(self._layout, i, block_ids, first, num_blocks)]
+        if not receive_all(connection, _views(self._memory, found)):
+            return False
+        if self._on_frame is not None:
+            for i in layers:
+                self._on_frame(epoch, i, first, num_blocks)
         return True
 
     async def close(self) -> None:
@@ -430,14 +431,9 @@ class TcpWire:
         self._unacked[lane].append(unit)
         try:
             for layer in range(unit.layer, unit.layer + unit.num_layers):
-                for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
-                    # First the digest: the socket's copy then finds the bytes in the cache.
-                    job.hash(layer, first, count)
-                    for offset, size in spans(layout, layer, block_ids, first, count):
-                        views.append(job.read(offset, size).data)
-                    if job.has_digest:
-                        send_all(self._streams[lane], views)
-                        views = []
+                job.hash(layer, unit.first, unit.num_blocks)
+                found = spans(layout, layer, block_ids, unit.first, unit.num_blocks)
+                views += [job.read(offset, size).data for offset, size in found]
             send_all(self._streams[lane], views)
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error

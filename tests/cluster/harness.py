@@ -30,6 +30,7 @@ class Node:
     role: str
     pid: int
     address: str
+    metrics: str
 
 
 class Cluster:

@@ -182,8 +182,10 @@ def test_commands_probes_and_hooks_are_taken_by_the_cli(
         return
     assert settings["role"] == name
     assert settings["advertise"] == values["POD_IP"]
-    (port,) = ports
+    named = {p["name"]: p["containerPort"] for p in only["ports"]}
+    port = named["grpc"]
     assert settings["listen"] == f"0.0.0.0:{port}"
+    assert named == {"grpc": port, "metrics": settings["metrics_port"]}
     program, *hook = only["lifecycle"]["preStop"]["exec"]["command"]
     drain = accept(hook)
     assert (program, drain["node"], drain["direct"], drain["wait"]) == ("baton", f"127.0.0.1:{port}", True, True)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from baton.errors import BadConfig, UnsupportedModel
 from engine.config import EngineConfig, ModelConfig
+from engine.kernels.cpu import attention, linear, llvm, pointwise
 from engine.runner import Runner
 from engine.weights import fingerprint
 from tests.engine_driver import Driver, random_prompt, spec
@@ -202,3 +203,22 @@ def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path) -> None:
         model.model.layers[1].mlp.up_proj.weight[1000, 201] += 1
     model.save_pretrained(tmp_path / "after")
     assert fingerprint(tmp_path / "before") != fingerprint(tmp_path / "after")
+
+
+def test_no_kernel_is_compiled_after_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second of compilation in the first requests would be a second of their TTFT."""
+    compiled: list[str] = []
+    compile_kernel = llvm.Kernel.__init__
+
+    def count(self: llvm.Kernel, name: str, *rest: Any) -> None:
+        compiled.append(name)
+        compile_kernel(self, name, *rest)
+
+    monkeypatch.setattr(llvm.Kernel, "__init__", count)
+    for cached in (attention._kernel, linear._kernel, pointwise._rms_norm, pointwise._silu_mul, pointwise._rope_store):
+        cached.cache_clear()
+    driver = Driver(Runner.load(folder, CONFIG))
+    assert len(compiled) >= 6
+    loaded = list(compiled)
+    driver.generate(spec("a", random_prompt(150, VOCAB_SIZE), max_tokens=3), chunk=40)
+    assert compiled == loaded

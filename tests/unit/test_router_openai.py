@@ -87,6 +87,25 @@ async def test_completion_whole_and_streamed(folder: Path, tokenizer: Tokenizer)
         assert all(c.usage is None for c in chunks[:-1])
 
 
+async def test_running_usage_counts_up_with_the_tokens_of_each_chunk(folder: Path, tokenizer: Tokenizer) -> None:
+    prompt = tokenizer.encode("the quick brown", add_special_tokens=True)
+    async with served(folder) as (router, _), sdk(router) as client:
+        stream = await client.completions.create(
+            model="tiny", prompt="the quick brown", max_tokens=40, seed=11, stream=True,
+            stream_options={"include_usage": True, "continuous_usage_stats": True},  # type: ignore[typeddict-unknown-key]
+            extra_body={"return_token_ids": True},
+        )  # fmt: skip
+        num_tokens = 0
+        chunks = [c async for c in stream]
+        for chunk in chunks[:-1]:
+            num_tokens += len(chunk.choices[0].token_ids)  # type: ignore[attr-defined]
+            assert chunk.usage is not None
+            assert (chunk.usage.prompt_tokens, chunk.usage.completion_tokens) == (len(prompt), num_tokens)
+            assert chunk.usage.total_tokens == len(prompt) + num_tokens
+        assert chunks[-1].usage is not None
+        assert chunks[-1].usage.completion_tokens == num_tokens > 0
+
+
 async def test_chat_whole_and_streamed(folder: Path, tokenizer: Tokenizer) -> None:
     prompt = tokenizer.encode("<s><|user|>hello</s><|assistant|>", add_special_tokens=False)
     _, text = answer(tokenizer, prompt, 3, 30)
@@ -341,7 +360,9 @@ async def test_models_metrics_and_relay(folder: Path) -> None:
         text = (await client.get("/metrics")).text
         assert 'baton_requests_total{code="",outcome="finished"} 1.0' in text
         assert "baton_time_to_first_token_seconds_count 1.0" in text
-        assert "baton_nodes_ready 2.0" in text
+        assert 'baton_nodes{pool="decode",state="ready"} 1.0' in text
+        assert 'baton_placements_total{reason="pools"} 1.0' in text
+        assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 1.0' in text
 
 
 async def test_without_a_tokenizer_ids_work_and_text_is_refused() -> None:

@@ -1,0 +1,214 @@
+"""What a worker counts and shows at its metrics port. Reads its parts at scrape time; decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from baton.errors import BadConfig, BatonError
+from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics
+from baton.types import NodeDescription, NodeStatus, TransferReport
+from cli.energy import EnergySource
+from engine.blocks import BlockState
+from engine.cost import CostModel
+from engine.meter import EngineMeter
+from engine.replica import Replica
+from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
+from kvtransfer.sender import SenderObserver
+
+_TRANSFER_BUCKETS_S = (
+    *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075),
+    *(0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_RATIO_BUCKETS = tuple(i / 10 for i in range(11))
+_FREE = "free"
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """What the hardware can do, as measured (`python -m bench`) or declared by its maker. 0: not known."""
+
+    flops: float = 0.0
+    bytes_per_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("flops", "bytes_per_s"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise BadConfig(f"peak {name} is {value}, expected 0 (not known) or a number", param=f"peak_{name}")
+
+
+class _TransferMeter(SenderObserver):
+    """Transfers that this node sent."""
+
+    def __init__(self, metrics: Metrics, transports: Sequence[str]) -> None:
+        self._kinds = {
+            (transport, is_layerwise): _Transfers(metrics, transport, "layerwise" if is_layerwise else "whole")
+            for transport in transports
+            for is_layerwise in (True, False)
+        }
+        self._failures = metrics.counters(
+            "baton_transfer_failures",
+            "Transfers that ended without arriving, by error code",
+            "code",
+            preset=[("TransferFailed",), ("NodeLost",)],
+        )
+
+    def pushed(self, report: TransferReport) -> None:
+        self._kinds[(report.transport, report.layerwise)].observe(report)
+
+    def failed(self, error: BatonError) -> None:
+        self._failures.add(error.code)
+
+
+class _Transfers:
+    """Of one transport and mode."""
+
+    def __init__(self, metrics: Metrics, transport: str, mode: str) -> None:
+        def histogram(name: str, help_text: str, bounds: Sequence[float]) -> Histogram:
+            return metrics.histogram(name, help_text, bounds, transport=transport, mode=mode)
+
+        self._seconds = histogram(
+            "baton_transfer_seconds", "Transfers that arrived: first write to acknowledgement", _TRANSFER_BUCKETS_S
+        )
+        self._exposed = histogram(
+            "baton_transfer_exposed_seconds",
+            "Of these, the tail after the end of the prompt's computation",
+            _TRANSFER_BUCKETS_S,
+        )
+        self._overlap = histogram(
+            "baton_transfer_overlap_ratio", "Share of a transfer that computation hid, 0 to 1", _RATIO_BUCKETS
+        )
+        self._bytes = metrics.counter(
+            "baton_transfer_bytes", "KV bytes handed over", transport=transport, mode=mode
+        )  # fmt: skip
+        self._retries = metrics.counter(
+            "baton_transfer_rewritten_layers", "Layers written again, their digest being wrong",
+            transport=transport, mode=mode,
+        )  # fmt: skip
+
+    def observe(self, report: TransferReport) -> None:
+        self._seconds.observe(report.total_s)
+        self._exposed.observe(report.exposed_s)
+        if report.total_s > 0:
+            self._overlap.observe(max(0.0, 1.0 - report.exposed_s / report.total_s))
+        self._bytes.add(report.num_bytes)
+        self._retries.add(report.retransmits)
+
+
+class WorkerMetrics:
+    """Made before the worker's parts, which it watches once they are there."""
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        cost: CostModel | None,
+        peaks: Peaks,
+        energy: Sequence[EnergySource],
+    ) -> None:
+        # A process has one of each, so that they cost no series; queries need no joins.
+        self.metrics = Metrics({"node": node.node_id, "pool": node.home_role.value})
+        self.engine = EngineMeter(self.metrics, cost)
+        self.transfers = _TransferMeter(self.metrics, node.transports)
+        counter = self.metrics.counter
+        self._granted = counter("baton_leases", "Leases by how far they came", event="granted")
+        self._arrived = counter("baton_leases", "Leases by how far they came", event="arrived")
+        self._released = counter("baton_leases", "Leases by how far they came", event="released")
+        self._lease_wait = self.metrics.histogram(
+            "baton_lease_wait_seconds", "Lease granted to KV verified", LATENCY_BUCKETS_S
+        )
+        self._add_info(node)
+        self._add_peaks(peaks)
+        for source in energy:
+            self._add_energy(source)
+
+    def granted(self) -> None:
+        self._granted.add()
+
+    def joined(self, wait_s: float) -> None:
+        self._lease_wait.observe(wait_s)
+
+    def lease_ended(self, notice: ReceiverNotice) -> None:
+        match notice:
+            case Arrived():
+                self._arrived.add()
+            case Released():
+                self._released.add()
+
+    def watch(
+        self,
+        replica: Replica,
+        receiver: Receiver,
+        status: Callable[[], NodeStatus],
+        is_draining: Callable[[], bool],
+    ) -> None:
+        gauge, counting = self.metrics.gauge, self.metrics.counting
+        gauge(
+            "baton_prefill_queue_tokens",
+            "Prompt tokens accepted and not yet computed",
+            lambda: status().queued_prompt_tokens,
+        )
+        gauge(
+            "baton_decode_queue_tokens", "Tokens of sequences that wait for their KV to arrive", replica.leased_tokens
+        )
+        gauge("baton_decode_running_tokens", "Tokens held in KV by decoding sequences", lambda: status().running_tokens)
+        gauge("baton_node_waiting_sequences", "Prompts queued or being computed", lambda: status().num_waiting)
+        gauge("baton_node_running_sequences", "Sequences that decode", lambda: status().num_running)
+        gauge("baton_engine_stalled_seconds", "Since the last step, while there is work", lambda: replica.stalled_s)
+        gauge("baton_node_draining", "1 while the node takes nothing new", lambda: float(is_draining()))
+        counting(
+            "baton_preemptions",
+            "Sequences that lost their KV blocks to older ones",
+            lambda: replica.stats().num_preempted,
+        )
+        counting(
+            "baton_digest_failures",
+            "Commits refused because bytes had changed on their way here",
+            lambda: receiver.num_digest_failures,
+        )
+        self._add_ledger(replica)
+
+    def _add_ledger(self, replica: Replica) -> None:
+        def by_state() -> Mapping[Labels, float]:
+            _, num_free, owners = replica.ledger()
+            found: dict[Labels, float] = {(state.value,): 0.0 for state in BlockState}
+            found[(_FREE,)] = float(num_free)
+            for line in owners:
+                found[(line.state.value,)] += line.num_blocks
+            return found
+
+        def mismatch() -> float:
+            total, num_free, owners = replica.ledger()
+            return float(abs(total - num_free - sum(line.num_blocks for line in owners)))
+
+        def quarantine_age_s() -> float:
+            _, _, owners = replica.ledger()
+            return max((line.age_s for line in owners if line.state is BlockState.QUARANTINED), default=0.0)
+
+        gauge = self.metrics.gauge
+        self.metrics.gauges("baton_kv_blocks", "KV blocks by ledger state", ("state",), by_state)
+        gauge("baton_kv_mismatched_blocks", "Blocks without an owner, or with two: always 0", mismatch)
+        gauge("baton_kv_quarantine_age_seconds", "Of the blocks longest in quarantine", quarantine_age_s)
+
+    def _add_info(self, node: NodeDescription) -> None:
+        labels = {
+            "model": node.model.name,
+            "dtype": node.model.dtype,
+            "device": node.device,
+            "kernels": node.kernels,
+            "version": node.software_version,
+        }
+        self.metrics.gauge("baton_node_info", "1; the labels say what runs", lambda: 1.0, **labels)
+        block_bytes = float(node.kv_layout.block_bytes * node.kv_layout.num_layers)
+        self.metrics.gauge("baton_kv_block_bytes", "Bytes of one KV block, all layers", lambda: block_bytes)
+
+    def _add_peaks(self, peaks: Peaks) -> None:
+        """Always a family, so that it can be documented; without a peak it has no value and is not shown."""
+        gauge = self.metrics.gauge
+        gauge("baton_peak_flops", "Operations per second the hardware can do", lambda: peaks.flops or None)
+        gauge("baton_peak_bytes_per_second", "Memory traffic it can do", lambda: peaks.bytes_per_s or None)
+
+    def _add_energy(self, source: EnergySource) -> None:
+        labels = {"source": source.source, "device": source.device}
+        self.metrics.counting("baton_energy_joules", "Energy drawn since the worker's start", source.joules, **labels)
+        self.metrics.gauge("baton_power_watts", "Power drawn now", source.watts, **labels)

@@ -1,0 +1,98 @@
+"""What the engine thread counts of its steps. Children are bound before the first one; nothing here is per token."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from baton.metrics import LATENCY_BUCKETS_S, Counter, Metrics
+from engine.cost import CostModel
+from engine.schedule import EngineEvent, Output
+from engine.step import StepPlan
+
+_STEP_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+_SIZE_BUCKETS = tuple(float(2**i) for i in range(16))
+
+
+class StepPhase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+
+
+class _PhaseMeter:
+    """The children of one phase."""
+
+    def __init__(self, metrics: Metrics, phase: StepPhase) -> None:
+        name = phase.value
+        self.seconds = metrics.histogram(
+            "baton_step_seconds", "Engine step, scheduling left out", _STEP_BUCKETS_S, phase=name
+        )
+        self.tokens = metrics.histogram("baton_step_tokens", "Tokens computed in a step", _SIZE_BUCKETS, phase=name)
+        self.sequences = metrics.histogram("baton_step_sequences", "Sequences in a step", _SIZE_BUCKETS, phase=name)
+        self.failures = metrics.counter("baton_step_failures", "Steps that went wrong", phase=name)
+
+
+class _CostMeter:
+    def __init__(self, metrics: Metrics, cost: CostModel, phase: StepPhase) -> None:
+        self._cost = cost
+        self._flops = metrics.counter(
+            "baton_model_flops", "Floating-point operations that the steps' shapes need", phase=phase.value
+        )
+        self._bytes = metrics.counter(
+            "baton_model_bytes", "Memory traffic that the steps' shapes need: weights and KV", phase=phase.value
+        )
+
+    def step(self, plan: StepPlan) -> None:
+        flops, num_bytes = self._cost.step(plan)
+        self._flops.add(flops)
+        self._bytes.add(num_bytes)
+
+
+class EngineMeter:
+    """Written by the engine thread alone. Without a cost model nothing is said of operations and bytes."""
+
+    def __init__(self, metrics: Metrics, cost: CostModel | None = None) -> None:
+        self._phases = {phase: _PhaseMeter(metrics, phase) for phase in StepPhase}
+        self._costs = {} if cost is None else {phase: _CostMeter(metrics, cost, phase) for phase in StepPhase}
+        help_text = "Tokens whose KV was computed, by what they were: of a prompt (reruns included) or generated"
+        self._prompt_tokens: Counter = metrics.counter("baton_computed_tokens", help_text, phase="prefill")
+        self._decode_tokens: Counter = metrics.counter("baton_computed_tokens", help_text, phase="decode")
+        self._queue = metrics.histogram(
+            "baton_prefill_queue_seconds", "Prompts: arrival at the node to the first chunk", LATENCY_BUCKETS_S
+        )
+        self._compute = metrics.histogram(
+            "baton_prefill_compute_seconds", "Prompts: first chunk to the first token", LATENCY_BUCKETS_S
+        )
+
+    def step(self, plan: StepPlan, seconds: float, *, has_failed: bool) -> None:
+        num_tokens = num_prompt = 0
+        for piece in plan.pieces:
+            count = piece.num_tokens
+            num_tokens += count
+            spec = piece.sequence.spec
+            if piece.start < len(spec.prompt_token_ids) + len(spec.generated_token_ids):
+                num_prompt += count
+        phase = StepPhase.MIXED
+        if num_prompt in (0, num_tokens):
+            phase = StepPhase.PREFILL if num_prompt else StepPhase.DECODE
+        meter = self._phases[phase]
+        if has_failed:
+            meter.failures.add()
+            return
+        meter.seconds.observe(seconds)
+        meter.tokens.observe(num_tokens)
+        meter.sequences.observe(len(plan.pieces))
+        self._prompt_tokens.add(num_prompt)
+        self._decode_tokens.add(num_tokens - num_prompt)
+        if self._costs:
+            self._costs[phase].step(plan)
+
+    def outcome(self, events: list[EngineEvent]) -> None:
+        """Once per step, with what it brought."""
+        for event in events:
+            if isinstance(event, Output) and event.prefill is not None:
+                self._queue.observe(event.prefill.queue_s)
+                self._compute.observe(event.prefill.compute_s)

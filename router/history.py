@@ -1,0 +1,58 @@
+"""The last sequences that ended, in bounded memory, and their lifelines as stages: what pages and traces show."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import islice
+
+from baton.observe import Relay
+from baton.v1 import router_pb2
+from router.dispatch import Dispatcher, Ended
+from router.wire import relay_to_pb
+
+_MAX_ENDED = 1024
+
+
+class History:
+    """Newest last."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._ended: deque[Ended] = deque(maxlen=_MAX_ENDED)
+        dispatcher.watch_ends(self._ended.append)
+
+    def newest(self, count: int) -> list[Ended]:
+        """Newest first."""
+        return list(islice(reversed(self._ended), count))
+
+    def trace(self, router_id: str, now: float, last_s: float) -> router_pb2.ClusterTraceResponse:
+        """What ended in the last seconds, as the router's part of a trace."""
+        part = router_pb2.ClusterTraceResponse.RouterTrace(router_id=router_id, now_s=now)
+        for ended in self._ended:
+            if ended.arrived_s + ended.relay.e2e_s >= now - last_s:
+                part.requests.add(
+                    request_id=ended.request_id,
+                    choice=ended.choice,
+                    outcome=ended.outcome.kind.value,
+                    arrived_s=ended.arrived_s,
+                    relay=relay_to_pb(ended.relay),
+                )
+        return router_pb2.ClusterTraceResponse(router=part)
+
+
+def stages(relay: Relay) -> list[tuple[str, float, float]]:
+    """Name, start after arrival and length in seconds of each stage, in order; they add up to ``e2e_s``.
+
+    The transfer is what of it came between first and second token. Lengths were each measured by one clock; a stage is
+    put where the one before it ends, so no two clocks are compared.
+    """
+    if not relay.num_tokens:
+        return [("no token", 0.0, relay.e2e_s)] if relay.e2e_s > 0 else []
+    exposed_s = min(relay.transfer.exposed_s, relay.second_token_s) if relay.transfer else 0.0
+    parts = [*relay.ttft_stages, ("transfer", exposed_s), ("decode", relay.e2e_s - relay.ttft_s - exposed_s)]
+    found: list[tuple[str, float, float]] = []
+    at_s = 0.0
+    for name, length_s in parts:
+        if length_s > 0:
+            found.append((name, at_s, length_s))
+            at_s += length_s
+    return found

@@ -1,0 +1,202 @@
+"""What the router counts: requests and their stages, routing, refusals, and the pools as it sees them.
+
+Written by dispatcher and frontend on the event loop. A subset can be shown again under the names that vLLM uses,
+so that its dashboards and load tools work: the cluster looks like one engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from baton.metrics import LATENCY_BUCKETS_S, Family, Histogram, Labels, Metrics
+from baton.observe import Relay
+from baton.types import FinishReason, Role
+from router.flow import Outcome, OutcomeKind, Phase
+from router.membership import Member, State
+from router.policy import Reason
+
+# Fine where decode steps are.
+_TBT_BUCKETS_S = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
+    *(1.0, 2.5, 5.0, 10.0),
+)
+_VLLM_LABELS = ("model_name", "engine")
+_TTFT_STAGES = ("tokenize", "rerun", "placement", "reserve", "prefill_queue", "prefill", "network")
+
+
+class RouterMetrics:
+    """``observe`` takes what has ended; the other counters are bumped where things happen."""
+
+    def __init__(self, metrics: Metrics, model_name: Callable[[], str] | None = None) -> None:
+        """``model_name`` labels what is shown under vLLM's names; without it nothing is."""
+        self._metrics = metrics
+        self._model_name = model_name
+        counter, counters, histogram = metrics.counter, metrics.counters, metrics.histogram
+        self.outcomes = counters(
+            "baton_requests",
+            "Sequences by outcome and error code",
+            "outcome",
+            "code",
+            preset=[("finished", ""), ("cancelled", "Cancelled")],
+        )
+        # Refused before there was a sequence.
+        self.refusals = counters(
+            "baton_refusals",
+            "Requests refused at the door, by error code",
+            "code",
+            preset=_each("Overloaded", "Unavailable", "InvalidRequest"),
+        )
+        self.cancellations = counters(
+            "baton_cancellations",
+            "Sequences cancelled, by the phase they were in",
+            "phase",
+            preset=_each("queued", "prefilling", "decoding"),
+        )
+        self.placements = counters(
+            "baton_placements",
+            "Pairs of nodes chosen, by reason",
+            "reason",
+            preset=_each(*(reason.value for reason in Reason)),
+        )
+        self.placement_waits = counters(
+            "baton_placement_waits",
+            "Fruitless looks for a pair, by obstacle",
+            "reason",
+            preset=_each("no_node", "no_room"),
+        )
+        self.reservation_refusals = counters(
+            "baton_reservation_refusals",
+            "Reservations that a decode node refused, by error code",
+            "code",
+            preset=_each("NoBlocks"),
+        )
+        self.node_losses = counters(
+            "baton_node_losses", "Nodes that went down, by pool", "pool", preset=_each(*(role.value for role in Role))
+        )
+        self.reruns = counter("baton_reruns", "Attempts after the first, that is after a failure")
+        self.recoveries = counter("baton_recoveries", "Finished sequences of which at least one attempt had failed")
+        self.recovery = histogram(
+            "baton_recovery_seconds", "Failure after the first token to the next token", LATENCY_BUCKETS_S
+        )
+        self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of sequences that got a token")
+        self.cached_tokens = counter("baton_cached_prompt_tokens", "Of these, found in a prefix cache")
+        self.generated_tokens = counter("baton_generated_tokens", "Tokens generated")
+        self.ttft = histogram("baton_time_to_first_token_seconds", "Arrival to first token", LATENCY_BUCKETS_S)
+        self._stages = [
+            histogram(
+                "baton_ttft_stage_seconds",
+                "Parts of the time to the first token; their sums add up to its sum",
+                LATENCY_BUCKETS_S,
+                stage=stage,
+            )
+            for stage in _TTFT_STAGES
+        ]
+        self.second_token = histogram("baton_second_token_seconds", "First to second token", LATENCY_BUCKETS_S)
+        self.tbt = histogram("baton_tbt_seconds", "Time between tokens, every interval", _TBT_BUCKETS_S)
+        self.e2e = histogram("baton_request_duration_seconds", "Arrival to the outcome", LATENCY_BUCKETS_S)
+        self._finished = {
+            reason: counter("baton_finished", "Sequences by finish reason, as vLLM counts them", reason=reason)
+            for reason in (*(reason.value for reason in FinishReason), "abort")
+        }
+
+    def observe(self, outcome: Outcome, relay: Relay, num_prompt_tokens: int) -> None:
+        self.outcomes.add(outcome.kind.value, "" if outcome.error is None else outcome.error.code)
+        if outcome.finish_reason is not None:
+            self._finished[outcome.finish_reason.value].add()
+        elif outcome.kind is OutcomeKind.CANCELLED:
+            self._finished["abort"].add()
+        self.generated_tokens.add(relay.num_tokens)
+        self.reruns.add(relay.attempts - 1)
+        if relay.attempts > 1 and outcome.kind is OutcomeKind.FINISHED:
+            self.recoveries.add()
+        if relay.recovery_s:
+            self.recovery.observe(relay.recovery_s)
+        self.e2e.observe(relay.e2e_s)
+        if relay.num_tokens == 0:
+            return
+        self.prompt_tokens.add(num_prompt_tokens)
+        self.cached_tokens.add(relay.num_cached_tokens)
+        self.ttft.observe(relay.ttft_s)
+        for child, stage in zip(self._stages, relay.ttft_stages, strict=True):
+            child.observe(stage.duration_s)
+        if relay.num_tokens > 1:
+            self.second_token.observe(relay.second_token_s)
+
+    def add_state(
+        self,
+        phases: Callable[[], Mapping[Phase, int]],
+        members: Callable[[], list[Member]],
+        is_ready: Callable[[], bool],
+    ) -> None:
+        """Gauges over what lives elsewhere, asked at scrape time."""
+
+        def sequences() -> Mapping[Labels, float]:
+            found = phases()
+            return {(phase.value,): float(found.get(phase, 0)) for phase in Phase if phase is not Phase.ENDED}
+
+        self._metrics.gauges("baton_sequences", "Sequences in flight, by phase", ("phase",), sequences)
+        self._metrics.gauges(
+            "baton_nodes", "Nodes the router knows, by pool and state", ("pool", "state"), lambda: _nodes(members())
+        )
+        self._metrics.gauge("baton_ready", "1 if requests can be served", lambda: float(is_ready()))
+        if self._model_name is not None:
+            self._add_vllm_names(self._model_name, phases, members)
+
+    def _add_vllm_names(
+        self,
+        model_name: Callable[[], str],
+        phases: Callable[[], Mapping[Phase, int]],
+        members: Callable[[], list[Member]],
+    ) -> None:
+        """After https://docs.vllm.ai/en/latest/design/metrics.html; buckets are ours."""
+
+        def show(name: str, kind: str, ours: str, read: Callable[[], float | Histogram]) -> None:
+            help_text = f"As {ours}, under vLLM's name"
+            self._metrics.add(Family(name, kind, help_text, _VLLM_LABELS, lambda: {(model_name(), "0"): read()}))
+
+        def in_phases(*wanted: Phase) -> float:
+            found = phases()
+            return float(sum(found.get(phase, 0) for phase in wanted))
+
+        def kv_usage() -> float:
+            known = [m.status for m in members() if m.is_up and m.status is not None]
+            num_blocks = sum(status.total_blocks for status in known)
+            return 1.0 - sum(status.free_blocks for status in known) / num_blocks if num_blocks else 0.0
+
+        show("vllm:time_to_first_token_seconds", "histogram", "baton_time_to_first_token_seconds", lambda: self.ttft)
+        show("vllm:inter_token_latency_seconds", "histogram", "baton_tbt_seconds", lambda: self.tbt)
+        show("vllm:e2e_request_latency_seconds", "histogram", "baton_request_duration_seconds", lambda: self.e2e)
+        show("vllm:prompt_tokens", "counter", "baton_prompt_tokens_total", lambda: self.prompt_tokens.value)
+        show("vllm:generation_tokens", "counter", "baton_generated_tokens_total", lambda: self.generated_tokens.value)
+        show("vllm:prefix_cache_queries", "counter", "baton_prompt_tokens_total", lambda: self.prompt_tokens.value)
+        show("vllm:prefix_cache_hits", "counter", "baton_cached_prompt_tokens_total", lambda: self.cached_tokens.value)
+        show("vllm:num_requests_waiting", "gauge", "baton_sequences{phase=queued}", lambda: in_phases(Phase.QUEUED))
+        show(
+            "vllm:num_requests_running",
+            "gauge",
+            "baton_sequences in all other phases",
+            lambda: in_phases(*(phase for phase in Phase if phase not in (Phase.QUEUED, Phase.ENDED))),
+        )
+        show("vllm:kv_cache_usage_perc", "gauge", "the share of used KV blocks, 1 is all,", kv_usage)
+
+        def successes() -> Mapping[Labels, float]:
+            return {(model_name(), "0", reason): child.value for reason, child in self._finished.items()}
+
+        help_text = "As baton_finished_total, under vLLM's name"
+        labels = (*_VLLM_LABELS, "finished_reason")
+        self._metrics.add(Family("vllm:request_success", "counter", help_text, labels, successes))
+
+
+def _each(*values: str) -> list[Labels]:
+    return [(value,) for value in values]
+
+
+def _nodes(members: list[Member]) -> Mapping[Labels, float]:
+    """Every pool and state, zeros included: an alert must be able to see that nobody is there."""
+    found: dict[Labels, float] = {(pool.value, state.value): 0.0 for pool in Role for state in State}
+    for member in members:
+        if member.node is not None:
+            found[(member.node.home_role.value, member.state.value)] += 1
+    # Of nodes that never answered nobody knows the pool.
+    found[("unknown", State.CONNECTING.value)] = float(sum(m.node is None for m in members))
+    return found

@@ -1,0 +1,104 @@
+"""Prometheus' and Grafana's files: valid, about metrics that exist, every alert tested and explained."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.prometheus import (
+    DASHBOARDS,
+    IS_INSTALLED,
+    PROMETHEUS,
+    RULES,
+    Query,
+    alerts,
+    panel_queries,
+    panels,
+    rule_queries,
+    rules,
+)
+from tests.deploy.support import DEPLOY, ROOT, load_yaml
+
+needs_promtool = pytest.mark.skipif(not IS_INSTALLED, reason="promtool is not installed")
+RUNBOOK = ROOT / "docs" / "runbook.md"
+QUERIES = [*panel_queries(), *rule_queries()]
+
+
+def promtool(*arguments: str, folder: Path = PROMETHEUS) -> None:
+    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
+def test_promtool_takes_config_and_rules() -> None:
+    promtool("check", "config", "prometheus.yml")
+    promtool("check", "rules", *(str(path) for path in RULES))
+
+
+@needs_promtool
+def test_alerts_fire_when_they_should() -> None:
+    promtool("test", "rules", "tests/alerts.yml")
+
+
+def test_every_alert_has_a_test_in_which_it_fires() -> None:
+    fired = {
+        case["alertname"]
+        for test in load_yaml(PROMETHEUS / "tests" / "alerts.yml")["tests"]
+        for case in test["alert_rule_test"]
+        if case.get("exp_alerts")
+    }
+    assert fired == {alert["alert"] for alert in alerts()}
+
+
+def test_every_alert_has_a_paragraph_in_the_runbook() -> None:
+    written = re.findall(r"^## (Baton\w+)$\n\n(.+?)(?=^## |\Z)", RUNBOOK.read_text(), re.M | re.S)
+    assert {name for name, _ in written} == {alert["alert"] for alert in alerts()}
+    assert all(len(text.split()) > 30 for _, text in written)
+    for alert in alerts():
+        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{alert['alert'].lower()}"
+
+
+@pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.where)
+def test_queries_ask_for_metrics_that_exist(query: Query) -> None:
+    documented = set(re.findall(r"^\| `([a-z0-9_:]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M))
+    histograms = set(re.findall(r"^\| `([a-z0-9_:]+)` \| histogram", (ROOT / "docs" / "metrics.md").read_text(), re.M))
+    series = {f"{name}{end}" for name in histograms for end in ("_bucket", "_sum", "_count")}
+    known = (documented - histograms) | series | {rule["record"] for rule in rules() if "record" in rule}
+    assert query.metrics - known == set()
+    assert query.metrics or "up{" in query.expr
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboards_hang_together(path: Path) -> None:
+    dashboard = json.loads(path.read_text())
+    assert dashboard["uid"] == path.stem
+    ids = [panel["id"] for panel in panels(dashboard)]
+    assert len(ids) == len(set(ids))
+    for panel in panels(dashboard):
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        if panel["type"] == "row":
+            continue
+        assert panel["title"]
+        assert panel["fieldConfig"]["defaults"].get("unit") or panel["type"] == "heatmap", panel["title"]
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"])
+    spots = {(x, y) for p in panels(dashboard) for x, y in _cells(p["gridPos"])}
+    assert len(spots) == sum(p["gridPos"]["w"] * p["gridPos"]["h"] for p in panels(dashboard)), "panels overlap"
+
+
+def _cells(place: dict[str, int]) -> list[tuple[int, int]]:
+    return [(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])]
+
+
+def test_provisioning_finds_the_dashboards_and_prometheus() -> None:
+    grafana = DEPLOY / "grafana" / "provisioning"
+    (provider,) = load_yaml(grafana / "dashboards" / "baton.yaml")["providers"]
+    (source,) = load_yaml(grafana / "datasources" / "prometheus.yaml")["datasources"]
+    services = load_yaml(DEPLOY / "compose.yaml")["services"]
+    assert f"./grafana/dashboards:{provider['options']['path']}:ro" in services["grafana"]["volumes"]
+    assert source["url"] == "http://prometheus:9090"
+    interval = load_yaml(PROMETHEUS / "prometheus.yml")["global"]["scrape_interval"]
+    assert source["jsonData"]["timeInterval"] == interval
+    assert "./prometheus:/etc/prometheus:ro" in services["prometheus"]["volumes"]

@@ -1,0 +1,138 @@
+"""Stamps and what follows from them: stages that add up, whatever order, failure or clock they came from."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.observe import Lifeline
+from baton.types import TransferReport
+
+REPORT = TransferReport("shm", True, 4096, 1, 0.02, 0.005)
+
+
+def stages(life: Lifeline) -> dict[str, float]:
+    return {name: round(duration_s, 9) for name, duration_s in life.relay().ttft_stages}
+
+
+def test_stages_of_a_handed_over_request() -> None:
+    life = Lifeline(100.0)
+    life.queued(100.01)
+    life.placed("p0", "d0", 100.03)
+    life.leased(100.06)
+    life.sent(100.06)
+    life.prefilled(0.1, 0.2, 0)
+    life.tokens(1, 100.4)
+    life.joined(0.33, 100.42)
+    life.transferred(REPORT, 100.43)
+    life.tokens(1, 100.45)
+    life.tokens(2, 100.5)
+    life.ended(100.5)
+    assert stages(life) == {
+        "tokenize": 0.01, "rerun": 0.0, "placement": 0.02, "reserve": 0.03, "prefill_queue": 0.1, "prefill": 0.2,
+        "network": 0.04,
+    }  # fmt: skip
+    relay = life.relay()
+    assert (relay.second_token_s, relay.lease_wait_s) == (pytest.approx(0.05), 0.33)
+    assert [name for name, _ in relay.stamps] == [
+        "arrived", "queued", "placed", "leased", "dispatched", "first_token", "joined", "handed_off", "second_token",
+        "last_token", "ended",
+    ]  # fmt: skip
+
+
+def test_what_failed_before_the_first_token_is_a_stage_of_its_own() -> None:
+    life = Lifeline(0.0)
+    life.queued(0.5)
+    life.placed("p0", "d0", 1.0)
+    life.sent(1.0)
+    life.prefilled(0.3, 0.3, 0)
+    life.failed(2.0)
+    life.placed("p1", "d1", 2.5)
+    life.sent(3.0)
+    life.prefilled(0.25, 0.5, 0)
+    life.tokens(1, 4.0)
+    assert stages(life) == {
+        "tokenize": 0.5, "rerun": 1.5, "placement": 0.5, "reserve": 0.5, "prefill_queue": 0.25, "prefill": 0.5,
+        "network": 0.25,
+    }  # fmt: skip
+    assert (life.relay().attempts, life.relay().prefill_node_id) == (2, "p1")
+
+
+def test_a_failure_after_the_first_token_leaves_its_stages_alone_and_is_counted_as_recovery() -> None:
+    life = Lifeline(0.0)
+    life.placed("p0", "d0", 0.0)
+    life.sent(0.0)
+    life.prefilled(0.0, 0.5, 0)
+    life.tokens(1, 1.0)
+    before = stages(life)
+    life.failed(2.0)
+    life.failed(2.5)
+    life.placed("p1", "d1", 3.0)
+    life.sent(3.0)
+    life.prefilled(9.0, 9.0, 0)
+    life.tokens(1, 4.0)
+    assert stages(life) == before
+    assert life.relay().recovery_s == 2.0
+
+
+def test_a_node_whose_clock_runs_fast_makes_no_stage_negative() -> None:
+    life = Lifeline(0.0)
+    life.placed("p0", "d0", 0.0)
+    life.sent(1.0)
+    life.prefilled(5.0, 7.0, 0)
+    life.tokens(1, 2.0)
+    assert stages(life)["prefill"] == 1.0
+    assert min(stages(life).values()) == 0.0
+
+
+def test_intervals_are_shared_by_tokens_that_come_together() -> None:
+    heard: list[tuple[float, int]] = []
+    life = Lifeline(0.0, lambda seconds, count: heard.append((seconds, count)))
+    life.tokens(1, 1.0)
+    life.tokens(1, 1.5)
+    life.tokens(4, 2.5)
+    assert heard == [(0.5, 1), (0.25, 4)]
+    assert life.relay().tbt_max_s == 1.0
+
+
+def test_a_request_that_got_no_token_has_no_stages_but_stamps() -> None:
+    life = Lifeline(0.0)
+    life.queued(0.1)
+    life.ended(3.0)
+    assert set(stages(life).values()) == {0.0}
+    assert life.relay().ttft_s == 0.0
+    assert life.relay().stamps == (("arrived", 0.0), ("queued", 0.1), ("ended", 3.0))
+
+
+STEPS = st.sampled_from(["placed", "leased", "sent", "prefilled", "tokens", "joined", "transferred", "failed"])
+
+
+@given(st.lists(st.tuples(STEPS, st.floats(0, 10), st.floats(0, 100)), max_size=30))
+def test_the_time_to_the_first_token_is_the_sum_of_its_stages_whatever_happens(
+    steps: list[tuple[str, float, float]],
+) -> None:
+    now = 1000.0
+    life = Lifeline(now)
+    now += 0.125
+    life.queued(now)
+    for what, pause_s, duration_s in steps:
+        now += pause_s
+        match what:
+            case "placed":
+                life.placed("p", "d", now)
+            case "prefilled":
+                life.prefilled(duration_s, duration_s / 2, 0)
+            case "tokens":
+                life.tokens(1, now)
+            case "joined":
+                life.joined(duration_s, now)
+            case "transferred":
+                life.transferred(REPORT, now)
+            case _:
+                getattr(life, what)(now)
+    relay = life.relay()
+    assert min(stages(life).values()) >= -1e-9
+    assert math.isclose(sum(s.duration_s for s in relay.ttft_stages), relay.ttft_s, abs_tol=1e-9)
+    times = [stamp.at_s for stamp in relay.stamps]
+    assert times == sorted(times)
