@@ -70,7 +70,7 @@ async def test_a_second_sigterm_cuts_off_and_the_router_runs_the_rest_elsewhere(
     node = cluster.nodes[f"{role}-0"]
     # The second one meets a worker that drains: an empty one lingers for a quarter of a second.
     os.kill(node.pid, signal.SIGTERM)
-    while f"{node.id} drains" not in cluster.logs():
+    while f"{node.id} drains" not in cluster.logs():  # noqa: ASYNC110 - a file that another process writes
         await asyncio.sleep(0.005)
     os.kill(node.pid, signal.SIGTERM)
     assert_same(await running, undisturbed)
