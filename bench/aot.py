@@ -28,12 +28,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from engine.kernels.interface import Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import contiguous_prefill_attention, paged_prefill_attention
-from engine.kernels.triton.sampling import Draws, sample
+from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning, parse
 

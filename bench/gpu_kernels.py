@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from baton.types import SamplingParams
 from bench.cases import TOLERANCE, PagedSequences, Shape
 from bench.gpu_measure import Device, Work
+from engine.kernels.interface import Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
@@ -28,7 +29,7 @@ from engine.kernels.triton.prefill_attention import (
     paged_prefill_attention,
     tiles_on,
 )
-from engine.kernels.triton.sampling import Draws, sample
+from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
 from engine.sampler import draw, uniform
@@ -84,7 +85,7 @@ def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
 def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     for block_tokens in sizes.block_tokens:
         yield from decode_works(sizes, tuning, device, block_tokens)
-    yield from _gemm(sizes, tuning, device)
+    yield from gemm_works(sizes, tuning, device, products(sizes))
     for block_tokens in sizes.block_tokens:
         yield from prefill_works(sizes, tuning, device, block_tokens)
     yield from _shared(sizes, tuning, device)
@@ -237,16 +238,29 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
             )  # fmt: skip
 
 
-def _gemm(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
-    shape, size = sizes.shape, sizes.dtype.itemsize
+class Product(NamedTuple):
+    """A layer's weights, [out, inner]; gated: gate and up, which meet."""
+
+    name: str
+    out: int
+    inner: int
+    is_gated: bool
+
+
+def products(sizes: Sizes) -> list[Product]:
+    shape = sizes.shape
     heads = shape.heads * shape.head_dim
-    layers = (
-        ("qkv", heads + 2 * shape.kv_heads * shape.head_dim, sizes.hidden, False),
-        ("output", sizes.hidden, heads, False),
-        ("gate and up", 2 * sizes.inner, sizes.hidden, True),
-        ("down", sizes.hidden, sizes.inner, False),
-        ("head", sizes.vocabulary, sizes.hidden, False),
-    )
+    return [
+        Product("qkv", heads + 2 * shape.kv_heads * shape.head_dim, sizes.hidden, False),
+        Product("output", sizes.hidden, heads, False),
+        Product("gate and up", 2 * sizes.inner, sizes.hidden, True),
+        Product("down", sizes.hidden, sizes.inner, False),
+        Product("head", sizes.vocabulary, sizes.hidden, False),
+    ]
+
+
+def gemm_works(sizes: Sizes, tuning: Tuning, device: Device, layers: Sequence[Product]) -> Iterator[Work]:
+    size = sizes.dtype.itemsize
     for name, out, inner, is_gated in layers:
         plan = tuning.gemm_plan(out, inner, sizes.dtype)
 

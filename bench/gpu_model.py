@@ -106,7 +106,7 @@ class WholeModel:
             sequence.block_ids = [*range(i * blocks, (i + 1) * blocks)]
             pieces.append(Piece(sequence, context - 1, 1, samples=True))
         batch = build_batch(StepPlan(tuple(pieces)), self.layout)
-        return self.model.forward(batch, self.cache, self.layout, None).to(self.kernels.device)
+        return self.model.forward(batch, self.cache, self.layout, None)
 
     def prefill(self, num_tokens: int) -> Tensor:
         """Logits of the last token of one prompt."""

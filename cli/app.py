@@ -62,14 +62,30 @@ ModelName = Annotated[str, typer.Option(help="What the API calls the model. Defa
 Router = Annotated[
     str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
 ]
+KernelsName = Annotated[
+    Kernels, typer.Option(help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: at present cpu.")
+]
 KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
 NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
 BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+MaxGraphSeqs = Annotated[
+    int, typer.Option(min=0, help="GPUs record decode steps of up to so many sequences at the start. 0 = none.")
+]
+BatchInvariant = Annotated[
+    OnOff,
+    typer.Option(
+        help="A request's tokens depend on nothing it is batched with. off lets GPUs use cuBLAS where it is faster: "
+        "tokens then vary with the load, and after a failure."
+    ),
+]
 Transport = Annotated[
     str,
-    typer.Option(help="How KV moves: shm, tcp, or auto (shm on one host, tcp between hosts).", metavar="auto|shm|tcp"),
+    typer.Option(
+        help="How KV moves: auto takes cuda_ipc between GPUs of one host, shm on one host without GPUs, else tcp.",
+        metavar="auto|cuda_ipc|shm|tcp",
+    ),
 ]
 Digest = Annotated[
     OnOff,
@@ -139,12 +155,14 @@ def up(
     ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
     log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
@@ -185,6 +203,7 @@ def up(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
+            *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
             *("--peak-tflops", str(peak_tflops), "--peak-gbps", str(peak_gbps)),
         ),
@@ -207,19 +226,21 @@ def up(
 @app.command()
 def worker(
     model: Model,
-    role: Annotated[RoleName, typer.Option()],
+    role: Annotated[RoleName, typer.Option(help="prefill, decode, or mixed: what the worker is used for.")],
     listen: Annotated[str, typer.Option(help="host:port; port 0 = any free one.")] = "127.0.0.1:0",
     node_id: Annotated[str, typer.Option(help="Unique in the cluster. Default: made from role, host and port.")] = "",
     advertise: Annotated[str, typer.Option(help="Host that others reach this worker at, if not --listen's.")] = "",
     transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
-    kernels: Annotated[Kernels, typer.Option()] = Kernels.auto,
+    kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
     max_batch_tokens: MaxBatchTokens = 2048,
     max_num_seqs: MaxNumSeqs = 256,
+    max_graph_seqs: MaxGraphSeqs = 256,
+    batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
@@ -264,6 +285,8 @@ def worker(
         block_tokens=block_tokens,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
+        max_graph_seqs=max_graph_seqs,
+        is_batch_invariant=batch_invariant is OnOff.on,
         num_threads=threads,
         transports=_transports(transport),
         digest=digest is OnOff.on,

@@ -38,7 +38,14 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
     ]
     has_torch = all(f.is_ok is not False for f in findings)
     findings += [*_torch(), *machine.kernels()] if has_torch else []
-    findings += [machine.driver(), *_transports(), *machine.memory_sharing(), *_resources(), *machine.limits()]
+    findings += [
+        machine.driver(),
+        *_transports(),
+        _cuda_ipc(has_torch),
+        *machine.memory_sharing(),
+        *_resources(),
+        *machine.limits(),
+    ]
     findings += machine.ports()
     if registry:
         findings.append(machine.registry(registry, cluster))
@@ -114,6 +121,29 @@ def _transports() -> Iterator[Finding]:
     advice = "workers on one host will move KV by tcp; memfd and unix sockets need Linux 3.17 or newer" if fault else ""
     yield Finding("transport shm", None if fault else True, fault or "memfd and unix sockets work", advice)
     yield Finding("transport tcp", True, "always there")
+
+
+def _cuda_ipc(has_torch: bool) -> Finding:
+    """Does once what a worker does whose KV lies on a GPU: take memory there and a handle to it."""
+    subject = "transport cuda_ipc"
+    if not has_torch:
+        return Finding(subject, None, "not looked into: the worker extra is missing")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding(subject, None, "no GPU that torch can use")
+    from kvtransfer.devices.cuda import CudaDevice
+
+    try:
+        device = CudaDevice.of_torch("cuda")
+        address = device.allocate(1)
+        try:
+            device.export(address)
+        finally:
+            device.free(address)
+    except BatonError as error:
+        return Finding(subject, None, error.message, "KV on GPUs moves by tcp through pinned memory")
+    return Finding(subject, True, f"{len(device.reachable_ids)} GPUs can be written to from the first")
 
 
 def _resources() -> Iterator[Finding]:

@@ -14,6 +14,8 @@ from cli.leaving import Leaving
 from engine.cost import CostModel
 from engine.replica import RunnerLike
 from kvtransfer.arena import Arena
+from kvtransfer.devices.interface import Device
+from kvtransfer.memory import AnyArena, DeviceArena
 
 
 class LoadedModel(RunnerLike, Protocol):
@@ -35,15 +37,24 @@ class LoadedModel(RunnerLike, Protocol):
     def cost(self) -> CostModel | None: ...
 
 
-# Gives the bytes of the KV cache, in memory that peers on this host can map.
-Allocate = Callable[[int], memoryview]
+class Allocate(Protocol):
+    """Gives the bytes of the KV cache, in memory that peers on this host can map, or on a device by torch's name."""
+
+    def __call__(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceArena: ...
+
+
+def cuda_device(name: str) -> Device:
+    from kvtransfer.devices.cuda import CudaDevice
+
+    return CudaDevice.of_torch(name)
 
 
 class Loading:
     """Loads the model in a thread that nobody has to wait for, and owns the memory of its KV cache."""
 
-    def __init__(self, load: Callable[[Allocate], LoadedModel]) -> None:
-        self._arenas: list[Arena] = []
+    def __init__(self, load: Callable[[Allocate], LoadedModel], open_device: Callable[[str], Device]) -> None:
+        self._open_device = open_device
+        self._arenas: list[AnyArena] = []
         self._loop = asyncio.get_running_loop()
         self._model: asyncio.Future[LoadedModel] = self._loop.create_future()
         self._is_abandoned = False
@@ -51,7 +62,7 @@ class Loading:
         self._thread.start()
 
     @property
-    def arena(self) -> Arena:
+    def arena(self) -> AnyArena:
         if len(self._arenas) != 1:
             raise InternalError(f"the model's KV cache lies in {len(self._arenas)} arenas, expected 1")
         return self._arenas[0]
@@ -93,6 +104,11 @@ class Loading:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(report)
 
-    def _allocate(self, num_bytes: int) -> memoryview:
-        self._arenas.append(Arena.create(num_bytes))
-        return self._arenas[-1].buffer
+    def _allocate(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceArena:
+        if device == "cpu":
+            arena = Arena.create(num_bytes)
+            self._arenas.append(arena)
+            return arena.buffer
+        on_device = DeviceArena.create(num_bytes, self._open_device(device))
+        self._arenas.append(on_device)
+        return on_device

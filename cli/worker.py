@@ -29,7 +29,7 @@ from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from cli import drain, energy
 from cli.drain import DrainConfig
 from cli.leaving import Leaving
-from cli.loading import Allocate, LoadedModel, Loading
+from cli.loading import Allocate, LoadedModel, Loading, cuda_device
 from cli.node import NodeService
 from cli.registration import LeaseConfig, Registration
 from cli.worker_metrics import Peaks, WorkerMetrics
@@ -38,8 +38,10 @@ from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
-from kvtransfer.config import TransferConfig
+from kvtransfer.config import TRANSPORTS, TransferConfig
+from kvtransfer.devices.interface import Device
 from kvtransfer.host import host_id
+from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.receiver import Arrived, Quarantined, Receiver, ReceiverNotice, Released
 from kvtransfer.sender import Sender
 from prefill_node.service import PrefillService
@@ -69,12 +71,14 @@ class WorkerConfig:
     block_tokens: int = 64
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
+    max_graph_seqs: int = 256
+    is_batch_invariant: bool = True
     max_waiting: int = 1024
     max_preemptions: int = 3
     watermark: float = 0.01
     # 0: torch's own choice.
     num_threads: int = 0
-    transports: tuple[str, ...] = ("shm", "tcp")
+    transports: tuple[str, ...] = TRANSPORTS
     # Off gives up the check of what arrived; the whole cluster must agree.
     digest: bool = True
     # None: as measured for each transport.
@@ -128,12 +132,20 @@ def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         kernels=config.kernels,
+        max_graph_seqs=config.max_graph_seqs,
+        is_batch_invariant=config.is_batch_invariant,
         num_threads=config.num_threads,
     )
     return Runner.load(config.model, engine, allocate=allocate)
 
 
-async def serve(config: WorkerConfig, *, load: Load = load_model, stop: asyncio.Event | None = None) -> bool:
+async def serve(
+    config: WorkerConfig,
+    *,
+    load: Load = load_model,
+    stop: asyncio.Event | None = None,
+    open_device: Callable[[str], Device] = cuda_device,
+) -> bool:
     """Run a worker until it has drained (``stop`` does what a first signal does). Raises InternalError if it breaks.
 
     False if a thread of the model would not end in time, so that the process has to be ended without waiting for it.
@@ -141,14 +153,16 @@ async def serve(config: WorkerConfig, *, load: Load = load_model, stop: asyncio.
     leaving = Leaving(DrainConfig(config.grace_s), MonotonicClock())
     with leaving.on_signals():
         watching = asyncio.create_task(leaving.on_event(stop or asyncio.Event()))
-        loading = Loading(functools.partial(load, config))
+        loading = Loading(functools.partial(load, config), open_device)
         try:
             model = await loading.unless(leaving)
             if model is None:
                 _log.info("told to stop while the model was being loaded")
                 return loading.abandon()
-            loading.arena.prefault_in_background(_first_pages(model.layout))
-            return await _Worker(config, model, loading.arena, leaving).run()
+            arena = loading.arena
+            if isinstance(arena, Arena):
+                arena.prefault_in_background(_first_pages(model.layout))
+            return await _Worker(config, model, arena, leaving).run()
         finally:
             watching.cancel()
             loading.close()
@@ -163,7 +177,7 @@ def _first_pages(layout: KvLayout) -> list[tuple[int, int]]:
 class _Worker:
     """All parts of one worker, and the order in which they start and stop."""
 
-    def __init__(self, config: WorkerConfig, model: LoadedModel, arena: Arena, leaving: Leaving) -> None:
+    def __init__(self, config: WorkerConfig, model: LoadedModel, arena: AnyArena, leaving: Leaving) -> None:
         self._config = config
         self._leaving = leaving
         self._loop = asyncio.get_running_loop()
@@ -173,6 +187,7 @@ class _Worker:
         clock = MonotonicClock()
         timeline = Timeline()
         transfer = TransferConfig(transports=config.transports, digest=config.digest)
+        transfer = transfer.over(on_device=isinstance(arena, DeviceArena))
         if config.layerwise_from_bytes is not None:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
             transfer = replace(transfer, layerwise_from_bytes=at)

@@ -296,7 +296,11 @@ def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How one replica runs. ``num_blocks`` wins over ``kv_bytes``; ``num_threads`` 0 leaves torch's setting alone."""
+    """How one replica runs. ``num_blocks`` wins over ``kv_bytes``; ``num_threads`` 0 leaves torch's setting alone.
+
+    ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none. Without
+    ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step.
+    """
 
     dtype: str = "auto"
     block_tokens: int = 64
@@ -304,7 +308,9 @@ class EngineConfig:
     kv_bytes: int = 1 << 30
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
+    max_graph_seqs: int = 256
     kernels: str = "auto"
+    is_batch_invariant: bool = True
     num_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -317,6 +323,7 @@ class EngineConfig:
         for name in ("kv_bytes", "max_batch_tokens", "max_num_seqs"):
             self._check(getattr(self, name) >= 1, name, "at least 1")
         self._check(self.num_threads >= 0, "num_threads", "0 (torch's own choice) or more")
+        self._check(self.max_graph_seqs >= 0, "max_graph_seqs", "0 (record nothing) or more")
 
     def _check(self, ok: bool, name: str, expected: str) -> None:
         if not ok:

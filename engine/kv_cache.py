@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -11,14 +14,29 @@ from baton.types import KvLayout
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+class DeviceBuffer(Protocol):
+    """Bytes that somebody else has allocated on a GPU."""
+
+    @property
+    def __cuda_array_interface__(self) -> Mapping[str, object]: ...
+
+
+class Allocate(Protocol):
+    def __call__(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceBuffer:
+        """The memory of a KV cache, where the kernels want it."""
+
+
 class KvCache:
     """Views over one arena of ``layout.total_bytes`` bytes.
 
-    With a ``buffer`` the cache lies in it (writable, for example a shared mapping) and keeps it alive; without one it
-    allocates on ``device``. Contents are never assumed: unwritten rows may hold anything, NaN included.
+    With a ``buffer`` the cache lies in it (writable, for example a shared mapping) and keeps it alive. Without one it
+    allocates on ``device``, where a buffer that is not the processor's lies as well. Contents are never assumed:
+    unwritten rows may hold anything, NaN included.
     """
 
-    def __init__(self, layout: KvLayout, buffer: memoryview | None = None, device: torch.device | None = None) -> None:
+    def __init__(
+        self, layout: KvLayout, buffer: memoryview | DeviceBuffer | None = None, device: torch.device | None = None
+    ) -> None:
         self.layout = layout
         dtype = TORCH_DTYPES[layout.dtype]
         shape = (
@@ -32,12 +50,18 @@ class KvCache:
         if buffer is None:
             self._arena = torch.empty(shape, dtype=dtype, device=device)
         else:
-            if buffer.readonly or buffer.nbytes != layout.total_bytes:
+            if isinstance(buffer, memoryview):
+                num_bytes, is_readonly = buffer.nbytes, buffer.readonly
+            else:
+                buffer = torch.as_tensor(buffer, dtype=torch.uint8, device=device)
+                num_bytes, is_readonly = buffer.nbytes, False
+            if is_readonly or num_bytes != layout.total_bytes:
                 raise BadConfig(
-                    f"KV buffer has {buffer.nbytes} bytes ({'read-only' if buffer.readonly else 'writable'}), "
+                    f"KV buffer has {num_bytes} bytes ({'read-only' if is_readonly else 'writable'}), "
                     f"expected {layout.total_bytes} writable bytes for {layout}"
                 )
-            self._arena = torch.frombuffer(buffer, dtype=dtype).view(shape)
+            given = torch.frombuffer(buffer, dtype=dtype) if isinstance(buffer, memoryview) else buffer.view(dtype)
+            self._arena = given.view(shape)
         self._layers = tuple(self._arena.unbind(0))
 
     def layer(self, index: int) -> Tensor:

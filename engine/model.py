@@ -14,6 +14,7 @@ from engine.config import ModelConfig
 from engine.kernels.interface import Attention, Kernels, Linear
 from engine.kv_cache import KvCache
 from engine.rope import RopeTable
+from engine.staging import to_device
 from engine.weights import Checkpoint
 
 
@@ -46,20 +47,23 @@ class Model:
         self._head = loader.linear([head], bias=False)
 
     def forward(self, batch: Batch, cache: KvCache, layout: KvLayout, on_layer: Callable[[int], None] | None) -> Tensor:
-        """Logits, [sampling rows, vocabulary] float32. ``on_layer(i)``: layer i's keys and values are in the cache."""
+        """Logits, [sampling rows, vocabulary] float32 on the device; the host waits for nothing.
+
+        ``on_layer(i)``: layer i's keys and values are in the cache, on a GPU once this thread's stream has come here.
+        """
         kernels, device = self._kernels, self._kernels.device
-        cos, sin = (part.to(device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
-        slots, token_ids = batch.slot_mapping.to(device), batch.token_ids.to(device)
+        cos, sin = (to_device(part, device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
+        slots, token_ids = to_device(batch.slot_mapping, device), to_device(batch.token_ids, device)
         attention = kernels.attention(self._config, layout, batch.spans)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention] | None:
             if not batch.sample_rows:
                 return None
-            rows = torch.tensor(batch.sample_rows, device=device)
+            rows = to_device(torch.tensor(batch.sample_rows), device)
             return x[rows], q[rows], kernels.attention(self._config, layout, sampling_spans(batch))
 
         logits = self._run(token_ids, cos, sin, slots, attention, cache, on_layer, choose)
-        return torch.empty(0, self._config.vocab_size) if logits is None else logits.float().cpu()
+        return torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float()
 
     def decode(
         self, token_ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: Attention, cache: KvCache

@@ -83,17 +83,15 @@ class Sampler:
 
     def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
         """Logits after bias, ban and penalties; None if there is none of them."""
-        params = sequence.spec.sampling
-        banned = params.stop_token_ids if sequence.num_generated < params.min_tokens else ()
-        has_penalty = _has_penalty(params)
-        if not (params.logit_bias or banned or has_penalty):
+        if not _has_change(sequence):
             return None
+        params, banned = sequence.spec.sampling, _banned(sequence)
         values: NDArray[np.float32] = logits.numpy().copy()
         for token_id, bias in params.logit_bias.items():
             if token_id < len(values):
                 values[token_id] += np.float32(bias)
         values[[t for t in banned if t < len(values)]] = -np.inf
-        if has_penalty:
+        if _has_penalty(params):
             self._penalize(values, sequence)
         return values
 
@@ -109,6 +107,21 @@ class Sampler:
             values[seen.present] = np.where(present > 0, present / factor, present * factor)
         values -= np.float32(params.frequency_penalty) * seen.counts
         values -= np.float32(params.presence_penalty) * (seen.counts > 0)
+
+
+def is_plain(sequence: Sequence) -> bool:
+    """Whether logits are drawn from as they are, and nothing is reported but the token."""
+    return sequence.spec.sampling.logprobs is None and not _has_change(sequence)
+
+
+def _has_change(sequence: Sequence) -> bool:
+    params = sequence.spec.sampling
+    return bool(params.logit_bias or _banned(sequence) or _has_penalty(params))
+
+
+def _banned(sequence: Sequence) -> tuple[int, ...]:
+    params = sequence.spec.sampling
+    return params.stop_token_ids if sequence.num_generated < params.min_tokens else ()
 
 
 def _has_penalty(params: SamplingParams) -> bool:

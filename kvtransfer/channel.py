@@ -128,10 +128,22 @@ def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: 
         raise Incompatible(f"{who}: KV layout differs, {mismatch} ({theirs.node_id})")
 
 
-def choose_transport(mine: NodeDescription, theirs: NodeDescription, offered: list[str], supported: list[str]) -> str:
-    """The first transport of the sender's list that both have and that reaches. Raises Incompatible if none does."""
+def choose_transport(
+    mine: NodeDescription,
+    theirs: NodeDescription,
+    offered: list[str],
+    supported: list[str],
+    *,
+    can_reach_memory: bool = False,
+) -> str:
+    """The first transport of the sender's list that both have and that reaches. Raises Incompatible if none does.
+
+    ``can_reach_memory``: the sender's device can write to the memory of mine.
+    """
+    is_neighbour = bool(mine.host_id) and mine.host_id == theirs.host_id
+    reaches = {"shm": is_neighbour, "cuda_ipc": is_neighbour and can_reach_memory}
     for name in offered:
-        if name in supported and (name != "shm" or (mine.host_id and mine.host_id == theirs.host_id)):
+        if name in supported and reaches.get(name, True):
             return name
     raise Incompatible(
         f"{theirs.node_id} offers transports {offered} from host {theirs.host_id!r}, "

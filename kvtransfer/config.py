@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 
 from baton.errors import BadConfig
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.transports.fake import Mischief
 
-TRANSPORTS = ("shm", "tcp")
+# Best first.
+TRANSPORTS = ("cuda_ipc", "shm", "tcp")
+# Those that end in the processor's memory, and those that end in a device's.
+_OVER_HOST = frozenset({"shm", "tcp"})
+_OVER_DEVICE = frozenset({"cuda_ipc", "tcp"})
 
 
 def _default_threads(at_least: int) -> int:
@@ -21,7 +25,7 @@ def _default_threads(at_least: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """``transports`` is what the node offers, best first: "shm", "tcp", or a fake over one of them such as
+    """``transports`` is what the node offers, best first: "cuda_ipc", "shm", "tcp", or a fake over one of them such as
     "fake:corrupt=1,seed=7,over=shm" (see transports/fake.py), which misbehaves on the sending side.
     """
 
@@ -38,7 +42,7 @@ class TransferConfig:
     tcp_listen_host: str = ""
     # Transfers of at least this many bytes are pushed layer by layer, smaller ones in one go at commit. Measured by
     # bench/transfer.py (see docs/decisions/0003-transfer.md).
-    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: {"shm": 1 << 20, "tcp": 1 << 20})
+    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TRANSPORTS, 1 << 20))
     sender: SenderConfig = field(default_factory=SenderConfig)
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
 
@@ -58,6 +62,19 @@ class TransferConfig:
                 value = getattr(part, item.name)
                 if not (math.isfinite(value) and value > 0):
                     raise BadConfig(f"{item.name} is {value}, expected a positive number")
+
+    def over(self, *, on_device: bool) -> TransferConfig:
+        """What is left of it for a cache that lies on a device, or does not. Raises BadConfig if no transport is."""
+        able = _OVER_DEVICE if on_device else _OVER_HOST
+        left = tuple(spec for spec in self.transports if transport_name(spec) in able)
+        if not left:
+            where = "on a device" if on_device else "in host memory"
+            raise BadConfig(
+                f"transports {', '.join(self.transports)} do not reach a KV cache {where}; "
+                f"expected {' or '.join(sorted(able))}",
+                param="transports",
+            )
+        return replace(self, transports=left)
 
     @property
     def transport_names(self) -> tuple[str, ...]:

@@ -16,9 +16,11 @@ from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
 from kvtransfer.config import TransferConfig
+from kvtransfer.devices.interface import Device
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.protocol import messages
-from kvtransfer.transports import shm
+from kvtransfer.transports import cuda_ipc, shm
+from kvtransfer.transports.cuda_ipc import CudaIpcWire
 from kvtransfer.transports.fake import FakeWire
 from kvtransfer.transports.shm import ShmWire
 from kvtransfer.transports.tcp import TcpWire
@@ -43,18 +45,25 @@ class Connection:
         self._lost = lost
 
     @classmethod
-    async def open(cls, address: str, node: NodeDescription, config: TransferConfig, lanes: Lanes | None) -> Connection:
+    async def open(
+        cls,
+        address: str,
+        node: NodeDescription,
+        config: TransferConfig,
+        lanes: Lanes | None,
+        device: Device | None = None,
+    ) -> Connection:
         """Handshake and data wire. Raises Incompatible if the two must not exchange KV, NodeLost or TransferFailed if
         the receiver cannot be reached within ``connect_timeout_s``."""
         channel = grpc.aio.insecure_channel(address, options=wire_format.CLIENT_OPTIONS)
         try:
             async with asyncio.timeout(config.connect_timeout_s):
-                call, welcome = await _greet(channel, node, config)
+                call, welcome = await _greet(channel, node, config, device)
                 theirs = codec.node_from_pb(welcome.node)
                 wire_format.check_compatible(node, theirs, _digest_name(config), welcome.digest)
                 loop = asyncio.get_running_loop()
                 lost: asyncio.Future[str] = loop.create_future()
-                wire = await _open_wire(welcome, theirs.kv_layout, node, config, lanes, lost)
+                wire = await _open_wire(welcome, theirs.kv_layout, node, config, lanes, device, lost)
         except TimeoutError:
             await channel.close()
             raise NodeLost(f"{address} did not answer a transfer handshake in {config.connect_timeout_s} s") from None
@@ -128,12 +137,15 @@ def _lose(lost: asyncio.Future[str], reason: str) -> None:
 
 
 async def _greet(
-    channel: grpc.aio.Channel, node: NodeDescription, config: TransferConfig
+    channel: grpc.aio.Channel, node: NodeDescription, config: TransferConfig, device: Device | None
 ) -> tuple[_Call, pb.ChannelResponse.Welcome]:
     stub = transfer_pb2_grpc.KvTransferStub(channel)
     call: _Call = stub.Channel()
     hello = pb.ChannelRequest.Hello(
-        node=codec.node_to_pb(node), transports=config.transport_names, digest=_digest_name(config)
+        node=codec.node_to_pb(node),
+        transports=config.transport_names,
+        digest=_digest_name(config),
+        reachable_memory=() if device is None else device.reachable_ids,
     )
     await call.write(pb.ChannelRequest(hello=hello))
     response = await call.read()
@@ -148,6 +160,7 @@ async def _open_wire(
     node: NodeDescription,
     config: TransferConfig,
     lanes: Lanes | None,
+    device: Device | None,
     lost: asyncio.Future[str],
 ) -> Wire:
     name = welcome.transport
@@ -162,6 +175,11 @@ async def _open_wire(
         assert lanes is not None, "the sender was not started"
         wire = await ShmWire.connect(
             welcome.endpoint, welcome.token, target.total_bytes, lanes, config.copy_threads, on_lost
+        )
+    elif name == cuda_ipc.NAME:
+        assert lanes is not None and device is not None, "offered by senders on a device only"  # noqa: PT018
+        wire = await CudaIpcWire.connect(
+            welcome.endpoint, welcome.token, target.total_bytes, device, lanes, config.copy_threads, on_lost
         )
     else:
         wire = await TcpWire.connect(welcome.endpoint, welcome.token, config.tcp_streams, on_lost)

@@ -46,23 +46,30 @@ def cut(first: int, num_blocks: int, step_blocks: int) -> Iterator[tuple[int, in
         yield begin, min(start + step_blocks, stop) - begin
 
 
-class _Hash128(ctypes.Structure):
+class Hash128(ctypes.Structure):
     """XXH128_hash_t, in the host's byte order: peers of another order could not read each other's KV either."""
 
     _fields_ = (("low", ctypes.c_uint64), ("high", ctypes.c_uint64))
 
 
+class Hashed(Protocol):
+    """Memory that the processor does not address and that gives hashes of itself."""
+
+    def hash(self, base: int, parts: Sequence[Span]) -> Hash128:
+        """The hash of the bytes at ``base`` plus each part's offset, as if they were one after the other."""
+
+
 class _Hash(Protocol):
-    def __call__(self, address: int, parts: Sequence[Span]) -> _Hash128:
+    def __call__(self, address: int, parts: Sequence[Span]) -> Hash128:
         """The hash of bytes that lie in several places, as if they were one after the other."""
 
 
-def _hash_through_module(address: int, parts: Sequence[Span]) -> _Hash128:
+def _hash_through_module(address: int, parts: Sequence[Span]) -> Hash128:
     state = xxhash.xxh3_128()
     for offset, num_bytes in parts:
         state.update((ctypes.c_char * num_bytes).from_address(address + offset))
     value = state.intdigest()
-    return _Hash128(value & (2**64 - 1), value >> 64)
+    return Hash128(value & (2**64 - 1), value >> 64)
 
 
 class _HashThroughLibrary:
@@ -77,7 +84,7 @@ class _HashThroughLibrary:
         library = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
         suffix = "_dispatch" if hasattr(library, "XXH3_128bits_dispatch") else ""
         self._once = library[f"XXH3_128bits{suffix}"]
-        self._once.argtypes, self._once.restype = (ctypes.c_void_p, ctypes.c_size_t), _Hash128
+        self._once.argtypes, self._once.restype = (ctypes.c_void_p, ctypes.c_size_t), Hash128
         self._update = library[f"XXH3_128bits_update{suffix}"]
         self._update.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
         self._create = library.XXH3_createState
@@ -85,9 +92,9 @@ class _HashThroughLibrary:
         self._reset, self._free = library.XXH3_128bits_reset, library.XXH3_freeState
         self._reset.argtypes = self._free.argtypes = (ctypes.c_void_p,)
         self._digest = library.XXH3_128bits_digest
-        self._digest.argtypes, self._digest.restype = (ctypes.c_void_p,), _Hash128
+        self._digest.argtypes, self._digest.restype = (ctypes.c_void_p,), Hash128
 
-    def __call__(self, address: int, parts: Sequence[Span]) -> _Hash128:
+    def __call__(self, address: int, parts: Sequence[Span]) -> Hash128:
         if len(parts) == 1:
             offset, num_bytes = parts[0]
             return self._once(address + offset, num_bytes)  # type: ignore[no-any-return]
@@ -116,6 +123,9 @@ def _best_hash() -> _Hash:
     return found
 
 
+hash_parts: _Hash = _best_hash()
+
+
 def _compiled_pass() -> OnePass | None:
     """None without llvmlite, or if what it made does not give the hashes of the library."""
     try:
@@ -137,10 +147,10 @@ def _compiled_pass() -> OnePass | None:
 
 def _run(
     one_pass: OnePass, rows: Sequence[tuple[int, int, int]], segment_bytes: int, *, is_copying: bool
-) -> Iterable[_Hash128]:
+) -> Iterable[Hash128]:
     """Hashes of the segments of rows (source address, target address, number of bytes) that follow each other."""
     num_bytes = sum(row[2] for row in rows)
-    hashes = (_Hash128 * -(-num_bytes // segment_bytes))()
+    hashes = (Hash128 * -(-num_bytes // segment_bytes))()
     table = (ctypes.c_uint64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
     run = one_pass.copy_rows if is_copying else one_pass.hash_rows
     run(ctypes.addressof(table), num_bytes, segment_bytes, ctypes.addressof(hashes))
@@ -153,19 +163,20 @@ class LayerDigests:
     Invariant: a segment with a count has in the table the hash of that many leading blocks, as they were when hashed.
     """
 
-    _hash: _Hash = staticmethod(_best_hash())
+    _hash: _Hash = staticmethod(hash_parts)
     _compiled = _compiled_pass()
 
-    def __init__(self, memory: ByteArray, layout: KvLayout, block_ids: Sequence[int]) -> None:
+    def __init__(self, memory: ByteArray | Hashed, layout: KvLayout, block_ids: Sequence[int]) -> None:
         self._memory = memory
-        self._address = memory.ctypes.data
+        is_host = isinstance(memory, np.ndarray)
+        self._address = memory.ctypes.data if isinstance(memory, np.ndarray) else 0
         self._layout = layout
         self._block_ids = block_ids
         self._step = segment_blocks(layout.block_bytes)
         self._num_segments = -(-len(block_ids) // self._step)
-        self._one_pass = self._compiled if layout.block_bytes % ROW_UNIT_BYTES == 0 else None
+        self._one_pass = self._compiled if is_host and layout.block_bytes % ROW_UNIT_BYTES == 0 else None
         # Row by row: [num_layers, num_segments].
-        self._table = (_Hash128 * (layout.num_layers * self._num_segments))()
+        self._table = (Hash128 * (layout.num_layers * self._num_segments))()
         self._counts = [0] * len(self._table)
         self._lock = threading.Lock()
         # Where a range of blocks lies in layer 0, by (first, num_blocks).
@@ -198,7 +209,8 @@ class LayerDigests:
             rows = [(base + offset, 0, num_bytes) for offset, num_bytes in self._spans(start, num_blocks)]
             found = _run(self._one_pass, rows, self._step * size, is_copying=False)
         else:
-            found = [self._hash(base, self._spans(*piece)) for piece in cut(start, num_blocks, self._step)]
+            hash_of = self._hash if isinstance(self._memory, np.ndarray) else self._memory.hash
+            found = [hash_of(base, self._spans(*piece)) for piece in cut(start, num_blocks, self._step)]
         self._keep(layer, start, num_blocks, found, shorter=shorter)
 
     def _spans(self, first: int, num_blocks: int) -> list[Span]:
@@ -208,7 +220,7 @@ class LayerDigests:
         return found
 
     def _keep(
-        self, layer: int, start: int, num_blocks: int, hashes: Iterable[_Hash128], *, shorter: bool = False
+        self, layer: int, start: int, num_blocks: int, hashes: Iterable[Hash128], *, shorter: bool = False
     ) -> None:
         base = layer * self._num_segments
         with self._lock:
@@ -217,6 +229,11 @@ class LayerDigests:
                 # Another thread may have come further meanwhile.
                 if shorter or count > self._counts[i]:
                     self._table[i], self._counts[i] = found, count
+
+    def update_from(self, copied: ByteArray, layer: int, start: int, count: int) -> None:
+        """Hash a segment, which begins at ``start``, from a copy of its bytes that lie one after the other."""
+        assert start % self._step == 0 and count <= self._step, "one segment"  # noqa: PT018
+        self._keep(layer, start, count, [self._hash(copied.ctypes.data, [Span(0, copied.nbytes)])])
 
     def forget(self, layer: int) -> None:
         """The layer is written again: what was hashed no longer counts."""

@@ -24,15 +24,14 @@ from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import DIGEST_NAME
+from kvtransfer.digest import DIGEST_NAME, segment_blocks
+from kvtransfer.memory import AnyArena, DeviceArena, DeviceMemory, device_of, memory_of
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
 from kvtransfer.protocol import receiver as machine
-from kvtransfer.transports import shm, tcp
+from kvtransfer.transports import cuda_ipc, shm, tcp
 from kvtransfer.verify import Verifier
-from kvtransfer.writing import as_bytes
 
 _HELLO_TIMEOUT_S = 5.0
 # Messages waiting for a slow peer; a peer that lets more pile up is dropped.
@@ -118,7 +117,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self,
         node: NodeDescription,
         layout: KvLayout,
-        arena: Arena,
+        arena: AnyArena,
         *,
         on_event: Callable[[ReceiverNotice], None],
         config: TransferConfig | None = None,
@@ -127,11 +126,12 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
         self._node = node
         self._layout = layout
-        self._config = config or TransferConfig()
+        self._memory = memory_of(arena)
+        self._device = device_of(self._memory)
+        self._config = (config or TransferConfig()).over(on_device=self._device is not None)
         self._clock = clock or MonotonicClock()
         self._on_event = on_event
         self._machine = machine.ReceiverMachine(self._config.receiver)
-        self._memory = as_bytes(arena.buffer)
         self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
         self._planes: dict[str, DataPlane] = {}
         for name in self._config.transport_names:
@@ -149,9 +149,12 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._is_closing = False
         self._has_changed = asyncio.Event()
 
-    def _make_plane(self, name: str, arena: Arena) -> DataPlane:
-        if name == shm.NAME:
-            return shm.ShmReceiver(arena, self._writer_gone, self._wrote)
+    def _make_plane(self, name: str, arena: AnyArena) -> DataPlane:
+        if isinstance(arena, DeviceArena):
+            if name == cuda_ipc.NAME:
+                return cuda_ipc.CudaIpcReceiver(arena.memory, self._writer_gone, self._wrote)
+        elif name == shm.NAME:
+            return shm.ShmReceiver(shm.hand_over_file(arena), self._writer_gone, self._wrote)
         return tcp.TcpReceiver(
             self._memory,
             self._layout,
@@ -165,6 +168,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     # For the owner of the pool.
 
     async def start(self) -> None:
+        if isinstance(self._memory, DeviceMemory):
+            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+            num_stagings = self._config.verify_threads + 2 * self._config.tcp_streams
+            await asyncio.to_thread(self._memory.reserve, num_stagings, num_bytes)
         for plane in self._planes.values():
             await plane.start()
 
@@ -361,7 +368,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         peer = codec.node_from_pb(hello.node)
         digest = DIGEST_NAME if self._config.digest else ""
         wire_format.check_compatible(self._node, peer, digest, hello.digest)
-        name = wire_format.choose_transport(self._node, peer, list(hello.transports), list(self._planes))
+        can_reach = self._device is not None and self._device.memory_id in hello.reachable_memory
+        offered, supported = list(hello.transports), list(self._planes)
+        name = wire_format.choose_transport(self._node, peer, offered, supported, can_reach_memory=can_reach)
         for other in self._channels.values():
             if other.peer.node_id == peer.node_id and other.peer.incarnation != peer.incarnation:
                 other.drop(f"{peer.node_id} was started anew")

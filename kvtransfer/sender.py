@@ -14,12 +14,13 @@ from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
 from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
+from kvtransfer.digest import segment_blocks
+from kvtransfer.memory import AnyArena, DeviceMemory, device_of, memory_of
 from kvtransfer.plan import TransferPlan, check_block_ids
 from kvtransfer.protocol import sender as machine
-from kvtransfer.writing import Lanes, WriteJob, as_bytes, write_unit
+from kvtransfer.writing import Lanes, WriteJob, write_unit
 
 # Receivers remembered without a connection, for their back-off.
 _MAX_IDLE_PEERS = 256
@@ -274,7 +275,7 @@ class Sender:
         self,
         node: NodeDescription,
         layout: KvLayout,
-        arena: Arena,
+        arena: AnyArena,
         *,
         config: TransferConfig | None = None,
         clock: Clock | None = None,
@@ -285,8 +286,8 @@ class Sender:
         self._observer = observer or SenderObserver()
         self._node = node
         self._layout = layout
-        self._source = as_bytes(arena.buffer)
-        self._config = config or TransferConfig()
+        self._source = memory_of(arena)
+        self._config = (config or TransferConfig()).over(on_device=device_of(self._source) is not None)
         self._clock = clock or MonotonicClock()
         self.timeline = timeline or Timeline()
         self._peers: dict[str, _Peer] = {}
@@ -295,7 +296,11 @@ class Sender:
         self._is_closing = False
 
     async def start(self) -> None:
-        if "shm" in self._config.transport_names:
+        if isinstance(self._source, DeviceMemory):
+            # A lane holds one for its copies and one for its digests.
+            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+            await asyncio.to_thread(self._source.reserve, 2 * self._config.copy_threads, num_bytes)
+        if not {"shm", "cuda_ipc"}.isdisjoint(self._config.transport_names):
             self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
@@ -349,7 +354,7 @@ class Sender:
         return TransferPlan.of(self._layout, target, source_blocks, lease.block_ids[: len(source_blocks)])
 
     async def open_connection(self, address: str) -> Connection:
-        return await Connection.open(address, self._node, self._config, self._lanes)
+        return await Connection.open(address, self._node, self._config, self._lanes, device_of(self._source))
 
     async def close(self, deadline_s: float = 5.0) -> None:
         """Abort what is under way, close every channel and let go of every mapped arena. Once."""

@@ -18,8 +18,10 @@ from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, InternalError, TransferFailed
 from baton.timeline import Timeline, Write
 from baton.types import KvLayout
+from kvtransfer.devices.interface import Event
 from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
 from kvtransfer.host import keep_apart
+from kvtransfer.memory import CacheMemory, DeviceMemory
 from kvtransfer.plan import TransferPlan
 
 _MIN_SPLIT_BYTES = 256 << 10
@@ -133,7 +135,7 @@ class WriteJob:
 
     def __init__(
         self,
-        source: ByteArray,
+        source: CacheMemory,
         layout: KvLayout,
         block_ids: Sequence[int],
         epoch: int,
@@ -153,6 +155,9 @@ class WriteJob:
         self.plan: TransferPlan | None = None
         self.wire: Wire | None = None
         self._source = source
+        # Where the source lies if it is not the processor's memory; lanes then wait for the layer's fence.
+        self.device_memory = source if isinstance(source, DeviceMemory) else None
+        self._fences: list[Event | None] = [None] * layout.num_layers
         self.has_digest = has_digest
         self._digests = LayerDigests(source, layout, block_ids)
         self._block_bytes = layout.block_bytes
@@ -177,7 +182,11 @@ class WriteJob:
         """The first ``num_blocks`` source blocks of the layer hold final bytes. Never blocks, never goes back."""
         if not 0 <= layer < self.num_layers:
             raise InternalError(f"layer {layer} is outside 0..{self.num_layers - 1}")
+        # A device has been told to compute these bytes, and may not have done so yet.
+        fence = None if self.device_memory is None else self.device_memory.device.fence()
         with self._lock:
+            if self._ready[layer] <= num_blocks:
+                self._fences[layer] = fence
             self._ready[layer] = max(self._ready[layer], min(num_blocks, self.num_blocks))
             if not self.is_layerwise:
                 return
@@ -243,7 +252,28 @@ class WriteJob:
 
     def read(self, offset: int, num_bytes: int) -> ByteArray:
         """Source bytes, in place."""
+        assert isinstance(self._source, np.ndarray), "a device's memory is read by its streams"
         return self._source[offset : offset + num_bytes]
+
+    def address(self, offset: int, num_bytes: int) -> int:
+        """Where a device finds source bytes."""
+        assert self.device_memory is not None, "host memory is read in place"
+        assert 0 <= offset <= self.device_memory.num_bytes - num_bytes, "outside the cache"
+        return self.device_memory.address + offset
+
+    def fence(self, layer: int) -> Event | None:
+        """What a stream has to wait for before it reads what is ready of the layer."""
+        with self._lock:
+            return self._fences[layer]
+
+    def hash_copy(self, copied: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+        """Digest source blocks, of one segment, from a copy of them."""
+        if not self.has_digest:
+            return
+        if first % self.step_blocks:
+            self.hash(layer, first, num_blocks)
+        else:
+            self._digests.update_from(copied, layer, first, num_blocks)
 
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
         """Digest source blocks."""

@@ -76,9 +76,9 @@ class Driver:
     def step(self, pieces: Seq[Piece]) -> tuple[dict[str, Sampled], dict[str, Tensor]]:
         """One plan; sampled tokens are appended. Returns what was sampled and from which logits, by sequence id."""
         plan = StepPlan(tuple(pieces))
-        logits = self.runner.execute_logits(plan)
-        sampled = self.runner.sample(logits, plan).sampled
-        rows = dict(zip([p.sequence.sequence_id for p in pieces if p.samples], logits.clone(), strict=True))
+        launched = self.runner.launch(plan)
+        rows = dict(zip([s.sequence_id for s in launched.sequences], launched.logits.clone(), strict=True))
+        sampled = self.runner.result(launched).sampled
         for piece in pieces:
             piece.sequence.num_computed += piece.num_tokens
             if piece.samples:

@@ -38,6 +38,7 @@ class ChannelRequest(_message.Message):
         NODE_FIELD_NUMBER: _builtins.int
         TRANSPORTS_FIELD_NUMBER: _builtins.int
         DIGEST_FIELD_NUMBER: _builtins.int
+        REACHABLE_MEMORY_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """How digests are made, empty for none. Both sides must agree."""
         @_builtins.property
@@ -48,16 +49,21 @@ class ChannelRequest(_message.Message):
         def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Transports the sender can use, best first."""
 
+        @_builtins.property
+        def reachable_memory(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+            """Device memories that the sender can write to by itself; empty if its own KV lies in host memory."""
+
         def __init__(
             self,
             *,
             node: _common_pb2.NodeDescription | None = ...,
             transports: _abc.Iterable[_builtins.str] | None = ...,
             digest: _builtins.str = ...,
+            reachable_memory: _abc.Iterable[_builtins.str] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "node", b"node", "transports", b"transports"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "node", b"node", "reachable_memory", b"reachable_memory", "transports", b"transports"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

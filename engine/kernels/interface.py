@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,3 +80,33 @@ class Kernels(Protocol):
         ...
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...
+
+
+class Draws(NamedTuple):
+    """How the token of each row is drawn; all [rows] on the device."""
+
+    temperature: Tensor  # float64; 0 is greedy
+    top_k: Tensor  # int32; 0 is off
+    top_p: Tensor  # float64; 1 is off
+    min_p: Tensor  # float64; 0 is off
+    seed: Tensor  # int64, the bits of an unsigned number
+    position: Tensor  # int64
+
+
+@runtime_checkable
+class DeviceKernels(Kernels, Protocol):
+    """Kernels whose decode step needs nothing of the host while it runs, so that it can be recorded and replayed."""
+
+    def device_decode(
+        self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
+    ) -> Attention:
+        """Attention of one generated token per row, whose inputs stay where they are while their values change.
+
+        tables [rows, blocks] int32; lengths [rows] int32, at most ``max_length``, 0 is padding. A row's bits are those
+        of ``attention``, whatever ``max_length`` and the rows beside it.
+        """
+        ...
+
+    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
+        """A token id per row of ``logits`` [rows, vocabulary] float32, [rows] int64."""
+        ...

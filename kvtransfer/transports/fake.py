@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Generic, Self, TypeVar, cast
 
 from baton.errors import BadConfig, BatonError, TransferFailed
+from kvtransfer.devices.interface import Event
 from kvtransfer.digest import ByteArray
 from kvtransfer.writing import Unit, Wire, WriteJob
 
@@ -63,6 +64,7 @@ class _CorruptedJob:
         self.epoch = job.epoch
         self.step_blocks = job.step_blocks
         self.has_digest = job.has_digest
+        self.device_memory = job.device_memory
 
     def read(self, offset: int, num_bytes: int) -> ByteArray:
         data = self._job.read(offset, num_bytes)
@@ -79,6 +81,19 @@ class _CorruptedJob:
             self._is_spent = True
             _, dst, size = self.plan.copies(layer, first, num_blocks)[0]
             target[dst + self._position % size] ^= 0xFF
+
+    def address(self, offset: int, num_bytes: int) -> int:
+        """A device's copy is damaged by taking it from one byte further on."""
+        if self._is_spent:
+            return self._job.address(offset, num_bytes)
+        self._is_spent = True
+        return self._job.address(offset, num_bytes) + (1 if offset == 0 else -1)
+
+    def fence(self, layer: int) -> Event | None:
+        return self._job.fence(layer)
+
+    def hash_copy(self, copied: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+        self._job.hash(layer, first, num_blocks)  # The copy is damaged.
 
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
         self._job.hash(layer, first, num_blocks)

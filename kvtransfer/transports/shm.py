@@ -25,7 +25,7 @@ from kvtransfer.writing import Lanes, Unit, as_bytes
 NAME = "shm"
 TOKEN_BYTES = 32
 # epoch, attempt, layer, num_layers, first, num_blocks: "these were written", in the host's byte order.
-_HINT = struct.Struct("=QIIIII")
+HINT = struct.Struct("=QIIIII")
 _HELLO_TIMEOUT_S = 5.0
 _MAX_PENDING = 64
 _MAX_HINTED_LAYERS = 1024
@@ -39,12 +39,13 @@ class ShmReceiver:
 
     def __init__(
         self,
-        arena: Arena,
+        hand_over: Callable[[int, socket.socket], None],
         on_writer_gone: Callable[[int], None],
         on_written: Callable[[int, int, int, Sequence[WrittenRange]], None],
     ) -> None:
-        """``on_written(channel, epoch, attempt, ranges)`` is a hint of the writer, not checked here."""
-        self._arena = arena
+        """``hand_over(channel, connection)`` gives the peer the memory, raising OSError if it cannot;
+        ``on_written(channel, epoch, attempt, ranges)`` is a hint of the writer, not checked here."""
+        self._hand_over = hand_over
         self._on_writer_gone = on_writer_gone
         self._on_written = on_written
         self._name = f"baton-kv-{os.getpid()}-{secrets.token_hex(8)}"
@@ -98,7 +99,7 @@ class ShmReceiver:
             connection.close()
             return
         try:
-            socket.send_fds(connection, [b"\1"], [self._arena.fd])
+            self._hand_over(channel, connection)
         except OSError:
             connection.close()
             self._on_writer_gone(channel)
@@ -108,19 +109,19 @@ class ShmReceiver:
 
     def _on_readable(self, channel: int, connection: socket.socket) -> None:
         try:
-            data = connection.recv(_HINT.size * 256)
+            data = connection.recv(HINT.size * 256)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data = b""
         if data:
             data = self._partial.pop(channel, b"") + data
-            for start in range(0, len(data) - _HINT.size + 1, _HINT.size):
-                epoch, attempt, layer, num_layers, first, count = _HINT.unpack_from(data, start)
+            for start in range(0, len(data) - HINT.size + 1, HINT.size):
+                epoch, attempt, layer, num_layers, first, count = HINT.unpack_from(data, start)
                 stop = layer + min(num_layers, _MAX_HINTED_LAYERS)
                 ranges = [WrittenRange(i, first, count) for i in range(layer, stop)]
                 self._on_written(channel, epoch, attempt, ranges)
-            self._partial[channel] = data[len(data) - len(data) % _HINT.size :]
+            self._partial[channel] = data[len(data) - len(data) % HINT.size :]
             return
         asyncio.get_running_loop().remove_reader(connection)
         connection.close()
@@ -159,6 +160,15 @@ class ShmReceiver:
             loop.remove_reader(connection)
             connection.close()
         self._connections.clear()
+
+
+def hand_over_file(arena: Arena) -> Callable[[int, socket.socket], None]:
+    """Gives peers the arena's memfd."""
+
+    def hand_over(_: int, connection: socket.socket) -> None:
+        socket.send_fds(connection, [b"\1"], [arena.fd])
+
+    return hand_over
 
 
 def _peer_uid(connection: socket.socket) -> int:
@@ -269,7 +279,7 @@ class ShmWire:
         """The receiver digests what was written while the next unit is copied. If its buffer is full, at commit."""
         if not unit.job.has_digest:
             return
-        hint = _HINT.pack(unit.job.epoch, unit.attempt, unit.layer, unit.num_layers, unit.first, unit.num_blocks)
+        hint = HINT.pack(unit.job.epoch, unit.attempt, unit.layer, unit.num_layers, unit.first, unit.num_blocks)
         with contextlib.suppress(OSError):  # A broken connection is seen by its reader.
             # Unix sockets take a message this small whole or not at all, so lanes need no lock.
             self._connection.send(hint, socket.MSG_DONTWAIT)

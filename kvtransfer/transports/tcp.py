@@ -17,10 +17,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import InternalError, TransferFailed
+from baton.errors import BatonError, InternalError, TransferFailed
 from baton.types import KvLayout
+from kvtransfer import staged
 from kvtransfer.digest import ByteArray
 from kvtransfer.host import keep_apart
+from kvtransfer.memory import CacheMemory, DeviceMemory
 from kvtransfer.plan import Span, spans
 from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
 
@@ -120,7 +122,7 @@ class TcpReceiver:
 
     def __init__(
         self,
-        memory: ByteArray,
+        memory: CacheMemory,
         layout: KvLayout,
         *,
         advertised_host: str,
@@ -277,7 +279,7 @@ class TcpReceiver:
         try:
             connection.sendall(_READY)
             self._receive(channel, connection)
-        except OSError as error:
+        except (OSError, BatonError) as error:
             logging.getLogger(__name__).info("data stream of channel %d ended: %s", channel, error)
         finally:
             self._ended(channel, connection)
@@ -345,9 +347,13 @@ class TcpReceiver:
         num_blocks: int,
     ) -> bool:
         """Receive a frame's payload; then it is digested, in one go for each layer."""
+        memory = self._memory
+        if isinstance(memory, DeviceMemory):
+            frame = staged.Frame(epoch, block_ids, layer, num_layers, first, num_blocks)
+            return staged.fill(memory, self._layout, frame, lambda v: receive_all(connection, [v]), self._on_frame)
         layers = range(layer, layer + num_layers)
         found = [span for i in layers for span in spans(self._layout, i, block_ids, first, num_blocks)]
-        if not receive_all(connection, _views(self._memory, found)):
+        if not receive_all(connection, _views(memory, found)):
             return False
         if self._on_frame is not None:
             for i in layers:
@@ -430,6 +436,10 @@ class TcpWire:
         views = [memoryview(head)]
         self._unacked[lane].append(unit)
         try:
+            if job.device_memory is not None:
+                send_all(self._streams[lane], views)
+                staged.read(job.device_memory, unit, lambda view: send_all(self._streams[lane], [view]))
+                return
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 job.hash(layer, unit.first, unit.num_blocks)
                 found = spans(layout, layer, block_ids, unit.first, unit.num_blocks)
@@ -437,6 +447,10 @@ class TcpWire:
             send_all(self._streams[lane], views)
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error
+        except BaseException:
+            # What came next would be taken for the rest of this frame.
+            _break(self._streams[lane])
+            raise
 
     def _on_readable(self, lane: int, stream: socket.socket) -> None:
         try:

@@ -1,7 +1,7 @@
 """One end of a transfer in a process of its own, to be killed. Speaks JSON lines on stdin and stdout.
 
-``sender TRANSPORT SPEC`` reads one lease and writes into it for ever; ``receiver TRANSPORT PORT INCARNATION`` grants a
-lease for every line and reports what arrived.
+``sender WHERE SPEC`` reads one lease and writes into it for ever; ``receiver WHERE TRANSPORT PORT INCARNATION``
+grants a lease for every line and reports what arrived. WHERE the KV lies: ``host`` or ``device``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import sys
 from dataclasses import asdict
 
 import grpc.aio
-from kvtransfer_pair import LAYOUT, describe, token
+from kvtransfer_pair import LAYOUT, describe, make_arena, token
 
 from baton.types import Lease
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.receiver import Receiver, ReceiverNotice
 from kvtransfer.sender import Sender
@@ -30,8 +29,8 @@ async def read_line() -> str:
     return await asyncio.to_thread(sys.stdin.readline)
 
 
-async def run_sender(spec: str) -> None:
-    with Arena.create(LAYOUT.total_bytes) as arena:
+async def run_sender(spec: str, *, on_device: bool) -> None:
+    with make_arena(LAYOUT.total_bytes, on_device=on_device) as arena:
         config = TransferConfig(transports=(spec,), layerwise_from_bytes={})
         sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
         await sender.start()
@@ -48,13 +47,13 @@ async def run_sender(spec: str) -> None:
             say(state="writing")
 
 
-async def run_receiver(transport: str, port: int, incarnation: int) -> None:
+async def run_receiver(transport: str, port: int, incarnation: int, *, on_device: bool) -> None:
     def on_event(notice: ReceiverNotice) -> None:
         say(event=type(notice).__name__, sequence_id=notice.sequence_id)
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     port = server.add_insecure_port(f"127.0.0.1:{port}")
-    with Arena.create(LAYOUT.total_bytes) as arena:
+    with make_arena(LAYOUT.total_bytes, on_device=on_device) as arena:
         node = describe("decode-0", LAYOUT, f"127.0.0.1:{port}", incarnation)
         config = TransferConfig(transports=(transport,))
         receiver = Receiver(node, LAYOUT, arena, on_event=on_event, config=config)
@@ -72,6 +71,7 @@ async def run_receiver(transport: str, port: int, incarnation: int) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1] == "sender":
-        asyncio.run(run_sender(sys.argv[2]))
+        asyncio.run(run_sender(sys.argv[3], on_device=sys.argv[2] == "device"))
     else:
-        asyncio.run(run_receiver(sys.argv[2], int(sys.argv[3]), int(sys.argv[4])))
+        port, incarnation = int(sys.argv[4]), int(sys.argv[5])
+        asyncio.run(run_receiver(sys.argv[3], port, incarnation, on_device=sys.argv[2] == "device"))

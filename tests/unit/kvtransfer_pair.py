@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 
 import grpc.aio
@@ -12,8 +12,11 @@ import numpy as np
 
 from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
 from kvtransfer.arena import Arena
-from kvtransfer.config import TransferConfig
+from kvtransfer.config import TransferConfig, transport_name
+from kvtransfer.devices.fake import FakeDevice
+from kvtransfer.digest import ByteArray
 from kvtransfer.host import host_id
+from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice
 from kvtransfer.sender import Sender
@@ -72,10 +75,41 @@ class Inbox:
         return [type(n).__name__ for n in self.notices if n.sequence_id == sequence_id]
 
 
+def fake_device(arena: AnyArena) -> FakeDevice:
+    assert isinstance(arena, DeviceArena)
+    assert isinstance(arena.memory.device, FakeDevice)
+    return arena.memory.device
+
+
+def look_into(arena: AnyArena) -> ByteArray:
+    """The arena's bytes, as only a test may see those of a device."""
+    if isinstance(arena, Arena):
+        return as_bytes(arena.buffer)
+    return fake_device(arena).bytes_at(arena.memory.address, arena.num_bytes)
+
+
+@contextlib.contextmanager
+def make_arena(num_bytes: int, *, on_device: bool, seed: int = 0) -> Iterator[AnyArena]:
+    """Memory that leaves nothing behind, on a device whose copies come up to half a millisecond late."""
+    if not on_device:
+        with Arena.create(num_bytes) as arena:
+            yield arena
+        return
+    device = FakeDevice(seed=seed, max_delay_s=0.0005)
+    with DeviceArena.create(num_bytes, device) as device_arena:
+        yield device_arena
+    device.shut_down()
+
+
+def needs_device(config: TransferConfig | None) -> bool:
+    return config is not None and [transport_name(spec) for spec in config.transports] == ["cuda_ipc"]
+
+
 class Pair:
-    def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: Arena, target: Arena) -> None:
+    def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: AnyArena, target: AnyArena) -> None:
         self.sender, self.receiver, self.inbox = sender, receiver, inbox
-        self.source, self.target = as_bytes(source.buffer), as_bytes(target.buffer)
+        self.source_arena, self.target_arena = source, target
+        self.source, self.target = look_into(source), look_into(target)
 
     def check_copied(
         self, source_layout: KvLayout, source_blocks: list[int], target_layout: KvLayout, target_blocks: tuple[int, ...]
@@ -99,14 +133,24 @@ async def pair(
     source_layout: KvLayout = LAYOUT,
     target_layout: KvLayout | None = None,
     alter_sender: dict[str, object] | None = None,
+    source_on_device: bool | None = None,
+    target_on_device: bool | None = None,
 ) -> AsyncIterator[Pair]:
+    """Memory lies on fake devices if told so, or if a side can do nothing but cuda_ipc."""
+    if source_on_device is None:
+        source_on_device = needs_device(sender_config) or needs_device(receiver_config)
+    if target_on_device is None:
+        target_on_device = needs_device(receiver_config)
     target_layout = target_layout or replace(source_layout, num_blocks=source_layout.num_blocks + 11)
     inbox = Inbox()
     server = grpc.aio.server()
     port = server.add_insecure_port("127.0.0.1:0")
-    with Arena.create(source_layout.total_bytes) as source, Arena.create(target_layout.total_bytes) as target:
-        as_bytes(source.buffer)[:] = np.random.default_rng(0).integers(0, 256, source.num_bytes, dtype=np.uint8)
-        as_bytes(target.buffer)[:] = 0xEE
+    with (
+        make_arena(source_layout.total_bytes, on_device=source_on_device, seed=1) as source,
+        make_arena(target_layout.total_bytes, on_device=target_on_device, seed=2) as target,
+    ):
+        look_into(source)[:] = np.random.default_rng(0).integers(0, 256, source.num_bytes, dtype=np.uint8)
+        look_into(target)[:] = 0xEE
         receiver = Receiver(
             describe("decode-0", target_layout, f"127.0.0.1:{port}"),
             target_layout,

@@ -18,6 +18,7 @@ from node_harness import WAIT_S, Router, session
 from baton import codec
 from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
+from cli.loading import cuda_device
 from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
 from engine.fake import FakeRunner
 
@@ -63,13 +64,14 @@ class Worker:
 async def worker(tmp_path: Path, node_id: str, role: Role = Role.MIXED, **settings: Any) -> AsyncIterator[Worker]:
     """``load`` and ``model`` in the settings make it a worker with a real model."""
     load = settings.pop("load", None)
+    open_device = settings.pop("open_device", cuda_device)
     if load is None:
         load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
     ready, stop = tmp_path / f"{node_id}.json", asyncio.Event()
     ready.unlink(missing_ok=True)
     settings = {"model": Path("fake"), "max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
     config = WorkerConfig(role=role, node_id=node_id, ready_file=ready, **settings)
-    task = asyncio.create_task(serve(config, load=load, stop=stop))
+    task = asyncio.create_task(serve(config, load=load, stop=stop, open_device=open_device))
     try:
         async with asyncio.timeout(WAIT_S):
             while not ready.exists() and not task.done():  # noqa: ASYNC110 - a file

@@ -14,17 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from kvtransfer_pair import LAYOUT, describe, pair, token
+from kvtransfer_pair import LAYOUT, describe, make_arena, pair, token
 
 from baton.errors import NodeLost, TransferFailed
 from baton.types import Lease
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.receiver import Quarantined, Released
 from kvtransfer.sender import Push, Sender
 
-TRANSPORTS = ["shm", "tcp"]
+WAYS = [("shm", "host"), ("tcp", "host"), ("tcp", "device"), ("cuda_ipc", "device")]
 CHILD = Path(__file__).with_name("kvtransfer_child.py")
 WITHIN_S = 1.0
 
@@ -71,8 +70,8 @@ async def child(*arguments: str) -> AsyncIterator[Child]:
 
 
 @contextlib.asynccontextmanager
-async def local_sender(config: TransferConfig) -> AsyncIterator[Sender]:
-    with Arena.create(LAYOUT.total_bytes) as arena:
+async def local_sender(config: TransferConfig, where: str) -> AsyncIterator[Sender]:
+    with make_arena(LAYOUT.total_bytes, on_device=where == "device") as arena:
         sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
         await sender.start()
         try:
@@ -88,10 +87,14 @@ def begin(sender: Sender, lease: Lease) -> Push:
     return push
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_killed_sender_releases_its_lease(transport: str) -> None:
-    async with pair(receiver_config=TransferConfig(transports=(transport,)), target_layout=LAYOUT) as p:
-        async with child("sender", f"fake:delay_s=30,over={transport}") as sender:
+@pytest.mark.parametrize(("transport", "where"), WAYS)
+async def test_a_killed_sender_releases_its_lease(transport: str, where: str) -> None:
+    async with pair(
+        receiver_config=TransferConfig(transports=(transport,)),
+        target_layout=LAYOUT,
+        target_on_device=where == "device",
+    ) as p:
+        async with child("sender", where, f"fake:delay_s=30,over={transport}") as sender:
             await sender.write(json.dumps(asdict(p.receiver.grant("r", [1, 2], ttl_s=30))))
             assert await sender.read() == {"state": "writing"}
             killed_s = time.monotonic()
@@ -103,30 +106,33 @@ async def test_a_killed_sender_releases_its_lease(transport: str) -> None:
             await p.receiver._until(lambda: not p.receiver._machine.num_channels)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_stopped_writer_keeps_its_blocks_quarantined_until_it_is_gone(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "where"), WAYS)
+async def test_a_stopped_writer_keeps_its_blocks_quarantined_until_it_is_gone(transport: str, where: str) -> None:
     """SIGSTOP: the process lives and could write on. Only what the receiver itself writes is safe to release."""
     config = TransferConfig(
         transports=(transport,), receiver=ReceiverConfig(revoke_timeout_s=0.2, heartbeat_s=0.1, max_missed_heartbeats=3)
     )
     slow = f"fake:delay_s=30,over={transport}"
-    async with pair(receiver_config=config, target_layout=LAYOUT) as p, child("sender", slow) as sender:
+    async with (
+        pair(receiver_config=config, target_layout=LAYOUT, target_on_device=where == "device") as p,
+        child("sender", where, slow) as sender,
+    ):
         await sender.write(json.dumps(asdict(p.receiver.grant("r", [1, 2], ttl_s=30))))
         assert await sender.read() == {"state": "writing"}
         sender.process.send_signal(signal.SIGSTOP)
         p.receiver.revoke("r", "client left")
         await p.inbox.wait(Quarantined, "r")
         await asyncio.sleep(1.0)
-        if transport == "shm":
+        if transport != "tcp":
             assert p.inbox.of("r") == ["Quarantined"]
             await sender.kill()
         await p.inbox.wait(Released, "r", within_s=WITHIN_S)
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_killed_receiver_fails_the_commit(transport: str) -> None:
+@pytest.mark.parametrize(("transport", "where"), WAYS)
+async def test_a_killed_receiver_fails_the_commit(transport: str, where: str) -> None:
     config = TransferConfig(transports=(f"fake:delay_s=0.3,over={transport}",))
-    async with local_sender(config) as sender, child("receiver", transport, "0", "1") as receiver:
+    async with local_sender(config, where) as sender, child("receiver", where, transport, "0", "1") as receiver:
         await receiver.read()
         push = begin(sender, await receiver.lease())
         committing = asyncio.create_task(push.commit(token("seq1")))
@@ -138,15 +144,15 @@ async def test_a_killed_receiver_fails_the_commit(transport: str) -> None:
         assert time.monotonic() - killed_s < WITHIN_S
 
 
-@pytest.mark.parametrize("transport", TRANSPORTS)
-async def test_a_restarted_receiver_on_the_same_port_is_another_node(transport: str) -> None:
-    async with local_sender(TransferConfig(transports=(transport,))) as sender:
-        async with child("receiver", transport, "0", "1") as receiver:
+@pytest.mark.parametrize(("transport", "where"), WAYS)
+async def test_a_restarted_receiver_on_the_same_port_is_another_node(transport: str, where: str) -> None:
+    async with local_sender(TransferConfig(transports=(transport,)), where) as sender:
+        async with child("receiver", where, transport, "0", "1") as receiver:
             port = str((await receiver.read())["port"])
             assert (await begin(sender, await receiver.lease()).commit(token("seq1"))).transport == transport
             stale = await receiver.lease()
             await receiver.kill()
-        async with child("receiver", transport, port, "2") as receiver:
+        async with child("receiver", where, transport, port, "2") as receiver:
             await receiver.read()
             await asyncio.sleep(0.1)
             with pytest.raises(NodeLost, match="granted by incarnation 1 of decode-0, which is now 2"):

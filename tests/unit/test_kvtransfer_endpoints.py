@@ -26,7 +26,7 @@ from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.receiver import Arrived, Quarantined, Released
 from kvtransfer.sender import Push
 
-TRANSPORTS = ["shm", "tcp"]
+TRANSPORTS = ["shm", "tcp", "cuda_ipc"]
 
 
 def only(transport: str, **changes: object) -> TransferConfig:
@@ -136,7 +136,10 @@ async def test_a_broken_connection_fails_the_push_and_heals(transport: str) -> N
     async with pair(sender_config=config, receiver_config=only(transport)) as p:
         lease = p.receiver.grant("r", list(range(6)), ttl_s=30)
         push = p.sender.begin(lease, list(range(6)), num_known_tokens=48)
-        for layer in range(LAYOUT.num_layers):  # One unit a layer, so that the second dies.
+        # One unit a layer, so that the second dies: what is ready before the start would go out as one.
+        while push._started_s is None:  # noqa: ASYNC110 - a look from outside
+            await asyncio.sleep(0.001)
+        for layer in range(LAYOUT.num_layers):
             push.layer_ready(layer, 6)
             await asyncio.sleep(0.02)
         with pytest.raises((TransferFailed, NodeLost), match="died"):

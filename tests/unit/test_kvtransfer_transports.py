@@ -147,7 +147,7 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
     gone: list[int] = []
     with Arena.create(4096) as arena:
         hints: list[object] = []
-        plane = shm.ShmReceiver(arena, gone.append, lambda *hint: hints.append(hint))
+        plane = shm.ShmReceiver(shm.hand_over_file(arena), gone.append, lambda *hint: hints.append(hint))
         await plane.start()
         name = plane.offer(1, TOKEN)
         with contextlib.ExitStack() as stack:
@@ -160,7 +160,7 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
                 for fd in fds:
                     os.close(fd)
                 if is_welcome:
-                    raw = shm._HINT.pack(7, 1, 2, 2, 3, 4) + shm._HINT.pack(8, 2, 0, 1, 0, 1)
+                    raw = shm.HINT.pack(7, 1, 2, 2, 3, 4) + shm.HINT.pack(8, 2, 0, 1, 0, 1)
                     for part in (raw[:5], raw[5:]):
                         peer.sendall(part)
                         await asyncio.sleep(0.02)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,38 +20,49 @@ from baton.errors import BadConfig
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Linear
+from engine.kernels.interface import Attention, Draws, Linear
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.pointwise import add_rms_norm, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import Chunk, list_tiles, paged_prefill_attention, tiles_on
+from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.tuning import GemmPlan, Tuning, load
 from engine.kv_cache import TORCH_DTYPES
+from engine.staging import to_device
 
 
 class TritonKernels:
-    """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit."""
+    """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit.
 
-    def __init__(self, tuning: Tuning, device: torch.device, *, is_probing: bool = True) -> None:
+    Without ``is_batch_invariant`` products of many rows are the vendor's where the tuning says so, and a row's bits
+    depend on the rows beside it: the interface's law does not hold.
+    """
+
+    def __init__(
+        self, tuning: Tuning, device: torch.device, *, is_probing: bool = True, is_batch_invariant: bool = True
+    ) -> None:
         self.device = device
         # Tiles decide how some sums are rounded, so nodes with other tiles are told apart by name.
-        self.name = f"triton-{tuning.digest}"
+        self.name = f"triton-{tuning.digest}" + ("" if is_batch_invariant else "-vendor")
         self._tuning = tuning
+        self._is_batch_invariant = is_batch_invariant
         self._is_probing = is_probing
         self._plans: dict[tuple[int, int, torch.dtype], GemmPlan] = {}
 
     @classmethod
-    def on_this_machine(cls) -> TritonKernels:
+    def on_this_machine(cls, *, is_batch_invariant: bool = True) -> TritonKernels:
         """On the GPU, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig where neither is to be had."""
         if triton.knobs.runtime.interpret:
-            return cls(load("interpreter", (8, 0), 1), torch.device("cpu"))
+            tuning = load("interpreter", (8, 0), 1)
+            return cls(tuning, torch.device("cpu"), is_batch_invariant=is_batch_invariant)
         if not torch.cuda.is_available():
             raise BadConfig(
                 "kernels triton need an NVIDIA GPU, or TRITON_INTERPRET=1 to try them without", param="kernels"
             )
         device = torch.device("cuda", torch.cuda.current_device())
         has = torch.cuda.get_device_properties(device)
-        return cls(load(has.name, (has.major, has.minor), has.multi_processor_count), device)
+        tuning = load(has.name, (has.major, has.minor), has.multi_processor_count)
+        return cls(tuning, device, is_batch_invariant=is_batch_invariant)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=False)
@@ -83,14 +94,20 @@ class TritonKernels:
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
         return TritonAttention(config, layout, spans, self._tuning, self.device)
 
-    @property
-    def tuning(self) -> Tuning:
-        return self._tuning
+    def device_decode(
+        self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
+    ) -> Attention:
+        return DeviceDecode(config, layout, tables, lengths, max_length, self._tuning)
+
+    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
+        return sample(logits, draws)
 
     def _plan(self, weight: Tensor) -> GemmPlan:
         key = (weight.shape[0], weight.shape[1], weight.dtype)
         if key not in self._plans:
             plan = self._tuning.gemm_plan(*key)
+            if self._is_batch_invariant:
+                plan = replace(plan, vendor_from_rows=None)
             agrees = not self._is_probing or probe(weight.contiguous(), plan)
             self._plans[key] = plan if agrees else plan.one_kernel()
         return self._plans[key]
@@ -106,7 +123,11 @@ class TritonLinear:
     is_gated: bool
 
     def __call__(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias, self.plan, is_gated=self.is_gated)
+        vendor_from_rows = self.plan.vendor_from_rows
+        if vendor_from_rows is None or len(x) < vendor_from_rows:
+            return linear(x, self.weight, self.bias, self.plan, is_gated=self.is_gated)
+        product = torch.nn.functional.linear(x, self.weight, self.bias)
+        return silu_mul(product) if self.is_gated else product
 
 
 class DeviceDecode:
@@ -190,7 +211,7 @@ def _block_tables(spans: Sequence[Span], device: torch.device) -> Tensor:
     table = np.zeros((len(spans), max(len(span.block_ids) for span in spans)), dtype=np.int32)
     for i, span in enumerate(spans):
         table[i, : len(span.block_ids)] = span.block_ids
-    return torch.from_numpy(table).to(device)
+    return to_device(torch.from_numpy(table), device)
 
 
 def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk], _Decodes | None]:
@@ -205,9 +226,9 @@ def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk],
         return chunks, None
     listed = torch.tensor(rows).T
     return chunks, _Decodes(
-        rows=listed[0].to(device),
-        table_rows=listed[1].to(device, torch.int32),
-        lengths=listed[2].to(device, torch.int32),
+        rows=to_device(listed[0], device),
+        table_rows=to_device(listed[1].int(), device),
+        lengths=to_device(listed[2].int(), device),
         max_length=max(length for _, _, length in rows),
         is_everything=not chunks and [row for row, _, _ in rows] == list(range(len(rows))),
     )

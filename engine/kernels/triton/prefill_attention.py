@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.kernels.triton.decode_attention import NO_WINDOW
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import PrefillTile
+from engine.staging import to_device
 
 
 class Chunk(NamedTuple):
@@ -164,9 +165,8 @@ def list_tiles(chunks: Sequence[Chunk], group_size: int, block_m: int) -> np.nda
 
 
 def tiles_on(device: torch.device, tiles: np.ndarray) -> Tensor:
-    """The list where the kernel reads it; from pinned memory, so that the copy does not hold up the host."""
-    listed = torch.from_numpy(np.ascontiguousarray(tiles))
-    return listed.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else listed.to(device)
+    """The list where the kernel reads it."""
+    return to_device(torch.from_numpy(np.ascontiguousarray(tiles)), device)
 
 
 def paged_prefill_attention(

@@ -8,26 +8,15 @@ mass in float64, of all larger ones passes the bound. Penalties, biases and log-
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.interface import Draws
+
 # Values that a program holds at a time. Part of the numerics: masses are summed by place in the block, then over it.
 _BLOCK = 2048
-
-
-class Draws(NamedTuple):
-    """How each row is drawn; all [rows] on the device."""
-
-    temperature: Tensor  # float64; 0 is greedy
-    top_k: Tensor  # int32; 0 is off
-    top_p: Tensor  # float64; 1 is off
-    min_p: Tensor  # float64; 0 is off
-    seed: Tensor  # int64, the bits of an unsigned number
-    position: Tensor  # int64
 
 
 @triton.jit

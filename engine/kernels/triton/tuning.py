@@ -73,7 +73,7 @@ class GemmPlan:
     grid: GridTile
     # From this many rows on, tiles of many rows.
     grid_from_rows: int
-    # From this many rows on, the vendor's product, where equal bits are not asked for; None is never.
+    # From this many rows on the vendor's product, where batch-invariance is not asked for; None is never.
     vendor_from_rows: int | None = None
 
     def one_kernel(self) -> GemmPlan:

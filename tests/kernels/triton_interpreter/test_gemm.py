@@ -9,7 +9,8 @@ import torch
 
 from bench.cases import TOLERANCE, relative_error
 from engine.kernels.triton.gemm import linear, probe
-from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile
+from engine.kernels.triton.kernels import TritonKernels
+from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile, load
 
 PLAN = GemmPlan(
     splits=1,
@@ -86,3 +87,21 @@ def test_what_a_neighbour_holds_does_not_matter() -> None:
     assert found[7].isnan().all()
     keep = torch.arange(30) != 7
     assert torch.equal(found[keep], whole[keep])
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_the_vendors_product_is_used_only_if_bits_may_differ(is_gated: bool) -> None:
+    tuning = load("interpreter", (8, 0), 1)
+    tuning = dataclasses.replace(tuning, gemm_float32=dataclasses.replace(PLAN, vendor_from_rows=4))
+    exact, free = (
+        TritonKernels(tuning, torch.device("cpu"), is_batch_invariant=is_exact) for is_exact in (True, False)
+    )
+    assert exact.name != free.name
+    x, weight, bias = inputs(5, 48, 200, torch.float32)
+    ours, either = (k.gated_linear(weight, bias) if is_gated else k.linear(weight, bias) for k in (exact, free))
+    product = torch.nn.functional.linear(x, weight, bias)
+    vendor = free.silu_mul(product) if is_gated else product
+    assert torch.equal(either(x), vendor)
+    assert torch.equal(either(x[:3]), ours(x[:3]))
+    assert torch.equal(ours(x)[:3], ours(x[:3]))
+    assert not torch.equal(ours(x), vendor)

@@ -8,8 +8,6 @@ import pytest
 import torch
 
 from engine.config import EngineConfig
-from engine.decode_graph import DecodeGraph, DecodeRow
-from engine.kernels.triton.kernels import TritonKernels
 from engine.runner import Runner
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
@@ -46,27 +44,3 @@ def test_logits_do_not_depend_on_batch_chunks_or_a_re_run(tmp_path: Path) -> Non
         _, logits_by_id = driver.step([driver.piece(s, 1000) for s in (other, *pair)])
         for sequence in pair:
             assert torch.equal(logits_by_id[sequence.sequence_id], alone.logits[step])
-
-
-def test_a_recorded_step_gives_the_logits_of_the_runner(tmp_path: Path) -> None:
-    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
-    folder = case.save(tmp_path / "model")
-    runner = Runner.load(folder, EngineConfig(dtype="float32", num_blocks=20, kernels="triton"))
-    driver = Driver(runner)
-    sequences = [
-        driver.add(spec(name, random_prompt(n, VOCAB_SIZE), max_tokens=4)) for name, n in (("a", 5), ("b", 66))
-    ]
-    driver.step([driver.piece(s, 1000) for s in sequences])
-    kernels = runner._model._kernels
-    assert isinstance(kernels, TritonKernels)
-    with torch.inference_mode():
-        graph = DecodeGraph(runner._model, runner._cache, runner.model_config, kernels, num_rows=3, max_length=130)
-        rows = []
-        for s in sequences:
-            driver.grow(s, len(s.token_ids))
-            rows.append(DecodeRow(s.token_ids[-1], len(s.token_ids) - 1, len(s.spec.prompt_token_ids), s.block_ids))
-        found = graph.step(rows)
-        graph.replay()
-    _, expected = driver.step([driver.piece(s, 1000) for s in sequences])
-    for i, s in enumerate(sequences):
-        assert torch.equal(found[i], expected[s.sequence_id])

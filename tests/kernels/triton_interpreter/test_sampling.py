@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from baton.types import SamplingParams
-from engine.kernels.triton.sampling import Draws, sample
+from engine.kernels.interface import Draws
+from engine.kernels.triton.sampling import sample
 from engine.sampler import draw, uniform
 
 

@@ -1,0 +1,80 @@
+"""The runner on Triton's kernels: recorded steps are the same steps, the device draws what the sampler would.
+
+Nothing is recorded under the interpreter; the same code runs on the same padded inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from engine.config import EngineConfig
+from engine.runner import Runner
+from engine.sampler import Sampler
+from engine.step import StepPlan
+from tests.engine_driver import Driver, random_prompt, spec
+from tests.models import ORACLE_CASES, VOCAB_SIZE
+
+
+def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:
+    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
+    folder = case.save(tmp_path / "model")
+    kinds: list[dict[str, object]] = [{}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}, {"repetition_penalty": 1.3}]
+    runs = []
+    for max_graph_seqs in (4, 0):
+        config = EngineConfig(dtype="float16", num_blocks=8, kernels="triton", max_graph_seqs=max_graph_seqs)
+        driver = Driver(Runner.load(folder, config))
+        prompts = [random_prompt(n, VOCAB_SIZE) for n in (5, 63, 1)]
+        sequences = [driver.add(spec(f"{i}", p, **kinds[i])) for i, p in enumerate(prompts)]
+        steps = []
+        for chosen in (sequences, sequences, sequences[:1]):
+            steps.append(driver.step([driver.piece(s, 1000) for s in chosen]))
+        graphs = driver.runner._graphs
+        assert (graphs is not None) == bool(max_graph_seqs)
+        if graphs is not None and (graph := graphs.find(1, 8)) is not None:
+            with torch.inference_mode():
+                assert graph.replay().token_ids.tolist() == sequences[0].token_ids[-1:]
+        runs.append((steps, [s.token_ids for s in sequences]))
+    (recorded, tokens), (plain, plain_tokens) = runs
+    assert tokens == plain_tokens
+    for (_, ours), (_, theirs) in zip(recorded, plain, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_graph_is_as_large_as_it_must_be(tmp_path: Path) -> None:
+    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
+    runner = Runner.load(
+        case.save(tmp_path / "model"), EngineConfig(dtype="float32", num_blocks=2, kernels="triton", max_num_seqs=3)
+    )
+    graphs = runner._graphs
+    assert graphs is not None
+    assert graphs.find(1, 10) is not graphs.find(2, 10)
+    assert graphs.find(3, 128) is not None
+    assert graphs.find(4, 10) is None
+    assert graphs.find(1, 129) is None
+
+
+def test_the_device_draws_what_the_sampler_would_and_leaves_it_the_rest(tmp_path: Path) -> None:
+    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
+    folder = case.save(tmp_path / "model")
+    runner = Runner.load(folder, EngineConfig(dtype="float32", num_blocks=20, kernels="triton"))
+    driver, sampler = Driver(runner), Sampler(VOCAB_SIZE)
+    kinds: list[dict[str, object]] = [
+        {}, {"temperature": 1.2, "seed": 2**63}, {"temperature": 0.8, "top_k": 9, "top_p": 0.7, "min_p": 0.01},
+        {"logprobs": 2}, {"temperature": 1.0, "logit_bias": {3: 50.0}}, {"min_tokens": 8, "stop_token_ids": (5,)},
+        {"temperature": 1.0, "frequency_penalty": 1.5},
+    ]  # fmt: skip
+    sequences = [driver.add(spec(f"{i}", (i + 1, 2 * i), **kind)) for i, kind in enumerate(kinds)]
+    for is_told in (False, False, True):
+        plan = StepPlan(tuple(driver.piece(s, 1000) for s in sequences))
+        told: list[int] = []
+        launched = runner.launch(plan, told.append if is_told else None)
+        assert told == list(range(runner.layout.num_layers)) * is_told
+        assert launched.host_rows == (3, 4, 5, 6)
+        expected = sampler.sample(launched.logits.clone(), launched.sequences)
+        found = runner.result(launched).sampled
+        assert found == expected
+        for s in sequences:
+            s.num_computed = len(s.token_ids)
+            s.token_ids.append(found[s.sequence_id].token_id)

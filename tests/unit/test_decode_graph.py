@@ -1,0 +1,63 @@
+"""Which decode steps are recorded, and which steps are decode steps. No kernels."""
+
+from __future__ import annotations
+
+from baton.types import SamplingParams, SequenceSpec
+from engine.decode_graph import length_buckets, row_buckets
+from engine.draws import draws_of
+from engine.runner import decode_rows
+from engine.sampler import is_plain
+from engine.step import Piece, Sequence, StepPlan
+
+
+def test_buckets_hold_every_size_with_bounded_padding() -> None:
+    assert row_buckets(1) == [1]
+    assert row_buckets(40) == [1, 2, 4, 8, 12, 16, 24, 32, 40]
+    for most in range(1, 300):
+        buckets = row_buckets(most)
+        assert buckets[-1] == most
+        for rows in range(8, most + 1):
+            assert min(b for b in buckets if b >= rows) * 2 <= rows * 3
+    assert length_buckets(100) == [100]
+    assert length_buckets(512) == [512]
+    assert length_buckets(9000) == [512, 2048, 8192, 9000]
+
+
+def piece(num_prompt: int, num_generated: int, start: int, num_tokens: int = 1) -> Piece:
+    known = tuple(range(num_prompt)), tuple(range(100, 100 + num_generated))
+    sequence = Sequence(SequenceSpec("a", known[0], SamplingParams(seed=1, max_tokens=9), known[1]))
+    sequence.block_ids = [7]
+    return Piece(sequence, start, num_tokens, samples=start + num_tokens == num_prompt + num_generated)
+
+
+def test_only_newest_generated_tokens_are_decodes() -> None:
+    decode = piece(3, 2, 4)
+    assert decode_rows(StepPlan((decode,))) == [(101, 4, 3, [7])]
+    for other in (piece(1, 0, 0), piece(3, 2, 3), piece(3, 2, 3, 2), piece(4, 1, 3, 2)):
+        assert decode_rows(StepPlan((other,))) is None
+        assert decode_rows(StepPlan((decode, other))) is None
+
+
+def test_what_the_device_draws() -> None:
+    def sequence(**options: object) -> Sequence:
+        return Sequence(SequenceSpec("a", (1, 2, 3), SamplingParams(max_tokens=9, **options)))  # type: ignore[arg-type]
+
+    plain = sequence(seed=2**64 - 1, top_k=2**40, top_p=0.5, min_p=0.25, min_tokens=1)
+    hosts = [
+        sequence(seed=1, **options)  # type: ignore[arg-type]
+        for options in (
+            {"logprobs": 0}, {"logit_bias": {1: 2.0}}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1},
+            {"frequency_penalty": 0.1}, {"min_tokens": 1, "stop_token_ids": (4,)},
+        )
+    ]  # fmt: skip
+    assert is_plain(plain)
+    assert not any(is_plain(s) for s in hosts)
+    draws = draws_of([plain, *hosts, sequence(seed=1, temperature=0.0)])
+    assert draws.temperature.tolist() == [1.0] + [0.0] * 7
+    assert (draws.seed[0], draws.top_k[0], draws.position[0]) == (-1, 2**31 - 1, 3)
+    assert (draws.top_p[0], draws.min_p[0]) == (0.5, 0.25)
+    # Once a stop token is allowed, nothing is changed any more.
+    later = sequence(seed=1, min_tokens=1, stop_token_ids=(4,))
+    later.token_ids.append(9)
+    assert is_plain(later)
+    assert draws_of([]).seed.shape == (0,)
