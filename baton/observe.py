@@ -165,7 +165,8 @@ class Lifeline:
     def placed(self, prefill_id: str, decode_id: str, now: float) -> None:
         self._prefill_id, self._decode_id = prefill_id, decode_id
         if self._first_token_s is None:
-            self._attempt.placed_s = now
+            # Chosen anew, after a refusal: what came of the earlier choice is no longer on the way.
+            self._attempt.placed_s, self._attempt.leased_s, self._attempt.sent_s = now, None, None
 
     def leased(self, now: float) -> None:
         """The decode node has blocks for it."""

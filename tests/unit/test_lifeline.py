@@ -76,6 +76,17 @@ def test_a_failure_after_the_first_token_leaves_its_stages_alone_and_is_counted_
     assert life.relay().recovery_s == 2.0
 
 
+def test_a_second_choice_of_nodes_leaves_nothing_of_the_first() -> None:
+    life = Lifeline(0.0)
+    life.placed("p0", "d0", 1.0)
+    life.leased(2.0)
+    life.sent(2.0)
+    life.placed("p1", "d1", 3.0)
+    life.tokens(1, 4.0)
+    assert stages(life)["reserve"] == 0.0
+    assert "leased" not in dict(life.relay().stamps)
+
+
 def test_a_node_whose_clock_runs_fast_makes_no_stage_negative() -> None:
     life = Lifeline(0.0)
     life.placed("p0", "d0", 0.0)
