@@ -120,8 +120,8 @@ def cpu(request: pytest.FixtureRequest) -> CpuKernels:
 
 
 # Attention is compiled anew for every row, which takes a second: vectors that are not the host's meet few shapes.
-HEADS = [(4, 4, 16), (4, 2, 64), (8, 2, 128), (8, 1, 32), (6, 2, 24), (7, 1, 80), (4, 2, 256)]
-CASES = [(isa, heads) for isa in ISAS for heads in (HEADS if isa == "host" else HEADS[4:5])]
+HEADS = [(4, 4, 16), (4, 2, 64), (6, 2, 24), (7, 1, 80), (4, 2, 256)]
+CASES = [(isa, heads) for isa in ISAS for heads in (HEADS if isa == "host" else HEADS[2:3])]
 
 
 @pytest.mark.parametrize("window", [None, 1, 40, 64, 100])

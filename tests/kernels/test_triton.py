@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
+# Whole models; in the short suite the cluster on Triton's kernels stands for them.
+LONG = ("test_model", "test_runner", "test_tune")
+NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("test_*.py")))
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in NAMES])
 def test_under_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="triton is only for Linux")
     done = subprocess.run(
