@@ -14,6 +14,8 @@ from tests.redis_server import RedisServer
 # Before torch is imported. Tests use small tensors: a second thread saves nothing, and on a busy machine every parallel
 # loop would wait for it. Tests about threads ask torch for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# `--kernels auto` would take a GPU; what the suite expects is the processor's.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 @pytest.fixture(scope="session")
