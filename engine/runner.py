@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.errors import BadConfig
-from baton.types import DTYPE_BYTES, KvLayout, ModelDescription, SamplingParams, SequenceSpec
+from baton.types import DTYPE_BYTES, KvLayout, ModelDescription
 from engine.batch import build_batch, token_ids_of
 from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
@@ -24,6 +24,7 @@ from engine.model import Model
 from engine.sampler import Sampler
 from engine.staging import new_event, to_device, to_host
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
+from engine.warm_up import MINIMAL, warm_up_plans
 from engine.weights import Checkpoint, fingerprint
 
 
@@ -132,18 +133,23 @@ class Runner:
             graphs=graphs,
             drawn=drawn,
         )
-        runner._warm_up()
+        is_compiled = isinstance(kernels, DeviceKernels) and kernels.is_compiled
+        runner.warm_up(config, is_whole=is_compiled)
         return runner
 
-    def _warm_up(self) -> None:
-        """A prompt and a generated token through block 0, so that no kernel is compiled while serving."""
-        spec = SequenceSpec("warm-up", (0, 0), SamplingParams(temperature=0.0, max_tokens=2, seed=0))
-        sequence = Sequence(spec)
-        sequence.block_ids = [0]
-        self.execute(StepPlan((Piece(sequence, 0, 2, samples=True),)))
-        sequence.token_ids.append(0)
-        self.execute(StepPlan((Piece(sequence, 2, 1, samples=True),)))
-        self.forget("warm-up")
+    def warm_up(self, config: EngineConfig, *, is_whole: bool) -> None:
+        """Take steps, so that no kernel is compiled while serving: ``is_whole``, one of every kind that ``config``
+        allows; else a prompt and a generated token. To be called while there are no sequences."""
+        shapes = MINIMAL
+        if is_whole and isinstance(self._kernels, DeviceKernels):
+            shapes = self._kernels.launch_shapes(self.model_config, self.layout)
+        plans = warm_up_plans(
+            shapes, self.layout, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs,
+            max_model_tokens=self.model_config.max_model_tokens,
+        )  # fmt: skip
+        for plan in plans:
+            # Told of layers a step is not replayed: those that are were recorded, which compiled them.
+            self.execute(plan, lambda _: None)
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Run one step. ``on_layer`` as in ``launch``."""
@@ -194,7 +200,7 @@ class Runner:
         draws = draws_of(sampling)
         # A layer is told between layers, where a recorded step cannot stop.
         rows = decode_rows(plan, drawn_rows) if on_layer is None else None
-        if rows is not None and self._graphs is not None:
+        if rows is not None and self._graphs is not None and not self._prefers_unrecorded(rows):
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
                 return graph.step(rows, draws)
@@ -203,6 +209,11 @@ class Runner:
         token_ids = self._drawn[: len(sampling)]
         token_ids.copy_(self._kernels.draw(logits, Draws(*(to_device(column, device) for column in draws))))
         return logits, token_ids
+
+    def _prefers_unrecorded(self, rows: Seq[DecodeRow]) -> bool:
+        assert isinstance(self._kernels, DeviceKernels)
+        tables, lengths = [row.block_ids for row in rows], [row.position + 1 for row in rows]
+        return self._kernels.prefers_unrecorded(self.model_config, self.layout, tables, lengths)
 
     def _forward(self, plan: StepPlan, drawn_rows: Mapping[str, int], on_layer: Callable[[int], None] | None) -> Tensor:
         batch = build_batch(plan, self.layout, drawn_rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -97,9 +98,25 @@ class Draws(NamedTuple):
     position: Tensor  # int64
 
 
+class LaunchShapes(NamedTuple):
+    """Shapes of steps that between them launch everything that any step launches."""
+
+    # Tokens of prompts.
+    prompts: tuple[int, ...]
+    # Rows that decode, and positions that each of them sees, its own included.
+    decodes: tuple[tuple[int, int], ...]
+
+
 @runtime_checkable
 class DeviceKernels(Kernels, Protocol):
     """Kernels whose decode step needs nothing of the host while it runs, so that it can be recorded and replayed."""
+
+    # Each kind of launch is compiled when it is first met, which takes seconds.
+    is_compiled: bool
+
+    def launch_shapes(self, config: ModelConfig, layout: KvLayout) -> LaunchShapes:
+        """Asked once all layers are there."""
+        ...
 
     def device_decode(
         self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
@@ -109,6 +126,12 @@ class DeviceKernels(Kernels, Protocol):
         tables [rows, blocks] int32; lengths [rows] int32, at most ``max_length``, 0 is padding. A row's bits are those
         of ``attention``, whatever ``max_length`` and the rows beside it.
         """
+        ...
+
+    def prefers_unrecorded(
+        self, config: ModelConfig, layout: KvLayout, tables: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> bool:
+        """Whether a decode of these rows (block ids, positions) is faster by ``attention`` than recorded."""
         ...
 
     def draw(self, logits: Tensor, draws: Draws) -> Tensor:

@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
 # Whole models; in the short suite the cluster on Triton's kernels stands for them.
-LONG = ("test_model", "test_runner", "test_tune")
+LONG = ("test_model", "test_runner", "test_tune", "test_warm_up")
 NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 

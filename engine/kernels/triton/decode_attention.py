@@ -22,7 +22,7 @@ _COMBINED = 16
 NO_WINDOW = 1 << 30
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "num_splits"])
 def _split_kernel(
     p_out,  # [rows, H, D]
     p_partial,  # [rows, H, num_splits, D] float32, each normalized by its own sum
@@ -95,7 +95,7 @@ def _split_kernel(
             tl.store(p_lse + b_slot, b_max * scale_log2 + tl.log2(b_sum), mask=m_group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def _combine_kernel(
     p_out,  # [rows, H, D]
     p_partial,  # [rows, H, num_splits, D] float32

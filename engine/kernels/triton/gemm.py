@@ -40,7 +40,7 @@ def _silu(b_x):
     return b_x / (1.0 + tl.exp(-b_x))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _stream_kernel(
     p_out,  # [M, OUT]
     p_partial,  # [SPLITS, M, N] float32
@@ -87,7 +87,7 @@ def _stream_kernel(
         tl.store(p_out + b_to, narrow(tl.trans(b_acc), p_out.dtype.element_ty), mask=m_to)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _reduce_kernel(
     p_out,  # [M, OUT]
     p_partial,  # [SPLITS, M, N] float32
@@ -118,7 +118,7 @@ def _reduce_kernel(
     tl.store(p_out + i_row * columns + b_n, narrow(b_sum, p_out.dtype.element_ty), mask=m_n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _grid_kernel(
     p_out,  # [M, OUT]
     p_x,  # [M, K]; pointer or descriptor
@@ -200,6 +200,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: GemmPlan, *, is
     else:
         _grid(out, x, weight, bias, plan, plan.grid, is_gated)
     return out
+
+
+def first_rows(plan: GemmPlan) -> list[int]:
+    """The smallest number of rows of each tile that ``linear`` chooses."""
+    sizes = [16 << i for i in range(plan.stream.max_block_m.bit_length()) if 16 << i < plan.stream.max_block_m]
+    return sorted({1, *(size + 1 for size in sizes if size + 1 < plan.grid_from_rows), plan.grid_from_rows})
 
 
 def _stream(

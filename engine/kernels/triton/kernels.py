@@ -20,13 +20,25 @@ from baton.errors import BadConfig
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Draws, Linear
+from engine.cost import CostModel
+from engine.kernels.interface import Attention, Draws, LaunchShapes, Linear
 from engine.kernels.triton.decode_attention import decode_attention
-from engine.kernels.triton.gemm import linear, probe
+from engine.kernels.triton.gemm import first_rows, linear, probe
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import Chunk, list_tiles, paged_prefill_attention, tiles_on
 from engine.kernels.triton.sampling import sample
-from engine.kernels.triton.tuning import GemmPlan, Tuning, load
+from engine.kernels.triton.shared_prefix import (
+    MIN_SAVED_BYTES,
+    Group,
+    SharedPlan,
+    find_groups,
+    is_worth_queueing,
+    plan_prefixes,
+    rows_per_tile,
+    saved_bytes,
+    shared_decode_attention,
+)
+from engine.kernels.triton.tuning import DecodeTile, GemmPlan, Tuning, load
 from engine.kv_cache import TORCH_DTYPES
 from engine.staging import to_device
 
@@ -34,14 +46,16 @@ from engine.staging import to_device
 class TritonKernels:
     """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit.
 
-    Without ``is_batch_invariant`` products of many rows are the vendor's where the tuning says so, and a row's bits
-    depend on the rows beside it: the interface's law does not hold.
+    Without ``is_batch_invariant`` products of many rows are the vendor's where the tuning says so, prefixes that rows
+    share are read once where that is predicted to pay, and a row's bits depend on the rows beside it: the interface's
+    law does not hold.
     """
 
     def __init__(
         self, tuning: Tuning, device: torch.device, *, is_probing: bool = True, is_batch_invariant: bool = True
     ) -> None:
         self.device = device
+        self.is_compiled = not triton.knobs.runtime.interpret
         # Tiles decide how some sums are rounded, so nodes with other tiles are told apart by name.
         self.name = f"triton-{tuning.digest}" + ("" if is_batch_invariant else "-vendor")
         self._tuning = tuning
@@ -95,7 +109,9 @@ class TritonKernels:
         return silu_mul(gate_up)
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        return TritonAttention(config, layout, spans, self._tuning, self.device)
+        return TritonAttention(
+            config, layout, spans, self._tuning, self.device, can_share_prefixes=not self._is_batch_invariant
+        )
 
     def device_decode(
         self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
@@ -104,6 +120,36 @@ class TritonKernels:
 
     def draw(self, logits: Tensor, draws: Draws) -> Tensor:
         return sample(logits, draws)
+
+    def launch_shapes(self, config: ModelConfig, layout: KvLayout) -> LaunchShapes:
+        """Numbers that change from step to step are not specialized for, so these are the tiles: of products by rows,
+        of decode attention with and without parts to combine."""
+        rows = sorted({1, *(size for plan in self._plans.values() for size in first_rows(plan))})
+        split = self._tuning.decode_tile(config.head_dim, TORCH_DTYPES[layout.dtype]).split_tokens
+        decodes = [*((size, 2) for size in rows), (1, split + 1)]
+        if self._can_share(config):
+            # Few rows that share much, many that share little: some of it fits the limits.
+            wanted = -(-MIN_SAVED_BYTES // (_token_bytes(layout) * split))
+            decodes += [(n, split * -(-wanted // (n // 2)) + 1) for n in (2, 4, 8, 16, 32, 64, 128, 256)]
+        return LaunchShapes(tuple(rows), tuple(decodes))
+
+    def prefers_unrecorded(
+        self, config: ModelConfig, layout: KvLayout, tables: Sequence[Sequence[int]], lengths: Sequence[int]
+    ) -> bool:
+        """Recorded steps read a prefix once for every row."""
+        if not self._can_share(config):
+            return False
+        tile = self._tuning.decode_tile(config.head_dim, TORCH_DTYPES[layout.dtype])
+        groups, saved = _shared(tables, lengths, config, layout, tile)
+        if not groups:
+            return False
+        cost = CostModel.of(config, layout.dtype)
+        kv_tokens = sum(sum(min(length, window or length) for length in lengths) for window in config.windows)
+        step_bytes = cost.layer_weight_bytes + cost.head_weight_bytes + kv_tokens * _token_bytes(layout)
+        return is_worth_queueing(step_bytes, saved, config.num_layers, config.windows.count(None))
+
+    def _can_share(self, config: ModelConfig) -> bool:
+        return not self._is_batch_invariant and None in config.windows
 
     def _plan(self, weight: Tensor) -> GemmPlan:
         key = (weight.shape[0], weight.shape[1], weight.dtype)
@@ -153,6 +199,21 @@ class DeviceDecode:
         ).flatten(1)  # fmt: skip
 
 
+def _token_bytes(layout: KvLayout) -> int:
+    """Keys and values of one token in one layer."""
+    return layout.block_bytes // layout.block_tokens
+
+
+def _shared(
+    tables: Sequence[Sequence[int]], lengths: Sequence[int], config: ModelConfig, layout: KvLayout, tile: DecodeTile
+) -> tuple[list[Group], int]:
+    """Rows that share prefixes, and the bytes of a layer that they then need not read; none if it does not pay."""
+    tile_rows = rows_per_tile(config.group_size, tile)
+    groups = find_groups(tables, lengths, layout.block_tokens, tile.split_tokens, tile_rows)
+    saved = saved_bytes(groups, _token_bytes(layout), tile.split_tokens, tile_rows)
+    return (groups, saved) if saved >= MIN_SAVED_BYTES else ([], 0)
+
+
 @dataclass(frozen=True, slots=True)
 class _Decodes:
     """Rows that hold generated tokens."""
@@ -169,7 +230,14 @@ class TritonAttention:
     """One step: prompt tokens in tiles of the prefill kernel, generated tokens as rows of the decode kernel."""
 
     def __init__(
-        self, config: ModelConfig, layout: KvLayout, spans: Sequence[Span], tuning: Tuning, device: torch.device
+        self,
+        config: ModelConfig,
+        layout: KvLayout,
+        spans: Sequence[Span],
+        tuning: Tuning,
+        device: torch.device,
+        *,
+        can_share_prefixes: bool,
     ) -> None:
         self._config = config
         self._tuning = tuning
@@ -177,7 +245,17 @@ class TritonAttention:
         self._dtype = TORCH_DTYPES[layout.dtype]
         self._scale_log2 = math.log2(math.e) / math.sqrt(config.head_dim)
         self._tables = _block_tables(spans, device)
-        self._chunks, self._decodes = _by_phase(spans, device)
+        self._chunks, listed = _by_phase(spans)
+        self._decodes = _decodes_on(device, self._chunks, listed) if listed else None
+        self._tile = tuning.decode_tile(config.head_dim, self._dtype)
+        self._prefixes: SharedPlan | None = None
+        if can_share_prefixes and listed and None in config.windows:
+            table_rows = [sequence for _, sequence, _ in listed]
+            tables = [spans[sequence].block_ids for sequence in table_rows]
+            groups, _ = _shared(tables, [length for *_, length in listed], config, layout, self._tile)
+            if groups:
+                rows = rows_per_tile(config.group_size, self._tile)
+                self._prefixes = plan_prefixes(groups, table_rows, self._tile.split_tokens, rows, device)
         # By height of a tile: layers with and without a window may differ.
         self._tiles: dict[int, Tensor] = {}
 
@@ -200,11 +278,17 @@ class TritonAttention:
         )  # fmt: skip
 
     def _decode(self, rows: _Decodes, queries: Tensor, cache: Tensor, window: int | None, out: Tensor) -> None:
-        found = decode_attention(
-            queries if rows.is_everything else queries[rows.rows], cache, self._tables, rows.table_rows, rows.lengths,
-            scale_log2=self._scale_log2, max_length=rows.max_length, window=window,
-            tile=self._tuning.decode_tile(self._config.head_dim, self._dtype), out=out if rows.is_everything else None,
-        )  # fmt: skip
+        chosen, to = (queries, out) if rows.is_everything else (queries[rows.rows], None)
+        if self._prefixes is not None and window is None:
+            found = shared_decode_attention(
+                chosen, cache, self._tables, rows.table_rows, rows.lengths, self._prefixes,
+                scale_log2=self._scale_log2, max_length=rows.max_length, tile=self._tile, out=to,
+            )  # fmt: skip
+        else:
+            found = decode_attention(
+                chosen, cache, self._tables, rows.table_rows, rows.lengths,
+                scale_log2=self._scale_log2, max_length=rows.max_length, window=window, tile=self._tile, out=to,
+            )  # fmt: skip
         if not rows.is_everything:
             out[rows.rows] = found
 
@@ -217,7 +301,8 @@ def _block_tables(spans: Sequence[Span], device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(table), device)
 
 
-def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk], _Decodes | None]:
+def _by_phase(spans: Sequence[Span]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
+    """Chunks of prompts, and of generated tokens (row, span, positions that it sees)."""
     chunks: list[Chunk] = []
     rows: list[tuple[int, int, int]] = []
     for i, span in enumerate(spans):
@@ -225,10 +310,12 @@ def _by_phase(spans: Sequence[Span], device: torch.device) -> tuple[list[Chunk],
         if prompt:
             chunks.append(Chunk(span.row, span.start, prompt, i))
         rows += [(span.row + j, i, span.start + j + 1) for j in range(prompt, span.num_tokens)]
-    if not rows:
-        return chunks, None
+    return chunks, rows
+
+
+def _decodes_on(device: torch.device, chunks: list[Chunk], rows: list[tuple[int, int, int]]) -> _Decodes:
     listed = torch.tensor(rows).T
-    return chunks, _Decodes(
+    return _Decodes(
         rows=to_device(listed[0], device),
         table_rows=to_device(listed[1].int(), device),
         lengths=to_device(listed[2].int(), device),

@@ -70,7 +70,7 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "stride_table"])
 def _prefill_kernel(
     p_out,  # [rows, H, D]
     p_query,  # [rows, H, D], rows stride_query apart

@@ -20,9 +20,15 @@ from torch import Tensor
 from engine.kernels.triton.decode_attention import SharedPartials, decode_attention, max_splits
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import DecodeTile
+from engine.staging import to_device
 
 # Below it, one more launch per layer costs more than what is not read: some 4 us of memory traffic.
 MIN_SAVED_BYTES = 16 << 20
+# What memory moves while the host queues one layer's kernels one by one: about twelve launches of 10 us at 3.3 TB/s. An
+# estimate, not measured. A recorded step has no such floor.
+_QUEUEING_BYTES = 400 << 20
+# A prediction has to be better than what it would replace by more than it is likely to be wrong.
+_MIN_GAIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class Group:
     num_splits: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_table", "num_splits"])
 def _prefix_kernel(
     p_partial,  # [rows, H, num_splits, D] float32
     p_lse,  # [rows, H, num_splits] float32
@@ -106,12 +112,17 @@ def _best(
     """(split-reads saved, groups) among rows that share their first ``depth`` splits."""
     if len(rows) < 2:
         return 0, []
+    while True:
+        deeper: dict[tuple[int, ...], list[int]] = {}
+        first, end = depth * split_tokens // block_tokens, -(-(depth + 1) * split_tokens // block_tokens)
+        for row in rows:
+            if most[row] > depth:
+                deeper.setdefault(tuple(tables[row][first:end]), []).append(row)
+        if [rows] != list(deeper.values()):
+            break
+        # All of them go on alike, which no shorter prefix of theirs beats.
+        depth += 1
     here = depth * (len(rows) - -(-len(rows) // rows_per_tile))
-    deeper: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        if most[row] > depth:
-            blocks = range(depth * split_tokens // block_tokens, -(-(depth + 1) * split_tokens // block_tokens))
-            deeper.setdefault(tuple(tables[row][block] for block in blocks), []).append(row)
     parts = [
         _best(same, depth + 1, tables, most, block_tokens, split_tokens, rows_per_tile) for same in deeper.values()
     ]
@@ -125,6 +136,15 @@ def saved_bytes(groups: Sequence[Group], token_bytes: int, split_tokens: int, ro
     """Bytes of one layer's keys and values (``token_bytes`` a token) that need not be read."""
     spared = sum(group.num_splits * (len(group.rows) - -(-len(group.rows) // rows_per_tile)) for group in groups)
     return spared * split_tokens * token_bytes
+
+
+def is_worth_queueing(step_bytes: float, saved: float, num_layers: int, num_shared_layers: int) -> bool:
+    """Whether a step that could be replayed is faster when it is queued kernel by kernel with its prefixes shared.
+
+    ``step_bytes``: weights, keys and values that the plain step reads; ``saved``: of one of the ``num_shared_layers``.
+    """
+    device = step_bytes - num_shared_layers * (saved - MIN_SAVED_BYTES)
+    return max(device, num_layers * _QUEUEING_BYTES) < step_bytes * (1 - _MIN_GAIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +171,9 @@ def plan_prefixes(
         for row in group.rows:
             prefix[row] = group.num_splits * split_tokens
     return SharedPlan(
-        torch.tensor(members, dtype=torch.int32, device=device),
-        torch.tensor(tiles, dtype=torch.int32, device=device).view(-1, 4),
-        torch.tensor(prefix, dtype=torch.int32, device=device),
+        to_device(torch.tensor(members, dtype=torch.int32), device),
+        to_device(torch.tensor(tiles, dtype=torch.int32).view(-1, 4), device),
+        to_device(torch.tensor(prefix, dtype=torch.int32), device),
         max((group.num_splits for group in groups), default=0),
     )
 
@@ -179,6 +199,7 @@ def shared_decode_attention(
     scale_log2: float,
     max_length: int,
     tile: DecodeTile,
+    out: Tensor | None = None,
 ) -> Tensor:
     """As ``decode_attention``, prefixes of ``plan`` read once per tile of rows; for layers without a window."""
     heads, head_dim = query.shape[1:]
@@ -213,5 +234,5 @@ def shared_decode_attention(
         )
     return decode_attention(
         query, cache, tables, table_rows, lengths,
-        scale_log2=scale_log2, max_length=max_length, tile=tile, prefix=partials,
+        scale_log2=scale_log2, max_length=max_length, tile=tile, prefix=partials, out=out,
     )  # fmt: skip

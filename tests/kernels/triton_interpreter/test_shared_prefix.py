@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
 from bench.cases import TOLERANCE, PagedSequences, Shape, relative_error
+from engine.config import EngineConfig
+from engine.kernels.triton import kernels as kernels_module
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.shared_prefix import (
     Group,
     find_groups,
+    is_worth_queueing,
     plan_prefixes,
     rows_per_tile,
     saved_bytes,
     shared_decode_attention,
 )
 from engine.kernels.triton.tuning import DecodeTile
+from engine.runner import Runner
+from tests.engine_driver import Driver, random_prompt, spec
+from tests.models import ORACLE_CASES, VOCAB_SIZE
 
 TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix_block_m=16)
 
@@ -74,6 +83,77 @@ def test_a_row_keeps_its_own_token_and_blocks_may_be_larger_than_splits() -> Non
     assert find_groups([[1], [1]], [64, 64], 64, 32, 16) == [Group((0, 1), 1)]
     assert find_groups([[1], [1]], [32, 33], 64, 32, 16) == []
     assert find_groups([], [], 64, 32, 16) == []
+
+
+def test_a_prefix_of_many_splits_is_followed_to_its_end() -> None:
+    """As deep as the longest context: further than calls can nest."""
+    blocks = [*range(3000)]
+    tables = [[*blocks, 7001], [*blocks, 7002], [*blocks[:1500], *range(8000, 9501)]]
+    groups = find_groups(tables, [3001 * 32] * 3, 32, 32, 16)
+    assert groups == [Group((0, 1, 2), 1500)]
+    assert find_groups(tables[:2], [3001 * 32] * 2, 32, 32, 16) == [Group((0, 1), 3000)]
+
+
+def test_a_step_is_queued_by_hand_where_that_saves_more_than_it_costs() -> None:
+    """Llama-3-8B in bfloat16: 14 GiB of weights, 4 KiB of a layer's keys and values a token."""
+    weights, layers = 14 << 30, 32
+    # 64 rows of 8192 tokens behind a prefix of 8000, then of 256.
+    kv = 64 * 8192 * 4096
+    assert is_worth_queueing(weights + layers * kv, 63 * 8000 * 4096, layers, layers)
+    assert not is_worth_queueing(weights + layers * kv, 8 * 256 * 4096, layers, layers)
+    # Few rows: what is saved is little beside the weights. A small model: the host could not keep up.
+    assert not is_worth_queueing(weights + layers * 2 * 6000 * 4096, 6000 * 4096, layers, layers)
+    assert not is_worth_queueing((1 << 30) + 16 * (32 << 20), 31 << 20, 16, 16)
+    # Layers with a window share nothing.
+    assert not is_worth_queueing(weights + layers * kv, 63 * 8000 * 4096, layers, 0)
+
+
+CONFIG = EngineConfig(dtype="float32", block_tokens=16, num_blocks=40, kernels="triton", max_graph_seqs=4)
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_the_runner_shares_what_its_block_tables_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_batch_invariant: bool
+) -> None:
+    """Rows of two sequences whose tables begin alike, recorded or beside a prompt, give what they give alone."""
+    # A tiny model saves a few KiB; the laws do not depend on where the line is drawn.
+    monkeypatch.setattr(kernels_module, "MIN_SAVED_BYTES", 1)
+    monkeypatch.setattr(kernels_module, "is_worth_queueing", lambda *_: True)
+    launches: list[int] = []
+    plain = kernels_module.shared_decode_attention
+
+    def counted(*args: object, **options: object) -> torch.Tensor:
+        launches.append(1)
+        return plain(*args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(kernels_module, "shared_decode_attention", counted)
+    folder = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32").save(tmp_path / "model")
+    config = replace(CONFIG, is_batch_invariant=is_batch_invariant)
+    driver = Driver(Runner.load(folder, config))
+    known = random_prompt(259, VOCAB_SIZE)
+    sequences = [driver.add(spec(name, known[:3], generated=known[3:])) for name in "ab"]
+    for s in sequences:
+        driver.step([driver.piece(s, 258)])
+    # Every split of its own first, then the first sequence's blocks for both.
+    launches.clear()
+    alone = [driver.step([driver.piece(s, 1)])[1] for s in sequences]
+    assert not launches, "a row alone shares nothing"
+    for s in sequences:
+        s.num_computed -= 1
+        s.token_ids.pop()
+    own, sequences[1].block_ids = sequences[1].block_ids, [*sequences[0].block_ids[:16], *sequences[1].block_ids[16:]]
+    for beside in (False, True):
+        more = [driver.piece(driver.add(spec("c", (1, 2, 3))), 3)] if beside else []
+        _, found = driver.step([*(driver.piece(s, 1) for s in sequences), *more])
+        for s, wanted in zip(sequences, alone, strict=True):
+            name = s.sequence_id
+            assert relative_error(found[name], wanted[name]) < TOLERANCE[torch.float32]
+            if is_batch_invariant:
+                assert torch.equal(found[name], wanted[name])
+            s.num_computed -= 1
+            s.token_ids.pop()
+    assert len(launches) == (0 if is_batch_invariant else 2 * driver.runner.layout.num_layers)
+    sequences[1].block_ids = own
 
 
 def test_predicted_bytes() -> None:

@@ -1,0 +1,45 @@
+"""The steps that a runner takes before it serves, so that no kernel is compiled in a step that somebody waits for.
+
+Knows which shapes of steps there can be, not what is launched for them: that is asked of the kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from baton.types import KvLayout, SamplingParams, SequenceSpec
+from engine.kernels.interface import LaunchShapes
+from engine.step import Piece, Sequence, StepPlan
+
+# What kernels of the processor need: a prompt and a generated token.
+MINIMAL = LaunchShapes(prompts=(1,), decodes=((1, 2),))
+
+
+def warm_up_plans(
+    shapes: LaunchShapes, layout: KvLayout, *, max_batch_tokens: int, max_num_seqs: int, max_model_tokens: int
+) -> Iterator[StepPlan]:
+    """Prompts and decodes of every kind that the limits allow. All of it lies in block 0, on top of each other."""
+    for num_tokens in shapes.prompts:
+        if num_tokens <= max_batch_tokens:
+            yield StepPlan(tuple(_prompts(num_tokens, layout, max_model_tokens)))
+    for rows, length in shapes.decodes:
+        if rows <= min(max_num_seqs, max_batch_tokens) and length <= max_model_tokens:
+            yield StepPlan(tuple(_decode(i, length, layout) for i in range(rows)))
+
+
+def _prompts(num_tokens: int, layout: KvLayout, longest: int) -> Iterator[Piece]:
+    for at in range(0, num_tokens, longest):
+        count = min(longest, num_tokens - at)
+        yield Piece(_sequence(at, count, 0, layout), 0, count, samples=True)
+
+
+def _decode(index: int, length: int, layout: KvLayout) -> Piece:
+    """The newest of ``length`` tokens, of which all but one were generated."""
+    return Piece(_sequence(index, 1, length - 1, layout), length - 1, 1, samples=True)
+
+
+def _sequence(index: int, num_prompt: int, num_generated: int, layout: KvLayout) -> Sequence:
+    params = SamplingParams(temperature=0.0, max_tokens=num_generated + 1, seed=0)
+    sequence = Sequence(SequenceSpec(f"warm-up/{index}", (0,) * num_prompt, params, (0,) * num_generated))
+    sequence.block_ids = [0] * layout.blocks_for(num_prompt + num_generated)
+    return sequence
