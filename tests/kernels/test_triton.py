@@ -11,11 +11,12 @@ import pytest
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
 # Whole models; in the short suite the cluster on Triton's kernels stands for them.
-LONG = ("test_model", "test_runner", "test_tune", "test_warm_up")
+LONG = ("test_model", "test_runner", "test_shared_runner", "test_tune", "test_warm_up")
+LONG_MARKS = (pytest.mark.long, pytest.mark.timeout(400))
 NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.long) if n in LONG else n for n in NAMES])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=LONG_MARKS) if n in LONG else n for n in NAMES])
 def test_under_the_interpreter(name: str) -> None:
     pytest.importorskip("triton", reason="triton is only for Linux")
     done = subprocess.run(
@@ -24,7 +25,7 @@ def test_under_the_interpreter(name: str) -> None:
         cwd=FOLDER.parents[2],
         capture_output=True,
         text=True,
-        timeout=110,
+        timeout=380 if name in LONG else 110,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
