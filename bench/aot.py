@@ -267,7 +267,8 @@ def _other_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterator[C
     x, weight = meta(64, model.hidden, dtype=dtype), meta(model.hidden, dtype=dtype)
     yield Case(f"{label}: norm", partial(rms_norm, x, weight, 1e-6))
     yield Case(f"{label}: add and norm", partial(add_rms_norm, x, x, weight, 1e-6))
-    yield Case(f"{label}: embed", partial(embed, meta(128256, model.hidden, dtype=dtype), indices(64)))
+    ids = meta(64, dtype=torch.int64)
+    yield Case(f"{label}: embed", partial(embed, meta(128256, model.hidden, dtype=dtype), ids, ids))
     yield Case(f"{label}: silu * mul", partial(silu_mul, meta(64, 2 * model.inner, dtype=dtype)))
     norm = meta(model.head_dim, dtype=dtype)
     norms = (norm, norm) if model.has_qk_norm else None
