@@ -14,6 +14,8 @@ from tests.redis_server import RedisServer
 # Before torch is imported. Tests use small tensors: a second thread saves nothing, and on a busy machine every parallel
 # loop would wait for it. Tests about threads ask torch for more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before grpc is imported: connections that tests cut would be told on the terminal.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 @pytest.fixture(scope="session")
