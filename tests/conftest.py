@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import demo
 from tests.redis_server import RedisServer
@@ -16,6 +17,10 @@ from tests.redis_server import RedisServer
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Before grpc is imported: connections that tests cut would be told on the terminal.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+# How long an example takes says something about the machine, not about what is tested.
+settings.register_profile("baton", suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("baton")
 
 
 @pytest.fixture(scope="session")

@@ -284,5 +284,5 @@ class FlowMachine(RuleBasedStateMachine):
                 assert is_told or self.lost[(sequence_id, node_id)], f"{node_id} still works on {sequence_id}"
 
 
-FlowMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+FlowMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestFlow = FlowMachine.TestCase
