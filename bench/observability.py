@@ -25,7 +25,7 @@ from engine.replica import Replica
 from engine.runner import Runner
 from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan, StepResult
-from router.flow import Outcome, OutcomeKind
+from router.flow_messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
