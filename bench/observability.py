@@ -54,9 +54,9 @@ class _Watched(EngineMeter):
 
     spent_s = 0.0
 
-    def step(self, plan: StepPlan, seconds: float, *, has_failed: bool) -> None:
+    def step(self, plan: StepPlan, num_prompt: int, seconds: float, *, has_failed: bool) -> None:
         began_s = time.thread_time()
-        super().step(plan, seconds, has_failed=has_failed)
+        super().step(plan, num_prompt, seconds, has_failed=has_failed)
         self.spent_s += time.thread_time() - began_s
 
     def outcome(self, events: list[EngineEvent]) -> None:

@@ -11,14 +11,14 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.clock import Clock
 from baton.errors import BatonError, Draining, InternalError
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
-from engine.meter import EngineMeter
+from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.schedule import EngineEvent, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
@@ -72,6 +72,14 @@ class EngineStats:
     num_preempted: int
 
 
+class _Execution(NamedTuple):
+    """What came of a step; without a result, why."""
+
+    result: StepResult | None
+    failure: BatonError
+    seconds: float
+
+
 class Replica:
     """One model replica: a runner, a scheduler and the thread that joins them."""
 
@@ -93,6 +101,7 @@ class Replica:
         self._on_fatal = on_fatal
         self._timeline = timeline or Timeline()
         self._meter = meter
+        self._book = StepBook(self._timeline, meter)
         self._changed = threading.Condition(threading.Lock())
         # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
         self._listeners: dict[str, Listener] = {}
@@ -267,12 +276,14 @@ class Replica:
         """One step, or one wait for work. False when it is time to stop."""
         with self._changed:
             if self._is_stopping:
+                self._book.settle()
                 return False
             plan, started = self._scheduler.schedule(self._clock.now())
             forgotten, self._to_forget = self._to_forget, []
             deliveries = self._address(started)
             if plan is None and not forgotten:
                 self._busy_since_s = None
+                self._book.settle()
                 self._changed.wait(_MAX_IDLE_S)
                 return True
             started_s = self._busy_since_s = self._clock.now()
@@ -280,19 +291,12 @@ class Replica:
         for sequence_id in forgotten:
             self._runner.forget(sequence_id)
         if plan is not None:
-            self._step(plan)
-            # Set when the step had been applied.
-            self._record(plan, started_s, self._busy_since_s)
+            done = self._step(plan)
+            # Busy since the step had been applied.
+            self._book.add(TakenStep(plan, done.seconds, done.result is None, started_s, self._busy_since_s))
         return True
 
-    def _record(self, plan: StepPlan, started_s: float, ended_s: float) -> None:
-        prompts = [p for p in plan.pieces if p.start < p.sequence.spec.num_known_tokens]
-        self._timeline.step(
-            started_s, ended_s, sum(p.num_tokens for p in prompts), len(plan.pieces) - len(prompts),
-            (p.sequence.sequence_id for p in prompts),
-        )  # fmt: skip
-
-    def _step(self, plan: StepPlan) -> None:
+    def _step(self, plan: StepPlan) -> _Execution:
         block_tokens = self._scheduler.config.block_tokens
         # Sequences that stay never get a sink; the look-up then finds nothing.
         news = [
@@ -307,17 +311,17 @@ class Replica:
                 if sink is not None:
                     sink.advance(layer, num_blocks)
 
-        result, failure = self._execute(plan, on_layer if news else None)
+        done = self._execute(plan, on_layer if news else None)
         with self._changed:
-            if result is None:
+            if done.result is None:
                 self._num_failed_steps += 1
-                events = self._scheduler.fail(plan, failure, self._clock.now())
+                events = self._scheduler.fail(plan, done.failure, self._clock.now())
             else:
                 for sequence_id, num_blocks in news:
                     sink = self._sinks.get(sequence_id)
                     if sink is not None:
                         sink.advance_all(num_blocks)
-                events = self._scheduler.apply(plan, result, self._clock.now())
+                events = self._scheduler.apply(plan, done.result, self._clock.now())
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
             self._busy_since_s = self._clock.now()
@@ -326,9 +330,9 @@ class Replica:
         _deliver(deliveries)
         if self._meter is not None:
             self._meter.outcome(events)
+        return done
 
-    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> tuple[StepResult | None, BatonError]:
-        """What came of the step; without a result, why."""
+    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> _Execution:
         result: StepResult | None = None
         failure: BatonError = InternalError("the step failed")
         began_s = self._clock.now()
@@ -339,10 +343,7 @@ class Replica:
         except Exception as error:
             failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
             logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
-        if self._meter is not None:
-            # Before the plan is applied: sequences say what they were in the step.
-            self._meter.step(plan, self._clock.now() - began_s, has_failed=result is None)
-        return result, failure
+        return _Execution(result, failure, self._clock.now() - began_s)
 
     # -- inside, with the lock held
 
