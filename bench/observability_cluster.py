@@ -1,18 +1,20 @@
 """A cluster with all of its observability on beside off: tokens/s, and processor time per token of each process.
 
 One cluster does the same work in short blocks, switched in between (bench.switchable), so that nothing but the switch
-differs: two clusters, or two starts of one, differ by more than what is looked for. A ratio is made of neighbouring
-blocks, whose order alternates; given is the median of the ratios with the interval that a bootstrap puts around it.
+differs: two clusters, or two starts of one, differ by more than what is looked for. Four blocks of either kind, one by
+one in turn, make a ratio; given is the median of the ratios with the interval that a bootstrap puts around it.
 
-On is: counting, stamps, relays, log lines, the nodes' timelines; in every block one scrape of every process and two
-polls of the status page's data. Spans, which are an option, come on top of it, exported to a collector that takes them.
+On is: counting, stamps, relays, log lines, the nodes' timelines; in every fourth block one scrape of every process and
+two polls of the status page's data. Spans, which are an option, come on top, sent to a collector that throws them away.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
+import operator
 import os
 import statistics
 import subprocess
@@ -20,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -40,8 +42,11 @@ _START_TIMEOUT_S = 120.0
 _REQUEST_TIMEOUT_S = 120.0
 # Spans are exported this often; processor time is read when the last of a block are out.
 _EXPORT_EVERY_S = 0.2
-_SETTLE_S = 0.4
 _NUM_POLLS = 2
+# A scrape falls into one block of so many, and a ratio is made of so many of either kind.
+_GROUP = 4
+# Every process has come by its signal handler, and the block before has no afterthoughts.
+_PAUSE_S = 0.03
 _MODES = {"off": switchable.OFF, "on": switchable.ON, "on and spans": switchable.SPANS}
 
 
@@ -62,10 +67,26 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one block took. ``cpu_us`` is processor time per output token, by process."""
+    """What one block took, or several in a row."""
 
-    tokens_per_s: float
-    cpu_us: dict[str, float]
+    num_tokens: int
+    seconds: float
+    # Processor time, by process.
+    cpu_s: dict[str, float]
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.num_tokens / self.seconds
+
+    @property
+    def cpu_us(self) -> dict[str, float]:
+        """Of a token."""
+        found = {name: seconds / self.num_tokens * 1e6 for name, seconds in self.cpu_s.items()}
+        return {**found, "all three": sum(found.values())}
+
+    def __add__(self, other: Block) -> Block:
+        cpu_s = {name: seconds + other.cpu_s[name] for name, seconds in self.cpu_s.items()}
+        return Block(self.num_tokens + other.num_tokens, self.seconds + other.seconds, cpu_s)
 
 
 class _Collector(BaseHTTPRequestHandler):
@@ -100,43 +121,34 @@ class _Cluster:
         self._scraped = (f"{http}/metrics", *(f"http://{address}/metrics" for address in metrics))
         self._status = f"{http}/status/data"
         self._stub = router_pb2_grpc.RouterStub(channel)
-        self._http = httpx.AsyncClient(timeout=30)
 
-    async def close(self) -> None:
-        await self._http.aclose()
-
-    async def block(self, mode: str, load: Load, seed: int) -> Block:
+    async def block(self, mode: str, load: Load, seed: int, *, is_watched: bool) -> Block:
         for pid in self._pids.values():
             os.kill(pid, _MODES[mode])
-        # Every process has come by its signal handler, and last block's afterthoughts are over.
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(_PAUSE_S)
         tokens_before = await self._generated_tokens()
         before, began_s = self._cpu_s(), time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            watcher = group.create_task(self._watch(mode))
+            watcher = group.create_task(self._watch()) if is_watched else None
             clients = [group.create_task(self._client(load, seed * 1000 + i)) for i in range(load.num_clients)]
             for client in clients:
                 await client
-            took_s = time.perf_counter() - began_s
-            watcher.cancel()
-        await asyncio.sleep(_SETTLE_S)
+            seconds = time.perf_counter() - began_s
+            if watcher is not None:
+                await watcher
+        await asyncio.sleep(_PAUSE_S if mode != "on and spans" else 2 * _EXPORT_EVERY_S)
         after = self._cpu_s()
         counted = await self._generated_tokens() - tokens_before
         if counted != (0 if mode == "off" else load.num_tokens):
             raise RuntimeError(f"{mode}: the router counted {counted} tokens of {load.num_tokens}")
-        return Block(
-            load.num_tokens / took_s, {name: (after[name] - before[name]) / load.num_tokens * 1e6 for name in before}
-        )
+        return Block(load.num_tokens, seconds, {name: after[name] - before[name] for name in before})
 
-    async def _watch(self, mode: str) -> None:
-        """A Prometheus and somebody who looks at the status page, a few times more often than in life."""
-        if mode == "off":
-            return
+    async def _watch(self) -> None:
+        """A Prometheus and somebody who looks at the status page."""
         for _ in range(_NUM_POLLS):
-            await self._http.get(self._status)
-            await asyncio.sleep(0.2)
+            await _get(self._status)
         for url in self._scraped:
-            (await self._http.get(url)).raise_for_status()
+            await _get(url)
 
     async def _client(self, load: Load, seed: int) -> None:
         rng = Random(seed)
@@ -154,7 +166,7 @@ class _Cluster:
                 raise RuntimeError(f"got {num_tokens} tokens of {load.output_tokens}")
 
     async def _generated_tokens(self) -> int:
-        text = (await self._http.get(self._scraped[0])).text
+        text = await _get(self._scraped[0])
         line = next(x for x in text.splitlines() if x.startswith("baton_generated_tokens_total"))
         return round(float(line.split()[-1]))
 
@@ -198,11 +210,22 @@ async def _cluster(folder: Path, kv_mib: int) -> AsyncIterator[_Cluster]:
         await asyncio.to_thread(_until_ready, http, router, run_dir / "router.log")
         pids = {"router": router.pid, **{role: process.pid for role, process in workers.items()}}
         async with grpc.aio.insecure_channel(f"127.0.0.1:{ports[1]}") as channel:
-            running = _Cluster(pids, [found["metrics"] for found in ready], http, channel)
-            try:
-                yield running
-            finally:
-                await running.close()
+            yield _Cluster(pids, [found["metrics"] for found in ready], http, channel)
+
+
+async def _get(url: str) -> str:
+    """With next to no work here: this process shares the cores with those that are measured."""
+    host, _, path = url.removeprefix("http://").partition("/")
+    name, _, port = host.rpartition(":")
+    reader, writer = await asyncio.open_connection(name, int(port))
+    try:
+        writer.write(f"GET /{path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+        head, _, body = (await asyncio.wait_for(reader.read(-1), 30)).partition(b"\r\n\r\n")
+    finally:
+        writer.close()
+    if not head.startswith(b"HTTP/1.1 200"):
+        raise RuntimeError(f"{url}: {head[:200]!r}")
+    return body.decode()
 
 
 def _ready(process: subprocess.Popen[str]) -> dict[str, str]:
@@ -245,57 +268,76 @@ def percent_more(on: Sequence[float], off: Sequence[float]) -> tuple[float, floa
     return statistics.median(ratios), medians[50], medians[1949]
 
 
-def _row(mode: str, name: str, unit: str, on: Sequence[float], off: Sequence[float]) -> dict[str, Any]:
-    more, low, high = percent_more(on, off)
-    return {
-        "what": f"{name}, {unit}",
-        "mode": mode,
-        "off": statistics.median(off),
-        "on": statistics.median(on),
-        "more %": more,
-        "from %": low,
-        "to %": high,
-        "pairs": len(on),
-    }
-
-
-async def _measure(folder: Path, load: Load, seconds: float, kv_mib: int) -> dict[str, Any]:
-    taken: dict[str, list[Block]] = {mode: [] for mode in _MODES}
-    modes = list(_MODES)
+async def _measure(folder: Path, load: Load, seconds: dict[str, float], kv_mib: int) -> dict[str, Any]:
+    """``seconds`` by mode that is compared with off."""
+    rows: list[dict[str, Any]] = []
+    samples: dict[str, Any] = {}
     async with _cluster(folder, kv_mib) as cluster:
-        for mode in modes:
-            await cluster.block(mode, load, 0)
-        gives_up_at_s, number = time.monotonic() + seconds, 0
-        while time.monotonic() < gives_up_at_s:
-            number += 1
-            # Off lies between the two, and who is first changes: a drift of the machine falls on both sides.
-            for mode in ("on", "off", "on and spans") if number % 2 else ("on and spans", "off", "on"):
-                # Of the same prompts, for the same work.
-                taken[mode].append(await cluster.block(mode, load, number))
-    rows = []
-    for mode in modes[1:]:
-        on, off = taken[mode], taken["off"]
-        rows.append(_row(mode, "cluster", "tokens/s", [b.tokens_per_s for b in on], [b.tokens_per_s for b in off]))
-        for name in off[0].cpu_us:
-            rows.append(
-                _row(mode, name, "us of CPU a token", [b.cpu_us[name] for b in on], [b.cpu_us[name] for b in off])
-            )
-        sums = [[sum(b.cpu_us.values()) for b in blocks] for blocks in (on, off)]
-        rows.append(_row(mode, "all three", "us of CPU a token", *sums))
+        for mode in _MODES:
+            await cluster.block(mode, load, 0, is_watched=mode != "off")
+        for mode, for_s in seconds.items():
+            on, off = await _groups(cluster, mode, load, for_s)
+            rows += _rows(mode, on, off)
+            samples[mode] = [
+                {which: {"tokens/s": g.tokens_per_s, **g.cpu_us} for which, g in ((mode, a), ("off", b))}
+                for a, b in zip(on, off, strict=True)
+            ]
     return {
         "load": f"{load.num_clients} clients, {load.requests_each} requests each a block, {load.prompt_tokens} + "
         f"{load.output_tokens} tokens, 1 prefill + 1 decode",
         "rows": rows,
-        "samples": {mode: [{"tokens/s": b.tokens_per_s, **b.cpu_us} for b in blocks] for mode, blocks in taken.items()},
+        "samples": samples,
     }
+
+
+async def _groups(cluster: _Cluster, mode: str, load: Load, for_s: float) -> tuple[list[Block], list[Block]]:
+    on: list[Block] = []
+    off: list[Block] = []
+    gives_up_at_s, seed = time.monotonic() + for_s, 0
+    while time.monotonic() < gives_up_at_s:
+        taken: dict[str, list[Block]] = {mode: [], "off": []}
+        for i in range(_GROUP):
+            seed += 1
+            # Of the same prompts, for the same work; who is first changes.
+            for which in (mode, "off") if i % 2 else ("off", mode):
+                watched = which != "off" and i == 0
+                taken[which].append(await cluster.block(which, load, seed, is_watched=watched))
+        on.append(functools.reduce(operator.add, taken[mode]))
+        off.append(functools.reduce(operator.add, taken["off"]))
+    return on, off
+
+
+def _rows(mode: str, on: Sequence[Block], off: Sequence[Block]) -> Iterator[dict[str, Any]]:
+    def row(what: str, value: Callable[[Block], float]) -> dict[str, Any]:
+        with_it, without = [value(b) for b in on], [value(b) for b in off]
+        more, low, high = percent_more(with_it, without)
+        return {
+            "what": what,
+            "mode": mode,
+            "off": statistics.median(without),
+            "on": statistics.median(with_it),
+            "more %": more,
+            "from %": low,
+            "to %": high,
+            "ratios": len(on),
+        }
+
+    yield row("cluster, tokens/s", lambda b: b.tokens_per_s)
+    for name in off[0].cpu_us:
+        yield row(f"{name}, us of CPU a token", lambda b, name=name: b.cpu_us[name])  # type: ignore[misc]
 
 
 def run(quick: bool) -> dict[str, Any]:
     """On the demo's model, whose steps are as short as any will be, and on the bench model."""
-    seconds = 20.0 if quick else 100.0
-    demo = Load(num_clients=8, requests_each=2, prompt_tokens=128, output_tokens=96, vocab_size=1000)
+    scale = 0.3 if quick else 1.0
+    many = Load(num_clients=8, requests_each=2, prompt_tokens=128, output_tokens=96, vocab_size=1000)
+    one = Load(num_clients=1, requests_each=3, prompt_tokens=128, output_tokens=96, vocab_size=1000)
     large = Load(num_clients=4, requests_each=1, prompt_tokens=128, output_tokens=32, vocab_size=bench_model.VOCAB_SIZE)
     return {
-        "demo model": asyncio.run(_measure(_DEMO, demo, seconds, 256)),
-        bench_model.NAME: asyncio.run(_measure(bench_model.bench_model(), large, seconds, 512)),
+        name: asyncio.run(_measure(folder, load, {k: v * scale for k, v in seconds.items()}, kv_mib))
+        for name, folder, load, seconds, kv_mib in (
+            ("demo model", _DEMO, many, {"on": 100.0, "on and spans": 40.0}, 256),
+            ("demo model, one client", _DEMO, one, {"on": 60.0}, 256),
+            (bench_model.NAME, bench_model.bench_model(), large, {"on": 80.0}, 512),
+        )
     }
