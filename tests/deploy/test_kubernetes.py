@@ -281,7 +281,10 @@ def test_the_operators_monitors_find_their_targets_and_name_jobs_as_the_rules_do
     (router,) = [s for s in of_kind(BASE, "Service").values()
                  if matches(service["spec"]["selector"], s["metadata"].get("labels", {}))]  # fmt: skip
     (face,) = service["spec"]["endpoints"]
-    assert (router["metadata"]["name"], face["port"] in {p["name"] for p in router["spec"]["ports"]}) == ("router", True)
+    assert (router["metadata"]["name"], face["port"] in {p["name"] for p in router["spec"]["ports"]}) == (
+        "router",
+        True,
+    )
     config = documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
     jobs = {job["job_name"] for job in config["scrape_configs"]}
     assert {e["relabelings"][0]["replacement"] for e in (endpoint, face)} == jobs
