@@ -1,10 +1,10 @@
 """A cluster with all of its observability on beside off: tokens/s, and processor time per token of each process.
 
 One cluster does the same work in short blocks, switched in between (bench.switchable), so that nothing but the switch
-differs: two clusters, or two starts of one, differ by more than what is looked for. Four blocks of either kind, one by
+differs: two clusters, or two starts of one, differ by more than what is looked for. Eight blocks of either kind, one by
 one in turn, make a ratio; given is the median of the ratios with the interval that a bootstrap puts around it.
 
-On is: counting, stamps, relays, log lines, the nodes' timelines; in every fourth block one scrape of every process and
+On is: counting, stamps, relays, log lines, the nodes' timelines; in every eighth block one scrape of every process and
 two polls of the status page's data. Spans, which are an option, come on top, sent to a collector that throws them away.
 """
 
@@ -43,8 +43,8 @@ _REQUEST_TIMEOUT_S = 120.0
 # Spans are exported this often; processor time is read when the last of a block are out.
 _EXPORT_EVERY_S = 0.2
 _NUM_POLLS = 2
-# A scrape falls into one block of so many, and a ratio is made of so many of either kind.
-_GROUP = 4
+# A scrape falls into one block of so many (about 4 s of work), and a ratio is made of so many of either kind.
+_GROUP = 8
 # Every process has come by its signal handler, and the block before has no afterthoughts.
 _PAUSE_S = 0.03
 _MODES = {"off": switchable.OFF, "on": switchable.ON, "on and spans": switchable.SPANS}
