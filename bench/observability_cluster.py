@@ -336,8 +336,8 @@ def run(quick: bool) -> dict[str, Any]:
     return {
         name: asyncio.run(_measure(folder, load, {k: v * scale for k, v in seconds.items()}, kv_mib))
         for name, folder, load, seconds, kv_mib in (
-            ("demo model", _DEMO, many, {"on": 100.0, "on and spans": 40.0}, 256),
-            ("demo model, one client", _DEMO, one, {"on": 60.0}, 256),
-            (bench_model.NAME, bench_model.bench_model(), large, {"on": 80.0}, 512),
+            ("demo model", _DEMO, many, {"on": 110.0, "on and spans": 35.0}, 256),
+            ("demo model, one client", _DEMO, one, {"on": 30.0}, 256),
+            (bench_model.NAME, bench_model.bench_model(), large, {"on": 60.0}, 512),
         )
     }
