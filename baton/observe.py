@@ -199,11 +199,14 @@ class Lifeline:
         return self._transfer is not None
 
     def tokens(self, num_tokens: int, now: float) -> None:
+        interval_s = now - self._last_token_s
         if self._first_token_s is None:
             self._first_token_s = now
             num_intervals = num_tokens - 1
+            # Tokens that come with the first one come at once.
+            interval_s = 0.0
         else:
-            interval_s, num_intervals = now - self._last_token_s, num_tokens
+            num_intervals = num_tokens
             if interval_s > self._tbt_max_s:
                 self._tbt_max_s = interval_s
             if self._second_token_s is None:
@@ -212,7 +215,7 @@ class Lifeline:
                 self._recovery_s += now - self._failed_s
                 self._failed_s = None
         if num_intervals > 0 and self._on_interval is not None:
-            self._on_interval((now - self._last_token_s) / num_intervals if self._num_tokens else 0.0, num_intervals)
+            self._on_interval(interval_s / num_intervals, num_intervals)
         self._last_token_s = now
         self._num_tokens += num_tokens
 

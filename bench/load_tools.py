@@ -1,5 +1,8 @@
 """Load tools of others against a cluster, their figures beside what the router measured of the same requests.
 
+Between them a tap (bench.tap) notes when bytes go by: what a first token takes longer at the tool than at the socket is
+the tool's, what it takes longer there than by the router's clock is the way, and the router's reading and writing.
+
     python -m bench.load_tools --guidellm PATH/bin/guidellm --aiperf PATH/bin/aiperf
 
 Each tool lives in an environment of its own (pip install guidellm, pip install aiperf: a gigabyte or more each), and
@@ -181,13 +184,20 @@ class RouterView:
         self._url = f"{base_url}/metrics"
         self._before = self._scrape()
 
-    def take(self) -> Figures:
+    def take(self) -> tuple[Figures, dict[str, float]]:
+        """And the parts of the mean time to the first token, in ms."""
         after = self._scrape()
         grown = {name: value - self._before.get(name, 0.0) for name, value in after.items()}
         self._before = after
         tbt = next(name for name in _TBT if f"{name}_count" in grown)
         failed = sum(v for k, v in grown.items() if k.startswith("baton_requests_total") and "finished" not in k)
-        return Figures(
+        num_first = grown[f"{_TTFT}_count"] or 1.0
+        stages = {
+            name.partition("{")[2].rstrip("}"): value / num_first * 1e3
+            for name, value in grown.items()
+            if name.startswith("baton_ttft_stage_seconds_sum")
+        }
+        figures = Figures(
             num_requests=round(grown[f"{_E2E}_count"]),
             num_failed=round(failed),
             output_tokens=round(grown["baton_generated_tokens_total"]),
@@ -196,6 +206,7 @@ class RouterView:
             itl_mean_ms=_mean_ms(grown, tbt),
             e2e_mean_ms=_mean_ms(grown, _E2E),
         )
+        return figures, stages
 
     def _scrape(self) -> dict[str, float]:
         text = httpx.get(self._url, timeout=10).raise_for_status().text
@@ -224,6 +235,37 @@ def _run(command: list[str], log_path: Path) -> None:
         raise RuntimeError(f"{command[0]} ended with {done.returncode}: {log_path.read_text()[-3000:]}")
 
 
+class Tap:
+    """Between the tools and the router; ``take`` says what went by since the last time."""
+
+    def __init__(self, base_url: str, folder: Path) -> None:
+        self._path = folder / "tap.jsonl"
+        self._path.touch()
+        self._num_read = 0
+        command = [sys.executable, "-m", "bench.tap", base_url.rpartition(":")[2], str(self._path)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
+
+    def take(self) -> dict[str, float]:
+        """Means: the request's bytes, and first byte of the request to the first event."""
+        lines = self._path.read_text().splitlines()
+        found = [json.loads(line) for line in lines[self._num_read :]]
+        self._num_read = len(lines)
+        return {
+            "request ms": statistics.mean(x["request_s"] for x in found) * 1e3,
+            "ttft mean ms": statistics.mean(x["first_s"] for x in found) * 1e3,
+            "ttft median ms": statistics.median(x["first_s"] for x in found) * 1e3,
+            "requests": len(found),
+        }
+
+    def close(self) -> None:
+        self._process.terminate()
+        self._process.wait(10)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+
 def _row(tool: str, side: str, figures: Figures, duration_s: float) -> dict[str, Any]:
     return {
         "tool": tool,
@@ -245,22 +287,30 @@ async def _measure(args: argparse.Namespace, load: Load) -> list[dict[str, Any]]
     with tempfile.TemporaryDirectory(prefix="baton-load-tools-") as name:
         folder = Path(name)
         async with cluster("load-tools", ("--prefill", "2", "--decode", "2"), _MODEL, folder) as running:
+            tap = Tap(running.http, folder)
+            url = tap.url
             tools: dict[str, Callable[[], tuple[Figures, float]]] = {
-                "openai": lambda: openai_package(running.http, load),
-                "guidellm": lambda: guidellm(args.guidellm, running.http, load, folder),
-                "aiperf": lambda: aiperf(args.aiperf, running.http, load, folder),
+                "openai": lambda: openai_package(url, load),
+                "guidellm": lambda: guidellm(args.guidellm, url, load, folder),
+                "aiperf": lambda: aiperf(args.aiperf, url, load, folder),
             }
-            warm_up = Load(2 * load.concurrency, load.concurrency, load.prompt_tokens, load.output_tokens)
-            await asyncio.to_thread(openai_package, running.http, warm_up)
-            view = await asyncio.to_thread(RouterView, running.http)
-            for tool, run in tools.items():
-                if tool != "openai" and getattr(args, tool) is None:
-                    continue
-                figures, duration_s = await asyncio.to_thread(run)
-                rows += [
-                    _row(tool, "tool", figures, duration_s),
-                    _row("", "router", await asyncio.to_thread(view.take), duration_s),
-                ]
+            try:
+                warm_up = Load(2 * load.concurrency, load.concurrency, load.prompt_tokens, load.output_tokens)
+                await asyncio.to_thread(openai_package, url, warm_up)
+                tap.take()
+                view = await asyncio.to_thread(RouterView, running.http)
+                for tool, run in tools.items():
+                    if tool != "openai" and getattr(args, tool) is None:
+                        continue
+                    figures, duration_s = await asyncio.to_thread(run)
+                    seen, stages = await asyncio.to_thread(view.take)
+                    rows += [
+                        _row(tool, "tool", figures, duration_s),
+                        {"tool": "", "measured by": "socket", **tap.take()},
+                        _row("", "router", seen, duration_s) | {"samples stages ms": stages},
+                    ]
+            finally:
+                tap.close()
     return rows
 
 

@@ -1,7 +1,6 @@
-"""What counting costs: the share of an engine step that goes into its meter; the router's books, piece by piece.
+"""What counting costs: a cluster with all of it on beside off (bench.observability_cluster), and its parts one by one.
 
-Processor time of the engine's thread, taken around the meter's calls: an engine with and one without a meter differ by
-0.5 %, which drowns in the 20 % by which two runs of either do.
+The parts are processor time of the engine's thread, around the meter's calls, and of the router's books in a loop.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from baton.clock import MonotonicClock
 from baton.metrics import Metrics, exposition
 from baton.observe import Lifeline
 from baton.types import FinishReason, SamplingParams, SequenceSpec, TransferReport
+from bench import observability_cluster
 from bench.measure import Samples
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
@@ -25,7 +25,7 @@ from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
 from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan, StepResult
-from router.flow import Outcome, OutcomeKind
+from router.flow_messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -64,9 +64,9 @@ class _Watched(EngineMeter):
 
     spent_s = 0.0
 
-    def step(self, plan: StepPlan, seconds: float, *, has_failed: bool) -> None:
+    def step(self, plan: StepPlan, num_prompt: int, seconds: float, *, has_failed: bool) -> None:
         began_s = time.thread_time()
-        super().step(plan, seconds, has_failed=has_failed)
+        super().step(plan, num_prompt, seconds, has_failed=has_failed)
         self.spent_s += time.thread_time() - began_s
 
     def outcome(self, events: list[EngineEvent]) -> None:
@@ -174,6 +174,7 @@ def run(quick: bool) -> dict[str, Any]:
     life = Lifeline(0.0, counted.tbt.observe)
     bare = Lifeline(0.0)
     return {
+        "cluster": observability_cluster.run(quick),
         "engine": rows,
         "router_us": {
             "request": _us(lambda: _request(counted), 1000),

@@ -8,8 +8,10 @@ two nodes may be shifted against each other by the error that the trace's metada
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +49,8 @@ def document_of(parts: Sequence[router_pb2.ClusterTraceResponse]) -> dict[str, A
     """The JSON of the Trace Event Format; times are microseconds since the earliest event."""
     events: list[Event] = []
     nodes: dict[str, Event] = {}
+    # A number for each hand-over: not every viewer reads other ids.
+    flows: defaultdict[str, int] = defaultdict(itertools.count(1).__next__)
     # Prompts above tokens, as the baton goes: the numbers of the roles.
     for number, part in enumerate(sorted(parts, key=lambda x: (x.node.trace.role, x.node.trace.node_id))):
         if part.WhichOneof("message") == "router":
@@ -60,7 +64,7 @@ def document_of(parts: Sequence[router_pb2.ClusterTraceResponse]) -> dict[str, A
             "clock_offset_s": node.clock_offset_s,
             "clock_error_s": node.clock_error_s,
         }
-        events += _node_events(node, _ROUTER_PID + number)
+        events += _node_events(node, _ROUTER_PID + number, flows)
     _rebase(events)
     return {
         "traceEvents": events,
@@ -94,7 +98,7 @@ def _rebase(events: list[Event]) -> None:
 # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _node_events(node: NodeTrace, pid: int) -> Iterator[Event]:
+def _node_events(node: NodeTrace, pid: int, flows: Mapping[str, int]) -> Iterator[Event]:
     trace = node.trace
     role = common_pb2.Role.Name(trace.role).removeprefix("ROLE_").lower()
     yield _named("process_name", pid, 0, f"{trace.node_id or node.address} ({role})")
@@ -104,19 +108,22 @@ def _node_events(node: NodeTrace, pid: int) -> Iterator[Event]:
     def us(at_s: float) -> float:
         return (at_s - node.clock_offset_s) * 1e6
 
+    # What has joined is decoded by the next step that begins.
+    joined = deque(sorted(trace.joins, key=lambda join: join.at_s))
     for step in trace.steps:
         yield _slice(pid, _STEPS_TID, us(step.started_s), us(step.ended_s), **_step(step))
+        while joined and joined[0].at_s <= step.started_s:
+            yield _arrow("f", pid, _STEPS_TID, us(step.started_s), flows[joined.popleft().sequence_id])
     for join in trace.joins:
         yield {"ph": "i", "s": "t", "name": "KV verified", "cat": "join", "pid": pid, "tid": _STEPS_TID,
                "ts": us(join.at_s), "args": {"sequence": join.sequence_id}}  # fmt: skip
-        yield _arrow("f", pid, _STEPS_TID, us(join.at_s), join.sequence_id) | {"bp": "e"}
     rows = _rows((x.started_s, x.ended_s) for x in trace.transfers)
     for row, transfer in zip(rows, trace.transfers, strict=True):
         tid, computed_us, ended_us = _TRANSFERS_TID + row, us(transfer.computed_s), us(transfer.ended_s)
         yield _slice(pid, tid, us(transfer.started_s), ended_us, **_transfer(transfer))
+        yield _arrow("s", pid, tid, us(transfer.started_s), flows[transfer.sequence_id])
         rest = {"name": "not hidden", "cat": "exposed", "args": {"sequence": transfer.sequence_id}}
         yield _slice(pid, tid, computed_us, ended_us, **rest)
-        yield _arrow("s", pid, tid, computed_us, transfer.sequence_id)
     yield from _row_names(pid, _TRANSFERS_TID, rows, "transfers")
     # Every connection has threads of its own with numbers of their own: what is drawn is how many write at once.
     rows = _rows((x.started_s, x.ended_s) for x in trace.writes)
@@ -211,8 +218,11 @@ def _row_names(pid: int, first_tid: int, rows: Sequence[int], name: str) -> Iter
         yield _named("thread_name", pid, first_tid + row, name if row == 0 else f"{name} {row + 1}")
 
 
-def _arrow(phase: str, pid: int, tid: int, ts_us: float, sequence_id: str) -> Event:
-    return {"ph": phase, "name": "hand over", "cat": "handover", "id": sequence_id, "pid": pid, "tid": tid, "ts": ts_us}
+def _arrow(phase: str, pid: int, tid: int, ts_us: float, flow: int) -> Event:
+    """An end of an arrow, in the slice that begins with it and precedes it here; viewers drop one that is in none."""
+    name = {"name": "hand over", "cat": "handover", "id": flow}
+    end = {"ph": phase, **name, "pid": pid, "tid": tid, "ts": round(ts_us, 3)}
+    return end | ({"bp": "e"} if phase == "f" else {})
 
 
 def _named(what: str, pid: int, tid: int, name: str) -> Event:

@@ -20,7 +20,7 @@ from baton.errors import BatonError, Draining, InternalError
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
-from engine.meter import EngineMeter
+from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.schedule import EngineEvent, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
@@ -123,6 +123,7 @@ class Replica:
         self._on_fatal = on_fatal
         self._timeline = timeline or Timeline()
         self._meter = meter
+        self._book = StepBook(self._timeline, meter)
         self._changed = threading.Condition(threading.Lock())
         # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
         self._listeners: dict[str, Listener] = {}
@@ -300,6 +301,7 @@ class Replica:
         """One step launched or landed, or one wait for work. False when it is time to stop."""
         with self._changed:
             if self._is_stopping and not self._flights:
+                self._book.settle()
                 return False
             plan, started = (None, []) if self._is_stopping else self._scheduler.schedule(self._clock.now())
             forgotten, self._to_forget = self._to_forget, []
@@ -307,6 +309,7 @@ class Replica:
             if not self._flights:
                 if plan is None and not forgotten:
                     self._busy_since_s = None
+                    self._book.settle()
                     self._changed.wait(_MAX_IDLE_S)
                     return True
                 self._busy_since_s = self._clock.now()
@@ -355,9 +358,6 @@ class Replica:
         # A step that was launched early began when the one before it was over.
         began_s, ended_s = max(flight.launched_s, self._landed_s), self._clock.now()
         self._landed_s = ended_s
-        if self._meter is not None:
-            # Before the plan is applied: sequences say what they were in the step.
-            self._meter.step(plan, ended_s - began_s, has_failed=result is None)
         with self._changed:
             if result is None:
                 assert failure is not None
@@ -377,14 +377,7 @@ class Replica:
         _deliver(deliveries)
         if self._meter is not None:
             self._meter.outcome(events)
-        self._record(plan, began_s, ended_s)
-
-    def _record(self, plan: StepPlan, began_s: float, ended_s: float) -> None:
-        prompts = [p for p in plan.pieces if p.start < p.sequence.spec.num_known_tokens]
-        self._timeline.step(
-            began_s, ended_s, sum(p.num_tokens for p in prompts), len(plan.pieces) - len(prompts),
-            (p.sequence.sequence_id for p in prompts),
-        )  # fmt: skip
+        self._book.add(TakenStep(plan, ended_s - began_s, result is None, began_s, ended_s))
 
     # -- inside, with the lock held
 

@@ -72,7 +72,7 @@ class StepPlan:
 
     @property
     def num_tokens(self) -> int:
-        return sum(p.num_tokens for p in self.pieces)
+        return sum([p.num_tokens for p in self.pieces])
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-if ! command -v buf >/dev/null; then
-  echo "buf is not installed: proto/ was NOT linted nor compared with its past (npm install -g @bufbuild/buf)"
+# One of the system, or else one in .venv: the wheel brings the program and nothing else.
+PATH="$PATH:$PWD/.venv/bin"
+if ! command -v buf >/dev/null &&
+  ! { [[ -x .venv/bin/python ]] && .venv/bin/python -m pip install -qq --only-binary ":all:" "buf-bin==1.75.0" 2>/dev/null; }; then
+  echo "buf could not be installed: proto/ was NOT linted nor compared with its past (pip install buf-bin)"
   exit 0
 fi
 

@@ -140,8 +140,13 @@ function drawHead(data) {
   $("model").textContent = router.model;
   $("router").textContent = `${router.id}, version ${router.version}, up ${seconds(router.up_s)}`;
   document.title = `${router.num_active ? `(${router.num_active}) ` : ""}Baton ${router.model}`;
-  const state = router.is_ready ? ["good", "● ready"] : ["bad", "✕ not ready: no node takes work"];
-  $("connection").replaceChildren(element("span", ...state));
+  $("connection").replaceChildren(element("span", ...readiness(data)));
+}
+
+function readiness(data) {
+  if (!data.router.is_ready) return ["bad", "✕ not ready: no node takes work"];
+  const unwell = data.nodes.filter((node) => node.state !== "ready").length;
+  return unwell ? ["warn", `▲ ready, ${unwell} of ${data.num_nodes} nodes are not`] : ["good", "● ready"];
 }
 
 function drawRelay(stages) {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cli.trace import overlap_shares
+from tests import trace_reader
 from tests.cluster.harness import StartCluster
 from tests.cluster.test_smoke import ask_all, baton, recall
-from tests.unit.test_trace import check_nesting
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -22,8 +22,11 @@ def test_overlap_in_the_trace_equals_the_metric(
     path = tmp_path / "trace.json"
     baton("trace", "--router", cluster.grpc, "--last", "0", "-o", str(path))
     document = json.loads(path.read_text())
-    check_nesting(document)
+    seen = trace_reader.read(document)
     shares = overlap_shares(document)
+    assert seen.overlap() == pytest.approx(shares, abs=1e-6)
+    assert {start.args["sequence"] for start, _ in seen.arrows} == set(shares)
+    assert {end.category for _, end in seen.arrows} <= {"decode", "mixed"}
     events = document["traceEvents"]
     requests = [e["args"] for e in events if e.get("cat") == "request"]
     reported = [x for x in requests if "transfer_total_s" in x]

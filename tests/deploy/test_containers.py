@@ -101,7 +101,7 @@ def test_the_routers_image_never_meets_torch() -> None:
     assert not [s for s in stages if s.startswith(("torch", "worker"))]
     text = " ".join(i.text for name in stages for i in stage(name).all("RUN"))
     assert "torch" not in text
-    assert "[router]" in text
+    assert "[router,otel]" in text
 
 
 def test_the_torch_of_the_images_is_the_one_that_setup_installs() -> None:

@@ -269,6 +269,28 @@ def test_what_the_pools_scale_on_is_what_the_adapter_makes_of_our_metrics() -> N
         assert re.match(rule["name"]["matches"], rule["seriesQuery"].partition("{")[0])
 
 
+def test_the_operators_monitors_find_their_targets_and_name_jobs_as_the_rules_do() -> None:
+    pods, service = documents(KUBERNETES / "examples" / "prometheus-operator.yaml")
+    deployments = of_kind(BASE, "Deployment")
+    (endpoint,) = pods["spec"]["podMetricsEndpoints"]
+    chosen = {n for n, d in deployments.items()
+              if matches(pods["spec"]["selector"], d["spec"]["template"]["metadata"]["labels"])}  # fmt: skip
+    assert chosen == set(WORKERS)
+    for name in chosen:
+        assert endpoint["port"] in {p["name"] for p in container(deployments[name])["ports"]}
+    (router,) = [s for s in of_kind(BASE, "Service").values()
+                 if matches(service["spec"]["selector"], s["metadata"].get("labels", {}))]  # fmt: skip
+    (face,) = service["spec"]["endpoints"]
+    assert (router["metadata"]["name"], face["port"] in {p["name"] for p in router["spec"]["ports"]}) == (
+        "router",
+        True,
+    )
+    config = documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
+    jobs = {job["job_name"] for job in config["scrape_configs"]}
+    assert {e["relabelings"][0]["replacement"] for e in (endpoint, face)} == jobs
+    assert {e["interval"] for e in (endpoint, face)} == {config["global"]["scrape_interval"]}
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_network_policies_let_through_what_has_to_talk(overlay: str) -> None:
     found = rendered(overlay)

@@ -92,6 +92,15 @@ def _cells(place: dict[str, int]) -> list[tuple[int, int]]:
     return [(place["x"] + i, place["y"] + j) for i in range(place["w"]) for j in range(place["h"])]
 
 
+def test_what_has_no_data_without_a_reading_or_a_peak_is_listed() -> None:
+    """The cluster test asks all others of a real Prometheus."""
+    section = (ROOT / "docs" / "metrics.md").read_text().partition("## Panels and rules without data")[2]
+    needy = [q.where for q in QUERIES if re.search("joules|power_watts|utilization", f"{q.where} {q.expr}")]
+    titles = {where.partition(": ")[2] or where for where in needy}
+    assert {title for title in titles if title not in section} == set()
+    assert len(titles) == 8
+
+
 def test_provisioning_finds_the_dashboards_and_prometheus() -> None:
     grafana = DEPLOY / "grafana" / "provisioning"
     (provider,) = load_yaml(grafana / "dashboards" / "baton.yaml")["providers"]

@@ -245,9 +245,9 @@ class OverlapMachine(SchedulerMachine):
 
 
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=60)
 TestOverlap = OverlapMachine.TestCase
-TestOverlap.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestOverlap.settings = settings(max_examples=80, stateful_step_count=60)
 
 
 def test_what_never_fits_is_refused_at_once() -> None:

@@ -12,11 +12,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.errors import BadConfig
 from baton.metrics import OTHER, Counters, Histogram, Metrics, exposition
 from baton.metrics_server import MetricsServer, MetricsServerConfig
+from baton.timeline import Timeline
 from baton.types import SamplingParams, SequenceSpec
 from cli import energy
 from engine.config import ModelConfig, RopeConfig
 from engine.cost import CostModel
-from engine.meter import EngineMeter
+from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.step import Piece, Sequence, StepPlan
 
 
@@ -90,22 +91,38 @@ def test_cost_of_attention_is_what_counting_one_by_one_gives(
 
 
 def test_steps_are_counted_by_what_is_in_them() -> None:
-    metrics = Metrics()
-    meter = EngineMeter(metrics)
+    metrics, timeline = Metrics(), Timeline()
+    book = StepBook(timeline, EngineMeter(metrics))
     prompt, decoding = sequence(40), sequence(8)
     decoding.token_ids.append(5)
     first = Piece(prompt, 0, 32, samples=False)
     last = Piece(decoding, 8, 1, samples=True)
-    meter.step(StepPlan((first,)), 0.5, has_failed=False)
-    meter.step(StepPlan((last,)), 0.01, has_failed=False)
-    meter.step(StepPlan((first, last)), 0.6, has_failed=False)
-    meter.step(StepPlan((last,)), 0.01, has_failed=True)
+    for pieces, seconds, has_failed in (
+        ((first,), 0.5, False), ((last,), 0.01, False), ((first, last), 0.6, False), ((last,), 0.01, True),
+    ):  # fmt: skip
+        book.add(TakenStep(StepPlan(pieces), seconds, has_failed, 1.0, 2.0))
+    assert len(timeline.since(0.0).steps) == 3, "a short step waits for others"
+    book.settle()
+    assert [step[2:] for step in timeline.since(0.0).steps] == [
+        (32, 0, ("s",)), (0, 1, ()), (32, 1, ("s",)), (0, 1, ()),
+    ]  # fmt: skip
     text = read(metrics)
     counts = {p: text[("baton_step_seconds_count", (("phase", p),))] for p in ("prefill", "decode", "mixed")}
     assert counts == {"prefill": 1, "decode": 1, "mixed": 1}
     assert text[("baton_step_failures_total", (("phase", "decode"),))] == 1
     assert text[("baton_computed_tokens_total", (("phase", "prefill"),))] == 64
     assert text[("baton_computed_tokens_total", (("phase", "decode"),))] == 2
+
+
+def test_steps_wait_for_no_more_than_so_many_others() -> None:
+    timeline = Timeline()
+    book = StepBook(timeline, None)
+    plan = StepPlan((Piece(sequence(8), 8, 1, samples=True),))
+    for _ in range(200):
+        book.add(TakenStep(plan, 0.0001, False, 1.0, 2.0))
+        assert len(book._uncounted) < 64
+    book.settle()
+    assert len(timeline.since(0.0).steps) == 200
 
 
 # -- energy

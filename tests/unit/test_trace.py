@@ -6,7 +6,6 @@ import asyncio
 import json
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
@@ -19,6 +18,7 @@ from cli.trace import document_of, overlap_shares, write
 from router.fake import FakeCluster, FakeConfig
 from router.serve import Router
 from router.sessions import RoundTrip
+from tests import trace_reader
 from tests.unit.router_support import router_beside, until
 
 SLOW = FakeConfig(step_s=0.005, prefill_token_s=0.002, transfer_s=0.01)
@@ -76,7 +76,10 @@ async def test_nodes_with_other_clocks_are_put_on_the_routers() -> None:
         assert abs(by_id[name].clock_offset_s - skew_s) <= by_id[name].clock_error_s
     document = document_of(parts)
     assert document["otherData"]["nodes"]["p"]["clock_error_s"] > 0
-    check_nesting(document)
+    seen = trace_reader.read(document)
+    assert len(seen.arrows) == 3
+    assert all(a.category == "transfer" and b.category in ("decode", "mixed") for a, b in seen.arrows)
+    assert seen.overlap() == pytest.approx(overlap_shares(document))
     times = [event["ts"] for event in document["traceEvents"] if "ts" in event]
     assert min(times) == 0
     assert max(times) < 60e6, "thousands of seconds between clocks do not show"
@@ -86,23 +89,6 @@ async def test_nodes_with_other_clocks_are_put_on_the_routers() -> None:
         stages = [e for e in document["traceEvents"] if e.get("cat") == "stage" and e["tid"] == request["tid"]]
         mine = [e for e in stages if request["ts"] - 1 <= e["ts"] <= request["ts"] + request["dur"]]
         assert sum(e["dur"] for e in mine) == pytest.approx(request["dur"], rel=1e-6)
-    assert {e["ph"] for e in document["traceEvents"] if e.get("cat") == "handover"} == {"s", "f"}
-
-
-def check_nesting(document: dict[str, Any]) -> None:
-    """As viewers demand it: on a row, a slice lies within another or beside it, to the nanosecond."""
-    rows: dict[tuple[int, int], list[tuple[int, int]]] = {}
-    for event in document["traceEvents"]:
-        if event["ph"] == "X":
-            start = round(event["ts"] * 1000)
-            rows.setdefault((event["pid"], event["tid"]), []).append((start, start + round(event["dur"] * 1000)))
-    for spans in rows.values():
-        open_until: list[int] = []
-        for start, end in sorted(spans, key=lambda x: (x[0], -x[1])):
-            while open_until and open_until[-1] <= start:
-                open_until.pop()
-            assert not open_until or end <= open_until[-1]
-            open_until.append(end)
 
 
 def test_slices_of_a_row_do_not_overlap_and_the_share_is_the_reports() -> None:
