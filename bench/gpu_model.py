@@ -125,7 +125,7 @@ def works(whole: WholeModel, sizes: Sizes, device: Device) -> Iterator[Work]:
             "decode step, whole model",
             f"{rows} x {context}",
             lambda _, rows=rows, context=context: whole.decode(rows, context),
-            lambda graph: graph.replay(),
+            lambda graph: graph.replay().logits,
             _transformers(sizes, whole.config, device, rows, context),
             lambda _, rows=rows, context=context: whole.unrecorded(rows, context),
             TOLERANCE[sizes.dtype],
