@@ -4,8 +4,9 @@
 BIN := .venv/bin
 # A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
 MODEL ?=
-# Extra arguments for pytest, as in `make test ARGS="-k shm -x"`.
+# Extra arguments for pytest, as in `make test ARGS="-k shm -x"`; then all in one process.
 ARGS ?=
+PYTEST := $(BIN)/python -m pytest
 
 setup:
 	@bash scripts/setup.sh
@@ -18,11 +19,17 @@ check: setup
 	bash scripts/stubs.sh check
 	bash scripts/proto_check.sh
 
+# Clusters are whole machines' worth of processes: one at a time. The rest runs beside itself.
 test: setup
-	$(BIN)/python -m pytest -m "not long" $(ARGS)
+ifeq ($(strip $(ARGS)),)
+	$(PYTEST) -m "not long" --ignore tests/cluster -n logical --maxprocesses 8 --dist worksteal -q
+	$(PYTEST) -m "not long" tests/cluster
+else
+	$(PYTEST) -m "not long" $(ARGS)
+endif
 
 test-long: setup
-	$(BIN)/python -m pytest -m long $(ARGS)
+	$(PYTEST) -m long $(ARGS)
 
 demo: setup
 	@$(BIN)/python -m cli demo $(if $(MODEL),--model "$(MODEL)")

@@ -21,11 +21,11 @@ from bench.measure import Samples
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.meter import EngineMeter
-from engine.replica import Replica
+from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
 from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan, StepResult
-from router.flow import Outcome, OutcomeKind
+from router.flow_messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -33,17 +33,27 @@ _WAIT_S = 120.0
 _REPORT = TransferReport("shm", True, 1 << 20, 4, 0.01, 0.002)
 
 
+class _TimedStep:
+    def __init__(self, step: StepUnderway, ends_s: list[float]) -> None:
+        self._step = step
+        self._ends_s = ends_s
+
+    def result(self) -> StepResult:
+        result = self._step.result()
+        self._ends_s.append(time.thread_time())
+        return result
+
+
 class _Timed:
     """A runner that notes its thread's processor time at the end of each step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
+        self.overlaps = runner.overlaps
         self.ends_s: list[float] = []
 
-    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
-        result = self._runner.execute(plan, on_layer)
-        self.ends_s.append(time.thread_time())
-        return result
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> _TimedStep:
+        return _TimedStep(self._runner.launch(plan, on_layer), self.ends_s)
 
     def forget(self, sequence_id: str) -> None:
         self._runner.forget(sequence_id)

@@ -1,10 +1,11 @@
 """What the router costs: added time to first token, CPU per streamed token, memory per open stream.
 
-Three processes: fake nodes that compute nothing, the router, and this one as the client. Added TTFT is the median
-through one face of the router minus the median of asking a fake prefill node over an open session, interleaved: what is
-added is the client's own call, the reservation's round trip, and the router. HTTP is asked over kept connections, as
-clients do, and over new ones. Throughput is per CPU second of the router process, so that a busy machine distorts it
-little.
+Four processes: fake nodes that compute nothing, the router, a bare gRPC server, and this one as the client. Added TTFT
+is the median through one face of the router minus the median of asking a fake prefill node over an open session,
+interleaved: what is added is the client's own call, the reservation's round trip, and the router. What the client's own
+call costs with gRPC, whoever answers, is asked of the bare server: the same two messages, sent at once. HTTP is asked
+over kept connections, as clients do, and over new ones. Throughput is per CPU second of the router process, so that a
+busy machine distorts it little.
 
     python -m bench router
 """
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,7 +34,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from baton import AsyncClient, codec
 from baton.client import Delta
 from baton.types import SamplingParams, SequenceSpec
-from baton.v1 import node_pb2, node_pb2_grpc
+from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from router.config import LimitsConfig, RouterConfig
 from router.serve import serve
 from router.sessions import hello
@@ -51,10 +52,12 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The router process of this bench."""
+    """The processes of this bench: the router, or a server that only answers."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--serve", required=True)
-    asyncio.run(_serve(json.loads(parser.parse_args().serve)))
+    parser.add_argument("--serve")
+    parser.add_argument("--bare", action="store_true")
+    options = parser.parse_args()
+    asyncio.run(_serve_bare() if options.bare else _serve(json.loads(options.serve)))
 
 
 # ── Processes ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -78,6 +81,28 @@ async def _serve(settings: dict[str, Any]) -> None:
         await serve(config, stop)
 
 
+class _BareService(router_pb2_grpc.RouterServicer):
+    """Generate with nothing behind it: what any answer over gRPC takes."""
+
+    async def Generate(  # noqa: N802
+        self, request: router_pb2.GenerateRequest, context: Any
+    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+        accepted = router_pb2.GenerateResponse.Accepted(
+            request_id="bare", model="bare", prompt_token_ids=request.prompt_token_ids.token_ids
+        )
+        yield router_pb2.GenerateResponse(accepted=accepted)
+        yield router_pb2.GenerateResponse(delta=router_pb2.GenerateResponse.Delta(text="a", token_ids=[1]))
+
+
+async def _serve_bare() -> None:
+    server = aio.server()
+    router_pb2_grpc.add_RouterServicer_to_server(_BareService(), server)  # type: ignore[abstract]
+    print(f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}", flush=True)
+    await server.start()
+    await asyncio.to_thread(sys.stdin.read)
+    await server.stop(0)
+
+
 @contextmanager
 def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """A child that ends when its input closes."""
@@ -99,12 +124,13 @@ def _process(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 
 class _Cluster:
-    """Fake nodes and a router, as processes."""
+    """Fake nodes, a router and a bare server, as processes."""
 
-    def __init__(self, http: str, grpc: str, nodes: list[str], router: psutil.Process) -> None:
+    def __init__(self, http: str, grpc: str, bare: str, nodes: list[str], router: psutil.Process) -> None:
         self.host, port = http.removeprefix("http://").split(":")
         self.port = int(port)
         self.grpc = grpc
+        self.bare = bare
         self.nodes = nodes
         self.router = router
 
@@ -116,8 +142,9 @@ class _Cluster:
 @contextmanager
 def _cluster(folder: Path, step_s: float) -> Iterator[_Cluster]:
     fake = ("router.fake", "--prefill", "2", "--decode", "2", "--step-s", str(step_s), "--vocab-size", str(_VOCAB_SIZE))
-    with _process(*fake) as nodes:
+    with _process(*fake) as nodes, _process("bench.router", "--bare") as bare:
         assert nodes.stdout is not None
+        assert bare.stdout is not None
         addresses = json.loads(nodes.stdout.readline())
         ready = folder / "ready.json"
         ready.unlink(missing_ok=True)
@@ -125,7 +152,9 @@ def _cluster(folder: Path, step_s: float) -> Iterator[_Cluster]:
         with _process("bench.router", "--serve", json.dumps(settings)) as router:
             _wait_for(ready, router)
             found = json.loads(ready.read_text())
-            yield _Cluster(found["http"], found["grpc"], addresses, psutil.Process(found["pid"]))
+            yield _Cluster(
+                found["http"], found["grpc"], bare.stdout.readline().strip(), addresses, psutil.Process(found["pid"])
+            )
 
 
 def _wait_for(ready: Path, router: subprocess.Popen[str]) -> None:
@@ -154,7 +183,7 @@ def _write_tokenizer(folder: Path) -> None:
 async def _measure(folder: Path, scale: float) -> dict[str, Any]:
     with _cluster(folder, step_s=0.002) as cluster:
         # One at a time shows the cost of a request alone, also on a machine that others use.
-        ttft = [await _added_ttft(cluster, None, 800), await _added_ttft(cluster, 200, int(2000 * max(scale, 0.2)))]
+        ttft = [await _added_ttft(cluster, None, 1000), await _added_ttft(cluster, 200, int(2500 * max(scale, 0.2)))]
     with _cluster(folder, step_s=1.0) as cluster:
         memory = await _memory_per_stream(cluster, count=max(300, int(1000 * scale)))
     counts = [c for c in (1, 64, 256, 1000) if c <= 1000 * max(scale, 0.3)]
@@ -167,19 +196,21 @@ async def _measure(folder: Path, scale: float) -> dict[str, Any]:
 class _Ways:
     """The ways to a first token, asked in turn, and what each took."""
 
-    def __init__(self, cluster: _Cluster, client: AsyncClient, direct: _Direct) -> None:
+    def __init__(self, cluster: _Cluster, client: AsyncClient, bare: AsyncClient, direct: _Direct) -> None:
         self._cluster = cluster
         self._client = client
+        self._bare = bare
         self._direct = direct
         self._kept: list[_Connection] = []
         self.direct: list[float] = []
+        self.bare: list[float] = []
         self.inside: list[float] = []
         self.grpc: list[float] = []
         self.http: list[float] = []
         self.http_new: list[float] = []
 
     async def one(self, number: int) -> None:
-        match number % 4:
+        match number % 5:
             case 0:
                 self.direct.append(await self._direct.ttft_s(number))
             case 1:
@@ -187,6 +218,8 @@ class _Ways:
                 self.grpc.append(ttft_s)
                 self.inside.append(inside_s)
             case 2:
+                self.bare.append((await _grpc_ttft_s(self._bare, number))[0])
+            case 3:
                 connection = self._kept.pop() if self._kept else await _Connection.open(self._cluster)
                 self.http.append(await connection.ttft_s(number))
                 self._kept.append(connection)
@@ -198,7 +231,7 @@ class _Ways:
                 connection.close()
 
     def clear(self) -> None:
-        for samples in (self.direct, self.inside, self.grpc, self.http, self.http_new):
+        for samples in (self.direct, self.bare, self.inside, self.grpc, self.http, self.http_new):
             samples.clear()
 
     def close(self) -> None:
@@ -211,19 +244,25 @@ class _Ways:
             "samples": len(self.direct),
             "direct_p50_ms": _ms(base),
             "direct_p99_ms": _ms(_quantile(self.direct, 0.99)),
+            "call_p50_ms": _ms(statistics.median(self.bare)),
             "inside_p50_ms": _ms(statistics.median(self.inside)),
         }
         for name, samples in (("grpc", self.grpc), ("http", self.http), ("http_new", self.http_new)):
             row[f"{name}_p50_ms"] = _ms(statistics.median(samples) - base)
             row[f"{name}_p99_ms"] = _ms(_quantile(samples, 0.99) - base)
+        row["grpc_net_p50_ms"] = _ms(statistics.median(self.grpc) - base - statistics.median(self.bare))
         return row
 
 
 async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -> dict[str, Any]:
     """None: one after the other. Else an open loop: requests start on the clock, whatever became of the ones before."""
-    async with AsyncClient(cluster.grpc) as client, aio.insecure_channel(cluster.nodes[0]) as channel:
+    async with (
+        AsyncClient(cluster.grpc) as client,
+        AsyncClient(cluster.bare) as bare,
+        aio.insecure_channel(cluster.nodes[0]) as channel,
+    ):
         direct = await _Direct.open(channel)
-        ways = _Ways(cluster, client, direct)
+        ways = _Ways(cluster, client, bare, direct)
         for number in range(80):  # connections and caches
             await ways.one(number)
         ways.clear()
@@ -240,7 +279,7 @@ async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -
         ways.close()
         await direct.close()
     load = "one at a time" if rate_per_s is None else f"{rate_per_s:.0f}/s"
-    return {"load": load, **ways.row(), "cpu_ms": _ms(cpu_s / (count * 3 / 4))}
+    return {"load": load, **ways.row(), "cpu_ms": _ms(cpu_s / (count * 3 / 5))}
 
 
 class _Direct:

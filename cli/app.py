@@ -63,7 +63,11 @@ Router = Annotated[
     str, typer.Option("--router", "-r", envvar="BATON_ROUTER", help="host:port of the router's gRPC service.")
 ]
 KernelsName = Annotated[
-    Kernels, typer.Option(help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: at present cpu.")
+    Kernels,
+    typer.Option(
+        help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: triton with an NVIDIA GPU from sm_80 on, "
+        "else cpu."
+    ),
 ]
 KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
 NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]

@@ -37,7 +37,7 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
         *(_extra(name) for name in ("", "router", "worker")),
     ]
     has_torch = all(f.is_ok is not False for f in findings)
-    findings += [*_torch(), *machine.kernels()] if has_torch else []
+    findings += [*_torch(), machine.auto_kernels(), *machine.kernels()] if has_torch else []
     findings += [
         machine.driver(),
         *_transports(),
@@ -113,7 +113,7 @@ def _torch() -> Iterator[Finding]:
     elif can_use:
         yield Finding("gpu", True, "; ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
     else:
-        yield Finding("gpu", None, "none: the CPU will be used")
+        yield Finding("gpu", None, "none")
 
 
 def _transports() -> Iterator[Finding]:

@@ -16,9 +16,13 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig, BatonError
 from cli.process import ReservedPort
+
+if TYPE_CHECKING:
+    from engine.kernels import Accelerator
 
 # A router holds a socket for each stream, and asks for more than nodes and files take.
 _MIN_OPEN_FILES = 8192
@@ -36,8 +40,20 @@ class Finding:
     advice: str = ""
 
 
+def auto_kernels(has: Accelerator | None = None) -> Finding:
+    """What ``--kernels auto`` takes here; ``has`` is what there is, by default what is found."""
+    from engine.kernels import choose, probe
+
+    has = probe() if has is None else has
+    name, why = choose(has)
+    advice = "" if has.gpu is None or name == "triton" else "the GPU is not used"
+    if has.gpu is not None and not has.has_triton:
+        advice = "pip install triton; until then the GPU is not used"
+    return Finding("kernels auto", None if advice else True, f"{name}: {why}", advice)
+
+
 def kernels() -> Iterator[Finding]:
-    """Which kernels a worker of this machine will use. The worker extra is installed."""
+    """Which kernels a worker of this machine has. The worker extra is installed."""
     from engine.kernels.cpu.llvm import Isa
 
     name = Isa.of_host().name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -30,7 +31,7 @@ class Batch:
     """One step's inputs, a row per token."""
 
     num_tokens: int
-    token_ids: Tensor  # [num_tokens] int64
+    token_ids: Tensor  # [num_tokens] int64; ~i: what row i of the step before draws
     positions: Tensor  # [num_tokens] int64
     prompt_lengths: Tensor  # [num_tokens] int64
     # Where a token's keys and values go, block * block_tokens + offset, [num_tokens] int64.
@@ -47,14 +48,21 @@ def sampling_spans(batch: Batch) -> tuple[Span, ...]:
     return tuple(replace(s, row=i, start=s.start + s.num_tokens - 1, num_tokens=1) for i, s in enumerate(spans))
 
 
-def build_batch(plan: StepPlan, layout: KvLayout) -> Batch:
+def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
+    """``drawn_rows``: which row of the step before draws a sequence's token, for one that the host does not know."""
+    if piece.is_fed:
+        return [~drawn_rows[piece.sequence.sequence_id]]
+    return piece.sequence.token_ids[piece.start : piece.end]
+
+
+def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] | None = None) -> Batch:
     num_tokens = plan.num_tokens
     token_ids: list[int] = []
     spans: list[Span] = []
     sample_rows: list[int] = []
     for piece in plan.pieces:
         row = len(token_ids)
-        token_ids += piece.sequence.token_ids[piece.start : piece.start + piece.num_tokens]
+        token_ids += token_ids_of(piece, drawn_rows or {})
         spans.append(_span(piece, row, layout))
         if piece.samples:
             sample_rows.append(row + piece.num_tokens - 1)
@@ -74,10 +82,10 @@ def build_batch(plan: StepPlan, layout: KvLayout) -> Batch:
 
 
 def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
-    sequence, end = piece.sequence, piece.start + piece.num_tokens
+    sequence, end = piece.sequence, piece.end
     num_blocks = layout.blocks_for(end)
     assert piece.num_tokens > 0, "a piece computes at least one token"
-    assert end <= len(sequence.token_ids), "a piece computes tokens that are known"
+    assert end <= len(sequence.token_ids) + piece.is_fed, "a piece computes tokens that are known or being drawn"
     assert num_blocks <= len(sequence.block_ids), "a piece's tokens have blocks"
     block_ids = tuple(sequence.block_ids[:num_blocks])
     return Span(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))

@@ -37,6 +37,7 @@ _ALIGNMENT_BYTES = 16
 class DecodeRow(NamedTuple):
     """One sequence that decodes: its newest token, which lies at ``position`` and whose keys are not yet written."""
 
+    # ~i: what row i of the step before drew
     token_id: int
     position: int
     num_prompt_tokens: int
@@ -81,15 +82,22 @@ def _sizes(num_rows: int, num_blocks: int, half_dim: int) -> list[int]:
 class StepMemory:
     """Where the inputs and results of steps lie: one for all graphs, as one step runs at a time."""
 
-    def __init__(self, cache: KvCache, config: ModelConfig, device: torch.device, shapes: Sequence[tuple[int, int]]):
-        """``shapes``: (rows, length) of all steps."""
+    def __init__(
+        self,
+        cache: KvCache,
+        config: ModelConfig,
+        device: torch.device,
+        shapes: Sequence[tuple[int, int]],
+        drawn: Tensor | None = None,
+    ) -> None:
+        """``shapes``: (rows, length) of all steps; ``drawn``: where steps of any kind leave their tokens."""
         half, blocks_for = config.head_dim // 2, cache.layout.blocks_for
         num_bytes = max(sum(_sizes(rows, blocks_for(length), half)) for rows, length in shapes)
         num_rows = max(rows for rows, _ in shapes)
         self.host = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         self.logits = torch.empty(num_rows, config.vocab_size, dtype=torch.float32, device=device)
-        self.token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+        self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device) if drawn is None else drawn
         # What graphs allocate while they run; the largest comes first and the others fit into what it left.
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         # The last copy out of ``host``, which nobody writes to before it is done.
@@ -186,7 +194,9 @@ class DecodeGraph:
         logits = self._memory.logits[: self._num_rows]
         cos, sin = inputs.turns
         logits.copy_(
-            self._model.decode(inputs.token_ids, cos, sin, inputs.slots, self._attention, self._cache),
+            self._model.decode(
+                inputs.token_ids, self._memory.token_ids, cos, sin, inputs.slots, self._attention, self._cache
+            ),
         )
         self._memory.token_ids[: self._num_rows] = self._kernels.draw(logits, inputs.draws)
 
@@ -218,6 +228,7 @@ class DecodeGraphs:
         *,
         max_rows: int,
         max_length: int,
+        drawn: Tensor,
     ) -> None:
         self._row_buckets = row_buckets(max_rows)
         self._length_buckets = length_buckets(max_length)
@@ -232,7 +243,7 @@ class DecodeGraphs:
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         if not shapes:
             return
-        memory = StepMemory(cache, config, kernels.device, shapes)
+        memory = StepMemory(cache, config, kernels.device, shapes, drawn)
         for i, (rows, length) in enumerate(shapes):
             if i % len(self._row_buckets) == 0:
                 _log.info("decode steps: %d of %d prepared, next %d x %d tokens", i, len(shapes), rows, length)

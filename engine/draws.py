@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from engine.kernels.interface import Draws
-from engine.sampler import is_plain
-from engine.step import Sequence
+from engine.step import Piece
 
 _GREEDY = (0.0, 0, 1.0, 0.0, 0, 0)
 _MAX_TOP_K = 2**31 - 1
 
 
-def draws_of(sequences: Seq[Sequence]) -> Draws:
-    """On the host, a row per sequence; where the sampler has to change or report logits, the row is greedy."""
-    rows = [_row(s) if is_plain(s) and not s.spec.sampling.is_greedy else _GREEDY for s in sequences]
+def draws_of(pieces: Seq[Piece]) -> Draws:
+    """On the host, a row per piece; where the sampler has to change or report logits, the row is greedy."""
+    rows = [_row(p) if p.is_plain and not p.sequence.spec.sampling.is_greedy else _GREEDY for p in pieces]
     temperature, top_k, top_p, min_p, seed, position = zip(*rows, strict=True) if rows else ((),) * 6
     return Draws(
         temperature=_column(temperature, np.float64),
@@ -31,10 +30,10 @@ def draws_of(sequences: Seq[Sequence]) -> Draws:
     )
 
 
-def _row(sequence: Sequence) -> tuple[float, int, float, float, int, int]:
-    params = sequence.spec.sampling
+def _row(piece: Piece) -> tuple[float, int, float, float, int, int]:
+    params = piece.sequence.spec.sampling
     top_k = min(params.top_k, _MAX_TOP_K)
-    return params.temperature, top_k, params.top_p, params.min_p, params.seed or 0, len(sequence.token_ids)
+    return params.temperature, top_k, params.top_p, params.min_p, params.seed or 0, piece.end
 
 
 def _column(values: Iterable[float], dtype: type[np.generic]) -> Tensor:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import time
 from array import array
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from baton.types import KvLayout, ModelDescription, PositionLogprobs, SamplingParams, SequenceSpec, TokenLogprob
 from engine.step import Piece, Sampled, StepPlan, StepResult
@@ -17,8 +19,50 @@ from engine.step import Piece, Sampled, StepPlan, StepResult
 _CELL_BYTES = 4
 
 
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a device is told of a piece when the step is launched; ``tokens`` leaves out one that it drew itself."""
+
+    sequence_id: str
+    sampling: SamplingParams
+    num_prompt: int
+    start: int
+    stop: int
+    samples: bool
+    is_plain: bool
+    tokens: tuple[int, ...]
+    block_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, piece: Piece) -> _Row:
+        seq = piece.sequence
+        return cls(
+            seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
+            piece.is_plain, tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
+        )  # fmt: skip
+
+
+class _Computed:
+    """A step of a FakeRunner; computed already, or when its result is asked for."""
+
+    __slots__ = ("_compute", "_result")
+
+    def __init__(self, compute: Callable[[], StepResult]) -> None:
+        self._compute = compute
+        self._result: StepResult | None = None
+
+    def result(self) -> StepResult:
+        if self._result is None:
+            self._result = self._compute()
+        return self._result
+
+
 class FakeRunner:
-    """Implements RunnerLike over a buffer of ``layout.total_bytes``; ``step_delay_s`` is spent in every step."""
+    """Implements RunnerLike over a buffer of ``layout.total_bytes``; ``step_delay_s`` is spent in every step.
+
+    One that ``overlaps`` is a device with a queue: it is told everything at the launch, computes as late as it may, and
+    feeds a token that it drew to the step after.
+    """
 
     device = "cpu"
     kernels = "fake"
@@ -34,6 +78,7 @@ class FakeRunner:
         max_model_tokens: int = 4096,
         step_delay_s: float = 0.0,
         pause: Callable[[float], None] = time.sleep,
+        overlaps: bool = False,
     ) -> None:
         assert layout.block_bytes >= layout.block_tokens * _CELL_BYTES, "a block must hold its token ids"
         self.layout = layout
@@ -43,23 +88,63 @@ class FakeRunner:
         self._pause = pause
         self._cells = (memoryview(bytearray(layout.total_bytes)) if buffer is None else buffer).cast("B").cast("I")
         self.forgotten: list[str] = []
+        self.overlaps = overlaps
         self.num_steps = 0
-        # Raised by the next step, once.
+        # Of them, launched while another one was under way, and pieces whose token the host did not know.
+        self.num_overlapped = 0
+        self.num_fed = 0
+        self._queue: deque[_Computed] = deque()
+        # What the newest computed step drew, as far as a device could.
+        self._drawn: dict[str, int] = {}
+        # Raised by the next launch, once; and by the next step that is computed, where that is later.
         self.next_error: Exception | None = None
+        self.late_error: Exception | None = None
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
+        return self.launch(plan, on_layer).result()
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> _Computed:
         error, self.next_error = self.next_error, None
         if error is not None:
             raise error
         self.num_steps += 1
+        rows = [_Row.of(p) for p in plan.pieces]
+        if not self.overlaps:
+            step = _Computed(lambda: self._compute(rows, on_layer))
+            step.result()
+            return step
+        assert len(self._queue) < 2, "two steps are under way already"
+        self.num_overlapped += len(self._queue)
+        self.num_fed += sum(p.is_fed for p in plan.pieces)
+        step = _Computed(lambda: self._compute_next(rows))
+        self._queue.append(step)
+        for layer in range(self.layout.num_layers if on_layer is not None else 0):
+            assert on_layer is not None
+            on_layer(layer)
+        return step
+
+    def _compute_next(self, rows: Sequence[_Row]) -> StepResult:
+        self._queue.popleft()
+        result = self._compute(rows, None)
+        # Others of the device's steps go on: it has what this one drew.
+        late, self.late_error = self.late_error, None
+        if late is not None:
+            raise late
+        return result
+
+    def _compute(self, rows: Sequence[_Row], on_layer: Callable[[int], None] | None) -> StepResult:
+        before, self._drawn = self._drawn, {}
+        tokens = [r.tokens if len(r.tokens) == r.stop - r.start else (before[r.sequence_id],) for r in rows]
         for layer in range(self.layout.num_layers):
             if self.step_delay_s:
                 self._pause(self.step_delay_s / self.layout.num_layers)
-            for piece in plan.pieces:
-                self._write(layer, piece)
+            for row, values in zip(rows, tokens, strict=True):
+                self._write(layer, row, values)
             if on_layer is not None:
                 on_layer(layer)
-        return StepResult({p.sequence.sequence_id: self._draw(p) for p in plan.pieces if p.samples})
+        sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
+        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_id for r in rows if r.samples and r.is_plain}
+        return StepResult(sampled)
 
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
@@ -79,20 +164,19 @@ class FakeRunner:
             start += count
         return runs
 
-    def _write(self, layer: int, piece: Piece) -> None:
-        seq = piece.sequence
-        for position, cell, count in self._runs(layer, seq.block_ids, piece.start, piece.start + piece.num_tokens):
+    def _write(self, layer: int, row: _Row, tokens: Sequence[int]) -> None:
+        for position, cell, count in self._runs(layer, row.block_ids, row.start, row.stop):
             # Layers differ, so that swapped layers show as well; 0 stays the mark of a block never written.
-            values = (token + 1 + layer for token in seq.token_ids[position : position + count])
+            first = position - row.start
+            values = (token + 1 + layer for token in tokens[first : first + count])
             self._cells[cell : cell + count] = memoryview(array("I", values))
 
-    def _draw(self, piece: Piece) -> Sampled:
-        seq, stop = piece.sequence, piece.start + piece.num_tokens
+    def _draw(self, row: _Row) -> Sampled:
         digest = hashlib.blake2b(digest_size=8)
         for layer in range(self.layout.num_layers):
-            for _, cell, count in self._runs(layer, seq.block_ids, 0, stop):
+            for _, cell, count in self._runs(layer, row.block_ids, 0, row.stop):
                 digest.update(self._cells[cell : cell + count])
-        return _sample(digest, seq.spec.sampling, stop, seq.num_generated, self.vocab_size)
+        return _sample(digest, row.sampling, row.stop, row.stop - row.num_prompt, self.vocab_size)
 
 
 def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 32000) -> list[int]:

@@ -46,8 +46,17 @@ class Model:
         head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
         self._head = loader.linear([head], bias=False)
 
-    def forward(self, batch: Batch, cache: KvCache, layout: KvLayout, on_layer: Callable[[int], None] | None) -> Tensor:
+    def forward(
+        self,
+        batch: Batch,
+        cache: KvCache,
+        layout: KvLayout,
+        on_layer: Callable[[int], None] | None,
+        drawn: Tensor | None = None,
+    ) -> Tensor:
         """Logits, [sampling rows, vocabulary] float32 on the device; the host waits for nothing.
+
+        ``drawn``: on the device, what the step before drew, for ids that the host does not know.
 
         ``on_layer(i)``: layer i's keys and values are in the cache, on a GPU once this thread's stream has come here.
         """
@@ -62,15 +71,22 @@ class Model:
             rows = to_device(torch.tensor(batch.sample_rows), device)
             return x[rows], q[rows], kernels.attention(self._config, layout, sampling_spans(batch))
 
-        logits = self._run(token_ids, cos, sin, slots, attention, cache, on_layer, choose)
+        logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
         return torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float()
 
     def decode(
-        self, token_ids: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, attention: Attention, cache: KvCache
+        self,
+        token_ids: Tensor,
+        drawn: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        attention: Attention,
+        cache: KvCache,
     ) -> Tensor:
         """Logits of every row, [rows, vocabulary], in the model's dtype, from inputs on the device: no work of the host
         depends on their values, so the whole step can be recorded once and replayed."""
-        logits = self._run(token_ids, cos, sin, slots, attention, cache, None, lambda x, q: (x, q, attention))
+        logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, None, lambda x, q: (x, q, attention))
         assert logits is not None
         return logits
 
@@ -80,6 +96,7 @@ class Model:
     def _run(
         self,
         token_ids: Tensor,
+        drawn: Tensor | None,
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
@@ -90,7 +107,7 @@ class Model:
     ) -> Tensor | None:
         """``choose`` leaves, in the last layer, the rows of (residual, queries) that sample, and how they attend."""
         c, kernels = self._config, self._kernels
-        x = self._embedding[token_ids]
+        x = kernels.embed(self._embedding, token_ids, drawn)
         normed = kernels.rms_norm(x, self._layers[0].input_norm, c.rms_norm_eps)
         next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         for index, (layer, next_norm) in enumerate(zip(self._layers, next_norms, strict=True)):

@@ -1,4 +1,5 @@
-"""The engine thread: schedule -> execute -> apply, for ever. Owns the scheduler, its mutex and the runner's thread.
+"""The engine thread: schedule -> launch -> result -> apply, for ever. Owns the scheduler, its mutex and the runner's
+thread. If the runner overlaps, a step is scheduled and launched while the one before it runs.
 
 Everything public may be called from the event loop and returns in microseconds: the mutex is held to schedule and to
 apply, never while the model runs. Events go out in one call per step and listener, from the engine thread. It never
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from baton.clock import Clock
 from baton.errors import BatonError, Draining, InternalError
@@ -29,10 +31,26 @@ _MAX_IDLE_S = 1.0
 Listener = Callable[[list[EngineEvent]], None]
 
 
-class RunnerLike(Protocol):
-    """What the engine thread needs of a model runner; all calls come from that one thread."""
+class StepUnderway(Protocol):
+    """A step that was launched."""
 
-    def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult: ...
+    def result(self) -> StepResult:
+        """Waits until it is computed; called once."""
+        ...
+
+
+class RunnerLike(Protocol):
+    """What the engine thread needs of a model runner; all calls come from that one thread.
+
+    Results are taken in the order of the launches. Between a launch and its result at most one other step is launched,
+    and that only if ``overlaps``: a plain token that a step draws then reaches the next one without the host
+    (``Piece.is_fed``). A sequence's state is read in both calls and belongs to the scheduler between them.
+    """
+
+    @property
+    def overlaps(self) -> bool: ...
+
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepUnderway: ...
 
     def forget(self, sequence_id: str) -> None: ...
 
@@ -63,6 +81,18 @@ class _Sink:
 
 
 @dataclass(frozen=True, slots=True)
+class _Flight:
+    """A plan on its way through the runner; ``underway`` is None if launching it failed."""
+
+    plan: StepPlan
+    # (sequence, blocks that are final after it), of prompts
+    news: list[tuple[str, int]]
+    launched_s: float
+    underway: StepUnderway | None
+    failure: BatonError | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
     """Counters since the start."""
 
@@ -70,14 +100,6 @@ class EngineStats:
     num_failed_steps: int
     num_tokens: int
     num_preempted: int
-
-
-class _Execution(NamedTuple):
-    """What came of a step; without a result, why."""
-
-    result: StepResult | None
-    failure: BatonError
-    seconds: float
 
 
 class Replica:
@@ -114,6 +136,9 @@ class Replica:
         self._num_steps = 0
         self._num_failed_steps = 0
         self._num_tokens = 0
+        # The engine thread's own: steps that were launched, oldest first, and when the last one was over.
+        self._flights: deque[_Flight] = deque()
+        self._landed_s = 0.0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     # -- life
@@ -127,7 +152,7 @@ class Replica:
             self._is_draining = True
 
     def stop(self, timeout_s: float) -> bool:
-        """End the thread after the running step; False if that took longer. Blocks: call it off the event loop."""
+        """End the thread after the running steps; False if that took longer. Blocks: call it off the event loop."""
         with self._changed:
             self._is_draining = True
             self._is_stopping = True
@@ -166,7 +191,7 @@ class Replica:
             self._woken()
 
     def cancel(self, sequence_id: str) -> None:
-        """Compute no further; takes effect when the running step ends. Unknown ids are ignored."""
+        """Compute no further; takes effect when the running steps end. Unknown ids are ignored."""
         with self._changed:
             self._scheduler.cancel(sequence_id, self._clock.now())
             self._woken()
@@ -273,34 +298,39 @@ class Replica:
                 self._on_fatal(error)
 
     def _turn(self) -> bool:
-        """One step, or one wait for work. False when it is time to stop."""
+        """One step launched or landed, or one wait for work. False when it is time to stop."""
         with self._changed:
-            if self._is_stopping:
+            if self._is_stopping and not self._flights:
                 self._book.settle()
                 return False
-            plan, started = self._scheduler.schedule(self._clock.now())
+            plan, started = (None, []) if self._is_stopping else self._scheduler.schedule(self._clock.now())
             forgotten, self._to_forget = self._to_forget, []
             deliveries = self._address(started)
-            if plan is None and not forgotten:
-                self._busy_since_s = None
-                self._book.settle()
-                self._changed.wait(_MAX_IDLE_S)
-                return True
-            started_s = self._busy_since_s = self._clock.now()
+            if not self._flights:
+                if plan is None and not forgotten:
+                    self._busy_since_s = None
+                    self._book.settle()
+                    self._changed.wait(_MAX_IDLE_S)
+                    return True
+                self._busy_since_s = self._clock.now()
         _deliver(deliveries)
         for sequence_id in forgotten:
             self._runner.forget(sequence_id)
+        num_landing = min(1, len(self._flights))
         if plan is not None:
-            done = self._step(plan)
-            # Busy since the step had been applied.
-            self._book.add(TakenStep(plan, done.seconds, done.result is None, started_s, self._busy_since_s))
+            self._flights.append(flight := self._launch(plan))
+            # After a launch that failed nothing is scheduled before all that was launched is over.
+            may_stay_up = self._runner.overlaps and flight.underway is not None
+            num_landing = len(self._flights) - may_stay_up
+        for _ in range(num_landing):
+            self._land(self._flights.popleft())
         return True
 
-    def _step(self, plan: StepPlan) -> _Execution:
+    def _launch(self, plan: StepPlan) -> _Flight:
         block_tokens = self._scheduler.config.block_tokens
         # Sequences that stay never get a sink; the look-up then finds nothing.
         news = [
-            (p.sequence.sequence_id, final_blocks(p.sequence, p.start + p.num_tokens, block_tokens))
+            (p.sequence.sequence_id, final_blocks(p.sequence, p.end, block_tokens))
             for p in plan.pieces
             if p.start < p.sequence.spec.num_known_tokens
         ]
@@ -311,17 +341,34 @@ class Replica:
                 if sink is not None:
                     sink.advance(layer, num_blocks)
 
-        done = self._execute(plan, on_layer if news else None)
+        began_s = self._clock.now()
+        try:
+            return _Flight(plan, news, began_s, self._runner.launch(plan, on_layer if news else None))
+        except Exception as error:
+            return _Flight(plan, news, began_s, None, _failure_of(error, plan))
+
+    def _land(self, flight: _Flight) -> None:
+        """Wait for the oldest step and take it in."""
+        plan = flight.plan
+        result, failure = None, flight.failure
+        try:
+            result = None if flight.underway is None else flight.underway.result()
+        except Exception as error:
+            failure = _failure_of(error, plan)
+        # A step that was launched early began when the one before it was over.
+        began_s, ended_s = max(flight.launched_s, self._landed_s), self._clock.now()
+        self._landed_s = ended_s
         with self._changed:
-            if done.result is None:
+            if result is None:
+                assert failure is not None
                 self._num_failed_steps += 1
-                events = self._scheduler.fail(plan, done.failure, self._clock.now())
+                events = self._scheduler.fail(plan, failure, self._clock.now())
             else:
-                for sequence_id, num_blocks in news:
+                for sequence_id, num_blocks in flight.news:
                     sink = self._sinks.get(sequence_id)
                     if sink is not None:
                         sink.advance_all(num_blocks)
-                events = self._scheduler.apply(plan, done.result, self._clock.now())
+                events = self._scheduler.apply(plan, result, self._clock.now())
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
             self._busy_since_s = self._clock.now()
@@ -330,20 +377,7 @@ class Replica:
         _deliver(deliveries)
         if self._meter is not None:
             self._meter.outcome(events)
-        return done
-
-    def _execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> _Execution:
-        result: StepResult | None = None
-        failure: BatonError = InternalError("the step failed")
-        began_s = self._clock.now()
-        try:
-            result = self._runner.execute(plan, on_layer)
-        except BatonError as error:
-            failure = error
-        except Exception as error:
-            failure = InternalError(f"engine step failed: {type(error).__name__}: {error}")
-            logging.getLogger(__name__).exception("engine step of %d sequences failed", len(plan.pieces))
-        return _Execution(result, failure, self._clock.now() - began_s)
+        self._book.add(TakenStep(plan, result is None, began_s, ended_s))
 
     # -- inside, with the lock held
 
@@ -374,3 +408,10 @@ class Replica:
 def _deliver(deliveries: list[tuple[Listener, list[EngineEvent]]]) -> None:
     for listener, events in deliveries:
         listener(events)
+
+
+def _failure_of(error: Exception, plan: StepPlan) -> BatonError:
+    if isinstance(error, BatonError):
+        return error
+    logging.getLogger(__name__).error("engine step of %d sequences failed", len(plan.pieces), exc_info=error)
+    return InternalError(f"engine step failed: {type(error).__name__}: {error}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from baton.errors import BadConfig
 from baton.types import DTYPE_BYTES, KvLayout, ModelDescription, SamplingParams, SequenceSpec
-from engine.batch import build_batch
+from engine.batch import build_batch, token_ids_of
 from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow
@@ -21,7 +21,7 @@ from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.model import Model
-from engine.sampler import Sampler, is_plain
+from engine.sampler import Sampler
 from engine.staging import new_event, to_device, to_host
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
 from engine.weights import Checkpoint, fingerprint
@@ -31,6 +31,7 @@ from engine.weights import Checkpoint, fingerprint
 class Launched:
     """A step under way. Tensors on the host hold something once ``done`` has come."""
 
+    sampler: Sampler
     # Those that sample, in the order of the pieces.
     sequences: tuple[Sequence, ...]
     # On the device, [sequences, vocabulary] float32; valid until the next launch.
@@ -43,11 +44,22 @@ class Launched:
     # None: nothing runs beside the host.
     done: torch.cuda.Event | None
 
+    def result(self) -> StepResult:
+        """The tokens: waits until the device is done with the step, not with one that was launched after it."""
+        if self.done is not None:
+            self.done.synchronize()
+        with torch.inference_mode():
+            ids: list[int] = self.token_ids.tolist()
+            sampled = {s.sequence_id: Sampled(i) for s, i in zip(self.sequences, ids, strict=False)}
+            of_host = [self.sequences[i] for i in self.host_rows]
+            return StepResult(sampled | self.sampler.sample(self.host_logits, of_host))
+
 
 class Runner:
-    """Built by ``load``. ``launch`` is called by one thread at a time, ``result`` once for each, in the same order.
+    """Built by ``load``. ``launch`` is called by one thread at a time, results are taken in the order of launches.
 
-    Between the two the host waits for nothing, and sequences must not change.
+    Between the two the host waits for nothing. On kernels of a device (``overlaps``) the next step may be launched
+    before the result is taken, with pieces whose token this one draws on the device: they are read there.
     """
 
     def __init__(
@@ -59,6 +71,7 @@ class Runner:
         description: ModelDescription,
         kernels: Kernels,
         graphs: DecodeGraphs | None = None,
+        drawn: Tensor | None = None,
     ) -> None:
         self.model_config = model_config
         self.description = description
@@ -70,6 +83,9 @@ class Runner:
         self._model = model
         self._cache = cache
         self._graphs = graphs
+        # What the step launched last draws on the device, int64, and in which row for whom; None: the host draws.
+        self._drawn = drawn
+        self._drawn_rows: dict[str, int] = {}
         self._sampler = Sampler(model_config.vocab_size)
 
     @classmethod
@@ -96,7 +112,10 @@ class Runner:
         with torch.inference_mode():
             buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, kernels.device)
             cache = KvCache(layout, buffer, kernels.device)
-            graphs = _decode_graphs(model, cache, model_config, kernels, config)
+            drawn = None
+            if isinstance(kernels, DeviceKernels):
+                drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=kernels.device)
+            graphs = _decode_graphs(model, cache, model_config, kernels, config, drawn)
         description = ModelDescription(
             name=folder.resolve().name,
             fingerprint=fingerprint(folder),
@@ -111,6 +130,7 @@ class Runner:
             description=description,
             kernels=kernels,
             graphs=graphs,
+            drawn=drawn,
         )
         runner._warm_up()
         return runner
@@ -127,7 +147,12 @@ class Runner:
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         """Run one step. ``on_layer`` as in ``launch``."""
-        return self.result(self.launch(plan, on_layer))
+        return self.launch(plan, on_layer).result()
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a step may be launched while one runs."""
+        return self._drawn is not None
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> Launched:
         """Begin a step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written.
@@ -135,50 +160,53 @@ class Runner:
         On a GPU they are written once the stream that is this thread's current one has come to where it is now: who
         reads them from elsewhere records an event on it in the call, and waits for that.
         """
-        sequences = tuple(p.sequence for p in plan.pieces if p.samples)
+        assert plan.pieces, "a step has at least one piece"
+        sampling = tuple(p for p in plan.pieces if p.samples)
+        host_rows = tuple(i for i, p in enumerate(sampling) if self._drawn is None or not p.is_plain)
+        # Nothing is in its row if this step fails.
+        drawn_rows, self._drawn_rows = self._drawn_rows, {}
         with torch.inference_mode():
-            logits, token_ids = self._step(plan, sequences, on_layer)
-            is_ours = token_ids is not None
-            host_rows = tuple(i for i, s in enumerate(sequences) if not (is_ours and is_plain(s)))
-            host_logits = logits
-            if is_ours:
-                host_logits = to_host(logits[to_device(torch.tensor(host_rows, dtype=torch.int64), logits.device)])
-            host_ids = torch.empty(0, dtype=torch.int64) if token_ids is None else to_host(token_ids)
+            if self._drawn is None:
+                host_ids, host_logits = torch.empty(0, dtype=torch.int64), self._forward(plan, drawn_rows, on_layer)
+                logits = host_logits
+            else:
+                logits, token_ids = self._step(plan, sampling, drawn_rows, on_layer)
+                chosen = to_device(torch.tensor(host_rows, dtype=torch.int64), logits.device)
+                host_ids, host_logits = to_host(token_ids), to_host(logits[chosen])
             done = new_event(logits.device)
             if done is not None:
                 done.record()
-            return Launched(sequences, logits, host_ids, host_rows, host_logits, done)
-
-    def result(self, launched: Launched) -> StepResult:
-        """The tokens of a step: waits until the device is done with it."""
-        if launched.done is not None:
-            launched.done.synchronize()
-        with torch.inference_mode():
-            ids: list[int] = launched.token_ids.tolist()
-            sampled = {s.sequence_id: Sampled(i) for s, i in zip(launched.sequences, ids, strict=False)}
-            of_host = [launched.sequences[i] for i in launched.host_rows]
-            return StepResult(sampled | self._sampler.sample(launched.host_logits, of_host))
+        self._drawn_rows = {p.sequence.sequence_id: i for i, p in enumerate(sampling) if i not in host_rows}
+        return Launched(
+            self._sampler, tuple(p.sequence for p in sampling), logits, host_ids, host_rows, host_logits, done
+        )
 
     def _step(
-        self, plan: StepPlan, sequences: Seq[Sequence], on_layer: Callable[[int], None] | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits on the device, and tokens if it draws any."""
-        assert plan.pieces, "a step has at least one piece"
-        if not isinstance(self._kernels, DeviceKernels):
-            return self._forward(plan, on_layer), None
-        draws = draws_of(sequences)
+        self,
+        plan: StepPlan,
+        sampling: Seq[Piece],
+        drawn_rows: Mapping[str, int],
+        on_layer: Callable[[int], None] | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits and tokens of the pieces that sample, on the device, which draws them."""
+        assert isinstance(self._kernels, DeviceKernels)
+        assert self._drawn is not None
+        draws = draws_of(sampling)
         # A layer is told between layers, where a recorded step cannot stop.
-        rows = decode_rows(plan) if on_layer is None else None
+        rows = decode_rows(plan, drawn_rows) if on_layer is None else None
         if rows is not None and self._graphs is not None:
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
                 return graph.step(rows, draws)
-        logits = self._forward(plan, on_layer)
+        logits = self._forward(plan, drawn_rows, on_layer)
         device = self._kernels.device
-        return logits, self._kernels.draw(logits, Draws(*(to_device(column, device) for column in draws)))
+        token_ids = self._drawn[: len(sampling)]
+        token_ids.copy_(self._kernels.draw(logits, Draws(*(to_device(column, device) for column in draws))))
+        return logits, token_ids
 
-    def _forward(self, plan: StepPlan, on_layer: Callable[[int], None] | None) -> Tensor:
-        return self._model.forward(build_batch(plan, self.layout), self._cache, self.layout, on_layer)
+    def _forward(self, plan: StepPlan, drawn_rows: Mapping[str, int], on_layer: Callable[[int], None] | None) -> Tensor:
+        batch = build_batch(plan, self.layout, drawn_rows)
+        return self._model.forward(batch, self._cache, self.layout, on_layer, self._drawn)
 
     def forget(self, sequence_id: str) -> None:
         """Drop what is kept for a sequence that has ended; unknown ids are fine."""
@@ -196,7 +224,7 @@ def _allocated(allocate: Allocate, num_bytes: int, device: torch.device) -> memo
     )
 
 
-def decode_rows(plan: StepPlan) -> list[DecodeRow] | None:
+def decode_rows(plan: StepPlan, drawn_rows: Mapping[str, int]) -> list[DecodeRow] | None:
     """The rows of a step in which every sequence computes its newest token, and generated that itself; else None."""
     for p in plan.pieces:
         # A prompt's last token alone is no decode: the other kernel computes prompts.
@@ -204,20 +232,25 @@ def decode_rows(plan: StepPlan) -> list[DecodeRow] | None:
         if not is_decode:
             return None
     return [
-        DecodeRow(s.token_ids[p.start], p.start, len(s.spec.prompt_token_ids), s.block_ids)
+        DecodeRow(token_ids_of(p, drawn_rows)[0], p.start, len(s.spec.prompt_token_ids), s.block_ids)
         for p in plan.pieces
         for s in (p.sequence,)
     ]
 
 
 def _decode_graphs(
-    model: Model, cache: KvCache, model_config: ModelConfig, kernels: Kernels, config: EngineConfig
+    model: Model,
+    cache: KvCache,
+    model_config: ModelConfig,
+    kernels: Kernels,
+    config: EngineConfig,
+    drawn: Tensor | None,
 ) -> DecodeGraphs | None:
     max_rows = min(config.max_num_seqs, config.max_graph_seqs)
-    if not isinstance(kernels, DeviceKernels) or max_rows == 0:
+    if not isinstance(kernels, DeviceKernels) or drawn is None or max_rows == 0:
         return None
     max_length = min(model_config.max_model_tokens, cache.layout.num_blocks * cache.layout.block_tokens)
-    return DecodeGraphs(model, cache, model_config, kernels, max_rows=max_rows, max_length=max_length)
+    return DecodeGraphs(model, cache, model_config, kernels, max_rows=max_rows, max_length=max_length, drawn=drawn)
 
 
 def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str) -> KvLayout:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
-from engine.step import Sampled, Sequence
+from engine.step import Sampled, Sequence, banned_ids, changes_logits, has_penalty
 
 _U32 = 0xFFFFFFFF
 # Candidates looked at first for top_p; the whole vocabulary is sorted only if they do not hold enough mass.
@@ -83,15 +83,16 @@ class Sampler:
 
     def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
         """Logits after bias, ban and penalties; None if there is none of them."""
-        if not _has_change(sequence):
+        params = sequence.spec.sampling
+        if not changes_logits(params, sequence.num_generated):
             return None
-        params, banned = sequence.spec.sampling, _banned(sequence)
+        banned = banned_ids(params, sequence.num_generated)
         values: NDArray[np.float32] = logits.numpy().copy()
         for token_id, bias in params.logit_bias.items():
             if token_id < len(values):
                 values[token_id] += np.float32(bias)
         values[[t for t in banned if t < len(values)]] = -np.inf
-        if _has_penalty(params):
+        if has_penalty(params):
             self._penalize(values, sequence)
         return values
 
@@ -107,25 +108,6 @@ class Sampler:
             values[seen.present] = np.where(present > 0, present / factor, present * factor)
         values -= np.float32(params.frequency_penalty) * seen.counts
         values -= np.float32(params.presence_penalty) * (seen.counts > 0)
-
-
-def is_plain(sequence: Sequence) -> bool:
-    """Whether logits are drawn from as they are, and nothing is reported but the token."""
-    return sequence.spec.sampling.logprobs is None and not _has_change(sequence)
-
-
-def _has_change(sequence: Sequence) -> bool:
-    params = sequence.spec.sampling
-    return bool(params.logit_bias or _banned(sequence) or _has_penalty(params))
-
-
-def _banned(sequence: Sequence) -> tuple[int, ...]:
-    params = sequence.spec.sampling
-    return params.stop_token_ids if sequence.num_generated < params.min_tokens else ()
-
-
-def _has_penalty(params: SamplingParams) -> bool:
-    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)
 
 
 def draw(logits: NDArray[np.float32], params: SamplingParams, number: float) -> int:

@@ -3,6 +3,10 @@
 Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner computes) -> apply | fail; cancel, release,
 reserve and join may come in between, and blocks that a running step reads or writes go back only when it is over.
 
+A second step may be scheduled while one runs, ahead of the tokens that the first one draws. It takes blocks from nobody
+and computes what the first one leaves certain; a sequence that then turns out to have ended is dropped from it. Steps
+are applied in the order they were scheduled.
+
 Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
 budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
 exhausted the youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was
@@ -12,6 +16,7 @@ preempted ``max_preemptions`` times starts again only with blocks for its whole 
 from __future__ import annotations
 
 from bisect import insort
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
@@ -110,11 +115,14 @@ class _Entry:
     __slots__ = (
         "arrived_s",
         "hands_off",
-        "is_in_flight",
         "is_prefilled",
         "is_released",
+        "is_unknown_plain",
         "num_computed_total",
+        "num_flights",
         "num_preemptions",
+        "num_underway",
+        "num_unknown",
         "order",
         "phase",
         "sequence",
@@ -128,8 +136,12 @@ class _Entry:
         self.order = order
         self.phase = _Phase.WAITING
         self.num_preemptions = 0
-        # In the plan that the runner computes right now.
-        self.is_in_flight = False
+        # Of the plans that are under way: how many it is in, tokens they compute, tokens they draw.
+        self.num_flights = 0
+        self.num_underway = 0
+        self.num_unknown = 0
+        # A token that is being drawn is drawn by the device, which so has it for the step after.
+        self.is_unknown_plain = True
         # Has drawn a token here, or came with one: it decodes.
         self.is_prefilled = False
         # Nobody outside reads the blocks any more.
@@ -145,6 +157,41 @@ class _Entry:
     @property
     def num_remaining(self) -> int:
         return len(self.sequence.token_ids) - self.sequence.num_computed
+
+    @property
+    def start(self) -> int:
+        """Where the next piece starts."""
+        return self.sequence.num_computed + self.num_underway
+
+    @property
+    def num_unplanned(self) -> int:
+        """Tokens, one that is being drawn included, that are neither computed nor under way."""
+        return len(self.sequence.token_ids) + self.num_unknown - self.start
+
+    @property
+    def is_decoding(self) -> bool:
+        """All but the newest token, which it draws here or came with, is computed or under way."""
+        return (self.is_prefilled or self.num_unknown > 0) and self.num_unplanned == 1
+
+    @property
+    def is_ending(self) -> bool:
+        """The token that is being drawn is the last one, whatever it is."""
+        if not self.num_unknown:
+            return False
+        return (
+            self.hands_off or self.sequence.num_generated + self.num_unknown == self.sequence.spec.sampling.max_tokens
+        )
+
+    def board(self, piece: Piece) -> None:
+        self.num_flights += 1
+        self.num_underway += piece.num_tokens
+        self.num_unknown += piece.samples
+        self.is_unknown_plain = piece.is_plain
+
+    def land(self, piece: Piece) -> None:
+        self.num_flights -= 1
+        self.num_underway -= piece.num_tokens
+        self.num_unknown -= piece.samples
 
 
 def _order(entry: _Entry) -> tuple[int, int]:
@@ -165,7 +212,8 @@ class Scheduler:
         # Blocks are allocated, bytes are to come.
         self._leases: dict[str, SequenceSpec] = {}
         self._num_ordered = 0
-        self._plan: StepPlan | None = None
+        # Plans under way, oldest first.
+        self._plans: deque[StepPlan] = deque()
         self._gone: list[str] = []
         self.num_preempted = 0
 
@@ -297,27 +345,35 @@ class Scheduler:
     # -- the step
 
     def schedule(self, now: float) -> tuple[StepPlan | None, list[EngineEvent]]:
-        """The next step, None if nothing can be computed, and which sequences started with it."""
-        assert self._plan is None, "the last step was neither applied nor failed"
+        """The next step, None if nothing can be computed, and which sequences started with it.
+
+        While a step is under way None also means that the next one has to know what becomes of it.
+        """
+        assert len(self._plans) < 2, "a step ahead of two that are neither applied nor failed"
         events: list[EngineEvent] = []
+        if self._plans and not self._can_plan_ahead():
+            return None, events
         pieces = self._decode_pieces()
         pieces += self._prompt_pieces(len(pieces), events, now)
         if not pieces:
             return None, events
         for piece in pieces:
-            self._entries[piece.sequence.sequence_id].is_in_flight = True
-        self._plan = StepPlan(tuple(pieces))
-        return self._plan, events
+            self._entries[piece.sequence.sequence_id].board(piece)
+        plan = StepPlan(tuple(pieces))
+        self._plans.append(plan)
+        return plan, events
 
     def apply(self, plan: StepPlan, result: StepResult, now: float) -> list[EngineEvent]:
         """Take in what the runner computed: new tokens, finished sequences, blocks that were waiting for this."""
         events: list[EngineEvent] = []
         for entry, piece in self._land(plan):
+            if entry.phase is _Phase.HELD:
+                # It left, or ended or failed in the step before, which this one did not wait for.
+                self._retire(entry, now)
+                continue
             entry.sequence.num_computed += piece.num_tokens
             entry.num_computed_total += piece.num_tokens
-            if entry.phase is _Phase.HELD:
-                self._retire(entry, now)
-            elif piece.samples:
+            if piece.samples:
                 sampled = result.sampled.get(entry.sequence_id)
                 if sampled is None:
                     events.append(self._failed(entry, InternalError("the runner returned no token"), now))
@@ -349,10 +405,10 @@ class Scheduler:
 
     def is_in_flight(self, sequence_id: str) -> bool:
         entry = self._entries.get(sequence_id)
-        return entry is not None and entry.is_in_flight
+        return entry is not None and entry.num_flights > 0
 
     def num_final_blocks(self, sequence_id: str) -> int:
-        """Leading blocks whose bytes will not change any more, the running step left out; 0 for unknown ids."""
+        """Leading blocks whose bytes will not change any more, running steps left out; 0 for unknown ids."""
         entry = self._entries.get(sequence_id)
         if entry is None:
             return 0
@@ -381,7 +437,8 @@ class Scheduler:
         for entry in self._entries.values():
             seq = entry.sequence
             assert 0 <= seq.num_computed <= len(seq.token_ids)
-            assert len(seq.block_ids) * self.config.block_tokens >= seq.num_computed
+            assert len(seq.block_ids) * self.config.block_tokens >= entry.start
+            assert entry.num_flights == sum(seq is p.sequence for plan in self._plans for p in plan.pieces)
             assert (entry.phase is _Phase.WAITING) == (entry in self._waiting)
             assert (entry.phase is _Phase.ACTIVE) == (entry in self._active)
             if seq.block_ids:
@@ -415,21 +472,33 @@ class Scheduler:
                 spare -= self._watermark_blocks
         return self._blocks_to_start(entry) <= spare
 
+    def _can_plan_ahead(self) -> bool:
+        """Whether every sequence that decodes can be in the next step before the running one is over: the device has
+        the token that the running step draws for it, and there are blocks without preempting anybody."""
+        need = 0
+        for entry in self._active:
+            if entry.is_decoding and not entry.is_ending:
+                if entry.num_unknown and not entry.is_unknown_plain:
+                    return False
+                need += self._blocks_to_grow(entry)
+        return need <= self.pool.num_free
+
     def _decode_pieces(self) -> list[Piece]:
         pieces = []
         for entry in list(self._active):
             # A younger one may have been preempted for an older one just now.
-            if entry.phase is _Phase.ACTIVE and self._decodes(entry) and self._grow(entry):
-                pieces.append(Piece(entry.sequence, entry.sequence.num_computed, 1, samples=True))
+            is_next = entry.phase is _Phase.ACTIVE and entry.is_decoding and not entry.is_ending
+            if is_next and self._grow(entry):
+                pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
         return pieces
 
-    def _decodes(self, entry: _Entry) -> bool:
-        return entry.is_prefilled and entry.num_remaining == 1
+    def _blocks_to_grow(self, entry: _Entry) -> int:
+        return max(0, self.config.blocks_for(entry.start + 1) - len(entry.sequence.block_ids))
 
     def _grow(self, entry: _Entry) -> bool:
         """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
         seq = entry.sequence
-        need = self.config.blocks_for(seq.num_computed + 1) - len(seq.block_ids)
+        need = self._blocks_to_grow(entry)
         while need > self.pool.num_free:
             victim = self._youngest_victim(entry.order)
             if victim is None:
@@ -448,6 +517,7 @@ class Scheduler:
         return None
 
     def _preempt(self, entry: _Entry) -> None:
+        assert not entry.num_flights, "a running step keeps its blocks"
         self._active.remove(entry)
         self.pool.free(entry.sequence_id)
         entry.sequence.block_ids = []
@@ -463,7 +533,7 @@ class Scheduler:
         budget = self.config.max_batch_tokens - num_decoding
         slots = self.config.max_num_seqs - num_decoding
         for entry in list(self._active):
-            if budget > 0 and slots > 0 and not self._decodes(entry):
+            if budget > 0 and slots > 0 and not (entry.is_decoding or entry.is_ending):
                 piece = self._chunk(entry, budget)
                 budget -= piece.num_tokens
                 slots -= 1
@@ -487,20 +557,20 @@ class Scheduler:
         return entry
 
     def _chunk(self, entry: _Entry, budget: int) -> Piece:
-        start = entry.sequence.num_computed
-        count = min(entry.num_remaining, budget)
-        if count < entry.num_remaining:
+        start = entry.start
+        count = min(entry.num_unplanned, budget)
+        if count < entry.num_unplanned:
             # End on a block boundary where there is one: whole tiles compute faster and can be pushed at once.
             ragged = (start + count) % self.config.block_tokens
             count -= ragged if ragged < count else 0
-        return Piece(entry.sequence, start, count, samples=count == entry.num_remaining)
+        return Piece(entry.sequence, start, count, samples=count == entry.num_unplanned)
 
     def _land(self, plan: StepPlan) -> Iterator[tuple[_Entry, Piece]]:
-        assert plan is self._plan, "this is not the step that is under way"
-        self._plan = None
+        assert self._plans, "no step is under way"
+        assert plan is self._plans.popleft(), "this is not the oldest step that is under way"
         for piece in plan.pieces:
             entry = self._entries[piece.sequence.sequence_id]
-            entry.is_in_flight = False
+            entry.land(piece)
             yield entry, piece
 
     def _advance(self, entry: _Entry, sampled: Sampled, now: float) -> Output:
@@ -534,7 +604,7 @@ class Scheduler:
             self._active.remove(entry)
         entry.phase = _Phase.HELD
         holds = bool(entry.sequence.block_ids)
-        if entry.is_in_flight:
+        if entry.num_flights:
             return
         if holds and not entry.is_released:
             self.pool.move(entry.sequence_id, BlockState.SENDING, now)

@@ -13,10 +13,9 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """``tensor`` on the host; of a device it is there once an event recorded after this call has come."""
-    if tensor.device.type == "cpu":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    """A copy of ``tensor`` on the host; of a device it is there once an event recorded after this call has come."""
+    is_pinned = tensor.device.type == "cuda"
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=is_pinned).copy_(tensor, non_blocking=True)
 
 
 def new_event(device: torch.device) -> torch.cuda.Event | None:

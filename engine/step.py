@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.types import PositionLogprobs, SequenceSpec
+from baton.types import PositionLogprobs, SamplingParams, SequenceSpec
 
 
 class Sequence:
-    """The tokens of one request on this node. Written by the scheduler alone, between steps; read by the runner.
+    """The tokens of one request on this node. Written by the scheduler alone; read by the runner while it launches a
+    step or takes in its result.
 
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
@@ -37,13 +38,30 @@ class Sequence:
 class Piece:
     """One sequence's part of a step: tokens at positions [start, start + num_tokens) are computed.
 
-    If ``samples``, the token at position start + num_tokens is drawn from the last row's logits.
+    If ``samples``, the token at position ``end`` is drawn from the last row's logits. A piece that starts where the
+    known tokens end computes the token that the step launched before this one draws.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_fed(self) -> bool:
+        """The token is not known to the host yet: to be asked when the step is launched, and not later."""
+        return self.start == len(self.sequence.token_ids)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the token is drawn from the logits as they are and nothing else is reported: a device can do it."""
+        spec = self.sequence.spec
+        params = spec.sampling
+        return params.logprobs is None and not changes_logits(params, self.end - len(spec.prompt_token_ids))
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,3 +88,16 @@ class StepResult:
     """By sequence id, one entry for every piece that samples."""
 
     sampled: dict[str, Sampled] = field(default_factory=dict)
+
+
+def changes_logits(params: SamplingParams, num_generated: int) -> bool:
+    """Whether the next token is drawn from other logits than the model's."""
+    return bool(params.logit_bias or banned_ids(params, num_generated) or has_penalty(params))
+
+
+def banned_ids(params: SamplingParams, num_generated: int) -> tuple[int, ...]:
+    return params.stop_token_ids if num_generated < params.min_tokens else ()
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    return bool(params.repetition_penalty != 1 or params.presence_penalty or params.frequency_penalty)

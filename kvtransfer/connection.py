@@ -23,7 +23,7 @@ from kvtransfer.transports import cuda_ipc, shm
 from kvtransfer.transports.cuda_ipc import CudaIpcWire
 from kvtransfer.transports.fake import FakeWire
 from kvtransfer.transports.shm import ShmWire
-from kvtransfer.transports.tcp import TcpWire
+from kvtransfer.transports.tcp_wire import TcpWire
 from kvtransfer.writing import Lanes, Wire
 
 _Call = grpc.aio.StreamStreamCall[pb.ChannelRequest, pb.ChannelResponse]

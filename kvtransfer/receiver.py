@@ -30,7 +30,8 @@ from kvtransfer.memory import AnyArena, DeviceArena, DeviceMemory, device_of, me
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
 from kvtransfer.protocol import receiver as machine
-from kvtransfer.transports import cuda_ipc, shm, tcp
+from kvtransfer.transports import cuda_ipc, shm
+from kvtransfer.transports.tcp_receiver import TcpReceiver
 from kvtransfer.verify import Verifier
 
 _HELLO_TIMEOUT_S = 5.0
@@ -155,7 +156,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 return cuda_ipc.CudaIpcReceiver(arena.memory, self._writer_gone, self._wrote)
         elif name == shm.NAME:
             return shm.ShmReceiver(shm.hand_over_file(arena), self._writer_gone, self._wrote)
-        return tcp.TcpReceiver(
+        return TcpReceiver(
             self._memory,
             self._layout,
             advertised_host=self._node.address.rpartition(":")[0],

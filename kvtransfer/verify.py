@@ -82,29 +82,22 @@ class Verifier:
             if not future.done():
                 await asyncio.wrap_future(future)
             future.result()
-        damaged: set[int] = set()
-        async with asyncio.TaskGroup() as group:
-            for layers in self._shares(entry, commit):
-                group.create_task(self._compare(entry, layers, commit, damaged))
-        return tuple(sorted(damaged))
-
-    def _shares(self, entry: _Entry, commit: Commit) -> list[list[int]]:
-        """Layers for one worker thread each; all for one if almost nothing is left to hash."""
-        layers = range(self._layout.num_layers)
+        layers = range(num_layers)
         num_missing = sum(len(entry.digests.missing(layer, commit.num_blocks)) for layer in layers)
+        if num_missing == 0:  # What is left takes less than going to another thread.
+            return tuple(_differing(entry, layers, commit))
         num_shares = max(1, min(self._num_threads, num_missing // 2))
-        return [list(layers[i::num_shares]) for i in range(num_shares)]
-
-    async def _compare(self, entry: _Entry, layers: Sequence[int], commit: Commit, damaged: set[int]) -> None:
-        def differing() -> list[int]:
-            return [
-                layer
-                for layer in layers
-                if entry.digests.layer_digest(layer, commit.num_blocks) != commit.layer_digests[layer]
-            ]
-
-        damaged.update(await asyncio.get_running_loop().run_in_executor(self._pool, differing))
+        loop = asyncio.get_running_loop()
+        shares = [layers[i::num_shares] for i in range(num_shares)]
+        found = [loop.run_in_executor(self._pool, _differing, entry, share, commit) for share in shares]
+        return tuple(sorted(itertools.chain.from_iterable(await asyncio.gather(*found))))
 
     def close(self) -> None:
         self._entries.clear()
         self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _differing(entry: _Entry, layers: Sequence[int], commit: Commit) -> list[int]:
+    """Layers whose digest is not the one committed; hashes what is missing."""
+    digests = entry.digests
+    return [i for i in layers if digests.layer_digest(i, commit.num_blocks) != commit.layer_digests[i]]

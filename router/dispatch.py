@@ -19,9 +19,10 @@ from baton.observe import Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
-from router import flow as f
+from router import flow_messages as f
 from router import membership as m
 from router.config import RouterConfig
+from router.flow import Flow
 from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
@@ -58,7 +59,7 @@ class Active:
 
     __slots__ = ("fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
 
-    def __init__(self, flow: f.Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
+    def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
         self.flow = flow
         self.origin = origin
         self.stream = stream
@@ -189,7 +190,7 @@ class Dispatcher:
         origin: Origin = Origin(),
     ) -> Active:
         """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
-        flow = f.Flow(
+        flow = Flow(
             request_id,
             choice,
             prompt_token_ids,
@@ -239,7 +240,7 @@ class Dispatcher:
         return len(self._queue)
 
     @property
-    def flows(self) -> list[f.Flow]:
+    def flows(self) -> list[Flow]:
         """Every sequence in flight, in no order; to look at."""
         return [x.flow for x in self._active]
 

@@ -13,19 +13,49 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 from baton import errors
 from baton.observe import Lifeline
 from baton.types import (
-    Failure,
     FinishReason,
     Lease,
     PositionLogprobs,
     SamplingParams,
     SequenceSpec,
     TokenChunk,
-    TransferReport,
+)
+from router.flow_messages import (
+    Abandon,
+    Action,
+    Begin,
+    Cancel,
+    Deliver,
+    Detach,
+    End,
+    Enqueue,
+    Event,
+    HandedOff,
+    Joined,
+    NobodyThere,
+    NodeFull,
+    NodeLost,
+    Outcome,
+    OutcomeKind,
+    PairFailed,
+    PairWorked,
+    Phase,
+    Placed,
+    PrefillDone,
+    Refused,
+    Reserved,
+    SendCancel,
+    SendReserve,
+    SendRun,
+    SequenceFailed,
+    SomebodyThere,
+    StopText,
+    Tick,
+    Tokens,
 )
 from router.policy import Demand, Placement
 
@@ -50,208 +80,6 @@ class FlowConfig:
     token_timeout_s: float = 60.0
     # A sequence waits this long for any node to be available.
     no_node_timeout_s: float = 30.0
-
-
-class Phase(Enum):
-    QUEUED = "queued"
-    RESERVING = "reserving"
-    PREFILLING = "prefilling"
-    DECODING = "decoding"
-    # Every token is out, the outcome is fixed; only the report of the transfer is missing.
-    SETTLING = "settling"
-    ENDED = "ended"
-
-
-class OutcomeKind(Enum):
-    FINISHED = "finished"
-    REJECTED = "rejected"
-    FAILED = "failed"
-    CANCELLED = "cancelled"
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a sequence ended. FINISHED has a reason, every other kind an error."""
-
-    kind: OutcomeKind
-    finish_reason: FinishReason | None = None
-    error: errors.BatonError | None = None
-
-
-# ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Begin:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class NobodyThere:
-    """No node is available at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class SomebodyThere:
-    """A node came up."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reserved:
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The decode node did not grant a lease."""
-
-    sequence_id: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    node_id: str
-    chunk: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillDone:
-    sequence_id: str
-    queue_s: float
-    compute_s: float
-    num_computed_tokens: int
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    sequence_id: str
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class HandedOff:
-    sequence_id: str
-    report: TransferReport
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailed:
-    node_id: str
-    sequence_id: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class NodeLost:
-    node_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Cancel:
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Abandon:
-    """The router gives up on the sequence: shutdown, a changed model."""
-
-    error: errors.BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class StopText:
-    """A stop string was found in the text."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """Time has passed `wake_at_s`."""
-
-
-Event = (
-    Begin | Placed | NobodyThere | SomebodyThere | Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff
-    | SequenceFailed | NodeLost | Cancel | Abandon | StopText | Tick
-)  # fmt: skip
-
-
-# ── Actions ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True, slots=True)
-class Enqueue:
-    """Find a placement and answer Placed. Sequences that already ran go first."""
-
-    is_rerun: bool
-
-
-@dataclass(frozen=True, slots=True)
-class SendReserve:
-    node_id: str
-    spec: SequenceSpec
-    ttl_s: float
-    prefill_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class SendRun:
-    node_id: str
-    spec: SequenceSpec
-    lease: Lease | None
-
-
-@dataclass(frozen=True, slots=True)
-class SendCancel:
-    node_id: str
-    sequence_id: str
-    # On which session: the reservation lives on decode's, the run on prefill's.
-    is_decode: bool
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Detach:
-    """The attempt is over: nothing that still arrives under its sequence id matters."""
-
-    sequence_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class NodeFull:
-    node_id: str
-
-
-@dataclass(frozen=True, slots=True)
-class PairFailed:
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class PairWorked:
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    outcome: Outcome
-
-
-Action = (
-    Enqueue | SendReserve | SendRun | SendCancel | Deliver | Detach | NodeFull | PairFailed | PairWorked | End
-)  # fmt: skip
 
 
 class Flow:

@@ -18,7 +18,8 @@ from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLo
 from router.chat import ChatMessage, ChatTemplate
 from router.config import LimitsConfig
 from router.dispatch import Active, Dispatcher, Origin
-from router.flow import Outcome, OutcomeKind, resolve_stop_ids
+from router.flow import resolve_stop_ids
+from router.flow_messages import Outcome, OutcomeKind
 from router.text import TextStream
 from router.tokenizer import ModelFacts, Tokenizer, require
 

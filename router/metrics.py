@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from baton.metrics import LATENCY_BUCKETS_S, Family, Histogram, Labels, Metrics
 from baton.observe import Relay
 from baton.types import FinishReason, Role
-from router.flow import Outcome, OutcomeKind, Phase
+from router.flow_messages import Outcome, OutcomeKind, Phase
 from router.membership import Member, State
 from router.policy import Reason
 

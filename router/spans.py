@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig
 from router.dispatch import Ended, Origin
-from router.flow import OutcomeKind
+from router.flow_messages import OutcomeKind
 from router.history import stages
 
 if TYPE_CHECKING:

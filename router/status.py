@@ -20,7 +20,8 @@ from baton import __version__
 from baton.observe import Relay
 from baton.types import NodeStatus, Role
 from router.dispatch import Dispatcher, Ended
-from router.flow import Flow, Phase
+from router.flow import Flow
+from router.flow_messages import Phase
 from router.frontend import Frontend
 from router.history import History, stages
 from router.membership import Member, State

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from baton.observe import Relay
 from baton.types import PositionLogprobs
-from router.flow import Outcome
+from router.flow_messages import Outcome
 
 
 @dataclass(frozen=True, slots=True)

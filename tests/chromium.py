@@ -97,7 +97,9 @@ class Browser:
                 pass
 
     def open(self, url: str) -> None:
+        """Returns when the document is whole; what it fetches later may still be missing."""
         self._call("Page.navigate", url=url)
+        self.wait_until("document.readyState === 'complete'")
 
     def size(self, width: int, height: int, *, is_dark: bool = False) -> None:
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)

@@ -78,7 +78,7 @@ class Driver:
         plan = StepPlan(tuple(pieces))
         launched = self.runner.launch(plan)
         rows = dict(zip([s.sequence_id for s in launched.sequences], launched.logits.clone(), strict=True))
-        sampled = self.runner.result(launched).sampled
+        sampled = launched.result().sampled
         for piece in pieces:
             piece.sequence.num_computed += piece.num_tokens
             if piece.samples:

@@ -45,6 +45,10 @@ class Kernels(Protocol):
         """Prepare a layer for repeated use; weight [out, in], not kept if the kernel holds its own copy."""
         ...
 
+    def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
+        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` there is none."""
+        ...
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight per row, in float32, rounded before and after the weight."""
         ...

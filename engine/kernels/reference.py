@@ -34,6 +34,10 @@ class ReferenceKernels:
 
         return apply
 
+    def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
+        assert drawn is None, "the host draws"
+        return table[token_ids]
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
         scale = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)

@@ -13,7 +13,6 @@ import logging
 import os
 import socket
 import struct
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,7 +21,8 @@ from kvtransfer.devices.interface import HANDLE_BYTES, Device
 from kvtransfer.digest import cut
 from kvtransfer.memory import DeviceMemory
 from kvtransfer.protocol.messages import WrittenRange
-from kvtransfer.transports.shm import HINT, ShmReceiver
+from kvtransfer.transports.attachment import HINT, Attachment, dialed
+from kvtransfer.transports.shm import ShmReceiver
 from kvtransfer.writing import Lanes, Unit
 
 NAME = "cuda_ipc"
@@ -129,15 +129,10 @@ class CudaIpcWire:
 
     def __init__(self, connection: socket.socket, device: Device, target: int, lanes: Lanes, num_lanes: int) -> None:
         self.num_lanes = num_lanes
-        self._connection = connection
+        self._attachment = Attachment(connection)
         self._device = device
         self._target = target
         self._lanes = lanes
-        self._lock = threading.Lock()
-        # Threads whose copies may be under way; once closing, nobody enters and the last one out is waited for.
-        self._num_inside = 0
-        self._is_closing = False
-        self._is_empty = threading.Event()
 
     @classmethod
     async def connect(
@@ -151,59 +146,28 @@ class CudaIpcWire:
         on_lost: Callable[[str], None],
     ) -> CudaIpcWire:
         """Raises TransferFailed if the peer does not hand over an allocation as large as its layout that opens here."""
-        loop = asyncio.get_running_loop()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            await loop.sock_connect(connection, f"\0{endpoint}")
-            await loop.sock_sendall(connection, token)
-            raw = await _receive_exactly(connection, _OFFER.size)
-            handle, num_bytes = _OFFER.unpack(raw)
+        async with dialed(endpoint, token, "device memory") as connection:
+            handle, num_bytes = _OFFER.unpack(await _receive_exactly(connection, _OFFER.size))
             if num_bytes < num_target_bytes:
                 raise TransferFailed(f"peer's KV cache has {num_bytes} bytes, its layout needs {num_target_bytes}")
-        except BaseException as error:
-            connection.close()
-            if isinstance(error, OSError):
-                raise TransferFailed(f"cannot reach the peer's device memory: {error}") from error
-            raise
         # It cannot be stopped: what it opens has to be closed before the receiver hears that we have let go.
-        opening = loop.run_in_executor(None, device.open, handle, num_bytes)
+        opening = asyncio.get_running_loop().run_in_executor(None, device.open, handle, num_bytes)
         try:
             target = await asyncio.shield(opening)
         except BaseException:
             opening.add_done_callback(lambda done: _abandon(done, device, connection))
             raise
         wire = cls(connection, device, target, lanes, num_lanes)
-        loop.add_reader(connection, wire._on_readable, on_lost)
+        wire._attachment.watch(on_lost, "the receiver closed its device memory socket")
         return wire
-
-    def _on_readable(self, on_lost: Callable[[str], None]) -> None:
-        try:
-            if self._connection.recv(64):
-                return
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            pass
-        asyncio.get_running_loop().remove_reader(self._connection)
-        on_lost("the receiver closed its device memory socket")
 
     def submit(self, units: Sequence[Unit]) -> None:
         self._lanes.submit(units)
 
     def write(self, lane: int, unit: Unit) -> None:
-        with self._lock:
-            if self._is_closing:
-                raise TransferFailed("the connection to the receiver's memory is closed")
-            self._num_inside += 1
-        try:
+        with self._attachment.writing():
             self._copy(unit)
-            self._tell_written(unit)
-        finally:
-            with self._lock:
-                self._num_inside -= 1
-                if self._is_closing and self._num_inside == 0:
-                    self._is_empty.set()
+            self._attachment.tell_written(unit)
         unit.job.landed(unit)
 
     def _copy(self, unit: Unit) -> None:
@@ -227,24 +191,10 @@ class CudaIpcWire:
                 for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
                     job.hash(layer, first, count)
 
-    def _tell_written(self, unit: Unit) -> None:
-        """The receiver digests what was written while the next unit is copied. If its buffer is full, at commit."""
-        if not unit.job.has_digest:
-            return
-        hint = HINT.pack(unit.job.epoch, unit.attempt, unit.layer, unit.num_layers, unit.first, unit.num_blocks)
-        with contextlib.suppress(OSError):  # A broken connection is seen by its reader.
-            self._connection.send(hint, socket.MSG_DONTWAIT)
-
     async def close(self) -> None:
-        with self._lock:
-            if self._is_closing:
-                return
-            self._is_closing = True
-            if self._num_inside == 0:
-                self._is_empty.set()
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._connection)
-        await asyncio.to_thread(self._is_empty.wait)
+        if not await self._attachment.emptied():
+            return
+        connection = self._attachment.connection
         try:
             await asyncio.to_thread(self._device.close, self._target)
         except BatonError as error:
@@ -253,10 +203,10 @@ class CudaIpcWire:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 # Hints may fill the buffer; without this word the receiver waits for the end of our process.
-                await loop.sock_sendall(self._connection, _LET_GO)
+                await asyncio.get_running_loop().sock_sendall(connection, _LET_GO)
         except (OSError, TimeoutError):
             logging.getLogger(__name__).info("the receiver did not hear that its memory was let go")
-        self._connection.close()
+        connection.close()
 
 
 async def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:

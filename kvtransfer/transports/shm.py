@@ -20,12 +20,11 @@ from collections.abc import Callable, Sequence
 from baton.errors import TransferFailed
 from kvtransfer.arena import Arena, prefault
 from kvtransfer.protocol.messages import WrittenRange
+from kvtransfer.transports.attachment import HINT, Attachment, dialed
 from kvtransfer.writing import Lanes, Unit, as_bytes
 
 NAME = "shm"
 TOKEN_BYTES = 32
-# epoch, attempt, layer, num_layers, first, num_blocks: "these were written", in the host's byte order.
-HINT = struct.Struct("=QIIIII")
 _HELLO_TIMEOUT_S = 5.0
 _MAX_PENDING = 64
 _MAX_HINTED_LAYERS = 1024
@@ -185,15 +184,10 @@ class ShmWire:
 
     def __init__(self, connection: socket.socket, mapping: mmap.mmap, lanes: Lanes, num_lanes: int) -> None:
         self.num_lanes = num_lanes
-        self._connection = connection
+        self._attachment = Attachment(connection)
         self._mapping = mapping
         self._target = as_bytes(memoryview(mapping))
         self._lanes = lanes
-        self._lock = threading.Lock()
-        # Threads inside the mapping; once closing, nobody enters and the last one out is waited for.
-        self._num_inside = 0
-        self._is_closing = False
-        self._is_empty = threading.Event()
 
     @classmethod
     async def connect(
@@ -206,12 +200,7 @@ class ShmWire:
         on_lost: Callable[[str], None],
     ) -> ShmWire:
         """Raises TransferFailed if the peer does not hand over an arena of at least ``num_target_bytes``."""
-        loop = asyncio.get_running_loop()
-        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        connection.setblocking(False)
-        try:
-            await loop.sock_connect(connection, f"\0{endpoint}")
-            await loop.sock_sendall(connection, token)
+        async with dialed(endpoint, token, "shared memory") as connection:
             fd = await _receive_fd(connection)
             try:
                 if os.fstat(fd).st_size < num_target_bytes:
@@ -222,95 +211,44 @@ class ShmWire:
                 is_backed = os.fstat(fd).st_blocks * 512 >= num_target_bytes
             finally:
                 os.close(fd)
-        except OSError as error:
-            connection.close()
-            raise TransferFailed(f"cannot reach the peer's shared memory: {error}") from error
-        except BaseException:
-            connection.close()
-            raise
         wire = cls(connection, mapping, lanes, num_lanes)
-        loop.add_reader(connection, wire._on_readable, on_lost)
+        wire._attachment.watch(on_lost, "the receiver closed its shared memory socket")
         if is_backed:
             threading.Thread(target=wire._prefault, name="baton-shm-prefault", daemon=True).start()
         return wire
 
-    def _on_readable(self, on_lost: Callable[[str], None]) -> None:
-        try:
-            if self._connection.recv(64):
-                return
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            pass
-        asyncio.get_running_loop().remove_reader(self._connection)
-        on_lost("the receiver closed its shared memory socket")
-
     def submit(self, units: Sequence[Unit]) -> None:
         self._lanes.submit(units)
 
-    def _enter(self) -> bool:
-        with self._lock:
-            if self._is_closing:
-                return False
-            self._num_inside += 1
-            return True
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._num_inside -= 1
-            if self._is_closing and self._num_inside == 0:
-                self._is_empty.set()
-
     def write(self, lane: int, unit: Unit) -> None:
-        if not self._enter():
-            raise TransferFailed("the connection to the receiver's memory is closed")
-        try:
+        with self._attachment.writing():
             self._copy(unit)
-            self._tell_written(unit)
-        finally:
-            self._leave()
+            self._attachment.tell_written(unit)
         unit.job.landed(unit)
 
     def _copy(self, unit: Unit) -> None:
         for layer in range(unit.layer, unit.layer + unit.num_layers):
             unit.job.copy(self._target, layer, unit.first, unit.num_blocks)
 
-    def _tell_written(self, unit: Unit) -> None:
-        """The receiver digests what was written while the next unit is copied. If its buffer is full, at commit."""
-        if not unit.job.has_digest:
-            return
-        hint = HINT.pack(unit.job.epoch, unit.attempt, unit.layer, unit.num_layers, unit.first, unit.num_blocks)
-        with contextlib.suppress(OSError):  # A broken connection is seen by its reader.
-            # Unix sockets take a message this small whole or not at all, so lanes need no lock.
-            self._connection.send(hint, socket.MSG_DONTWAIT)
-
     def _prefault(self) -> None:
         """Map the receiver's pages before the first transfer needs them (measured: 3.7 GB/s when met one by one)."""
         step = 64 << 20
         for start in range(0, len(self._mapping), step):
-            if not self._enter():
-                return
             try:
-                prefault(self._mapping, start, min(start + step, len(self._mapping)))
-            finally:
-                self._leave()
+                with self._attachment.writing():
+                    prefault(self._mapping, start, min(start + step, len(self._mapping)))
+            except TransferFailed:
+                # Closed meanwhile.
+                return
 
     async def close(self) -> None:
-        with self._lock:
-            if self._is_closing:
-                return
-            self._is_closing = True
-            if self._num_inside == 0:
-                self._is_empty.set()
-        loop = asyncio.get_running_loop()
-        loop.remove_reader(self._connection)
-        if not self._is_empty.is_set():
-            await asyncio.to_thread(self._is_empty.wait)
+        if not await self._attachment.emptied():
+            return
         del self._target
         # A view in a traceback may be alive: nobody writes through it, and the last reference unmaps.
         with contextlib.suppress(BufferError):
             self._mapping.close()
-        self._connection.close()
+        self._attachment.connection.close()
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -176,4 +176,4 @@ class DecodeWorld(RuleBasedStateMachine):
 
 
 TestDecode = DecodeWorld.TestCase
-TestDecode.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestDecode.settings = settings(max_examples=100, stateful_step_count=40)

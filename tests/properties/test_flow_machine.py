@@ -9,7 +9,8 @@ from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from router import flow as f
+from router import flow_messages as f
+from router.flow import Flow, FlowConfig
 from router.policy import Placement
 
 NODES = ("p0", "p1", "d0", "d1")
@@ -47,9 +48,9 @@ class FlowMachine(RuleBasedStateMachine):
             answer = [*answer[: stops_at - 1], STOP_ID]
         self.answer = answer
         self.reason = FinishReason.STOP if answer[-1] == STOP_ID else FinishReason.LENGTH
-        self.flow = f.Flow(
+        self.flow = Flow(
             "r", 0, (1, 2, 3), SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=(STOP_ID,)),
-            arrived_s=self.now, deadline_s=self.now + 60.0, config=f.FlowConfig(max_attempts=max_attempts),
+            arrived_s=self.now, deadline_s=self.now + 60.0, config=FlowConfig(max_attempts=max_attempts),
         )  # fmt: skip
         self.delivered: list[int] = []
         self.ends: list[f.Outcome] = []
@@ -283,5 +284,5 @@ class FlowMachine(RuleBasedStateMachine):
                 assert is_told or self.lost[(sequence_id, node_id)], f"{node_id} still works on {sequence_id}"
 
 
-FlowMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50, deadline=None)
+FlowMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=50)
 TestFlow = FlowMachine.TestCase

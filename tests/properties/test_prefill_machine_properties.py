@@ -176,4 +176,4 @@ class PrefillWorld(RuleBasedStateMachine):
 
 
 TestPrefill = PrefillWorld.TestCase
-TestPrefill.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestPrefill.settings = settings(max_examples=100, stateful_step_count=40)

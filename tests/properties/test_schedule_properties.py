@@ -2,9 +2,13 @@
 
 What holds whatever the order: blocks are conserved; every sequence that is not cancelled or failed yields exactly the
 tokens of the oracle, once each and in order; a plan keeps to its limits; no block of a running step is handed out;
-and when arrivals stop, everything comes to an end with all blocks free.
+and when arrivals stop, everything comes to an end with all blocks free. All of it one step at a time, and with a second
+step planned and launched while one runs on a device that computes as late as it may.
 """
 
+from typing import NamedTuple
+
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -13,6 +17,7 @@ from baton.errors import InternalError, Overloaded, PromptTooLong
 from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
 from engine.fake import FakeRunner, expected_tokens
+from engine.replica import StepUnderway
 from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
 from engine.step import StepPlan
 
@@ -31,26 +36,43 @@ LAYOUT = KvLayout(2, NUM_BLOCKS, 1, 1, BLOCK_TOKENS, "float32")
 VOCAB = 50
 
 
+# What the device cannot draw alone, so that no step may be planned over it; once min_tokens are there it can.
+HOSTS: tuple[dict[str, object], ...] = ({"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1})
+
+
+class Flight(NamedTuple):
+    plan: StepPlan
+    underway: StepUnderway
+    # At the launch, by sequence id.
+    blocks: dict[str, list[int]]
+
+
 class SchedulerMachine(RuleBasedStateMachine):
+    overlaps = False
+
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS)
         self.scheduler = Scheduler(CONFIG, self.pool)
-        self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB)
+        self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps)
         self.specs: dict[str, SequenceSpec] = {}
         self.tokens: dict[str, list[int]] = {}
         self.open: set[str] = set()
         self.hands_off: set[str] = set()
         self.leased: set[str] = set()
-        self.plan: StepPlan | None = None
+        self.flights: list[Flight] = []
         self.now = 0.0
         self.num_made = 0
 
-    def spec(self, num_prompt: int, max_tokens: int, num_generated: int, stops: bool) -> SequenceSpec:
+    def spec(self, num_prompt: int, max_tokens: int, num_generated: int, stops: bool, kind: int = 0) -> SequenceSpec:
         self.num_made += 1
         prompt = tuple((self.num_made * 7 + i) % VOCAB for i in range(num_prompt))
+        options = HOSTS[kind] if kind < len(HOSTS) else {"temperature": float(kind % 2)}
         sampling = SamplingParams(
-            temperature=0.0, seed=1, max_tokens=max_tokens, stop_token_ids=(1, 2, 3, 4) if stops else ()
+            **{"temperature": 0.0, **options},  # type: ignore[arg-type]
+            seed=kind,
+            max_tokens=max_tokens,
+            stop_token_ids=tuple(range(1, 9)) if stops else (),
         )
         fresh = SequenceSpec(f"s{self.num_made}", prompt, sampling)
         resumed = expected_tokens(fresh, LAYOUT, VOCAB)[:-1][:num_generated]
@@ -62,9 +84,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_generated=st.integers(0, 3),
         hands_off=st.booleans(),
         stops=st.booleans(),
+        kind=st.integers(0, 12),
     )
-    def add(self, num_prompt: int, max_tokens: int, num_generated: int, hands_off: bool, stops: bool) -> None:
-        spec = self.spec(num_prompt, max_tokens, num_generated, stops)
+    def add(
+        self, num_prompt: int, max_tokens: int, num_generated: int, hands_off: bool, stops: bool, kind: int
+    ) -> None:
+        spec = self.spec(num_prompt, max_tokens, num_generated, stops, kind)
         try:
             self.scheduler.add(spec, hands_off=hands_off, now=self.now)
         except Overloaded:
@@ -136,33 +161,39 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.hands_off.remove(name := data.draw(st.sampled_from(held)))
         self.scheduler.release(name, self.now)
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: len(self.flights) <= self.overlaps)
     @rule()
     def schedule(self) -> None:
         self.now += 1
-        self.plan, events = self.scheduler.schedule(self.now)
-        if self.plan is not None:
-            assert self.plan.num_tokens <= CONFIG.max_batch_tokens
-            assert len(self.plan.pieces) <= CONFIG.max_num_seqs
-            assert len({p.sequence.sequence_id for p in self.plan.pieces}) == len(self.plan.pieces)
+        before = self.scheduler.num_preempted
+        plan, events = self.scheduler.schedule(self.now)
+        assert not self.flights or self.scheduler.num_preempted == before, "blocks of a running step were taken"
+        if plan is not None:
+            assert plan.num_tokens <= CONFIG.max_batch_tokens
+            assert len(plan.pieces) <= CONFIG.max_num_seqs
+            assert len({p.sequence.sequence_id for p in plan.pieces}) == len(plan.pieces)
+            blocks = {p.sequence.sequence_id: list(p.sequence.block_ids) for p in plan.pieces}
+            self.flights.append(Flight(plan, self.runner.launch(plan), blocks))
         for event in events:
             assert isinstance(event, Started)
             assert event.sequence_id in self.hands_off
             assert len(event.block_ids) == CONFIG.blocks_for(self.specs[event.sequence_id].num_known_tokens)
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.flights)
     @rule()
     def apply(self) -> None:
-        plan, self.plan = self.plan, None
-        assert plan is not None
-        self.absorb(self.scheduler.apply(plan, self.runner.execute(plan), self.now))
+        flight = self.flights.pop(0)
+        self.absorb(self.scheduler.apply(flight.plan, flight.underway.result(), self.now))
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.flights)
     @rule()
     def fail(self) -> None:
-        plan, self.plan = self.plan, None
-        assert plan is not None
-        self.absorb(self.scheduler.fail(plan, InternalError("boom"), self.now))
+        flight = self.flights.pop(0)
+        if self.overlaps:
+            self.runner.late_error = InternalError("boom")
+            with pytest.raises(InternalError, match="boom"):
+                flight.underway.result()
+        self.absorb(self.scheduler.fail(flight.plan, InternalError("boom"), self.now))
 
     def absorb(self, events: list[EngineEvent]) -> None:
         for event in events:
@@ -181,14 +212,14 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.open.remove(event.sequence_id)
 
     def blocks_in_flight(self) -> set[int]:
-        return {b for p in self.plan.pieces for b in p.sequence.block_ids} if self.plan is not None else set()
+        return {b for flight in self.flights for blocks in flight.blocks.values() for b in blocks}
 
     @invariant()
     def consistent(self) -> None:
         self.scheduler.check()
-        if self.plan is not None:
-            owned = {b for line in self.pool.ledger(0.0) for b in self.pool.block_ids(line.owner)}
-            assert self.blocks_in_flight() <= owned, "a block of the running step was given back"
+        for flight in self.flights:
+            for owner, blocks in flight.blocks.items():
+                assert set(blocks) <= set(self.pool.block_ids(owner)), "a block of a running step was given back"
 
     def teardown(self) -> None:
         """Everything comes to an end once nothing new arrives."""
@@ -198,9 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(1000):
             for name in sorted(self.hands_off - self.open):
                 self.scheduler.release(name, self.now)
-            if self.plan is None:
+            if len(self.flights) <= self.overlaps:
                 self.schedule()
-            if self.plan is not None:
+            if self.flights:
                 self.apply()
             if not self.scheduler.num_sequences:
                 break
@@ -209,8 +240,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.pool.num_free == NUM_BLOCKS
 
 
+class OverlapMachine(SchedulerMachine):
+    overlaps = True
+
+
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=80, stateful_step_count=60, deadline=None)
+TestScheduler.settings = settings(max_examples=80, stateful_step_count=60)
+TestOverlap = OverlapMachine.TestCase
+TestOverlap.settings = settings(max_examples=80, stateful_step_count=60)
 
 
 def test_what_never_fits_is_refused_at_once() -> None:

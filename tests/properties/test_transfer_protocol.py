@@ -613,6 +613,5 @@ TestTransfer = TransferMachine.TestCase
 TestTransfer.settings = settings(
     max_examples=150,
     stateful_step_count=60,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

@@ -202,5 +202,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.finished is not None
 
 
-AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=60, stateful_step_count=40)
 TestAnyOrder = AnyOrder.TestCase

@@ -6,7 +6,6 @@ from baton.types import SamplingParams, SequenceSpec
 from engine.decode_graph import length_buckets, row_buckets
 from engine.draws import draws_of
 from engine.runner import decode_rows
-from engine.sampler import is_plain
 from engine.step import Piece, Sequence, StepPlan
 
 
@@ -32,15 +31,22 @@ def piece(num_prompt: int, num_generated: int, start: int, num_tokens: int = 1) 
 
 def test_only_newest_generated_tokens_are_decodes() -> None:
     decode = piece(3, 2, 4)
-    assert decode_rows(StepPlan((decode,))) == [(101, 4, 3, [7])]
+    assert decode_rows(StepPlan((decode,)), {}) == [(101, 4, 3, [7])]
     for other in (piece(1, 0, 0), piece(3, 2, 3), piece(3, 2, 3, 2), piece(4, 1, 3, 2)):
-        assert decode_rows(StepPlan((other,))) is None
-        assert decode_rows(StepPlan((decode, other))) is None
+        assert decode_rows(StepPlan((other,)), {}) is None
+        assert decode_rows(StepPlan((decode, other)), {}) is None
+
+
+def test_a_token_that_is_being_drawn_is_named_by_its_row() -> None:
+    fed = Piece(piece(3, 2, 4).sequence, 5, 1, samples=True)
+    assert fed.is_fed
+    assert decode_rows(StepPlan((piece(3, 2, 4), fed)), {"a": 6}) == [(101, 4, 3, [7]), (~6, 5, 3, [7])]
 
 
 def test_what_the_device_draws() -> None:
-    def sequence(**options: object) -> Sequence:
-        return Sequence(SequenceSpec("a", (1, 2, 3), SamplingParams(max_tokens=9, **options)))  # type: ignore[arg-type]
+    def sequence(**options: object) -> Piece:
+        spec = SequenceSpec("a", (1, 2, 3), SamplingParams(max_tokens=9, **options))  # type: ignore[arg-type]
+        return Piece(Sequence(spec), 0, 3, samples=True)
 
     plain = sequence(seed=2**64 - 1, top_k=2**40, top_p=0.5, min_p=0.25, min_tokens=1)
     hosts = [
@@ -50,14 +56,14 @@ def test_what_the_device_draws() -> None:
             {"frequency_penalty": 0.1}, {"min_tokens": 1, "stop_token_ids": (4,)},
         )
     ]  # fmt: skip
-    assert is_plain(plain)
-    assert not any(is_plain(s) for s in hosts)
+    assert plain.is_plain
+    assert not any(piece.is_plain for piece in hosts)
     draws = draws_of([plain, *hosts, sequence(seed=1, temperature=0.0)])
     assert draws.temperature.tolist() == [1.0] + [0.0] * 7
     assert (draws.seed[0], draws.top_k[0], draws.position[0]) == (-1, 2**31 - 1, 3)
     assert (draws.top_p[0], draws.min_p[0]) == (0.5, 0.25)
-    # Once a stop token is allowed, nothing is changed any more.
-    later = sequence(seed=1, min_tokens=1, stop_token_ids=(4,))
-    later.token_ids.append(9)
-    assert is_plain(later)
+    # Once a stop token is allowed, nothing is changed any more, known to the host or not.
+    later = Piece(sequence(seed=1, min_tokens=1, stop_token_ids=(4,)).sequence, 3, 1, samples=True)
+    assert later.is_plain
+    assert draws_of([later]).position.tolist() == [4]
     assert draws_of([]).seed.shape == (0,)

@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvtransfer_pair import LAYOUT, Pair, fake_device, pair, token
 
@@ -74,7 +74,7 @@ async def one_run(transport: str, seed: int, mischief: str, end: str, *, is_laye
 
 
 @pytest.mark.parametrize("transport", ["cuda_ipc", "tcp"])
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25)
 @given(st.integers(0, 1 << 30), st.sampled_from(MISCHIEF), st.sampled_from(ENDS), st.booleans())
 def test_kv_arrives_whole_or_not_at_all(transport: str, seed: int, mischief: str, end: str, is_layerwise: bool) -> None:
     asyncio.run(one_run(transport, seed, mischief, end, is_layerwise=is_layerwise))

@@ -29,7 +29,7 @@ def aligned(num_bytes: int) -> np.ndarray:
     return raw[skip : skip + num_bytes]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(1, 5), st.integers(0, 3)), min_size=1, max_size=6),
     st.integers(1, 9),

@@ -96,7 +96,7 @@ def expected_digest(memory: ByteArray, layer: int, block_ids: Sequence[int]) -> 
     return xxhash.xxh3_128_digest(b"".join(xxhash.xxh3_128_intdigest(s).to_bytes(16, sys.byteorder) for s in segments))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(st.integers(0, len(BLOCK_IDS)), max_size=5), st.permutations(range(6)), st.integers(1, len(BLOCK_IDS)))
 def test_digest_does_not_depend_on_how_the_writes_were_cut(cuts: list[int], order: list[int], num_blocks: int) -> None:
     assert STEP == 4, "the lists here are made for it"

@@ -17,16 +17,18 @@ from kvtransfer.arena import Arena
 from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.transports import shm, tcp
 from kvtransfer.transports.fake import Mischief
+from kvtransfer.transports.tcp_receiver import TcpReceiver
 from kvtransfer.writing import as_bytes
 
 TOKEN = bytes(range(32))
 SIZE = LAYOUT.block_bytes
+BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 
 
 class Streams:
     """A TcpReceiver with channel 1 on offer, and raw client sockets."""
 
-    def __init__(self, plane: tcp.TcpReceiver, memory: np.ndarray) -> None:
+    def __init__(self, plane: TcpReceiver, memory: np.ndarray) -> None:
         self.plane, self.memory = plane, memory
         self.gone: list[int] = []
         self.quiet: list[int] = []
@@ -36,22 +38,22 @@ class Streams:
     async def connect(self, token: bytes = TOKEN) -> socket.socket:
         host, port = self.endpoint.split(":")
         stream = await asyncio.to_thread(socket.create_connection, (host, int(port)), 5)
-        stream.sendall(tcp._PREAMBLE.pack(tcp._MAGIC, token, 0))
+        stream.sendall(tcp.PREAMBLE.pack(tcp.MAGIC, token, 0))
         return stream
 
     async def send(self, stream: socket.socket, *head: int, payload: bytes) -> int:
         """Send one frame; the status it is acknowledged with."""
-        stream.sendall(tcp._FRAME.pack(*head, len(payload)) + payload)
-        answer = await asyncio.to_thread(stream.recv, tcp._ACK.size)
-        assert tcp._ACK.unpack(answer)[0] == head[0]
-        return int(tcp._ACK.unpack(answer)[1])
+        stream.sendall(tcp.FRAME.pack(*head, len(payload)) + payload)
+        answer = await asyncio.to_thread(stream.recv, tcp.ACK.size)
+        assert tcp.ACK.unpack(answer)[0] == head[0]
+        return int(tcp.ACK.unpack(answer)[1])
 
 
 @contextlib.asynccontextmanager
 async def streams() -> AsyncIterator[Streams]:
     memory = np.zeros(LAYOUT.total_bytes, dtype=np.uint8)
     made: list[Streams] = []
-    plane = tcp.TcpReceiver(
+    plane = TcpReceiver(
         memory,
         LAYOUT,
         advertised_host="127.0.0.1",
@@ -96,7 +98,7 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
             assert await s.send(stream, 9, 0, 1, 0, 1, payload=block) == 1, "late"
             assert not s.memory.any()
             assert len(s.frames) == 1, "what was refused is not told"
-            stream.sendall(tcp._FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
+            stream.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
             assert await asyncio.to_thread(stream.recv, 1) == b"", "an absurd size ends the stream"
         await asyncio.sleep(0.05)
         assert s.gone == [1]
@@ -106,14 +108,14 @@ async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
     async with streams() as s:
         with await s.connect() as stream:
             s.plane.open_epoch(1, 9, (0, 1))
-            stream.sendall(tcp._FRAME.pack(9, 0, 1, 0, 1, SIZE) + b"x" * 100)
+            stream.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, SIZE) + b"x" * 100)
             await asyncio.sleep(0.1)
             assert not s.plane.close_epoch(1, 9)
             stream.sendall(b"x" * (SIZE - 100))
             await asyncio.sleep(0.1)
             assert s.quiet == [9]
             s.plane.open_epoch(1, 10, (0, 1))
-            stream.sendall(tcp._FRAME.pack(10, 0, 1, 0, 1, SIZE) + b"x" * 100)
+            stream.sendall(tcp.FRAME.pack(10, 0, 1, 0, 1, SIZE) + b"x" * 100)
             await asyncio.sleep(0.1)
             assert not s.plane.close_epoch(1, 10)
             s.plane.drop(1)
@@ -173,6 +175,29 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
         plane.drop(2)
         assert gone == [1, 2], "nobody ever came"
         await plane.close()
+
+
+@pytest.mark.parametrize(("host", "is_same"), [("127.0.0.1", True), ("127.0.0.2", False)])
+def test_little_is_in_flight_between_ends_of_one_host(host: str, is_same: bool) -> None:
+    with (
+        socket.create_server((host, 0)) as server,
+        socket.create_connection(server.getsockname()[:2], source_address=("127.0.0.1", 0)) as left,
+    ):
+        right, _ = server.accept()
+        with right:
+            before = left.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            for end in (left, right):
+                tcp.tune(end)
+            sizes = [end.getsockopt(socket.SOL_SOCKET, option) for end in (left, right) for option in BUFFERS]
+            assert (len(set(sizes)) == 1 and sizes[0] <= 2 * (208 << 10)) == is_same
+            assert is_same or left.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF) == before, "the kernel's to tune"
+            if is_same:
+                left.setblocking(False)
+                num_bytes = 0
+                with contextlib.suppress(BlockingIOError):
+                    while num_bytes < 8 << 20:
+                        num_bytes += left.send(bytes(64 << 10))
+                assert num_bytes < 1 << 20, "less than a core's cache"
 
 
 def test_mischief_is_read_and_checked() -> None:

@@ -71,9 +71,13 @@ class Recorder:
 
 
 @contextmanager
-def replica(gate: Gate | None = None, *, max_batch_tokens: int = 16) -> Iterator[tuple[Replica, FakeRunner]]:
+def replica(
+    gate: Gate | None = None, *, max_batch_tokens: int = 16, overlaps: bool = False
+) -> Iterator[tuple[Replica, FakeRunner]]:
     runner = (
-        FakeRunner(LAYOUT) if gate is None else FakeRunner(LAYOUT, step_delay_s=LAYOUT.num_layers, pause=gate.pause)
+        FakeRunner(LAYOUT, overlaps=overlaps)
+        if gate is None
+        else FakeRunner(LAYOUT, step_delay_s=LAYOUT.num_layers, pause=gate.pause, overlaps=overlaps)
     )
     config = SchedulerConfig(block_tokens=4, max_batch_tokens=max_batch_tokens, max_num_seqs=8, max_model_tokens=200)
     engine = Replica(
@@ -108,6 +112,73 @@ def test_tokens_of_several_sequences_in_one_call_per_step() -> None:
         assert engine.num_sequences == 0
         assert engine.stats().num_tokens == sum(5 + i + 5 for i in range(3))
     assert sorted(runner.forgotten) == ["s0", "s1", "s2"]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_tokens_are_the_same_with_steps_that_overlap(overlaps: bool) -> None:
+    inbox = Inbox()
+    kinds: list[dict[str, object]] = [{}, {"temperature": 1.0}, {"logprobs": 1}, {"repetition_penalty": 1.2}]
+    with replica(overlaps=overlaps) as (engine, runner):
+        specs = []
+        # Alone at first, where nothing is left to the host; the last two are in steps that nothing overlaps.
+        for kind in (*kinds[:2], *kinds[:2], *kinds):
+            sampling = SamplingParams(**{"temperature": 0.0, **kind}, seed=3, max_tokens=12, stop_token_ids=range(400))  # type: ignore[arg-type]
+            specs.append(SequenceSpec(f"s{len(specs)}", (*range(1, 5 + len(specs)),), sampling))
+        for some in (specs[:4], specs[4:]):
+            found: dict[str, list[int]] = {s.sequence_id: [] for s in some}
+            for s in some:
+                engine.submit(s, hands_off=False, listener=inbox.listen)
+            while found != {s.sequence_id: expected_tokens(s, LAYOUT) for s in some}:
+                event = inbox.next()
+                assert isinstance(event, Output)
+                found[event.sequence_id] += event.chunk.token_ids
+        assert engine.num_sequences == 0
+        assert engine.ledger()[1] == LAYOUT.num_blocks
+        assert (runner.num_fed > 10) == (runner.num_overlapped > 5) == overlaps
+
+
+@pytest.mark.parametrize("when", ["launch", "result"])
+def test_a_step_that_fails_beside_another_leaves_nothing_behind(when: str) -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate, overlaps=True) as (engine, runner):
+        engine.submit(spec("a"), hands_off=False, listener=inbox.listen)
+        # The first step computes, the second one is launched behind it.
+        gate.wait()
+        assert runner.num_overlapped == 1
+        if when == "launch":
+            runner.next_error = RuntimeError("out of luck")
+        else:
+            runner.late_error = RuntimeError("out of luck")
+        gate.opened.release(10_000)
+        while isinstance(event := inbox.next(), Output):
+            pass
+        assert isinstance(event, Failed)
+        assert "out of luck" in event.failure.message
+        engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
+        assert inbox.tokens() == expected_tokens(spec("b"), LAYOUT)
+        assert engine.stats().num_failed_steps == 1
+        assert engine.ledger()[1] == 64
+
+
+def test_cancel_with_two_steps_under_way_frees_after_both() -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate, overlaps=True) as (engine, runner):
+        engine.submit(spec("a", 8), hands_off=False, listener=inbox.listen)
+        gate.wait()
+        engine.cancel("a")
+        assert engine.ledger()[1] == 61
+        gate.opened.release(LAYOUT.num_layers - 1)
+        for _ in range(LAYOUT.num_layers - 1):
+            gate.wait()
+        gate.opened.release()
+        # In the second step, which has its blocks.
+        gate.wait()
+        assert runner.num_steps == 2
+        assert engine.ledger()[1] == 61
+        gate.opened.release(10_000)
+        engine.submit(spec("b"), hands_off=False, listener=inbox.listen)
+        assert inbox.tokens() == expected_tokens(spec("b"), LAYOUT)
+        assert engine.ledger()[1] == 64
 
 
 def test_layers_are_told_as_they_are_done_and_all_before_the_token() -> None:

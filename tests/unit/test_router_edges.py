@@ -22,7 +22,8 @@ from baton.observe import Lifeline
 from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.flow import FlowConfig, Outcome, OutcomeKind
+from router.flow import FlowConfig
+from router.flow_messages import Outcome, OutcomeKind
 from router.serve import listen
 from router.stream import Pacer, TokenStream
 from tests.unit.router_support import router_beside, until

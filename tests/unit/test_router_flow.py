@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from router import flow as f
+from router import flow_messages as f
+from router.flow import Flow, FlowConfig
 from router.policy import Placement
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
@@ -13,15 +14,15 @@ SPLIT = Placement("p", "d")
 REPORT = TransferReport("shm", False, 4096, 1, 0.01, 0.005)
 
 
-def begin(sampling: SamplingParams = SAMPLING, **config: float) -> f.Flow:
-    flow = f.Flow(
-        "r", 0, (1, 2), sampling, arrived_s=0.0, deadline_s=100.0, config=f.FlowConfig(**config)  # type: ignore[arg-type]
+def begin(sampling: SamplingParams = SAMPLING, **config: float) -> Flow:
+    flow = Flow(
+        "r", 0, (1, 2), sampling, arrived_s=0.0, deadline_s=100.0, config=FlowConfig(**config)  # type: ignore[arg-type]
     )  # fmt: skip
     assert flow.handle(f.Begin(), 0.0) == [f.Enqueue(is_rerun=False)]
     return flow
 
 
-def spec(flow: f.Flow, attempt: int = 0, generated: tuple[int, ...] = ()) -> SequenceSpec:
+def spec(flow: Flow, attempt: int = 0, generated: tuple[int, ...] = ()) -> SequenceSpec:
     return SequenceSpec(f"r/0/{attempt}", (1, 2), flow.sampling, generated)
 
 
@@ -33,7 +34,7 @@ def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishRea
     return f.Tokens(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
 
 
-def prefilling(**config: float) -> f.Flow:
+def prefilling(**config: float) -> Flow:
     flow = begin(**config)  # type: ignore[arg-type]
     flow.handle(f.Placed(SPLIT), 0.0)
     flow.handle(f.Reserved(lease()), 0.0)
@@ -58,7 +59,7 @@ def test_split_life() -> None:
     assert flow.handle(tokens("d", 4, 11), 5.0) == []
 
 
-def settling() -> f.Flow:
+def settling() -> Flow:
     flow = prefilling()
     flow.handle(tokens("p", 0, 7), 1.0)
     assert flow.handle(tokens("d", 1, 8, 9, 10, finish=FinishReason.LENGTH), 1.5) == [f.Deliver((8, 9, 10), ())]
@@ -72,7 +73,7 @@ def settling() -> f.Flow:
         (f.HandedOff("r/0/0", REPORT), 1.6),
         (f.NodeLost("p", "died"), 1.6),
         (f.Cancel("client left"), 1.6),
-        (f.Tick(), 1.5 + f.FlowConfig().report_timeout_s),
+        (f.Tick(), 1.5 + FlowConfig().report_timeout_s),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
@@ -44,7 +44,6 @@ SIZES = st.lists(st.integers(1, 5), max_size=40)
 
 
 @given(ids=IDS, sizes=SIZES)
-@settings(deadline=None)
 def test_any_tokens_in_any_chunks_give_the_tokenizers_own_text(
     tokenizer: Tokenizer, ids: list[int], sizes: list[int]
 ) -> None:
@@ -54,7 +53,6 @@ def test_any_tokens_in_any_chunks_give_the_tokenizers_own_text(
 
 
 @given(text=st.text(max_size=30), sizes=SIZES)
-@settings(deadline=None)
 def test_valid_text_never_shows_a_broken_character(tokenizer: Tokenizer, text: str, sizes: list[int]) -> None:
     text = text.replace("\ufffd", "")
     ids = list(tokenizer.encode(text, add_special_tokens=False))

@@ -72,6 +72,105 @@ def test_a_prompt_runs_in_chunks_that_end_on_block_boundaries_then_decodes() -> 
     assert s.take_gone() == ["a"]
 
 
+def launch(s: Scheduler) -> StepPlan:
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    return plan
+
+
+def land(s: Scheduler, plan: StepPlan, token: int = 1) -> list[EngineEvent]:
+    events = s.apply(plan, drawn(plan, token), 0.0)
+    s.check()
+    return events
+
+
+def test_a_step_is_planned_over_tokens_that_are_being_drawn() -> None:
+    s = scheduler()
+    s.add(spec("a", 21, max_tokens=3), hands_off=False, now=0.0)
+    first, second = launch(s), launch(s)
+    assert shape(first) == [("a", 0, 16, False)]
+    assert shape(second) == [("a", 16, 5, True)]
+    assert not second.pieces[0].is_fed
+    land(s, first)
+    third = launch(s)
+    assert shape(third) == [("a", 21, 1, True)]
+    assert third.pieces[0].is_fed
+    (output,) = land(s, second, 7)
+    assert isinstance(output, Output)
+    assert (output.chunk.token_ids, output.prefill is None) == ((7,), False)
+    assert not third.pieces[0].is_fed
+    # The third token is the last whatever the second one is.
+    fourth = launch(s)
+    assert shape(fourth) == [("a", 22, 1, True)]
+    land(s, third)
+    assert s.schedule(0.0) == (None, [])
+    (output,) = land(s, fourth)
+    assert isinstance(output, Output)
+    assert output.chunk.finish_reason is FinishReason.LENGTH
+    assert (s.pool.num_free, s.num_sequences) == (64, 0)
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel", "fail"])
+def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> None:
+    s = scheduler()
+    s.add(spec("a", 4, stop=(9,)), hands_off=False, now=0.0)
+    s.add(spec("b", 4), hands_off=False, now=0.0)
+    first, second = launch(s), launch(s)
+    assert s.pool.num_used == 4
+    if how == "cancel":
+        s.cancel("a", 0.0)
+    events = s.fail(first, InternalError("boom"), 0.0) if how == "fail" else land(s, first, 9)
+    assert len(events) == (1 if how == "cancel" else 2)
+    # Its blocks stay until the second step is over; nobody gets them before.
+    assert s.is_in_flight("a")
+    assert s.pool.num_used == 4
+    third, _ = s.schedule(0.0)
+    assert (third is None) == (how == "fail")
+    events = land(s, second)
+    assert [e.sequence_id for e in events] == ([] if how == "fail" else ["b"])
+    assert "a" not in s.pool
+    assert s.take_gone() == (["a", "b"] if how == "fail" else ["a"])
+    if third is not None:
+        assert shape(third) == [("b", 5, 1, True)]
+        land(s, third)
+    s.cancel("b", 0.0)
+    assert s.pool.num_free == 64
+
+
+def test_no_step_is_planned_over_a_token_that_the_host_draws() -> None:
+    s = scheduler()
+    hosts = SamplingParams(temperature=0.0, seed=0, max_tokens=4, min_tokens=2, stop_token_ids=(9,))
+    s.add(SequenceSpec("a", (1, 2), hosts), hands_off=False, now=0.0)
+    s.add(spec("b", 3), hands_off=False, now=0.0)
+    for _ in range(2):
+        plan = launch(s)
+        s.add(spec(f"late{s.num_sequences}", 3), hands_off=True, now=0.0)
+        assert s.schedule(0.0) == (None, [])
+        land(s, plan)
+    # From the third token on no stop token is banned any more.
+    first = launch(s)
+    assert [name for name, *_ in shape(first)] == ["a", "b", "late3"]
+    second = launch(s)
+    assert shape(second) == [("a", 4, 1, True), ("b", 5, 1, True)]
+    land(s, first)
+    land(s, second)
+
+
+def test_a_step_that_does_not_wait_takes_blocks_from_nobody() -> None:
+    s = scheduler(num_blocks=4)
+    s.add(spec("a", 7, max_tokens=9), hands_off=False, now=0.0)
+    s.add(spec("b", 7, max_tokens=9), hands_off=False, now=0.0)
+    first, second = launch(s), launch(s)
+    assert shape(second) == [("a", 7, 1, True), ("b", 7, 1, True)]
+    land(s, first)
+    assert s.schedule(0.0) == (None, [])
+    land(s, second)
+    third = launch(s)
+    assert shape(third) == [("a", 8, 1, True)]
+    assert s.num_preempted == 1
+    land(s, third)
+
+
 def test_decodes_are_in_every_step_and_prompts_fill_the_rest_in_order() -> None:
     s = scheduler()
     s.add(spec("a", 3), hands_off=False, now=0.0)

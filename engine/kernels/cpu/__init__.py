@@ -32,6 +32,10 @@ class CpuKernels:
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return CpuLinear(self._isa, weight, bias)
 
+    def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
+        assert drawn is None, "the host draws"
+        return table[token_ids]
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(self._isa, x, None, weight, eps)
 

@@ -23,7 +23,7 @@ from engine.config import ModelConfig
 from engine.kernels.interface import Attention, Draws, Linear
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
-from engine.kernels.triton.pointwise import add_rms_norm, rms_norm, rope_store, silu_mul
+from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import Chunk, list_tiles, paged_prefill_attention, tiles_on
 from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.tuning import GemmPlan, Tuning, load
@@ -69,6 +69,9 @@ class TritonKernels:
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=True)
+
+    def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
+        return embed(table, token_ids, drawn)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return rms_norm(x, weight, eps)

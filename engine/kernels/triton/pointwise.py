@@ -108,7 +108,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
 def _embed_kernel(
     p_out,  # [rows, columns]
     p_table,  # [vocabulary, columns]
-    p_token,  # [rows]
+    p_token,  # [rows] int64
+    p_drawn,  # [draws] int64: what a token ~i stands for
     columns,
     BLOCK: tl.constexpr,
 ):
@@ -116,17 +117,20 @@ def _embed_kernel(
     b_column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_column = b_column < columns
     token = tl.load(p_token + i_row).to(tl.int64)
+    token = tl.load(p_drawn + (-1 - token), mask=token < 0, other=token)
     b_value = tl.load(p_table + token * columns + b_column, mask=m_column)
     tl.store(p_out + i_row * columns + b_column, b_value, mask=m_column)
 
 
-def embed(table: Tensor, token_ids: Tensor) -> Tensor:
-    """Rows of ``table`` [vocabulary, features] by id."""
+def embed(table: Tensor, token_ids: Tensor, drawn: Tensor | None = None) -> Tensor:
+    """Rows of ``table`` [vocabulary, features] by id; an id ~i stands for ``drawn[i]``."""
     rows, columns = len(token_ids), table.shape[1]
     out = table.new_empty(rows, columns)
     if rows:
         block = min(_COLUMNS, triton.next_power_of_2(columns))
-        _embed_kernel[(rows, triton.cdiv(columns, block))](out, table, token_ids, columns, BLOCK=block, num_warps=4)
+        _embed_kernel[(rows, triton.cdiv(columns, block))](
+            out, table, token_ids, token_ids if drawn is None else drawn, columns, BLOCK=block, num_warps=4
+        )
     return out
 
 

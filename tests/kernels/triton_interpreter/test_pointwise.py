@@ -44,6 +44,8 @@ def test_embed_takes_rows(dtype: torch.dtype) -> None:
     ids = torch.tensor([6, 0, 3, 3])
     assert torch.equal(embed(table, ids), table[ids])
     assert embed(table, ids[:0]).shape == (0, 1100)
+    drawn = torch.tensor([0, 6, 5])
+    assert torch.equal(embed(table, torch.tensor([3, ~2, ~1]), drawn), table[[3, 5, 6]])
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -5,13 +5,21 @@ Nothing is recorded under the interpreter; the same code runs on the same padded
 
 from __future__ import annotations
 
+import queue
+from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 
+from baton.clock import MonotonicClock
+from baton.types import SequenceSpec
+from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
 from engine.sampler import Sampler
+from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
@@ -40,6 +48,76 @@ def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:
     assert tokens == plain_tokens
     for (_, ours), (_, theirs) in zip(recorded, plain, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@dataclass
+class Counting:
+    """The runner, with or without overlap; counts tokens that never passed the host on their way to the next step."""
+
+    runner: Runner
+    overlaps: bool
+    num_fed: int = 0
+
+    def launch(self, plan: StepPlan, on_layer: object = None) -> StepUnderway:
+        self.num_fed += sum(p.is_fed for p in plan.pieces)
+        return self.runner.launch(plan, on_layer)  # type: ignore[arg-type]
+
+    def forget(self, sequence_id: str) -> None:
+        self.runner.forget(sequence_id)
+
+
+@pytest.mark.parametrize("max_graph_seqs", [4, 0])
+def test_steps_that_overlap_give_the_same_tokens(tmp_path: Path, max_graph_seqs: int) -> None:
+    """Chunked prompts, stop tokens, memory that runs out, and rows that the host draws."""
+    case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
+    config = EngineConfig(
+        dtype="float32", block_tokens=16, num_blocks=7, kernels="triton", max_num_seqs=5, max_graph_seqs=max_graph_seqs
+    )
+    runner = Runner.load(case.save(tmp_path / "model"), config)
+    plain = [
+        spec("a", random_prompt(30, VOCAB_SIZE), max_tokens=6),
+        spec("b", random_prompt(3, VOCAB_SIZE), max_tokens=9, temperature=1.0, seed=7),
+        spec("c", random_prompt(17, VOCAB_SIZE), max_tokens=9, stop_token_ids=tuple(range(0, VOCAB_SIZE, 3))),
+        spec("d", random_prompt(30, VOCAB_SIZE, 1), max_tokens=5, temperature=0.7, seed=8, top_p=0.9),
+    ]
+    hosts = [
+        spec("e", random_prompt(4, VOCAB_SIZE), max_tokens=4, repetition_penalty=1.3),
+        spec("f", random_prompt(5, VOCAB_SIZE), max_tokens=5, min_tokens=2, stop_token_ids=(1, 2)),
+        spec("g", random_prompt(6, VOCAB_SIZE), max_tokens=3, logprobs=2),
+    ]
+    (alone, _), (overlapped, num_fed) = (_serve(Counting(runner, o), [plain, hosts]) for o in (False, True))
+    assert alone == overlapped
+    assert num_fed > 5
+
+
+def _serve(runner: Counting, waves: list[list[SequenceSpec]]) -> tuple[dict[str, list[object]], int]:
+    pool = BlockPool(runner.runner.layout.num_blocks)
+    limits = SchedulerConfig(block_tokens=16, max_model_tokens=100, max_batch_tokens=24, max_num_seqs=5, watermark=0.0)
+    scheduler = Scheduler(limits, pool)
+    engine = Replica(runner, scheduler, num_layers=runner.runner.layout.num_layers, clock=MonotonicClock())
+    heard: queue.Queue[EngineEvent] = queue.Queue()
+
+    def listen(events: list[EngineEvent]) -> None:
+        for event in events:
+            heard.put(event)
+
+    found: dict[str, list[object]] = {}
+    engine.start()
+    try:
+        for wave in waves:
+            for one in wave:
+                engine.submit(one, hands_off=False, listener=listen)
+            num_open = len(wave)
+            while num_open:
+                event = heard.get(timeout=60)
+                assert isinstance(event, Output)
+                found.setdefault(event.sequence_id, []).append((event.chunk.token_ids, event.chunk.logprobs))
+                num_open -= event.chunk.finish_reason is not None
+        engine.check()
+        assert pool.num_free == pool.num_blocks
+    finally:
+        assert engine.stop(30)
+    return found, runner.num_fed
 
 
 def test_a_graph_is_as_large_as_it_must_be(tmp_path: Path) -> None:
@@ -73,7 +151,7 @@ def test_the_device_draws_what_the_sampler_would_and_leaves_it_the_rest(tmp_path
         assert told == list(range(runner.layout.num_layers)) * is_told
         assert launched.host_rows == (3, 4, 5, 6)
         expected = sampler.sample(launched.logits.clone(), launched.sequences)
-        found = runner.result(launched).sampled
+        found = launched.result().sampled
         assert found == expected
         for s in sequences:
             s.num_computed = len(s.token_ids)

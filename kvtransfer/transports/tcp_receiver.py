@@ -1,0 +1,327 @@
+"""The receiving end of tcp streams: one thread each, recv_into the target cache, no copy in between.
+
+Knows which leases are live and lets no frame reach a byte outside them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from baton.errors import BatonError
+from baton.types import KvLayout
+from kvtransfer import staged
+from kvtransfer.digest import ByteArray
+from kvtransfer.host import keep_apart
+from kvtransfer.memory import CacheMemory, DeviceMemory
+from kvtransfer.plan import Span, spans
+from kvtransfer.transports.tcp import ACK, FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, receive_all, tune
+
+_MAX_FRAME_BYTES = 64 << 20
+_MAX_STREAMS = 64
+_SCRATCH_BYTES = 256 << 10
+_HELLO_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True)
+class _Epoch:
+    channel: int
+    block_ids: Sequence[int]
+    num_writing: int = 0
+    is_closed: bool = False
+
+
+@dataclass(slots=True)
+class _Streams:
+    """Sockets of one channel and the number of threads that serve them."""
+
+    token: bytes
+    sockets: list[socket.socket] = field(default_factory=list)
+    num_threads: int = 0
+    is_dropped: bool = False
+
+
+class TcpReceiver:
+    """Accepts streams with a channel's token and fills the cache from them, one thread per stream.
+
+    Methods on the event loop; the callbacks are called there too.
+    """
+
+    name = NAME
+    is_one_sided = False
+
+    def __init__(
+        self,
+        memory: CacheMemory,
+        layout: KvLayout,
+        *,
+        advertised_host: str,
+        listen_host: str,
+        on_frame: Callable[[int, int, int, int], None] | None,
+        on_writer_gone: Callable[[int], None],
+        on_quiet: Callable[[int], None],
+    ) -> None:
+        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread, before the acknowledgement."""
+        self._memory = memory
+        self._layout = layout
+        self._advertised_host = advertised_host
+        self._listen_host = listen_host or advertised_host.strip("[]")
+        self._on_frame = on_frame
+        self._on_writer_gone = on_writer_gone
+        self._on_quiet = on_quiet
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._threads: set[threading.Thread] = set()
+        # Shared with the stream threads.
+        self._lock = threading.Lock()
+        self._epochs: dict[int, _Epoch] = {}
+        self._channels: dict[int, _Streams] = {}
+
+    async def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+        found = await loop.getaddrinfo(self._listen_host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setblocking(False)
+        listener.bind(address)
+        listener.listen(256)
+        self._listener = listener
+        self._accepting = loop.create_task(self._accept(listener))
+
+    @property
+    def port(self) -> int:
+        assert self._listener is not None, "not started"
+        return int(self._listener.getsockname()[1])
+
+    def offer(self, channel: int, token: bytes) -> str:
+        with self._lock:
+            self._channels[channel] = _Streams(token)
+        return f"{self._advertised_host}:{self.port}"
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            connection, _ = await loop.sock_accept(listener)
+            if len(self._greetings) >= _MAX_STREAMS:
+                connection.close()
+                continue
+            task = loop.create_task(self._greet(connection))
+            self._greetings.add(task)
+            task.add_done_callback(self._greetings.discard)
+
+    async def _greet(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        raw = bytearray()
+        try:
+            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+                while len(raw) < PREAMBLE.size:
+                    part = await loop.sock_recv(connection, PREAMBLE.size - len(raw))
+                    if not part:
+                        raise ConnectionError("closed before its preamble")
+                    raw += part
+        except (TimeoutError, OSError):
+            connection.close()
+            return
+        except asyncio.CancelledError:
+            connection.close()
+            raise
+        magic, token, number = PREAMBLE.unpack(raw)
+        with self._lock:
+            channel = next((n for n, s in self._channels.items() if s.token == token and not s.is_dropped), None)
+            is_welcome = magic == MAGIC and channel is not None
+            is_welcome = is_welcome and len(self._channels[channel or 0].sockets) < _MAX_STREAMS
+            if is_welcome and channel is not None:
+                self._channels[channel].sockets.append(connection)
+                self._channels[channel].num_threads += 1
+        if channel is None or not is_welcome:
+            logging.getLogger(__name__).warning("refused a data stream without a valid token")
+            connection.close()
+            return
+        connection.setblocking(True)
+        tune(connection)
+        name = f"baton-kv-recv-{channel}"
+        thread = threading.Thread(target=self._serve, args=(channel, number, connection), name=name, daemon=True)
+        with self._lock:
+            self._threads.add(thread)
+        thread.start()
+
+    # Fences. Event loop, except where said.
+
+    def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None:
+        with self._lock:
+            self._epochs[epoch] = _Epoch(channel, block_ids)
+
+    def close_epoch(self, channel: int, epoch: int) -> bool:
+        with self._lock:
+            found = self._epochs.get(epoch)
+            if found is None:
+                return True
+            found.is_closed = True
+            if found.num_writing:
+                return False
+            del self._epochs[epoch]
+            return True
+
+    def _enter(self, channel: int, epoch: int) -> Sequence[int] | None:
+        """Stream thread: the lease's blocks if a frame may be written into them now."""
+        with self._lock:
+            found = self._epochs.get(epoch)
+            if found is None or found.is_closed or found.channel != channel:
+                return None
+            found.num_writing += 1
+            return found.block_ids
+
+    def _leave(self, epoch: int) -> None:
+        """Stream thread."""
+        with self._lock:
+            found = self._epochs[epoch]
+            found.num_writing -= 1
+            is_quiet = found.is_closed and found.num_writing == 0
+            if is_quiet:
+                del self._epochs[epoch]
+        if is_quiet:
+            self._tell(self._on_quiet, epoch)
+
+    def _tell(self, callback: Callable[[int], None], value: int) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to be told.
+            self._loop.call_soon_threadsafe(callback, value)
+
+    def drop(self, channel: int) -> None:
+        with self._lock:
+            streams = self._channels.get(channel)
+            if streams is None:
+                return
+            streams.is_dropped = True
+            is_gone = streams.num_threads == 0
+            if is_gone:
+                del self._channels[channel]
+            for connection in streams.sockets:
+                break_off(connection)
+        if is_gone:
+            self._on_writer_gone(channel)
+
+    # Stream threads.
+
+    def _serve(self, channel: int, number: int, connection: socket.socket) -> None:
+        keep_apart(number)
+        try:
+            connection.sendall(READY)
+            self._receive(channel, connection)
+        except (OSError, BatonError) as error:
+            logging.getLogger(__name__).info("data stream of channel %d ended: %s", channel, error)
+        finally:
+            self._ended(channel, connection)
+
+    def _ended(self, channel: int, connection: socket.socket) -> None:
+        """A channel that lost one stream loses all: its sender could not tell which frames arrived."""
+        with self._lock:
+            streams = self._channels[channel]
+            streams.num_threads -= 1
+            streams.is_dropped = True
+            streams.sockets.remove(connection)
+            for other in streams.sockets:
+                break_off(other)
+            is_gone = streams.num_threads == 0
+            if is_gone:
+                del self._channels[channel]
+            self._threads.discard(threading.current_thread())
+        connection.close()
+        if is_gone:
+            self._tell(self._on_writer_gone, channel)
+
+    def _receive(self, channel: int, connection: socket.socket) -> None:
+        head = bytearray(FRAME.size)
+        scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        while receive_all(connection, [memoryview(head)]):
+            epoch, layer, num_layers, first, num_blocks, num_bytes = FRAME.unpack(head)
+            if num_bytes > _MAX_FRAME_BYTES:
+                logging.getLogger(__name__).warning(
+                    "frame of %d bytes refused, at most %d", num_bytes, _MAX_FRAME_BYTES
+                )
+                return
+            block_ids = self._enter(channel, epoch)
+            if block_ids is None:
+                if not _discard(connection, scratch, num_bytes):
+                    return
+                connection.sendall(ACK.pack(epoch, 1))
+                continue
+            try:
+                is_inside = self._is_inside(block_ids, layer, num_layers, first, num_blocks, num_bytes)
+                if is_inside:
+                    is_whole = self._fill(connection, epoch, block_ids, layer, num_layers, first, num_blocks)
+                else:
+                    is_whole = _discard(connection, scratch, num_bytes)
+            finally:
+                self._leave(epoch)
+            if not is_whole:
+                return
+            connection.sendall(ACK.pack(epoch, int(not is_inside)))
+
+    def _is_inside(
+        self, block_ids: Sequence[int], layer: int, num_layers: int, first: int, num_blocks: int, num_bytes: int
+    ) -> bool:
+        """Whether a frame's payload lies inside the lease and has the size it says."""
+        inside = layer + num_layers <= self._layout.num_layers and first + num_blocks <= len(block_ids)
+        return inside and num_layers * num_blocks * self._layout.block_bytes == num_bytes
+
+    def _fill(
+        self,
+        connection: socket.socket,
+        epoch: int,
+        block_ids: Sequence[int],
+        layer: int,
+        num_layers: int,
+        first: int,
+        num_blocks: int,
+    ) -> bool:
+        """Receive a frame's payload; then it is digested, in one go for each layer."""
+        memory = self._memory
+        if isinstance(memory, DeviceMemory):
+            frame = staged.Frame(epoch, block_ids, layer, num_layers, first, num_blocks)
+            return staged.fill(memory, self._layout, frame, lambda v: receive_all(connection, [v]), self._on_frame)
+        layers = range(layer, layer + num_layers)
+        found = [span for i in layers for span in spans(self._layout, i, block_ids, first, num_blocks)]
+        if not receive_all(connection, _views(memory, found)):
+            return False
+        if self._on_frame is not None:
+            for i in layers:
+                self._on_frame(epoch, i, first, num_blocks)
+        return True
+
+    async def close(self) -> None:
+        tasks = [*self._greetings] if self._accepting is None else [self._accepting, *self._greetings]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+        with self._lock:
+            for streams in self._channels.values():
+                streams.is_dropped = True
+                for connection in streams.sockets:
+                    break_off(connection)
+            threads = list(self._threads)
+        for thread in threads:
+            await asyncio.to_thread(thread.join, 5.0)
+
+
+def _discard(connection: socket.socket, scratch: memoryview, num_bytes: int) -> bool:
+    while num_bytes:
+        part = scratch[: min(num_bytes, len(scratch))]
+        if not receive_all(connection, [part]):
+            return False
+        num_bytes -= len(part)
+    return True
+
+
+def _views(memory: ByteArray, found: Sequence[Span]) -> list[memoryview]:
+    whole = memory.data
+    return [whole[offset : offset + size] for offset, size in found]

@@ -1,0 +1,146 @@
+"""The sending end of tcp streams: one lane each, sendmsg from the source cache, no copy in between."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from baton.errors import InternalError, TransferFailed
+from kvtransfer import staged
+from kvtransfer.plan import spans
+from kvtransfer.transports.tcp import ACK, FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, send_all, tune
+from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
+
+
+class TcpWire:
+    """The streams to one receiver: one sending thread each, acknowledgements are read on the event loop."""
+
+    name = NAME
+    max_unit_bytes = 8 << 20
+
+    def __init__(self, streams: list[socket.socket], on_lost: Callable[[str], None]) -> None:
+        self.num_lanes = len(streams)
+        self._streams = streams
+        self._on_lost = on_lost
+        # Per stream, frames sent or being sent and not acknowledged, oldest first; and a half-read acknowledgement.
+        self._unacked: list[deque[Unit]] = [deque() for _ in streams]
+        self._partial = [bytearray() for _ in streams]
+        self._is_closing = False
+        self._lanes = Lanes("baton-kv-send", len(streams), write_unit)
+
+    @classmethod
+    async def connect(cls, endpoint: str, token: bytes, num_streams: int, on_lost: Callable[[str], None]) -> TcpWire:
+        """Raises TransferFailed if the receiver does not accept every stream."""
+        loop = asyncio.get_running_loop()
+        streams: list[socket.socket] = []
+        try:
+            for number in range(num_streams):
+                streams.append(await _open_stream(endpoint, token, number))
+        except OSError as error:
+            _close_all(streams)
+            raise TransferFailed(f"cannot open a data stream to {endpoint}: {error}") from error
+        except BaseException:
+            _close_all(streams)
+            raise
+        wire = cls(streams, on_lost)
+        for number, stream in enumerate(streams):
+            stream.setblocking(True)
+            loop.add_reader(stream, wire._on_readable, number, stream)
+        return wire
+
+    def submit(self, units: Sequence[Unit]) -> None:
+        self._lanes.submit(units)
+
+    def write(self, lane: int, unit: Unit) -> None:
+        job = unit.job
+        if job.plan is None:
+            raise InternalError("a unit was queued before its push had begun")
+        layout, block_ids = job.plan.src_layout, job.plan.src_block_ids
+        num_bytes = unit.num_layers * unit.num_blocks * layout.block_bytes
+        head = FRAME.pack(job.epoch, unit.layer, unit.num_layers, unit.first, unit.num_blocks, num_bytes)
+        views = [memoryview(head)]
+        self._unacked[lane].append(unit)
+        try:
+            if job.device_memory is not None:
+                send_all(self._streams[lane], views)
+                staged.read(job.device_memory, unit, lambda view: send_all(self._streams[lane], [view]))
+                return
+            layers = range(unit.layer, unit.layer + unit.num_layers)
+            for layer in layers:
+                found = spans(layout, layer, block_ids, unit.first, unit.num_blocks)
+                views += [job.read(offset, size).data for offset, size in found]
+            send_all(self._streams[lane], views)
+            for layer in layers:
+                # After the kernel has read them, which it does faster than a hash reads what is in no cache.
+                job.hash(layer, unit.first, unit.num_blocks)
+        except OSError as error:
+            raise TransferFailed(f"data stream broke: {error}") from error
+        except BaseException:
+            # What came next would be taken for the rest of this frame.
+            break_off(self._streams[lane])
+            raise
+
+    def _on_readable(self, lane: int, stream: socket.socket) -> None:
+        try:
+            data = stream.recv(ACK.size * 256, socket.MSG_DONTWAIT)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            asyncio.get_running_loop().remove_reader(stream)
+            self._on_lost("the receiver closed a data stream")
+            return
+        partial = self._partial[lane]
+        partial += data
+        for start in range(0, len(partial) - ACK.size + 1, ACK.size):
+            self._acknowledged(lane, *ACK.unpack_from(partial, start))
+        del partial[: len(partial) - len(partial) % ACK.size]
+
+    def _acknowledged(self, lane: int, epoch: int, status: int) -> None:
+        if not self._unacked[lane]:
+            self._on_lost("the receiver acknowledged a frame that was not sent")
+            return
+        unit = self._unacked[lane].popleft()
+        if status or epoch != unit.job.epoch:
+            unit.job.fail(refused_by_receiver())
+        else:
+            unit.job.landed(unit)
+
+    async def close(self) -> None:
+        if self._is_closing:
+            return
+        self._is_closing = True
+        loop = asyncio.get_running_loop()
+        for stream in self._streams:
+            loop.remove_reader(stream)
+            break_off(stream)
+        self._lanes.close()
+        await asyncio.to_thread(self._lanes.join, 5.0)
+        _close_all(self._streams)
+
+
+async def _open_stream(endpoint: str, token: bytes, number: int) -> socket.socket:
+    loop = asyncio.get_running_loop()
+    host, _, port = endpoint.rpartition(":")
+    found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    family, kind, protocol, _, address = found[0]
+    stream = socket.socket(family, kind, protocol)
+    try:
+        stream.setblocking(False)
+        await loop.sock_connect(stream, address)
+        tune(stream)
+        await loop.sock_sendall(stream, PREAMBLE.pack(MAGIC, token, number))
+        if await loop.sock_recv(stream, 1) != READY:
+            raise ConnectionError("the receiver refused it: token unknown or too many streams")
+    except BaseException:
+        stream.close()
+        raise
+    return stream
+
+
+def _close_all(streams: Sequence[socket.socket]) -> None:
+    for stream in streams:
+        stream.close()
