@@ -20,7 +20,7 @@ _CELL_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
+class Row:
     """What a device is told of a piece when the step is launched; ``tokens`` leaves out one that it drew itself."""
 
     sequence_id: str
@@ -34,7 +34,7 @@ class _Row:
     block_ids: tuple[int, ...]
 
     @classmethod
-    def of(cls, piece: Piece) -> _Row:
+    def of(cls, piece: Piece) -> Row:
         seq = piece.sequence
         return cls(
             seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
@@ -108,7 +108,7 @@ class FakeRunner:
         if error is not None:
             raise error
         self.num_steps += 1
-        rows = [_Row.of(p) for p in plan.pieces]
+        rows = [Row.of(p) for p in plan.pieces]
         if not self.overlaps:
             step = _Computed(lambda: self._compute(rows, on_layer))
             step.result()
@@ -123,7 +123,7 @@ class FakeRunner:
             on_layer(layer)
         return step
 
-    def _compute_next(self, rows: Sequence[_Row]) -> StepResult:
+    def _compute_next(self, rows: Sequence[Row]) -> StepResult:
         self._queue.popleft()
         result = self._compute(rows, None)
         # Others of the device's steps go on: it has what this one drew.
@@ -132,7 +132,7 @@ class FakeRunner:
             raise late
         return result
 
-    def _compute(self, rows: Sequence[_Row], on_layer: Callable[[int], None] | None) -> StepResult:
+    def _compute(self, rows: Sequence[Row], on_layer: Callable[[int], None] | None) -> StepResult:
         before, self._drawn = self._drawn, {}
         tokens = [r.tokens if len(r.tokens) == r.stop - r.start else (before[r.sequence_id],) for r in rows]
         for layer in range(self.layout.num_layers):
@@ -164,14 +164,14 @@ class FakeRunner:
             start += count
         return runs
 
-    def _write(self, layer: int, row: _Row, tokens: Sequence[int]) -> None:
+    def _write(self, layer: int, row: Row, tokens: Sequence[int]) -> None:
         for position, cell, count in self._runs(layer, row.block_ids, row.start, row.stop):
             # Layers differ, so that swapped layers show as well; 0 stays the mark of a block never written.
             first = position - row.start
             values = (token + 1 + layer for token in tokens[first : first + count])
             self._cells[cell : cell + count] = memoryview(array("I", values))
 
-    def _draw(self, row: _Row) -> Sampled:
+    def _draw(self, row: Row) -> Sampled:
         digest = hashlib.blake2b(digest_size=8)
         for layer in range(self.layout.num_layers):
             for _, cell, count in self._runs(layer, row.block_ids, 0, row.stop):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,10 @@ from relay_harness import LAYOUT, Load, Pair, pair, worker
 from baton.errors import BadConfig
 from baton.types import SequenceSpec
 from cli.worker import Allocate, LoadedModel, WorkerConfig
-from engine.fake import FakeRunner, expected_tokens
+from engine.fake import FakeRunner, Row, expected_tokens
 from engine.kv_cache import KvCache
 from engine.runner import _allocated
-from engine.step import Piece, Sampled
+from engine.step import Sampled
 from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.memory import DeviceArena
 
@@ -36,15 +36,15 @@ class DeviceRunner(FakeRunner):
         self._address = arena.memory.address
         super().__init__(LAYOUT, buffer=self._on.bytes_at(self._address, arena.num_bytes).data, **settings)
 
-    def _write(self, layer: int, piece: Piece) -> None:
-        seq = piece.sequence
-        for position, cell, count in self._runs(layer, seq.block_ids, piece.start, piece.start + piece.num_tokens):
-            values = array("I", (token + 1 + layer for token in seq.token_ids[position : position + count]))
+    def _write(self, layer: int, row: Row, tokens: Sequence[int]) -> None:
+        for position, cell, count in self._runs(layer, row.block_ids, row.start, row.stop):
+            first = position - row.start
+            values = array("I", (token + 1 + layer for token in tokens[first : first + count]))
             self._on.compute.write(self._address + 4 * cell, np.frombuffer(values, dtype=np.uint8))
 
-    def _draw(self, piece: Piece) -> Sampled:
+    def _draw(self, row: Row) -> Sampled:
         self._on.compute.settle()
-        return super()._draw(piece)
+        return super()._draw(row)
 
 
 def load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
