@@ -16,6 +16,7 @@ import functools
 import json
 import operator
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -35,7 +36,6 @@ import httpx
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from bench import model as bench_model
 from bench import switchable
-from cli.process import ReservedPort
 
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 _START_TIMEOUT_S = 120.0
@@ -202,7 +202,7 @@ async def _cluster(folder: Path, kv_mib: int) -> AsyncIterator[_Cluster]:
             for role in ("prefill", "decode")
         }
         ready = [await asyncio.to_thread(_ready, process) for process in workers.values()]
-        ports = [stack.enter_context(contextlib.closing(ReservedPort("127.0.0.1", 0))).port for _ in range(2)]
+        ports = _free_ports(2)
         nodes = [word for found in ready for word in ("--node", found["address"])]
         faces = ("--http", f"127.0.0.1:{ports[0]}", "--grpc", f"127.0.0.1:{ports[1]}")
         router = start("router", "router", "--otel", *faces, *nodes)
@@ -226,6 +226,12 @@ async def _get(url: str) -> str:
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"{url}: {head[:200]!r}")
     return body.decode()
+
+
+def _free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        taken = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [found.getsockname()[1] for found in taken]
 
 
 def _ready(process: subprocess.Popen[str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import runpy
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -47,7 +48,6 @@ def _replaced(command: str) -> Iterator[tuple[type, str, _Method]]:
         yield RouterMetrics, "observe", _nothing
         return
     from baton.timeline import Timeline
-    from cli.worker_metrics import WorkerMetrics
     from engine.meter import EngineMeter, StepBook
 
     for name in ("step", "transfer", "write", "joined"):
@@ -56,7 +56,6 @@ def _replaced(command: str) -> Iterator[tuple[type, str, _Method]]:
         yield EngineMeter, name, _nothing
     for name in ("add", "settle"):
         yield StepBook, name, _nothing
-    yield WorkerMetrics, "lease_ended", _nothing
 
 
 class Switch:
@@ -94,9 +93,8 @@ def main() -> None:
         switch.gate_spans()
     for wanted in (OFF, ON, SPANS):
         signal.signal(wanted, lambda number, _: switch.to(number))
-    from cli.main import main as run
-
-    run()
+    # The program itself, as `python -m cli` runs it: benches import none of it.
+    runpy.run_module("cli", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

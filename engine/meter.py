@@ -102,8 +102,6 @@ class TakenStep(NamedTuple):
     """A step that is over. The plan's pieces say what they did whatever has become of their sequences."""
 
     plan: StepPlan
-    # Of the runner alone.
-    seconds: float
     has_failed: bool
     started_s: float
     ended_s: float
@@ -124,19 +122,19 @@ class StepBook:
 
     def add(self, step: TakenStep) -> None:
         self._uncounted.append(step)
-        self._uncounted_s += step.seconds
+        self._uncounted_s += step.ended_s - step.started_s
         if self._uncounted_s >= _MAX_UNCOUNTED_S or len(self._uncounted) >= _MAX_UNCOUNTED:
             self.settle()
 
     def settle(self) -> None:
         if not self._uncounted:
             return
-        for plan, seconds, has_failed, started_s, ended_s in self._uncounted:
+        for plan, has_failed, started_s, ended_s in self._uncounted:
             prompts = [p for p in plan.pieces if p.start < p.sequence.spec.num_known_tokens]
             num_prompt = sum([p.num_tokens for p in prompts])
             names = [p.sequence.sequence_id for p in prompts]
             self._timeline.step(started_s, ended_s, num_prompt, len(plan.pieces) - len(prompts), names)
             if self._meter is not None:
-                self._meter.step(plan, num_prompt, seconds, has_failed=has_failed)
+                self._meter.step(plan, num_prompt, ended_s - started_s, has_failed=has_failed)
         self._uncounted.clear()
         self._uncounted_s = 0.0

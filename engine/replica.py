@@ -377,7 +377,7 @@ class Replica:
         _deliver(deliveries)
         if self._meter is not None:
             self._meter.outcome(events)
-        self._book.add(TakenStep(plan, ended_s - began_s, result is None, began_s, ended_s))
+        self._book.add(TakenStep(plan, result is None, began_s, ended_s))
 
     # -- inside, with the lock held
 

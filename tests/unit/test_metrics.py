@@ -100,7 +100,7 @@ def test_steps_are_counted_by_what_is_in_them() -> None:
     for pieces, seconds, has_failed in (
         ((first,), 0.5, False), ((last,), 0.01, False), ((first, last), 0.6, False), ((last,), 0.01, True),
     ):  # fmt: skip
-        book.add(TakenStep(StepPlan(pieces), seconds, has_failed, 1.0, 2.0))
+        book.add(TakenStep(StepPlan(pieces), has_failed, 1.0, 1.0 + seconds))
     assert len(timeline.since(0.0).steps) == 3, "a short step waits for others"
     book.settle()
     assert [step[2:] for step in timeline.since(0.0).steps] == [
@@ -119,7 +119,7 @@ def test_steps_wait_for_no_more_than_so_many_others() -> None:
     book = StepBook(timeline, None)
     plan = StepPlan((Piece(sequence(8), 8, 1, samples=True),))
     for _ in range(200):
-        book.add(TakenStep(plan, 0.0001, False, 1.0, 2.0))
+        book.add(TakenStep(plan, False, 1.0, 1.0001))
         assert len(book._uncounted) < 64
     book.settle()
     assert len(timeline.since(0.0).steps) == 200
