@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -60,6 +61,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
 
+    # Before grpc is imported: connections of what a bench has ended would be told among its tables.
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     # As Ctrl-C: what a bench has started is ended by its context managers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = BENCHES if "all" in args.what else tuple(dict.fromkeys(args.what))
