@@ -19,11 +19,11 @@ from bisect import insort
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from enum import Enum
 
 from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
+from engine.entry import Entry, Phase, in_order
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
 
 
@@ -102,102 +102,6 @@ class Load:
     running_tokens: int
 
 
-class _Phase(Enum):
-    # Wants blocks.
-    WAITING = 1
-    # Has blocks, is computed.
-    ACTIVE = 2
-    # Is not computed any more; its blocks wait for the end of a step, or for release().
-    HELD = 3
-
-
-class _Entry:
-    __slots__ = (
-        "arrived_s",
-        "hands_off",
-        "is_prefilled",
-        "is_released",
-        "is_unknown_plain",
-        "num_computed_total",
-        "num_flights",
-        "num_preemptions",
-        "num_underway",
-        "num_unknown",
-        "order",
-        "phase",
-        "sequence",
-        "started_s",
-    )
-
-    def __init__(self, spec: SequenceSpec, *, hands_off: bool, order: tuple[int, int], now: float) -> None:
-        self.sequence = Sequence(spec)
-        self.hands_off = hands_off
-        # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
-        self.order = order
-        self.phase = _Phase.WAITING
-        self.num_preemptions = 0
-        # Of the plans that are under way: how many it is in, tokens they compute, tokens they draw.
-        self.num_flights = 0
-        self.num_underway = 0
-        self.num_unknown = 0
-        # A token that is being drawn is drawn by the device, which so has it for the step after.
-        self.is_unknown_plain = True
-        # Has drawn a token here, or came with one: it decodes.
-        self.is_prefilled = False
-        # Nobody outside reads the blocks any more.
-        self.is_released = not hands_off
-        self.arrived_s = now
-        self.started_s: float | None = None
-        self.num_computed_total = 0
-
-    @property
-    def sequence_id(self) -> str:
-        return self.sequence.sequence_id
-
-    @property
-    def num_remaining(self) -> int:
-        return len(self.sequence.token_ids) - self.sequence.num_computed
-
-    @property
-    def start(self) -> int:
-        """Where the next piece starts."""
-        return self.sequence.num_computed + self.num_underway
-
-    @property
-    def num_unplanned(self) -> int:
-        """Tokens, one that is being drawn included, that are neither computed nor under way."""
-        return len(self.sequence.token_ids) + self.num_unknown - self.start
-
-    @property
-    def is_decoding(self) -> bool:
-        """All but the newest token, which it draws here or came with, is computed or under way."""
-        return (self.is_prefilled or self.num_unknown > 0) and self.num_unplanned == 1
-
-    @property
-    def is_ending(self) -> bool:
-        """The token that is being drawn is the last one, whatever it is."""
-        if not self.num_unknown:
-            return False
-        return (
-            self.hands_off or self.sequence.num_generated + self.num_unknown == self.sequence.spec.sampling.max_tokens
-        )
-
-    def board(self, piece: Piece) -> None:
-        self.num_flights += 1
-        self.num_underway += piece.num_tokens
-        self.num_unknown += piece.samples
-        self.is_unknown_plain = piece.is_plain
-
-    def land(self, piece: Piece) -> None:
-        self.num_flights -= 1
-        self.num_underway -= piece.num_tokens
-        self.num_unknown -= piece.samples
-
-
-def _order(entry: _Entry) -> tuple[int, int]:
-    return entry.order
-
-
 class Scheduler:
     def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
         self.config = config
@@ -205,10 +109,10 @@ class Scheduler:
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
         # One slot of every step is left to prompts where there are two: a full decode batch must not lock them out.
         self._max_residents = max(1, min(config.max_num_seqs, config.max_batch_tokens) - 1)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
         # Both sorted by order.
-        self._waiting: list[_Entry] = []
-        self._active: list[_Entry] = []
+        self._waiting: list[Entry] = []
+        self._active: list[Entry] = []
         # Blocks are allocated, bytes are to come.
         self._leases: dict[str, SequenceSpec] = {}
         self._num_ordered = 0
@@ -267,9 +171,9 @@ class Scheduler:
         self._refuse_known(spec.sequence_id)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
-        entry = _Entry(spec, hands_off=hands_off, order=self._next_order(), now=now)
+        entry = Entry(spec, hands_off=hands_off, order=self._next_order(), now=now)
         self._entries[spec.sequence_id] = entry
-        insort(self._waiting, entry, key=_order)
+        insort(self._waiting, entry, key=in_order)
 
     def reserve(self, spec: SequenceSpec, now: float) -> list[int]:
         """Blocks for a sequence that is computed elsewhere: its known tokens and the first new one.
@@ -320,19 +224,19 @@ class Scheduler:
             )
         del self._leases[sequence_id]
         self.pool.move(sequence_id, BlockState.RUNNING, now)
-        entry = _Entry(spec, hands_off=False, order=self._next_order(), now=now)
+        entry = Entry(spec, hands_off=False, order=self._next_order(), now=now)
         entry.sequence.block_ids = self.pool.block_ids(sequence_id)
         entry.sequence.num_computed = spec.num_known_tokens
         entry.sequence.token_ids.append(first_token.token_ids[0])
-        entry.phase = _Phase.ACTIVE
+        entry.phase = Phase.ACTIVE
         entry.is_prefilled = True
         self._entries[sequence_id] = entry
-        insort(self._active, entry, key=_order)
+        insort(self._active, entry, key=in_order)
 
     def cancel(self, sequence_id: str, now: float) -> None:
         """Compute the sequence no further. Its blocks go back unless it is to be released; unknown ids are ignored."""
         entry = self._entries.get(sequence_id)
-        if entry is not None and entry.phase is not _Phase.HELD:
+        if entry is not None and entry.phase is not Phase.HELD:
             self._retire(entry, now)
 
     def release(self, sequence_id: str, now: float) -> None:
@@ -367,7 +271,7 @@ class Scheduler:
         """Take in what the runner computed: new tokens, finished sequences, blocks that were waiting for this."""
         events: list[EngineEvent] = []
         for entry, piece in self._land(plan):
-            if entry.phase is _Phase.HELD:
+            if entry.phase is Phase.HELD:
                 # It left, or ended or failed in the step before, which this one did not wait for.
                 self._retire(entry, now)
                 continue
@@ -385,7 +289,7 @@ class Scheduler:
         """The step went wrong: every sequence in it fails, the others go on."""
         events: list[EngineEvent] = []
         for entry, _ in self._land(plan):
-            if entry.phase is _Phase.HELD:
+            if entry.phase is Phase.HELD:
                 self._retire(entry, now)
             else:
                 events.append(self._failed(entry, error, now))
@@ -420,7 +324,7 @@ class Scheduler:
         return gone
 
     def load(self) -> Load:
-        prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is _Phase.WAITING]
+        prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is Phase.WAITING]
         decoding = [e for e in self._active if e.is_prefilled]
         return Load(
             queued_prompt_tokens=sum(e.num_remaining for e in prompts),
@@ -439,8 +343,8 @@ class Scheduler:
             assert 0 <= seq.num_computed <= len(seq.token_ids)
             assert len(seq.block_ids) * self.config.block_tokens >= entry.start
             assert entry.num_flights == sum(seq is p.sequence for plan in self._plans for p in plan.pieces)
-            assert (entry.phase is _Phase.WAITING) == (entry in self._waiting)
-            assert (entry.phase is _Phase.ACTIVE) == (entry in self._active)
+            assert (entry.phase is Phase.WAITING) == (entry in self._waiting)
+            assert (entry.phase is Phase.ACTIVE) == (entry in self._active)
             if seq.block_ids:
                 assert seq.block_ids == self.pool.block_ids(seq.sequence_id)
         assert self._num_residents() <= self._max_residents
@@ -458,12 +362,12 @@ class Scheduler:
     def _num_residents(self) -> int:
         return len(self._leases) + sum(not e.hands_off for e in self._active)
 
-    def _blocks_to_start(self, entry: _Entry) -> int:
+    def _blocks_to_start(self, entry: Entry) -> int:
         if entry.num_preemptions >= self.config.max_preemptions:
             return self.config.blocks_for(entry.sequence.spec.max_total_tokens)
         return self.config.blocks_for(len(entry.sequence.token_ids))
 
-    def _can_start(self, entry: _Entry) -> bool:
+    def _can_start(self, entry: Entry) -> bool:
         spare = self.pool.num_free
         if not entry.hands_off:
             if self._num_residents() >= self._max_residents:
@@ -487,15 +391,15 @@ class Scheduler:
         pieces = []
         for entry in list(self._active):
             # A younger one may have been preempted for an older one just now.
-            is_next = entry.phase is _Phase.ACTIVE and entry.is_decoding and not entry.is_ending
+            is_next = entry.phase is Phase.ACTIVE and entry.is_decoding and not entry.is_ending
             if is_next and self._grow(entry):
                 pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
         return pieces
 
-    def _blocks_to_grow(self, entry: _Entry) -> int:
+    def _blocks_to_grow(self, entry: Entry) -> int:
         return max(0, self.config.blocks_for(entry.start + 1) - len(entry.sequence.block_ids))
 
-    def _grow(self, entry: _Entry) -> bool:
+    def _grow(self, entry: Entry) -> bool:
         """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
         seq = entry.sequence
         need = self._blocks_to_grow(entry)
@@ -508,7 +412,7 @@ class Scheduler:
             seq.block_ids += self.pool.grow(seq.sequence_id, need)
         return True
 
-    def _youngest_victim(self, order: tuple[int, int]) -> _Entry | None:
+    def _youngest_victim(self, order: tuple[int, int]) -> Entry | None:
         for entry in reversed(self._active):
             if entry.order <= order:
                 return None
@@ -516,18 +420,18 @@ class Scheduler:
                 return entry
         return None
 
-    def _preempt(self, entry: _Entry) -> None:
+    def _preempt(self, entry: Entry) -> None:
         assert not entry.num_flights, "a running step keeps its blocks"
         self._active.remove(entry)
         self.pool.free(entry.sequence_id)
         entry.sequence.block_ids = []
         entry.sequence.num_computed = 0
-        entry.phase = _Phase.WAITING
+        entry.phase = Phase.WAITING
         entry.num_preemptions += 1
         self.num_preempted += 1
         if entry.num_preemptions >= self.config.max_preemptions:
             entry.order = self._next_order(rank=0)
-        insort(self._waiting, entry, key=_order)
+        insort(self._waiting, entry, key=in_order)
 
     def _prompt_pieces(self, num_decoding: int, events: list[EngineEvent], now: float) -> Iterator[Piece]:
         budget = self.config.max_batch_tokens - num_decoding
@@ -547,16 +451,16 @@ class Scheduler:
             slots -= 1
             yield piece
 
-    def _start(self, entry: _Entry, now: float) -> _Entry:
+    def _start(self, entry: Entry, now: float) -> Entry:
         need = self._blocks_to_start(entry)
         entry.sequence.block_ids = self.pool.allocate(entry.sequence_id, need, BlockState.PROMPT, now)
-        entry.phase = _Phase.ACTIVE
+        entry.phase = Phase.ACTIVE
         if entry.started_s is None:
             entry.started_s = now
-        insort(self._active, entry, key=_order)
+        insort(self._active, entry, key=in_order)
         return entry
 
-    def _chunk(self, entry: _Entry, budget: int) -> Piece:
+    def _chunk(self, entry: Entry, budget: int) -> Piece:
         start = entry.start
         count = min(entry.num_unplanned, budget)
         if count < entry.num_unplanned:
@@ -565,7 +469,7 @@ class Scheduler:
             count -= ragged if ragged < count else 0
         return Piece(entry.sequence, start, count, samples=count == entry.num_unplanned)
 
-    def _land(self, plan: StepPlan) -> Iterator[tuple[_Entry, Piece]]:
+    def _land(self, plan: StepPlan) -> Iterator[tuple[Entry, Piece]]:
         assert self._plans, "no step is under way"
         assert plan is self._plans.popleft(), "this is not the oldest step that is under way"
         for piece in plan.pieces:
@@ -573,7 +477,7 @@ class Scheduler:
             entry.land(piece)
             yield entry, piece
 
-    def _advance(self, entry: _Entry, sampled: Sampled, now: float) -> Output:
+    def _advance(self, entry: Entry, sampled: Sampled, now: float) -> Output:
         seq = entry.sequence
         index = seq.num_generated
         seq.token_ids.append(sampled.token_id)
@@ -592,17 +496,17 @@ class Scheduler:
         chunk = TokenChunk(seq.sequence_id, index, (sampled.token_id,), logprobs, finish)
         return Output(seq.sequence_id, chunk, times)
 
-    def _failed(self, entry: _Entry, error: BatonError, now: float) -> Failed:
+    def _failed(self, entry: Entry, error: BatonError, now: float) -> Failed:
         self._retire(entry, now)
         return Failed(entry.sequence_id, Failure(error.code, error.message, error.retryable))
 
-    def _retire(self, entry: _Entry, now: float) -> None:
+    def _retire(self, entry: Entry, now: float) -> None:
         """Take the sequence out of the schedule; its blocks go back once no step and no reader outside has them."""
-        if entry.phase is _Phase.WAITING:
+        if entry.phase is Phase.WAITING:
             self._waiting.remove(entry)
-        elif entry.phase is _Phase.ACTIVE:
+        elif entry.phase is Phase.ACTIVE:
             self._active.remove(entry)
-        entry.phase = _Phase.HELD
+        entry.phase = Phase.HELD
         holds = bool(entry.sequence.block_ids)
         if entry.num_flights:
             return

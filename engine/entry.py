@@ -1,0 +1,106 @@
+"""Where a sequence stands in the schedule: what of it is computed, under way, still to be planned."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from baton.types import SequenceSpec
+from engine.step import Piece, Sequence
+
+
+class Phase(Enum):
+    # Wants blocks.
+    WAITING = 1
+    # Has blocks, is computed.
+    ACTIVE = 2
+    # Is not computed any more; its blocks wait for the end of a step, or for release().
+    HELD = 3
+
+
+class Entry:
+    """One sequence as the scheduler sees it. Plans board and land; all else the scheduler writes itself."""
+
+    __slots__ = (
+        "arrived_s",
+        "hands_off",
+        "is_prefilled",
+        "is_released",
+        "is_unknown_plain",
+        "num_computed_total",
+        "num_flights",
+        "num_preemptions",
+        "num_underway",
+        "num_unknown",
+        "order",
+        "phase",
+        "sequence",
+        "started_s",
+    )
+
+    def __init__(self, spec: SequenceSpec, *, hands_off: bool, order: tuple[int, int], now: float) -> None:
+        self.sequence = Sequence(spec)
+        self.hands_off = hands_off
+        # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
+        self.order = order
+        self.phase = Phase.WAITING
+        self.num_preemptions = 0
+        # Of the plans that are under way: how many it is in, tokens they compute, tokens they draw.
+        self.num_flights = 0
+        self.num_underway = 0
+        self.num_unknown = 0
+        # A token that is being drawn is drawn by the device, which so has it for the step after.
+        self.is_unknown_plain = True
+        # Has drawn a token here, or came with one: it decodes.
+        self.is_prefilled = False
+        # Nobody outside reads the blocks any more.
+        self.is_released = not hands_off
+        self.arrived_s = now
+        self.started_s: float | None = None
+        self.num_computed_total = 0
+
+    @property
+    def sequence_id(self) -> str:
+        return self.sequence.sequence_id
+
+    @property
+    def num_remaining(self) -> int:
+        return len(self.sequence.token_ids) - self.sequence.num_computed
+
+    @property
+    def start(self) -> int:
+        """Where the next piece starts."""
+        return self.sequence.num_computed + self.num_underway
+
+    @property
+    def num_unplanned(self) -> int:
+        """Tokens, one that is being drawn included, that are neither computed nor under way."""
+        return len(self.sequence.token_ids) + self.num_unknown - self.start
+
+    @property
+    def is_decoding(self) -> bool:
+        """All but the newest token, which it draws here or came with, is computed or under way."""
+        return (self.is_prefilled or self.num_unknown > 0) and self.num_unplanned == 1
+
+    @property
+    def is_ending(self) -> bool:
+        """The token that is being drawn is the last one, whatever it is."""
+        if not self.num_unknown:
+            return False
+        return (
+            self.hands_off or self.sequence.num_generated + self.num_unknown == self.sequence.spec.sampling.max_tokens
+        )
+
+    def board(self, piece: Piece) -> None:
+        self.num_flights += 1
+        self.num_underway += piece.num_tokens
+        self.num_unknown += piece.samples
+        self.is_unknown_plain = piece.is_plain
+
+    def land(self, piece: Piece) -> None:
+        self.num_flights -= 1
+        self.num_underway -= piece.num_tokens
+        self.num_unknown -= piece.samples
+
+
+def in_order(entry: Entry) -> tuple[int, int]:
+    return entry.order
