@@ -335,7 +335,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             role=self.role,
             draining=self.is_draining,
             total_blocks=self.config.num_blocks,
-            free_blocks=self.config.num_blocks - self.used_blocks,
+            # It preempts nobody: sequences that grow overdraw the pool.
+            free_blocks=max(0, self.config.num_blocks - self.used_blocks),
             queued_prompt_tokens=sum(x.spec.num_known_tokens for x in prompts),
             num_waiting=len(prompts),
             num_running=len(running),
@@ -365,7 +366,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             node_id=self.node_id,
             incarnation=self.incarnation,
             total_blocks=self.config.num_blocks,
-            free_blocks=self.config.num_blocks - self.used_blocks,
+            # It preempts nobody: sequences that grow overdraw the pool.
+            free_blocks=max(0, self.config.num_blocks - self.used_blocks),
             owners=owners,
         )
 
