@@ -39,6 +39,7 @@ _NUM_CLIENTS = 3
 class Timing:
     """One request, by the client's clock; ``gaps_s[0]`` is from the first token to the second."""
 
+    token_ids: tuple[int, ...]
     ttft_s: float
     gaps_s: tuple[float, ...]
     router_ttft_s: float
@@ -54,11 +55,11 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(name: str, roles: Sequence[str], folder: Path, run_dir: Path) -> AsyncIterator[Cluster]:
-    """Starts ``baton up`` with these role options, waits until it is ready, and stops all of it in the end."""
+async def cluster(name: str, options: Sequence[str], folder: Path, run_dir: Path) -> AsyncIterator[Cluster]:
+    """Starts ``baton up`` with these options, waits until it is ready, and stops all of it in the end."""
     ready_file = run_dir / f"{name}.json"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    command = [sys.executable, "-m", "cli", "up", "--model", str(folder), *roles, "--threads", str(threads)]
+    command = [sys.executable, "-m", "cli", "up", "--model", str(folder), *options, "--threads", str(threads)]
     command += ["--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready_file), "--kv-mib", "1024"]
     log_path = run_dir / f"{name}.log"
     process = _start(command, log_path)
@@ -97,26 +98,32 @@ def _await_end(process: subprocess.Popen[bytes]) -> None:
         raise
 
 
-async def ask(where: Cluster, rng: Random, num_output: int) -> Timing:
-    """One greedy request of random tokens, so that no prefix is known and the output never ends early."""
+def random_prompt(rng: Random) -> list[int]:
+    """No prefix of it is known."""
+    return [rng.randrange(1, bench_model.VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
+
+
+async def ask(where: Cluster, prompt: Sequence[int], num_output: int) -> Timing:
+    """One greedy request whose output never ends early."""
     request = router_pb2.GenerateRequest(
-        prompt_token_ids=router_pb2.TokenIds(
-            token_ids=[rng.randrange(1, bench_model.VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
-        ),
+        prompt_token_ids=router_pb2.TokenIds(token_ids=prompt),
         sampling=common_pb2.SamplingParams(temperature=0.0, max_tokens=num_output, ignore_eos=True),
     )
+    token_ids: list[int] = []
     stamps: list[float] = []
     finished: router_pb2.GenerateResponse.Finished | None = None
     started = time.perf_counter()
     async for response in where.stub.Generate(request, timeout=_REQUEST_TIMEOUT_S):
         if response.WhichOneof("message") == "delta":
             stamps += [time.perf_counter()] * len(response.delta.token_ids)
+            token_ids += response.delta.token_ids
         elif response.WhichOneof("message") == "finished":
             finished = response.finished
     if finished is None or len(stamps) != num_output:
         raise RuntimeError(f"{where.name}: asked for {num_output} tokens, got {len(stamps)}, finished: {finished}")
     transfer = finished.relay.transfer if finished.relay.HasField("transfer") else None
     return Timing(
+        token_ids=tuple(token_ids),
         ttft_s=stamps[0] - started,
         gaps_s=tuple(b - a for a, b in pairwise(stamps)),
         router_ttft_s=finished.relay.ttft_s,
@@ -135,7 +142,7 @@ async def ask(where: Cluster, rng: Random, num_output: int) -> Timing:
 
 
 async def _idle_round(where: Cluster, rng: Random, num_output: int) -> list[Timing]:
-    return [await ask(where, rng, num_output)]
+    return [await ask(where, random_prompt(rng), num_output)]
 
 
 async def _loaded_round(where: Cluster, rng: Random, num_output: int) -> list[Timing]:
@@ -143,14 +150,14 @@ async def _loaded_round(where: Cluster, rng: Random, num_output: int) -> list[Ti
 
     async def client(seed: int) -> list[Timing]:
         own = Random(seed)
-        return [await ask(where, own, num_output) for _ in range(2)]
+        return [await ask(where, random_prompt(own), num_output) for _ in range(2)]
 
     async with asyncio.TaskGroup() as group:
         clients = [group.create_task(client(rng.randrange(2**32))) for _ in range(_NUM_CLIENTS)]
     return [timing for task in clients for timing in task.result()]
 
 
-def _summary(timings: Sequence[Timing]) -> dict[str, Any]:
+def summary(timings: Sequence[Timing]) -> dict[str, Any]:
     ttft = Samples.of(t.ttft_s for t in timings)
     second = Samples.of(t.gaps_s[0] for t in timings)
     later = Samples.of(gap for t in timings for gap in t.gaps_s[1:])
@@ -171,7 +178,7 @@ def _summary(timings: Sequence[Timing]) -> dict[str, Any]:
     }
 
 
-def _compare(split: Sequence[Timing], colocated: Sequence[Timing]) -> dict[str, float]:
+def compare(split: Sequence[Timing], colocated: Sequence[Timing]) -> dict[str, float]:
     """What the floors speak of: the ratio of TTFT, and how much later the second token comes, in decode steps."""
     gap = Samples.of(t.gaps_s[0] for t in split).median - Samples.of(t.gaps_s[0] for t in colocated).median
     step = Samples.of(g for t in colocated for g in t.gaps_s[1:]).median
@@ -210,8 +217,8 @@ async def _measure(quick: bool) -> dict[str, Any]:
                     taken = await one_round(where, rng, num_output)
                     timings[where.name] += taken if i or one_round is _loaded_round else []
             results[title] = {
-                "compared": _compare(timings[split.name], timings[mixed.name]),
-                "rows": [{"cluster": name, **_summary(taken)} for name, taken in timings.items()],
+                "compared": compare(timings[split.name], timings[mixed.name]),
+                "rows": [{"cluster": name, **summary(taken)} for name, taken in timings.items()],
                 "samples": {name: [asdict(t) for t in taken] for name, taken in timings.items()},
             }
     results["read_gb_s"] = Samples.of(bandwidths).median
