@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 import struct
 import threading
@@ -17,6 +18,10 @@ from kvtransfer.writing import Unit
 
 # epoch, attempt, layer, num_layers, first, num_blocks: "these were written", in the host's byte order.
 HINT = struct.Struct("=QIIIII")
+# A unit is copied in milliseconds; what takes longer than this hangs.
+_LEAVE_TIMEOUT_S = 30.0
+
+_log = logging.getLogger(__name__)
 
 
 @contextlib.asynccontextmanager
@@ -88,7 +93,8 @@ class Attachment:
             self.connection.send(hint, socket.MSG_DONTWAIT)
 
     async def emptied(self) -> bool:
-        """Lets nobody in any more and waits for those inside; False if that was done already."""
+        """Lets nobody in any more and waits for those inside. False: leave memory and socket alone, as that was done
+        already or somebody does not come out; the receiver then gets its memory back when this process ends."""
         with self._lock:
             if self._is_closing:
                 return False
@@ -96,6 +102,7 @@ class Attachment:
             if self._num_inside == 0:
                 self._is_empty.set()
         asyncio.get_running_loop().remove_reader(self.connection)
-        if not self._is_empty.is_set():
-            await asyncio.to_thread(self._is_empty.wait)
-        return True
+        if self._is_empty.is_set() or await asyncio.to_thread(self._is_empty.wait, _LEAVE_TIMEOUT_S):
+            return True
+        _log.error("a thread has been writing into a peer's memory for %s s; it stays open", _LEAVE_TIMEOUT_S)
+        return False
