@@ -360,6 +360,9 @@ def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
     def torch_norm(x: Tensor) -> Tensor:
         return functional.rms_norm(x, weight.shape, weight, 1e-5)
 
+    def wide_norm(x: Tensor) -> Tensor:
+        return functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+
     def torch_add_norm(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         total = inputs[0] + inputs[1]
         return total, functional.rms_norm(total, weight.shape, weight, 1e-5)
@@ -373,7 +376,7 @@ def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
 
         yield Work(
             "RMSNorm", f"{rows} x {sizes.hidden}", make, lambda x: rms_norm(x, weight, 1e-5),
-            {"compiled": _compiled(device, torch_norm)}, lambda x: torch_norm(x.float()), tolerance,
+            {"compiled": _compiled(device, torch_norm)}, wide_norm, tolerance,
             alone=lambda x: (rms_norm(x[:1].clone(), weight, 1e-5), rms_norm(x, weight, 1e-5)[:1]),
             bytes=2 * one, input_bytes=one,
         )  # fmt: skip
@@ -381,13 +384,13 @@ def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
             "add and RMSNorm", f"{rows} x {sizes.hidden}", lambda seed, make=make: (make(seed), make(seed + 99)),
             lambda x: add_rms_norm(x[0], x[1], weight, 1e-5), {"compiled": _compiled(device, torch_add_norm)},
             # The sum was left where x was.
-            lambda x: torch_norm(x[0].float()), tolerance, bytes=4 * one, input_bytes=2 * one,
+            lambda x: wide_norm(x[0]), tolerance, bytes=4 * one, input_bytes=2 * one,
         )  # fmt: skip
         wide = rows * sizes.inner * size
         yield Work(
             "SwiGLU", f"{rows} x {sizes.inner}",
             lambda seed, rows=rows: _randn(device, sizes.dtype, rows, 2 * sizes.inner, seed=seed), silu_mul,
-            {"compiled": _compiled(device, _gated)}, lambda x: _gated(x.float()), tolerance,
+            {"compiled": _compiled(device, _gated)}, lambda x: _gated(x.double()), tolerance,
             alone=lambda x: (silu_mul(x[:1].clone()), silu_mul(x)[:1]), bytes=3 * wide, input_bytes=2 * wide,
         )  # fmt: skip
         width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim

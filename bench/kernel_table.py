@@ -94,7 +94,8 @@ Written by `python -m bench.kernel_table` from `bench/results/{interpreter.name}
 
 ## Right: worst error under Triton's interpreter
 
-Largest |found - float64| as a share of the largest |float64|, over the shapes of `python -m bench.gpu --tiny`. More
+Largest |found - reference| as a share of the largest |reference|, over the shapes of `python -m bench.gpu --tiny`. The
+reference is in float64, of products in float32; of the shared prefix it is our own plain path, whose bits it has. More
 shapes (every group size, head_dim 16 to 256, windows, blocks of 16 to 128, empty rows, NaN in all unused memory) are in
 `tests/kernels/triton_interpreter`. Batch-invariant: a row alone, or a prompt in other chunks, has the same bits. The
 interpreter multiplies with NumPy: what tensor cores round is for `bench.gpu` to say.
