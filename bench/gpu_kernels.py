@@ -384,7 +384,12 @@ def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
             "add and RMSNorm", f"{rows} x {sizes.hidden}", lambda seed, make=make: (make(seed), make(seed + 99)),
             lambda x: add_rms_norm(x[0], x[1], weight, 1e-5), {"compiled": _compiled(device, torch_add_norm)},
             # The sum was left where x was.
-            lambda x: wide_norm(x[0]), tolerance, bytes=4 * one, input_bytes=2 * one,
+            lambda x: wide_norm(x[0]), tolerance,
+            alone=lambda x: (
+                add_rms_norm(x[0][:1].clone(), x[1][:1], weight, 1e-5),
+                add_rms_norm(x[0].clone(), x[1], weight, 1e-5)[:1],
+            ),
+            bytes=4 * one, input_bytes=2 * one,
         )  # fmt: skip
         wide = rows * sizes.inner * size
         yield Work(
@@ -397,6 +402,7 @@ def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
         yield Work(
             "RoPE and KV write", f"{rows} rows", partial(_rope_inputs, sizes, device, rows),
             lambda x: rope_store(x[0], None, 1e-5, *x[1:]), expected=_rope_expected, tolerance=tolerance,
+            alone=lambda x: (_first_row_of_rope(x, 1), _first_row_of_rope(x, len(x[0]))),
             bytes=2 * rows * width * size, input_bytes=2 * rows * width * size,
         )  # fmt: skip
         table = _randn(device, sizes.dtype, sizes.vocabulary, sizes.hidden)
@@ -416,6 +422,15 @@ def _rope_inputs(sizes: Sizes, device: Device, rows: int, seed: int) -> tuple[Te
     cache = torch.zeros(blocks, shape.kv_heads, 2, 64, shape.head_dim, dtype=sizes.dtype, device=device.torch)
     slots = torch.randperm(blocks * 64, device=device.torch)[:rows]
     return _randn(device, sizes.dtype, rows, width, seed=seed), angle.cos(), angle.sin(), cache, slots
+
+
+def _first_row_of_rope(inputs: tuple[Tensor, ...], rows: int) -> Tensor:
+    """What becomes of the first of so many rows: its query, and what is written for it."""
+    qkv, cos, sin, cache, slots = inputs
+    cache = cache.clone()
+    query = rope_store(qkv[:rows].clone(), None, 1e-5, cos[:rows], sin[:rows], cache, slots[:rows])
+    block, place = divmod(int(slots[0]), cache.shape[3])
+    return torch.cat((query[0].flatten(), cache[block, :, :, place].flatten()))
 
 
 def _rope_expected(inputs: tuple[Tensor, ...]) -> Tensor:
