@@ -97,8 +97,10 @@ Written by `python -m bench.kernel_table` from `bench/results/{interpreter.name}
 Largest |found - reference| as a share of the largest |reference|, over the shapes of `python -m bench.gpu --tiny`. The
 reference is in float64, of products in float32; of the shared prefix it is our own plain path, whose bits it has. More
 shapes (every group size, head_dim 16 to 256, windows, blocks of 16 to 128, empty rows, NaN in all unused memory) are in
-`tests/kernels/triton_interpreter`. Batch-invariant: a row alone, or a prompt in other chunks, has the same bits. The
-interpreter multiplies with NumPy: what tensor cores round is for `bench.gpu` to say.
+`tests/kernels/triton_interpreter`. Batch-invariant: a row alone, or a prompt in other chunks, has the same bits. Where
+there is "-": contiguous prefill gives the bits of the paged one and rows draw the same in any batch (tests), embedding
+and blocks are copies, shared prefixes are left out where bits must not depend on neighbours. The interpreter multiplies
+with NumPy: what tensor cores round is for `bench.gpu` to say.
 
 {errors(json.loads(interpreter.read_text()))}
 
