@@ -19,11 +19,11 @@ check: setup
 	bash scripts/stubs.sh check
 	bash scripts/proto_check.sh
 
-# Clusters are whole machines' worth of processes: one at a time. The rest runs beside itself.
+# In a process per CPU, but for what needs the machine to itself.
 test: setup
 ifeq ($(strip $(ARGS)),)
-	$(PYTEST) -m "not long" --ignore tests/cluster -n logical --maxprocesses 8 --dist worksteal -q
-	$(PYTEST) -m "not long" tests/cluster
+	$(PYTEST) -m "not long and not alone" -n logical --maxprocesses 8 --dist worksteal -q
+	$(PYTEST) -m "not long and alone"
 else
 	$(PYTEST) -m "not long" $(ARGS)
 endif

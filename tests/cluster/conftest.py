@@ -16,6 +16,13 @@ from tests.cluster.harness import Cluster, StartCluster
 START_TIMEOUT_S = 90.0
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A cluster is a machine's worth of processes."""
+    for item in items:
+        if item.path.is_relative_to(Path(__file__).parent):
+            item.add_marker(pytest.mark.alone)
+
+
 @pytest.fixture
 def start_cluster(tmp_path: Path) -> Iterator[StartCluster]:
     """Starts a cluster and returns when it is ready; several may run in one test."""

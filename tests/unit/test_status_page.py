@@ -23,6 +23,8 @@ from router.serve import Router
 from tests.chromium import Browser
 from tests.unit.router_support import router_beside, until
 
+pytestmark = pytest.mark.alone
+
 SLOW = FakeConfig(step_s=0.01, transfer_s=0.01)
 EVIL = "<img src=x onerror=document.title='owned'>\"'&"
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_harness import session, spec
 from relay_harness import LAYOUT, ProcessWorker, process_worker, worker
@@ -19,6 +20,8 @@ from relay_harness import LAYOUT, ProcessWorker, process_worker, worker
 from baton import codec
 from baton.types import Role
 from engine.fake import expected_tokens
+
+pytestmark = pytest.mark.alone
 
 
 async def test_2_and_13_prefill_dies_in_mid_prompt_and_decode_neither_leaks_nor_sickens(tmp_path: Path) -> None:
