@@ -33,6 +33,7 @@ def assert_same(answers: list[Answer], undisturbed: list[Answer]) -> None:
     assert [a.token_ids for a in answers] == [a.token_ids for a in undisturbed]
 
 
+@pytest.mark.long
 async def test_draining_each_node_in_turn_under_load_fails_nothing(
     start_cluster: StartCluster, demo_model: Path
 ) -> None:
@@ -58,7 +59,7 @@ async def test_draining_each_node_in_turn_under_load_fails_nothing(
     assert all(f"{node_id} has drained and leaves" in logs for node_id in cluster.nodes)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", ["prefill", pytest.param("decode", marks=pytest.mark.long)])
 async def test_a_second_sigterm_cuts_off_and_the_router_runs_the_rest_elsewhere(
     start_cluster: StartCluster, demo_model: Path, role: str
 ) -> None:
