@@ -22,7 +22,12 @@ BatonError
 
 from __future__ import annotations
 
+import reprlib
 from typing import ClassVar
+
+# Whatever a caller sent, a message stays short enough for one gRPC trailer (8 KiB of metadata in all) and one log line.
+MAX_MESSAGE_CHARS = 1000
+_MAX_QUOTED_CHARS = 80
 
 
 class BatonError(Exception):
@@ -34,6 +39,7 @@ class BatonError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        message = shortened(message, MAX_MESSAGE_CHARS)
         super().__init__(message)
         self.message = message
         self.param = param
@@ -128,6 +134,39 @@ class BadConfig(BatonError):
 
 class InternalError(BatonError):
     pass
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """``text``, or its beginning and how long it is."""
+    if len(text) <= max_chars:
+        return text
+    return f"{text[:max_chars]}... ({len(text)} characters)"
+
+
+class _Quote(reprlib.Repr):
+    """Representations whose cost and length do not grow with the value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxother = _MAX_QUOTED_CHARS
+
+    def repr_str(self, x: str, level: int) -> str:
+        head = repr(x[:_MAX_QUOTED_CHARS])
+        return head if len(x) <= _MAX_QUOTED_CHARS else f"{head}... ({len(x)} characters)"
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() <= 256:
+            return str(x)
+        return f"an integer of about {int(x.bit_length() * 0.30103) + 1} digits"
+
+
+_QUOTE = _Quote()
+
+
+def quoted(value: object) -> str:
+    """A value that came from outside, for a message: its representation, shortened."""
+    return shortened(_QUOTE.repr(value), 2 * _MAX_QUOTED_CHARS)
 
 
 def _leaves(root: type[BatonError]) -> dict[str, type[BatonError]]:
