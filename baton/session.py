@@ -7,6 +7,7 @@ means and how items become a message.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ import grpc.aio
 
 from baton import PROTOCOL_VERSION, codec
 from baton.clock import Clock
+from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable
 from baton.types import TokenChunk
 from baton.v1 import common_pb2, node_pb2
+
+_log = logging.getLogger("baton.session")
 
 Item = TypeVar("Item")
 RequestT = TypeVar("RequestT", node_pb2.PrefillSessionRequest, node_pb2.DecodeSessionRequest)
@@ -107,20 +111,28 @@ class SessionService(Protocol[_RequestIn, _ResponseOut, Item]):
     def status(self) -> common_pb2.NodeStatus: ...
 
     def received(self, session: NodeSession[Item], request: _RequestIn) -> None:
-        """A request after the hello. A BatonError raised here ends the session."""
+        """A request after the hello. A BatonError raised here ends the session: the router broke the protocol."""
 
     def closed(self, session: NodeSession[Item]) -> None:
         """Exactly once per session: nothing sent to it will arrive any more."""
 
-    def compose(self, items: list[Item]) -> _ResponseOut: ...
+    def compose(self, items: list[Item]) -> _ResponseOut:
+        """An item that cannot be said fails its sequence and leaves the others in the message."""
+        ...
 
 
 class SessionHost(Generic[RequestT, ResponseT, Item]):
     """All sessions of one service. A router that opens a second session ends its first."""
 
     def __init__(
-        self, service: SessionService[RequestT, ResponseT, Item], *, clock: Clock, config: SessionConfig | None = None
+        self,
+        service: SessionService[RequestT, ResponseT, Item],
+        *,
+        clock: Clock,
+        config: SessionConfig | None = None,
+        defects: Defects | None = None,
     ) -> None:
+        self._defects = defects or Defects(_log, clock)
         self._service: SessionService[RequestT, ResponseT, Item] = service
         self._clock = clock
         self._config = config or SessionConfig()
@@ -208,7 +220,12 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
 
     async def _receive(self, session: NodeSession[Item], requests: AsyncIterator[RequestT]) -> None:
         async for request in requests:
-            self._service.received(session, request)
+            try:
+                self._service.received(session, request)
+            except BatonError:
+                raise
+            except Exception as error:
+                self._defects.caught("session", error, f"from router {session.router_id}")
         # The router said goodbye.
         session.outbox.close()
 

@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 
 from baton.clock import Clock
+from baton.defects import Defects
 from baton.errors import BadConfig, Unavailable
 from baton.registry import NodeRecord, Registry
 
@@ -152,7 +153,15 @@ class LeaseKeeper:
 class Registration:
     """Drives a LeaseKeeper over a Registry, in one task. ``withdraw`` never raises and is bounded in time."""
 
-    def __init__(self, registry: Registry, record: NodeRecord, config: LeaseConfig, clock: Clock) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        record: NodeRecord,
+        config: LeaseConfig,
+        clock: Clock,
+        defects: Defects | None = None,
+    ) -> None:
+        self._defects = defects or Defects(_log, clock)
         self._registry = registry
         self._record = record
         self._config = config
@@ -187,6 +196,9 @@ class Registration:
                 except BadConfig as error:
                     # It let us in before: somebody works on it.
                     await self._feed(Failed(error.message))
+                except Exception as error:
+                    # The record must not expire under a worker that lives.
+                    await self._feed(Failed(self._defects.caught("registration", error).message))
         await self._feed(Withdraw())
 
     async def _feed(self, event: Event) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from baton import PROTOCOL_VERSION, __version__
 from baton.clock import MonotonicClock
+from baton.defects import Defects
 from baton.errors import BadConfig, InternalError
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
@@ -197,6 +198,8 @@ class _Worker:
         self._metrics_server, metrics_address = self._bind_metrics(address)
         self.node = replace(_describe(config, model, address, transfer), metrics_address=metrics_address)
         self._metrics = WorkerMetrics(self.node, model.cost, config.peaks, energy.sources(model.device))
+        count = self._metrics.defects.add
+        defects = self._defects = Defects(_log, clock, count)
         self._replica = Replica(
             model,
             Scheduler(_scheduler_config(config, model), BlockPool(layout.num_blocks)),
@@ -205,6 +208,8 @@ class _Worker:
             on_fatal=self._from_dying_engine,
             meter=self._metrics.engine,
             timeline=timeline,
+            # Of its own: it is written in the engine thread.
+            defects=Defects(_log, clock, count),
         )
         self._sender = Sender(
             self.node,
@@ -214,8 +219,17 @@ class _Worker:
             clock=clock,
             observer=self._metrics.transfers,
             timeline=timeline,
+            defects=defects,
         )
-        self._receiver = Receiver(self.node, layout, arena, on_event=self._from_receiver, config=transfer, clock=clock)
+        self._receiver = Receiver(
+            self.node,
+            layout,
+            arena,
+            on_event=self._from_receiver,
+            config=transfer,
+            clock=clock,
+            defects=defects,
+        )
         self._prefill = PrefillService(
             replica=self._replica,
             sender=self._sender,
@@ -223,6 +237,7 @@ class _Worker:
             status=self._status,
             node_id=self.node.node_id,
             clock=clock,
+            defects=defects,
         )
         self._decode = DecodeService(
             replica=self._replica,
@@ -233,6 +248,7 @@ class _Worker:
             clock=clock,
             config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
             observer=self._metrics,
+            defects=defects,
         )
         self._metrics.watch(self._replica, self._receiver, self._status, lambda: leaving.is_draining)
         add = self._server.add
@@ -278,7 +294,7 @@ class _Worker:
         node = self.node
         record = NodeRecord(node.node_id, node.address, node.incarnation, node.home_role, node.model.fingerprint)
         self._registration = Registration(
-            Registry(self._config.registry), record, self._config.registry_lease, MonotonicClock()
+            Registry(self._config.registry), record, self._config.registry_lease, MonotonicClock(), self._defects
         )
         await self._registration.start()
 
@@ -333,16 +349,22 @@ class _Worker:
         is_well = True
         while True:
             await asyncio.sleep(min(1.0, self._config.stall_limit_s / 4))
-            if is_well != (self._replica.stalled_s < self._config.stall_limit_s):
-                is_well = not is_well
-                await self._server.set_live(is_well)
-                await self._server.set_serving(is_well and not self._leaving.is_draining)
+            with self._defects.contained("health"):
+                is_well = await self._tell_health(is_well)
+
+    async def _tell_health(self, was_well: bool) -> bool:
+        is_well = self._replica.stalled_s < self._config.stall_limit_s
+        if is_well != was_well:
+            await self._server.set_live(is_well)
+            await self._server.set_serving(is_well and not self._leaving.is_draining)
+        return is_well
 
     def _status(self) -> NodeStatus:
         return self._replica.status(self.node.role)
 
     def _from_receiver(self, notice: ReceiverNotice) -> None:
-        self._metrics.lease_ended(notice)
+        with self._defects.contained("record"):
+            self._metrics.lease_ended(notice)
         match notice:
             case Arrived(sequence_id, _, first_token):
                 self._decode.arrived(sequence_id, first_token)

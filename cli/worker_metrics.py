@@ -22,6 +22,7 @@ _TRANSFER_BUCKETS_S = (
 )
 _RATIO_BUCKETS = tuple(i / 10 for i in range(11))
 _FREE = "free"
+_DEFECTS = ("prefill", "decode", "session", "engine", "transfer", "lease", "record", "health", "registration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +112,12 @@ class WorkerMetrics:
         self.engine = EngineMeter(self.metrics, cost)
         self.transfers = _TransferMeter(self.metrics, node.transports)
         counter = self.metrics.counter
+        self.defects = self.metrics.counters(
+            "baton_worker_defects",
+            "Exceptions that nobody expected, by where they were caught",
+            "where",
+            preset=[(where,) for where in _DEFECTS],
+        )
         self._granted = counter("baton_leases", "Leases by how far they came", event="granted")
         self._arrived = counter("baton_leases", "Leases by how far they came", event="arrived")
         self._released = counter("baton_leases", "Leases by how far they came", event="released")

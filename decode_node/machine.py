@@ -82,6 +82,14 @@ class LeaseReleased:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """Handling the sequence raised: it is given up here, in whatever phase it is."""
+
+    sequence_id: str
+    failure: Failure
+
+
 Event = (
     ReserveAsked
     | CancelAsked
@@ -92,6 +100,7 @@ Event = (
     | JoinRefused
     | LeaseFenced
     | LeaseReleased
+    | Defect
     | Started
     | Output
     | Failed
@@ -242,6 +251,8 @@ class DecodeMachine:
             case Failed(sequence_id, failure):
                 del self._relays[sequence_id]
                 return [SendFailed(relay.session, sequence_id, failure)]
+            case Defect(sequence_id, failure):
+                return self._give_up(relay, sequence_id, failure)
             case Started():
                 return []
 
@@ -292,6 +303,15 @@ class DecodeMachine:
         message = f"KV of {sequence_id} did not arrive: {reason}"
         failure = Failure("TransferFailed", message, retryable=True, blamed_node_id=relay.prefill_node_id)
         return [SendFailed(relay.session, sequence_id, failure)]
+
+    def _give_up(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
+        if relay.phase is Phase.ENDING:
+            return []
+        if relay.phase is Phase.ASKED:
+            # Nothing was granted.
+            del self._relays[sequence_id]
+            return [SendRefused(relay.session, sequence_id, failure)]
+        return [*self._stop(sequence_id, failure.message), SendFailed(relay.session, sequence_id, failure)]
 
     def _stop(self, sequence_id: str, reason: str) -> list[Action]:
         relay = self._relays[sequence_id]

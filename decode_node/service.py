@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,9 +12,10 @@ import grpc.aio
 
 from baton import codec
 from baton.clock import Clock
-from baton.errors import BadConfig, BatonError, InvalidRequest, TransferFailed
+from baton.defects import Defects
+from baton.errors import BadConfig, BatonError, InvalidRequest, TransferFailed, quoted
 from baton.session import NodeSession, SessionConfig, SessionHost, TokensBatch
-from baton.types import Lease, NodeDescription, NodeStatus, TokenChunk
+from baton.types import Failure, Lease, NodeDescription, NodeStatus, TokenChunk
 from baton.v1 import common_pb2, node_pb2, node_pb2_grpc
 from decode_node import machine as m
 from engine.replica import Replica
@@ -68,7 +70,11 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         config: DecodeConfig | None = None,
         session_config: SessionConfig | None = None,
         observer: DecodeObserver | None = None,
+        defects: Defects | None = None,
     ) -> None:
+        self._defects = defects or Defects(logging.getLogger(__name__), clock)
+        # Sequences that are being failed because something raised.
+        self._failing: set[str] = set()
         self._observer = observer
         self._replica = replica
         self._receiver = receiver
@@ -81,7 +87,7 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._host: SessionHost[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse, m.Send] = SessionHost(
-            self, clock=clock, config=session_config
+            self, clock=clock, config=session_config, defects=self._defects
         )
 
     # -- the service
@@ -115,7 +121,13 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
 
     def arrived(self, sequence_id: str, first_token: TokenChunk) -> None:
         """Take the sequence over. Raises a BatonError if it is not taken: the sender must not be acknowledged."""
-        self._feed(m.KvArrived(sequence_id, first_token))
+        try:
+            actions = self._machine.handle(m.KvArrived(sequence_id, first_token), self._clock.now())
+            # Join, or RejectArrival: what it raises is the receiver's answer.
+            self._perform(actions[0])
+        finally:
+            self._look_idle()
+        self._perform_all(actions[1:])
 
     def quarantined(self, sequence_id: str, reason: str) -> None:
         self._feed(m.LeaseFenced(sequence_id, reason))
@@ -147,28 +159,27 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         message = node_pb2.DecodeSessionResponse()
         tokens = TokensBatch()
         for item in items:
-            match item:
-                case m.SendTokens(_, chunk):
-                    tokens.add(chunk)
-                case m.SendLease(_, lease):
-                    message.reserved.append(codec.lease_to_pb(lease))
-                case m.SendJoined(_, sequence_id, wait_s):
-                    message.joined.add(sequence_id=sequence_id, wait_s=wait_s)
-                case m.SendRefused(_, sequence_id, failure):
-                    message.refused.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
-                case m.SendFailed(_, sequence_id, failure):
-                    message.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+            try:
+                _add(message, tokens, item)
+            except Exception as error:
+                self._unsaid(item, error)
         message.tokens.extend(tokens.messages)
         return message
+
+    def _unsaid(self, item: m.Send, error: Exception) -> None:
+        """The machine may have let go of the sequence with this very item: the router is told in any case."""
+        failure = self._fail(_about(item), error)
+        if not isinstance(item, m.SendFailed):
+            self._host.put(item.session, m.SendFailed(item.session, _about(item), failure))
 
     # -- events in
 
     def _received_reserve(self, session: NodeSession[m.Send], asked: node_pb2.DecodeSessionRequest.Reserve) -> None:
         try:
             spec = codec.sequence_from_pb(asked.sequence)
-        except BatonError as error:
-            refused = m.SendRefused(session.number, asked.sequence.sequence_id, codec.failure_of(error))
-            self._host.put(session.number, refused)
+        except Exception as error:
+            failure = codec.failure_of(self._known(error, asked.sequence.sequence_id))
+            self._host.put(session.number, m.SendRefused(session.number, asked.sequence.sequence_id, failure))
             return
         self._feed(m.ReserveAsked(session.number, spec, asked.ttl_s, asked.prefill_node_id))
 
@@ -178,12 +189,42 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
 
     def _feed(self, *events: m.Event) -> None:
         for event in events:
-            for action in self._machine.handle(event, self._clock.now()):
-                self._perform(action)
+            self._handle(event)
+        self._look_idle()
+
+    def _look_idle(self) -> None:
         if self._machine.num_sequences:
             self._is_idle.clear()
         else:
             self._is_idle.set()
+
+    def _handle(self, event: m.Event) -> None:
+        try:
+            actions = self._machine.handle(event, self._clock.now())
+        except Exception as error:
+            self._fail(_about(event), error)
+            return
+        self._perform_all(actions)
+
+    def _perform_all(self, actions: Sequence[m.Action]) -> None:
+        for action in actions:
+            try:
+                self._perform(action)
+            except Exception as error:
+                self._fail(_about(action), error)
+
+    def _fail(self, sequence_id: str, error: Exception) -> Failure:
+        """Handling this sequence raised: it fails and gives back what it holds. All others go on."""
+        failure = codec.failure_of(self._known(error, sequence_id))
+        if sequence_id not in self._failing:
+            # Once: what raises on the way out as well stays held, and shows in the ledger.
+            self._failing.add(sequence_id)
+            self._handle(m.Defect(sequence_id, failure))
+            self._failing.discard(sequence_id)
+        return failure
+
+    def _known(self, error: Exception, sequence_id: str) -> BatonError:
+        return error if isinstance(error, BatonError) else self._defects.caught("decode", error, quoted(sequence_id))
 
     # -- actions out
 
@@ -204,9 +245,10 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
             case m.StopCompute(sequence_id):
                 self._replica.cancel(sequence_id)
             case m.SendLease() | m.SendRefused() | m.SendJoined() | m.SendTokens() | m.SendFailed():
-                if self._observer is not None and isinstance(action, m.SendLease | m.SendJoined):
-                    self._observe(self._observer, action)
                 self._host.put(action.session, action)
+                if self._observer is not None and isinstance(action, m.SendLease | m.SendJoined):
+                    with self._defects.contained("record"):
+                        self._observe(self._observer, action)
 
     def _observe(self, observer: DecodeObserver, action: m.SendLease | m.SendJoined) -> None:
         if isinstance(action, m.SendLease):
@@ -219,23 +261,52 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
         ttl_s = min(action.ttl_s, self._config.max_ttl_s) if action.ttl_s > 0 else self._config.default_ttl_s
         try:
             block_ids = self._replica.reserve(action.spec)
-        except BatonError as error:
-            self._feed(m.Refused(sequence_id, codec.failure_of(error)))
+        except Exception as error:
+            self._feed(m.Refused(sequence_id, codec.failure_of(self._known(error, sequence_id))))
             return
         try:
             min_blocks = self._replica.blocks_for(action.spec.num_known_tokens)
             lease = self._receiver.grant(sequence_id, block_ids, ttl_s, min_blocks=min_blocks)
-        except BatonError as error:
+        except Exception as error:
             self._replica.return_lease(sequence_id)
-            self._feed(m.Refused(sequence_id, codec.failure_of(error)))
+            self._feed(m.Refused(sequence_id, codec.failure_of(self._known(error, sequence_id))))
             return
-        self._replica.set_epoch(sequence_id, lease.epoch)
         self._feed(m.Granted(lease))
+        self._replica.set_epoch(sequence_id, lease.epoch)
 
     def _join(self, sequence_id: str, first_token: TokenChunk) -> None:
         try:
             self._replica.join(sequence_id, first_token, self._from_engine)
-        except BatonError as error:
-            self._feed(m.JoinRefused(sequence_id, codec.failure_of(error)))
+        except Exception as error:
+            self._feed(m.JoinRefused(sequence_id, codec.failure_of(self._known(error, sequence_id))))
             # Up through arrived() to the receiver, which refuses the commit and gives the lease back.
             raise
+
+
+def _about(item: m.Event | m.Action) -> str:
+    """The sequence that an event or an action is about; empty if it is about several."""
+    match item:
+        case m.ReserveAsked() | m.Grant():
+            return item.spec.sequence_id
+        case m.Granted() | m.SendLease():
+            return item.lease.sequence_id
+        case m.SendTokens():
+            return item.chunk.sequence_id
+        case m.SessionLost():
+            return ""
+        case _:
+            return item.sequence_id
+
+
+def _add(message: node_pb2.DecodeSessionResponse, tokens: TokensBatch, item: m.Send) -> None:
+    match item:
+        case m.SendTokens(_, chunk):
+            tokens.add(chunk)
+        case m.SendLease(_, lease):
+            message.reserved.append(codec.lease_to_pb(lease))
+        case m.SendJoined(_, sequence_id, wait_s):
+            message.joined.add(sequence_id=sequence_id, wait_s=wait_s)
+        case m.SendRefused(_, sequence_id, failure):
+            message.refused.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+        case m.SendFailed(_, sequence_id, failure):
+            message.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))

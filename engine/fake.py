@@ -99,6 +99,9 @@ class FakeRunner:
         # Raised by the next launch, once; and by the next step that is computed, where that is later.
         self.next_error: Exception | None = None
         self.late_error: Exception | None = None
+        # By sequence, what is returned for it instead of what was drawn.
+        self.nonsense: dict[str, Sampled] = {}
+        self.forget_error: Exception | None = None
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         return self.launch(plan, on_layer).result()
@@ -144,10 +147,14 @@ class FakeRunner:
                 on_layer(layer)
         sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
         self._drawn = {r.sequence_id: sampled[r.sequence_id].token_id for r in rows if r.samples and r.is_plain}
+        sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
         return StepResult(sampled)
 
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
+        error, self.forget_error = self.forget_error, None
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Let go of the buffer."""

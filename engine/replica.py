@@ -11,11 +11,13 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from baton.clock import Clock
+from baton.defects import Defects
 from baton.errors import BatonError, Draining, InternalError
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
@@ -115,7 +117,10 @@ class Replica:
         on_fatal: Callable[[BaseException], None] | None = None,
         timeline: Timeline | None = None,
         meter: EngineMeter | None = None,
+        defects: Defects | None = None,
     ) -> None:
+        # The engine thread's own.
+        self._defects = defects or Defects(logging.getLogger(__name__), clock)
         self._runner = runner
         self._scheduler = scheduler
         self._num_layers = num_layers
@@ -315,7 +320,8 @@ class Replica:
                 self._busy_since_s = self._clock.now()
         _deliver(deliveries)
         for sequence_id in forgotten:
-            self._runner.forget(sequence_id)
+            with self._defects.contained("engine", f"forgetting {sequence_id}"):
+                self._runner.forget(sequence_id)
         num_landing = min(1, len(self._flights))
         if plan is not None:
             self._flights.append(flight := self._launch(plan))
@@ -339,7 +345,8 @@ class Replica:
             for sequence_id, num_blocks in news:
                 sink = self._sinks.get(sequence_id)
                 if sink is not None:
-                    sink.advance(layer, num_blocks)
+                    with self._dropped_if_raising(sequence_id):
+                        sink.advance(layer, num_blocks)
 
         began_s = self._clock.now()
         try:
@@ -367,17 +374,31 @@ class Replica:
                 for sequence_id, num_blocks in flight.news:
                     sink = self._sinks.get(sequence_id)
                     if sink is not None:
-                        sink.advance_all(num_blocks)
+                        with self._dropped_if_raising(sequence_id):
+                            sink.advance_all(num_blocks)
                 events = self._scheduler.apply(plan, result, self._clock.now())
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
             self._busy_since_s = self._clock.now()
+            raised = self._scheduler.take_raised()
             deliveries = self._address(events)
             self._collect_gone()
+        for sequence_id, cause in raised:
+            self._defects.caught("engine", cause, f"taking in a token of {sequence_id}")
         _deliver(deliveries)
-        if self._meter is not None:
-            self._meter.outcome(events)
-        self._book.add(TakenStep(plan, result is None, began_s, ended_s))
+        with self._defects.contained("engine", "counting"):
+            if self._meter is not None:
+                self._meter.outcome(events)
+            self._book.add(TakenStep(plan, result is None, began_s, ended_s))
+
+    @contextmanager
+    def _dropped_if_raising(self, sequence_id: str) -> Iterator[None]:
+        """A sink that raises hears no more: its push is then not whole, and its commit fails that sequence alone."""
+        try:
+            yield
+        except Exception as error:
+            self._defects.caught("engine", error, f"telling of blocks of {sequence_id}")
+            self._sinks.pop(sequence_id, None)
 
     # -- inside, with the lock held
 

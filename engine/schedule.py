@@ -119,6 +119,7 @@ class Scheduler:
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         self._gone: list[str] = []
+        self._raised: list[tuple[str, Exception]] = []
         self.num_preempted = 0
 
     # -- arrivals and departures
@@ -282,7 +283,7 @@ class Scheduler:
                 if sampled is None:
                     events.append(self._failed(entry, InternalError("the runner returned no token"), now))
                 else:
-                    events.append(self._advance(entry, sampled, now))
+                    events.append(self._advance_or_fail(entry, sampled, now))
         return events
 
     def fail(self, plan: StepPlan, error: BatonError, now: float) -> list[EngineEvent]:
@@ -322,6 +323,11 @@ class Scheduler:
         """Sequences that left since the last call: the runner may forget them."""
         gone, self._gone = self._gone, []
         return gone
+
+    def take_raised(self) -> list[tuple[str, Exception]]:
+        """Sequences that failed because taking in their token raised, since the last call: for the log."""
+        raised, self._raised = self._raised, []
+        return raised
 
     def load(self) -> Load:
         prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is Phase.WAITING]
@@ -476,6 +482,14 @@ class Scheduler:
             entry = self._entries[piece.sequence.sequence_id]
             entry.land(piece)
             yield entry, piece
+
+    def _advance_or_fail(self, entry: Entry, sampled: Sampled, now: float) -> Output | Failed:
+        """What the runner drew for one sequence is its own affair."""
+        try:
+            return self._advance(entry, sampled, now)
+        except Exception as error:
+            self._raised.append((entry.sequence_id, error))
+            return self._failed(entry, InternalError(f"taking in a token: {type(error).__name__}: {error}"), now)
 
     def _advance(self, entry: Entry, sampled: Sampled, now: float) -> Output:
         seq = entry.sequence

@@ -19,7 +19,8 @@ import grpc.aio
 
 from baton import codec
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, Incompatible, InternalError, InvalidRequest, Unavailable
+from baton.defects import Defects
+from baton.errors import BatonError, Incompatible, InvalidRequest, Unavailable
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
@@ -123,6 +124,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         on_event: Callable[[ReceiverNotice], None],
         config: TransferConfig | None = None,
         clock: Clock | None = None,
+        defects: Defects | None = None,
     ) -> None:
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
         self._node = node
@@ -131,6 +133,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._device = device_of(self._memory)
         self._config = (config or TransferConfig()).over(on_device=self._device is not None)
         self._clock = clock or MonotonicClock()
+        self._defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self._on_event = on_event
         self._machine = machine.ReceiverMachine(self._config.receiver)
         self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
@@ -188,7 +191,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise Unavailable(f"{self._node.node_id} is shutting down")
         check_block_ids(self._layout, block_ids, "leased")
         epoch = self._next_epoch
-        self._handle(machine.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks))
+        granted = machine.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks)
+        self._act_all(self._machine.handle(granted, self._clock.now()))
+        self._arm_timer()
         self._next_epoch += 1
         node = self._node
         return Lease(sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s)
@@ -230,10 +235,26 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     # The machine and its actions.
 
     def _handle(self, event: machine.ReceiverEvent) -> None:
-        for action in self._machine.handle(event, self._clock.now()):
-            self._act(action)
-        self._arm_timer()
-        self._has_changed.set()
+        try:
+            self._act_all(self._machine.handle(event, self._clock.now()))
+        except Exception as error:
+            self._defects.caught("lease", error, type(event).__name__)
+        finally:
+            # Whatever was raised: other leases have deadlines, and channels their heartbeats.
+            self._arm_timer()
+            self._has_changed.set()
+
+    def _act_all(self, actions: Sequence[machine.ReceiverAction]) -> None:
+        for action in actions:
+            try:
+                self._act(action)
+            except Exception as error:
+                defect = self._defects.caught("lease", error, type(action).__name__)
+                # One lease ends, the channel and all others on it go on.
+                about = action.message if isinstance(action, machine.Send) else action
+                sequence_id = self._machine.sequence_of(getattr(about, "epoch", 0))
+                if sequence_id is not None:
+                    self._soon(machine.RevokeAsked(sequence_id, defect.message))
 
     def _act(self, action: machine.ReceiverAction) -> None:  # noqa: C901 - one case per action
         match action:
@@ -286,8 +307,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         except BatonError as error:
             self._handle(machine.VerifyFailed(epoch, commit.attempt, codec.failure_of(error)))
         except Exception as error:  # a defect of ours must not leave the lease hanging
-            logging.getLogger(__name__).exception("verification failed")
-            failure = codec.failure_of(InternalError(f"verification failed: {error}"))
+            failure = codec.failure_of(self._defects.caught("lease", error, "verifying"))
             self._handle(machine.VerifyFailed(epoch, commit.attempt, failure))
         else:
             self.num_digest_failures += bool(damaged)
@@ -300,15 +320,15 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     def _deliver(self) -> None:
         notice = self._notices.popleft()
         if not isinstance(notice, machine.Arrive):
-            self._on_event(notice)
+            with self._defects.contained("lease", notice.sequence_id):
+                self._on_event(notice)
             return
         try:
             self._on_event(Arrived(notice.sequence_id, notice.epoch, notice.first_token))
         except BatonError as error:
             self._handle(machine.TakeOverRefused(notice.epoch, codec.failure_of(error)))
         except Exception as error:  # the sender must hear of it, whatever it is
-            logging.getLogger(__name__).exception("taking over %s failed", notice.sequence_id)
-            failure = codec.failure_of(InternalError(f"{type(error).__name__}: {error}"))
+            failure = codec.failure_of(self._defects.caught("lease", error, f"taking over {notice.sequence_id}"))
             self._handle(machine.TakeOverRefused(notice.epoch, failure))
         else:
             self._handle(machine.TakenOver(notice.epoch))
@@ -415,8 +435,16 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
     ) -> None:
         while isinstance(request := await context.read(), pb.ChannelRequest):
-            message = wire_format.request_from_pb(request)
-            self._handle(machine.Received(channel.number, message))
+            try:
+                message = wire_format.request_from_pb(request)
+            except BatonError as error:
+                if not request.HasField("commit"):
+                    raise
+                commit = request.commit
+                self._defects.caught("lease", error, f"a commit of {channel.peer.node_id}")
+                self._handle(machine.Malformed(channel.number, commit.sequence_id, commit.epoch, error.message))
+            else:
+                self._handle(machine.Received(channel.number, message))
 
 
 async def _write(channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> None:

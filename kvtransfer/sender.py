@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Coroutine, Sequence
 
 from baton.clock import Clock, MonotonicClock
+from baton.defects import Defects
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
 from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
@@ -113,7 +114,8 @@ class Push:
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
         )
-        self._observer.pushed(report)
+        with self._peer.defects.contained("record"):
+            self._observer.pushed(report)
         return report
 
     async def abort(self, reason: str) -> None:
@@ -146,9 +148,10 @@ class Push:
         self._job.stop()
 
     def finish(self, error: BatonError | None) -> None:
-        if error is not None and not isinstance(error, Cancelled):
-            self._observer.failed(error)
         self._outcome.set_result(error)
+        if error is not None and not isinstance(error, Cancelled):
+            with self._peer.defects.contained("record"):
+                self._observer.failed(error)
 
     # What the lanes tell us, from any thread.
 
@@ -156,7 +159,12 @@ class Push:
         self._loop.call_soon_threadsafe(self._drained, attempt)
 
     def _drained(self, attempt: int) -> None:
-        event = machine.Drained(self._number, attempt, self._job.num_blocks, self._job.layer_digests())
+        event: machine.SenderEvent
+        try:
+            event = machine.Drained(self._number, attempt, self._job.num_blocks, self._job.layer_digests())
+        except Exception as error:
+            defect = self._peer.defects.caught("transfer", error, f"digests of {self.sequence_id}")
+            event = machine.WriteFailed(self._number, defect)
         self._peer.handle(event)
 
     def on_stopped(self) -> None:
@@ -175,6 +183,7 @@ class _Peer:
         self.pushes: dict[int, tuple[Push, Sequence[int], Lease]] = {}
         self._sender = sender
         self.timeline = sender.timeline
+        self.defects = sender.defects
         self._clock = clock
         self._machine = machine.SenderMachine(address, config.sender)
         self._timer: asyncio.TimerHandle | None = None
@@ -186,9 +195,37 @@ class _Peer:
     def handle(self, event: machine.SenderEvent) -> None:
         if self._is_closed:
             return
-        for action in self._machine.handle(event, self._clock.now()):
+        try:
+            for action in self._machine.handle(event, self._clock.now()):
+                self._act_or_fail(action)
+        except Exception as error:
+            self.defects.caught("transfer", error, f"{type(event).__name__} of {self.address}")
+        finally:
+            # Whatever was raised: other pushes have deadlines, and the channel its heartbeat.
+            self._arm_timer()
+
+    def _act_or_fail(self, action: machine.SenderAction) -> None:
+        try:
             self._act(action)
-        self._arm_timer()
+        except Exception as error:
+            known = error
+            if not isinstance(known, BatonError):
+                known = self.defects.caught("transfer", error, f"{type(action).__name__} to {self.address}")
+            # One push fails, the connection and all others on it go on. Told later: the machine's actions come first.
+            number = self._push_of(action)
+            if number in self.pushes:
+                asyncio.get_running_loop().call_soon(self.handle, machine.WriteFailed(number, known))
+
+    def _push_of(self, action: machine.SenderAction) -> int:
+        """The push that an action is about; 0 if it is about none."""
+        match action:
+            case machine.Send():
+                epoch = getattr(action.message, "epoch", 0)
+                return next((n for n, (_, _, lease) in self.pushes.items() if lease.epoch == epoch), 0)
+            case machine.Connect() | machine.DropChannel():
+                return 0
+            case _:
+                return action.push
 
     @property
     def is_idle(self) -> bool:
@@ -232,8 +269,7 @@ class _Peer:
             self.handle(machine.ConnectFailed(error))
             return
         except Exception as error:  # a defect of ours must not leave pushes waiting
-            logging.getLogger(__name__).exception("connecting to %s failed", self.address)
-            self.handle(machine.ConnectFailed(InternalError(f"cannot connect to {self.address}: {error}")))
+            self.handle(machine.ConnectFailed(self.defects.caught("transfer", error, f"connecting to {self.address}")))
             return
         finally:
             self._is_opening = False
@@ -281,6 +317,7 @@ class Sender:
         clock: Clock | None = None,
         timeline: Timeline | None = None,
         observer: SenderObserver | None = None,
+        defects: Defects | None = None,
     ) -> None:
         assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
         self._observer = observer or SenderObserver()
@@ -289,6 +326,7 @@ class Sender:
         self._source = memory_of(arena)
         self._config = (config or TransferConfig()).over(on_device=device_of(self._source) is not None)
         self._clock = clock or MonotonicClock()
+        self.defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self.timeline = timeline or Timeline()
         self._peers: dict[str, _Peer] = {}
         self._lanes: Lanes | None = None

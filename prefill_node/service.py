@@ -11,12 +11,13 @@ import grpc.aio
 
 from baton import codec
 from baton.clock import Clock
-from baton.errors import BatonError, InternalError, InvalidRequest
+from baton.defects import Defects
+from baton.errors import BatonError, InvalidRequest, quoted
 from baton.session import NodeSession, SessionConfig, SessionHost, TokensBatch
-from baton.types import Lease, NodeDescription, NodeStatus, TokenChunk, TransferReport
+from baton.types import Failure, Lease, NodeDescription, NodeStatus, TokenChunk, TransferReport
 from baton.v1 import common_pb2, node_pb2, node_pb2_grpc
 from engine.replica import LayerSink, Replica
-from engine.schedule import EngineEvent
+from engine.schedule import EngineEvent, Failed
 from prefill_node import machine as m
 
 
@@ -52,7 +53,11 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         node_id: str,
         clock: Clock,
         session_config: SessionConfig | None = None,
+        defects: Defects | None = None,
     ) -> None:
+        self._defects = defects or Defects(logging.getLogger(__name__), clock)
+        # Sequences that are being failed because something raised.
+        self._failing: set[str] = set()
         self._replica = replica
         self._sender = sender
         self._describe = describe
@@ -62,7 +67,7 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._host: SessionHost[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse, m.Send] = SessionHost(
-            self, clock=clock, config=session_config
+            self, clock=clock, config=session_config, defects=self._defects
         )
         self._pushes: dict[str, PushLike] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -125,22 +130,18 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         message = node_pb2.PrefillSessionResponse()
         tokens = TokensBatch()
         for item in items:
-            match item:
-                case m.SendTokens(_, chunk):
-                    tokens.add(chunk)
-                case m.SendPrefillDone(_, sequence_id, times):
-                    message.prefills.add(
-                        sequence_id=sequence_id,
-                        queue_s=times.queue_s,
-                        compute_s=times.compute_s,
-                        num_computed_tokens=times.num_computed_tokens,
-                    )
-                case m.SendHandedOff(_, sequence_id, report):
-                    message.handed_off.add(sequence_id=sequence_id, report=codec.report_to_pb(report))
-                case m.SendFailed(_, sequence_id, failure):
-                    message.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+            try:
+                _add(message, tokens, item)
+            except Exception as error:
+                self._unsaid(item, error)
         message.tokens.extend(tokens.messages)
         return message
+
+    def _unsaid(self, item: m.Send, error: Exception) -> None:
+        """The machine may have let go of the sequence with this very item: the router is told in any case."""
+        failure = self._fail(_about(item), error)
+        if not isinstance(item, m.SendFailed):
+            self._host.put(item.session, m.SendFailed(item.session, _about(item), failure))
 
     # -- events in
 
@@ -148,9 +149,9 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
         try:
             spec = codec.sequence_from_pb(run.sequence)
             lease = codec.lease_from_pb(run.lease) if run.HasField("lease") else None
-        except BatonError as error:
-            failed = m.SendFailed(session.number, run.sequence.sequence_id, codec.failure_of(error))
-            self._host.put(session.number, failed)
+        except Exception as error:
+            failure = codec.failure_of(self._known(error, run.sequence.sequence_id))
+            self._host.put(session.number, m.SendFailed(session.number, run.sequence.sequence_id, failure))
             return
         self._feed(m.RunAsked(session.number, spec, lease))
 
@@ -160,12 +161,36 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
 
     def _feed(self, *events: m.Event) -> None:
         for event in events:
-            for action in self._machine.handle(event):
-                self._perform(action)
+            self._handle(event)
         if self._machine.num_sequences:
             self._is_idle.clear()
         else:
             self._is_idle.set()
+
+    def _handle(self, event: m.Event) -> None:
+        try:
+            actions = self._machine.handle(event)
+        except Exception as error:
+            self._fail(_about(event), error)
+            return
+        for action in actions:
+            try:
+                self._perform(action)
+            except Exception as error:
+                self._fail(_about(action), error)
+
+    def _fail(self, sequence_id: str, error: Exception) -> Failure:
+        """Handling this sequence raised: it fails and gives back what it holds. All others go on."""
+        failure = codec.failure_of(self._known(error, sequence_id))
+        if sequence_id not in self._failing:
+            # Once: what raises on the way out as well stays held, and shows in the ledger.
+            self._failing.add(sequence_id)
+            self._handle(Failed(sequence_id, failure))
+            self._failing.discard(sequence_id)
+        return failure
+
+    def _known(self, error: Exception, sequence_id: str) -> BatonError:
+        return error if isinstance(error, BatonError) else self._defects.caught("prefill", error, quoted(sequence_id))
 
     # -- actions out
 
@@ -190,14 +215,15 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
     def _submit(self, action: m.Submit) -> None:
         try:
             self._replica.submit(action.spec, hands_off=action.hands_off, listener=self._from_engine)
-        except BatonError as error:
-            self._feed(m.SubmitRefused(action.spec.sequence_id, codec.failure_of(error)))
+        except Exception as error:
+            known = self._known(error, action.spec.sequence_id)
+            self._feed(m.SubmitRefused(action.spec.sequence_id, codec.failure_of(known)))
 
     def _begin(self, action: m.BeginPush) -> None:
         try:
             push = self._sender.begin(action.lease, action.block_ids, num_known_tokens=action.num_known_tokens)
-        except BatonError as error:
-            self._feed(m.PushRefused(action.sequence_id, codec.failure_of(error)))
+        except Exception as error:
+            self._feed(m.PushRefused(action.sequence_id, codec.failure_of(self._known(error, action.sequence_id))))
             return
         self._pushes[action.sequence_id] = push
         push.add_failure_callback(lambda error: self._push_failed(action.sequence_id, push, error))
@@ -210,12 +236,8 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
     async def _commit(self, sequence_id: str, push: PushLike, first_token: TokenChunk) -> None:
         try:
             report = await push.commit(first_token)
-        except BatonError as error:
-            self._feed(m.PushFailed(sequence_id, codec.failure_of(error)))
         except Exception as error:
-            logging.getLogger(__name__).exception("commit of %s failed", sequence_id)
-            defect = InternalError(f"commit failed: {type(error).__name__}: {error}")
-            self._feed(m.PushFailed(sequence_id, codec.failure_of(defect)))
+            self._feed(m.PushFailed(sequence_id, codec.failure_of(self._known(error, sequence_id))))
         else:
             self._feed(m.PushCommitted(sequence_id, report))
 
@@ -232,4 +254,34 @@ class PrefillService(node_pb2_grpc.PrefillNodeServicer):
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logging.getLogger(__name__).error("the end of a push raised", exc_info=error)
+            self._defects.caught("prefill", error, "the end of a push")
+
+
+def _about(item: m.Event | m.Action) -> str:
+    """The sequence that an event or an action is about; empty if it is about several."""
+    match item:
+        case m.RunAsked() | m.Submit():
+            return item.spec.sequence_id
+        case m.SendTokens():
+            return item.chunk.sequence_id
+        case m.SessionLost():
+            return ""
+        case _:
+            return item.sequence_id
+
+
+def _add(message: node_pb2.PrefillSessionResponse, tokens: TokensBatch, item: m.Send) -> None:
+    match item:
+        case m.SendTokens(_, chunk):
+            tokens.add(chunk)
+        case m.SendPrefillDone(_, sequence_id, times):
+            message.prefills.add(
+                sequence_id=sequence_id,
+                queue_s=times.queue_s,
+                compute_s=times.compute_s,
+                num_computed_tokens=times.num_computed_tokens,
+            )
+        case m.SendHandedOff(_, sequence_id, report):
+            message.handed_off.add(sequence_id=sequence_id, report=codec.report_to_pb(report))
+        case m.SendFailed(_, sequence_id, failure):
+            message.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))

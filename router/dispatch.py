@@ -9,12 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
+
+from google.protobuf.message import Message
 
 from baton import codec, errors
 from baton.clock import Clock
+from baton.defects import Defects
 from baton.observe import Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
@@ -34,6 +37,16 @@ NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
+
+
+class _OfSequence(Protocol):
+    """An item of a node's message: it says whose it is."""
+
+    @property
+    def sequence_id(self) -> str: ...
+
+
+_Item = TypeVar("_Item", bound=_OfSequence)
 
 
 class Link(Protocol):
@@ -57,7 +70,7 @@ class Link(Protocol):
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
+    __slots__ = ("attached", "fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
 
     def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
         self.flow = flow
@@ -66,6 +79,8 @@ class Active:
         # The model its tokens came from: no other model may continue it.
         self.fingerprint = fingerprint
         self.is_queued = False
+        # The attempt that counts as load and that nodes may know of: sequence id and where it was placed.
+        self.attached: tuple[str, Placement] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
 
@@ -104,6 +119,7 @@ class Dispatcher:
         self._config = config
         self._clock = clock
         self._metrics = metrics
+        self._defects = Defects(_log, clock, metrics.defects.add)
         self._membership = m.Membership(config.nodes, config.membership)
         self._loads = Loads()
         self._breakers = PairBreakers(config.policy)
@@ -154,7 +170,7 @@ class Dispatcher:
         self._watchers.append(on_change)
 
     def watch_ends(self, on_ended: Callable[[Ended], None]) -> None:
-        """Be told of every sequence that ends. Returns at once and never raises."""
+        """Be told of every sequence that ends. Returns at once."""
         self._end_watchers.append(on_ended)
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -329,61 +345,61 @@ class Dispatcher:
         self._do_membership(self._membership.handle(m.Broken(address, reason), self._clock.now()))
 
     def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
-        member = self._membership.members[address]
-        if not member.is_up or member.node is None:
+        member = self._membership.members.get(address)
+        if member is None or not member.is_up or member.node is None:
             return
         node_id = member.node.node_id
         for done in message.prefills:
             self._has_changed = True
             self._loads.prefilled(done.sequence_id)
-            self._route(
-                done.sequence_id,
-                f.PrefillDone(
-                    done.sequence_id, done.queue_s, done.compute_s, done.num_computed_tokens, done.num_cached_tokens
-                ),
-            )
-        for over in message.handed_off:
-            self._route(over.sequence_id, f.HandedOff(over.sequence_id, codec.report_from_pb(over.report)))
+        self._take(node_id, message.prefills, _prefill_done)
+        self._take(node_id, message.handed_off, _handed_off)
         # Tokens before failures: what is done and late is done.
-        for tokens in message.tokens:
-            self._route(tokens.sequence_id, f.Tokens(node_id, codec.tokens_from_pb(tokens)))
-        for failed in message.failed:
-            failure = codec.failure_from_pb(failed.failure)
-            self._route(failed.sequence_id, f.SequenceFailed(node_id, failed.sequence_id, failure))
+        self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
+        self._take(node_id, message.failed, lambda x: _failed(node_id, x))
         self._heard(address, message.status if message.HasField("status") else None)
 
     def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
-        member = self._membership.members[address]
-        if not member.is_up or member.node is None:
+        member = self._membership.members.get(address)
+        if member is None or not member.is_up or member.node is None:
             return
         node_id = member.node.node_id
         for lease in message.reserved:
             self._loads.confirm(lease.sequence_id)
-            self._route(lease.sequence_id, f.Reserved(codec.lease_from_pb(lease)))
+        self._take(node_id, message.reserved, lambda x: f.Reserved(codec.lease_from_pb(x)))
         for refused in message.refused:
-            failure = codec.failure_from_pb(refused.failure)
-            self._metrics.reservation_refusals.add(failure.code)
-            self._route(refused.sequence_id, f.Refused(refused.sequence_id, failure))
-        for joined in message.joined:
-            self._route(joined.sequence_id, f.Joined(joined.sequence_id, joined.wait_s))
-        for tokens in message.tokens:
-            self._route(tokens.sequence_id, f.Tokens(node_id, codec.tokens_from_pb(tokens)))
-        for failed in message.failed:
-            failure = codec.failure_from_pb(failed.failure)
-            self._route(failed.sequence_id, f.SequenceFailed(node_id, failed.sequence_id, failure))
+            self._metrics.reservation_refusals.add(refused.failure.code)
+        self._take(node_id, message.refused, _refused)
+        self._take(node_id, message.joined, lambda x: f.Joined(x.sequence_id, x.wait_s))
+        self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
+        self._take(node_id, message.failed, lambda x: _failed(node_id, x))
         self._heard(address, message.status if message.HasField("status") else None)
 
-    def _route(self, sequence_id: str, event: f.Event) -> None:
-        """To the sequence's flow; a sequence that is over hears nothing."""
-        active = self._by_sequence.get(sequence_id)
-        if active is not None:
-            self._feed(active, event)
+    def _take(self, node_id: str, items: Iterable[_Item], event_of: Callable[[_Item], f.Event]) -> None:
+        """Each item to its sequence's flow; a sequence that is over hears nothing.
+
+        What cannot be read is held against the node, in this one sequence; others in the message go on.
+        """
+        for item in items:
+            event: f.Event
+            try:
+                event = event_of(item)
+            except Exception as error:
+                where = f"{item.sequence_id} from {node_id}"
+                defect = self._defects.caught("message", error, errors.quoted(where))
+                event = f.SequenceFailed(node_id, item.sequence_id, codec.failure_of(defect, node_id))
+            active = self._by_sequence.get(item.sequence_id)
+            if active is not None:
+                self._feed(active, event)
 
     def _heard(self, address: str, status: common_pb2.NodeStatus | None) -> None:
-        known = None if status is None else codec.status_from_pb(status)
+        known: NodeStatus | None = None
         node = self._membership.members[address].node
-        if known is not None and node is not None:
-            self._loads.status(node.node_id, known)
+        if status is not None and node is not None:
+            # A status that cannot be read leaves the last one standing.
+            with self._defects.contained("message", f"status of {node.node_id}"):
+                known = codec.status_from_pb(status)
+                self._loads.status(node.node_id, known)
         self._do_membership(self._membership.handle(m.Heard(address, known), self._clock.now()))
         if self._has_changed:
             self._pump()
@@ -391,31 +407,45 @@ class Dispatcher:
     # ── Membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_ticker(self) -> None:
-        self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
+        # Armed first: whatever a look raises, the next one comes.
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
+        with self._defects.contained("membership"):
+            self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
 
-    def _do_membership(self, actions: Sequence[m.Action]) -> None:  # noqa: C901 (a flat table)
+    def _do_membership(self, actions: Sequence[m.Action]) -> None:
         for action in actions:
-            match action:
-                case m.Dial():
-                    if action.address not in self._links:
-                        self._links[action.address] = self._new_link(action.address, self)
-                    self._links[action.address].dial()
-                case m.HangUp():
-                    self._links[action.address].hang_up()
-                case m.Forget():
-                    self._links.pop(action.address).hang_up()
-                case m.NodeUp():
-                    self._on_node_up(action.node, action.status)
-                case m.NodeDown():
-                    self._on_node_down(action.node_id, action.reason)
-                case m.NodeRefused():
-                    _log.error("node at %s is refused: %s", action.address, action.reason)
-                case m.NodeChanged():
-                    pass
+            with self._defects.contained("membership", type(action).__name__):
+                self._do_one(action)
         if actions:
             self._note_availability()
             self._pump()
+
+    def _do_one(self, action: m.Action) -> None:
+        match action:
+            case m.Dial():
+                self._dial(action.address)
+            case m.HangUp():
+                self._links[action.address].hang_up()
+            case m.Forget():
+                self._links.pop(action.address).hang_up()
+            case m.NodeUp():
+                self._on_node_up(action.node, action.status)
+            case m.NodeDown():
+                self._on_node_down(action.node_id, action.reason)
+            case m.NodeRefused():
+                _log.error("node at %s is refused: %s", action.address, action.reason)
+            case m.NodeChanged():
+                pass
+
+    def _dial(self, address: str) -> None:
+        try:
+            if address not in self._links:
+                self._links[address] = self._new_link(address, self)
+            self._links[address].dial()
+        except Exception as error:
+            # As if nobody had answered: it is dialled again.
+            defect = self._defects.caught("membership", error, f"dialling {address}")
+            asyncio.get_running_loop().call_soon(self.on_broken, address, defect.message)
 
     def _on_node_up(self, node: NodeDescription, status: NodeStatus) -> None:
         _log.info("node %s (%s, %s) is up at %s", node.node_id, node.role.value, node.device, node.address)
@@ -443,35 +473,53 @@ class Dispatcher:
         elif self._down_since_s is None:
             self._down_since_s = self._clock.now()
         for watcher in self._watchers:
-            watcher()
+            with self._defects.contained("watcher"):
+                watcher()
 
     # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _feed(self, active: Active, event: f.Event) -> None:
         now = self._clock.now()
-        for action in active.flow.handle(event, now):
-            self._perform(active, action)
-        self._arm(active, now)
+        try:
+            for action in active.flow.handle(event, now):
+                self._perform(active, action, _message_of(action))
+            self._arm(active, now)
+        except Exception as error:
+            self._fail(active, error)
 
-    def _perform(self, active: Active, action: f.Action) -> None:  # noqa: C901 (a flat table)
+    def _fail(self, active: Active, error: Exception) -> None:
+        """Handling this sequence raised: it ends, and what it holds here and at its nodes is given back.
+
+        Nothing is asked of its flow, which may be in the middle of anything.
+        """
+        if not isinstance(error, errors.BatonError):
+            error = self._defects.caught("sequence", error, active.flow.sequence_id)
+        attached, active.attached = active.attached, None
+        if attached is not None:
+            sequence_id, placement = attached
+            self._has_changed = True
+            self._by_sequence.pop(sequence_id, None)
+            with self._defects.contained("sequence", sequence_id):
+                self._loads.release(sequence_id)
+            for node_id, is_decode in ((placement.prefill_id, False), (placement.decode_id, True)):
+                with self._defects.contained("sequence", sequence_id):
+                    cancel = f.SendCancel(node_id, sequence_id, is_decode, error.code)
+                    self._perform(active, cancel, _message_of(cancel))
+        if active in self._active:
+            self._end(active, active.flow.give_up(error, self._clock.now()))
+
+    def _perform(self, active: Active, action: f.Action, message: Message | None) -> None:
         match action:
             case f.Deliver():
                 active.stream.push(action.token_ids, action.logprobs)
             case f.Enqueue():
                 self._enqueue(active, action.is_rerun)
-            case f.SendReserve():
-                reserve = node_pb2.DecodeSessionRequest.Reserve(
-                    sequence=codec.sequence_to_pb(action.spec), ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
-                )
-                self._send_decode(action.node_id, node_pb2.DecodeSessionRequest(reserve=reserve))
-            case f.SendRun():
-                lease = None if action.lease is None else codec.lease_to_pb(action.lease)
-                run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(action.spec), lease=lease)
-                self._send_prefill(action.node_id, node_pb2.PrefillSessionRequest(run=run))
-            case f.SendCancel():
-                self._send_cancel(action)
+            case f.SendReserve() | f.SendRun() | f.SendCancel():
+                assert message is not None
+                self._send(action.node_id, message)
             case f.Detach():
                 self._has_changed = True
+                active.attached = None
                 self._by_sequence.pop(action.sequence_id, None)
                 self._loads.release(action.sequence_id)
             case f.NodeFull():
@@ -483,22 +531,23 @@ class Dispatcher:
             case f.End():
                 self._end(active, action.outcome)
 
-    def _send_cancel(self, action: f.SendCancel) -> None:
-        cancel = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)
-        if action.is_decode:
-            self._send_decode(action.node_id, node_pb2.DecodeSessionRequest(cancel=cancel))
+    def _send(self, node_id: str, message: Message) -> None:
+        address = self._address_of.get(node_id)
+        if address is None:
+            return
+        num_bytes, limit = message.ByteSize(), self._config.link.max_sent_bytes
+        if num_bytes > limit:
+            # The node would end the session over it, and with it every other sequence there.
+            raise errors.InvalidRequest(
+                f"the request takes {num_bytes} bytes, expected at most {limit}; shorten the prompt, stop_token_ids or "
+                "logit_bias"
+            )
+        link = self._links[address]
+        if isinstance(message, node_pb2.PrefillSessionRequest):
+            self._guard(address, lambda: link.send_prefill(message))
         else:
-            self._send_prefill(action.node_id, node_pb2.PrefillSessionRequest(cancel=cancel))
-
-    def _send_prefill(self, node_id: str, message: node_pb2.PrefillSessionRequest) -> None:
-        address = self._address_of.get(node_id)
-        if address is not None:
-            self._guard(address, lambda: self._links[address].send_prefill(message))
-
-    def _send_decode(self, node_id: str, message: node_pb2.DecodeSessionRequest) -> None:
-        address = self._address_of.get(node_id)
-        if address is not None:
-            self._guard(address, lambda: self._links[address].send_decode(message))
+            assert isinstance(message, node_pb2.DecodeSessionRequest)
+            self._guard(address, lambda: link.send_decode(message))
 
     def _guard(self, address: str, send: Callable[[], None]) -> None:
         """A node that takes no messages is lost. Told later: a flow is in the middle of its actions."""
@@ -520,16 +569,22 @@ class Dispatcher:
         relay = active.flow.lifeline.relay()
         self._finished_at_s.append(self._clock.now())
         active.stream.end(outcome, relay)
-        code = "" if outcome.error is None else outcome.error.code
-        self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
+        # The client has its answer; whoever keeps record of it takes nothing away any more.
+        with self._defects.contained("record", active.flow.request_id):
+            self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
+        self._tell_end(active, outcome, relay)
+
+    def _tell_end(self, active: Active, outcome: f.Outcome, relay: Relay) -> None:
         ended = Ended(
             active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
             len(active.flow.prompt_token_ids), active.flow.sampling, active.origin,
         )  # fmt: skip
         for watcher in self._end_watchers:
-            watcher(ended)
+            with self._defects.contained("record", active.flow.request_id):
+                watcher(ended)
         if not _log.isEnabledFor(logging.INFO):
             return
+        code = "" if outcome.error is None else outcome.error.code
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
         _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
                   relay.line())  # fmt: skip
@@ -574,10 +629,18 @@ class Dispatcher:
         self._is_pumping = True
         self._has_changed = False
         try:
-            while self._queue and self._place(self._queue[0]):
+            while self._queue and self._place_or_fail(self._queue[0]):
                 pass
         finally:
             self._is_pumping = False
+
+    def _place_or_fail(self, active: Active) -> bool:
+        try:
+            return self._place(active)
+        except Exception as error:
+            # It leaves the queue, whoever's defect this is: nobody behind it may wait for ever.
+            self._fail(active, error)
+            return True
 
     def _place(self, active: Active) -> bool:
         """Place the head of the queue; False if it must wait."""
@@ -608,10 +671,17 @@ class Dispatcher:
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow
-        self._by_sequence[flow.sequence_id] = active
-        self._loads.assign(flow.sequence_id, placement, len(flow.prompt_token_ids) + len(flow.tokens))
+        sequence_id, num_tokens = flow.sequence_id, len(flow.prompt_token_ids) + len(flow.tokens)
+        actions = flow.handle(f.Placed(placement), now)
+        # Encoded before anything is booked for it: what cannot be sent takes nobody's room.
+        messages = [_message_of(action) for action in actions]
+        active.attached = sequence_id, placement
+        self._by_sequence[sequence_id] = active
+        self._loads.assign(sequence_id, placement, num_tokens)
         self._breakers.used(placement.prefill_id, placement.decode_id, now)
-        self._feed(active, f.Placed(placement))
+        for action, message in zip(actions, messages, strict=True):
+            self._perform(active, action, message)
+        self._arm(active, now)
 
     def _retry_after_s(self) -> float:
         """How long the present queue takes at the present pace, between 1 and 30 s."""
@@ -620,3 +690,42 @@ class Dispatcher:
         span_s = self._clock.now() - self._finished_at_s[0]
         pace = len(self._finished_at_s) / max(span_s, 1e-3)
         return min(max(1.0, len(self._queue) / pace), 30.0)
+
+
+def _message_of(action: f.Action) -> Message | None:
+    """What the action has to say to a node. Raises if it cannot be encoded."""
+    match action:
+        case f.SendReserve():
+            reserve = node_pb2.DecodeSessionRequest.Reserve(
+                sequence=codec.sequence_to_pb(action.spec), ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
+            )
+            return node_pb2.DecodeSessionRequest(reserve=reserve)
+        case f.SendRun():
+            lease = None if action.lease is None else codec.lease_to_pb(action.lease)
+            run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(action.spec), lease=lease)
+            return node_pb2.PrefillSessionRequest(run=run)
+        case f.SendCancel():
+            cancel = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)
+            if action.is_decode:
+                return node_pb2.DecodeSessionRequest(cancel=cancel)
+            return node_pb2.PrefillSessionRequest(cancel=cancel)
+        case _:
+            return None
+
+
+def _prefill_done(done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
+    return f.PrefillDone(
+        done.sequence_id, done.queue_s, done.compute_s, done.num_computed_tokens, done.num_cached_tokens
+    )
+
+
+def _handed_off(over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
+    return f.HandedOff(over.sequence_id, codec.report_from_pb(over.report))
+
+
+def _refused(refused: node_pb2.SequenceFailed) -> f.Event:
+    return f.Refused(refused.sequence_id, codec.failure_from_pb(refused.failure))
+
+
+def _failed(node_id: str, failed: node_pb2.SequenceFailed) -> f.Event:
+    return f.SequenceFailed(node_id, failed.sequence_id, codec.failure_from_pb(failed.failure))

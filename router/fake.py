@@ -37,7 +37,7 @@ from baton.types import (
     TokenLogprob,
     TransferReport,
 )
-from baton.v1 import node_pb2, node_pb2_grpc
+from baton.v1 import common_pb2, node_pb2, node_pb2_grpc
 
 _Response = node_pb2.PrefillSessionResponse | node_pb2.DecodeSessionResponse
 
@@ -170,7 +170,7 @@ def _logprobs(token_id: int, num_top: int, vocab_size: int) -> PositionLogprobs:
 
 
 class FakeNode(node_pb2_grpc.NodeServicer):
-    """One worker. Failures: `fail`, `drop`, `duplicate`, `stall`, `mute`, `die`."""
+    """One worker. Failures: `fail`, `drop`, `duplicate`, `garble`, `stall`, `mute`, `die`."""
 
     def __init__(self, node_id: str, role: Role, cluster: FakeCluster, config: FakeConfig) -> None:
         self.node_id = node_id
@@ -183,6 +183,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self._fail: dict[str, list[Failure]] = {}
         self._drop: Counter[str] = Counter()
         self._duplicate: Counter[str] = Counter()
+        self._num_garbled = 0
         self.seen: Counter[str] = Counter()
         self._cluster = cluster
         self._epochs = itertools.count(1)
@@ -254,6 +255,17 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def duplicate(self, what: str, times: int = 1) -> None:
         self._duplicate[what] += times
+
+    def garble(self, times: int = 1) -> None:
+        """Chunks of tokens whose finish reason does not exist."""
+        self._num_garbled += times
+
+    def _tokens(self, chunk: TokenChunk) -> list[common_pb2.Tokens]:
+        message = codec.tokens_to_pb(chunk)
+        if self._num_garbled > 0:
+            self._num_garbled -= 1
+            message.finish_reason = 99  # type: ignore[assignment]
+        return [message] * self._times("tokens")
 
     def end_sessions(self, *, is_prefill: bool) -> None:
         """In good order, as a node does that leaves."""
@@ -501,7 +513,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         took_s = spec.num_known_tokens * self.config.prefill_token_s
         self._record(self.now() - took_s, spec.num_known_tokens, 0, [spec.sequence_id])
         session.draft.prefills.extend([done] * self._times("prefill_done"))  # type: ignore[union-attr]
-        session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
+        session.draft.tokens.extend(self._tokens(chunk))
         # The first token waits for nothing.
         session.flush(self._is_muted)
         if chunk.finish_reason is not None:
@@ -566,7 +578,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     def _decode_step(self) -> None:
         for live in [x for x in self._live.values() if x.state == "running"]:
             chunk = live.next_chunk(self.config.vocab_size)
-            live.session.draft.tokens.extend([codec.tokens_to_pb(chunk)] * self._times("tokens"))
+            live.session.draft.tokens.extend(self._tokens(chunk))
             if chunk.finish_reason is not None:
                 self._forget(live.spec.sequence_id)
 

@@ -503,6 +503,17 @@ class Flow:
         self._timer_s = None
         return [*actions, End(outcome)]
 
+    def give_up(self, error: errors.BatonError, now: float) -> Outcome:
+        """Handling it raised: over at once, whatever it was in the middle of. The caller gives back what it holds."""
+        if self.outcome is None:
+            kind = OutcomeKind.REJECTED if isinstance(error, errors.InvalidRequest) else OutcomeKind.FAILED
+            self.outcome = Outcome(kind, error=error)
+            self.lifeline.ended(now)
+        self._early.clear()
+        self.phase = Phase.ENDED
+        self._timer_s = None
+        return self.outcome
+
     @property
     def _awaits_report(self) -> bool:
         """Decode announced the end of a sequence that was handed over, and prefill has not said how."""

@@ -73,6 +73,12 @@ class RouterMetrics:
         self.node_losses = counters(
             "baton_node_losses", "Nodes that went down, by pool", "pool", preset=_each(*(role.value for role in Role))
         )
+        self.defects = counters(
+            "baton_defects",
+            "Exceptions that nobody expected, by where they were caught",
+            "where",
+            preset=_each("sequence", "message", "membership", "watcher", "record", "link", "registry"),
+        )
         self.reruns = counter("baton_reruns", "Attempts after the first, that is after a failure")
         self.recoveries = counter("baton_recoveries", "Finished sequences of which at least one attempt had failed")
         self.recovery = histogram(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 from baton.clock import Clock
+from baton.defects import Defects
 from baton.errors import BadConfig, Unavailable
 from baton.registry import NodeRecord, Registry
 from router.config import WatchConfig
@@ -23,8 +24,14 @@ class RegistryWatch:
     """``on_listing`` is called on the event loop with everybody who is registered."""
 
     def __init__(
-        self, registry: Registry, on_listing: Callable[[Sequence[NodeRecord]], None], config: WatchConfig, clock: Clock
+        self,
+        registry: Registry,
+        on_listing: Callable[[Sequence[NodeRecord]], None],
+        config: WatchConfig,
+        clock: Clock,
+        defects: Defects | None = None,
     ) -> None:
+        self._defects = defects or Defects(_log, clock)
         self._registry = registry
         self._on_listing = on_listing
         self._config = config
@@ -65,6 +72,8 @@ class RegistryWatch:
             except BadConfig as error:
                 # It let us in before: somebody works on it.
                 self._note_silence(error.message)
+            except Exception as error:
+                self._note_silence(self._defects.caught("registry", error).message)
 
     async def _ask(self) -> None:
         try:
@@ -97,4 +106,7 @@ class RegistryWatch:
                             return
             except (Unavailable, BadConfig):
                 # Polling notices the same and says so.
+                await asyncio.sleep(self._config.poll_s)
+            except Exception as error:
+                self._defects.caught("registry", error)
                 await asyncio.sleep(self._config.poll_s)

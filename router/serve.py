@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from baton import errors
 from baton.clock import MonotonicClock
+from baton.defects import Defects
 from baton.metrics import Metrics
 from baton.registry import Registry
 from router.config import RouterConfig
@@ -74,11 +75,12 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     metrics = Metrics()
     counted = RouterMetrics(metrics, (lambda: frontend.model_name) if config.vllm_metrics else None)
     clock = MonotonicClock()
+    defects = Defects(_log, clock, counted.defects.add)
     greeting = hello(config.router_id, time.time_ns())
     dispatcher = Dispatcher(
         config,
         clock,
-        lambda address, events: NodeLink(address, events, greeting, config.link),
+        lambda address, events: NodeLink(address, events, greeting, config.link, defects),
         counted,
     )
     counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)
@@ -98,7 +100,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     http_server = _HttpServer(app, config)
     watch = None
     if config.registry is not None:
-        watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock)
+        watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock, defects)
     try:
         dispatcher.start()
         if watch is not None:

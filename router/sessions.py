@@ -15,7 +15,8 @@ import grpc
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
-from baton.clock import Clock
+from baton.clock import Clock, MonotonicClock
+from baton.defects import Defects
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
@@ -73,8 +74,16 @@ class RoundTrip(NamedTuple):
 class NodeLink:
     """After `dial`, exactly one of on_broken or a `hang_up` by the owner ends the connection."""
 
-    def __init__(self, address: str, events: LinkEvents, hello: node_pb2.SessionHello, config: LinkConfig) -> None:
+    def __init__(
+        self,
+        address: str,
+        events: LinkEvents,
+        hello: node_pb2.SessionHello,
+        config: LinkConfig,
+        defects: Defects | None = None,
+    ) -> None:
         self.address = address
+        self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
         self._hello = hello
         self._config = config
@@ -170,7 +179,14 @@ class NodeLink:
         except* errors.BatonError as group:
             reason = f"protocol error: {group.exceptions[0]}"
             _log.error("%s: %s", self.address, reason)
-        self._events.on_broken(self.address, reason)
+        except* Exception as group:
+            reason = self._defects.caught("link", group.exceptions[0], self.address).message
+        finally:
+            # Whatever ended it, a cancellation from within grpc too; unless the owner has hung up, and may have dialled
+            # again meanwhile.
+            if self._task is asyncio.current_task():
+                self._task = None
+                self._events.on_broken(self.address, reason)
 
     async def _serve(self, channel: aio.Channel) -> None:
         self._channel = channel

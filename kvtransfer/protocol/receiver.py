@@ -99,6 +99,16 @@ class Received:
 
 
 @dataclass(frozen=True, slots=True)
+class Malformed:
+    """The peer said something about a lease that cannot be read."""
+
+    channel: int
+    sequence_id: str
+    epoch: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Wrote:
     """A hint of a one-sided writer, which may be lost: these blocks hold what the attempt's commit will cover."""
 
@@ -154,6 +164,7 @@ ReceiverEvent = (
     | ChannelLost
     | WriterGone
     | Received
+    | Malformed
     | Wrote
     | EpochQuiet
     | Verified
@@ -315,6 +326,11 @@ class ReceiverMachine:
     def sequence_ids(self) -> tuple[str, ...]:
         return tuple(self._epoch_of)
 
+    def sequence_of(self, epoch: int) -> str | None:
+        """Whose lease this is, if it is live."""
+        lease = self._leases.get(epoch)
+        return None if lease is None else lease.sequence_id
+
     @property
     def num_leases(self) -> int:
         return len(self._leases)
@@ -339,6 +355,8 @@ class ReceiverMachine:
                 return self._received(event.channel, event.message, now)
             case Wrote():
                 return self._wrote(event)
+            case Malformed():
+                return self._malformed(event, now)
             case Granted():
                 return self._granted(event, now)
             case RevokeAsked():
@@ -488,6 +506,17 @@ class ReceiverMachine:
             return []
         is_current = lease.state is LeaseState.WRITING and event.attempt == lease.attempt
         return [Digest(lease.epoch, event.ranges)] if is_current else []
+
+    def _malformed(self, event: Malformed, now: float) -> list[ReceiverAction]:
+        """It costs the lease, if it is the peer's own; that its writer has stopped is known only when it says so."""
+        channel = self._channels.get(event.channel)
+        if channel is None or channel.is_lost:
+            return []
+        channel.heart.heard()
+        lease = self._leases.get(event.epoch)
+        if lease is None or lease.channel != event.channel or lease.sequence_id != event.sequence_id:
+            return []
+        return self._end(lease, f"{channel.peer}: {event.reason}", now)
 
     def _epoch_quiet(self, epoch: int) -> list[ReceiverAction]:
         lease = self._leases.get(epoch)

@@ -27,6 +27,8 @@ NAME = "shm"
 TOKEN_BYTES = 32
 _HELLO_TIMEOUT_S = 5.0
 _MAX_PENDING = 64
+# A pause after an accept that failed.
+_ACCEPT_AGAIN_S = 0.1
 _MAX_HINTED_LAYERS = 1024
 
 
@@ -62,7 +64,11 @@ class ShmReceiver:
         listener.bind(f"\0{self._name}")
         listener.listen(_MAX_PENDING)
         self._listener = listener
-        asyncio.get_running_loop().add_reader(listener, self._accept, listener)
+        self._listen(listener)
+
+    def _listen(self, listener: socket.socket) -> None:
+        if listener.fileno() >= 0:
+            asyncio.get_running_loop().add_reader(listener, self._accept, listener)
 
     def offer(self, channel: int, token: bytes) -> str:
         """Let one connection with this token in; returns where."""
@@ -73,6 +79,13 @@ class ShmReceiver:
         try:
             connection, _ = listener.accept()
         except (BlockingIOError, InterruptedError, ConnectionError):
+            return
+        except OSError as error:
+            # Out of descriptors: it would be called again at once, and for ever.
+            logging.getLogger(__name__).debug("a connection was not accepted: %s", error)
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(listener)
+            loop.call_later(_ACCEPT_AGAIN_S, self._listen, listener)
             return
         connection.setblocking(False)
         if len(self._greetings) >= _MAX_PENDING or _peer_uid(connection) != os.getuid():

@@ -26,6 +26,8 @@ _MAX_FRAME_BYTES = 64 << 20
 _MAX_STREAMS = 64
 _SCRATCH_BYTES = 256 << 10
 _HELLO_TIMEOUT_S = 5.0
+# A pause after an accept that failed; out of descriptors it would fail again at once.
+_ACCEPT_AGAIN_S = 0.1
 
 
 @dataclass(slots=True)
@@ -108,7 +110,13 @@ class TcpReceiver:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            connection, _ = await loop.sock_accept(listener)
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except OSError as error:
+                # Out of descriptors, or a peer that left at once: the next one is let in again.
+                logging.getLogger(__name__).debug("a data stream was not accepted: %s", error)
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
             if len(self._greetings) >= _MAX_STREAMS:
                 connection.close()
                 continue

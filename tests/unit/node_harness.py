@@ -55,6 +55,7 @@ class SteeredPush:
     def __init__(self, block_ids: tuple[int, ...]) -> None:
         self.block_ids = block_ids
         self.told: list[tuple[int, int]] = []
+        self.layer_error: Exception | None = None
         self.committed: asyncio.Future[TokenChunk] = asyncio.get_running_loop().create_future()
         self.outcome: asyncio.Future[BatonError | None] = asyncio.get_running_loop().create_future()
         self.aborted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -63,6 +64,8 @@ class SteeredPush:
         self.quiet.set()
 
     def layer_ready(self, layer: int, num_blocks: int) -> None:
+        if self.layer_error is not None:
+            raise self.layer_error
         self.told.append((layer, num_blocks))
 
     async def commit(self, first_token: TokenChunk) -> TransferReport:
@@ -91,12 +94,14 @@ class SteeredSender:
     def __init__(self) -> None:
         self.pushes: dict[str, SteeredPush] = {}
         self.begun: asyncio.Queue[SteeredPush] = asyncio.Queue()
-        self.error: BatonError | None = None
+        self.error: Exception | None = None
+        self.layer_error: Exception | None = None
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> SteeredPush:
         if self.error is not None:
             raise self.error
         push = self.pushes[lease.sequence_id] = SteeredPush(tuple(source_blocks))
+        push.layer_error = self.layer_error
         self.begun.put_nowait(push)
         return push
 
@@ -106,8 +111,11 @@ class SteeredReceiver:
         self.leases: dict[str, Lease] = {}
         self.revoked: asyncio.Queue[str] = asyncio.Queue()
         self.ttls_s: list[float] = []
+        self.error: Exception | None = None
 
     def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+        if self.error is not None:
+            raise self.error
         self.ttls_s.append(ttl_s)
         epoch = len(self.ttls_s)
         lease = Lease(sequence_id, epoch, "n0", 5, "127.0.0.1:1", tuple(block_ids), ttl_s)

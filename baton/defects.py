@@ -1,0 +1,67 @@
+"""What becomes of an exception that nobody expected: its traceback in the log, one more on a counter, and life goes on.
+
+Owns the form of these lines and how many of a kind are written. What the exception cost is given back by who caught it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from baton.clock import Clock
+from baton.errors import InternalError
+
+# Kinds are error codes, places and node ids: few. Beyond, the table starts anew, which costs a few lines more.
+_MAX_KINDS = 256
+
+
+class LogLimit:
+    """Of many lines of one kind the first ``burst`` in every ``window_s`` are written, the others counted."""
+
+    def __init__(self, clock: Clock, *, burst: int = 5, window_s: float = 60.0) -> None:
+        self._clock = clock
+        self._burst = burst
+        self._window_s = window_s
+        # By kind: when its window began, lines in it, and lines that were left out since one was written.
+        self._kinds: dict[str, tuple[float, int, int]] = {}
+
+    def admits(self, kind: str) -> str | None:
+        """None if the line is to be left out; else what to append to it: nothing, or how many were left out."""
+        now = self._clock.now()
+        began_s, written, left_out = self._kinds.get(kind, (now, 0, 0))
+        if now - began_s >= self._window_s:
+            began_s, written = now, 0
+        if kind not in self._kinds and len(self._kinds) >= _MAX_KINDS:
+            self._kinds.clear()
+        if written >= self._burst:
+            self._kinds[kind] = (began_s, written, left_out + 1)
+            return None
+        self._kinds[kind] = (began_s, written + 1, 0)
+        return f" ({left_out} more like it were not logged)" if left_out else ""
+
+
+class Defects:
+    """One per thread. ``count`` is told where; places are few, fixed words."""
+
+    def __init__(self, log: logging.Logger, clock: Clock, count: Callable[[str], None] | None = None) -> None:
+        self._log = log
+        self._count = count
+        self._limit = LogLimit(clock)
+
+    def caught(self, where: str, error: BaseException, about: str = "") -> InternalError:
+        """Count and log; returns what to fail the sequence with that it happened to."""
+        if self._count is not None:
+            self._count(where)
+        more = self._limit.admits(f"{where}/{type(error).__name__}")
+        if more is not None:
+            self._log.error("defect in %s%s%s", where, f", {about}" if about else "", more, exc_info=error)
+        return InternalError(f"defect in {where}: {type(error).__name__}: {error}")
+
+    @contextmanager
+    def contained(self, where: str, about: str = "") -> Iterator[None]:
+        """For work that nobody waits for: what it raises ends here."""
+        try:
+            yield
+        except Exception as error:
+            self.caught(where, error, about)
