@@ -111,6 +111,7 @@ class WorkerMetrics:
         self.engine = EngineMeter(self.metrics, cost)
         self.transfers = _TransferMeter(self.metrics, node.transports)
         counter = self.metrics.counter
+        self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
         self._granted = counter("baton_leases", "Leases by how far they came", event="granted")
         self._arrived = counter("baton_leases", "Leases by how far they came", event="arrived")
         self._released = counter("baton_leases", "Leases by how far they came", event="released")

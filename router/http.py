@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -189,7 +190,7 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, 
     routes = _Routes(frontend, dispatcher, metrics)
     for path in (_COMPLETIONS, _CHAT):
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
-    answers = {
+    answers: dict[str, Callable[..., Awaitable[Response]]] = {
         "/": routes.root, "/health": routes.health, "/ready": routes.ready, "/metrics": routes.metrics,
         "/metrics/targets": routes.metrics_targets, "/v1/models": routes.models, "/v1/models/{name:path}": routes.model,
     }  # fmt: skip

@@ -7,12 +7,15 @@ bounds heads and the number of connections. It knows no route; how long a body m
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import logging
 import socket
+import struct
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import httptools
 import uvicorn
@@ -156,6 +159,9 @@ class Connection(HttpToolsProtocol):
     def look(self, now: float) -> None:
         """Close it if it has been waited for long enough."""
         unsent = self.transport.get_write_buffer_size()
+        if unsent:
+            # The kernel takes in steps of 64 KiB, and gives out as the client reads.
+            unsent += _unacknowledged_bytes(self.transport.get_extra_info("socket"))
         if unsent == 0 or unsent != self._unsent_bytes:
             self._unsent_bytes, self._unsent_since_s = unsent, now
         elif now - self._unsent_since_s >= self._limits.write_timeout_s:
@@ -270,7 +276,7 @@ class Connection(HttpToolsProtocol):
             self.transport.abort()
             return
         if number == 0 and not cycle.response_started and not self.pipeline:
-            cycle.transport = _Begun(self.transport)
+            cycle.transport = cast(asyncio.Transport, _Begun(self.transport))
         self.loop.call_later(_PROBES_S[min(number, len(_PROBES_S) - 1)], self._probe, number + 1)
 
     # ── What goes out ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -294,6 +300,12 @@ class Connection(HttpToolsProtocol):
         self._is_refused = True
         self._deadline_s = self.loop.time() + _LINGER_S
         self.transport.write_eof()
+
+
+def _unacknowledged_bytes(sock: socket.socket) -> int:
+    """What the kernel holds of the stream."""
+    held: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+    return held
 
 
 class _Begun:

@@ -52,6 +52,7 @@ class RouterMetrics:
             "reason",
             preset=_each("displaced", "full", "idle", "large_head", "malformed", "slow_head", "stuck"),
         )
+        self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
         self.cancellations = counters(
             "baton_cancellations",
             "Sequences cancelled, by the phase they were in",

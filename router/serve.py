@@ -93,7 +93,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if spans is not None:
         dispatcher.watch_ends(spans.on_ended)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
-    grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
+    grpc_face = None
+    if config.grpc_port is not None:
+        grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add)
     app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)
