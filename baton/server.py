@@ -5,6 +5,7 @@ Knows no service by name; whoever wires the process adds its servicers. Needs th
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,11 +15,13 @@ from typing import Any, TypeVar, cast
 import grpc
 import grpc.aio
 from google.protobuf import any_pb2, duration_pb2
+from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from baton.errors import BadConfig, BatonError, InternalError
+from baton.descriptors import num_allowed, shares
+from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest
 
 ERROR_DOMAIN = "baton"
 # A health name that stays SERVING while the process is well, also while it drains: for who restarts what is broken.
@@ -26,6 +29,8 @@ LIVENESS = "baton.live"
 # Trailing metadata with the error's class name, for clients that have no google.rpc types.
 ERROR_CODE_KEY = "baton-error-code"
 _DETAILS_KEY = "grpc-status-details-bin"
+
+_log = logging.getLogger(__name__)
 
 Servicer = TypeVar("Servicer")
 
@@ -36,6 +41,14 @@ class ServerLimits:
 
     max_message_bytes: int = 16 * 1024 * 1024
     max_concurrent_streams: int = 10_000
+    # All of a call's metadata; gRPC refuses more with RESOURCE_EXHAUSTED.
+    max_metadata_bytes: int = 16 * 1024
+    # Connections of all peers; further ones are closed at once. 0: a quarter of the files that the process may open.
+    max_connections: int = 0
+    # From the connection to the end of the HTTP/2 handshake.
+    handshake_timeout_s: float = 10.0
+    # A connection without calls is closed after so long; peers that need it again connect again.
+    idle_s: float = 300.0
     # A silent peer is pinged, and dropped if it does not answer.
     keepalive_s: float = 5.0
     keepalive_timeout_s: float = 5.0
@@ -45,6 +58,12 @@ class ServerLimits:
             ("grpc.max_receive_message_length", self.max_message_bytes),
             ("grpc.max_send_message_length", self.max_message_bytes),
             ("grpc.max_concurrent_streams", self.max_concurrent_streams),
+            ("grpc.max_metadata_size", self.max_metadata_bytes),
+            ("grpc.absolute_max_metadata_size", self.max_metadata_bytes),
+            ("grpc.max_allowed_incoming_connections", self.max_connections or shares(num_allowed()).grpc),
+            ("grpc.server_handshake_timeout_ms", int(self.handshake_timeout_s * 1000)),
+            ("grpc.http2.settings_timeout", int(self.handshake_timeout_s * 1000)),
+            ("grpc.max_connection_idle_ms", int(self.idle_s * 1000)),
             ("grpc.keepalive_time_ms", int(self.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", int(self.keepalive_timeout_s * 1000)),
             ("grpc.keepalive_permit_without_calls", 1),
@@ -58,9 +77,10 @@ class ServerLimits:
 class GrpcServer:
     """One grpc.aio server: ``bind`` it, add servicers, ``start``, and ``stop`` with a deadline."""
 
-    def __init__(self, limits: ServerLimits | None = None) -> None:
+    def __init__(self, limits: ServerLimits | None = None, on_malformed: Callable[[], None] = lambda: None) -> None:
+        """``on_malformed`` is told of every message that no Baton process and no client of ours can have sent."""
         self._server = grpc.aio.server(
-            options=(limits or ServerLimits()).options(), interceptors=[ErrorMappingInterceptor()]
+            options=(limits or ServerLimits()).options(), interceptors=[ErrorMappingInterceptor(on_malformed)]
         )
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
@@ -143,8 +163,31 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonEr
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Malformed:
+    """In the place of a request that could not be parsed: an error there would never reach an interceptor."""
+
+    reason: str
+
+
+def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    def parse(data: bytes) -> Any:
+        try:
+            return deserialize(data)
+        except DecodeError as error:
+            return _Malformed(str(error))
+
+    return parse
+
+
 class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a servicer raises into a status: BatonErrors as they say, anything else as INTERNAL, logged."""
+    """Turns what a servicer raises into a status: BatonErrors as they say, anything else as INTERNAL, logged.
+
+    What a peer sent wrongly is INVALID_ARGUMENT and one line of log.
+    """
+
+    def __init__(self, on_malformed: Callable[[], None] = lambda: None) -> None:
+        self._on_malformed = on_malformed
 
     async def intercept_service(
         self,
@@ -160,41 +203,59 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
         )
         rebuild = getattr(grpc, f"{kind}_rpc_method_handler")
         behaviour = getattr(handler, kind)
-        wrap = _guard_stream if inspect.isasyncgenfunction(behaviour) else _guard
+        method = handler_call_details.method
+        wrap = self._guard_stream if inspect.isasyncgenfunction(behaviour) else self._guard
+        # Messages of a stream raise where they are read, which is inside the behaviour.
+        parse = handler.request_deserializer if handler.request_streaming else _lenient(handler.request_deserializer)
         # Quoted: the class is generic in its stubs alone.
         return cast(
-            "grpc.RpcMethodHandler[Any, Any]",
-            rebuild(wrap(behaviour), handler.request_deserializer, handler.response_serializer),
+            "grpc.RpcMethodHandler[Any, Any]", rebuild(wrap(behaviour, method), parse, handler.response_serializer)
         )
 
+    def _guard(self, behaviour: Callable[[Any, Any], Awaitable[Any]], method: str) -> Callable[[Any, Any], Any]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+            try:
+                return await behaviour(_parsed(request), context)
+            except Exception as error:
+                await self._end(context, error, method)
 
-def _guard(behaviour: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Awaitable[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> Any:
+        return guarded
+
+    def _guard_stream(
+        self, behaviour: Callable[[Any, Any], AsyncIterator[Any]], method: str
+    ) -> Callable[[Any, Any], AsyncIterator[Any]]:
+        async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
+            try:
+                async for response in behaviour(_parsed(request), context):
+                    yield response
+            except Exception as error:
+                await self._end(context, error, method)
+
+        return guarded
+
+    async def _end(self, context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
+        if isinstance(error, grpc.aio.AbortError):
+            raise error
+        if isinstance(error, grpc.aio.UsageError):
+            # Read or written after the end of the call: the peer left in the middle of it, and hears nothing any more.
+            _log.info("%s from %s was over before it was answered: %s", method, context.peer(), error)
+            raise asyncio.CancelledError from error
+        if isinstance(error, DecodeError):
+            self._on_malformed()
+            _log.info("%s from %s is refused: %s", method, context.peer(), error)
+            error = InvalidRequest(f"the message to {method} is malformed: {error}")
+        elif not isinstance(error, BatonError):
+            _log.error("%s raised", method, exc_info=error)
+            error = InternalError(f"{type(error).__name__}: {error}")
         try:
-            return await behaviour(request, context)
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await abort_with(context, _mapped(error))
-
-    return guarded
+            await abort_with(context, error)
+        except (grpc.aio.UsageError, grpc.aio.InternalError) as late:
+            # The call is over, or the peer takes nothing and a write stands in the way of the status. It is cut off.
+            _log.info("%s from %s could not be told %r: %s", method, context.peer(), error.message, late)
+            raise asyncio.CancelledError from late
 
 
-def _guard_stream(behaviour: Callable[[Any, Any], AsyncIterator[Any]]) -> Callable[[Any, Any], AsyncIterator[Any]]:
-    async def guarded(request: Any, context: grpc.aio.ServicerContext[Any, Any]) -> AsyncIterator[Any]:
-        try:
-            async for response in behaviour(request, context):
-                yield response
-        except grpc.aio.AbortError:
-            raise
-        except Exception as error:
-            await abort_with(context, _mapped(error))
-
-    return guarded
-
-
-def _mapped(error: Exception) -> BatonError:
-    if isinstance(error, BatonError):
-        return error
-    logging.getLogger(__name__).error("a servicer raised", exc_info=error)
-    return InternalError(f"{type(error).__name__}: {error}")
+def _parsed(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise DecodeError(request.reason)
+    return request

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 import grpc.aio
 import numpy as np
 
+from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
@@ -105,7 +106,7 @@ async def receive() -> None:
             assert isinstance(notice, Arrived | Released), notice
 
         for name, config in VARIANTS.items():
-            server = grpc.aio.server()
+            server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
             address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
             receiver = Receiver(describe(name, address), LAYOUT, arena, on_event=on_event, config=config)
             receiver.add_to(server)

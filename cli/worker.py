@@ -193,7 +193,7 @@ class _Worker:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
             transfer = replace(transfer, layerwise_from_bytes=at)
         layout = model.layout
-        self._server = GrpcServer()
+        self._server = GrpcServer(on_malformed=lambda: self._metrics.malformed.add())
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
         self.node = replace(_describe(config, model, address, transfer), metrics_address=metrics_address)

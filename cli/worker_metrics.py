@@ -118,6 +118,7 @@ class WorkerMetrics:
             "where",
             preset=[(where,) for where in _DEFECTS],
         )
+        self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
         self._granted = counter("baton_leases", "Leases by how far they came", event="granted")
         self._arrived = counter("baton_leases", "Leases by how far they came", event="arrived")
         self._released = counter("baton_leases", "Leases by how far they came", event="released")

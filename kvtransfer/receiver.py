@@ -7,6 +7,7 @@ gets the events.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 from collections import deque
@@ -14,13 +15,13 @@ from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from baton import codec
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
-from baton.errors import BatonError, Incompatible, InvalidRequest, Unavailable
+from baton.errors import BatonError, InvalidRequest, Unavailable
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
@@ -36,6 +37,7 @@ from kvtransfer.transports.tcp_receiver import TcpReceiver
 from kvtransfer.verify import Verifier
 
 _HELLO_TIMEOUT_S = 5.0
+_LAST_WRITE_TIMEOUT_S = 1.0
 # Messages waiting for a slow peer; a peer that lets more pile up is dropped.
 _MAX_OUTBOX = 4096
 
@@ -100,7 +102,7 @@ class _Channel:
         self.number = number
         self.peer = peer
         self.plane = plane
-        self.outbox: asyncio.Queue[pb.ChannelResponse] = asyncio.Queue(_MAX_OUTBOX)
+        self.outbox: asyncio.Queue[pb.ChannelResponse | None] = asyncio.Queue(_MAX_OUTBOX)
         # Why the channel is given up, once it is.
         self.dropped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
@@ -358,16 +360,14 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     async def Channel(  # type: ignore[override]  # noqa: N802 - named in the proto; the stub knows no coroutines
         self, request_iterator: object, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
     ) -> None:
-        """One sender's control channel, from Hello to its loss."""
-        try:
-            channel = await self._open_channel(context)
-        except (Incompatible, InvalidRequest, Unavailable) as error:
-            await context.abort(grpc.StatusCode[error.grpc_status], error.message)
+        """One sender's control channel, from Hello to its loss. Raises what the sender did wrongly, and Unavailable."""
+        channel = await self._open_channel(context)
         reason = "the channel's handler was cancelled"
         try:
             reason = await self._run_channel(channel, context)
-            if channel.dropped.done():
-                await context.abort(grpc.StatusCode.UNAVAILABLE, reason)
+        except (BatonError, DecodeError) as error:
+            reason = str(error)
+            raise
         finally:
             del self._channels[channel.number]
             self._handle(machine.ChannelLost(channel.number, reason))
@@ -415,7 +415,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     async def _run_channel(
         self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
     ) -> str:
-        """Carry messages both ways; returns why it ended."""
+        """Carry messages both ways until the sender closes the channel; raises what else ended it."""
         loop = asyncio.get_running_loop()
         reading = loop.create_task(self._read(channel, context))
         writing = loop.create_task(_write(channel, context))
@@ -423,13 +423,21 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             waited_for: set[asyncio.Future[Any]] = {reading, writing, channel.dropped}
             await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for task in (reading, writing):
-                task.cancel()
+            reading.cancel()
+            # A write that is under way cannot be taken back, and the call cannot end well before it has ended.
+            with contextlib.suppress(asyncio.QueueFull):
+                channel.outbox.put_nowait(None)
+            await asyncio.wait({writing}, timeout=_LAST_WRITE_TIMEOUT_S)
+            is_stuck = writing.cancel()
             results = await asyncio.gather(reading, writing, return_exceptions=True)
         if channel.dropped.done():
-            return channel.dropped.result()
-        errors = [r for r in results if isinstance(r, Exception)]
-        return f"{type(errors[0]).__name__}: {errors[0]}" if errors else "the sender closed it"
+            raise Unavailable(channel.dropped.result())
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        if is_stuck:
+            raise Unavailable("the sender closed its side and takes nothing")
+        return "the sender closed it"
 
     async def _read(
         self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
@@ -448,5 +456,5 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
 
 async def _write(channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> None:
-    while True:
-        await context.write(await channel.outbox.get())
+    while (message := await channel.outbox.get()) is not None:
+        await context.write(message)

@@ -29,8 +29,17 @@ class LimitsConfig:
     max_prompt_chars: int = 16 * 1024 * 1024
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
-    # A client that takes no byte for so long is gone.
+    # A client that takes no byte for so long is gone. One that takes a little now and then is only slow.
     write_timeout_s: float = 60.0
+    # Connections of clients over HTTP; fewer if the process may not open so many files. When all are taken, the one
+    # that has been without a request for longest makes room.
+    max_connections: int = 4096
+    # From the connection, or the first byte of its next request, to the end of the request's head.
+    head_timeout_s: float = 10.0
+    # A connection between two requests is kept for so long.
+    keep_alive_s: float = 30.0
+    max_head_bytes: int = 64 * 1024
+    max_headers: int = 128
     # New requests are refused at once when no node has been available for so long.
     refuse_after_s: float = 2.0
     # How long tokens of many streams may be held back to leave in one chunk when the process is behind.

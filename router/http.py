@@ -9,15 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from baton import errors
+from baton.errors import quoted
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from router.answer import Answer
@@ -48,10 +51,22 @@ class HttpFace:
         self._others = _build_others(frontend, dispatcher, metrics, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
+        is_http = scope["type"] == "http"
+        if is_http and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
             await self._generate(scope, receive, send)
+        elif is_http and scope["method"] == "OPTIONS" and (allowed := self._allowed(scope)):
+            await Response(status_code=204, headers={"allow": ", ".join(allowed)})(scope, receive, send)
         else:
             await self._others(scope, receive, send)
+
+    def _allowed(self, scope: Scope) -> list[str]:
+        """The methods that a path answers; none if there is no such path."""
+        if scope["path"] in (_COMPLETIONS, _CHAT):
+            return ["POST", "OPTIONS"]
+        found = [route for route in self._others.routes if route.matches(scope)[0] is not Match.NONE]
+        return (
+            sorted({"OPTIONS", *(name for route in found for name in getattr(route, "methods", ()))}) if found else []
+        )
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream: _EventStream | None = None
@@ -65,7 +80,7 @@ class HttpFace:
             leaver = asyncio.create_task(_cancel_when_left(receive, answer))
             try:
                 if wants_stream:
-                    stream = _EventStream(answer, send, self._limits.write_timeout_s)
+                    stream = _EventStream(answer, send)
                     await stream.run()
                 else:
                     headers = {"x-request-id": answer.request_id}
@@ -129,39 +144,20 @@ def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
 
 
 class _EventStream:
-    """Writes an answer as server-sent events. A client that stops reading is given up."""
+    """Writes an answer as server-sent events. The server gives up a client that stops reading, and tells by
+    `http.disconnect`."""
 
-    __slots__ = ("_answer", "_is_stuck", "_send", "_watch", "_write_timeout_s", "_writing_since_s", "has_begun")
+    __slots__ = ("_answer", "_send", "has_begun")
 
-    def __init__(self, answer: Answer, send: Send, write_timeout_s: float) -> None:
+    def __init__(self, answer: Answer, send: Send) -> None:
         self._answer = answer
         self._send = send
-        self._write_timeout_s = write_timeout_s
-        # When the write that is under way began. Looked at now and then: a timer per write cost 10 us a token.
-        self._writing_since_s: float | None = None
-        self._watch: asyncio.TimerHandle | None = None
-        self._is_stuck = False
         self.has_begun = False
 
     async def run(self) -> None:
         """Raises an error of the answer only while it can still have a status of its own."""
         # The status line waits for the first token.
         event = await self._answer.next()
-        task = asyncio.current_task()
-        assert task is not None
-        self._check(task)
-        try:
-            await self._begin()
-            await self._write_all(event)
-        except asyncio.CancelledError:
-            if not self._is_stuck:
-                raise
-            task.uncancel()
-        finally:
-            assert self._watch is not None
-            self._watch.cancel()
-
-    async def _begin(self) -> None:
         self.has_begun = True
         headers = [
             (b"cache-control", b"no-cache"),
@@ -169,8 +165,6 @@ class _EventStream:
             (b"content-type", b"text/event-stream; charset=utf-8"),
         ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
-
-    async def _write_all(self, event: bytes) -> None:
         answer = self._answer
         try:
             while not answer.is_over:
@@ -182,19 +176,7 @@ class _EventStream:
         await self._write(event, is_last=True)
 
     async def _write(self, event: bytes, *, is_last: bool) -> None:
-        self._writing_since_s = asyncio.get_running_loop().time()
         await self._send({"type": "http.response.body", "body": event, "more_body": not is_last})
-        self._writing_since_s = None
-
-    def _check(self, writer: asyncio.Task[Any]) -> None:
-        loop = asyncio.get_running_loop()
-        since_s = self._writing_since_s
-        if since_s is not None and loop.time() - since_s > self._write_timeout_s:
-            _log.warning("%s: the client took nothing for %.0f s", self._answer.request_id, self._write_timeout_s)
-            self._is_stuck = True
-            writer.cancel()
-            return
-        self._watch = loop.call_later(self._write_timeout_s / 2, self._check, writer)
 
 
 async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
@@ -208,12 +190,12 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, 
     routes = _Routes(frontend, dispatcher, metrics)
     for path in (_COMPLETIONS, _CHAT):
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
-    app.add_api_route("/v1/models", routes.models, methods=["GET"], response_model=None)
-    app.add_api_route("/v1/models/{name:path}", routes.model, methods=["GET"], response_model=None)
-    app.add_api_route("/health", routes.health, methods=["GET"], response_model=None)
-    app.add_api_route("/ready", routes.ready, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics", routes.metrics, methods=["GET"], response_model=None)
-    app.add_api_route("/metrics/targets", routes.metrics_targets, methods=["GET"], response_model=None)
+    answers: dict[str, Callable[..., Awaitable[Response]]] = {
+        "/": routes.root, "/health": routes.health, "/ready": routes.ready, "/metrics": routes.metrics,
+        "/metrics/targets": routes.metrics_targets, "/v1/models": routes.models, "/v1/models/{name:path}": routes.model,
+    }  # fmt: skip
+    for path, answer in answers.items():
+        app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
     page.add_to(app)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -231,7 +213,11 @@ class _Routes:
         self._started_s = int(time.time())
 
     async def only_post(self) -> Response:
-        raise HTTPException(405, "Method Not Allowed", {"allow": "POST"})
+        raise HTTPException(405, "Method Not Allowed", {"allow": "POST, OPTIONS"})
+
+    async def root(self) -> Response:
+        """A browser that was given the address alone."""
+        return RedirectResponse("/status")
 
     async def models(self) -> Response:
         names = [self._frontend.model_name] if self._frontend.model_name else []
@@ -239,7 +225,8 @@ class _Routes:
 
     async def model(self, name: str) -> Response:
         if name != self._frontend.model_name:
-            raise errors.UnknownModel(f"the model {name!r} does not exist", param="model")
+            has = quoted(self._frontend.model_name) if self._frontend.model_name else "no model yet"
+            raise errors.UnknownModel(f"the model {quoted(name)} does not exist; this server has {has}", param="model")
         return JSONResponse(self._model_card(name))
 
     def _model_card(self, name: str) -> dict[str, Any]:

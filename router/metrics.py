@@ -46,6 +46,13 @@ class RouterMetrics:
             "code",
             preset=_each("Overloaded", "Unavailable", "InvalidRequest"),
         )
+        self.connections_closed = counters(
+            "baton_http_connections_closed",
+            "Clients' HTTP connections that the router closed, by reason",
+            "reason",
+            preset=_each("displaced", "full", "idle", "large_head", "malformed", "slow_head", "stuck"),
+        )
+        self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
         self.cancellations = counters(
             "baton_cancellations",
             "Sequences cancelled, by the phase they were in",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from grpc import aio
@@ -12,6 +12,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
+from baton.server import ErrorMappingInterceptor, ServerLimits
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
 from router.config import RouterConfig
@@ -176,19 +177,21 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
 class GrpcFace:
     """The gRPC server of the router. Health of "" is the process's own; of the service, whether it can serve."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History) -> None:
+    def __init__(
+        self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History,
+        on_malformed: Callable[[], None],
+    ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
-        limit = config.limits.max_body_bytes
         keys = ApiKeys(config.api_keys)
+        # The first one is the outermost: who has no key is told that, whatever the message was.
+        guards = [*([GrpcGuard(SERVICE_NAME, keys)] if keys else []), ErrorMappingInterceptor(on_malformed)]
+        limits = ServerLimits(
+            max_message_bytes=config.limits.max_body_bytes, keepalive_s=20.0, keepalive_timeout_s=20.0
+        )
         self._server = aio.server(
-            interceptors=[GrpcGuard(SERVICE_NAME, keys)] if keys else None,
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.so_reuseport", 0),
-                ("grpc.keepalive_permit_without_calls", 1),
-                ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-            ],
+            interceptors=guards,
+            options=[*limits.options(), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)],
         )
         router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config, history), self._server)
         self._health = health.aio.HealthServicer()

@@ -8,25 +8,24 @@ import json
 import logging
 import os
 import random
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import uvicorn
 from starlette.types import ASGIApp
 
-from baton import errors
+from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.metrics import Metrics
 from baton.registry import Registry
-from router.config import RouterConfig
+from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
 from router.history import History
 from router.http import HttpFace
+from router.http_server import ConnectionLimits, HttpServer
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
 from router.metrics import RouterMetrics
@@ -49,10 +48,13 @@ class Router:
     dispatcher: Dispatcher
     frontend: Frontend
     status: StatusPage
+    metrics: RouterMetrics
 
 
 async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
     """Run until ``stop`` is set (or the task is cancelled), then drain and leave nothing behind."""
+    descriptors.raise_limit()
+    descriptors.say_less_of_accept(asyncio.get_running_loop())
     async with running(config) as router, asyncio.TaskGroup() as group:
         # What exists now stays: looking through it for garbage stopped every stream for 20 to 30 ms, again and again.
         gc.collect()
@@ -93,11 +95,17 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if spans is not None:
         dispatcher.watch_ends(spans.on_ended)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
-    grpc_face = GrpcFace(frontend, dispatcher, config, history) if config.grpc_port is not None else None
+    grpc_face = None
+    if config.grpc_port is not None:
+        grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add)
     app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
     if keys := ApiKeys(config.api_keys):
         app = HttpGuard(app, keys)
-    http_server = _HttpServer(app, config)
+    shares = descriptors.shares(descriptors.num_allowed())
+    http_server = HttpServer(
+        app, config.http_host, config.http_port or 0, _connection_limits(config.limits, shares.http),
+        counted.connections_closed.add,
+    )  # fmt: skip
     watch = None
     if config.registry is not None:
         watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock, defects)
@@ -108,7 +116,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         grpc_address = await grpc_face.start() if grpc_face is not None else None
         http_address = await http_server.start() if config.http_port is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
-        yield Router(http_address, grpc_address, dispatcher, frontend, page)
+        yield Router(http_address, grpc_address, dispatcher, frontend, page, counted)
     finally:
         if watch is not None:
             await watch.close()
@@ -119,6 +127,17 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
             await grpc_face.stop()
         if spans is not None:
             await spans.close()
+
+
+def _connection_limits(limits: LimitsConfig, num_allowed: int) -> ConnectionLimits:
+    return ConnectionLimits(
+        max_connections=min(limits.max_connections, num_allowed),
+        head_timeout_s=limits.head_timeout_s,
+        keep_alive_s=limits.keep_alive_s,
+        write_timeout_s=limits.write_timeout_s,
+        max_head_bytes=limits.max_head_bytes,
+        max_headers=limits.max_headers,
+    )
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:
@@ -138,47 +157,3 @@ async def _all_up(dispatcher: Dispatcher) -> None:
     while not all(x.state is State.READY for x in dispatcher.members):
         changed.clear()
         await changed.wait()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket for the HTTP face. Raises BadConfig if the address is taken or not ours."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY on what it accepts. Without, the first token of a second request
-    # on a connection waited 40 ms for the client's delayed ACK of the response head.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise errors.BadConfig(f"cannot listen on {host}:{port}: {error}", param="http_port") from error
-    return listener
-
-
-class _HttpServer:
-    """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
-
-    def __init__(self, app: ASGIApp, config: RouterConfig) -> None:
-        self._host = config.http_host
-        self._port = config.http_port
-        self._server = uvicorn.Server(
-            uvicorn.Config(
-                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
-                timeout_keep_alive=30, server_header=False, interface="asgi3", ws="none", proxy_headers=False,
-            )
-        )  # fmt: skip
-        self._task: asyncio.Task[None] | None = None
-
-    async def start(self) -> str:
-        assert self._port is not None
-        listener = listen(self._host, self._port)
-        port = listener.getsockname()[1]
-        # `_serve` is what `serve` runs inside its signal handling, which belongs to the process, not to us.
-        self._task = asyncio.create_task(self._server._serve([listener]), name="http")  # noqa: SLF001
-        host = f"[{self._host}]" if listener.family is socket.AF_INET6 else self._host
-        return f"http://{host}:{port}"
-
-    async def stop(self) -> None:
-        if self._task is not None:
-            self._server.should_exit = True
-            await self._task

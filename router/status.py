@@ -69,8 +69,8 @@ class StatusPage:
     def add_to(self, app: FastAPI) -> None:
         folder = resources.files("router") / "page"
         for path, (name, media_type) in _FILES.items():
-            app.add_api_route(path, _serving((folder / name).read_bytes(), media_type), methods=["GET"])
-        app.add_api_route(DATA_PATH, self._data, methods=["GET"], response_model=None)
+            app.add_api_route(path, _serving((folder / name).read_bytes(), media_type), methods=["GET", "HEAD"])
+        app.add_api_route(DATA_PATH, self._data, methods=["GET", "HEAD"], response_model=None)
 
     async def _data(self) -> Response:
         now = self._dispatcher.now()

@@ -14,6 +14,7 @@ from dataclasses import asdict
 import grpc.aio
 from kvtransfer_pair import LAYOUT, describe, make_arena, token
 
+from baton.server import ErrorMappingInterceptor
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
 from kvtransfer.receiver import Receiver, ReceiverNotice
@@ -51,7 +52,7 @@ async def run_receiver(transport: str, port: int, incarnation: int, *, on_device
     def on_event(notice: ReceiverNotice) -> None:
         say(event=type(notice).__name__, sequence_id=notice.sequence_id)
 
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[ErrorMappingInterceptor()])
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     with make_arena(LAYOUT.total_bytes, on_device=on_device) as arena:
         node = describe("decode-0", LAYOUT, f"127.0.0.1:{port}", incarnation)

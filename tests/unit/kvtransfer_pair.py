@@ -10,6 +10,7 @@ from dataclasses import replace
 import grpc.aio
 import numpy as np
 
+from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig, transport_name
@@ -108,6 +109,8 @@ def needs_device(config: TransferConfig | None) -> bool:
 class Pair:
     def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: AnyArena, target: AnyArena) -> None:
         self.sender, self.receiver, self.inbox = sender, receiver, inbox
+        # Of the receiver's gRPC server.
+        self.address = ""
         self.source_arena, self.target_arena = source, target
         self.source, self.target = look_into(source), look_into(target)
 
@@ -143,7 +146,7 @@ async def pair(
         target_on_device = needs_device(receiver_config)
     target_layout = target_layout or replace(source_layout, num_blocks=source_layout.num_blocks + 11)
     inbox = Inbox()
-    server = grpc.aio.server()
+    server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     with (
         make_arena(source_layout.total_bytes, on_device=source_on_device, seed=1) as source,
@@ -165,6 +168,7 @@ async def pair(
         await server.start()
         await sender.start()
         joined = Pair(sender, receiver, inbox, source, target)
+        joined.address = f"127.0.0.1:{port}"
         try:
             yield joined
         finally:

@@ -24,7 +24,7 @@ from router.config import LimitsConfig, RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow import FlowConfig
 from router.flow_messages import Outcome, OutcomeKind
-from router.serve import listen
+from router.http_server import listen
 from router.stream import Pacer, TokenStream
 from tests.unit.router_support import router_beside, until
 

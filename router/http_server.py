@@ -1,0 +1,418 @@
+"""The HTTP listener of the router: uvicorn on this event loop, with bounds on what a connection may hold, and how long.
+
+It closes connections that say nothing, that do not finish a request's head, and that take nothing of their answer; it
+bounds heads and the number of connections. It knows no route; how long a body may take is the application's to say.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import logging
+import socket
+import struct
+import termios
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httptools
+import uvicorn
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+
+from baton import errors
+
+_log = logging.getLogger("baton.router.http")
+
+# Accepted in one go: what comes between two looks at the number of connections, and has to fit into the reserve of
+# descriptors. How many may wait to be accepted is another number.
+_ACCEPTS_AT_ONCE = 16
+_BACKLOG = 1024
+# uvicorn's own time for idle connections, which any byte ends; `look` does it here.
+_NEVER_S = 86_400
+# What the kernel takes of an answer before the client has taken any; far more than a second's tokens.
+_MAX_UNSENT_BYTES = 128 * 1024
+# Requests that a client may send on one connection before the first is answered.
+_MAX_PIPELINED = 64
+# A client that was refused may go on sending for so long.
+_LINGER_S = 2.0
+# An answer that is not written yet to a client that has closed its side: is it there at all? Looked at so often.
+_PROBES_S = (0.02, 0.05, 0.1, 0.2, 0.5)
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectionLimits:
+    """What clients' connections may hold, and for how long."""
+
+    max_connections: int
+    # From the connection, or the first byte of a further request, to the end of the request's head.
+    head_timeout_s: float
+    # Between two requests.
+    keep_alive_s: float
+    # A client that takes no byte of an answer for so long is gone.
+    write_timeout_s: float
+    max_head_bytes: int
+    max_headers: int
+
+
+class _RefusedHeadError(Exception):
+    """A head that gets no further; raised inside the parser."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+class Connections:
+    """All connections of one listener. ``count`` is told why one was closed early."""
+
+    def __init__(self, limits: ConnectionLimits, count: Callable[[str], None]) -> None:
+        self.limits = limits
+        self.count = count
+        self._all: dict[Connection, None] = {}
+        # Those without a request under way, the one that has been so for longest first.
+        self._idle: dict[Connection, None] = {}
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        limits = self.limits
+        pause_s = min(1.0, limits.head_timeout_s / 4, limits.keep_alive_s / 4, limits.write_timeout_s / 4)
+        loop = asyncio.get_running_loop()
+
+        def sweep() -> None:
+            now = loop.time()
+            for connection in list(self._all):
+                connection.look(now)
+            self._sweeper = loop.call_later(pause_s, sweep)
+
+        sweep()
+
+    def stop(self) -> None:
+        """Nobody is left waiting for a client that does not read."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        for connection in list(self._all):
+            connection.transport.abort()
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def joined(self, connection: Connection) -> bool:
+        """Room is made by closing whoever has had no request for longest; False if all are busy."""
+        if len(self._all) >= self.limits.max_connections:
+            if not self._idle:
+                self.count("full")
+                return False
+            longest = next(iter(self._idle))
+            self.count("displaced")
+            self.left(longest)
+            longest.transport.abort()
+        self._all[connection] = None
+        self._idle[connection] = None
+        return True
+
+    def left(self, connection: Connection) -> None:
+        self._all.pop(connection, None)
+        self._idle.pop(connection, None)
+
+    def is_idle(self, connection: Connection) -> None:
+        if connection in self._all:
+            self._idle[connection] = None
+
+    def is_busy(self, connection: Connection) -> None:
+        self._idle.pop(connection, None)
+
+
+class Connection(HttpToolsProtocol):
+    """One client's connection. uvicorn's protocol does the talking; this adds what it lets pass."""
+
+    def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._mates = connections
+        self._limits = connections.limits
+        # When the head must be complete, or the next request must begin; None while one is served.
+        self._deadline_s: float | None = None
+        self._is_in_head = False
+        self._head_bytes = 0
+        self._refusal: _RefusedHeadError | None = None
+        self._is_refused = False
+        # Bytes that wait to be taken, and since when they are that many.
+        self._unsent_bytes = 0
+        self._unsent_since_s = 0.0
+
+    # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._deadline_s = self.loop.time() + self._limits.head_timeout_s
+        if not self._mates.joined(self):
+            self._refuse(503, "the router has as many connections as it may have; try again later", lingers=False)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._mates.left(self)
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+
+    def look(self, now: float) -> None:
+        """Close it if it has been waited for long enough."""
+        unsent = self.transport.get_write_buffer_size()
+        if unsent:
+            # The kernel takes in steps of 64 KiB, and gives out as the client reads.
+            unsent += _unacknowledged_bytes(self.transport.get_extra_info("socket"))
+        if unsent == 0 or unsent != self._unsent_bytes:
+            self._unsent_bytes, self._unsent_since_s = unsent, now
+        elif now - self._unsent_since_s >= self._limits.write_timeout_s:
+            _log.info("%s took nothing for %.0f s and is given up", self._peer, self._limits.write_timeout_s)
+            self._mates.count("stuck")
+            self.transport.abort()
+            return
+        if self._deadline_s is not None and now >= self._deadline_s and not self._is_answering:
+            if not self._is_refused:
+                self._mates.count("slow_head" if self._is_in_head or self.cycle is None else "idle")
+            self.transport.abort()
+
+    @property
+    def _peer(self) -> str:
+        return "a client" if self.client is None else f"{self.client[0]}:{self.client[1]}"
+
+    @property
+    def _is_answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    # ── What comes in ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if self._is_in_head:
+            self._head_bytes += len(data)
+        try:
+            self.parser.feed_data(data)
+            if self._is_in_head and self._head_bytes > self._limits.max_head_bytes:
+                raise self._too_large()
+        except httptools.HttpParserUpgrade:
+            pass  # no protocol is offered to switch to; the request is answered as if it had not asked
+        except (httptools.HttpParserError, _RefusedHeadError) as error:
+            refusal = self._refusal or (error if isinstance(error, _RefusedHeadError) else None)
+            self._mates.count("large_head" if refusal is not None and refusal.status == 431 else "malformed")
+            if self._is_answering and (self.cycle.response_started or self.pipeline):
+                self.transport.abort()  # a refusal here would be taken for a part of the answer
+            elif refusal is not None:
+                self._refuse(refusal.status, refusal.message)
+            else:
+                self._refuse(400, f"this is not an HTTP/1.1 request: {type(error).__name__}: {error}")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._unset_keepalive_if_required()
+        self._is_in_head = True
+        self._head_bytes = 0
+        self._deadline_s = self.loop.time() + self._limits.head_timeout_s
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        super().on_header(name, value)
+        if len(self.headers) > self._limits.max_headers:
+            raise self._too_large()
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._check_head()
+        self._deadline_s = None
+        self._mates.is_busy(self)
+        if self.parser.get_http_version() == "1.0":
+            app, self.app = self.app, (unchunked := _Unchunked(self.app))
+            super().on_headers_complete()
+            self.app, unchunked.cycle = app, self.cycle
+        else:
+            super().on_headers_complete()
+
+    def _check_head(self) -> None:
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > self._limits.max_head_bytes:
+            raise self._too_large()
+        num_hosts = sum(name == b"host" for name, _ in self.headers)
+        version = self.parser.get_http_version()
+        if num_hosts > 1 or (num_hosts == 0 and version == "1.1"):
+            raise self._refused(400, f"the request has {num_hosts} Host headers, expected one")
+        if version not in ("1.0", "1.1"):
+            raise self._refused(505, f"HTTP/{version} is not served here, expected HTTP/1.1")
+        if len(self.pipeline) >= _MAX_PIPELINED:
+            raise self._refused(400, f"more than {_MAX_PIPELINED} requests wait on this connection")
+
+    def _too_large(self) -> _RefusedHeadError:
+        limits = self._limits
+        return self._refused(
+            431,
+            f"the request's head is too large, expected at most {limits.max_head_bytes} bytes and "
+            f"{limits.max_headers} headers",
+        )
+
+    def _refused(self, status: int, message: str) -> _RefusedHeadError:
+        """Kept here as well: the parser raises an error of its own instead."""
+        self._refusal = _RefusedHeadError(status, message)
+        return self._refusal
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """A client that closed its side after the request still gets the answer, unless it is gone altogether."""
+        if not self._is_answering or self.cycle.more_body or self.transport.is_closing():
+            return None
+        self.cycle.keep_alive = False
+        self._probe(0)
+        return True
+
+    def _probe(self, number: int) -> None:
+        """Is anybody there? Only a byte sent to it tells the client that closed its side from the one that left.
+
+        So the answer begins: its first bytes are the same whatever it will be. One who left answers with a reset.
+        """
+        cycle = self.cycle
+        if self.transport.is_closing() or cycle.response_complete:
+            return
+        sock = self.transport.get_extra_info("socket")
+        if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) != 0:
+            self.transport.abort()
+            return
+        if number == 0 and not cycle.response_started and not self.pipeline:
+            cycle.transport = cast(asyncio.Transport, _Begun(self.transport))
+        self.loop.call_later(_PROBES_S[min(number, len(_PROBES_S) - 1)], self._probe, number + 1)
+
+    # ── What goes out ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_answering:
+            self._deadline_s = self.loop.time() + self._limits.keep_alive_s
+            self._mates.is_idle(self)
+
+    def _refuse(self, status: int, message: str, *, lingers: bool = True) -> None:
+        """Answer without the application, and close. A client that is still sending reads the answer only if the rest
+        is taken meanwhile: closing at once would reset the connection under it."""
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
+        head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        if not lingers or self._is_answering:
+            self.transport.close()
+            return
+        self._is_refused = True
+        self._deadline_s = self.loop.time() + _LINGER_S
+        self.transport.write_eof()
+
+
+def _unacknowledged_bytes(sock: socket.socket) -> int:
+    """What the kernel holds of the stream."""
+    held: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
+    return held
+
+
+class _Begun:
+    """A transport on which the first bytes of the status line have been written."""
+
+    _PREFIX = b"HTTP/1.1 "
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._is_first = True
+        transport.write(self._PREFIX)
+
+    def write(self, data: bytes) -> None:
+        if self._is_first:
+            assert data.startswith(self._PREFIX)
+            data = data[len(self._PREFIX) :]
+            self._is_first = False
+        self._transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+class _Unchunked:
+    """The application for a client of HTTP/1.0, which knows no chunks: an answer without a length ends with the
+    connection."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.cycle: RequestResponseCycle | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cycle = self.cycle
+        assert cycle is not None
+        is_open = False
+
+        async def send_plain(message: Message) -> None:
+            nonlocal is_open
+            if message["type"] == "http.response.start":
+                is_open = not any(name.lower() == b"content-length" for name, _ in message["headers"])
+                if is_open:
+                    cycle.chunked_encoding = False
+            elif is_open:
+                cycle.expected_content_length = len(message.get("body", b""))
+            await send(message)
+
+        await self._app(scope, receive, send_plain)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for the HTTP face. Raises BadConfig if the address is taken or not ours."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    # With the protocol named, asyncio sets TCP_NODELAY on what it accepts. Without, the first token of a second request
+    # on a connection waited 40 ms for the client's delayed ACK of the response head.
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # Accepted sockets inherit it. The kernel would keep megabytes for a client that does not read.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise errors.BadConfig(f"cannot listen on {host}:{port}: {error}", param="http_port") from error
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or []:
+            listener.listen(_BACKLOG)
+
+
+class HttpServer:
+    """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
+
+    def __init__(
+        self, app: ASGIApp, host: str, port: int, limits: ConnectionLimits, count: Callable[[str], None]
+    ) -> None:
+        self._host = host
+        self._port = port
+        self._connections = Connections(limits, count)
+
+        def connect(**kwargs: Any) -> Connection:
+            return Connection(self._connections, **kwargs)
+
+        self._server = _Uvicorn(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
+                timeout_keep_alive=_NEVER_S, server_header=False, interface="asgi3", ws="none", proxy_headers=False,
+                backlog=_ACCEPTS_AT_ONCE, http=connect,  # type: ignore[arg-type]  # it calls what it is given
+            )
+        )  # fmt: skip
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """Returns its base URL."""
+        listener = listen(self._host, self._port)
+        port = listener.getsockname()[1]
+        self._connections.start()
+        # `_serve` is what `serve` runs inside its signal handling, which belongs to the process, not to us.
+        self._task = asyncio.create_task(self._server._serve([listener]), name="http")  # noqa: SLF001
+        host = f"[{self._host}]" if listener.family is socket.AF_INET6 else self._host
+        return f"http://{host}:{port}"
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._server.should_exit = True
+            await self._task
+            self._connections.stop()

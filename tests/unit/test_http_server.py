@@ -1,0 +1,382 @@
+"""The HTTP listener over real sockets: hostile and half-finished requests, silent and stuck clients, old clients."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
+
+import pytest
+
+from router.config import LimitsConfig
+from router.fake import FakeCluster, FakeConfig
+from router.serve import Router
+from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
+
+SLOW = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048, step_s=0.02)
+QUICK = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)
+ENDLESS = {"prompt": [5, 6, 7], "max_tokens": 1500, "min_tokens": 1500}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@asynccontextmanager
+async def served(folder: Path, config: FakeConfig = QUICK, **limits: Any) -> AsyncIterator[tuple[Router, FakeCluster]]:
+    async with FakeCluster(config, prefill=1, decode=1) as cluster:
+        async with router_beside(cluster, model_folder=folder, limits=LimitsConfig(**limits)) as router:
+            try:
+                yield router, cluster
+            finally:
+                while Wire.opened:
+                    Wire.opened.pop().close()
+        await baseline(cluster)
+
+
+class Wire:
+    """A client that writes bytes; `served` closes it."""
+
+    opened: ClassVar[list[Wire]] = []
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.opened.append(self)
+
+    @classmethod
+    async def open(cls, router: Router, *, buffer_bytes: int | None = None) -> Wire:
+        assert router.http is not None
+        url = urlsplit(router.http)
+        sock = socket.socket()
+        if buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        sock.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(sock, (url.hostname, url.port))
+        return cls(*await asyncio.open_connection(sock=sock, limit=4096 if buffer_bytes else 2**16))
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def rest(self, timeout_s: float = 10.0) -> bytes:
+        """All that comes until the end, which may be a reset."""
+        got = b""
+        async with asyncio.timeout(timeout_s):
+            try:
+                while chunk := await self.reader.read(65536):
+                    got += chunk
+            except ConnectionError:
+                pass
+        return got
+
+    async def answer(self, timeout_s: float = 10.0) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and, as far as Content-Length says, body."""
+        async with asyncio.timeout(timeout_s):
+            status, headers = parsed(await self.reader.readuntil(b"\r\n\r\n"))
+            return status, headers, await self.reader.readexactly(int(headers.get("content-length", "0")))
+
+    def close(self) -> None:
+        self.writer.transport.abort()
+
+
+def parsed(head: bytes) -> tuple[int, dict[str, str]]:
+    status, *lines = head.decode().split("\r\n")
+    return int(status.split()[1]), {k.lower(): v for k, _, v in (line.partition(": ") for line in lines if line)}
+
+
+def get(path: str = "/health", *headers: str, method: str = "GET") -> bytes:
+    return "\r\n".join([f"{method} {path} HTTP/1.1", "Host: a", *headers, "", ""]).encode()
+
+
+def post(body: dict[str, Any], *headers: str, version: str = "1.1", path: str = "/v1/completions") -> bytes:
+    content = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/{version}", "Host: a", f"Content-Length: {len(content)}", *headers, "", ""]
+    return "\r\n".join(lines).encode() + content
+
+
+async def asked(router: Router, data: bytes, *, half_close: bool = False) -> bytes:
+    """All that the router says to these bytes on a connection of their own."""
+    wire = await Wire.open(router)
+    wire.send(data)
+    if half_close:
+        wire.writer.write_eof()
+    got = await wire.rest()
+    wire.close()
+    return got
+
+
+def closed(router: Router, reason: str) -> float:
+    """How many connections were closed for this reason."""
+    return router.metrics.connections_closed.children[(reason,)].value
+
+
+def no_errors(caplog: pytest.LogCaptureFixture) -> None:
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING or r.exc_info] == []
+
+
+# ── Heads ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BIG = "x" * 70_000
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\n"
+MALFORMED = {
+    "no host": (b"GET /health HTTP/1.1\r\n\r\n", 400),
+    "two hosts": (b"GET /health HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n", 400),
+    "no http": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 400),
+    "http/2 preface": (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400),
+    "another version": (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", 505),
+    "no method": (b"FROBNICATE /health HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "bytes in the path": (b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "bad url": (b"GET http://[ HTTP/1.1\r\nHost: a\r\n\r\n", 400),
+    "nul in a header": (b"GET /health HTTP/1.1\r\nHost: a\r\nX: a\x00b\r\n\r\n", 400),
+    "space before the colon": (b"GET /health HTTP/1.1\r\nHost : a\r\n\r\n", 400),
+    "large header": (get("/health", f"X-Large: {BIG}"), 431),
+    "large url": (get(f"/health?{BIG}"), 431),
+    "many headers": (get("/health", *(f"X-{i}: 1" for i in range(300))), 431),
+    "both lengths": (
+        POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400,
+    ),
+    "two lengths": (POST + b"Content-Length: 5\r\nContent-Length: 6\r\n\r\n", 400),
+    "negative length": (POST + b"Content-Length: -1\r\n\r\n", 400),
+    "no number": (POST + b"Content-Length: 1e3\r\n\r\n", 400),
+    "overflowing length": (POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", 400),
+    "length beyond the limit": (
+        POST + b"Content-Length: 99999999999\r\nConnection: close\r\n\r\n", 413,
+    ),
+    "unknown encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
+    "bad chunk size": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 400,
+    ),
+    "overflowing chunk size": (
+        POST + b"Transfer-Encoding: chunked\r\n\r\n" + b"f" * 20 + b"\r\n{}", 400,
+    ),
+}  # fmt: skip
+
+
+async def test_malformed_requests_are_refused_by_status_and_not_logged(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with served(folder) as (router, _):
+        for name, (data, status) in MALFORMED.items():
+            got = await asked(router, data)
+            assert got.startswith(b"HTTP/1.1 %d " % status), (name, got[:200])
+            error = json.loads(got.partition(b"\r\n\r\n")[2])["error"]
+            assert 0 < len(error["message"]) < 500, name
+        assert closed(router, "malformed") >= 15
+        assert closed(router, "large_head") == 3
+        assert (await asked(router, get("/health", "Connection: close"))).startswith(b"HTTP/1.1 200 ")
+        no_errors(caplog)
+
+
+async def test_a_head_without_an_end_is_cut_off(folder: Path) -> None:
+    """20 MB of one header: refused at the limit, not kept until it is complete."""
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(b"GET /health HTTP/1.1\r\nHost: a\r\nX-Large: ")
+        for _ in range(20):
+            wire.send(b"x" * 1_000_000)
+        assert b"HTTP/1.1 431 " in await wire.rest()
+        wire.close()
+
+
+async def test_old_and_odd_requests_that_are_right(folder: Path) -> None:
+    async with served(folder) as (router, _):
+        assert (await asked(router, b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
+        wire = await Wire.open(router)
+        # A body that nobody asked for, then more requests in one go.
+        wire.send(get("/health", "Content-Length: 3") + b"abc" + get("/health") * 3)
+        for _ in range(4):
+            assert (await wire.answer())[::2] == (200, b'{"status":"ok"}')
+        wire.send(post({"prompt": [5], "max_tokens": 2}, "Expect: 100-continue"))
+        assert (await wire.answer())[0] == 100
+        assert (await wire.answer())[0] == 200
+        wire.close()
+        flood = await asked(router, get("/health") * 5000)
+        assert flood.count(b"HTTP/1.1 200 ") <= 100
+
+
+# ── Time and number ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_silent_and_slow_connections_are_closed(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    limits = {"head_timeout_s": 0.5, "keep_alive_s": 1.0, "write_timeout_s": 1.0}
+    async with served(folder, **limits) as (router, _):
+        silent, unfinished, blank, kept = [await Wire.open(router) for _ in range(4)]
+        unfinished.send(b"GET /health HTTP/1.1\r\nHost: a\r\nX-Slow: ")
+        kept.send(get())
+        assert (await kept.answer())[0] == 200
+
+        async def drip(wire: Wire, data: bytes) -> None:
+            while not wire.writer.transport.is_closing():
+                wire.send(data)
+                await asyncio.sleep(0.05)
+
+        async with asyncio.TaskGroup() as tasks:
+            drips = [tasks.create_task(drip(unfinished, b"x")), tasks.create_task(drip(blank, b"\r\n"))]
+            for wire in (silent, unfinished, blank, kept):
+                assert await wire.rest(timeout_s=8) == b""
+            for task in drips:
+                task.cancel()
+        assert closed(router, "slow_head") == 3
+        assert closed(router, "idle") == 1
+        body = await Wire.open(router)
+        body.send(post(ENDLESS)[:-5])
+        assert b"HTTP/1.1 408 " in await body.rest()
+        no_errors(caplog)
+
+
+async def test_when_all_connections_are_taken_the_idle_make_room(folder: Path) -> None:
+    async with served(folder, SLOW, max_connections=8) as (router, _):
+        busy = [await Wire.open(router) for _ in range(2)]
+        for wire in busy:
+            wire.send(post({**ENDLESS, "stream": True}))
+            await wire.reader.readuntil(b"data: ")
+        silent = [await Wire.open(router) for _ in range(40)]
+        for _ in range(5):
+            assert (await asked(router, get("/health", "Connection: close"))).startswith(b"HTTP/1.1 200 ")
+        assert closed(router, "displaced") >= 34
+        for wire in busy:
+            await wire.reader.readuntil(b"data: ")  # they go on
+        more = [await Wire.open(router) for _ in range(6)]
+        for wire in more:
+            wire.send(post({**ENDLESS, "stream": True}))
+            await wire.reader.readuntil(b"data: ")
+        refused = await asked(router, b"")
+        assert refused.startswith(b"HTTP/1.1 503 ")
+        assert closed(router, "full") == 1
+        for wire in (*busy, *silent, *more):
+            wire.close()
+        await until(lambda: router.dispatcher.num_active == 0)
+
+
+async def test_a_client_that_takes_nothing_is_given_up(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Streamed, whole, and closed on its side: none of them is kept."""
+    limits = {"write_timeout_s": 1.0}
+    big = {"prompt": [5, 6, 7], "max_tokens": 1000, "min_tokens": 1000, "logprobs": 5, "n": 8}
+    async with served(folder, **limits) as (router, _):
+        stuck = [await Wire.open(router, buffer_bytes=4096) for _ in range(3)]
+        for wire in stuck:
+            wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        stuck[0].send(post({**big, "stream": True}))
+        stuck[1].send(post(big))
+        stuck[2].send(post(big, "Connection: close"))
+        await until(lambda: closed(router, "stuck") == 3, timeout_s=60)
+        await until(lambda: router.dispatcher.num_active == 0)
+        for wire in stuck:
+            wire.close()
+        no_errors(caplog)
+
+
+async def test_a_slow_client_is_not_a_dead_one(folder: Path) -> None:
+    limits = {"write_timeout_s": 1.0}
+    asked_for = {"prompt": [5, 6, 7], "max_tokens": 1000, "min_tokens": 1000, "stream": True}
+    async with served(folder, **limits) as (router, _):
+        wire = await Wire.open(router, buffer_bytes=4096)
+        wire.send(post(asked_for))
+        got = b""
+        while not got.endswith(b"0\r\n\r\n"):
+            got += (chunk := await wire.reader.read(20_000))
+            assert chunk
+            await asyncio.sleep(0.3)
+        assert b"data: [DONE]" in got
+        assert closed(router, "stuck") == 0
+        wire.close()
+
+
+# ── Half-closed, old, and gone ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_half_closed_client_gets_its_answer(folder: Path, stream: bool) -> None:
+    async with served(folder, SLOW) as (router, _):
+        body = {"prompt": [5, 6, 7], "max_tokens": 20, "min_tokens": 20, "stream": stream}
+        got = await asked(router, post(body), half_close=True)
+        assert got.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert (b"data: [DONE]" if stream else b'"finish_reason":"length"') in got
+        assert (await asked(router, get(), half_close=True)).endswith(b'{"status":"ok"}')
+        refused = await asked(router, post({"prompt": []}), half_close=True)
+        assert refused.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_left_is_not_taken_for_a_half_closed_one(folder: Path, stream: bool) -> None:
+    async with served(folder, SLOW) as (router, cluster):
+        wire = await Wire.open(router)
+        wire.send(post({**ENDLESS, "stream": stream}))
+        await until(lambda: router.dispatcher.num_active == 1)
+        if stream:
+            await wire.reader.readuntil(b"data: ")
+        wire.writer.close()
+        # The sequence would run for 30 s.
+        await until(lambda: router.dispatcher.num_active == 0 and cluster.used_blocks == 0, timeout_s=10)
+
+
+async def test_http_1_0_gets_no_chunks(folder: Path) -> None:
+    async with served(folder) as (router, _):
+        body = {"prompt": [5, 6, 7], "max_tokens": 20, "min_tokens": 20, "stream": True}
+        head, _, content = (await asked(router, post(body, version="1.0"))).partition(b"\r\n\r\n")
+        status, headers = parsed(head)
+        assert status == 200
+        assert "transfer-encoding" not in headers
+        assert headers["connection"] == "close"
+        events = content.split(b"\n\n")
+        assert all(event.startswith(b"data: ") for event in events[:-1])
+        assert events[-2:] == [b"data: [DONE]", b""]
+        whole = await asked(router, post({**body, "stream": False}, version="1.0"))
+        assert json.loads(whole.partition(b"\r\n\r\n")[2])["choices"][0]["finish_reason"] == "length"
+
+
+# ── Methods and paths ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/v1/models/tiny", "/metrics", "/status"])
+async def test_head_says_what_get_says_without_a_body(folder: Path, path: str) -> None:
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(get(path))
+        status, headers, body = await wire.answer()
+        assert (status, bool(body)) == (200, True)
+        wire.send(get(path, "Connection: close", method="HEAD"))
+        head, _, rest = (await wire.rest()).partition(b"\r\n\r\n")
+        wire.close()
+        assert parsed(head)[0] == 200
+        assert parsed(head)[1]["content-type"] == headers["content-type"]
+        assert rest == b""
+
+
+async def test_options_and_405_name_the_methods(folder: Path) -> None:
+    expected = {"/v1/completions": "POST, OPTIONS", "/v1/chat/completions": "POST, OPTIONS"}
+    expected |= dict.fromkeys(("/", "/health", "/ready", "/v1/models", "/v1/models/tiny"), "GET, HEAD, OPTIONS")
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        for path, methods in expected.items():
+            wire.send(get(path, method="OPTIONS"))
+            status, headers, _ = await wire.answer()
+            assert status == 204
+            assert set(headers["allow"].split(", ")) == set(methods.split(", ")), path
+            wire.send(get(path, "Content-Length: 0", method="DELETE"))
+            status, headers, _ = await wire.answer()
+            assert status == 405
+            assert set(headers["allow"].split(", ")) | {"OPTIONS"} == set(methods.split(", ")), path
+        wire.send(get("/nowhere", method="OPTIONS"))
+        assert (await wire.answer())[0] == 404
+        wire.close()
+
+
+async def test_the_root_leads_to_the_status_page_and_an_unknown_model_to_the_known(folder: Path) -> None:
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(get("/"))
+        status, headers, _ = await wire.answer()
+        assert (status, headers["location"]) == (307, "/status")
+        wire.send(get("/v1/models/nope"))
+        status, _, body = await wire.answer()
+        assert status == 404
+        assert json.loads(body)["error"]["message"] == "the model 'nope' does not exist; this server has 'tiny'"
+        wire.close()
