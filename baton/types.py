@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isnan
 
 from baton.errors import InvalidRequest, quoted
 
@@ -18,6 +19,7 @@ MIN_TEMPERATURE = 1e-5
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
+MAX_LEASE_S = 86_400.0
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -53,12 +55,20 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} is {quoted(value)}, expected a number in [{low}, {high}]", param=name)
 
 
-def _check_ids(name: str, ids: Collection[object], max_num: int) -> None:
+def _check_ids(name: str, ids: Collection[int], max_num: int) -> None:
     if len(ids) > max_num:
         raise InvalidRequest(f"{name} has {len(ids)} entries, expected at most {max_num}", param=name)
-    for token_id in ids:
-        if type(token_id) is not int or not 0 <= token_id <= MAX_COUNT:
-            raise InvalidRequest(f"{name} has {quoted(token_id)}, expected token ids", param=name)
+    # No loop of our own where all is well: each of many choices is checked.
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_COUNT:
+        bad = next(i for i in ids if type(i) is not int or not 0 <= i <= MAX_COUNT)
+        raise InvalidRequest(f"{name} has {quoted(bad)}, expected token ids", param=name)
+
+
+def _check_biases(biases: Collection[float]) -> None:
+    # A sum with NaN in it is NaN; smallest and largest may miss it.
+    if not set(map(type, biases)) <= {int, float} or min(biases) < -100 or max(biases) > 100 or isnan(sum(biases)):
+        for bias in biases:
+            _check_number("logit_bias", bias, -100, 100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +122,7 @@ class SamplingParams:
             _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
         if self.logit_bias:
             _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
-            for bias in self.logit_bias.values():
-                _check_number("logit_bias", bias, -100, 100)
+            _check_biases(self.logit_bias.values())
 
     @property
     def is_greedy(self) -> bool:
@@ -288,6 +297,10 @@ class Lease:
     address: str
     block_ids: tuple[int, ...]
     ttl_s: float
+
+    def __post_init__(self) -> None:
+        # A lease without an end would keep its blocks for ever.
+        _check_number("ttl_s", self.ttl_s, 0, MAX_LEASE_S)
 
 
 @dataclass(frozen=True, slots=True)
