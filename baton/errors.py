@@ -23,10 +23,12 @@ BatonError
 from __future__ import annotations
 
 import reprlib
+from itertools import islice
 from typing import ClassVar
 
-# Whatever a caller sent, a message stays short enough for one gRPC trailer (8 KiB of metadata in all) and one log line.
-MAX_MESSAGE_CHARS = 1000
+# Whatever a caller sent, a message stays short enough for one gRPC trailer and one log line. A trailer holds 8 KiB: the
+# message twice, once with three bytes for each that is not ASCII.
+MAX_MESSAGE_BYTES = 1000
 _MAX_QUOTED_CHARS = 80
 
 
@@ -39,10 +41,10 @@ class BatonError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
-        message = shortened(message, MAX_MESSAGE_CHARS)
+        message = _sendable(message)
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = None if param is None else shortened(param, _MAX_QUOTED_CHARS)
         self.retry_after_s = retry_after_s
 
     @property
@@ -143,6 +145,14 @@ def shortened(text: str, max_chars: int) -> str:
     return f"{text[:max_chars]}... ({len(text)} characters)"
 
 
+def _sendable(message: str) -> str:
+    """What UTF-8 can carry of it, in at most MAX_MESSAGE_BYTES and how long it is."""
+    raw = message.encode("utf-8", "backslashreplace")
+    if len(raw) <= MAX_MESSAGE_BYTES:
+        return raw.decode()
+    return f"{raw[:MAX_MESSAGE_BYTES].decode('utf-8', 'ignore')}... ({len(message)} characters)"
+
+
 class _Quote(reprlib.Repr):
     """Representations whose cost and length do not grow with the value."""
 
@@ -154,6 +164,14 @@ class _Quote(reprlib.Repr):
     def repr_str(self, x: str, level: int) -> str:
         head = repr(x[:_MAX_QUOTED_CHARS])
         return head if len(x) <= _MAX_QUOTED_CHARS else f"{head}... ({len(x)} characters)"
+
+    def repr_bytes(self, x: bytes, level: int) -> str:
+        return self.repr_str(x.decode("latin-1"), level) if len(x) > _MAX_QUOTED_CHARS else repr(x)
+
+    def repr_dict(self, x: dict[object, object], level: int) -> str:
+        # As inherited, but for sorting all of the keys first.
+        few = {k: x[k] for k in islice(x, self.maxdict)}
+        return super().repr_dict(few, level).removesuffix("}") + (", ...}" if len(x) > len(few) else "}")
 
     def repr_int(self, x: int, level: int) -> str:
         if x.bit_length() <= 256:

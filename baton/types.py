@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isnan
 
-from baton.errors import InvalidRequest
+from baton.errors import InvalidRequest, quoted
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
+# What the wire's uint32 and a kernel's int32 both hold.
+MAX_COUNT = 2**31 - 1
+# Below, temperatures are greedy, as vLLM's: logits divided by them leave float32.
+MIN_TEMPERATURE = 1e-5
+# Entries that a node walks through for every token.
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
+MAX_LEASE_S = 86_400.0
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -31,14 +40,43 @@ class FinishReason(Enum):
 
 def _check(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise InvalidRequest(f"{name} is {value!r}, expected {expected}", param=name)
+        raise InvalidRequest(f"{name} is {quoted(value)}, expected {expected}", param=name)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    # Not a bool either: Python counts with them.
+    if type(value) is not int or not low <= value <= high:
+        raise InvalidRequest(f"{name} is {quoted(value)}, expected an integer in [{low}, {high}]", param=name)
+
+
+def _check_number(name: str, value: object, low: float, high: float) -> None:
+    # NaN and the infinities are in no range.
+    if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
+        raise InvalidRequest(f"{name} is {quoted(value)}, expected a number in [{low}, {high}]", param=name)
+
+
+def _check_ids(name: str, ids: Collection[int], max_num: int) -> None:
+    if len(ids) > max_num:
+        raise InvalidRequest(f"{name} has {len(ids)} entries, expected at most {max_num}", param=name)
+    # No loop of our own where all is well: each of many choices is checked.
+    if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_COUNT:
+        bad = next(i for i in ids if type(i) is not int or not 0 <= i <= MAX_COUNT)
+        raise InvalidRequest(f"{name} has {quoted(bad)}, expected token ids", param=name)
+
+
+def _check_biases(biases: Collection[float]) -> None:
+    # A sum with NaN in it is NaN; smallest and largest may miss it.
+    if not set(map(type, biases)) <= {int, float} or min(biases) < -100 or max(biases) > 100 or isnan(sum(biases)):
+        for bias in biases:
+            _check_number("logit_bias", bias, -100, 100)
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen; the meaning of each field is in proto/baton/v1/common.proto.
 
-    Raises InvalidRequest, with ``param`` set, for a value out of range.
+    The bounds are those of the wire, of float32 and of the kernels, so that what is constructed can be sent and run.
+    Raises InvalidRequest, with ``param`` set, for a value out of range or of another type.
     """
 
     temperature: float = 1.0
@@ -57,25 +95,34 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Checked several times on a request's way; NaN and infinities are in no range.
-        _check(0 <= self.temperature <= 100, "temperature", self.temperature, "a number in [0, 100]")
-        _check(0 < self.top_p <= 1, "top_p", self.top_p, "a number in (0, 1]")
-        _check(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
-        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "a number in [0, 1]")
-        penalty = self.repetition_penalty
-        _check(0 < penalty <= 100, "repetition_penalty", penalty, "a number in (0, 100]")
-        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "a number in [-2, 2]")
-        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "a number in [-2, 2]")
+        # Checked several times on a request's way: at both faces, and again on every node.
+        _check_number("temperature", self.temperature, 0, 100)
+        _check_number("top_p", self.top_p, 0, 1)
+        _check(self.top_p > 0, "top_p", self.top_p, "a number in (0, 1]")
+        _check(type(self.top_k) is int and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
+        _check_number("min_p", self.min_p, 0, 1)
+        # Far smaller ones are 0 in float32, and a logit divided by them is no number.
+        _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
+        _check_number("presence_penalty", self.presence_penalty, -2, 2)
+        _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
+        if self.top_k > MAX_COUNT:  # more than any vocabulary has: the same as all of it
+            object.__setattr__(self, "top_k", MAX_COUNT)
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            object.__setattr__(self, "temperature", 0.0)
         if self.seed is not None:
-            _check(0 <= self.seed <= MAX_SEED, "seed", self.seed, "an integer in [0, 2**64)")
+            _check_int("seed", self.seed, 0, MAX_SEED)
         if self.max_tokens is not None:
-            _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+            _check_int("max_tokens", self.max_tokens, 1, MAX_COUNT)
+        _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT)
+        if self.max_tokens is not None:
             _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
-        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "at least 0")
         if self.logprobs is not None:
-            _check(0 <= self.logprobs <= MAX_TOP_LOGPROBS, "logprobs", self.logprobs, f"0 to {MAX_TOP_LOGPROBS}")
-        for bias in self.logit_bias.values():
-            _check(-100 <= bias <= 100, "logit_bias", bias, "values in [-100, 100]")
+            _check_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.stop_token_ids:
+            _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        if self.logit_bias:
+            _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
+            _check_biases(self.logit_bias.values())
 
     @property
     def is_greedy(self) -> bool:
@@ -250,6 +297,10 @@ class Lease:
     address: str
     block_ids: tuple[int, ...]
     ttl_s: float
+
+    def __post_init__(self) -> None:
+        # A lease without an end would keep its blocks for ever.
+        _check_number("ttl_s", self.ttl_s, 0, MAX_LEASE_S)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,19 +83,19 @@ class Answer:
         self._merger: _Merger | None = None
         # The last event has been given out.
         self.is_over = False
-        echoes = _echoes(frontend, body, request, accepted)
         for i, generation in enumerate(accepted.generations):
+            echo = accepted.echoes[i // request.n] if accepted.echoes else ""
             logprobs = None
             if request.sampling.logprobs is not None:
                 logprobs = LogprobWriter(
                     frontend.tokenizer, is_chat=is_chat, as_ids=bool(body.return_tokens_as_token_ids),
-                    start_offset=len(echoes[i]),
+                    start_offset=len(echo),
                 )  # fmt: skip
             writer = ChoiceWriter(
                 envelope=self._envelope, index=i, logprobs=logprobs, token_ids=self._wants_ids,
                 prompt_token_ids=generation.prompt_token_ids, running_usage=body.wants_running_usage,
             )  # fmt: skip
-            self._choices.append(Choice(generation, writer, echoes[i]))
+            self._choices.append(Choice(generation, writer, echo))
 
     @property
     def request_id(self) -> str:
@@ -198,19 +198,3 @@ class _Merger:
         for task in self._tasks:
             task.cancel()
         await asyncio.wait(self._tasks)
-
-
-def _echoes(
-    frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
-) -> list[str]:
-    """The prompt's text before each choice, where it was asked for."""
-    if not isinstance(body, CompletionBody) or not body.echo:
-        return [""] * len(accepted.generations)
-
-    def text(prompt: str | tuple[int, ...]) -> str:
-        if isinstance(prompt, str) or frontend.tokenizer is None:
-            return prompt if isinstance(prompt, str) else ""
-        return frontend.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
-
-    texts = [text(p) for p in request.prompts]
-    return [texts[i // request.n] for i in range(len(accepted.generations))]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from baton.errors import BadConfig, InvalidRequest
+from baton.errors import BadConfig, InvalidRequest, PromptTooLong, shortened
 from router.tokenizer import SpecialTokens
 
 
@@ -64,9 +64,11 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        max_chars: int | None = None,
     ) -> str:
+        """The prompt. Raises PromptTooLong as soon as it has more than ``max_chars``."""
         try:
-            return self._template.render(
+            pieces = self._template.generate(
                 **(variables or {}),
                 messages=[m.as_template_sees_it() for m in messages],
                 add_generation_prompt=add_generation_prompt,
@@ -75,10 +77,27 @@ class ChatTemplate:
                 unk_token=self._special.unk_token,
                 pad_token=self._special.pad_token,
             )
+            return _joined(pieces, max_chars)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(
-                f"the model's chat template does not take these messages: {error}", param="messages"
+                f"the model's chat template does not take these messages: {shortened(str(error), 200)}",
+                param="messages",
             ) from error
+
+
+def _joined(pieces: Iterable[str], max_chars: int | None) -> str:
+    kept: list[str] = []
+    num_chars = 0
+    for piece in pieces:
+        num_chars += len(piece)
+        if max_chars is not None and num_chars > max_chars:
+            raise PromptTooLong(
+                f"the messages make a prompt of more than {max_chars} characters, which does not fit into the model's "
+                "context; shorten them",
+                param="messages",
+            )
+        kept.append(piece)
+    return "".join(kept)
 
 
 def _raise_exception(message: str) -> None:

@@ -23,10 +23,26 @@ class LimitsConfig:
     max_active: int = 8192
     # Choices of one request (n times the number of prompts).
     max_choices: int = 128
+    # Of one body, whatever the model. Below that a body may have what the context can need: so many bytes for each of
+    # its tokens (English has 4.5, escaped CJK 9), and so many at least, as several prompts may come at once.
     max_body_bytes: int = 32 * 1024 * 1024
+    body_bytes_per_token: int = 32
+    least_body_bytes: int = 4 * 1024 * 1024
+    # Of all bodies that are being read or tokenized.
+    max_bodies_bytes: int = 64 * 1024 * 1024
+    # Parts of a body's JSON. A parser holds up every stream for 30 ns a value, 0.3 us a text, 2 us a list or object.
+    max_body_values: int = 500_000
+    max_body_texts: int = 32_768
+    max_body_containers: int = 8192
+    # Threads that parse, render and tokenize large requests, and how many of those may run and wait.
+    num_offload_threads: int = 2
+    max_offloaded: int = 64
+    # Characters or ids of prompts that an answer may repeat over all of its choices (echo, return_token_ids).
+    max_repeated: int = 2_000_000
     max_stop_strings: int = 16
     max_stop_chars: int = 1024
-    max_prompt_chars: int = 16 * 1024 * 1024
+    # Longest prompt, in characters for each token of the context, where the tokenizer proves no bound itself.
+    prompt_chars_per_token: int = 64
     default_timeout_s: float = 600.0
     max_timeout_s: float = 3600.0
     # A client that takes no byte for so long is gone. One that takes a little now and then is only slow.

@@ -6,13 +6,15 @@ a sequence is the flow's.
 
 from __future__ import annotations
 
+import asyncio
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton import errors
+from baton.errors import quoted
 from baton.observe import Relay
 from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
 from router.chat import ChatMessage, ChatTemplate
@@ -20,18 +22,42 @@ from router.config import LimitsConfig
 from router.dispatch import Active, Dispatcher, Origin
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind
+from router.offload import Offload
 from router.text import TextStream
 from router.tokenizer import ModelFacts, Tokenizer, require
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
+# Shorter prompts are rendered and tokenized on the event loop: a thread's hand-over costs more.
+_INLINE_CHARS = 4096
+# What a message costs a template, in characters of text.
+_MESSAGE_CHARS = 64
+# Prompts of fewer characters a token than this are tokenized at once; no language needs more.
+_USUAL_CHARS_PER_TOKEN = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that the model's chat template turns into a prompt; ``variables`` are the template's as well."""
+
+    messages: tuple[ChatMessage, ...]
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_chars(self) -> int:
+        """About; it decides where the template runs."""
+        return sum(len(m.content) + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
+
+
+Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What both faces ask for. Each prompt is text or token ids and gets ``n`` choices."""
+    """What both faces ask for. Each prompt is text, token ids or a conversation, and gets ``n`` choices."""
 
-    prompts: tuple[str | tuple[int, ...], ...]
+    prompts: Prompts
     sampling: SamplingParams
     model: str = ""
     request_id: str = ""
@@ -43,6 +69,11 @@ class GenerationRequest:
     # Without max_tokens, chat may use what is left of the context and a completion gets 16.
     is_chat: bool = False
     timeout_s: float | None = None
+    # The answer begins with the prompt's text, or brings its ids, in every choice.
+    echo: bool = False
+    returns_prompt_ids: bool = False
+    # What the face calls the bound on new tokens, for messages.
+    max_tokens_param: str = "max_tokens"
     # W3C Trace Context of the caller, as it came.
     traceparent: str = ""
     tracestate: str = ""
@@ -151,6 +182,8 @@ class Accepted:
     request_id: str
     model: str
     created_s: float
+    # Prompt by prompt, where the request asks for an echo.
+    echoes: Sequence[str] = ()
     generations: list[Generation] = field(default_factory=list)
 
     def cancel(self, reason: str) -> None:
@@ -164,6 +197,7 @@ class Frontend:
         limits: LimitsConfig, rng: random.Random,
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
+        self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
         self._facts = facts
         self._model_name = model_name
@@ -188,19 +222,14 @@ class Frontend:
         ]
         return min((b for b in bounds if b is not None), default=None)
 
-    def chat_prompt(
-        self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-    ) -> str:  # fmt: skip
-        """Raises InvalidRequest if the model has no chat template or refuses the messages."""
-        require(self.tokenizer, "messages")
-        if self._chat is None:
-            raise errors.InvalidRequest(
-                "the served model has no chat template; use completions with a prompt", param="messages"
-            )
-        if not messages:
-            raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
+    @property
+    def max_request_bytes(self) -> int:
+        """Of a request's body: what the context can need, within the limits."""
+        needed = (self.max_model_tokens or 0) * self._limits.body_bytes_per_token
+        return min(self._limits.max_body_bytes, max(self._limits.least_body_bytes, needed))
+
+    def close(self) -> None:
+        self.offload.close()
 
     async def start(self, request: GenerationRequest) -> Accepted:
         """Admit a request with all of its choices, or raise why not."""
@@ -215,20 +244,23 @@ class Frontend:
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
-        num_choices = request.n * len(request.prompts)
-        if not 1 <= num_choices <= self._limits.max_choices:
-            raise errors.InvalidRequest(
-                f"{num_choices} choices were asked for, expected 1 to {self._limits.max_choices}", param="n"
-            )
+        num_choices = self._num_choices(request)
+        timeout_s = self._timeout_s(request.timeout_s)
+        self._check_sampling_ids(request.sampling)
         self._dispatcher.check_capacity(num_choices)
-        prompts = [await self._token_ids(p, request.add_special_tokens) for p in request.prompts]
+        try:
+            async with asyncio.timeout(timeout_s):
+                prompts, echoes = await self._tokenized(request)
+        except TimeoutError:
+            raise errors.DeadlineExceeded(f"the prompt was not tokenized within the timeout of {timeout_s} s") from None
+        self._check_repeats(request, prompts, echoes)
         resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
-        for prompt, sampling in zip(prompts, resolved, strict=True):
-            self._check_ids(prompt, sampling)
+        for prompt in prompts:
+            self._check_ids("prompt", (min(prompt), max(prompt)))
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
         self._dispatcher.check_capacity(num_choices)
-        deadline_s = arrived_s + self._timeout_s(request.timeout_s)
-        accepted = Accepted(request_id, self.model_name, arrived_s)
+        deadline_s = arrived_s + timeout_s
+        accepted = Accepted(request_id, self.model_name, arrived_s, echoes)
         for number, (prompt, sampling) in enumerate(zip(prompts, resolved, strict=True)):
             for i in range(request.n):
                 own = _choice_sampling(sampling, i)
@@ -265,14 +297,16 @@ class Frontend:
     def _check_model(self, model: str) -> None:
         served = self.model_name
         if model and served and model != served:
-            raise errors.UnknownModel(f"the model {model!r} does not exist; this server has {served!r}", param="model")
+            raise errors.UnknownModel(
+                f"the model {quoted(model)} does not exist; this server has {quoted(served)}", param="model"
+            )
 
     def _request_id(self, asked: str) -> str:
         if not asked:
             return f"{self._rng.getrandbits(96):024x}"
         if not _REQUEST_ID.fullmatch(asked):
             raise errors.InvalidRequest(
-                f"request_id is {asked[:160]!r}, expected 1 to {MAX_REQUEST_ID_CHARS} letters, digits, '.', '_', '-' "
+                f"request_id is {quoted(asked)}, expected 1 to {MAX_REQUEST_ID_CHARS} letters, digits, '.', '_', '-' "
                 "and ':'",
                 param="request_id",
             )
@@ -294,20 +328,86 @@ class Frontend:
                     param="stop",
                 )
 
-    async def _token_ids(self, prompt: str | tuple[int, ...], add_special_tokens: bool) -> tuple[int, ...]:
+    # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _tokenized(self, request: GenerationRequest) -> tuple[list[tuple[int, ...]], list[str]]:
+        """Every prompt's ids, and its text if that is to be echoed.
+
+        What cannot fit is refused before it costs anything; large prompts leave the event loop.
+        """
+        limit = self.max_model_tokens
+        num_chars = sum(self._check_length(prompt, limit, has_echo=request.echo) for prompt in request.prompts)
+
+        def work() -> tuple[list[tuple[int, ...]], list[str]]:
+            ids = [self._token_ids(prompt, request.add_special_tokens, limit) for prompt in request.prompts]
+            return ids, [self._echo(prompt, request) for prompt in request.prompts] if request.echo else []
+
+        return work() if num_chars <= _INLINE_CHARS else await self.offload.run(work)
+
+    def _echo(self, prompt: str | tuple[int, ...] | Conversation, request: GenerationRequest) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None or isinstance(prompt, Conversation):
+            return ""
+        return self.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
+
+    def _check_length(
+        self, prompt: str | tuple[int, ...] | Conversation, limit: int | None, *, has_echo: bool
+    ) -> int:  # fmt: skip
+        """How many characters there are to be tokenized, or to be made."""
+        if isinstance(prompt, tuple):
+            if limit is not None and len(prompt) >= limit:
+                raise _too_long(limit, f"{len(prompt)}", "prompt")
+            return len(prompt) if has_echo else 0
+        if isinstance(prompt, Conversation):
+            require(self.tokenizer, "messages")
+            if self._chat is None:
+                raise errors.InvalidRequest(
+                    "the served model has no chat template; use completions with a prompt", param="messages"
+                )
+            if not prompt.messages:
+                raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
+            return prompt.num_chars
+        require(self.tokenizer, "prompt")
+        self._check_chars(len(prompt), limit, "prompt")
+        return len(prompt)
+
+    def _check_chars(self, num_chars: int, limit: int | None, param: str) -> None:
+        max_chars = self._max_chars(limit)
+        if limit is not None and max_chars is not None and num_chars > max_chars:
+            raise _too_long(limit, f"{num_chars} characters, more than so many tokens can stand for,", param)
+
+    def _max_chars(self, limit: int | None) -> int | None:
+        """Of a text that may fit."""
+        assert self.tokenizer is not None
+        per_token = self.tokenizer.max_chars_per_token or self._limits.prompt_chars_per_token
+        return None if limit is None else limit * per_token
+
+    def _token_ids(
+        self, prompt: str | tuple[int, ...] | Conversation, add_special_tokens: bool, limit: int | None
+    ) -> tuple[int, ...]:
         if isinstance(prompt, tuple):
             token_ids = prompt
         else:
-            tokenizer = require(self.tokenizer, "prompt")
-            if len(prompt) > self._limits.max_prompt_chars:
-                raise errors.PromptTooLong(
-                    f"the prompt has {len(prompt)} characters, expected at most {self._limits.max_prompt_chars}",
-                    param="prompt",
-                )
-            token_ids = await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
+            assert self.tokenizer is not None
+            param = "prompt" if isinstance(prompt, str) else "messages"
+            text = prompt if isinstance(prompt, str) else self._rendered(prompt, limit)
+            is_unusual = limit is not None and len(text) > _USUAL_CHARS_PER_TOKEN * limit
+            if limit is not None and is_unusual and self.tokenizer.has_more_than(2 * limit, text):
+                raise _too_long(limit, f"more than {limit}", param)
+            token_ids = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         if not token_ids:
             raise errors.InvalidRequest("the prompt is empty, expected at least one token", param="prompt")
         return token_ids
+
+    def _rendered(self, conversation: Conversation, limit: int | None) -> str:
+        assert self._chat is not None
+        return self._chat.render(
+            conversation.messages,
+            add_generation_prompt=conversation.add_generation_prompt,
+            variables=conversation.variables,
+            max_chars=self._max_chars(limit),
+        )
 
     def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
         """Final max_tokens, seed and stop ids; raises PromptTooLong if prompt and output do not fit."""
@@ -315,27 +415,29 @@ class Frontend:
         limit = self.max_model_tokens
         room = None if limit is None else limit - num_prompt_tokens
         if room is not None and room < 1:
-            raise errors.PromptTooLong(
-                f"this model's maximum context length is {limit} tokens, but the prompt alone has {num_prompt_tokens}; "
-                "shorten the prompt",
-                param="messages" if request.is_chat else "prompt",
-            )
-        max_tokens = sampling.max_tokens
+            assert limit is not None
+            raise _too_long(limit, f"{num_prompt_tokens}", "messages" if request.is_chat else "prompt")
+        max_tokens, param = sampling.max_tokens, request.max_tokens_param
         if max_tokens is None:
             default = _DEFAULT_COMPLETION_TOKENS if not request.is_chat else (room or _DEFAULT_COMPLETION_TOKENS)
             max_tokens = default if room is None else min(default, room)
-            max_tokens = max(max_tokens, sampling.min_tokens)
+            if sampling.min_tokens > max_tokens:
+                max_tokens, param = sampling.min_tokens, "min_tokens"
         if room is not None and max_tokens > room:
             raise errors.PromptTooLong(
                 f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were "
                 f"asked for ({num_prompt_tokens} in the prompt and {max_tokens} to generate); shorten one of them",
-                param="max_tokens",
+                param=param,
             )
         seed = self._rng.getrandbits(63) if sampling.seed is None else sampling.seed
         stop_ids = resolve_stop_ids(sampling, self._facts.eos_token_ids)
         return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_ids)
 
-    def _check_ids(self, prompt: tuple[int, ...], sampling: SamplingParams) -> None:
+    def _check_sampling_ids(self, sampling: SamplingParams) -> None:
+        self._check_ids("stop_token_ids", sampling.stop_token_ids)
+        self._check_ids("logit_bias", tuple(sampling.logit_bias))
+
+    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         """Every id that a node would look up is in the vocabulary."""
         reference = self._dispatcher.reference
         vocab_size = (
@@ -343,27 +445,60 @@ class Frontend:
         )
         if vocab_size is None:
             return
-        groups: dict[str, Sequence[int]] = {
-            "prompt": (min(prompt), max(prompt)),
-            "stop_token_ids": sampling.stop_token_ids,
-            "logit_bias": tuple(sampling.logit_bias),
-        }
-        for param, ids in groups.items():
-            for token_id in ids:
-                if not 0 <= token_id < vocab_size:
-                    raise errors.InvalidRequest(
-                        f"token id {token_id} in {param} is out of range, expected 0 to {vocab_size - 1}", param=param
-                    )
+        for token_id in ids:
+            if not 0 <= token_id < vocab_size:
+                raise errors.InvalidRequest(
+                    f"token id {token_id} in {param} is out of range, expected 0 to {vocab_size - 1}", param=param
+                )
+
+    def _check_repeats(self, request: GenerationRequest, prompts: Sequence[Sized], echoes: Sequence[str]) -> None:
+        """A prompt that is repeated in each of many choices makes an answer of any size."""
+        wanted: dict[str, Sequence[Sized]] = {"echo": echoes, "return_token_ids": prompts}
+        for param, items in wanted.items():
+            is_asked = request.echo if param == "echo" else request.returns_prompt_ids
+            size = request.n * sum(map(len, items)) if is_asked else 0
+            if size > self._limits.max_repeated:
+                raise errors.InvalidRequest(
+                    f"{param} with n {request.n} repeats {size} characters or ids of the prompts, expected at most "
+                    f"{self._limits.max_repeated}; ask for fewer choices at once",
+                    param=param,
+                )
+
+    def _num_choices(self, request: GenerationRequest) -> int:
+        num_choices = request.n * len(request.prompts)
+        if not 1 <= num_choices <= self._limits.max_choices:
+            raise errors.InvalidRequest(
+                f"{quoted(num_choices)} choices were asked for, expected 1 to {self._limits.max_choices} (n times the "
+                "number of prompts)",
+                param="n" if len(request.prompts) <= self._limits.max_choices else "prompt",
+            )
+        return num_choices
 
     def _timeout_s(self, asked_s: float | None) -> float:
         if asked_s is None:
             return self._limits.default_timeout_s
         if not 0 < asked_s <= self._limits.max_timeout_s:
             raise errors.InvalidRequest(
-                f"timeout is {asked_s} s, expected more than 0 and at most {self._limits.max_timeout_s}",
+                f"timeout is {quoted(asked_s)} s, expected more than 0 and at most {self._limits.max_timeout_s}",
                 param="timeout",
             )
         return asked_s
+
+
+def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:
+    return errors.PromptTooLong(
+        f"this model's maximum context length is {limit} tokens, but the prompt alone has {length}; shorten the prompt",
+        param=param,
+    )
+
+
+def _size(value: object) -> int:
+    """About how much a template's variable holds."""
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values())) + _MESSAGE_CHARS * len(value)
+    if isinstance(value, list):
+        return sum(map(_size, value)) + _MESSAGE_CHARS
+    return len(value) if isinstance(value, str) else 8
 
 
 def _choice_sampling(sampling: SamplingParams, choice: int) -> SamplingParams:

@@ -20,10 +20,11 @@ from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from baton import errors
-from baton.errors import quoted
+from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from router.answer import Answer
+from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend, GenerationRequest
@@ -48,6 +49,7 @@ class HttpFace:
     ) -> None:
         self._frontend = frontend
         self._limits = config.limits
+        self._bodies = BodyReader(config.limits, lambda: frontend.max_request_bytes)
         self._others = _build_others(frontend, dispatcher, metrics, page)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,12 +73,14 @@ class HttpFace:
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream: _EventStream | None = None
         try:
-            body, request = self._asked(scope["path"], await self._read(scope, receive))
-            request = _with_trace(request, scope)
-            answer = Answer(self._frontend, body, request, await self._frontend.start(request))
+            async with self._bodies.read(scope, receive) as raw:
+                body, request = await self._asked(scope["path"], raw)
+                request = _with_trace(request, scope)
+                accepted = await self._frontend.start(request)
+                answer = Answer(self._frontend, body, request, accepted)
             wants_stream = body.stream
             # They would live as long as the stream.
-            del body, request
+            del raw, body, request, accepted
             leaver = asyncio.create_task(_cancel_when_left(receive, answer))
             try:
                 if wants_stream:
@@ -97,41 +101,16 @@ class HttpFace:
                 raise  # the server logs it and closes the connection: the client must not take this for the end
             await _defect_response(scope["path"], error)(scope, receive, send)
 
-    def _asked(self, path: str, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
-        if path == _COMPLETIONS:
-            completion = parse(CompletionBody, content)
-            return completion, completion.request()
-        chat = parse(ChatBody, content)
-        prompt = self._frontend.chat_prompt(
-            chat.flat_messages(),
-            add_generation_prompt=chat.add_generation_prompt is not False,
-            variables=chat.chat_template_kwargs,
-        )
-        return chat, chat.request(prompt)
+    async def _asked(self, path: str, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
+        kind: type[CompletionBody] | type[ChatBody] = CompletionBody if path == _COMPLETIONS else ChatBody
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
-        limit = self._limits.max_body_bytes
-        declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
-        if declared.isdigit() and int(declared) > limit:
-            raise _TooLarge(limit)
-        chunks: list[bytes] = []
-        size = 0
-        try:
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                is_more = True
-                while is_more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise errors.Cancelled("the client left")
-                    chunk = message.get("body", b"")
-                    is_more = message.get("more_body", False)
-                    size += len(chunk)
-                    if size > limit:
-                        raise _TooLarge(limit)
-                    chunks.append(chunk)
-        except TimeoutError:
-            raise errors.DeadlineExceeded("the request's body did not arrive in time") from None
-        return b"".join(chunks)
+        def work() -> tuple[CompletionBody | ChatBody, GenerationRequest]:
+            if len(content) > SMALL_BODY_BYTES:
+                check_structure(content, self._limits)
+            body = parse(kind, content)
+            return body, body.request()
+
+        return work() if len(content) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
 
 
 def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
@@ -258,25 +237,14 @@ class _Routes:
         return JSONResponse([{"targets": [n.metrics_address]} for n in nodes if n.metrics_address])
 
 
-class _TooLarge(errors.InvalidRequest):
-    http_status = 413
-
-    def __init__(self, limit: int) -> None:
-        super().__init__(f"the body is larger than {limit} bytes")
-
-    @property
-    def code(self) -> str:
-        return "RequestTooLarge"
-
-
 def _error_response(error: errors.BatonError) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, round(error.retry_after_s)))}
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
 
 def _defect_response(path: str, error: Exception) -> Response:
-    _log.error("defect while serving %s", path, exc_info=error)
-    return _error_response(errors.InternalError(f"{type(error).__name__}: {error}"))
+    _log.error("defect while serving %s", shortened(path, 80), exc_info=error)
+    return _error_response(errors.InternalError(f"{type(error).__name__}: {shortened(str(error), 200)}"))
 
 
 async def _on_baton_error(request: Request, error: Exception) -> Response:
@@ -286,7 +254,7 @@ async def _on_baton_error(request: Request, error: Exception) -> Response:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    message = f"{shortened(request.method, 20)} {shortened(request.url.path, 80)}: {error.detail}"
     code = _HTTP_ERRORS.get(error.status_code)
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
     return JSONResponse(body, status_code=error.status_code, headers=error.headers)

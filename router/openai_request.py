@@ -7,16 +7,24 @@ clients send them by habit and they concern accounts or speed only.
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic_core import from_json
 
-from baton.errors import InvalidRequest
-from baton.types import MAX_TOP_LOGPROBS, SamplingParams
+from baton.errors import InvalidRequest, quoted, shortened
+from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_SEED, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS, SamplingParams
 from router.chat import ChatMessage
-from router.frontend import GenerationRequest
+from router.frontend import Conversation, GenerationRequest, Prompts
+from router.openai_neutral import refuse_unless, take_neutral
 
 _Model = TypeVar("_Model", bound=BaseModel)
+# Entries that a field may have, checked before they are looked at one by one: an error for each of a megabyte of wrong
+# ones took a second.
+_MAX_ENTRIES = {"logit_bias": MAX_LOGIT_BIASES, "stop_token_ids": MAX_STOP_TOKEN_IDS, "stop": 1024, "modalities": 16}
+# Which of many numbers is wrong, its value says.
+_NUMBERS = ("logit_bias", "stop_token_ids")
 
 
 class _Strict(BaseModel):
@@ -90,8 +98,10 @@ class _Common(_Strict):
 
     def sampling(self, max_tokens: int | None, max_tokens_param: str, num_logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest with the API's name of the parameter."""
-        if max_tokens is not None and max_tokens < 1:
-            raise InvalidRequest(f"{max_tokens_param} is {max_tokens}, expected at least 1", param=max_tokens_param)
+        if max_tokens is not None and not 1 <= max_tokens <= MAX_COUNT:
+            raise InvalidRequest(
+                f"{max_tokens_param} is {quoted(max_tokens)}, expected 1 to {MAX_COUNT}", param=max_tokens_param
+            )
         return SamplingParams(
             temperature=_or(self.temperature, 1.0),
             top_p=_or(self.top_p, 1.0),
@@ -102,7 +112,7 @@ class _Common(_Strict):
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
             # OpenAI's seeds are signed 64-bit integers.
-            seed=self.seed + 2**64 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed,
+            seed=self.seed + MAX_SEED + 1 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed,
             max_tokens=max_tokens,
             min_tokens=_or(self.min_tokens, 0),
             ignore_eos=bool(self.ignore_eos),
@@ -112,7 +122,7 @@ class _Common(_Strict):
         )
 
     def _request(
-        self, prompts: tuple[str | tuple[int, ...], ...], sampling: SamplingParams, *, is_chat: bool
+        self, prompts: Prompts, sampling: SamplingParams, *, max_tokens_param: str = "max_tokens", is_chat: bool
     ) -> GenerationRequest:
         self._refuse("priority", "requests are served first come, first served")
         if self.stream_options is not None and not self.stream:
@@ -130,6 +140,8 @@ class _Common(_Strict):
             add_special_tokens=bool(self.add_special_tokens) if is_chat else self.add_special_tokens is not False,
             is_chat=is_chat,
             timeout_s=self.timeout,
+            max_tokens_param=max_tokens_param,
+            returns_prompt_ids=bool(self.return_token_ids),
         )
 
 
@@ -142,12 +154,13 @@ class CompletionBody(_Common):
 
     def request(self) -> GenerationRequest:
         self._refuse("suffix", "the served models complete from the left only")
-        if self.best_of is not None and self.best_of != (self.n or 1):
-            raise InvalidRequest(f"best_of is {self.best_of}, expected n ({self.n or 1})", param="best_of")
+        if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
+            expected = quoted(1 if self.n is None else self.n)
+            raise InvalidRequest(f"best_of is {quoted(self.best_of)}, expected n ({expected})", param="best_of")
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: prompts have no log-probabilities", param="echo")
         sampling = self.sampling(self.max_tokens, "max_tokens", self.logprobs)
-        return self._request(_prompts(self.prompt), sampling, is_chat=False)
+        return replace(self._request(_prompts(self.prompt), sampling, is_chat=False), echo=bool(self.echo))
 
 
 class Message(BaseModel):
@@ -160,7 +173,7 @@ class Message(BaseModel):
     def flat(self, where: str) -> ChatMessage:
         extra = {k for k, v in (self.model_extra or {}).items() if v not in (None, [], "")}
         if extra:
-            raise InvalidRequest(f"{where} has {sorted(extra)}, which the server does not support", param=where)
+            raise InvalidRequest(f"{where} has {quoted(sorted(extra))}, which the server does not support", param=where)
         if self.content is None:
             raise InvalidRequest(f"{where}.content is missing, expected text", param=f"{where}.content")
         if isinstance(self.content, str):
@@ -169,16 +182,11 @@ class Message(BaseModel):
         return ChatMessage(self.role, "".join(texts), self.name)
 
 
-class ResponseFormat(_Strict):
-    type: str
-
-
 class ChatBody(_Common):
-    messages: list[Message]
+    messages: Annotated[list[Message], FailFast()]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: ResponseFormat | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -191,67 +199,86 @@ class ChatBody(_Common):
     parallel_tool_calls: bool | None = None
     prediction: Any = None
 
-    def request(self, prompt: str) -> GenerationRequest:
-        return self._request((prompt,), self._sampling(), is_chat=True)
-
-    def flat_messages(self) -> list[ChatMessage]:
+    def request(self) -> GenerationRequest:
         """Raises InvalidRequest for what the server cannot honour."""
-        self._refuse("tools", "the server calls no tools")
-        self._refuse("functions", "the server calls no functions")
-        self._refuse("audio", "the served models write text only")
-        if self.tool_choice not in (None, "none", "auto"):
-            raise InvalidRequest("tool_choice is not supported: the server calls no tools", param="tool_choice")
-        if self.response_format is not None and self.response_format.type != "text":
-            raise InvalidRequest(
-                f"response_format is {self.response_format.type!r}, expected 'text'", param="response_format"
-            )
-        if self.modalities is not None and self.modalities != ["text"]:
-            raise InvalidRequest(f"modalities is {self.modalities}, expected ['text']", param="modalities")
-        return [m.flat(f"messages.{i}") for i, m in enumerate(self.messages)]
-
-    def _sampling(self) -> SamplingParams:
         if self.max_completion_tokens is not None:
             max_tokens: int | None = self.max_completion_tokens
             param = "max_completion_tokens"
         else:
             max_tokens, param = self.max_tokens, "max_tokens"
-        if self.top_logprobs is not None and not self.logprobs:
-            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        self._refuse_tools()
+        refuse_unless("modalities", self.modalities, (["text"],), "the served models write text only")
+        sampling = self.sampling(max_tokens, param, self._num_logprobs())
+        conversation = Conversation(
+            tuple(m.flat(f"messages.{i}") for i, m in enumerate(self.messages)),
+            add_generation_prompt=self.add_generation_prompt is not False,
+            variables=self.chat_template_kwargs or {},
+        )
+        return self._request((conversation,), sampling, max_tokens_param=param, is_chat=True)
+
+    def _refuse_tools(self) -> None:
+        if self.tool_choice != "none":
+            self._refuse("tools", "the server calls no tools; tool_choice 'none' asks for no call")
+        if self.function_call != "none":
+            self._refuse("functions", "the server calls no functions; function_call 'none' asks for no call")
+        for param in ("tool_choice", "function_call"):
+            refuse_unless(param, getattr(self, param), ("none", "auto"), "the server calls no tools")
+        self._refuse("audio", "the served models write text only")
+
+    def _num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidRequest(
-                f"top_logprobs is {self.top_logprobs}, expected 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs"
+                f"top_logprobs is {quoted(self.top_logprobs)}, expected 0 to {MAX_TOP_LOGPROBS}", param="top_logprobs"
             )
-        return self.sampling(max_tokens, param, (self.top_logprobs or 0) if self.logprobs else None)
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 def parse(kind: type[_Model], body: bytes) -> _Model:
     """Raises InvalidRequest for malformed JSON and for the first field that is wrong, with its path as ``param``."""
+    fields = _fields(body)
+    take_neutral(fields, is_chat=kind is ChatBody)
+    known = kind.model_fields
+    for name, value in fields.items():
+        if name not in known:
+            raise InvalidRequest(f"Unrecognized request argument supplied: {_name(name)}", param=name)
+        if name in _MAX_ENTRIES and isinstance(value, list | dict) and len(value) > _MAX_ENTRIES[name]:
+            raise InvalidRequest(
+                f"{name} has {len(value)} entries, expected at most {_MAX_ENTRIES[name]}", param=name
+            )  # fmt: skip
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate(fields)
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_context=False)[0]
-        if first["type"] == "json_invalid":
-            raise InvalidRequest(f"the body is not valid JSON: {first['msg']}") from None
-        if not first["loc"]:
-            raise InvalidRequest("the body is not a JSON object") from None
         raise _bad_field(first["type"], first["loc"], first["msg"], first["input"]) from None
 
 
+def _fields(body: bytes) -> dict[str, Any]:
+    try:
+        fields = from_json(body)
+    except ValueError as error:
+        if "number out of range" in str(error):
+            raise InvalidRequest("the body's JSON has a number of more than 4300 digits") from None
+        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the body is not a JSON object")
+    return fields
+
+
 def _bad_field(kind: str, location: tuple[int | str, ...], message: str, value: object) -> InvalidRequest:
-    if kind == "extra_forbidden":
-        param = ".".join(str(x) for x in location)
-        return InvalidRequest(f"Unrecognized request argument supplied: {param}", param=param)
     # A union's branches have their type's name at the end of the path.
     path = [str(x) for x in location if not (isinstance(x, str) and ("[" in x or x in ("str", "int", "float")))]
-    param = ".".join(path)
+    param = path[0] if path[0] in _NUMBERS else ".".join(path)
+    if kind == "extra_forbidden":
+        return InvalidRequest(f"Unrecognized request argument supplied: {_name(param)}", param=param)
     if kind == "missing":
-        return InvalidRequest(f"you must provide a {param} parameter", param=param)
-    return InvalidRequest(f"{param} is {_short(value)}: {message}", param=param)
+        return InvalidRequest(f"you must provide a {_name(param)} parameter", param=param)
+    return InvalidRequest(f"{_name(param)} is {quoted(value)}: {message}", param=param)
 
 
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _name(param: str) -> str:
+    return shortened(param, 80)
 
 
 def _or(value: float | None, default: Any) -> Any:
@@ -261,8 +288,8 @@ def _or(value: float | None, default: Any) -> Any:
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     found = {}
     for key, value in (bias or {}).items():
-        if not key.isascii() or not key.isdigit():
-            raise InvalidRequest(f"logit_bias has key {_short(key)}, expected token ids", param="logit_bias")
+        if not key.isascii() or not key.isdigit() or len(key) > 10:
+            raise InvalidRequest(f"logit_bias has key {quoted(key)}, expected token ids", param="logit_bias")
         found[int(key)] = value
     return found
 
@@ -271,10 +298,10 @@ def _part_text(part: object, where: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise InvalidRequest(f"{where} is of type {kind!r}, expected 'text'", param=where)
+    raise InvalidRequest(f"{where} is of type {quoted(kind)}, expected 'text'", param=where)
 
 
-def _prompts(prompt: object) -> tuple[str | tuple[int, ...], ...]:
+def _prompts(prompt: object) -> Prompts:
     """Text, texts, token ids, or lists of token ids."""
     if isinstance(prompt, str):
         return (prompt,)
@@ -286,7 +313,7 @@ def _prompts(prompt: object) -> tuple[str | tuple[int, ...], ...]:
         if all(isinstance(x, list) and _is_ids(x) for x in prompt):
             return tuple(tuple(x) for x in prompt)
     raise InvalidRequest(
-        f"prompt is {_short(prompt)}, expected a string, a list of strings, a list of token ids or a list "
+        f"prompt is {quoted(prompt)}, expected a string, a list of strings, a list of token ids or a list "
         "of such lists, not empty",
         param="prompt",
     )
@@ -294,4 +321,4 @@ def _prompts(prompt: object) -> tuple[str | tuple[int, ...], ...]:
 
 def _is_ids(items: list[Any]) -> bool:
     # No bools, and no loop of our own: prompts are long.
-    return not items or (set(map(type, items)) == {int} and min(items) >= 0 and max(items) < 2**32)
+    return not items or (set(map(type, items)) == {int} and min(items) >= 0 and max(items) <= MAX_COUNT)

@@ -12,12 +12,14 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
+from baton.errors import shortened
 from baton.server import ErrorMappingInterceptor, ServerLimits
+from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Accepted, Ending, Frontend, GenerationRequest
+from router.frontend import Accepted, Conversation, Ending, Frontend, GenerationRequest
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
@@ -55,22 +57,22 @@ class RouterService(router_pb2_grpc.RouterServicer):
             raise
         except Exception as error:
             _log.exception("defect while serving Generate")
-            await abort(context, errors.InternalError(f"{type(error).__name__}: {error}"))
+            await abort(context, errors.InternalError(f"{type(error).__name__}: {shortened(str(error), 200)}"))
         finally:
             if accepted is not None:
                 accepted.cancel("the client left")
 
     def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
+        self._check_sizes(request)
         kind = request.WhichOneof("input")
-        prompt: str | tuple[int, ...]
+        prompt: str | tuple[int, ...] | Conversation
         match kind:
             case "prompt":
                 prompt = request.prompt
             case "prompt_token_ids":
                 prompt = tuple(request.prompt_token_ids.token_ids)
             case "chat":
-                messages = [ChatMessage(x.role, x.content) for x in request.chat.messages]
-                prompt = self._frontend.chat_prompt(messages)
+                prompt = Conversation(tuple(ChatMessage(x.role, x.content) for x in request.chat.messages))
             case _:
                 raise errors.InvalidRequest(
                     "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
@@ -90,13 +92,29 @@ class RouterService(router_pb2_grpc.RouterServicer):
             tracestate=trace.get("tracestate", ""),
         )
 
+    def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
+        """Before anything is copied out of the message: its lists may have millions of items."""
+        sampling = request.sampling
+        for param, items, limit in (
+            ("prompt_token_ids", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
+            ("chat", request.chat.messages, self._config.limits.max_body_containers),
+            ("stop", request.stop, self._config.limits.max_stop_strings),
+            ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
+            ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIASES),
+        ):
+            if limit is not None and len(items) > limit:
+                kind = errors.PromptTooLong if param == "prompt_token_ids" else errors.InvalidRequest
+                raise kind(f"{param} has {len(items)} entries, expected at most {limit}", param=param)
+
     def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:
         """The request's own, or the call's deadline, whichever is sooner."""
-        asked_s = request.timeout_s or None
-        if asked_s is not None and asked_s < 0:
-            raise errors.InvalidRequest(f"timeout_s is {asked_s}, expected a positive number", param="timeout_s")
-        call_s: float | None = context.time_remaining()
         limit_s = self._config.limits.max_timeout_s
+        asked_s = request.timeout_s or None
+        if asked_s is not None and not 0 < asked_s <= limit_s:
+            raise errors.InvalidRequest(
+                f"timeout_s is {asked_s}, expected more than 0 and at most {limit_s}", param="timeout_s"
+            )
+        call_s: float | None = context.time_remaining()
         bounds = [b for b in (asked_s, None if call_s is None else min(call_s, limit_s)) if b is not None]
         return max(min(bounds), 0.001) if bounds else None
 
@@ -183,12 +201,12 @@ class GrpcFace:
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
+        # Half of what JSON may have: there are no escapes, and ids are short.
+        limit = frontend.max_request_bytes // 2
         keys = ApiKeys(config.api_keys)
         # The first one is the outermost: who has no key is told that, whatever the message was.
         guards = [*([GrpcGuard(SERVICE_NAME, keys)] if keys else []), ErrorMappingInterceptor(on_malformed)]
-        limits = ServerLimits(
-            max_message_bytes=config.limits.max_body_bytes, keepalive_s=20.0, keepalive_timeout_s=20.0
-        )
+        limits = ServerLimits(max_message_bytes=limit, keepalive_s=20.0, keepalive_timeout_s=20.0)
         self._server = aio.server(
             interceptors=guards,
             options=[*limits.options(), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)],

@@ -125,6 +125,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
+        frontend.close()
         if spans is not None:
             await spans.close()
 

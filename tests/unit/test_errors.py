@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.errors import MAX_MESSAGE_CHARS, InvalidRequest, from_code, quoted
+from baton.errors import MAX_MESSAGE_BYTES, InvalidRequest, from_code, quoted
 
 HUGE = [
     "x" * 10**6,
@@ -14,6 +14,7 @@ HUGE = [
     {"k" * 10**6: "v" * 10**6},
     [["y" * 10**5] * 100],
     b"z" * 10**6,
+    {str(i): i for i in range(10**5)},
 ]
 
 
@@ -27,8 +28,14 @@ def test_a_small_value_is_quoted_whole(value: object) -> None:
     assert quoted(value) == repr(value)
 
 
+def test_what_is_not_ascii_counts_as_the_bytes_that_a_trailer_carries_and_halves_of_characters_do_no_harm() -> None:
+    assert len(InvalidRequest("東" * 10**6).message.encode()) < MAX_MESSAGE_BYTES + 40
+    assert InvalidRequest("a\ud800b").message == "a\\ud800b"
+    assert len(InvalidRequest("x", param="p" * 10**6).param or "") < 200
+
+
 def test_no_message_is_longer_than_the_limit_and_it_says_what_is_missing() -> None:
     error = InvalidRequest("x" * 10**6)
-    assert len(error.message) < MAX_MESSAGE_CHARS + 40
+    assert len(error.message) < MAX_MESSAGE_BYTES + 40
     assert "(1000000 characters)" in error.message
-    assert len(from_code("InvalidRequest", "y" * 10**6).message) < MAX_MESSAGE_CHARS + 40
+    assert len(from_code("InvalidRequest", "y" * 10**6).message) < MAX_MESSAGE_BYTES + 40

@@ -1,0 +1,84 @@
+"""Fields of OpenAI's and vLLM's requests that this server does not have, and the values that ask for nothing of them.
+
+Clients send many of them out of habit. A value that asks for nothing is accepted, null always; any other is refused by
+the field's name: nothing that changes the answer is dropped in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from baton.errors import InvalidRequest, quoted
+
+_NO_BEAM = "the server samples, it searches no beams"
+_NO_GUIDE = "the server guides no output"
+_NO_TOOLS = "the server calls no tools"
+_TEXT_ONLY = "the served models read and write text only"
+_NO_REASONING = "the server does not tell reasoning from the answer"
+
+# Field: the values beside null that ask for nothing, and why others are refused.
+_NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "use_beam_search": ((False,), _NO_BEAM),
+    "length_penalty": ((1.0,), _NO_BEAM),
+    "early_stopping": ((False,), _NO_BEAM),
+    "prompt_logprobs": ((), "prompts have no log-probabilities"),
+    "truncate_prompt_tokens": ((), "prompts are never cut"),
+    "truncation_side": ((), "prompts are never cut"),
+    "prompt_embeds": ((), "a prompt is text or token ids"),
+    "spaces_between_special_tokens": ((True,), "text is what the tokenizer decodes"),
+    "detokenize": ((True,), "the answer is text; token ids come with return_token_ids"),
+    "allowed_token_ids": ((), _NO_GUIDE),
+    "bad_words": (([],), _NO_GUIDE),
+    "logits_processors": (([],), _NO_GUIDE),
+    "structured_outputs": ((), _NO_GUIDE),
+    "structural_tag": ((), _NO_GUIDE),
+    "guided_json": ((), _NO_GUIDE),
+    "guided_regex": ((), _NO_GUIDE),
+    "guided_choice": ((), _NO_GUIDE),
+    "guided_grammar": ((), _NO_GUIDE),
+    "guided_json_object": ((False,), _NO_GUIDE),
+    "guided_decoding_backend": ((), _NO_GUIDE),
+    "guided_whitespace_pattern": ((), _NO_GUIDE),
+    "repetition_detection": ((), "no repetition is looked for"),
+    "cache_salt": ((), "no cache is shared between requests"),
+    "kv_transfer_params": (({},), "the router chooses the nodes"),
+    "vllm_xargs": (({},), "there are no such arguments"),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
+    "media_io_kwargs": (({},), _TEXT_ONLY),
+}
+_NEUTRAL_IN_CHAT: Mapping[str, tuple[tuple[object, ...], str]] = {
+    "echo": ((False,), "an answer has the new message alone"),
+    "continue_final_message": ((False,), "an answer is a message of its own"),
+    "documents": (([],), "templates get the messages alone"),
+    "chat_template": ((), "the model's own template is used"),
+    "reasoning_effort": (("none",), _NO_REASONING),
+    "include_reasoning": ((True,), _NO_REASONING),
+    "thinking_token_budget": ((), _NO_REASONING),
+    "verbosity": (("medium",), "the served models know no verbosity"),
+    "web_search_options": ((), "the server does not search"),
+}
+
+
+def take_neutral(body: dict[str, Any], *, is_chat: bool) -> None:
+    """Takes the fields out that ask for nothing; raises InvalidRequest for the first that asks for something."""
+    for name in [n for n in body if n in _NEUTRAL or (is_chat and n in _NEUTRAL_IN_CHAT)]:
+        values, why = _NEUTRAL.get(name) or _NEUTRAL_IN_CHAT[name]
+        refuse_unless(name, body.pop(name), values, why)
+    wanted = body.pop("response_format", None)
+    if wanted is not None:
+        kind = wanted.get("type", "missing") if isinstance(wanted, dict) else wanted
+        refuse_unless("response_format.type", kind, ("text",), _NO_GUIDE)
+
+
+def refuse_unless(param: str, value: object, neutral: tuple[object, ...], why: str) -> None:
+    """Raises InvalidRequest unless the value is null or one of the neutral ones."""
+    if value is None or any(_is_same(value, n) for n in neutral):
+        return
+    expected = " or ".join(["null", *map(repr, neutral)])
+    raise InvalidRequest(f"{param} is {quoted(value)}, expected {expected}: {why}", param=param)
+
+
+def _is_same(value: object, neutral: object) -> bool:
+    # True is no 1, but 1 is as good as 1.0.
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
