@@ -115,7 +115,7 @@ class Runner:
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            checkpoint.check(model_config)
+            model_config = checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
         layout = kv_layout(model_config, config, dtype)
         with torch.inference_mode():
