@@ -17,6 +17,7 @@ BatonError
 ├── Cancelled             the client left                                     CANCELLED           499
 ├── UnsupportedModel      this model cannot be served, and why                FAILED_PRECONDITION 500
 ├── BadConfig             a setting is wrong; stops the start                 FAILED_PRECONDITION 500
+├── BadLogits             NaN or infinity where a token is to be drawn        INTERNAL            500
 └── InternalError         our own defect                                      INTERNAL            500
 """
 
@@ -132,6 +133,10 @@ class UnsupportedModel(BatonError):
 
 class BadConfig(BatonError):
     grpc_status = "FAILED_PRECONDITION"
+
+
+class BadLogits(BatonError):
+    """Every node with these weights computes the same for these tokens: another one is no cure."""
 
 
 class InternalError(BatonError):

@@ -5,18 +5,25 @@ Everything the engine cannot serve exactly is refused here, by name, before a we
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from baton.errors import BadConfig, UnsupportedModel
+from baton.errors import BadConfig, quoted
+from baton.files import read_object
 from baton.types import DTYPE_BYTES
+from engine.config_fields import MAX_INT, Fields
 
 _SILU = ("silu", "swish")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 _ROPE_ALIASES = {"su": "longrope"}
+# Lists with an item per layer are made before any weight is looked at.
+_MAX_LAYERS = 10_000
+# Far beyond all models; products and quotients with a length stay finite.
+_MIN_FACTOR, _MAX_FACTOR = 1e-6, 1e6
+# YaRN divides by its logarithm.
+_MIN_THETA = 1.001
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +56,7 @@ class RopeConfig:
 class _Family:
     """How the architectures differ from each other."""
 
+    model_type: str
     qkv_bias: bool | None = None  # None: config's attention_bias decides
     output_bias: bool | None = False  # None: as qkv_bias
     mlp_bias: bool = False  # whether config's mlp_bias counts
@@ -60,11 +68,11 @@ class _Family:
 
 
 _FAMILIES: Mapping[str, _Family] = {
-    "LlamaForCausalLM": _Family(output_bias=None, mlp_bias=True),
-    "MistralForCausalLM": _Family(qkv_bias=False, window="always", default_max_positions=131072),
-    "Qwen2ForCausalLM": _Family(qkv_bias=True, window="switched", default_max_positions=32768),
+    "LlamaForCausalLM": _Family("llama", output_bias=None, mlp_bias=True),
+    "MistralForCausalLM": _Family("mistral", qkv_bias=False, window="always", default_max_positions=131072),
+    "Qwen2ForCausalLM": _Family("qwen2", qkv_bias=True, window="switched", default_max_positions=32768),
     "Qwen3ForCausalLM": _Family(
-        output_bias=None, qk_norm=True, default_head_dim=128, window="switched", default_max_positions=32768
+        "qwen3", output_bias=None, qk_norm=True, default_head_dim=128, window="switched", default_max_positions=32768
     ),
 }
 
@@ -103,149 +111,138 @@ class ModelConfig:
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Read ``config.json``. Raises UnsupportedModel naming what cannot be served and why."""
         path = folder / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UnsupportedModel(f"{path} does not exist; expected a Hugging Face model folder") from None
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise UnsupportedModel(f"{path} is not JSON: {error}") from error
-        if not isinstance(raw, dict):
-            raise UnsupportedModel(f"{path} holds a {type(raw).__name__}, expected an object")
-        return _parse(raw, str(path))
+        return _parse(Fields(read_object(path), str(path)))
 
 
-def _parse(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    architecture, family = _family(raw, source)
-    quantization = raw.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModel(
-            f"{source}: quantization_config ({method}) is set, but quantized weights are not supported; "
-            "use an unquantized checkpoint"
-        )
-    act = raw.get("hidden_act", "silu")
-    if act not in _SILU:
-        raise UnsupportedModel(f"{source}: hidden_act is {act!r}, supported is 'silu'")
-    hidden = _integer(raw, "hidden_size", source)
-    num_heads = _integer(raw, "num_attention_heads", source)
-    num_kv_heads = _integer(raw, "num_key_value_heads", source, default=num_heads)
+def _parse(fields: Fields) -> ModelConfig:
+    architecture, family = _family(fields)
+    _refuse_other_weights(fields)
+    hidden = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads, nullable=True)
     if num_heads % num_kv_heads:
-        raise UnsupportedModel(
-            f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
-        )
-    head_dim = _integer(raw, "head_dim", source, default=family.default_head_dim or hidden // num_heads)
+        raise fields.refusal(f"num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    head_dim = fields.integer("head_dim", family.default_head_dim or hidden // num_heads, nullable=True)
     if head_dim % 2:
-        raise UnsupportedModel(f"{source}: head_dim is {head_dim}, rotary embeddings need an even number")
-    num_layers = _integer(raw, "num_hidden_layers", source)
-    rope = _rope(raw, family, head_dim, source)
-    attention_bias = bool(raw.get("attention_bias", False))
-    qkv_bias = attention_bias if family.qkv_bias is None else family.qkv_bias
-    return ModelConfig(
+        raise fields.refusal(f"head_dim is {head_dim}, rotary embeddings need an even number")
+    num_layers = fields.integer("num_hidden_layers", most=_MAX_LAYERS)
+    rope = _rope(fields, family, head_dim)
+    qkv_bias = fields.flag("attention_bias", False) if family.qkv_bias is None else family.qkv_bias
+    config = ModelConfig(
         architecture=architecture,
-        vocab_size=_integer(raw, "vocab_size", source),
+        vocab_size=fields.integer("vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_integer(raw, "intermediate_size", source),
+        intermediate_size=fields.integer("intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(raw.get("rms_norm_eps", family.default_eps)),
+        rms_norm_eps=fields.number("rms_norm_eps", family.default_eps, least=0, most=1),
         rope=rope,
         qkv_bias=qkv_bias,
         output_bias=qkv_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=family.mlp_bias and bool(raw.get("mlp_bias", False)),
+        mlp_bias=family.mlp_bias and fields.flag("mlp_bias", False),
         qk_norm=family.qk_norm,
-        tied_embeddings=bool(raw.get("tie_word_embeddings", False)),
-        windows=_windows(raw, family, num_layers, source),
+        tied_embeddings=fields.flag("tie_word_embeddings", False),
+        windows=_windows(fields, architecture, family, num_layers),
         max_model_tokens=_max_model_tokens(rope),
-        dtype=_dtype(raw, source),
-        eos_token_ids=_eos(raw),
+        dtype=_dtype(fields),
+        eos_token_ids=_eos(fields),
     )
+    fields.refuse_unread()
+    return config
 
 
-def _family(raw: Mapping[str, Any], source: str) -> tuple[str, _Family]:
-    architectures = raw.get("architectures") or []
+def _family(fields: Fields) -> tuple[str, _Family]:
+    architectures, model_type = fields.texts("architectures"), fields.text("model_type")
     for name in architectures:
         if name in _FAMILIES:
-            return name, _FAMILIES[name]
-    named = ", ".join(map(str, architectures)) or f"none (model_type {raw.get('model_type')!r})"
-    raise UnsupportedModel(f"{source}: architecture {named} is not supported; supported are {', '.join(_FAMILIES)}")
+            family = _FAMILIES[name]
+            if model_type is not None and model_type != family.model_type:
+                raise fields.fault("model_type", f"{family.model_type!r} beside architecture {name}")
+            return name, family
+    named = ", ".join(architectures) or f"none (model_type {quoted(model_type)})"
+    raise fields.refusal(f"architecture {named} is not supported; supported are {', '.join(_FAMILIES)}")
 
 
-def _integer(raw: Mapping[str, Any], key: str, source: str, *, default: int | None = None) -> int:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UnsupportedModel(f"{source}: {key} is {raw.get(key)!r}, expected a positive integer")
-    return value
+def _refuse_other_weights(fields: Fields) -> None:
+    """Numbers that come from elsewhere than float weights and the code here."""
+    quantization = fields.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
+        raise fields.refusal(
+            f"quantization_config ({quoted(method)}) is set, but quantized weights are not supported; "
+            "use an unquantized checkpoint"
+        )
+    own_code = [name for name in fields.fields("auto_map") if name.startswith("AutoModel")]
+    if own_code:
+        raise fields.refusal(
+            f"auto_map names the model's own code for {quoted(own_code[0])}, which is never run here; remove auto_map "
+            "if transformers gives the same without trust_remote_code"
+        )
+    if fields.get("hidden_act") not in _SILU and "hidden_act" in fields:
+        raise fields.fault("hidden_act", "'silu'")
 
 
-def _number(raw: Mapping[str, Any], key: str, source: str, *, default: float | None = None) -> float:
-    value = raw.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise UnsupportedModel(f"{source}: rope parameter {key} is {raw.get(key)!r}, expected a number")
-    return float(value)
-
-
-def _rope(raw: Mapping[str, Any], family: _Family, head_dim: int, source: str) -> RopeConfig:
+def _rope(fields: Fields, family: _Family, head_dim: int) -> RopeConfig:
     """Both spellings: ``rope_parameters`` (transformers 5), ``rope_theta`` + ``rope_scaling`` (before)."""
-    params: dict[str, Any] = dict(raw.get("rope_scaling") or {})
-    params.update(raw.get("rope_parameters") or {})
-    if any(isinstance(value, dict) for value in params.values()):
-        raise UnsupportedModel(f"{source}: rope_parameters differ by layer type, which is not supported")
-    rope_type = params.get("rope_type") or params.get("type") or "default"
+    scaling, parameters = fields.fields("rope_scaling"), fields.fields("rope_parameters")
+    if scaling and parameters and scaling != parameters:
+        raise fields.refusal("rope_scaling and rope_parameters are both set and differ, expected one of them")
+    params = Fields(parameters or scaling, fields.within("rope_parameters" if parameters else "rope_scaling"))
+    if any(isinstance(value, dict) for value in (parameters or scaling).values()):
+        raise fields.refusal("rope_parameters differ by layer type, which is not supported")
+    old_name, rope_type = params.text("type"), params.text("rope_type")
+    rope_type = rope_type or old_name or "default"
     rope_type = _ROPE_ALIASES.get(rope_type, rope_type)
     if rope_type not in _ROPE_TYPES:
-        raise UnsupportedModel(
-            f"{source}: rope_type {rope_type!r} is not supported; known are {', '.join(_ROPE_TYPES)}"
-        )
-    partial = params.get("partial_rotary_factor", raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise UnsupportedModel(f"{source}: partial_rotary_factor is {partial}, supported is 1")
-    max_positions = _integer(raw, "max_position_embeddings", source, default=family.default_max_positions)
-    original = raw.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
-    original = max_positions if original is None else int(original)
-    theta = params.get("rope_theta")
+        raise params.refusal(f"rope_type {quoted(rope_type)} is not supported; known are {', '.join(_ROPE_TYPES)}")
+    for place in (params, fields):
+        partial = place.get("partial_rotary_factor")
+        if partial is not None and (isinstance(partial, bool) or partial != 1):
+            raise place.fault("partial_rotary_factor", "1")
+    max_positions = fields.integer("max_position_embeddings", family.default_max_positions)
+    original = params.integer("original_max_position_embeddings", max_positions, least=2, nullable=True)
+    original = fields.integer("original_max_position_embeddings", original, least=2, nullable=True)
+    theta = fields.number("rope_theta", 10_000.0, least=_MIN_THETA, most=_MAX_FACTOR**2, nullable=True)
     values: dict[str, Any] = {
         "rope_type": rope_type,
-        "theta": _number(raw, "rope_theta", source, default=10_000.0) if theta is None else float(theta),
+        "theta": params.number("rope_theta", theta, least=_MIN_THETA, most=_MAX_FACTOR**2, nullable=True),
         "max_position_embeddings": max_positions,
         "original_max_position_embeddings": original,
     }
     if rope_type != "default":
-        values |= _scaling(params, rope_type, max_positions / original, head_dim, source)
+        values |= _scaling(params, rope_type, max_positions / original, head_dim)
+    # YaRN's authors noted whether a model was trained with it.
+    params.refuse_unread(harmless=frozenset({"finetuned"}))
     return RopeConfig(**values)
 
 
-def _scaling(
-    params: Mapping[str, Any], rope_type: str, default_factor: float, head_dim: int, source: str
-) -> dict[str, Any]:
+def _scaling(params: Fields, rope_type: str, default_factor: float, head_dim: int) -> dict[str, Any]:
     """The numbers that one scaling type takes."""
     values: dict[str, Any] = {}
     if rope_type in ("yarn", "longrope"):
-        values["factor"] = _number(params, "factor", source, default=default_factor)
-        if params.get("attention_factor") is not None:
-            values["attention_factor"] = _number(params, "attention_factor", source)
+        least = min(1.0, default_factor)
+        values["factor"] = params.number("factor", default_factor, least=least, most=_MAX_FACTOR, nullable=True)
+        values["attention_factor"] = params.optional_number("attention_factor", least=0, most=_MAX_FACTOR)
     else:
-        values["factor"] = _number(params, "factor", source)
+        values["factor"] = params.number("factor", least=1, most=_MAX_FACTOR)
+    if rope_type == "dynamic" and head_dim < 4:
+        raise params.refusal(f"head_dim is {head_dim}, expected at least 4 with dynamic scaling")
     if rope_type == "yarn":
-        values["beta_fast"] = params.get("beta_fast") or 32.0
-        values["beta_slow"] = params.get("beta_slow") or 1.0
-        values["truncate"] = bool(params.get("truncate", True))
-        values["mscale"] = params.get("mscale")
-        values["mscale_all_dim"] = params.get("mscale_all_dim")
+        for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0)):
+            values[name] = params.number(name, default, least=_MIN_FACTOR, most=_MAX_FACTOR, nullable=True)
+        values["truncate"] = params.flag("truncate", True)
+        for name in ("mscale", "mscale_all_dim"):
+            values[name] = params.optional_number(name, least=0, most=_MAX_FACTOR)
     if rope_type == "llama3":
-        values["low_freq_factor"] = _number(params, "low_freq_factor", source)
-        values["high_freq_factor"] = _number(params, "high_freq_factor", source)
+        low = values["low_freq_factor"] = params.number("low_freq_factor", least=_MIN_FACTOR, most=_MAX_FACTOR)
+        values["high_freq_factor"] = params.number("high_freq_factor", least=_MIN_FACTOR, most=_MAX_FACTOR)
+        if values["high_freq_factor"] <= low:
+            raise params.fault("high_freq_factor", f"more than low_freq_factor, which is {low}")
     if rope_type == "longrope":
         for key in ("short_factor", "long_factor"):
-            factors = params.get(key)
-            if not isinstance(factors, list) or len(factors) != head_dim // 2:
-                raise UnsupportedModel(f"{source}: {key} of longrope must be a list of {head_dim // 2} numbers")
-            values[key] = tuple(float(f) for f in factors)
+            values[key] = params.numbers(key, head_dim // 2, most=_MAX_FACTOR)
     return values
 
 
@@ -258,40 +255,44 @@ def _max_model_tokens(rope: RopeConfig) -> int:
     return rope.max_position_embeddings
 
 
-def _windows(raw: Mapping[str, Any], family: _Family, num_layers: int, source: str) -> tuple[int | None, ...]:
-    if family.window == "none":
-        return (None,) * num_layers
-    window = raw.get("sliding_window", 4096)
-    if family.window == "switched" and not raw.get("use_sliding_window", False):
-        window = None
-    if window is None:
-        return (None,) * num_layers
-    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-        raise UnsupportedModel(f"{source}: sliding_window is {window!r}, expected a positive integer or null")
-    if family.window == "always":
-        return (window,) * num_layers
-    layer_types = raw.get("layer_types")
-    if layer_types is None:
-        first = raw.get("max_window_layers", 28)
-        return tuple(window if layer >= first else None for layer in range(num_layers))
-    known = {"full_attention": None, "sliding_attention": window}
-    if len(layer_types) != num_layers or any(kind not in known for kind in layer_types):
-        raise UnsupportedModel(f"{source}: layer_types {layer_types} is not {num_layers} of {', '.join(known)}")
-    return tuple(known[kind] for kind in layer_types)
+def _windows(fields: Fields, architecture: str, family: _Family, num_layers: int) -> tuple[int | None, ...]:
+    window = None if family.window == "none" else 4096
+    if "sliding_window" in fields:
+        window = None if fields.get("sliding_window") is None else fields.integer("sliding_window", least=0)
+    # Mistral never looked at the switch.
+    is_on = fields.flag("use_sliding_window", family.window != "switched") or family.window == "always"
+    window = window if is_on else None
+    first = fields.integer("max_window_layers", 28, least=0)
+    if window is not None and family.window == "none":
+        raise fields.fault("sliding_window", f"null, as {architecture} has no windows")
+    if window == 0:
+        raise fields.fault("sliding_window", "a positive integer or null")
+    kinds = fields.texts("layer_types")
+    if not kinds:
+        starts = first if family.window == "switched" else 0
+        return tuple(window if layer >= starts else None for layer in range(num_layers))
+    known = {"full_attention": None} | ({"sliding_attention": window} if window is not None else {})
+    if family.window == "always" and window is not None:
+        del known["full_attention"]
+    if len(kinds) != num_layers or any(kind not in known for kind in kinds):
+        raise fields.fault("layer_types", f"{num_layers} of {', '.join(known)}, by the other fields")
+    return tuple(known[kind] for kind in kinds)
 
 
-def _dtype(raw: Mapping[str, Any], source: str) -> str:
-    name = raw.get("dtype") or raw.get("torch_dtype") or "float32"
+def _dtype(fields: Fields) -> str:
+    old_name, name = fields.text("torch_dtype"), fields.text("dtype")
+    name = name or old_name or "float32"
     if name not in DTYPE_BYTES:
-        raise UnsupportedModel(f"{source}: dtype is {name!r}, supported are {', '.join(DTYPE_BYTES)}")
-    return str(name)
+        raise fields.refusal(f"dtype is {quoted(name)}, supported are {', '.join(DTYPE_BYTES)}")
+    return name
 
 
-def _eos(raw: Mapping[str, Any]) -> tuple[int, ...]:
-    eos = raw.get("eos_token_id")
-    if eos is None:
-        return ()
-    return tuple(eos) if isinstance(eos, list) else (int(eos),)
+def _eos(fields: Fields) -> tuple[int, ...]:
+    eos = fields.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and -MAX_INT <= one <= MAX_INT for one in ids):
+        raise fields.fault("eos_token_id", "a token id, a list of them, or null")
+    return tuple(ids)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from baton.errors import BadLogits
 from baton.metrics import LATENCY_BUCKETS_S, Counter, Metrics
 from baton.timeline import Timeline
 from engine.cost import CostModel
-from engine.schedule import EngineEvent, Output
+from engine.schedule import EngineEvent, Failed, Output
 from engine.step import StepPlan
 
 _STEP_BUCKETS_S = (
@@ -72,6 +73,10 @@ class EngineMeter:
             "baton_prefill_compute_seconds", "Prompts: first chunk to the first token", LATENCY_BUCKETS_S
         )
 
+        self._bad_logits: Counter = metrics.counter(
+            "baton_bad_logits", "Sequences that failed because their logits were NaN or infinite"
+        )
+
     def step(self, plan: StepPlan, num_prompt: int, seconds: float, *, has_failed: bool) -> None:
         """``num_prompt`` of its tokens are known ones: of prompts, reruns included."""
         num_tokens = plan.num_tokens
@@ -96,6 +101,8 @@ class EngineMeter:
             if isinstance(event, Output) and event.prefill is not None:
                 self._queue.observe(event.prefill.queue_s)
                 self._compute.observe(event.prefill.compute_s)
+            elif isinstance(event, Failed) and event.failure.code == BadLogits.__name__:
+                self._bad_logits.add()
 
 
 class TakenStep(NamedTuple):

@@ -21,7 +21,7 @@ from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.model import Model
-from engine.sampler import Sampler
+from engine.sampler import Sampler, bad_logits
 from engine.staging import new_event, to_device, to_host
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
 from engine.warm_up import MINIMAL, warm_up_plans
@@ -37,7 +37,8 @@ class Launched:
     sequences: tuple[Sequence, ...]
     # On the device, [sequences, vocabulary] float32; valid until the next launch.
     logits: Tensor
-    # On the host, drawn by the device, [sequences]; those of ``host_rows`` mean nothing. Empty if the host draws all.
+    # On the host, drawn by the device, [sequences]: negative where the logits are not finite; those of ``host_rows``
+    # mean nothing. Empty if the host draws all.
     token_ids: Tensor
     # Indices of the sequences whose tokens the host draws, and their logits, [host_rows, vocabulary] float32.
     host_rows: tuple[int, ...]
@@ -51,9 +52,16 @@ class Launched:
             self.done.synchronize()
         with torch.inference_mode():
             ids: list[int] = self.token_ids.tolist()
-            sampled = {s.sequence_id: Sampled(i) for s, i in zip(self.sequences, ids, strict=False)}
-            of_host = [self.sequences[i] for i in self.host_rows]
-            return StepResult(sampled | self.sampler.sample(self.host_logits, of_host))
+            result = self.sampler.sample(self.host_logits, [self.sequences[i] for i in self.host_rows])
+        host_rows = set(self.host_rows)
+        for row, (sequence, token_id) in enumerate(zip(self.sequences, ids, strict=False)):
+            if row in host_rows:
+                continue
+            if token_id < 0:
+                result.failed[sequence.sequence_id] = bad_logits(sequence)
+            else:
+                result.sampled[sequence.sequence_id] = Sampled(token_id)
+        return result
 
 
 class Runner:
@@ -107,7 +115,7 @@ class Runner:
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            checkpoint.check(model_config)
+            model_config = checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
         layout = kv_layout(model_config, config, dtype)
         with torch.inference_mode():

@@ -83,7 +83,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The step this sequence was in went wrong; it will get no more tokens."""
+    """The step this sequence was in went wrong, or its own token did; it will get no more."""
 
     sequence_id: str
     failure: Failure
@@ -281,7 +281,8 @@ class Scheduler:
             if piece.samples:
                 sampled = result.sampled.get(entry.sequence_id)
                 if sampled is None:
-                    events.append(self._failed(entry, InternalError("the runner returned no token"), now))
+                    error = result.failed.get(entry.sequence_id) or InternalError("the runner returned no token")
+                    events.append(self._failed(entry, error, now))
                 else:
                     events.append(self._advance_or_fail(entry, sampled, now))
         return events

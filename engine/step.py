@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from baton.errors import BatonError
 from baton.types import PositionLogprobs, SamplingParams, SequenceSpec
 
 
@@ -85,9 +86,11 @@ class Sampled:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """By sequence id, one entry for every piece that samples."""
+    """By sequence id, one entry in one of the two for every piece that samples."""
 
     sampled: dict[str, Sampled] = field(default_factory=dict)
+    # Why there is no token for this sequence; its neighbours have theirs.
+    failed: dict[str, BatonError] = field(default_factory=dict)
 
 
 def changes_logits(params: SamplingParams, num_generated: int) -> bool:

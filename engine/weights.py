@@ -1,15 +1,16 @@
 """Reads safetensors checkpoints, memory-mapped, checked name by name; knows the digest that two nodes compare.
 
-Never converts, quantizes or guesses: a tensor that is missing, superfluous or of another shape stops the start.
+Never converts, quantizes or guesses: a tensor that is missing, superfluous, saved twice or of another shape stops the
+start. Of tied embeddings the file decides, as in transformers: a head that was saved and differs is the model's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,19 +19,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from baton.errors import UnsupportedModel
+from baton.errors import UnsupportedModel, quoted
+from baton.files import check_readable, is_there, names_in, read_object
 from engine.config import ModelConfig
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-# Buffers that older checkpoints saved and that are computed here.
-_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+# Buffers that older checkpoints saved and that are computed here, from the config.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor the model has, by its checkpoint name."""
     c = config
     q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {_EMBEDDING: (c.vocab_size, c.hidden_size)}
     for layer in range(c.num_layers):
         at = f"model.layers.{layer}."
         for name, out in (("q_proj", q), ("k_proj", kv), ("v_proj", kv)):
@@ -53,7 +57,7 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{at}input_layernorm.weight"] = shapes[f"{at}post_attention_layernorm.weight"] = (c.hidden_size,)
     shapes["model.norm.weight"] = (c.hidden_size,)
     if not c.tied_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
+        shapes[_HEAD] = (c.vocab_size, c.hidden_size)
     return shapes
 
 
@@ -63,43 +67,68 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._stack = ExitStack()
-        self._files: dict[str, Any] = {}
+        # By tensor: the open file, its name, and what the tensor is called there.
+        self._files: dict[str, tuple[Any, str, str]] = {}
 
     def __enter__(self) -> Checkpoint:
         try:
-            for path in _shards(self._folder):
-                shard = self._stack.enter_context(safe_open(path, framework="pt"))
-                self._files.update(dict.fromkeys(shard.keys(), shard))
-        except (OSError, SafetensorError) as error:
+            shards, weight_map = _shards(self._folder)
+            for path in shards:
+                self._open(path)
+            _check_map(self._folder, weight_map, self._places())
+        except BaseException:
             self._stack.close()
-            raise UnsupportedModel(f"weights in {self._folder} cannot be read: {error}") from error
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self._files.clear()
         self._stack.close()
 
-    def names(self) -> Iterator[str]:
-        return iter(sorted(self._files))
+    def check(self, config: ModelConfig) -> ModelConfig:
+        """``config`` as the tensors have it: whether embeddings are tied, they decide.
 
-    def check(self, config: ModelConfig) -> None:
-        """Raise UnsupportedModel unless the tensors are exactly those of the config."""
+        Raises UnsupportedModel unless they are exactly those of the config.
+        """
+        if config.tied_embeddings and _HEAD in self._files:
+            # Transformers finds the one that was saved under the other's name.
+            self._files.setdefault(_EMBEDDING, self._files[_HEAD])
+            self._check_tensors(replace(config, tied_embeddings=False))
+            is_same = torch.equal(self.tensor(_EMBEDDING), self.tensor(_HEAD))
+            return replace(config, tied_embeddings=is_same)
+        self._check_tensors(config)
+        return config
+
+    def _open(self, path: Path) -> None:
+        check_readable(path)
+        try:
+            shard = self._stack.enter_context(safe_open(path, framework="pt"))
+            names = shard.keys()
+        except (OSError, SafetensorError) as error:
+            raise UnsupportedModel(
+                f"{path} ({path.stat().st_size} bytes) is no whole safetensors file: {error}; download it again"
+            ) from error
+        twice = [name for name in names if name in self._files]
+        if twice:
+            raise UnsupportedModel(_named(f"{path} and another file of its folder both hold", twice))
+        self._files.update({name: (shard, path.name, name) for name in names})
+
+    def _places(self) -> dict[str, str]:
+        return {name: place for name, (_, place, _) in self._files.items()}
+
+    def _check_tensors(self, config: ModelConfig) -> None:
         expected = expected_shapes(config)
         missing = [name for name in expected if name not in self._files]
         if missing:
             raise UnsupportedModel(_named(f"weights in {self._folder} lack", missing))
-        allowed = {"lm_head.weight"} if config.tied_embeddings else set()
-        unexpected = [
-            name
-            for name in self.names()
-            if name not in expected and name not in allowed and not name.endswith(_IGNORED_SUFFIXES)
-        ]
+        unexpected = [n for n in sorted(self._files) if n not in expected and not n.endswith(_IGNORED_SUFFIXES)]
         if unexpected:
             raise UnsupportedModel(
                 _named(f"weights in {self._folder} hold what {config.architecture} does not have:", unexpected)
             )
         for name, shape in expected.items():
-            view = self._files[name].get_slice(name)
+            shard, _, stored_name = self._files[name]
+            view = shard.get_slice(stored_name)
             found = tuple(view.get_shape())
             if found != shape:
                 raise UnsupportedModel(
@@ -112,7 +141,8 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as it lies on disk."""
-        tensor: Tensor = self._files[name].get_tensor(name)
+        shard, _, stored_name = self._files[name]
+        tensor: Tensor = shard.get_tensor(stored_name)
         return tensor
 
 
@@ -121,29 +151,46 @@ def _named(text: str, names: list[str]) -> str:
     return f"{text} {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _shards(folder: Path) -> list[Path]:
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            weight_map: Mapping[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = sorted(set(weight_map.values()))
-        except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
-            raise UnsupportedModel(f"{index} is not a safetensors index: {error!r}") from error
-        if any(Path(name).name != name for name in files):
-            raise UnsupportedModel(f"{index} names files outside its folder")
-        return [folder / name for name in files]
-    if single.exists():
-        return [single]
-    found = ", ".join(sorted(p.name for p in folder.glob("*.bin"))) or "no weights"
-    raise UnsupportedModel(f"{folder} holds {found}; expected model.safetensors or model.safetensors.index.json")
+def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
+    """The files, and which of them the index says a tensor is in; a single file has no index."""
+    index, single = folder / _INDEX, folder / _SINGLE
+    if is_there(index) and is_there(single):
+        raise UnsupportedModel(f"{folder} holds {_SINGLE} and {_INDEX}; remove the one that is not the model")
+    if is_there(index):
+        weight_map = read_object(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UnsupportedModel(f"{index} is no safetensors index: weight_map is {quoted(weight_map)}")
+        files = sorted(set(weight_map.values()))
+        if not files or any(Path(name).name != name for name in files):
+            raise UnsupportedModel(
+                f"{index} names {_named('', files) or ' no files'}, expected files of its own folder"
+            )
+        return [folder / name for name in files], weight_map
+    if is_there(single):
+        return [single], {}
+    others = [n for n in names_in(folder) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors"))]
+    found = _named("", others).strip() or "no weights"
+    raise UnsupportedModel(f"{folder} holds {found}; expected {_SINGLE} or {_INDEX}")
+
+
+def _check_map(folder: Path, weight_map: Mapping[str, str], places: Mapping[str, str]) -> None:
+    """An index that disagrees with its files is of another download than they are."""
+    if not weight_map:
+        return
+    wrong = sorted(name for name in weight_map.keys() | places.keys() if weight_map.get(name) != places.get(name))
+    if wrong:
+        said, found = (files.get(wrong[0], "no file") for files in (weight_map, places))
+        raise UnsupportedModel(
+            _named(f"{folder / _INDEX} and the files beside it disagree about", wrong)
+            + f": the index says {quoted(said)}, it is in {found}; download the model again"
+        )
 
 
 def fingerprint(folder: Path) -> str:
     """Digest of config and all weights, independent of sharding; nodes that differ in it never exchange KV."""
-    config = ModelConfig.from_folder(folder)
-    digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     with Checkpoint(folder) as checkpoint:
-        checkpoint.check(config)
+        config = checkpoint.check(ModelConfig.from_folder(folder))
+        digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
         for name in expected_shapes(config):
             tensor = checkpoint.tensor(name)
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

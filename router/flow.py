@@ -396,6 +396,9 @@ class Flow:
             return []  # Decode has the sequence; what prefill has to say about it is history.
         if isinstance(error, errors.InvalidRequest):
             return self._finish(Outcome(OutcomeKind.REJECTED, error=error), now, "refused")
+        if isinstance(error, errors.BadLogits):
+            # The next node would compute the same, and neither of these is to blame.
+            return self._fail(error, now)
         if isinstance(error, errors.InternalError):
             self._internal_errors += 1
             if self._internal_errors >= self._config.max_internal_errors:

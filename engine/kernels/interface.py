@@ -47,7 +47,10 @@ class Kernels(Protocol):
         ...
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
-        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` there is none."""
+        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` there is none.
+
+        Where ``drawn[i]`` is negative no token was drawn: any row of the table will do.
+        """
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -135,5 +138,6 @@ class DeviceKernels(Kernels, Protocol):
         ...
 
     def draw(self, logits: Tensor, draws: Draws) -> Tensor:
-        """A token id per row of ``logits`` [rows, vocabulary] float32, [rows] int64."""
+        """A token id per row of ``logits`` [rows, vocabulary] float32, [rows] int64; -1 where the row holds a NaN or an
+        infinity."""
         ...

@@ -105,13 +105,13 @@ def test_missing_and_broken_files_stop_the_start(folder: Path, tmp_path: Path) -
     with pytest.raises(UnsupportedModel, match=r"config\.json does not exist"):
         Runner.load(tmp_path / "nowhere", CONFIG)
     (folder / "model.safetensors").write_bytes(b"not tensors at all")
-    with pytest.raises(UnsupportedModel, match="cannot be read"):
+    with pytest.raises(UnsupportedModel, match="no whole safetensors file"):
         Runner.load(folder, CONFIG)
     (folder / "model.safetensors").unlink()
     with pytest.raises(UnsupportedModel, match=r"expected model\.safetensors"):
         Runner.load(folder, CONFIG)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../etc/x.safetensors"}}')
-    with pytest.raises(UnsupportedModel, match="outside its folder"):
+    with pytest.raises(UnsupportedModel, match="expected files of its own folder"):
         Runner.load(folder, CONFIG)
     (folder / "config.json").write_text("{")
     with pytest.raises(UnsupportedModel, match="not JSON"):

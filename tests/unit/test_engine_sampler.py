@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.errors import BadLogits, InvalidRequest
 from baton.types import SamplingParams, SequenceSpec
 from engine.sampler import Sampler, draw, logprobs, uniform
-from engine.step import Sequence
+from engine.step import Sequence, StepResult
 
 VOCAB = 97
 
@@ -23,7 +24,7 @@ def sequence(name: str = "a", prompt: tuple[int, ...] = (1, 2), generated: tuple
 
 
 def sample_one(logits: torch.Tensor, live: Sequence) -> int:
-    return Sampler(logits.shape[-1]).sample(logits[None], [live])[live.sequence_id].token_id
+    return Sampler(logits.shape[-1]).sample(logits[None], [live]).sampled[live.sequence_id].token_id
 
 
 def test_uniform_is_philox_with_known_answers() -> None:
@@ -119,16 +120,16 @@ def test_penalty_state_follows_the_tokens_also_when_a_sequence_starts_over() -> 
     live = sequence(repetition_penalty=1.5, frequency_penalty=0.5)
     for _ in range(6):
         logits = torch.randn(VOCAB, generator=generator)
-        token = sampler.sample(logits[None], [live])["a"].token_id
+        token = sampler.sample(logits[None], [live]).sampled["a"].token_id
         assert token == sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
         live.token_ids.append(token)
     del live.token_ids[4:]
     logits = torch.randn(VOCAB, generator=generator)
     expected = sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
-    assert sampler.sample(logits[None], [live])["a"].token_id == expected
+    assert sampler.sample(logits[None], [live]).sampled["a"].token_id == expected
     sampler.forget("a")
     sampler.forget("never seen")
-    assert sampler.sample(logits[None], [live])["a"].token_id == expected
+    assert sampler.sample(logits[None], [live]).sampled["a"].token_id == expected
 
 
 def _options(live: Sequence) -> dict[str, object]:
@@ -150,7 +151,7 @@ def test_rows_do_not_see_each_other() -> None:
     together = Sampler(5000).sample(logits, live)
     for i, one in enumerate(live):
         alone = Sampler(5000).sample(logits[i : i + 1].clone(), [one])
-        assert alone[one.sequence_id] == together[one.sequence_id]
+        assert alone.sampled[one.sequence_id] == together.sampled[one.sequence_id]
 
 
 def test_logprobs_are_those_of_the_raw_distribution() -> None:
@@ -166,4 +167,47 @@ def test_logprobs_are_those_of_the_raw_distribution() -> None:
 
 
 def test_nothing_to_sample() -> None:
-    assert Sampler(VOCAB).sample(torch.empty(0, VOCAB), []) == {}
+    assert Sampler(VOCAB).sample(torch.empty(0, VOCAB), []) == StepResult()
+
+
+KINDS: list[dict[str, object]] = [
+    {"temperature": 0},
+    {},
+    {"top_p": 0.7, "top_k": 40, "min_p": 0.01},
+    {"temperature": 0, "logprobs": 3},
+    {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "logit_bias": {3: -100.0}},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("is_whole", [True, False], ids=["everywhere", "one"])
+def test_logits_that_are_not_finite_fail_their_row_alone(kind: dict[str, object], bad: float, is_whole: bool) -> None:
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(4))
+    live = [sequence(f"s{i}", **kind) for i in range(3)]
+    expected = Sampler(VOCAB).sample(logits.clone(), live).sampled
+    logits[1, slice(None) if is_whole else 60] = bad
+    found = Sampler(VOCAB).sample(logits, live)
+    assert found.sampled == {name: expected[name] for name in ("s0", "s2")}
+    assert list(found.failed) == ["s1"]
+    assert isinstance(found.failed["s1"], BadLogits)
+    assert "NaN or infinity" in found.failed["s1"].message
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"min_tokens": 1, "stop_token_ids": tuple(range(VOCAB))},
+        {"repetition_penalty": 1e-38},
+    ],
+    ids=["all banned", "overflow"],
+)
+def test_parameters_that_leave_no_finite_logit_are_the_callers_mistake(
+    temperature: float, options: dict[str, object]
+) -> None:
+    logits = torch.full((1, VOCAB), 7.0)
+    found = Sampler(VOCAB).sample(logits, [sequence(temperature=temperature, **options)])
+    assert found.sampled == {}
+    assert isinstance(found.failed["a"], InvalidRequest)
+    assert "expected a finite number" in found.failed["a"].message

@@ -13,11 +13,12 @@ from baton.errors import BadConfig
 from baton.metrics import OTHER, Counters, Histogram, Metrics, exposition
 from baton.metrics_server import MetricsServer, MetricsServerConfig
 from baton.timeline import Timeline
-from baton.types import SamplingParams, SequenceSpec
+from baton.types import Failure, SamplingParams, SequenceSpec
 from cli import energy
 from engine.config import ModelConfig, RopeConfig
 from engine.cost import CostModel
 from engine.meter import EngineMeter, StepBook, TakenStep
+from engine.schedule import Failed
 from engine.step import Piece, Sequence, StepPlan
 
 
@@ -112,6 +113,13 @@ def test_steps_are_counted_by_what_is_in_them() -> None:
     assert text[("baton_step_failures_total", (("phase", "decode"),))] == 1
     assert text[("baton_computed_tokens_total", (("phase", "prefill"),))] == 64
     assert text[("baton_computed_tokens_total", (("phase", "decode"),))] == 2
+
+
+def test_sequences_without_finite_logits_are_counted_and_other_failures_are_not() -> None:
+    metrics = Metrics()
+    codes = ("BadLogits", "InternalError", "BadLogits")
+    EngineMeter(metrics).outcome([Failed("s", Failure(code, "", False)) for code in codes])
+    assert read(metrics)[("baton_bad_logits_total", ())] == 2
 
 
 def test_steps_wait_for_no_more_than_so_many_others() -> None:

@@ -176,6 +176,18 @@ def test_attempts_run_out_with_the_last_failure() -> None:
     assert "2 attempts" in str(actions[-1].outcome.error)
 
 
+def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_nobody() -> None:
+    """Every node with these weights would compute the same, and three such requests would bar any pair."""
+    flow = prefilling()
+    actions = flow.handle(f.SequenceFailed("p", "r/0/0", Failure("BadLogits", "NaN at token 2", False)), 1.0)
+    end = actions[-1]
+    assert isinstance(end, f.End)
+    assert end.outcome.error is not None
+    assert (end.outcome.error.code, end.outcome.error.message) == ("BadLogits", "NaN at token 2")
+    assert not any(isinstance(a, f.PairFailed | f.Enqueue) for a in actions)
+    assert f.SendCancel("d", "r/0/0", True, "BadLogits") in actions
+
+
 def test_waiting_for_any_node_has_an_end_that_a_new_node_lifts() -> None:
     flow = begin()
     flow.handle(f.NobodyThere(), 1.0)

@@ -118,12 +118,15 @@ def _embed_kernel(
     m_column = b_column < columns
     token = tl.load(p_token + i_row).to(tl.int64)
     token = tl.load(p_drawn + (-1 - token), mask=token < 0, other=token)
+    # Still negative: no token was drawn, and nobody will look at this row.
+    token = tl.maximum(token, 0)
     b_value = tl.load(p_table + token * columns + b_column, mask=m_column)
     tl.store(p_out + i_row * columns + b_column, b_value, mask=m_column)
 
 
 def embed(table: Tensor, token_ids: Tensor, drawn: Tensor | None = None) -> Tensor:
-    """Rows of ``table`` [vocabulary, features] by id; an id ~i stands for ``drawn[i]``."""
+    """Rows of ``table`` [vocabulary, features] by id; an id ~i stands for ``drawn[i]``, which is negative if no token
+    was drawn: then it is any row."""
     rows, columns = len(token_ids), table.shape[1]
     out = table.new_empty(rows, columns)
     if rows:

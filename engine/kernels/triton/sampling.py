@@ -3,7 +3,8 @@
 Bound by the bytes of the logits, read once for greedy rows, and once per digit and filter for the others. A program
 has one row. Without filters the quantile is taken in the order of ids; with top_k or top_p in the order of falling
 logits, equal ones by id, which needs no sort: digit by digit the program finds the value at which the count, or the
-mass in float64, of all larger ones passes the bound. Penalties, biases and log-probabilities stay on the host.
+mass in float64, of all larger ones passes the bound. Penalties, biases and log-probabilities stay on the host. A row
+that holds a NaN or an infinity gives -1.
 """
 
 from __future__ import annotations
@@ -200,15 +201,20 @@ def _sample_kernel(
     # The best value, and of equal ones the lowest id.
     best32 = tl.zeros([], tl.float32) + float("-inf")
     token = tl.zeros([], tl.int32)
+    num_bad = tl.zeros([], tl.int32)
     for at in range(0, size, BLOCK):
         b_id = at + tl.arange(0, BLOCK)
         b_value = tl.load(p_row + b_id, mask=b_id < size, other=float("-inf"))
+        # Comparisons with NaN are false. It is kept out of the maximum, whose NaN differ between machines.
+        m_finite = tl.abs(b_value) < float("inf")
+        num_bad += tl.sum(((b_id < size) & (m_finite == 0)).to(tl.int32), 0)
+        b_value = tl.where(m_finite, b_value, float("-inf"))
         highest = tl.max(b_value, 0)
         first = tl.min(tl.where(b_value == highest, b_id, size), 0)
         token = tl.where(highest > best32, first, token)
         best32 = tl.maximum(best32, highest)
     temperature = tl.load(p_temperature + i_row)
-    if temperature > 0:
+    if (temperature > 0) & (num_bad == 0):
         best = best32.to(tl.float64)
         top_k, top_p, min_p = tl.load(p_top_k + i_row), tl.load(p_top_p + i_row), tl.load(p_min_p + i_row)
         least = tl.zeros([], tl.float32) + float("-inf")
@@ -223,11 +229,11 @@ def _sample_kernel(
             token = _by_value(p_row, size, number, top_k, top_p, least, best, temperature, BLOCK)
         else:
             token = _by_id(p_row, size, number, least, best, temperature, BLOCK)
-    tl.store(p_token + i_row, token.to(tl.int64))
+    tl.store(p_token + i_row, tl.where(num_bad == 0, token, -1).to(tl.int64))
 
 
 def sample(logits: Tensor, draws: Draws) -> Tensor:
-    """One token id per row of ``logits`` [rows, vocabulary] float32, int64."""
+    """One token id per row of ``logits`` [rows, vocabulary] float32, int64; -1 where there is none to draw."""
     rows, size = logits.shape
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     if rows:

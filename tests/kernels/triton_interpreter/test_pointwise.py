@@ -67,3 +67,9 @@ def test_rotation_writes_queries_and_pages(
     assert torch.isfinite(query).all()
     assert torch.equal(caches[0].isnan(), caches[1].isnan())
     assert relative_error(caches[0].nan_to_num(), caches[1].nan_to_num().double()) < TOLERANCE[dtype]
+
+
+def test_embed_of_a_token_that_was_not_drawn_stays_in_the_table() -> None:
+    table = torch.randn(5, 40)
+    found = embed(table, torch.tensor([3, -1, -2]), torch.tensor([-1, 4]))
+    assert torch.equal(found, table[[3, 0, 4]])

@@ -21,6 +21,7 @@ from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan
+from tests import bad_logits
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
 
@@ -150,9 +151,30 @@ def test_the_device_draws_what_the_sampler_would_and_leaves_it_the_rest(tmp_path
         launched = runner.launch(plan, told.append if is_told else None)
         assert told == list(range(runner.layout.num_layers)) * is_told
         assert launched.host_rows == (3, 4, 5, 6)
-        expected = sampler.sample(launched.logits.clone(), launched.sequences)
+        expected = sampler.sample(launched.logits.clone(), launched.sequences).sampled
         found = launched.result().sampled
         assert found == expected
         for s in sequences:
             s.num_computed = len(s.token_ids)
             s.token_ids.append(found[s.sequence_id].token_id)
+
+
+@pytest.mark.parametrize("max_graph_seqs", [8, 0])
+def test_a_token_whose_embedding_is_nan_ends_those_that_meet_it_alone(tmp_path: Path, max_graph_seqs: int) -> None:
+    """Also where the next step was launched with a token that was not drawn."""
+    folder, sequences = bad_logits.CASE.save(tmp_path / "model"), bad_logits.specs()
+    config = EngineConfig(
+        dtype="float32", block_tokens=bad_logits.BLOCK_TOKENS, num_blocks=bad_logits.NUM_BLOCKS, kernels="triton",
+        max_num_seqs=8, max_graph_seqs=max_graph_seqs,
+    )  # fmt: skip
+    sequences = [s for s in sequences if s.sequence_id != "host/0/0"]
+    runner = Runner.load(folder, config)
+    clean = bad_logits.serve(runner, Counting(runner, False), sequences)
+    token_id = bad_logits.token_to_spoil(clean, sequences, "greedy")
+    bad_logits.spoil(folder, token_id)
+    runner = Runner.load(folder, config)
+    counting = Counting(runner, True)
+    wanted = bad_logits.expected(clean, sequences, token_id)
+    assert bad_logits.serve(runner, counting, sequences) == wanted
+    assert {code for _, code in wanted.values()} == {"", "BadLogits"}
+    assert counting.num_fed > 5

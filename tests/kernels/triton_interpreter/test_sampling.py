@@ -78,8 +78,8 @@ def test_a_vocabulary_of_one() -> None:
     check(torch.zeros(2, 1), [SamplingParams(seed=1), SamplingParams(seed=1, top_p=0.5)], [0, 1])
 
 
-def test_banned_tokens_are_never_drawn() -> None:
-    logits = torch.full((2, 200), float("-inf"))
+def test_tokens_without_mass_are_never_drawn() -> None:
+    logits = torch.full((2, 200), torch.finfo(torch.float32).min)
     logits[:, 150:153] = torch.tensor([1.0, 1.5, 0.5])
     check(logits, [SamplingParams(seed=3, top_p=0.999), SamplingParams(seed=4, top_k=100)], [5, 6])
 
@@ -91,3 +91,16 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
     for i in range(4):
         assert sample(logits[i : i + 1], draws(params[i : i + 1], [9])).tolist() == [int(whole[i])]
     assert sample(logits[:0], draws([], [])).shape == (0,)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("place", [0, 70, 2499, slice(None)], ids=str)
+def test_a_row_that_is_not_finite_has_no_token(bad: float, place: int | slice) -> None:
+    """In the first block, the last one, everywhere; its neighbours draw what they draw without it."""
+    logits = torch.randn(4, 2500, generator=torch.Generator().manual_seed(5))
+    params = [SamplingParams(temperature=0.0), *(SamplingParams(seed=3, top_k=top_k) for top_k in (0, 5, 0))]
+    wanted = [expected(row, p, 9) for row, p in zip(logits, params, strict=True)]
+    for row in range(4):
+        spoiled = logits.clone()
+        spoiled[row, place] = bad
+        assert sample(spoiled, draws(params, [9] * 4)).tolist() == [*wanted[:row], -1, *wanted[row + 1 :]]
