@@ -188,6 +188,13 @@ class Frontend:
         ]
         return min((b for b in bounds if b is not None), default=None)
 
+    @property
+    def chat_refusal(self) -> str:
+        """Why conversations are refused; empty if they are served."""
+        if self.tokenizer is None:
+            return "the router has no tokenizer.json of the model: it serves token ids alone"
+        return "" if self._chat is not None else "the served model has no chat template; use completions with a prompt"
+
     def chat_prompt(
         self, messages: Sequence[ChatMessage], *, add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
@@ -195,9 +202,7 @@ class Frontend:
         """Raises InvalidRequest if the model has no chat template or refuses the messages."""
         require(self.tokenizer, "messages")
         if self._chat is None:
-            raise errors.InvalidRequest(
-                "the served model has no chat template; use completions with a prompt", param="messages"
-            )
+            raise errors.InvalidRequest(self.chat_refusal, param="messages")
         if not messages:
             raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
         return self._chat.render(messages, add_generation_prompt=add_generation_prompt, variables=variables)
