@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -17,14 +18,17 @@ import typer
 from rich.console import Console
 
 from baton import __version__
+from baton.address import join_address, parse_address
 from baton.client import Client, Options
-from baton.errors import BadConfig, Unavailable
+from baton.errors import BadConfig, InvalidRequest, Unavailable
 from baton.types import SamplingParams
-from cli import ask, model_source
+from cli import ask, model_source, preflight
 from cli import host as host_facts
 from cli.process import die_with
+from cli.usage import Commands
 
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -57,6 +61,26 @@ class RoleName(StrEnum):
     mixed = "mixed"
 
 
+def _finite(value: float | None) -> float | None:
+    """Ranges let NaN through."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number.")
+    return value
+
+
+def _path(text: str) -> Path:
+    """An empty one would be the current folder."""
+    if not str(text):
+        raise typer.BadParameter("it is empty, expected a path.")
+    return Path(text)
+
+
+_DAY_S = 86_400.0
+_MAX_INT32 = 2**31 - 1
+_MAX_WORKERS = 256
+# Columns: more than any table has.
+_NO_WIDTH = 10_000
+
 Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or hub id.")]
 ModelName = Annotated[str, typer.Option(help="What the API calls the model. Default: the folder's name or the hub id.")]
 Router = Annotated[
@@ -69,13 +93,22 @@ KernelsName = Annotated[
         "else cpu."
     ),
 ]
-KvMib = Annotated[int, typer.Option(min=0, help="KV cache of a worker in MiB. 0: a share of the free memory.")]
-NumBlocks = Annotated[int, typer.Option(min=0, help="KV cache of a worker in blocks, instead of --kv-mib.")]
-BlockTokens = Annotated[int, typer.Option(min=1, help="Tokens in a KV block; the same in a whole cluster.")]
-MaxBatchTokens = Annotated[int, typer.Option(min=1, help="Prompt tokens computed in one engine step.")]
-MaxNumSeqs = Annotated[int, typer.Option(min=1, help="Sequences that run at once on a worker.")]
+KvMib = Annotated[
+    int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in MiB. 0: a share of the free memory.")
+]
+NumBlocks = Annotated[
+    int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in blocks, instead of --kv-mib.")
+]
+BlockTokens = Annotated[
+    int, typer.Option(min=1, max=1 << 16, help="Tokens in a KV block; the same in a whole cluster.")
+]
+MaxBatchTokens = Annotated[int, typer.Option(min=1, max=1 << 24, help="Prompt tokens computed in one engine step.")]
+MaxNumSeqs = Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences that run at once on a worker.")]
 MaxGraphSeqs = Annotated[
-    int, typer.Option(min=0, help="GPUs record decode steps of up to so many sequences at the start. 0 = none.")
+    int,
+    typer.Option(
+        min=0, max=1 << 16, help="GPUs record decode steps of up to so many sequences at the start. 0 = none."
+    ),
 ]
 BatchInvariant = Annotated[
     OnOff,
@@ -96,16 +129,28 @@ Digest = Annotated[
     typer.Option(help="Check KV that arrives against a digest. off gives up the check: damaged KV goes unnoticed."),
 ]
 LayerwiseFromKib = Annotated[
-    int, typer.Option(min=-1, help="Push KV of at least this size layer by layer. -1: as measured for the transport.")
+    int,
+    typer.Option(
+        min=-1,
+        max=_MAX_INT32,
+        help="Push KV of at least this size layer by layer. -1: as measured for the transport.",
+    ),
 ]
-Threads = Annotated[int, typer.Option(min=0, help="Threads of a worker. 0: the cores divided by the workers.")]
+Threads = Annotated[
+    int, typer.Option(min=0, max=1024, help="Threads of a worker. 0: the cores divided by the workers.")
+]
 Relay = Annotated[bool, typer.Option("--relay", help="Print which nodes ran the request and how long each stage took.")]
-Temperature = Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option()]
-TopK = Annotated[int, typer.Option(min=0)]
-Seed = Annotated[int | None, typer.Option(min=0)]
-MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1)]
-Grace = Annotated[float, typer.Option(min=0.1, help="Seconds that running work may take to end after SIGTERM.")]
+Temperature = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(callback=_finite)]
+TopK = Annotated[int, typer.Option(min=0, max=_MAX_INT32)]
+Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1)]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, max=_MAX_INT32)]
+Grace = Annotated[
+    float,
+    typer.Option(
+        min=0.1, max=_DAY_S, callback=_finite, help="Seconds that running work may take to end after SIGTERM."
+    ),
+]
 Registry = Annotated[
     str,
     typer.Option(
@@ -128,9 +173,14 @@ ApiKeys = Annotated[
 ]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
 PeakTflops = Annotated[
-    float, typer.Option(min=0.0, help="What the hardware computes at --dtype, for utilisation. 0: not known.")
+    float,
+    typer.Option(
+        min=0.0, callback=_finite, help="What the hardware computes at --dtype, for utilisation. 0: not known."
+    ),
 ]
-PeakGbps = Annotated[float, typer.Option(min=0.0, help="Its memory bandwidth in GB/s, for the same. 0: not known.")]
+PeakGbps = Annotated[
+    float, typer.Option(min=0.0, callback=_finite, help="Its memory bandwidth in GB/s, for the same. 0: not known.")
+]
 Otel = Annotated[
     bool,
     typer.Option(
@@ -148,16 +198,24 @@ GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC 
 @app.command()
 def up(
     model: Model,
-    prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default 1, or 0 with --mixed.")] = None,
-    decode: Annotated[int | None, typer.Option(help="Decode workers. Default 1, or 0 with --mixed.")] = None,
-    mixed: Annotated[int, typer.Option(help="Workers that do both.")] = 0,
+    prefill: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_WORKERS, help="Prefill workers. Default 1, or 0 with --mixed.")
+    ] = None,
+    decode: Annotated[
+        int | None, typer.Option(min=0, max=_MAX_WORKERS, help="Decode workers. Default 1, or 0 with --mixed.")
+    ] = None,
+    mixed: Annotated[int, typer.Option(min=0, max=_MAX_WORKERS, help="Workers that do both.")] = 0,
     transport: Transport = "auto",
     dtype: Annotated[DType, typer.Option(help="auto is what the model was saved in.")] = DType.auto,
     http_port: HttpPort = 8000,
     grpc_port: GrpcPort = 50051,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    ready_file: Annotated[Path | None, typer.Option(help="Written as JSON when all is ready.")] = None,
-    log_dir: Annotated[Path | None, typer.Option(help="Where children log. Default: a temporary one.")] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Written as JSON when all is ready.")
+    ] = None,
+    log_dir: Annotated[
+        Path | None, typer.Option(parser=_path, metavar="PATH", help="Where children log. Default: a temporary one.")
+    ] = None,
     model_name: ModelName = "",
     kernels: KernelsName = Kernels.auto,
     kv_mib: KvMib = 0,
@@ -178,20 +236,29 @@ def up(
     peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
-    from baton.registry import RegistryConfig
     from cli import cluster
+    from cli.worker_metrics import Peaks
+    from engine.config import EngineConfig
 
     console = Console(stderr=True, soft_wrap=True)
-    _transports(transport)  # a typing error is told here, not by a worker that does not start
-    if registry:
-        RegistryConfig(registry, cluster_name)  # the same
+    # What a worker would refuse is told here, before anything starts.
+    _transports(transport)
+    Peaks(peak_tflops * 1e12, peak_gbps * 1e9)
+    EngineConfig(
+        block_tokens=block_tokens,
+        num_blocks=num_blocks or None,
+        max_batch_tokens=max_batch_tokens,
+        max_num_seqs=max_num_seqs,
+        max_graph_seqs=max_graph_seqs,
+        num_threads=threads,
+    )
     default = 0 if mixed else 1
     options = cluster.ClusterOptions(
         model=model,
         num_prefill=default if prefill is None else prefill,
         num_decode=default if decode is None else decode,
         num_mixed=mixed,
-        host=host,
+        host=host.removeprefix("[").removesuffix("]"),
         http_port=http_port,
         grpc_port=grpc_port,
         model_name=model_name,
@@ -202,7 +269,7 @@ def up(
         registry=registry,
         cluster_name=cluster_name,
         api_keys=tuple(api_key or ()),
-        router_arguments=("--otel",) if otel else (),
+        otel=otel,
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
@@ -220,11 +287,16 @@ def up(
             is_first = False
             console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
             console.print(f"status page: {endpoints.http}/status", highlight=False)
-            console.print(f'try: baton generate --router {endpoints.grpc} --relay "Once upon a time"', highlight=False)
+            key = "--api-key KEY " if api_key else ""
+            where = ", where KEY is one of those given with --api-key" if api_key else ""
+            command = f'baton generate --router {endpoints.grpc} {key}--relay "Once upon a time"'
+            console.print(f"try: {command}{where}", highlight=False)
 
-    workers = ", ".join(node_id for node_id, _ in options.worker_roles())
-    console.print(f"starting the router and {workers} with {model}")
-    asyncio.run(cluster.up(options, lambda message: console.print(message, markup=False), on_ready))
+    def on_start() -> None:
+        workers = ", ".join(node_id for node_id, _ in options.worker_roles())
+        console.print(f"starting the router and {workers} with {model}", markup=False)
+
+    asyncio.run(cluster.up(options, lambda message: console.print(message, markup=False), on_ready, on_start))
 
 
 @app.command()
@@ -249,7 +321,9 @@ def worker(
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
     cluster_name: ClusterName = "default",
-    registry_lease: Annotated[float, typer.Option(help="Seconds a registration lives without being renewed.")] = 10.0,
+    registry_lease: Annotated[
+        float, typer.Option(callback=_finite, help="Seconds a registration lives without being renewed.")
+    ] = 10.0,
     grace: Grace = 10.0,
     digest: Digest = OnOff.on,
     metrics_port: Annotated[
@@ -275,12 +349,15 @@ def worker(
     from cli.worker_metrics import Peaks
 
     _log_to_stderr()
+    host, port = parse_address(listen, "--listen")
+    folder = model_source.resolve(model)
+    preflight.model_files(folder)
     config = WorkerConfig(
-        model=model_source.resolve(model),
+        model=folder,
         role=Role(role.value),
         node_id=node_id,
         listen=listen,
-        advertise_host=advertise,
+        advertise_host=_advertised(advertise),
         model_name=model_name or model_source.name_of(model),
         dtype=dtype.value,
         kernels=kernels.value,
@@ -303,7 +380,13 @@ def worker(
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
-    if not asyncio.run(serve(config)):
+    wanted = [("--listen", host, port)]
+    if metrics_port >= 0:
+        wanted.append(("--metrics-port", host, metrics_port))
+    # Held from now on: loading takes long, and a port that somebody else has is worth knowing before.
+    with preflight.reserved_ports(wanted):
+        has_ended = asyncio.run(serve(config))
+    if not has_ended:
         # A thread of the model still computes; at exit Python would wait for it, or torch crash under it.
         logging.shutdown()
         os._exit(0)
@@ -327,6 +410,8 @@ def router(
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
+    # As in a worker: what SIGTERM ends before the event loop runs has ended well.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if die_with_parent:
         die_with(die_with_parent)
     from baton.registry import RegistryConfig
@@ -334,14 +419,14 @@ def router(
     from router.serve import serve
 
     _log_to_stderr()
-    http_host, http_port = _address(http, "--http")
-    grpc_host, grpc_port = _address(grpc, "--grpc")
+    http_host, http_port = parse_address(http, "--http")
+    grpc_host, grpc_port = parse_address(grpc, "--grpc")
     config = RouterConfig(
-        nodes=tuple(node or ()),
+        nodes=_nodes(node or [], registry),
         registry=RegistryConfig(registry, cluster_name) if registry else None,
         http_host=http_host,
         http_port=http_port,
-        grpc_host=grpc_host,
+        grpc_host=join_address(grpc_host, 0).removesuffix(":0"),
         grpc_port=grpc_port,
         model_folder=model_source.resolve(model),
         model_name=model_name or model_source.name_of(model),
@@ -357,7 +442,8 @@ def router(
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         await serve(config, stop)
 
-    asyncio.run(run())
+    with preflight.reserved_ports([("--http", http_host, http_port), ("--grpc", grpc_host, grpc_port)]):
+        asyncio.run(run())
 
 
 @app.command()
@@ -376,7 +462,7 @@ def generate(
 ) -> None:
     """Continue a text, as it comes."""
     console = Console()
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = _standard_input() if prompt == "-" else prompt
     sampling = SamplingParams(
         temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos
     )
@@ -411,25 +497,33 @@ def chat(
 def status(
     router: Router = "127.0.0.1:50051",
     ledger: Annotated[bool, typer.Option("--ledger", help="Also every block owner of every node.")] = False,
-    watch: Annotated[float | None, typer.Option(min=0.1, help="Again every so many seconds.")] = None,
+    watch: Annotated[
+        float | None, typer.Option(min=0.1, max=_DAY_S, callback=_finite, help="Again every so many seconds.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     api_key: ApiKey = "",
 ) -> None:
     """Show nodes, roles, queues and blocks of a running cluster."""
     with _client(router, api_key) as client, contextlib.suppress(KeyboardInterrupt):
-        ask.show_status(client, Console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+        ask.show_status(client, _wide_console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
 @app.command()
 def trace(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where to write it.")] = Path("baton-trace.json"),
-    last: Annotated[float, typer.Option(min=0.0, help="Seconds back from now. 0: all that nodes keep.")] = 10.0,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", parser=_path, metavar="PATH", help="Where to write it.")
+    ] = Path("baton-trace.json"),
+    last: Annotated[
+        float,
+        typer.Option(min=0.0, max=_DAY_S, callback=_finite, help="Seconds back from now. 0: all that nodes keep."),
+    ] = 10.0,
     router: Router = "127.0.0.1:50051",
     api_key: ApiKey = "",
 ) -> None:
     """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
     from cli.trace import write
 
+    preflight.writable_file(output, "--output")
     with _client(router, api_key) as client:
         write(client, last, output, Console())
 
@@ -439,7 +533,13 @@ def drain_node(
     node: Annotated[str, typer.Argument(help="Node id or host:port.")],
     router: Router = "127.0.0.1:50051",
     grace: Annotated[
-        float, typer.Option(min=0.0, help="Seconds until what still runs is cut off. 0: the node's own --grace.")
+        float,
+        typer.Option(
+            min=0.0,
+            max=_DAY_S,
+            callback=_finite,
+            help="Seconds until what still runs is cut off. 0: the node's own --grace.",
+        ),
     ] = 0.0,
     direct: Annotated[bool, typer.Option("--direct", help="Ask the worker at host:port itself, not a router.")] = False,
     wait: Annotated[bool, typer.Option(help="Return only when the node has left.")] = True,
@@ -450,6 +550,7 @@ def drain_node(
 
     console = Console(soft_wrap=True)
     if direct:
+        parse_address(node, "NODE", lowest_port=1)
         draining.drain_directly(node, grace, console, waits=wait)
         return
     with _client(router, api_key) as client:
@@ -460,11 +561,12 @@ def drain_node(
 def health(
     address: Annotated[str, typer.Argument(help="host:port of a worker or router (gRPC).")],
     live: Annotated[bool, typer.Option("--live", help="Whether it is well, rather than ready for work.")] = False,
-    timeout: Annotated[float, typer.Option(min=0.1)] = 3.0,
+    timeout: Annotated[float, typer.Option(min=0.1, max=_DAY_S, callback=_finite, help="Seconds.")] = 3.0,
 ) -> None:
     """Exit code 0 if a process is healthy, 1 if not: for containers and scripts."""
     from cli.draining import check_health
 
+    parse_address(address, "ADDRESS", lowest_port=1)
     answer = check_health(address, live=live, timeout_s=timeout)
     Console(soft_wrap=True).print(answer or "healthy", markup=False, highlight=False)
     raise typer.Exit(1 if answer else 0)
@@ -479,7 +581,7 @@ def doctor(
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model, registry, cluster_name), Console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), _wide_console()))
 
 
 @app.command()
@@ -499,25 +601,55 @@ def _transports(name: str) -> tuple[str, ...]:
     return TransferConfig().transports if name == "auto" else TransferConfig(transports=(name,)).transports
 
 
-def _address(text: str, option: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not (colon and host and port.isdigit()):
-        raise BadConfig(f"{option} is {text!r}, expected host:port")
-    return host, int(port)
+def _nodes(addresses: list[str], registry: str) -> tuple[str, ...]:
+    if not addresses and not registry:
+        raise BadConfig("no workers are named: give --node HOST:PORT once for each, or --registry redis://HOST:PORT")
+    for address in addresses:
+        parse_address(address, "--node", lowest_port=1)
+        if addresses.count(address) > 1:
+            raise BadConfig(f"--node {address} is given {addresses.count(address)} times, expected once", param="node")
+    return tuple(addresses)
+
+
+def _advertised(host: str) -> str:
+    """A host alone: the port is that of --listen."""
+    if host:
+        parse_address(f"{host}:1", "--advertise HOST:PORT")
+    return host
+
+
+def _standard_input() -> str:
+    try:
+        return typer.get_text_stream("stdin").read()
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"standard input is no text in {error.encoding}: {error.reason}") from error
+
+
+def _wide_console() -> Console:
+    """Tables are cut to a terminal's width, and to none where there is no terminal."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _NO_WIDTH
+    return console
 
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
+# What gRPC says when it reaches nobody.
+_NOBODY_THERE = ("failed to connect", "DNS resolution failed", "errors resolving")
+
+
 @contextlib.contextmanager
 def _client(address: str, api_keys: str) -> Iterator[Client]:
+    parse_address(address, "--router", lowest_port=1)
     # The variable may hold all the keys of a router that was started with it.
     with Client(address, api_key=next(iter(api_keys.split()), "")) as client:
         try:
             yield client
         except Unavailable as error:
-            if "failed to connect" not in error.message:
+            if not any(reason in error.message for reason in _NOBODY_THERE):
                 raise
             hint = f"no answer from a router at {address} ({error.message}); `baton up` starts one"
             raise Unavailable(hint) from error

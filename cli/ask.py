@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from baton.client import Client, Delta, Finished, Options, Prompt
+from baton.errors import InvalidRequest
 from baton.v1 import router_pb2
 from cli.show import cluster_table, ledger_tables
 
@@ -32,7 +33,12 @@ def generate(client: Client, prompt: Prompt, options: Options, write: Callable[[
 
 
 def chat(client: Client, console: Console, options: Options, *, system: str, show_relay: bool) -> None:
-    """Reads lines until end of input. Ctrl-C during an answer ends that answer, which stays in the conversation."""
+    """Reads lines until end of input. Ctrl-C during an answer ends that answer, which stays in the conversation.
+
+    Raises InvalidRequest at once if the router would refuse every message.
+    """
+    if refusal := client.status(_ANSWER_TIMEOUT_S).chat_refusal:
+        raise InvalidRequest(f"this router serves no conversations: {refusal} (`baton generate`)")
     conversation = [("system", system)] if system else []
     while True:
         try:

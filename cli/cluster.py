@@ -14,16 +14,20 @@ from pathlib import Path
 
 import grpc
 
+from baton.address import join_address
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
+from baton.registry import RegistryConfig
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
-from cli import host, model_source
+from cli import host, model_source, preflight
 from cli.launcher import Launcher, Program, write_json_atomically
-from cli.process import ReservedPort
 from cli.supervise import SuperviseConfig
+from router import spans
+from router.config import RouterConfig
 
 _PROBE_INTERVAL_S = 0.05
 _CALL_TIMEOUT_S = 5.0
+_API_KEY = "BATON_API_KEY"
 # A worker needs seconds to load; the defaults would have us look again only every 1.6, 2.6, ... seconds.
 _EAGER_RECONNECT = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -52,13 +56,17 @@ class ClusterOptions:
     registry: str = ""
     cluster_name: str = "default"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
+    otel: bool = False
     worker_arguments: tuple[str, ...] = ()
-    router_arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_prefill", "num_decode", "num_mixed"):
             if getattr(self, name) < 0:
                 raise BadConfig(f"--{name.removeprefix('num_')} is {getattr(self, name)}, expected 0 or more")
+        if not self.host:
+            raise BadConfig("--host is empty, expected an address of this machine or a name of it")
+        if self.http_port and self.http_port == self.grpc_port:
+            raise BadConfig(f"--http-port and --grpc-port are both {self.http_port}, expected two different ports")
         can_prefill, can_decode = self.num_prefill + self.num_mixed, self.num_decode + self.num_mixed
         if can_prefill < 1 or can_decode < 1:
             raise BadConfig(
@@ -89,32 +97,36 @@ class Endpoints:
 
 
 async def up(
-    options: ClusterOptions, say: Callable[[str], None], on_ready: Callable[[Endpoints, Callable[[], None]], None]
+    options: ClusterOptions,
+    say: Callable[[str], None],
+    on_ready: Callable[[Endpoints, Callable[[], None]], None],
+    on_start: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises ClusterFailed if it cannot go on.
+    """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises BadConfig before anything starts
+    (``on_start`` is called then), ClusterFailed if it cannot go on.
 
     ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
     """
     folder = model_source.resolve(options.model)
+    preflight.model_files(folder)
     if options.ready_file is not None:
-        options.ready_file.unlink(missing_ok=True)
+        preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:
-        log_dir = resources.enter_context(_run_directory(options.log_dir))
+
+        def reserved(option: str, port: int = 0) -> int:
+            return resources.enter_context(preflight.reserved_port(options.host, port, option))
+
+        http_port, grpc_port = reserved("--http-port", options.http_port), reserved("--grpc-port", options.grpc_port)
+        endpoints = Endpoints(f"http://{join_address(options.host, http_port)}", join_address(options.host, grpc_port))
         workers = [
-            _worker(
-                options,
-                folder,
-                node_id,
-                role,
-                resources.enter_context(_port(options.host, 0)),
-                resources.enter_context(_port(options.host, 0)),
-            )
+            _worker(options, folder, node_id, role, reserved("--host"), reserved("--host"))
             for node_id, role in options.worker_roles()
         ]
-        endpoints = Endpoints(
-            http=f"http://{options.host}:{resources.enter_context(_port(options.host, options.http_port))}",
-            grpc=f"{options.host}:{resources.enter_context(_port(options.host, options.grpc_port))}",
-        )
+        await _check_router(options, folder, workers)
+        log_dir = resources.enter_context(_run_directory(options.log_dir))
+        if options.ready_file is not None:
+            options.ready_file.unlink(missing_ok=True)
+        on_start()
         router = _router(options, folder, workers, endpoints)
 
         def announce(pids: Mapping[str, int]) -> None:
@@ -143,26 +155,30 @@ async def up(
 def _run_directory(wanted: Path | None) -> Iterator[Path]:
     """Where children log: the folder asked for, which stays, or a temporary one, which goes."""
     if wanted is not None:
-        wanted.mkdir(parents=True, exist_ok=True)
+        preflight.writable_folder(wanted, "--log-dir")
         yield wanted
         return
-    folder = Path(tempfile.mkdtemp(prefix="baton-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="baton-"))
+    except OSError as error:
+        raise BadConfig(
+            f"no folder for logs can be made ({error}); name one with --log-dir", param="log_dir"
+        ) from error
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextmanager
-def _port(address: str, port: int) -> Iterator[int]:
-    try:
-        reserved = ReservedPort(address, port)
-    except OSError as error:
-        raise BadConfig(f"cannot listen on {address}:{port}: {error.strerror}") from error
-    try:
-        yield reserved.port
-    finally:
-        reserved.close()
+async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Worker]) -> None:
+    """What the router would refuse, and a Redis that it would wait for, before anything starts."""
+    registry = RegistryConfig(options.registry, options.cluster_name) if options.registry else None
+    nodes = () if registry is not None else tuple(worker.address for worker in workers)
+    RouterConfig(nodes=nodes, registry=registry, model_folder=folder, api_keys=options.api_keys)
+    if options.otel:
+        spans.check_installed()
+    if registry is not None:
+        await preflight.registry_answers(registry)
 
 
 def _threads(options: ClusterOptions, num_workers: int) -> int:
@@ -170,25 +186,29 @@ def _threads(options: ClusterOptions, num_workers: int) -> int:
 
 
 def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
-    """OpenMP reads its variable when torch is loaded, before any code of ours could tell it.
+    """For every child: without the API keys, which the router alone has a use for.
+
+    OpenMP reads its variable when torch is loaded, before any code of ours could tell it.
 
     What is secret or may hold a password goes this way too: arguments are shown to everybody on this machine.
     """
     told = {
         "BATON_REGISTRY": options.registry,
         "BATON_CLUSTER": options.cluster_name,
-        "BATON_API_KEY": " ".join(options.api_keys),
     }
-    return {**os.environ, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    ours = {name: value for name, value in os.environ.items() if name != _API_KEY}
+    return {**ours, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
 
 
 def _command(name: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "cli", name, "--die-with-parent", str(os.getpid()), *arguments)
+    """By the path of our own file, and with -P: what lies in the current folder is not ours, whatever it is called."""
+    program = str(Path(__file__).resolve().with_name("__main__.py"))
+    return (sys.executable, "-P", program, name, "--die-with-parent", str(os.getpid()), *arguments)
 
 
 def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port: int, metrics_port: int) -> _Worker:
     num_workers = options.num_prefill + options.num_decode + options.num_mixed
-    address = f"{options.host}:{port}"
+    address = join_address(options.host, port)
     command = _command(
         "worker",
         *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
@@ -199,7 +219,7 @@ def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port
         *options.worker_arguments,
     )
     program = Program(node_id, command, lambda pid: _worker_answers(address, pid))
-    return _Worker(node_id, role, address, f"{options.host}:{metrics_port}", program)
+    return _Worker(node_id, role, address, join_address(options.host, metrics_port), program)
 
 
 def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpoints: Endpoints) -> Program:
@@ -208,9 +228,14 @@ def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpo
         *("--model", str(folder), "--model-name", options.model_name or model_source.name_of(options.model)),
         *("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc),
         *(argument for worker in workers for argument in ("--node", worker.address) if not options.registry),
-        *options.router_arguments,
+        *(("--otel",) if options.otel else ()),
     )
-    return Program("router", command, lambda pid: _router_sees(endpoints.grpc, len(workers), options.api_keys))
+    return Program(
+        "router",
+        command,
+        lambda pid: _router_sees(endpoints.grpc, len(workers), options.api_keys),
+        environment={_API_KEY: " ".join(options.api_keys)},
+    )
 
 
 async def _worker_answers(address: str, pid: int) -> None:

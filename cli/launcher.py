@@ -7,11 +7,11 @@ import json
 import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton.clock import Clock
-from baton.errors import BatonError
+from baton.errors import BadConfig, BatonError
 from cli.process import Child
 from cli.supervise import (
     Announce,
@@ -33,11 +33,15 @@ from cli.supervise import (
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """How to run one child and how to find out that it is ready (the probe returns then, however long it takes)."""
+    """How to run one child and how to find out that it is ready (the probe returns then, however long it takes).
+
+    ``environment`` is what it gets beside what all get.
+    """
 
     name: str
     command: tuple[str, ...]
     probe: Callable[[int], Awaitable[None]]
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 class ClusterFailed(BatonError):
@@ -115,8 +119,8 @@ class Launcher:
     async def _act(self, action: Spawn | Terminate | Kill | Announce | Say, tasks: asyncio.TaskGroup) -> None:
         match action:
             case Spawn(name):
-                log = self._log_dir / f"{name}.log"
-                child = await Child.start(self._programs[name].command, log, self._environment)
+                log, program = self._log_dir / f"{name}.log", self._programs[name]
+                child = await Child.start(program.command, log, {**self._environment, **program.environment})
                 self._children[name] = child
                 watcher = tasks.create_task(self._watch(name, child))
                 self._watchers.add(watcher)
@@ -140,12 +144,12 @@ class Launcher:
             if probe.done() and (error := probe.exception()) is not None:
                 complaint = f"{error}\n"
                 child.send(signal.SIGKILL)
-            message = await ended
+            end = await ended
         finally:
             ended.cancel()
             probe.cancel()
             await asyncio.wait([ended, probe])
-        self._events.put_nowait(Exited(name, complaint + message))
+        self._events.put_nowait(Exited(name, complaint + end.message, is_clean=end.is_clean))
 
     async def _probe(self, name: str, pid: int) -> None:
         await self._programs[name].probe(pid)
@@ -155,5 +159,8 @@ class Launcher:
 def write_json_atomically(path: Path, content: object) -> None:
     """A reader sees the old file or the new one, never a part."""
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    draft.write_text(json.dumps(content, indent=2) + "\n")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(content, indent=2) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise BadConfig(f"cannot write {path}: {error.strerror}") from error

@@ -14,15 +14,21 @@ _EXIT_USAGE = 2
 def main() -> None:
     try:
         from cli.app import app
+        from cli.usage import UsageError, explain
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
         sys.exit(
-            f"{ERROR_PREFIX}{error.name} is not installed; the `baton` command needs more than the client does: "
-            "pip install 'baton-serve[router]' (to ask) or 'baton-serve[worker]' (to serve)"
+            f"{ERROR_PREFIX}{error.name} is not installed; the `baton` command needs more than the client does. "
+            "Install Baton from where it came, a checkout or a wheel, with the extra router (to ask and to route) or "
+            "worker (to compute as well): pip install 'PATH[router]'"
         )
     try:
-        app()
+        sys.exit(app(prog_name="baton", standalone_mode=False))
+    except UsageError as error:
+        if len(sys.argv) == 1:
+            sys.exit(_EXIT_USAGE)  # its help is printed already
+        sys.exit(_tell(BadConfig(explain(error))))
     except BatonError as error:
         sys.exit(_tell(error))
     except ExceptionGroup as group:

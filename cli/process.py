@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -49,6 +50,14 @@ def how_it_ended(return_code: int) -> str:
     return f"exit code {return_code}"
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """Of a child. ``message`` says how and why it came."""
+
+    is_clean: bool
+    message: str
+
+
 class Child:
     """A running child. It is its own session, so that Ctrl-C in a terminal reaches the launcher alone."""
 
@@ -75,10 +84,9 @@ class Child:
     def pid(self) -> int:
         return self._process.pid
 
-    async def ended(self) -> str:
-        """Waits for the end and says how and why it came."""
+    async def ended(self) -> End:
         return_code = await self._process.wait()
-        return f"{how_it_ended(return_code)}\n{last_words(self._log, self._log_start)}"
+        return End(return_code == 0, f"{how_it_ended(return_code)}\n{last_words(self._log, self._log_start)}")
 
     def send(self, number: signal.Signals) -> None:
         # It may have ended meanwhile.

@@ -2,8 +2,9 @@
 
 All children start together. Until every one of them is ready, the death of one ends everything; after that a worker
 that ended is started again (a drained one too: draining one after the other is a rolling restart), later each time it
-dies young, and the death of the router ends everything. Stopping goes
-router first, so that no request is cut off by a worker that left before it.
+dies young, and the death of the router ends everything. A router that was told to end (SIGTERM, exit code 0) ends
+everything as well, in good order and without an error. Stopping goes router first, so that no request is cut off by a
+worker that left before it.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ class Exited:
     name: str
     # What to tell a person: exit code or signal, and the child's own last words.
     message: str
+    # With exit code 0, which is how a child ends that was told to.
+    is_clean: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +147,8 @@ class Supervisor:
                 return [self._spawn(child, now) for child in self._children.values()]
             case Ready(name):
                 return self._on_ready(self._children[name], now)
-            case Exited(name, message):
-                return self._on_exit(self._children[name], message, now)
+            case Exited(name):
+                return self._on_exit(self._children[name], event, now)
             case StopAsked():
                 return self._on_stop_asked(now)
             case Tick():
@@ -168,7 +171,7 @@ class Supervisor:
             return [Announce()]
         return []
 
-    def _on_exit(self, child: _Child, message: str, now: float) -> list[Action]:
+    def _on_exit(self, child: _Child, end: Exited, now: float) -> list[Action]:
         if not child.is_alive:
             return []
         was_stable = child.is_ready and now - child.ready_at >= self._config.stable_s
@@ -176,15 +179,18 @@ class Supervisor:
         child.due_at = None
         if self.phase is Phase.STOPPING:
             return self._stop_next(now)
+        if child.name == self._router and end.is_clean:
+            # It ends so only when somebody told it to: a planned end, and nothing is left to do without it.
+            return [Say(f"{child.name} was told to end: the workers end too"), *self._stop(None, now)]
         if self.phase is Phase.STARTING:
-            return self._stop(f"{child.name} did not start: {message}", now)
+            return self._stop(f"{child.name} did not start: {end.message}", now)
         if child.name == self._router:
-            return self._stop(f"the router died: {message}", now)
+            return self._stop(f"the router died: {end.message}", now)
         child.deaths = 0 if was_stable else child.deaths
         backoff_s = min(self._config.min_backoff_s * 2.0 ** min(child.deaths, 16), self._config.max_backoff_s)
         child.deaths += 1
         child.due_at = now + backoff_s
-        return [Say(f"{child.name} ended: {message}\nstarting it again in {backoff_s:.2g} s")]
+        return [Say(f"{child.name} ended: {end.message}\nstarting it again in {backoff_s:.2g} s")]
 
     def _on_stop_asked(self, now: float) -> list[Action]:
         if self.phase is Phase.STOPPING:

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from baton.client import Client
+from baton.errors import BadConfig
 from baton.v1 import common_pb2, node_pb2, router_pb2
 
 NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
@@ -34,7 +35,10 @@ _STAGES = ("tokenize_s", "rerun_s", "placement_s", "reserve_s", "prefill_queue_s
 def write(client: Client, last_s: float, path: Path, console: Console) -> None:
     """Fetch, convert, write, and say what is in it."""
     document = document_of(client.trace(last_s))
-    path.write_text(json.dumps(document, separators=(",", ":")))
+    try:
+        path.write_text(json.dumps(document, separators=(",", ":")))
+    except OSError as error:
+        raise BadConfig(f"cannot write {path}: {error.strerror}; give another --output", param="output") from error
     shares = list(overlap_shares(document).values())
     said = f"{path}: {len(document['traceEvents'])} events of {len(document['otherData']['nodes'])} nodes"
     if shares:

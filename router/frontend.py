@@ -231,6 +231,13 @@ class Frontend:
     def close(self) -> None:
         self.offload.close()
 
+    @property
+    def chat_refusal(self) -> str:
+        """Why conversations are refused; empty if they are served."""
+        if self.tokenizer is None:
+            return "the router has no tokenizer.json of the model: it serves token ids alone"
+        return "" if self._chat is not None else "the served model has no chat template; use completions with a prompt"
+
     async def start(self, request: GenerationRequest) -> Accepted:
         """Admit a request with all of its choices, or raise why not."""
         try:
@@ -362,9 +369,7 @@ class Frontend:
         if isinstance(prompt, Conversation):
             require(self.tokenizer, "messages")
             if self._chat is None:
-                raise errors.InvalidRequest(
-                    "the served model has no chat template; use completions with a prompt", param="messages"
-                )
+                raise errors.InvalidRequest(self.chat_refusal, param="messages")
             if not prompt.messages:
                 raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
             return prompt.num_chars

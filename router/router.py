@@ -129,6 +129,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             model=self._frontend.model_name,
             num_queued=num_queued,
             num_running=self._dispatcher.num_active - num_queued,
+            chat_refusal=self._frontend.chat_refusal,
             nodes=[member_to_pb(x) for x in self._dispatcher.members],
         )
 

@@ -11,6 +11,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
+from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from router.dispatch import Ended, Origin
 from router.flow_messages import OutcomeKind
@@ -34,7 +35,7 @@ class Spans:
 
             self._provider = provider or _otlp(router_id)
         except ImportError as error:
-            raise BadConfig(f"spans need the extra: pip install 'baton-serve[otel]' ({error})", param="otel") from error
+            raise _not_installed(error) from error
         self._tracer = self._provider.get_tracer("baton.router")
         self._propagator = TraceContextTextMapPropagator()
 
@@ -91,11 +92,27 @@ class Spans:
         await asyncio.to_thread(self._provider.shutdown)
 
 
+def check_installed() -> None:
+    """Raises BadConfig if the extra is missing, as making Spans would."""
+    try:
+        import opentelemetry.exporter.otlp.proto.http
+        import opentelemetry.sdk  # noqa: F401 - whether they can be is the question
+    except ImportError as error:
+        raise _not_installed(error) from error
+
+
+def _not_installed(error: ImportError) -> BadConfig:
+    packages = "opentelemetry-sdk opentelemetry-exporter-otlp-proto-http"
+    return BadConfig(f"--otel needs OpenTelemetry ({error}): pip install {packages}", param="otel")
+
+
 def _otlp(router_id: str) -> TracerProvider:
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.resources import Resource
     from opentelemetry.sdk.trace import TracerProvider
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    from router.span_export import ReportingExporter
 
     # Resource.create adds what OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME say; the latter names the service.
     attributes = {"service.instance.id": router_id}
@@ -103,7 +120,7 @@ def _otlp(router_id: str) -> TracerProvider:
         attributes["service.name"] = "baton-router"
     provider = TracerProvider(resource=Resource.create(attributes))
     # Bounded: spans beyond its queue are dropped, the router never waits.
-    provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
+    provider.add_span_processor(BatchSpanProcessor(ReportingExporter(OTLPSpanExporter(), MonotonicClock())))
     return provider
 
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import socket
 import sys
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from typing import Any, ClassVar
 
 import httpx
 import pytest
 from grpc import aio
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor, SpanExporter, SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
@@ -24,6 +26,7 @@ from baton.v1 import router_pb2, router_pb2_grpc
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig
 from router.serve import Router, running
+from router.span_export import ReportingExporter
 from router.spans import Spans
 from tests.unit.router_support import quick, until
 
@@ -139,7 +142,7 @@ async def test_every_choice_is_a_span_and_failures_say_why(run: Run) -> None:
 
 async def test_without_the_extra_the_start_stops_and_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(errors.BadConfig, match=r"baton-serve\[otel\]"):
+    with pytest.raises(errors.BadConfig, match="pip install opentelemetry-sdk"):
         async with running(RouterConfig(nodes=("127.0.0.1:1",), otel=True)):
             pass
 
@@ -182,6 +185,67 @@ async def test_spans_go_out_over_otlp_before_the_router_ends(monkeypatch: pytest
         await asyncio.to_thread(server.shutdown)
         thread.join(5)
         server.server_close()
+
+
+class Script(SpanExporter):
+    """Exports as told."""
+
+    def __init__(self) -> None:
+        self.result = SpanExportResult.FAILURE
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
+        return self.result
+
+    def shutdown(self) -> None:
+        pass
+
+
+class Hand:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def now(self) -> float:
+        return self.now_s
+
+
+def test_a_collector_that_is_away_is_told_of_once_then_seldom_and_when_it_is_back(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    inner, clock = Script(), Hand()
+    exporter = ReportingExporter(inner, clock, remind_s=600)
+    span = TracerProvider().get_tracer("test").start_span("x")
+    assert isinstance(span, ReadableSpan)
+    with caplog.at_level("INFO"):
+        for _ in range(70):
+            exporter.export([span, span])
+            clock.now_s += 11
+        assert [r.levelname for r in caplog.records] == ["WARNING", "WARNING"]
+        assert "2 are lost so far" in caplog.messages[0]
+        inner.result = SpanExportResult.SUCCESS
+        exporter.export([span])
+        exporter.export([span])
+    assert caplog.messages[2:] == ["spans reach the collector again after 770 s; 140 were lost"]
+    exporter.shutdown()
+
+
+def test_what_the_exporter_itself_says_is_the_reason_in_our_line(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "3")
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}/v1/traces"
+    exporter = ReportingExporter(OTLPSpanExporter(address), Hand())
+    span = TracerProvider().get_tracer("test").start_span("x")
+    assert isinstance(span, ReadableSpan)
+    try:
+        assert exporter.export([span]) is SpanExportResult.FAILURE
+    finally:
+        exporter.shutdown()
+    (line,) = caplog.records
+    assert line.name == "baton.router.spans"
+    assert "refused" in line.getMessage()
 
 
 async def test_a_collector_that_is_gone_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,21 @@
+"""The `baton` command, also `python -m baton`. What it runs lies beside this package in a checkout and in `_serving`
+below it in an installed wheel, so that a user's `import router` finds the user's own.
+
+It runs the file of `cli` instead of importing it: clients import `baton` and must not find `cli` on their path.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+
+
+def main() -> None:
+    here = os.path.dirname(os.path.abspath(__file__))
+    installed = os.path.join(here, "_serving")
+    root = installed if os.path.isdir(installed) else os.path.dirname(here)
+    runpy.run_path(os.path.join(root, "cli", "__main__.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""host:port: how it is read, how it is written, and why nothing can listen on one. Opens nothing."""
+
+from __future__ import annotations
+
+import errno
+import socket
+
+from baton.errors import BadConfig, quoted
+
+_MAX_PORT = 65535
+
+
+def parse_address(text: str, name: str, *, lowest_port: int = 0) -> tuple[str, int]:
+    """Host (of IPv6 without its brackets) and port. Raises BadConfig that begins with ``name``, the option's."""
+    host, colon, port = text.rpartition(":")
+    if not (colon and host and port.isascii() and port.isdecimal() and len(port) <= 5):
+        raise BadConfig(f"{name} is {quoted(text)}, expected host:port", param=name)
+    if not lowest_port <= int(port) <= _MAX_PORT:
+        raise BadConfig(f"{name} is {quoted(text)}, expected a port from {lowest_port} to {_MAX_PORT}", param=name)
+    if host.startswith("[") and host.endswith("]"):
+        return host[1:-1], int(port)
+    if ":" in host:
+        raise BadConfig(f"{name} is {quoted(text)}, expected an IPv6 address in brackets: [::1]:{port}", param=name)
+    return host, int(port)
+
+
+def join_address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def why_not_listen(host: str, port: int, name: str, error: OSError) -> BadConfig:
+    """What binding raised, as the setting ``name`` that has to change and how."""
+    at = join_address(host, port)
+    if isinstance(error, socket.gaierror):
+        reason = f"{quoted(host)} does not resolve ({error.strerror}); expected an address or a name of this machine"
+    elif error.errno == errno.EADDRINUSE:
+        reason = "another process listens there; stop it, or give another port (0: any free one)"
+    elif error.errno == errno.EADDRNOTAVAIL:
+        reason = f"{host} is no address of this machine; expected one of its own, or 0.0.0.0 for all"
+    elif error.errno == errno.EACCES:
+        reason = "this user may not; ports below 1024 need the right to (CAP_NET_BIND_SERVICE), take a higher one"
+    else:
+        reason = str(error)
+    return BadConfig(f"{name}: cannot listen on {at}: {reason}", param=name)

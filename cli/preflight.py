@@ -1,0 +1,133 @@
+"""What a command was told, looked at before anything starts: files, ports, Redis, the model. Each fault is a BadConfig
+that names the option and the cure; nothing is left behind but folders that were asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from baton.address import join_address, why_not_listen
+from baton.errors import BadConfig, Unavailable, UnsupportedModel, quoted
+from baton.registry import Registry, RegistryConfig
+from cli.process import ReservedPort
+
+
+def writable_file(path: Path, option: str) -> None:
+    """It may exist, also as a device or a pipe; nothing is written to it yet."""
+    _in_a_folder(path, option)
+    if not path.exists():
+        _try_beside(path, option)
+    elif not os.access(path, os.W_OK):
+        raise _cannot_write(path, option, PermissionError(errno.EACCES, "no permission"))
+
+
+def replaceable_file(path: Path, option: str) -> None:
+    """A file that is to be replaced whole, by way of another one beside it."""
+    _in_a_folder(path, option)
+    if path.exists() and not path.is_file():
+        raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
+    _try_beside(path, option)
+
+
+def _in_a_folder(path: Path, option: str) -> None:
+    if path.is_dir() or not path.name:
+        raise BadConfig(f"{option} is {quoted(str(path))}, which is a folder; expected a file", param=option)
+    if not path.parent.is_dir():
+        raise BadConfig(f"{option} is {quoted(str(path))}, but there is no folder {path.parent}: make it", param=option)
+
+
+def _try_beside(path: Path, option: str) -> None:
+    try:
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        draft.touch()
+        draft.unlink()
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, option, error) from error
+
+
+def writable_folder(path: Path, option: str) -> None:
+    """Makes it, with its parents, where it is missing."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except FileExistsError:
+        raise BadConfig(f"{option} is {quoted(str(path))}, which is a file; expected a folder", param=option) from None
+    except (OSError, ValueError) as error:
+        raise _cannot_write(path, option, error) from error
+
+
+def _cannot_write(path: Path, option: str, error: OSError | ValueError) -> BadConfig:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    message = f"{option}: cannot write {quoted(str(path))}: {reason}; give a path that this user may write to"
+    return BadConfig(message, param=option)
+
+
+@contextlib.contextmanager
+def reserved_port(host: str, port: int, option: str) -> Iterator[int]:
+    """Keeps the port (0: a free one) until a server of ours listens there, and for it between its lives."""
+    try:
+        reserved = ReservedPort(host, port)
+    except OSError as error:
+        raise why_not_listen(host, port, option, error) from error
+    try:
+        yield reserved.port
+    finally:
+        reserved.close()
+
+
+@contextlib.contextmanager
+def reserved_ports(wanted: Sequence[tuple[str, str, int]]) -> Iterator[None]:
+    """``wanted``: (option, host, port). Two options of one process on one port are refused as well."""
+    with contextlib.ExitStack() as ports:
+        taken: dict[tuple[str, int], str] = {}
+        for option, host, port in wanted:
+            if port and (other := taken.setdefault((host, port), option)) != option:
+                message = f"{other} and {option} are both {join_address(host, port)}, expected two different ports"
+                raise BadConfig(message, param=option)
+            ports.enter_context(reserved_port(host, port, option))
+        yield
+
+
+async def registry_answers(config: RegistryConfig) -> None:
+    """Ends within seconds: RegistryConfig.timeout_s bounds it."""
+    registry = Registry(config)
+    try:
+        await registry.nodes()
+    except Unavailable as error:
+        message = f"{error.message.rstrip('.')}; start redis-server there, or give --registry the URL of one that runs"
+        raise BadConfig(message, param="registry") from error
+    finally:
+        await registry.close()
+
+
+def model_files(folder: Path) -> None:
+    """What a worker needs is there and can be opened. Raises UnsupportedModel; reads no weights."""
+    from engine.config import ModelConfig
+
+    ModelConfig.from_folder(folder)
+    for path in _weights(folder):
+        try:
+            path.open("rb").close()
+        except FileNotFoundError:
+            raise UnsupportedModel(f"{folder} is incomplete: {path.name} is missing; fetch the model again") from None
+        except OSError as error:
+            reason = f"{error.strerror}; give this user the right to read it"
+            raise UnsupportedModel(f"weights {path} cannot be read: {reason}") from error
+
+
+def _weights(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [index, *(folder / str(name) for name in sorted(names))]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnsupportedModel(f"{index} is not an index of safetensors: {error!r}; fetch the model again") from error
