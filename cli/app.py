@@ -296,6 +296,7 @@ def worker(
         digest=digest is OnOff.on,
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
         registry=RegistryConfig(registry, cluster_name) if registry else None,
+        cluster=cluster_name,
         registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
         metrics_port=None if metrics_port < 0 else metrics_port,
@@ -339,6 +340,7 @@ def router(
     config = RouterConfig(
         nodes=tuple(node or ()),
         registry=RegistryConfig(registry, cluster_name) if registry else None,
+        cluster=cluster_name,
         http_host=http_host,
         http_port=http_port,
         grpc_host=grpc_host,

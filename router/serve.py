@@ -19,7 +19,7 @@ from starlette.types import ASGIApp
 
 from baton import errors
 from baton.clock import MonotonicClock
-from baton.metrics import Metrics
+from baton.metrics import Metrics, add_process
 from baton.registry import Registry
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
@@ -71,8 +71,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     folder = config.model_folder
     tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
     facts = ModelFacts() if folder is None else load_facts(folder)
-    metrics = Metrics()
-    counted = RouterMetrics(metrics, (lambda: frontend.model_name) if config.vllm_metrics else None)
+    metrics = Metrics({"cluster": config.cluster_name, "model_name": lambda: frontend.model_name})
+    add_process(metrics, "router")
+    counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
     clock = MonotonicClock()
     greeting = hello(config.router_id, time.time_ns())
     dispatcher = Dispatcher(
