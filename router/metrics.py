@@ -37,7 +37,7 @@ class RouterMetrics:
             "Sequences by outcome and error code",
             "outcome",
             "code",
-            preset=[("finished", ""), ("cancelled", "Cancelled")],
+            preset=[("finished", ""), ("cancelled", "Cancelled"), ("failed", "InternalError")],
         )
         # Refused before there was a sequence.
         self.refusals = counters(
