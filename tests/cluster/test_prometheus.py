@@ -50,7 +50,8 @@ class Traffic:
 
 
 def filled_in(query: Query) -> str:
-    return query.expr.replace("$__rate_interval", "15s").replace("$pool", ".+").replace("[1m]", "[15s]")
+    everything = re.sub(r"\$(cluster|model|pool|node)\b", ".*", query.expr)
+    return everything.replace("$__rate_interval", "15s").replace("[1m]", "[15s]")
 
 
 def missing(prometheus: Prometheus, queries: list[Query]) -> list[Query]:
