@@ -6,12 +6,15 @@ and two additions. prometheus-client turns them into text at scrape time, and on
 
 from __future__ import annotations
 
+import platform
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from baton import PROTOCOL_VERSION, __version__
 from baton.errors import BadConfig
 
 if TYPE_CHECKING:
@@ -99,9 +102,12 @@ class Family:
 
 
 class Metrics:
-    """The families of one process, with labels that all of its series carry. A collector of prometheus-client."""
+    """The families of one process, with labels that all of its series carry. A collector of prometheus-client.
 
-    def __init__(self, constant: Mapping[str, str] | None = None) -> None:
+    A label's value may be a function, asked at scrape time, where it is not known from the start.
+    """
+
+    def __init__(self, constant: Mapping[str, str | Callable[[], str]] | None = None) -> None:
         self._constant = dict(constant or {})
         self.families: dict[str, Family] = {}
 
@@ -170,7 +176,8 @@ class Metrics:
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
-        names, constant = tuple(self._constant), tuple(self._constant.values())
+        names = tuple(self._constant)
+        constant = tuple(value if isinstance(value, str) else value() for value in self._constant.values())
         for family in self.families.values():
             labels = (*family.label_names, *names)
             made: CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
@@ -202,6 +209,51 @@ class _Children:
     def __call__(self) -> Mapping[Labels, float | Histogram]:
         found = {values: read() for values, read in self.readers.items()}
         return {values: value for values, value in found.items() if value is not None}
+
+
+def add_process(metrics: Metrics, component: str) -> None:
+    """What every process of Baton shows of itself: its build, and memory, processor time and files by /proc.
+
+    Nothing of the latter where there is no /proc.
+    """
+    metrics.gauge(
+        "baton_build_info",
+        "1; the labels say which program of which build this is",
+        lambda: 1.0,
+        component=component,
+        version=__version__,
+        protocol=str(PROTOCOL_VERSION),
+        python=platform.python_version(),
+    )
+    process = _Process()
+    for name, (kind, help_text) in _PROCESS_FAMILIES.items():
+        metrics.add(Family(name, kind, help_text, (), partial(process.read, name)))
+
+
+# In the order in which they are read; prometheus-client's names, which dashboards of other systems know.
+_PROCESS_FAMILIES = {
+    "process_virtual_memory_bytes": ("gauge", "Virtual memory"),
+    "process_resident_memory_bytes": ("gauge", "Resident memory; shared memory that was touched counts"),
+    "process_start_time_seconds": ("gauge", "Start of the process, seconds since 1970"),
+    "process_cpu_seconds": ("counter", "Processor time, user and system, of all threads"),
+    "process_max_fds": ("gauge", "Limit of open file descriptors"),
+    "process_open_fds": ("gauge", "Open file descriptors, sockets included"),
+}
+
+
+class _Process:
+    """One look at /proc for all families of a scrape: the look is taken when the first of them is asked."""
+
+    def __init__(self) -> None:
+        from prometheus_client import ProcessCollector
+
+        self._collector = ProcessCollector(registry=None)
+        self._found: dict[str, float] = {}
+
+    def read(self, name: str) -> Mapping[Labels, float]:
+        if name == next(iter(_PROCESS_FAMILIES)):
+            self._found = {m.name: sample.value for m in self._collector.collect() for sample in m.samples}
+        return {(): self._found[name]} if name in self._found else {}
 
 
 def exposition(metrics: Metrics) -> bytes:

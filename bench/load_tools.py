@@ -214,7 +214,8 @@ class RouterView:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if not sample.name.endswith("_bucket"):
-                    labels = ",".join(sample.labels.values())
+                    # What all series carry tells nothing apart.
+                    labels = ",".join(v for k, v in sample.labels.items() if k not in ("cluster", "model_name"))
                     found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return found
 

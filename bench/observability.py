@@ -170,7 +170,7 @@ def run(quick: bool) -> dict[str, Any]:
     rows = _engine_rows(3 if quick else 11)
     gc.collect()
     metrics = Metrics()
-    counted = RouterMetrics(metrics, lambda: "model")
+    counted = RouterMetrics(metrics, has_vllm_names=True)
     life = Lifeline(0.0, counted.tbt.observe)
     bare = Lifeline(0.0)
     return {

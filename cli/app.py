@@ -373,6 +373,7 @@ def worker(
         digest=digest is OnOff.on,
         layerwise_from_bytes=None if layerwise_from_kib < 0 else layerwise_from_kib << 10,
         registry=RegistryConfig(registry, cluster_name) if registry else None,
+        cluster=cluster_name,
         registry_lease=LeaseConfig(registry_lease),
         grace_s=grace,
         metrics_port=None if metrics_port < 0 else metrics_port,
@@ -424,6 +425,7 @@ def router(
     config = RouterConfig(
         nodes=_nodes(node or [], registry),
         registry=RegistryConfig(registry, cluster_name) if registry else None,
+        cluster=cluster_name,
         http_host=http_host,
         http_port=http_port,
         grpc_host=join_address(grpc_host, 0).removesuffix(":0"),

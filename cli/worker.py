@@ -88,6 +88,8 @@ class WorkerConfig:
     max_lease_ttl_s: float = 600.0
     # Where to register, and for how long at a time; None: routers are told the address by other means.
     registry: RegistryConfig | None = None
+    # What the metrics say where no registry names the cluster.
+    cluster: str = "default"
     registry_lease: LeaseConfig = field(default_factory=LeaseConfig)
     # How long running sequences may go on after SIGTERM, and how long closing may then take on top.
     grace_s: float = 10.0
@@ -114,6 +116,10 @@ class WorkerConfig:
         if self.registry is not None and is_anywhere and not self.advertise_host:
             message = f"listen is {self.listen}, which nobody can dial: expected --advertise with a host to register"
             raise BadConfig(message, param="advertise_host")
+
+    @property
+    def cluster_name(self) -> str:
+        return self.cluster if self.registry is None else self.registry.cluster
 
 
 Load = Callable[[WorkerConfig, Allocate], LoadedModel]
@@ -197,7 +203,9 @@ class _Worker:
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
         self.node = replace(_describe(config, model, address, transfer), metrics_address=metrics_address)
-        self._metrics = WorkerMetrics(self.node, model.cost, config.peaks, energy.sources(model.device))
+        self._metrics = WorkerMetrics(
+            self.node, config.cluster_name, model.cost, config.peaks, energy.sources(model.device)
+        )
         count = self._metrics.defects.add
         defects = self._defects = Defects(_log, clock, count)
         self._replica = Replica(

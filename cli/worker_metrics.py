@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from baton.errors import BadConfig, BatonError
-from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics
+from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics, add_process
 from baton.types import NodeDescription, NodeStatus, TransferReport
 from cli.energy import EnergySource
 from engine.blocks import BlockState
@@ -103,12 +103,16 @@ class WorkerMetrics:
     def __init__(
         self,
         node: NodeDescription,
+        cluster: str,
         cost: CostModel | None,
         peaks: Peaks,
         energy: Sequence[EnergySource],
     ) -> None:
         # A process has one of each, so that they cost no series; queries need no joins.
-        self.metrics = Metrics({"node": node.node_id, "pool": node.home_role.value})
+        self.metrics = Metrics(
+            {"cluster": cluster, "model_name": node.model.name, "node": node.node_id, "pool": node.home_role.value}
+        )
+        add_process(self.metrics, "worker")
         self.engine = EngineMeter(self.metrics, cost)
         self.transfers = _TransferMeter(self.metrics, node.transports)
         counter = self.metrics.counter

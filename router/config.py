@@ -91,6 +91,8 @@ class RouterConfig:
     nodes: tuple[str, ...] = ()
     # Where more workers are registered.
     registry: RegistryConfig | None = None
+    # What the metrics say where no registry names the cluster.
+    cluster: str = "default"
     http_host: str = "127.0.0.1"
     # 0 asks for any free port; None turns the face off.
     http_port: int | None = 0
@@ -141,6 +143,10 @@ class RouterConfig:
                 _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
         _check(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
                f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
+
+    @property
+    def cluster_name(self) -> str:
+        return self.cluster if self.registry is None else self.registry.cluster
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], source: str) -> RouterConfig:

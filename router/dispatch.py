@@ -459,8 +459,8 @@ class Dispatcher:
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
         _log.warning("node %s is lost: %s", node_id, reason)
-        if (pool := self._loads.lost_pool(node_id)) is not None:
-            self._metrics.node_losses.add(pool)
+        ends = self._metrics.node_drains if self._loads.is_leaving(node_id) else self._metrics.node_losses
+        ends.add(self._loads.pool(node_id))
         self._address_of.pop(node_id, None)
         for active in list(self._active):
             self._feed(active, f.NodeLost(node_id, reason))

@@ -91,6 +91,8 @@ class FakeConfig:
     num_blocks: int = 1024
     block_tokens: int = 16
     model_name: str = "fake"
+    # Where its metrics would be; nobody answers there.
+    metrics_address: str = ""
     fingerprint: str = "fake-fingerprint"
     # Time of a decode step, and of a prompt token.
     step_s: float = 0.001
@@ -322,6 +324,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             device="none",
             kernels="none",
             software_version="fake",
+            metrics_address=c.metrics_address,
         )
 
     @property

@@ -232,9 +232,13 @@ class _Routes:
         return Response(exposition(self._metrics), media_type=CONTENT_TYPE)
 
     async def metrics_targets(self) -> Response:
-        """The workers' metrics ports, as Prometheus' http_sd asks for them. Lost nodes stay: they are missed."""
-        nodes = [member.node for member in self._dispatcher.members if member.node is not None]
-        return JSONResponse([{"targets": [n.metrics_address]} for n in nodes if n.metrics_address])
+        """The workers' metrics ports, as Prometheus' http_sd asks for them.
+
+        Lost nodes stay as long as they are members, since they are missed; those that left as they had said do not.
+        """
+        members = [m for m in self._dispatcher.members if m.is_up or not (m.status and m.status.draining)]
+        addresses = [m.node.metrics_address for m in members if m.node is not None]
+        return JSONResponse([{"targets": [address]} for address in addresses if address])
 
 
 def _error_response(error: errors.BatonError) -> Response:

@@ -67,10 +67,13 @@ class Loads:
         """Forget a lost node; its sequences are released one by one by their flows."""
         self._nodes.pop(node_id, None)
 
-    def lost_pool(self, node_id: str) -> str | None:
-        """The home pool of a known node, unless it had said that it was about to leave."""
-        load = self._nodes[node_id]
-        return None if load.status.draining else load.node.home_role.value
+    def pool(self, node_id: str) -> str:
+        """The home pool of a known node."""
+        return self._nodes[node_id].node.home_role.value
+
+    def is_leaving(self, node_id: str) -> bool:
+        """Whether a known node has said that it is about to leave."""
+        return self._nodes[node_id].status.draining
 
     def status(self, node_id: str, status: NodeStatus) -> None:
         load = self._nodes.get(node_id)

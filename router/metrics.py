@@ -20,24 +20,24 @@ _TBT_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0, 10.0),
 )
-_VLLM_LABELS = ("model_name", "engine")
+# `model_name`, which vLLM has as well, is on all series of the router.
+_VLLM_LABELS = ("engine",)
 _TTFT_STAGES = ("tokenize", "rerun", "placement", "reserve", "prefill_queue", "prefill", "network")
 
 
 class RouterMetrics:
     """``observe`` takes what has ended; the other counters are bumped where things happen."""
 
-    def __init__(self, metrics: Metrics, model_name: Callable[[], str] | None = None) -> None:
-        """``model_name`` labels what is shown under vLLM's names; without it nothing is."""
+    def __init__(self, metrics: Metrics, *, has_vllm_names: bool = False) -> None:
         self._metrics = metrics
-        self._model_name = model_name
+        self._has_vllm_names = has_vllm_names
         counter, counters, histogram = metrics.counter, metrics.counters, metrics.histogram
         self.outcomes = counters(
             "baton_requests",
             "Sequences by outcome and error code",
             "outcome",
             "code",
-            preset=[("finished", ""), ("cancelled", "Cancelled")],
+            preset=[("finished", ""), ("cancelled", "Cancelled"), ("failed", "InternalError")],
         )
         # Refused before there was a sequence.
         self.refusals = counters(
@@ -77,8 +77,12 @@ class RouterMetrics:
             "code",
             preset=_each("NoBlocks"),
         )
+        pools = _each(*(role.value for role in Role))
         self.node_losses = counters(
-            "baton_node_losses", "Nodes that went down, by pool", "pool", preset=_each(*(role.value for role in Role))
+            "baton_node_losses", "Nodes that went down without having said so, by pool", "pool", preset=pools
+        )
+        self.node_drains = counters(
+            "baton_node_drains", "Nodes that left as they had said, by pool", "pool", preset=pools
         )
         self.defects = counters(
             "baton_defects",
@@ -152,20 +156,15 @@ class RouterMetrics:
             "baton_nodes", "Nodes the router knows, by pool and state", ("pool", "state"), lambda: _nodes(members())
         )
         self._metrics.gauge("baton_ready", "1 if requests can be served", lambda: float(is_ready()))
-        if self._model_name is not None:
-            self._add_vllm_names(self._model_name, phases, members)
+        if self._has_vllm_names:
+            self._add_vllm_names(phases, members)
 
-    def _add_vllm_names(
-        self,
-        model_name: Callable[[], str],
-        phases: Callable[[], Mapping[Phase, int]],
-        members: Callable[[], list[Member]],
-    ) -> None:
+    def _add_vllm_names(self, phases: Callable[[], Mapping[Phase, int]], members: Callable[[], list[Member]]) -> None:
         """After https://docs.vllm.ai/en/latest/design/metrics.html; buckets are ours."""
 
         def show(name: str, kind: str, ours: str, read: Callable[[], float | Histogram]) -> None:
             help_text = f"As {ours}, under vLLM's name"
-            self._metrics.add(Family(name, kind, help_text, _VLLM_LABELS, lambda: {(model_name(), "0"): read()}))
+            self._metrics.add(Family(name, kind, help_text, _VLLM_LABELS, lambda: {("0",): read()}))
 
         def in_phases(*wanted: Phase) -> float:
             found = phases()
@@ -193,7 +192,7 @@ class RouterMetrics:
         show("vllm:kv_cache_usage_perc", "gauge", "the share of used KV blocks, 1 is all,", kv_usage)
 
         def successes() -> Mapping[Labels, float]:
-            return {(model_name(), "0", reason): child.value for reason, child in self._finished.items()}
+            return {("0", reason): child.value for reason, child in self._finished.items()}
 
         help_text = "As baton_finished_total, under vLLM's name"
         labels = (*_VLLM_LABELS, "finished_reason")

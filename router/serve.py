@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
-from baton.metrics import Metrics
+from baton.metrics import Metrics, add_process
 from baton.registry import Registry
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
@@ -74,8 +74,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     folder = config.model_folder
     tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
     facts = ModelFacts() if folder is None else load_facts(folder)
-    metrics = Metrics()
-    counted = RouterMetrics(metrics, (lambda: frontend.model_name) if config.vllm_metrics else None)
+    metrics = Metrics({"cluster": config.cluster_name, "model_name": lambda: frontend.model_name})
+    add_process(metrics, "router")
+    counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
     clock = MonotonicClock()
     defects = Defects(_log, clock, counted.defects.add)
     greeting = hello(config.router_id, time.time_ns())

@@ -7,7 +7,7 @@ import re
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,13 @@ class Prometheus:
         found: list[dict[str, Any]] = answer["data"]["result"]
         return found
 
-    def firing(self) -> set[str]:
+    def alerts(self) -> list[dict[str, Any]]:
+        """Those that fire."""
         alerts = self._client.get("/api/v1/alerts").json()["data"]["alerts"]
-        return {alert["labels"]["alertname"] for alert in alerts if alert["state"] == "firing"}
+        return [alert for alert in alerts if alert["state"] == "firing"]
+
+    def firing(self) -> set[str]:
+        return {alert["labels"]["alertname"] for alert in self.alerts()}
 
     def is_ready(self) -> bool:
         try:
@@ -46,15 +50,24 @@ class Prometheus:
         self._client.close()
 
 
-@contextmanager
-def running_prometheus(folder: Path, router: str) -> Iterator[Prometheus]:
-    """``router`` is the base URL of the router's HTTP face. Its workers are found by the router's list."""
-    host = router.removeprefix("http://")
-    config = load_yaml(PROMETHEUS / "prometheus.yml")
+def _configured(routers: Sequence[str]) -> dict[str, Any]:
+    """The configuration of deploy/, quicker and for these routers."""
+    config: dict[str, Any] = load_yaml(PROMETHEUS / "prometheus.yml")
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
-    text = yaml.safe_dump(config).replace("router:8000", host).replace("refresh_interval: 5s", "refresh_interval: 1s")
+    of_routers, of_workers = config["scrape_configs"]
+    of_routers["static_configs"] = [{"targets": [url.removeprefix("http://") for url in routers]}]
+    (found,) = of_workers["http_sd_configs"]
+    of_workers["http_sd_configs"] = [
+        found | {"url": found["url"].replace("http://router:8000", url), "refresh_interval": "1s"} for url in routers
+    ]
+    return config
+
+
+@contextmanager
+def running_prometheus(folder: Path, *routers: str) -> Iterator[Prometheus]:
+    """``routers`` are the base URLs of HTTP faces. Workers are found by their lists."""
     (folder / "rules").mkdir(parents=True)
-    (folder / "prometheus.yml").write_text(text)
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(_configured(routers)))
     for path in RULES:
         # Nobody waits a minute in a test.
         (folder / "rules" / path.name).write_text(re.sub(r"for: \w+", "for: 2s", path.read_text()))

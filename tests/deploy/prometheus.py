@@ -16,7 +16,8 @@ RULES = sorted((PROMETHEUS / "rules").glob("*.yml"))
 IS_INSTALLED = bool(shutil.which("prometheus") and shutil.which("promtool"))
 
 # A metric's name: not a label, function or keyword. Recorded ones have colons.
-_NAME = re.compile(r"\b(?:baton[_:]|vllm:)[a-z0-9_:]+")
+_NAME = re.compile(r"\b(?:baton[_:]|vllm:|process_)[a-z0-9_:]+")
+_SELECTOR = re.compile(rf"({_NAME.pattern})(?:\{{([^}}]*)\}})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,11 @@ class Query:
     @property
     def metrics(self) -> set[str]:
         return set(_NAME.findall(re.sub(r'"[^"]*"', "", self.expr)))
+
+    @property
+    def selectors(self) -> list[tuple[str, str]]:
+        """Metric and what is asked of its labels."""
+        return _SELECTOR.findall(self.expr)
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:

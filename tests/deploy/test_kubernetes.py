@@ -6,9 +6,11 @@ What an API server, a scheduler and a device plugin would say is not checked: th
 from __future__ import annotations
 
 import functools
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,16 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.deploy.support import DEPLOY, accept
+from baton import __version__
+from tests.deploy.prometheus import IS_INSTALLED
+from tests.deploy.support import DEPLOY, ROOT, accept
 
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "nvidia", "rdma")
+COMPONENTS = ("external-redis", "images", "nvidia", "prometheus-operator")
+# What is applied besides an overlay, and an overlay as operators make it.
+OTHERS = ("model", "monitoring", "examples/own")
+FOLDERS = ("base", *(f"overlays/{o}" for o in OVERLAYS), *(f"components/{c}" for c in COMPONENTS), *OTHERS)
 WORKERS = ("prefill", "decode")
 # Metrics that somebody has to export for the pools to grow and shrink; docs and dashboards have the same names.
 METRICS = {"baton_prefill_queue_tokens", "baton_kv_blocks", "baton_tbt_seconds"}
@@ -36,12 +44,16 @@ BASE = [d for path in sorted((KUBERNETES / "base").glob("*.yaml")) if path.name 
 EXAMPLES = {p.stem: documents(p)[0] for p in (KUBERNETES / "examples").glob("*.yaml")}
 
 
-@functools.cache
 def rendered(overlay: str) -> tuple[dict[str, Any], ...]:
+    return rendered_folder(f"overlays/{overlay}")
+
+
+@functools.cache
+def rendered_folder(folder: str) -> tuple[dict[str, Any], ...]:
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed: the overlay is not rendered, only its files are checked")
-    command = [kubectl, "kustomize", str(KUBERNETES / "overlays" / overlay)]
+    command = [kubectl, "kustomize", str(KUBERNETES / folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
@@ -53,6 +65,7 @@ def of_kind(found: Any, kind: str) -> dict[str, dict[str, Any]]:
 
 
 def pod(deployment: dict[str, Any]) -> dict[str, Any]:
+    """Of a Deployment or a Job."""
     spec: dict[str, Any] = deployment["spec"]["template"]["spec"]
     return spec
 
@@ -75,16 +88,21 @@ def matches(selector: dict[str, Any], labels: dict[str, str]) -> bool:
 # -- the files, without kubectl
 
 
-@pytest.mark.parametrize("folder", ["base", *(f"overlays/{o}" for o in OVERLAYS)])
+@pytest.mark.parametrize("folder", FOLDERS)
 def test_kustomizations_name_what_there_is(folder: str) -> None:
     here = KUBERNETES / folder
     (found,) = documents(here / "kustomization.yaml")
-    known = {"apiVersion", "kind", "namespace", "labels", "resources", "configMapGenerator", "images", "patches"}
+    known = {
+        "apiVersion", "kind", "namespace", "labels", "resources", "components", "configMapGenerator", "images", "patches",
+    }  # fmt: skip
     assert set(found) <= known
-    for resource in found["resources"]:
+    assert found["kind"] == ("Component" if folder.startswith("components/") else "Kustomization")
+    for resource in [*found.get("resources", []), *found.get("components", [])]:
         target = (here / resource).resolve()
         assert target.is_file() or (target / "kustomization.yaml").is_file(), resource
     for patch in found.get("patches", []):
+        if "path" not in patch:
+            continue
         assert (here / patch["path"]).is_file()
         target = patch["target"]
         chosen = [
@@ -97,14 +115,30 @@ def test_kustomizations_name_what_there_is(folder: str) -> None:
         ]  # fmt: skip
         assert len(chosen) == (2 if target["kind"] == "Deployment" else 1), "both pools, and nothing else"
     images = {i["name"] for i in found.get("images", [])}
-    assert images <= {container(d)["image"].partition(":")[0] for d in of_kind(BASE, "Deployment").values()}
+    asked = {container(d)["image"].partition(":")[0] for d in of_kind(BASE, "Deployment").values()}
+    assert images <= asked | {"baton-worker-cuda"}
 
 
 def test_every_file_is_used() -> None:
-    for folder in (KUBERNETES / "base", *((KUBERNETES / "overlays" / o) for o in OVERLAYS)):
+    for folder in (KUBERNETES / name for name in FOLDERS):
         (found,) = documents(folder / "kustomization.yaml")
-        used = {*found["resources"], *(p["path"] for p in found.get("patches", [])), "kustomization.yaml"}
+        patches = {p["path"] for p in found.get("patches", []) if "path" in p}
+        used = {*found.get("resources", []), *patches, "kustomization.yaml"}
         assert {p.name for p in folder.iterdir()} <= used
+    assert {p.name for p in (KUBERNETES / "components").iterdir()} == set(COMPONENTS)
+    assert {p.name for p in (KUBERNETES / "overlays").iterdir()} == set(OVERLAYS)
+
+
+def test_images_have_one_version_set_in_one_place() -> None:
+    """That of the package. Overlays and the model's Job take it from there; compose and the Dockerfile agree."""
+    (found,) = documents(KUBERNETES / "components" / "images" / "kustomization.yaml")
+    assert {i["newTag"] for i in found["images"]} == {__version__}
+    for folder in (f for f in FOLDERS if f != "components/images"):
+        assert "newTag" not in (KUBERNETES / folder / "kustomization.yaml").read_text(), folder
+    texts = [p.read_text() for p in (DEPLOY / "compose.yaml", DEPLOY / "compose.gpu.yaml", DEPLOY / "Dockerfile")]
+    tags = re.findall(r"\bbaton-(?:router|worker|worker-cuda):([\w.]+)", "".join(texts))
+    assert len(tags) == 6
+    assert set(tags) == {__version__}
 
 
 @pytest.mark.parametrize("document", BASE, ids=[f"{d['kind']}-{d['metadata']['name']}" for d in BASE])
@@ -120,10 +154,111 @@ def test_examples_fit_the_schemas(name: str) -> None:
 # -- what comes out
 
 
+@pytest.mark.parametrize("folder", [*(f"overlays/{o}" for o in OVERLAYS), *OTHERS])
+def test_what_comes_out_fits_the_schemas(folder: str) -> None:
+    for document in rendered_folder(folder):
+        if not document["apiVersion"].startswith("monitoring.coreos.com/"):  # the operator's own kinds
+            kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
-def test_overlays_fit_the_schemas(overlay: str) -> None:
-    for document in rendered(overlay):
-        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+def test_who_is_scaled_has_no_replicas_of_its_own(overlay: str) -> None:
+    """Each apply would set the scaler's number back. One replica has no successor while it is replaced."""
+    found = rendered(overlay)
+    scaled = {s["spec"]["scaleTargetRef"]["name"] for s in of_kind(found, "HorizontalPodAutoscaler").values()}
+    assert scaled == set(WORKERS)
+    for name, deployment in of_kind(found, "Deployment").items():
+        assert ("replicas" in deployment["spec"]) != (name in scaled), name
+    assert all(s["spec"]["minReplicas"] >= 2 for s in of_kind(found, "HorizontalPodAutoscaler").values())
+
+
+def test_the_models_job_writes_what_the_pods_read() -> None:
+    found = rendered_folder("model")
+    (job,) = of_kind(found, "Job").values()
+    spec, only = pod(job), container(job)
+    (settings,) = of_kind(found, "ConfigMap").values()
+    base = documents(KUBERNETES / "base" / "kustomization.yaml")[0]["configMapGenerator"][0]["literals"]
+    assert f"BATON_MODEL={settings['data']['MODEL_FOLDER']}" in base
+    (claim,) = [v["persistentVolumeClaim"] for v in spec["volumes"] if "persistentVolumeClaim" in v]
+    assert claim == {"claimName": EXAMPLES["model-claim"]["metadata"]["name"]}
+    assert EXAMPLES["model-claim"]["spec"]["accessModes"] == ["ReadWriteMany"], "one writes, all read"
+    (mount,) = [m for m in only["volumeMounts"] if m["name"] == "models"]
+    assert settings["data"]["MODEL_FOLDER"].startswith(mount["mountPath"] + "/")
+    assert not mount.get("readOnly")
+    assert spec["securityContext"]["runAsNonRoot"] is True
+    assert only["securityContext"]["readOnlyRootFilesystem"] is True
+    (token,) = [v["valueFrom"]["secretKeyRef"] for v in only["env"] if v["name"] == "HF_TOKEN"]
+    assert token["optional"] is True
+    assert token["key"] in (KUBERNETES / "examples" / "secret.yaml").read_text()
+    (policy,) = of_kind(found, "NetworkPolicy").values()
+    assert matches(policy["spec"]["podSelector"], job["spec"]["template"]["metadata"]["labels"])
+    assert policy["spec"]["egress"] == [{"ports": [{"protocol": "TCP", "port": 443}]}]
+
+
+def test_the_models_job_is_a_command_of_the_hubs_own_program() -> None:
+    (job,) = documents(KUBERNETES / "model" / "job.yaml")
+    program, verb = container(job)["command"]
+    told = subprocess.run(
+        [Path(sys.executable).parent / program, verb, "--help"], capture_output=True, text=True, timeout=60, check=True
+    )
+    options = {word.partition("=")[0] for word in container(job)["args"] if word.startswith("--")}
+    assert options == {option for option in options if option in told.stdout}
+
+
+def test_a_redis_of_ones_own_takes_the_place_of_the_bundled_one() -> None:
+    found = rendered_folder("examples/own")
+    assert set(of_kind(found, "Deployment")) == {"router", *WORKERS}
+    assert set(of_kind(found, "Service")) == {"router"}
+    policies = of_kind(found, "NetworkPolicy")
+    assert "registry" not in policies
+    outside = policies["registry-outside"]["spec"]
+    for deployment in of_kind(found, "Deployment").values():
+        assert matches(outside["podSelector"], deployment["spec"]["template"]["metadata"]["labels"])
+        (registry,) = [v for v in container(deployment)["env"] if v["name"] == "BATON_REGISTRY"]
+        assert registry["valueFrom"]["secretKeyRef"] == {"name": "baton", "key": "registry"}
+    assert outside["egress"] == [{"ports": [{"protocol": "TCP", "port": 6379}, {"protocol": "TCP", "port": 6380}]}]
+    assert {container(d)["image"].partition("/")[0] for d in of_kind(found, "Deployment").values()} == {
+        "registry.example.com"
+    }
+
+
+def test_rules_and_dashboards_are_the_files_of_this_repository() -> None:
+    maps = of_kind(rendered_folder("monitoring"), "ConfigMap")
+    rules, dashboards = maps["baton-rules"], maps["baton-dashboards"]
+    assert dashboards["metadata"]["labels"]["grafana_dashboard"] == "1"
+    for found, folder in ((rules, "prometheus/rules"), (dashboards, "grafana/dashboards")):
+        assert found["data"] == {p.name: p.read_text() for p in (DEPLOY / folder).iterdir()}
+        # `kubectl apply` keeps all of it in one annotation, which holds no more.
+        assert len(json.dumps(found)) < 262_144
+
+
+def test_the_operators_rules_are_the_rules() -> None:
+    command = [sys.executable, "scripts/prometheus_rule.py", "check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stderr
+    (rule,) = documents(KUBERNETES / "components" / "prometheus-operator" / "rules.yaml")
+    names = ("recording.yml", "alerts.yml")
+    assert rule["spec"]["groups"] == [g for n in names for g in documents(DEPLOY / "prometheus/rules" / n)[0]["groups"]]
+
+
+@pytest.mark.skipif(not IS_INSTALLED, reason="promtool is not installed")
+def test_without_the_operator_the_same_jobs_are_scraped(tmp_path: Path) -> None:
+    config = EXAMPLES["prometheus-scrape"]
+    for job in config["scrape_configs"]:
+        (source,) = job["kubernetes_sd_configs"]
+        assert (source["role"] in ("pod", "endpoints"), source["namespaces"]) == (True, {"names": ["baton"]})
+    # Debian's promtool has no Kubernetes in it; all the rest is looked at.
+    known = [{k: v for k, v in job.items() if k != "kubernetes_sd_configs"} for job in config["scrape_configs"]]
+    (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(config | {"scrape_configs": known}))
+    command = ["promtool", "check", "config", "--syntax-only", "prometheus.yml"]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=60, capture_output=True)
+    wanted = documents(DEPLOY / "prometheus" / "prometheus.yml")[0]
+    assert {j["job_name"] for j in config["scrape_configs"]} == {j["job_name"] for j in wanted["scrape_configs"]}
+    assert config["global"]["external_labels"].keys() == wanted["global"]["external_labels"].keys()
+    for job in config["scrape_configs"]:
+        labels = {r["target_label"] for r in job["relabel_configs"] if "target_label" in r}
+        assert labels >= {"namespace", "pod"}, "prometheus-adapter asks for them"
+    assert config["rule_files"] == ["/etc/prometheus/baton/*.yml"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -270,7 +405,7 @@ def test_what_the_pools_scale_on_is_what_the_adapter_makes_of_our_metrics() -> N
 
 
 def test_the_operators_monitors_find_their_targets_and_name_jobs_as_the_rules_do() -> None:
-    pods, service = documents(KUBERNETES / "examples" / "prometheus-operator.yaml")
+    pods, service = documents(KUBERNETES / "components" / "prometheus-operator" / "monitors.yaml")
     deployments = of_kind(BASE, "Deployment")
     (endpoint,) = pods["spec"]["podMetricsEndpoints"]
     chosen = {n for n, d in deployments.items()
@@ -329,7 +464,29 @@ def test_network_policies_let_through_what_has_to_talk(overlay: str) -> None:
         assert not talks("redis", worker, 50052)
         assert all(talks(worker, other, any_port) for other in WORKERS)
     assert talks("router", "redis", 6379)
+    _check_names_and_spans([p["spec"] for p in of_kind(found, "NetworkPolicy").values()], labels)
     assert allows("ingress", "from", "router", "redis", 8000), "the API is open"
+
+
+def _check_names_and_spans(policies: list[dict[str, Any]], labels: dict[str, dict[str, str]]) -> None:
+    """Names are resolved by whoever does it, also a cache on the machine; spans go to the collector of `monitoring`."""
+
+    def goes_out(name: str, protocol: str, port: int) -> list[Any]:
+        """Where to; None: anywhere."""
+        return [
+            rule.get("to")
+            for policy in policies
+            if matches(policy["podSelector"], labels[name])
+            for rule in policy.get("egress", [])
+            if {"protocol": protocol, "port": port} in rule.get("ports", [])
+        ]
+
+    for name in labels:
+        assert goes_out(name, "UDP", 53) == goes_out(name, "TCP", 53) == [None]
+    collector = [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]
+    literals = documents(KUBERNETES / "base" / "kustomization.yaml")[0]["configMapGenerator"][0]["literals"]
+    assert "OTEL_EXPORTER_OTLP_ENDPOINT=http://otel-collector.monitoring:4318" in literals
+    assert goes_out("router", "TCP", 4318) == goes_out("router", "TCP", 4317) == [collector]
 
 
 def test_overlays_ask_for_their_devices() -> None:
@@ -340,7 +497,8 @@ def test_overlays_ask_for_their_devices() -> None:
             resources = container(deployment)["resources"]
             for kind in ("requests", "limits"):
                 assert set(resources[kind]) - {"cpu", "memory"} == wanted, (overlay, name)
-            assert container(deployment)["image"].endswith(":latest" if overlay == "cpu" else ":cuda")
+            image = "baton-worker" if overlay == "cpu" else "baton-worker-cuda"
+            assert container(deployment)["image"] == f"{image}:{__version__}"
 
 
 def test_every_knob_is_documented() -> None:
@@ -349,9 +507,10 @@ def test_every_knob_is_documented() -> None:
     for deployment in of_kind(BASE, "Deployment").values():
         knobs |= {v["name"] for v in container(deployment)["env"]}
         knobs |= {m[1] for word in container(deployment).get("args", []) if (m := re.match(r"(--[\w-]+)=", word))}
-    knobs |= {w.partition("=")[0] for g in documents(KUBERNETES / "base/kustomization.yaml")[0]["configMapGenerator"]
-              for w in g["literals"]}  # fmt: skip
-    for overlay in OVERLAYS:
-        for patch in (KUBERNETES / "overlays" / overlay).glob("worker.yaml"):
+    for folder in ("base", "model"):
+        (generator,) = documents(KUBERNETES / folder / "kustomization.yaml")[0]["configMapGenerator"]
+        knobs |= {literal.partition("=")[0] for literal in generator["literals"]}
+    for folder in FOLDERS:
+        for patch in (KUBERNETES / folder).glob("worker.yaml"):
             knobs |= {v["name"] for v in container(documents(patch)[0]).get("env", [])}
     assert [knob for knob in sorted(knobs) if f"`{knob}`" not in readme] == []

@@ -23,6 +23,7 @@ from tests.deploy.support import DEPLOY, ROOT, load_yaml
 
 needs_promtool = pytest.mark.skipif(not IS_INSTALLED, reason="promtool is not installed")
 RUNBOOK = ROOT / "docs" / "runbook.md"
+METRICS_DOC = ROOT / "docs" / "metrics.md"
 QUERIES = [*panel_queries(), *rule_queries()]
 
 
@@ -57,17 +58,67 @@ def test_every_alert_has_a_paragraph_in_the_runbook() -> None:
     assert {name for name, _ in written} == {alert["alert"] for alert in alerts()}
     assert all(len(text.split()) > 30 for _, text in written)
     for alert in alerts():
-        assert alert["annotations"]["runbook"] == f"docs/runbook.md#{alert['alert'].lower()}"
+        # An absolute address, whose beginning is the operator's; promtool's tests have what comes out.
+        base = '{{ or $externalLabels.baton_docs "https://baton.example/docs" }}'
+        assert alert["annotations"]["runbook_url"] == f"{base}/runbook.md#{alert['alert'].lower()}"
+        assert alert["labels"] in ({"severity": "page"}, {"severity": "ticket"})
 
 
 @pytest.mark.parametrize("query", QUERIES, ids=lambda query: query.where)
 def test_queries_ask_for_metrics_that_exist(query: Query) -> None:
-    documented = set(re.findall(r"^\| `([a-z0-9_:]+)` \|", (ROOT / "docs" / "metrics.md").read_text(), re.M))
-    histograms = set(re.findall(r"^\| `([a-z0-9_:]+)` \| histogram", (ROOT / "docs" / "metrics.md").read_text(), re.M))
+    documented = set(re.findall(r"^\| `([a-z0-9_:]+)` \|", METRICS_DOC.read_text(), re.M))
+    histograms = set(re.findall(r"^\| `([a-z0-9_:]+)` \| histogram", METRICS_DOC.read_text(), re.M))
     series = {f"{name}{end}" for name in histograms for end in ("_bucket", "_sum", "_count")}
     known = (documented - histograms) | series | {rule["record"] for rule in rules() if "record" in rule}
     assert query.metrics - known == set()
     assert query.metrics or "up{" in query.expr
+
+
+# What each router sees whole: a sum over routers counts it twice.
+SEEN = ("baton_nodes", "baton_node_losses_total", "baton_node_drains_total", "baton_ready")
+_AGGREGATE = r"(?:(?:max|min|group|count) by \([^)]*\) |min|max|sum by \([^)]*\binstance\) )\("
+ONCE = re.compile(rf"{_AGGREGATE}(?:(?:increase|rate|changes|\w+_over_time)\()?$")
+
+
+@pytest.mark.parametrize("query", [q for q in QUERIES if q.metrics & set(SEEN)], ids=lambda query: query.where)
+def test_what_every_router_sees_is_not_summed_over_routers(query: Query) -> None:
+    for found in re.finditer("|".join(rf"\b{name}\b" for name in SEEN), query.expr):
+        before = query.expr[: found.start()]
+        assert ONCE.search(before) or before.endswith("unless on () group(last_over_time("), before
+
+
+@pytest.mark.parametrize("query", rule_queries(), ids=lambda query: query.where)
+def test_rules_tell_clusters_and_models_apart(query: Query) -> None:
+    for labels in re.findall(r"\b(?:sum|min|max|count|group) by \(([^)]*)\)", query.expr):
+        assert {"cluster", "model_name"} <= set(labels.split(", ")) or query.where == "BatonNoRouter"
+    assert not re.search(r"\b(sum|min|max|avg)\(", query.expr), "an aggregate over all clusters"
+
+
+NODE_FACTS = {row for row in re.findall(
+    r"^\| `([a-z0-9_:]+)` \|", METRICS_DOC.read_text().partition("## Workers: engine")[2], re.M
+) if not row.startswith("baton:joules")} | set(
+    re.findall(r"^\| `(process_\w+)` \|", METRICS_DOC.read_text(), re.M)
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("query", panel_queries(), ids=lambda query: query.where)
+def test_panels_ask_for_the_chosen_cluster_model_and_node(query: Query) -> None:
+    records = {rule["record"]: rule["expr"] for rule in rules() if "record" in rule}
+    for name, labels in query.selectors:
+        wanted = ['cluster=~"$cluster"', 'model_name=~"$model"']
+        is_of_nodes = re.sub("_(bucket|sum|count)$", "", name) in NODE_FACTS or "node)" in records.get(name, "")
+        if is_of_nodes:
+            wanted += ['pool=~"$pool"', 'node=~"$node"']
+        assert [part for part in wanted if part not in labels] == [], name
+
+
+@pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)
+def test_dashboards_have_the_variables_that_their_panels_use(path: Path) -> None:
+    listed = json.loads(path.read_text())["templating"]["list"]
+    assert [variable["name"] for variable in listed] == ["datasource", "cluster", "model", "pool", "node"]
+    for variable in listed[1:]:
+        # A router has no node and no pool: everything has to match what is not there.
+        assert (variable["includeAll"], variable["allValue"], variable["multi"]) == (True, ".*", True)
 
 
 @pytest.mark.parametrize("path", DASHBOARDS, ids=lambda path: path.stem)

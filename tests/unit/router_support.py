@@ -66,7 +66,7 @@ def quick(config: RouterConfig) -> RouterConfig:
 
 
 @asynccontextmanager
-async def router_beside(cluster: FakeCluster, *, all_up: bool = True, **settings: Any) -> AsyncIterator[Router]:
+async def router_beside(cluster: FakeCluster, /, *, all_up: bool = True, **settings: Any) -> AsyncIterator[Router]:
     """A router that sees every node of the cluster; afterwards its books balance."""
     config = quick(RouterConfig(nodes=cluster.addresses, **settings))
     async with running(config) as router:

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from baton import PROTOCOL_VERSION
-from baton.metrics import Metrics
+from baton.metrics import Metrics, add_process
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
 from cli.energy import EnergySource
 from cli.worker_metrics import Peaks, WorkerMetrics
@@ -46,7 +46,7 @@ def node() -> NodeDescription:
 def worker_metrics(energy: list[EnergySource], cost: CostModel | None, peaks: Peaks) -> Metrics:
     scheduler = Scheduler(SchedulerConfig(block_tokens=16), BlockPool(8))
     replica = Replica(FakeRunner(LAYOUT), scheduler, num_layers=1, clock=Still())
-    counted = WorkerMetrics(node(), cost, peaks, energy)
+    counted = WorkerMetrics(node(), "c", cost, peaks, energy)
     counted.watch(replica, NoReceiver(), lambda: NodeStatus(Role.DECODE), lambda: False)  # type: ignore[arg-type]
     return counted.metrics
 
@@ -70,7 +70,8 @@ def written() -> Facts:
 
 def test_every_metric_is_documented_and_every_documented_one_is_there() -> None:
     router = Metrics()
-    RouterMetrics(router, lambda: "m").add_state(dict, list, lambda: True)
+    add_process(router, "router")
+    RouterMetrics(router, has_vllm_names=True).add_state(dict, list, lambda: True)
     code = exposed(router) | exposed(worker_metrics([Meter()], COST, Peaks(1.0, 1.0)))
     docs = written()
     assert set(docs) - set(code) == set(), "documented, but not in the code"
@@ -80,9 +81,10 @@ def test_every_metric_is_documented_and_every_documented_one_is_there() -> None:
 
 def test_names_follow_the_rules() -> None:
     for name, (kind, labels) in written().items():
-        assert name.startswith(("baton_", "vllm:"))
+        assert name.startswith(("baton_", "vllm:", "process_"))
         assert (kind == "counter") == name.endswith("_total")
-        assert not set(labels) & {"node", "pool"} or name in ("baton_nodes", "baton_node_losses_total")
+        assert not set(labels) & {"cluster", "model_name", "node"}, "these are on all series of a process"
+        assert "pool" not in labels or name in ("baton_nodes", "baton_node_losses_total", "baton_node_drains_total")
 
 
 def test_what_is_not_known_is_absent() -> None:

@@ -358,11 +358,16 @@ async def test_models_metrics_and_relay(folder: Path) -> None:
         assert "prefill-0 -> decode-0" in done.headers["x-baton-relay"]
         assert done.json()["baton"]["relay"]["transfer"]["transport"] == "fake"
         text = (await client.get("/metrics")).text
-        assert 'baton_requests_total{code="",outcome="finished"} 1.0' in text
-        assert "baton_time_to_first_token_seconds_count 1.0" in text
-        assert 'baton_nodes{pool="decode",state="ready"} 1.0' in text
-        assert 'baton_placements_total{reason="pools"} 1.0' in text
-        assert 'vllm:request_success_total{engine="0",finished_reason="length",model_name="tiny"} 1.0' in text
+        for name, labels in (
+            ("baton_requests_total", {"code": "", "outcome": "finished"}),
+            ("baton_time_to_first_token_seconds_count", {}),
+            ("baton_nodes", {"pool": "decode", "state": "ready"}),
+            ("baton_placements_total", {"reason": "pools"}),
+            ("vllm:request_success_total", {"engine": "0", "finished_reason": "length"}),
+        ):
+            everywhere = {"cluster": "default", "model_name": "tiny"}
+            shown = ",".join(f'{key}="{value}"' for key, value in sorted((labels | everywhere).items()))
+            assert f"\n{name}{{{shown}}} 1.0\n" in text
 
 
 async def test_without_a_tokenizer_ids_work_and_text_is_refused() -> None:
