@@ -1,4 +1,4 @@
-"""``python -m bench [--quick] [engine|transfer|router|cluster|observability|all]``: prints tables, saves JSON."""
+"""``python -m bench [--quick] [NAME ...]``, each of BENCHES or all: prints tables, saves JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bench import measure
 
 # Each module has ``run(quick: bool) -> dict``. A list of flat mappings in it is printed as a table, a mapping as part,
 # the rest as a line; keys starting with "samples" are saved only.
-BENCHES = ("engine", "transfer", "router", "cluster", "observability")
+BENCHES = ("engine", "transfer", "router", "cluster", "observability", "hostile")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

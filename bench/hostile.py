@@ -1,0 +1,290 @@
+"""What large inputs do to everyone else: a cluster with 16 streams of known answers, and one sender of huge bodies.
+
+Three processes beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20 ms
+on a connection of its own; one holds 16 recall streams open, checks each answer and notes each gap between two chunks.
+The first window is without hostile input: what a busy machine alone does is in its row.
+
+    python -m bench hostile
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import httpx
+import psutil
+
+import demo
+from baton.v1 import router_pb2, router_pb2_grpc
+from bench.cluster import Cluster, cluster
+from bench.measure import Samples
+from demo.tasks import recall_prompts
+
+_NUM_STREAMS = 16
+_HEALTH_EVERY_S = 0.02
+_SEND_TIMEOUT_S = 60.0
+_MB = 10**6
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """One window for each kind of input. Quick: short windows and a third of the size."""
+    return asyncio.run(_measure(2.0 if quick else 5.0, 10 * _MB if quick else 30 * _MB))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("part", choices=["health", "streams"])
+    parser.add_argument("url")
+    options = parser.parse_args()
+    if options.part == "health":
+        _ask_health(options.url)
+    else:
+        asyncio.run(_stream(options.url))
+
+
+# ── Inputs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def inputs(size: int) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
+    """Name, path and a maker of each hostile body of about ``size`` bytes."""
+
+    def completion(**fields: Any) -> Callable[[], bytes]:
+        return lambda: json.dumps({"max_tokens": 1, **fields}).encode()
+
+    def chat(**fields: Any) -> Callable[[], bytes]:
+        return lambda: json.dumps({"max_tokens": 1, **fields}).encode()
+
+    completions, chats = "/v1/completions", "/v1/chat/completions"
+    yield "prompt of 3 MB", completions, completion(prompt="Ada likes plums. " * (3 * _MB // 17))
+    yield "prompt, half", completions, completion(prompt="Ada likes plums. " * (size // 34))
+    yield "prompt", completions, completion(prompt="Ada likes plums. " * (size // 17))
+    yield "prompt of escapes", completions, completion(prompt="\x01" * (size // 6))
+    yield "prompt ids", completions, completion(prompt=[100] * (size // 5))
+    yield "prompts, empty", completions, completion(prompt=[""] * (size // 4))
+    yield "stop_token_ids", completions, completion(prompt="a", stop_token_ids=[100] * (size // 5))
+    yield "stop", completions, completion(prompt="a", stop=["x"] * (size // 5))
+    yield "logit_bias", completions, completion(prompt="a", logit_bias={str(i): 1 for i in range(size // 13)})
+    yield "metadata", completions, completion(prompt="a", metadata={f"k{i}": "v" for i in range(size // 15)})
+    yield "unknown keys", completions, completion(prompt="a", **{f"k{i}": 0 for i in range(size // 12)})
+    yield "model name", completions, completion(prompt="a", model="m" * size)
+    yield "nested", completions, lambda: b'{"prompt": ' + b"[" * (size // 2) + b"]" * (size // 2) + b"}"
+    yield "long number", completions, lambda: b'{"prompt": "a", "seed": ' + b"9" * size + b"}"
+    yield "message", chats, chat(messages=[{"role": "user", "content": "Ada likes plums. " * (size // 17)}])
+    yield "messages", chats, chat(messages=[{"role": "user", "content": "a"}] * (size // 35))
+    part = {"type": "text", "text": "a"}
+    yield "content parts", chats, chat(messages=[{"role": "user", "content": [part] * (size // 30)}])
+    yield "not JSON", completions, lambda: b"\xff" * size
+
+
+# ── The three who are watched ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def _ask_health(url: str) -> None:
+    """A line of (when, seconds it took) for each call, until the input closes."""
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    stop = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30.0)
+    while not stop.wait(_HEALTH_EVERY_S):
+        started = time.monotonic()
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        response.read()
+        assert response.status == 200, response.status
+        print(json.dumps([started, time.monotonic() - started]), flush=True)
+
+
+async def _stream(url: str) -> None:
+    """Recall streams one after the other on 16 lanes; a line for each: its chunks' times, whether it was right."""
+    stop = asyncio.Event()
+    tasks = recall_prompts(seed=41, count=256, num_pairs=(20, 120), num_questions=(8, 12))
+
+    async def until_input_closes() -> None:
+        await asyncio.to_thread(sys.stdin.read)
+        stop.set()
+
+    async def lane(client: httpx.AsyncClient, number: int) -> None:
+        index = number
+        while not stop.is_set():
+            task = tasks[index % len(tasks)]
+            index += _NUM_STREAMS
+            body = {"prompt": task.prompt, "max_tokens": task.num_output_tokens + 4, "temperature": 0, "stream": True}
+            text, times = "", []
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                error = "" if response.status_code == 200 else f"{response.status_code}"
+                async for line in response.aiter_lines():
+                    if line.startswith("data: {"):
+                        chunk = json.loads(line[len("data: ") :])
+                        times.append(time.monotonic())
+                        error = error or chunk.get("error", {}).get("message", "")
+                        text += "".join(choice["text"] for choice in chunk.get("choices", []))
+            print(json.dumps({"times": times, "error": error, "right": task.accepts(text)}), flush=True)
+
+    limits = httpx.Limits(max_connections=_NUM_STREAMS)
+    async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client, asyncio.TaskGroup() as group:
+        group.create_task(until_input_closes())
+        for number in range(_NUM_STREAMS):
+            group.create_task(lane(client, number))
+
+
+class _Watcher:
+    """A child that prints JSON lines until its input closes."""
+
+    def __init__(self, part: str, url: str) -> None:
+        command = [sys.executable, "-m", "bench.hostile", part, url]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.rows: list[Any] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        self.rows.extend(json.loads(line) for line in self._process.stdout)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        code = self._process.wait(timeout=180.0)
+        self._reader.join(timeout=10.0)
+        if code:
+            raise RuntimeError(f"a watcher ended with {code}")
+
+
+# ── The measure ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def _measure(window_s: float, size: int) -> dict[str, Any]:
+    folder = Path(demo.__file__).parent / "model"
+    options = ["--prefill", "1", "--decode", "1", "--mixed", "0"]
+    with tempfile.TemporaryDirectory() as run_dir:
+        async with cluster("hostile", options, folder, Path(run_dir)) as where:
+            return await asyncio.to_thread(_watch, where, Path(run_dir), window_s, size)
+
+
+def _watch(where: Cluster, run_dir: Path, window_s: float, size: int) -> dict[str, Any]:
+    router = psutil.Process(json.loads((run_dir / "hostile.json").read_text())["router_pid"])
+    rss_before = router.memory_info().rss
+    losses_before = _node_losses(where.http)
+    windows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        health, streams = _Watcher("health", where.http), _Watcher("streams", where.http)
+        stack.callback(streams.close)
+        stack.callback(health.close)
+        time.sleep(2.0)  # connections, first answers
+        windows.append(_window("none", lambda: time.sleep(window_s), window_s, router))
+        for name, path, make in inputs(size):
+            body = make()
+            windows.append(_window(name, lambda p=path, b=body: _post(where.http, p, b), window_s, router))
+        big = "Ada likes plums. " * (size // 17)
+        windows.append(_window("gRPC prompt", lambda: _generate(where, run_dir, big), window_s, router))
+    rows = [_row(window, health.rows, streams.rows) for window in windows]
+    late = Samples.of(took for at, took in health.rows if at >= windows[1]["from_s"])
+    return {
+        "windows": rows,
+        "health_p99_ms": 1e3 * late.percentile(0.99),
+        "health_max_ms": 1e3 * max(late.values),
+        "longest_gap_ms": max(row["longest_gap_ms"] for row in rows[1:]),
+        "nodes_lost": _node_losses(where.http) - losses_before,
+        "streams": len(streams.rows),
+        "streams_failed": sum(bool(row["error"]) for row in streams.rows),
+        "streams_wrong": sum(not row["right"] for row in streams.rows),
+        "rss_before_mib": rss_before / 2**20,
+        "rss_after_mib": router.memory_info().rss / 2**20,
+        "rss_peak_mib": _peak_rss(router.pid) / 2**20,
+    }
+
+
+def _window(name: str, send: Callable[[], str | None], window_s: float, router: psutil.Process) -> dict[str, Any]:
+    """Send again and again for the window; what was answered, and from when to when."""
+    from_s = time.monotonic()
+    answers: list[str] = []
+    while time.monotonic() - from_s < window_s:
+        answers.append(send() or "")
+    time.sleep(1.0)  # what the last one left behind
+    return {
+        "name": name,
+        "from_s": from_s,
+        "to_s": time.monotonic(),
+        "sent": len(answers),
+        "answer": answers[-1],
+        "rss_mib": router.memory_info().rss / 2**20,
+    }
+
+
+def _row(window: dict[str, Any], health: list[Any], streams: list[Any]) -> dict[str, Any]:
+    first, last = window["from_s"], window["to_s"]
+    took = Samples.of(took for at, took in health if first <= at <= last)
+    gaps = [
+        later - earlier
+        for stream in streams
+        for earlier, later in zip(stream["times"], stream["times"][1:], strict=False)
+        if later >= first and earlier <= last
+    ]
+    return {
+        "input": window["name"],
+        "sent": window["sent"],
+        "answer": window["answer"],
+        "health_p50_ms": 1e3 * took.median,
+        "health_p99_ms": 1e3 * took.percentile(0.99),
+        "health_max_ms": 1e3 * max(took.values),
+        "longest_gap_ms": 1e3 * max(gaps, default=0.0),
+        "rss_mib": window["rss_mib"],
+    }
+
+
+def _post(url: str, path: str, body: bytes) -> str:
+    parts = urlsplit(url)
+    assert parts.hostname is not None
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=_SEND_TIMEOUT_S)
+    try:
+        connection.request("POST", path, body, {"content-type": "application/json"})
+        response = connection.getresponse()
+        response.read()
+        return str(response.status)
+    except (BrokenPipeError, ConnectionResetError):
+        # Refused before it was read: the server answered and closed.
+        return "closed"
+    finally:
+        connection.close()
+
+
+def _generate(where: Cluster, run_dir: Path, prompt: str) -> str:
+    address = json.loads((run_dir / "hostile.json").read_text())["grpc"]
+    with grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)]) as channel:
+        try:
+            for _ in router_pb2_grpc.RouterStub(channel).Generate(
+                router_pb2.GenerateRequest(prompt=prompt), timeout=_SEND_TIMEOUT_S
+            ):
+                pass
+        except grpc.RpcError as error:
+            return str(error.code().name)
+    return "OK"
+
+
+def _node_losses(url: str) -> int:
+    text = httpx.get(f"{url}/metrics", timeout=30.0).text
+    return int(sum(float(x.rsplit(" ", 1)[1]) for x in text.splitlines() if x.startswith("baton_node_losses_total")))
+
+
+def _peak_rss(pid: int) -> int:
+    line = next(x for x in Path(f"/proc/{pid}/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()
