@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,7 +99,12 @@ def _ask_health(url: str) -> None:
     parts = urlsplit(url)
     assert parts.hostname is not None
     stop = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+
+    def until_input_closes() -> None:
+        sys.stdin.read()
+        stop.set()
+
+    threading.Thread(target=until_input_closes, daemon=True).start()
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30.0)
     while not stop.wait(_HEALTH_EVERY_S):
         started = time.monotonic()
@@ -189,7 +195,7 @@ def _watch(where: Cluster, run_dir: Path, window_s: float, size: int) -> dict[st
         windows.append(_window("none", lambda: time.sleep(window_s), window_s, router))
         for name, path, make in inputs(size):
             body = make()
-            windows.append(_window(name, lambda p=path, b=body: _post(where.http, p, b), window_s, router))
+            windows.append(_window(name, partial(_post, where.http, path, body), window_s, router))
         big = "Ada likes plums. " * (size // 17)
         windows.append(_window("gRPC prompt", lambda: _generate(where, run_dir, big), window_s, router))
     rows = [_row(window, health.rows, streams.rows) for window in windows]
