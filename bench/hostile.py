@@ -1,5 +1,7 @@
 """What large inputs do to everyone else: a cluster with 16 streams of known answers, and one sender of huge bodies.
 
+Each kind of body is sent twice: so large that it is refused by its length, and just small enough to be read.
+
 Three processes beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20 ms
 on a connection of its own; one holds 16 recall streams open, checks each answer and notes each gap between two chunks.
 The first window is without hostile input: what a busy machine alone does is in its row.
@@ -39,11 +41,13 @@ _NUM_STREAMS = 16
 _HEALTH_EVERY_S = 0.02
 _SEND_TIMEOUT_S = 60.0
 _MB = 10**6
+# The router reads bodies of up to 4 MiB whatever the model, and refuses those of over 32 MiB.
+_SIZES = (int(3.9 * _MB), 30 * _MB)
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """One window for each kind of input. Quick: short windows and a third of the size."""
-    return asyncio.run(_measure(2.0 if quick else 5.0, 10 * _MB if quick else 30 * _MB))
+    """One window for each kind of input and size."""
+    return asyncio.run(_measure(1.5 if quick else 4.0))
 
 
 def main() -> None:
@@ -70,8 +74,6 @@ def inputs(size: int) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
         return lambda: json.dumps({"max_tokens": 1, **fields}).encode()
 
     completions, chats = "/v1/completions", "/v1/chat/completions"
-    yield "prompt of 3 MB", completions, completion(prompt="Ada likes plums. " * (3 * _MB // 17))
-    yield "prompt, half", completions, completion(prompt="Ada likes plums. " * (size // 34))
     yield "prompt", completions, completion(prompt="Ada likes plums. " * (size // 17))
     yield "prompt of escapes", completions, completion(prompt="\x01" * (size // 6))
     yield "prompt ids", completions, completion(prompt=[100] * (size // 5))
@@ -174,15 +176,15 @@ class _Watcher:
 # ── The measure ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def _measure(window_s: float, size: int) -> dict[str, Any]:
+async def _measure(window_s: float) -> dict[str, Any]:
     folder = Path(demo.__file__).parent / "model"
     options = ["--prefill", "1", "--decode", "1", "--mixed", "0"]
     with tempfile.TemporaryDirectory() as run_dir:
         async with cluster("hostile", options, folder, Path(run_dir)) as where:
-            return await asyncio.to_thread(_watch, where, Path(run_dir), window_s, size)
+            return await asyncio.to_thread(_watch, where, Path(run_dir), window_s)
 
 
-def _watch(where: Cluster, run_dir: Path, window_s: float, size: int) -> dict[str, Any]:
+def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
     router = psutil.Process(json.loads((run_dir / "hostile.json").read_text())["router_pid"])
     rss_before = router.memory_info().rss
     losses_before = _node_losses(where.http)
@@ -193,11 +195,13 @@ def _watch(where: Cluster, run_dir: Path, window_s: float, size: int) -> dict[st
         stack.callback(health.close)
         time.sleep(2.0)  # connections, first answers
         windows.append(_window("none", lambda: time.sleep(window_s), window_s, router))
-        for name, path, make in inputs(size):
-            body = make()
-            windows.append(_window(name, partial(_post, where.http, path, body), window_s, router))
-        big = "Ada likes plums. " * (size // 17)
-        windows.append(_window("gRPC prompt", lambda: _generate(where, run_dir, big), window_s, router))
+        for size in _SIZES:
+            for name, path, make in inputs(size):
+                send = partial(_post, where.http, path, make())
+                windows.append(_window(f"{name}, {size / _MB:.0f} MB", send, window_s, router))
+            # gRPC has no escapes: half as much is read.
+            send = partial(_generate, where, run_dir, "Ada likes plums. " * (size // 34))
+            windows.append(_window(f"gRPC prompt, {size / 2 / _MB:.0f} MB", send, window_s, router))
     rows = [_row(window, health.rows, streams.rows) for window in windows]
     late = Samples.of(took for at, took in health.rows if at >= windows[1]["from_s"])
     return {
