@@ -93,7 +93,8 @@ def test_kustomizations_name_what_there_is(folder: str) -> None:
     here = KUBERNETES / folder
     (found,) = documents(here / "kustomization.yaml")
     known = {
-        "apiVersion", "kind", "namespace", "labels", "resources", "components", "configMapGenerator", "images", "patches",
+        "apiVersion", "kind", "namespace", "labels", "resources", "components", "configMapGenerator", "images",
+        "patches",
     }  # fmt: skip
     assert set(found) <= known
     assert found["kind"] == ("Component" if folder.startswith("components/") else "Kustomization")
