@@ -25,7 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from baton.errors import BadConfig, Unavailable
+from baton.errors import BadConfig, Unavailable, quoted
 from baton.types import Role
 
 _T = TypeVar("_T")
@@ -94,6 +94,13 @@ class NodeRecord:
         )
 
 
+def check_cluster(name: str) -> None:
+    """A name that keys of Redis and labels of metrics can have. Raises BadConfig."""
+    if not _CLUSTER.fullmatch(name):
+        expected = "up to 64 letters, digits, '.', '_', '-'"
+        raise BadConfig(f"cluster is {quoted(name)}, expected {expected}", param="cluster")
+
+
 @dataclass(frozen=True, slots=True)
 class RegistryConfig:
     """``url``: redis://[user:password@]host:port/db, rediss:// for TLS, unix:///path. Raises BadConfig."""
@@ -107,8 +114,7 @@ class RegistryConfig:
         if urlsplit(self.url).scheme not in _SCHEMES:
             expected = "redis://host:port/db, rediss:// for TLS, or unix:///path"
             raise BadConfig(f"registry is {self.shown_url!r}, expected {expected}", param="registry")
-        if not _CLUSTER.fullmatch(self.cluster):
-            raise BadConfig(f"cluster is {self.cluster!r}, expected letters, digits, '.', '_', '-'", param="cluster")
+        check_cluster(self.cluster)
         if not 0 < self.timeout_s < float("inf"):
             raise BadConfig(f"registry timeout_s is {self.timeout_s}, expected a positive number", param="registry")
 

@@ -22,7 +22,7 @@ from baton.defects import Defects
 from baton.errors import BadConfig, InternalError
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
-from baton.registry import NodeRecord, Registry, RegistryConfig
+from baton.registry import NodeRecord, Registry, RegistryConfig, check_cluster
 from baton.server import GrpcServer
 from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
@@ -108,6 +108,7 @@ class WorkerConfig:
             value = getattr(self, name)
             if not 0 < value < float("inf"):
                 raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
+        check_cluster(self.cluster)
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
             raise BadConfig(f"metrics_port is {self.metrics_port}, expected a port, 0 or None", param="metrics_port")
         if self.num_blocks is not None and self.num_blocks < 1:

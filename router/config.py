@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import BadConfig
-from baton.registry import RegistryConfig
+from baton.registry import RegistryConfig, check_cluster
 from router.flow import FlowConfig
 from router.membership import MembershipConfig
 from router.policy import PolicyConfig
@@ -124,6 +124,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         has_source = len(self.nodes) > 0 or self.registry is not None
         _check(has_source, "nodes", self.nodes, "at least one host:port, or a registry")
+        check_cluster(self.cluster)
         _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
         for address in self.nodes:
             host, _, port = address.rpartition(":")

@@ -115,6 +115,10 @@ def _wait_for_three_nodes_once(prometheus: Prometheus) -> None:
     assert shown["mixed"] == 3
     until(lambda: numbers(prometheus.query('count(up{job="baton-worker"} == 1)')) == [3], "three targets")
     until(lambda: numbers(prometheus.query("baton:routers:count")) == [2], "two routers")
+    for job in ("router", "worker"):
+        own = f'{{__name__=~"(baton_|process_|vllm:).+", job="baton-{job}"'
+        assert prometheus.query(f"count({own}}})")
+        assert not prometheus.query(f'{own}, cluster!="west"}} or {own}, model_name!="m"}}')
 
 
 def _wait_for_evaluations(prometheus: Prometheus, condition: str) -> None:

@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,8 @@ def test_kustomizations_name_what_there_is(folder: str) -> None:
     here = KUBERNETES / folder
     (found,) = documents(here / "kustomization.yaml")
     known = {
-        "apiVersion", "kind", "namespace", "labels", "resources", "components", "configMapGenerator", "images", "patches",
+        "apiVersion", "kind", "namespace", "labels", "resources", "components", "configMapGenerator", "images",
+        "patches",
     }  # fmt: skip
     assert set(found) <= known
     assert found["kind"] == ("Component" if folder.startswith("components/") else "Kustomization")
@@ -202,6 +204,9 @@ def test_the_models_job_is_a_command_of_the_hubs_own_program() -> None:
         [Path(sys.executable).parent / program, verb, "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     options = {word.partition("=")[0] for word in container(job)["args"] if word.startswith("--")}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert container(job)["image"] == "baton-worker"
+    assert [need for need in extras["worker"] if need.startswith("huggingface-hub")]
     assert options == {option for option in options if option in told.stdout}
 
 

@@ -59,6 +59,7 @@ def test_import_baton_is_light() -> None:
         ({"nodes": ()}, "nodes"),
         ({"nodes": ("nowhere",)}, "nodes"),
         ({"nodes": ("a:1", "a:1")}, "nodes"),
+        ({"nodes": ("a:1",), "cluster": "no spaces"}, "cluster"),
         ({"nodes": ("a:1",), "http_port": 70000}, "http_port"),
         ({"nodes": ("a:1",), "http_port": None, "grpc_port": None}, "http_port"),
         ({"nodes": ("a:1",), "flow": FlowConfig(max_attempts=0)}, "FlowConfig.max_attempts"),

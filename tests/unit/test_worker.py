@@ -327,8 +327,11 @@ async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     "bad",
-    [{"grace_s": 0.0}, {"close_s": 0.0}, {"num_blocks": 0}, {"lease_ttl_s": -1.0}, {"stall_limit_s": float("nan")}],
-)
-def test_bad_settings_stop_the_start(bad: dict[str, float]) -> None:
+    [
+        {"grace_s": 0.0}, {"close_s": 0.0}, {"num_blocks": 0}, {"lease_ttl_s": -1.0}, {"stall_limit_s": float("nan")},
+        {"cluster": "no spaces"},
+    ],
+)  # fmt: skip
+def test_bad_settings_stop_the_start(bad: dict[str, float | str]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):
         WorkerConfig(model=Path("x"), role=Role.MIXED, **bad)  # type: ignore[arg-type]
