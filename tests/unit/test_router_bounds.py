@@ -267,7 +267,7 @@ async def test_sizes_over_grpc_are_looked_at_before_anything_is_copied(folder: P
     async with served(folder) as (router, _), aio.insecure_channel(router.grpc or "") as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         many = router_pb2.GenerateRequest(prompt_token_ids=router_pb2.TokenIds(token_ids=[1] * 1_000_000))
-        assert (await ask(stub, many))[:2] == ("INVALID_ARGUMENT", "prompt_token_ids")
+        assert (await ask(stub, many))[:2] == ("INVALID_ARGUMENT", "prompt")
         chat = router_pb2.Chat(messages=[router_pb2.ChatMessage()] * 500_000)
         assert (await ask(stub, router_pb2.GenerateRequest(chat=chat)))[:2] == ("INVALID_ARGUMENT", "chat")
         stops = router_pb2.GenerateRequest(prompt="a", stop=[""] * 500_000)
