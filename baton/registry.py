@@ -25,6 +25,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
+from baton.address import parse_address
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.types import Role
 
@@ -80,11 +81,13 @@ class NodeRecord:
     @classmethod
     def parse(cls, fields: Mapping[str, str]) -> NodeRecord:
         """Raises ValueError for what no node of ours has written."""
-        host, _, port = fields.get("address", "").rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ValueError(f"address is {fields.get('address')!r}, expected host:port")
-        if not fields.get("incarnation", "").isdigit():
-            raise ValueError(f"incarnation is {fields.get('incarnation')!r}, expected a number")
+        try:
+            parse_address(fields.get("address", ""), "address", lowest_port=1)
+        except BadConfig as error:
+            raise ValueError(error.message) from error
+        incarnation = fields.get("incarnation", "")
+        if not incarnation.isascii() or not incarnation.isdigit() or len(incarnation) > 20:
+            raise ValueError(f"incarnation is {quoted(fields.get('incarnation'))}, expected a number")
         return cls(
             node_id=fields.get("node_id", ""),
             address=fields["address"],
@@ -180,7 +183,7 @@ class Registry:
             try:
                 found.append(NodeRecord.parse(fields))
             except ValueError as error:
-                problems.append(f"record of {address}: {error}")
+                problems.append(f"record of {quoted(address)}: {error}")
         return found, problems
 
     async def changes(self, look_s: float) -> AsyncGenerator[bool, None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton import codec
-from baton.errors import Incompatible, InvalidRequest
+from baton.errors import Incompatible, InvalidRequest, quoted
 from baton.types import NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from kvtransfer.protocol import messages as m
@@ -146,6 +146,6 @@ def choose_transport(
         if name in supported and reaches.get(name, True):
             return name
     raise Incompatible(
-        f"{theirs.node_id} offers transports {offered} from host {theirs.host_id!r}, "
-        f"{mine.node_id} has {supported} on host {mine.host_id!r}: none of them connects the two"
+        f"{theirs.node_id} offers transports {offered} from host {quoted(theirs.host_id)}, "
+        f"{mine.node_id} has {supported} on host {quoted(mine.host_id)}: none of them connects the two"
     )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
-from baton.errors import BadConfig
+from baton.errors import BadConfig, quoted
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.transports.fake import Mischief
@@ -51,7 +51,9 @@ class TransferConfig:
             raise BadConfig(f"transports is empty, expected some of {', '.join(TRANSPORTS)}")
         for spec in self.transports:
             if transport_name(spec) not in TRANSPORTS:
-                raise BadConfig(f"transport {spec!r} is unknown, expected {', '.join(TRANSPORTS)} or fake:...,over=one")
+                raise BadConfig(
+                    f"transport {quoted(spec)} is unknown, expected {', '.join(TRANSPORTS)} or fake:...,over=one"
+                )
         for name in ("copy_threads", "verify_threads", "tcp_streams"):
             if not 1 <= getattr(self, name) <= 64:
                 raise BadConfig(f"{name} is {getattr(self, name)}, expected 1 to 64")

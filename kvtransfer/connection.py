@@ -10,7 +10,7 @@ import grpc
 import grpc.aio
 
 from baton import codec
-from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed
+from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed, quoted
 from baton.types import KvLayout, NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
@@ -150,7 +150,7 @@ async def _greet(
     await call.write(pb.ChannelRequest(hello=hello))
     response = await call.read()
     if not isinstance(response, pb.ChannelResponse) or response.WhichOneof("message") != "welcome":
-        raise TransferFailed(f"expected Welcome on a transfer channel, got {response!r}")
+        raise TransferFailed(f"expected Welcome on a transfer channel, got {quoted(response)}")
     return call, response.welcome
 
 
@@ -165,7 +165,9 @@ async def _open_wire(
 ) -> Wire:
     name = welcome.transport
     if name not in config.transport_names:
-        raise Incompatible(f"the receiver chose transport {name!r}, offered were {', '.join(config.transport_names)}")
+        raise Incompatible(
+            f"the receiver chose transport {quoted(name)}, offered were {', '.join(config.transport_names)}"
+        )
 
     def on_lost(reason: str) -> None:
         _lose(lost, reason)

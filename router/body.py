@@ -80,13 +80,15 @@ class TooLarge(errors.InvalidRequest):
         return "RequestTooLarge"
 
 
-def check_structure(content: bytes, limits: LimitsConfig) -> None:
+def check_structure(content: bytes, limits: LimitsConfig, max_model_tokens: int | None) -> None:
     """Raises InvalidRequest for JSON of more parts than a parser may be given. What texts contain does not count."""
+    for_tokens = 2 * (max_model_tokens or 0)
+    _check_num("escapes", content.count(b"\\"), max(limits.max_body_escapes, for_tokens))
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
     _check_num("texts", plain.count(b'"') // 2, limits.max_body_texts)
     outside = b"".join(plain.split(b'"')[::2])
     _check_num("lists and objects", outside.count(b"[") + outside.count(b"{"), limits.max_body_containers)
-    _check_num("values", outside.count(b","), limits.max_body_values)
+    _check_num("values", outside.count(b","), max(limits.max_body_values, for_tokens))
 
 
 def _check_num(what: str, num: int, limit: int) -> None:

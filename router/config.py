@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from baton.errors import BadConfig
+from baton.address import parse_address
+from baton.errors import BadConfig, quoted
 from baton.registry import RegistryConfig, check_cluster
 from router.flow import FlowConfig
 from router.membership import MembershipConfig
@@ -30,8 +31,10 @@ class LimitsConfig:
     least_body_bytes: int = 4 * 1024 * 1024
     # Of all bodies that are being read or tokenized.
     max_bodies_bytes: int = 64 * 1024 * 1024
-    # Parts of a body's JSON. A parser holds up every stream for 30 ns a value, 0.3 us a text, 2 us a list or object.
-    max_body_values: int = 500_000
+    # Parts of a body's JSON. A parser holds up every stream for 30 ns a value or an escaped character, 0.3 us a text,
+    # 2 us a list or object. Of values and escapes there may always be two for each token of the context.
+    max_body_values: int = 300_000
+    max_body_escapes: int = 400_000
     max_body_texts: int = 32_768
     max_body_containers: int = 8192
     # Threads that parse, render and tokenize large requests, and how many of those may run and wait.
@@ -127,8 +130,7 @@ class RouterConfig:
         check_cluster(self.cluster)
         _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
         for address in self.nodes:
-            host, _, port = address.rpartition(":")
-            _check(bool(host) and port.isdigit() and 0 < int(port) < 65536, "nodes", address, "host:port")
+            parse_address(address, "nodes", lowest_port=1)
         is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
         _check(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
         for name in ("http_port", "grpc_port"):
@@ -158,11 +160,11 @@ class RouterConfig:
         settings: dict[str, Any] = {}
         for key, value in values.items():
             if key not in known:
-                raise BadConfig(f"{source}: unknown setting {key!r}, expected one of {sorted(known)}", param=key)
+                raise BadConfig(f"{source}: unknown setting {quoted(key)}, expected one of {sorted(known)}", param=key)
             if key in parts:
                 unknown = set(value) - {f.name for f in fields(parts[key])}
                 if unknown:
-                    raise BadConfig(f"{source}: unknown settings {sorted(unknown)} in {key!r}", param=key)
+                    raise BadConfig(f"{source}: unknown settings {quoted(sorted(unknown))} in {quoted(key)}", param=key)
                 value = parts[key](**value)
             elif key in ("nodes", "api_keys"):
                 value = tuple(value)
@@ -174,4 +176,4 @@ class RouterConfig:
 
 def _check(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise BadConfig(f"setting {name} is {value!r}, expected {expected}", param=name)
+        raise BadConfig(f"setting {name} is {quoted(value)}, expected {expected}", param=name)

@@ -320,7 +320,9 @@ class Dispatcher:
         member = self._membership.member_of(node) or self._membership.members.get(node)
         if member is None:
             known = sorted(x.node.node_id for x in self.members if x.is_up and x.node is not None)
-            raise errors.UnknownNode(f"no node {node!r} is up, expected one of {known} or an address", param="node")
+            raise errors.UnknownNode(
+                f"no node {errors.quoted(node)} is up, expected one of {known} or an address", param="node"
+            )
         return member.address, await self._links[member.address].drain(grace_s)
 
     def check(self) -> None:

@@ -106,7 +106,7 @@ class HttpFace:
 
         def work() -> tuple[CompletionBody | ChatBody, GenerationRequest]:
             if len(content) > SMALL_BODY_BYTES:
-                check_structure(content, self._limits)
+                check_structure(content, self._limits, self._frontend.max_model_tokens)
             body = parse(kind, content)
             return body, body.request()
 

@@ -8,9 +8,9 @@ clients send them by habit and they concern accounts or speed only.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from baton.errors import InvalidRequest, quoted, shortened
@@ -183,7 +183,8 @@ class Message(BaseModel):
 
 
 class ChatBody(_Common):
-    messages: Annotated[list[Message], FailFast()]
+    # Each is looked at by itself: thousands in one call hold up every stream.
+    messages: list[Any]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
@@ -210,7 +211,7 @@ class ChatBody(_Common):
         refuse_unless("modalities", self.modalities, (["text"],), "the served models write text only")
         sampling = self.sampling(max_tokens, param, self._num_logprobs())
         conversation = Conversation(
-            tuple(m.flat(f"messages.{i}") for i, m in enumerate(self.messages)),
+            tuple(_message(m, i) for i, m in enumerate(self.messages)),
             add_generation_prompt=self.add_generation_prompt is not False,
             variables=self.chat_template_kwargs or {},
         )
@@ -247,11 +248,15 @@ def parse(kind: type[_Model], body: bytes) -> _Model:
             raise InvalidRequest(
                 f"{name} has {len(value)} entries, expected at most {_MAX_ENTRIES[name]}", param=name
             )  # fmt: skip
+    return _validated(kind, fields, ())
+
+
+def _validated(kind: type[_Model], fields: object, where: tuple[int | str, ...]) -> _Model:
     try:
         return kind.model_validate(fields)
     except ValidationError as invalid:
         first = invalid.errors(include_url=False, include_context=False)[0]
-        raise _bad_field(first["type"], first["loc"], first["msg"], first["input"]) from None
+        raise _bad_field(first["type"], (*where, *first["loc"]), first["msg"], first["input"]) from None
 
 
 def _fields(body: bytes) -> dict[str, Any]:
@@ -292,6 +297,10 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
             raise InvalidRequest(f"logit_bias has key {quoted(key)}, expected token ids", param="logit_bias")
         found[int(key)] = value
     return found
+
+
+def _message(message: object, number: int) -> ChatMessage:
+    return _validated(Message, message, ("messages", number)).flat(f"messages.{number}")
 
 
 def _part_text(part: object, where: str) -> str:

@@ -96,14 +96,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """Before anything is copied out of the message: its lists may have millions of items."""
         sampling = request.sampling
         for param, items, limit in (
-            ("prompt_token_ids", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
+            ("prompt", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
             ("chat", request.chat.messages, self._config.limits.max_body_containers),
             ("stop", request.stop, self._config.limits.max_stop_strings),
             ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
             ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIASES),
         ):
             if limit is not None and len(items) > limit:
-                kind = errors.PromptTooLong if param == "prompt_token_ids" else errors.InvalidRequest
+                kind = errors.PromptTooLong if param == "prompt" else errors.InvalidRequest
                 raise kind(f"{param} has {len(items)} entries, expected at most {limit}", param=param)
 
     def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:

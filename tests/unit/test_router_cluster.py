@@ -400,7 +400,7 @@ async def test_bad_requests_say_what_is_wrong() -> None:
             ([1], {"logit_bias": {VOCAB: 1.0}}, errors.InvalidRequest, "logit_bias"),
             ([1] * 5000, {}, errors.PromptTooLong, "prompt"),
             ([1], {"max_tokens": 5000}, errors.PromptTooLong, "max_tokens"),
-            ([1], {"timeout_s": 1e9}, errors.InvalidRequest, "timeout"),
+            ([1], {"timeout_s": 1e9}, errors.InvalidRequest, "timeout_s"),
         ]
         for prompt, settings, kind, param in cases:
             with pytest.raises(kind) as refused:

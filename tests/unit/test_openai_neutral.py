@@ -1,0 +1,140 @@
+"""Fields of OpenAI and vLLM that the server does not have: values that ask for nothing pass, others are named."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from baton.errors import InvalidRequest
+from router.openai_request import ChatBody, CompletionBody, parse
+
+CHAT = {"messages": [{"role": "user", "content": "x"}]}
+
+NEUTRAL: list[dict[str, Any]] = [
+    {"prompt_logprobs": None},
+    {"length_penalty": 1.0},
+    {"length_penalty": 1},
+    {"use_beam_search": False},
+    {"early_stopping": False},
+    {"spaces_between_special_tokens": True},
+    {"detokenize": True},
+    {"truncate_prompt_tokens": None},
+    {"allowed_token_ids": None},
+    {"bad_words": []},
+    {"logits_processors": None},
+    {"logits_processors": []},
+    {"structured_outputs": None},
+    {"structural_tag": None},
+    {"prompt_embeds": None},
+    {"cache_salt": None},
+    {"kv_transfer_params": None},
+    {"vllm_xargs": {}},
+    {"mm_processor_kwargs": {}},
+    {"response_format": None},
+    {"response_format": {"type": "text"}},
+    {"best_of": 1},
+    {"priority": 0},
+    {"suffix": ""},
+    *[{f"guided_{x}": None} for x in ("json", "regex", "choice", "grammar", "decoding_backend", "whitespace_pattern")],
+]
+NEUTRAL_IN_CHAT: list[dict[str, Any]] = [
+    *[x for x in NEUTRAL if not {"best_of", "suffix"} & set(x)],
+    {"continue_final_message": False},
+    {"echo": False},
+    {"documents": None},
+    {"documents": []},
+    {"chat_template": None},
+    {"reasoning_effort": None},
+    {"reasoning_effort": "none"},
+    {"include_reasoning": True},
+    {"thinking_token_budget": None},
+    {"verbosity": None},
+    {"verbosity": "medium"},
+    {"web_search_options": None},
+    {"tools": []},
+    {"tools": [{"type": "function", "function": {"name": "f"}}], "tool_choice": "none"},
+    {"tool_choice": "auto"},
+    {"functions": [{"name": "f"}], "function_call": "none"},
+    {"parallel_tool_calls": True},
+    {"top_logprobs": 0},
+    {"top_logprobs": 0, "logprobs": False},
+    {"modalities": ["text"]},
+    {"audio": None},
+]
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"length_penalty": 0.5}, "length_penalty"),
+    ({"length_penalty": True}, "length_penalty"),
+    ({"use_beam_search": True}, "use_beam_search"),
+    ({"use_beam_search": 0}, "use_beam_search"),
+    ({"early_stopping": "never"}, "early_stopping"),
+    ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
+    ({"detokenize": False}, "detokenize"),
+    ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+    ({"allowed_token_ids": [1]}, "allowed_token_ids"),
+    ({"bad_words": ["x"]}, "bad_words"),
+    ({"logits_processors": ["x"]}, "logits_processors"),
+    ({"guided_json": {"type": "object"}}, "guided_json"),
+    ({"guided_regex": "a"}, "guided_regex"),
+    ({"structured_outputs": {"json": {}}}, "structured_outputs"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format.type"),
+    ({"response_format": {}}, "response_format.type"),
+    ({"response_format": "text/plain"}, "response_format.type"),
+    ({"cache_salt": "x"}, "cache_salt"),
+]
+REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
+    *REFUSED,
+    ({"continue_final_message": True}, "continue_final_message"),
+    ({"echo": True}, "echo"),
+    ({"documents": [{"text": "x"}]}, "documents"),
+    ({"chat_template": "{{ messages }}"}, "chat_template"),
+    ({"reasoning_effort": "high"}, "reasoning_effort"),
+    ({"include_reasoning": False}, "include_reasoning"),
+    ({"verbosity": "high"}, "verbosity"),
+    ({"web_search_options": {}}, "web_search_options"),
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": "auto"}, "tools"),
+    ({"tools": [{"type": "function"}], "tool_choice": "required"}, "tools"),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"modalities": ["text", "audio"]}, "modalities"),
+    ({"audio": {"voice": "x"}}, "audio"),
+    ({"top_logprobs": 1, "logprobs": False}, "top_logprobs"),
+]
+
+
+def asked(fields: dict[str, Any], *, is_chat: bool) -> None:
+    if is_chat:
+        parse(ChatBody, json.dumps(CHAT | fields).encode()).request()
+    else:
+        parse(CompletionBody, json.dumps({"prompt": "x"} | fields).encode()).request()
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_chat"), [*[(x, False) for x in NEUTRAL], *[(x, True) for x in NEUTRAL_IN_CHAT]], ids=str
+)
+def test_what_asks_for_nothing_passes(fields: dict[str, Any], is_chat: bool) -> None:
+    asked(fields, is_chat=is_chat)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "is_chat"), [*[(*x, False) for x in REFUSED], *[(*x, True) for x in REFUSED_IN_CHAT]], ids=str
+)
+def test_what_asks_for_something_is_refused_by_its_name(fields: dict[str, Any], param: str, is_chat: bool) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        asked(fields, is_chat=is_chat)
+    assert refused.value.param == param
+    assert param.split(".")[0] in refused.value.message
+
+
+def test_what_nobody_knows_stays_unknown() -> None:
+    with pytest.raises(InvalidRequest, match="Unrecognized request argument supplied: frobnicate") as refused:
+        asked({"frobnicate": None}, is_chat=True)
+    assert refused.value.param == "frobnicate"
+    with pytest.raises(InvalidRequest, match="verbosity"):
+        asked({"verbosity": None}, is_chat=False)
