@@ -47,6 +47,12 @@ class LimitsConfig:
     max_timeout_s: float = 3600.0
     # A client that takes no byte for so long is gone. One that takes a little now and then is only slow.
     write_timeout_s: float = 60.0
+    # What may wait for one slow reader, which is a whole answer of 4,000 tokens with 20 logprobs each, and for all of
+    # them. A sequence with more waiting fails.
+    max_stream_bytes: int = 1024 * 1024
+    max_unread_bytes: int = 256 * 1024 * 1024
+    # An answer that is not streamed, with all of its choices, while it is put together.
+    max_answer_bytes: int = 64 * 1024 * 1024
     # Connections of clients over HTTP; fewer if the process may not open so many files. When all are taken, the one
     # that has been without a request for longest makes room.
     max_connections: int = 4096

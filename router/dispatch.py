@@ -29,7 +29,7 @@ from router.flow import Flow
 from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
-from router.stream import Pacer, TokenStream
+from router.stream import Backlog, Pacer, TokenStream
 
 _log = logging.getLogger("baton.router")
 
@@ -134,6 +134,10 @@ class Dispatcher:
         # Something happened since the last look that can make room for a waiting sequence.
         self._has_changed = False
         self._pacer = Pacer(config.limits.max_hold_s)
+        self.backlog = Backlog(
+            max_stream_bytes=config.limits.max_stream_bytes, max_answer_bytes=config.limits.max_answer_bytes,
+            max_bytes=config.limits.max_unread_bytes,
+        )  # fmt: skip
         self._ticker: asyncio.TimerHandle | None = None
         self._down_since_s: float | None = clock.now()
         self._finished_at_s: deque[float] = deque(maxlen=64)
@@ -218,7 +222,10 @@ class Dispatcher:
         )
         reference = self._membership.reference
         active = Active(
-            flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint, origin
+            flow,
+            TokenStream(self._pacer, self.backlog),
+            "" if reference is None else reference.model.fingerprint,
+            origin,
         )
         self._active.add(active)
         self._idle.clear()
@@ -230,6 +237,15 @@ class Dispatcher:
         if not active.flow.has_ended:
             self._metrics.cancellations.add(active.flow.phase.value)
             self._feed(active, f.Cancel(reason))
+            self._pump()
+        active.stream.drop()
+
+    def _give_up_reader(self, active: Active) -> None:
+        """Told later than the token that was one too many: a flow is in the middle of its actions."""
+        complaint = active.stream.complaint
+        if complaint is not None and not active.flow.has_ended:
+            active.stream.drop()
+            self._feed(active, f.Abandon(errors.ClientTooSlow(f"the client reads too slowly: {complaint}")))
             self._pump()
 
     def stop_text(self, active: Active) -> None:
@@ -512,6 +528,8 @@ class Dispatcher:
         match action:
             case f.Deliver():
                 active.stream.push(action.token_ids, action.logprobs)
+                if active.stream.complaint is not None:
+                    asyncio.get_running_loop().call_soon(self._give_up_reader, active)
             case f.Enqueue():
                 self._enqueue(active, action.is_rerun)
             case f.SendReserve() | f.SendRun() | f.SendCancel():

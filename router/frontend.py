@@ -23,6 +23,7 @@ from router.dispatch import Active, Dispatcher, Origin
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind
 from router.offload import Offload
+from router.stream import Backlog
 from router.text import TextStream
 from router.tokenizer import ModelFacts, Tokenizer, require
 
@@ -211,6 +212,10 @@ class Frontend:
     def model_name(self) -> str:
         reference = self._dispatcher.reference
         return self._model_name or (reference.model.name if reference else "")
+
+    @property
+    def backlog(self) -> Backlog:
+        return self._dispatcher.backlog
 
     @property
     def max_model_tokens(self) -> int | None:

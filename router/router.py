@@ -41,26 +41,32 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._config = config
         self._history = history
 
-    async def Generate(  # noqa: N802 (gRPC names)
+    async def Generate(  # type: ignore[override]  # noqa: N802 (gRPC names)
         self,
         request: router_pb2.GenerateRequest,
         context: Context,
-    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+    ) -> None:
         accepted: Accepted | None = None
         try:
             accepted = await self._frontend.start(self._asked(request, context))
+            # Written here, not yielded: a client that takes nothing for too long is given up.
             async for response in _responses(accepted):
-                yield response
+                await self._write(context, response)
         except errors.BatonError as error:
             await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception as error:
-            _log.exception("defect while serving Generate")
-            await abort(context, errors.InternalError(f"{type(error).__name__}: {shortened(str(error), 200)}"))
         finally:
             if accepted is not None:
                 accepted.cancel("the client left")
+
+    async def _write(self, context: Context, response: router_pb2.GenerateResponse) -> None:
+        timeout_s = self._config.limits.write_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            _log.info("%s took nothing for %g s and is given up", context.peer(), timeout_s)
+            # Nor would it take a status: the call is cut off.
+            raise asyncio.CancelledError from None
 
     def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
         self._check_sizes(request)
