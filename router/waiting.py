@@ -69,7 +69,7 @@ class Waiting(Generic[ItemT]):
         """Whose turn it is; None if nobody may start. Clients with ``max_running`` sequences on the nodes are passed
         over, unless no other client is there."""
         for client, queue in self._queues.items():
-            if self._num_running.get(client, 0) < max_running or self._is_alone(client, now):
+            if self._num_running.get(client, 0) < max_running or self.is_alone(client, now):
                 return queue[0]
         return None
 
@@ -89,6 +89,12 @@ class Waiting(Generic[ItemT]):
         else:
             del self._num_running[client]
 
+    def is_alone(self, client: str, now: float) -> bool:
+        """Nobody else has anything here, or has had lately."""
+        if any(other != client for other in self._num_running):
+            return False
+        return all(other == client or now - seen_s >= self._alone_s for other, seen_s in self._last.items())
+
     def check(self) -> None:
         assert self._num_waiting == sum(len(q) for q in self._queues.values())
         assert all(self._queues.values())
@@ -99,8 +105,3 @@ class Waiting(Generic[ItemT]):
         self._last.move_to_end(client)
         if len(self._last) > 2:
             self._last.popitem(last=False)
-
-    def _is_alone(self, client: str, now: float) -> bool:
-        if any(other != client for other in self._num_running):
-            return False
-        return all(other == client or now - seen_s >= self._alone_s for other, seen_s in self._last.items())
