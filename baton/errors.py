@@ -15,6 +15,7 @@ BatonError
 ├── Incompatible          fingerprint, layout, dtype or version differ        FAILED_PRECONDITION 409
 ├── DeadlineExceeded      the request's time is up                            DEADLINE_EXCEEDED   408
 ├── Cancelled             the client left                                     CANCELLED           499
+├── ClientTooSlow         too much of its output waits for the client          ABORTED             408
 ├── UnsupportedModel      this model cannot be served, and why                FAILED_PRECONDITION 500
 ├── BadConfig             a setting is wrong; stops the start                 FAILED_PRECONDITION 500
 ├── BadLogits             NaN or infinity where a token is to be drawn        INTERNAL            500
@@ -125,6 +126,12 @@ class Cancelled(BatonError):
     grpc_status = "CANCELLED"
     http_status = 499
     openai_type = "cancelled"
+
+
+class ClientTooSlow(BatonError):
+    grpc_status = "ABORTED"
+    http_status = 408
+    openai_type = "timeout_error"
 
 
 class UnsupportedModel(BatonError):

@@ -29,6 +29,8 @@ LIVENESS = "baton.live"
 # Trailing metadata with the error's class name, for clients that have no google.rpc types.
 ERROR_CODE_KEY = "baton-error-code"
 _DETAILS_KEY = "grpc-status-details-bin"
+# The end of a call waits for a peer that takes nothing no longer than that.
+_STATUS_TIMEOUT_S = 2.0
 
 _log = logging.getLogger(__name__)
 
@@ -236,8 +238,8 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
     async def _end(self, context: grpc.aio.ServicerContext[Any, Any], error: Exception, method: str) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
-        if isinstance(error, grpc.aio.UsageError):
-            # Read or written after the end of the call: the peer left in the middle of it, and hears nothing any more.
+        if isinstance(error, (grpc.aio.UsageError, grpc.aio.InternalError)):
+            # The peer left in the middle of a read or write, or takes nothing: it cannot be told anything any more.
             _log.info("%s from %s was over before it was answered: %s", method, context.peer(), error)
             raise asyncio.CancelledError from error
         if isinstance(error, DecodeError):
@@ -248,8 +250,9 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
             _log.error("%s raised", method, exc_info=error)
             error = InternalError(f"{type(error).__name__}: {error}")
         try:
-            await abort_with(context, error)
-        except (grpc.aio.UsageError, grpc.aio.InternalError) as late:
+            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+                await abort_with(context, error)
+        except (grpc.aio.UsageError, grpc.aio.InternalError, TimeoutError) as late:
             # The call is over, or the peer takes nothing and a write stands in the way of the status. It is cut off.
             _log.info("%s from %s could not be told %r: %s", method, context.peer(), error.message, late)
             raise asyncio.CancelledError from late

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton import errors
 from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest, Part
 from router.openai_request import ChatBody, CompletionBody
 from router.openai_response import DONE, ChoiceWriter, Envelope, LogprobWriter, relay_json, usage
+from router.stream import kept_bytes
 
 
 class Choice:
@@ -48,9 +49,11 @@ class Choice:
             self.ending = self._generation.ending
         return text if self.ending is None else text + self._writer.end(self.ending)
 
-    async def whole(self) -> dict[str, Any]:
+    async def whole(self, keep: Callable[[Part], None]) -> dict[str, Any]:
+        """``keep`` is told of everything that is kept until the end."""
         parts: list[Part] = []
         while isinstance(part := await self._generation.next(), Part):
+            keep(part)
             parts.append(part)
         self.ending = part
         return self._writer.whole(parts, part, self._echo)
@@ -59,13 +62,15 @@ class Choice:
 class Answer:
     """Read it with `whole`, or with `next` until `is_over`; leave it with `cancel`."""
 
-    __slots__ = ("_accepted", "_choices", "_envelope", "_merger", "_n", "_wants_ids", "_wants_relay", "_wants_usage",
-                 "is_over")  # fmt: skip
+    __slots__ = ("_accepted", "_backlog", "_choices", "_envelope", "_kept_bytes", "_merger", "_n", "_wants_ids",
+                 "_wants_relay", "_wants_usage", "is_over")  # fmt: skip
 
     def __init__(
         self, frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
     ) -> None:  # fmt: skip
         self._accepted = accepted
+        self._backlog = frontend.backlog
+        self._kept_bytes = 0
         # Not the body itself: it would live as long as the stream.
         self._wants_usage = body.wants_usage
         self._wants_ids = bool(body.return_token_ids)
@@ -108,15 +113,20 @@ class Answer:
     async def whole(self) -> dict[str, Any]:
         """Wait for all choices; raises the first error."""
         if len(self._choices) == 1:
-            choices = [await self._choices[0].whole()]
+            choices = [await self._choices[0].whole(self._keep)]
         else:
             try:
                 async with asyncio.TaskGroup() as group:
-                    tasks = [group.create_task(choice.whole()) for choice in self._choices]
+                    tasks = [group.create_task(choice.whole(self._keep)) for choice in self._choices]
             except* errors.BatonError as failed:
                 raise failed.exceptions[0] from None
             choices = [t.result() for t in tasks]
         return self._envelope.whole(choices, {"usage": self._usage(), **self._extras()})
+
+    def _keep(self, part: Part) -> None:
+        num_bytes = kept_bytes(part.token_ids, part.logprobs) + 4 * len(part.text)
+        self._kept_bytes += num_bytes
+        self._backlog.keep_answer(num_bytes, self._kept_bytes)
 
     def relay_line(self) -> str:
         return self._endings[0].relay.line()
@@ -139,6 +149,8 @@ class Answer:
     async def close(self) -> None:
         """Leave nothing behind, whatever was read."""
         self.cancel()
+        self._backlog.num_bytes -= self._kept_bytes
+        self._kept_bytes = 0
         if self._merger is not None:
             await self._merger.close()
 

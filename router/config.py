@@ -22,7 +22,15 @@ class LimitsConfig:
     max_queued: int = 1024
     # Sequences in flight, queued ones included.
     max_active: int = 8192
-    # Choices of one request (n times the number of prompts).
+    # Beside others, one client (an API key, or an address where there are no keys) may hold this share of both; so
+    # much more is for clients that have less than that when one has all.
+    max_client_share: float = 0.5
+    # Sequences of one client that run at once, for each node, while other clients are there; the rest waits in the
+    # router. Every step computes all of a node's sequences, so one client's many make another's tokens slow.
+    max_client_running: int = 8
+    # A client has the nodes to itself when nobody else has had anything here for so long.
+    client_alone_s: float = 60.0
+    # Choices of one request (n times the number of prompts). OpenAI takes 128 too; turns bound what they cost others.
     max_choices: int = 128
     # Of one body, whatever the model. Below that a body may have what the context can need: so many bytes for each of
     # its tokens (English has 4.5, escaped CJK 9), and so many at least, as several prompts may come at once.
@@ -50,6 +58,12 @@ class LimitsConfig:
     max_timeout_s: float = 3600.0
     # A client that takes no byte for so long is gone. One that takes a little now and then is only slow.
     write_timeout_s: float = 60.0
+    # What may wait for one slow reader, which is a whole answer of 4,000 tokens with 20 logprobs each, and for all of
+    # them. A sequence with more waiting fails.
+    max_stream_bytes: int = 1024 * 1024
+    max_unread_bytes: int = 256 * 1024 * 1024
+    # An answer that is not streamed, with all of its choices, while it is put together.
+    max_answer_bytes: int = 64 * 1024 * 1024
     # Connections of clients over HTTP; fewer if the process may not open so many files. When all are taken, the one
     # that has been without a request for longest makes room.
     max_connections: int = 4096
@@ -144,6 +158,8 @@ class RouterConfig:
                 value = getattr(part, setting.name)
                 name = f"{type(part).__name__}.{setting.name}"
                 _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
+        share = self.limits.max_client_share
+        _check(share <= 1, "LimitsConfig.max_client_share", share, "a share above 0 and at most 1")
         _check(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
                f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
 

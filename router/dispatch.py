@@ -29,7 +29,8 @@ from router.flow import Flow
 from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
-from router.stream import Pacer, TokenStream
+from router.stream import Backlog, Pacer, TokenStream
+from router.waiting import Waiting
 
 _log = logging.getLogger("baton.router")
 
@@ -70,11 +71,13 @@ class Link(Protocol):
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("attached", "fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
+    __slots__ = ("attached", "client", "fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
 
-    def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
+    def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin, client: str) -> None:
         self.flow = flow
         self.origin = origin
+        # Who asked for it, as far as turns are concerned.
+        self.client = client
         self.stream = stream
         # The model its tokens came from: no other model may continue it.
         self.fingerprint = fingerprint
@@ -127,13 +130,18 @@ class Dispatcher:
         self._links: dict[str, Link] = {}
         self._address_of: dict[str, str] = {}
         self._active: set[Active] = set()
+        self._num_active_of: Counter[str] = Counter()
         self._by_sequence: dict[str, Active] = {}
-        # Sequences that wait for a placement; reruns in front.
-        self._queue: deque[Active] = deque()
+        # Sequences that wait for a placement.
+        self._queue: Waiting[Active] = Waiting(alone_s=config.limits.client_alone_s)
         self._is_pumping = False
         # Something happened since the last look that can make room for a waiting sequence.
         self._has_changed = False
         self._pacer = Pacer(config.limits.max_hold_s)
+        self.backlog = Backlog(
+            max_stream_bytes=config.limits.max_stream_bytes, max_answer_bytes=config.limits.max_answer_bytes,
+            max_bytes=config.limits.max_unread_bytes,
+        )  # fmt: skip
         self._ticker: asyncio.TimerHandle | None = None
         self._down_since_s: float | None = clock.now()
         self._finished_at_s: deque[float] = deque(maxlen=64)
@@ -175,7 +183,7 @@ class Dispatcher:
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def check_capacity(self, num_sequences: int) -> None:
+    def check_capacity(self, num_sequences: int, client: str = "") -> None:
         """Raises what a request of so many sequences would be refused with; nothing happens between this and submit."""
         if self._is_closing:
             raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
@@ -183,16 +191,21 @@ class Dispatcher:
         if self._down_since_s is not None and now - self._down_since_s > self._config.limits.refuse_after_s:
             raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
         limits = self._config.limits
-        if len(self._queue) + num_sequences > limits.max_queued and self._queue:
-            raise errors.Overloaded(
-                f"{len(self._queue)} sequences are waiting (limit {limits.max_queued}); try again later",
-                retry_after_s=self._retry_after_s(),
-            )
-        if len(self._active) + num_sequences > limits.max_active:
-            raise errors.Overloaded(
-                f"{len(self._active)} sequences are in flight (limit {limits.max_active}); try again later",
-                retry_after_s=self._retry_after_s(),
-            )
+        is_alone = self._queue.is_alone(client, now)
+        for total, own, limit, what in (
+            (len(self._queue), self._queue.num_waiting_of(client), limits.max_queued, "waiting"),
+            (len(self._active), self._num_active_of[client], limits.max_active, "in flight"),
+        ):
+            share = max(1, int(limit * limits.max_client_share))
+            # Room that others left is anybody's; what is beyond the limit is for clients that have little here.
+            has_room = total + num_sequences <= limit and (is_alone or own + num_sequences <= share)
+            has_share = own + num_sequences <= share and total + num_sequences <= limit + share
+            if not has_room and not has_share and (own or what == "in flight"):
+                raise errors.Overloaded(
+                    f"{total} sequences are {what} (limit {limit}), {own} of them of this client (limit {share} beside "
+                    "others); try again later",
+                    retry_after_s=self._retry_after_s(),
+                )
 
     def submit(
         self,
@@ -204,6 +217,7 @@ class Dispatcher:
         arrived_s: float,
         deadline_s: float,
         origin: Origin = Origin(),
+        client: str = "",
     ) -> Active:
         """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
         flow = Flow(
@@ -218,8 +232,13 @@ class Dispatcher:
         )
         reference = self._membership.reference
         active = Active(
-            flow, TokenStream(self._pacer), "" if reference is None else reference.model.fingerprint, origin
+            flow,
+            TokenStream(self._pacer, self.backlog),
+            "" if reference is None else reference.model.fingerprint,
+            origin,
+            client,
         )
+        self._num_active_of[client] += 1
         self._active.add(active)
         self._idle.clear()
         self._feed(active, f.Begin())
@@ -230,6 +249,15 @@ class Dispatcher:
         if not active.flow.has_ended:
             self._metrics.cancellations.add(active.flow.phase.value)
             self._feed(active, f.Cancel(reason))
+            self._pump()
+        active.stream.drop()
+
+    def _give_up_reader(self, active: Active) -> None:
+        """Told later than the token that was one too many: a flow is in the middle of its actions."""
+        complaint = active.stream.complaint
+        if complaint is not None and not active.flow.has_ended:
+            active.stream.drop()
+            self._feed(active, f.Abandon(errors.ClientTooSlow(f"the client reads too slowly: {complaint}")))
             self._pump()
 
     def stop_text(self, active: Active) -> None:
@@ -328,6 +356,7 @@ class Dispatcher:
     def check(self) -> None:
         """Our own books balance; called by tests."""
         self._loads.check()
+        self._queue.check()
         if not self._active:
             assert self._loads.num_assigned == 0
             assert not self._by_sequence
@@ -500,7 +529,7 @@ class Dispatcher:
         if attached is not None:
             sequence_id, placement = attached
             self._has_changed = True
-            self._by_sequence.pop(sequence_id, None)
+            self._left_nodes(active, sequence_id)
             with self._defects.contained("sequence", sequence_id):
                 self._loads.release(sequence_id)
             for node_id, is_decode in ((placement.prefill_id, False), (placement.decode_id, True)):
@@ -510,10 +539,19 @@ class Dispatcher:
         if active in self._active:
             self._end(active, active.flow.give_up(error, self._clock.now()))
 
+    def _left_nodes(self, active: Active, sequence_id: str) -> None:
+        if self._by_sequence.pop(sequence_id, None) is not None:
+            self._queue.ended(active.client, self._clock.now())
+
+    def _deliver(self, active: Active, action: f.Deliver) -> None:
+        active.stream.push(action.token_ids, action.logprobs)
+        if active.stream.complaint is not None:
+            asyncio.get_running_loop().call_soon(self._give_up_reader, active)
+
     def _perform(self, active: Active, action: f.Action, message: Message | None) -> None:
         match action:
             case f.Deliver():
-                active.stream.push(action.token_ids, action.logprobs)
+                self._deliver(active, action)
             case f.Enqueue():
                 self._enqueue(active, action.is_rerun)
             case f.SendReserve() | f.SendRun() | f.SendCancel():
@@ -522,7 +560,7 @@ class Dispatcher:
             case f.Detach():
                 self._has_changed = True
                 active.attached = None
-                self._by_sequence.pop(action.sequence_id, None)
+                self._left_nodes(active, action.sequence_id)
                 self._loads.release(action.sequence_id)
             case f.NodeFull():
                 self._loads.full(action.node_id)
@@ -563,6 +601,9 @@ class Dispatcher:
         if active.timer is not None:
             active.timer.cancel()
         self._active.discard(active)
+        self._num_active_of[active.client] -= 1
+        if not self._num_active_of[active.client]:
+            del self._num_active_of[active.client]
         if active.is_queued:
             active.is_queued = False
             self._queue.remove(active)
@@ -619,22 +660,23 @@ class Dispatcher:
 
     def _enqueue(self, active: Active, is_rerun: bool) -> None:
         active.is_queued = True
-        if is_rerun:
-            self._queue.appendleft(active)
-        else:
-            self._queue.append(active)
+        self._queue.put(active, self._clock.now(), is_first=is_rerun)
 
     def _pump(self) -> None:
-        """Place waiting sequences, first come first served, until one has to wait."""
+        """Place waiting sequences, the clients by turns, until one has to wait."""
         if self._is_pumping:
             return
         self._is_pumping = True
         self._has_changed = False
         try:
-            while self._queue and self._place_or_fail(self._queue[0]):
+            while (active := self._next()) is not None and self._place_or_fail(active):
                 pass
         finally:
             self._is_pumping = False
+
+    def _next(self) -> Active | None:
+        num_nodes = sum(self._membership.is_available(x) for x in self._membership.members.values())
+        return self._queue.next(self._config.limits.max_client_running * max(1, num_nodes), self._clock.now())
 
     def _place_or_fail(self, active: Active) -> bool:
         try:
@@ -666,7 +708,7 @@ class Dispatcher:
                     self._feed(waiting, f.NobodyThere())
             return False
         self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
-        self._queue.popleft()
+        self._queue.started(active)
         active.is_queued = False
         self._assign(active, placement, now)
         return True

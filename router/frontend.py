@@ -23,6 +23,7 @@ from router.dispatch import Active, Dispatcher, Origin
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind
 from router.offload import Offload
+from router.stream import Backlog
 from router.text import TextStream
 from router.tokenizer import ModelFacts, Tokenizer, require
 
@@ -74,6 +75,8 @@ class GenerationRequest:
     returns_prompt_ids: bool = False
     # What the face calls the bound on new tokens, for messages.
     max_tokens_param: str = "max_tokens"
+    # Whose turn it takes: `router.keys.client_of`.
+    client: str = ""
     # W3C Trace Context of the caller, as it came.
     traceparent: str = ""
     tracestate: str = ""
@@ -213,6 +216,10 @@ class Frontend:
         return self._model_name or (reference.model.name if reference else "")
 
     @property
+    def backlog(self) -> Backlog:
+        return self._dispatcher.backlog
+
+    @property
     def max_model_tokens(self) -> int | None:
         """Prompt and output together; None while neither a node nor a folder has said so."""
         reference = self._dispatcher.reference
@@ -254,7 +261,7 @@ class Frontend:
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
         self._check_sampling_ids(request.sampling)
-        self._dispatcher.check_capacity(num_choices)
+        self._dispatcher.check_capacity(num_choices, request.client)
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
@@ -265,7 +272,7 @@ class Frontend:
         for prompt in prompts:
             self._check_ids("prompt", (min(prompt), max(prompt)))
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
-        self._dispatcher.check_capacity(num_choices)
+        self._dispatcher.check_capacity(num_choices, request.client)
         deadline_s = arrived_s + timeout_s
         accepted = Accepted(request_id, self.model_name, arrived_s, echoes)
         for number, (prompt, sampling) in enumerate(zip(prompts, resolved, strict=True)):
@@ -289,6 +296,7 @@ class Frontend:
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             origin=Origin(self.model_name, request.is_chat, request.traceparent, request.tracestate),
+            client=request.client,
         )
         text = TextStream(
             self.tokenizer,

@@ -28,6 +28,7 @@ from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend, GenerationRequest
+from router.keys import client_of
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
 from router.status import StatusPage
@@ -49,6 +50,7 @@ class HttpFace:
     ) -> None:
         self._frontend = frontend
         self._limits = config.limits
+        self._has_keys = bool(config.api_keys)
         self._bodies = BodyReader(config.limits, lambda: frontend.max_request_bytes)
         self._others = _build_others(frontend, dispatcher, metrics, page)
 
@@ -60,6 +62,11 @@ class HttpFace:
             await Response(status_code=204, headers={"allow": ", ".join(allowed)})(scope, receive, send)
         else:
             await self._others(scope, receive, send)
+
+    def _client_of(self, scope: Scope) -> str:
+        address = scope["client"][0] if scope["client"] else ""
+        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        return client_of(address, said.decode("latin-1"), has_keys=self._has_keys)
 
     def _allowed(self, scope: Scope) -> list[str]:
         """The methods that a path answers; none if there is no such path."""
@@ -75,7 +82,7 @@ class HttpFace:
         try:
             async with self._bodies.read(scope, receive) as raw:
                 body, request = await self._asked(scope["path"], raw)
-                request = _with_trace(request, scope)
+                request = _with_trace(replace(request, client=self._client_of(scope)), scope)
                 accepted = await self._frontend.start(request)
                 answer = Answer(self._frontend, body, request, accepted)
             wants_stream = body.stream

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -51,6 +52,18 @@ class ApiKeys:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def client_of(address: str, authorization: str, *, has_keys: bool) -> str:
+    """Who asks, as far as turns are concerned: the key if there are keys, else the address; of IPv6 the network, as one
+    machine has many addresses. A key that was not checked says nothing."""
+    if has_keys:
+        return f"key {_digest(authorization.encode()).hex()[:16]}"
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    return str(ipaddress.ip_network((found, 64), strict=False) if found.version == 6 else found)
 
 
 class HttpGuard:

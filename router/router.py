@@ -6,13 +6,13 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
+from urllib.parse import unquote
 
 from grpc import aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
-from baton.errors import shortened
 from baton.server import ErrorMappingInterceptor, ServerLimits
 from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
@@ -21,7 +21,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Conversation, Ending, Frontend, GenerationRequest
 from router.history import History
-from router.keys import ApiKeys, GrpcGuard
+from router.keys import ApiKeys, GrpcGuard, client_of
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
@@ -41,26 +41,32 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._config = config
         self._history = history
 
-    async def Generate(  # noqa: N802 (gRPC names)
+    async def Generate(  # type: ignore[override]  # noqa: N802 (gRPC names)
         self,
         request: router_pb2.GenerateRequest,
         context: Context,
-    ) -> AsyncIterator[router_pb2.GenerateResponse]:
+    ) -> None:
         accepted: Accepted | None = None
         try:
             accepted = await self._frontend.start(self._asked(request, context))
+            # Written here, not yielded: a client that takes nothing for too long is given up.
             async for response in _responses(accepted):
-                yield response
+                await self._write(context, response)
         except errors.BatonError as error:
             await abort(context, error)
-        except (asyncio.CancelledError, GeneratorExit):
-            raise
-        except Exception as error:
-            _log.exception("defect while serving Generate")
-            await abort(context, errors.InternalError(f"{type(error).__name__}: {shortened(str(error), 200)}"))
         finally:
             if accepted is not None:
                 accepted.cancel("the client left")
+
+    async def _write(self, context: Context, response: router_pb2.GenerateResponse) -> None:
+        timeout_s = self._config.limits.write_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                await context.write(response)
+        except TimeoutError:
+            _log.info("%s took nothing for %g s and is given up", context.peer(), timeout_s)
+            # Nor would it take a status: the call is cut off.
+            raise asyncio.CancelledError from None
 
     def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
         self._check_sizes(request)
@@ -88,9 +94,16 @@ class RouterService(router_pb2_grpc.RouterServicer):
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),
+            client=self._client_of(context),
             traceparent=trace.get("traceparent", ""),
             tracestate=trace.get("tracestate", ""),
         )
+
+    def _client_of(self, context: Context) -> str:
+        # ipv4:127.0.0.1:50000 or ipv6:[::1]:50000, with the brackets as %5B and %5D.
+        address = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
+        said = dict(context.invocation_metadata() or ()).get("authorization", "")
+        return client_of(address, str(said), has_keys=bool(self._config.api_keys))
 
     def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
         """Before anything is copied out of the message: its lists may have millions of items."""

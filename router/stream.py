@@ -1,16 +1,19 @@
 """Where tokens wait between the dispatcher and whoever writes them to the client.
 
-A stream holds token ids (at most max_tokens of them, eight bytes each), never text: a slow client costs next to
-nothing, and what piled up leaves in one chunk.
+A stream holds token ids and packed logprobs, never text: a slow client costs little, and what piled up leaves in one
+chunk. Nodes do not wait for clients, so what may pile up is bounded, for each stream and for all of them.
 """
 
 from __future__ import annotations
 
 import asyncio
+import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from baton import errors
 from baton.observe import Relay
-from baton.types import PositionLogprobs
+from baton.types import PositionLogprobs, TokenLogprob
 from router.flow_messages import Outcome
 
 
@@ -21,6 +24,76 @@ class Batch:
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
     outcome: Outcome | None
+
+
+# A Python int and its place in a list; and what a bytes object has around its bytes, with its place.
+_TOKEN_BYTES = 36
+_BYTES_BYTES = 41
+# The same of logprobs as objects: the position, and each token of it.
+_POSITION_BYTES = 200
+_LOGPROB_BYTES = 110
+
+
+def kept_bytes(token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs]) -> int:
+    """About what tokens cost as long as they are objects."""
+    return _TOKEN_BYTES * len(token_ids) + sum(_POSITION_BYTES + _LOGPROB_BYTES * (1 + len(p.top)) for p in logprobs)
+
+
+class Backlog:
+    """Bytes that are kept for clients, and how many may be: by one stream or whole answer, and by all together.
+
+    When all together keep too much, those fail that are behind; a stream whose reader keeps up has next to nothing
+    waiting, and is not touched.
+    """
+
+    def __init__(self, *, max_stream_bytes: int, max_answer_bytes: int, max_bytes: int) -> None:
+        self._max_stream_bytes = max_stream_bytes
+        self._max_answer_bytes = max_answer_bytes
+        self._max_bytes = max_bytes
+        # Of a stream that is behind.
+        self._behind_bytes = max_stream_bytes // 32
+        self.num_bytes = 0
+
+    def complaint(self, stream_bytes: int) -> str | None:
+        """Why a stream with so much waiting must end; None if it need not."""
+        if stream_bytes > self._max_stream_bytes:
+            return f"{stream_bytes} bytes of its output wait for the client, the limit is {self._max_stream_bytes}"
+        if self.num_bytes > self._max_bytes and stream_bytes > self._behind_bytes:
+            return (
+                f"the output that waits for all clients has {self.num_bytes} bytes, the limit is {self._max_bytes}; "
+                f"{stream_bytes} of them wait for this client"
+            )
+        return None
+
+    def keep_answer(self, num_bytes: int, answer_bytes: int) -> None:
+        """Further bytes of an answer that is put together, which has ``answer_bytes`` with them. Raises if that is too
+        much; whoever calls takes them off again, whether it raised or not."""
+        self.num_bytes += num_bytes
+        if answer_bytes > self._max_answer_bytes:
+            raise errors.InvalidRequest(
+                f"the answer has grown beyond {self._max_answer_bytes} bytes; use stream, or ask for fewer choices, "
+                "tokens or logprobs",
+                param="stream",
+            )
+        if self.num_bytes > self._max_bytes and answer_bytes > self._behind_bytes:
+            raise errors.Overloaded(
+                f"answers that wait for their end or for clients have {self.num_bytes} bytes, the limit is "
+                f"{self._max_bytes}; use stream, or try again later"
+            )
+
+
+def _packed(position: PositionLogprobs) -> bytes:
+    """A tenth of what the objects take. Logprobs come over the wire as float32, so nothing is lost."""
+    tokens = (position.chosen, *position.top)
+    ids, values = [t.token_id for t in tokens], [t.logprob for t in tokens]
+    return struct.pack(f"<I{len(tokens)}I{len(tokens)}f", position.rank, *ids, *values)
+
+
+def _unpacked(data: bytes) -> PositionLogprobs:
+    num = (len(data) - 4) // 8
+    rank, *rest = struct.unpack(f"<I{num}I{num}f", data)
+    chosen, *top = map(TokenLogprob, rest[:num], rest[num:])
+    return PositionLogprobs(chosen, rank, tuple(top))
 
 
 class Pacer:
@@ -71,12 +144,15 @@ class Pacer:
 class TokenStream:
     """One reader. The writer side is synchronous."""
 
-    __slots__ = ("_has_started", "_is_marked", "_logprobs", "_outcome", "_pacer", "_tokens", "_waiter", "relay")
+    __slots__ = ("_backlog", "_has_started", "_is_marked", "_kept_bytes", "_logprobs", "_outcome", "_pacer", "_tokens",
+                 "_waiter", "relay")  # fmt: skip
 
-    def __init__(self, pacer: Pacer) -> None:
+    def __init__(self, pacer: Pacer, backlog: Backlog) -> None:
         self._pacer = pacer
+        self._backlog = backlog
+        self._kept_bytes = 0
         self._tokens: list[int] = []
-        self._logprobs: list[PositionLogprobs] = []
+        self._logprobs: list[bytes] = []
         self._outcome: Outcome | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._has_started = False
@@ -86,14 +162,35 @@ class TokenStream:
 
     def push(self, token_ids: tuple[int, ...], logprobs: tuple[PositionLogprobs, ...]) -> None:
         self._tokens += token_ids
+        num_bytes = _TOKEN_BYTES * len(token_ids)
         if logprobs:
-            self._logprobs += logprobs
+            packed = [_packed(position) for position in logprobs]
+            self._logprobs += packed
+            num_bytes += sum(map(len, packed)) + _BYTES_BYTES * len(packed)
+        self._kept_bytes += num_bytes
+        self._backlog.num_bytes += num_bytes
         if not self._has_started:
             self._has_started = True
             self.wake()  # nobody waits for company with the first token
         elif not self._is_marked:
             self._is_marked = True
             self._pacer.mark(self)
+
+    @property
+    def complaint(self) -> str | None:
+        """Why the reader is too far behind; None if it is not."""
+        return self._backlog.complaint(self._kept_bytes)
+
+    def drop(self) -> None:
+        """Nobody reads what is here."""
+        self._taken()
+
+    def _taken(self) -> tuple[list[int], list[bytes]]:
+        self._backlog.num_bytes -= self._kept_bytes
+        self._kept_bytes = 0
+        taken = (self._tokens, self._logprobs)
+        self._tokens, self._logprobs = [], []
+        return taken
 
     def end(self, outcome: Outcome, relay: Relay) -> None:
         self._outcome = outcome
@@ -113,6 +210,5 @@ class TokenStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        batch = Batch(self._tokens, self._logprobs, self._outcome)
-        self._tokens, self._logprobs = [], []
-        return batch
+        token_ids, logprobs = self._taken()
+        return Batch(token_ids, [_unpacked(data) for data in logprobs], self._outcome)

@@ -1,0 +1,107 @@
+"""Who is placed next: the clients take turns, and each is served in the order it came. Pure.
+
+One client's sequences are never all that the nodes work on while others are there: a batch that is full of one client's
+sequences makes every step slow for all, whoever waits in what order.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class _Waiting(Protocol):
+    @property
+    def client(self) -> str: ...
+
+
+ItemT = TypeVar("ItemT", bound=_Waiting)
+
+
+class Waiting(Generic[ItemT]):
+    """A queue by turns. ``started`` and ``ended`` tell it what the nodes have of each client.
+
+    Invariant: every client with something waiting is in ``_queues`` once, next turn first.
+    """
+
+    def __init__(self, *, alone_s: float) -> None:
+        # A client is alone when no other has had anything here for so long.
+        self._alone_s = alone_s
+        self._queues: OrderedDict[str, deque[ItemT]] = OrderedDict()
+        self._num_running: dict[str, int] = {}
+        self._num_waiting = 0
+        # The two clients that were here last, and when.
+        self._last: OrderedDict[str, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def __iter__(self) -> Iterator[ItemT]:
+        for queue in self._queues.values():
+            yield from queue
+
+    def num_waiting_of(self, client: str) -> int:
+        return len(self._queues.get(client, ()))
+
+    def num_running_of(self, client: str) -> int:
+        return self._num_running.get(client, 0)
+
+    def put(self, item: ItemT, now: float, *, is_first: bool = False) -> None:
+        """``is_first``: it has run already, and goes before all that its client has here."""
+        self._seen(item.client, now)
+        queue = self._queues.setdefault(item.client, deque())
+        if is_first:
+            queue.appendleft(item)
+            self._queues.move_to_end(item.client, last=False)
+        else:
+            queue.append(item)
+        self._num_waiting += 1
+
+    def remove(self, item: ItemT) -> None:
+        queue = self._queues[item.client]
+        queue.remove(item)
+        self._num_waiting -= 1
+        if not queue:
+            del self._queues[item.client]
+
+    def next(self, max_running: int, now: float) -> ItemT | None:
+        """Whose turn it is; None if nobody may start. Clients with ``max_running`` sequences on the nodes are passed
+        over, unless no other client is there."""
+        for client, queue in self._queues.items():
+            if self._num_running.get(client, 0) < max_running or self.is_alone(client, now):
+                return queue[0]
+        return None
+
+    def started(self, item: ItemT) -> None:
+        """It leaves for the nodes, and its client has had its turn."""
+        self.remove(item)
+        self._num_running[item.client] = self._num_running.get(item.client, 0) + 1
+        if item.client in self._queues:
+            self._queues.move_to_end(item.client)
+
+    def ended(self, client: str, now: float) -> None:
+        """The nodes have one sequence less of it."""
+        self._seen(client, now)
+        left = self._num_running[client] - 1
+        if left:
+            self._num_running[client] = left
+        else:
+            del self._num_running[client]
+
+    def is_alone(self, client: str, now: float) -> bool:
+        """Nobody else has anything here, or has had lately."""
+        if any(other != client for other in self._num_running):
+            return False
+        return all(other == client or now - seen_s >= self._alone_s for other, seen_s in self._last.items())
+
+    def check(self) -> None:
+        assert self._num_waiting == sum(len(q) for q in self._queues.values())
+        assert all(self._queues.values())
+        assert all(n > 0 for n in self._num_running.values())
+
+    def _seen(self, client: str, now: float) -> None:
+        self._last[client] = now
+        self._last.move_to_end(client)
+        if len(self._last) > 2:
+            self._last.popitem(last=False)
