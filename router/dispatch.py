@@ -16,7 +16,7 @@ from typing import Protocol, TypeVar
 from google.protobuf.message import Message
 
 from baton import codec, errors
-from baton.clock import Clock
+from baton.clock import Clock, catch_up_s
 from baton.defects import Defects
 from baton.observe import Relay
 from baton.registry import NodeRecord
@@ -70,7 +70,17 @@ class Link(Protocol):
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("attached", "fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
+    __slots__ = (
+        "attached",
+        "fingerprint",
+        "flow",
+        "is_queued",
+        "origin",
+        "patient_until_s",
+        "stream",
+        "timer",
+        "timer_s",
+    )
 
     def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin) -> None:
         self.flow = flow
@@ -83,6 +93,8 @@ class Active:
         self.attached: tuple[str, Placement] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
+        # Nothing is judged before: the timer was looked at too late.
+        self.patient_until_s = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +147,9 @@ class Dispatcher:
         self._has_changed = False
         self._pacer = Pacer(config.limits.max_hold_s)
         self._ticker: asyncio.TimerHandle | None = None
+        self._ticked_s = clock.now()
+        # Those that wait were told that no node is available.
+        self._is_nobody_there = False
         self._down_since_s: float | None = clock.now()
         self._finished_at_s: deque[float] = deque(maxlen=64)
         self._is_closing = False
@@ -147,6 +162,7 @@ class Dispatcher:
 
     def start(self) -> None:
         self._do_membership(self._membership.start())
+        self._ticked_s = self._clock.now() - _TICK_S
         self._on_ticker()
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -409,8 +425,10 @@ class Dispatcher:
     def _on_ticker(self) -> None:
         # Armed first: whatever a look raises, the next one comes.
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
+        now = self._clock.now()
+        late_s, self._ticked_s = max(0.0, now - self._ticked_s - _TICK_S), now
         with self._defects.contained("membership"):
-            self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
+            self._do_membership(self._membership.handle(m.Tick(late_s), now))
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
         for action in actions:
@@ -455,7 +473,6 @@ class Dispatcher:
         for active in list(self._active):
             if not active.flow.tokens:
                 active.fingerprint = node.model.fingerprint
-            self._feed(active, f.SomebodyThere())
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
         _log.warning("node %s is lost: %s", node_id, reason)
@@ -593,7 +610,7 @@ class Dispatcher:
         """One timer per sequence; pushed-back deadlines cost nothing, the timer looks again when it fires."""
         if active.flow.has_ended:
             return
-        wake_s = active.flow.wake_at_s
+        wake_s = max(active.flow.wake_at_s, active.patient_until_s)
         if active.timer is not None:
             if active.timer_s <= wake_s:
                 return
@@ -607,7 +624,10 @@ class Dispatcher:
         if active.flow.has_ended:
             return
         now = self._clock.now()
-        if now >= active.flow.wake_at_s:
+        if more_s := catch_up_s(now - active.timer_s):
+            # We are late ourselves: what nodes said meanwhile waits in the sockets, and is read first.
+            active.patient_until_s = now + more_s
+        if now >= max(active.flow.wake_at_s, active.patient_until_s):
             self._feed(active, f.Tick())
             self._pump()
         else:
@@ -659,15 +679,24 @@ class Dispatcher:
         placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
             self._metrics.placement_waits.add(placement.name.lower())
-            if placement is Obstacle.NO_NODE:
-                for waiting in list(self._queue):
-                    self._feed(waiting, f.NobodyThere())
+            self._tell_waiting(is_nobody_there=placement is Obstacle.NO_NODE)
             return False
+        self._tell_waiting(is_nobody_there=False)
         self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
         self._queue.popleft()
         active.is_queued = False
         self._assign(active, placement, now)
         return True
+
+    def _tell_waiting(self, *, is_nobody_there: bool) -> None:
+        """At every look, not when a node comes up: one that was only suspect does not come up."""
+        if is_nobody_there:
+            for waiting in list(self._queue):
+                self._feed(waiting, f.NobodyThere())
+        elif self._is_nobody_there:
+            for waiting in list(self._queue):
+                self._feed(waiting, f.SomebodyThere())
+        self._is_nobody_there = is_nobody_there
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow

@@ -67,7 +67,7 @@ class NobodyThere:
 
 @dataclass(frozen=True, slots=True)
 class SomebodyThere:
-    """A node came up."""
+    """A node is available again."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -75,7 +75,9 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """``late_s`` too late: for so long the event loop did not turn, and heard nobody, whoever spoke."""
+
+    late_s: float = 0.0
 
 
 Event = Welcomed | Heard | Broken | Listed | Tick
@@ -148,6 +150,7 @@ class Member:
         # The last one that answered here; kept after its loss, for people to read.
         self.node: NodeDescription | None = None
         self.status: NodeStatus | None = None
+        # When it last spoke, plus the time since in which nobody listened.
         self.heard_s = 0.0
         self.failures = 0
         # When to dial; None while a connection exists or is being made.
@@ -182,7 +185,7 @@ class Membership:
             case Listed():
                 return self._on_listed(event.incarnations, now)
             case Tick():
-                return self._on_tick(now)
+                return self._on_tick(event.late_s, now)
 
     def member_of(self, node_id: str) -> Member | None:
         """The member that is up under this id."""
@@ -305,7 +308,7 @@ class Membership:
             member.redial_s, member.failures = now, 0  # No need to wait: dialled with the next tick.
         return []
 
-    def _on_tick(self, now: float) -> list[Action]:
+    def _on_tick(self, late_s: float, now: float) -> list[Action]:
         actions: list[Action] = []
         for member in list(self.members.values()):
             if member.redial_s is not None and now >= member.redial_s:
@@ -314,6 +317,8 @@ class Membership:
                     member.state = State.CONNECTING
                 actions.append(Dial(member.address))
             elif member.is_up:
+                # Silence is what could have been heard and was not.
+                member.heard_s = min(now, member.heard_s + late_s)
                 actions += self._check_silence(member, now)
         return actions
 

@@ -17,6 +17,7 @@ from grpc import aio
 from baton import PROTOCOL_VERSION, codec, errors
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
@@ -193,7 +194,7 @@ class NodeLink:
         prefill = node_pb2_grpc.PrefillNodeStub(channel).Session()
         decode = node_pb2_grpc.DecodeNodeStub(channel).Session()
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with patient_timeout(self._config.connect_timeout_s):
                 await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello))
                 await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello))
                 welcome = (await _read(prefill)).welcome

@@ -37,6 +37,18 @@ def test_silence_makes_suspect_then_lost_then_redialled() -> None:
     assert machine.handle(m.Tick(), 3.5) == [m.Dial("a:1")]
 
 
+def test_a_router_that_was_late_itself_counts_that_time_as_nobodys_silence() -> None:
+    machine = membership()
+    assert machine.handle(m.Tick(late_s=2.9), 3.0) == []
+    assert machine.is_available(machine.members["a:1"])
+    # From then on it listens: 0.1 s were silent before, and 1.0 more make it suspect, 2.0 lost.
+    assert machine.handle(m.Tick(), 3.8) == []
+    assert machine.handle(m.Tick(), 4.0) == [m.NodeChanged("n0")]
+    hang_up, down = machine.handle(m.Tick(), 5.0)
+    assert hang_up == m.HangUp("a:1")
+    assert isinstance(down, m.NodeDown)
+
+
 def test_break_is_told_once_and_backs_off() -> None:
     machine = membership()
     assert machine.handle(m.Broken("a:1", "reset"), 1.0) == [m.NodeDown("n0", "reset")]
