@@ -10,6 +10,7 @@ import grpc
 import grpc.aio
 
 from baton import codec
+from baton.address import as_dialled
 from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed
 from baton.patience import patient_timeout
 from baton.types import KvLayout, NodeDescription
@@ -64,6 +65,7 @@ class Connection:
                 wire_format.check_compatible(node, theirs, _digest_name(config), welcome.digest)
                 loop = asyncio.get_running_loop()
                 lost: asyncio.Future[str] = loop.create_future()
+                welcome.endpoint = as_dialled(welcome.endpoint, address)
                 wire = await _open_wire(welcome, theirs.kv_layout, node, config, lanes, device, lost)
         except TimeoutError:
             await channel.close()

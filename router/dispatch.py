@@ -10,12 +10,13 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from baton import codec, errors
+from baton.address import as_dialled
 from baton.clock import Clock, catch_up_s
 from baton.defects import Defects
 from baton.observe import Relay
@@ -350,6 +351,12 @@ class Dispatcher:
     # ── Links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
+        # A node that listens everywhere does not know its address; we do, and hand it on.
+        node = replace(
+            node,
+            address=as_dialled(node.address, address),
+            metrics_address=as_dialled(node.metrics_address, address),
+        )
         self._do_membership(self._membership.handle(m.Welcomed(address, node, status), self._clock.now()))
 
     def on_listing(self, records: Sequence[NodeRecord]) -> None:
@@ -382,7 +389,7 @@ class Dispatcher:
         node_id = member.node.node_id
         for lease in message.reserved:
             self._loads.confirm(lease.sequence_id)
-        self._take(node_id, message.reserved, lambda x: f.Reserved(codec.lease_from_pb(x)))
+        self._take(node_id, message.reserved, lambda x: _reserved(x, address))
         for refused in message.refused:
             self._metrics.reservation_refusals.add(refused.failure.code)
         self._take(node_id, message.refused, _refused)
@@ -750,6 +757,11 @@ def _prefill_done(done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
 
 def _handed_off(over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
     return f.HandedOff(over.sequence_id, codec.report_from_pb(over.report))
+
+
+def _reserved(granted: common_pb2.Lease, address: str) -> f.Event:
+    lease = codec.lease_from_pb(granted)
+    return f.Reserved(replace(lease, address=as_dialled(lease.address, address)))
 
 
 def _refused(refused: node_pb2.SequenceFailed) -> f.Event:
