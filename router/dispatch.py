@@ -18,8 +18,8 @@ from google.protobuf.message import Message
 from baton import codec, errors
 from baton.address import as_dialled
 from baton.clock import Clock, catch_up_s
-from baton.defects import Defects
-from baton.observe import Relay
+from baton.defects import Defects, LogLimit
+from baton.observe import FailedAttempt, Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
@@ -36,6 +36,8 @@ _log = logging.getLogger("baton.router")
 
 NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
+# Refusals that are back-pressure.
+_NO_ROOM = frozenset({"NoBlocks", "Overloaded", "Draining"})
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
 
@@ -132,6 +134,8 @@ class Dispatcher:
         self._config = config
         self._clock = clock
         self._metrics = metrics
+        # When a node dies with hundreds of sequences, a few lines say why.
+        self._failure_limit = LogLimit(clock)
         self._defects = Defects(_log, clock, metrics.defects.add)
         self._membership = m.Membership(config.nodes, config.membership)
         self._loads = Loads()
@@ -392,11 +396,20 @@ class Dispatcher:
         self._take(node_id, message.reserved, lambda x: _reserved(x, address))
         for refused in message.refused:
             self._metrics.reservation_refusals.add(refused.failure.code)
+            self._log_refusal(node_id, refused)
         self._take(node_id, message.refused, _refused)
         self._take(node_id, message.joined, lambda x: f.Joined(x.sequence_id, x.wait_s))
         self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
         self._take(node_id, message.failed, lambda x: _failed(node_id, x))
         self._heard(address, message.status if message.HasField("status") else None)
+
+    def _log_refusal(self, node_id: str, refused: node_pb2.SequenceFailed) -> None:
+        """A node without room is nothing to tell; one that refuses for another reason is."""
+        code = refused.failure.code
+        if code in _NO_ROOM or (more := self._failure_limit.admits(f"{node_id}/refused/{code}")) is None:
+            return
+        message = errors.shortened(refused.failure.message, 300)
+        _log.warning("%s: %s refused a reservation: %s: %s%s", refused.sequence_id, node_id, code, message, more)
 
     def _take(self, node_id: str, items: Iterable[_Item], event_of: Callable[[_Item], f.Event]) -> None:
         """Each item to its sequence's flow; a sequence that is over hears nothing.
@@ -546,6 +559,8 @@ class Dispatcher:
                 active.attached = None
                 self._by_sequence.pop(action.sequence_id, None)
                 self._loads.release(action.sequence_id)
+            case f.AttemptFailed():
+                self._log_failure(action.sequence_id, action.failure)
             case f.NodeFull():
                 self._loads.full(action.node_id)
             case f.PairFailed():
@@ -554,6 +569,11 @@ class Dispatcher:
                 self._breakers.worked(action.placement.prefill_id, action.placement.decode_id)
             case f.End():
                 self._end(active, action.outcome)
+
+    def _log_failure(self, sequence_id: str, failure: FailedAttempt) -> None:
+        more = self._failure_limit.admits(f"{failure.blamed_node_id}/{failure.code}")
+        if more is not None:
+            _log.warning("%s: %s%s", sequence_id, failure.line(), more)
 
     def _send(self, node_id: str, message: Message) -> None:
         address = self._address_of.get(node_id)
@@ -609,6 +629,8 @@ class Dispatcher:
         if not _log.isEnabledFor(logging.INFO):
             return
         code = "" if outcome.error is None else outcome.error.code
+        if outcome.kind is f.OutcomeKind.FAILED and outcome.error is not None:
+            code += f": {errors.shortened(outcome.error.message, 300)}"
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
         _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
                   relay.line())  # fmt: skip
