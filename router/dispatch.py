@@ -368,8 +368,8 @@ class Dispatcher:
         listed = m.Listed({record.address: record.incarnation for record in records})
         self._do_membership(self._membership.handle(listed, self._clock.now()))
 
-    def on_broken(self, address: str, reason: str) -> None:
-        self._do_membership(self._membership.handle(m.Broken(address, reason), self._clock.now()))
+    def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
+        self._do_membership(self._membership.handle(m.Broken(address, reason, is_orderly), self._clock.now()))
 
     def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
         member = self._membership.members.get(address)
@@ -469,6 +469,10 @@ class Dispatcher:
             case m.NodeUp():
                 self._on_node_up(action.node, action.status)
             case m.NodeDown():
+                if action.has_left:
+                    _log.info("node %s has left: %s", action.node_id, action.reason)
+                else:
+                    _log.warning("node %s is lost: %s", action.node_id, action.reason)
                 self._on_node_down(action.node_id, action.reason)
             case m.NodeRefused():
                 _log.error("node at %s is refused: %s", action.address, action.reason)
@@ -495,7 +499,6 @@ class Dispatcher:
                 active.fingerprint = node.model.fingerprint
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
-        _log.warning("node %s is lost: %s", node_id, reason)
         ends = self._metrics.node_drains if self._loads.is_leaving(node_id) else self._metrics.node_losses
         ends.add(self._loads.pool(node_id))
         self._address_of.pop(node_id, None)

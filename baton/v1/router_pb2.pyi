@@ -541,7 +541,7 @@ class StatusResponse(_message.Message):
         STATUS_FIELD_NUMBER: _builtins.int
         STATE_FIELD_NUMBER: _builtins.int
         state: _builtins.str
-        """"connecting", "ready", "suspect", "lost" or "draining"."""
+        """"connecting", "ready", "suspect", "lost", "draining", "left" or "refused", then ": " and why, where there is a reason."""
         @_builtins.property
         def node(self) -> _common_pb2.NodeDescription:
             """Who it is; only its address while it was never reached."""

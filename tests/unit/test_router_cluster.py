@@ -19,6 +19,7 @@ from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.membership import State
 from router.openai_response import relay_json
 from router.serve import Router
+from router.wire import member_to_pb
 from tests.unit.router_support import baseline, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -131,6 +132,22 @@ async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplo
         done = await many(router, 30)
         assert all(isinstance(x, Completion) for x in done)
         assert 1 <= len([x for x in caplog.records if "held against" in x.message]) <= 10
+
+
+async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dialled_in_vain() -> None:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+        node = cluster["decode-1"]
+        member = router.dispatcher._membership.members[node.address]
+        node.is_draining = True
+        await until(lambda: member.state is State.DRAINING)
+        node.end_sessions(is_prefill=True)
+        node.end_sessions(is_prefill=False)
+        await until(lambda: member.state is State.LEFT)
+        await node.die()
+        await until(lambda: member.failures > 3)
+        assert member_to_pb(member).state == "left: it drained and left in good order"
+        losses = router.dispatcher._metrics.node_losses.children
+        assert sum(x.value for x in losses.values()) == 0
 
 
 async def test_rerun_starts_from_the_tokens_so_far() -> None:
