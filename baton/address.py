@@ -57,6 +57,5 @@ def is_anywhere(host: str) -> bool:
 
 def as_dialled(told: str, dialled: str) -> str:
     """Where to reach what somebody told us listens at ``told``, given that he was reached at ``dialled``."""
-    if not told or not is_anywhere(host_of(told)):
-        return told
-    return f"{host_of(dialled)}:{told.rpartition(':')[2]}"
+    host, colon, port = told.rpartition(":")
+    return f"{host_of(dialled)}:{port}" if colon and is_anywhere(host) else told

@@ -29,6 +29,8 @@ from tests.unit.router_support import until
         (":9", "h:5", "h:9"),
         ("10.0.0.8:9", "10.0.0.7:5", "10.0.0.8:9"),
         ("", "10.0.0.7:5", ""),
+        # Endpoints of shared memory are names.
+        ("baton-kv-1", "10.0.0.7:5", "baton-kv-1"),
     ],
 )
 def test_an_address_that_says_nothing_is_the_one_that_was_dialled(told: str, dialled: str, expected: str) -> None:
