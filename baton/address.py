@@ -1,4 +1,4 @@
-"""host:port: how it is read, how it is written, and why nothing can listen on one. Opens nothing."""
+"""host:port: how it is read and written, what others make of one, and why nothing can listen on it. Opens nothing."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import socket
 from baton.errors import BadConfig, quoted
 
 _MAX_PORT = 65535
+# Hosts that mean every interface of whoever listens: to anybody else they say nothing, or mean himself.
+_ANYWHERE = frozenset({"", "0.0.0.0", "::", "[::]", "*"})  # noqa: S104 - not to bind
 
 
 def parse_address(text: str, name: str, *, lowest_port: int = 0) -> tuple[str, int]:
@@ -42,3 +44,18 @@ def why_not_listen(host: str, port: int, name: str, error: OSError) -> BadConfig
     else:
         reason = str(error)
     return BadConfig(f"{name}: cannot listen on {at}: {reason}", param=name)
+
+
+def host_of(address: str) -> str:
+    """The host of host:port, with the brackets of IPv6."""
+    return address.rpartition(":")[0]
+
+
+def is_anywhere(host: str) -> bool:
+    return host in _ANYWHERE
+
+
+def as_dialled(told: str, dialled: str) -> str:
+    """Where to reach what somebody told us listens at ``told``, given that he was reached at ``dialled``."""
+    host, colon, port = told.rpartition(":")
+    return f"{host_of(dialled)}:{port}" if colon and is_anywhere(host) else told

@@ -18,7 +18,7 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
-from baton.observe import Relay, Stamp
+from baton.observe import FailedAttempt, Relay, Stamp
 from baton.types import FinishReason, PositionLogprobs, SamplingParams
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -264,7 +264,15 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         lease_wait_s=message.lease_wait_s,
         recovery_s=message.recovery_s,
         stamps=tuple(Stamp(stamp.name, stamp.at_s) for stamp in message.stamps),
+        failures=tuple(_failure_from_pb(failure) for failure in message.failures),
     )
+
+
+def _failure_from_pb(message: router_pb2.Relay.FailedAttempt) -> FailedAttempt:
+    return FailedAttempt(
+        message.prefill_node_id, message.decode_node_id, message.blamed_node_id, message.code, message.message,
+        message.at_s, message.silent_s,
+    )  # fmt: skip
 
 
 def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:

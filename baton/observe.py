@@ -6,11 +6,16 @@ of two machines are never subtracted. It owns no clock and writes nowhere by its
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from baton.errors import shortened
 from baton.types import TransferReport
+
+_MAX_FAILURES = 8
+_MAX_MESSAGE_CHARS = 300
 
 
 class Stamp(NamedTuple):
@@ -25,6 +30,33 @@ class Stage(NamedTuple):
 
     name: str
     duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedAttempt:
+    """A run of a sequence that came to nothing, and why."""
+
+    prefill_node_id: str
+    decode_node_id: str
+    # The node that is held responsible.
+    blamed_node_id: str
+    # Of an error in baton.errors.
+    code: str
+    message: str
+    # When it was noticed, since the request's arrival.
+    at_s: float
+    # Since its last token then, else since its dispatch.
+    silent_s: float
+
+    def line(self) -> str:
+        """One line for people."""
+        nodes = self.prefill_node_id
+        if self.decode_node_id != self.prefill_node_id:
+            nodes += f" -> {self.decode_node_id}"
+        return (
+            f"an attempt on {nodes} failed after {_ms(self.at_s)} ({_ms(self.silent_s)} without a sign of life), held "
+            f"against {self.blamed_node_id}: {self.code}: {self.message}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +96,13 @@ class Relay:
     second_token_s: float = 0.0
     # Measured by the decode node: lease granted to KV verified. 0 if one node did both.
     lease_wait_s: float = 0.0
-    # Failures after the first token: from each failure to the next token.
+    # Pauses that failures made, as the client saw them: from the last sign of life before (the last token, else the
+    # dispatch) to the next token.
     recovery_s: float = 0.0
     # What happened when, in order; only what happened.
     stamps: tuple[Stamp, ...] = ()
+    # The last ones, oldest first; ``attempts`` counts all.
+    failures: tuple[FailedAttempt, ...] = ()
 
     @property
     def ttft_stages(self) -> tuple[Stage, ...]:
@@ -104,7 +139,8 @@ class Relay:
             f"{self.num_tokens} tokens",
         ]
         if self.attempts > 1:
-            parts.append(f"{self.attempts} attempts")
+            why = f" (the last failed by {self.failures[-1].code})" if self.failures else ""
+            parts.append(f"{self.attempts} attempts{why}")
         return " | ".join(parts)
 
 
@@ -128,9 +164,9 @@ class Lifeline:
     ``on_interval(seconds, count)`` hears every time between tokens; tokens that come together share theirs.
     """
 
-    __slots__ = ("_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failed_s", "_first_sent_s",
+    __slots__ = ("_alive_s", "_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failures", "_first_sent_s",
                  "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_num_tokens",
-                 "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_tbt_max_s",
+                 "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_sent_s", "_tbt_max_s",
                  "_transfer", "arrived_s", "attempts")  # fmt: skip
 
     def __init__(self, arrived_s: float, on_interval: Callable[[float, int], None] | None = None) -> None:
@@ -143,14 +179,17 @@ class Lifeline:
         self._prefill_id = ""
         self._decode_id = ""
         self._first_sent_s: float | None = None
+        # When nodes were first told of the present attempt.
+        self._sent_s: float | None = None
         self._first_token_s: float | None = None
         self._second_token_s: float | None = None
         self._joined_s: float | None = None
         self._handed_off_s: float | None = None
         self._last_token_s = arrived_s
         self._ended_s: float | None = None
-        # When the attempt failed that has to be made good; None while all is well.
-        self._failed_s: float | None = None
+        # The last sign of life before the failure that has to be made good; None while all is well.
+        self._alive_s: float | None = None
+        self._failures: deque[FailedAttempt] = deque(maxlen=_MAX_FAILURES)
         self._recovery_s = 0.0
         self._num_tokens = 0
         self._tbt_max_s = 0.0
@@ -163,7 +202,7 @@ class Lifeline:
         self._queued_s = self._attempt.began_s = now
 
     def placed(self, prefill_id: str, decode_id: str, now: float) -> None:
-        self._prefill_id, self._decode_id = prefill_id, decode_id
+        self._prefill_id, self._decode_id, self._sent_s = prefill_id, decode_id, now
         if self._first_token_s is None:
             # Chosen anew, after a refusal: what came of the earlier choice is no longer on the way.
             self._attempt.placed_s, self._attempt.leased_s, self._attempt.sent_s = now, None, None
@@ -175,6 +214,7 @@ class Lifeline:
 
     def sent(self, now: float) -> None:
         """The prompt is on its way to a node."""
+        self._sent_s = now
         if self._first_sent_s is None:
             self._first_sent_s = now
         if self._first_token_s is None:
@@ -205,29 +245,46 @@ class Lifeline:
             num_intervals = num_tokens - 1
             # Tokens that come with the first one come at once.
             interval_s = 0.0
+            self._recovered(now)
         else:
             num_intervals = num_tokens
             if interval_s > self._tbt_max_s:
                 self._tbt_max_s = interval_s
             if self._second_token_s is None:
                 self._second_token_s = now
-            if self._failed_s is not None:
-                self._recovery_s += now - self._failed_s
-                self._failed_s = None
+            self._recovered(now)
         if num_intervals > 0 and self._on_interval is not None:
             self._on_interval(interval_s / num_intervals, num_intervals)
         self._last_token_s = now
         self._num_tokens += num_tokens
 
-    def failed(self, now: float) -> None:
+    def _recovered(self, now: float) -> None:
+        if self._alive_s is not None:
+            self._recovery_s += now - self._alive_s
+            self._alive_s = None
+
+    def failed(self, blamed_node_id: str, code: str, message: str, now: float) -> FailedAttempt:
         """The attempt is lost, another follows."""
+        alive_s = self._last_sign_s(now)
+        failure = FailedAttempt(
+            self._prefill_id, self._decode_id, blamed_node_id, code, shortened(message, _MAX_MESSAGE_CHARS),
+            now - self.arrived_s, now - alive_s,
+        )  # fmt: skip
+        self._failures.append(failure)
         self.attempts += 1
         self._transfer = self._handed_off_s = self._joined_s = None
         self._lease_wait_s = 0.0
+        if self._alive_s is None:
+            self._alive_s = alive_s
         if self._first_token_s is None:
             self._attempt = _Attempt(now)
-        elif self._failed_s is None:
-            self._failed_s = now
+        self._sent_s = None
+        return failure
+
+    def _last_sign_s(self, now: float) -> float:
+        """The present attempt's last token, or its dispatch, whichever is later."""
+        sent_s = now if self._sent_s is None else self._sent_s
+        return sent_s if self._first_token_s is None else max(self._last_token_s, sent_s)
 
     def ended(self, now: float) -> None:
         self._ended_s = now
@@ -260,6 +317,7 @@ class Lifeline:
             lease_wait_s=self._lease_wait_s,
             recovery_s=self._recovery_s,
             stamps=self._stamps(),
+            failures=tuple(self._failures),
         )
 
     def _parts(self, first_s: float) -> _Parts:

@@ -19,6 +19,7 @@ from baton import PROTOCOL_VERSION, codec
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable
+from baton.patience import patient_timeout
 from baton.types import TokenChunk
 from baton.v1 import common_pb2, node_pb2
 
@@ -181,7 +182,7 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
 
     async def _hello(self, requests: AsyncIterator[RequestT]) -> node_pb2.SessionHello:
         try:
-            async with asyncio.timeout(self._config.hello_timeout_s):
+            async with patient_timeout(self._config.hello_timeout_s):
                 first = await anext(requests)
         except (TimeoutError, StopAsyncIteration):
             raise DeadlineExceeded(
@@ -244,7 +245,7 @@ class SessionHost(Generic[RequestT, ResponseT, Item]):
 
     async def _write(self, context: grpc.aio.ServicerContext[RequestT, ResponseT], message: ResponseT) -> None:
         try:
-            async with asyncio.timeout(self._config.write_timeout_s):
+            async with patient_timeout(self._config.write_timeout_s):
                 await context.write(message)
         except TimeoutError:
             raise DeadlineExceeded(f"the router took nothing for {self._config.write_timeout_s} s") from None

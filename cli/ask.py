@@ -66,7 +66,8 @@ def chat(client: Client, console: Console, options: Options, *, system: str, sho
 
 
 def print_relay(console: Console, finished: Finished) -> None:
-    console.print(finished.relay.line(), style="dim", highlight=False, markup=False, soft_wrap=True)
+    for line in (finished.relay.line(), *(failure.line() for failure in finished.relay.failures)):
+        console.print(line, style="dim", highlight=False, markup=False, soft_wrap=True)
 
 
 def write_raw(console: Console, text: str) -> None:

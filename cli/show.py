@@ -9,7 +9,14 @@ from rich.text import Text
 
 from baton.v1 import common_pb2, node_pb2, router_pb2
 
-_STATE_STYLES = {"ready": "green", "connecting": "yellow", "suspect": "yellow", "draining": "cyan", "lost": "red"}
+_STATE_STYLES = {
+    "ready": "green",
+    "connecting": "yellow",
+    "suspect": "yellow",
+    "draining": "cyan",
+    "left": "cyan",
+    "lost": "red",
+}
 
 
 def seconds(value_s: float) -> str:

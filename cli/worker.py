@@ -12,11 +12,13 @@ import json
 import logging
 import os
 import secrets
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from baton import PROTOCOL_VERSION, __version__
+from baton.address import as_dialled, host_of, is_anywhere
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BadConfig, InternalError
@@ -113,8 +115,7 @@ class WorkerConfig:
             raise BadConfig(f"metrics_port is {self.metrics_port}, expected a port, 0 or None", param="metrics_port")
         if self.num_blocks is not None and self.num_blocks < 1:
             raise BadConfig(f"num_blocks is {self.num_blocks}, expected at least 1", param="num_blocks")
-        is_anywhere = self.listen.rpartition(":")[0] in ("", "0.0.0.0", "[::]", "::")  # noqa: S104 - not to bind
-        if self.registry is not None and is_anywhere and not self.advertise_host:
+        if self.registry is not None and is_anywhere(host_of(self.listen)) and not self.advertise_host:
             message = f"listen is {self.listen}, which nobody can dial: expected --advertise with a host to register"
             raise BadConfig(message, param="advertise_host")
 
@@ -405,8 +406,10 @@ class _Worker:
 
 
 def _describe(config: WorkerConfig, model: LoadedModel, address: str, transfer: TransferConfig) -> NodeDescription:
+    # Two hosts' workers that listen everywhere must not share a name.
+    where = as_dialled(address, f"{socket.gethostname()}:0")
     return NodeDescription(
-        node_id=config.node_id or f"{config.role.value}-{address}",
+        node_id=config.node_id or f"{config.role.value}-{where}",
         incarnation=secrets.randbits(63) | 1,
         role=config.role,
         home_role=config.role,

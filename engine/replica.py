@@ -384,7 +384,7 @@ class Replica:
             deliveries = self._address(events)
             self._collect_gone()
         for sequence_id, cause in raised:
-            self._defects.caught("engine", cause, f"taking in a token of {sequence_id}")
+            self._defects.caught("engine", cause, f"a token of {sequence_id}")
         _deliver(deliveries)
         with self._defects.contained("engine", "counting"):
             if self._meter is not None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from baton.errors import BadLogits, BatonError, InvalidRequest
+from baton.errors import BadLogits, InvalidRequest
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from engine.step import Sampled, Sequence, StepResult, banned_ids, changes_logits, has_penalty
 
@@ -75,7 +75,8 @@ class Sampler:
                 if not (math.isfinite(lowest) and math.isfinite(best)):
                     raise bad_logits(sequence)
                 sampled = self._sample_row(logits[row], sequence)
-            except BatonError as error:
+            except Exception as error:
+                # Whatever it is: the other rows are other sequences.
                 result.failed[sequence.sequence_id] = error
             else:
                 result.sampled[sequence.sequence_id] = sampled

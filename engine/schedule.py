@@ -282,7 +282,7 @@ class Scheduler:
                 sampled = result.sampled.get(entry.sequence_id)
                 if sampled is None:
                     error = result.failed.get(entry.sequence_id) or InternalError("the runner returned no token")
-                    events.append(self._failed(entry, error, now))
+                    events.append(self._failed(entry, self._known(entry, error), now))
                 else:
                     events.append(self._advance_or_fail(entry, sampled, now))
         return events
@@ -326,7 +326,7 @@ class Scheduler:
         return gone
 
     def take_raised(self) -> list[tuple[str, Exception]]:
-        """Sequences that failed because taking in their token raised, since the last call: for the log."""
+        """Sequences that failed because drawing or taking in their token raised, since the last call: for the log."""
         raised, self._raised = self._raised, []
         return raised
 
@@ -489,8 +489,13 @@ class Scheduler:
         try:
             return self._advance(entry, sampled, now)
         except Exception as error:
-            self._raised.append((entry.sequence_id, error))
-            return self._failed(entry, InternalError(f"taking in a token: {type(error).__name__}: {error}"), now)
+            return self._failed(entry, self._known(entry, error), now)
+
+    def _known(self, entry: Entry, error: Exception) -> BatonError:
+        if isinstance(error, BatonError):
+            return error
+        self._raised.append((entry.sequence_id, error))
+        return InternalError(f"drawing or taking in a token: {type(error).__name__}: {error}")
 
     def _advance(self, entry: Entry, sampled: Sampled, now: float) -> Output:
         seq = entry.sequence

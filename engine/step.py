@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.errors import BatonError
 from baton.types import PositionLogprobs, SamplingParams, SequenceSpec
 
 
@@ -90,7 +89,7 @@ class StepResult:
 
     sampled: dict[str, Sampled] = field(default_factory=dict)
     # Why there is no token for this sequence; its neighbours have theirs.
-    failed: dict[str, BatonError] = field(default_factory=dict)
+    failed: dict[str, Exception] = field(default_factory=dict)
 
 
 def changes_logits(params: SamplingParams, num_generated: int) -> bool:

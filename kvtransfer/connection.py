@@ -10,7 +10,9 @@ import grpc
 import grpc.aio
 
 from baton import codec
+from baton.address import as_dialled
 from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed, quoted
+from baton.patience import patient_timeout
 from baton.types import KvLayout, NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
@@ -57,12 +59,13 @@ class Connection:
         the receiver cannot be reached within ``connect_timeout_s``."""
         channel = grpc.aio.insecure_channel(address, options=wire_format.CLIENT_OPTIONS)
         try:
-            async with asyncio.timeout(config.connect_timeout_s):
+            async with patient_timeout(config.connect_timeout_s):
                 call, welcome = await _greet(channel, node, config, device)
                 theirs = codec.node_from_pb(welcome.node)
                 wire_format.check_compatible(node, theirs, _digest_name(config), welcome.digest)
                 loop = asyncio.get_running_loop()
                 lost: asyncio.Future[str] = loop.create_future()
+                welcome.endpoint = as_dialled(welcome.endpoint, address)
                 wire = await _open_wire(welcome, theirs.kv_layout, node, config, lanes, device, lost)
         except TimeoutError:
             await channel.close()

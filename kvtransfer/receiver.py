@@ -22,6 +22,7 @@ from baton import codec
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InvalidRequest, Unavailable
+from baton.patience import patient_timeout
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
@@ -342,7 +343,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         due_s = self._machine.next_deadline_s
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._handle, machine.Tick())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_due, due_s)
+
+    def _on_due(self, due_s: float) -> None:
+        self._handle(machine.Tick(late_s=self._clock.now() - due_s))
 
     def _wrote(self, channel: int, epoch: int, attempt: int, ranges: Sequence[messages.WrittenRange]) -> None:
         self._handle(machine.Wrote(channel, epoch, attempt, tuple(ranges)))
@@ -377,7 +381,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     async def _open_channel(self, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> _Channel:
         try:
-            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            async with patient_timeout(_HELLO_TIMEOUT_S):
                 request = await context.read()
         except TimeoutError:
             raise InvalidRequest("no Hello came") from None

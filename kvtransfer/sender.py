@@ -289,7 +289,10 @@ class _Peer:
         due_s = self._machine.next_deadline_s
         if due_s is not None:
             delay_s = max(0.0, due_s - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self.handle, machine.Tick())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_due, due_s)
+
+    def _on_due(self, due_s: float) -> None:
+        self.handle(machine.Tick(late_s=self._clock.now() - due_s))
 
     async def close(self) -> None:
         """Every push must have ended before."""

@@ -10,15 +10,16 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 from google.protobuf.message import Message
 
 from baton import codec, errors
-from baton.clock import Clock
-from baton.defects import Defects
-from baton.observe import Relay
+from baton.address import as_dialled
+from baton.clock import Clock, catch_up_s
+from baton.defects import Defects, LogLimit
+from baton.observe import FailedAttempt, Relay
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
@@ -36,6 +37,8 @@ _log = logging.getLogger("baton.router")
 
 NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
+# Refusals that are back-pressure.
+_NO_ROOM = frozenset({"NoBlocks", "Overloaded", "Draining"})
 # Membership looks at silences this often; nodes speak at least every 0.25 s.
 _TICK_S = 0.1
 
@@ -71,7 +74,18 @@ class Link(Protocol):
 class Active:
     """A sequence in flight and what belongs to it here."""
 
-    __slots__ = ("attached", "client", "fingerprint", "flow", "is_queued", "origin", "stream", "timer", "timer_s")
+    __slots__ = (
+        "attached",
+        "client",
+        "fingerprint",
+        "flow",
+        "is_queued",
+        "origin",
+        "patient_until_s",
+        "stream",
+        "timer",
+        "timer_s",
+    )
 
     def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin, client: str) -> None:
         self.flow = flow
@@ -86,6 +100,8 @@ class Active:
         self.attached: tuple[str, Placement] | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
+        # Nothing is judged before: the timer was looked at too late.
+        self.patient_until_s = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +138,8 @@ class Dispatcher:
         self._config = config
         self._clock = clock
         self._metrics = metrics
+        # When a node dies with hundreds of sequences, a few lines say why.
+        self._failure_limit = LogLimit(clock)
         self._defects = Defects(_log, clock, metrics.defects.add)
         self._membership = m.Membership(config.nodes, config.membership)
         self._loads = Loads()
@@ -143,6 +161,9 @@ class Dispatcher:
             max_bytes=config.limits.max_unread_bytes,
         )  # fmt: skip
         self._ticker: asyncio.TimerHandle | None = None
+        self._ticked_s = clock.now()
+        # Those that wait were told that no node is available.
+        self._is_nobody_there = False
         self._down_since_s: float | None = clock.now()
         self._finished_at_s: deque[float] = deque(maxlen=64)
         self._is_closing = False
@@ -155,6 +176,7 @@ class Dispatcher:
 
     def start(self) -> None:
         self._do_membership(self._membership.start())
+        self._ticked_s = self._clock.now() - _TICK_S
         self._on_ticker()
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -365,6 +387,12 @@ class Dispatcher:
     # ── Links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
+        # A node that listens everywhere does not know its address; we do, and hand it on.
+        node = replace(
+            node,
+            address=as_dialled(node.address, address),
+            metrics_address=as_dialled(node.metrics_address, address),
+        )
         self._do_membership(self._membership.handle(m.Welcomed(address, node, status), self._clock.now()))
 
     def on_listing(self, records: Sequence[NodeRecord]) -> None:
@@ -372,8 +400,8 @@ class Dispatcher:
         listed = m.Listed({record.address: record.incarnation for record in records})
         self._do_membership(self._membership.handle(listed, self._clock.now()))
 
-    def on_broken(self, address: str, reason: str) -> None:
-        self._do_membership(self._membership.handle(m.Broken(address, reason), self._clock.now()))
+    def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
+        self._do_membership(self._membership.handle(m.Broken(address, reason, is_orderly), self._clock.now()))
 
     def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
         member = self._membership.members.get(address)
@@ -397,14 +425,23 @@ class Dispatcher:
         node_id = member.node.node_id
         for lease in message.reserved:
             self._loads.confirm(lease.sequence_id)
-        self._take(node_id, message.reserved, lambda x: f.Reserved(codec.lease_from_pb(x)))
+        self._take(node_id, message.reserved, lambda x: _reserved(x, address))
         for refused in message.refused:
             self._metrics.reservation_refusals.add(refused.failure.code)
+            self._log_refusal(node_id, refused)
         self._take(node_id, message.refused, _refused)
         self._take(node_id, message.joined, lambda x: f.Joined(x.sequence_id, x.wait_s))
         self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
         self._take(node_id, message.failed, lambda x: _failed(node_id, x))
         self._heard(address, message.status if message.HasField("status") else None)
+
+    def _log_refusal(self, node_id: str, refused: node_pb2.SequenceFailed) -> None:
+        """A node without room is nothing to tell; one that refuses for another reason is."""
+        code = refused.failure.code
+        if code in _NO_ROOM or (more := self._failure_limit.admits(f"{node_id}/refused/{code}")) is None:
+            return
+        message = errors.shortened(refused.failure.message, 300)
+        _log.warning("%s: %s refused a reservation: %s: %s%s", refused.sequence_id, node_id, code, message, more)
 
     def _take(self, node_id: str, items: Iterable[_Item], event_of: Callable[[_Item], f.Event]) -> None:
         """Each item to its sequence's flow; a sequence that is over hears nothing.
@@ -440,8 +477,10 @@ class Dispatcher:
     def _on_ticker(self) -> None:
         # Armed first: whatever a look raises, the next one comes.
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
+        now = self._clock.now()
+        late_s, self._ticked_s = max(0.0, now - self._ticked_s - _TICK_S), now
         with self._defects.contained("membership"):
-            self._do_membership(self._membership.handle(m.Tick(), self._clock.now()))
+            self._do_membership(self._membership.handle(m.Tick(late_s), now))
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
         for action in actions:
@@ -462,6 +501,10 @@ class Dispatcher:
             case m.NodeUp():
                 self._on_node_up(action.node, action.status)
             case m.NodeDown():
+                if action.has_left:
+                    _log.info("node %s has left: %s", action.node_id, action.reason)
+                else:
+                    _log.warning("node %s is lost: %s", action.node_id, action.reason)
                 self._on_node_down(action.node_id, action.reason)
             case m.NodeRefused():
                 _log.error("node at %s is refused: %s", action.address, action.reason)
@@ -486,10 +529,8 @@ class Dispatcher:
         for active in list(self._active):
             if not active.flow.tokens:
                 active.fingerprint = node.model.fingerprint
-            self._feed(active, f.SomebodyThere())
 
     def _on_node_down(self, node_id: str, reason: str) -> None:
-        _log.warning("node %s is lost: %s", node_id, reason)
         ends = self._metrics.node_drains if self._loads.is_leaving(node_id) else self._metrics.node_losses
         ends.add(self._loads.pool(node_id))
         self._address_of.pop(node_id, None)
@@ -562,6 +603,8 @@ class Dispatcher:
                 active.attached = None
                 self._left_nodes(active, action.sequence_id)
                 self._loads.release(action.sequence_id)
+            case f.AttemptFailed():
+                self._log_failure(action.sequence_id, action.failure)
             case f.NodeFull():
                 self._loads.full(action.node_id)
             case f.PairFailed():
@@ -570,6 +613,11 @@ class Dispatcher:
                 self._breakers.worked(action.placement.prefill_id, action.placement.decode_id)
             case f.End():
                 self._end(active, action.outcome)
+
+    def _log_failure(self, sequence_id: str, failure: FailedAttempt) -> None:
+        more = self._failure_limit.admits(f"{failure.blamed_node_id}/{failure.code}")
+        if more is not None:
+            _log.warning("%s: %s%s", sequence_id, failure.line(), more)
 
     def _send(self, node_id: str, message: Message) -> None:
         address = self._address_of.get(node_id)
@@ -628,6 +676,8 @@ class Dispatcher:
         if not _log.isEnabledFor(logging.INFO):
             return
         code = "" if outcome.error is None else outcome.error.code
+        if outcome.kind is f.OutcomeKind.FAILED and outcome.error is not None:
+            code += f": {errors.shortened(outcome.error.message, 300)}"
         detail = code or (outcome.finish_reason.value if outcome.finish_reason else "")
         _log.info("%s/%d %s (%s) %s", active.flow.request_id, active.flow.choice, outcome.kind.value, detail,
                   relay.line())  # fmt: skip
@@ -636,7 +686,7 @@ class Dispatcher:
         """One timer per sequence; pushed-back deadlines cost nothing, the timer looks again when it fires."""
         if active.flow.has_ended:
             return
-        wake_s = active.flow.wake_at_s
+        wake_s = max(active.flow.wake_at_s, active.patient_until_s)
         if active.timer is not None:
             if active.timer_s <= wake_s:
                 return
@@ -650,7 +700,10 @@ class Dispatcher:
         if active.flow.has_ended:
             return
         now = self._clock.now()
-        if now >= active.flow.wake_at_s:
+        if more_s := catch_up_s(now - active.timer_s):
+            # We are late ourselves: what nodes said meanwhile waits in the sockets, and is read first.
+            active.patient_until_s = now + more_s
+        if now >= max(active.flow.wake_at_s, active.patient_until_s):
             self._feed(active, f.Tick())
             self._pump()
         else:
@@ -703,15 +756,24 @@ class Dispatcher:
         placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
             self._metrics.placement_waits.add(placement.name.lower())
-            if placement is Obstacle.NO_NODE:
-                for waiting in list(self._queue):
-                    self._feed(waiting, f.NobodyThere())
+            self._tell_waiting(is_nobody_there=placement is Obstacle.NO_NODE)
             return False
+        self._tell_waiting(is_nobody_there=False)
         self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
         self._queue.started(active)
         active.is_queued = False
         self._assign(active, placement, now)
         return True
+
+    def _tell_waiting(self, *, is_nobody_there: bool) -> None:
+        """At every look, not when a node comes up: one that was only suspect does not come up."""
+        if is_nobody_there:
+            for waiting in list(self._queue):
+                self._feed(waiting, f.NobodyThere())
+        elif self._is_nobody_there:
+            for waiting in list(self._queue):
+                self._feed(waiting, f.SomebodyThere())
+        self._is_nobody_there = is_nobody_there
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow
@@ -765,6 +827,11 @@ def _prefill_done(done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
 
 def _handed_off(over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
     return f.HandedOff(over.sequence_id, codec.report_from_pb(over.report))
+
+
+def _reserved(granted: common_pb2.Lease, address: str) -> f.Event:
+    lease = codec.lease_from_pb(granted)
+    return f.Reserved(replace(lease, address=as_dialled(lease.address, address)))
 
 
 def _refused(refused: node_pb2.SequenceFailed) -> f.Event:

@@ -27,6 +27,7 @@ from baton.types import (
 from router.flow_messages import (
     Abandon,
     Action,
+    AttemptFailed,
     Begin,
     Cancel,
     Deliver,
@@ -436,7 +437,8 @@ class Flow:
         if not lost:
             actions.append(PairFailed(placement))
         self._avoid[blamed] = now + self._config.avoid_s
-        self.lifeline.failed(now)
+        failure = self.lifeline.failed(blamed, error.code, error.message, now)
+        actions.append(AttemptFailed(self.sequence_id, failure))
         self._requeue()
         # The first rerun starts at once: the client's next token waits for it.
         return actions + self._enqueue_after(self._backoff_s(self.lifeline.attempts - 3), now)

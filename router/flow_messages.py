@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton import errors
+from baton.observe import FailedAttempt
 from baton.types import (
     Failure,
     FinishReason,
@@ -67,7 +68,7 @@ class NobodyThere:
 
 @dataclass(frozen=True, slots=True)
 class SomebodyThere:
-    """A node came up."""
+    """A node is available again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +200,14 @@ class Detach:
 
 
 @dataclass(frozen=True, slots=True)
+class AttemptFailed:
+    """For the log: another attempt follows."""
+
+    sequence_id: str
+    failure: FailedAttempt
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFull:
     node_id: str
 
@@ -219,5 +228,6 @@ class End:
 
 
 Action = (
-    Enqueue | SendReserve | SendRun | SendCancel | Deliver | Detach | NodeFull | PairFailed | PairWorked | End
+    Enqueue | SendReserve | SendRun | SendCancel | Deliver | Detach | AttemptFailed | NodeFull | PairFailed
+    | PairWorked | End
 )  # fmt: skip

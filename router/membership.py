@@ -34,6 +34,8 @@ class State(Enum):
     READY = "ready"
     SUSPECT = "suspect"
     LOST = "lost"
+    # It drained and went in good order; until it is back, or somebody else is there.
+    LEFT = "left"
     DRAINING = "draining"
     REFUSED = "refused"
 
@@ -64,6 +66,8 @@ class Broken:
 
     address: str
     reason: str
+    # The node ended its sessions itself.
+    is_orderly: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +79,9 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """``late_s`` too late: for so long the event loop did not turn, and heard nobody, whoever spoke."""
+
+    late_s: float = 0.0
 
 
 Event = Welcomed | Heard | Broken | Listed | Tick
@@ -111,6 +117,8 @@ class NodeUp:
 class NodeDown:
     node_id: str
     reason: str
+    # It had said that it would go.
+    has_left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,7 @@ class Member:
         # The last one that answered here; kept after its loss, for people to read.
         self.node: NodeDescription | None = None
         self.status: NodeStatus | None = None
+        # When it last spoke, plus the time since in which nobody listened.
         self.heard_s = 0.0
         self.failures = 0
         # When to dial; None while a connection exists or is being made.
@@ -178,11 +187,11 @@ class Membership:
             case Welcomed():
                 return self._on_welcomed(event, now)
             case Broken():
-                return self._down(self.members[event.address], event.reason, now)
+                return self._on_broken(self.members[event.address], event, now)
             case Listed():
                 return self._on_listed(event.incarnations, now)
             case Tick():
-                return self._on_tick(now)
+                return self._on_tick(event.late_s, now)
 
     def member_of(self, node_id: str) -> Member | None:
         """The member that is up under this id."""
@@ -255,18 +264,32 @@ class Membership:
             return State.SUSPECT
         return State.DRAINING if member.status.draining else State.READY
 
-    def _down(self, member: Member, reason: str, now: float) -> list[Action]:
+    def _on_broken(self, member: Member, event: Broken, now: float) -> list[Action]:
+        if member.state is State.LEFT:
+            # Nobody is there, as it had said: no news.
+            return self._down(member, member.reason, now, has_left=True)
+        status = member.status
+        is_drained = member.is_up and status is not None and status.draining
+        # A word that was under way to it may break the connection before its goodbye is read.
+        is_empty = is_drained and status is not None and status.num_running == status.num_waiting == 0
+        if is_drained and (event.is_orderly or is_empty):
+            return self._down(member, "it drained and left in good order", now, has_left=True)
+        return self._down(member, event.reason, now)
+
+    def _down(self, member: Member, reason: str, now: float, *, has_left: bool = False) -> list[Action]:
         was_up = member.is_up
         if member.state is State.REFUSED:
             return []  # We hung up ourselves; the redial is set.
         wait_s = min(self._config.redial_base_s * 2.0 ** min(member.failures, 16), self._config.redial_max_s)
         member.failures += 1
         member.state = State.LOST if member.node is not None else State.CONNECTING
+        if has_left:
+            member.state = State.LEFT
         member.reason, member.redial_s = reason, now + wait_s
         actions: list[Action] = []
         if was_up:
             assert member.node is not None
-            actions.append(NodeDown(member.node.node_id, reason))
+            actions.append(NodeDown(member.node.node_id, reason, has_left))
         if not (member.is_fixed or member.is_listed):
             actions += self._forget(member)
         return actions
@@ -305,7 +328,7 @@ class Membership:
             member.redial_s, member.failures = now, 0  # No need to wait: dialled with the next tick.
         return []
 
-    def _on_tick(self, now: float) -> list[Action]:
+    def _on_tick(self, late_s: float, now: float) -> list[Action]:
         actions: list[Action] = []
         for member in list(self.members.values()):
             if member.redial_s is not None and now >= member.redial_s:
@@ -314,6 +337,8 @@ class Membership:
                     member.state = State.CONNECTING
                 actions.append(Dial(member.address))
             elif member.is_up:
+                # Silence is what could have been heard and was not.
+                member.heard_s = min(now, member.heard_s + late_s)
                 actions += self._check_silence(member, now)
         return actions
 

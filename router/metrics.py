@@ -93,7 +93,7 @@ class RouterMetrics:
         self.reruns = counter("baton_reruns", "Attempts after the first, that is after a failure")
         self.recoveries = counter("baton_recoveries", "Finished sequences of which at least one attempt had failed")
         self.recovery = histogram(
-            "baton_recovery_seconds", "Failure after the first token to the next token", LATENCY_BUCKETS_S
+            "baton_recovery_seconds", "Last sign of life before a failure to the next token", LATENCY_BUCKETS_S
         )
         self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of sequences that got a token")
         self.cached_tokens = counter("baton_cached_prompt_tokens", "Of these, found in a prefix cache")

@@ -17,6 +17,7 @@ from grpc import aio
 from baton import PROTOCOL_VERSION, codec, errors
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
@@ -42,7 +43,8 @@ class LinkEvents(Protocol):
 
     def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None: ...
 
-    def on_broken(self, address: str, reason: str) -> None: ...
+    def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
+        """``is_orderly``: the node ended its sessions itself."""
 
 
 class _Broken(Exception):
@@ -165,13 +167,13 @@ class NodeLink:
         )
 
     async def _run(self) -> None:
-        reason = "the connection ended"
+        reason, is_orderly = "the connection ended", False
         try:
             # A channel of its own for every connection: nothing of a former life of the address survives in it.
             async with aio.insecure_channel(self.address, _channel_options(self._config)) as channel:
                 await self._serve(channel)
         except* _Broken as group:
-            reason = str(group.exceptions[0])
+            reason, is_orderly = str(group.exceptions[0]), isinstance(group.exceptions[0], _Left)
         except* (aio.AioRpcError, aio.UsageError, asyncio.InvalidStateError) as group:
             reason = _why(group.exceptions[0])
         except* TimeoutError:
@@ -186,14 +188,14 @@ class NodeLink:
             # again meanwhile.
             if self._task is asyncio.current_task():
                 self._task = None
-                self._events.on_broken(self.address, reason)
+                self._events.on_broken(self.address, reason, is_orderly)
 
     async def _serve(self, channel: aio.Channel) -> None:
         self._channel = channel
         prefill = node_pb2_grpc.PrefillNodeStub(channel).Session()
         decode = node_pb2_grpc.DecodeNodeStub(channel).Session()
         try:
-            async with asyncio.timeout(self._config.connect_timeout_s):
+            async with patient_timeout(self._config.connect_timeout_s):
                 await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello))
                 await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello))
                 welcome = (await _read(prefill)).welcome
@@ -217,7 +219,7 @@ class NodeLink:
         readers = [tasks.create_task(self._read_prefill(prefill)), tasks.create_task(self._read_decode(decode))]
         await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
-        raise _Broken("the node left")
+        raise _Left("the node left")
 
     async def _read_prefill(self, call: PrefillCall) -> None:
         with contextlib.suppress(_Left):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import grpc
@@ -42,6 +43,7 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
         lease_wait_s=relay.lease_wait_s,
         recovery_s=relay.recovery_s,
         stamps=[router_pb2.Relay.Stamp(name=name, at_s=at_s) for name, at_s in relay.stamps],
+        failures=[router_pb2.Relay.FailedAttempt(**asdict(failure)) for failure in relay.failures],
     )
 
 

@@ -335,6 +335,50 @@ class Relay(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class FailedAttempt(_message.Message):
+        """A run of the request that came to nothing."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        PREFILL_NODE_ID_FIELD_NUMBER: _builtins.int
+        DECODE_NODE_ID_FIELD_NUMBER: _builtins.int
+        BLAMED_NODE_ID_FIELD_NUMBER: _builtins.int
+        CODE_FIELD_NUMBER: _builtins.int
+        MESSAGE_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        SILENT_S_FIELD_NUMBER: _builtins.int
+        prefill_node_id: _builtins.str
+        """Where it ran."""
+        decode_node_id: _builtins.str
+        """Where it decoded, or would have."""
+        blamed_node_id: _builtins.str
+        """The node that is held responsible."""
+        code: _builtins.str
+        """Name of the error."""
+        message: _builtins.str
+        """Why, for people."""
+        at_s: _builtins.float
+        """When the router noticed, in seconds since arrival."""
+        silent_s: _builtins.float
+        """How long it had been silent then: since its last token, else since its dispatch."""
+        def __init__(
+            self,
+            *,
+            prefill_node_id: _builtins.str = ...,
+            decode_node_id: _builtins.str = ...,
+            blamed_node_id: _builtins.str = ...,
+            code: _builtins.str = ...,
+            message: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+            silent_s: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "blamed_node_id", b"blamed_node_id", "code", b"code", "decode_node_id", b"decode_node_id", "message", b"message", "prefill_node_id", b"prefill_node_id", "silent_s", b"silent_s"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Stamp(_message.Message):
         """When something happened: "arrived", "queued", "attempt", "placed", "leased", "dispatched", "first_token", "joined",
         "handed_off", "second_token", "last_token", "ended". Seconds since arrival, by the router's clock.
@@ -380,6 +424,7 @@ class Relay(_message.Message):
     LEASE_WAIT_S_FIELD_NUMBER: _builtins.int
     RECOVERY_S_FIELD_NUMBER: _builtins.int
     STAMPS_FIELD_NUMBER: _builtins.int
+    FAILURES_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
     """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
@@ -415,7 +460,9 @@ class Relay(_message.Message):
     lease_wait_s: _builtins.float
     """From the lease's grant to the verified KV, by the decode node's clock."""
     recovery_s: _builtins.float
-    """Failures after the first token: from each failure to the next token."""
+    """Pauses that failures made: from the last sign of life of what failed (the token before, else the dispatch) to the
+    next token.
+    """
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferReport:
         """Absent if no KV was moved."""
@@ -423,6 +470,10 @@ class Relay(_message.Message):
     @_builtins.property
     def stamps(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Stamp]:
         """The request's lifeline, in the order things happened."""
+
+    @_builtins.property
+    def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.FailedAttempt]:
+        """The last attempts that failed, oldest first; at most 8."""
 
     def __init__(
         self,
@@ -447,10 +498,11 @@ class Relay(_message.Message):
         lease_wait_s: _builtins.float = ...,
         recovery_s: _builtins.float = ...,
         stamps: _abc.Iterable[Global___Relay.Stamp] | None = ...,
+        failures: _abc.Iterable[Global___Relay.FailedAttempt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "failures", b"failures", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -489,7 +541,7 @@ class StatusResponse(_message.Message):
         STATUS_FIELD_NUMBER: _builtins.int
         STATE_FIELD_NUMBER: _builtins.int
         state: _builtins.str
-        """"connecting", "ready", "suspect", "lost" or "draining"."""
+        """"connecting", "ready", "suspect", "lost", "draining", "left" or "refused", then ": " and why, where there is a reason."""
         @_builtins.property
         def node(self) -> _common_pb2.NodeDescription:
             """Who it is; only its address while it was never reached."""

@@ -89,7 +89,7 @@ class RouterServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost".
+        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

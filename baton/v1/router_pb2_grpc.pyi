@@ -42,7 +42,7 @@ class RouterStub:
     Ledger: _grpc.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]
     """The block ledgers of all nodes, asked for now."""
     Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
-    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
     Trace: _grpc.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]
     """What the router and every node did lately: first the router's part, then a message per node."""
 
@@ -60,7 +60,7 @@ class RouterAsyncStub(RouterStub):
     Ledger: _aio.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]  # type: ignore[assignment]
     """The block ledgers of all nodes, asked for now."""
     Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
-    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+    """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
     Trace: _aio.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]  # type: ignore[assignment]
     """What the router and every node did lately: first the router's part, then a message per node."""
 
@@ -99,7 +99,7 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         request: _router_pb2.DrainNodeRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DrainNodeResponse, _abc.Awaitable[_router_pb2.DrainNodeResponse]]:
-        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "lost"."""
+        """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
 
     @_abc_1.abstractmethod
     def Trace(

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from enum import Enum
 
+from baton.clock import catch_up_s
 from baton.errors import BatonError, InvalidRequest, TransferFailed
 from baton.types import Failure, TokenChunk
 from kvtransfer.protocol.liveness import Heart, Pulse
@@ -154,7 +155,9 @@ class TakeOverRefused:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """``late_s`` after it was due: for so long this process may have read nothing."""
+
+    late_s: float = 0.0
 
 
 ReceiverEvent = (
@@ -381,6 +384,7 @@ class ReceiverMachine:
             case TakeOverRefused():
                 return self._take_over_refused(event, now)
             case Tick():
+                self._forgive(event.late_s, now)
                 return self._tick(now)
 
     def check(self) -> None:
@@ -658,6 +662,15 @@ class ReceiverMachine:
         return self._send(lease, nack) + self._end(lease, event.failure.message, now, tell=False)
 
     # Time.
+
+    def _forgive(self, late_s: float, now: float) -> None:
+        """Nobody's time is up for what waits unread in our sockets."""
+        if not (more_s := catch_up_s(late_s)):
+            return
+        for lease in self._leases.values():
+            lease.deadline_s = max(lease.deadline_s + late_s, now + more_s)
+            if lease.revoke_deadline_s is not None:
+                lease.revoke_deadline_s = max(lease.revoke_deadline_s + late_s, now + more_s)
 
     def _tick(self, now: float) -> list[ReceiverAction]:
         actions: list[ReceiverAction] = []

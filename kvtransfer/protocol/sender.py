@@ -16,6 +16,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
 
+from baton.clock import catch_up_s
 from baton.errors import BatonError, Cancelled, Incompatible, NodeLost, TransferFailed, from_code
 from baton.types import TokenChunk
 from kvtransfer.protocol.liveness import Heart, Pulse
@@ -128,7 +129,9 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    pass
+    """``late_s`` after it was due: for so long this process may have read nothing."""
+
+    late_s: float = 0.0
 
 
 SenderEvent = (
@@ -298,6 +301,7 @@ class SenderMachine:
             case ChannelLost():
                 return self._channel_lost(event, now)
             case Tick():
+                self._forgive(event.late_s, now)
                 return self._tick(now)
 
     def check(self) -> None:
@@ -527,6 +531,12 @@ class SenderMachine:
         return self._fail(push, error, now)
 
     # Time.
+
+    def _forgive(self, late_s: float, now: float) -> None:
+        """Nobody's time is up for what waits unread in our sockets."""
+        if more_s := catch_up_s(late_s):
+            for push in self._pushes.values():
+                push.deadline_s = max(push.deadline_s + late_s, now + more_s)
 
     def _tick(self, now: float) -> list[SenderAction]:
         actions: list[SenderAction] = []

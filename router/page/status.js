@@ -8,7 +8,7 @@ const LEDGER = ["prompt", "sending", "leased", "running", "quarantined"];
 // A sign beside the colour, for those who do not see it.
 const STATES = {
   ready: ["good", "● ready"], connecting: ["warn", "◌ connecting"], suspect: ["warn", "▲ suspect"],
-  draining: ["warn", "◐ draining"], lost: ["bad", "✕ dead"], refused: ["bad", "✕ refused"],
+  draining: ["warn", "◐ draining"], left: ["warn", "○ left"], lost: ["bad", "✕ dead"], refused: ["bad", "✕ refused"],
 };
 // What a stage of a lifeline is drawn as.
 const STAGES = {

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from router import membership as m
 from tests.unit.test_router_membership import NODE, STATUS
 
+CONFIG = m.MembershipConfig()
 ADDRESSES = ["a:1", "b:1", "c:1"]
 addresses = st.sampled_from(ADDRESSES)
 
@@ -24,6 +25,8 @@ class Cluster(RuleBasedStateMachine):
         self.dialled: dict[str, bool] = {}
         self.up: dict[str, str] = {}
         self.listed: dict[str, int] = {}
+        # By address, how long it could have been heard since it was.
+        self.silence: dict[str, float] = {}
         self.act(self.machine.start())
 
     def act(self, actions: list[m.Action]) -> None:
@@ -50,6 +53,8 @@ class Cluster(RuleBasedStateMachine):
     def welcome(self, address: str, incarnation: int) -> None:
         if self.dialled.get(address):
             node = replace(NODE, node_id=address, address=address, incarnation=incarnation)
+            if not self.machine.members[address].is_up:
+                self.silence[address] = 0.0
             self.feed(m.Welcomed(address, node, STATUS))
 
     @rule(address=addresses)
@@ -60,6 +65,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(address=addresses, draining=st.booleans())
     def hear(self, address: str, draining: bool) -> None:
+        self.silence[address] = 0.0
         self.feed(m.Heard(address, replace(STATUS, draining=draining)))
 
     @rule(view=st.dictionaries(addresses, st.integers(1, 3)))
@@ -67,10 +73,22 @@ class Cluster(RuleBasedStateMachine):
         self.listed = view
         self.feed(m.Listed(view))
 
-    @rule(seconds=st.floats(0.0, 3.0))
-    def wait(self, seconds: float) -> None:
+    @rule(seconds=st.floats(0.0, 3.0), share_late=st.sampled_from([0.0, 0.0, 0.5, 1.0]))
+    def wait(self, seconds: float, share_late: float) -> None:
+        """For a share of the time nobody listened."""
         self.now += seconds
-        self.feed(m.Tick())
+        before = {a: x.state for a, x in self.machine.members.items()}
+        for address in self.up.values():
+            self.silence[address] = self.silence.get(address, 0.0) + seconds * (1.0 - share_late)
+        self.feed(m.Tick(late_s=seconds * share_late))
+        for address, state in before.items():
+            if state in (m.State.READY, m.State.SUSPECT, m.State.DRAINING):
+                is_lost = (
+                    self.machine.members[address].state is m.State.LOST if address in self.machine.members else True
+                )
+                counted = self.silence[address]
+                # Lost for what could have been heard and was not, and for nothing else.
+                assert is_lost == (counted > CONFIG.lost_s) or abs(counted - CONFIG.lost_s) < 1e-6, (address, counted)
 
     @invariant()
     def books_agree(self) -> None:

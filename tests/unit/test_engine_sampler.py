@@ -211,3 +211,12 @@ def test_parameters_that_leave_no_finite_logit_are_the_callers_mistake(
     assert found.sampled == {}
     assert isinstance(found.failed["a"], InvalidRequest)
     assert "expected a finite number" in found.failed["a"].message
+
+
+def test_a_row_that_raises_fails_alone() -> None:
+    logits = torch.zeros(2, VOCAB)
+    # An id that no vocabulary has, where penalties look for what was seen.
+    bad, good = sequence("bad", (VOCAB + 5,), repetition_penalty=2.0), sequence("good", temperature=0.0)
+    found = Sampler(VOCAB).sample(logits, [bad, good])
+    assert isinstance(found.failed["bad"], IndexError)
+    assert set(found.sampled) == {"good"}

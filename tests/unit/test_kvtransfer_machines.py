@@ -314,3 +314,31 @@ def test_every_wait_has_a_deadline(reach: int, waited_for: str) -> None:
                 finished.append(action)
     assert len(finished) == 1
     assert waited_for in str(finished[0].error)
+
+
+def test_a_receiver_that_was_late_itself_lets_a_commit_in_that_waited_unread() -> None:
+    t = Receiving(ttl_s=10.0)
+    t.begin()
+    t.now = 13.0
+    assert not any(isinstance(x, r.Quarantine | r.Release) for x in t.feed(r.Tick(late_s=3.0)))
+    t.verify()
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+
+
+def test_a_receiver_that_was_late_expires_leases_all_the_same() -> None:
+    t = Receiving(ttl_s=10.0)
+    t.now = 13.0
+    t.feed(r.Tick(late_s=3.0))
+    t.now = 14.1
+    assert r.Release("q", 7, "lease expired") in t.feed(r.Tick(late_s=0.01))
+
+
+def test_a_sender_that_was_late_gives_no_push_up_for_it() -> None:
+    machine = s.SenderMachine("d:1", s.SenderConfig())
+    machine.handle(s.PushBegun(1, "q", 7, 3, 10.0), 0.0)
+    due_s = machine.next_deadline_s
+    assert due_s is not None
+    actions = machine.handle(s.Tick(late_s=60.0), due_s + 60.0)
+    assert not any(isinstance(x, s.Finish) for x in actions)
+    actions = machine.handle(s.Tick(late_s=0.01), due_s + 60.0 + 60.1)
+    assert any(isinstance(x, s.Finish) for x in actions)

@@ -47,7 +47,7 @@ def test_what_failed_before_the_first_token_is_a_stage_of_its_own() -> None:
     life.placed("p0", "d0", 1.0)
     life.sent(1.0)
     life.prefilled(0.3, 0.3, 0)
-    life.failed(2.0)
+    life.failed("p0", "NodeLost", "gone", 2.0)
     life.placed("p1", "d1", 2.5)
     life.sent(3.0)
     life.prefilled(0.25, 0.5, 0)
@@ -66,14 +66,40 @@ def test_a_failure_after_the_first_token_leaves_its_stages_alone_and_is_counted_
     life.prefilled(0.0, 0.5, 0)
     life.tokens(1, 1.0)
     before = stages(life)
-    life.failed(2.0)
-    life.failed(2.5)
+    life.failed("d0", "NodeLost", "gone", 2.0)
+    life.failed("d1", "NodeLost", "gone too", 2.5)
     life.placed("p1", "d1", 3.0)
     life.sent(3.0)
     life.prefilled(9.0, 9.0, 0)
     life.tokens(1, 4.0)
     assert stages(life) == before
-    assert life.relay().recovery_s == 2.0
+    # From the last token, not from when the failure was noticed: that is how long the client waited.
+    assert life.relay().recovery_s == 3.0
+    assert [(x.blamed_node_id, x.at_s, x.silent_s) for x in life.relay().failures] == [
+        ("d0", 2.0, 1.0),
+        ("d1", 2.5, 0.0),
+    ]
+    assert life.relay().failures[0].line() == (
+        "an attempt on p0 -> d0 failed after 2000.0 ms (1000.0 ms without a sign of life), held against d0: "
+        "NodeLost: gone"
+    )
+
+
+def test_a_failure_before_the_first_token_is_a_pause_from_its_dispatch() -> None:
+    life = Lifeline(0.0)
+    life.placed("p0", "d0", 1.0)
+    life.sent(2.0)
+    life.failed("p0", "NodeLost", "x" * 1000, 4.0)
+    life.placed("p1", "d1", 4.5)
+    life.sent(4.5)
+    life.tokens(1, 5.0)
+    relay = life.relay()
+    assert (relay.recovery_s, relay.failures[0].silent_s) == (3.0, 2.0)
+    assert len(relay.failures[0].message) < 400
+    for _ in range(100):
+        life.failed("p0", "NodeLost", "again", 6.0)
+    assert len(life.relay().failures) == 8
+    assert life.relay().attempts == 102
 
 
 def test_a_second_choice_of_nodes_leaves_nothing_of_the_first() -> None:
@@ -140,6 +166,8 @@ def test_the_time_to_the_first_token_is_the_sum_of_its_stages_whatever_happens(
                 life.joined(duration_s, now)
             case "transferred":
                 life.transferred(REPORT, now)
+            case "failed":
+                life.failed("p", "NodeLost", "gone", now)
             case _:
                 getattr(life, what)(now)
     relay = life.relay()

@@ -86,7 +86,7 @@ async def test_a_push_that_cannot_be_begun_or_told() -> None:
         await router.run(spec("b"), lease_for("b"))
         await node.until(lambda: "b" in node.sender.pushes)
         push = node.sender.pushes["b"]
-        # It raised when it was attached, or in the step; then the real push finds at its commit that layers are missing.
+        # It raised when it was attached, or in the step; then the real push misses layers at its commit.
         push.committed.add_done_callback(lambda _: push.outcome.set_result(InternalError("layer 0 was not ready")))
         assert (await router.until("failed")).sequence_id == "b"
         node.sender.layer_error = None

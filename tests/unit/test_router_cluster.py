@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -11,12 +12,14 @@ import pytest
 
 import baton
 from baton import errors
-from baton.client import Accepted, Completion, Delta, Options
+from baton.client import Accepted, Completion, Delta, Finished, Options
 from baton.types import FinishReason, Role, SamplingParams
 from router.config import LimitsConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.membership import State
+from router.openai_response import relay_json
 from router.serve import Router
+from router.wire import member_to_pb
 from tests.unit.router_support import baseline, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -84,6 +87,67 @@ async def test_killed_node_is_not_seen_by_clients(victim: str) -> None:
         assert all(isinstance(x, Completion) for x in done), done
         await baseline(cluster)
         assert {m.state for m in router.dispatcher.members} == {State.READY, State.LOST}
+
+
+async def test_a_failed_attempt_says_why_and_its_pause_is_what_the_client_saw(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """In the log, in the relay of both faces, and in the histogram."""
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+        assert router.grpc is not None
+        clock = asyncio.get_running_loop().time
+        came_s: list[float] = []
+        async with baton.AsyncClient(router.grpc) as client:
+            async for part in client.generate([5], max_tokens=30, seed=3):
+                if isinstance(part, Delta):
+                    came_s += [clock()] * len(part.token_ids)
+                    if len(came_s) == 5:
+                        # Not noticed for lost_s, which is most of what the client waits.
+                        victim = next(n for n in cluster.nodes.values() if n.role is Role.DECODE and n.used_blocks)
+                        victim.mute()
+                if isinstance(part, Finished):
+                    relay = part.relay
+        pause_s = max(b - a for a, b in itertools.pairwise(came_s))
+        assert pause_s > 0.4
+        assert relay.recovery_s == pytest.approx(pause_s, abs=0.3)
+        (failure,) = relay.failures
+        assert (failure.blamed_node_id, failure.code) == (victim.node_id, "NodeLost")
+        assert "nothing heard for" in failure.message
+        assert failure.decode_node_id == victim.node_id
+        assert failure.silent_s > 0.4
+        assert "NodeLost" in relay.line()
+        lines = [x.message for x in caplog.records if "held against" in x.message]
+        assert len(lines) == 1
+        assert victim.node_id in lines[0]
+        assert "nothing heard for" in lines[0]
+        shown = relay_json(relay)["failures"][0]
+        assert (shown["code"], shown["blamed_node_id"]) == ("NodeLost", victim.node_id)
+        recovery = router.dispatcher._metrics.recovery
+        assert recovery.total == pytest.approx(relay.recovery_s)
+
+
+async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+        cluster["prefill-0"].fail("transfer", times=30, code="TransferFailed")
+        done = await many(router, 30)
+        assert all(isinstance(x, Completion) for x in done)
+        assert 1 <= len([x for x in caplog.records if "held against" in x.message]) <= 10
+
+
+async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dialled_in_vain() -> None:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+        node = cluster["decode-1"]
+        member = router.dispatcher._membership.members[node.address]
+        node.is_draining = True
+        await until(lambda: member.state is State.DRAINING)
+        node.end_sessions(is_prefill=True)
+        node.end_sessions(is_prefill=False)
+        await until(lambda: member.state is State.LEFT)
+        await node.die()
+        await until(lambda: member.failures > 3)
+        assert member_to_pb(member).state == "left: it drained and left in good order"
+        losses = router.dispatcher._metrics.node_losses.children
+        assert sum(x.value for x in losses.values()) == 0
 
 
 async def test_rerun_starts_from_the_tokens_so_far() -> None:

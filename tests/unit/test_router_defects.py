@@ -208,7 +208,7 @@ class Events:
 
     def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None: ...
 
-    def on_broken(self, address: str, reason: str) -> None:
+    def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
         self.broken.append(reason)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
 from router.flow import Flow, FlowConfig
@@ -126,7 +127,12 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
     flow = prefilling()
     flow.handle(tokens("p", 0, 7), 1.0)
     actions = flow.handle(f.NodeLost("d", "killed"), 2.0)
-    assert actions == [f.SendCancel("p", "r/0/0", False, "NodeLost"), f.Detach("r/0/0"), f.Enqueue(is_rerun=True)]
+    assert actions == [
+        f.SendCancel("p", "r/0/0", False, "NodeLost"),
+        f.Detach("r/0/0"),
+        f.AttemptFailed("r/0/0", FailedAttempt("p", "d", "d", "NodeLost", "node d was lost: killed", 2.0, 1.0)),
+        f.Enqueue(is_rerun=True),
+    ]
     assert flow.demand(2.0).avoid == {"d"}
     again = flow.handle(f.Placed(Placement("p", "p")), 2.0)
     assert again == [f.SendRun("p", spec(flow, 1, (7,)), None)]

@@ -37,6 +37,18 @@ def test_silence_makes_suspect_then_lost_then_redialled() -> None:
     assert machine.handle(m.Tick(), 3.5) == [m.Dial("a:1")]
 
 
+def test_a_router_that_was_late_itself_counts_that_time_as_nobodys_silence() -> None:
+    machine = membership()
+    assert machine.handle(m.Tick(late_s=2.9), 3.0) == []
+    assert machine.is_available(machine.members["a:1"])
+    # From then on it listens: 0.1 s were silent before, and 1.0 more make it suspect, 2.0 lost.
+    assert machine.handle(m.Tick(), 3.8) == []
+    assert machine.handle(m.Tick(), 4.0) == [m.NodeChanged("n0")]
+    hang_up, down = machine.handle(m.Tick(), 5.0)
+    assert hang_up == m.HangUp("a:1")
+    assert isinstance(down, m.NodeDown)
+
+
 def test_break_is_told_once_and_backs_off() -> None:
     machine = membership()
     assert machine.handle(m.Broken("a:1", "reset"), 1.0) == [m.NodeDown("n0", "reset")]
@@ -91,6 +103,32 @@ def test_draining_and_wedged_nodes() -> None:
     hang_up, down = machine.handle(m.Heard("a:1", replace(STATUS, stalled_s=31.0)), 0.4)
     assert hang_up == m.HangUp("a:1")
     assert isinstance(down, m.NodeDown)
+
+
+def test_a_node_that_drained_has_left_until_something_else_is_known() -> None:
+    machine = membership()
+    machine.handle(m.Heard("a:1", replace(STATUS, draining=True, num_running=1)), 0.1)
+    (down,) = machine.handle(m.Broken("a:1", "the node left", is_orderly=True), 0.2)
+    assert down == m.NodeDown("n0", "it drained and left in good order", has_left=True)
+    member = machine.members["a:1"]
+    for now in (1.0, 5.0, 9.0):
+        assert machine.handle(m.Tick(), now) == [m.Dial("a:1")]
+        assert machine.handle(m.Broken("a:1", "UNAVAILABLE: failed to connect to all addresses"), now) == []
+        assert (member.state, member.reason) == (m.State.LEFT, "it drained and left in good order")
+    machine.handle(m.Tick(), 20.0)
+    back = replace(NODE, incarnation=2)
+    assert machine.handle(m.Welcomed("a:1", back, STATUS), 20.0) == [m.NodeUp(back, STATUS)]
+    assert (member.state, member.reason) == (m.State.READY, "")
+    # And a death afterwards is a loss again.
+    machine.handle(m.Broken("a:1", "reset"), 21.0)
+    assert (member.state, member.reason) == (m.State.LOST, "reset")
+
+
+def test_a_node_that_dies_while_it_drains_is_lost() -> None:
+    machine = membership()
+    machine.handle(m.Heard("a:1", replace(STATUS, draining=True, num_running=1)), 0.1)
+    assert machine.handle(m.Broken("a:1", "reset"), 0.2) == [m.NodeDown("n0", "reset")]
+    assert machine.members["a:1"].state is m.State.LOST
 
 
 def listed(**incarnations: int) -> m.Listed:

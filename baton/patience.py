@@ -1,0 +1,40 @@
+"""A time limit that counts only time in which this process could have heard: its own lateness is nobody's fault."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+from baton.clock import catch_up_s
+
+
+class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
+    """As asyncio.timeout; but if the event loop itself was late, what came meanwhile is read before it strikes."""
+
+    __slots__ = ("_delay_s", "_handle", "_limit", "_loop")
+
+    def __init__(self, delay_s: float) -> None:
+        self._delay_s = delay_s
+        self._limit = asyncio.timeout(None)
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        await self._limit.__aenter__()
+        self._arm(self._delay_s)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        self._handle.cancel()
+        return await self._limit.__aexit__(kind, error, trace)
+
+    def _arm(self, delay_s: float) -> None:
+        self._handle = self._loop.call_later(delay_s, self._look, self._loop.time() + delay_s)
+
+    def _look(self, due_s: float) -> None:
+        now = self._loop.time()
+        more_s = catch_up_s(now - due_s)
+        if more_s:
+            self._arm(more_s)
+        else:
+            self._limit.reschedule(now)
