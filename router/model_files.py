@@ -142,12 +142,14 @@ def _token_text(token: object) -> str | None:
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """Files of their own come before tokenizer_config.json, which comes before a processor's chat_template.json."""
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text("utf-8")
-    named = {file.stem: file.read_text("utf-8") for file in (folder / "chat_templates").glob("*.jinja")}
+    files = [
+        folder / "chat_template.jinja",
+        folder / "chat_templates" / "default.jinja",
+        folder / "additional_chat_templates" / "default.jinja",
+    ]
+    found = [file.read_text("utf-8") for file in files if file.exists()]
     return (
-        _default_template(named)
+        (found[-1] if found else None)
         or _default_template(config.get("chat_template"))
         or _default_template(_read_json(folder / "chat_template.json").get("chat_template"))
     )
