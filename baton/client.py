@@ -10,7 +10,7 @@ A call that ends early (``close`` on the iterator, a break out of the loop) canc
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Generator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Self
 
@@ -19,7 +19,7 @@ from grpc import aio
 
 from baton import codec, errors
 from baton.observe import FailedAttempt, Relay, Stamp
-from baton.types import FinishReason, PositionLogprobs, SamplingParams
+from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, SamplingParams
 from baton.v1 import router_pb2, router_pb2_grpc
 
 # Trailing metadata that says which error of baton.errors ended a call.
@@ -104,7 +104,8 @@ Part = Accepted | Delta | Finished
 class Options:
     """What may be asked for beside the prompt; the meanings are in proto/baton/v1."""
 
-    sampling: SamplingParams = field(default_factory=SamplingParams)
+    # Sent whole. Without it, what is not set by name is left to the model's defaults (generation_config.json).
+    sampling: SamplingParams | None = None
     stop: Sequence[str] = ()
     include_stop_in_output: bool = False
     timeout_s: float = 0.0
@@ -280,11 +281,17 @@ def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:
 
 
 def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, object]) -> router_pb2.GenerateRequest:
-    options = _merged(options or Options(), settings)
+    options = options or Options()
+    is_whole = options.sampling is not None or "sampling" in settings
+    options = _merged(options, settings)
+    sampling = codec.sampling_to_pb(options.sampling or SamplingParams())
+    for name in DEFAULTED_SAMPLING:
+        if not is_whole and name not in settings:
+            sampling.ClearField(name)
     request = router_pb2.GenerateRequest(
         request_id=options.request_id,
         model=options.model,
-        sampling=codec.sampling_to_pb(options.sampling),
+        sampling=sampling,
         stop=options.stop,
         include_stop_in_output=options.include_stop_in_output,
         timeout_s=options.timeout_s,
@@ -302,7 +309,7 @@ def _merged(options: Options, settings: Mapping[str, object]) -> Options:
     inner = {k: v for k, v in settings.items() if k in _SAMPLING_NAMES}
     outer = {k: v for k, v in settings.items() if k in _OPTION_NAMES}
     if inner:
-        outer["sampling"] = replace(outer.get("sampling", options.sampling), **inner)  # type: ignore[type-var]
+        outer["sampling"] = replace(outer.get("sampling", options.sampling) or SamplingParams(), **inner)  # type: ignore[type-var]
     return replace(options, **outer)  # type: ignore[arg-type]
 
 

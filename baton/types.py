@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from math import isnan
+from typing import Literal, get_args
 
 from baton.errors import InvalidRequest, quoted
 
@@ -127,6 +128,11 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0
+
+
+# Fields for which a model may have defaults of its own (generation_config.json), where a request says nothing.
+DefaultedName = Literal["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
+DEFAULTED_SAMPLING: tuple[DefaultedName, ...] = get_args(DefaultedName)
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,6 +55,11 @@ class Kernels(StrEnum):
     reference = "reference"
 
 
+class GenerationConfig(StrEnum):
+    auto = "auto"
+    none = "none"
+
+
 class RoleName(StrEnum):
     prefill = "prefill"
     decode = "decode"
@@ -190,6 +195,13 @@ Otel = Annotated[
         help="Make OpenTelemetry spans of requests; the OTEL_* variables say where they go.",
     ),
 ]
+GenerationConfigChoice = Annotated[
+    GenerationConfig,
+    typer.Option(
+        help="auto: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens of the model's "
+        "generation_config.json hold where a request says nothing. none: the API's own defaults."
+    ),
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -231,6 +243,7 @@ def up(
     cluster_name: ClusterName = "default",
     api_key: ApiKeys = None,
     digest: Digest = OnOff.on,
+    generation_config: GenerationConfigChoice = GenerationConfig.auto,
     otel: Otel = False,
     peak_tflops: PeakTflops = 0.0,
     peak_gbps: PeakGbps = 0.0,
@@ -270,6 +283,7 @@ def up(
         cluster_name=cluster_name,
         api_keys=tuple(api_key or ()),
         otel=otel,
+        generation_config=generation_config.value,
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
             *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
@@ -404,6 +418,7 @@ def router(
     model_name: ModelName = "",
     api_key: ApiKeys = None,
     grace: Grace = 5.0,
+    generation_config: GenerationConfigChoice = GenerationConfig.auto,
     vllm_metrics: Annotated[
         bool, typer.Option("--vllm-metrics/--no-vllm-metrics", help="Show a subset under vLLM's names as well.")
     ] = True,
@@ -434,6 +449,7 @@ def router(
         model_name=model_name or model_source.name_of(model),
         api_keys=tuple(api_key or ()),
         limits=LimitsConfig(drain_s=grace),
+        generation_config=generation_config.value,
         vllm_metrics=vllm_metrics,
         otel=otel,
     )

@@ -57,6 +57,8 @@ class ClusterOptions:
     cluster_name: str = "default"
     api_keys: tuple[str, ...] = field(default=(), repr=False)
     otel: bool = False
+    # Of the router: "auto" or "none".
+    generation_config: str = "auto"
     worker_arguments: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -228,6 +230,7 @@ def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpo
         *("--model", str(folder), "--model-name", options.model_name or model_source.name_of(options.model)),
         *("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc),
         *(argument for worker in workers for argument in ("--node", worker.address) if not options.registry),
+        *("--generation-config", options.generation_config),
         *(("--otel",) if options.otel else ()),
     )
     return Program(

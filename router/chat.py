@@ -1,13 +1,14 @@
 """Chat messages to one prompt text, by the model's own template, in a sandbox.
 
-The template is data that came with a model: it sees the messages and nothing else.
+The template is data that came with a model: it sees the messages and what transformers shows to templates,
+nothing else.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +19,23 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.errors import BadConfig, InvalidRequest, PromptTooLong, shortened
-from router.tokenizer import SpecialTokens
+
+# OpenAI's newer name of the system role.
+_DEVELOPER = "developer"
 
 
 @dataclass(frozen=True, slots=True)
 class ChatMessage:
     role: str
-    content: str
+    # Text, the texts of its parts, or None for an assistant's turn without text.
+    content: str | tuple[str, ...] | None
     name: str | None = None
 
-    def as_template_sees_it(self) -> dict[str, str]:
-        seen = {"role": self.role, "content": self.content}
-        return seen if self.name is None else seen | {"name": self.name}
+    @property
+    def num_chars(self) -> int:
+        if isinstance(self.content, tuple):
+            return sum(len(text) + 1 for text in self.content)
+        return len(self.content or "")
 
 
 class _GenerationTag(Extension):
@@ -37,15 +43,20 @@ class _GenerationTag(Extension):
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        # A block with a scope of its own, as in transformers: what is set inside is not seen outside.
+        return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
+
+    def _render(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 class ChatTemplate:
     """Raises BadConfig for a template that cannot be compiled, InvalidRequest for messages it refuses."""
 
-    def __init__(self, source: str, special: SpecialTokens) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
         )
@@ -53,10 +64,15 @@ class ChatTemplate:
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = _strftime_now
         try:
+            syntax = environment.parse(source)
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError) as error:
             raise BadConfig(f"the model's chat template cannot be compiled: {error}", param="chat_template") from error
-        self._special = special
+        self._special_tokens = special_tokens
+        self._knows_developer = any(node.value == _DEVELOPER for node in syntax.find_all(nodes.Const))
+        self._takes_parts = _loops_over_content(syntax)
+        # One that asks whether content is a string takes both.
+        self._takes_strings = not self._takes_parts or any(t.name == "string" for t in syntax.find_all(nodes.Test))
 
     def render(
         self,
@@ -67,15 +83,21 @@ class ChatTemplate:
         max_chars: int | None = None,
     ) -> str:
         """The prompt. Raises PromptTooLong as soon as it has more than ``max_chars``."""
+        if variables and "messages" in variables:
+            raise InvalidRequest(
+                "chat_template_kwargs has messages, expected other variables of the template",
+                param="chat_template_kwargs",
+            )
+        # A special token that the model does not have stays undefined: templates ask.
+        context = {
+            "tools": None,
+            "documents": None,
+            **self._special_tokens,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
             pieces = self._template.generate(
-                **(variables or {}),
-                messages=[m.as_template_sees_it() for m in messages],
-                add_generation_prompt=add_generation_prompt,
-                bos_token=self._special.bos_token,
-                eos_token=self._special.eos_token,
-                unk_token=self._special.unk_token,
-                pad_token=self._special.pad_token,
+                {**context, **(variables or {}), "messages": [self._seen(m) for m in messages]}
             )
             return _joined(pieces, max_chars)
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
@@ -83,6 +105,48 @@ class ChatTemplate:
                 f"the model's chat template does not take these messages: {shortened(str(error), 200)}",
                 param="messages",
             ) from error
+
+    def _seen(self, message: ChatMessage) -> dict[str, Any]:
+        """A message as the template sees it."""
+        is_foreign = message.role == _DEVELOPER and not self._knows_developer
+        seen = {"role": "system" if is_foreign else message.role, "content": self._seen_content(message.content)}
+        return seen if message.name is None else seen | {"name": message.name}
+
+    def _seen_content(self, content: str | tuple[str, ...] | None) -> str | list[dict[str, str]]:
+        if not isinstance(content, tuple):
+            if self._takes_strings:
+                return content or ""
+            content = () if content is None else (content,)
+        if self._takes_parts:
+            return [{"type": "text", "text": text} for text in content]
+        # As vLLM joins them.
+        return "\n".join(content)
+
+
+def _loops_over_content(syntax: nodes.Template) -> bool:
+    """Whether the template goes through the parts of a message's content: `{% for part in message.content %}`.
+
+    vLLM looks for the same, following variables from `messages` on; here the name `content` is enough.
+    """
+    names = {"content"}
+    for assignment in syntax.find_all(nodes.Assign):
+        if isinstance(assignment.target, nodes.Name) and _is_content(assignment.node, names):
+            names.add(assignment.target.name)
+    return any(_is_content(loop.iter, names) for loop in syntax.find_all(nodes.For))
+
+
+def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
+    match node:
+        case nodes.Getattr(attr="content"):
+            return True
+        case nodes.Getitem(arg=nodes.Const(value="content")):
+            return True
+        case nodes.Getitem(arg=nodes.Slice()) | nodes.Filter():
+            return _is_content(node.node, names)
+        case nodes.Name(ctx="load"):
+            return node.name in names
+        case _:
+            return False
 
 
 def _joined(pieces: Iterable[str], max_chars: int | None) -> str:
@@ -105,9 +169,15 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().astimezone().strftime(format)
+    return datetime.datetime.now().strftime(format)  # local time without a zone, as in transformers
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     """JSON as models were trained on: no HTML escapes, unlike jinja2's own filter."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

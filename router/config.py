@@ -121,6 +121,9 @@ class RouterConfig:
     model_folder: Path | None = None
     # Name clients ask for. None: the folder's, else the one that the nodes say.
     model_name: str | None = None
+    # "auto": the sampling defaults in the folder's generation_config.json hold where a request says nothing, as in
+    # vLLM; "none": the API's own do. The end-of-sequence ids there count in any case.
+    generation_config: str = "auto"
     # Make OpenTelemetry spans; needs the extra `otel`.
     otel: bool = False
     # Written once, when both faces are bound: {"http", "grpc", "pid"}.
@@ -153,6 +156,7 @@ class RouterConfig:
         _check(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
         if self.model_folder is not None:
             _check(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
+        _check(self.generation_config in ("auto", "none"), "generation_config", self.generation_config, "auto or none")
         for part in (self.limits, self.link, self.flow, self.membership, self.policy, self.watch):
             for setting in fields(part):
                 value = getattr(part, setting.name)

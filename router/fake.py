@@ -14,8 +14,8 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from grpc import aio
@@ -52,18 +52,20 @@ def _mix(state: int, value: int) -> int:
 class FakeText:
     """What the fake model says after a context: a running hash of all tokens, drawn with seed and position."""
 
-    __slots__ = ("_position", "_seed", "_state", "_vocab_size")
+    __slots__ = ("_position", "_seed", "_state", "_vocab_size", "last_id")
 
     def __init__(self, token_ids: Sequence[int], seed: int, vocab_size: int) -> None:
         self._state = 0
         self._position = 0
         self._seed = seed
         self._vocab_size = vocab_size
+        self.last_id: int | None = None
         for token_id in token_ids:
             self.push(token_id)
 
     def push(self, token_id: int) -> None:
         self._state = _mix(self._state, token_id + 1)
+        self.last_id = token_id
         self._position += 1
 
     def draw(self) -> int:
@@ -90,6 +92,8 @@ class FakeConfig:
     max_model_tokens: int = 4096
     num_blocks: int = 1024
     block_tokens: int = 16
+    # What comes after a token, for answers that are to be known by heart; what is not here is drawn.
+    following: Mapping[int, int] = field(default_factory=dict)
     model_name: str = "fake"
     # Where its metrics would be; nobody answers there.
     metrics_address: str = ""
@@ -148,10 +152,10 @@ class _Live:
             self.text = FakeText(known, self.spec.sampling.seed, vocab_size)
         return self.text
 
-    def next_chunk(self, vocab_size: int) -> TokenChunk:
+    def next_chunk(self, vocab_size: int, following: Mapping[int, int]) -> TokenChunk:
         sampling = self.spec.sampling
         text = self.text_so_far(vocab_size)
-        token_id = text.draw()
+        token_id = following[text.last_id] if text.last_id in following else text.draw()
         while token_id in sampling.stop_token_ids and self.num_generated < sampling.min_tokens:
             token_id = (token_id + 1) % vocab_size
         text.push(token_id)
@@ -187,6 +191,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self._duplicate: Counter[str] = Counter()
         self._num_garbled = 0
         self.seen: Counter[str] = Counter()
+        # What it was asked last, as a node gets it.
+        self.last_spec: SequenceSpec | None = None
         self._cluster = cluster
         self._epochs = itertools.count(1)
         self._server: aio.Server | None = None
@@ -410,6 +416,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def on_run(self, session: _Session, message: node_pb2.PrefillSessionRequest.Run) -> None:
         spec = codec.sequence_from_pb(message.sequence)
+        self.last_spec = spec
         if failure := self._failure("run"):
             return self._send_failed(session, spec.sequence_id, failure)
         now = time.monotonic()
@@ -506,7 +513,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def _finish_prompt(self, live: _Live) -> None:
         spec, session = live.spec, live.session
-        chunk = live.next_chunk(self.config.vocab_size)
+        chunk = live.next_chunk(self.config.vocab_size, self.config.following)
         done = node_pb2.PrefillSessionResponse.PrefillDone(
             sequence_id=spec.sequence_id,
             queue_s=max(0.0, time.monotonic() - live.since_s - spec.num_known_tokens * self.config.prefill_token_s),
@@ -580,7 +587,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def _decode_step(self) -> None:
         for live in [x for x in self._live.values() if x.state == "running"]:
-            chunk = live.next_chunk(self.config.vocab_size)
+            chunk = live.next_chunk(self.config.vocab_size, self.config.following)
             live.session.draft.tokens.extend(self._tokens(chunk))
             if chunk.finish_reason is not None:
                 self._forget(live.spec.sequence_id)

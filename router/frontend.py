@@ -22,10 +22,11 @@ from router.config import LimitsConfig
 from router.dispatch import Active, Dispatcher, Origin
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind
+from router.model_files import ModelFacts
 from router.offload import Offload
 from router.stream import Backlog
 from router.text import TextStream
-from router.tokenizer import ModelFacts, Tokenizer, require
+from router.tokenizer import Tokenizer, require
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
@@ -48,7 +49,7 @@ class Conversation:
     @property
     def num_chars(self) -> int:
         """About; it decides where the template runs."""
-        return sum(len(m.content) + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
+        return sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
 
 
 Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
@@ -60,6 +61,8 @@ class GenerationRequest:
 
     prompts: Prompts
     sampling: SamplingParams
+    # Names of sampling's fields that the caller left to the model's defaults.
+    unset_sampling: tuple[str, ...] = ()
     model: str = ""
     request_id: str = ""
     n: int = 1
@@ -89,6 +92,8 @@ class Part:
     text: str
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
+    # With log-probabilities: what each token added to the text, before anything was held back or cut for stop strings.
+    token_texts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ class Generation:
         if delta.stop is not None:
             self._dispatcher.stop_text(self._active)
             self._end(FinishReason.STOP, delta.stop)
-        return Part(delta.text, token_ids, logprobs)
+        return Part(delta.text, token_ids, logprobs, delta.token_texts)
 
     def _finish(self, part: Part, outcome: Outcome) -> Part:
         assert outcome.finish_reason is not None
@@ -166,7 +171,10 @@ class Generation:
         elif reason is FinishReason.STOP and self._last_id not in self._eos_token_ids:
             stop = self._last_id
         self._end(reason, stop)
-        return replace(part, text=part.text + rest.text)
+        # What was incomplete is the last token's.
+        texts = part.token_texts
+        texts = [*texts[:-1], texts[-1] + "".join(rest.token_texts)] if texts else []
+        return replace(part, text=part.text + rest.text, token_texts=texts)
 
     def _end(self, reason: FinishReason, stop: str | int | None) -> None:
         relay = self._active.stream.relay
@@ -203,12 +211,15 @@ class Frontend:
         self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
         self._facts = facts
+        # As in vLLM, the tokenizer's end of sequence stops whether or not generation_config.json lists it.
+        own_eos = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self._eos_token_ids = tuple(dict.fromkeys((*facts.eos_token_ids, *own_eos)))
         self._model_name = model_name
         self._limits = limits
         self._rng = rng
         self._chat = None
-        if tokenizer is not None and tokenizer.chat_template is not None:
-            self._chat = ChatTemplate(tokenizer.chat_template, tokenizer.special)
+        if tokenizer is not None and tokenizer.facts.chat_template is not None:
+            self._chat = ChatTemplate(tokenizer.facts.chat_template, tokenizer.facts.special_tokens)
 
     @property
     def model_name(self) -> str:
@@ -300,12 +311,15 @@ class Frontend:
         )
         text = TextStream(
             self.tokenizer,
+            prompt_token_ids=prompt,
             stops=request.stops,
             include_stop=request.include_stop,
             stop_token_ids=sampling.stop_token_ids,
             skip_special_tokens=request.skip_special_tokens,
+            min_tokens=sampling.min_tokens,
+            wants_token_texts=sampling.logprobs is not None,
         )
-        return Generation(self._dispatcher, active, prompt, text, self._facts.eos_token_ids)
+        return Generation(self._dispatcher, active, prompt, text, self._eos_token_ids)
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -424,7 +438,8 @@ class Frontend:
 
     def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
         """Final max_tokens, seed and stop ids; raises PromptTooLong if prompt and output do not fit."""
-        sampling = request.sampling
+        defaults = self._facts.sampling
+        sampling = replace(request.sampling, **{name: getattr(defaults, name) for name in request.unset_sampling})
         limit = self.max_model_tokens
         room = None if limit is None else limit - num_prompt_tokens
         if room is not None and room < 1:
@@ -432,7 +447,9 @@ class Frontend:
             raise _too_long(limit, f"{num_prompt_tokens}", "messages" if request.is_chat else "prompt")
         max_tokens, param = sampling.max_tokens, request.max_tokens_param
         if max_tokens is None:
-            default = _DEFAULT_COMPLETION_TOKENS if not request.is_chat else (room or _DEFAULT_COMPLETION_TOKENS)
+            # OpenAI's default for completions comes before the model's, as in vLLM.
+            default = (defaults.max_tokens or room) if request.is_chat else None
+            default = default or _DEFAULT_COMPLETION_TOKENS
             max_tokens = default if room is None else min(default, room)
             if sampling.min_tokens > max_tokens:
                 max_tokens, param = sampling.min_tokens, "min_tokens"
@@ -443,8 +460,18 @@ class Frontend:
                 param=param,
             )
         seed = self._rng.getrandbits(63) if sampling.seed is None else sampling.seed
-        stop_ids = resolve_stop_ids(sampling, self._facts.eos_token_ids)
+        vocab_size = self._vocab_size
+        eos_ids = [i for i in self._eos_token_ids if vocab_size is None or i < vocab_size]
+        stop_ids = resolve_stop_ids(sampling, eos_ids)
         return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_ids)
+
+    @property
+    def _vocab_size(self) -> int | None:
+        """The model's; the tokenizer's while no node has said so."""
+        reference = self._dispatcher.reference
+        if reference is not None:
+            return reference.model.vocab_size
+        return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _check_sampling_ids(self, sampling: SamplingParams) -> None:
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
@@ -452,10 +479,7 @@ class Frontend:
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         """Every id that a node would look up is in the vocabulary."""
-        reference = self._dispatcher.reference
-        vocab_size = (
-            reference.model.vocab_size if reference else (self.tokenizer.vocab_size if self.tokenizer else None)
-        )
+        vocab_size = self._vocab_size
         if vocab_size is None:
             return
         for token_id in ids:

@@ -14,7 +14,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
 from baton.errors import InvalidRequest, quoted, shortened
-from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_SEED, MAX_STOP_TOKEN_IDS, MAX_TOP_LOGPROBS, SamplingParams
+from baton.types import (
+    DEFAULTED_SAMPLING,
+    MAX_COUNT,
+    MAX_LOGIT_BIASES,
+    MAX_SEED,
+    MAX_STOP_TOKEN_IDS,
+    MAX_TOP_LOGPROBS,
+    SamplingParams,
+)
 from router.chat import ChatMessage
 from router.frontend import Conversation, GenerationRequest, Prompts
 from router.openai_neutral import refuse_unless, take_neutral
@@ -130,6 +138,7 @@ class _Common(_Strict):
         return GenerationRequest(
             prompts=prompts,
             sampling=sampling,
+            unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if getattr(self, name) is None),
             model=self.model or "",
             request_id=self.request_id or "",
             n=1 if self.n is None else self.n,
@@ -174,12 +183,12 @@ class Message(BaseModel):
         extra = {k for k, v in (self.model_extra or {}).items() if v not in (None, [], "")}
         if extra:
             raise InvalidRequest(f"{where} has {quoted(sorted(extra))}, which the server does not support", param=where)
-        if self.content is None:
+        if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"{where}.content is missing, expected text", param=f"{where}.content")
-        if isinstance(self.content, str):
+        if not isinstance(self.content, list):
             return ChatMessage(self.role, self.content, self.name)
-        texts = [_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content)]
-        return ChatMessage(self.role, "".join(texts), self.name)
+        texts = tuple(_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content))
+        return ChatMessage(self.role, texts, self.name)
 
 
 class ChatBody(_Common):

@@ -62,37 +62,59 @@ class LogprobWriter:
         self._as_ids = as_ids or tokenizer is None
         self._offset = start_offset
 
-    def write(self, positions: Sequence[PositionLogprobs]) -> dict[str, Any]:
+    def write(self, positions: Sequence[PositionLogprobs], texts: Sequence[str]) -> dict[str, Any]:
+        """``texts`` is what each position's token added to the choice's text; joined they are the text."""
         if self._is_chat:
-            return {"content": [self._chat_entry(p) for p in positions], "refusal": None}
-        tokens = [self._text(p.chosen.token_id) for p in positions]
+            entries = [self._chat_entry(p, text) for p, text in zip(positions, texts, strict=True)]
+            return {"content": entries, "refusal": None}
         offsets = []
-        for position in positions:
+        for text in texts:
             offsets.append(self._offset)
-            if self._tokenizer is not None:
-                self._offset += len(self._tokenizer.token_text(position.chosen.token_id))
+            self._offset += len(text)
         return {
-            "tokens": tokens,
+            "tokens": [self._shown(p.chosen.token_id, text) for p, text in zip(positions, texts, strict=True)],
             "token_logprobs": [_finite(p.chosen.logprob) for p in positions],
-            "top_logprobs": [{self._text(t.token_id): _finite(t.logprob) for t in _with_chosen(p)} for p in positions],
+            "top_logprobs": [self._top(p, text) for p, text in zip(positions, texts, strict=True)],
             "text_offset": offsets,
         }
 
-    def _chat_entry(self, position: PositionLogprobs) -> dict[str, Any]:
-        return self._entry(position.chosen) | {"top_logprobs": [self._entry(t) for t in position.top]}
+    def _top(self, position: PositionLogprobs, text: str) -> dict[str, float]:
+        """Best first. Of tokens that read the same, the chosen one or else the likeliest keeps its text as the key."""
+        chosen = position.chosen
+        owners = {self._shown(chosen.token_id, text) or self._name(chosen.token_id): chosen.token_id}
+        for token in position.top:
+            if token.token_id != chosen.token_id:
+                owners.setdefault(self._name(token.token_id), token.token_id)
+        keys = {token_id: key for key, token_id in owners.items()}
+        return {keys.get(t.token_id, _as_id(t.token_id)): _finite(t.logprob) for t in _with_chosen(position)}
 
-    def _entry(self, token: TokenLogprob) -> dict[str, Any]:
-        raw = b"" if self._tokenizer is None else self._tokenizer.token_bytes(token.token_id)
-        return {"token": self._text(token.token_id), "logprob": _finite(token.logprob), "bytes": list(raw)}
+    def _chat_entry(self, position: PositionLogprobs, text: str) -> dict[str, Any]:
+        chosen = position.chosen
+        raw = _added_bytes(self._raw(chosen.token_id), text)
+        own = self._entry(chosen, self._shown(chosen.token_id, text), raw)
+        top = [
+            own
+            if t.token_id == chosen.token_id and text
+            else self._entry(t, self._name(t.token_id), self._raw(t.token_id))
+            for t in position.top
+        ]
+        return own | {"top_logprobs": top}
 
-    def _text(self, token_id: int) -> str:
+    def _entry(self, token: TokenLogprob, name: str, raw: bytes) -> dict[str, Any]:
+        return {"token": name, "logprob": _finite(token.logprob), "bytes": list(raw)}
+
+    def _raw(self, token_id: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+
+    def _shown(self, token_id: int, text: str) -> str:
+        """A token of the output: what it added. A hidden one and the beginning of a character add nothing."""
+        return _as_id(token_id) if self._as_ids else text
+
+    def _name(self, token_id: int) -> str:
+        """A token that might have been: its text after any other text."""
         if self._as_ids or self._tokenizer is None:
-            return f"token_id:{token_id}"
-        raw = self._tokenizer.token_bytes(token_id)
-        try:
-            return raw.decode()
-        except UnicodeDecodeError:  # part of a character: as OpenAI writes it, so that entries stay distinct
-            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
+            return _as_id(token_id)
+        return self._tokenizer.token_name(token_id)
 
 
 class ChoiceWriter:
@@ -128,7 +150,9 @@ class ChoiceWriter:
         text = json.dumps(part.text)
         body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
         ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
-        logprobs = "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs))
+        logprobs = (
+            "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs, part.token_texts))
+        )
         return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._close()}'
 
     def end(self, ending: Ending) -> str:
@@ -154,7 +178,8 @@ class ChoiceWriter:
         else:
             choice["text"] = echo + text
         positions = [x for p in parts for x in p.logprobs]
-        choice["logprobs"] = None if self._logprobs is None else self._logprobs.write(positions)
+        texts = [x for p in parts for x in p.token_texts]
+        choice["logprobs"] = None if self._logprobs is None else self._logprobs.write(positions, texts)
         choice["finish_reason"] = ending.finish_reason.value
         choice["stop_reason"] = ending.stop_reason
         if self._wants_ids:
@@ -200,6 +225,19 @@ def _with_chosen(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
     if any(t.token_id == position.chosen.token_id for t in position.top):
         return position.top
     return (*position.top, position.chosen)
+
+
+def _as_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _added_bytes(raw: bytes, text: str) -> bytes:
+    """The bytes of what a token added to the text: its own where it is a part of a character or ended a cut one."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return raw
+    return raw if "\ufffd" in text else text.encode()
 
 
 def _finite(logprob: float) -> float:

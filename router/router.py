@@ -14,7 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
 from baton.server import ErrorMappingInterceptor, ServerLimits
-from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
 from router.config import RouterConfig
@@ -87,6 +87,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return GenerationRequest(
             prompts=(prompt,),
             sampling=codec.sampling_from_pb(request.sampling),
+            unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if not request.sampling.HasField(name)),
             model=request.model,
             request_id=request.request_id,
             stops=tuple(request.stop),

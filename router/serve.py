@@ -20,6 +20,7 @@ from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.metrics import Metrics, add_process
 from baton.registry import Registry
+from baton.types import SamplingParams
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
@@ -29,12 +30,13 @@ from router.http_server import ConnectionLimits, HttpServer
 from router.keys import ApiKeys, HttpGuard
 from router.membership import State
 from router.metrics import RouterMetrics
+from router.model_files import ModelFacts, load_facts, stated
 from router.registry import RegistryWatch
 from router.router import GrpcFace
 from router.sessions import NodeLink, hello
 from router.spans import Spans
 from router.status import StatusPage
-from router.tokenizer import ModelFacts, Tokenizer, load_facts
+from router.tokenizer import Tokenizer
 
 _log = logging.getLogger("baton.router")
 
@@ -71,9 +73,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     """A router for the length of the block. Raises BadConfig if it cannot start."""
     if spans is None and config.otel:
         spans = Spans(config.router_id)
-    folder = config.model_folder
-    tokenizer = None if folder is None else await asyncio.to_thread(Tokenizer.load, folder)
-    facts = ModelFacts() if folder is None else load_facts(folder)
+    tokenizer, facts = await asyncio.to_thread(_model_of, config)
     metrics = Metrics({"cluster": config.cluster_name, "model_name": lambda: frontend.model_name})
     add_process(metrics, "router")
     counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
@@ -87,6 +87,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         counted,
     )
     counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)
+    folder = config.model_folder
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
@@ -140,6 +141,16 @@ def _connection_limits(limits: LimitsConfig, num_allowed: int) -> ConnectionLimi
         max_head_bytes=limits.max_head_bytes,
         max_headers=limits.max_headers,
     )
+
+
+def _model_of(config: RouterConfig) -> tuple[Tokenizer | None, ModelFacts]:
+    folder = config.model_folder
+    if folder is None:
+        return None, ModelFacts()
+    facts = load_facts(folder, sampling_defaults=config.generation_config == "auto")
+    if facts.sampling != SamplingParams():
+        _log.info("defaults of sampling from generation_config.json: %s", stated(facts.sampling))
+    return Tokenizer.load(folder), facts
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

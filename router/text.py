@@ -6,15 +6,14 @@ request; a stop string that it finds is the caller's to act on.
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
-from router.tokenizer import Tokenizer
+from router.tokenizer import CONTEXT, PieceReader, Tokenizer, Utf8
 
-# A piece of text that does not resolve within this many tokens (a character has at most 4 bytes) is invalid and goes
-# out as it is.
-_MAX_WINDOW_TOKENS = 32
+_MAX_CHARACTER_BYTES = 4
+# Text that does not resolve within this many pieces is invalid and goes out as it is.
+_MAX_HELD_PIECES = 32
 
 
 class Detokenizer(Protocol):
@@ -28,77 +27,106 @@ class Detokenizer(Protocol):
 class ByteDetokenizer:
     """Byte-level tokenizers: text is the UTF-8 decoding of the concatenated bytes."""
 
-    __slots__ = ("_decoder", "_skip", "_table")
+    __slots__ = ("_skip", "_table", "_utf8")
 
-    def __init__(self, table: Sequence[bytes], skip: Collection[int]) -> None:
+    def __init__(self, table: Sequence[bytes], skip: Collection[int], prompt_token_ids: Sequence[int]) -> None:
         self._table = table
         self._skip = skip
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._utf8 = Utf8()
+        tail = b""
+        for token_id in reversed(prompt_token_ids):
+            tail = self._bytes((token_id,)) + tail
+            if len(tail) >= _MAX_CHARACTER_BYTES:
+                break
+        self._utf8.decode(tail[-_MAX_CHARACTER_BYTES:])
+        self._utf8.begin_output()
 
     def push(self, token_ids: Sequence[int]) -> str:
-        table, skip = self._table, self._skip
-        return self._decoder.decode(b"".join([table[i] for i in token_ids if i < len(table) and i not in skip]))
+        return self._utf8.decode(self._bytes(token_ids))
 
     def flush(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return self._utf8.decode(b"", final=True)
+
+    def _bytes(self, token_ids: Sequence[int]) -> bytes:
+        table, skip = self._table, self._skip
+        return b"".join([table[i] for i in token_ids if i < len(table) and i not in skip])
 
 
 class WindowDetokenizer:
-    """Any tokenizer: text is what a growing window of tokens decodes to beyond what its head decoded to.
+    """Any tokenizer: text is what a window of vocabulary entries decodes to beyond what its head decoded to.
 
-    The head stays in the window, because a token's text may depend on its left neighbour (leading spaces).
+    The head is the piece before, whose text is out, and CONTEXT where there was more: a piece's text may depend on
+    whether it is the first one (a space is stripped), and that of the piece before on whether it is the last one
+    (BPE's end-of-word suffix).
     """
 
-    __slots__ = ("_ids", "_num_head", "_skip_special", "_tokenizer")
+    __slots__ = ("_head", "_held", "_holds", "_reader", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special_tokens
-        self._ids: list[int] = []
-        # The first tokens of the window, whose text is out.
-        self._num_head = 0
+        self._reader = PieceReader(tokenizer, skip_special_tokens)
+        self._head = _trimmed(self._reader.push(_visible_tail(tokenizer, skip_special_tokens, prompt_token_ids)))
+        self._reader.begin_output()
+        self._holds = tokenizer.has_partial_pieces
+        # Pieces whose text is not out, as they may be parts of a character.
+        self._held: list[str] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
-        out = []
-        for token_id in token_ids:
-            self._ids.append(token_id)
-            out.append(self._advance(is_last=False))
-        return "".join(out)
+        return self._advance(self._reader.push(token_ids), is_last=False)
 
     def flush(self) -> str:
-        return self._advance(is_last=True)
+        return self._advance(self._reader.flush(), is_last=True)
 
-    def _advance(self, *, is_last: bool) -> str:
-        if self._num_head == len(self._ids):
+    def _advance(self, pieces: list[str], *, is_last: bool) -> str:
+        self._held += pieces
+        if not self._held:
             return ""
-        head = self._decode(self._ids[: self._num_head])
-        whole = self._decode(self._ids)
-        is_stuck = len(self._ids) - self._num_head > _MAX_WINDOW_TOKENS
-        if not is_last and not is_stuck and (whole.endswith("\ufffd") or len(whole) <= len(head)):
+        window = self._head + self._held
+        text = self._tokenizer.join(window)[len(self._tokenizer.join(self._head)) :]
+        is_stuck = len(self._held) > _MAX_HELD_PIECES
+        if self._holds and text.endswith("\ufffd") and not (is_last or is_stuck):
             return ""
-        self._ids = self._ids[self._num_head :]
-        self._num_head = len(self._ids)
-        return whole[len(head) :]
+        self._head, self._held = _trimmed(window), []
+        return text
 
-    def _decode(self, token_ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._skip_special)
+
+def _trimmed(pieces: list[str]) -> list[str]:
+    return pieces if len(pieces) <= 2 else [CONTEXT, pieces[-1]]
+
+
+def _visible_tail(tokenizer: Tokenizer, skip_special_tokens: bool, token_ids: Sequence[int]) -> list[int]:
+    """The last tokens that have text: enough for a whole character and to tell whether there is more before them."""
+    skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+    tail: list[int] = []
+    for token_id in reversed(token_ids):
+        if token_id not in skip and tokenizer.piece(token_id) is not None:
+            tail.append(token_id)
+            if len(tail) > _MAX_CHARACTER_BYTES + 2:
+                break
+    return tail[::-1]
 
 
 class StopFinder:
     """Looks for the first of several strings in text that comes in pieces."""
 
-    __slots__ = ("_held", "_include", "_stops")
+    __slots__ = ("_held", "_include", "_num_exempt", "_stops")
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = tuple(stops)
         self._include = include
         # The end of the text so far that is the beginning of a stop string.
         self._held = ""
+        # So many characters of it belong to text in which no stop string may end.
+        self._num_exempt = 0
 
-    def push(self, text: str) -> tuple[str, str | None]:
-        """Text that is certain, and the stop string if one is complete; then the text ends before (or with) it."""
+    def push(self, text: str, *, is_exempt: bool = False) -> tuple[str, str | None]:
+        """Text that is certain, and the stop string if one is complete; then the text ends before (or with) it.
+
+        A stop string that ends in exempt text is none, but one may begin there.
+        """
         text = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        first_end = len(text) + 1 if is_exempt else self._num_exempt + 1
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop, max(0, first_end - len(stop)))) >= 0]
         if found:
             # The one that starts first; of two at the same place, the shorter was complete first.
             at, stop = min(found, key=lambda f: (f[0], len(f[1])))
@@ -107,6 +135,7 @@ class StopFinder:
         num_held = max((_overlap(text, stop) for stop in self._stops), default=0)
         certain = len(text) - num_held
         self._held = text[certain:]
+        self._num_exempt = num_held if is_exempt else max(0, self._num_exempt - certain)
         return text[:certain], None
 
     def flush(self) -> str:
@@ -127,49 +156,66 @@ class TextDelta(NamedTuple):
     # How many of the pushed tokens belong to the output (all, unless a stop string ended it).
     num_tokens: int
     stop: str | None
+    # What each of them added to the text, held or cut by stop strings or not; empty unless asked for.
+    token_texts: list[str]
 
 
 class TextStream:
-    """Text of one choice. Stop tokens are ids of the output but not text, unless asked for."""
+    """Text of one choice, which goes on from its prompt's. Stop tokens are ids of the output but not text, unless
+    asked for. No stop string ends before ``min_tokens`` tokens are over."""
 
-    __slots__ = ("_detokenizer", "_finder", "_hidden")
+    __slots__ = ("_detokenizer", "_finder", "_hidden", "_num_exempt_tokens", "_wants_token_texts")
 
     def __init__(
         self,
         tokenizer: Tokenizer | None,
         *,
+        prompt_token_ids: Sequence[int] = (),
         stops: Sequence[str] = (),
         include_stop: bool = False,
         stop_token_ids: Collection[int] = (),
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
+        wants_token_texts: bool = False,
     ) -> None:
-        self._detokenizer = None if tokenizer is None else _detokenizer(tokenizer, skip_special_tokens)
+        self._detokenizer = (
+            None if tokenizer is None else _detokenizer(tokenizer, skip_special_tokens, prompt_token_ids)
+        )
         self._finder = StopFinder(stops, include_stop) if stops else None
         self._hidden = frozenset() if include_stop else frozenset(stop_token_ids)
+        # Tokens that are still to come before stop strings count.
+        self._num_exempt_tokens = min_tokens
+        self._wants_token_texts = wants_token_texts
 
     def push(self, token_ids: Sequence[int]) -> TextDelta:
         if self._detokenizer is None:
-            return TextDelta("", len(token_ids), None)
-        if self._finder is None:
-            return TextDelta(self._decode(self._detokenizer, token_ids), len(token_ids), None)
-        # Token by token, to know which token completed the stop string.
-        out = []
-        for count, token_id in enumerate(token_ids, 1):
-            text, stop = self._finder.push(self._decode(self._detokenizer, (token_id,)))
+            return TextDelta("", len(token_ids), None, [""] * len(token_ids) if self._wants_token_texts else [])
+        if self._finder is None and not self._wants_token_texts:
+            return TextDelta(self._decode(self._detokenizer, token_ids), len(token_ids), None, [])
+        # Token by token, to know what each one adds and which one completed the stop string.
+        out, token_texts = [], []
+        stop: str | None = None
+        for token_id in token_ids:
+            text = self._decode(self._detokenizer, (token_id,))
+            token_texts.append(text)
+            if self._finder is not None:
+                text, stop = self._finder.push(text, is_exempt=self._num_exempt_tokens > 0)
+                self._num_exempt_tokens -= 1
             out.append(text)
             if stop is not None:
-                return TextDelta("".join(out), count, stop)
-        return TextDelta("".join(out), len(token_ids), None)
+                break
+        return TextDelta("".join(out), len(token_texts), stop, token_texts if self._wants_token_texts else [])
 
     def flush(self) -> TextDelta:
         """The end: incomplete characters and held text come out; they may even complete a stop string."""
         if self._detokenizer is None:
-            return TextDelta("", 0, None)
+            return TextDelta("", 0, None, [])
         rest = self._detokenizer.flush()
+        token_texts = [rest] if self._wants_token_texts and rest else []
         if self._finder is None:
-            return TextDelta(rest, 0, None)
-        text, stop = self._finder.push(rest)
-        return TextDelta(text if stop is not None else text + self._finder.flush(), 0, stop)
+            return TextDelta(rest, 0, None, token_texts)
+        text, stop = self._finder.push(rest, is_exempt=self._num_exempt_tokens >= 0)
+        return TextDelta(text if stop is not None else text + self._finder.flush(), 0, stop, token_texts)
 
     def _decode(self, detokenizer: Detokenizer, token_ids: Sequence[int]) -> str:
         if self._hidden and not self._hidden.isdisjoint(token_ids):
@@ -177,8 +223,9 @@ class TextStream:
         return detokenizer.push(token_ids)
 
 
-def _detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool) -> Detokenizer:
+def _detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> Detokenizer:
     table = tokenizer.byte_table
     if table is not None:
-        return ByteDetokenizer(table, tokenizer.special_ids if skip_special_tokens else frozenset())
-    return WindowDetokenizer(tokenizer, skip_special_tokens)
+        skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+        return ByteDetokenizer(table, skip, prompt_token_ids)
+    return WindowDetokenizer(tokenizer, skip_special_tokens, prompt_token_ids)

@@ -1,21 +1,22 @@
 """Text to token ids and back, from a model folder's files, without transformers.
 
-It loads tokenizer.json through the `tokenizers` package and reads special tokens, the chat template and the
-end-of-sequence ids beside it. It keeps no state of any request.
+It loads tokenizer.json through the `tokenizers` package. It keeps no state of any request. What transformers alone does
+to a decoded text (clean_up_tokenization_spaces) is not done here, nor by vLLM.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders
 
 from baton.errors import BadConfig, InvalidRequest
+from router.model_files import TokenizerFacts, load_tokenizer_facts
 from router.token_lengths import max_chars_per_token
 
 # Longer texts are encoded as a batch of one. `tokenizers.Tokenizer.encode` keeps Python's lock (0.23: 1.4 s for a
@@ -23,39 +24,31 @@ from router.token_lengths import max_chars_per_token
 _BATCH_CHARS = 4096
 # Long texts are counted in pieces of so many characters: what an encoding holds is 100 bytes and more a token.
 _PIECE_CHARS = 65_536
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What the folder's JSON files say of the model; empty where they say nothing."""
-
-    eos_token_ids: tuple[int, ...] = ()
-    max_model_tokens: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class SpecialTokens:
-    bos_token: str = ""
-    eos_token: str = ""
-    unk_token: str = ""
-    pad_token: str = ""
+_BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
+# Stands for text that came before: decoders treat the first piece of a text differently from all others.
+CONTEXT = "x"
 
 
 class Tokenizer:
     """Thread-safe for reading, as `tokenizers.Tokenizer` is."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, special: SpecialTokens, chat_template: str | None) -> None:
+    def __init__(self, inner: tokenizers.Tokenizer, facts: TokenizerFacts | None = None) -> None:
         self._inner = inner
         # Truncation and padding settings saved with a tokenizer are for training.
         inner.no_truncation()
         inner.no_padding()
-        self.special = special
-        self.chat_template = chat_template
+        self.facts = facts or TokenizerFacts()
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, t in inner.get_added_tokens_decoder().items() if t.special)
         # Characters of text that one token can stand for at most; None where nothing proves it.
         self.max_chars_per_token = max_chars_per_token(inner)
-        self._bytes = _token_bytes(inner) if _is_byte_level(inner) else None
+        kinds = _decoder_kinds(inner)
+        self._bytes = _token_bytes(inner) if set(kinds) - {"Fuse"} == {"ByteLevel"} else None
+        self.has_byte_fallback = "ByteFallback" in kinds
+        # Pieces are halves of characters, which only the decoder can put together.
+        self.has_partial_pieces = self._bytes is None and "ByteLevel" in kinds
+        eos_token = self.facts.special_tokens.get("eos_token")
+        self.eos_token_id: int | None = None if eos_token is None else inner.token_to_id(eos_token)
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer | None:
@@ -67,11 +60,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise BadConfig(f"{path} cannot be loaded: {error}", param="model_folder") from error
-        config = _read_json(folder / "tokenizer_config.json")
-        special = SpecialTokens(**{
-            name: _token_text(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        })  # fmt: skip
-        return cls(inner, special, _chat_template(folder, config))
+        return cls(inner, load_tokenizer_facts(folder))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         if len(text) <= _BATCH_CHARS:
@@ -92,8 +81,22 @@ class Tokenizer:
         return False
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of all of them at once; `router.text` gives the same in pieces."""
         # A batch, as for `encode`: for one token as for many it costs the same.
-        return str(self._inner.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
+        text = str(self._inner.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
+        if not self.has_byte_fallback or "\ufffd" not in text:
+            return text
+        reader = PieceReader(self, skip_special_tokens)
+        return self.join([*reader.push(token_ids), *reader.flush()])
+
+    def join(self, pieces: Sequence[str]) -> str:
+        """The text of vocabulary entries, as `tokenizers` makes it."""
+        return " ".join(pieces) if self._inner.decoder is None else str(self._inner.decoder.decode(list(pieces)))
+
+    def piece(self, token_id: int) -> str | None:
+        """The vocabulary's entry; None for ids beyond it, which models with a padded head can produce."""
+        piece: str | None = self._inner.id_to_token(token_id)
+        return piece
 
     @property
     def byte_table(self) -> Sequence[bytes] | None:
@@ -101,34 +104,83 @@ class Tokenizer:
         return self._bytes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for on its own, for log-probabilities."""
+        """The bytes that a token adds to a text that has begun, for log-probabilities."""
         if self._bytes is not None:
             return self._bytes[token_id] if token_id < len(self._bytes) else b""
-        piece = self._inner.id_to_token(token_id)
+        piece = self.piece(token_id)
         if piece is None:
             return b""
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return str(piece).replace("▁", " ").encode()
+        byte = _fallback_byte(piece) if self.has_byte_fallback else None
+        if byte is not None:
+            return byte
+        return self.join([CONTEXT, piece]).removeprefix(CONTEXT).encode()
 
-    def token_text(self, token_id: int) -> str:
-        return self.token_bytes(token_id).decode("utf-8", "replace")
+    def token_name(self, token_id: int) -> str:
+        """Its text; for a part of a character its bytes, as OpenAI writes them."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{b:02x}" for b in raw)
 
 
-def load_facts(folder: Path) -> ModelFacts:
-    """End-of-sequence ids (generation_config.json before config.json) and context length."""
-    config = _read_json(folder / "config.json")
-    text_config = config.get("text_config") or config
-    generation = _read_json(folder / "generation_config.json")
-    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
-    if eos is None:
-        ids: tuple[int, ...] = ()
-    elif isinstance(eos, list):
-        ids = tuple(int(i) for i in eos)
-    else:
-        ids = (int(eos),)
-    max_tokens = text_config.get("max_position_embeddings")
-    return ModelFacts(ids, int(max_tokens) if max_tokens is not None else None)
+class Utf8:
+    """Bytes in portions to text: each cut character is one U+FFFD, as in Python and in `tokenizers`' ByteLevel."""
+
+    __slots__ = ("_decoder", "_is_foreign")
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # The bytes of an incomplete character that it holds are not the output's own.
+        self._is_foreign = False
+
+    def begin_output(self) -> None:
+        """What came so far was the prompt. A character that it left incomplete is output if it gets complete."""
+        self._is_foreign = bool(self._decoder.getstate()[0])
+
+    def decode(self, data: bytes, *, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        if self._is_foreign and text:
+            self._is_foreign = False
+            text = text.removeprefix("\ufffd")
+        return text
+
+
+class PieceReader:
+    """Vocabulary entries of tokens that come in portions, as a decoder may get them: hidden and unknown ones left out.
+
+    Runs of byte tokens become characters here. The ByteFallback of `tokenizers` takes a whole run for broken when one
+    byte of it is, characters that were right (and long with the client) included.
+    """
+
+    __slots__ = ("_skip", "_tokenizer", "_utf8")
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+        self._tokenizer = tokenizer
+        self._skip: Collection[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._utf8 = Utf8() if tokenizer.has_byte_fallback else None
+
+    def begin_output(self) -> None:
+        if self._utf8 is not None:
+            self._utf8.begin_output()
+
+    def push(self, token_ids: Sequence[int]) -> list[str]:
+        pieces: list[str] = []
+        for token_id in token_ids:
+            if token_id in self._skip or (piece := self._tokenizer.piece(token_id)) is None:
+                continue
+            if self._utf8 is None:
+                pieces.append(piece)
+            elif (byte := _fallback_byte(piece)) is not None:
+                pieces += self._utf8.decode(byte)
+            else:
+                pieces += self._utf8.decode(b"", final=True)
+                pieces.append(piece)
+        return pieces
+
+    def flush(self) -> list[str]:
+        """The end: an incomplete character is U+FFFD."""
+        return [] if self._utf8 is None else list(self._utf8.decode(b"", final=True))
 
 
 def require(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
@@ -140,38 +192,21 @@ def require(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
     return tokenizer
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BadConfig(f"{path} is not JSON: {error}", param="model_folder") from error
-    if not isinstance(content, dict):
-        raise BadConfig(f"{path} holds {type(content).__name__}, expected an object", param="model_folder")
-    return content
+def _decoder_kinds(inner: tokenizers.Tokenizer) -> tuple[str, ...]:
+    """The types of its decoder's parts, in order."""
+
+    def kinds(decoder: dict[str, Any]) -> list[str]:
+        if decoder["type"] != "Sequence":
+            return [str(decoder["type"])]
+        return [kind for part in decoder["decoders"] for kind in kinds(part)]
+
+    return () if inner.decoder is None else tuple(kinds(json.loads(inner.decoder.__getstate__())))
 
 
-def _token_text(token: object) -> str:
-    """tokenizer_config.json has special tokens as strings or as objects with their content."""
-    if isinstance(token, dict):
-        return str(token.get("content", ""))
-    return token if isinstance(token, str) else ""
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.exists():
-        return path.read_text("utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones; "default" is for chat
-        named = {entry["name"]: entry["template"] for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _is_byte_level(inner: tokenizers.Tokenizer) -> bool:
-    return isinstance(inner.decoder, decoders.ByteLevel)
+def _fallback_byte(piece: str) -> bytes | None:
+    """What a byte token (`<0xE2>`) stands for."""
+    found = _BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(found[1]) if found else None
 
 
 def _byte_alphabet() -> dict[str, int]:

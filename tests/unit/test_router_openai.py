@@ -107,7 +107,7 @@ async def test_running_usage_counts_up_with_the_tokens_of_each_chunk(folder: Pat
 
 
 async def test_chat_whole_and_streamed(folder: Path, tokenizer: Tokenizer) -> None:
-    prompt = tokenizer.encode("<s><|user|>hello</s><|assistant|>", add_special_tokens=False)
+    prompt = tokenizer.encode("<s><|user|>hel\nlo</s><|assistant|>", add_special_tokens=False)
     _, text = answer(tokenizer, prompt, 3, 30)
     messages: list[Any] = [
         {"role": "user", "content": [{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]}

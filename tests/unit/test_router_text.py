@@ -13,8 +13,9 @@ from tokenizers import decoders, models
 
 from baton.errors import BadConfig, InvalidRequest
 from router.chat import ChatMessage, ChatTemplate
+from router.model_files import load_facts
 from router.text import StopFinder, TextStream
-from router.tokenizer import SpecialTokens, Tokenizer, load_facts
+from router.tokenizer import Tokenizer
 from tests.unit.router_support import VOCAB_SIZE, write_model_folder
 
 
@@ -67,13 +68,13 @@ def test_window_detokenizer_for_sentencepiece_like_tokenizers() -> None:
     inner.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer = Tokenizer(inner, SpecialTokens(), None)
+    tokenizer = Tokenizer(inner)
     assert tokenizer.byte_table is None
     ids = [256, 257, 258, *"é🎽".encode(), 256]
     pieces = streamed(TextStream(tokenizer), ids, [1] * len(ids))
     assert "".join(pieces) == "hello world!é🎽 hello"
     assert not any("\ufffd" in p for p in pieces)
-    assert tokenizer.token_text(256) == " hello"
+    assert tokenizer.token_name(256) == " hello"
     assert tokenizer.token_bytes(0xC3) == b"\xc3"
 
 
@@ -112,7 +113,7 @@ def test_stop_tokens_are_no_text(tokenizer: Tokenizer) -> None:
     assert TextStream(tokenizer, stop_token_ids=(300,)).push(ids).text == "hi"
     assert TextStream(tokenizer, stop_token_ids=(300,), include_stop=True).push(
         ids
-    ).text == "hi" + tokenizer.token_text(300)
+    ).text == "hi" + tokenizer.token_bytes(300).decode("utf-8", "replace")
 
 
 def test_folder_facts(folder: Path, tmp_path: Path) -> None:
@@ -133,14 +134,14 @@ def test_template_from_its_own_file(folder: Path, tmp_path: Path) -> None:
     (copy / "chat_template.jinja").write_text("from file")
     loaded = Tokenizer.load(copy)
     assert loaded is not None
-    assert loaded.chat_template == "from file"
+    assert loaded.facts.chat_template == "from file"
     config = json.loads((copy / "tokenizer_config.json").read_text())
     config["chat_template"] = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
     (copy / "tokenizer_config.json").write_text(json.dumps(config))
     (copy / "chat_template.jinja").unlink()
     loaded = Tokenizer.load(copy)
     assert loaded is not None
-    assert loaded.chat_template == "d"
+    assert loaded.facts.chat_template == "d"
 
 
 def test_chat_template_features() -> None:
@@ -149,7 +150,7 @@ def test_chat_template_features() -> None:
         "{{ m | tojson }}{% generation %}{{ m['content'] | trim }}{% endgeneration %}{%- endfor -%}"
         "{{ bos_token }}{{ strftime_now('%Y')[:2] }}{{ extra }}"
     )
-    template = ChatTemplate(source, SpecialTokens(bos_token="<s>"))
+    template = ChatTemplate(source, {"bos_token": "<s>"})
     messages = [ChatMessage("system", "no"), ChatMessage("user", " <é> ")]
     text = template.render(messages, variables={"extra": "!"})
     assert text == '{"role": "user", "content": " <é> "}<é><s>20!'
@@ -166,10 +167,10 @@ def test_chat_template_features() -> None:
 )
 def test_chat_template_is_sandboxed_and_refuses_clearly(source: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        ChatTemplate(source, SpecialTokens()).render([ChatMessage("user", "x")])
+        ChatTemplate(source, {}).render([ChatMessage("user", "x")])
     assert refused.value.param == "messages"
 
 
 def test_broken_template_stops_the_start() -> None:
     with pytest.raises(BadConfig):
-        ChatTemplate("{% if %}", SpecialTokens())
+        ChatTemplate("{% if %}", {})

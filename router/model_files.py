@@ -1,0 +1,176 @@
+"""What a model folder's small JSON and Jinja files say: special tokens, chat template, limits, sampling defaults.
+
+The rules are those of transformers and, for generation_config.json, of vLLM. It reads files and keeps nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from baton.errors import BadConfig, InvalidRequest, quoted
+from baton.types import DEFAULTED_SAMPLING, SamplingParams
+
+# Special tokens that transformers knows by name in every tokenizer.
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What transformers' tokenizer classes of the served models take for granted.
+_CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
+    "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the folder's JSON files say of the model; empty where they say nothing."""
+
+    eos_token_ids: tuple[int, ...] = ()
+    max_model_tokens: int | None = None
+    # What a request gets where it says nothing; max_tokens holds for chat only.
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFacts:
+    """What lies beside tokenizer.json. A special token that the model does not have is not in the mapping."""
+
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
+    """End-of-sequence ids (generation_config.json before config.json), context length, defaults of sampling."""
+    config = _read_json(folder / "config.json")
+    text_config = config.get("text_config") or config
+    path = folder / "generation_config.json"
+    generation = _read_json(path)
+    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
+    if eos is None:
+        ids: tuple[int, ...] = ()
+    elif isinstance(eos, list):
+        ids = tuple(int(i) for i in eos)
+    else:
+        ids = (int(eos),)
+    max_tokens = text_config.get("max_position_embeddings")
+    return ModelFacts(
+        eos_token_ids=ids,
+        max_model_tokens=int(max_tokens) if max_tokens is not None else None,
+        sampling=_sampling(generation, path) if sampling_defaults else SamplingParams(),
+    )
+
+
+def load_tokenizer_facts(folder: Path) -> TokenizerFacts:
+    config = _read_json(folder / "tokenizer_config.json")
+    return TokenizerFacts(_special_tokens(folder, config), _chat_template(folder, config))
+
+
+# The numbers of generation_config.json that vLLM takes as defaults, by their names in SamplingParams. do_sample is not
+# among them: vLLM does not look at it either.
+_SAMPLING_NUMBERS: Mapping[str, tuple[str, type]] = {
+    "temperature": ("temperature", float),
+    "top_p": ("top_p", float),
+    "top_k": ("top_k", int),
+    "min_p": ("min_p", float),
+    "repetition_penalty": ("repetition_penalty", float),
+    "max_new_tokens": ("max_tokens", int),
+}
+
+
+def _sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
+    """Raises BadConfig, naming the file, for a value that no request could ask for."""
+    found: dict[str, Any] = {}
+    for key, (name, kind) in _SAMPLING_NUMBERS.items():
+        value = generation.get(key)
+        if value is None:
+            continue
+        try:
+            is_good = not isinstance(value, bool | str) and kind(value) == value
+        except (TypeError, ValueError, OverflowError):
+            is_good = False
+        if not is_good:
+            expected = "a whole number" if kind is int else "a number"
+            raise _bad_default(path, f"{key} is {quoted(value)}, expected {expected}")
+        # -1 is off as well, as in requests.
+        found[name] = 0 if key == "top_k" and value == -1 else kind(value)
+    try:
+        return SamplingParams(**found)
+    except InvalidRequest as error:
+        raise _bad_default(path, error.message) from error
+
+
+def stated(sampling: SamplingParams) -> str:
+    """The defaults that differ from the neutral ones, for people."""
+    neutral = SamplingParams()
+    names = (*DEFAULTED_SAMPLING, "max_tokens")
+    return ", ".join(f"{n} {getattr(sampling, n)}" for n in names if getattr(sampling, n) != getattr(neutral, n))
+
+
+def _bad_default(path: Path, what: str) -> BadConfig:
+    return BadConfig(
+        f"{path}: {what}; mend the file or leave its defaults out with --generation-config none",
+        param="generation_config",
+    )
+
+
+def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """As transformers names them for templates; a token that is null or missing is not there."""
+    kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
+    stated: dict[str, Any] = {**_CLASS_TOKENS.get(kind, {}), **config}
+    if "added_tokens_decoder" not in config:
+        # Saved by older versions, which wrote special tokens there; newer ones write them into the config alone.
+        stated |= _read_json(folder / "special_tokens_map.json")
+    extra = stated.get("extra_special_tokens")
+    if isinstance(extra, dict):  # tokens with names of their own
+        stated |= {name: token for name, token in extra.items() if name not in _NAMED_TOKENS}
+        names = {*_NAMED_TOKENS, *extra}
+    else:
+        names = set(_NAMED_TOKENS)
+    texts = {name: _token_text(token) for name, token in stated.items() if name in names or name.endswith("_token")}
+    return {name: text for name, text in texts.items() if text is not None}
+
+
+def _token_text(token: object) -> str | None:
+    """The files have special tokens as strings or as objects with their content."""
+    if isinstance(token, dict):
+        token = token.get("content")
+    return token if isinstance(token, str) else None
+
+
+def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Files of their own come before tokenizer_config.json, which comes before a processor's chat_template.json."""
+    files = [
+        folder / "chat_template.jinja",
+        folder / "chat_templates" / "default.jinja",
+        folder / "additional_chat_templates" / "default.jinja",
+    ]
+    found = [file.read_text("utf-8") for file in files if file.exists()]
+    return (
+        (found[-1] if found else None)
+        or _default_template(config.get("chat_template"))
+        or _default_template(_read_json(folder / "chat_template.json").get("chat_template"))
+    )
+
+
+def _default_template(template: object) -> str | None:
+    """Of several named ones, "default" is for chat; the others are for tools and the like."""
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise BadConfig(f"{path} is not JSON: {error}", param="model_folder") from error
+    if not isinstance(content, dict):
+        raise BadConfig(f"{path} holds {type(content).__name__}, expected an object", param="model_folder")
+    return content

@@ -1,0 +1,168 @@
+"""Rendered as `apply_chat_template` of transformers renders: shapes of public models, special tokens from any file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pytest
+import tokenizers
+import transformers
+from tokenizers import AddedToken, models
+
+from baton.errors import InvalidRequest
+from router.chat import ChatMessage, ChatTemplate
+from router.model_files import load_tokenizer_facts
+from tests.oracle.chat_templates import TEMPLATES
+
+Conversation = list[dict[str, Any]]
+CONVERSATIONS: dict[str, Conversation] = {
+    "one turn": [{"role": "user", "content": "hello"}],
+    "system": [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "hi <b>&\n\nthere"}],
+    "three turns": [
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "<think>\nsum\n</think>\n\n2"},
+        {"role": "user", "content": " and 1? "},
+    ],
+    "all roles": [
+        {"role": "system", "content": "Schön"},
+        {"role": "user", "content": "a\r\nb"},
+        {"role": "assistant", "content": "é😀"},
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "d "},
+    ],
+    "twice the user": [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}],
+    "late system": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}],
+    "tool": [{"role": "tool", "content": "12"}],
+    "names": [{"role": "user", "content": "a", "name": "Ada"}],
+    "nothing said": [{"role": "user", "content": ""}],
+}
+VARIABLES: list[dict[str, Any]] = [
+    {},
+    {"enable_thinking": False, "date_string": "1 May 2030", "controls": {"length": "short"}, "bos_token": "<other>"},
+    {"tools": [{"name": "f", "type": "function"}], "documents": [{"title": "T", "text": "x"}]},
+]
+TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+
+
+def write_tokenizer(folder: Path, config: dict[str, Any], specials_map: dict[str, Any] | None = None) -> Path:
+    """A model folder with a tokenizer.json of a few words, and these files beside it."""
+    folder.mkdir(exist_ok=True)
+    inner = tokenizers.Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+    inner.add_special_tokens([AddedToken(t, special=True) for t in ("<s>", "</s>", "<unk>", "<sep>", "<img>")])
+    inner.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if specials_map is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(specials_map))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = write_tokenizer(
+        tmp_path_factory.mktemp("t") / "m", {"tokenizer_class": "PreTrainedTokenizerFast"} | TOKENS
+    )
+    return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+def outcome(render: Callable[[], str]) -> str | None:
+    """The text; None for a template that refuses."""
+    try:
+        return render()
+    except (InvalidRequest, jinja2.TemplateError):
+        return None
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_of_many_shapes(theirs: Any, name: str) -> None:
+    template = ChatTemplate(TEMPLATES[name], TOKENS)
+    num_texts = 0
+    for title, conversation in CONVERSATIONS.items():
+        for variables in VARIABLES:
+            for is_open in (True, False):
+                expected = outcome(
+                    lambda: theirs.apply_chat_template(
+                        conversation,  # noqa: B023 (called at once)
+                        chat_template=TEMPLATES[name],
+                        tokenize=False,
+                        add_generation_prompt=is_open,  # noqa: B023
+                        **variables,  # noqa: B023
+                    )
+                )
+                messages = [ChatMessage(m["role"], m["content"], m.get("name")) for m in conversation]
+                found = outcome(
+                    lambda: template.render(messages, add_generation_prompt=is_open, variables=variables)  # noqa: B023
+                )
+                assert found == expected, (title, variables, is_open)
+                num_texts += found is not None
+    assert num_texts > 0
+
+
+def test_there_are_many_and_some_refuse() -> None:
+    assert len(TEMPLATES) >= 25
+    refusing = ("inst_strict", "inst_with_system", "gemma", "fragile")
+    twice = [ChatMessage("user", "a"), ChatMessage("user", "b")]
+    for name in refusing:
+        with pytest.raises(InvalidRequest) as refused:
+            ChatTemplate(TEMPLATES[name], TOKENS).render(twice)
+        assert refused.value.param == "messages"
+
+
+CONTENT = {"content": "<s>", "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+FOLDERS: dict[str, tuple[dict[str, Any], dict[str, Any] | None]] = {
+    "strings": ({"bos_token": "<s>", "eos_token": "</s>", "sep_token": "<sep>", "cls_token": "<s>"}, None),
+    "objects": ({"bos_token": CONTENT | {"__type": "AddedToken"}, "mask_token": "<sep>"}, None),
+    "none": ({}, None),
+    "nulls": ({"bos_token": None, "eos_token": "</s>"}, None),
+    "map alone": ({}, {"bos_token": "<s>", "eos_token": CONTENT, "pad_token": "</s>"}),
+    "map wins": ({"bos_token": "</s>"}, {"bos_token": "<s>"}),
+    "decoder makes the map void": (
+        {"eos_token": "</s>", "added_tokens_decoder": {"2": CONTENT | {"special": True}}}, {"bos_token": "<s>"}
+    ),
+    "named tokens": ({"extra_special_tokens": {"image_token": "<img>"}, "eos_token": "</s>"}, None),
+    "tokens of its own": ({"image_token": "<img>", "add_bos_token": True}, None),
+    "additional": ({"additional_special_tokens": ["<sep>"], "eos_token": "</s>"}, None),
+    "llama's own": ({"tokenizer_class": "LlamaTokenizerFast", "eos_token": "<sep>"}, None),
+    "qwen's own": ({"tokenizer_class": "Qwen2Tokenizer"}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_special_tokens_are_those_of_transformers(tmp_path: Path, name: str) -> None:
+    config, specials_map = FOLDERS[name]
+    folder = write_tokenizer(tmp_path / "m", {"tokenizer_class": "PreTrainedTokenizerFast"} | config, specials_map)
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    assert load_tokenizer_facts(folder).special_tokens == theirs.special_tokens_map
+
+
+def test_where_a_template_comes_from(tmp_path: Path) -> None:
+    folder = write_tokenizer(tmp_path / "m", {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+    def found() -> str | None:
+        return load_tokenizer_facts(folder).chat_template
+
+    def check() -> None:
+        theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+        assert found() == theirs.get_chat_template()
+
+    assert found() is None
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": "of a processor"}))
+    assert found() == "of a processor"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": "in the config"}
+    write_tokenizer(folder, config)
+    check()
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "named in the config"}]
+    write_tokenizer(folder, config | {"chat_template": named})
+    check()
+    write_tokenizer(folder, config | {"chat_template": {"default": "by name", "rag": "r"}})
+    check()
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "default.jinja").write_text("in the folder")
+    (more / "rag.jinja").write_text("another")
+    check()
+    (folder / "chat_template.jinja").write_text("in a file")
+    check()
