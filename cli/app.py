@@ -236,6 +236,7 @@ def up(
     peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
+    preflight.worker_packages()
     from cli import cluster
     from cli.worker_metrics import Peaks
     from engine.config import EngineConfig
@@ -342,6 +343,7 @@ def worker(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if die_with_parent:
         die_with(die_with_parent)
+    preflight.worker_packages()
     from baton.registry import RegistryConfig
     from baton.types import Role
     from cli.registration import LeaseConfig
@@ -591,6 +593,7 @@ def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="Your own model instead of the demo's.")] = "",
 ) -> None:
     """Start 1 router, 2 prefill and 2 decode workers, send prompts through both APIs, show the relay, stop."""
+    preflight.worker_packages()
     from cli.demo import run
 
     raise typer.Exit(run(model, Console()))

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import tempfile
@@ -16,6 +17,8 @@ from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, UnsupportedModel, quoted
 from baton.registry import Registry, RegistryConfig
 from cli.process import ReservedPort
+
+_COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
 
 
 def writable_file(path: Path, option: str) -> None:
@@ -105,6 +108,16 @@ async def registry_answers(config: RegistryConfig) -> None:
         raise BadConfig(message, param="registry") from error
     finally:
         await registry.close()
+
+
+def worker_packages() -> None:
+    """Of the extra: a router's install has none of them."""
+    missing = [name for name in _COMPUTES_WITH if importlib.util.find_spec(name) is None]
+    if missing:
+        packages = ", ".join(missing)
+        raise BadConfig(
+            f"workers need the extra worker ({packages} not installed); `baton doctor` says what to install"
+        )
 
 
 def model_files(folder: Path) -> None:
