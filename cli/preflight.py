@@ -23,19 +23,21 @@ _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
 
 def writable_file(path: Path, option: str) -> None:
     """It may exist, also as a device or a pipe; nothing is written to it yet."""
-    _in_a_folder(path, option)
-    if not path.exists():
-        _try_beside(path, option)
-    elif not os.access(path, os.W_OK):
-        raise _cannot_write(path, option, PermissionError(errno.EACCES, "no permission"))
+    with _told(path, option):
+        _in_a_folder(path, option)
+        if not path.exists():
+            _try_beside(path)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def replaceable_file(path: Path, option: str) -> None:
     """A file that is to be replaced whole, by way of another one beside it."""
-    _in_a_folder(path, option)
-    if path.exists() and not path.is_file():
-        raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
-    _try_beside(path, option)
+    with _told(path, option):
+        _in_a_folder(path, option)
+        if path.exists() and not path.is_file():
+            raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
+        _try_beside(path)
 
 
 def _in_a_folder(path: Path, option: str) -> None:
@@ -45,31 +47,30 @@ def _in_a_folder(path: Path, option: str) -> None:
         raise BadConfig(f"{option} is {quoted(str(path))}, but there is no folder {path.parent}: make it", param=option)
 
 
-def _try_beside(path: Path, option: str) -> None:
-    try:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        draft.touch()
-        draft.unlink()
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, option, error) from error
+def _try_beside(path: Path) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.touch()
+    draft.unlink()
 
 
 def writable_folder(path: Path, option: str) -> None:
     """Makes it, with its parents, where it is missing."""
-    try:
+    with _told(path, option):
+        if path.is_file():
+            raise BadConfig(f"{option} is {quoted(str(path))}, which is a file; expected a folder", param=option)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except FileExistsError:
-        raise BadConfig(f"{option} is {quoted(str(path))}, which is a file; expected a folder", param=option) from None
+
+
+@contextlib.contextmanager
+def _told(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise _cannot_write(path, option, error) from error
-
-
-def _cannot_write(path: Path, option: str, error: OSError | ValueError) -> BadConfig:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    message = f"{option}: cannot write {quoted(str(path))}: {reason}; give a path that this user may write to"
-    return BadConfig(message, param=option)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        message = f"{option}: cannot write {quoted(str(path))}: {reason}; give a path that this user may write to"
+        raise BadConfig(message, param=option) from error
 
 
 @contextlib.contextmanager
