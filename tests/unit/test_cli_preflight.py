@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -273,3 +274,16 @@ def test_the_current_folder_is_not_where_baton_comes_from(tmp_path: Path) -> Non
     )  # fmt: skip
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: BadConfig: --log-dir: cannot write '/proc/x'")
+
+
+def test_nothing_tells_anybody_to_install_baton_by_name() -> None:
+    """It is in no index, where anybody could take the name (docs/decisions/0008-names.md, which says so)."""
+    root = Path(__file__).resolve().parents[2]
+    files = [root / "README.md", root / "CONTRIBUTING.md", root / "Makefile", root / "deploy" / "Dockerfile"]
+    for folder, kinds in (("docs", ".md"), ("deploy", ".md .yaml"), ("scripts", ".sh .py")):
+        files += [path for path in (root / folder).rglob("*") if path.suffix in kinds.split()]
+    for package in ("baton", "cli", "router", "engine", "demo", "kvtransfer", "prefill_node", "decode_node"):
+        files += (root / package).rglob("*.py")
+    told = re.compile(r"(pip|pipx|uv|poetry)\s+(\w+\s+)*(install|add)\s+(-\S+\s+)*['\"]?baton\b")
+    found = [path.name for path in files if told.search(path.read_text(encoding="utf-8"))]
+    assert found == ["0008-names.md"]
