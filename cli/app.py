@@ -249,6 +249,7 @@ def up(
     peak_gbps: PeakGbps = 0.0,
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
+    preflight.worker_packages()
     from cli import cluster
     from cli.worker_metrics import Peaks
     from engine.config import EngineConfig
@@ -356,6 +357,7 @@ def worker(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     if die_with_parent:
         die_with(die_with_parent)
+    preflight.worker_packages()
     from baton.registry import RegistryConfig
     from baton.types import Role
     from cli.registration import LeaseConfig
@@ -607,6 +609,7 @@ def demo(
     model: Annotated[str, typer.Option("--model", "-m", help="Your own model instead of the demo's.")] = "",
 ) -> None:
     """Start 1 router, 2 prefill and 2 decode workers, send prompts through both APIs, show the relay, stop."""
+    preflight.worker_packages()
     from cli.demo import run
 
     raise typer.Exit(run(model, Console()))

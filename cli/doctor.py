@@ -16,15 +16,20 @@ from rich.table import Table
 
 from baton import __version__
 from baton.errors import BatonError
-from cli import host, machine, model_source
+from cli import host, machine, model_source, preflight
 from cli.machine import Finding
 
 _DISTRIBUTION = "baton-serve"
+_WORKER = "extra worker"
+# What a machine may well do without, and the package without which nothing of the extra was meant to be there.
+_OPTIONAL = {"worker": "torch", "otel": "opentelemetry-sdk"}
 _MARKS = {True: "[green]ok[/green]", False: "[red]missing[/red]", None: "[dim]-[/dim]"}
 
 
 def examine(model: str = "", registry: str = "", cluster: str = "default") -> list[Finding]:
     """``registry``: the URL of a Redis that is to be looked at too."""
+    worker = _extra("worker")
+    has_torch = worker.is_ok is True
     findings = [
         Finding("baton", True, f"{__version__} in {Path(__file__).resolve().parents[1]}"),
         Finding(
@@ -34,9 +39,11 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
             "Baton needs Python 3.11 or newer",
         ),
         Finding("machine", None, f"{platform.platform()}, {platform.machine()}"),
-        *(_extra(name) for name in ("", "router", "worker")),
+        _extra(""),
+        _extra("router"),
+        worker,
+        _extra("otel"),
     ]
-    has_torch = all(f.is_ok is not False for f in findings)
     findings += [*_torch(), machine.auto_kernels(), *machine.kernels()] if has_torch else []
     findings += [
         machine.driver(),
@@ -50,12 +57,12 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
     if registry:
         findings.append(machine.registry(registry, cluster))
     if model:
-        findings.append(_model(model, has_torch))
+        findings.append(_model(model))
     return findings
 
 
 def report(findings: list[Finding], console: Console) -> int:
-    """Prints the findings; 0 if this machine can serve, else 1."""
+    """Prints the findings; 0 if this machine can serve, be it as a router alone, else 1."""
     table = Table("", "what", "found", box=None, pad_edge=False)
     for finding in findings:
         table.add_row(_MARKS[finding.is_ok], finding.subject, escape(finding.found))
@@ -64,19 +71,24 @@ def report(findings: list[Finding], console: Console) -> int:
         if finding.is_ok is not True and finding.advice:
             console.print(f"[bold]{finding.subject}[/bold]: {escape(finding.advice)}", highlight=False)
     faults = [finding for finding in findings if finding.is_ok is False]
-    console.print("[red]this machine cannot serve yet[/red]" if faults else "this machine can serve: try `make demo`")
+    if faults:
+        console.print("[red]this machine cannot serve yet[/red]")
+    elif any(finding.subject == _WORKER and finding.is_ok is None for finding in findings):
+        console.print("this machine can run routers and clients; workers need the extra worker", highlight=False)
+    else:
+        console.print("this machine can serve: try `baton demo`")
     return 1 if faults else 0
 
 
 def _extra(name: str) -> Finding:
     """Whether everything that an extra of ours asks for is installed, in a version it allows."""
-    subject, target = (f"extra {name}", f"{_DISTRIBUTION}[{name}]") if name else ("client", _DISTRIBUTION)
-    advice = f"pip install '{target}'; in a checkout: make setup"
+    subject = f"extra {name}" if name else "client"
     try:
         requirements = [Requirement(text) for text in importlib.metadata.requires(_DISTRIBUTION) or ()]
     except importlib.metadata.PackageNotFoundError:
-        return Finding(subject, False, f"{_DISTRIBUTION} itself is not installed", advice)
-    found, faults = [], []
+        unknown = f"{_DISTRIBUTION} itself is not installed"
+        return Finding(subject, False, unknown, "pip install the checkout or the wheel; in a checkout: make setup")
+    found, faults, wanted = [], [], []
     for requirement in requirements:
         if requirement.name == _DISTRIBUTION or not _applies(requirement, name):
             continue
@@ -84,12 +96,21 @@ def _extra(name: str) -> Finding:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             faults.append(f"{requirement.name} is missing")
+            wanted.append(f"'{requirement.name}{requirement.specifier}'")
             continue
         if requirement.specifier.contains(version, prereleases=True):
             found.append(f"{requirement.name} {version}")
         else:
             faults.append(f"{requirement.name} is {version}, expected {requirement.specifier}")
-    return Finding(subject, not faults, "; ".join(faults) or ", ".join(found), advice)
+            wanted.append(f"'{requirement.name}{requirement.specifier}'")
+    if not faults:
+        return Finding(subject, True, ", ".join(found))
+    # By the packages' own names: ours is in no index.
+    advice = f"pip install {' '.join(wanted)}; in a checkout: make setup"
+    core = _OPTIONAL.get(name)
+    if core is not None and f"{core} is missing" in faults:
+        return Finding(subject, None, f"not installed ({len(faults)} packages are missing)", advice)
+    return Finding(subject, False, "; ".join(faults), advice)
 
 
 def _applies(requirement: Requirement, extra: str) -> bool:
@@ -156,15 +177,16 @@ def _resources() -> Iterator[Finding]:
     yield Finding("disk", None, f"{free / 2**30:.0f} GiB free for models fetched from the hub")
 
 
-def _model(model: str, has_torch: bool) -> Finding:
+def _model(model: str) -> Finding:
     advice = "see the README for the models that are served"
+    from engine.config import ModelConfig
+
     try:
         folder = model_source.resolve(model)
-        if not has_torch:
-            return Finding("model", None, f"{folder}; not looked into: the worker extra is missing")
-        from engine.config import ModelConfig
-
+        preflight.model_files(folder)
         config = ModelConfig.from_folder(folder)
     except BatonError as error:
         return Finding("model", False, error.message, advice)
-    return Finding("model", True, f"{folder}: {config}")
+    sizes = f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} for KV)"
+    context = f"{config.vocab_size} tokens, context of {config.max_model_tokens}, {config.dtype}"
+    return Finding("model", True, f"{folder}: {config.architecture}, {sizes}, {context}")

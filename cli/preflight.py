@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import json
 import os
 import tempfile
@@ -17,22 +18,26 @@ from baton.errors import BadConfig, Unavailable, UnsupportedModel, quoted
 from baton.registry import Registry, RegistryConfig
 from cli.process import ReservedPort
 
+_COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
+
 
 def writable_file(path: Path, option: str) -> None:
     """It may exist, also as a device or a pipe; nothing is written to it yet."""
-    _in_a_folder(path, option)
-    if not path.exists():
-        _try_beside(path, option)
-    elif not os.access(path, os.W_OK):
-        raise _cannot_write(path, option, PermissionError(errno.EACCES, "no permission"))
+    with _told(path, option):
+        _in_a_folder(path, option)
+        if not path.exists():
+            _try_beside(path)
+        elif not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def replaceable_file(path: Path, option: str) -> None:
     """A file that is to be replaced whole, by way of another one beside it."""
-    _in_a_folder(path, option)
-    if path.exists() and not path.is_file():
-        raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
-    _try_beside(path, option)
+    with _told(path, option):
+        _in_a_folder(path, option)
+        if path.exists() and not path.is_file():
+            raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
+        _try_beside(path)
 
 
 def _in_a_folder(path: Path, option: str) -> None:
@@ -42,31 +47,30 @@ def _in_a_folder(path: Path, option: str) -> None:
         raise BadConfig(f"{option} is {quoted(str(path))}, but there is no folder {path.parent}: make it", param=option)
 
 
-def _try_beside(path: Path, option: str) -> None:
-    try:
-        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        draft.touch()
-        draft.unlink()
-    except (OSError, ValueError) as error:
-        raise _cannot_write(path, option, error) from error
+def _try_beside(path: Path) -> None:
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    draft.touch()
+    draft.unlink()
 
 
 def writable_folder(path: Path, option: str) -> None:
     """Makes it, with its parents, where it is missing."""
-    try:
+    with _told(path, option):
+        if path.is_file():
+            raise BadConfig(f"{option} is {quoted(str(path))}, which is a file; expected a folder", param=option)
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
             pass
-    except FileExistsError:
-        raise BadConfig(f"{option} is {quoted(str(path))}, which is a file; expected a folder", param=option) from None
+
+
+@contextlib.contextmanager
+def _told(path: Path, option: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise _cannot_write(path, option, error) from error
-
-
-def _cannot_write(path: Path, option: str, error: OSError | ValueError) -> BadConfig:
-    reason = error.strerror if isinstance(error, OSError) else str(error)
-    message = f"{option}: cannot write {quoted(str(path))}: {reason}; give a path that this user may write to"
-    return BadConfig(message, param=option)
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        message = f"{option}: cannot write {quoted(str(path))}: {reason}; give a path that this user may write to"
+        raise BadConfig(message, param=option) from error
 
 
 @contextlib.contextmanager
@@ -105,6 +109,16 @@ async def registry_answers(config: RegistryConfig) -> None:
         raise BadConfig(message, param="registry") from error
     finally:
         await registry.close()
+
+
+def worker_packages() -> None:
+    """Of the extra: a router's install has none of them."""
+    missing = [name for name in _COMPUTES_WITH if importlib.util.find_spec(name) is None]
+    if missing:
+        packages = ", ".join(missing)
+        raise BadConfig(
+            f"workers need the extra worker ({packages} not installed); `baton doctor` says what to install"
+        )
 
 
 def model_files(folder: Path) -> None:

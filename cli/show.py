@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -28,8 +29,8 @@ def seconds(value_s: float) -> str:
     return f"{value_s:.3g} s"
 
 
-def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
-    table = Table(box=None, title=title, title_justify="left", title_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+def _table(left: Iterable[str], right: Iterable[str]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in left:
         table.add_column(name, overflow="fold")
     for name in right:
@@ -41,7 +42,7 @@ def _role(role: common_pb2.Role.ValueType) -> str:
     return common_pb2.Role.Name(role).removeprefix("ROLE_").lower()
 
 
-def cluster_table(status: router_pb2.StatusResponse) -> Table:
+def cluster_table(status: router_pb2.StatusResponse) -> RenderableType:
     """Fits 80 columns: what runs where, and how busy it is."""
     title = f"{status.model} · {status.num_running} running, {status.num_queued} queued at the router"
     models = {
@@ -49,7 +50,7 @@ def cluster_table(status: router_pb2.StatusResponse) -> Table:
     }
     if len(models) == 1:
         title += f" · {models.pop()}"
-    table = _table(title, ("node", "role", "state", "address", "pid"), ("queued", "active", "free blocks"))
+    table = _table(("node", "role", "state", "address", "pid"), ("queued", "active", "free blocks"))
     for node in status.nodes:
         load = node.status
         is_borrowed = load.role != node.node.home_role
@@ -65,10 +66,15 @@ def cluster_table(status: router_pb2.StatusResponse) -> Table:
             str(load.num_running),
             f"{load.free_blocks}/{load.total_blocks}",
         )
-    return table
+    return _titled(title, table)
 
 
-def ledger_tables(ledger: router_pb2.ClusterLedgerResponse) -> Iterable[Table | Text]:
+# A table's own title would be broken to the table's width.
+def _titled(title: str, table: Table) -> RenderableType:
+    return Group(Text(title, style="bold"), table)
+
+
+def ledger_tables(ledger: router_pb2.ClusterLedgerResponse) -> Iterable[RenderableType]:
     """Every block of every node and who owns it; a node whose sums do not match is called out."""
     for node in ledger.nodes:
         yield from _ledger_of(node)
@@ -76,16 +82,16 @@ def ledger_tables(ledger: router_pb2.ClusterLedgerResponse) -> Iterable[Table | 
         yield Text(f"{node_id} did not answer: {reason}", style="red")
 
 
-def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[Table | Text]:
+def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[RenderableType]:
     owned = sum(owner.num_blocks for owner in node.owners)
     title = f"{node.node_id} · {node.free_blocks} of {node.total_blocks} blocks free"
     if not node.owners:
         yield Text(f"{title}, no owners", style="bold")
     else:
-        table = _table(title, ("owner", "state"), ("blocks", "epoch", "age"))
+        table = _table(("owner", "state"), ("blocks", "epoch", "age"))
         for owner in sorted(node.owners, key=lambda o: -o.age_s):
             epoch = str(owner.epoch) if owner.epoch else ""
             table.add_row(owner.owner, owner.state, str(owner.num_blocks), epoch, seconds(owner.age_s))
-        yield table
+        yield _titled(title, table)
     if unowned := node.total_blocks - node.free_blocks - owned:
         yield Text(f"{node.node_id}: {unowned} blocks have no owner, which is a defect", style="red")

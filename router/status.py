@@ -9,7 +9,8 @@ from __future__ import annotations
 import heapq
 import json
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -55,10 +56,19 @@ DATA_PATH = "/status/data"
 class StatusPage:
     """The page's files and the data it asks for once a second."""
 
-    def __init__(self, frontend: Frontend, dispatcher: Dispatcher, history: History, router_id: str) -> None:
+    def __init__(
+        self,
+        frontend: Frontend,
+        dispatcher: Dispatcher,
+        history: History,
+        router_id: str,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        """``wall`` gives the time of day, in seconds since 1970; everything else goes by the dispatcher's clock."""
         self._frontend = frontend
         self._dispatcher = dispatcher
         self._router_id = router_id
+        self._wall = wall
         self._started_s = dispatcher.now()
         self._window = Window()
         self._history = history
@@ -97,6 +107,7 @@ class StatusPage:
             counts[_stage(flow)] += 1
         oldest = heapq.nsmallest(_MAX_IN_FLIGHT, flows, key=lambda x: x.lifeline.arrived_s)
         return {
+            "at_s": round(self._wall(), 3),
             "router": {
                 "id": self._router_id,
                 "model": self._frontend.model_name,

@@ -49,6 +49,12 @@ function count(value) {
   return Number.isInteger(value) ? String(value) : three(value);
 }
 
+// The router's time of day, as it is where the page is read.
+function clock(at_s, withSeconds) {
+  const parts = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
+  return new Date(at_s * 1000).toLocaleTimeString([], withSeconds ? { ...parts, second: "2-digit" } : parts);
+}
+
 function bytes(value) {
   return value < 1 << 20 ? `${(value / 1024).toFixed(0)} KiB` : `${(value / (1 << 20)).toFixed(1)} MiB`;
 }
@@ -139,6 +145,7 @@ function drawHead(data) {
   const router = data.router;
   $("model").textContent = router.model;
   $("router").textContent = `${router.id}, version ${router.version}, up ${seconds(router.up_s)}`;
+  $("as-of").textContent = `as of ${clock(data.at_s, true)}, your local time`;
   document.title = `${router.num_active ? `(${router.num_active}) ` : ""}Baton ${router.model}`;
   $("connection").replaceChildren(element("span", ...readiness(data)));
 }
@@ -261,17 +268,18 @@ function drawFlight(data) {
   ]);
 }
 
-function drawSeries(series) {
+function drawSeries(series, at_s) {
   const total_s = series.slice_s * series.tokens_per_s.length;
   $("span").textContent = `${(total_s / 60).toFixed(0)} minutes`;
-  $("series").replaceChildren(...SERIES.map((spec) => sparkline(spec, series)));
+  $("series").replaceChildren(...SERIES.map((spec) => sparkline(spec, series, [at_s - total_s, at_s])));
 }
 
-function sparkline(spec, series) {
+function sparkline(spec, series, [from_s, until_s]) {
   const svg = $("sparkline").content.firstElementChild.cloneNode(true);
   const blank = svg.firstElementChild;
   const lines = Object.entries(spec.lines).map(([kind, from]) => [kind, series[from]]);
-  const top = Math.max(...lines.flatMap(([, values]) => values.map((x) => x || 0)), 1e-9);
+  const highest = Math.max(...lines.flatMap(([, values]) => values.map((x) => x || 0)));
+  const top = highest || 1;
   const width = lines[0][1].length;
   svg.setAttribute("viewBox", `0 0 ${width} 100`);
   const said = [];
@@ -287,8 +295,11 @@ function sparkline(spec, series) {
     said.push(text);
   }
   blank.remove();
-  svg.setAttribute("aria-label", `${spec.title}, latest: ${said.join(", ")}; highest ${spec.show(top)}`);
-  return element("figure", "", element("figcaption", "", element("span", "", spec.title), legend), svg);
+  svg.setAttribute("aria-label", `${spec.title}, latest: ${said.join(", ")}; from 0 to ${spec.show(highest)}`);
+  const times = element("span", "times", element("span", "", clock(from_s)), element("span", "", clock(until_s)));
+  const plot = element("div", "plot", element("span", "high", highest ? spec.show(highest) : ""), svg,
+    element("span", "low", "0"), times);
+  return element("figure", "", element("figcaption", "", element("span", "", spec.title), legend), plot);
 }
 
 // A line with gaps where nothing was measured; a lone value is a short dash.
@@ -310,7 +321,7 @@ function outline(values, top) {
 function draw(data) {
   drawHead(data);
   drawRelay(data.relay);
-  drawSeries(data.series);
+  drawSeries(data.series, data.at_s);
   drawPools(data.pools);
   drawNodes(data);
   drawRecent(data.recent);

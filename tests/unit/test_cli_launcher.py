@@ -111,6 +111,37 @@ async def test_the_routers_death_ends_it(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pids["a"])
 
 
+async def test_a_router_that_is_told_to_end_ends_it_without_error(tmp_path: Path) -> None:
+    fifo = tmp_path / "told"
+    os.mkfifo(fifo)
+    polite = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, {15}); "
+    polite += f"open({str(fifo)!r}, 'w'); signal.sigwait({{15}})"
+
+    async def listens(pid: int) -> None:
+        await asyncio.to_thread(fifo.read_bytes)
+
+    router = Program("router", (sys.executable, "-S", "-c", polite), listens)
+    cluster = Cluster(tmp_path, router, program("a", SLEEP))
+    async with asyncio.timeout(20):
+        run = asyncio.create_task(cluster.launcher.run())
+        pids = await cluster.announced.get()
+        os.kill(pids["router"], signal.SIGTERM)
+        await run
+    assert cluster.said == ["router was told to end: the workers end too"]
+    assert not psutil.pid_exists(pids["a"])
+
+
+async def test_what_one_child_alone_is_to_know_is_in_its_environment_alone(tmp_path: Path) -> None:
+    router = Program("router", (sys.executable, "-S", "-c", SLEEP), ready_at_once, environment={"KEY": "secret"})
+    cluster = Cluster(tmp_path, router, program("a", SLEEP))
+    async with asyncio.timeout(20), asyncio.TaskGroup() as tasks:
+        tasks.create_task(cluster.launcher.run())
+        pids = await cluster.announced.get()
+        environments = {name: psutil.Process(pid).environ() for name, pid in pids.items()}
+        cluster.launcher.stop()
+    assert (environments["router"].get("KEY"), environments["a"].get("KEY")) == ("secret", None)
+
+
 async def test_a_child_that_ignores_sigterm_is_killed(tmp_path: Path) -> None:
     fifo = tmp_path / "deaf"
     os.mkfifo(fifo)

@@ -47,6 +47,13 @@ def test_status_fits_a_narrow_terminal() -> None:
     assert all(line in text for line in ("prefill-0 ", "prefill-1 "))
 
 
+def test_a_title_is_not_broken_to_the_width_of_its_table() -> None:
+    console = Console(file=io.StringIO(), width=200, no_color=True)
+    console.print(show.cluster_table(router_pb2.StatusResponse(model="m" * 100)))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue().splitlines()[0].rstrip().endswith("0 running, 0 queued at the router")
+
+
 def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
     owner = node_pb2.LedgerResponse.Owner(owner="r1/0/0", state="leased", num_blocks=7, epoch=3, age_s=0.25)
     ledger = router_pb2.ClusterLedgerResponse(

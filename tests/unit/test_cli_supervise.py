@@ -102,6 +102,17 @@ def test_the_routers_death_ends_everything() -> None:
     assert machine.handle(Exited("b", ""), 3) == [Finish("the router died: exit code 1")]
 
 
+def test_a_router_that_was_told_to_end_ends_everything_without_error() -> None:
+    for machine in (running(), Supervisor("router", ["a", "b"], CONFIG)):
+        if machine.phase is Phase.STARTING:
+            machine.handle(Begin(), 0)
+        said, *told = machine.handle(Exited("router", "exit code 0", is_clean=True), 2)
+        assert said == Say("router was told to end: the workers end too")
+        assert told == [Terminate("a"), Terminate("b")]
+        machine.handle(Exited("a", "exit code 0", is_clean=True), 3)
+        assert machine.handle(Exited("b", "exit code 0", is_clean=True), 3) == [Finish(None)]
+
+
 def test_stop_tells_the_router_first_and_ends_without_error() -> None:
     machine = running()
     assert machine.handle(StopAsked(), 2) == [Terminate("router")]
@@ -174,7 +185,7 @@ class AnyOrder(RuleBasedStateMachine):
     def exit(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.alive)))
         self.alive.discard(name)
-        self.perform(self.machine.handle(Exited(name, "gone"), self.now))
+        self.perform(self.machine.handle(Exited(name, "gone", is_clean=data.draw(st.booleans())), self.now))
 
     @rule()
     def tick(self) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from baton.v1 import common_pb2, node_pb2, router_pb2, transfer_pb2
+
 PROTO = Path(__file__).parents[2] / "proto/baton/v1"
 _ELEMENT = re.compile(
     r"\s*((message|enum|service|oneof|rpc) \w+|(repeated |optional )?[\w.]+(<.*>)? \w+ = \d+;|[A-Z_]+ = \d+;)"
@@ -24,6 +26,11 @@ def undocumented(text: str) -> list[str]:
 @pytest.mark.parametrize("name", [path.name for path in sorted(PROTO.glob("*.proto"))])
 def test_everything_has_a_comment(name: str) -> None:
     assert undocumented((PROTO / name).read_text()) == []
+
+
+def test_other_languages_get_a_package_from_the_files_themselves() -> None:
+    for module in (common_pb2, node_pb2, router_pb2, transfer_pb2):
+        assert module.DESCRIPTOR.GetOptions().go_package == "baton/v1;batonv1"
 
 
 def test_what_has_no_comment_is_found() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from asyncio import to_thread
 from collections.abc import Iterator
 from importlib import resources
@@ -55,6 +56,7 @@ async def test_data_names_pools_nodes_and_what_ended() -> None:
             ("decode", 2, 2),
         ]
         assert [n["id"] for n in found["nodes"]] == ["decode-0", "decode-1", "prefill-0"]
+        assert abs(found["at_s"] - time.time()) < 60
         assert found["relay"] == {"queue": 0, "prefill": 0, "transfer": 0, "decode": 0}
         assert len(found["recent"]) == 3
         for request in found["recent"]:
@@ -200,6 +202,13 @@ async def test_browser_shows_load_then_a_dead_node(browser: Browser, tmp_path: P
         assert await text(browser, "#no-recent") == "Nothing has ended yet."
         await ask(router, 6)
         await to_thread(browser.wait_until, "document.querySelectorAll('#recent tr').length === 6")
+        # From 0 to what, and from when to when; the newest slice is drawn once it is full.
+        scale = r"\d\d:\d\d\n?\d\d:\d\d$/.test(document.querySelectorAll('#series figure')[{}].innerText.trim())"
+        for number, highest in ((0, r"\d (µs|ms|s)"), (1, r"\d (µs|ms|s)"), (2, r"[\d.]+"), (3, r"[\d.]+")):
+            await to_thread(browser.wait_until, rf"/\n?{highest}\n0\n" + scale.format(number))
+        assert re.fullmatch(r"as of \d\d:\d\d:\d\d, your local time", await text(browser, "#as-of"))
+        ids = "[...document.querySelectorAll('tbody')].map(x => x.id)"
+        assert await to_thread(browser.evaluate, ids) == ["pools", "nodes", "flight", "recent"]
         bars = "[...document.querySelectorAll('#recent .life')].every(x => /decode/.test(x.getAttribute('aria-label')))"
         assert await to_thread(browser.evaluate, bars)
         running = asyncio.create_task(ask(router, 4, max_tokens=200))
