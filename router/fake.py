@@ -59,7 +59,8 @@ class FakeText:
         self._position = 0
         self._seed = seed
         self._vocab_size = vocab_size
-        self.last_id: int | None = None
+        # -1 before the first token.
+        self.last_id = -1
         for token_id in token_ids:
             self.push(token_id)
 
@@ -155,7 +156,9 @@ class _Live:
     def next_chunk(self, vocab_size: int, following: Mapping[int, int]) -> TokenChunk:
         sampling = self.spec.sampling
         text = self.text_so_far(vocab_size)
-        token_id = following[text.last_id] if text.last_id in following else text.draw()
+        token_id = following.get(text.last_id, -1)
+        if token_id < 0:
+            token_id = text.draw()
         while token_id in sampling.stop_token_ids and self.num_generated < sampling.min_tokens:
             token_id = (token_id + 1) % vocab_size
         text.push(token_id)
