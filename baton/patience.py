@@ -24,9 +24,10 @@ class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
+    ) -> None:
         self._handle.cancel()
-        return await self._limit.__aexit__(kind, error, trace)
+        # Raises TimeoutError where the limit struck.
+        await self._limit.__aexit__(kind, error, trace)
 
     def _arm(self, delay_s: float) -> None:
         self._handle = self._loop.call_later(delay_s, self._look, self._loop.time() + delay_s)
