@@ -29,7 +29,8 @@ class MetricsServer:
         self._config = config or MetricsServerConfig()
         self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Oldest first.
+        self._tasks: dict[asyncio.Task[None], None] = {}
 
     def bind(self, host: str, port: int) -> int:
         """Take the port (0: any) and return it; it answers after ``start``. Raises BadConfig if it is not to be had."""
@@ -60,24 +61,33 @@ class MetricsServer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tasks) >= self._config.max_connections:
-            writer.transport.abort()
-            return
+            # Whoever has not asked yet is slower than any scraper.
+            oldest = next(iter(self._tasks))
+            del self._tasks[oldest]
+            oldest.cancel()
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks[task] = None
+        task.add_done_callback(lambda done: self._tasks.pop(done, None))
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(self._config.request_timeout_s):
-                head = await reader.readuntil(b"\r\n\r\n")
-                writer.write(self._answer(head.split(b"\r\n", 1)[0]))
+                writer.write(await self._answer_to(reader))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
             _log.debug("a scrape went wrong: %s: %s", type(error).__name__, error)
         finally:
             writer.transport.abort()
+
+    async def _answer_to(self, reader: asyncio.StreamReader) -> bytes:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except asyncio.LimitOverrunError:
+            message = f"the head is larger than {self._config.max_head_bytes} bytes\n"
+            return _response("431 Request Header Fields Too Large", message.encode(), "text/plain")
+        return self._answer(head.split(b"\r\n", 1)[0])
 
     def _answer(self, request_line: bytes) -> bytes:
         words = request_line.split()

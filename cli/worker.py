@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from baton import PROTOCOL_VERSION, __version__
+from baton import PROTOCOL_VERSION, __version__, descriptors
 from baton.address import as_dialled, host_of, is_anywhere
 from baton.clock import MonotonicClock
 from baton.defects import Defects
@@ -159,6 +159,8 @@ async def serve(
 
     False if a thread of the model would not end in time, so that the process has to be ended without waiting for it.
     """
+    descriptors.raise_limit()
+    descriptors.say_less_of_accept(asyncio.get_running_loop())
     leaving = Leaving(DrainConfig(config.grace_s), MonotonicClock())
     with leaving.on_signals():
         watching = asyncio.create_task(leaving.on_event(stop or asyncio.Event()))

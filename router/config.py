@@ -25,8 +25,8 @@ class LimitsConfig:
     # Beside others, one client (an API key, or an address where there are no keys) may hold this share of both; so
     # much more is for clients that have less than that when one has all.
     max_client_share: float = 0.5
-    # Sequences of one client that run at once, for each node, while other clients are there; the rest waits in the
-    # router. Every step computes all of a node's sequences, so one client's many make another's tokens slow.
+    # Sequences of one client that run at once, for each node that generates, while others are there; the rest waits in
+    # the router. Every step computes all of a node's sequences, so one client's many make another's tokens slow.
     max_client_running: int = 8
     # A client has the nodes to itself when nobody else has had anything here for so long.
     client_alone_s: float = 60.0

@@ -21,7 +21,7 @@ from baton.clock import Clock, catch_up_s
 from baton.defects import Defects, LogLimit
 from baton.observe import FailedAttempt, Relay
 from baton.registry import NodeRecord
-from baton.types import NodeDescription, NodeStatus, SamplingParams
+from baton.types import NodeDescription, NodeStatus, Role, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow_messages as f
 from router import membership as m
@@ -728,8 +728,11 @@ class Dispatcher:
             self._is_pumping = False
 
     def _next(self) -> Active | None:
-        num_nodes = sum(self._membership.is_available(x) for x in self._membership.members.values())
-        return self._queue.next(self._config.limits.max_client_running * max(1, num_nodes), self._clock.now())
+        """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
+        available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
+        generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
+        num_nodes = len(generating) or len(available) or 1
+        return self._queue.next(self._config.limits.max_client_running * num_nodes, self._clock.now())
 
     def _place_or_fail(self, active: Active) -> bool:
         try:

@@ -1,0 +1,113 @@
+"""The router's queue by turns: nobody starves, each client is served in order, and the books balance."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from router.waiting import Waiting
+
+MAX_RUNNING = 3
+CLIENTS = ("a", "b", "c")
+
+
+@dataclass(frozen=True)
+class Item:
+    client: str
+    number: int
+
+
+class Turns(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.waiting: Waiting[Item] = Waiting(alone_s=10.0)
+        self.now = 0.0
+        self.num_made = 0
+        # What should be there: by client, in order.
+        self.queued: dict[str, list[Item]] = {client: [] for client in CLIENTS}
+        self.running: dict[str, int] = dict.fromkeys(CLIENTS, 0)
+        # How often others were served since a client's head could have been.
+        self.passed_over: dict[str, int] = dict.fromkeys(CLIENTS, 0)
+
+    @rule(client=st.sampled_from(CLIENTS), is_first=st.booleans())
+    def put(self, client: str, is_first: bool) -> None:
+        self.num_made += 1
+        item = Item(client, self.num_made)
+        self.waiting.put(item, self.now, is_first=is_first)
+        self.queued[client].insert(0 if is_first else len(self.queued[client]), item)
+        if is_first:  # a rerun has a right of its own
+            self.passed_over = dict.fromkeys(CLIENTS, 0)
+
+    @rule(seconds=st.floats(0, 20))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule()
+    def place(self) -> None:
+        item = self.waiting.next(MAX_RUNNING, self.now)
+        able = [c for c in CLIENTS if self.queued[c] and self.running[c] < MAX_RUNNING]
+        if item is None:
+            assert not able
+            return
+        assert item == self.queued[item.client][0]
+        others = [c for c in CLIENTS if c != item.client and (self.queued[c] or self.running[c])]
+        assert item.client in able or not any(self.running[c] for c in others)
+        self.waiting.started(item)
+        self.queued[item.client].pop(0)
+        self.running[item.client] += 1
+        for client in CLIENTS:
+            if client == item.client or client not in able:
+                self.passed_over[client] = 0
+            else:
+                self.passed_over[client] += 1
+                assert self.passed_over[client] < len(CLIENTS), "a client that could run was passed over twice"
+
+    @precondition(lambda self: any(self.running.values()))
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        client = data.draw(st.sampled_from([c for c in CLIENTS if self.running[c]]))
+        self.waiting.ended(client, self.now)
+        self.running[client] -= 1
+
+    @precondition(lambda self: any(self.queued.values()))
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from([i for items in self.queued.values() for i in items]))
+        self.waiting.remove(item)
+        self.queued[item.client].remove(item)
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.waiting.check()
+        assert len(self.waiting) == sum(map(len, self.queued.values()))
+        for client in CLIENTS:
+            assert self.waiting.num_waiting_of(client) == len(self.queued[client])
+            assert self.waiting.num_running_of(client) == self.running[client]
+
+
+TestTurns = Turns.TestCase
+
+
+@given(st.integers(1, 50))
+def test_one_client_alone_has_everything_and_shares_when_another_comes(num: int) -> None:
+    waiting: Waiting[Item] = Waiting(alone_s=10.0)
+    for i in range(num + 20):
+        waiting.put(Item("greedy", i), 0.0)
+    for i in range(num):
+        item = waiting.next(MAX_RUNNING, 0.0)
+        assert item == Item("greedy", i)
+        waiting.started(item)
+    waiting.put(Item("polite", 0), 1.0)
+    started = []
+    while (item := waiting.next(MAX_RUNNING, 1.0)) is not None:
+        waiting.started(item)
+        started.append(item.client)
+    assert started.count("polite") == 1
+    assert started.count("greedy") == max(0, MAX_RUNNING - num)
+    waiting.ended("polite", 2.0)
+    for _ in range(num):
+        waiting.ended("greedy", 2.0)
+    assert waiting.next(MAX_RUNNING, 11.0 + 2.0) is not None
