@@ -50,7 +50,9 @@ class ClusterOptions:
     model_name: str = ""
     ready_file: Path | None = None
     log_dir: Path | None = None
+    # At most one of the two; none is a share of the free memory.
     kv_mib: int = 0
+    num_blocks: int = 0
     threads: int = 0
     # Workers register there and the router finds them there. Empty: the router gets a list.
     registry: str = ""
@@ -187,6 +189,12 @@ def _threads(options: ClusterOptions, num_workers: int) -> int:
     return options.threads or max(1, host.usable_cores() // num_workers)
 
 
+def _kv_size(options: ClusterOptions, num_workers: int) -> tuple[str, str]:
+    if options.num_blocks:
+        return "--num-blocks", str(options.num_blocks)
+    return "--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))
+
+
 def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
     """For every child: without the API keys, which the router alone has a use for.
 
@@ -216,7 +224,7 @@ def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port
         *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
         *("--model-name", options.model_name or model_source.name_of(options.model)),
         *("--threads", str(_threads(options, num_workers))),
-        *("--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))),
+        *_kv_size(options, num_workers),
         *("--metrics-port", str(metrics_port)),
         *options.worker_arguments,
     )
