@@ -259,7 +259,9 @@ def up(
     _transports(transport)
     _one_kv_size(kv_mib, num_blocks)
     Peaks(peak_tflops * 1e12, peak_gbps * 1e9)
-    EngineConfig(
+    engine = EngineConfig(
+        dtype=dtype.value,
+        kernels=kernels.value,
         block_tokens=block_tokens,
         num_blocks=num_blocks or None,
         max_batch_tokens=max_batch_tokens,
@@ -280,7 +282,7 @@ def up(
         ready_file=ready_file,
         log_dir=log_dir,
         kv_mib=kv_mib,
-        num_blocks=num_blocks,
+        engine=engine,
         threads=threads,
         registry=registry,
         cluster_name=cluster_name,

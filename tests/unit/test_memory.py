@@ -124,3 +124,18 @@ def test_a_worker_that_cannot_have_its_cache_ends_with_one_line(tmp_path: Path) 
     assert done.returncode == 2
     assert "KV cache of 9000000 MiB" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_workers_of_one_host_count_together(tmp_path: Path) -> None:
+    """Each alone would fit, and nothing is started."""
+    folder = CASE.save(tmp_path / "model")
+    # Four shares of 40 % are more than there is.
+    share_mib = int(of_machine().available_bytes * 0.4) >> 20
+    done = subprocess.run(
+        [sys.executable, "-m", "cli", "up", "--model", str(folder), "--kernels", "cpu", "--kv-mib", str(share_mib),
+         "--prefill", "2", "--decode", "2", "--http-port", "0", "--grpc-port", "0"],
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert f"4 workers, each with a KV cache of {share_mib} MiB" in done.stderr
+    assert "starting" not in done.stderr
