@@ -102,7 +102,7 @@ KvMib = Annotated[
     int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in MiB. 0: a share of the free memory.")
 ]
 NumBlocks = Annotated[
-    int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in blocks, instead of --kv-mib.")
+    int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in blocks, instead of --kv-mib. 0: by that.")
 ]
 BlockTokens = Annotated[
     int, typer.Option(min=1, max=1 << 16, help="Tokens in a KV block; the same in a whole cluster.")
@@ -257,8 +257,11 @@ def up(
     console = Console(stderr=True, soft_wrap=True)
     # What a worker would refuse is told here, before anything starts.
     _transports(transport)
+    _one_kv_size(kv_mib, num_blocks)
     Peaks(peak_tflops * 1e12, peak_gbps * 1e9)
-    EngineConfig(
+    engine = EngineConfig(
+        dtype=dtype.value,
+        kernels=kernels.value,
         block_tokens=block_tokens,
         num_blocks=num_blocks or None,
         max_batch_tokens=max_batch_tokens,
@@ -279,6 +282,7 @@ def up(
         ready_file=ready_file,
         log_dir=log_dir,
         kv_mib=kv_mib,
+        engine=engine,
         threads=threads,
         registry=registry,
         cluster_name=cluster_name,
@@ -287,7 +291,7 @@ def up(
         generation_config=generation_config.value,
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
-            *("--num-blocks", str(num_blocks), "--block-tokens", str(block_tokens)),
+            *("--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
             *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
             *("--layerwise-from-kib", str(layerwise_from_kib), "--digest", digest.value),
@@ -365,6 +369,7 @@ def worker(
     from cli.worker_metrics import Peaks
 
     _log_to_stderr()
+    _one_kv_size(kv_mib, num_blocks)
     host, port = parse_address(listen, "--listen")
     folder = model_source.resolve(model)
     preflight.model_files(folder)
@@ -652,6 +657,14 @@ def _wide_console() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _NO_WIDTH
     return console
+
+
+def _one_kv_size(kv_mib: int, num_blocks: int) -> None:
+    if kv_mib and num_blocks:
+        raise BadConfig(
+            f"--kv-mib {kv_mib} and --num-blocks {num_blocks} both say how large the KV cache is; expected one of them",
+            param="num_blocks",
+        )
 
 
 def _log_to_stderr() -> None:

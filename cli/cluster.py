@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import grpc
@@ -22,6 +22,7 @@ from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from cli import host, model_source, preflight
 from cli.launcher import Launcher, Program, write_json_atomically
 from cli.supervise import SuperviseConfig
+from engine.config import EngineConfig
 from router import spans
 from router.config import RouterConfig
 
@@ -50,7 +51,10 @@ class ClusterOptions:
     model_name: str = ""
     ready_file: Path | None = None
     log_dir: Path | None = None
+    # 0: what ``engine.num_blocks`` say, else a share of the free memory.
     kv_mib: int = 0
+    # What workers are told of their engine, the size of the KV cache in bytes left out: for checks before they start.
+    engine: EngineConfig = field(default_factory=EngineConfig)
     threads: int = 0
     # Workers register there and the router finds them there. Empty: the router gets a list.
     registry: str = ""
@@ -111,6 +115,9 @@ async def up(
     """
     folder = model_source.resolve(options.model)
     preflight.model_files(folder)
+    num_workers = options.num_prefill + options.num_decode + options.num_mixed
+    kv_mib = options.kv_mib or host.default_kv_mib(num_workers)
+    preflight.memory(folder, replace(options.engine, kv_bytes=kv_mib << 20), num_workers)
     if options.ready_file is not None:
         preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:
@@ -187,6 +194,12 @@ def _threads(options: ClusterOptions, num_workers: int) -> int:
     return options.threads or max(1, host.usable_cores() // num_workers)
 
 
+def _kv_size(options: ClusterOptions, num_workers: int) -> tuple[str, str]:
+    if options.engine.num_blocks is not None:
+        return "--num-blocks", str(options.engine.num_blocks)
+    return "--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))
+
+
 def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
     """For every child: without the API keys, which the router alone has a use for.
 
@@ -216,7 +229,7 @@ def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port
         *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
         *("--model-name", options.model_name or model_source.name_of(options.model)),
         *("--threads", str(_threads(options, num_workers))),
-        *("--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))),
+        *_kv_size(options, num_workers),
         *("--metrics-port", str(metrics_port)),
         *options.worker_arguments,
     )

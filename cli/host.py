@@ -7,18 +7,12 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from engine.memory import of_machine
+
 _CGROUP = Path("/sys/fs/cgroup")
 _DEFAULT_KV_SHARE = 0.4
 _MAX_DEFAULT_KV_MIB = 4096
 _MIN_DEFAULT_KV_MIB = 64
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        word = (_CGROUP / name).read_text().split()[0]
-    except (OSError, IndexError):
-        return None
-    return int(word) if word.isdigit() else None
 
 
 def usable_cores() -> int:
@@ -33,17 +27,7 @@ def usable_cores() -> int:
 
 def available_memory_bytes() -> int:
     """Memory that can be taken without swapping, within the container's limit."""
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                available = int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    if limit is not None and used is not None:
-        available = min(available, max(0, limit - used))
-    return available
+    return of_machine().available_bytes
 
 
 def default_kv_mib(num_workers: int) -> int:

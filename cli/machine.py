@@ -48,7 +48,7 @@ def auto_kernels(has: Accelerator | None = None) -> Finding:
     name, why = choose(has)
     advice = "" if has.gpu is None or name == "triton" else "the GPU is not used"
     if has.gpu is not None and not has.has_triton:
-        advice = "pip install triton; until then the GPU is not used"
+        advice = "install Baton with its extra cuda; until then the GPU is not used"
     return Finding("kernels auto", None if advice else True, f"{name}: {why}", advice)
 
 
@@ -65,8 +65,7 @@ def kernels() -> Iterator[Finding]:
     }[name]
     yield Finding("kernels cpu", None if advice else True, f"{name} vectors, compiled at start-up", advice)
     if importlib.util.find_spec("triton") is None:
-        missing = "pip install triton; needed for GPUs only"
-        yield Finding("kernels triton", None, "Triton is not installed (Linux only)", missing)
+        # Without a GPU nothing would use it, and where there is one `auto_kernels` says how to get it.
         return
     try:
         import triton  # noqa: F401 - whether it can be is the question

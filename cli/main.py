@@ -20,8 +20,8 @@ def main() -> None:
             raise
         sys.exit(
             f"{ERROR_PREFIX}{error.name} is not installed; the `baton` command needs more than the client does. "
-            "Install Baton from where it came, a checkout or a wheel, with the extra router (to ask and to route) or "
-            "worker (to compute as well): pip install 'PATH[router]'"
+            "Install Baton from where it came, a checkout or a wheel, with the extra router (to ask and to route), "
+            "worker (to compute as well) or cuda (on NVIDIA GPUs): pip install 'PATH[router]'"
         )
     try:
         sys.exit(app(prog_name="baton", standalone_mode=False))

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from baton.errors import BadConfig
+from baton.files import check_readable, is_there
 
 # Only what serving needs: no pickles, no other frameworks' copies of the weights.
 _PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
@@ -13,11 +14,13 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def resolve(model: str) -> Path:
-    """The folder of ``model``. Raises BadConfig, with what was looked for, if there is none and the hub has none."""
+    """The folder of ``model``. Raises BadConfig, with what was looked for, if there is none and the hub has none, and
+    UnsupportedModel if its config.json cannot be read."""
     folder = Path(model).expanduser()
-    if (folder / "config.json").is_file():
+    if is_there(folder / "config.json"):
+        check_readable(folder / "config.json")
         return folder.resolve()
-    if folder.exists():
+    if is_there(folder):
         raise BadConfig(f"{model} is no model: {folder.resolve()} has no config.json (a Hugging Face folder has one)")
     if not _HUB_ID.fullmatch(model):
         raise BadConfig(f"model folder {model} does not exist ({folder.resolve()})")

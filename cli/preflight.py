@@ -7,16 +7,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import importlib.util
-import json
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baton.address import join_address, why_not_listen
-from baton.errors import BadConfig, Unavailable, UnsupportedModel, quoted
+from baton.errors import BadConfig, Unavailable, quoted
+from baton.files import check_readable
 from baton.registry import Registry, RegistryConfig
+from cli.host import gpus
 from cli.process import ReservedPort
+from engine.shards import weight_files
+
+if TYPE_CHECKING:
+    from engine.config import EngineConfig
 
 _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
 
@@ -126,22 +132,20 @@ def model_files(folder: Path) -> None:
     from engine.config import ModelConfig
 
     ModelConfig.from_folder(folder)
-    for path in _weights(folder):
-        try:
-            path.open("rb").close()
-        except FileNotFoundError:
-            raise UnsupportedModel(f"{folder} is incomplete: {path.name} is missing; fetch the model again") from None
-        except OSError as error:
-            reason = f"{error.strerror}; give this user the right to read it"
-            raise UnsupportedModel(f"weights {path} cannot be read: {reason}") from error
+    files, _ = weight_files(folder)
+    for path in files:
+        check_readable(path)
 
 
-def _weights(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return [folder / "model.safetensors"]
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [index, *(folder / str(name) for name in sorted(names))]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UnsupportedModel(f"{index} is not an index of safetensors: {error!r}; fetch the model again") from error
+def memory(folder: Path, engine: EngineConfig, num_workers: int) -> None:
+    """What all workers together take of this machine's memory is there. Raises BadConfig with both numbers."""
+    from engine.config import ModelConfig
+    from engine.memory import check_fits, kv_layout, of_machine, weight_bytes
+
+    if engine.kernels in ("auto", "triton") and gpus():
+        return  # Each worker looks at its GPU.
+    model = ModelConfig.from_folder(folder)
+    dtype = model.dtype if engine.dtype == "auto" else engine.dtype
+    layout = kv_layout(model, engine, dtype)
+    taken = {"kv_bytes": layout.total_bytes, "weight_bytes": weight_bytes(model, dtype)}
+    check_fits(of_machine(), **taken, num_workers=num_workers)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from baton.errors import BadConfig, quoted
+from baton.fields import Fields
 from baton.files import read_object
 from baton.types import DTYPE_BYTES
-from engine.config_fields import MAX_INT, Fields
+from engine.config_keys import refuse_unknown
 
 _SILU = ("silu", "swish")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -147,9 +148,9 @@ def _parse(fields: Fields) -> ModelConfig:
         windows=_windows(fields, architecture, family, num_layers),
         max_model_tokens=_max_model_tokens(rope),
         dtype=_dtype(fields),
-        eos_token_ids=_eos(fields),
+        eos_token_ids=fields.token_ids("eos_token_id"),
     )
-    fields.refuse_unread()
+    refuse_unknown(fields)
     return config
 
 
@@ -214,7 +215,7 @@ def _rope(fields: Fields, family: _Family, head_dim: int) -> RopeConfig:
     if rope_type != "default":
         values |= _scaling(params, rope_type, max_positions / original, head_dim)
     # YaRN's authors noted whether a model was trained with it.
-    params.refuse_unread(harmless=frozenset({"finetuned"}))
+    refuse_unknown(params, harmless=frozenset({"finetuned"}))
     return RopeConfig(**values)
 
 
@@ -285,14 +286,6 @@ def _dtype(fields: Fields) -> str:
     if name not in DTYPE_BYTES:
         raise fields.refusal(f"dtype is {quoted(name)}, supported are {', '.join(DTYPE_BYTES)}")
     return name
-
-
-def _eos(fields: Fields) -> tuple[int, ...]:
-    eos = fields.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(one, int) and not isinstance(one, bool) and -MAX_INT <= one <= MAX_INT for one in ids):
-        raise fields.fault("eos_token_id", "a token id, a list of them, or null")
-    return tuple(ids)
 
 
 @dataclass(frozen=True, slots=True)

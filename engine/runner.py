@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.errors import BadConfig
-from baton.types import DTYPE_BYTES, KvLayout, ModelDescription
+from baton.types import ModelDescription
 from engine.batch import build_batch, token_ids_of
 from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
@@ -20,6 +20,7 @@ from engine.draws import draws_of
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
+from engine.memory import Memory, check_fits, kv_layout, of_machine, weight_bytes
 from engine.model import Model
 from engine.sampler import Sampler, bad_logits
 from engine.staging import new_event, to_device, to_host
@@ -104,8 +105,9 @@ class Runner:
         config: EngineConfig,
         *,
         allocate: Allocate | None = None,
+        memory_of: Callable[[torch.device], Memory] | None = None,
     ) -> Runner:
-        """Load a Hugging Face folder; ``allocate`` gives the memory of the KV arena.
+        """Load a Hugging Face folder; ``allocate`` gives the memory of the KV arena, ``memory_of`` says what there is.
 
         Raises UnsupportedModel, naming what and why, and BadConfig.
         """
@@ -114,10 +116,16 @@ class Runner:
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
+        layout = kv_layout(model_config, config, dtype)
+        # Before anything is read: a machine that runs out of memory kills, and not always the one who took it.
+        check_fits(
+            (memory_of or _memory_of)(kernels.device),
+            kv_bytes=layout.total_bytes,
+            weight_bytes=weight_bytes(model_config, dtype),
+        )
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             model_config = checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
-        layout = kv_layout(model_config, config, dtype)
         with torch.inference_mode():
             buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, kernels.device)
             cache = KvCache(layout, buffer, kernels.device)
@@ -232,6 +240,12 @@ class Runner:
         self._sampler.forget(sequence_id)
 
 
+def _memory_of(device: torch.device) -> Memory:
+    if device.type == "cuda":
+        return Memory(torch.cuda.mem_get_info(device)[0], f"what is free on {torch.cuda.get_device_name(device)}")
+    return of_machine()
+
+
 def _allocated(allocate: Allocate, num_bytes: int, device: torch.device) -> memoryview | DeviceBuffer:
     """Transfers know memory of the processor and of CUDA's devices. Raises BadConfig for any other."""
     if device.type == "cpu":
@@ -270,21 +284,3 @@ def _decode_graphs(
         return None
     max_length = min(model_config.max_model_tokens, cache.layout.num_blocks * cache.layout.block_tokens)
     return DecodeGraphs(model, cache, model_config, kernels, max_rows=max_rows, max_length=max_length, drawn=drawn)
-
-
-def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str) -> KvLayout:
-    """Cache geometry: as many blocks as asked for, or as fit into ``kv_bytes``."""
-    per_block = model.num_layers * model.num_kv_heads * 2 * config.block_tokens * model.head_dim * DTYPE_BYTES[dtype]
-    num_blocks = config.kv_bytes // per_block if config.num_blocks is None else config.num_blocks
-    if num_blocks < 1:
-        raise BadConfig(
-            f"engine.kv_bytes {config.kv_bytes} holds no block of {per_block} bytes; give more", param="kv_bytes"
-        )
-    return KvLayout(
-        num_layers=model.num_layers,
-        num_blocks=num_blocks,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
-        block_tokens=config.block_tokens,
-        dtype=dtype,
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,14 +18,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from baton.errors import UnsupportedModel, quoted
-from baton.files import check_readable, is_there, names_in, read_object
+from baton.errors import UnsupportedModel
+from baton.files import check_readable
 from engine.config import ModelConfig
+from engine.shards import check_map, named, weight_files
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Buffers that older checkpoints saved and that are computed here, from the config.
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -72,10 +71,10 @@ class Checkpoint:
 
     def __enter__(self) -> Checkpoint:
         try:
-            shards, weight_map = _shards(self._folder)
+            shards, weight_map = weight_files(self._folder)
             for path in shards:
                 self._open(path)
-            _check_map(self._folder, weight_map, self._places())
+            check_map(self._folder, weight_map, self._places())
         except BaseException:
             self._stack.close()
             raise
@@ -110,7 +109,7 @@ class Checkpoint:
             ) from error
         twice = [name for name in names if name in self._files]
         if twice:
-            raise UnsupportedModel(_named(f"{path} and another file of its folder both hold", twice))
+            raise UnsupportedModel(named(f"{path} and another file of its folder both hold", twice))
         self._files.update({name: (shard, path.name, name) for name in names})
 
     def _places(self) -> dict[str, str]:
@@ -120,11 +119,11 @@ class Checkpoint:
         expected = expected_shapes(config)
         missing = [name for name in expected if name not in self._files]
         if missing:
-            raise UnsupportedModel(_named(f"weights in {self._folder} lack", missing))
+            raise UnsupportedModel(named(f"weights in {self._folder} lack", missing))
         unexpected = [n for n in sorted(self._files) if n not in expected and not n.endswith(_IGNORED_SUFFIXES)]
         if unexpected:
             raise UnsupportedModel(
-                _named(f"weights in {self._folder} hold what {config.architecture} does not have:", unexpected)
+                named(f"weights in {self._folder} hold what {config.architecture} does not have:", unexpected)
             )
         for name, shape in expected.items():
             shard, _, stored_name = self._files[name]
@@ -144,46 +143,6 @@ class Checkpoint:
         shard, _, stored_name = self._files[name]
         tensor: Tensor = shard.get_tensor(stored_name)
         return tensor
-
-
-def _named(text: str, names: list[str]) -> str:
-    shown = ", ".join(names[:5])
-    return f"{text} {shown}" + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _shards(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
-    """The files, and which of them the index says a tensor is in; a single file has no index."""
-    index, single = folder / _INDEX, folder / _SINGLE
-    if is_there(index) and is_there(single):
-        raise UnsupportedModel(f"{folder} holds {_SINGLE} and {_INDEX}; remove the one that is not the model")
-    if is_there(index):
-        weight_map = read_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise UnsupportedModel(f"{index} is no safetensors index: weight_map is {quoted(weight_map)}")
-        files = sorted(set(weight_map.values()))
-        if not files or any(Path(name).name != name for name in files):
-            raise UnsupportedModel(
-                f"{index} names {_named('', files) or ' no files'}, expected files of its own folder"
-            )
-        return [folder / name for name in files], weight_map
-    if is_there(single):
-        return [single], {}
-    others = [n for n in names_in(folder) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors"))]
-    found = _named("", others).strip() or "no weights"
-    raise UnsupportedModel(f"{folder} holds {found}; expected {_SINGLE} or {_INDEX}")
-
-
-def _check_map(folder: Path, weight_map: Mapping[str, str], places: Mapping[str, str]) -> None:
-    """An index that disagrees with its files is of another download than they are."""
-    if not weight_map:
-        return
-    wrong = sorted(name for name in weight_map.keys() | places.keys() if weight_map.get(name) != places.get(name))
-    if wrong:
-        said, found = (files.get(wrong[0], "no file") for files in (weight_map, places))
-        raise UnsupportedModel(
-            _named(f"{folder / _INDEX} and the files beside it disagree about", wrong)
-            + f": the index says {quoted(said)}, it is in {found}; download the model again"
-        )
 
 
 def fingerprint(folder: Path) -> str:

@@ -5,13 +5,14 @@ The rules are those of transformers and, for generation_config.json, of vLLM. It
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from baton.errors import BadConfig, InvalidRequest, quoted
+from baton.fields import Fields
+from baton.files import is_there, read_object, read_text
 from baton.types import DEFAULTED_SAMPLING, SamplingParams
 
 # Special tokens that transformers knows by name in every tokenizer.
@@ -44,21 +45,15 @@ class TokenizerFacts:
 
 def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
     """End-of-sequence ids (generation_config.json before config.json), context length, defaults of sampling."""
-    config = _read_json(folder / "config.json")
-    text_config = config.get("text_config") or config
+    path = folder / "config.json"
+    whole = Fields(_read_json(path), str(path))
+    config = Fields(text, str(path)) if (text := whole.fields("text_config")) else whole
     path = folder / "generation_config.json"
     generation = _read_json(path)
-    eos = generation.get("eos_token_id", text_config.get("eos_token_id"))
-    if eos is None:
-        ids: tuple[int, ...] = ()
-    elif isinstance(eos, list):
-        ids = tuple(int(i) for i in eos)
-    else:
-        ids = (int(eos),)
-    max_tokens = text_config.get("max_position_embeddings")
+    ending = Fields(generation, str(path)) if "eos_token_id" in generation else config
     return ModelFacts(
-        eos_token_ids=ids,
-        max_model_tokens=int(max_tokens) if max_tokens is not None else None,
+        eos_token_ids=ending.token_ids("eos_token_id"),
+        max_model_tokens=config.integer("max_position_embeddings", 0, least=0, nullable=True) or None,
         sampling=_sampling(generation, path) if sampling_defaults else SamplingParams(),
     )
 
@@ -147,7 +142,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
         folder / "chat_templates" / "default.jinja",
         folder / "additional_chat_templates" / "default.jinja",
     ]
-    found = [file.read_text("utf-8") for file in files if file.exists()]
+    found = [read_text(file) for file in files if is_there(file)]
     return (
         (found[-1] if found else None)
         or _default_template(config.get("chat_template"))
@@ -165,12 +160,4 @@ def _default_template(template: object) -> str | None:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        return {}
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise BadConfig(f"{path} is not JSON: {error}", param="model_folder") from error
-    if not isinstance(content, dict):
-        raise BadConfig(f"{path} holds {type(content).__name__}, expected an object", param="model_folder")
-    return content
+    return read_object(path) if is_there(path) else {}

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 
 from baton.errors import BadConfig, InvalidRequest
+from baton.files import check_readable, is_there
 from router.model_files import TokenizerFacts, load_tokenizer_facts
 from router.token_lengths import max_chars_per_token
 
@@ -54,8 +55,9 @@ class Tokenizer:
     def load(cls, folder: Path) -> Tokenizer | None:
         """None if the folder has no tokenizer.json: then only token ids can be served."""
         path = folder / "tokenizer.json"
-        if not path.exists():
+        if not is_there(path):
             return None
+        check_readable(path)
         try:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception

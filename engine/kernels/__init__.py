@@ -78,7 +78,9 @@ def select_kernels(name: str, *, is_batch_invariant: bool = True, look: Callable
         try:
             from engine.kernels.triton.kernels import TritonKernels
         except ImportError as error:
-            raise BadConfig(f"kernels triton need the package triton: {error}", param="kernels") from error
+            raise BadConfig(
+                f"kernels triton need the package triton: {error}; install Baton with its extra cuda", param="kernels"
+            ) from error
 
         return TritonKernels.on_this_machine(is_batch_invariant=is_batch_invariant)
     if name == "cpu":

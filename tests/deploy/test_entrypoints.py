@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import site
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -173,3 +175,27 @@ def test_the_router_starts_where_there_is_no_torch() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Run the router" in done.stdout
+
+
+def test_a_worker_serves_on_a_cpu_where_there_is_no_triton() -> None:
+    """As in its image: what only GPUs and developers need cannot be imported."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('triton', 'transformers'))); from pathlib import Path; "
+        "import cli.worker, cli.doctor; from engine.config import EngineConfig; from engine.runner import Runner; "
+        "from tests.engine_driver import Driver, spec; "
+        "assert 'kernels triton' not in [f.subject for f in cli.doctor.examine()]; "
+        f"runner = Runner.load(Path({str(ROOT / 'demo' / 'model')!r}), EngineConfig(num_blocks=8)); "
+        "print(runner.kernels, len(Driver(runner).generate(spec('a', (5, 6, 7), max_tokens=4)).token_ids))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"cpu-\w+ 4\n", done.stdout)
+
+
+def test_extras_hold_what_their_names_say() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {extra: {re.split(r"[\[<>=~; ]", item)[0] for item in items} for extra, items in extras.items()}
+    assert not named["worker"] & {"triton", "transformers"}
+    assert "triton" in named["cuda"]

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -97,24 +98,21 @@ except UnsupportedModel as error:
         ("..", 0o600, "chmod a+x"),
     ],
 )
-def test_permission_denied_says_whose_and_which_mode(tmp_path: Path, name: str, mode: int, cure: str) -> None:
+def test_permission_denied_says_whose_and_which_mode(name: str, mode: int, cure: str) -> None:
     """In a process of somebody who is not let in; root would read everything."""
-    tmp_path.chmod(0o755)
-    for parent in tmp_path.parents:
-        if parent.stat().st_uid == os.geteuid() and parent.name.startswith("pytest-"):
-            parent.chmod(0o755)
-    folder = CASE.save(tmp_path / "outer" / "model")
-    for path in (folder.parent, folder, *folder.iterdir()):
-        path.chmod(0o755)
-    target = (folder / name).resolve()
-    target.chmod(mode)
-    script = _CHILD.format(nobody=NOBODY)
-    try:
-        child = subprocess.run(
-            [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, timeout=100, check=False
-        )
-    finally:
-        target.chmod(0o755)
+    # Not below pytest's folders, which let nobody else in.
+    with tempfile.TemporaryDirectory() as above:
+        Path(above).chmod(0o755)
+        folder = CASE.save(Path(above) / "outer" / "model")
+        for path in (folder.parent, folder, *folder.iterdir()):
+            path.chmod(0o755)
+        target = (folder / name).resolve()
+        target.chmod(mode)
+        command = [sys.executable, "-c", _CHILD.format(nobody=NOBODY), str(folder)]
+        try:
+            child = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+        finally:
+            target.chmod(0o755)
     assert "permission denied" in child.stdout, child.stderr
     assert f"{target} belongs to uid {os.geteuid()}, has mode {mode:04o}" in child.stdout
     assert f"{cure} {target}" in child.stdout

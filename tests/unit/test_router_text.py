@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
-from baton.errors import BadConfig, InvalidRequest
+from baton.errors import BadConfig, InvalidRequest, UnsupportedModel
 from router.chat import ChatMessage, ChatTemplate
 from router.model_files import load_facts
 from router.text import StopFinder, TextStream
@@ -122,8 +122,12 @@ def test_folder_facts(folder: Path, tmp_path: Path) -> None:
     assert load_facts(tmp_path).eos_token_ids == ()
     assert Tokenizer.load(tmp_path) is None
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(BadConfig, match=r"config\.json"):
+    with pytest.raises(UnsupportedModel, match=r"config\.json"):
         load_facts(tmp_path)
+    for key, value in (("eos_token_id", ["2"]), ("eos_token_id", 1.5), ("max_position_embeddings", "long")):
+        (tmp_path / "config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(UnsupportedModel, match=key):
+            load_facts(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(BadConfig, match=r"tokenizer\.json"):
         Tokenizer.load(tmp_path)

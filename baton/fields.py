@@ -1,4 +1,4 @@
-"""Reads a config.json field by field, checks types and ranges, and refuses what nobody read and may change numbers."""
+"""Reads a JSON file of a model folder field by field, checks types and ranges, and knows which fields nobody read."""
 
 from __future__ import annotations
 
@@ -9,45 +9,9 @@ from baton.errors import UnsupportedModel, quoted
 
 MAX_INT = 2**31 - 1
 
-# Fields that do not change what the model computes, by the reason.
-_HARMLESS_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    "notes of whoever saved the file, and how transformers is to run it": (
-        *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
-        *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
-        *("attn_implementation", "_flash_attn_2_enabled", "_experts_implementation", "_from_model_config"),
-        *("use_cache", "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "torchscript"),
-        *("tf_legacy_loss", "is_llama_config", "model_name", "neuron", "chunk_size_feed_forward"),
-    ),
-    "tokens and texts: the tokenizer's files and generation_config.json decide": (
-        *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id", "mask_token_id"),
-        *("decoder_start_token_id", "tokenizer_class", "prefix", "tokenizer_model_max_length"),
-        *("tokenizer_padding_side", "model_max_length", "max_sequence_length"),
-    ),
-    "training, and how its machines shared the weights": (
-        *("initializer_range", "attention_dropout", "hidden_dropout", "hidden_dropout_prob", "classifier_dropout"),
-        *("attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop", "neftune_noise_alpha"),
-        *("gradient_checkpointing", "pretraining_tp"),
-    ),
-    "heads for other tasks": (
-        *("num_labels", "id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
-    ),
-    "defaults of generation, which is the request's business": (
-        *("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty"),
-        *("diversity_penalty", "num_beams", "num_beam_groups", "num_return_sequences", "max_length", "min_length"),
-        *("max_new_tokens", "early_stopping", "output_scores", "return_dict_in_generate", "remove_invalid_values"),
-    ),
-}
-_HARMLESS = frozenset(name for names in _HARMLESS_BY_REASON.values() for name in names)
-_HARMLESS_PREFIXES = ("unsloth_",)
-# Of factors it is 1 that changes nothing, and not 0.
-_FACTORS = frozenset({
-    "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "rotary_pct",
-    "rope_scaling_factor",
-})  # fmt: skip
-
 
 class Fields:
-    """One JSON object of a config; every question marks its field as read."""
+    """One JSON object; every question marks its field as read, and raises UnsupportedModel for what it cannot use."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values = values
@@ -131,23 +95,17 @@ class Fields:
             raise self.fault(key, "an object or null")
         return value
 
-    def refuse_unread(self, *, harmless: frozenset[str] = _HARMLESS) -> None:
-        """Raise for fields that were not asked for, unless they are ``harmless`` or say that something is off."""
-        unknown = [key for key in self._values if key not in self._read and not self._is_harmless(key, harmless)]
-        if unknown:
-            shown = ", ".join(f"{quoted(key)}: {quoted(self._values[key])}" for key in unknown[:5])
-            more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
-            raise self.refusal(
-                f"{shown}{more} may change what the model computes, and Baton does not know how: expected fields that "
-                "it knows; remove from the file what changes nothing"
-            )
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        """One, a list of them, or null; some files say -1 for none."""
+        value = self.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(isinstance(one, int) and not isinstance(one, bool) and -1 <= one <= MAX_INT for one in ids):
+            raise self.fault(key, "a token id, a list of them, or null")
+        return tuple(one for one in ids if one >= 0)
 
-    def _is_harmless(self, key: str, harmless: frozenset[str]) -> bool:
-        value = self._values[key]
-        if key in _FACTORS:
-            return value is None or value == 1
-        # null, false, 0, "", [], {}: off
-        return key in harmless or key.startswith(_HARMLESS_PREFIXES) or not value
+    def unread(self) -> dict[str, Any]:
+        """What was not asked for."""
+        return {key: value for key, value in self._values.items() if key not in self._read}
 
     def _value(self, key: str, default: Any, nullable: bool) -> Any:
         value = self.get(key)
