@@ -163,12 +163,12 @@ def test_a_model_that_is_not_whole_is_refused_at_once(
     config.write_text("{}")
     refused(baton(*command, "--model", str(tmp_path)), "architecture")
     config.write_bytes((Path(MODEL) / "config.json").read_bytes())
-    refused(baton(*command, "--model", str(tmp_path)), "model.safetensors is missing")
+    refused(baton(*command, "--model", str(tmp_path)), "holds no weights; expected model.safetensors")
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("[]")
-    refused(baton(*command, "--model", str(tmp_path)), "is not an index")
+    refused(baton(*command, "--model", str(tmp_path)), "model.safetensors.index.json", "index")
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
-    refused(baton(*command, "--model", str(tmp_path)), "model-1.safetensors is missing")
+    refused(baton(*command, "--model", str(tmp_path)), "model-1.safetensors")
 
 
 @contextlib.contextmanager
