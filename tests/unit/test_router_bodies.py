@@ -20,7 +20,7 @@ from router.config import LimitsConfig
 from router.fake import FakeCluster, FakeConfig
 from router.offload import Offload
 from router.serve import Router
-from router.tokenizer import SpecialTokens, Tokenizer
+from router.tokenizer import Tokenizer
 from tests.unit.router_support import VOCAB_SIZE, router_beside, write_model_folder
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)
@@ -235,14 +235,14 @@ def test_a_long_text_is_counted_in_pieces(folder: Path) -> None:
 
 
 def test_a_template_that_writes_without_end_is_stopped() -> None:
-    template = ChatTemplate("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", SpecialTokens())
+    template = ChatTemplate("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", {})
     with pytest.raises(errors.PromptTooLong) as refused:
         template.render([ChatMessage("user", "x" * 1000)], max_chars=50_000)
     assert refused.value.param == "messages"
 
 
 def test_what_a_template_says_is_shortened() -> None:
-    template = ChatTemplate("{{ raise_exception('no ' + messages[0].content) }}", SpecialTokens())
+    template = ChatTemplate("{{ raise_exception('no ' + messages[0].content) }}", {})
     with pytest.raises(errors.InvalidRequest, match=r"no xxx") as refused:
         template.render([ChatMessage("user", "x" * 10**6)])
     assert len(refused.value.message) < 400
