@@ -97,7 +97,8 @@ class Browser:
                 pass
 
     def open(self, url: str) -> None:
-        """Returns when the document is whole; what it fetches later may still be missing."""
+        """Returns when the document is whole; what it fetches later may still be missing. Complaints start anew."""
+        self.complaints.clear()
         self._call("Page.navigate", url=url)
         self.wait_until("document.readyState === 'complete'")
 

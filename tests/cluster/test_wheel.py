@@ -70,7 +70,8 @@ def install(wheel: Path, folder: Path, without: tuple[str, ...] = ()) -> Install
         if not is_ours and not entry.name.startswith(without) and entry.suffix != ".pth":
             (packages / entry.name).symlink_to(entry)
     pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin" / "python")]
-    subprocess.run([*pip, "install", "-qq", "--no-deps", "--no-index", wheel], check=True, timeout=SETUP_LIMIT_S)
+    install = [*pip, "install", "-qq", "--no-deps", "--no-index", wheel]
+    subprocess.run(install, env=environment(), check=True, timeout=SETUP_LIMIT_S)
     users = folder / "user"
     users.mkdir()
     for name in NAMESAKES:
