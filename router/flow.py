@@ -540,7 +540,7 @@ class Flow:
                 pass
             case SequenceFailed() if event.sequence_id == self.sequence_id:
                 pass
-            case Cancel() | Abandon():
+            case Cancel() | Abandon() | StopText():
                 pass
             case Tick() if now >= self.wake_at_s:
                 pass
