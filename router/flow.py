@@ -141,6 +141,11 @@ class Flow:
         return self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
 
     @property
+    def is_complete(self) -> bool:
+        """All tokens of a whole answer have been delivered, whatever else is still to come."""
+        return self.outcome is not None and self.outcome.kind is OutcomeKind.FINISHED
+
+    @property
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
 

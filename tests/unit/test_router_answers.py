@@ -212,6 +212,20 @@ async def test_a_stop_string_in_the_last_token_waits_for_no_report_of_the_transf
         assert (await server.grpc.complete("a", stop=["."], max_tokens=3)).text == " the jam"
 
 
+async def test_what_is_cut_is_the_last_tokens_however_late_the_report_of_the_transfer(tmp_path: Path) -> None:
+    flow = FlowConfig(report_timeout_s=0.2)
+    body: dict[str, Any] = {"prompt": [X], "max_tokens": 3, "logprobs": 0}
+    async with served(write_folder(tmp_path / "m"), flow=flow) as server:
+        for num_dropped in (0, 1):
+            server.cluster.nodes["prefill-0"].drop("handed_off", num_dropped)
+            whole = await server.post("completions", **body)
+            server.cluster.nodes["prefill-0"].drop("handed_off", num_dropped)
+            chunks = await server.streamed("completions", **body)
+            tokens = [token for c in chunks if c["logprobs"] is not None for token in c["logprobs"]["tokens"]]
+            assert whole["logprobs"]["tokens"] == tokens == ["", "", "\ufffd"]
+            assert whole["text"] == "".join(c["text"] for c in chunks) == "\ufffd"
+
+
 async def test_the_tokenizers_end_of_sequence_stops_as_well(tmp_path: Path) -> None:
     async with served(write_folder(tmp_path / "m", {"eos_token_id": [THE, 999_999]})) as server:
         # What generation_config.json lists counts, unless the model has no such token.
