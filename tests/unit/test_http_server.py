@@ -150,6 +150,9 @@ MALFORMED = {
     "length beyond the limit": (
         POST + b"Content-Length: 99999999999\r\nConnection: close\r\n\r\n", 413,
     ),
+    "compressed body": (
+        POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\nConnection: close\r\n\r\n\x1f\x8b", 415,
+    ),
     "unknown encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
     "bad chunk size": (
         POST + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n0\r\n\r\n", 400,
