@@ -380,10 +380,10 @@ class _Worker:
         match notice:
             case Arrived(sequence_id, _, first_token):
                 self._decode.arrived(sequence_id, first_token)
-            case Quarantined(sequence_id, _, reason):
-                self._decode.quarantined(sequence_id, reason)
-            case Released(sequence_id, _, reason):
-                self._decode.released(sequence_id, reason)
+            case Quarantined():
+                self._decode.quarantined(notice.sequence_id, notice.reason, is_given_back=notice.is_given_back)
+            case Released():
+                self._decode.released(notice.sequence_id, notice.reason, is_given_back=notice.is_given_back)
 
     def _from_dying_engine(self, error: BaseException) -> None:
         """Called in the engine thread."""

@@ -72,6 +72,8 @@ class LeaseFenced:
 
     sequence_id: str
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,8 @@ class LeaseReleased:
 
     sequence_id: str
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,10 +244,10 @@ class DecodeMachine:
             case JoinRefused(sequence_id, failure):
                 relay.phase = Phase.ENDING
                 return [SendFailed(relay.session, sequence_id, failure)]
-            case LeaseFenced(sequence_id, reason):
-                return [Quarantine(sequence_id), *self._lease_over(relay, sequence_id, reason)]
-            case LeaseReleased(sequence_id, reason):
-                return self._released(relay, sequence_id, reason)
+            case LeaseFenced(sequence_id):
+                return [Quarantine(sequence_id), *self._lease_over(relay, event)]
+            case LeaseReleased():
+                return self._released(relay, event)
             case Output(sequence_id, chunk):
                 if relay.phase is Phase.RUNNING and chunk.finish_reason is not None:
                     del self._relays[sequence_id]
@@ -289,20 +293,26 @@ class DecodeMachine:
         relay.phase = Phase.RUNNING
         return [Join(sequence_id, first_token), SendJoined(relay.session, sequence_id, now - relay.granted_s)]
 
-    def _released(self, relay: _Relay, sequence_id: str, reason: str) -> list[Action]:
-        actions = self._lease_over(relay, sequence_id, reason)
-        del self._relays[sequence_id]
-        return [ReturnBlocks(sequence_id), *actions]
+    def _released(self, relay: _Relay, event: LeaseReleased) -> list[Action]:
+        actions = self._lease_over(relay, event)
+        del self._relays[event.sequence_id]
+        return [ReturnBlocks(event.sequence_id), *actions]
 
-    def _lease_over(self, relay: _Relay, sequence_id: str, reason: str) -> list[Action]:
-        """Tell the router, unless it has asked for this itself or was told."""
+    def _lease_over(self, relay: _Relay, event: LeaseFenced | LeaseReleased) -> list[Action]:
+        """Tell the router, unless it has asked for this itself or was told.
+
+        A prefill node that gives a lease back tells the router why: the first token was the last, or what failed there.
+        Overtaken by a word from here, that would be a failed attempt, held against it.
+        """
         assert relay.phase is not Phase.RUNNING, "a lease that was taken over does not end"
         if relay.phase is not Phase.LEASED:
             return []
         relay.phase = Phase.ENDING
-        message = f"KV of {sequence_id} did not arrive: {reason}"
+        if event.is_given_back:
+            return []
+        message = f"KV of {event.sequence_id} did not arrive: {event.reason}"
         failure = Failure("TransferFailed", message, retryable=True, blamed_node_id=relay.prefill_node_id)
-        return [SendFailed(relay.session, sequence_id, failure)]
+        return [SendFailed(relay.session, event.sequence_id, failure)]
 
     def _give_up(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
         if relay.phase is Phase.ENDING:

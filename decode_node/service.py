@@ -129,11 +129,11 @@ class DecodeService(node_pb2_grpc.DecodeNodeServicer):
             self._look_idle()
         self._perform_all(actions[1:])
 
-    def quarantined(self, sequence_id: str, reason: str) -> None:
-        self._feed(m.LeaseFenced(sequence_id, reason))
+    def quarantined(self, sequence_id: str, reason: str, *, is_given_back: bool = False) -> None:
+        self._feed(m.LeaseFenced(sequence_id, reason, is_given_back))
 
-    def released(self, sequence_id: str, reason: str) -> None:
-        self._feed(m.LeaseReleased(sequence_id, reason))
+    def released(self, sequence_id: str, reason: str, *, is_given_back: bool = False) -> None:
+        self._feed(m.LeaseReleased(sequence_id, reason, is_given_back))
 
     # -- SessionService
 

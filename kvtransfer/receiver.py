@@ -60,6 +60,8 @@ class Quarantined:
     sequence_id: str
     epoch: int
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,8 @@ class Released:
     sequence_id: str
     epoch: int
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 ReceiverNotice = Arrived | Quarantined | Released
@@ -280,9 +284,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             case machine.Arrive():
                 self._notify(action)
             case machine.Quarantine():
-                self._notify(Quarantined(action.sequence_id, action.epoch, action.reason))
+                self._notify(Quarantined(action.sequence_id, action.epoch, action.reason, action.is_given_back))
             case machine.Release():
-                self._notify(Released(action.sequence_id, action.epoch, action.reason))
+                self._notify(Released(action.sequence_id, action.epoch, action.reason, action.is_given_back))
             case machine.DropChannel():
                 self._channels[action.channel].drop(action.reason)
 

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from starlette.types import Receive, Scope
 
 from baton import errors
+from baton.errors import quoted
 from router.config import LimitsConfig
 
 # So large a body is nothing to count or to bound.
@@ -32,8 +33,12 @@ class BodyReader:
     async def read(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
         """The body, which counts as held until the block ends.
 
-        Raises TooLarge (before anything is read, if the client says so), Overloaded, DeadlineExceeded, Cancelled.
+        Raises Encoded and TooLarge (before anything is read, if the client says so), Overloaded, DeadlineExceeded,
+        Cancelled.
         """
+        for name, value in scope["headers"]:
+            if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                raise Encoded(value)
         limit = self._max_bytes()
         declared = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
         if _is_beyond(declared, limit):
@@ -67,6 +72,19 @@ class BodyReader:
             raise TooLarge(limit)
         if size > SMALL_BODY_BYTES and self._num_held_bytes > self._limits.max_bodies_bytes:
             raise errors.Overloaded("too many large bodies are being read; try again", retry_after_s=1.0)
+
+
+class Encoded(errors.InvalidRequest):
+    http_status = 415
+
+    def __init__(self, encoding: bytes) -> None:
+        super().__init__(
+            f"the body's Content-Encoding is {quoted(encoding.decode('latin-1'))}, expected none: send it uncompressed"
+        )
+
+    @property
+    def code(self) -> str:
+        return "UnsupportedEncoding"
 
 
 class TooLarge(errors.InvalidRequest):

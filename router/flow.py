@@ -141,6 +141,11 @@ class Flow:
         return self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
 
     @property
+    def is_complete(self) -> bool:
+        """All tokens of a whole answer have been delivered, whatever else is still to come."""
+        return self.outcome is not None and self.outcome.kind is OutcomeKind.FINISHED
+
+    @property
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
 
@@ -540,7 +545,7 @@ class Flow:
                 pass
             case SequenceFailed() if event.sequence_id == self.sequence_id:
                 pass
-            case Cancel() | Abandon():
+            case Cancel() | Abandon() | StopText():
                 pass
             case Tick() if now >= self.wake_at_s:
                 pass

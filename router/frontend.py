@@ -25,7 +25,7 @@ from router.flow_messages import Outcome, OutcomeKind
 from router.model_files import ModelFacts
 from router.offload import Offload
 from router.stream import Backlog
-from router.text import TextStream
+from router.text import TextDelta, TextStream
 from router.tokenizer import Tokenizer, require
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
@@ -147,11 +147,13 @@ class Generation:
             # Tokens first; the next call finds the error again.
             return part
         if self._ending is None:
-            part = self._finish(part, batch.outcome)
+            self._finish(batch.outcome)
         return part
 
     def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs]) -> Part:
         delta = self._text.push(token_ids)
+        if delta.stop is None and self._active.flow.is_complete:
+            delta = _closed(delta, self._text.flush())
         token_ids, logprobs = token_ids[: delta.num_tokens], logprobs[: delta.num_tokens]
         self._num_tokens += len(token_ids)
         if token_ids:
@@ -161,20 +163,10 @@ class Generation:
             self._end(FinishReason.STOP, delta.stop)
         return Part(delta.text, token_ids, logprobs, delta.token_texts)
 
-    def _finish(self, part: Part, outcome: Outcome) -> Part:
+    def _finish(self, outcome: Outcome) -> None:
         assert outcome.finish_reason is not None
-        rest = self._text.flush()
-        stop: str | int | None = rest.stop
-        reason = outcome.finish_reason
-        if rest.stop is not None:
-            reason = FinishReason.STOP
-        elif reason is FinishReason.STOP and self._last_id not in self._eos_token_ids:
-            stop = self._last_id
-        self._end(reason, stop)
-        # What was incomplete is the last token's.
-        texts = part.token_texts
-        texts = [*texts[:-1], texts[-1] + "".join(rest.token_texts)] if texts else []
-        return replace(part, text=part.text + rest.text, token_texts=texts)
+        is_by_id = outcome.finish_reason is FinishReason.STOP and self._last_id not in self._eos_token_ids
+        self._end(outcome.finish_reason, self._last_id if is_by_id else None)
 
     def _end(self, reason: FinishReason, stop: str | int | None) -> None:
         relay = self._active.stream.relay
@@ -520,6 +512,14 @@ class Frontend:
                 param="timeout",
             )
         return asked_s
+
+
+def _closed(delta: TextDelta, rest: TextDelta) -> TextDelta:
+    """With what was incomplete, which is the last token's."""
+    texts = delta.token_texts
+    if texts:
+        texts = [*texts[:-1], texts[-1] + "".join(rest.token_texts)]
+    return TextDelta(delta.text + rest.text, delta.num_tokens, rest.stop, texts)
 
 
 def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:

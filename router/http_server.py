@@ -136,7 +136,9 @@ class Connection(HttpToolsProtocol):
         # When the head must be complete, or the next request must begin; None while one is served.
         self._deadline_s: float | None = None
         self._is_in_head = False
-        self._head_bytes = 0
+        self._is_in_message = False
+        # Bytes of a head, of trailers or of chunks' extensions that have not led to anything yet.
+        self._framing_bytes = 0
         self._refusal: _RefusedHeadError | None = None
         self._is_refused = False
         # Bytes that wait to be taken, and since when they are that many.
@@ -187,14 +189,13 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if self._is_in_head:
-            self._head_bytes += len(data)
+        if self._is_in_message:
+            self._framing_bytes += len(data)
         try:
-            self.parser.feed_data(data)
-            if self._is_in_head and self._head_bytes > self._limits.max_head_bytes:
+            while data:
+                data = self._feed(data)
+            if self._is_in_message and self._framing_bytes > self._limits.max_head_bytes:
                 raise self._too_large()
-        except httptools.HttpParserUpgrade:
-            pass  # no protocol is offered to switch to; the request is answered as if it had not asked
         except (httptools.HttpParserError, _RefusedHeadError) as error:
             refusal = self._refusal or (error if isinstance(error, _RefusedHeadError) else None)
             self._mates.count("large_head" if refusal is not None and refusal.status == 431 else "malformed")
@@ -205,14 +206,29 @@ class Connection(HttpToolsProtocol):
             else:
                 self._refuse(400, f"this is not an HTTP/1.1 request: {type(error).__name__}: {error}")
 
+    def _feed(self, data: bytes) -> bytes:
+        """Returns what is to be read again: no protocol is offered to switch to, and a request that asks for one
+        (Java's client does with each) is served as if it had not. The parser would leave its body to the other one."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as asked:
+            line = b"%s %s HTTP/%s\r\n" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())
+            headers = [b"%s: %s\r\n" % (name, value) for name, value in self.headers if name != b"upgrade"]
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return b"".join([line, *headers, b"\r\n", data[asked.args[0] :]])
+        return b""
+
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._unset_keepalive_if_required()
-        self._is_in_head = True
-        self._head_bytes = 0
+        self._is_in_head = self._is_in_message = True
+        self._framing_bytes = 0
         self._deadline_s = self.loop.time() + self._limits.head_timeout_s
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._is_in_head:
+            return  # a trailer: nothing here asks for one
         super().on_header(name, value)
         if len(self.headers) > self._limits.max_headers:
             raise self._too_large()
@@ -220,6 +236,8 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         self._check_head()
+        if self.parser.should_upgrade():
+            return
         self._deadline_s = None
         self._mates.is_busy(self)
         if self.parser.get_http_version() == "1.0":
@@ -228,6 +246,15 @@ class Connection(HttpToolsProtocol):
             self.app, unchunked.cycle = app, self.cycle
         else:
             super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._framing_bytes = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._is_in_message = False
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def _check_head(self) -> None:
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
@@ -239,6 +266,8 @@ class Connection(HttpToolsProtocol):
             raise self._refused(400, f"the request has {num_hosts} Host headers, expected one")
         if version not in ("1.0", "1.1"):
             raise self._refused(505, f"HTTP/{version} is not served here, expected HTTP/1.1")
+        if self.parser.get_method() == b"CONNECT":
+            raise self._refused(405, "this is no proxy: CONNECT is not served here")
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise self._refused(400, f"more than {_MAX_PIPELINED} requests wait on this connection")
 
@@ -246,8 +275,8 @@ class Connection(HttpToolsProtocol):
         limits = self._limits
         return self._refused(
             431,
-            f"the request's head is too large, expected at most {limits.max_head_bytes} bytes and "
-            f"{limits.max_headers} headers",
+            f"the request's head, or what comes with its chunks, is too large, expected at most "
+            f"{limits.max_head_bytes} bytes and {limits.max_headers} headers",
         )
 
     def _refused(self, status: int, message: str) -> _RefusedHeadError:

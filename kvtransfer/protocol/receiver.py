@@ -244,6 +244,8 @@ class Quarantine:
     sequence_id: str
     epoch: int
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,8 @@ class Release:
     sequence_id: str
     epoch: int
     reason: str
+    # By its writer, who tells the router itself why.
+    is_given_back: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +297,9 @@ class _Lease:
     is_writer_quiet: bool = True
     # No write of this process into the blocks is under way.
     is_epoch_quiet: bool = True
+    # Why it is over, and whether its writer said so.
     reason: str = ""
+    is_given_back: bool = False
     # When an unanswered Revoke costs the peer its channel.
     revoke_deadline_s: float | None = None
 
@@ -432,14 +438,15 @@ class ReceiverMachine:
         elif was is LeaseState.VERIFYING and tell:
             actions += self._nack(lease, TransferFailed(f"lease of {lease.sequence_id} is over: {reason}"))
         if not (lease.is_writer_quiet and lease.is_epoch_quiet):
-            actions.append(Quarantine(lease.sequence_id, lease.epoch, reason))
+            actions.append(Quarantine(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
         return actions + self._settle(lease)
 
     def _settle(self, lease: _Lease) -> list[ReceiverAction]:
         if lease.state is not LeaseState.ENDING or not (lease.is_writer_quiet and lease.is_epoch_quiet):
             return []
         self._forget(lease)
-        return [ForgetDigests(lease.epoch, None), Release(lease.sequence_id, lease.epoch, lease.reason)]
+        over = Release(lease.sequence_id, lease.epoch, lease.reason, lease.is_given_back)
+        return [ForgetDigests(lease.epoch, None), over]
 
     def _forget(self, lease: _Lease) -> None:
         del self._leases[lease.epoch]
@@ -548,6 +555,7 @@ class ReceiverMachine:
             return self._begin(channel_id, message, lease)
         if isinstance(message, Abort) and lease is not None and lease.state is LeaseState.GRANTED:
             # Given back by who was to write, before it began.
+            lease.is_given_back = True
             return self._end(lease, f"aborted by {channel.peer}: {message.reason}", now)
         if lease is None or lease.channel != channel_id:
             return self._unknown(channel_id, message)
@@ -559,6 +567,7 @@ class ReceiverMachine:
             case Commit():
                 return self._commit(lease, message, now)
             case Abort():
+                lease.is_given_back = lease.state is not LeaseState.ENDING
                 return self._stopped(lease, f"aborted by {peer}: {message.reason}", now)
             case Revoked():
                 return self._stopped(lease, lease.reason or f"given back by {peer}", now)

@@ -241,6 +241,8 @@ class FlowMachine(RuleBasedStateMachine):
         if now:
             self.is_stopped_by_text = self.is_stopped_by_text or not self.flow.has_ended
             self.feed(f.StopText())
+            # Whoever reads has told the client that it is over.
+            assert self.flow.has_ended
 
     @rule(now=rarely(40))
     def cancel(self, now: bool) -> None:

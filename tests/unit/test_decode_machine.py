@@ -114,6 +114,14 @@ def test_a_lease_whose_writer_is_gone_is_returned_and_told() -> None:
     assert isinstance(actions[1], SendFailed)
 
 
+def test_a_lease_that_prefill_gives_back_is_for_prefill_to_tell() -> None:
+    assert after(*LEASED).handle(LeaseReleased(ID, "the first token was the last", True), 10.0) == [ReturnBlocks(ID)]
+    machine = after(*LEASED)
+    assert machine.handle(LeaseFenced(ID, "what failed there", True), 10.0) == [Quarantine(ID)]
+    assert machine.handle(LeaseReleased(ID, "what failed there", True), 11.0) == [ReturnBlocks(ID)]
+    assert machine.num_sequences == 0
+
+
 def test_the_engine_refuses_what_arrived() -> None:
     machine = after(*RUNNING)
     refused = Failure("InvalidRequest", "wrong token", retryable=False)

@@ -139,6 +139,7 @@ MALFORMED = {
     "large header": (get("/health", f"X-Large: {BIG}"), 431),
     "large url": (get(f"/health?{BIG}"), 431),
     "many headers": (get("/health", *(f"X-{i}: 1" for i in range(300))), 431),
+    "to another host": (b"CONNECT b:80 HTTP/1.1\r\nHost: b\r\nContent-Length: 5\r\n\r\n", 405),
     "both lengths": (
         POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", 400,
     ),
@@ -148,6 +149,9 @@ MALFORMED = {
     "overflowing length": (POST + b"Content-Length: " + b"9" * 30 + b"\r\n\r\n", 400),
     "length beyond the limit": (
         POST + b"Content-Length: 99999999999\r\nConnection: close\r\n\r\n", 413,
+    ),
+    "compressed body": (
+        POST + b"Content-Encoding: gzip\r\nContent-Length: 2\r\nConnection: close\r\n\r\n\x1f\x8b", 415,
     ),
     "unknown encoding": (POST + b"Transfer-Encoding: gzip\r\n\r\n", 400),
     "bad chunk size": (
@@ -182,6 +186,48 @@ async def test_a_head_without_an_end_is_cut_off(folder: Path) -> None:
         for _ in range(20):
             wire.send(b"x" * 1_000_000)
         assert b"HTTP/1.1 431 " in await wire.rest()
+        wire.close()
+
+
+@pytest.mark.parametrize("end", [b"0\r\nX-Large: ", b"1;ext="], ids=["trailer", "extension"])
+async def test_what_comes_with_chunks_and_has_no_end_is_cut_off(folder: Path, end: bytes) -> None:
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(POST + b"Transfer-Encoding: chunked\r\n\r\n5\r\n{    \r\n" + end)
+        for _ in range(20):
+            wire.send(b"x" * 1_000_000)
+        assert b"HTTP/1.1 431 " in await wire.rest()
+        wire.close()
+        # Much in small chunks is no such thing, and trailers that end are left alone.
+        content = json.dumps({"prompt": [5], "max_tokens": 2}).encode() + b" " * 30_000
+        chunks = b"".join(b"1;a=b\r\n%c\r\n" % byte for byte in content) + b"0\r\ntraceparent: 1\r\n\r\n"
+        wire = await Wire.open(router)
+        wire.send(POST + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + get())
+        assert [(await wire.answer())[0] for _ in range(2)] == [200, 200]
+        wire.close()
+
+
+async def test_a_request_that_asks_for_another_protocol_is_served_in_this_one(folder: Path) -> None:
+    """Java's client asks for HTTP/2 with each request, those with a body as well."""
+    body = {"prompt": [5], "max_tokens": 2}
+    h2c = ("Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAEAAEAAAAIAAAAB")
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(post(body, *h2c) + get("/health", *h2c) + post(body, *h2c) + get())
+        answers = [await wire.answer() for _ in range(4)]
+        assert [status for status, _, _ in answers] == [200] * 4
+        assert json.loads(answers[0][2])["usage"]["completion_tokens"] == 2
+        # A head, and its body later.
+        head, _, content = post(body, *h2c, "Expect: 100-continue").partition(b"\r\n\r\n")
+        wire.send(head[:40])
+        await asyncio.sleep(0.05)
+        wire.send(head[40:] + b"\r\n\r\n")
+        assert (await wire.answer())[0] == 100
+        for byte in content:
+            wire.send(bytes([byte]))
+        assert (await wire.answer())[0] == 200
+        wire.send(get("/health", "Connection: Upgrade", "Upgrade: websocket", "Sec-WebSocket-Key: a") + get())
+        assert [(await wire.answer())[0] for _ in range(2)] == [200, 200]
         wire.close()
 
 

@@ -131,6 +131,18 @@ def test_a_one_sided_writer_must_speak_before_blocks_are_released(last_word: obj
     assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Release("q", 7, "cancelled")]
 
 
+@pytest.mark.parametrize("one_sided", [True, False])
+@pytest.mark.parametrize("has_begun", [True, False])
+def test_what_its_writer_gives_back_is_told_apart(one_sided: bool, has_begun: bool) -> None:
+    t = Receiving(one_sided=one_sided)
+    if has_begun:
+        t.begin()
+    told = [*t.hears(Abort("q", 7, "x")), *(t.feed(r.EpochQuiet(7)) if has_begun else [])]
+    over = [a for a in told if isinstance(a, r.Quarantine | r.Release)]
+    assert over[-1] == r.Release("q", 7, "aborted by prefill-0: x", True)
+    assert all(a.is_given_back for a in over)
+
+
 def test_a_lost_channel_is_not_a_gone_writer() -> None:
     t = Receiving()
     t.begin()

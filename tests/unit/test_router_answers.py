@@ -17,6 +17,7 @@ from baton.errors import BadConfig
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig
+from router.flow import FlowConfig
 from router.model_files import load_facts
 from router.openai_response import LogprobWriter
 from router.text import TextStream
@@ -56,25 +57,25 @@ class Served:
     """A router in front of nodes that know what to say."""
 
     def __init__(self, http: httpx.AsyncClient, grpc: AsyncClient, cluster: FakeCluster) -> None:
-        self._http = http
-        self._cluster = cluster
+        self.http = http
+        self.cluster = cluster
         self.grpc = grpc
 
     async def post(self, path: str, **body: Any) -> dict[str, Any]:
-        answer = await self._http.post(f"/v1/{path}", json=body)
+        answer = await self.http.post(f"/v1/{path}", json=body)
         assert answer.status_code == 200, answer.text
         choice: dict[str, Any] = answer.json()["choices"][0]
         return choice
 
     async def streamed(self, path: str, **body: Any) -> list[dict[str, Any]]:
-        answer = await self._http.post(f"/v1/{path}", json=body | {"stream": True})
+        answer = await self.http.post(f"/v1/{path}", json=body | {"stream": True})
         lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if line.startswith("data: {")]
         return [json.loads(line)["choices"][0] for line in lines]
 
     @property
     def sampling(self) -> SamplingParams:
         """What a node was asked for last."""
-        spec = self._cluster.nodes["prefill-0"].last_spec
+        spec = self.cluster.nodes["prefill-0"].last_spec
         assert spec is not None
         return spec.sampling
 
@@ -196,6 +197,33 @@ async def test_min_tokens_over_http(tmp_path: Path) -> None:
     async with served(write_folder(tmp_path / "m")) as server:
         found = await server.post("completions", prompt="a", stop=[" the", "."], min_tokens=2)
         assert (found["text"], found["stop_reason"]) == (" the jam", ".")
+
+
+async def test_a_stop_string_in_the_last_token_waits_for_no_report_of_the_transfer(tmp_path: Path) -> None:
+    flow = FlowConfig(report_timeout_s=60)
+    async with served(write_folder(tmp_path / "m"), flow=flow) as server:
+        server.cluster.nodes["prefill-0"].drop("handed_off", 4)
+        body: dict[str, Any] = {"prompt": "a", "stop": ".", "max_tokens": 3}
+        assert (await server.post("completions", **body))["text"] == " the jam"
+        assert "".join(c["text"] for c in await server.streamed("completions", **body)) == " the jam"
+        two = await server.http.post("/v1/completions", json=body | {"n": 2})
+        assert [c["stop_reason"] for c in two.json()["choices"]] == [".", "."], two.text
+        server.cluster.nodes["prefill-0"].drop("handed_off")
+        assert (await server.grpc.complete("a", stop=["."], max_tokens=3)).text == " the jam"
+
+
+async def test_what_is_cut_is_the_last_tokens_however_late_the_report_of_the_transfer(tmp_path: Path) -> None:
+    flow = FlowConfig(report_timeout_s=0.2)
+    body: dict[str, Any] = {"prompt": [X], "max_tokens": 3, "logprobs": 0}
+    async with served(write_folder(tmp_path / "m"), flow=flow) as server:
+        for num_dropped in (0, 1):
+            server.cluster.nodes["prefill-0"].drop("handed_off", num_dropped)
+            whole = await server.post("completions", **body)
+            server.cluster.nodes["prefill-0"].drop("handed_off", num_dropped)
+            chunks = await server.streamed("completions", **body)
+            tokens = [token for c in chunks if c["logprobs"] is not None for token in c["logprobs"]["tokens"]]
+            assert whole["logprobs"]["tokens"] == tokens == ["", "", "\ufffd"]
+            assert whole["text"] == "".join(c["text"] for c in chunks) == "\ufffd"
 
 
 async def test_the_tokenizers_end_of_sequence_stops_as_well(tmp_path: Path) -> None:

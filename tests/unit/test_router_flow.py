@@ -74,6 +74,7 @@ def settling() -> Flow:
         (f.HandedOff("r/0/0", REPORT), 1.6),
         (f.NodeLost("p", "died"), 1.6),
         (f.Cancel("client left"), 1.6),
+        (f.StopText(), 1.6),
         (f.Tick(), 1.5 + FlowConfig().report_timeout_s),
     ],
     ids=lambda value: type(value).__name__,
@@ -88,7 +89,7 @@ def test_a_whole_answer_ends_with_the_transfer_report_or_without(event: f.Event,
 
 def test_a_settling_answer_is_moved_by_nothing_else() -> None:
     flow = settling()
-    for event in (f.NodeLost("d", "died"), f.Tick(), f.HandedOff("r/0/1", REPORT), tokens("d", 4, 11), f.StopText()):
+    for event in (f.NodeLost("d", "died"), f.Tick(), f.HandedOff("r/0/1", REPORT), tokens("d", 4, 11)):
         assert flow.handle(event, 1.55) == []
     assert flow.outcome == f.Outcome(f.OutcomeKind.FINISHED, FinishReason.LENGTH)
 
