@@ -119,8 +119,7 @@ class _Common(_Strict):
             repetition_penalty=_or(self.repetition_penalty, 1.0),
             presence_penalty=_or(self.presence_penalty, 0.0),
             frequency_penalty=_or(self.frequency_penalty, 0.0),
-            # OpenAI's seeds are signed 64-bit integers.
-            seed=self.seed + MAX_SEED + 1 if self.seed is not None and -(2**63) <= self.seed < 0 else self.seed,
+            seed=_seed(self.seed),
             max_tokens=max_tokens,
             min_tokens=_or(self.min_tokens, 0),
             ignore_eos=bool(self.ignore_eos),
@@ -299,11 +298,22 @@ def _or(value: float | None, default: Any) -> Any:
     return default if value is None else value
 
 
+def _seed(seed: int | None) -> int | None:
+    """OpenAI's seeds are signed 64-bit integers, vLLM's unsigned: both are taken."""
+    if seed is None or seed >= 0:
+        return seed
+    if seed < -(2**63):
+        raise InvalidRequest(f"seed is {quoted(seed)}, expected -2^63 to 2^64-1", param="seed")
+    return seed + MAX_SEED + 1
+
+
 def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
     found = {}
     for key, value in (bias or {}).items():
         if not key.isascii() or not key.isdigit() or len(key) > 10:
             raise InvalidRequest(f"logit_bias has key {quoted(key)}, expected token ids", param="logit_bias")
+        if int(key) in found:
+            raise InvalidRequest(f"logit_bias has token id {int(key)} twice, expected it once", param="logit_bias")
         found[int(key)] = value
     return found
 

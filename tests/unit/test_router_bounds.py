@@ -20,6 +20,7 @@ from baton import codec, errors
 from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Lease, SamplingParams
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from router.fake import FakeCluster, FakeConfig, expected_tokens
+from router.openai_request import CompletionBody
 from router.serve import Router
 from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
 
@@ -121,6 +122,7 @@ LISTS: list[tuple[str, Any, str | None]] = [
     ("logit_bias", {"9" * 5000: 1}, "logit_bias"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"²": 1}, "logit_bias"),
+    ("logit_bias", {"7": 1, "007": 2}, "logit_bias"),
     ("logit_bias", {"1": 100.5}, "logit_bias"),
     ("logit_bias", {"1": math.nan, "2": 1}, "logit_bias"),
     ("logit_bias", {"1": 1, "2": math.nan}, "logit_bias"),
@@ -337,3 +339,11 @@ def test_a_node_refuses_what_a_router_should_not_have_sent(sampling: dict[str, A
 def test_a_lease_without_an_end_is_refused(ttl_s: float) -> None:
     with pytest.raises(errors.InvalidRequest, match="ttl_s"):
         Lease("a", 1, "n", 1, "h:1", (1,), ttl_s)
+
+
+def test_a_seed_below_the_signed_range_is_told_the_range_of_this_face() -> None:
+    body = CompletionBody.model_validate({"prompt": "a", "seed": -(2**63)})
+    assert body.request().sampling.seed == 2**63
+    with pytest.raises(errors.InvalidRequest, match=r"expected -2\^63 to 2\^64-1") as refused:
+        CompletionBody.model_validate({"prompt": "a", "seed": -(2**63) - 1}).request()
+    assert refused.value.param == "seed"
