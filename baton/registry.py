@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,8 +24,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from baton.address import parse_address
+from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, Unavailable, quoted
+from baton.names import check_cluster
 from baton.types import Role
 
 _T = TypeVar("_T")
@@ -34,7 +34,6 @@ _T = TypeVar("_T")
 # A view is bounded, whatever somebody has put into the database.
 MAX_NODES = 4096
 _SCHEMES = ("redis", "rediss", "unix")
-_CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 # KEYS: record, index. ARGV: incarnation, "1" to take over from another incarnation, ttl in ms, address, channel, then
 # the record's fields and values. Returns the incarnation that holds the address instead, or "".
@@ -82,9 +81,11 @@ class NodeRecord:
     def parse(cls, fields: Mapping[str, str]) -> NodeRecord:
         """Raises ValueError for what no node of ours has written."""
         try:
-            parse_address(fields.get("address", ""), "address", lowest_port=1)
+            host, _ = parse_address(fields.get("address", ""), "address", lowest_port=1)
         except BadConfig as error:
             raise ValueError(error.message) from error
+        if is_anywhere(host):
+            raise ValueError(f"address is {quoted(fields['address'])}, which nobody can dial")
         incarnation = fields.get("incarnation", "")
         if not incarnation.isascii() or not incarnation.isdigit() or len(incarnation) > 20:
             raise ValueError(f"incarnation is {quoted(fields.get('incarnation'))}, expected a number")
@@ -95,13 +96,6 @@ class NodeRecord:
             home_role=Role(fields.get("home_role", "")),
             fingerprint=fields.get("fingerprint", ""),
         )
-
-
-def check_cluster(name: str) -> None:
-    """A name that keys of Redis and labels of metrics can have. Raises BadConfig."""
-    if not _CLUSTER.fullmatch(name):
-        expected = "up to 64 letters, digits, '.', '_', '-'"
-        raise BadConfig(f"cluster is {quoted(name)}, expected {expected}", param="cluster")
 
 
 @dataclass(frozen=True, slots=True)
