@@ -56,6 +56,8 @@ return 1
 """
 # KEYS as above. ARGV: address. The node may have registered again since it was seen to be gone.
 _PRUNE = "if redis.call('EXISTS', KEYS[1]) == 0 then return redis.call('SREM', KEYS[2], ARGV[1]) end return 0"
+# KEYS: index. Nobody sees what is written; a Redis that is full, a replica or read-only refuses the first command.
+_TRY = "redis.call('SADD', KEYS[1], 'a try') return redis.call('SREM', KEYS[1], 'a try')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Registry:
         self._register = self._redis.register_script(_REGISTER)
         self._leave = self._redis.register_script(_LEAVE)
         self._prune = self._redis.register_script(_PRUNE)
+        self._try = self._redis.register_script(_TRY)
 
     async def register(self, record: NodeRecord, ttl_s: float, *, takes_over: bool) -> int | None:
         """Write or renew the record. Another incarnation that holds the address is returned, unless it is replaced."""
@@ -155,6 +158,10 @@ class Registry:
         """Take the record out, if it is still this incarnation's."""
         arguments: list[str | int] = [record.incarnation, record.address, self._channel]
         await self._call(self._leave(keys=self._keys(record.address), args=arguments))
+
+    async def check_writable(self) -> None:
+        """Whether nodes could register, which reading does not tell."""
+        await self._call(self._try(keys=[self._index], args=[]))
 
     async def nodes(self) -> tuple[list[NodeRecord], list[str]]:
         """Everybody whose lease has not expired, by address; and what was wrong with records that were left out."""

@@ -107,9 +107,10 @@ async def registry_answers(config: RegistryConfig) -> None:
     """Ends within seconds: RegistryConfig.timeout_s bounds it."""
     registry = Registry(config)
     try:
-        await registry.nodes()
+        await registry.check_writable()
     except Unavailable as error:
-        message = f"{error.message.rstrip('.')}; start redis-server there, or give --registry the URL of one that runs"
+        cure = "start redis-server there, or give --registry the URL of one that runs and can be written"
+        message = f"{error.message.rstrip('.')}; {cure}"
         raise BadConfig(message, param="registry") from error
     finally:
         await registry.close()
