@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import re
 import socket
 
 from baton.errors import BadConfig, quoted
 
 _MAX_PORT = 65535
+# As long as a name may be.
+_MAX_HOST_CHARS = 253
+_NO_HOST = re.compile(r"[\s/@?#,;\"'\\]")
+_HOST_IS = f"the host is an address or a name of up to {_MAX_HOST_CHARS} characters"
 # Hosts that mean every interface of whoever listens: to anybody else they say nothing, or mean himself.
 _ANYWHERE = frozenset({"", "0.0.0.0", "::", "[::]", "*"})  # noqa: S104 - not to bind
 
@@ -17,6 +22,8 @@ def parse_address(text: str, name: str, *, lowest_port: int = 0) -> tuple[str, i
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isascii() and port.isdecimal() and len(port) <= 5):
         raise BadConfig(f"{name} is {quoted(text)}, expected host:port", param=name)
+    if not host.isprintable() or _NO_HOST.search(host) or len(host) > _MAX_HOST_CHARS:
+        raise BadConfig(f"{name} is {quoted(text)}, expected host:port, where {_HOST_IS}", param=name)
     if not lowest_port <= int(port) <= _MAX_PORT:
         raise BadConfig(f"{name} is {quoted(text)}, expected a port from {lowest_port} to {_MAX_PORT}", param=name)
     if host.startswith("[") and host.endswith("]"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import isnan
+
 from baton import errors
+from baton.names import check_model_name, check_node_id
 from baton.timeline import Recorded
 from baton.types import (
     Failure,
@@ -22,6 +25,10 @@ from baton.types import (
 )
 from baton.v1 import common_pb2 as pb
 from baton.v1 import node_pb2
+
+_MAX_BLAMED_CHARS = 255
+# Of what a peer says that something took: longer than any request or stall lasts.
+_MAX_DURATION_S = 1e7
 
 _ROLE_TO_PB = {
     Role.PREFILL: pb.Role.ROLE_PREFILL,
@@ -115,10 +122,16 @@ def sequence_to_pb(spec: SequenceSpec) -> pb.Sequence:
 
 def logprobs_from_pb(msg: pb.PositionLogprobs) -> PositionLogprobs:
     return PositionLogprobs(
-        chosen=TokenLogprob(msg.chosen.token_id, msg.chosen.logprob),
+        chosen=_logprob_from_pb(msg.chosen),
         rank=msg.rank,
-        top=tuple(TokenLogprob(t.token_id, t.logprob) for t in msg.top),
+        top=tuple([_logprob_from_pb(t) for t in msg.top]),
     )
+
+
+def _logprob_from_pb(msg: pb.TokenLogprob) -> TokenLogprob:
+    if isnan(msg.logprob):
+        raise errors.InvalidRequest(f"logprob of token {msg.token_id} is nan, expected a number", param="logprobs")
+    return TokenLogprob(msg.token_id, msg.logprob)
 
 
 def logprobs_to_pb(position: PositionLogprobs) -> pb.PositionLogprobs:
@@ -172,7 +185,11 @@ def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
 
 
 def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
+    """Raises BadConfig for names that logs and labels of metrics cannot carry."""
     m = msg.model
+    check_node_id(msg.node_id)
+    if m.name:
+        check_model_name(m.name)
     return NodeDescription(
         node_id=msg.node_id,
         incarnation=msg.incarnation,
@@ -229,7 +246,7 @@ def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
         num_waiting=msg.num_waiting,
         num_running=msg.num_running,
         running_tokens=msg.running_tokens,
-        stalled_s=msg.stalled_s,
+        stalled_s=duration_from_pb("stalled_s", msg.stalled_s),
         prompt_blocks=msg.prompt_blocks,
         sending_blocks=msg.sending_blocks,
         leased_blocks=msg.leased_blocks,
@@ -282,7 +299,9 @@ def lease_to_pb(lease: Lease) -> pb.Lease:
 
 
 def failure_from_pb(msg: pb.Failure) -> Failure:
-    return Failure(msg.code, msg.message, msg.retryable, msg.blamed_node_id)
+    """A code outside the error tree is an InternalError: codes are labels of metrics, which no peer may make."""
+    error = errors.from_code(msg.code, msg.message)
+    return Failure(error.code, error.message, msg.retryable, errors.shortened(msg.blamed_node_id, _MAX_BLAMED_CHARS))
 
 
 def failure_to_pb(failure: Failure) -> pb.Failure:
@@ -298,14 +317,22 @@ def failure_of(error: errors.BatonError, blamed_node_id: str = "") -> Failure:
     return Failure(error.code, error.message, error.retryable, blamed_node_id)
 
 
+def duration_from_pb(name: str, value_s: float) -> float:
+    """Raises InvalidRequest: a NaN would stay in the sum of a histogram for as long as the process lives."""
+    if not 0 <= value_s <= _MAX_DURATION_S:
+        expected = f"a number of seconds from 0 to {_MAX_DURATION_S:g}"
+        raise errors.InvalidRequest(f"{name} is {value_s:g}, expected {expected}", param=name)
+    return value_s
+
+
 def report_from_pb(msg: pb.TransferReport) -> TransferReport:
     return TransferReport(
         transport=msg.transport,
         layerwise=msg.layerwise,
         num_bytes=msg.num_bytes,
         num_blocks=msg.num_blocks,
-        total_s=msg.total_s,
-        exposed_s=msg.exposed_s,
+        total_s=duration_from_pb("total_s", msg.total_s),
+        exposed_s=duration_from_pb("exposed_s", msg.exposed_s),
         retransmits=msg.retransmits,
     )
 

@@ -35,6 +35,10 @@ def names_in(folder: Path) -> list[str]:
 def check_readable(path: Path) -> None:
     """Raise UnsupportedModel unless ``path`` is a file that this process may read and that holds something."""
     try:
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            # A pipe would be waited for without an end.
+            raise UnsupportedModel(f"{path} is a pipe, socket or device, expected a file")
         with path.open("rb") as file:
             head = file.read(len(_LFS_HEAD))
     except OSError as error:

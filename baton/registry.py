@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
 from collections.abc import AsyncGenerator, Awaitable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -25,8 +24,9 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 
-from baton.address import parse_address
+from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, Unavailable, quoted
+from baton.names import check_cluster
 from baton.types import Role
 
 _T = TypeVar("_T")
@@ -34,7 +34,6 @@ _T = TypeVar("_T")
 # A view is bounded, whatever somebody has put into the database.
 MAX_NODES = 4096
 _SCHEMES = ("redis", "rediss", "unix")
-_CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 # KEYS: record, index. ARGV: incarnation, "1" to take over from another incarnation, ttl in ms, address, channel, then
 # the record's fields and values. Returns the incarnation that holds the address instead, or "".
@@ -57,6 +56,8 @@ return 1
 """
 # KEYS as above. ARGV: address. The node may have registered again since it was seen to be gone.
 _PRUNE = "if redis.call('EXISTS', KEYS[1]) == 0 then return redis.call('SREM', KEYS[2], ARGV[1]) end return 0"
+# KEYS: index. Nobody sees what is written; a Redis that is full, a replica or read-only refuses the first command.
+_TRY = "redis.call('SADD', KEYS[1], 'a try') return redis.call('SREM', KEYS[1], 'a try')"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,9 +83,11 @@ class NodeRecord:
     def parse(cls, fields: Mapping[str, str]) -> NodeRecord:
         """Raises ValueError for what no node of ours has written."""
         try:
-            parse_address(fields.get("address", ""), "address", lowest_port=1)
+            host, _ = parse_address(fields.get("address", ""), "address", lowest_port=1)
         except BadConfig as error:
             raise ValueError(error.message) from error
+        if is_anywhere(host):
+            raise ValueError(f"address is {quoted(fields['address'])}, which nobody can dial")
         incarnation = fields.get("incarnation", "")
         if not incarnation.isascii() or not incarnation.isdigit() or len(incarnation) > 20:
             raise ValueError(f"incarnation is {quoted(fields.get('incarnation'))}, expected a number")
@@ -95,13 +98,6 @@ class NodeRecord:
             home_role=Role(fields.get("home_role", "")),
             fingerprint=fields.get("fingerprint", ""),
         )
-
-
-def check_cluster(name: str) -> None:
-    """A name that keys of Redis and labels of metrics can have. Raises BadConfig."""
-    if not _CLUSTER.fullmatch(name):
-        expected = "up to 64 letters, digits, '.', '_', '-'"
-        raise BadConfig(f"cluster is {quoted(name)}, expected {expected}", param="cluster")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +138,7 @@ class Registry:
         self._register = self._redis.register_script(_REGISTER)
         self._leave = self._redis.register_script(_LEAVE)
         self._prune = self._redis.register_script(_PRUNE)
+        self._try = self._redis.register_script(_TRY)
 
     async def register(self, record: NodeRecord, ttl_s: float, *, takes_over: bool) -> int | None:
         """Write or renew the record. Another incarnation that holds the address is returned, unless it is replaced."""
@@ -161,6 +158,10 @@ class Registry:
         """Take the record out, if it is still this incarnation's."""
         arguments: list[str | int] = [record.incarnation, record.address, self._channel]
         await self._call(self._leave(keys=self._keys(record.address), args=arguments))
+
+    async def check_writable(self) -> None:
+        """Whether nodes could register, which reading does not tell."""
+        await self._call(self._try(keys=[self._index], args=[]))
 
     async def nodes(self) -> tuple[list[NodeRecord], list[str]]:
         """Everybody whose lease has not expired, by address; and what was wrong with records that were left out."""

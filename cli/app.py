@@ -20,7 +20,7 @@ from rich.console import Console
 from baton import __version__
 from baton.address import join_address, parse_address
 from baton.client import Client, Options
-from baton.errors import BadConfig, InvalidRequest, Unavailable
+from baton.errors import BadConfig, DeadlineExceeded, InvalidRequest, Unavailable
 from baton.types import SamplingParams
 from cli import ask, model_source, preflight
 from cli import host as host_facts
@@ -256,7 +256,7 @@ def up(
 
     console = Console(stderr=True, soft_wrap=True)
     # What a worker would refuse is told here, before anything starts.
-    _transports(transport)
+    preflight.hardware(kernels.value, _transports(transport))
     _one_kv_size(kv_mib, num_blocks)
     Peaks(peak_tflops * 1e12, peak_gbps * 1e9)
     engine = EngineConfig(
@@ -373,6 +373,7 @@ def worker(
     host, port = parse_address(listen, "--listen")
     folder = model_source.resolve(model)
     preflight.model_files(folder)
+    preflight.hardware(kernels.value, _transports(transport))
     config = WorkerConfig(
         model=folder,
         role=Role(role.value),
@@ -645,6 +646,8 @@ def _advertised(host: str) -> str:
 
 
 def _standard_input() -> str:
+    if sys.stdin is None:
+        raise InvalidRequest("standard input is closed, expected the prompt there")
     try:
         return typer.get_text_stream("stdin").read()
     except UnicodeDecodeError as error:
@@ -672,6 +675,7 @@ def _log_to_stderr() -> None:
 
 
 # What gRPC says when it reaches nobody.
+_NO_ANSWER_IN_TIME = "Deadline Exceeded"
 _NOBODY_THERE = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 
@@ -687,6 +691,11 @@ def _client(address: str, api_keys: str) -> Iterator[Client]:
                 raise
             hint = f"no answer from a router at {address} ({error.message}); `baton up` starts one"
             raise Unavailable(hint) from error
+        except DeadlineExceeded as error:
+            if error.message != _NO_ANSWER_IN_TIME:
+                raise
+            message = f"{address} takes connections and does not answer in time; is it the gRPC port of a router?"
+            raise DeadlineExceeded(message) from error
 
 
 def _version(is_asked: bool) -> None:

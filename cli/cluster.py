@@ -183,7 +183,15 @@ async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Wo
     """What the router would refuse, and a Redis that it would wait for, before anything starts."""
     registry = RegistryConfig(options.registry, options.cluster_name) if options.registry else None
     nodes = () if registry is not None else tuple(worker.address for worker in workers)
-    RouterConfig(nodes=nodes, registry=registry, model_folder=folder, api_keys=options.api_keys)
+    RouterConfig(
+        nodes=nodes,
+        registry=registry,
+        cluster=options.cluster_name,
+        model_folder=folder,
+        model_name=options.model_name or model_source.name_of(options.model),
+        api_keys=options.api_keys,
+    )
+    preflight.tokenizer_files(folder, options.generation_config)
     if options.otel:
         spans.check_installed()
     if registry is not None:

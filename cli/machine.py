@@ -152,6 +152,7 @@ def registry(url: str, cluster: str) -> Finding:
     async def look(config: RegistryConfig) -> str:
         registry = Registry(config)
         try:
+            await registry.check_writable()
             nodes, _ = await registry.nodes()
         finally:
             await registry.close()

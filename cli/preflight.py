@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING
 
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
-from baton.files import check_readable
 from baton.registry import Registry, RegistryConfig
 from cli.host import gpus
 from cli.process import ReservedPort
-from engine.shards import weight_files
 
 if TYPE_CHECKING:
     from engine.config import EngineConfig
@@ -109,9 +107,10 @@ async def registry_answers(config: RegistryConfig) -> None:
     """Ends within seconds: RegistryConfig.timeout_s bounds it."""
     registry = Registry(config)
     try:
-        await registry.nodes()
+        await registry.check_writable()
     except Unavailable as error:
-        message = f"{error.message.rstrip('.')}; start redis-server there, or give --registry the URL of one that runs"
+        cure = "start redis-server there, or give --registry the URL of one that runs and can be written"
+        message = f"{error.message.rstrip('.')}; {cure}"
         raise BadConfig(message, param="registry") from error
     finally:
         await registry.close()
@@ -128,13 +127,36 @@ def worker_packages() -> None:
 
 
 def model_files(folder: Path) -> None:
-    """What a worker needs is there and can be opened. Raises UnsupportedModel; reads no weights."""
+    """What a worker needs is there, whole, and can be opened. Raises UnsupportedModel; reads no weights."""
     from engine.config import ModelConfig
+    from engine.shards import open_weights, weight_files
 
     ModelConfig.from_folder(folder)
     files, _ = weight_files(folder)
     for path in files:
-        check_readable(path)
+        with open_weights(path, "numpy"):
+            pass
+
+
+def tokenizer_files(folder: Path, generation_config: str) -> None:
+    """What a router reads of the folder can be read. Raises UnsupportedModel, BadConfig."""
+    from router.model_files import load_facts
+    from router.tokenizer import Tokenizer
+
+    load_facts(folder, sampling_defaults=generation_config == "auto")
+    Tokenizer.load(folder)
+
+
+def hardware(kernels: str, transports: Sequence[str]) -> None:
+    """Whether kernels and transports that were asked for have the GPU they need. Raises BadConfig."""
+    from kvtransfer.config import TransferConfig
+
+    if gpus():
+        return  # Each worker looks at its own.
+    if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
+        message = "--kernels triton needs an NVIDIA GPU, and nvidia-smi lists none here; give --kernels auto or cpu"
+        raise BadConfig(message, param="kernels")
+    TransferConfig(transports=tuple(transports)).over(on_device=False)
 
 
 def memory(folder: Path, engine: EngineConfig, num_workers: int) -> None:

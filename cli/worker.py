@@ -24,7 +24,8 @@ from baton.defects import Defects
 from baton.errors import BadConfig, InternalError
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
-from baton.registry import NodeRecord, Registry, RegistryConfig, check_cluster
+from baton.names import check_cluster, check_model_name, check_node_id
+from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.server import GrpcServer
 from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
@@ -111,6 +112,13 @@ class WorkerConfig:
             if not 0 < value < float("inf"):
                 raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
         check_cluster(self.cluster)
+        if self.node_id:
+            check_node_id(self.node_id)
+        if self.model_name:
+            check_model_name(self.model_name)
+        if self.advertise_host and is_anywhere(self.advertise_host):
+            message = f"advertise_host is {self.advertise_host}, which nobody can dial: expected a host to reach it at"
+            raise BadConfig(message, param="advertise_host")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
             raise BadConfig(f"metrics_port is {self.metrics_port}, expected a port, 0 or None", param="metrics_port")
         if self.num_blocks is not None and self.num_blocks < 1:
@@ -197,7 +205,9 @@ class _Worker:
         self._registration: Registration | None = None
         clock = MonotonicClock()
         timeline = Timeline()
-        transfer = TransferConfig(transports=config.transports, digest=config.digest)
+        # Others may reach this worker at a name that is not known here, or at an address that is not its own.
+        listen_host = host_of(config.listen).strip("[]")
+        transfer = TransferConfig(transports=config.transports, digest=config.digest, tcp_listen_host=listen_host)
         transfer = transfer.over(on_device=isinstance(arena, DeviceArena))
         if config.layerwise_from_bytes is not None:
             at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)

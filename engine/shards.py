@@ -1,12 +1,15 @@
-"""Which files of a folder hold the weights, and whether their index agrees with them. No torch; opens no weights."""
+"""Which files of a folder hold the weights, whether each is whole, and whether the index agrees with them. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from baton.errors import UnsupportedModel, quoted
-from baton.files import is_there, names_in, read_object
+from baton.files import check_readable, is_there, names_in, read_object
 
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -32,6 +35,17 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
     others = [n for n in names_in(folder) if n.endswith((".bin", ".pt", ".pth", ".gguf", ".safetensors"))]
     found = named("", others).strip() or "no weights"
     raise UnsupportedModel(f"{folder} holds {found}; expected {_SINGLE} or {_INDEX}")
+
+
+def open_weights(path: Path, framework: str = "pt") -> Any:
+    """The file, mapped into memory: a context manager. Raises UnsupportedModel for one that is not whole."""
+    check_readable(path)
+    try:
+        return safe_open(path, framework=framework)
+    except (OSError, SafetensorError) as error:
+        raise UnsupportedModel(
+            f"{path} ({path.stat().st_size} bytes) is no whole safetensors file: {error}; download it again"
+        ) from error
 
 
 def check_map(folder: Path, weight_map: Mapping[str, str], places: Mapping[str, str]) -> None:

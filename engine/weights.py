@@ -15,13 +15,11 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from baton.errors import UnsupportedModel
-from baton.files import check_readable
 from engine.config import ModelConfig
-from engine.shards import check_map, named, weight_files
+from engine.shards import check_map, named, open_weights, weight_files
 
 _FLOATS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # Buffers that older checkpoints saved and that are computed here, from the config.
@@ -99,14 +97,8 @@ class Checkpoint:
         return config
 
     def _open(self, path: Path) -> None:
-        check_readable(path)
-        try:
-            shard = self._stack.enter_context(safe_open(path, framework="pt"))
-            names = shard.keys()
-        except (OSError, SafetensorError) as error:
-            raise UnsupportedModel(
-                f"{path} ({path.stat().st_size} bytes) is no whole safetensors file: {error}; download it again"
-            ) from error
+        shard = self._stack.enter_context(open_weights(path))
+        names = shard.keys()
         twice = [name for name in names if name in self._files]
         if twice:
             raise UnsupportedModel(named(f"{path} and another file of its folder both hold", twice))

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from baton.address import parse_address
+from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, quoted
-from baton.registry import RegistryConfig, check_cluster
+from baton.names import check_cluster, check_model_name
+from baton.registry import RegistryConfig
 from router.flow import FlowConfig
 from router.membership import MembershipConfig
 from router.policy import PolicyConfig
@@ -145,9 +146,12 @@ class RouterConfig:
         has_source = len(self.nodes) > 0 or self.registry is not None
         _check(has_source, "nodes", self.nodes, "at least one host:port, or a registry")
         check_cluster(self.cluster)
+        if self.model_name is not None:
+            check_model_name(self.model_name)
         _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
         for address in self.nodes:
-            parse_address(address, "nodes", lowest_port=1)
+            host, _ = parse_address(address, "nodes", lowest_port=1)
+            _check(not is_anywhere(host), "nodes", address, "a host that can be dialled, the node's own")
         is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
         _check(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
         for name in ("http_port", "grpc_port"):

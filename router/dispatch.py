@@ -21,7 +21,7 @@ from baton.clock import Clock, catch_up_s
 from baton.defects import Defects, LogLimit
 from baton.observe import FailedAttempt, Relay
 from baton.registry import NodeRecord
-from baton.types import NodeDescription, NodeStatus, Role, SamplingParams
+from baton.types import Failure, NodeDescription, NodeStatus, Role, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow_messages as f
 from router import membership as m
@@ -427,21 +427,22 @@ class Dispatcher:
             self._loads.confirm(lease.sequence_id)
         self._take(node_id, message.reserved, lambda x: _reserved(x, address))
         for refused in message.refused:
-            self._metrics.reservation_refusals.add(refused.failure.code)
-            self._log_refusal(node_id, refused)
+            failure = codec.failure_from_pb(refused.failure)
+            self._metrics.reservation_refusals.add(failure.code)
+            self._log_refusal(node_id, refused.sequence_id, failure)
         self._take(node_id, message.refused, _refused)
-        self._take(node_id, message.joined, lambda x: f.Joined(x.sequence_id, x.wait_s))
+        self._take(node_id, message.joined, _joined)
         self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
         self._take(node_id, message.failed, lambda x: _failed(node_id, x))
         self._heard(address, message.status if message.HasField("status") else None)
 
-    def _log_refusal(self, node_id: str, refused: node_pb2.SequenceFailed) -> None:
+    def _log_refusal(self, node_id: str, sequence_id: str, failure: Failure) -> None:
         """A node without room is nothing to tell; one that refuses for another reason is."""
-        code = refused.failure.code
+        code = failure.code
         if code in _NO_ROOM or (more := self._failure_limit.admits(f"{node_id}/refused/{code}")) is None:
             return
-        message = errors.shortened(refused.failure.message, 300)
-        _log.warning("%s: %s refused a reservation: %s: %s%s", refused.sequence_id, node_id, code, message, more)
+        about, message = errors.quoted(sequence_id), errors.quoted(failure.message)
+        _log.warning("%s: %s refused a reservation: %s: %s%s", about, node_id, code, message, more)
 
     def _take(self, node_id: str, items: Iterable[_Item], event_of: Callable[[_Item], f.Event]) -> None:
         """Each item to its sequence's flow; a sequence that is over hears nothing.
@@ -823,9 +824,13 @@ def _message_of(action: f.Action) -> Message | None:
 
 
 def _prefill_done(done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
-    return f.PrefillDone(
-        done.sequence_id, done.queue_s, done.compute_s, done.num_computed_tokens, done.num_cached_tokens
-    )
+    queue_s = codec.duration_from_pb("queue_s", done.queue_s)
+    compute_s = codec.duration_from_pb("compute_s", done.compute_s)
+    return f.PrefillDone(done.sequence_id, queue_s, compute_s, done.num_computed_tokens, done.num_cached_tokens)
+
+
+def _joined(joined: node_pb2.DecodeSessionResponse.Joined) -> f.Event:
+    return f.Joined(joined.sequence_id, codec.duration_from_pb("wait_s", joined.wait_s))
 
 
 def _handed_off(over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:

@@ -45,6 +45,19 @@ def dialled() -> set[tuple[str, int]]:
     return {(c.raddr.ip.removeprefix("::ffff:"), c.raddr.port) for c in found if c.status == "ESTABLISHED"}
 
 
+async def test_data_is_listened_for_where_the_worker_listens_and_not_where_it_is_advertised(tmp_path: Path) -> None:
+    """Others may reach it by a name that this machine does not know, or by an address of a proxy."""
+    settings = {"listen": "127.0.0.1:0", "advertise_host": "nobody.invalid", "transports": ("tcp",)}
+    async with worker(tmp_path, "d0", Role.DECODE, **settings) as decode:
+        assert decode.address.startswith("nobody.invalid:")
+        own = {
+            c.laddr.ip.removeprefix("::ffff:")
+            for c in psutil.Process(os.getpid()).net_connections("tcp")
+            if c.status == "LISTEN"
+        }
+        assert own == {"127.0.0.1"}
+
+
 async def test_kv_moves_between_nodes_that_listen_everywhere(tmp_path: Path) -> None:
     everywhere = {"listen": "0.0.0.0:0", "transports": ("tcp",)}
     async with (

@@ -90,6 +90,19 @@ def refused(said: Said, *parts: str) -> None:
         ([*UP, "--api-key", "a b"], ["api_keys", "without spaces"]),
         ([*UP, "--registry", "redis://:secret@h:70000"], ["redis://h:70000", "Port out of range"]),
         ([*UP, "--registry", "http://h"], ["registry is 'http://h'", "redis://host:port"]),
+        ([*UP, "--cluster", "a:b"], ["cluster is 'a:b'", "letters"]),
+        ([*UP, "--model-name", "a\nb"], ["model_name is 'a\\nb'", "printable"]),
+        ([*UP, "--model-name", " "], ["model_name is ' '", "printable"]),
+        ([*UP, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),
+        ([*UP, "--kernels", "triton"], ["--kernels triton", "NVIDIA GPU"]),
+        ([*WORKER, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),
+        ([*WORKER, "--kernels", "triton"], ["--kernels triton", "NVIDIA GPU"]),
+        ([*WORKER, "--model-name", "x" * 300], ["model_name", "1 to 255 printable"]),
+        ([*WORKER, "--node-id", "a\nb"], ["node_id is 'a\\nb'"]),
+        ([*WORKER, "--node-id", "x" * 300], ["node_id is 'xxx", "1 to 255 printable"]),
+        ([*WORKER, "--advertise", "0.0.0.0"], ["advertise_host is 0.0.0.0, which nobody can dial"]),
+        ([*WORKER, "--advertise", "a b"], ["--advertise", "expected host:port"]),
+        ([*WORKER, "--advertise", "x" * 300], ["--advertise", "up to 253 characters"]),
         ([*WORKER, "--listen", "nobody.invalid:0"], ["--listen", "'nobody.invalid' does not resolve"]),
         ([*WORKER, "--listen", "127.0.0.1"], ["--listen is '127.0.0.1', expected host:port"]),
         ([*WORKER, "--listen", "127.0.0.1:70000"], ["--listen", "a port from 0 to 65535"]),
@@ -101,6 +114,9 @@ def refused(said: Said, *parts: str) -> None:
         (ROUTER[:-2], ["--node HOST:PORT", "--registry redis://"]),
         ([*ROUTER, "--node", ""], ["--node is ''", "expected host:port"]),
         ([*ROUTER, "--node", "127.0.0.1:0"], ["--node is '127.0.0.1:0'", "from 1"]),
+        ([*ROUTER, "--node", "0.0.0.0:7001"], ["nodes is '0.0.0.0:7001'", "can be dialled"]),
+        ([*ROUTER, "--node", "http://h:7001"], ["--node is 'http://h:7001'", "the host is an address or a name"]),
+        ([*ROUTER, "--model-name", "a\x1bb"], ["model_name", "printable"]),
         ([*ROUTER, "--node", "127.0.0.1:1"], ["--node 127.0.0.1:1 is given 2 times"]),
         ([*ROUTER, "--http", "127.0.0.1:²"], ["--http", "expected host:port"]),
         ([*ROUTER, "--http", "127.0.0.1:9", "--grpc", "127.0.0.1:9"], ["--http and --grpc are both 127.0.0.1:9"]),
@@ -122,8 +138,10 @@ def refused(said: Said, *parts: str) -> None:
     ids=lambda value: " ".join(value)[:60].replace(MODEL, "M") if isinstance(value, list) else None,
 )
 def test_a_wrong_value_is_named_before_anything_starts(
-    baton: Callable[..., Said], arguments: list[str], parts: list[str]
+    baton: Callable[..., Said], arguments: list[str], parts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")  # no nvidia-smi
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     refused(baton(*arguments), *parts)
 
 
@@ -148,7 +166,10 @@ def test_a_port_that_is_taken_is_named_with_its_cure(baton: Callable[..., Said],
 
 def test_a_worker_looks_at_its_port_before_it_loads(baton: Callable[..., Said], tmp_path: Path) -> None:
     for path in Path(MODEL).iterdir():
-        (tmp_path / path.name).write_bytes(b"no tensors" if path.suffix == ".safetensors" else path.read_bytes())
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = tmp_path / "config.json"
+    # Of a layer more than there are tensors for, which loading would find.
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         refused(baton("worker", "--model", str(tmp_path), "--role", "mixed", "--listen", address), "--listen", address)
@@ -169,6 +190,24 @@ def test_a_model_that_is_not_whole_is_refused_at_once(
     refused(baton(*command, "--model", str(tmp_path)), "model.safetensors.index.json", "index")
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     refused(baton(*command, "--model", str(tmp_path)), "model-1.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "parts"),
+    [
+        ("model.safetensors", b"\xff" * 100, ["model.safetensors", "no whole safetensors file"]),
+        ("tokenizer.json", b"{}", ["tokenizer.json cannot be loaded"]),
+        ("tokenizer_config.json", b"[]", ["tokenizer_config.json holds [], expected a JSON object"]),
+        ("generation_config.json", b'{"temperature": -1}', ["temperature is -1.0", "--generation-config none"]),
+    ],
+)
+def test_what_a_child_would_refuse_of_the_model_is_refused_before_one_starts(
+    baton: Callable[..., Said], tmp_path: Path, name: str, content: bytes, parts: list[str]
+) -> None:
+    for path in Path(MODEL).iterdir():
+        if path.is_file():
+            (tmp_path / path.name).write_bytes(content if path.name == name else path.read_bytes())
+    refused(baton("up", "--model", str(tmp_path), "--http-port", "0", "--grpc-port", "0"), *parts)
 
 
 @contextlib.contextmanager
@@ -257,6 +296,34 @@ async def test_chat_says_at_once_that_there_is_no_template() -> None:
 
         with pytest.raises(InvalidRequest, match=r"serves no conversations: .*tokenizer"):
             await asyncio.to_thread(talk, router.grpc)
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["doctor"], ["health", "127.0.0.1:1"], ["--help"]], ids=" ".join)
+def test_output_that_cannot_be_written_is_one_line(arguments: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "baton", *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Unavailable: the output cannot be written: No space left on device")
+
+
+def test_a_prompt_from_a_closed_standard_input_is_one_line(
+    baton: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    refused(baton("generate", "-", "--router", "127.0.0.1:1"), "standard input is closed")
+
+
+def test_a_port_that_takes_connections_and_says_nothing_is_named(
+    baton: Callable[..., Said], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with deaf() as port:
+        said = baton("status", "--router", f"127.0.0.1:{port}")
+    assert said.exit_code == 1
+    assert f"127.0.0.1:{port} takes connections and does not answer in time" in said.line
 
 
 class _Unread(ask.Console):

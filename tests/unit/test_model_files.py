@@ -45,6 +45,11 @@ def _cut(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
+def _become_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 def _become_folder(path: Path) -> None:
     path.unlink()
     path.mkdir()
@@ -56,12 +61,13 @@ def _become_folder(path: Path) -> None:
     [
         (_lfs, "is a git-lfs pointer and not the file itself: run `git lfs pull`"),
         (_dangle, "blobs/gone, which does not exist"),
+        (_become_pipe, "is a pipe, socket or device"),
         (_become_folder, "is a folder, expected a file"),
         (lambda path: path.write_bytes(b""), "is empty"),
         (lambda path: path.write_bytes(b"\xff\xfe" * 50), "no whole safetensors|is not UTF-8"),
         (_cut, "no whole safetensors|is not JSON"),
     ],
-    ids=["lfs", "dangling", "folder", "empty", "binary", "cut"],
+    ids=["lfs", "dangling", "pipe", "folder", "empty", "binary", "cut"],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(
     folder: Path, name: str, spoil: Callable[[Path], object], said: str

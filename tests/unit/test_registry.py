@@ -47,6 +47,20 @@ async def test_records_come_back_as_they_were_written(registry: Registry) -> Non
     assert await registry.nodes() == ([OTHER], [])
 
 
+async def test_a_redis_that_takes_nothing_is_noticed_before_anybody_registers(redis_server: RedisServer) -> None:
+    registry = Registry(RegistryConfig(redis_server.url))
+    try:
+        await registry.check_writable()
+        assert await registry.nodes() == ([], [])
+        await registry._redis.config_set("maxmemory", "1")
+        assert await registry.nodes() == ([], [])
+        with pytest.raises(Unavailable, match="OutOfMemoryError"):
+            await registry.check_writable()
+    finally:
+        await registry._redis.config_set("maxmemory", "0")
+        await registry.close()
+
+
 async def test_an_expired_record_is_gone_and_its_address_is_swept_out(registry: Registry) -> None:
     await registry.register(RECORD, 0.1, takes_over=True)
     await registry.register(OTHER, 10.0, takes_over=True)
