@@ -141,8 +141,8 @@ class Member:
     """One address."""
 
     __slots__ = (
-        "address", "failures", "heard_s", "incarnation", "is_fixed", "is_listed", "node", "reason", "redial_s", "state",
-        "status",
+        "address", "failures", "heard_s", "incarnation", "is_fixed", "is_listed", "lost_reason", "node", "reason",
+        "redial_s", "state", "status",
     )  # fmt: skip
 
     def __init__(self, address: str, *, is_fixed: bool) -> None:
@@ -162,6 +162,8 @@ class Member:
         # When to dial; None while a connection exists or is being made.
         self.redial_s: float | None = None
         self.reason = ""
+        # Why it was lost; what came of dialling it since then stands behind it in `reason`.
+        self.lost_reason = ""
 
     @property
     def is_up(self) -> bool:
@@ -285,7 +287,11 @@ class Membership:
         member.state = State.LOST if member.node is not None else State.CONNECTING
         if has_left:
             member.state = State.LEFT
-        member.reason, member.redial_s = reason, now + wait_s
+        if was_up:
+            member.lost_reason = reason
+        is_news = member.state is State.LOST and member.lost_reason not in ("", reason)
+        member.reason = f"{member.lost_reason}; since then: {reason}" if is_news else reason
+        member.redial_s = now + wait_s
         actions: list[Action] = []
         if was_up:
             assert member.node is not None
@@ -322,6 +328,7 @@ class Membership:
                 return []  # We have met the new one already, or nobody whom the registry knows.
             node_id = member.node.node_id
             member.state, member.reason = State.LOST, "another incarnation registered at its address"
+            member.lost_reason = member.reason
             member.redial_s, member.failures = None, 0
             return [HangUp(member.address), NodeDown(node_id, member.reason), Dial(member.address)]
         if member.redial_s is not None:

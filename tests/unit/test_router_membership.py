@@ -37,6 +37,21 @@ def test_silence_makes_suspect_then_lost_then_redialled() -> None:
     assert machine.handle(m.Tick(), 3.5) == [m.Dial("a:1")]
 
 
+def test_a_lost_node_says_why_it_was_lost_and_what_came_of_dialling_it() -> None:
+    machine = membership()
+    machine.handle(m.Broken("a:1", "reset by peer"), 1.0)
+    assert machine.members["a:1"].reason == "reset by peer"
+    for now in (2.0, 3.0):
+        assert machine.handle(m.Tick(), now) == [m.Dial("a:1")]
+        machine.handle(m.Broken("a:1", "refused"), now)
+        assert machine.members["a:1"].reason == "reset by peer; since then: refused"
+    machine.handle(m.Tick(), 6.0)
+    machine.handle(m.Welcomed("a:1", NODE, STATUS), 6.0)
+    assert machine.members["a:1"].reason == ""
+    machine.handle(m.Broken("a:1", "again"), 7.0)
+    assert machine.members["a:1"].reason == "again"
+
+
 def test_a_router_that_was_late_itself_counts_that_time_as_nobodys_silence() -> None:
     machine = membership()
     assert machine.handle(m.Tick(late_s=2.9), 3.0) == []
