@@ -28,8 +28,7 @@ class LimitsConfig:
     max_client_share: float = 0.5
     # Sequences of one client that run at once while others are there, for each node that generates; the rest waits in
     # the router. Every step computes all of a node's sequences, so one client's many make another's tokens slow. With a
-    # small model on a CPU a step takes about as long as it has sequences: one beside another client's costs that one a
-    # tenth of its tokens, two a third, eight two thirds.
+    # small model on a CPU a step takes 1.2 ms for one sequence, 2 ms for two and 3.5 ms for nine of 1,500 tokens.
     max_client_running: int = 8
     max_client_running_cpu: int = 1
     # A client has the nodes to itself when nobody else has had anything here for so long. When another comes, what it

@@ -745,8 +745,8 @@ class Dispatcher:
         return sum(each) or limits.max_client_running_cpu
 
     def _make_room(self, newcomer: str) -> None:
-        """A client that was alone has all nodes: what it may not have beside another goes back to the queue, the youngest
-        first. To wait for their ends would take the newcomer minutes, and slow steps after that."""
+        """A client that was alone has all nodes: what it may not have beside another goes back to the queue, the
+        youngest first. To wait for their ends would take the newcomer minutes, and slow steps after that."""
         client, num = self._queue.crowding(newcomer, self._max_client_running())
         if num:
             running = [x for x in reversed(self._by_sequence.values()) if x.client == client]

@@ -90,8 +90,8 @@ class Waiting(Generic[ItemT]):
             del self._num_running[client]
 
     def crowding(self, newcomer: str, max_running: int) -> tuple[str, int]:
-        """Which client has more on the nodes than it may beside ``newcomer``, and how many. Only one that was alone does,
-        and only while nobody else has anything there."""
+        """Which client has more on the nodes than it may beside ``newcomer``, and how many. Only one that was alone
+        does, and only while nobody else has anything there."""
         if len(self._num_running) == 1:
             ((client, num),) = self._num_running.items()
             if client != newcomer:
