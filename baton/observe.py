@@ -272,14 +272,18 @@ class Lifeline:
         )  # fmt: skip
         self._failures.append(failure)
         self.attempts += 1
+        self.set_aside(now)
+        return failure
+
+    def set_aside(self, now: float) -> None:
+        """The attempt is over before the sequence is, another follows."""
+        if self._alive_s is None:
+            self._alive_s = self._last_sign_s(now)
         self._transfer = self._handed_off_s = self._joined_s = None
         self._lease_wait_s = 0.0
-        if self._alive_s is None:
-            self._alive_s = alive_s
         if self._first_token_s is None:
             self._attempt = _Attempt(now)
         self._sent_s = None
-        return failure
 
     def _last_sign_s(self, now: float) -> float:
         """The present attempt's last token, or its dispatch, whichever is later."""

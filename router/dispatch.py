@@ -264,6 +264,7 @@ class Dispatcher:
         self._active.add(active)
         self._idle.clear()
         self._feed(active, f.Begin())
+        self._make_room(client)
         self._pump()
         return active
 
@@ -482,6 +483,9 @@ class Dispatcher:
         late_s, self._ticked_s = max(0.0, now - self._ticked_s - _TICK_S), now
         with self._defects.contained("membership"):
             self._do_membership(self._membership.handle(m.Tick(late_s), now))
+        if self._queue:
+            # A client may be alone by now.
+            self._pump()
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
         for action in actions:
@@ -730,10 +734,24 @@ class Dispatcher:
 
     def _next(self) -> Active | None:
         """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
+        return self._queue.next(self._max_client_running(), self._clock.now())
+
+    def _max_client_running(self) -> int:
+        limits = self._config.limits
         available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
         generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
-        num_nodes = len(generating) or len(available) or 1
-        return self._queue.next(self._config.limits.max_client_running * num_nodes, self._clock.now())
+        nodes = [x.node for x in generating or available if x.node is not None]
+        each = (limits.max_client_running_cpu if x.device == "cpu" else limits.max_client_running for x in nodes)
+        return sum(each) or limits.max_client_running_cpu
+
+    def _make_room(self, newcomer: str) -> None:
+        """A client that was alone has all nodes: what it may not have beside another goes back to the queue, the
+        youngest first. To wait for their ends would take the newcomer minutes, and slow steps after that."""
+        client, num = self._queue.crowding(newcomer, self._max_client_running())
+        if num:
+            running = [x for x in reversed(self._by_sequence.values()) if x.client == client]
+            for active in running[:num]:
+                self._feed(active, f.MakeRoom())
 
     def _place_or_fail(self, active: Active) -> bool:
         try:

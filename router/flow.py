@@ -37,6 +37,7 @@ from router.flow_messages import (
     Event,
     HandedOff,
     Joined,
+    MakeRoom,
     NobodyThere,
     NodeFull,
     NodeLost,
@@ -201,6 +202,8 @@ class Flow:
                 return self._fail(event.error, now)
             case StopText():
                 return self._finish(Outcome(OutcomeKind.FINISHED, FinishReason.STOP), now, "stop string")
+            case MakeRoom():
+                return self._on_make_room(now)
             case Tick():
                 return self._on_tick(now)
 
@@ -447,6 +450,15 @@ class Flow:
         self._requeue()
         # The first rerun starts at once: the client's next token waits for it.
         return actions + self._enqueue_after(self._backoff_s(self.lifeline.attempts - 3), now)
+
+    def _on_make_room(self, now: float) -> list[Action]:
+        """No failure: nobody is blamed, and no attempt is used up."""
+        if self.placement is None:
+            return []
+        actions = self._leave("room for another client")
+        self.lifeline.set_aside(now)
+        self._requeue()
+        return [*actions, Enqueue(is_rerun=True)]
 
     def _leave(self, reason: str, lost: str = "") -> list[Action]:
         """Cancel the attempt wherever it may live and stop listening to it."""

@@ -142,13 +142,18 @@ class StopText:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeRoom:
+    """Others need the place: wait in the queue again, and go on from there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed `wake_at_s`."""
 
 
 Event = (
     Begin | Placed | NobodyThere | SomebodyThere | Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff
-    | SequenceFailed | NodeLost | Cancel | Abandon | StopText | Tick
+    | SequenceFailed | NodeLost | Cancel | Abandon | StopText | MakeRoom | Tick
 )  # fmt: skip
 
 

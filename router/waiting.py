@@ -89,6 +89,15 @@ class Waiting(Generic[ItemT]):
         else:
             del self._num_running[client]
 
+    def crowding(self, newcomer: str, max_running: int) -> tuple[str, int]:
+        """Which client has more on the nodes than it may beside ``newcomer``, and how many. Only one that was alone
+        does, and only while nobody else has anything there."""
+        if len(self._num_running) == 1:
+            ((client, num),) = self._num_running.items()
+            if client != newcomer:
+                return client, max(0, num - max_running)
+        return "", 0
+
     def is_alone(self, client: str, now: float) -> bool:
         """Nobody else has anything here, or has had lately."""
         if any(other != client for other in self._num_running):

@@ -203,6 +203,13 @@ class FlowMachine(RuleBasedStateMachine):
             self.lost[(sequence_id, node_id)] += 1
         self.feed(f.NodeLost(node_id, "killed"))
 
+    @rule(now=rarely(6))
+    def make_room(self, now: bool) -> None:
+        if now:
+            attempts = self.flow.lifeline.attempts
+            self.feed(f.MakeRoom())
+            assert self.flow.lifeline.attempts == attempts
+
     @rule(now=rarely(20))
     def timer(self, now: bool) -> None:
         if self.flow.wake_at_s == self.flow.deadline_s and not now:

@@ -100,7 +100,9 @@ def test_one_client_alone_has_everything_and_shares_when_another_comes(num: int)
         item = waiting.next(MAX_RUNNING, 0.0)
         assert item == Item("greedy", i)
         waiting.started(item)
+    assert waiting.crowding("greedy", MAX_RUNNING) == ("", 0)
     waiting.put(Item("polite", 0), 1.0)
+    assert waiting.crowding("polite", MAX_RUNNING) == ("greedy", max(0, num - MAX_RUNNING))
     started = []
     while (item := waiting.next(MAX_RUNNING, 1.0)) is not None:
         waiting.started(item)

@@ -9,7 +9,7 @@ import pytest
 
 import baton
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig
+from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Phase
 from router.keys import client_of
 from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until
@@ -62,6 +62,33 @@ async def test_a_greedy_client_leaves_nodes_and_queue_to_another(num: int) -> No
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)
+        await baseline(cluster)
+
+
+async def test_a_newcomer_does_not_wait_for_the_one_that_was_alone() -> None:
+    limits = LimitsConfig(max_client_running=2, client_alone_s=0.3)
+    async with (
+        FakeCluster(CONFIG, prefill=1, decode=1) as cluster,
+        router_beside(cluster, limits=limits, api_keys=("greedy", "polite")) as router,
+        baton.AsyncClient(router.grpc or "", api_key="greedy") as greedy,
+        baton.AsyncClient(router.grpc or "", api_key="polite") as polite,
+    ):
+        dispatcher = router.dispatcher
+
+        def num_of_greedy() -> int:
+            return sum(x.phase is Phase.DECODING for x in dispatcher.flows if x.max_tokens == 300)
+
+        calls = [asyncio.create_task(greedy.complete([i], max_tokens=300, seed=i)) for i in range(1, 9)]
+        await until(lambda: num_of_greedy() == 8)
+        async with asyncio.timeout(2):
+            done = await polite.complete([1, 2, 3], max_tokens=5, seed=0)
+        assert done.relay.router_queue_s < 0.5
+        assert num_of_greedy() <= 2
+        # Alone again, it has all of the node without anybody asking for anything.
+        await until(lambda: num_of_greedy() == 8)
+        for i, answer in enumerate(await asyncio.gather(*calls), 1):
+            assert answer.relay.attempts == 1
+            assert list(answer.token_ids) == expected_tokens([i], i, 300, VOCAB_SIZE)
         await baseline(cluster)
 
 
