@@ -27,13 +27,11 @@ class LimitsConfig:
     # much more is for clients that have less than that when one has all.
     max_client_share: float = 0.5
     # Sequences of one client that run at once while others are there, for each node that generates; the rest waits in
-    # the router. Every step computes all of a node's sequences, so one client's many make another's tokens slow. With a
-    # small model on a CPU a step takes 1.2 ms for one sequence, 2 ms for two and 3.5 ms for nine of 1,500 tokens.
+    # the router. Every step computes all of a node's sequences, so one client's many make another's tokens slow.
     max_client_running: int = 8
-    max_client_running_cpu: int = 1
-    # A client has the nodes to itself when nobody else has had anything here for so long. When another comes, what it
-    # then runs beyond its bound is set aside, and its prompt and tokens are computed again later.
-    client_alone_s: float = 20.0
+    # A client has the nodes to itself when nobody else has had anything here for so long: short, since a monitor's
+    # probe every few seconds is a client too.
+    client_alone_s: float = 2.0
     # Choices of one request (n times the number of prompts). OpenAI takes 128 too; turns bound what they cost others.
     max_choices: int = 128
     # Of one body, whatever the model. Below that a body may have what the context can need: so many bytes for each of

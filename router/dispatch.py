@@ -737,20 +737,18 @@ class Dispatcher:
         return self._queue.next(self._max_client_running(), self._clock.now())
 
     def _max_client_running(self) -> int:
-        limits = self._config.limits
         available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
         generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
-        nodes = [x.node for x in generating or available if x.node is not None]
-        each = (limits.max_client_running_cpu if x.device == "cpu" else limits.max_client_running for x in nodes)
-        return sum(each) or limits.max_client_running_cpu
+        return self._config.limits.max_client_running * (len(generating) or len(available) or 1)
 
     def _make_room(self, newcomer: str) -> None:
-        """A client that was alone has all nodes: what it may not have beside another goes back to the queue, the
-        youngest first. To wait for their ends would take the newcomer minutes, and slow steps after that."""
+        """A client that was alone has all nodes. Each arrival of another sets some of what it may not have beside
+        others aside, the youngest first: to wait for their ends could take minutes. Few at a time, as all that is set
+        aside is computed again: a single request in passing costs little, a second client soon has its share."""
         client, num = self._queue.crowding(newcomer, self._max_client_running())
         if num:
             running = [x for x in reversed(self._by_sequence.values()) if x.client == client]
-            for active in running[:num]:
+            for active in running[: min(num, self._config.limits.max_client_running)]:
                 self._feed(active, f.MakeRoom())
 
     def _place_or_fail(self, active: Active) -> bool:

@@ -90,13 +90,10 @@ class Waiting(Generic[ItemT]):
             del self._num_running[client]
 
     def crowding(self, newcomer: str, max_running: int) -> tuple[str, int]:
-        """Which client has more on the nodes than it may beside ``newcomer``, and how many. Only one that was alone
-        does, and only while nobody else has anything there."""
-        if len(self._num_running) == 1:
-            ((client, num),) = self._num_running.items()
-            if client != newcomer:
-                return client, max(0, num - max_running)
-        return "", 0
+        """The client that has most on the nodes beside ``newcomer``, and how many sequences it has too many."""
+        others = ((num, client) for client, num in self._num_running.items() if client != newcomer)
+        num, client = max(others, default=(0, ""))
+        return client, max(0, num - max_running)
 
     def is_alone(self, client: str, now: float) -> bool:
         """Nobody else has anything here, or has had lately."""

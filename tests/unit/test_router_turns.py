@@ -80,10 +80,12 @@ async def test_a_newcomer_does_not_wait_for_the_one_that_was_alone() -> None:
 
         calls = [asyncio.create_task(greedy.complete([i], max_tokens=300, seed=i)) for i in range(1, 9)]
         await until(lambda: num_of_greedy() == 8)
-        async with asyncio.timeout(2):
-            done = await polite.complete([1, 2, 3], max_tokens=5, seed=0)
-        assert done.relay.router_queue_s < 0.5
-        assert num_of_greedy() <= 2
+        # Two go with each of its requests: one request in passing costs little, the third has its share.
+        for left in (6, 4, 2):
+            async with asyncio.timeout(2):
+                done = await polite.complete([1, 2, 3], max_tokens=5, seed=0)
+            assert done.relay.router_queue_s < 0.5
+            assert num_of_greedy() <= left
         # Alone again, it has all of the node without anybody asking for anything.
         await until(lambda: num_of_greedy() == 8)
         for i, answer in enumerate(await asyncio.gather(*calls), 1):
