@@ -263,8 +263,9 @@ class Dispatcher:
         self._num_active_of[client] += 1
         self._active.add(active)
         self._idle.clear()
+        was_here = self._queue.was_here(client, self._clock.now())
         self._feed(active, f.Begin())
-        self._make_room(client)
+        self._make_room(client, is_passing=not was_here)
         self._pump()
         return active
 
@@ -484,8 +485,10 @@ class Dispatcher:
         with self._defects.contained("membership"):
             self._do_membership(self._membership.handle(m.Tick(late_s), now))
         if self._queue:
-            # A client may be alone by now.
+            # A client may be alone by now; and whose turn it is may still find no room.
             self._pump()
+            if (waiting := self._next()) is not None:
+                self._make_room(waiting.client, is_passing=True)
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
         for action in actions:
@@ -741,15 +744,20 @@ class Dispatcher:
         generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
         return self._config.limits.max_client_running * (len(generating) or len(available) or 1)
 
-    def _make_room(self, newcomer: str) -> None:
-        """A client that was alone has all nodes. Each arrival of another sets some of what it may not have beside
-        others aside, the youngest first: to wait for their ends could take minutes. Few at a time, as all that is set
-        aside is computed again: a single request in passing costs little, a second client soon has its share."""
+    def _make_room(self, newcomer: str, *, is_passing: bool) -> None:
+        """A client that was alone has all nodes. When another comes, what it may not have beside others goes back to
+        the queue, the youngest first: to wait for their ends could take minutes. Sequences without a token lose
+        nothing; the others are computed again, so that a single request in passing sets but a few of them aside."""
         client, num = self._queue.crowding(newcomer, self._max_client_running())
-        if num:
-            running = [x for x in reversed(self._by_sequence.values()) if x.client == client]
-            for active in running[: min(num, self._config.limits.max_client_running)]:
-                self._feed(active, f.MakeRoom())
+        if not num:
+            return
+        running = [x for x in reversed(self._by_sequence.values()) if x.client == client]
+        fresh = [x for x in running if not x.flow.tokens][:num]
+        begun = [x for x in running if x.flow.tokens][: num - len(fresh)]
+        if is_passing:
+            begun = begun[: self._config.limits.max_client_running]
+        for active in (*fresh, *begun):
+            self._feed(active, f.MakeRoom())
 
     def _place_or_fail(self, active: Active) -> bool:
         try:

@@ -6,6 +6,7 @@ sequences makes every step slow for all, whoever waits in what order.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
@@ -94,6 +95,12 @@ class Waiting(Generic[ItemT]):
         others = ((num, client) for client, num in self._num_running.items() if client != newcomer)
         num, client = max(others, default=(0, ""))
         return client, max(0, num - max_running)
+
+    def was_here(self, client: str, now: float) -> bool:
+        """It has something here, or had lately."""
+        if client in self._num_running or client in self._queues:
+            return True
+        return now - self._last.get(client, -math.inf) < self._alone_s
 
     def is_alone(self, client: str, now: float) -> bool:
         """Nobody else has anything here, or has had lately."""
