@@ -31,6 +31,7 @@ from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.stream import Backlog, Pacer, TokenStream
+from router.turns import Turns
 from router.waiting import Waiting
 
 _log = logging.getLogger("baton.router")
@@ -153,9 +154,12 @@ class Dispatcher:
         # Sequences that wait for a placement.
         self._queue: Waiting[Active] = Waiting(alone_s=config.limits.client_alone_s)
         self._is_pumping = False
+        # Placing goes on in the next turn of the loop.
+        self._is_pump_due = False
         # Something happened since the last look that can make room for a waiting sequence.
         self._has_changed = False
-        self._pacer = Pacer(config.limits.max_hold_s)
+        self.turns = Turns(config.limits.max_turn_s)
+        self._pacer = Pacer(config.limits.max_hold_s, self.turns)
         self.backlog = Backlog(
             max_stream_bytes=config.limits.max_stream_bytes, max_answer_bytes=config.limits.max_answer_bytes,
             max_bytes=config.limits.max_unread_bytes,
@@ -241,7 +245,8 @@ class Dispatcher:
         origin: Origin = Origin(),
         client: str = "",
     ) -> Active:
-        """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
+        """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
+        stops reading."""
         flow = Flow(
             request_id,
             choice,
@@ -265,15 +270,21 @@ class Dispatcher:
         self._idle.clear()
         self._feed(active, f.Begin())
         self._make_room(client)
-        self._pump()
         return active
 
-    def cancel(self, active: Active, reason: str) -> None:
-        if not active.flow.has_ended:
-            self._metrics.cancellations.add(active.flow.phase.value)
-            self._feed(active, f.Cancel(reason))
-            self._pump()
-        active.stream.drop()
+    def place(self) -> None:
+        """Look for nodes for what was submitted."""
+        self._pump()
+
+    def cancel(self, sequences: Iterable[Active], reason: str) -> None:
+        """Harmless for those that are over."""
+        for active in sequences:
+            if not active.flow.has_ended:
+                self._metrics.cancellations.add(active.flow.phase.value)
+                self._feed(active, f.Cancel(reason))
+            active.stream.drop()
+        # When all are gone: else the first ones' room would be given to the last ones.
+        self._pump()
 
     def _give_up_reader(self, active: Active) -> None:
         """Told later than the token that was one too many: a flow is in the middle of its actions."""
@@ -719,18 +730,30 @@ class Dispatcher:
     def _enqueue(self, active: Active, is_rerun: bool) -> None:
         active.is_queued = True
         self._queue.put(active, self._clock.now(), is_first=is_rerun)
+        if self._is_nobody_there:
+            self._feed(active, f.NobodyThere())
 
     def _pump(self) -> None:
-        """Place waiting sequences, the clients by turns, until one has to wait."""
-        if self._is_pumping:
+        """Place waiting sequences, the clients by turns, until one has to wait. Messages with long prompts take
+        milliseconds to encode: what one turn of the loop has no time for is placed in the next."""
+        if self._is_pumping or self._is_pump_due:
             return
         self._is_pumping = True
         self._has_changed = False
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._config.limits.max_turn_s
         try:
             while (active := self._next()) is not None and self._place_or_fail(active):
-                pass
+                if loop.time() >= end_s:
+                    self._is_pump_due = True
+                    loop.call_soon(self._pump_on)
+                    break
         finally:
             self._is_pumping = False
+
+    def _pump_on(self) -> None:
+        self._is_pump_due = False
+        self._pump()
 
     def _next(self) -> Active | None:
         """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
@@ -786,14 +809,12 @@ class Dispatcher:
         return True
 
     def _tell_waiting(self, *, is_nobody_there: bool) -> None:
-        """At every look, not when a node comes up: one that was only suspect does not come up."""
-        if is_nobody_there:
-            for waiting in list(self._queue):
-                self._feed(waiting, f.NobodyThere())
-        elif self._is_nobody_there:
-            for waiting in list(self._queue):
-                self._feed(waiting, f.SomebodyThere())
+        """When a look finds it changed, not when a node comes up: one that was only suspect does not come up."""
+        if is_nobody_there is self._is_nobody_there:
+            return
         self._is_nobody_there = is_nobody_there
+        for waiting in list(self._queue):
+            self._feed(waiting, f.NobodyThere() if is_nobody_there else f.SomebodyThere())
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow

@@ -31,6 +31,7 @@ from router.frontend import Frontend, GenerationRequest
 from router.keys import client_of
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
+from router.openai_whole import WholeAnswer
 from router.status import StatusPage
 
 _log = logging.getLogger("baton.router.http")
@@ -94,10 +95,7 @@ class HttpFace:
                     stream = _EventStream(answer, send)
                     await stream.run()
                 else:
-                    headers = {"x-request-id": answer.request_id}
-                    content = await answer.whole()
-                    headers["x-baton-relay"] = answer.relay_line()
-                    await JSONResponse(content, headers=headers)(scope, receive, send)
+                    await self._send_whole(answer, await answer.whole(), send)
             finally:
                 leaver.cancel()
                 await answer.close()
@@ -107,6 +105,20 @@ class HttpFace:
             if stream is not None and stream.has_begun:
                 raise  # the server logs it and closes the connection: the client must not take this for the end
             await _defect_response(scope["path"], error)(scope, receive, send)
+
+    async def _send_whole(self, answer: Answer, whole: WholeAnswer, send: Send) -> None:
+        headers = [
+            (b"content-length", str(whole.num_bytes).encode()),
+            (b"content-type", b"application/json"),
+            (b"x-request-id", answer.request_id.encode("latin-1")),
+            (b"x-baton-relay", answer.relay_line().encode("latin-1")),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        num_left = whole.num_bytes
+        for piece in whole.pieces():
+            await self._frontend.turns.wait()
+            num_left -= len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": num_left > 0})
 
     async def _asked(self, path: str, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
         kind: type[CompletionBody] | type[ChatBody] = CompletionBody if path == _COMPLETIONS else ChatBody

@@ -56,7 +56,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             await abort(context, error)
         finally:
             if accepted is not None:
-                accepted.cancel("the client left")
+                self._frontend.cancel(accepted, "the client left")
 
     async def _write(self, context: Context, response: router_pb2.GenerateResponse) -> None:
         timeout_s = self._config.limits.write_timeout_s

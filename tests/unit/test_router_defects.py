@@ -40,7 +40,9 @@ def submit(router: Router, prompt: Sequence[int], max_tokens: int = 10, seed: in
     now = router.dispatcher.now()
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
     request_id = f"r{next(_numbers)}"
-    return router.dispatcher.submit(request_id, 0, tuple(prompt), sampling, arrived_s=now, deadline_s=now + 30.0)
+    active = router.dispatcher.submit(request_id, 0, tuple(prompt), sampling, arrived_s=now, deadline_s=now + 30.0)
+    router.dispatcher.place()
+    return active
 
 
 async def outcome(active: Active) -> tuple[list[int], errors.BatonError | None]:
