@@ -275,6 +275,7 @@ class Frontend:
         resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
         for prompt in prompts:
             self._check_ids("prompt", (min(prompt), max(prompt)))
+        await self.turns.wait()
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
         self._dispatcher.check_capacity(num_choices, request.client)
         deadline_s = arrived_s + timeout_s

@@ -89,7 +89,7 @@ class HttpFace:
             wants_stream = body.stream
             # They would live as long as the stream.
             del raw, body, request, accepted
-            leaver = asyncio.create_task(_cancel_when_left(receive, answer))
+            leaver = asyncio.create_task(self._cancel_when_left(receive, answer))
             try:
                 if wants_stream:
                     stream = _EventStream(answer, send)
@@ -105,6 +105,13 @@ class HttpFace:
             if stream is not None and stream.has_begun:
                 raise  # the server logs it and closes the connection: the client must not take this for the end
             await _defect_response(scope["path"], error)(scope, receive, send)
+
+    async def _cancel_when_left(self, receive: Receive, answer: Answer) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # Hundreds may leave together.
+        await self._frontend.turns.wait()
+        answer.cancel()
 
     async def _send_whole(self, answer: Answer, whole: WholeAnswer, send: Send) -> None:
         headers = [
@@ -129,7 +136,10 @@ class HttpFace:
             body = parse(kind, content)
             return body, body.request()
 
-        return work() if len(content) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
+        if len(content) > SMALL_BODY_BYTES:
+            return await self._frontend.offload.run(work)
+        await self._frontend.turns.wait()
+        return work()
 
 
 def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
@@ -175,12 +185,6 @@ class _EventStream:
 
     async def _write(self, event: bytes, *, is_last: bool) -> None:
         await self._send({"type": "http.response.body", "body": event, "more_body": not is_last})
-
-
-async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    answer.cancel()
 
 
 def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:

@@ -29,6 +29,8 @@ class Batch:
 # A Python int and its place in a list; and what a bytes object has around its bytes, with its place.
 _TOKEN_BYTES = 36
 _BYTES_BYTES = 41
+# Readers that are woken in one turn of the loop.
+_MAX_AWAKE = 512
 # What a reader gets at once: it is made into text and written in one piece, which takes 1 us a token, with 20 logprobs
 # each 150 us.
 _MAX_BATCH = 512
@@ -123,11 +125,13 @@ class Pacer:
 
     def _flush(self) -> None:
         loop = asyncio.get_running_loop()
-        self._is_scheduled = False
-        dirty, self._dirty = self._dirty, []
+        dirty, self._dirty = self._dirty[:_MAX_AWAKE], self._dirty[_MAX_AWAKE:]
+        self._is_scheduled = bool(self._dirty)
         start_s = loop.time()
         for stream in dirty:
             stream.wake()
+        if self._dirty:
+            loop.call_soon(self._flush)
         # Runs behind the readers that were just woken.
         loop.call_soon(self._measure, start_s)
 

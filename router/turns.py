@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
-# Waiting pieces that are let go in one turn: each takes a few milliseconds at most.
-_AT_ONCE = 8
+# Waiting pieces that are let go in one turn: so many at first, as each may take some milliseconds, then as many as turn
+# out to fit.
+_FIRST_AT_ONCE = 4
+_MAX_AT_ONCE = 64
 
 
 class Turns:
@@ -20,6 +23,7 @@ class Turns:
         # When the first piece of the present turn began; None before.
         self._began_s: float | None = None
         self._waiters: deque[asyncio.Future[None]] = deque()
+        self._at_once = _FIRST_AT_ONCE
 
     @property
     def is_over(self) -> bool:
@@ -44,11 +48,52 @@ class Turns:
         await waiter
 
     def _next(self) -> None:
-        self._began_s = None
-        for _ in range(min(_AT_ONCE, len(self._waiters))):
+        if not self._waiters:
+            self._began_s = None
+            self._at_once = _FIRST_AT_ONCE
+            return
+        loop = asyncio.get_running_loop()
+        assert self._began_s is not None
+        now = loop.time()
+        took_s, self._began_s = now - self._began_s, now
+        if took_s > self._max_turn_s:
+            self._at_once = max(1, self._at_once // 2)
+        elif took_s < self._max_turn_s / 2:
+            self._at_once = min(_MAX_AT_ONCE, 2 * self._at_once)
+        for _ in range(min(self._at_once, len(self._waiters))):
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
-        if self._waiters:
-            self._began_s = asyncio.get_running_loop().time()
-            asyncio.get_running_loop().call_soon(self._next)
+        # Once more, whether any are left or not: what was let go is a part of this turn.
+        loop.call_soon(self._next)
+
+
+class Stepwise:
+    """Synchronous work of many small steps: as many at once as a turn has time for, the rest in the turns after it."""
+
+    def __init__(self, step: Callable[[], bool], max_turn_s: float) -> None:
+        """``step`` returns False when there is nothing left to do."""
+        self._step = step
+        self._max_turn_s = max_turn_s
+        self._is_running = False
+        self._is_due = False
+
+    def run(self) -> None:
+        """At least one step, unless steps are under way or due."""
+        if self._is_running or self._is_due:
+            return
+        loop = asyncio.get_running_loop()
+        end_s = loop.time() + self._max_turn_s
+        self._is_running = True
+        try:
+            while self._step():
+                if loop.time() >= end_s:
+                    self._is_due = True
+                    loop.call_soon(self._run_on)
+                    break
+        finally:
+            self._is_running = False
+
+    def _run_on(self) -> None:
+        self._is_due = False
+        self.run()
