@@ -251,14 +251,14 @@ async def test_all_that_wait_hear_that_nobody_is_there_once_and_when_somebody_is
 
 
 async def test_what_ran_on_a_lost_node_is_told_over_many_turns_and_ends_well() -> None:
-    config = FakeConfig(step_s=0.01)
+    config = FakeConfig(step_s=0.03)
     limits = LimitsConfig(max_turn_s=NO_TIME_S, max_client_running=100)
     async with (
         FakeCluster(config, prefill=1, decode=2) as cluster,
         router_beside(cluster, limits=limits) as router,
     ):
-        sequences = submit(router, 40, max_tokens=100)
-        await until(lambda: all(x.flow.phase is Phase.DECODING for x in sequences))
+        sequences = submit(router, 40, max_tokens=60)
+        await until(lambda: all(x.flow.phase is Phase.DECODING for x in sequences), timeout_s=20)
 
         def num_left() -> int:
             return sum(x.attached is not None and x.attached[1].decode_id == "decode-0" for x in sequences)
@@ -266,12 +266,13 @@ async def test_what_ran_on_a_lost_node_is_told_over_many_turns_and_ends_well() -
         num_there, left = num_left(), list[int]()
         router.dispatcher.watch(lambda: left.append(num_left()))
         await cluster["decode-0"].die()
-        await until(lambda: left)
-        assert left[0] == num_there - 1
+        # Other changes, of a node that was slow to speak, are told as well.
+        await until(lambda: left and left[-1] < num_there, timeout_s=20)
+        assert next(num for num in left if num < num_there) == num_there - 1
         # It is there again, as another, before all have been told.
         await cluster["decode-0"].start()
         await until(lambda: router.dispatcher.num_active == 0, timeout_s=20)
-        wanted = expected_tokens((5, 6, 7), 1, 100, config.vocab_size)
+        wanted = expected_tokens((5, 6, 7), 1, 60, config.vocab_size)
         assert all(x.flow.tokens == wanted for x in sequences)
         await baseline(cluster)
 
