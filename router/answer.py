@@ -6,26 +6,29 @@ It joins generations with the JSON of `openai_response`, and knows no sockets.
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton import errors
 from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest, Part
+from router.openai_logprobs import LogprobWriter
 from router.openai_request import ChatBody, CompletionBody
-from router.openai_response import DONE, ChoiceWriter, Envelope, LogprobWriter, relay_json, usage
-from router.stream import kept_bytes
+from router.openai_response import DONE, ChoiceWriter, Envelope, relay_json, usage
+from router.openai_whole import Json, PromptJson, WholeAnswer, prompt_json
 
 
 class Choice:
     """One choice: its tokens come in, its chunks or its whole go out."""
 
-    __slots__ = ("_echo", "_generation", "_has_begun", "_writer", "ending")
+    __slots__ = ("_generation", "_has_begun", "_writer", "ending", "prompt")
 
-    def __init__(self, generation: Generation, writer: ChoiceWriter, echo: str) -> None:
+    def __init__(self, generation: Generation, writer: ChoiceWriter) -> None:
         self._generation = generation
         self._writer = writer
-        self._echo = echo
+        # What the answer repeats of it; set before anything is read, dropped when it has been given out.
+        self.prompt = PromptJson()
         self._has_begun = False
         self.ending: Ending | None = None
 
@@ -40,7 +43,8 @@ class Choice:
         text = ""
         if not self._has_begun:
             self._has_begun = True
-            text = self._writer.begin(self._echo)
+            text = self._writer.begin(self.prompt)
+            self.prompt = PromptJson()
         if isinstance(part, Ending):
             self.ending = part
         else:
@@ -49,27 +53,26 @@ class Choice:
             self.ending = self._generation.ending
         return text if self.ending is None else text + self._writer.end(self.ending)
 
-    async def whole(self, keep: Callable[[Part], None]) -> dict[str, Any]:
-        """``keep`` is told of everything that is kept until the end."""
-        parts: list[Part] = []
+    async def whole(self, keep: Callable[[int], None]) -> Json:
+        """``keep`` is told of the bytes that are kept until the end."""
+        choice = self._writer.whole()
         while isinstance(part := await self._generation.next(), Part):
-            keep(part)
-            parts.append(part)
+            keep(choice.add(part))
         self.ending = part
-        return self._writer.whole(parts, part, self._echo)
+        return choice.json(part, self.prompt)
 
 
 class Answer:
     """Read it with `whole`, or with `next` until `is_over`; leave it with `cancel`."""
 
-    __slots__ = ("_accepted", "_backlog", "_choices", "_envelope", "_kept_bytes", "_merger", "_n", "_wants_ids",
-                 "_wants_relay", "_wants_usage", "is_over")  # fmt: skip
+    __slots__ = ("_accepted", "_choices", "_envelope", "_frontend", "_is_prepared", "_kept_bytes", "_merger", "_n",
+                 "_prompt_ids", "_wants_ids", "_wants_relay", "_wants_usage", "is_over")  # fmt: skip
 
     def __init__(
         self, frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
     ) -> None:  # fmt: skip
         self._accepted = accepted
-        self._backlog = frontend.backlog
+        self._frontend = frontend
         self._kept_bytes = 0
         # Not the body itself: it would live as long as the stream.
         self._wants_usage = body.wants_usage
@@ -84,23 +87,24 @@ class Answer:
             wants_usage=body.wants_usage,
         )
         self._n = request.n
+        self._is_prepared = not (accepted.echoes or self._wants_ids)
+        # A conversation's ids are said once more for all choices.
+        self._prompt_ids = ""
         self._choices: list[Choice] = []
         self._merger: _Merger | None = None
         # The last event has been given out.
         self.is_over = False
         for i, generation in enumerate(accepted.generations):
-            echo = accepted.echoes[i // request.n] if accepted.echoes else ""
             logprobs = None
             if request.sampling.logprobs is not None:
                 logprobs = LogprobWriter(
-                    frontend.tokenizer, is_chat=is_chat, as_ids=bool(body.return_tokens_as_token_ids),
-                    start_offset=len(echo),
+                    frontend.tokenizer, is_chat=is_chat, as_ids=bool(body.return_tokens_as_token_ids)
                 )  # fmt: skip
             writer = ChoiceWriter(
                 envelope=self._envelope, index=i, logprobs=logprobs, token_ids=self._wants_ids,
-                prompt_token_ids=generation.prompt_token_ids, running_usage=body.wants_running_usage,
+                num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
             )  # fmt: skip
-            self._choices.append(Choice(generation, writer, echo))
+            self._choices.append(Choice(generation, writer))
 
     @property
     def request_id(self) -> str:
@@ -108,10 +112,24 @@ class Answer:
 
     def cancel(self) -> None:
         """Harmless when everything is over; else whoever reads gets Cancelled."""
-        self._accepted.cancel("the client left")
+        self._frontend.cancel(self._accepted, "the client left")
 
-    async def whole(self) -> dict[str, Any]:
+    async def _prepare(self) -> None:
+        """Write what is repeated of the prompts."""
+        self._is_prepared = True
+        for first in range(0, len(self._choices), self._n):
+            echo = self._accepted.echoes[first // self._n] if self._accepted.echoes else ""
+            ids = self._accepted.generations[first].prompt_token_ids if self._wants_ids else ()
+            prompt = await prompt_json(echo, ids, self._frontend.turns)
+            for choice in self._choices[first : first + self._n]:
+                choice.prompt = prompt
+            if self._envelope.is_chat:
+                self._prompt_ids = prompt.token_ids
+
+    async def whole(self) -> WholeAnswer:
         """Wait for all choices; raises the first error."""
+        if not self._is_prepared:
+            await self._prepare()
         if len(self._choices) == 1:
             choices = [await self._choices[0].whole(self._keep)]
         else:
@@ -121,12 +139,11 @@ class Answer:
             except* errors.BatonError as failed:
                 raise failed.exceptions[0] from None
             choices = [t.result() for t in tasks]
-        return self._envelope.whole(choices, {"usage": self._usage(), **self._extras()})
+        return self._envelope.whole(choices, f',"usage":{json.dumps(self._usage())}{self._extras()}')
 
-    def _keep(self, part: Part) -> None:
-        num_bytes = kept_bytes(part.token_ids, part.logprobs) + 4 * len(part.text)
+    def _keep(self, num_bytes: int) -> None:
         self._kept_bytes += num_bytes
-        self._backlog.keep_answer(num_bytes, self._kept_bytes)
+        self._frontend.backlog.keep_answer(num_bytes, self._kept_bytes)
 
     def relay_line(self) -> str:
         return self._endings[0].relay.line()
@@ -136,6 +153,8 @@ class Answer:
 
         Raises an error of a sequence; what was given out before stands.
         """
+        if not self._is_prepared:
+            await self._prepare()
         if len(self._choices) == 1:
             text = await self._choices[0].next()
             self.is_over = self._choices[0].ending is not None
@@ -149,7 +168,7 @@ class Answer:
     async def close(self) -> None:
         """Leave nothing behind, whatever was read."""
         self.cancel()
-        self._backlog.num_bytes -= self._kept_bytes
+        self._frontend.backlog.num_bytes -= self._kept_bytes
         self._kept_bytes = 0
         if self._merger is not None:
             await self._merger.close()
@@ -157,7 +176,7 @@ class Answer:
     def _closing(self) -> bytes:
         extra = self._extras()
         if self._wants_usage:
-            extra["usage"] = self._usage()
+            extra += f',"usage":{json.dumps(self._usage())}'
         return (self._envelope.last_chunk(extra).encode() if extra else b"") + DONE
 
     @property
@@ -172,13 +191,13 @@ class Answer:
         endings = self._endings
         return usage(num_prompt, endings, sum(e.num_cached_tokens for e in endings[:: self._n]))
 
-    def _extras(self) -> dict[str, Any]:
-        extra: dict[str, Any] = {}
-        if self._wants_ids and self._envelope.is_chat:
-            extra["prompt_token_ids"] = self._accepted.generations[0].prompt_token_ids
+    def _extras(self) -> str:
+        """Further members of the answer's JSON, each behind a comma."""
+        extra = f',"prompt_token_ids":[{self._prompt_ids}]' if self._wants_ids and self._envelope.is_chat else ""
         if self._wants_relay:
             relays = [relay_json(e.relay) for e in self._endings]
-            extra["baton"] = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
+            found = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
+            extra += f',"baton":{json.dumps(found)}'
         return extra
 
 

@@ -79,6 +79,9 @@ class LimitsConfig:
     refuse_after_s: float = 2.0
     # How long tokens of many streams may be held back to leave in one chunk when the process is behind.
     max_hold_s: float = 0.05
+    # Work in pieces (tokens of many streams, long answers, placing what waits) leaves the rest to the event loop's next
+    # turn after so long: sessions, `/health` and first tokens come in between.
+    max_turn_s: float = 0.01
     # Running requests get this long to end on their own at shutdown.
     drain_s: float = 5.0
 

@@ -31,6 +31,7 @@ from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.stream import Backlog, Pacer, TokenStream
+from router.turns import Stepwise, Turns
 from router.waiting import Waiting
 
 _log = logging.getLogger("baton.router")
@@ -77,6 +78,7 @@ class Active:
     __slots__ = (
         "attached",
         "client",
+        "encoded",
         "fingerprint",
         "flow",
         "is_queued",
@@ -98,6 +100,8 @@ class Active:
         self.is_queued = False
         # The attempt that counts as load and that nodes may know of: sequence id and where it was placed.
         self.attached: tuple[str, Placement] | None = None
+        # What its nodes are told of it, from the reservation to the run: a long prompt takes milliseconds to encode.
+        self.encoded: common_pb2.Sequence | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
         # Nothing is judged before: the timer was looked at too late.
@@ -152,10 +156,15 @@ class Dispatcher:
         self._by_sequence: dict[str, Active] = {}
         # Sequences that wait for a placement.
         self._queue: Waiting[Active] = Waiting(alone_s=config.limits.client_alone_s)
-        self._is_pumping = False
+        self._placing = Stepwise(self._place_next, config.limits.max_turn_s)
+        # The attempts that every node has, and those whose node was lost and that have not been told.
+        self._attached: dict[str, set[Active]] = {}
+        self._losses: deque[tuple[Active, str, f.NodeLost]] = deque()
+        self._telling = Stepwise(self._tell_loss, config.limits.max_turn_s)
         # Something happened since the last look that can make room for a waiting sequence.
         self._has_changed = False
-        self._pacer = Pacer(config.limits.max_hold_s)
+        self.turns = Turns(config.limits.max_turn_s)
+        self._pacer = Pacer(config.limits.max_hold_s, self.turns)
         self.backlog = Backlog(
             max_stream_bytes=config.limits.max_stream_bytes, max_answer_bytes=config.limits.max_answer_bytes,
             max_bytes=config.limits.max_unread_bytes,
@@ -241,7 +250,8 @@ class Dispatcher:
         origin: Origin = Origin(),
         client: str = "",
     ) -> Active:
-        """Start one sequence. The caller has checked capacity and must end in `cancel` if it stops reading."""
+        """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
+        stops reading."""
         flow = Flow(
             request_id,
             choice,
@@ -266,15 +276,21 @@ class Dispatcher:
         was_here = self._queue.was_here(client, self._clock.now())
         self._feed(active, f.Begin())
         self._make_room(client, is_passing=not was_here)
-        self._pump()
         return active
 
-    def cancel(self, active: Active, reason: str) -> None:
-        if not active.flow.has_ended:
-            self._metrics.cancellations.add(active.flow.phase.value)
-            self._feed(active, f.Cancel(reason))
-            self._pump()
-        active.stream.drop()
+    def place(self) -> None:
+        """Look for nodes for what was submitted."""
+        self._pump()
+
+    def cancel(self, sequences: Iterable[Active], reason: str) -> None:
+        """Harmless for those that are over."""
+        for active in sequences:
+            if not active.flow.has_ended:
+                self._metrics.cancellations.add(active.flow.phase.value)
+                self._feed(active, f.Cancel(reason))
+            active.stream.drop()
+        # When all are gone: else the first ones' room would be given to the last ones.
+        self._pump()
 
     def _give_up_reader(self, active: Active) -> None:
         """Told later than the token that was one too many: a flow is in the middle of its actions."""
@@ -384,6 +400,7 @@ class Dispatcher:
         if not self._active:
             assert self._loads.num_assigned == 0
             assert not self._by_sequence
+            assert not self._attached
             assert not self._queue
 
     # ── Links ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -542,10 +559,22 @@ class Dispatcher:
         ends = self._metrics.node_drains if self._loads.is_leaving(node_id) else self._metrics.node_losses
         ends.add(self._loads.pool(node_id))
         self._address_of.pop(node_id, None)
-        for active in list(self._active):
-            self._feed(active, f.NodeLost(node_id, reason))
+        lost = f.NodeLost(node_id, reason)
+        self._losses += [(x, x.attached[0], lost) for x in self._attached.get(node_id, ()) if x.attached is not None]
         self._loads.remove_node(node_id)
         self._breakers.forget(node_id)
+        self._telling.run()
+
+    def _tell_loss(self) -> bool:
+        """The next attempt that was on a lost node. By now it may be over, or its node be there again as another."""
+        if not self._losses:
+            return False
+        active, sequence_id, lost = self._losses.popleft()
+        if active.attached is not None and active.attached[0] == sequence_id:
+            self._feed(active, lost)
+        if not self._losses:
+            self._pump()
+        return True
 
     def _note_availability(self) -> None:
         if any(self._membership.is_available(x) for x in self.members):
@@ -562,7 +591,7 @@ class Dispatcher:
         now = self._clock.now()
         try:
             for action in active.flow.handle(event, now):
-                self._perform(active, action, _message_of(action))
+                self._perform(active, action, _message_of(active, action))
             self._arm(active, now)
         except Exception as error:
             self._fail(active, error)
@@ -574,23 +603,32 @@ class Dispatcher:
         """
         if not isinstance(error, errors.BatonError):
             error = self._defects.caught("sequence", error, active.flow.sequence_id)
-        attached, active.attached = active.attached, None
+        attached = active.attached
         if attached is not None:
             sequence_id, placement = attached
             self._has_changed = True
-            self._left_nodes(active, sequence_id)
+            self._left_nodes(active)
             with self._defects.contained("sequence", sequence_id):
                 self._loads.release(sequence_id)
             for node_id, is_decode in ((placement.prefill_id, False), (placement.decode_id, True)):
                 with self._defects.contained("sequence", sequence_id):
                     cancel = f.SendCancel(node_id, sequence_id, is_decode, error.code)
-                    self._perform(active, cancel, _message_of(cancel))
+                    self._perform(active, cancel, _message_of(active, cancel))
         if active in self._active:
             self._end(active, active.flow.give_up(error, self._clock.now()))
 
-    def _left_nodes(self, active: Active, sequence_id: str) -> None:
-        if self._by_sequence.pop(sequence_id, None) is not None:
-            self._queue.ended(active.client, self._clock.now())
+    def _left_nodes(self, active: Active) -> None:
+        if active.attached is None:
+            return
+        (sequence_id, placement), active.attached = active.attached, None
+        active.encoded = None
+        del self._by_sequence[sequence_id]
+        for node_id in {placement.prefill_id, placement.decode_id}:
+            there = self._attached[node_id]
+            there.remove(active)
+            if not there:
+                del self._attached[node_id]
+        self._queue.ended(active.client, self._clock.now())
 
     def _deliver(self, active: Active, action: f.Deliver) -> None:
         active.stream.push(action.token_ids, action.logprobs)
@@ -608,8 +646,7 @@ class Dispatcher:
                 self._send(action.node_id, message)
             case f.Detach():
                 self._has_changed = True
-                active.attached = None
-                self._left_nodes(active, action.sequence_id)
+                self._left_nodes(active)
                 self._loads.release(action.sequence_id)
             case f.AttemptFailed():
                 self._log_failure(action.sequence_id, action.failure)
@@ -722,18 +759,18 @@ class Dispatcher:
     def _enqueue(self, active: Active, is_rerun: bool) -> None:
         active.is_queued = True
         self._queue.put(active, self._clock.now(), is_first=is_rerun)
+        if self._is_nobody_there:
+            self._feed(active, f.NobodyThere())
 
     def _pump(self) -> None:
-        """Place waiting sequences, the clients by turns, until one has to wait."""
-        if self._is_pumping:
-            return
-        self._is_pumping = True
+        """Place waiting sequences, the clients by turns, until one has to wait. Messages with long prompts take
+        milliseconds to encode, so it may take several turns of the loop."""
         self._has_changed = False
-        try:
-            while (active := self._next()) is not None and self._place_or_fail(active):
-                pass
-        finally:
-            self._is_pumping = False
+        self._placing.run()
+
+    def _place_next(self) -> bool:
+        active = self._next()
+        return active is not None and self._place_or_fail(active)
 
     def _next(self) -> Active | None:
         """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
@@ -794,23 +831,23 @@ class Dispatcher:
         return True
 
     def _tell_waiting(self, *, is_nobody_there: bool) -> None:
-        """At every look, not when a node comes up: one that was only suspect does not come up."""
-        if is_nobody_there:
-            for waiting in list(self._queue):
-                self._feed(waiting, f.NobodyThere())
-        elif self._is_nobody_there:
-            for waiting in list(self._queue):
-                self._feed(waiting, f.SomebodyThere())
+        """When a look finds it changed, not when a node comes up: one that was only suspect does not come up."""
+        if is_nobody_there is self._is_nobody_there:
+            return
         self._is_nobody_there = is_nobody_there
+        for waiting in list(self._queue):
+            self._feed(waiting, f.NobodyThere() if is_nobody_there else f.SomebodyThere())
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow
         sequence_id, num_tokens = flow.sequence_id, len(flow.prompt_token_ids) + len(flow.tokens)
         actions = flow.handle(f.Placed(placement), now)
         # Encoded before anything is booked for it: what cannot be sent takes nobody's room.
-        messages = [_message_of(action) for action in actions]
+        messages = [_message_of(active, action) for action in actions]
         active.attached = sequence_id, placement
         self._by_sequence[sequence_id] = active
+        for node_id in {placement.prefill_id, placement.decode_id}:
+            self._attached.setdefault(node_id, set()).add(active)
         self._loads.assign(sequence_id, placement, num_tokens)
         self._breakers.used(placement.prefill_id, placement.decode_id, now)
         for action, message in zip(actions, messages, strict=True):
@@ -826,17 +863,19 @@ class Dispatcher:
         return min(max(1.0, len(self._queue) / pace), 30.0)
 
 
-def _message_of(action: f.Action) -> Message | None:
+def _message_of(active: Active, action: f.Action) -> Message | None:
     """What the action has to say to a node. Raises if it cannot be encoded."""
     match action:
         case f.SendReserve():
+            active.encoded = codec.sequence_to_pb(action.spec)
             reserve = node_pb2.DecodeSessionRequest.Reserve(
-                sequence=codec.sequence_to_pb(action.spec), ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
+                sequence=active.encoded, ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
             )
             return node_pb2.DecodeSessionRequest(reserve=reserve)
         case f.SendRun():
             lease = None if action.lease is None else codec.lease_to_pb(action.lease)
-            run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(action.spec), lease=lease)
+            sequence, active.encoded = active.encoded or codec.sequence_to_pb(action.spec), None
+            run = node_pb2.PrefillSessionRequest.Run(sequence=sequence, lease=lease)
             return node_pb2.PrefillSessionRequest(run=run)
         case f.SendCancel():
             cancel = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)

@@ -27,6 +27,7 @@ from router.offload import Offload
 from router.stream import Backlog
 from router.text import TextDelta, TextStream
 from router.tokenizer import Tokenizer, require
+from router.turns import Turns
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
@@ -173,9 +174,9 @@ class Generation:
         assert relay is not None, "a sequence that ended has a relay"
         self._ending = Ending(reason, stop, self._num_tokens, relay.num_cached_tokens, relay)
 
-    def cancel(self, reason: str) -> None:
-        """Harmless when the sequence is over."""
-        self._dispatcher.cancel(self._active, reason)
+    @property
+    def active(self) -> Active:
+        return self._active
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +189,6 @@ class Accepted:
     # Prompt by prompt, where the request asks for an echo.
     echoes: Sequence[str] = ()
     generations: list[Generation] = field(default_factory=list)
-
-    def cancel(self, reason: str) -> None:
-        for generation in self.generations:
-            generation.cancel(reason)
 
 
 class Frontend:
@@ -221,6 +218,10 @@ class Frontend:
     @property
     def backlog(self) -> Backlog:
         return self._dispatcher.backlog
+
+    @property
+    def turns(self) -> Turns:
+        return self._dispatcher.turns
 
     @property
     def max_model_tokens(self) -> int | None:
@@ -274,6 +275,7 @@ class Frontend:
         resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
         for prompt in prompts:
             self._check_ids("prompt", (min(prompt), max(prompt)))
+        await self.turns.wait()
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
         self._dispatcher.check_capacity(num_choices, request.client)
         deadline_s = arrived_s + timeout_s
@@ -285,7 +287,12 @@ class Frontend:
                 accepted.generations.append(
                     self._submit(request, request_id, choice, prompt, own, arrived_s, deadline_s)
                 )
+        self._dispatcher.place()
         return accepted
+
+    def cancel(self, accepted: Accepted, reason: str) -> None:
+        """Harmless for choices that are over."""
+        self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
     def _submit(
         self, request: GenerationRequest, request_id: str, choice: int, prompt: tuple[int, ...],

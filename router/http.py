@@ -31,6 +31,7 @@ from router.frontend import Frontend, GenerationRequest
 from router.keys import client_of
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
+from router.openai_whole import WholeAnswer
 from router.status import StatusPage
 
 _log = logging.getLogger("baton.router.http")
@@ -88,16 +89,13 @@ class HttpFace:
             wants_stream = body.stream
             # They would live as long as the stream.
             del raw, body, request, accepted
-            leaver = asyncio.create_task(_cancel_when_left(receive, answer))
+            leaver = asyncio.create_task(self._cancel_when_left(receive, answer))
             try:
                 if wants_stream:
                     stream = _EventStream(answer, send)
                     await stream.run()
                 else:
-                    headers = {"x-request-id": answer.request_id}
-                    content = await answer.whole()
-                    headers["x-baton-relay"] = answer.relay_line()
-                    await JSONResponse(content, headers=headers)(scope, receive, send)
+                    await self._send_whole(answer, await answer.whole(), send)
             finally:
                 leaver.cancel()
                 await answer.close()
@@ -108,6 +106,27 @@ class HttpFace:
                 raise  # the server logs it and closes the connection: the client must not take this for the end
             await _defect_response(scope["path"], error)(scope, receive, send)
 
+    async def _cancel_when_left(self, receive: Receive, answer: Answer) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        # Hundreds may leave together.
+        await self._frontend.turns.wait()
+        answer.cancel()
+
+    async def _send_whole(self, answer: Answer, whole: WholeAnswer, send: Send) -> None:
+        headers = [
+            (b"content-length", str(whole.num_bytes).encode()),
+            (b"content-type", b"application/json"),
+            (b"x-request-id", answer.request_id.encode("latin-1")),
+            (b"x-baton-relay", answer.relay_line().encode("latin-1")),
+        ]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        num_left = whole.num_bytes
+        for piece in whole.pieces():
+            await self._frontend.turns.wait()
+            num_left -= len(piece)
+            await send({"type": "http.response.body", "body": piece, "more_body": num_left > 0})
+
     async def _asked(self, path: str, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
         kind: type[CompletionBody] | type[ChatBody] = CompletionBody if path == _COMPLETIONS else ChatBody
 
@@ -117,7 +136,10 @@ class HttpFace:
             body = parse(kind, content)
             return body, body.request()
 
-        return work() if len(content) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
+        if len(content) > SMALL_BODY_BYTES:
+            return await self._frontend.offload.run(work)
+        await self._frontend.turns.wait()
+        return work()
 
 
 def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
@@ -163,12 +185,6 @@ class _EventStream:
 
     async def _write(self, event: bytes, *, is_last: bool) -> None:
         await self._send({"type": "http.response.body", "body": event, "more_body": not is_last})
-
-
-async def _cancel_when_left(receive: Receive, answer: Answer) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    answer.cancel()
 
 
 def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:

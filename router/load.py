@@ -15,7 +15,9 @@ from router.policy import NodeView, Placement
 
 @dataclass(slots=True)
 class _Assigned:
-    placement: Placement
+    # Where it counts: a node that was lost and is there again knows nothing of it. None: that node was lost before.
+    prefill: _NodeLoad | None
+    decode: _NodeLoad | None
     num_tokens: int
     # Still in the prompt phase.
     is_prompt: bool = True
@@ -93,11 +95,12 @@ class Loads:
             load.is_full = True
 
     def assign(self, sequence_id: str, placement: Placement, num_known_tokens: int) -> None:
-        assigned = _Assigned(placement, num_known_tokens)
+        prefill, decode = self._nodes.get(placement.prefill_id), self._nodes.get(placement.decode_id)
+        assigned = _Assigned(prefill, decode, num_known_tokens)
         self._assigned[sequence_id] = assigned
-        if prefill := self._nodes.get(placement.prefill_id):
+        if prefill is not None:
             prefill.prompt_tokens += num_known_tokens
-        if decode := self._nodes.get(placement.decode_id):
+        if decode is not None:
             decode.decode_tokens += num_known_tokens
             assigned.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1)
             decode.promised_blocks += assigned.num_promised_blocks
@@ -108,7 +111,7 @@ class Loads:
         if assigned is None or assigned.is_confirmed:
             return
         assigned.is_confirmed = True
-        if load := self._nodes.get(assigned.placement.decode_id):
+        if load := assigned.decode:
             load.confirmed.append(assigned)
 
     def prefilled(self, sequence_id: str) -> None:
@@ -117,7 +120,7 @@ class Loads:
         if assigned is None or not assigned.is_prompt:
             return
         assigned.is_prompt = False
-        if load := self._nodes.get(assigned.placement.prefill_id):
+        if load := assigned.prefill:
             load.prompt_tokens = max(0, load.prompt_tokens - assigned.num_tokens)
 
     def release(self, sequence_id: str) -> None:
@@ -126,7 +129,7 @@ class Loads:
         assigned = self._assigned.pop(sequence_id, None)
         if assigned is None:
             return
-        if load := self._nodes.get(assigned.placement.decode_id):
+        if load := assigned.decode:
             load.decode_tokens = max(0, load.decode_tokens - assigned.num_tokens)
             load.promised_blocks = max(0, load.promised_blocks - assigned.num_promised_blocks)
             if assigned in load.confirmed:
@@ -151,8 +154,8 @@ class Loads:
     def check(self) -> None:
         """Conservation: own counts are the sums over the assigned sequences."""
         for node_id, load in self._nodes.items():
-            mine = [a for a in self._assigned.values() if a.placement.decode_id == node_id]
+            mine = [a for a in self._assigned.values() if a.decode is load]
             assert load.promised_blocks == sum(a.num_promised_blocks for a in mine), node_id
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
-            prompts = [a for a in self._assigned.values() if a.is_prompt and a.placement.prefill_id == node_id]
+            prompts = [a for a in self._assigned.values() if a.is_prompt and a.prefill is load]
             assert load.prompt_tokens == sum(a.num_tokens for a in prompts), node_id

@@ -20,6 +20,7 @@ from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Conversation, Ending, Frontend, GenerationRequest
+from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard, client_of
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
@@ -56,7 +57,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             await abort(context, error)
         finally:
             if accepted is not None:
-                accepted.cancel("the client left")
+                self._frontend.cancel(accepted, "the client left")
 
     async def _write(self, context: Context, response: router_pb2.GenerateResponse) -> None:
         timeout_s = self._config.limits.write_timeout_s
@@ -220,7 +221,12 @@ class GrpcFace:
         limit = frontend.max_request_bytes // 2
         keys = ApiKeys(config.api_keys)
         # The first one is the outermost: who has no key is told that, whatever the message was.
-        guards = [*([GrpcGuard(SERVICE_NAME, keys)] if keys else []), ErrorMappingInterceptor(on_malformed)]
+        guards = [
+            *([GrpcGuard(SERVICE_NAME, keys)] if keys else []),
+            ErrorMappingInterceptor(on_malformed),
+            # Conversations are bounded as over HTTP; what else has parts is far smaller.
+            ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers),
+        ]
         limits = ServerLimits(max_message_bytes=limit, keepalive_s=20.0, keepalive_timeout_s=20.0)
         self._server = aio.server(
             interceptors=guards,

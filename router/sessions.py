@@ -12,6 +12,7 @@ import logging
 from typing import NamedTuple, Protocol, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
@@ -21,12 +22,14 @@ from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
+from router.turns import Turns
 
-_Q = TypeVar("_Q")
+_Q = TypeVar("_Q", bound=Message)
 _R = TypeVar("_R")
 
 _log = logging.getLogger("baton.router.sessions")
 
+_LARGE_BYTES = 16 * 1024
 # The quickest of so many round trips bounds the error of the clocks' offset.
 _CLOCK_TRIPS = 8
 
@@ -82,9 +85,11 @@ class NodeLink:
         events: LinkEvents,
         hello: node_pb2.SessionHello,
         config: LinkConfig,
+        turns: Turns,
         defects: Defects | None = None,
     ) -> None:
         self.address = address
+        self._turns = turns
         self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
         self._hello = hello
@@ -206,13 +211,21 @@ class NodeLink:
             self._events.on_welcome(self.address, node, status)
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read_both(tasks, prefill, decode))
-                tasks.create_task(_write(prefill, self._prefill_out))
-                tasks.create_task(_write(decode, self._decode_out))
+                tasks.create_task(self._write(prefill, self._prefill_out))
+                tasks.create_task(self._write(decode, self._decode_out))
         finally:
             if self._channel is channel:  # a hung-up connection may end after its successor began
                 self._channel = None
             prefill.cancel()
             decode.cancel()
+
+    async def _write(self, call: aio.StreamStreamCall[_Q, _R], queue: asyncio.Queue[_Q]) -> None:
+        while True:
+            message = await queue.get()
+            # Serializing a long prompt takes a millisecond, and it may go to many nodes at once.
+            if message.ByteSize() > _LARGE_BYTES:
+                await self._turns.wait()
+            await call.write(message)
 
     async def _read_both(self, tasks: asyncio.TaskGroup, prefill: PrefillCall, decode: DecodeCall) -> None:
         """A node that leaves in good order ends both sessions: what the second still carries must not be lost."""
@@ -240,11 +253,6 @@ async def _read(call: aio.StreamStreamCall[_Q, _R]) -> _R:
             raise _Left("the node ended the session")
         raise _Broken(f"the node ended the session: {code.name} {details}".rstrip())
     return message  # type: ignore[return-value]
-
-
-async def _write(call: aio.StreamStreamCall[_Q, _R], queue: asyncio.Queue[_Q]) -> None:
-    while True:
-        await call.write(await queue.get())
 
 
 def _why(error: BaseException) -> str:

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton import errors
 from baton.observe import Relay
 from baton.types import PositionLogprobs, TokenLogprob
 from router.flow_messages import Outcome
+from router.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tokens since the last batch; with ``outcome`` the stream is over."""
+    """Tokens since the last batch, not all of them if there are many; with ``outcome`` the stream is over."""
 
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
@@ -29,14 +29,12 @@ class Batch:
 # A Python int and its place in a list; and what a bytes object has around its bytes, with its place.
 _TOKEN_BYTES = 36
 _BYTES_BYTES = 41
-# The same of logprobs as objects: the position, and each token of it.
-_POSITION_BYTES = 200
-_LOGPROB_BYTES = 110
-
-
-def kept_bytes(token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs]) -> int:
-    """About what tokens cost as long as they are objects."""
-    return _TOKEN_BYTES * len(token_ids) + sum(_POSITION_BYTES + _LOGPROB_BYTES * (1 + len(p.top)) for p in logprobs)
+# Readers that are woken in one turn of the loop.
+_MAX_AWAKE = 512
+# What a reader gets at once: it is made into text and written in one piece, which takes 1 us a token, with 20 logprobs
+# each 150 us.
+_MAX_BATCH = 512
+_MAX_BATCH_WITH_LOGPROBS = 16
 
 
 class Backlog:
@@ -106,8 +104,9 @@ class Pacer:
 
     _QUICK_S = 0.001
 
-    def __init__(self, max_hold_s: float) -> None:
+    def __init__(self, max_hold_s: float, turns: Turns) -> None:
         self._max_hold_s = max_hold_s
+        self.turns = turns
         self._dirty: list[TokenStream] = []
         self._is_scheduled = False
         self._hold_s = 0.0
@@ -126,15 +125,20 @@ class Pacer:
 
     def _flush(self) -> None:
         loop = asyncio.get_running_loop()
-        self._is_scheduled = False
-        dirty, self._dirty = self._dirty, []
+        dirty, self._dirty = self._dirty[:_MAX_AWAKE], self._dirty[_MAX_AWAKE:]
+        self._is_scheduled = bool(self._dirty)
         start_s = loop.time()
         for stream in dirty:
             stream.wake()
+        if self._dirty:
+            loop.call_soon(self._flush)
         # Runs behind the readers that were just woken.
         loop.call_soon(self._measure, start_s)
 
     def _measure(self, start_s: float) -> None:
+        if self.turns.num_waiting:
+            asyncio.get_running_loop().call_soon(self._measure, start_s)
+            return
         now = asyncio.get_running_loop().time()
         took_s = now - start_s
         self._last_s = now
@@ -183,14 +187,16 @@ class TokenStream:
 
     def drop(self) -> None:
         """Nobody reads what is here."""
-        self._taken()
+        self._take(len(self._tokens))
 
-    def _taken(self) -> tuple[list[int], list[bytes]]:
-        self._backlog.num_bytes -= self._kept_bytes
-        self._kept_bytes = 0
-        taken = (self._tokens, self._logprobs)
-        self._tokens, self._logprobs = [], []
-        return taken
+    def _take(self, count: int) -> tuple[list[int], list[bytes]]:
+        """The next tokens, with their logprobs where they have any."""
+        tokens, self._tokens = self._tokens[:count], self._tokens[count:]
+        logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
+        num_bytes = _TOKEN_BYTES * len(tokens) + sum(map(len, logprobs)) + _BYTES_BYTES * len(logprobs)
+        self._kept_bytes -= num_bytes
+        self._backlog.num_bytes -= num_bytes
+        return tokens, logprobs
 
     def end(self, outcome: Outcome, relay: Relay) -> None:
         self._outcome = outcome
@@ -203,12 +209,13 @@ class TokenStream:
             self._waiter.set_result(None)
 
     async def next(self) -> Batch:
-        """Everything that came since the last call; waits while there is nothing."""
+        """What came since the last call, or as much of it as one turn has time for; waits while there is nothing."""
         while not self._tokens and self._outcome is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
-        token_ids, logprobs = self._taken()
-        return Batch(token_ids, [_unpacked(data) for data in logprobs], self._outcome)
+        await self._pacer.turns.wait()
+        token_ids, logprobs = self._take(_MAX_BATCH_WITH_LOGPROBS if self._logprobs else _MAX_BATCH)
+        return Batch(token_ids, [_unpacked(data) for data in logprobs], None if self._tokens else self._outcome)

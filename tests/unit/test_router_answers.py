@@ -19,7 +19,7 @@ from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig
 from router.flow import FlowConfig
 from router.model_files import load_facts
-from router.openai_response import LogprobWriter
+from router.openai_logprobs import LogprobWriter
 from router.text import TextStream
 from router.tokenizer import Tokenizer
 from tests.text_tokenizers import KINDS, llama
@@ -149,7 +149,7 @@ def test_no_entry_of_top_logprobs_is_lost() -> None:
     same = ord("x")
     top = tuple(TokenLogprob(i, -1.0 - n) for n, i in enumerate([same, X, THE, 0xE2, VOCAB_SIZE + 1, VOCAB_SIZE + 2]))
     for chosen, text, named in ((X, "x", X), (same, "x", same), (THE, " the", same)):
-        writer = LogprobWriter(tokenizer, is_chat=False, as_ids=False, start_offset=0)
+        writer = LogprobWriter(tokenizer, is_chat=False, as_ids=False)
         position = PositionLogprobs(next(t for t in top if t.token_id == chosen), 1, top)
         (found,) = writer.write([position], [text])["top_logprobs"]
         assert len(found) == len(top)

@@ -26,6 +26,7 @@ from router.flow import FlowConfig
 from router.flow_messages import Outcome, OutcomeKind
 from router.http_server import listen
 from router.stream import Backlog, Pacer, TokenStream
+from router.turns import Turns
 from tests.unit.router_support import router_beside, until
 
 
@@ -127,7 +128,9 @@ async def test_health_service_follows_readiness() -> None:
 
 
 async def test_tokens_gather_while_the_reader_is_away() -> None:
-    stream = TokenStream(Pacer(0.05), Backlog(max_stream_bytes=1000, max_answer_bytes=1000, max_bytes=1000))
+    stream = TokenStream(
+        Pacer(0.05, Turns(0.01)), Backlog(max_stream_bytes=1000, max_answer_bytes=1000, max_bytes=1000)
+    )
     for i in range(5):
         stream.push((i,), ())
     assert (await stream.next()).token_ids == [0, 1, 2, 3, 4]

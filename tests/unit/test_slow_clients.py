@@ -17,6 +17,7 @@ from baton.types import PositionLogprobs, TokenLogprob
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from router.fake import FakeConfig
 from router.stream import Backlog, Pacer, TokenStream
+from router.turns import Turns
 from tests.unit.router_support import VOCAB_SIZE, until, write_model_folder
 from tests.unit.test_http_server import Wire, asked, post, served
 
@@ -41,7 +42,7 @@ position = st.builds(PositionLogprobs, token, st.integers(1, 2**32 - 1), st.list
 def test_what_is_packed_comes_out_as_it_was(pushes: list[list[PositionLogprobs]]) -> None:
     async def run() -> None:
         kept = backlog(max_stream_bytes=10**9)
-        stream = TokenStream(Pacer(0.05), kept)
+        stream = TokenStream(Pacer(0.05, Turns(0.01)), kept)
         for positions in pushes:
             stream.push(tuple(p.chosen.token_id for p in positions), tuple(positions))
         assert kept.num_bytes > 0
@@ -54,7 +55,7 @@ def test_what_is_packed_comes_out_as_it_was(pushes: list[list[PositionLogprobs]]
 
 async def test_only_those_that_are_behind_are_touched_when_all_keep_too_much() -> None:
     kept = backlog(max_bytes=20_000)
-    streams = [TokenStream(Pacer(0.05), kept) for _ in range(4)]
+    streams = [TokenStream(Pacer(0.05, Turns(0.01)), kept) for _ in range(4)]
     for stream in streams[:3]:
         stream.push((7,) * 200, ())
     streams[3].push((7,), ())
@@ -85,11 +86,11 @@ async def test_a_stream_that_nobody_reads_fails_and_frees_what_it_kept(folder: P
 
 
 async def test_a_whole_answer_is_bounded(folder: Path) -> None:
-    async with served(folder, CONFIG, max_answer_bytes=100_000) as (router, _):
+    async with served(folder, CONFIG, max_answer_bytes=50_000) as (router, _):
         body = {"prompt": [5], "max_tokens": 500, "min_tokens": 500, "logprobs": 5, "n": 2}
         refused = await asked(router, post(body, "Connection: close"))
         assert refused.startswith(b"HTTP/1.1 400 ")
-        assert b"the answer has grown beyond 100000 bytes; use stream" in refused
+        assert b"the answer has grown beyond 50000 bytes; use stream" in refused
         await until(lambda: router.dispatcher.num_active == 0)
         assert router.dispatcher.backlog.num_bytes == 0
         fits = await asked(router, post({**body, "n": 1, "logprobs": None}, "Connection: close"))

@@ -1,0 +1,100 @@
+"""Log-probabilities as the OpenAI API writes them, in the style of either endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from baton.types import PositionLogprobs, TokenLogprob
+from router.tokenizer import Tokenizer
+
+# JSON has no infinities; OpenAI writes this for tokens of probability zero.
+_LOWEST_LOGPROB = -9999.0
+
+
+class LogprobWriter:
+    """Log-probabilities of one choice, in the style of either endpoint. Keeps the text offset of completions."""
+
+    def __init__(self, tokenizer: Tokenizer | None, *, is_chat: bool, as_ids: bool) -> None:
+        self._tokenizer = tokenizer
+        self._is_chat = is_chat
+        self._as_ids = as_ids or tokenizer is None
+        self._offset = 0
+
+    def write(self, positions: Sequence[PositionLogprobs], texts: Sequence[str]) -> dict[str, Any]:
+        """``texts`` is what each position's token added to the choice's text; joined they are the text."""
+        if self._is_chat:
+            entries = [self._chat_entry(p, text) for p, text in zip(positions, texts, strict=True)]
+            return {"content": entries, "refusal": None}
+        offsets = []
+        for text in texts:
+            offsets.append(self._offset)
+            self._offset += len(text)
+        return {
+            "tokens": [self._shown(p.chosen.token_id, text) for p, text in zip(positions, texts, strict=True)],
+            "token_logprobs": [_finite(p.chosen.logprob) for p in positions],
+            "top_logprobs": [self._top(p, text) for p, text in zip(positions, texts, strict=True)],
+            "text_offset": offsets,
+        }
+
+    def _top(self, position: PositionLogprobs, text: str) -> dict[str, float]:
+        """Best first. Of tokens that read the same, the chosen one or else the likeliest keeps its text as the key."""
+        chosen = position.chosen
+        owners = {self._shown(chosen.token_id, text) or self._name(chosen.token_id): chosen.token_id}
+        for token in position.top:
+            if token.token_id != chosen.token_id:
+                owners.setdefault(self._name(token.token_id), token.token_id)
+        keys = {token_id: key for key, token_id in owners.items()}
+        return {keys.get(t.token_id, _as_id(t.token_id)): _finite(t.logprob) for t in _with_chosen(position)}
+
+    def _chat_entry(self, position: PositionLogprobs, text: str) -> dict[str, Any]:
+        chosen = position.chosen
+        raw = _added_bytes(self._raw(chosen.token_id), text)
+        own = self._entry(chosen, self._shown(chosen.token_id, text), raw)
+        top = [
+            own
+            if t.token_id == chosen.token_id and text
+            else self._entry(t, self._name(t.token_id), self._raw(t.token_id))
+            for t in position.top
+        ]
+        return own | {"top_logprobs": top}
+
+    def _entry(self, token: TokenLogprob, name: str, raw: bytes) -> dict[str, Any]:
+        return {"token": name, "logprob": _finite(token.logprob), "bytes": list(raw)}
+
+    def _raw(self, token_id: int) -> bytes:
+        return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
+
+    def _shown(self, token_id: int, text: str) -> str:
+        """A token of the output: what it added. A hidden one and the beginning of a character add nothing."""
+        return _as_id(token_id) if self._as_ids else text
+
+    def _name(self, token_id: int) -> str:
+        """A token that might have been: its text after any other text."""
+        if self._as_ids or self._tokenizer is None:
+            return _as_id(token_id)
+        return self._tokenizer.token_name(token_id)
+
+
+def _with_chosen(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
+    """Completions list the chosen token among the alternatives."""
+    if any(t.token_id == position.chosen.token_id for t in position.top):
+        return position.top
+    return (*position.top, position.chosen)
+
+
+def _as_id(token_id: int) -> str:
+    return f"token_id:{token_id}"
+
+
+def _added_bytes(raw: bytes, text: str) -> bytes:
+    """The bytes of what a token added to the text: its own where it is a part of a character or ended a cut one."""
+    try:
+        raw.decode()
+    except UnicodeDecodeError:
+        return raw
+    return raw if "\ufffd" in text else text.encode()
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _LOWEST_LOGPROB else _LOWEST_LOGPROB

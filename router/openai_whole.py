@@ -1,0 +1,131 @@
+"""An answer that is not streamed: JSON that grows as the tokens come, and leaves in pieces. Knows no HTTP.
+
+`json.dumps` of a whole answer holds the interpreter, and with it every stream, for a second where choices and
+log-probabilities are many. So each part is written as it comes, by one `json.dumps` of what is new.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from router.frontend import Ending, Part
+from router.openai_logprobs import LogprobWriter
+from router.turns import Turns
+
+# What is sent at once.
+_PIECE_BYTES = 64 * 1024
+# What of a prompt is written at once: about a millisecond's.
+_IDS_AT_ONCE = 8192
+
+# Texts are ASCII, so that their length is their size.
+Json = list[str | bytearray]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptJson:
+    """What an answer repeats of a prompt, once for all of its choices: an escaped text, and ids with commas."""
+
+    echo: str = ""
+    token_ids: str = ""
+
+
+async def prompt_json(echo: str, token_ids: Sequence[int], turns: Turns) -> PromptJson:
+    ids: list[str] = []
+    for at in range(0, len(token_ids), _IDS_AT_ONCE):
+        await turns.wait()
+        ids.append(json.dumps(token_ids[at : at + _IDS_AT_ONCE], separators=(",", ":"))[1:-1])
+    return PromptJson(json.dumps(echo)[1:-1], ",".join(ids))
+
+
+class WholeChoice:
+    """One choice. Feed it all parts, then take its `json`."""
+
+    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_text", "_token_ids", "_wants_ids")
+
+    def __init__(self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool) -> None:
+        self._index = index
+        self._is_chat = is_chat
+        self._logprobs = logprobs
+        self._wants_ids = wants_ids
+        self._text = bytearray()
+        self._token_ids = bytearray()
+        # Of the log-probabilities, by name: the items of each list.
+        self._lists: dict[str, bytearray] = {}
+
+    def add(self, part: Part) -> int:
+        """Returns the bytes that it takes."""
+        num_bytes = _extend(self._text, _dumped(part.text)[1:-1], b"")
+        if self._wants_ids:
+            num_bytes += _extend(self._token_ids, _dumped(part.token_ids)[1:-1], b",")
+        if self._logprobs is not None:
+            for name, items in self._logprobs.write(part.logprobs, part.token_texts).items():
+                if items:
+                    num_bytes += _extend(self._lists.setdefault(name, bytearray()), _dumped(items)[1:-1], b",")
+        return num_bytes
+
+    def json(self, ending: Ending, prompt: PromptJson) -> Json:
+        if self._is_chat:
+            before, after = '"message":{"role":"assistant","content":"', '","refusal":null}'
+        else:
+            before, after = '"text":"', '"'
+        pieces: Json = [f'{{"index":{self._index},{before}', prompt.echo, self._text, f'{after},"logprobs":']
+        pieces += self._logprob_pieces()
+        pieces.append(f',"finish_reason":"{ending.finish_reason.value}","stop_reason":{json.dumps(ending.stop_reason)}')
+        if self._wants_ids:
+            pieces += [',"prompt_token_ids":[', prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
+        pieces.append("}")
+        return pieces
+
+    def _logprob_pieces(self) -> Json:
+        if self._logprobs is None:
+            return ["null"]
+        pieces: Json = ["{"]
+        for name, empty in self._logprobs.write((), ()).items():
+            comma = "," if len(pieces) > 1 else ""
+            if isinstance(empty, list):
+                pieces += [f'{comma}"{name}":[', self._lists.get(name, ""), "]"]
+            else:
+                pieces.append(f'{comma}"{name}":{json.dumps(empty)}')
+        return [*pieces, "}"]
+
+
+class WholeAnswer:
+    """The body's bytes: how many, and one piece after the other."""
+
+    __slots__ = ("_pieces", "num_bytes")
+
+    def __init__(self, head: str, choices: Sequence[Json], tail: str) -> None:
+        self._pieces: Json = [head]
+        for number, choice in enumerate(choices):
+            self._pieces += [","] * bool(number)
+            self._pieces += choice
+        self._pieces.append(tail)
+        self.num_bytes = sum(map(len, self._pieces))
+
+    def pieces(self) -> Iterator[bytes]:
+        found = bytearray()
+        for piece in self._pieces:
+            for at in range(0, len(piece), _PIECE_BYTES):
+                part = piece[at : at + _PIECE_BYTES]
+                found += part.encode() if isinstance(part, str) else part
+                if len(found) >= _PIECE_BYTES:
+                    yield bytes(found)
+                    found.clear()
+        if found:
+            yield bytes(found)
+
+
+def _extend(items: bytearray, more: str, comma: bytes) -> int:
+    before = len(items)
+    if more:
+        if items:
+            items += comma
+        items += more.encode()
+    return len(items) - before
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
