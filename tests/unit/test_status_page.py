@@ -27,7 +27,8 @@ from tests.unit.router_support import router_beside, until
 pytestmark = pytest.mark.alone
 
 SLOW = FakeConfig(step_s=0.01, transfer_s=0.01)
-EVIL = "<img src=x onerror=document.title='owned'>\"'&"
+# Without spaces: no node may have one in its name.
+EVIL = "<img/src=x/onerror=document.title='owned'>\"'&"
 
 
 async def ask(router: Router, count: int, max_tokens: int = 5) -> None:
