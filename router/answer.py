@@ -139,7 +139,7 @@ class Answer:
             except* errors.BatonError as failed:
                 raise failed.exceptions[0] from None
             choices = [t.result() for t in tasks]
-        return self._envelope.whole(choices, f',"usage":{json.dumps(self._usage())}{self._extras()}')
+        return self._envelope.whole(choices, f',"usage":{_compact(self._usage())}{self._extras()}')
 
     def _keep(self, num_bytes: int) -> None:
         self._kept_bytes += num_bytes
@@ -176,7 +176,7 @@ class Answer:
     def _closing(self) -> bytes:
         extra = self._extras()
         if self._wants_usage:
-            extra += f',"usage":{json.dumps(self._usage())}'
+            extra += f',"usage":{_compact(self._usage())}'
         return (self._envelope.last_chunk(extra).encode() if extra else b"") + DONE
 
     @property
@@ -197,8 +197,12 @@ class Answer:
         if self._wants_relay:
             relays = [relay_json(e.relay) for e in self._endings]
             found = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
-            extra += f',"baton":{json.dumps(found)}'
+            extra += f',"baton":{_compact(found)}'
         return extra
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 class _Merger:
