@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from baton.errors import UnsupportedModel, quoted
 from baton.files import check_readable, is_there, names_in, read_object
 
@@ -39,6 +37,8 @@ def weight_files(folder: Path) -> tuple[list[Path], Mapping[str, str]]:
 
 def open_weights(path: Path, framework: str = "pt") -> Any:
     """The file, mapped into memory: a context manager. Raises UnsupportedModel for one that is not whole."""
+    from safetensors import SafetensorError, safe_open  # not in a router's install, which asks for names alone
+
     check_readable(path)
     try:
         return safe_open(path, framework=framework)

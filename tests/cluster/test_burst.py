@@ -26,4 +26,5 @@ async def test_19_a_burst_larger_than_the_decode_pool_ends_whole(
     few_at_a_time = await run_all(cluster.http, jobs, 4)
     assert [a.token_ids for a in at_once] == [a.token_ids for a in few_at_a_time]
     # Otherwise there was no crowd, and this test has shown nothing.
-    assert sum(a.relay["transfer"]["num_blocks"] for a in at_once) > 8 * room
+    # An answer does not wait long for the report of its transfer: on a busy machine some have none.
+    assert sum(a.relay["transfer"]["num_blocks"] for a in at_once if a.relay["transfer"]) > 8 * room

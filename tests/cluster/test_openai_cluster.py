@@ -105,11 +105,13 @@ async def test_logprobs_of_every_token_survive_the_handoff(start_cluster: StartC
 
 
 def test_a_cluster_with_api_keys_starts_and_asks_for_them(start_cluster: StartCluster, demo_model: Path) -> None:
-    cluster = start_cluster(demo_model, prefill=1, decode=1, arguments=("--api-key", "one", "--api-key", "two"))
-    for key in ("one", "two"):
+    cluster = start_cluster(
+        demo_model, prefill=1, decode=1, arguments=("--api-key", "key-of-1", "--api-key", "key-of-2")
+    )
+    for key in ("key-of-1", "key-of-2"):
         with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key=key, max_retries=0, timeout=TIMEOUT_S) as client:
             assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=2).choices[0].text
     with client_of(cluster.http) as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     arguments = Path(f"/proc/{cluster.router_pid}/cmdline").read_text()
-    assert "one" not in arguments, "a key is nobody else's business"
+    assert "key-of" not in arguments, "a key is nobody else's business"

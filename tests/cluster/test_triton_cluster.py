@@ -44,5 +44,5 @@ async def test_split_tokens_equal_transformers(
     for prompt, answer in zip(prompts, answers, strict=True):
         assert answer.token_ids == oracle(model, prompt)[: NEW_TOKENS - MAX_TOKENS], f"{len(prompt)} prompt tokens"
         assert answer.relay["prefill_node_id"] != answer.relay["decode_node_id"]
-    assert {a.relay["transfer"]["layerwise"] for a in answers} == {False, True}
+    assert {a.relay["transfer"]["layerwise"] for a in answers if a.relay["transfer"]} == {False, True}
     assert all(node.node.kernels.startswith("triton-") for node in cluster.status().nodes)
