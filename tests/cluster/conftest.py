@@ -1,19 +1,15 @@
-"""Clusters for tests. Each one is ended with its test, and looked after."""
+"""Clusters for tests. Each one is ended with its test, or with the last of those that share it, and looked after."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.cluster.harness import Cluster, StartCluster
-
-START_TIMEOUT_S = 90.0
+from tests.cluster.harness import Cluster, StartCluster, starter
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,38 +23,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def start_cluster(tmp_path: Path) -> Iterator[StartCluster]:
     """Starts a cluster and returns when it is ready; several may run in one test."""
     with ExitStack() as clusters:
+        yield starter(tmp_path, clusters)
 
-        def start(
-            model: Path,
-            *,
-            prefill: int = 2,
-            decode: int = 2,
-            mixed: int = 0,
-            transport: str = "auto",
-            dtype: str = "auto",
-            arguments: tuple[str, ...] = (),
-        ) -> Cluster:
-            folder = tmp_path / f"cluster-{len(list(tmp_path.glob('cluster-*')))}"
-            (folder / "tmp").mkdir(parents=True)
-            ready_file = folder / "ready.json"
-            command = [
-                *(sys.executable, "-m", "cli", "up", "--model", str(model)),
-                *("--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)),
-                *("--transport", transport, "--dtype", dtype, "--http-port", "0", "--grpc-port", "0"),
-                *("--ready-file", str(ready_file), "--log-dir", str(folder / "logs"), "--kv-mib", "256"),
-                *arguments,
-            ]
-            with (folder / "up.log").open("wb") as log:
-                launcher = subprocess.Popen(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    env={**os.environ, "TMPDIR": str(folder / "tmp")},
-                )
-            cluster = Cluster(launcher, ready_file, folder)
-            clusters.callback(cluster.stop)
-            cluster.wait_until(ready_file.exists, "ready file", START_TIMEOUT_S)
-            return cluster
 
-        yield start
+@pytest.fixture(scope="package")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCluster]:
+    """The same for tests that leave a cluster as they found it: one cluster for all that ask for the same.
+
+    A start costs more than most tests. What a test needs to be the first to see, it has to start itself.
+    """
+    with ExitStack() as clusters:
+        start = starter(tmp_path_factory.mktemp("shared"), clusters)
+        running: dict[str, Cluster] = {}
+
+        def shared(model: Path, *, arguments: tuple[str, ...] = (), **settings: Any) -> Cluster:
+            asked = repr((model, arguments, sorted(settings.items())))
+            if asked not in running:
+                # Several of them are there at once, and tests on them are small.
+                running[asked] = start(model, arguments=("--kv-mib", "64", *arguments), **settings)
+            return running[asked]
+
+        yield shared

@@ -6,8 +6,10 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +20,7 @@ import pytest
 
 from baton.v1 import router_pb2, router_pb2_grpc
 
+START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 30.0
 CALL_TIMEOUT_S = 10.0
 # How often a condition that another process brings about is looked at.
@@ -131,6 +134,11 @@ class Cluster:
             for log in sorted(self._folder.rglob("*.log"))
         )
 
+    def lines_with(self, text: str) -> set[str]:
+        """Of every log, from its beginning."""
+        logs = (log.read_text(errors="replace") for log in self._folder.rglob("*.log"))
+        return {line for log in logs for line in log.splitlines() if text in line}
+
     def remember(self) -> None:
         """Notes processes and abstract unix sockets, to ask after the end whether they are gone."""
         family = [psutil.Process(self.launcher.pid), *psutil.Process(self.launcher.pid).children(recursive=True)]
@@ -174,7 +182,7 @@ class Cluster:
 
 
 class StartCluster(Protocol):
-    """The fixture ``start_cluster``."""
+    """Of the fixtures: starts a cluster and returns when it is ready, or finds one that runs."""
 
     def __call__(
         self,
@@ -187,3 +195,42 @@ class StartCluster(Protocol):
         dtype: str = "auto",
         arguments: tuple[str, ...] = (),
     ) -> Cluster: ...
+
+
+def starter(folder: Path, clusters: ExitStack) -> StartCluster:
+    """Starts clusters whose files lie in ``folder``; ``clusters`` ends them."""
+
+    def start(
+        model: Path,
+        *,
+        prefill: int = 2,
+        decode: int = 2,
+        mixed: int = 0,
+        transport: str = "auto",
+        dtype: str = "auto",
+        arguments: tuple[str, ...] = (),
+    ) -> Cluster:
+        own = folder / f"cluster-{len(list(folder.glob('cluster-*')))}"
+        (own / "tmp").mkdir(parents=True)
+        ready_file = own / "ready.json"
+        command = [
+            *(sys.executable, "-m", "cli", "up", "--model", str(model)),
+            *("--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)),
+            *("--transport", transport, "--dtype", dtype, "--http-port", "0", "--grpc-port", "0"),
+            *("--ready-file", str(ready_file), "--log-dir", str(own / "logs"), "--kv-mib", "256"),
+            *arguments,
+        ]
+        with (own / "up.log").open("wb") as log:
+            launcher = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "TMPDIR": str(own / "tmp")},
+            )
+        cluster = Cluster(launcher, ready_file, own)
+        clusters.callback(cluster.stop)
+        cluster.wait_until(ready_file.exists, "ready file", START_TIMEOUT_S)
+        return cluster
+
+    return start

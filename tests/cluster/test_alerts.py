@@ -39,9 +39,11 @@ class Processes:
     def start_worker(self, name: str) -> None:
         self.start(name, "worker", "--role", "mixed", "--node-id", name, "--kv-mib", "32", "--listen", "127.0.0.1:0")
 
-    def start_router(self, name: str) -> str:
-        """Its base URL."""
+    def start_router(self, name: str) -> None:
         self.start(name, "router", "--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0")
+
+    def url_of(self, name: str) -> str:
+        """Of a router, once it serves."""
         found = re.compile(r"serves http (http://\S+)")
         until(lambda: found.search(self.log(name)) is not None, f"address of {name}", START_TIMEOUT_S)
         match = found.search(self.log(name))
@@ -82,7 +84,9 @@ def until(condition: Callable[[], bool], what: str, timeout_s: float = ALERT_TIM
 def test_a_node_that_dies_for_good_is_missed_and_a_drained_one_is_not(processes: Processes, tmp_path: Path) -> None:
     for name in ("m0", "m1", "m2"):
         processes.start_worker(name)
-    routers = [processes.start_router(name) for name in ("r0", "r1")]
+    for name in ("r0", "r1"):
+        processes.start_router(name)
+    routers = [processes.url_of(name) for name in ("r0", "r1")]
     with running_prometheus(tmp_path / "prometheus", *routers) as prometheus:
         _wait_for_three_nodes_once(prometheus)
         processes.end("m2", signal.SIGTERM)
@@ -122,9 +126,9 @@ def _wait_for_three_nodes_once(prometheus: Prometheus) -> None:
 
 
 def _wait_for_evaluations(prometheus: Prometheus, condition: str) -> None:
-    """Until it has been so for longer than any alert waits."""
+    """Until it has been so for longer than any alert waits, with what a scrape and an evaluation take."""
     count = f"count_over_time(({condition})[1m:1s])"
-    until(lambda: bool(numbers(prometheus.query(f"{count} >= 8"))), f"8 s of {condition}")
+    until(lambda: bool(numbers(prometheus.query(f"{count} >= 6"))), f"6 s of {condition}")
 
 
 def _lose_the_routers(processes: Processes, prometheus: Prometheus) -> None:

@@ -16,7 +16,9 @@ from tests.cluster.harness import Cluster, StartCluster
 
 DOCUMENT = Path(__file__).parents[2] / "docs/clients.md"
 EXAMPLE_TIMEOUT_S = 30.0
-KEY = "secret"
+# The document's, and another.
+KEYS = ("secret", "key-of-somebody")
+WITH_KEYS = ("--api-key", KEYS[0], "--api-key", KEYS[1])
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 
@@ -67,14 +69,14 @@ def test_another_output_is_noticed() -> None:
     assert not Example(1, "sh", "", "a\n...\nb\n").matches("a\nx\nxb\n")
 
 
-def test_examples_do_what_the_document_says(start_cluster: StartCluster, demo_model: Path) -> None:
-    cluster = start_cluster(demo_model, prefill=1, decode=1, arguments=("--api-key", KEY))
+def test_examples_do_what_the_document_says(shared_cluster: StartCluster, demo_model: Path) -> None:
+    cluster = shared_cluster(demo_model, prefill=1, decode=1, arguments=WITH_KEYS)
     has_curl = shutil.which("curl") is not None
     for example in examples(DOCUMENT.read_text()):
         if example.language == "python" or has_curl:
             output = example.run(cluster)
             assert example.matches(output), f"line {example.line}: expected\n{example.output}\nfound\n{output}"
-    with Client(cluster.grpc, api_key=KEY) as client:
+    with Client(cluster.grpc, api_key=KEYS[0]) as client:
         cluster.wait_until(lambda: not any(n.owners for n in client.ledger().nodes), "baseline", deadline_s=10)
     if not has_curl:
         pytest.skip("the examples for the shell need curl")

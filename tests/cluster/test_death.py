@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,14 @@ async def kill_under_load(cluster: Cluster, role: str, jobs: list[Job], after_s:
     return answers
 
 
-async def survives(start_cluster: StartCluster, model: Path, role: str, num_kills: int) -> None:
-    rng = random.Random(f"{role}/{num_kills}")
+async def survives(cluster: Cluster, roles: Sequence[str]) -> None:
+    """Deaths of these roles, one after the other."""
+    rng = random.Random("/".join(roles))
     jobs = load(48)
-    cluster = start_cluster(model, prefill=2, decode=2)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     assert [a.error for a in undisturbed] == [None] * len(jobs)
     num_reruns = 0
-    for kill in range(num_kills):
+    for kill, role in enumerate(roles):
         answers = await kill_under_load(cluster, role, jobs, rng.uniform(0.05, 1.5), rng.randrange(2))
         assert [a.error for a in answers] == [None] * len(jobs), f"kill {kill}"
         assert [a.token_ids for a in answers] == [a.token_ids for a in undisturbed], f"kill {kill}"
@@ -50,13 +51,12 @@ async def survives(start_cluster: StartCluster, model: Path, role: str, num_kill
     assert num_reruns > 0
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-async def test_streams_survive_a_death(start_cluster: StartCluster, demo_model: Path, role: str) -> None:
-    await survives(start_cluster, demo_model, role, num_kills=2)
+async def test_streams_survive_a_death_of_either_role(shared_cluster: StartCluster, demo_model: Path) -> None:
+    await survives(shared_cluster(demo_model, prefill=2, decode=2), ["prefill", "decode"])
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_streams_survive_twenty_deaths(start_cluster: StartCluster, demo_model: Path, role: str) -> None:
-    await survives(start_cluster, demo_model, role, num_kills=20)
+    await survives(start_cluster(demo_model, prefill=2, decode=2), [role] * 20)

@@ -61,10 +61,10 @@ async def test_draining_each_node_in_turn_under_load_fails_nothing(
 
 @pytest.mark.parametrize("role", ["prefill", pytest.param("decode", marks=pytest.mark.long)])
 async def test_a_second_sigterm_cuts_off_and_the_router_runs_the_rest_elsewhere(
-    start_cluster: StartCluster, demo_model: Path, role: str
+    shared_cluster: StartCluster, demo_model: Path, role: str
 ) -> None:
     jobs = load(48)
-    cluster = start_cluster(demo_model, prefill=2, decode=2)
+    cluster = shared_cluster(demo_model, prefill=2, decode=2)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     running = asyncio.create_task(run_all(cluster.http, jobs, CONCURRENCY))
     await asyncio.sleep(0.5)

@@ -180,9 +180,9 @@ def state_of(cluster: Cluster, node_id: str) -> str:
     return next(n.state for n in cluster.status().nodes if n.node.node_id == node_id)
 
 
-async def fuzz(start_cluster: StartCluster, model: Path, count: int, *arguments: str) -> dict[str, Any]:
-    cluster = start_cluster(model, prefill=1, decode=1, arguments=arguments)
-    tasks = recall_prompts(seed=31, count=64, num_pairs=(20, 80), num_questions=(1, 6))
+async def fuzz(cluster: Cluster, count: int) -> dict[str, Any]:
+    """``count`` bodies over HTTP and a tenth of it over gRPC, beside a load that repeats itself until they are over."""
+    tasks = recall_prompts(seed=31, count=16, num_pairs=(20, 80), num_questions=(1, 6))
     jobs = [Job(task.prompt, task.num_output_tokens + 4) for task in tasks]
     expected = [a.token_ids for a in await run_all(cluster.http, jobs, 4)]
     over = asyncio.Event()
@@ -216,8 +216,8 @@ async def fuzz(start_cluster: StartCluster, model: Path, count: int, *arguments:
     return {"statuses": dict(statuses), "codes": dict(codes), "rounds": rounds}
 
 
-async def test_extreme_values_hurt_no_one(start_cluster: StartCluster, demo_model: Path) -> None:
-    await fuzz(start_cluster, demo_model, 600)
+async def test_extreme_values_hurt_no_one(shared_cluster: StartCluster, demo_model: Path) -> None:
+    await fuzz(shared_cluster(demo_model, prefill=1, decode=1), 400)
 
 
 @pytest.mark.long
@@ -227,4 +227,4 @@ async def test_10000_bodies_of_extreme_values_hurt_no_one(
     start_cluster: StartCluster, demo_model: Path, arguments: tuple[str, ...]
 ) -> None:
     """Once with room for everyone, once with nodes so small that most requests have to wait first."""
-    _log.info("%s", await fuzz(start_cluster, demo_model, 10_000, *arguments))
+    _log.info("%s", await fuzz(start_cluster(demo_model, prefill=1, decode=1, arguments=arguments), 10_000))

@@ -10,6 +10,7 @@ import pytest
 from demo.tasks import recall_prompts
 from tests.cluster.harness import StartCluster
 from tests.cluster.load import Job, run_all
+from tests.cluster.test_clients_doc import KEYS, WITH_KEYS
 
 MODEL = "model"
 TIMEOUT_S = 60.0
@@ -19,8 +20,8 @@ def client_of(base_url: str) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0, timeout=TIMEOUT_S)
 
 
-def test_openai_client(start_cluster: StartCluster, demo_model: Path) -> None:
-    cluster = start_cluster(demo_model, prefill=1, decode=1)
+def test_openai_client(shared_cluster: StartCluster, demo_model: Path) -> None:
+    cluster = shared_cluster(demo_model, prefill=1, decode=1)
     with client_of(cluster.http) as client:
         assert [m.id for m in client.models.list()] == [MODEL]
         chats_stream(client)
@@ -88,15 +89,14 @@ def errors_are_proper(client: openai.OpenAI) -> None:
     assert malformed.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_logprobs_of_every_token_survive_the_handoff(start_cluster: StartCluster, demo_model: Path) -> None:
+async def test_logprobs_of_every_token_survive_the_handoff(shared_cluster: StartCluster, demo_model: Path) -> None:
     tasks = recall_prompts(33, 6)
     jobs = [Job(t.prompt, 20, {"logprobs": 3, "temperature": 0.8, "seed": 4, "ignore_eos": True}) for t in tasks]
     found = []
-    for roles in ({"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 1}):
-        cluster = start_cluster(demo_model, **roles)
+    for roles in ({"prefill": 1, "decode": 1}, {"prefill": 0, "decode": 0, "mixed": 2}):
+        cluster = shared_cluster(demo_model, **roles)
         answers = await run_all(cluster.http, jobs, concurrency=6)
         cluster.wait_baseline()
-        cluster.stop()
         assert [a.error for a in answers] == [None] * len(jobs)
         found.append([(a.token_ids, a.logprobs) for a in answers])
     assert all(len(logprobs) == len(ids) == 20 for ids, logprobs in found[0])
@@ -104,14 +104,12 @@ async def test_logprobs_of_every_token_survive_the_handoff(start_cluster: StartC
     assert found[0] == found[1]
 
 
-def test_a_cluster_with_api_keys_starts_and_asks_for_them(start_cluster: StartCluster, demo_model: Path) -> None:
-    cluster = start_cluster(
-        demo_model, prefill=1, decode=1, arguments=("--api-key", "key-of-1", "--api-key", "key-of-2")
-    )
-    for key in ("key-of-1", "key-of-2"):
+def test_a_cluster_with_api_keys_starts_and_asks_for_them(shared_cluster: StartCluster, demo_model: Path) -> None:
+    cluster = shared_cluster(demo_model, prefill=1, decode=1, arguments=WITH_KEYS)
+    for key in KEYS:
         with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key=key, max_retries=0, timeout=TIMEOUT_S) as client:
             assert client.completions.create(model=MODEL, prompt="Hello", max_tokens=2).choices[0].text
     with client_of(cluster.http) as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     arguments = Path(f"/proc/{cluster.router_pid}/cmdline").read_text()
-    assert "key-of" not in arguments, "a key is nobody else's business"
+    assert not [key for key in KEYS if key in arguments], "a key is nobody else's business"

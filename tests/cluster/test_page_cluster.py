@@ -12,10 +12,10 @@ from tests.cluster.test_smoke import ask_all, recall
 def test_the_page_shows_the_cluster_and_what_ran(start_cluster: StartCluster, demo_model: Path, tmp_path: Path) -> None:
     browser = Browser(tmp_path / "profile")
     try:
-        cluster = start_cluster(demo_model, prefill=2, decode=2)
+        cluster = start_cluster(demo_model, prefill=1, decode=1)
         browser.open(f"{cluster.http}/status")
-        browser.wait_until("document.querySelectorAll('#nodes tr').length === 4")
-        assert browser.evaluate("document.querySelectorAll('#nodes .good').length") == 4
+        browser.wait_until("document.querySelectorAll('#nodes tr').length === 2")
+        assert browser.evaluate("document.querySelectorAll('#nodes .good').length") == 2
         ask_all(cluster, recall(31, 6))
         browser.wait_until("document.querySelectorAll('#recent tr').length === 6")
         lifelines = browser.evaluate("[...document.querySelectorAll('#recent .life')].map(x => x.title)")

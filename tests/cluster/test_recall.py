@@ -22,13 +22,12 @@ def accuracy(tasks: list[Task], answers: list[Answer]) -> float:
     return sum(t.accepts(a.text) for t, a in zip(tasks, answers, strict=True)) / len(tasks)
 
 
-async def split_equals_colocated(start_cluster: StartCluster, model: Path, count: int) -> None:
+async def split_equals_colocated(shared_cluster: StartCluster, model: Path, count: int) -> None:
     tasks = recall_prompts(seed=97, count=count)
-    cluster = start_cluster(model, prefill=2, decode=2)
+    cluster = shared_cluster(model, prefill=2, decode=2)
     split = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
     cluster.wait_baseline()
-    cluster.stop()
-    cluster = start_cluster(model, prefill=0, decode=0, mixed=2)
+    cluster = shared_cluster(model, prefill=0, decode=0, mixed=2)
     colocated = await run_all(cluster.http, jobs(tasks), CONCURRENCY)
     cluster.wait_baseline()
     assert [a.error for a in split + colocated] == [None] * (2 * count)
@@ -38,23 +37,21 @@ async def split_equals_colocated(start_cluster: StartCluster, model: Path, count
     assert accuracy(tasks, split) >= MIN_ACCURACY
 
 
-async def test_split_answers_like_colocated(start_cluster: StartCluster, demo_model: Path) -> None:
-    await split_equals_colocated(start_cluster, demo_model, 40)
+async def test_split_answers_like_colocated(shared_cluster: StartCluster, demo_model: Path) -> None:
+    await split_equals_colocated(shared_cluster, demo_model, 40)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-async def test_500_prompts_split_answer_like_colocated(start_cluster: StartCluster, demo_model: Path) -> None:
-    await split_equals_colocated(start_cluster, demo_model, 500)
+async def test_500_prompts_split_answer_like_colocated(shared_cluster: StartCluster, demo_model: Path) -> None:
+    await split_equals_colocated(shared_cluster, demo_model, 500)
 
 
 async def test_corrupted_block_is_caught_and_the_request_ends_right(
-    start_cluster: StartCluster, demo_model: Path
+    start_cluster: StartCluster, shared_cluster: StartCluster, demo_model: Path
 ) -> None:
     tasks = recall_prompts(seed=98, count=12)
-    cluster = start_cluster(demo_model, prefill=1, decode=1)
-    expected = await run_all(cluster.http, jobs(tasks), 4)
-    cluster.stop()
+    expected = await run_all(shared_cluster(demo_model, prefill=1, decode=1).http, jobs(tasks), 4)
     cluster = start_cluster(demo_model, prefill=1, decode=1, transport="fake:corrupt=5,seed=3,over=shm")
     answers = await run_all(cluster.http, jobs(tasks), 4)
     cluster.wait_baseline()

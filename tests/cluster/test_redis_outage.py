@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from baton.registry import Registry, RegistryConfig
-from tests.cluster.harness import Cluster, StartCluster
+from tests.cluster.harness import Cluster, starter
 from tests.cluster.load import Answer, Job, run_all
 from tests.cluster.test_death import load
 from tests.redis_server import RedisServer
@@ -18,8 +20,21 @@ from tests.redis_server import RedisServer
 CONCURRENCY = 8
 
 
-def start(start_cluster: StartCluster, model: Path, server: RedisServer) -> Cluster:
-    return start_cluster(model, prefill=2, decode=2, arguments=("--registry", server.url))
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path_factory.mktemp("redis"), password="s3cret")
+    try:
+        yield server.start()
+    finally:
+        server.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(server: RedisServer, tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Iterator[Cluster]:
+    """All are registered; each test leaves it so."""
+    with ExitStack() as clusters:
+        start = starter(tmp_path_factory.mktemp("cluster"), clusters)
+        yield start(demo_model, prefill=2, decode=2, arguments=("--registry", server.url))
 
 
 async def load_for(cluster: Cluster, jobs: list[Job], seconds: float) -> list[list[Answer]]:
@@ -52,40 +67,37 @@ async def outage(cluster: Cluster, server: RedisServer, seconds: float) -> int:
     assert [a.relay["attempts"] for answers in rounds for a in answers] == [1] * len(rounds) * len(jobs)
     # Nobody was restarted or lost, and everybody registers again.
     assert {n.node.node_id: n.node.incarnation for n in cluster.status().nodes} == before
-    registry = Registry(RegistryConfig(server.url))
-    try:
-        async with asyncio.timeout(10):
-            while len((await registry.nodes())[0]) < len(before):  # noqa: ASYNC110 - other processes
-                await asyncio.sleep(0.1)
-    finally:
-        await registry.close()
+    await until_registered(server, len(before))
     await asyncio.to_thread(cluster.wait_baseline)
     return len(rounds) * len(jobs)
 
 
-async def test_17_redis_gone_for_seconds(
-    start_cluster: StartCluster, demo_model: Path, redis_server: RedisServer
-) -> None:
-    cluster = start(start_cluster, demo_model, redis_server)
-    assert await outage(cluster, redis_server, 2.0) > 0
+async def until_registered(server: RedisServer, num_nodes: int) -> None:
+    registry = Registry(RegistryConfig(server.url))
+    try:
+        async with asyncio.timeout(10):
+            while len((await registry.nodes())[0]) < num_nodes:  # noqa: ASYNC110 - other processes
+                await asyncio.sleep(0.1)
+    finally:
+        await registry.close()
+
+
+async def test_17_redis_gone_for_seconds(cluster: Cluster, server: RedisServer) -> None:
+    assert await outage(cluster, server, 2.0) > 0
 
 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("seconds", [5, 30, 120])
-async def test_17_redis_gone_for_minutes(
-    start_cluster: StartCluster, demo_model: Path, redis_server: RedisServer, seconds: float
-) -> None:
-    cluster = start(start_cluster, demo_model, redis_server)
-    count = await outage(cluster, redis_server, seconds)
+async def test_17_redis_gone_for_minutes(cluster: Cluster, server: RedisServer, seconds: float) -> None:
+    count = await outage(cluster, server, seconds)
     # Shown with -rP.
     sys.stdout.write(f"{count} requests, none failed and none ran twice, while Redis was gone for {seconds} s\n")
 
 
 async def test_nodes_come_back_on_the_same_address_while_redis_is_there_and_while_it_is_gone(
-    start_cluster: StartCluster, demo_model: Path, redis_server: RedisServer
+    cluster: Cluster, server: RedisServer
 ) -> None:
-    cluster = start(start_cluster, demo_model, redis_server)
     jobs = load(16)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     for node_id in ("decode-0", "prefill-1"):
@@ -93,5 +105,7 @@ async def test_nodes_come_back_on_the_same_address_while_redis_is_there_and_whil
         await asyncio.sleep(0.2)
         await asyncio.to_thread(cluster.wait_back, cluster.kill(node_id))
         assert_same([*await running, *await load_for(cluster, jobs, 0.0)], undisturbed)
-        redis_server.kill()
+        server.kill()
     await asyncio.to_thread(cluster.wait_baseline)
+    await asyncio.to_thread(server.start)
+    await until_registered(server, len(cluster.nodes))
