@@ -21,7 +21,6 @@ from baton import __version__
 from baton.address import join_address, parse_address
 from baton.client import Client, Options
 from baton.errors import BadConfig, DeadlineExceeded, InvalidRequest, Unavailable
-from baton.types import SamplingParams
 from cli import ask, model_source, preflight
 from cli import host as host_facts
 from cli.process import die_with
@@ -146,8 +145,9 @@ Threads = Annotated[
 ]
 Relay = Annotated[bool, typer.Option("--relay", help="Print which nodes ran the request and how long each stage took.")]
 Temperature = Annotated[float, typer.Option(min=0.0, callback=_finite, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(callback=_finite)]
-TopK = Annotated[int, typer.Option(min=0, max=_MAX_INT32)]
+_MODELS_OWN = "Not given: the model's default."
+TopP = Annotated[float | None, typer.Option(callback=_finite, help=_MODELS_OWN)]
+TopK = Annotated[int | None, typer.Option(min=0, max=_MAX_INT32, help=_MODELS_OWN)]
 Seed = Annotated[int | None, typer.Option(min=0, max=2**64 - 1)]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", "-n", min=1, max=_MAX_INT32)]
 Grace = Annotated[
@@ -478,8 +478,8 @@ def generate(
     router: Router = "127.0.0.1:50051",
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be given more than once.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on to --max-tokens.")] = False,
@@ -489,13 +489,11 @@ def generate(
     """Continue a text, as it comes."""
     console = Console()
     text = _standard_input() if prompt == "-" else prompt
-    sampling = SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos
-    )
     with _client(router, api_key) as client:
         finished = ask.generate(
-            client, text, Options(sampling, tuple(stop or ())), lambda part: ask.write_raw(console, part)
-        )
+            client, text, Options(stop=tuple(stop or ())), lambda part: ask.write_raw(console, part),
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos,
+        )  # fmt: skip
     console.print()
     if relay:
         ask.print_relay(Console(stderr=True), finished)
@@ -505,18 +503,22 @@ def generate(
 def chat(
     router: Router = "127.0.0.1:50051",
     system: Annotated[str, typer.Option(help="The system message.")] = "",
-    max_tokens: MaxTokens = 512,
-    temperature: Temperature = 0.7,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", "-n", min=1, max=_MAX_INT32, help=_MODELS_OWN)
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, callback=_finite, help=_MODELS_OWN)] = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
     seed: Seed = None,
     relay: Relay = False,
     api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
-    sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens)
     with _client(router, api_key) as client:
-        ask.chat(client, Console(), Options(sampling), system=system, show_relay=relay)
+        ask.chat(
+            client, Console(), system=system, show_relay=relay,
+            temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens,
+        )  # fmt: skip
 
 
 @app.command()

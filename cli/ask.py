@@ -19,10 +19,16 @@ from cli.show import cluster_table, ledger_tables
 _ANSWER_TIMEOUT_S = 10.0
 
 
-def generate(client: Client, prompt: Prompt, options: Options, write: Callable[[str], None]) -> Finished:
-    """Streams the text to ``write`` as it comes. Leaving early, by any exception, cancels the request."""
+def generate(
+    client: Client, prompt: Prompt, options: Options, write: Callable[[str], None], **sampling: object
+) -> Finished:
+    """Streams the text to ``write`` as it comes. Leaving early, by any exception, cancels the request.
+
+    ``sampling`` are fields of SamplingParams; None leaves one to the model's defaults.
+    """
     finished: Finished | None = None
-    with closing(client.generate(prompt, options)) as parts:
+    given = {name: value for name, value in sampling.items() if value is not None}
+    with closing(client.generate(prompt, options, **given)) as parts:
         for part in parts:
             if isinstance(part, Delta):
                 write(part.text)
@@ -32,10 +38,10 @@ def generate(client: Client, prompt: Prompt, options: Options, write: Callable[[
     return finished
 
 
-def chat(client: Client, console: Console, options: Options, *, system: str, show_relay: bool) -> None:
+def chat(client: Client, console: Console, *, system: str, show_relay: bool, **sampling: object) -> None:
     """Reads lines until end of input. Ctrl-C during an answer ends that answer, which stays in the conversation.
 
-    Raises InvalidRequest at once if the router would refuse every message.
+    ``sampling`` as in ``generate``. Raises InvalidRequest at once if the router would refuse every message.
     """
     if refusal := client.status(_ANSWER_TIMEOUT_S).chat_refusal:
         raise InvalidRequest(f"this router serves no conversations: {refusal} (`baton generate`)")
@@ -56,7 +62,7 @@ def chat(client: Client, console: Console, options: Options, *, system: str, sho
             write_raw(console, text)
 
         try:
-            finished = generate(client, conversation, options, write)
+            finished = generate(client, conversation, Options(), write, **sampling)
             console.print()
             if show_relay:
                 print_relay(console, finished)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,10 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from baton.client import AsyncClient, Options
 from baton.errors import BadConfig
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
+from cli.app import app
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig
 from router.flow import FlowConfig
@@ -56,8 +59,9 @@ def write_folder(folder: Path, generation: dict[str, Any] | None = None, eos: st
 class Served:
     """A router in front of nodes that know what to say."""
 
-    def __init__(self, http: httpx.AsyncClient, grpc: AsyncClient, cluster: FakeCluster) -> None:
+    def __init__(self, http: httpx.AsyncClient, grpc: AsyncClient, address: str, cluster: FakeCluster) -> None:
         self.http = http
+        self.address = address
         self.cluster = cluster
         self.grpc = grpc
 
@@ -89,7 +93,7 @@ async def served(folder: Path, **settings: Any) -> AsyncIterator[Served]:
     ):
         assert router.grpc is not None
         client = AsyncClient(router.grpc)
-        yield Served(http, client, cluster)
+        yield Served(http, client, router.grpc, cluster)
         await client.close()
 
 
@@ -281,6 +285,27 @@ async def test_sampling_defaults_over_grpc(tmp_path: Path) -> None:
         # Given whole, it is meant whole.
         await server.grpc.complete([A], Options(SamplingParams(seed=1)), top_k=3)
         assert asked(server) == (1.0, 1.0, 3, 0.0, 1.0)
+
+
+async def test_commands_leave_what_they_are_not_told_to_the_defaults(tmp_path: Path) -> None:
+    async with served(write_folder(tmp_path / "m", DEFAULTS)) as server:
+
+        async def baton(*arguments: str) -> str:
+            typed = [*arguments, "--router", server.address]
+            said = await asyncio.to_thread(CliRunner().invoke, app, typed, input="a\n", catch_exceptions=False)
+            assert said.exit_code == 0, said.output
+            return said.output
+
+        assert "the jam." in await baton("chat")
+        assert (asked(server), server.sampling.max_tokens) == (FROM_FILE, 7)
+        await baton("chat", "--temperature", "0.2", "--top-p", "1", "--top-k", "0", "-n", "9", "--seed", "4")
+        assert (asked(server), server.sampling.max_tokens) == ((0.2, 1.0, 0, 0.05, 1.1), 9)
+        assert server.sampling.seed == 4
+        # The likeliest tokens, and as many as it says in its help.
+        assert await baton("generate", "a") == " the jam.\n"
+        assert (asked(server), server.sampling.max_tokens) == ((0.0, 0.95, 20, 0.05, 1.1), 128)
+        await baton("generate", "-", "--top-k", "3", "--ignore-eos", "-n", "5")
+        assert (asked(server)[2], server.sampling.ignore_eos) == (3, True)
 
 
 async def test_generation_config_none(tmp_path: Path) -> None:
