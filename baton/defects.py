@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from baton.clock import Clock
-from baton.errors import InternalError
+from baton.errors import InternalError, described
 
 # Kinds are error codes, places and node ids: few. Beyond, the table starts anew, which costs a few lines more.
 _MAX_KINDS = 256
@@ -56,7 +56,7 @@ class Defects:
         more = self._limit.admits(f"{where}/{type(error).__name__}")
         if more is not None:
             self._log.error("defect in %s%s%s", where, f", {about}" if about else "", more, exc_info=error)
-        return InternalError(f"defect in {where}: {type(error).__name__}: {error}")
+        return InternalError(f"defect in {where}: {described(error)}")
 
     @contextmanager
     def contained(self, where: str, about: str = "") -> Iterator[None]:

@@ -32,6 +32,7 @@ from typing import ClassVar
 # message twice, once with three bytes for each that is not ASCII.
 MAX_MESSAGE_BYTES = 1000
 _MAX_QUOTED_CHARS = 80
+_MAX_DESCRIBED_CHARS = 200
 
 
 class BatonError(Exception):
@@ -197,6 +198,29 @@ _QUOTE = _Quote()
 def quoted(value: object) -> str:
     """A value that came from outside, for a message: its representation, shortened."""
     return shortened(_QUOTE.repr(value), 2 * _MAX_QUOTED_CHARS)
+
+
+def leaves_of(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
+    """The exceptions in a group, however deep."""
+    return [
+        leaf
+        for error in group.exceptions
+        for leaf in (leaves_of(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The error itself; of a TaskGroup's the first that nobody expected, or else the first."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = leaves_of(error)
+    return next((leaf for leaf in leaves if not isinstance(leaf, BatonError)), leaves[0])
+
+
+def described(error: BaseException) -> str:
+    """Type and text of an error, for a message; of a group its cause, since its own text says only how many it has."""
+    cause = cause_of(error)
+    return f"{type(cause).__name__}: {shortened(str(cause), _MAX_DESCRIBED_CHARS)}"
 
 
 def _leaves(root: type[BatonError]) -> dict[str, type[BatonError]]:

@@ -21,7 +21,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton.descriptors import num_allowed, shares
-from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest
+from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, described
 
 ERROR_DOMAIN = "baton"
 # A health name that stays SERVING while the process is well, also while it drains: for who restarts what is broken.
@@ -248,7 +248,7 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
             error = InvalidRequest(f"the message to {method} is malformed: {error}")
         elif not isinstance(error, BatonError):
             _log.error("%s raised", method, exc_info=error)
-            error = InternalError(f"{type(error).__name__}: {error}")
+            error = InternalError(described(error))
         try:
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 await abort_with(context, error)

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 
-from baton.errors import BadConfig, BatonError, InvalidRequest, Unavailable, UnsupportedModel
+from baton.errors import BadConfig, BatonError, InvalidRequest, Unavailable, UnsupportedModel, leaves_of
 from cli.process import ERROR_PREFIX
 
 _EXIT_FAILED = 1
@@ -40,7 +40,7 @@ def main() -> None:
         )
     except ExceptionGroup as group:
         # A TaskGroup wraps what its tasks raise; a person wants the one error inside.
-        errors = _leaves(group)
+        errors = leaves_of(group)
         if len(errors) != 1 or not isinstance(errors[0], BatonError):
             raise
         sys.exit(_tell(errors[0]))
@@ -67,11 +67,3 @@ def _drop_output() -> None:
 def _tell(error: BatonError) -> int:
     print(f"{ERROR_PREFIX}{error.code}: {error.message}", file=sys.stderr)
     return _EXIT_USAGE if isinstance(error, BadConfig | InvalidRequest | UnsupportedModel) else _EXIT_FAILED
-
-
-def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
-    return [
-        leaf
-        for error in group.exceptions
-        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
-    ]

@@ -21,7 +21,7 @@ from baton import PROTOCOL_VERSION, __version__, descriptors
 from baton.address import as_dialled, host_of, is_anywhere
 from baton.clock import MonotonicClock
 from baton.defects import Defects
-from baton.errors import BadConfig, InternalError
+from baton.errors import BadConfig, InternalError, described
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
 from baton.names import check_cluster, check_model_name, check_node_id
@@ -328,7 +328,7 @@ class _Worker:
             for helper in self._helpers:
                 helper.cancel()
         if self._died is not None:
-            raise InternalError(f"the engine died: {type(self._died).__name__}: {self._died}")
+            raise InternalError(f"the engine died: {described(self._died)}")
         if closed.reason:
             num_left = self._prefill.num_sequences + self._decode.num_sequences
             _log.warning("%s leaves, %s: %d sequences are cut off", self.node.node_id, closed.reason, num_left)

@@ -18,7 +18,7 @@ from typing import Protocol
 
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.errors import BatonError, Draining, InternalError
+from baton.errors import BatonError, Draining, InternalError, described
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
@@ -435,4 +435,4 @@ def _failure_of(error: Exception, plan: StepPlan) -> BatonError:
     if isinstance(error, BatonError):
         return error
     logging.getLogger(__name__).error("engine step of %d sequences failed", len(plan.pieces), exc_info=error)
-    return InternalError(f"engine step failed: {type(error).__name__}: {error}")
+    return InternalError(f"engine step failed: {described(error)}")

@@ -20,7 +20,16 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
+from baton.errors import (
+    BadConfig,
+    BatonError,
+    InternalError,
+    InvalidRequest,
+    NoBlocks,
+    Overloaded,
+    PromptTooLong,
+    described,
+)
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Phase, in_order
@@ -495,7 +504,7 @@ class Scheduler:
         if isinstance(error, BatonError):
             return error
         self._raised.append((entry.sequence_id, error))
-        return InternalError(f"drawing or taking in a token: {type(error).__name__}: {error}")
+        return InternalError(f"drawing or taking in a token: {described(error)}")
 
     def _advance(self, entry: Entry, sampled: Sampled, now: float) -> Output:
         seq = entry.sequence

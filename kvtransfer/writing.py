@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, InternalError, TransferFailed
+from baton.errors import BatonError, InternalError, TransferFailed, described
 from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.devices.interface import Event
@@ -103,7 +103,7 @@ class Lanes:
                 unit.job.fail(error)
             except Exception as error:  # the owner hears of every failure, whatever it is
                 logging.getLogger(__name__).exception("kv write failed")
-                unit.job.fail(InternalError(f"write failed: {type(error).__name__}: {error}"))
+                unit.job.fail(InternalError(f"write failed: {described(error)}"))
             finally:
                 unit.job.leave()
 

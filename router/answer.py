@@ -136,8 +136,8 @@ class Answer:
             try:
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(choice.whole(self._keep)) for choice in self._choices]
-            except* errors.BatonError as failed:
-                raise failed.exceptions[0] from None
+            except ExceptionGroup as failed:
+                raise errors.cause_of(failed) from None
             choices = [t.result() for t in tasks]
         return self._envelope.whole(choices, f',"usage":{_compact(self._usage())}{self._extras()}')
 

@@ -59,8 +59,8 @@ class HttpFace:
         is_http = scope["type"] == "http"
         if is_http and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
             await self._generate(scope, receive, send)
-        elif is_http and scope["method"] == "OPTIONS" and (allowed := self._allowed(scope)):
-            await Response(status_code=204, headers={"allow": ", ".join(allowed)})(scope, receive, send)
+        elif is_http and scope["method"] == "OPTIONS" and (allowed := _allowed(self._others, scope)):
+            await Response(status_code=204, headers={"allow": allowed})(scope, receive, send)
         else:
             await self._others(scope, receive, send)
 
@@ -68,15 +68,6 @@ class HttpFace:
         address = scope["client"][0] if scope["client"] else ""
         said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         return client_of(address, said.decode("latin-1"), has_keys=self._has_keys)
-
-    def _allowed(self, scope: Scope) -> list[str]:
-        """The methods that a path answers; none if there is no such path."""
-        if scope["path"] in (_COMPLETIONS, _CHAT):
-            return ["POST", "OPTIONS"]
-        found = [route for route in self._others.routes if route.matches(scope)[0] is not Match.NONE]
-        return (
-            sorted({"OPTIONS", *(name for route in found for name in getattr(route, "methods", ()))}) if found else []
-        )
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream: _EventStream | None = None
@@ -187,6 +178,17 @@ class _EventStream:
         await self._send({"type": "http.response.body", "body": event, "more_body": not is_last})
 
 
+def _allowed(app: FastAPI, scope: Scope) -> str:
+    """The methods that a path answers, as a header says them; empty if there is no such path."""
+    if scope["path"] == "*":  # the server as a whole
+        return "GET, HEAD, OPTIONS, POST"
+    if scope["path"] in (_COMPLETIONS, _CHAT):
+        return "OPTIONS, POST"
+    found = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]
+    methods = {name for route in found for name in getattr(route, "methods", ())}
+    return ", ".join(sorted(methods | {"OPTIONS"})) if found else ""
+
+
 def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
     routes = _Routes(frontend, dispatcher, metrics)
@@ -215,7 +217,7 @@ class _Routes:
         self._started_s = int(time.time())
 
     async def only_post(self) -> Response:
-        raise HTTPException(405, "Method Not Allowed", {"allow": "POST, OPTIONS"})
+        raise HTTPException(405)
 
     async def root(self) -> Response:
         """A browser that was given the address alone."""
@@ -271,7 +273,7 @@ def _error_response(error: errors.BatonError) -> Response:
 
 def _defect_response(path: str, error: Exception) -> Response:
     _log.error("defect while serving %s", shortened(path, 80), exc_info=error)
-    return _error_response(errors.InternalError(f"{type(error).__name__}: {shortened(str(error), 200)}"))
+    return _error_response(errors.InternalError(errors.described(error)))
 
 
 async def _on_baton_error(request: Request, error: Exception) -> Response:
@@ -284,7 +286,10 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     message = f"{shortened(request.method, 20)} {shortened(request.url.path, 80)}: {error.detail}"
     code = _HTTP_ERRORS.get(error.status_code)
     body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == 405:
+        headers["allow"] = _allowed(request.app, request.scope)
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:

@@ -34,8 +34,10 @@ _BACKLOG = 1024
 _NEVER_S = 86_400
 # What the kernel takes of an answer before the client has taken any; far more than a second's tokens.
 _MAX_UNSENT_BYTES = 128 * 1024
-# Requests that a client may send on one connection before the first is answered.
-_MAX_PIPELINED = 64
+# Requests of one connection that are read before the first is answered; what follows them is read later. They are
+# counted after each so many bytes, which hold some 150 of them at the most.
+_MAX_PIPELINED = 16
+_PIPELINED_BYTES = 4096
 # A client that was refused may go on sending for so long.
 _LINGER_S = 2.0
 # An answer that is not written yet to a client that has closed its side: is it there at all? Looked at so often.
@@ -139,6 +141,8 @@ class Connection(HttpToolsProtocol):
         self._is_in_message = False
         # Bytes of a head, of trailers or of chunks' extensions that have not led to anything yet.
         self._framing_bytes = 0
+        # What came behind more requests than are read ahead. Nothing more is taken from the client meanwhile.
+        self._held = b""
         self._refusal: _RefusedHeadError | None = None
         self._is_refused = False
         # Bytes that wait to be taken, and since when they are that many.
@@ -189,13 +193,14 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if self._is_in_message:
-            self._framing_bytes += len(data)
+        data, self._held = self._held + data, b""
         try:
-            while data:
-                data = self._feed(data)
-            if self._is_in_message and self._framing_bytes > self._limits.max_head_bytes:
-                raise self._too_large()
+            for begin in range(0, len(data), _PIPELINED_BYTES):
+                if len(self.pipeline) >= _MAX_PIPELINED:
+                    self._held = data[begin:]
+                    self.flow.pause_reading()
+                    break
+                self._take(data[begin : begin + _PIPELINED_BYTES])
         except (httptools.HttpParserError, _RefusedHeadError) as error:
             refusal = self._refusal or (error if isinstance(error, _RefusedHeadError) else None)
             self._mates.count("large_head" if refusal is not None and refusal.status == 431 else "malformed")
@@ -205,6 +210,14 @@ class Connection(HttpToolsProtocol):
                 self._refuse(refusal.status, refusal.message)
             else:
                 self._refuse(400, f"this is not an HTTP/1.1 request: {type(error).__name__}: {error}")
+
+    def _take(self, data: bytes) -> None:
+        if self._is_in_message:
+            self._framing_bytes += len(data)
+        while data:
+            data = self._feed(data)
+        if self._is_in_message and self._framing_bytes > self._limits.max_head_bytes:
+            raise self._too_large()
 
     def _feed(self, data: bytes) -> bytes:
         """Returns what is to be read again: no protocol is offered to switch to, and a request that asks for one
@@ -267,9 +280,14 @@ class Connection(HttpToolsProtocol):
         if version not in ("1.0", "1.1"):
             raise self._refused(505, f"HTTP/{version} is not served here, expected HTTP/1.1")
         if self.parser.get_method() == b"CONNECT":
-            raise self._refused(405, "this is no proxy: CONNECT is not served here")
-        if len(self.pipeline) >= _MAX_PIPELINED:
-            raise self._refused(400, f"more than {_MAX_PIPELINED} requests wait on this connection")
+            raise self._refused(501, "this is no proxy: CONNECT is not served here")
+        # The parser undoes chunks and nothing else: a body that was compressed as well would be taken for a plain one.
+        coding = b", ".join(value for name, value in self.headers if name == b"transfer-encoding")
+        if coding and coding.strip().lower() != b"chunked":
+            found = errors.quoted(coding.decode("latin-1"))
+            # Where chunks come last, at least the body's end could be found.
+            status = 501 if coding.lower().endswith(b"chunked") else 400
+            raise self._refused(status, f"the body's Transfer-Encoding is {found}, expected chunked or none")
 
     def _too_large(self) -> _RefusedHeadError:
         limits = self._limits
@@ -315,6 +333,8 @@ class Connection(HttpToolsProtocol):
         if not self._is_answering:
             self._deadline_s = self.loop.time() + self._limits.keep_alive_s
             self._mates.is_idle(self)
+        if self._held and not self.transport.is_closing():
+            self.data_received(b"")
 
     def _refuse(self, status: int, message: str, *, lingers: bool = True) -> None:
         """Answer without the application, and close. A client that is still sending reads the answer only if the rest

@@ -258,7 +258,7 @@ async def _read(call: aio.StreamStreamCall[_Q, _R]) -> _R:
 def _why(error: BaseException) -> str:
     if isinstance(error, aio.AioRpcError):
         return f"{error.code().name}: {error.details()}"
-    return f"{type(error).__name__}: {error}"
+    return errors.described(error)
 
 
 def _channel_options(config: LinkConfig) -> list[tuple[str, int]]:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
+import httpx
 import pytest
 
 import baton
@@ -150,6 +151,31 @@ async def test_nonsense_from_every_node_ends_as_an_internal_error() -> None:
         assert "99" in error.message
         assert {x.state for x in router.dispatcher.members} == {State.READY}
         await baseline(cluster)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_an_error_says_the_same_however_many_choices_meet_it(n: int, stream: bool) -> None:
+    async with (
+        FakeCluster(mixed=2) as cluster,
+        router_beside(cluster) as router,
+        httpx.AsyncClient(base_url=router.http or "") as client,
+    ):
+        for node in cluster.nodes.values():
+            node.garble(1000)
+        answer = await client.post("/v1/completions", json={"prompt": [6], "n": n, "stream": stream})
+        assert answer.status_code == 500
+        assert "99" in answer.json()["error"]["message"]
+        assert "sub-exception" not in answer.text
+        await baseline(cluster)
+
+
+def test_of_several_errors_the_one_that_nobody_expected_is_told() -> None:
+    deep = ExceptionGroup("inner", [errors.Unavailable("on purpose"), KeyError("why")])
+    group = ExceptionGroup("unhandled errors in a TaskGroup", [errors.Overloaded("on purpose, too"), deep])
+    assert errors.described(group) == "KeyError: 'why'"
+    assert errors.cause_of(ExceptionGroup("x", group.exceptions[:1])) is group.exceptions[0]
+    assert errors.described(ValueError("a" * 1000)) == f"ValueError: {'a' * 200}... (1000 characters)"
 
 
 async def test_who_watches_may_raise() -> None:
