@@ -23,7 +23,8 @@ from engine.kernels.triton.tuning import Tuning
 from engine.kv_cache import KvCache
 from engine.model import Model
 from engine.step import Piece, Sequence, StepPlan
-from engine.weights import Checkpoint, expected_shapes
+from engine.tensors import expected_shapes
+from engine.weights import Checkpoint
 
 _DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 

@@ -104,7 +104,7 @@ NumBlocks = Annotated[
     int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in blocks, instead of --kv-mib. 0: by that.")
 ]
 BlockTokens = Annotated[
-    int, typer.Option(min=1, max=1 << 16, help="Tokens in a KV block; the same in a whole cluster.")
+    int, typer.Option(help="Tokens in a KV block, a power of two from 16 to 256; the same in a whole cluster.")
 ]
 MaxBatchTokens = Annotated[int, typer.Option(min=1, max=1 << 24, help="Prompt tokens computed in one engine step.")]
 MaxNumSeqs = Annotated[int, typer.Option(min=1, max=1 << 16, help="Sequences that run at once on a worker.")]
@@ -365,7 +365,7 @@ def worker(
     from baton.registry import RegistryConfig
     from baton.types import Role
     from cli.registration import LeaseConfig
-    from cli.worker import WorkerConfig, serve
+    from cli.worker import WorkerConfig, engine_config, serve
     from cli.worker_metrics import Peaks
 
     _log_to_stderr()
@@ -403,6 +403,7 @@ def worker(
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
+    preflight.memory(folder, engine_config(config), 1)
     wanted = [("--listen", host, port)]
     if metrics_port >= 0:
         wanted.append(("--metrics-port", host, metrics_port))

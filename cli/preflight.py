@@ -127,17 +127,18 @@ def worker_packages() -> None:
 
 
 def model_files(folder: Path) -> None:
-    """What a worker needs is there, whole, and can be opened. Raises UnsupportedModel; reads no weights."""
+    """What a worker needs is there, whole, and of the shapes that config.json says. Raises UnsupportedModel; reads no
+    weights."""
     from engine.config import ModelConfig
-    from engine.shards import open_weights, weight_files
+    from engine.shards import weight_files
+    from engine.tensors import TensorFiles
 
-    ModelConfig.from_folder(folder)
-    files, _ = weight_files(folder)
+    config = ModelConfig.from_folder(folder)
+    weight_files(folder)
     if importlib.util.find_spec("safetensors") is None:
         return  # A router's install does not open weights.
-    for path in files:
-        with open_weights(path, "numpy"):
-            pass
+    with TensorFiles(folder, "numpy") as files:
+        files.has_own_head(config)
 
 
 def tokenizer_files(folder: Path, generation_config: str) -> None:

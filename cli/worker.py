@@ -39,6 +39,7 @@ from cli.registration import LeaseConfig, Registration
 from cli.worker_metrics import Peaks, WorkerMetrics
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
+from engine.config import EngineConfig
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
@@ -135,13 +136,9 @@ class WorkerConfig:
 Load = Callable[[WorkerConfig, Allocate], LoadedModel]
 
 
-def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
-    """The model in ``config.model``. Raises UnsupportedModel, BadConfig. Takes seconds: call it off the event loop."""
-    # Torch takes seconds to import; nobody but a worker with a model should pay for it.
-    from engine.config import EngineConfig
-    from engine.runner import Runner
-
-    engine = EngineConfig(
+def engine_config(config: WorkerConfig) -> EngineConfig:
+    """What the replica is told. Raises BadConfig."""
+    return EngineConfig(
         dtype=config.dtype,
         block_tokens=config.block_tokens,
         num_blocks=config.num_blocks,
@@ -153,7 +150,14 @@ def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
         is_batch_invariant=config.is_batch_invariant,
         num_threads=config.num_threads,
     )
-    return Runner.load(config.model, engine, allocate=allocate)
+
+
+def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
+    """The model in ``config.model``. Raises UnsupportedModel, BadConfig. Takes seconds: call it off the event loop."""
+    # Torch takes seconds to import; nobody but a worker with a model should pay for it.
+    from engine.runner import Runner
+
+    return Runner.load(config.model, engine_config(config), allocate=allocate)
 
 
 async def serve(

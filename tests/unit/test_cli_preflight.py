@@ -84,7 +84,8 @@ def refused(said: Said, *parts: str) -> None:
         ([*UP, "--prefill", "-1"], ["--prefill"]),
         ([*UP, "--mixed", "100000"], ["--mixed"]),
         ([*UP, "--threads", "1000000"], ["--threads"]),
-        ([*UP, "--block-tokens", "5"], ["block_tokens is 5", "power of two"]),
+        ([*UP, "--block-tokens", "5"], ["block_tokens is 5", "a power of two from 16 to 256"]),
+        ([*WORKER, "--block-tokens", "65536"], ["block_tokens is 65536", "a power of two from 16 to 256"]),
         ([*UP, "--max-num-seqs", "9" * 5000], ["--max-num-seqs"]),
         ([*UP, "--peak-tflops", "nan"], ["--peak-tflops"]),
         ([*UP, "--api-key", "a b"], ["api_keys", "without spaces"]),
@@ -164,15 +165,12 @@ def test_a_port_that_is_taken_is_named_with_its_cure(baton: Callable[..., Said],
         refused(baton(*(x.replace("PORT", port) for x in arguments)), option, f"127.0.0.1:{port}", "give another port")
 
 
-def test_a_worker_looks_at_its_port_before_it_loads(baton: Callable[..., Said], tmp_path: Path) -> None:
-    for path in Path(MODEL).iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = tmp_path / "config.json"
-    # Of a layer more than there are tensors for, which loading would find.
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 4}))
+def test_a_worker_looks_at_its_port_and_the_memory_before_it_loads(baton: Callable[..., Said]) -> None:
+    """One line, as `refused` asks for: loading says which kernels it takes."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        refused(baton("worker", "--model", str(tmp_path), "--role", "mixed", "--listen", address), "--listen", address)
+        refused(baton(*WORKER, "--listen", address), "--listen", address)
+    refused(baton(*WORKER, "--kv-mib", "9000000"), "KV cache of 9000000 MiB", "--kv-mib")
 
 
 @pytest.mark.parametrize("command", [["up"], ["worker", "--role", "mixed"]], ids=lambda x: x[0])
@@ -190,6 +188,28 @@ def test_a_model_that_is_not_whole_is_refused_at_once(
     refused(baton(*command, "--model", str(tmp_path)), "model.safetensors.index.json", "index")
     index.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     refused(baton(*command, "--model", str(tmp_path)), "model-1.safetensors")
+
+
+@pytest.mark.parametrize("command", [["up"], ["worker", "--role", "mixed"]], ids=lambda x: x[0])
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ({"intermediate_size": 640}, ["mlp.gate_proj.weight", "has shape", "by config.json"]),
+        ({"vocab_size": 77}, ["model.embed_tokens.weight", "expected (77, "]),
+        ({"num_hidden_layers": 9}, ["lack model.layers.", "and 49 more"]),
+        ({"num_hidden_layers": 1}, ["does not have: model.layers.1."]),
+    ],
+    ids=["width", "vocabulary", "more layers", "fewer layers"],
+)
+def test_weights_that_are_not_the_configs_are_refused_at_once(
+    baton: Callable[..., Said], command: list[str], change: dict[str, int], parts: list[str], tmp_path: Path
+) -> None:
+    for path in Path(MODEL).iterdir():
+        if path.name != "config.json":
+            (tmp_path / path.name).symlink_to(path)
+    config = json.loads((Path(MODEL) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    refused(baton(*command, "--model", str(tmp_path), "--kv-mib", "64"), *parts)
 
 
 @pytest.mark.parametrize(
