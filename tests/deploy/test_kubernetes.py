@@ -246,6 +246,28 @@ def test_the_operators_rules_are_the_rules() -> None:
     assert rule["spec"]["groups"] == [g for n in names for g in documents(DEPLOY / "prometheus/rules" / n)[0]["groups"]]
 
 
+def test_one_setting_says_where_all_alerts_link_to(tmp_path: Path) -> None:
+    """Of a copy, as operators change theirs."""
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "scripts/prometheus_rule.py", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=30, check=False)
+
+    for url in ("https://git.example/a/docs/", "http://wiki.example/b"):
+        assert run("--docs-url", url).returncode == 0
+        assert run("check").returncode == 0
+        for path in ("prometheus/rules/alerts.yml", "kubernetes/components/prometheus-operator/rules.yaml"):
+            text = (tmp_path / "deploy" / path).read_text()
+            links = re.findall(r"runbook_url: '\{\{ or \$externalLabels\.baton_docs \"(.+?)\" \}\}/runbook\.md#", text)
+            assert set(links) == {url.rstrip("/")}
+            assert len(links) == text.count("runbook_url:")
+    for bad in ("docs", 'https://a"b', "https://a b", "ftp://a"):
+        refused = run("--docs-url", bad)
+        assert (refused.returncode, "expected http" in refused.stderr) == (1, True)
+
+
 @pytest.mark.skipif(not IS_INSTALLED, reason="promtool is not installed")
 def test_without_the_operator_the_same_jobs_are_scraped(tmp_path: Path) -> None:
     config = EXAMPLES["prometheus-scrape"]
