@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 
 import grpc.aio
@@ -20,7 +20,7 @@ from kvtransfer.host import host_id
 from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice
-from kvtransfer.sender import Sender
+from kvtransfer.sender import Push, Sender
 from kvtransfer.writing import as_bytes
 
 LAYOUT = KvLayout(num_layers=3, num_blocks=40, num_kv_heads=2, head_dim=16, block_tokens=8, dtype="float32")
@@ -104,6 +104,18 @@ def make_arena(num_bytes: int, *, on_device: bool, seed: int = 0) -> Iterator[An
 
 def needs_device(config: TransferConfig | None) -> bool:
     return config is not None and [transport_name(spec) for spec in config.transports] == ["cuda_ipc"]
+
+
+async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
+    """What another thread or process brings about, looked at from outside."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+async def begun(push: Push) -> None:
+    """The receiver has taken the writer in: from now on it has a part in how the lease ends."""
+    await until(lambda: push._started_s is not None)
 
 
 class Pair:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT, Pair, describe, fake_device, make_arena, pair, token
+from kvtransfer_pair import LAYOUT, Pair, describe, fake_device, make_arena, pair, token, until
 
 from baton.errors import BadConfig, Incompatible, InternalError, NodeLost, TransferFailed
 from kvtransfer import channel
@@ -132,8 +132,7 @@ async def test_a_copy_waits_for_the_computation_of_its_layer(
         committing = asyncio.create_task(push.commit(token("r")))
         if is_waited_for:
             # Long enough for a lane to have queued its copies; the streams then stand still, or the test shows nothing.
-            while device.num_asked == before:  # noqa: ASYNC110 - a look from outside
-                await asyncio.sleep(0.001)
+            await until(lambda: device.num_asked > before)
             await asyncio.sleep(0.02)
             await asyncio.to_thread(lambda: [s.settle() for s in device._streams if s is not compute])
             assert device.num_copies == before, "a copy was carried out before its layer was computed"
@@ -165,8 +164,7 @@ async def test_abort_returns_when_the_device_reads_no_more(transport: str) -> No
         push = p.sender.begin(lease, [4, 2], num_known_tokens=16)
         for layer in range(LAYOUT.num_layers):
             push.layer_ready(layer, 2)
-        while not device.num_asked:  # noqa: ASYNC110 - a look from outside
-            await asyncio.sleep(0.001)
+        await until(lambda: device.num_asked > 0)
         aborting = asyncio.create_task(push.abort("client left"))
         await asyncio.sleep(0.05)
         assert not aborting.done(), "copies are queued that will read the blocks"
@@ -305,18 +303,14 @@ async def test_a_writer_that_closed_its_socket_without_a_word_is_gone_only_when_
     await asyncio.sleep(0.05)
     assert plane.gone == [], "nor does the loss of its channel say anything"
     plane.process.kill()
-    async with asyncio.timeout(5):
-        while not plane.gone:  # noqa: ASYNC110 - a look from outside
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(plane.gone))
     assert plane.gone == [1]
     assert not plane.plane._writers
 
 
 async def test_a_writer_that_said_so_is_gone_with_its_socket(plane: _Plane) -> None:
     assert await plane.tell(cuda_ipc._LET_GO.hex().encode()) == b"closed\n"
-    async with asyncio.timeout(5):
-        while not plane.gone:  # noqa: ASYNC110 - a look from outside
-            await asyncio.sleep(0.01)
+    await until(lambda: bool(plane.gone))
     assert plane.gone == [1]
 
 

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from kvtransfer_pair import LAYOUT, describe, pair, token
+from kvtransfer_pair import LAYOUT, begun, describe, pair, token
 
 from baton.errors import (
     BadConfig,
@@ -137,8 +137,7 @@ async def test_a_broken_connection_fails_the_push_and_heals(transport: str) -> N
         lease = p.receiver.grant("r", list(range(6)), ttl_s=30)
         push = p.sender.begin(lease, list(range(6)), num_known_tokens=48)
         # One unit a layer, so that the second dies: what is ready before the start would go out as one.
-        while push._started_s is None:  # noqa: ASYNC110 - a look from outside
-            await asyncio.sleep(0.001)
+        await begun(push)
         for layer in range(LAYOUT.num_layers):
             push.layer_ready(layer, 6)
             await asyncio.sleep(0.02)
@@ -162,7 +161,10 @@ async def test_revoke_stops_the_writer_before_the_blocks_are_released(transport:
         push = p.sender.begin(lease, [1, 2, 3], num_known_tokens=24)
         failures: list[str] = []
         push.add_failure_callback(lambda error: failures.append(error.code))
+        # Before the writer has begun nothing would have to be stopped.
+        await begun(push)
         ready(push, 3)
+        # Into the first write, as a rule.
         await asyncio.sleep(0.05)
         p.receiver.revoke("r", "client left")
         await p.inbox.wait(Released, "r")

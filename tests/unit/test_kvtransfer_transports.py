@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT
+from kvtransfer_pair import LAYOUT, until
 
 from kvtransfer.arena import Arena
 from kvtransfer.protocol.messages import WrittenRange
@@ -100,7 +100,7 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
             assert len(s.frames) == 1, "what was refused is not told"
             stream.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
             assert await asyncio.to_thread(stream.recv, 1) == b"", "an absurd size ends the stream"
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(s.gone))
         assert s.gone == [1]
 
 
@@ -112,14 +112,14 @@ async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
             await asyncio.sleep(0.1)
             assert not s.plane.close_epoch(1, 9)
             stream.sendall(b"x" * (SIZE - 100))
-            await asyncio.sleep(0.1)
+            await until(lambda: bool(s.quiet))
             assert s.quiet == [9]
             s.plane.open_epoch(1, 10, (0, 1))
             stream.sendall(tcp.FRAME.pack(10, 0, 1, 0, 1, SIZE) + b"x" * 100)
             await asyncio.sleep(0.1)
             assert not s.plane.close_epoch(1, 10)
             s.plane.drop(1)
-            await asyncio.sleep(0.1)
+            await until(lambda: len(s.quiet) == 2 and bool(s.gone))
             assert (s.quiet, s.gone) == ([9, 10], [1])
 
 
@@ -169,7 +169,7 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
             first = (1, 7, 1, [WrittenRange(2, 3, 4), WrittenRange(3, 3, 4)])
             assert hints == [first, (1, 8, 2, [WrittenRange(0, 0, 1)])], "hints may come in pieces"
             assert gone == []
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(gone))
         assert gone == [1], "end-of-file on the one that was let in"
         plane.offer(2, TOKEN)
         plane.drop(2)
