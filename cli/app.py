@@ -24,6 +24,7 @@ from baton.errors import BadConfig, DeadlineExceeded, InvalidRequest, Unavailabl
 from cli import ask, model_source, preflight
 from cli import host as host_facts
 from cli.process import die_with
+from cli.show import wide_console
 from cli.usage import Commands
 
 app = typer.Typer(
@@ -83,7 +84,6 @@ _DAY_S = 86_400.0
 _MAX_INT32 = 2**31 - 1
 _MAX_WORKERS = 256
 # Columns: more than any table has.
-_NO_WIDTH = 10_000
 
 Model = Annotated[str, typer.Option("--model", "-m", help="A Hugging Face folder or hub id.")]
 ModelName = Annotated[str, typer.Option(help="What the API calls the model. Default: the folder's name or the hub id.")]
@@ -534,7 +534,7 @@ def status(
 ) -> None:
     """Show nodes, roles, queues and blocks of a running cluster."""
     with _client(router, api_key) as client, contextlib.suppress(KeyboardInterrupt):
-        ask.show_status(client, _wide_console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+        ask.show_status(client, wide_console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
 @app.command()
@@ -610,7 +610,7 @@ def doctor(
     """Say what is installed, what will be used, and what is missing; exit code 1 if this machine cannot serve."""
     from cli.doctor import examine, report
 
-    raise typer.Exit(report(examine(model, registry, cluster_name), _wide_console()))
+    raise typer.Exit(report(examine(model, registry, cluster_name), wide_console()))
 
 
 @app.command()
@@ -655,14 +655,6 @@ def _standard_input() -> str:
         return typer.get_text_stream("stdin").read()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is no text in {error.encoding}: {error.reason}") from error
-
-
-def _wide_console() -> Console:
-    """Tables are cut to a terminal's width, and to none where there is no terminal."""
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = _NO_WIDTH
-    return console
 
 
 def _one_kv_size(kv_mib: int, num_blocks: int) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
 from collections.abc import Iterable
+from typing import TextIO
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -18,6 +22,35 @@ _STATE_STYLES = {
     "left": "cyan",
     "lost": "red",
 }
+
+# Of a line that nobody looks at in a terminal.
+_NO_WIDTH = 10_000
+
+
+def wide_console(output: TextIO | None = None) -> Console:
+    """Tables are cut to a terminal's width; where there is no terminal, to none, and lines end with what they say."""
+    output = output or sys.stdout
+    if output.isatty():
+        return Console(file=output)
+    width = None if "COLUMNS" in os.environ else _NO_WIDTH
+    return Console(file=_Unpadded(output), width=width)
+
+
+class _Unpadded:
+    """A file that gets no blanks at the ends of lines. A table comes in one piece."""
+
+    def __init__(self, output: TextIO) -> None:
+        self._output = output
+
+    def write(self, text: str) -> int:
+        self._output.write(re.sub(r" +(?=\n)", "", text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._output.flush()
+
+    def isatty(self) -> bool:
+        return False
 
 
 def seconds(value_s: float) -> str:

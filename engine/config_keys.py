@@ -43,17 +43,20 @@ _FACTORS = frozenset({
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "rotary_pct",
     "rope_scaling_factor",
 })  # fmt: skip
+# A message that is too long loses its end, which says what to do.
+_SHOWN = 3
 
 
 def refuse_unknown(fields: Fields, *, harmless: frozenset[str] = _HARMLESS) -> None:
     """Raise for fields that nobody asked for, unless they are ``harmless`` or say that something is off."""
     unknown = {key: value for key, value in fields.unread().items() if not _is_harmless(key, value, harmless)}
     if unknown:
-        shown = ", ".join(f"{quoted(key)}: {quoted(value)}" for key, value in list(unknown.items())[:5])
-        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
+        shown = ", ".join(f"{quoted(key)}: {quoted(value)}" for key, value in list(unknown.items())[:_SHOWN])
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         raise fields.refusal(
             f"{shown}{more} may change what the model computes, and Baton does not know how: expected fields that it "
-            "knows; remove from the file what changes nothing"
+            "knows. If they change nothing, make a copy of the folder (cp -rL FOLDER COPY), take them out of its "
+            "config.json, and serve that"
         )
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 
+import pytest
 from rich.console import Console, Group
 
 from baton.v1 import common_pb2, node_pb2, router_pb2
 from cli import show
+from cli.doctor import report
+from cli.machine import Finding
 
 
 def printed(*parts: object) -> str:
@@ -52,6 +56,24 @@ def test_a_title_is_not_broken_to_the_width_of_its_table() -> None:
     console.print(show.cluster_table(router_pb2.StatusResponse(model="m" * 100)))
     assert isinstance(console.file, io.StringIO)
     assert console.file.getvalue().splitlines()[0].rstrip().endswith("0 running, 0 queued at the router")
+
+
+def test_what_is_piped_is_neither_cut_nor_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    output = io.StringIO()
+    findings = [Finding("short", True, "a"), Finding("much longer", None, "b" * 300, "do this")]
+    assert report(findings, show.wide_console(output)) == 0
+    nodes = [node("prefill-0", common_pb2.Role.ROLE_PREFILL, "ready")]
+    show.wide_console(output).print(show.cluster_table(router_pb2.StatusResponse(model="m" * 200, nodes=nodes)))
+    lines = output.getvalue().splitlines()
+    assert [line for line in lines if line != line.rstrip()] == []
+    assert any(line.endswith("b" * 300) for line in lines)
+    assert any("m" * 200 in line for line in lines)
+    assert re.search(r"^ok +short +a$", output.getvalue(), re.MULTILINE), "columns stand below each other"
+    monkeypatch.setenv("COLUMNS", "50")
+    narrow = io.StringIO()
+    report(findings, show.wide_console(narrow))
+    assert max(map(len, narrow.getvalue().splitlines())) <= 50
 
 
 def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:

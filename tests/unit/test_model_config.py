@@ -120,6 +120,16 @@ def test_what_may_change_numbers_is_refused_by_name(named: str, changes: dict[st
     assert named in caught.value.message
 
 
+@pytest.mark.parametrize("count", [1, 2, 30])
+def test_unknown_fields_leave_room_to_say_what_to_do(count: int, tmp_path: Path) -> None:
+    unknown = {f"something_new_{i}_{'x' * 200}": "on" * 200 for i in range(count)}
+    with pytest.raises(UnsupportedModel) as caught:
+        read(tmp_path, {**LLAMA, **unknown})
+    assert "something_new_0" in caught.value.message
+    assert caught.value.message.endswith("take them out of its config.json, and serve that")
+    assert ("and 27 more" in caught.value.message) == (count == 30)
+
+
 @pytest.mark.parametrize("value", [None, False, 0, 0.0, "", [], {}])
 def test_an_unknown_field_that_is_off_is_let_pass(value: object, tmp_path: Path) -> None:
     read(tmp_path, {**LLAMA, "something_new": value})
