@@ -91,9 +91,11 @@ class MetricsServer:
 
     def _answer(self, request_line: bytes) -> bytes:
         words = request_line.split()
-        method, path = (words[0], words[1].split(b"?", 1)[0]) if len(words) == 3 else (b"", b"")
+        if len(words) != 3 or not words[2].startswith(b"HTTP/"):
+            return _response("400 Bad Request", b"this is not an HTTP request\n", "text/plain")
+        method, path = words[0], words[1].split(b"?", 1)[0]
         if method not in (b"GET", b"HEAD"):
-            return _response("405 Method Not Allowed", b"only GET\n", "text/plain")
+            return _response("405 Method Not Allowed\r\nAllow: GET, HEAD", b"only GET and HEAD\n", "text/plain")
         if path != b"/metrics":
             return _response("404 Not Found", b"there is only /metrics here\n", "text/plain")
         try:

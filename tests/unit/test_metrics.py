@@ -211,7 +211,12 @@ async def test_the_port_answers_metrics_and_nothing_else() -> None:
             assert (found.status_code, found.text) == (200, "baton_x 1\n")
             assert found.headers["content-type"].startswith("text/plain; version=0.0.4")
             assert (await client.get("/")).status_code == 404
-            assert (await client.post("/metrics")).status_code == 405
+            refused = await client.post("/metrics")
+            assert (refused.status_code, refused.headers["allow"]) == (405, "GET, HEAD")
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"\x16\x03\x01 what is this\r\n\r\n")
+        assert (await reader.read()).startswith(b"HTTP/1.1 400 ")
+        writer.close()
     finally:
         await server.close()
 
