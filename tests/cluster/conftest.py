@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -44,3 +45,5 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCl
             return running[asked]
 
         yield shared
+        with ThreadPoolExecutor(len(running) or 1) as pool:
+            list(pool.map(Cluster.stop, running.values()))
