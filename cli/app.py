@@ -357,8 +357,7 @@ def worker(
 
     SIGTERM drains it: nothing new, what runs may end, exit code 0. A second one stops it at once.
     """
-    # Until the event loop takes over nothing is worth ending in good order.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _end_on_sigterm()
     if die_with_parent:
         die_with(die_with_parent)
     preflight.worker_packages()
@@ -435,8 +434,7 @@ def router(
     die_with_parent: DieWithParent = 0,
 ) -> None:
     """Run the router: picks the pair of nodes for each request and answers the clients."""
-    # As in a worker: what SIGTERM ends before the event loop runs has ended well.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    _end_on_sigterm()
     if die_with_parent:
         die_with(die_with_parent)
     from baton.registry import RegistryConfig
@@ -655,6 +653,14 @@ def _standard_input() -> str:
         return typer.get_text_stream("stdin").read()
     except UnicodeDecodeError as error:
         raise InvalidRequest(f"standard input is no text in {error.encoding}: {error.reason}") from error
+
+
+def _end_on_sigterm() -> None:
+    """Until the event loop takes over nothing is worth ending in good order, and what SIGTERM ends has ended well.
+
+    Not by an exception: one that strikes while Python imports may be ignored, and the process would start after all.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def _one_kv_size(kv_mib: int, num_blocks: int) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import TextIO
+from typing import TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
@@ -33,11 +33,11 @@ def wide_console(output: TextIO | None = None) -> Console:
     if output.isatty():
         return Console(file=output)
     width = None if "COLUMNS" in os.environ else _NO_WIDTH
-    return Console(file=_Unpadded(output), width=width)
+    return Console(file=cast(TextIO, _Unpadded(output)), width=width)
 
 
 class _Unpadded:
-    """A file that gets no blanks at the ends of lines. A table comes in one piece."""
+    """As much of a file as a console asks of one, without blanks at the ends of lines. A table comes in one piece."""
 
     def __init__(self, output: TextIO) -> None:
         self._output = output
