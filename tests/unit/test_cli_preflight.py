@@ -346,6 +346,18 @@ def test_a_port_that_takes_connections_and_says_nothing_is_named(
     assert f"127.0.0.1:{port} takes connections and does not answer in time" in said.line
 
 
+def test_sigterm_ends_a_start_where_exceptions_are_ignored_too() -> None:
+    """Importing has such places: callbacks of weak references."""
+    code = (
+        "import os, signal; from cli.app import _end_on_sigterm; _end_on_sigterm()\n"
+        "class Ignoring:\n"
+        "    def __del__(self): os.kill(os.getpid(), signal.SIGTERM)\n"
+        "Ignoring(); print('still there')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 class _Unread(ask.Console):
     def input(self, *arguments: object, **settings: object) -> str:  # type: ignore[override]
         raise AssertionError("nobody should be asked for a message")
