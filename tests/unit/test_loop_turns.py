@@ -27,6 +27,7 @@ from router.membership import State
 from router.openai_whole import WholeAnswer
 from router.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
 from router.serve import Router
+from router.session_bytes import Prompt
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
 from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
@@ -199,7 +200,7 @@ def submit(router: Router, count: int, max_tokens: int = 5) -> list[Active]:
     sampling = SamplingParams(max_tokens=max_tokens, seed=1)
     request_id = f"r{next(_numbers)}"
     found = [
-        router.dispatcher.submit(request_id, i, (5, 6, 7), sampling, arrived_s=now, deadline_s=now + 60.0)
+        router.dispatcher.submit(request_id, i, Prompt((5, 6, 7)), sampling, arrived_s=now, deadline_s=now + 60.0)
         for i in range(count)
     ]
     router.dispatcher.place()

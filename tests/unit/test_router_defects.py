@@ -26,8 +26,8 @@ from router.membership import State
 from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.serve import Router
+from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello
-from router.turns import Turns
 from tests.unit.router_support import baseline, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -41,7 +41,9 @@ def submit(router: Router, prompt: Sequence[int], max_tokens: int = 10, seed: in
     now = router.dispatcher.now()
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
     request_id = f"r{next(_numbers)}"
-    active = router.dispatcher.submit(request_id, 0, tuple(prompt), sampling, arrived_s=now, deadline_s=now + 30.0)
+    active = router.dispatcher.submit(
+        request_id, 0, Prompt(tuple(prompt)), sampling, arrived_s=now, deadline_s=now + 30.0
+    )
     router.dispatcher.place()
     return active
 
@@ -219,7 +221,7 @@ class Events:
 async def test_whatever_ends_a_link_is_reported_once() -> None:
     async with FakeCluster(mixed=1) as cluster:
         events = Events()
-        link = NodeLink(cluster["mixed-0"].address, events, hello("r", 1), LinkConfig(), Turns(0.01))
+        link = NodeLink(cluster["mixed-0"].address, events, hello("r", 1), LinkConfig())
         for num_lives in (1, 2):
             link.dial()
             await until(lambda n=num_lives: len(events.broken) == n)
