@@ -83,7 +83,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     dispatcher = Dispatcher(
         config,
         clock,
-        lambda address, events: NodeLink(address, events, greeting, config.link, defects),
+        lambda address, events: NodeLink(address, events, greeting, config.link, events.turns, defects),
         counted,
     )
     counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)

@@ -22,6 +22,7 @@ from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
+from router.turns import Turns
 
 _M = TypeVar("_M", bound=Message)
 _R = TypeVar("_R")
@@ -85,9 +86,11 @@ class NodeLink:
         events: LinkEvents,
         hello: node_pb2.SessionHello,
         config: LinkConfig,
+        turns: Turns,
         defects: Defects | None = None,
     ) -> None:
         self.address = address
+        self._turns = turns
         self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
         self._hello = hello
@@ -229,15 +232,22 @@ class NodeLink:
         await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
         raise _Left("the node left")
 
+    # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits for a
+    # later one, and the next message with it.
+
     async def _read_prefill(self, call: PrefillCall) -> None:
         with contextlib.suppress(_Left):
             while True:
-                self._events.on_prefill_message(self.address, await _read(call))
+                message = await _read(call)
+                await self._turns.wait()
+                self._events.on_prefill_message(self.address, message)
 
     async def _read_decode(self, call: DecodeCall) -> None:
         with contextlib.suppress(_Left):
             while True:
-                self._events.on_decode_message(self.address, await _read(call))
+                message = await _read(call)
+                await self._turns.wait()
+                self._events.on_decode_message(self.address, message)
 
 
 def _session(channel: aio.Channel, service: str, response: type[_M]) -> aio.StreamStreamCall[bytes, _M]:

@@ -28,6 +28,7 @@ from router.registry import RegistryWatch
 from router.serve import Router
 from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello
+from router.turns import Turns
 from tests.unit.router_support import baseline, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -221,7 +222,7 @@ class Events:
 async def test_whatever_ends_a_link_is_reported_once() -> None:
     async with FakeCluster(mixed=1) as cluster:
         events = Events()
-        link = NodeLink(cluster["mixed-0"].address, events, hello("r", 1), LinkConfig())
+        link = NodeLink(cluster["mixed-0"].address, events, hello("r", 1), LinkConfig(), Turns(0.01))
         for num_lives in (1, 2):
             link.dial()
             await until(lambda n=num_lives: len(events.broken) == n)
