@@ -4,7 +4,8 @@ Each kind of body is sent twice: so large that it is refused by its length, and 
 
 Three processes beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20 ms
 on a connection of its own; one holds 16 recall streams open, checks each answer and notes each gap between two chunks.
-The first window is without hostile input: what a busy machine alone does is in its row.
+The first window is without hostile input: what a busy machine alone does is in its row. ``health_own`` leaves out
+the time in which the router's event loop, or the process that asks, was ready to run and another one had the core.
 
     python -m bench hostile
 """
@@ -16,6 +17,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -54,9 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=["health", "streams"])
     parser.add_argument("url")
+    parser.add_argument("router_pid", type=int)
     options = parser.parse_args()
     if options.part == "health":
-        _ask_health(options.url)
+        _ask_health(options.url, options.router_pid)
     else:
         asyncio.run(_stream(options.url))
 
@@ -96,8 +99,9 @@ def inputs(size: int) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
 # ── The three who are watched ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def _ask_health(url: str) -> None:
-    """A line of (when, seconds it took) for each call, until the input closes."""
+def _ask_health(url: str, router_pid: int) -> None:
+    """A line of (when, seconds it took, seconds of them in which we or the router waited for a core) for each call,
+    until the input closes."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     stop = threading.Event()
@@ -109,12 +113,20 @@ def _ask_health(url: str) -> None:
     threading.Thread(target=until_input_closes, daemon=True).start()
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=30.0)
     while not stop.wait(_HEALTH_EVERY_S):
+        waited_s = _waited_s(os.getpid()) + _waited_s(router_pid)
         started = time.monotonic()
         connection.request("GET", "/health")
         response = connection.getresponse()
         response.read()
+        took_s = time.monotonic() - started
         assert response.status == 200, response.status
-        print(json.dumps([started, time.monotonic() - started]), flush=True)
+        waited_s = _waited_s(os.getpid()) + _waited_s(router_pid) - waited_s
+        print(json.dumps([started, took_s, min(took_s, waited_s)]), flush=True)
+
+
+def _waited_s(pid: int) -> float:
+    """How long a process's first thread, which is the router's event loop, has been ready to run without a core."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def _stream(url: str) -> None:
@@ -153,8 +165,8 @@ async def _stream(url: str) -> None:
 class _Watcher:
     """A child that prints JSON lines until its input closes."""
 
-    def __init__(self, part: str, url: str) -> None:
-        command = [sys.executable, "-m", "bench.hostile", part, url]
+    def __init__(self, part: str, url: str, router_pid: int) -> None:
+        command = [sys.executable, "-m", "bench.hostile", part, url, str(router_pid)]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.rows: list[Any] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -190,7 +202,7 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
     losses_before = _node_losses(where.http)
     windows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        health, streams = _Watcher("health", where.http), _Watcher("streams", where.http)
+        health, streams = (_Watcher(part, where.http, router.pid) for part in ("health", "streams"))
         stack.callback(streams.close)
         stack.callback(health.close)
         time.sleep(2.0)  # connections, first answers
@@ -203,11 +215,14 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
             send = partial(_generate, where, run_dir, "Ada likes plums. " * (size // 34))
             windows.append(_window(f"gRPC prompt, {size / 2 / _MB:.0f} MB", send, window_s, router))
     rows = [_row(window, health.rows, streams.rows) for window in windows]
-    late = Samples.of(took for at, took in health.rows if at >= windows[1]["from_s"])
+    late = [(took, took - waited) for at, took, waited in health.rows if at >= windows[1]["from_s"]]
+    asked, own = Samples.of(took for took, _ in late), Samples.of(own for _, own in late)
     return {
         "windows": rows,
-        "health_p99_ms": 1e3 * late.percentile(0.99),
-        "health_max_ms": 1e3 * max(late.values),
+        "health_p99_ms": 1e3 * asked.percentile(0.99),
+        "health_max_ms": 1e3 * max(asked.values),
+        "health_own_p99_ms": 1e3 * own.percentile(0.99),
+        "health_own_max_ms": 1e3 * max(own.values),
         "longest_gap_ms": max(row["longest_gap_ms"] for row in rows[1:]),
         "nodes_lost": _node_losses(where.http) - losses_before,
         "streams": len(streams.rows),
@@ -238,7 +253,8 @@ def _window(name: str, send: Callable[[], str | None], window_s: float, router: 
 
 def _row(window: dict[str, Any], health: list[Any], streams: list[Any]) -> dict[str, Any]:
     first, last = window["from_s"], window["to_s"]
-    took = Samples.of(took for at, took in health if first <= at <= last)
+    took = Samples.of(took for at, took, _ in health if first <= at <= last)
+    own = Samples.of(took - waited for at, took, waited in health if first <= at <= last)
     gaps = [
         later - earlier
         for stream in streams
@@ -252,6 +268,8 @@ def _row(window: dict[str, Any], health: list[Any], streams: list[Any]) -> dict[
         "health_p50_ms": 1e3 * took.median,
         "health_p99_ms": 1e3 * took.percentile(0.99),
         "health_max_ms": 1e3 * max(took.values),
+        "health_own_p99_ms": 1e3 * own.percentile(0.99),
+        "health_own_max_ms": 1e3 * max(own.values),
         "longest_gap_ms": 1e3 * max(gaps, default=0.0),
         "rss_mib": window["rss_mib"],
     }

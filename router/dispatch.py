@@ -13,8 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from google.protobuf.message import Message
-
 from baton import codec, errors
 from baton.address import as_dialled
 from baton.clock import Clock, catch_up_s
@@ -25,11 +23,13 @@ from baton.types import Failure, NodeDescription, NodeStatus, Role, SamplingPara
 from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow_messages as f
 from router import membership as m
+from router import session_bytes
 from router.config import RouterConfig
 from router.flow import Flow
 from router.load import Loads
 from router.metrics import RouterMetrics
 from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
+from router.session_bytes import Prompt
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Stepwise, Turns
 from router.waiting import Waiting
@@ -59,9 +59,9 @@ class Link(Protocol):
 
     def hang_up(self) -> None: ...
 
-    def send_prefill(self, message: node_pb2.PrefillSessionRequest) -> None: ...
+    def send_prefill(self, message: bytes) -> None: ...
 
-    def send_decode(self, message: node_pb2.DecodeSessionRequest) -> None: ...
+    def send_decode(self, message: bytes) -> None: ...
 
     async def ledger(self) -> node_pb2.LedgerResponse: ...
 
@@ -78,19 +78,22 @@ class Active:
     __slots__ = (
         "attached",
         "client",
-        "encoded",
         "fingerprint",
         "flow",
         "is_queued",
         "origin",
         "patient_until_s",
+        "prompt",
         "stream",
         "timer",
         "timer_s",
     )
 
-    def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin, client: str) -> None:
+    def __init__(
+        self, flow: Flow, prompt: Prompt, stream: TokenStream, fingerprint: str, origin: Origin, client: str
+    ) -> None:  # fmt: skip
         self.flow = flow
+        self.prompt = prompt
         self.origin = origin
         # Who asked for it, as far as turns are concerned.
         self.client = client
@@ -100,8 +103,6 @@ class Active:
         self.is_queued = False
         # The attempt that counts as load and that nodes may know of: sequence id and where it was placed.
         self.attached: tuple[str, Placement] | None = None
-        # What its nodes are told of it, from the reservation to the run: a long prompt takes milliseconds to encode.
-        self.encoded: common_pb2.Sequence | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
         # Nothing is judged before: the timer was looked at too late.
@@ -156,6 +157,8 @@ class Dispatcher:
         self._by_sequence: dict[str, Active] = {}
         # Sequences that wait for a placement.
         self._queue: Waiting[Active] = Waiting(alone_s=config.limits.client_alone_s)
+        # What one of several clients may have on the nodes; None when it is to be counted again.
+        self._max_running: int | None = None
         self._placing = Stepwise(self._place_next, config.limits.max_turn_s)
         # The attempts that every node has, and those whose node was lost and that have not been told.
         self._attached: dict[str, set[Active]] = {}
@@ -222,15 +225,15 @@ class Dispatcher:
         if self._down_since_s is not None and now - self._down_since_s > self._config.limits.refuse_after_s:
             raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
         limits = self._config.limits
-        is_alone = self._queue.is_alone(client, now)
         for total, own, limit, what in (
             (len(self._queue), self._queue.num_waiting_of(client), limits.max_queued, "waiting"),
             (len(self._active), self._num_active_of[client], limits.max_active, "in flight"),
         ):
             share = max(1, int(limit * limits.max_client_share))
             # Room that others left is anybody's; what is beyond the limit is for clients that have little here.
-            has_room = total + num_sequences <= limit and (is_alone or own + num_sequences <= share)
-            has_share = own + num_sequences <= share and total + num_sequences <= limit + share
+            is_little = own + num_sequences <= share
+            has_room = total + num_sequences <= limit and (is_little or self._queue.is_alone(client, now))
+            has_share = is_little and total + num_sequences <= limit + share
             if not has_room and not has_share and (own or what == "in flight"):
                 raise errors.Overloaded(
                     f"{total} sequences are {what} (limit {limit}), {own} of them of this client (limit {share} beside "
@@ -242,7 +245,7 @@ class Dispatcher:
         self,
         request_id: str,
         choice: int,
-        prompt_token_ids: tuple[int, ...],
+        prompt: Prompt,
         sampling: SamplingParams,
         *,
         arrived_s: float,
@@ -255,7 +258,7 @@ class Dispatcher:
         flow = Flow(
             request_id,
             choice,
-            prompt_token_ids,
+            prompt.token_ids,
             sampling,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
@@ -265,6 +268,7 @@ class Dispatcher:
         reference = self._membership.reference
         active = Active(
             flow,
+            prompt,
             TokenStream(self._pacer, self.backlog),
             "" if reference is None else reference.model.fingerprint,
             origin,
@@ -430,11 +434,14 @@ class Dispatcher:
         for done in message.prefills:
             self._has_changed = True
             self._loads.prefilled(done.sequence_id)
-        self._take(node_id, message.prefills, _prefill_done)
-        self._take(node_id, message.handed_off, _handed_off)
+            self._take(node_id, done, _prefill_done)
+        for over in message.handed_off:
+            self._take(node_id, over, _handed_off)
         # Tokens before failures: what is done and late is done.
-        self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
-        self._take(node_id, message.failed, lambda x: _failed(node_id, x))
+        for tokens in message.tokens:
+            self._take(node_id, tokens, _tokens)
+        for failed in message.failed:
+            self._take(node_id, failed, _failed)
         self._heard(address, message.status if message.HasField("status") else None)
 
     def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
@@ -444,15 +451,18 @@ class Dispatcher:
         node_id = member.node.node_id
         for lease in message.reserved:
             self._loads.confirm(lease.sequence_id)
-        self._take(node_id, message.reserved, lambda x: _reserved(x, address))
+            self._take(node_id, lease, self._reserved)
         for refused in message.refused:
             failure = codec.failure_from_pb(refused.failure)
             self._metrics.reservation_refusals.add(failure.code)
             self._log_refusal(node_id, refused.sequence_id, failure)
-        self._take(node_id, message.refused, _refused)
-        self._take(node_id, message.joined, _joined)
-        self._take(node_id, message.tokens, lambda x: f.Tokens(node_id, codec.tokens_from_pb(x)))
-        self._take(node_id, message.failed, lambda x: _failed(node_id, x))
+            self._take(node_id, refused, _refused)
+        for joined in message.joined:
+            self._take(node_id, joined, _joined)
+        for tokens in message.tokens:
+            self._take(node_id, tokens, _tokens)
+        for failed in message.failed:
+            self._take(node_id, failed, _failed)
         self._heard(address, message.status if message.HasField("status") else None)
 
     def _log_refusal(self, node_id: str, sequence_id: str, failure: Failure) -> None:
@@ -463,22 +473,25 @@ class Dispatcher:
         about, message = errors.quoted(sequence_id), errors.quoted(failure.message)
         _log.warning("%s: %s refused a reservation: %s: %s%s", about, node_id, code, message, more)
 
-    def _take(self, node_id: str, items: Iterable[_Item], event_of: Callable[[_Item], f.Event]) -> None:
-        """Each item to its sequence's flow; a sequence that is over hears nothing.
+    def _take(self, node_id: str, item: _Item, event_of: Callable[[str, _Item], f.Event]) -> None:
+        """An item of a node's message to its sequence's flow; a sequence that is over hears nothing.
 
         What cannot be read is held against the node, in this one sequence; others in the message go on.
         """
-        for item in items:
-            event: f.Event
-            try:
-                event = event_of(item)
-            except Exception as error:
-                where = f"{item.sequence_id} from {node_id}"
-                defect = self._defects.caught("message", error, errors.quoted(where))
-                event = f.SequenceFailed(node_id, item.sequence_id, codec.failure_of(defect, node_id))
-            active = self._by_sequence.get(item.sequence_id)
-            if active is not None:
-                self._feed(active, event)
+        event: f.Event
+        try:
+            event = event_of(node_id, item)
+        except Exception as error:
+            where = f"{item.sequence_id} from {node_id}"
+            defect = self._defects.caught("message", error, errors.quoted(where))
+            event = f.SequenceFailed(node_id, item.sequence_id, codec.failure_of(defect, node_id))
+        active = self._by_sequence.get(item.sequence_id)
+        if active is not None:
+            self._feed(active, event)
+
+    def _reserved(self, node_id: str, granted: common_pb2.Lease) -> f.Event:
+        lease = codec.lease_from_pb(granted)
+        return f.Reserved(replace(lease, address=as_dialled(lease.address, self._address_of[node_id])))
 
     def _heard(self, address: str, status: common_pb2.NodeStatus | None) -> None:
         known: NodeStatus | None = None
@@ -512,6 +525,7 @@ class Dispatcher:
             with self._defects.contained("membership", type(action).__name__):
                 self._do_one(action)
         if actions:
+            self._max_running = None
             self._note_availability()
             self._pump()
 
@@ -577,7 +591,7 @@ class Dispatcher:
         return True
 
     def _note_availability(self) -> None:
-        if any(self._membership.is_available(x) for x in self.members):
+        if any(self._membership.is_available(x) for x in self._membership.members.values()):
             self._down_since_s = None
         elif self._down_since_s is None:
             self._down_since_s = self._clock.now()
@@ -591,7 +605,7 @@ class Dispatcher:
         now = self._clock.now()
         try:
             for action in active.flow.handle(event, now):
-                self._perform(active, action, _message_of(active, action))
+                self._perform(active, action)
             self._arm(active, now)
         except Exception as error:
             self._fail(active, error)
@@ -612,8 +626,7 @@ class Dispatcher:
                 self._loads.release(sequence_id)
             for node_id, is_decode in ((placement.prefill_id, False), (placement.decode_id, True)):
                 with self._defects.contained("sequence", sequence_id):
-                    cancel = f.SendCancel(node_id, sequence_id, is_decode, error.code)
-                    self._perform(active, cancel, _message_of(active, cancel))
+                    self._perform(active, f.SendCancel(node_id, sequence_id, is_decode, error.code))
         if active in self._active:
             self._end(active, active.flow.give_up(error, self._clock.now()))
 
@@ -621,7 +634,6 @@ class Dispatcher:
         if active.attached is None:
             return
         (sequence_id, placement), active.attached = active.attached, None
-        active.encoded = None
         del self._by_sequence[sequence_id]
         for node_id in {placement.prefill_id, placement.decode_id}:
             there = self._attached[node_id]
@@ -635,15 +647,15 @@ class Dispatcher:
         if active.stream.complaint is not None:
             asyncio.get_running_loop().call_soon(self._give_up_reader, active)
 
-    def _perform(self, active: Active, action: f.Action, message: Message | None) -> None:
+    def _perform(self, active: Active, action: f.Action, message: bytes | None = None) -> None:
+        """``message``: what the action has to say, if it is encoded already."""
         match action:
             case f.Deliver():
                 self._deliver(active, action)
             case f.Enqueue():
                 self._enqueue(active, action.is_rerun)
             case f.SendReserve() | f.SendRun() | f.SendCancel():
-                assert message is not None
-                self._send(action.node_id, message)
+                self._send(action, message or self._message_of(active, action))
             case f.Detach():
                 self._has_changed = True
                 self._left_nodes(active)
@@ -664,31 +676,35 @@ class Dispatcher:
         if more is not None:
             _log.warning("%s: %s%s", sequence_id, failure.line(), more)
 
-    def _send(self, node_id: str, message: Message) -> None:
-        address = self._address_of.get(node_id)
+    def _send(self, action: f.SendReserve | f.SendRun | f.SendCancel, message: bytes) -> None:
+        address = self._address_of.get(action.node_id)
         if address is None:
             return
-        num_bytes, limit = message.ByteSize(), self._config.link.max_sent_bytes
-        if num_bytes > limit:
+        link = self._links[address]
+        is_decode = action.is_decode if isinstance(action, f.SendCancel) else isinstance(action, f.SendReserve)
+        try:
+            (link.send_decode if is_decode else link.send_prefill)(message)
+        except errors.NodeLost as error:
+            # A node that takes no messages is lost. Told later: a flow is in the middle of its actions.
+            link.hang_up()
+            asyncio.get_running_loop().call_soon(self.on_broken, address, error.message)
+
+    def _message_of(self, active: Active, action: f.SendReserve | f.SendRun | f.SendCancel) -> bytes:
+        """What the action has to say to a node. Raises if it cannot be encoded, or is too long for a node."""
+        match action:
+            case f.SendReserve():
+                message = session_bytes.reserve(action, active.prompt)
+            case f.SendRun():
+                message = session_bytes.run(action, active.prompt)
+            case f.SendCancel():
+                message = session_bytes.cancel(action)
+        if len(message) > self._config.link.max_sent_bytes:
             # The node would end the session over it, and with it every other sequence there.
             raise errors.InvalidRequest(
-                f"the request takes {num_bytes} bytes, expected at most {limit}; shorten the prompt, stop_token_ids or "
-                "logit_bias"
+                f"the request takes {len(message)} bytes, expected at most {self._config.link.max_sent_bytes}; shorten "
+                "the prompt, stop_token_ids or logit_bias"
             )
-        link = self._links[address]
-        if isinstance(message, node_pb2.PrefillSessionRequest):
-            self._guard(address, lambda: link.send_prefill(message))
-        else:
-            assert isinstance(message, node_pb2.DecodeSessionRequest)
-            self._guard(address, lambda: link.send_decode(message))
-
-    def _guard(self, address: str, send: Callable[[], None]) -> None:
-        """A node that takes no messages is lost. Told later: a flow is in the middle of its actions."""
-        try:
-            send()
-        except errors.NodeLost as error:
-            self._links[address].hang_up()
-            asyncio.get_running_loop().call_soon(self.on_broken, address, error.message)
+        return message
 
     def _end(self, active: Active, outcome: f.Outcome) -> None:
         if active.timer is not None:
@@ -763,10 +779,11 @@ class Dispatcher:
             self._feed(active, f.NobodyThere())
 
     def _pump(self) -> None:
-        """Place waiting sequences, the clients by turns, until one has to wait. Messages with long prompts take
-        milliseconds to encode, so it may take several turns of the loop."""
+        """Place waiting sequences, the clients by turns, until one has to wait. A thousand take a hundred milliseconds:
+        several turns of the loop."""
         self._has_changed = False
-        self._placing.run()
+        if self._queue:
+            self._placing.run()
 
     def _place_next(self) -> bool:
         active = self._next()
@@ -774,18 +791,22 @@ class Dispatcher:
 
     def _next(self) -> Active | None:
         """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
-        return self._queue.next(self._max_client_running(), self._clock.now())
+        return self._queue.next(self._max_client_running, self._clock.now())
 
+    @property
     def _max_client_running(self) -> int:
-        available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
-        generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
-        return self._config.limits.max_client_running * (len(generating) or len(available) or 1)
+        if self._max_running is None:
+            available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
+            generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
+            num_generating = len(generating) or len(available) or 1
+            self._max_running = self._config.limits.max_client_running * num_generating
+        return self._max_running
 
     def _make_room(self, newcomer: str, *, is_passing: bool) -> None:
         """A client that was alone has all nodes. When another comes, what it may not have beside others goes back to
         the queue, the youngest first: to wait for their ends could take minutes. Sequences without a token lose
         nothing; the others are computed again, so that a single request in passing sets but a few of them aside."""
-        client, num = self._queue.crowding(newcomer, self._max_client_running())
+        client, num = self._queue.crowding(newcomer, self._max_client_running)
         if not num:
             return
         running = [x for x in reversed(self._by_sequence.values()) if x.client == client]
@@ -818,13 +839,14 @@ class Dispatcher:
             for x in self._membership.members.values()
             if x.is_up and x.node is not None
         ]
-        placement = choose(views, flow.demand(now), self._breakers, now, self._config.policy)
+        demand = flow.demand(now)
+        placement = choose(views, demand, self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
             self._metrics.placement_waits.add(placement.name.lower())
             self._tell_waiting(is_nobody_there=placement is Obstacle.NO_NODE)
             return False
         self._tell_waiting(is_nobody_there=False)
-        self._metrics.placements.add(reason_of(placement, views, flow.demand(now)).value)
+        self._metrics.placements.add(reason_of(placement, views, demand).value)
         self._queue.started(active)
         active.is_queued = False
         self._assign(active, placement, now)
@@ -843,7 +865,10 @@ class Dispatcher:
         sequence_id, num_tokens = flow.sequence_id, len(flow.prompt_token_ids) + len(flow.tokens)
         actions = flow.handle(f.Placed(placement), now)
         # Encoded before anything is booked for it: what cannot be sent takes nobody's room.
-        messages = [_message_of(active, action) for action in actions]
+        messages = [
+            self._message_of(active, x) if isinstance(x, f.SendReserve | f.SendRun | f.SendCancel) else None
+            for x in actions
+        ]
         active.attached = sequence_id, placement
         self._by_sequence[sequence_id] = active
         for node_id in {placement.prefill_id, placement.decode_id}:
@@ -863,49 +888,25 @@ class Dispatcher:
         return min(max(1.0, len(self._queue) / pace), 30.0)
 
 
-def _message_of(active: Active, action: f.Action) -> Message | None:
-    """What the action has to say to a node. Raises if it cannot be encoded."""
-    match action:
-        case f.SendReserve():
-            active.encoded = codec.sequence_to_pb(action.spec)
-            reserve = node_pb2.DecodeSessionRequest.Reserve(
-                sequence=active.encoded, ttl_s=action.ttl_s, prefill_node_id=action.prefill_id
-            )
-            return node_pb2.DecodeSessionRequest(reserve=reserve)
-        case f.SendRun():
-            lease = None if action.lease is None else codec.lease_to_pb(action.lease)
-            sequence, active.encoded = active.encoded or codec.sequence_to_pb(action.spec), None
-            run = node_pb2.PrefillSessionRequest.Run(sequence=sequence, lease=lease)
-            return node_pb2.PrefillSessionRequest(run=run)
-        case f.SendCancel():
-            cancel = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)
-            if action.is_decode:
-                return node_pb2.DecodeSessionRequest(cancel=cancel)
-            return node_pb2.PrefillSessionRequest(cancel=cancel)
-        case _:
-            return None
-
-
-def _prefill_done(done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
+def _prefill_done(node_id: str, done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
     queue_s = codec.duration_from_pb("queue_s", done.queue_s)
     compute_s = codec.duration_from_pb("compute_s", done.compute_s)
     return f.PrefillDone(done.sequence_id, queue_s, compute_s, done.num_computed_tokens, done.num_cached_tokens)
 
 
-def _joined(joined: node_pb2.DecodeSessionResponse.Joined) -> f.Event:
+def _joined(node_id: str, joined: node_pb2.DecodeSessionResponse.Joined) -> f.Event:
     return f.Joined(joined.sequence_id, codec.duration_from_pb("wait_s", joined.wait_s))
 
 
-def _handed_off(over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
+def _handed_off(node_id: str, over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
     return f.HandedOff(over.sequence_id, codec.report_from_pb(over.report))
 
 
-def _reserved(granted: common_pb2.Lease, address: str) -> f.Event:
-    lease = codec.lease_from_pb(granted)
-    return f.Reserved(replace(lease, address=as_dialled(lease.address, address)))
+def _tokens(node_id: str, tokens: common_pb2.Tokens) -> f.Event:
+    return f.Tokens(node_id, codec.tokens_from_pb(tokens))
 
 
-def _refused(refused: node_pb2.SequenceFailed) -> f.Event:
+def _refused(node_id: str, refused: node_pb2.SequenceFailed) -> f.Event:
     return f.Refused(refused.sequence_id, codec.failure_from_pb(refused.failure))
 
 

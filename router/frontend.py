@@ -24,6 +24,7 @@ from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind
 from router.model_files import ModelFacts
 from router.offload import Offload
+from router.session_bytes import Prompt
 from router.stream import Backlog
 from router.text import TextDelta, TextStream
 from router.tokenizer import Tokenizer, require
@@ -57,6 +58,17 @@ Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks. Untrusted."""
+
+    # Whose turn it takes: `router.keys.client_of`.
+    client: str = ""
+    # W3C Trace Context, as it came.
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What both faces ask for. Each prompt is text, token ids or a conversation, and gets ``n`` choices."""
 
@@ -79,11 +91,7 @@ class GenerationRequest:
     returns_prompt_ids: bool = False
     # What the face calls the bound on new tokens, for messages.
     max_tokens_param: str = "max_tokens"
-    # Whose turn it takes: `router.keys.client_of`.
-    client: str = ""
-    # W3C Trace Context of the caller, as it came.
-    traceparent: str = ""
-    tracestate: str = ""
+    caller: Caller = Caller()
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +208,7 @@ class Frontend:
         self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
         self._facts = facts
+        self._has_defaults = facts.sampling != SamplingParams()
         # As in vLLM, the tokenizer's end of sequence stops whether or not generation_config.json lists it.
         own_eos = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._eos_token_ids = tuple(dict.fromkeys((*facts.eos_token_ids, *own_eos)))
@@ -265,7 +274,7 @@ class Frontend:
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
         self._check_sampling_ids(request.sampling)
-        self._dispatcher.check_capacity(num_choices, request.client)
+        self._dispatcher.check_capacity(num_choices, request.caller.client)
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
@@ -277,37 +286,34 @@ class Frontend:
             self._check_ids("prompt", (min(prompt), max(prompt)))
         await self.turns.wait()
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
-        self._dispatcher.check_capacity(num_choices, request.client)
-        deadline_s = arrived_s + timeout_s
-        accepted = Accepted(request_id, self.model_name, arrived_s, echoes)
-        for number, (prompt, sampling) in enumerate(zip(prompts, resolved, strict=True)):
-            for i in range(request.n):
-                own = _choice_sampling(sampling, i)
-                choice = number * request.n + i
-                accepted.generations.append(
-                    self._submit(request, request_id, choice, prompt, own, arrived_s, deadline_s)
-                )
-        self._dispatcher.place()
-        return accepted
+        self._dispatcher.check_capacity(num_choices, request.caller.client)
+        caller = request.caller
+        origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)
+        actives: list[Active] = []
+        try:
+            for prompt, sampling in zip(map(Prompt, prompts), resolved, strict=True):
+                for i in range(request.n):
+                    actives.append(
+                        self._dispatcher.submit(
+                            request_id, len(actives), prompt, _choice_sampling(sampling, i), arrived_s=arrived_s,
+                            deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
+                        )
+                    )  # fmt: skip
+            self._dispatcher.place()
+            # The reservations leave; what is only needed with the first token is made while the nodes work.
+            await asyncio.sleep(0)
+        except BaseException:
+            self._dispatcher.cancel(actives, "the client left")
+            raise
+        generations = [self._generation(request, active) for active in actives]
+        return Accepted(request_id, self.model_name, arrived_s, echoes, generations)
 
     def cancel(self, accepted: Accepted, reason: str) -> None:
         """Harmless for choices that are over."""
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
-    def _submit(
-        self, request: GenerationRequest, request_id: str, choice: int, prompt: tuple[int, ...],
-        sampling: SamplingParams, arrived_s: float, deadline_s: float,
-    ) -> Generation:  # fmt: skip
-        active = self._dispatcher.submit(
-            request_id,
-            choice,
-            prompt,
-            sampling,
-            arrived_s=arrived_s,
-            deadline_s=deadline_s,
-            origin=Origin(self.model_name, request.is_chat, request.traceparent, request.tracestate),
-            client=request.client,
-        )
+    def _generation(self, request: GenerationRequest, active: Active) -> Generation:
+        prompt, sampling = active.prompt.token_ids, active.flow.sampling
         text = TextStream(
             self.tokenizer,
             prompt_token_ids=prompt,
@@ -437,8 +443,9 @@ class Frontend:
 
     def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
         """Final max_tokens, seed and stop ids; raises PromptTooLong if prompt and output do not fit."""
-        defaults = self._facts.sampling
-        sampling = replace(request.sampling, **{name: getattr(defaults, name) for name in request.unset_sampling})
+        defaults, sampling = self._facts.sampling, request.sampling
+        if self._has_defaults:
+            sampling = replace(sampling, **{name: getattr(defaults, name) for name in request.unset_sampling})
         limit = self.max_model_tokens
         room = None if limit is None else limit - num_prompt_tokens
         if room is not None and room < 1:
@@ -547,4 +554,4 @@ def _size(value: object) -> int:
 
 def _choice_sampling(sampling: SamplingParams, choice: int) -> SamplingParams:
     assert sampling.seed is not None
-    return replace(sampling, seed=(sampling.seed + choice) % (MAX_SEED + 1))
+    return sampling if choice == 0 else replace(sampling, seed=(sampling.seed + choice) % (MAX_SEED + 1))

@@ -10,7 +10,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -27,7 +26,7 @@ from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Frontend, GenerationRequest
+from router.frontend import Caller, Frontend, GenerationRequest
 from router.keys import client_of
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
@@ -73,8 +72,7 @@ class HttpFace:
         stream: _EventStream | None = None
         try:
             async with self._bodies.read(scope, receive) as raw:
-                body, request = await self._asked(scope["path"], raw)
-                request = _with_trace(replace(request, client=self._client_of(scope)), scope)
+                body, request = await self._asked(scope, raw)
                 accepted = await self._frontend.start(request)
                 answer = Answer(self._frontend, body, request, accepted)
             wants_stream = body.stream
@@ -118,14 +116,15 @@ class HttpFace:
             num_left -= len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": num_left > 0})
 
-    async def _asked(self, path: str, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
-        kind: type[CompletionBody] | type[ChatBody] = CompletionBody if path == _COMPLETIONS else ChatBody
+    async def _asked(self, scope: Scope, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
+        kind: type[CompletionBody] | type[ChatBody] = CompletionBody if scope["path"] == _COMPLETIONS else ChatBody
+        caller = Caller(self._client_of(scope), **_trace_of(scope))
 
         def work() -> tuple[CompletionBody | ChatBody, GenerationRequest]:
             if len(content) > SMALL_BODY_BYTES:
                 check_structure(content, self._limits, self._frontend.max_model_tokens)
             body = parse(kind, content)
-            return body, body.request()
+            return body, body.request(caller)
 
         if len(content) > SMALL_BODY_BYTES:
             return await self._frontend.offload.run(work)
@@ -133,13 +132,12 @@ class HttpFace:
         return work()
 
 
-def _with_trace(request: GenerationRequest, scope: Scope) -> GenerationRequest:
+def _trace_of(scope: Scope) -> dict[str, str]:
     """The caller's trace context, where it sent one."""
     found = {n: v for n, v in scope["headers"] if n in _TRACE_HEADERS and len(v) <= _MAX_TRACE_BYTES}
     if b"traceparent" not in found:
-        return request
-    texts = {name.decode(): value.decode("latin-1") for name, value in found.items()}
-    return replace(request, **texts)
+        return {}
+    return {name.decode(): value.decode("latin-1") for name, value in found.items()}
 
 
 class _EventStream:

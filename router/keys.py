@@ -59,11 +59,14 @@ def client_of(address: str, authorization: str, *, has_keys: bool) -> str:
     machine has many addresses. A key that was not checked says nothing."""
     if has_keys:
         return f"key {_digest(authorization.encode()).hex()[:16]}"
+    if ":" not in address:
+        return address
     try:
-        found = ipaddress.ip_address(address)
+        found = ipaddress.IPv6Address(address)
     except ValueError:
         return address
-    return str(ipaddress.ip_network((found, 64), strict=False) if found.version == 6 else found)
+    # A socket for both families shows addresses of IPv4 in those of IPv6: all of them in one network.
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
 
 
 class HttpGuard:

@@ -7,7 +7,6 @@ clients send them by habit and they concern accounts or speed only.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -24,7 +23,7 @@ from baton.types import (
     SamplingParams,
 )
 from router.chat import ChatMessage
-from router.frontend import Conversation, GenerationRequest, Prompts
+from router.frontend import Caller, Conversation, GenerationRequest, Prompts
 from router.openai_neutral import refuse_unless, take_neutral
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -129,8 +128,9 @@ class _Common(_Strict):
         )
 
     def _request(
-        self, prompts: Prompts, sampling: SamplingParams, *, max_tokens_param: str = "max_tokens", is_chat: bool
-    ) -> GenerationRequest:
+        self, prompts: Prompts, sampling: SamplingParams, caller: Caller, *, max_tokens_param: str = "max_tokens",
+        is_chat: bool, echo: bool = False,
+    ) -> GenerationRequest:  # fmt: skip
         self._refuse("priority", "requests are served first come, first served")
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
@@ -149,7 +149,9 @@ class _Common(_Strict):
             is_chat=is_chat,
             timeout_s=self.timeout,
             max_tokens_param=max_tokens_param,
+            echo=echo,
             returns_prompt_ids=bool(self.return_token_ids),
+            caller=caller,
         )
 
 
@@ -160,7 +162,7 @@ class CompletionBody(_Common):
     best_of: int | None = None
     logprobs: int | None = None
 
-    def request(self) -> GenerationRequest:
+    def request(self, caller: Caller) -> GenerationRequest:
         self._refuse("suffix", "the served models complete from the left only")
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
             expected = quoted(1 if self.n is None else self.n)
@@ -168,7 +170,7 @@ class CompletionBody(_Common):
         if self.echo and self.logprobs is not None:
             raise InvalidRequest("echo with logprobs is not supported: prompts have no log-probabilities", param="echo")
         sampling = self.sampling(self.max_tokens, "max_tokens", self.logprobs)
-        return replace(self._request(_prompts(self.prompt), sampling, is_chat=False), echo=bool(self.echo))
+        return self._request(_prompts(self.prompt), sampling, caller, is_chat=False, echo=bool(self.echo))
 
 
 class Message(BaseModel):
@@ -208,7 +210,7 @@ class ChatBody(_Common):
     parallel_tool_calls: bool | None = None
     prediction: Any = None
 
-    def request(self) -> GenerationRequest:
+    def request(self, caller: Caller) -> GenerationRequest:
         """Raises InvalidRequest for what the server cannot honour."""
         if self.max_completion_tokens is not None:
             max_tokens: int | None = self.max_completion_tokens
@@ -223,7 +225,7 @@ class ChatBody(_Common):
             add_generation_prompt=self.add_generation_prompt is not False,
             variables=self.chat_template_kwargs or {},
         )
-        return self._request((conversation,), sampling, max_tokens_param=param, is_chat=True)
+        return self._request((conversation,), sampling, caller, max_tokens_param=param, is_chat=True)
 
     def _refuse_tools(self) -> None:
         if self.tool_choice != "none":

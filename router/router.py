@@ -19,7 +19,7 @@ from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Accepted, Conversation, Ending, Frontend, GenerationRequest
+from router.frontend import Accepted, Caller, Conversation, Ending, Frontend, GenerationRequest
 from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard, client_of
@@ -96,9 +96,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),
-            client=self._client_of(context),
-            traceparent=trace.get("traceparent", ""),
-            tracestate=trace.get("tracestate", ""),
+            caller=Caller(self._client_of(context), trace.get("traceparent", ""), trace.get("tracestate", "")),
         )
 
     def _client_of(self, context: Context) -> str:

@@ -24,17 +24,18 @@ from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router.config import LinkConfig
 from router.turns import Turns
 
-_Q = TypeVar("_Q", bound=Message)
+_M = TypeVar("_M", bound=Message)
 _R = TypeVar("_R")
 
 _log = logging.getLogger("baton.router.sessions")
 
-_LARGE_BYTES = 16 * 1024
+_SERVICES = node_pb2.DESCRIPTOR.services_by_name
 # The quickest of so many round trips bounds the error of the clocks' offset.
 _CLOCK_TRIPS = 8
 
-PrefillCall = aio.StreamStreamCall[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse]
-DecodeCall = aio.StreamStreamCall[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse]
+# What is written is serialized already.
+PrefillCall = aio.StreamStreamCall[bytes, node_pb2.PrefillSessionResponse]
+DecodeCall = aio.StreamStreamCall[bytes, node_pb2.DecodeSessionResponse]
 
 
 class LinkEvents(Protocol):
@@ -95,8 +96,8 @@ class NodeLink:
         self._hello = hello
         self._config = config
         self._task: asyncio.Task[None] | None = None
-        self._prefill_out: asyncio.Queue[node_pb2.PrefillSessionRequest] = asyncio.Queue()
-        self._decode_out: asyncio.Queue[node_pb2.DecodeSessionRequest] = asyncio.Queue()
+        self._prefill_out: asyncio.Queue[bytes] = asyncio.Queue()
+        self._decode_out: asyncio.Queue[bytes] = asyncio.Queue()
         self._channel: aio.Channel | None = None
 
     def dial(self) -> None:
@@ -117,14 +118,15 @@ class NodeLink:
             task.cancel()
             await asyncio.wait([task], timeout=2.0)
 
-    def send_prefill(self, message: node_pb2.PrefillSessionRequest) -> None:
-        """Raises NodeLost if the node takes nothing any more."""
+    def send_prefill(self, message: bytes) -> None:
+        """A PrefillSessionRequest. Raises NodeLost if the node takes nothing any more."""
         self._put(self._prefill_out, message)
 
-    def send_decode(self, message: node_pb2.DecodeSessionRequest) -> None:
+    def send_decode(self, message: bytes) -> None:
+        """A DecodeSessionRequest."""
         self._put(self._decode_out, message)
 
-    def _put(self, queue: asyncio.Queue[_Q], message: _Q) -> None:
+    def _put(self, queue: asyncio.Queue[bytes], message: bytes) -> None:
         try:
             queue.put_nowait(message)
         except asyncio.QueueFull:
@@ -197,12 +199,12 @@ class NodeLink:
 
     async def _serve(self, channel: aio.Channel) -> None:
         self._channel = channel
-        prefill = node_pb2_grpc.PrefillNodeStub(channel).Session()
-        decode = node_pb2_grpc.DecodeNodeStub(channel).Session()
+        prefill: PrefillCall = _session(channel, "PrefillNode", node_pb2.PrefillSessionResponse)
+        decode: DecodeCall = _session(channel, "DecodeNode", node_pb2.DecodeSessionResponse)
         try:
             async with patient_timeout(self._config.connect_timeout_s):
-                await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello))
-                await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello))
+                await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello).SerializeToString())
+                await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello).SerializeToString())
                 welcome = (await _read(prefill)).welcome
                 second = (await _read(decode)).welcome
             if welcome.node.incarnation != second.node.incarnation:
@@ -219,13 +221,9 @@ class NodeLink:
             prefill.cancel()
             decode.cancel()
 
-    async def _write(self, call: aio.StreamStreamCall[_Q, _R], queue: asyncio.Queue[_Q]) -> None:
+    async def _write(self, call: aio.StreamStreamCall[bytes, _R], queue: asyncio.Queue[bytes]) -> None:
         while True:
-            message = await queue.get()
-            # Serializing a long prompt takes a millisecond, and it may go to many nodes at once.
-            if message.ByteSize() > _LARGE_BYTES:
-                await self._turns.wait()
-            await call.write(message)
+            await call.write(await queue.get())
 
     async def _read_both(self, tasks: asyncio.TaskGroup, prefill: PrefillCall, decode: DecodeCall) -> None:
         """A node that leaves in good order ends both sessions: what the second still carries must not be lost."""
@@ -234,18 +232,32 @@ class NodeLink:
         await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
         raise _Left("the node left")
 
+    # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits for a
+    # later one, and the next message with it.
+
     async def _read_prefill(self, call: PrefillCall) -> None:
         with contextlib.suppress(_Left):
             while True:
-                self._events.on_prefill_message(self.address, await _read(call))
+                message = await _read(call)
+                await self._turns.wait()
+                self._events.on_prefill_message(self.address, message)
 
     async def _read_decode(self, call: DecodeCall) -> None:
         with contextlib.suppress(_Left):
             while True:
-                self._events.on_decode_message(self.address, await _read(call))
+                message = await _read(call)
+                await self._turns.wait()
+                self._events.on_decode_message(self.address, message)
 
 
-async def _read(call: aio.StreamStreamCall[_Q, _R]) -> _R:
+def _session(channel: aio.Channel, service: str, response: type[_M]) -> aio.StreamStreamCall[bytes, _M]:
+    """As a stub opens it, but for what is written."""
+    path = f"/{_SERVICES[service].full_name}/Session"
+    opened = channel.stream_stream(path, request_serializer=None, response_deserializer=response.FromString)
+    return opened()  # type: ignore[no-any-return]  # it is of no type
+
+
+async def _read(call: aio.StreamStreamCall[bytes, _R]) -> _R:
     message = await call.read()
     if message is aio.EOF:
         code, details = await call.code(), await call.details()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ import pytest
 
 from baton.metrics import Metrics
 from baton.observe import Lifeline
-from baton.types import FinishReason, PositionLogprobs, Role, SamplingParams, TokenLogprob
-from baton.v1 import common_pb2, router_pb2
-from router.config import LimitsConfig, RouterConfig
+from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, Role, SamplingParams, TokenLogprob
+from baton.v1 import common_pb2, node_pb2, router_pb2
+from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.dispatch import Active
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Outcome, OutcomeKind, Phase
@@ -27,6 +29,8 @@ from router.membership import State
 from router.openai_whole import WholeAnswer
 from router.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
 from router.serve import Router
+from router.session_bytes import Prompt
+from router.sessions import NodeLink, hello
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
 from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
@@ -199,7 +203,7 @@ def submit(router: Router, count: int, max_tokens: int = 5) -> list[Active]:
     sampling = SamplingParams(max_tokens=max_tokens, seed=1)
     request_id = f"r{next(_numbers)}"
     found = [
-        router.dispatcher.submit(request_id, i, (5, 6, 7), sampling, arrived_s=now, deadline_s=now + 60.0)
+        router.dispatcher.submit(request_id, i, Prompt((5, 6, 7)), sampling, arrived_s=now, deadline_s=now + 60.0)
         for i in range(count)
     ]
     router.dispatcher.place()
@@ -275,6 +279,55 @@ async def test_what_ran_on_a_lost_node_is_told_over_many_turns_and_ends_well() -
         wanted = expected_tokens((5, 6, 7), 1, 60, config.vocab_size)
         assert all(x.flow.tokens == wanted for x in sequences)
         await baseline(cluster)
+
+
+class Heard:
+    """Counts what is heard in each turn of the loop."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self.num_welcomed = 0
+        self.in_turn: dict[int, int] = {}
+
+    def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
+        self.num_welcomed += 1
+
+    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
+        self.in_turn[self._counter.num_turns] = self.in_turn.get(self._counter.num_turns, 0) + 1
+
+    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
+        self.in_turn[self._counter.num_turns] = self.in_turn.get(self._counter.num_turns, 0) + 1
+
+    def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
+        raise AssertionError(f"{address}: {reason}")
+
+
+async def test_what_many_nodes_say_at_once_is_heard_over_many_turns() -> None:
+    nodes = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "router.fake", "--prefill", "15", "--decode", "15",
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert nodes.stdin is not None
+    assert nodes.stdout is not None
+    counter = Counter()
+    heard, turns = Heard(counter), Turns(NO_TIME_S)
+    addresses = json.loads(await asyncio.wait_for(nodes.stdout.readline(), 30))
+    links = [NodeLink(address, heard, hello("r", 1), LinkConfig(), turns) for address in addresses]
+    try:
+        for link in links:
+            link.dial()
+        await until(lambda: heard.num_welcomed == len(links), timeout_s=20)
+        heard.in_turn.clear()
+        time.sleep(0.5)  # noqa: ASYNC251 (every node has spoken when the loop turns again)
+        await until(lambda: sum(heard.in_turn.values()) >= len(links), timeout_s=20)
+        # So many are let go in a turn at first, and as many may be read without waiting.
+        assert max(heard.in_turn.values()) <= 10
+    finally:
+        counter.stop()
+        for link in links:
+            await link.close()
+        nodes.stdin.close()
+        await nodes.wait()
 
 
 class Looks(PairBreakers):

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from baton.errors import InvalidRequest
+from router.frontend import Caller
 from router.openai_request import ChatBody, CompletionBody, parse
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -110,9 +111,9 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
 
 def asked(fields: dict[str, Any], *, is_chat: bool) -> None:
     if is_chat:
-        parse(ChatBody, json.dumps(CHAT | fields).encode()).request()
+        parse(ChatBody, json.dumps(CHAT | fields).encode()).request(Caller())
     else:
-        parse(CompletionBody, json.dumps({"prompt": "x"} | fields).encode()).request()
+        parse(CompletionBody, json.dumps({"prompt": "x"} | fields).encode()).request(Caller())
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from baton import codec, errors
 from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Lease, SamplingParams
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from router.fake import FakeCluster, FakeConfig, expected_tokens
+from router.frontend import Caller
 from router.openai_request import CompletionBody
 from router.serve import Router
 from tests.unit.router_support import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
@@ -343,7 +344,7 @@ def test_a_lease_without_an_end_is_refused(ttl_s: float) -> None:
 
 def test_a_seed_below_the_signed_range_is_told_the_range_of_this_face() -> None:
     body = CompletionBody.model_validate({"prompt": "a", "seed": -(2**63)})
-    assert body.request().sampling.seed == 2**63
+    assert body.request(Caller()).sampling.seed == 2**63
     with pytest.raises(errors.InvalidRequest, match=r"expected -2\^63 to 2\^64-1") as refused:
-        CompletionBody.model_validate({"prompt": "a", "seed": -(2**63) - 1}).request()
+        CompletionBody.model_validate({"prompt": "a", "seed": -(2**63) - 1}).request(Caller())
     assert refused.value.param == "seed"

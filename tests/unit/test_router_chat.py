@@ -9,7 +9,7 @@ import pytest
 
 from baton.errors import InvalidRequest
 from router.chat import ChatMessage, ChatTemplate
-from router.frontend import Conversation
+from router.frontend import Caller, Conversation
 from router.openai_request import ChatBody, parse
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -37,7 +37,7 @@ SPLITS = "{% for m in messages %}{% for line in m.content.split('\\n') %}({{ lin
 def rendered(template: str, *messages: dict[str, Any]) -> str:
     """From a client's messages to the prompt."""
     body = parse(ChatBody, json.dumps({"messages": messages}).encode())
-    (conversation,) = body.request().prompts
+    (conversation,) = body.request(Caller()).prompts
     assert isinstance(conversation, Conversation)
     return ChatTemplate(template, {}).render(conversation.messages)
 

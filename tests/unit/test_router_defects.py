@@ -27,6 +27,7 @@ from router.membership import State
 from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.serve import Router
+from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello
 from router.turns import Turns
 from tests.unit.router_support import baseline, router_beside, until
@@ -42,7 +43,9 @@ def submit(router: Router, prompt: Sequence[int], max_tokens: int = 10, seed: in
     now = router.dispatcher.now()
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
     request_id = f"r{next(_numbers)}"
-    active = router.dispatcher.submit(request_id, 0, tuple(prompt), sampling, arrived_s=now, deadline_s=now + 30.0)
+    active = router.dispatcher.submit(
+        request_id, 0, Prompt(tuple(prompt)), sampling, arrived_s=now, deadline_s=now + 30.0
+    )
     router.dispatcher.place()
     return active
 

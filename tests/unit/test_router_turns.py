@@ -24,6 +24,9 @@ CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048, step_s=0.01)
         (("10.0.0.1", ""), ("10.0.0.2", ""), False),
         (("2001:db8::1", ""), ("2001:db8::ffff", ""), True),
         (("2001:db8::1", ""), ("2001:db8:0:1::1", ""), False),
+        # A socket for both families.
+        (("::ffff:10.0.0.1", ""), ("::ffff:10.0.0.2", ""), False),
+        (("::ffff:10.0.0.1", ""), ("10.0.0.1", ""), True),
     ],
 )
 def test_without_keys_the_address_says_who_asks(first: Any, second: Any, is_same: bool) -> None:
