@@ -12,10 +12,11 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.cpu.attention import CpuAttention, query_scale
+from engine.kernels.cpu.attention import CpuAttention, Tiles, query_scale
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.llvm import Isa
-from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul
+from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
+from engine.kernels.cpu.program import Tape
 from engine.kernels.interface import Attention, Linear
 
 
@@ -26,21 +27,27 @@ class CpuKernels:
 
     def __init__(self, isa: Isa | None = None) -> None:
         self._isa = isa or Isa.of_host()
+        # Operations run as they are called, or are recorded (step.py).
+        self.tape = Tape()
         # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
         self.name = f"cpu-{self._isa.name}"
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return CpuLinear(self._isa, weight, bias)
+        return CpuLinear(self._isa, self.tape, weight, bias)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
         assert drawn is None, "the host draws"
-        return table[token_ids]
+        return self.take_rows(table, token_ids)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x[rows], rows int64."""
+        return take_rows(self._isa, self.tape, x, rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(self._isa, x, None, weight, eps)
+        return rms_norm(self._isa, self.tape, x, None, weight, eps)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(self._isa, x, delta, weight, eps)
+        return rms_norm(self._isa, self.tape, x, delta, weight, eps)
 
     def rope_store(
         self,
@@ -52,14 +59,19 @@ class CpuKernels:
         cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        return rope_store(self._isa, qkv, norms, eps, cos, sin, cache, slot_mapping, query_scale(cache.shape[4]))
+        scale = query_scale(cache.shape[4])
+        return rope_store(self._isa, self.tape, qkv, norms, eps, cos, sin, cache, slot_mapping, scale)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(self._isa, gate_up)
+        return silu_mul(self._isa, self.tape, gate_up)
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        return CpuAttention(self._isa, config, layout, spans)
+        tiles = Tiles(sum(span.num_tokens for span in spans), sum(len(span.block_ids) for span in spans))
+        return self.tiled_attention(config, layout, tiles, tiles.lay_out(spans, config.group_size))
+
+    def tiled_attention(self, config: ModelConfig, layout: KvLayout, tiles: Tiles, count: int) -> Attention:
+        return CpuAttention(self._isa, self.tape, config, layout, tiles, count)

@@ -21,33 +21,45 @@ from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.program import Record, Tape
 
 # Query rows of a tile: their outputs and a KV block of one head stay in the first two caches.
 _TILE_ROWS = 64
 _NO_WINDOW = 1 << 40
 
 
-class CpuAttention:
-    """One step's attention: tiles are laid out once, then used by every layer."""
+class Tiles:
+    """Tiles and block ids of a step, in memory that its kernels read: [tiles, 4] and [blocks], int64."""
 
-    def __init__(self, isa: Isa, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> None:
+    def __init__(self, max_tiles: int, max_blocks: int) -> None:
+        self.tiles = torch.empty(max_tiles, 4, dtype=torch.int64)
+        self.block_ids = torch.empty(max_blocks, dtype=torch.int64)
+
+    def lay_out(self, spans: tuple[Span, ...], group_size: int) -> int:
+        """How many there are."""
+        tiles, block_ids = _tiles(spans, max(1, _TILE_ROWS // group_size))
+        self.tiles[: len(tiles)] = torch.tensor(tiles)
+        self.block_ids[: len(block_ids)] = torch.tensor(block_ids)
+        return len(tiles)
+
+
+class CpuAttention:
+    """Attention over laid out tiles, used by every layer."""
+
+    def __init__(self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tiles, count: int) -> None:
+        self._tape = tape
+        self._tiles = tiles
+        self._count = count
         self._kv_heads = layout.num_kv_heads
         self._kernel = _kernel(
             isa, layout.dtype, config.group_size, layout.head_dim, layout.block_tokens, layout.num_kv_heads
         )
-        tiles, block_ids = _tiles(spans, max(1, _TILE_ROWS // config.group_size))
-        self._num_tiles = len(tiles)
-        self._tiles = torch.tensor(tiles)
-        self._block_ids = torch.tensor(block_ids)
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        out = torch.empty_like(queries)
-        self._kernel(
-            self._num_tiles * self._kv_heads,
-            *(self._tiles.data_ptr(), self._block_ids.data_ptr(), queries.data_ptr(), cache.data_ptr()),
-            *(out.data_ptr(), window or _NO_WINDOW),
-        )
-        return out.flatten(1)
+        out = self._tape.empty(queries, queries.shape[1] * queries.shape[2])
+        parameters = (self._tiles.tiles, self._tiles.block_ids, queries, cache, out, window or _NO_WINDOW)
+        self._tape.run([Record(self._kernel, parameters, self._count, units=self._kv_heads)])
+        return out
 
 
 def query_scale(head_dim: int) -> float:
