@@ -11,7 +11,7 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Batch, sampling_spans
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Kernels, Linear
+from engine.kernels.interface import Attention, Kernels, Linear, Recorder, RecordingKernels, StepInputs
 from engine.kv_cache import KvCache
 from engine.rope import RopeTable
 from engine.staging import to_device
@@ -45,6 +45,8 @@ class Model:
         self._norm = loader.tensor("model.norm.weight")
         head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
         self._head = loader.linear([head], bias=False)
+        # Steps over one cache, where the kernels write them down.
+        self._recorder: tuple[KvCache, Recorder] | None = None
 
     def forward(
         self,
@@ -60,6 +62,8 @@ class Model:
 
         ``on_layer(i)``: layer i's keys and values are in the cache, on a GPU once this thread's stream has come here.
         """
+        if isinstance(self._kernels, RecordingKernels):
+            return self._forward_recorded(self._kernels, batch, cache, on_layer)
         kernels, device = self._kernels, self._kernels.device
         cos, sin = (to_device(part, device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
         slots, token_ids = to_device(batch.slot_mapping, device), to_device(batch.token_ids, device)
@@ -73,6 +77,20 @@ class Model:
 
         logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
         return torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float()
+
+    def _forward_recorded(
+        self, kernels: RecordingKernels, batch: Batch, cache: KvCache, on_layer: Callable[[int], None] | None
+    ) -> Tensor:
+        if self._recorder is None or self._recorder[0] is not cache:
+            self._recorder = cache, kernels.recorder(self._config, cache)
+
+        def order(i: StepInputs) -> Tensor:
+            logits = self._run(i.token_ids, None, i.cos, i.sin, i.slots, i.attention, cache, i.on_layer, i.choose)
+            assert logits is not None
+            return logits
+
+        cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
+        return self._recorder[1].run(batch, cos, sin, on_layer, order)
 
     def decode(
         self,

@@ -12,12 +12,14 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.cpu.attention import CpuAttention, Tiles, query_scale
+from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.llvm import Isa
-from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
+from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows, widen
 from engine.kernels.cpu.program import Tape
-from engine.kernels.interface import Attention, Linear
+from engine.kernels.cpu.step import StepRecorder
+from engine.kernels.interface import Attention, Linear, Recorder
+from engine.kv_cache import KvCache
 
 
 class CpuKernels:
@@ -70,8 +72,18 @@ class CpuKernels:
         return lambda x: self.silu_mul(linear(x))
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        tiles = Tiles(sum(span.num_tokens for span in spans), sum(len(span.block_ids) for span in spans))
-        return self.tiled_attention(config, layout, tiles, tiles.lay_out(spans, config.group_size))
+        block_ids, begins = tables_of(spans)
+        tiles = tiles_of(spans, begins, config.group_size)
+        return self.tiled_attention(config, layout, torch.tensor(tiles), torch.tensor(block_ids), len(tiles))
 
-    def tiled_attention(self, config: ModelConfig, layout: KvLayout, tiles: Tiles, count: int) -> Attention:
-        return CpuAttention(self._isa, self.tape, config, layout, tiles, count)
+    def tiled_attention(
+        self, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+    ) -> Attention:
+        return CpuAttention(self._isa, self.tape, config, layout, tiles, block_ids, count)
+
+    def widen(self, x: Tensor) -> Tensor:
+        """As float32."""
+        return x if x.dtype == torch.float32 else widen(self._isa, self.tape, x)
+
+    def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder:
+        return StepRecorder(self, config, cache)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 from torch import Tensor
 
 from baton.types import KvLayout
@@ -28,27 +27,15 @@ _TILE_ROWS = 64
 _NO_WINDOW = 1 << 40
 
 
-class Tiles:
-    """Tiles and block ids of a step, in memory that its kernels read: [tiles, 4] and [blocks], int64."""
-
-    def __init__(self, max_tiles: int, max_blocks: int) -> None:
-        self.tiles = torch.empty(max_tiles, 4, dtype=torch.int64)
-        self.block_ids = torch.empty(max_blocks, dtype=torch.int64)
-
-    def lay_out(self, spans: tuple[Span, ...], group_size: int) -> int:
-        """How many there are."""
-        tiles, block_ids = _tiles(spans, max(1, _TILE_ROWS // group_size))
-        self.tiles[: len(tiles)] = torch.tensor(tiles)
-        self.block_ids[: len(block_ids)] = torch.tensor(block_ids)
-        return len(tiles)
-
-
 class CpuAttention:
-    """Attention over laid out tiles, used by every layer."""
+    """Attention over tiles that were laid out once, used by every layer."""
 
-    def __init__(self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tiles, count: int) -> None:
+    def __init__(
+        self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+    ) -> None:
+        """tiles [at least count, 4] and block_ids as ``tiles_of`` gives them, int64."""
         self._tape = tape
-        self._tiles = tiles
+        self._tiles, self._block_ids = tiles, block_ids
         self._count = count
         self._kv_heads = layout.num_kv_heads
         self._kernel = _kernel(
@@ -57,7 +44,7 @@ class CpuAttention:
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
         out = self._tape.empty(queries, queries.shape[1] * queries.shape[2])
-        parameters = (self._tiles.tiles, self._tiles.block_ids, queries, cache, out, window or _NO_WINDOW)
+        parameters = (self._tiles, self._block_ids, queries, cache, out, window or _NO_WINDOW)
         self._tape.run([Record(self._kernel, parameters, self._count, units=self._kv_heads)])
         return out
 
@@ -67,17 +54,29 @@ def query_scale(head_dim: int) -> float:
     return math.log2(math.e) / math.sqrt(head_dim)
 
 
-def _tiles(spans: tuple[Span, ...], most: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
-    """(first row, its position, tokens, start of its block ids), longest context first so that threads end together."""
-    tiles: list[tuple[int, int, int, int]] = []
+# First row, its position, tokens, where its block ids begin.
+Tile = tuple[int, int, int, int]
+
+
+def tables_of(spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
+    """Block ids of all spans, and where those of each span begin."""
     block_ids: list[int] = []
+    begins: list[int] = []
     for span in spans:
-        table = len(block_ids)
+        begins.append(len(block_ids))
         block_ids += span.block_ids
-        for at in range(0, span.num_tokens, most):
-            tiles.append((span.row + at, span.start + at, min(most, span.num_tokens - at), table))
-    tiles.sort(key=lambda tile: -tile[1])
-    return tiles, block_ids
+    return block_ids, begins
+
+
+def tiles_of(spans: tuple[Span, ...], begins: list[int], group_size: int) -> list[Tile]:
+    """Longest context first, so that threads end together."""
+    most = max(1, _TILE_ROWS // group_size)
+    tiles = [
+        (span.row + at, span.start + at, min(most, span.num_tokens - at), begin)
+        for span, begin in zip(spans, begins, strict=True)
+        for at in range(0, span.num_tokens, most)
+    ]
+    return sorted(tiles, key=lambda tile: -tile[1])
 
 
 @functools.cache

@@ -1,17 +1,17 @@
-"""Threads that run a table of kernel calls together, with nothing but a few atomic numbers between one call and the next.
+"""Threads that run a table of kernel calls together; between two calls there are a few atomic numbers and no more.
 
-Each thread goes through the records in order: it takes tasks of a record from a counter until none is left, adds what it
-did to the record's number of done tasks, and goes on when all are done. So a thread that the system does not run holds
-the others up only while it is inside a task, and one that comes late finds everything done and catches up at once. Who
-waits spins for a while and then sleeps, which frees its processor for the thread that is waited for.
+Each thread goes through the records in order: it takes tasks of a record from a counter until none is left, adds what
+it did to the record's number of done tasks, and goes on when all are done. So a thread that the system does not run
+delays the others only while it is inside a task, and a late one finds everything done and catches up at once. A
+waiting thread spins for a while and then sleeps, which frees its processor for the thread that it waits for.
 
-The calling thread is one of the crew. It returns when the records are done and waits for no helper: a table is used again
-only when no helper is inside (each says in a slot of its own which table it works on).
+The calling thread is one of the crew. It returns when the records are done and waits for no helper: a table is used
+again only when no helper is inside (each says in a slot of its own which table it works on).
 
 Table, 64-bit words: [start, stop, 0...] then RECORD_WORDS for each record: kernel, tasks, parameters (14); next task,
 done tasks, sleepers, in a cache line of their own.
-Crew, 64-bit words: generation, current table, helpers wanted, sleepers; then for each helper a cache line that begins with
-its slot: table it works on, crew, its number.
+Crew, 64-bit words: generation, current table, helpers wanted, sleepers; then for each helper a cache line that begins
+with its slot: table it works on, crew, its number.
 """
 
 from __future__ import annotations

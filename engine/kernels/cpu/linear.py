@@ -5,19 +5,19 @@ of the summed dimension are one step of a dot product; a panel is read front to 
 needs to run at the memory's speed. ``tile_rows`` rows by one panel are summed in registers over the whole input, so
 every result is one chain of additions whatever M, and a panel stays in cache while the rows pass.
 
-A layer of another kind (quantized weights, say) is a class like `CpuLinear`: ``records(x, out)`` gives the kernel calls
-of one use, as many as it needs, and ``__call__`` puts them on the tape. What one of its calls leaves for the next lies in
-``tape.empty``, with one row per row of x; how many rows there are is ``tape.rows(x)``, and must stand in the records as
-it is (while a step is recorded it stands for the number that a later run has). For products of quantized rows:
+A layer of another kind (quantized weights, say) is a class like `CpuLinear`: ``records(x, out)`` gives the kernel
+calls of one use, as many as it needs, and ``__call__`` puts them on the tape. What one of its calls leaves for the next
+lies in ``tape.empty``, with one row per row of x. The number of rows is ``tape.rows(x)`` and goes into the records as it
+is: while a step is recorded it stands for the number of a later run. For products of quantized rows:
 
     def records(self, x, out):
         rows = self._tape.rows(x)
         quantized = self._tape.empty(x, self._num_in, dtype=torch.int8)
         scales = self._tape.empty(x, dtype=torch.float32)
         yield Record(self._quantize, (x, quantized, scales, rows), rows, per_task=16)
-        yield Record(self._product, (quantized, scales, self._panels, ..., out, rows), rows, TASK_ROWS, self._num_panels)
+        yield Record(self._product, (quantized, scales, self._panels, ..., rows), rows, TASK_ROWS, self._num_panels)
 
-Task t of a record of ``units`` units over ``count`` rows has no meaning given to it: its kernel takes it apart.
+Which rows and which panel a task's number stands for is the kernel's choice.
 """
 
 from __future__ import annotations
