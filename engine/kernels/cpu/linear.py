@@ -7,8 +7,8 @@ every result is one chain of additions whatever M, and a panel stays in cache wh
 
 A layer of another kind (quantized weights, say) is a class like `CpuLinear`: ``records(x, out)`` gives the kernel
 calls of one use, as many as it needs, and ``__call__`` puts them on the tape. What one of its calls leaves for the next
-lies in ``tape.empty``, with one row per row of x. The number of rows is ``tape.rows(x)`` and goes into the records as it
-is: while a step is recorded it stands for the number of a later run. For products of quantized rows:
+lies in ``tape.empty``, with one row per row of x. The number of rows is ``tape.rows(x)`` and goes into the records as
+it is: while a step is recorded it stands for the number of a later run. For products of quantized rows:
 
     def records(self, x, out):
         rows = self._tape.rows(x)
