@@ -91,6 +91,21 @@ class Kernels(Protocol):
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...
 
 
+class Peaks(NamedTuple):
+    """Of each row of logits the best token, the lowest id where several are equal, and whether all logits are finite;
+    where they are not, the token means nothing."""
+
+    token_ids: list[int]
+    are_finite: list[bool]
+
+
+class Logits(NamedTuple):
+    """[rows, vocabulary] float32 on the device; ``peaks`` where the kernels find them on the way."""
+
+    values: Tensor
+    peaks: Peaks | None = None
+
+
 class StepInputs(NamedTuple):
     """What a step is computed from, for ``Recorder``."""
 
@@ -114,8 +129,8 @@ class Recorder(Protocol):
         sin: Tensor,
         on_layer: Callable[[int], None] | None,
         order: Callable[[StepInputs], Tensor],
-    ) -> Tensor:
-        """Logits of the rows that sample, [rows, vocabulary] float32, valid until the next run.
+    ) -> Logits:
+        """Of the rows that sample; valid until the next run.
 
         ``order`` calls the kernels in the order of a step and gives the logits. It is called when a step is larger than
         all before it; nothing in it may depend on values.

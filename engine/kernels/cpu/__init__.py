@@ -15,7 +15,8 @@ from engine.config import ModelConfig
 from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.llvm import Isa
-from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows, widen
+from engine.kernels.cpu.logits import summarize
+from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
 from engine.kernels.cpu.program import Tape
 from engine.kernels.cpu.step import StepRecorder
 from engine.kernels.interface import Attention, Linear, Recorder
@@ -81,9 +82,9 @@ class CpuKernels:
     ) -> Attention:
         return CpuAttention(self._isa, self.tape, config, layout, tiles, block_ids, count)
 
-    def widen(self, x: Tensor) -> Tensor:
-        """As float32."""
-        return x if x.dtype == torch.float32 else widen(self._isa, self.tape, x)
+    def summarize(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """In float32, and what ``peaks_of`` reads."""
+        return summarize(self._isa, self.tape, logits)
 
     def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder:
         return StepRecorder(self, config, cache)

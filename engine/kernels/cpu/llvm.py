@@ -141,6 +141,10 @@ class Vec:
         v = self._other(other)
         return Vec(self.e, self.e.b.select(self.e.b.fcmp_ordered(">", self.v, v), v, self.v))
 
+    def is_above(self, other: Vec) -> ir.Value:
+        """Mask of the lanes that are larger; of a NaN there is none."""
+        return self.e.b.fcmp_ordered(">", self.v, other.v)
+
     def where(self, mask: ir.Value, other: Vec | float) -> Vec:
         return Vec(self.e, self.e.b.select(mask, self.v, self._other(other)))
 
@@ -298,6 +302,11 @@ class Emitter:
 
     def constant(self, value: float, width: int) -> Vec:
         return Vec(self, _constant(ir.VectorType(_F32, width), value))
+
+    def count_from(self, first: Int, width: int) -> Vec:
+        """first, first + 1, ...; exact below 2^24."""
+        start = self._splat(self.b.sitofp(first.v, _F32), width)
+        return Vec(self, start) + Vec(self, ir.Constant(ir.VectorType(_F32, width), [float(i) for i in range(width)]))
 
     def lanes_between(self, first: int, width: int, low: Int, high: Int) -> ir.Value:
         """Mask of lanes i with low <= first + i < high."""

@@ -1,5 +1,5 @@
 """Row-wise kernels: rows of a table, RMSNorm with the residual addition, head norms + RoPE + KV write in one pass,
-SwiGLU, float32.
+SwiGLU.
 
 A KV block of one head holds K as [head_dim / s, block_tokens, s] and V as [block_tokens / s, head_dim, s], s elements
 being one step of a dot product: attention reads both front to back with tokens, then head elements, in its lanes.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 from torch import Tensor
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
@@ -55,29 +54,6 @@ def take_rows(isa: Isa, tape: Tape, table: Tensor, indices: Tensor) -> Tensor:
     kernel = _take_rows(isa, dtype_name(table), features)
     tape.run([Record(kernel, (table, indices, out, rows), rows, rows_per_task(features))])
     return out
-
-
-def widen(isa: Isa, tape: Tape, x: Tensor) -> Tensor:
-    """[rows, features] as float32."""
-    features, rows = x.shape[1], tape.rows(x)
-    out = tape.empty(x, features, dtype=torch.float32)
-    units = -(-features // _TASK_ELEMENTS)
-    tape.run([Record(_widen(isa, dtype_name(x), features), (x, out, rows), rows, units=units)])
-    return out
-
-
-@functools.cache
-def _widen(isa: Isa, dtype: str, size: int) -> Kernel:
-    width, item, pieces = isa.width(size), itemsize(dtype), -(-size // _TASK_ELEMENTS)
-
-    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
-        x, out, _ = parameters
-        row, first = task // pieces, task % pieces * _TASK_ELEMENTS
-        with e.loop(first, (first + _TASK_ELEMENTS).min(size), width) as loop:
-            at = row * size + loop.index
-            e.store("float32", e.load(dtype, x + at * item, width), out + at * 4)
-
-    return Kernel(f"widen_{dtype}", isa, 3, build)
 
 
 @functools.cache

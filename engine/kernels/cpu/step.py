@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch
 from engine.config import ModelConfig
 from engine.kernels.cpu.attention import Tile, tables_of, tiles_of
+from engine.kernels.cpu.logits import peaks_of
 from engine.kernels.cpu.program import Count, Program
-from engine.kernels.interface import Attention, StepInputs
+from engine.kernels.interface import Attention, Logits, StepInputs
 from engine.kv_cache import KvCache
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class StepRecorder:
         self._sizes = _Sizes(1, 1, 1)
         self._step: _RecordedStep | None = None
 
-    def run(self, batch: Batch, cos: Tensor, sin: Tensor, on_layer: _OnLayer, order: _Order) -> Tensor:
+    def run(self, batch: Batch, cos: Tensor, sin: Tensor, on_layer: _OnLayer, order: _Order) -> Logits:
         block_ids, begins = tables_of(batch.spans)
         sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids))
         if self._step is None or not self._sizes.hold(sizes):
@@ -61,66 +62,72 @@ class _Sizes(NamedTuple):
         return _Sizes(*(max(a, 1 << (b - 1).bit_length() if b else 0) for a, b in zip(self, other, strict=True)))
 
 
+class _Inputs(NamedTuple):
+    """Memory that a program reads, seen from the host."""
+
+    token_ids: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
+    tiles: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
+    sampled_tiles: NDArray[np.int64]
+
+
 class _RecordedStep:
     """A program and its inputs, which lie where the program reads them."""
 
     def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache, sizes: _Sizes, order: _Order) -> None:
         self._group_size = config.group_size
         integers = partial(torch.zeros, dtype=torch.int64)
-        self._token_ids, self._slots, self._sample_rows = map(integers, (sizes.rows, sizes.rows, sizes.sampled))
-        self._cos, self._sin = torch.empty(2, sizes.rows, config.head_dim // 2)
-        self._tiles, self._sampled_tiles = integers(sizes.rows, 4), integers(sizes.sampled, 4)
-        self._block_ids = integers(sizes.blocks)
+        token_ids, slots, sample_rows = map(integers, (sizes.rows, sizes.rows, sizes.sampled))
+        cos, sin = torch.empty(2, sizes.rows, config.head_dim // 2)
+        tiles, sampled_tiles, block_ids = integers(sizes.rows, 4), integers(sizes.sampled, 4), integers(sizes.blocks)
+        self._inputs = _Inputs(
+            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles))
+        )
         self._program = program = Program(sizes.rows, sizes.sampled)
         # How many records come before layer i's keys and values are written.
         self._written: list[int] = []
 
         def attention(tiles: Tensor, count: Count) -> Attention:
-            return kernels.tiled_attention(config, cache.layout, tiles, self._block_ids, count)
+            return kernels.tiled_attention(config, cache.layout, tiles, block_ids, count)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention]:
             program.count = Count.SAMPLED
-            chosen = kernels.take_rows(x, self._sample_rows), kernels.take_rows(q, self._sample_rows)
-            return *chosen, attention(self._sampled_tiles, Count.SAMPLED_TILES)
+            chosen = kernels.take_rows(x, sample_rows), kernels.take_rows(q, sample_rows)
+            return *chosen, attention(sampled_tiles, Count.SAMPLED_TILES)
 
-        inputs = StepInputs(
-            self._token_ids, self._cos, self._sin, self._slots, attention(self._tiles, Count.TILES),
-            lambda _: self._written.append(len(program)), choose,
-        )  # fmt: skip
+        def on_layer(_: int) -> None:
+            self._written.append(len(program))
+
+        inputs = StepInputs(token_ids, cos, sin, slots, attention(tiles, Count.TILES), on_layer, choose)
         with kernels.tape.recording(program):
-            self._logits = kernels.widen(order(inputs))
+            self._logits, summary = kernels.summarize(order(inputs))
+        self._summary = summary.numpy()
         program.seal()
 
     def run(
         self, batch: Batch, block_ids: list[int], begins: list[int], cos: Tensor, sin: Tensor, on_layer: _OnLayer
-    ) -> Tensor:
+    ) -> Logits:
         tiles = tiles_of(batch.spans, begins, self._group_size)
         num_rows, num_sampled = batch.num_tokens, len(batch.sample_rows)
-        _fill(self._token_ids, batch.token_ids.numpy())
-        _fill(self._slots, batch.slot_mapping.numpy())
-        _fill(self._cos, cos.numpy())
-        _fill(self._sin, sin.numpy())
-        _fill(self._tiles, tiles)
-        _fill(self._block_ids, block_ids)
+        to = self._inputs
+        to.token_ids[:num_rows], to.slots[:num_rows] = batch.token_ids.numpy(), batch.slot_mapping.numpy()
+        to.cos[:num_rows], to.sin[:num_rows] = cos.numpy(), sin.numpy()
+        to.tiles[: len(tiles)], to.block_ids[: len(block_ids)] = tiles, block_ids
         if num_sampled:
-            _fill(self._sample_rows, batch.sample_rows)
-            _fill(self._sampled_tiles, _sampled_tiles(batch, begins))
-        counts = {
-            Count.ROWS: num_rows,
-            Count.SAMPLED: num_sampled,
-            Count.TILES: len(tiles),
-            Count.SAMPLED_TILES: num_sampled,
-        }
+            to.sample_rows[:num_sampled], to.sampled_tiles[:num_sampled] = (
+                batch.sample_rows,
+                _sampled_tiles(batch, begins),
+            )
+        counts = {Count.ROWS: num_rows, Count.SAMPLED: num_sampled}
+        counts |= {Count.TILES: len(tiles), Count.SAMPLED_TILES: num_sampled}
         pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
         # Nothing reads the last layer's output but the rows that sample.
         self._program.run(counts, pauses, len(self._program) if num_sampled else self._written[-1])
-        return self._logits[:num_sampled]
-
-
-def _fill(target: Tensor, values: ArrayLike) -> None:
-    """The first of ``target``'s rows."""
-    array = np.asarray(values)
-    target.numpy()[: len(array)] = array
+        return Logits(self._logits[:num_sampled], peaks_of(self._summary[:num_sampled]))
 
 
 def _sampled_tiles(batch: Batch, begins: list[int]) -> list[Tile]:
