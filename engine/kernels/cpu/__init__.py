@@ -18,6 +18,7 @@ from engine.kernels.cpu.llvm import Isa
 from engine.kernels.cpu.logits import summarize
 from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
 from engine.kernels.cpu.program import Tape
+from engine.kernels.cpu.slabs import Slabs
 from engine.kernels.cpu.step import StepRecorder
 from engine.kernels.interface import Attention, Linear, Recorder
 from engine.kv_cache import KvCache
@@ -32,11 +33,12 @@ class CpuKernels:
         self._isa = isa or Isa.of_host()
         # Operations run as they are called, or are recorded (step.py).
         self.tape = Tape()
+        self._slabs = Slabs()
         # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
         self.name = f"cpu-{self._isa.name}"
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return CpuLinear(self._isa, self.tape, weight, bias)
+        return CpuLinear(self._isa, self.tape, self._slabs, weight, bias)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
         assert drawn is None, "the host draws"

@@ -102,13 +102,16 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
         first = (start + 1 - window).max(0) // block_tokens
         with e.loop(first, (end - 1) // block_tokens + 1) as block:
             base = block.index * block_tokens
-            keys = cache + (e.load_int(block_ids + (table + block.index) * 8) * kv_heads + kv_head) * (2 * side)
+            keys, ahead = (
+                cache + (e.load_int(block_ids + (table + index) * 8) * kv_heads + kv_head) * (2 * side)
+                for index in (block.index, (block.index + 1).min((end - 1) // block_tokens))
+            )
             seen_by_all = e.b.and_(base + (block_tokens - 1) <= start, end - window <= base)
             with e.b.if_else(seen_by_all) as (whole, in_part):
                 with whole:
                     e.by_rows(
                         *(0, num_tokens * group, isa.tile_rows),
-                        lambda row, count: rows.attend(row, count, keys, keys + side, None),
+                        lambda row, count: rows.attend(row, count, keys, keys + side, ahead, None),
                         multiple=group,
                     )
                 with in_part, e.loop(0, num_tokens) as token:
@@ -117,7 +120,7 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
                     with e.b.if_then(low < high):
                         for at in range(0, group, isa.tile_rows):
                             count = min(isa.tile_rows, group - at)
-                            rows.attend(token.index * group + at, count, keys, keys + side, (low, high))
+                            rows.attend(token.index * group + at, count, keys, keys + side, ahead, (low, high))
         with e.loop(0, num_tokens) as token, e.loop(0, group) as head:
             rows.finish(
                 token.index * group + head.index, out + place + token.index * stride + head.index * (head_dim * item)
@@ -162,15 +165,20 @@ class _Rows:
         for i in range(0, self._head_dim, self._width):
             e.store(self._dtype, e.load("float32", self._output(row, i), self._width) / total, target + i * self._item)
 
-    def attend(self, row: Int, count: int, keys: Int, values: Int, seen: tuple[Int, Int] | None) -> None:
-        """``count`` rows meet one block; of its tokens they see [low, high), or all."""
-        scores = self._scores(row, count, keys)
+    def attend(self, row: Int, count: int, keys: Int, values: Int, ahead: Int, seen: tuple[Int, Int] | None) -> None:
+        """``count`` rows meet one block; of its tokens they see [low, high), or all.
+
+        While keys are read values are brought nearer, and while values are read the keys that come next, ``ahead``.
+        """
+        scores = self._scores(row, count, keys, values)
         decays = [self._weigh(row + i, i, scores[i], seen) for i in range(count)]
         vectors = self._head_dim // self._width
         for first in range(0, vectors, self._e.isa.tile_vectors):
-            self._gather(row, count, values, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors)))
+            self._gather(
+                row, count, values, ahead, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors))
+            )
 
-    def _scores(self, row: Int, count: int, keys: Int) -> list[list[Vec]]:
+    def _scores(self, row: Int, count: int, keys: Int, ahead: Int) -> list[list[Vec]]:
         """[rows][vectors of tokens]."""
         e, width, step, item = self._e, self._token_width, self._step, self._item
         scores: list[list[Vec]] = [[] for _ in range(count)]
@@ -180,6 +188,7 @@ class _Rows:
             vectors = range(first, min(num_vectors, first + e.isa.tile_vectors))
             with e.loop(0, self._head_dim // step, values=[e.constant(0.0, width)] * (count * len(vectors))) as loop:
                 at = keys + loop.index * (self._block_tokens * step * item)
+                e.prefetch(ahead + loop.index * (self._block_tokens * step * item), self._block_tokens * step * item)
                 loaded = [e.dot_load(self._dtype, at + v * width * step * item, width) for v in vectors]
                 for i in range(count):
                     query = e.dot_spread(
@@ -211,7 +220,14 @@ class _Rows:
         return e.resize(decay, self._width)
 
     def _gather(
-        self, row: Int, count: int, values: Int, seen: tuple[Int, Int] | None, decays: list[Vec], vectors: range
+        self,
+        row: Int,
+        count: int,
+        values: Int,
+        ahead: Int,
+        seen: tuple[Int, Int] | None,
+        decays: list[Vec],
+        vectors: range,
     ) -> None:
         """outputs = outputs * decay + weights . V, for some vectors of the head."""
         e, step = self._e, self._step
@@ -220,6 +236,7 @@ class _Rows:
 
         def add(pair: Int, totals: list[Vec], keep: str = "both") -> list[Vec]:
             at = values + pair * (self._head_dim * step * self._item)
+            e.prefetch(ahead + pair * (self._head_dim * step * self._item), self._head_dim * step * self._item)
             loaded = [
                 e.dot_load(self._dtype, at + v * self._width * step * self._item, self._width, keep) for v in vectors
             ]

@@ -17,7 +17,7 @@ it is: while a step is recorded it stands for the number of a later run. For pro
         yield Record(self._quantize, (x, quantized, scales, rows), rows, per_task=16)
         yield Record(self._product, (quantized, scales, self._panels, ..., rows), rows, TASK_ROWS, self._num_panels)
 
-Which rows and which panel a task's number stands for is the kernel's choice.
+Weights lie in ``slabs.copy(weights)``: decoding reads them all in every step. Which rows and which panel a task's number stands for is the kernel's choice.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch.nn import functional
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
 from engine.kernels.cpu.program import Record, Tape
+from engine.kernels.cpu.slabs import Slabs
 
 # Rows that one task takes through a panel: enough that loading the panel does not show.
 TASK_ROWS = 384
@@ -38,7 +39,7 @@ TASK_ROWS = 384
 class CpuLinear:
     """A layer ready for use; holds its own copy of the weights. 2 M N K operations, N K elements read."""
 
-    def __init__(self, isa: Isa, tape: Tape, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, isa: Isa, tape: Tape, slabs: Slabs, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in], bias [out], float32, bfloat16 or float16."""
         dtype = str(weight.dtype).removeprefix("torch.")
         self._tape = tape
@@ -47,7 +48,7 @@ class CpuLinear:
         missing = -self._num_out % panel, -self._num_in % step
         padded = functional.pad(weight, (0, missing[1], 0, missing[0]))
         self._num_panels, self._padded_in = len(padded) // panel, padded.shape[1]
-        self._panels = padded.view(self._num_panels, panel, -1, step).transpose(1, 2).contiguous()
+        self._panels = slabs.copy(padded.view(self._num_panels, panel, -1, step).transpose(1, 2))
         self._bias = weight.new_zeros(len(padded))
         if bias is not None:
             self._bias[: self._num_out] = bias

@@ -26,6 +26,7 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
         return "bfloat"
 
 
+_LINE_BYTES = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
 _STORAGE = {"float32": _F32, "float16": ir.HalfType(), "bfloat16": _BFloatType()}
@@ -269,6 +270,16 @@ class Emitter:
         """2, 4, 8 or more bytes, a power of two."""
         kind = ir.IntType(8 * num_bytes) if num_bytes <= 8 else ir.VectorType(_I64, num_bytes // 8)
         self.b.store(self._load(source, kind, 1), self.b.inttoptr(target.v, kind.as_pointer()), align=1)
+
+    def prefetch(self, address: Int, num_bytes: int) -> None:
+        """Bring cache lines into the second cache; any address will do.
+
+        Not into the first: the few lines that it can wait for at a time are left to loads.
+        """
+        kind = ir.IntType(8).as_pointer()
+        for at in range(0, num_bytes, _LINE_BYTES):
+            place = self.b.inttoptr((address + at).v, kind)
+            self._call("llvm.prefetch.p0", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))
 
     def scratch(self, num_bytes: int) -> Int:
         """Memory of the calling thread's stack; uninitialized."""
