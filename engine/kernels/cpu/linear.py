@@ -17,7 +17,8 @@ it is: while a step is recorded it stands for the number of a later run. For pro
         yield Record(self._quantize, (x, quantized, scales, rows), rows, per_task=16)
         yield Record(self._product, (quantized, scales, self._panels, ..., rows), rows, TASK_ROWS, self._num_panels)
 
-Weights lie in ``slabs.copy(weights)``: decoding reads them all in every step. Which rows and which panel a task's number stands for is the kernel's choice.
+Weights lie in ``slabs.copy(weights)``: decoding reads them all in every step. Which rows and which panel a task's
+number stands for is the kernel's choice.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 """Memory for weights, on huge pages where the system has them (transparent_hugepage set to madvise or always).
 
-Every page of 4 KiB costs a walk through the page tables, in a virtual machine through two of them; one thread read 16 to
-19 GB/s from small pages and 27 to 30 from huge ones (Zen 4, virtual machine, in turn).
+Every page of 4 KiB costs a walk through the page tables, in a virtual machine through two of them; one thread read 16
+to 19 GB/s from small pages and 27 to 30 from huge ones (Zen 4, virtual machine, in turn).
 """
 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -36,7 +37,8 @@ def _mapped(num_bytes: int) -> Tensor:
     """[at least ``num_bytes``] uint8, from the start of a huge page to the end of one."""
     whole = -(-num_bytes // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
     mapping = mmap.mmap(-1, whole + _HUGE_PAGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # A kernel without huge pages refuses the advice; small ones do as well, slower.
+    with suppress(AttributeError, OSError):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     every = torch.frombuffer(mapping, dtype=torch.uint8)
     first = -every.data_ptr() % _HUGE_PAGE_BYTES
