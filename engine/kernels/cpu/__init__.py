@@ -16,6 +16,7 @@ from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, t
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.llvm import Isa
 from engine.kernels.cpu.logits import summarize
+from engine.kernels.cpu.onednn import OneDnnLinear, has_matrix_units, is_exact
 from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
 from engine.kernels.cpu.program import Tape
 from engine.kernels.cpu.slabs import Slabs
@@ -25,19 +26,23 @@ from engine.kv_cache import KvCache
 
 
 class CpuKernels:
-    """``isa`` other than the host's is for tests."""
+    """``isa`` other than the host's is for tests, and so is ``uses_onednn`` other than None, the processor's choice: it
+    takes products in bfloat16 from oneDNN, where they are exact."""
 
     device = torch.device("cpu")
 
-    def __init__(self, isa: Isa | None = None) -> None:
+    def __init__(self, isa: Isa | None = None, *, uses_onednn: bool | None = None) -> None:
         self._isa = isa or Isa.of_host()
+        self._uses_onednn = (has_matrix_units() if uses_onednn is None else uses_onednn) and is_exact()
         # Operations run as they are called, or are recorded (step.py).
         self.tape = Tape()
         self._slabs = Slabs()
         # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
-        self.name = f"cpu-{self._isa.name}"
+        self.name = f"cpu-{self._isa.name}" + ("-onednn" if self._uses_onednn else "")
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if self._uses_onednn and weight.dtype == torch.bfloat16:
+            return OneDnnLinear(self.tape, weight, bias)
         return CpuLinear(self._isa, self.tape, self._slabs, weight, bias)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:

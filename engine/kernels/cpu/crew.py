@@ -10,8 +10,8 @@ again only when no helper is inside (each says in a slot of its own which table 
 
 Table, 64-bit words: [start, stop, 0...] then RECORD_WORDS for each record: kernel, tasks, parameters (14); next task,
 done tasks, sleepers, in a cache line of their own.
-Crew, 64-bit words: generation, current table, helpers wanted, sleepers; then for each helper a cache line that begins
-with its slot: table it works on, crew, its number.
+Crew, 64-bit words: generation, current table, helpers wanted, sleepers, spins before a helper sleeps; then for each
+helper a cache line that begins with its slot: table it works on, crew, its number.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECORD_WORDS = 3 * _LINE_WORDS
 TASKS_WORD, PARAMETERS_WORD = 1, 2
 MAX_PARAMETERS = 2 * _LINE_WORDS - PARAMETERS_WORD
 _NEXT, _DONE, _SLEEPERS = (16 + i for i in range(3))
-_GENERATION, _TABLE, _WANTED, _IDLE = range(4)
+_GENERATION, _TABLE, _WANTED, _IDLE, _SPINS = range(5)
 
 # Rounds of waiting before a thread sleeps, 15 to 40 ns each: for the others' tasks, and for a next table.
 _TASK_SPINS = 4_000
@@ -94,9 +94,10 @@ class Crew:
         """Whether no helper is still inside; to be asked by who ran it last."""
         return not (self._slots[: self._num_helpers] == table.address).any()
 
-    def run(self, table: Table, start: int, stop: int) -> None:
+    def run(self, table: Table, start: int, stop: int, *, leaves_processors: bool = False) -> None:
         """Run records [start, stop) of a table whose records before are done; two threads at once are fine, of which
-        one then works alone."""
+        one then works alone. ``leaves_processors``: helpers sleep at once, other threads have work to do next.
+        """
         table.words[:2] = start, stop
         num_helpers = min(torch.get_num_threads() - 1, self._max_helpers)
         if num_helpers <= 0 or not self._lock.acquire(blocking=False):
@@ -106,6 +107,7 @@ class Crew:
             while self._num_helpers < num_helpers:
                 self._start_helper()
             self._words[_WANTED] = num_helpers
+            self._words[_SPINS] = 0 if leaves_processors else _IDLE_SPINS
             self._code.lead(self._address, table.address)
         finally:
             self._lock.release()
@@ -193,7 +195,9 @@ class _Writer(ir.IRBuilder):  # type: ignore[misc]
         """The value before."""
         return self.atomic_rmw("add", self.place(base, word), by, "seq_cst")
 
-    def wait_while(self, base: ir.Value, word: int, sleepers: int, spins: int, is_over: Any, then: ir.Block) -> None:
+    def wait_while(
+        self, base: ir.Value, word: int, sleepers: int, spins: ir.Value, is_over: Any, then: ir.Block
+    ) -> None:
         """Go to ``then`` once ``is_over(value)`` of a word, whose writer wakes the sleepers counted in another."""
         before = self.block
         wait, rest, ease, sleep, doze, awake = map(self.block_of, ("wait", "rest", "ease", "sleep", "doze", "awake"))
@@ -203,7 +207,7 @@ class _Writer(ir.IRBuilder):  # type: ignore[misc]
         spun.add_incoming(_I64(0), before)
         self.cbranch(is_over(self.look(base, word)), then, rest)
         self.position_at_end(rest)
-        self.cbranch(self.icmp_signed("<", spun, _I64(spins)), ease, sleep)
+        self.cbranch(self.icmp_signed("<", spun, spins), ease, sleep)
         self.position_at_end(ease)
         self._ease()
         spun.add_incoming(self.add(spun, _I64(1)), ease)
@@ -294,7 +298,8 @@ def _write_work(module: ir.Module) -> ir.Function:
     w.branch(wait)
 
     w.position_at_end(wait)
-    w.wait_while(here, _DONE, _SLEEPERS, _TASK_SPINS, lambda done: w.icmp_signed("==", done, num_tasks), following)
+    spins = _I64(_TASK_SPINS)
+    w.wait_while(here, _DONE, _SLEEPERS, spins, lambda done: w.icmp_signed("==", done, num_tasks), following)
 
     w.position_at_end(following)
     index.add_incoming(w.add(index, _I64(1)), following)
@@ -328,7 +333,7 @@ def _write_help(module: ir.Module, work: ir.Function) -> None:
     w.position_at_end(top)
     seen = w.phi(_I64)
     seen.add_incoming(_I64(0), entry)
-    w.wait_while(crew, _GENERATION, _IDLE, _IDLE_SPINS, lambda now: w.icmp_signed("!=", now, seen), look)
+    w.wait_while(crew, _GENERATION, _IDLE, w.look(crew, _SPINS), lambda now: w.icmp_signed("!=", now, seen), look)
 
     w.position_at_end(look)
     now = w.look(crew, _GENERATION)

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from enum import IntEnum
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,16 @@ class Tape:
         table.records[:] = [word for record in kept for word in _words(record)]
         crew().run(table, 0, len(kept))
 
+    def call(self, function: Callable[[int], None], x: Tensor) -> None:
+        """Have ``function`` called with the number of x's rows, after the records before and before those that follow.
+
+        It may hold views of tensors that ``empty`` gave, and not these themselves.
+        """
+        if self._program is None:
+            function(len(x))
+        else:
+            self._program.append_call(function)
+
     @contextmanager
     def recording(self, program: Program) -> Iterator[None]:
         assert self._program is None, "one program is recorded at a time"
@@ -111,6 +122,8 @@ class Program:
         # Places of counts among the words; for a number of tasks also its record's rows per task and units.
         self._parameters: list[tuple[int, Count]] = []
         self._tasks: list[tuple[int, Count, int, int]] = []
+        # What Python does between records: number of the record before which, count of the rows it is told.
+        self._calls: list[tuple[int, Count, Callable[[int], None]]] = []
         self._tables: list[Table] = []
 
     def __len__(self) -> int:
@@ -128,6 +141,11 @@ class Program:
             if isinstance(parameter, Count):
                 self._parameters.append((at + PARAMETERS_WORD + i, parameter))
 
+    def append_call(self, function: Callable[[int], None]) -> None:
+        self._calls.append((len(self), self.count, function))
+        # A record without tasks: so each call has a number of its own.
+        self._words += record_words(0, 0, ())
+
     def seal(self) -> None:
         """To be called once, when all is recorded."""
         self._template = np.array(self._words, dtype=np.int64)
@@ -144,12 +162,13 @@ class Program:
         records[:] = self._template
         records[self._places] = values[self._place_counts]
         records[self._task_places] = self._units * -(-values[self._task_counts] // self._per_task)
+        calls = [(at, partial(function, counts[count])) for at, count, function in self._calls if at < stop]
         start = 0
-        for at, call in pauses:
-            crew().run(table, start, at)
+        for at, call in sorted([*pauses, *calls], key=lambda event: event[0]):
+            crew().run(table, start, at, leaves_processors=bool(calls))
             call()
             start = at
-        crew().run(table, start, stop)
+        crew().run(table, start, stop, leaves_processors=bool(calls))
 
     def _free_table(self) -> Table:
         """One that no helper is inside, who may still be on its way out of an earlier run."""
