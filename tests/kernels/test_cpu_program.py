@@ -91,6 +91,17 @@ def test_a_table_is_in_use_while_a_helper_says_so() -> None:
     team._num_helpers = 1
     team._slots[0] = table.address
     assert not team.is_free(table)
+    # A helper that is still inside: the memory stays, whoever else lets go of it.
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        team.run(table, 0, 1)
+        assert team._late == [table]
+        team._slots[0] = 0
+        team.run(Table(0), 0, 0)
+        assert team._late == []
+    finally:
+        torch.set_num_threads(before)
     program = Program(4, 1)
     program.append(Record(ONE, (torch.zeros(4),), Count.ROWS))
     program.seal()

@@ -87,8 +87,12 @@ class Crew:
         self._memory, self._words = aligned_words((1 + max_helpers) * _LINE_WORDS)
         self._address = self._words.ctypes.data
         self._slots = self._words[_LINE_WORDS::_LINE_WORDS]
+        # Helpers outlive Python's objects.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         self._num_helpers = 0
         self._lock = threading.Lock()
+        # Tables that were run while a helper had not left yet: kept until it has.
+        self._late: list[Table] = []
 
     def is_free(self, table: Table) -> bool:
         """Whether no helper is still inside; to be asked by who ran it last."""
@@ -109,6 +113,8 @@ class Crew:
             self._words[_WANTED] = num_helpers
             self._words[_SPINS] = 0 if leaves_processors else _IDLE_SPINS
             self._code.lead(self._address, table.address)
+            if self._late or not self.is_free(table):
+                self._late = [late for late in (*self._late, table) if not self.is_free(late)]
         finally:
             self._lock.release()
 
