@@ -107,7 +107,7 @@ class WholeModel:
             sequence.block_ids = [*range(i * blocks, (i + 1) * blocks)]
             pieces.append(Piece(sequence, context - 1, 1, samples=True))
         batch = build_batch(StepPlan(tuple(pieces)), self.layout)
-        return self.model.forward(batch, self.cache, self.layout, None)
+        return self.model.forward(batch, self.cache, self.layout, None).values
 
     def prefill(self, num_tokens: int) -> Tensor:
         """Logits of the last token of one prompt."""
@@ -115,7 +115,7 @@ class WholeModel:
         sequence = Sequence(SequenceSpec("r", prompt, SamplingParams(max_tokens=1, seed=0)))
         sequence.block_ids = [*range(self.layout.blocks_for(num_tokens))]
         plan = StepPlan((Piece(sequence, 0, num_tokens, samples=True),))
-        return self.model.forward(build_batch(plan, self.layout), self.cache, self.layout, None)
+        return self.model.forward(build_batch(plan, self.layout), self.cache, self.layout, None).values
 
 
 def works(whole: WholeModel, sizes: Sizes, device: Device) -> Iterator[Work]:

@@ -6,7 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from baton.types import KvLayout
@@ -56,7 +58,7 @@ def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
 
 
 def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] | None = None) -> Batch:
-    num_tokens = plan.num_tokens
+    """In NumPy: before a short step, every operation of torch's on a few numbers shows."""
     token_ids: list[int] = []
     spans: list[Span] = []
     sample_rows: list[int] = []
@@ -66,16 +68,18 @@ def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] 
         spans.append(_span(piece, row, layout))
         if piece.samples:
             sample_rows.append(row + piece.num_tokens - 1)
-    positions = _ranges([s.start for s in spans], [s.num_tokens for s in spans])
-    counts = torch.tensor([s.num_tokens for s in spans])
+    counts = [s.num_tokens for s in spans]
+    # Of a row, its position less its number.
+    offsets = np.array([s.start - s.row for s in spans]).repeat(counts)
+    positions = offsets + np.arange(len(token_ids))
     return Batch(
-        num_tokens=num_tokens,
-        token_ids=torch.tensor(token_ids),
-        positions=positions,
-        prompt_lengths=torch.tensor([len(p.sequence.spec.prompt_token_ids) for p in plan.pieces]).repeat_interleave(
-            counts
+        num_tokens=len(token_ids),
+        token_ids=torch.from_numpy(np.array(token_ids)),
+        positions=torch.from_numpy(positions),
+        prompt_lengths=torch.from_numpy(
+            np.array([len(p.sequence.spec.prompt_token_ids) for p in plan.pieces]).repeat(counts)
         ),
-        slot_mapping=_slot_mapping(spans, positions, counts, layout.block_tokens),
+        slot_mapping=torch.from_numpy(_slot_mapping(spans, counts, positions, layout.block_tokens)),
         spans=tuple(spans),
         sample_rows=tuple(sample_rows),
     )
@@ -91,12 +95,13 @@ def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
     return Span(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
 
 
-def _ranges(starts: list[int], counts: list[int]) -> Tensor:
-    return torch.cat([torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)])
-
-
-def _slot_mapping(spans: list[Span], positions: Tensor, counts: Tensor, block_tokens: int) -> Tensor:
-    tables = torch.tensor([block for span in spans for block in span.block_ids])
-    sizes = torch.tensor([len(span.block_ids) for span in spans])
-    first = (sizes.cumsum(0) - sizes).repeat_interleave(counts)
-    return tables[first + positions // block_tokens] * block_tokens + positions % block_tokens
+def _slot_mapping(
+    spans: list[Span], counts: list[int], positions: NDArray[np.int64], block_tokens: int
+) -> NDArray[np.int64]:
+    tables: list[int] = []
+    begins: list[int] = []
+    for span in spans:
+        begins.append(len(tables))
+        tables += span.block_ids
+    blocks = np.array(tables)[np.array(begins).repeat(counts) + positions // block_tokens]
+    return blocks * block_tokens + positions % block_tokens

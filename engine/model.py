@@ -11,7 +11,7 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Batch, sampling_spans
 from engine.config import ModelConfig
-from engine.kernels.interface import Attention, Kernels, Linear
+from engine.kernels.interface import Attention, Kernels, Linear, Logits, Recorder, RecordingKernels, StepInputs
 from engine.kv_cache import KvCache
 from engine.rope import RopeTable
 from engine.staging import to_device
@@ -45,6 +45,9 @@ class Model:
         self._norm = loader.tensor("model.norm.weight")
         head = "model.embed_tokens" if config.tied_embeddings else "lm_head"
         self._head = loader.linear([head], bias=False)
+        self._recording = kernels if isinstance(kernels, RecordingKernels) else None
+        # Of the steps over one cache.
+        self._recorder: tuple[KvCache, Recorder] | None = None
 
     def forward(
         self,
@@ -53,13 +56,15 @@ class Model:
         layout: KvLayout,
         on_layer: Callable[[int], None] | None,
         drawn: Tensor | None = None,
-    ) -> Tensor:
-        """Logits, [sampling rows, vocabulary] float32 on the device; the host waits for nothing.
+    ) -> Logits:
+        """Of the rows that sample, valid until the next step; the host waits for no device.
 
         ``drawn``: on the device, what the step before drew, for ids that the host does not know.
 
         ``on_layer(i)``: layer i's keys and values are in the cache, on a GPU once this thread's stream has come here.
         """
+        if self._recording is not None:
+            return self._forward_recorded(self._recording, batch, cache, on_layer)
         kernels, device = self._kernels, self._kernels.device
         cos, sin = (to_device(part, device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
         slots, token_ids = to_device(batch.slot_mapping, device), to_device(batch.token_ids, device)
@@ -72,7 +77,21 @@ class Model:
             return x[rows], q[rows], kernels.attention(self._config, layout, sampling_spans(batch))
 
         logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
-        return torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float()
+        return Logits(torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float())
+
+    def _forward_recorded(
+        self, kernels: RecordingKernels, batch: Batch, cache: KvCache, on_layer: Callable[[int], None] | None
+    ) -> Logits:
+        if self._recorder is None or self._recorder[0] is not cache:
+            self._recorder = cache, kernels.recorder(self._config, cache)
+
+        def order(i: StepInputs) -> Tensor:
+            logits = self._run(i.token_ids, None, i.cos, i.sin, i.slots, i.attention, cache, i.on_layer, i.choose)
+            assert logits is not None
+            return logits
+
+        cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
+        return self._recorder[1].run(batch, cos, sin, on_layer, order)
 
     def decode(
         self,

@@ -94,24 +94,24 @@ class RopeTable:
     def __init__(self, rope: RopeConfig, head_dim: int) -> None:
         self._rope = rope
         self._head_dim = head_dim
-        # [positions so far, 2 (cos, sin), head_dim / 2]; unused where frequencies depend on the length.
-        self._table = torch.empty(0, 2, head_dim // 2)
+        # [2 (cos, sin), positions so far, head_dim / 2]; unused where frequencies depend on the length.
+        self._table = torch.empty(2, 0, head_dim // 2)
         self._tiles: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
 
     def rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, [rows, head_dim / 2] float32, of int64 ``positions`` in prompts of given lengths."""
         if not self._rope.depends_on_length:
             self._grow(int(positions.max()) + 1)
-            both = self._table[positions]
-            return both[:, 0].contiguous(), both[:, 1].contiguous()
-        both = torch.empty(len(positions), 2, self._head_dim // 2)
+            cos, sin = self._table
+            return cos[positions], sin[positions]
+        both = torch.empty(2, len(positions), self._head_dim // 2)
         lengths = torch.maximum(prompt_lengths, positions + 1)
         keys = torch.stack((self._effective(lengths), positions // _TILE), dim=1)
         found, inverse = torch.unique(keys, dim=0, return_inverse=True)
         for i, (length, tile) in enumerate(found.tolist()):
             rows = (inverse == i).nonzero()[:, 0]
-            both[rows] = self._tile(length, tile)[positions[rows] % _TILE]
-        return both[:, 0].contiguous(), both[:, 1].contiguous()
+            both[:, rows] = self._tile(length, tile)[:, positions[rows] % _TILE]
+        return both[0], both[1]
 
     def _effective(self, lengths: Tensor) -> Tensor:
         """Lengths that give equal frequencies, mapped to one of them."""
@@ -121,11 +121,11 @@ class RopeTable:
         return torch.where(lengths > limit, limit + 1, limit)
 
     def _grow(self, num_positions: int) -> None:
-        have = len(self._table)
+        have = self._table.shape[1]
         if num_positions <= have:
             return
         tiles = range(have // _TILE, max(-(-num_positions // _TILE), 2 * have // _TILE))
-        self._table = torch.cat([self._table, *(self._make(0, tile) for tile in tiles)])
+        self._table = torch.cat([self._table, *(self._make(0, tile) for tile in tiles)], dim=1)
 
     def _tile(self, length: int, tile: int) -> Tensor:
         key = (length, tile)
@@ -142,4 +142,4 @@ class RopeTable:
         inverse, factor = inverse_frequencies(self._rope, self._head_dim, length)
         positions = torch.arange(tile * _TILE, (tile + 1) * _TILE, dtype=torch.float32)
         angles = positions[:, None] * inverse
-        return torch.stack((angles.cos() * factor, angles.sin() * factor), dim=1)
+        return torch.stack((angles.cos() * factor, angles.sin() * factor))

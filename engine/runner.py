@@ -18,7 +18,7 @@ from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow
 from engine.draws import draws_of
 from engine.kernels import select_kernels
-from engine.kernels.interface import DeviceKernels, Draws, Kernels
+from engine.kernels.interface import DeviceKernels, Draws, Kernels, Logits, Peaks
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.memory import Memory, check_fits, kv_layout, of_machine, weight_bytes
 from engine.model import Model
@@ -44,6 +44,8 @@ class Launched:
     # Indices of the sequences whose tokens the host draws, and their logits, [host_rows, vocabulary] float32.
     host_rows: tuple[int, ...]
     host_logits: Tensor
+    # Of those rows, where the kernels find them.
+    peaks: Peaks | None
     # None: nothing runs beside the host.
     done: torch.cuda.Event | None
 
@@ -53,7 +55,7 @@ class Launched:
             self.done.synchronize()
         with torch.inference_mode():
             ids: list[int] = self.token_ids.tolist()
-            result = self.sampler.sample(self.host_logits, [self.sequences[i] for i in self.host_rows])
+            result = self.sampler.sample(self.host_logits, [self.sequences[i] for i in self.host_rows], self.peaks)
         host_rows = set(self.host_rows)
         for row, (sequence, token_id) in enumerate(zip(self.sequences, ids, strict=False)):
             if row in host_rows:
@@ -189,18 +191,18 @@ class Runner:
         drawn_rows, self._drawn_rows = self._drawn_rows, {}
         with torch.inference_mode():
             if self._drawn is None:
-                host_ids, host_logits = torch.empty(0, dtype=torch.int64), self._forward(plan, drawn_rows, on_layer)
-                logits = host_logits
+                host_logits, peaks = self._forward(plan, drawn_rows, on_layer)
+                host_ids, logits = torch.empty(0, dtype=torch.int64), host_logits
             else:
                 logits, token_ids = self._step(plan, sampling, drawn_rows, on_layer)
                 chosen = to_device(torch.tensor(host_rows, dtype=torch.int64), logits.device)
-                host_ids, host_logits = to_host(token_ids), to_host(logits[chosen])
+                host_ids, host_logits, peaks = to_host(token_ids), to_host(logits[chosen]), None
             done = new_event(logits.device)
             if done is not None:
                 done.record()
         self._drawn_rows = {p.sequence.sequence_id: i for i, p in enumerate(sampling) if i not in host_rows}
         return Launched(
-            self._sampler, tuple(p.sequence for p in sampling), logits, host_ids, host_rows, host_logits, done
+            self._sampler, tuple(p.sequence for p in sampling), logits, host_ids, host_rows, host_logits, peaks, done
         )
 
     def _step(
@@ -220,7 +222,7 @@ class Runner:
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
                 return graph.step(rows, draws)
-        logits = self._forward(plan, drawn_rows, on_layer)
+        logits = self._forward(plan, drawn_rows, on_layer).values
         device = self._kernels.device
         token_ids = self._drawn[: len(sampling)]
         token_ids.copy_(self._kernels.draw(logits, Draws(*(to_device(column, device) for column in draws))))
@@ -231,7 +233,7 @@ class Runner:
         tables, lengths = [row.block_ids for row in rows], [row.position + 1 for row in rows]
         return self._kernels.prefers_unrecorded(self.model_config, self.layout, tables, lengths)
 
-    def _forward(self, plan: StepPlan, drawn_rows: Mapping[str, int], on_layer: Callable[[int], None] | None) -> Tensor:
+    def _forward(self, plan: StepPlan, drawn_rows: Mapping[str, int], on_layer: Callable[[int], None] | None) -> Logits:
         batch = build_batch(plan, self.layout, drawn_rows)
         return self._model.forward(batch, self._cache, self.layout, on_layer, self._drawn)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from baton.errors import BadLogits, InvalidRequest
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
+from engine.kernels.interface import Peaks
 from engine.step import Sampled, Sequence, StepResult, banned_ids, changes_logits, has_penalty
 
 _U32 = 0xFFFFFFFF
@@ -63,18 +64,18 @@ class Sampler:
     def forget(self, sequence_id: str) -> None:
         self._seen.pop(sequence_id, None)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence]) -> StepResult:
-        """One token, or why there is none, per row of ``logits`` [len(sequences), vocabulary] float32."""
+    def sample(self, logits: Tensor, sequences: Seq[Sequence], peaks: Peaks | None = None) -> StepResult:
+        """One token, or why there is none, per row of ``logits`` [len(sequences), vocabulary] float32; ``peaks`` of
+        these rows, where they are known."""
         result = StepResult()
         if not sequences:
             return result
-        # One NaN makes both NaN. Beside the rest this is nothing: a twentieth of what torch takes to find the best id.
-        ends = zip(logits.amin(-1).tolist(), logits.amax(-1).tolist(), strict=True)
-        for row, (sequence, (lowest, best)) in enumerate(zip(sequences, ends, strict=True)):
+        token_ids, are_finite = peaks or _peaks(logits)
+        for row, sequence in enumerate(sequences):
             try:
-                if not (math.isfinite(lowest) and math.isfinite(best)):
+                if not are_finite[row]:
                     raise bad_logits(sequence)
-                sampled = self._sample_row(logits[row], sequence)
+                sampled = self._sample_row(logits[row], sequence, token_ids[row])
             except Exception as error:
                 # Whatever it is: the other rows are other sequences.
                 result.failed[sequence.sequence_id] = error
@@ -82,7 +83,7 @@ class Sampler:
                 result.sampled[sequence.sequence_id] = sampled
         return result
 
-    def _sample_row(self, logits: Tensor, sequence: Sequence) -> Sampled:
+    def _sample_row(self, logits: Tensor, sequence: Sequence, best_id: int) -> Sampled:
         params = sequence.spec.sampling
         changed = self._change(logits, sequence)
         if changed is not None and not math.isfinite(best := float(changed.max())):
@@ -91,7 +92,7 @@ class Sampler:
                 "finite number: ban fewer tokens, or set the penalties closer to their neutral values"
             )
         if params.is_greedy:
-            token_id = int((logits.numpy() if changed is None else changed).argmax())
+            token_id = best_id if changed is None else int(changed.argmax())
         else:
             number = uniform(params.seed or 0, len(sequence.token_ids))
             token_id = draw(logits.numpy() if changed is None else changed, params, number)
@@ -125,6 +126,13 @@ class Sampler:
                 values[seen.present] = np.where(present > 0, present / factor, present * factor)
         values -= np.float32(params.frequency_penalty) * seen.counts
         values -= np.float32(params.presence_penalty) * (seen.counts > 0)
+
+
+def _peaks(logits: Tensor) -> Peaks:
+    values = logits.numpy()
+    # One NaN makes both ends NaN. Beside the rest this is nothing: a twentieth of what torch takes to find the best id.
+    are_finite = np.isfinite(logits.amin(-1).numpy()) & np.isfinite(logits.amax(-1).numpy())
+    return Peaks(values.argmax(-1).tolist(), are_finite.tolist())
 
 
 def bad_logits(sequence: Sequence) -> BadLogits:

@@ -8,6 +8,7 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Self
 
 from baton.errors import BadConfig
@@ -59,6 +60,9 @@ class Arena:
             raise BadConfig(
                 f"cannot map a KV arena of {num_bytes} bytes: {error}; lower the number of blocks"
             ) from error
+        # Attention reads huge pages faster. Refused, or without effect, where the system has none for shared memory.
+        with suppress(AttributeError, OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         if prefault_pages:
             prefault(mapping, 0, num_bytes)
         return cls(fd, mapping)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Span
+from engine.batch import Batch, Span
 from engine.config import ModelConfig
+from engine.kv_cache import KvCache
 
 
 class Linear(Protocol):
@@ -88,6 +89,60 @@ class Kernels(Protocol):
         ...
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...
+
+
+class Peaks(NamedTuple):
+    """Of each row of logits the best token, the lowest id where several are equal, and whether all logits are finite;
+    where they are not, the token means nothing."""
+
+    token_ids: list[int]
+    are_finite: list[bool]
+
+
+class Logits(NamedTuple):
+    """[rows, vocabulary] float32 on the device; ``peaks`` where the kernels find them on the way."""
+
+    values: Tensor
+    peaks: Peaks | None = None
+
+
+class StepInputs(NamedTuple):
+    """What a step is computed from, for ``Recorder``."""
+
+    token_ids: Tensor
+    cos: Tensor
+    sin: Tensor
+    slots: Tensor
+    attention: Attention
+    on_layer: Callable[[int], None]
+    # Of (residual, queries) of the last layer the rows that sample, and their attention.
+    choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention]]
+
+
+class Recorder(Protocol):
+    """Writes the calls of a step down the first time, and then runs them with other inputs."""
+
+    def run(
+        self,
+        batch: Batch,
+        cos: Tensor,
+        sin: Tensor,
+        on_layer: Callable[[int], None] | None,
+        order: Callable[[StepInputs], Tensor],
+    ) -> Logits:
+        """Of the rows that sample; valid until the next run.
+
+        ``order`` calls the kernels in the order of a step and gives the logits. It is called when a step is larger than
+        all before it; nothing in it may depend on values.
+        """
+        ...
+
+
+@runtime_checkable
+class RecordingKernels(Kernels, Protocol):
+    """Kernels of the processor whose steps are all the same calls, whatever the number of rows."""
+
+    def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder: ...
 
 
 class Draws(NamedTuple):

@@ -12,35 +12,52 @@ from torch import Tensor
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.cpu.attention import CpuAttention, query_scale
+from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.llvm import Isa
-from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul
-from engine.kernels.interface import Attention, Linear
+from engine.kernels.cpu.logits import summarize
+from engine.kernels.cpu.onednn import OneDnnLinear, has_matrix_units, is_exact
+from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
+from engine.kernels.cpu.program import Tape
+from engine.kernels.cpu.slabs import Slabs
+from engine.kernels.cpu.step import StepRecorder
+from engine.kernels.interface import Attention, Linear, Recorder
+from engine.kv_cache import KvCache
 
 
 class CpuKernels:
-    """``isa`` other than the host's is for tests."""
+    """``isa`` other than the host's is for tests, and so is ``uses_onednn`` other than None, the processor's choice: it
+    takes products in bfloat16 from oneDNN, where they are exact."""
 
     device = torch.device("cpu")
 
-    def __init__(self, isa: Isa | None = None) -> None:
+    def __init__(self, isa: Isa | None = None, *, uses_onednn: bool | None = None) -> None:
         self._isa = isa or Isa.of_host()
+        self._uses_onednn = (has_matrix_units() if uses_onednn is None else uses_onednn) and is_exact()
+        # Operations run as they are called, or are recorded (step.py).
+        self.tape = Tape()
+        self._slabs = Slabs()
         # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
-        self.name = f"cpu-{self._isa.name}"
+        self.name = f"cpu-{self._isa.name}" + ("-onednn" if self._uses_onednn else "")
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return CpuLinear(self._isa, weight, bias)
+        if self._uses_onednn and weight.dtype == torch.bfloat16:
+            return OneDnnLinear(self.tape, weight, bias)
+        return CpuLinear(self._isa, self.tape, self._slabs, weight, bias)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
         assert drawn is None, "the host draws"
-        return table[token_ids]
+        return self.take_rows(table, token_ids)
+
+    def take_rows(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x[rows], rows int64."""
+        return take_rows(self._isa, self.tape, x, rows)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(self._isa, x, None, weight, eps)
+        return rms_norm(self._isa, self.tape, x, None, weight, eps)
 
     def add_rms_norm(self, x: Tensor, delta: Tensor, weight: Tensor, eps: float) -> Tensor:
-        return rms_norm(self._isa, x, delta, weight, eps)
+        return rms_norm(self._isa, self.tape, x, delta, weight, eps)
 
     def rope_store(
         self,
@@ -52,14 +69,29 @@ class CpuKernels:
         cache: Tensor,
         slot_mapping: Tensor,
     ) -> Tensor:
-        return rope_store(self._isa, qkv, norms, eps, cos, sin, cache, slot_mapping, query_scale(cache.shape[4]))
+        scale = query_scale(cache.shape[4])
+        return rope_store(self._isa, self.tape, qkv, norms, eps, cos, sin, cache, slot_mapping, scale)
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
-        return silu_mul(self._isa, gate_up)
+        return silu_mul(self._isa, self.tape, gate_up)
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        return CpuAttention(self._isa, config, layout, spans)
+        block_ids, begins = tables_of(spans)
+        tiles = tiles_of(spans, begins, config.group_size)
+        return self.tiled_attention(config, layout, torch.tensor(tiles), torch.tensor(block_ids), len(tiles))
+
+    def tiled_attention(
+        self, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+    ) -> Attention:
+        return CpuAttention(self._isa, self.tape, config, layout, tiles, block_ids, count)
+
+    def summarize(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """In float32, and what ``peaks_of`` reads."""
+        return summarize(self._isa, self.tape, logits)
+
+    def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder:
+        return StepRecorder(self, config, cache)

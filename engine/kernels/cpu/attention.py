@@ -14,13 +14,13 @@ from __future__ import annotations
 import functools
 import math
 
-import torch
 from torch import Tensor
 
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.program import Record, Tape
 
 # Query rows of a tile: their outputs and a KV block of one head stay in the first two caches.
 _TILE_ROWS = 64
@@ -28,26 +28,25 @@ _NO_WINDOW = 1 << 40
 
 
 class CpuAttention:
-    """One step's attention: tiles are laid out once, then used by every layer."""
+    """Attention over tiles that were laid out once, used by every layer."""
 
-    def __init__(self, isa: Isa, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> None:
+    def __init__(
+        self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+    ) -> None:
+        """tiles [at least count, 4] and block_ids as ``tiles_of`` gives them, int64."""
+        self._tape = tape
+        self._tiles, self._block_ids = tiles, block_ids
+        self._count = count
         self._kv_heads = layout.num_kv_heads
         self._kernel = _kernel(
             isa, layout.dtype, config.group_size, layout.head_dim, layout.block_tokens, layout.num_kv_heads
         )
-        tiles, block_ids = _tiles(spans, max(1, _TILE_ROWS // config.group_size))
-        self._num_tiles = len(tiles)
-        self._tiles = torch.tensor(tiles)
-        self._block_ids = torch.tensor(block_ids)
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        out = torch.empty_like(queries)
-        self._kernel(
-            self._num_tiles * self._kv_heads,
-            *(self._tiles.data_ptr(), self._block_ids.data_ptr(), queries.data_ptr(), cache.data_ptr()),
-            *(out.data_ptr(), window or _NO_WINDOW),
-        )
-        return out.flatten(1)
+        out = self._tape.empty(queries, queries.shape[1] * queries.shape[2])
+        parameters = (self._tiles, self._block_ids, queries, cache, out, window or _NO_WINDOW)
+        self._tape.run([Record(self._kernel, parameters, self._count, units=self._kv_heads)])
+        return out
 
 
 def query_scale(head_dim: int) -> float:
@@ -55,17 +54,29 @@ def query_scale(head_dim: int) -> float:
     return math.log2(math.e) / math.sqrt(head_dim)
 
 
-def _tiles(spans: tuple[Span, ...], most: int) -> tuple[list[tuple[int, int, int, int]], list[int]]:
-    """(first row, its position, tokens, start of its block ids), longest context first so that threads end together."""
-    tiles: list[tuple[int, int, int, int]] = []
+# First row, its position, tokens, where its block ids begin.
+Tile = tuple[int, int, int, int]
+
+
+def tables_of(spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
+    """Block ids of all spans, and where those of each span begin."""
     block_ids: list[int] = []
+    begins: list[int] = []
     for span in spans:
-        table = len(block_ids)
+        begins.append(len(block_ids))
         block_ids += span.block_ids
-        for at in range(0, span.num_tokens, most):
-            tiles.append((span.row + at, span.start + at, min(most, span.num_tokens - at), table))
-    tiles.sort(key=lambda tile: -tile[1])
-    return tiles, block_ids
+    return block_ids, begins
+
+
+def tiles_of(spans: tuple[Span, ...], begins: list[int], group_size: int) -> list[Tile]:
+    """Longest context first, so that threads end together."""
+    most = max(1, _TILE_ROWS // group_size)
+    tiles = [
+        (span.row + at, span.start + at, min(most, span.num_tokens - at), begin)
+        for span, begin in zip(spans, begins, strict=True)
+        for at in range(0, span.num_tokens, most)
+    ]
+    return sorted(tiles, key=lambda tile: -tile[1])
 
 
 @functools.cache
@@ -91,13 +102,16 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
         first = (start + 1 - window).max(0) // block_tokens
         with e.loop(first, (end - 1) // block_tokens + 1) as block:
             base = block.index * block_tokens
-            keys = cache + (e.load_int(block_ids + (table + block.index) * 8) * kv_heads + kv_head) * (2 * side)
+            keys, ahead = (
+                cache + (e.load_int(block_ids + (table + index) * 8) * kv_heads + kv_head) * (2 * side)
+                for index in (block.index, (block.index + 1).min((end - 1) // block_tokens))
+            )
             seen_by_all = e.b.and_(base + (block_tokens - 1) <= start, end - window <= base)
             with e.b.if_else(seen_by_all) as (whole, in_part):
                 with whole:
                     e.by_rows(
                         *(0, num_tokens * group, isa.tile_rows),
-                        lambda row, count: rows.attend(row, count, keys, keys + side, None),
+                        lambda row, count: rows.attend(row, count, keys, keys + side, ahead, None),
                         multiple=group,
                     )
                 with in_part, e.loop(0, num_tokens) as token:
@@ -106,7 +120,7 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
                     with e.b.if_then(low < high):
                         for at in range(0, group, isa.tile_rows):
                             count = min(isa.tile_rows, group - at)
-                            rows.attend(token.index * group + at, count, keys, keys + side, (low, high))
+                            rows.attend(token.index * group + at, count, keys, keys + side, ahead, (low, high))
         with e.loop(0, num_tokens) as token, e.loop(0, group) as head:
             rows.finish(
                 token.index * group + head.index, out + place + token.index * stride + head.index * (head_dim * item)
@@ -151,15 +165,20 @@ class _Rows:
         for i in range(0, self._head_dim, self._width):
             e.store(self._dtype, e.load("float32", self._output(row, i), self._width) / total, target + i * self._item)
 
-    def attend(self, row: Int, count: int, keys: Int, values: Int, seen: tuple[Int, Int] | None) -> None:
-        """``count`` rows meet one block; of its tokens they see [low, high), or all."""
-        scores = self._scores(row, count, keys)
+    def attend(self, row: Int, count: int, keys: Int, values: Int, ahead: Int, seen: tuple[Int, Int] | None) -> None:
+        """``count`` rows meet one block; of its tokens they see [low, high), or all.
+
+        While keys are read values are brought nearer, and while values are read the keys that come next, ``ahead``.
+        """
+        scores = self._scores(row, count, keys, values)
         decays = [self._weigh(row + i, i, scores[i], seen) for i in range(count)]
         vectors = self._head_dim // self._width
         for first in range(0, vectors, self._e.isa.tile_vectors):
-            self._gather(row, count, values, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors)))
+            self._gather(
+                row, count, values, ahead, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors))
+            )
 
-    def _scores(self, row: Int, count: int, keys: Int) -> list[list[Vec]]:
+    def _scores(self, row: Int, count: int, keys: Int, ahead: Int) -> list[list[Vec]]:
         """[rows][vectors of tokens]."""
         e, width, step, item = self._e, self._token_width, self._step, self._item
         scores: list[list[Vec]] = [[] for _ in range(count)]
@@ -169,6 +188,7 @@ class _Rows:
             vectors = range(first, min(num_vectors, first + e.isa.tile_vectors))
             with e.loop(0, self._head_dim // step, values=[e.constant(0.0, width)] * (count * len(vectors))) as loop:
                 at = keys + loop.index * (self._block_tokens * step * item)
+                e.prefetch(ahead + loop.index * (self._block_tokens * step * item), self._block_tokens * step * item)
                 loaded = [e.dot_load(self._dtype, at + v * width * step * item, width) for v in vectors]
                 for i in range(count):
                     query = e.dot_spread(
@@ -200,7 +220,14 @@ class _Rows:
         return e.resize(decay, self._width)
 
     def _gather(
-        self, row: Int, count: int, values: Int, seen: tuple[Int, Int] | None, decays: list[Vec], vectors: range
+        self,
+        row: Int,
+        count: int,
+        values: Int,
+        ahead: Int,
+        seen: tuple[Int, Int] | None,
+        decays: list[Vec],
+        vectors: range,
     ) -> None:
         """outputs = outputs * decay + weights . V, for some vectors of the head."""
         e, step = self._e, self._step
@@ -209,6 +236,7 @@ class _Rows:
 
         def add(pair: Int, totals: list[Vec], keep: str = "both") -> list[Vec]:
             at = values + pair * (self._head_dim * step * self._item)
+            e.prefetch(ahead + pair * (self._head_dim * step * self._item), self._head_dim * step * self._item)
             loaded = [
                 e.dot_load(self._dtype, at + v * self._width * step * self._item, self._width, keep) for v in vectors
             ]

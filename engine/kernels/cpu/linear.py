@@ -4,53 +4,74 @@ Weights are panels of ``tile_vectors`` vectors of outputs, [panels, in / s, outp
 of the summed dimension are one step of a dot product; a panel is read front to back, which is all that a decode step
 needs to run at the memory's speed. ``tile_rows`` rows by one panel are summed in registers over the whole input, so
 every result is one chain of additions whatever M, and a panel stays in cache while the rows pass.
+
+A layer of another kind (quantized weights, say) is a class like `CpuLinear`: ``records(x, out)`` gives the kernel
+calls of one use, as many as it needs, and ``__call__`` puts them on the tape. What one of its calls leaves for the next
+lies in ``tape.empty``, with one row per row of x. The number of rows is ``tape.rows(x)`` and goes into the records as
+it is: while a step is recorded it stands for the number of a later run. For products of quantized rows:
+
+    def records(self, x, out):
+        rows = self._tape.rows(x)
+        quantized = self._tape.empty(x, self._num_in, dtype=torch.int8)
+        scales = self._tape.empty(x, dtype=torch.float32)
+        yield Record(self._quantize, (x, quantized, scales, rows), rows, per_task=16)
+        yield Record(self._product, (quantized, scales, self._panels, ..., rows), rows, TASK_ROWS, self._num_panels)
+
+Weights lie in ``slabs.copy(weights)``: decoding reads them all in every step. Which rows and which panel a task's
+number stands for is the kernel's choice.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, itemsize, per_dot
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.program import Record, Tape
+from engine.kernels.cpu.slabs import Slabs
 
 # Rows that one task takes through a panel: enough that loading the panel does not show.
-_TASK_ROWS = 384
+TASK_ROWS = 384
 
 
 class CpuLinear:
     """A layer ready for use; holds its own copy of the weights. 2 M N K operations, N K elements read."""
 
-    def __init__(self, isa: Isa, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, isa: Isa, tape: Tape, slabs: Slabs, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in], bias [out], float32, bfloat16 or float16."""
         dtype = str(weight.dtype).removeprefix("torch.")
+        self._tape = tape
         self._num_out, self._num_in = weight.shape
         panel, step = isa.lanes * isa.tile_vectors, per_dot(dtype)
         missing = -self._num_out % panel, -self._num_in % step
         padded = functional.pad(weight, (0, missing[1], 0, missing[0]))
-        self._padded_out, self._padded_in = padded.shape
-        self._num_panels = self._padded_out // panel
-        self._panels = padded.view(self._num_panels, panel, -1, step).transpose(1, 2).contiguous()
-        self._bias = weight.new_zeros(self._padded_out)
+        self._num_panels, self._padded_in = len(padded) // panel, padded.shape[1]
+        self._panels = slabs.copy(padded.view(self._num_panels, panel, -1, step).transpose(1, 2))
+        self._bias = weight.new_zeros(len(padded))
         if bias is not None:
             self._bias[: self._num_out] = bias
         self._kernel = _kernel(isa, dtype)
+        self._pad = _pad(isa, dtype) if missing[1] else None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [rows, in] -> [rows, out]."""
+        """x [rows, in], contiguous -> [rows, out]."""
+        out = self._tape.empty(x, self._num_out)
+        self._tape.run(self.records(x, out))
+        return out
+
+    def records(self, x: Tensor, out: Tensor) -> Iterator[Record]:
         assert x.shape[1] == self._num_in, f"{x.shape[1]} features instead of {self._num_in}"
-        x = x.contiguous()
-        if self._padded_in != self._num_in:
-            x = functional.pad(x, (0, self._padded_in - self._num_in))
-        num_rows = len(x)
-        out = x.new_empty(num_rows, self._padded_out)
-        self._kernel(
-            self._num_panels * -(-num_rows // _TASK_ROWS),
-            *(x.data_ptr(), self._panels.data_ptr(), self._bias.data_ptr(), out.data_ptr()),
-            *(num_rows, self._padded_in, self._num_panels),
-        )
-        return out if self._padded_out == self._num_out else out[:, : self._num_out].contiguous()
+        assert x.is_contiguous(), "rows lie one behind the other"
+        rows = self._tape.rows(x)
+        if self._pad is not None:
+            padded = self._tape.empty(x, self._padded_in)
+            yield Record(self._pad, (x, padded, self._num_in, rows), rows, TASK_ROWS)
+            x = padded
+        parameters = (x, self._panels, self._bias, out, rows, self._padded_in, self._num_out)
+        yield Record(self._kernel, parameters, rows, TASK_ROWS, self._num_panels)
 
 
 @functools.cache
@@ -59,13 +80,19 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
     panel_size = width * vectors
 
     def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
-        x, weights, bias, out, num_rows, num_in, num_panels = parameters
-        row_parts = (num_rows + (_TASK_ROWS - 1)) // _TASK_ROWS
+        x, weights, bias, out, num_rows, num_in, num_out = parameters
+        row_parts = (num_rows + (TASK_ROWS - 1)) // TASK_ROWS
         panel, part = task // row_parts, task % row_parts
-        first = part * _TASK_ROWS
+        first = part * TASK_ROWS
         weights = weights + panel * num_in * (panel_size * size)
         bias = bias + panel * (panel_size * size)
         out = out + panel * (panel_size * size)
+        num_columns = (num_out - panel * panel_size).min(panel_size)
+        spare = e.scratch(panel_size * size)
+
+        def write(sums: list[Vec], target: Int) -> None:
+            for v, value in enumerate(sums):
+                e.store(dtype, value, target + v * width * size)
 
         def tile(row: Int, num_tile_rows: int) -> None:
             """Registers [tile rows, vectors], kept over the whole input."""
@@ -79,12 +106,37 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
                     one = e.dot_spread(dtype, address + at, width)
                     totals = loop.values[i * vectors : (i + 1) * vectors]
                     loop.following += [e.dot(dtype, total, w[v], one) for v, total in enumerate(totals)]
+            biases = [e.load(dtype, bias + v * width * size, width) for v in range(vectors)]
             for i in range(num_tile_rows):
-                target = out + (row + i) * num_panels * (panel_size * size)
-                for v in range(vectors):
-                    added = loop.values[i * vectors + v] + e.load(dtype, bias + v * width * size, width)
-                    e.store(dtype, added, target + v * width * size)
+                sums = [loop.values[i * vectors + v] + biases[v] for v in range(vectors)]
+                target = out + (row + i) * num_out * size
+                with e.b.if_else(num_columns < panel_size) as (in_part, whole):
+                    with whole:
+                        write(sums, target)
+                    with in_part:
+                        write(sums, spare)
+                        with e.loop(0, num_columns * size, size) as column:
+                            e.copy(spare + column.index, target + column.index, size)
 
-        e.by_rows(first, (first + _TASK_ROWS).min(num_rows), isa.tile_rows, tile)
+        e.by_rows(first, (first + TASK_ROWS).min(num_rows), isa.tile_rows, tile)
 
     return Kernel(f"linear_{dtype}", isa, 7, build)
+
+
+@functools.cache
+def _pad(isa: Isa, dtype: str) -> Kernel:
+    """Rows of a number of elements that is no whole number of steps, to rows that end in zeros."""
+    size, step = itemsize(dtype), per_dot(dtype)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        x, out, num_in, num_rows = parameters
+        padded = (num_in + (step - 1)) // step * step
+        first = task * TASK_ROWS
+        with e.loop(first, (first + TASK_ROWS).min(num_rows)) as rows:
+            source, target = x + rows.index * num_in * size, out + rows.index * padded * size
+            with e.loop(0, num_in) as element:
+                e.copy(source + element.index * size, target + element.index * size, size)
+            with e.loop(num_in, padded) as element:
+                e.store(dtype, e.constant(0.0, 1), target + element.index * size)
+
+    return Kernel(f"pad_{dtype}", isa, 4, build)

@@ -1,4 +1,4 @@
-"""Vector code made at start-up: numbers with operators over llvmlite's IR, and kernels run on torch's OpenMP threads.
+"""Vector code made at start-up: numbers with operators over llvmlite's IR, and kernels that a crew of threads runs.
 
 Owns no arithmetic of the model. Nothing here is reordered or contracted by the compiler (no fast-math), so what a
 kernel computes for one element is what its source says, in that order, on every path.
@@ -6,18 +6,17 @@ kernel computes for one element is what its source says, in that order, on every
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import llvmlite.binding as llvm
-import torch
 from llvmlite import ir
+
+from engine.kernels.cpu.crew import Table, crew, record_words
 
 
 class _BFloatType(ir.Type):  # type: ignore[misc]
@@ -27,6 +26,7 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
         return "bfloat"
 
 
+_LINE_BYTES = 64
 _I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
 _STORAGE = {"float32": _F32, "float16": ir.HalfType(), "bfloat16": _BFloatType()}
@@ -141,6 +141,10 @@ class Vec:
         """The smaller; a NaN of ``self`` stays."""
         v = self._other(other)
         return Vec(self.e, self.e.b.select(self.e.b.fcmp_ordered(">", self.v, v), v, self.v))
+
+    def is_above(self, other: Vec) -> ir.Value:
+        """Mask of the lanes that are larger; of a NaN there is none."""
+        return self.e.b.fcmp_ordered(">", self.v, other.v)
 
     def where(self, mask: ir.Value, other: Vec | float) -> Vec:
         return Vec(self.e, self.e.b.select(mask, self.v, self._other(other)))
@@ -263,9 +267,19 @@ class Emitter:
         return Vec(self, self.b.fpext(raw, value.v.type))
 
     def copy(self, source: Int, target: Int, num_bytes: int) -> None:
-        """2, 4 or 8 bytes."""
-        kind = ir.IntType(8 * num_bytes)
+        """2, 4, 8 or more bytes, a power of two."""
+        kind = ir.IntType(8 * num_bytes) if num_bytes <= 8 else ir.VectorType(_I64, num_bytes // 8)
         self.b.store(self._load(source, kind, 1), self.b.inttoptr(target.v, kind.as_pointer()), align=1)
+
+    def prefetch(self, address: Int, num_bytes: int) -> None:
+        """Bring cache lines into the second cache; any address will do.
+
+        Not into the first: the few lines that it can wait for at a time are left to loads.
+        """
+        kind = ir.IntType(8).as_pointer()
+        for at in range(0, num_bytes, _LINE_BYTES):
+            place = self.b.inttoptr((address + at).v, kind)
+            self._call("llvm.prefetch.p0", ir.VoidType(), place, _I32(0), _I32(2), _I32(1))
 
     def scratch(self, num_bytes: int) -> Int:
         """Memory of the calling thread's stack; uninitialized."""
@@ -299,6 +313,11 @@ class Emitter:
 
     def constant(self, value: float, width: int) -> Vec:
         return Vec(self, _constant(ir.VectorType(_F32, width), value))
+
+    def count_from(self, first: Int, width: int) -> Vec:
+        """first, first + 1, ...; exact below 2^24."""
+        start = self._splat(self.b.sitofp(first.v, _F32), width)
+        return Vec(self, start) + Vec(self, ir.Constant(ir.VectorType(_F32, width), [float(i) for i in range(width)]))
 
     def lanes_between(self, first: int, width: int, low: Int, high: Int) -> ir.Value:
         """Mask of lanes i with low <= first + i < high."""
@@ -424,35 +443,20 @@ class Kernel:
         self, name: str, isa: Isa, num_parameters: int, build: Callable[[Emitter, Int, list[Int]], None]
     ) -> None:
         module = ir.Module(name)
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64]), name)
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64, _I64]), name)
         e = Emitter(function, isa)
-        base = Int(e, function.args[0])
-        num_tasks = e.load_int(base + 8)
-        parameters = [e.load_int(base + 8 * (2 + i)) for i in range(num_parameters)]
-        counter = e.b.inttoptr(base.v, _I64.as_pointer())
-        head, body, done = (e.b.append_basic_block(part) for part in ("next", "task", "end"))
-        e.b.branch(head)
-        e.b.position_at_end(head)
-        task = Int(e, e.b.atomic_rmw("add", counter, _I64(1), "monotonic"))
-        e.b.cbranch(task < num_tasks, body, done)
-        e.b.position_at_end(body)
-        build(e, task, parameters)
-        e.b.branch(head)
-        e.b.position_at_end(done)
+        base, task = (Int(e, argument) for argument in function.args)
+        build(e, task, [e.load_int(base + 8 * i) for i in range(num_parameters)])
         e.b.ret_void()
         self._compiled = _compile(module, isa)
-        self._address = self._compiled.get_function_address(name)
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(self._address)
-        self._arguments = ctypes.c_int64 * (2 + num_parameters)
+        self.num_parameters = num_parameters
+        self.address: int = self._compiled.get_function_address(name)
 
     def __call__(self, num_tasks: int, *parameters: int) -> None:
-        arguments = self._arguments(0, num_tasks, *parameters)
-        threads = min(num_tasks, torch.get_num_threads())
-        parallel = _openmp()
-        if threads <= 1 or parallel is None:
-            self._call(ctypes.addressof(arguments))
-        else:
-            parallel(self._address, ctypes.addressof(arguments), threads, 0)
+        """Run by itself, on all threads; most kernels are run by programs (program.py)."""
+        table = Table(1)
+        table.records[:] = record_words(self.address, num_tasks, parameters)
+        crew().run(table, 0, 1)
 
 
 def _compile(module: ir.Module, isa: Isa) -> Any:
@@ -471,16 +475,3 @@ def _compile(module: ir.Module, isa: Isa) -> Any:
     engine = llvm.create_mcjit_compiler(parsed, machine)
     engine.finalize_object()
     return engine
-
-
-@functools.cache
-def _openmp() -> Any:
-    """The runtime that torch has loaded, so that its threads are shared; None if there is none (then one thread)."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if "libgomp" in path or "libomp" in path or "libiomp" in path:
-            parallel = ctypes.CDLL(path).GOMP_parallel
-            parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-            parallel.restype = None
-            return parallel
-    return None

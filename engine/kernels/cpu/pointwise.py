@@ -1,4 +1,5 @@
-"""Row-wise kernels: RMSNorm with the residual addition, head norms + RoPE + KV write in one pass, SwiGLU.
+"""Row-wise kernels: rows of a table, RMSNorm with the residual addition, head norms + RoPE + KV write in one pass,
+SwiGLU.
 
 A KV block of one head holds K as [head_dim / s, block_tokens, s] and V as [block_tokens / s, head_dim, s], s elements
 being one step of a dot product: attention reads both front to back with tokens, then head elements, in its lanes.
@@ -12,6 +13,7 @@ import math
 from torch import Tensor
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.program import Record, Tape
 
 # Elements of a task: microseconds of work.
 _TASK_ELEMENTS = 1 << 14
@@ -26,25 +28,49 @@ def rows_per_task(num_features: int) -> int:
     return max(1, _TASK_ELEMENTS // num_features)
 
 
-def rms_norm(isa: Isa, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(isa: Isa, tape: Tape, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """x += delta where there is one; x / sqrt(mean(x^2) + eps) * weight, rounded before and after the weight."""
-    kernel = _rms_norm(isa, dtype_name(x), x.shape[1], eps, delta is not None)
-    out = x.new_empty(x.shape)
-    rows = rows_per_task(x.shape[1])
-    kernel(
-        -(-len(x) // rows),
-        *(x.data_ptr(), 0 if delta is None else delta.data_ptr(), weight.data_ptr(), out.data_ptr(), len(x)),
-    )
+    features, rows = x.shape[1], tape.rows(x)
+    kernel = _rms_norm(isa, dtype_name(x), features, eps, delta is not None)
+    out = tape.empty(x, features)
+    parameters = (x, 0 if delta is None else delta, weight, out, rows)
+    tape.run([Record(kernel, parameters, rows, rows_per_task(features))])
     return out
 
 
-def silu_mul(isa: Isa, gate_up: Tensor) -> Tensor:
+def silu_mul(isa: Isa, tape: Tape, gate_up: Tensor) -> Tensor:
     """[rows, 2 * features] -> silu(first half) * second half."""
-    features = gate_up.shape[1] // 2
-    out = gate_up.new_empty(len(gate_up), features)
+    features, rows = gate_up.shape[1] // 2, tape.rows(gate_up)
+    out = tape.empty(gate_up, features)
     kernel = _silu_mul(isa, dtype_name(gate_up), features)
-    kernel(-(-len(gate_up) // rows_per_task(features)), gate_up.data_ptr(), out.data_ptr(), len(gate_up))
+    tape.run([Record(kernel, (gate_up, out, rows), rows, rows_per_task(features))])
     return out
+
+
+def take_rows(isa: Isa, tape: Tape, table: Tensor, indices: Tensor) -> Tensor:
+    """table[indices]: table [any number, ...], indices int64."""
+    features, rows = math.prod(table.shape[1:]), tape.rows(indices)
+    out = tape.empty(indices, *table.shape[1:], dtype=table.dtype)
+    kernel = _take_rows(isa, dtype_name(table), features)
+    tape.run([Record(kernel, (table, indices, out, rows), rows, rows_per_task(features))])
+    return out
+
+
+@functools.cache
+def _take_rows(isa: Isa, dtype: str, size: int) -> Kernel:
+    row_bytes = size * itemsize(dtype)
+    piece = math.gcd(row_bytes, isa.lanes * 4)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        table, indices, out, num_rows = parameters
+        first = task * rows_per_task(size)
+        with e.loop(first, (first + rows_per_task(size)).min(num_rows)) as rows:
+            source = table + e.load_int(indices + rows.index * 8) * row_bytes
+            target = out + rows.index * row_bytes
+            with e.loop(0, row_bytes, piece) as loop:
+                e.copy(source + loop.index, target + loop.index, piece)
+
+    return Kernel(f"take_rows_{dtype}", isa, 4, build)
 
 
 @functools.cache
@@ -97,6 +123,7 @@ def _silu_mul(isa: Isa, dtype: str, size: int) -> Kernel:
 
 def rope_store(
     isa: Isa,
+    tape: Tape,
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
     eps: float,
@@ -110,13 +137,10 @@ def rope_store(
     _, kv_heads, _, block_tokens, head_dim = cache.shape
     heads = qkv.shape[1] // head_dim - 2 * kv_heads
     kernel = _rope_store(isa, dtype_name(qkv), heads, kv_heads, head_dim, block_tokens, norms is not None, eps, scale)
-    queries = qkv.new_empty(len(qkv), heads, head_dim)
-    q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
-    kernel(
-        -(-len(qkv) // rows_per_task(qkv.shape[1])),
-        *(qkv.data_ptr(), cos.data_ptr(), sin.data_ptr(), q_norm, k_norm),
-        *(cache.data_ptr(), slot_mapping.data_ptr(), queries.data_ptr(), len(qkv)),
-    )
+    rows = tape.rows(qkv)
+    queries = tape.empty(qkv, heads, head_dim)
+    parameters = (qkv, cos, sin, *(norms or (0, 0)), cache, slot_mapping, queries, rows)
+    tape.run([Record(kernel, parameters, rows, rows_per_task(qkv.shape[1]))])
     return queries
 
 

@@ -1,0 +1,138 @@
+"""A step of the model as one program: recorded once, run for every batch that fits, recorded anew for a larger one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.batch import Batch
+from engine.config import ModelConfig
+from engine.kernels.cpu.attention import Tile, tables_of, tiles_of
+from engine.kernels.cpu.logits import peaks_of
+from engine.kernels.cpu.program import Count, Program
+from engine.kernels.interface import Attention, Logits, StepInputs
+from engine.kv_cache import KvCache
+
+if TYPE_CHECKING:
+    from engine.kernels.cpu import CpuKernels
+
+_Order = Callable[[StepInputs], Tensor]
+_OnLayer = Callable[[int], None] | None
+
+
+class StepRecorder:
+    """Keeps the newest recording."""
+
+    def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache) -> None:
+        self._kernels = kernels
+        self._config = config
+        self._cache = cache
+        self._sizes = _Sizes(1, 1, 1)
+        self._step: _RecordedStep | None = None
+
+    def run(self, batch: Batch, cos: Tensor, sin: Tensor, on_layer: _OnLayer, order: _Order) -> Logits:
+        block_ids, begins = tables_of(batch.spans)
+        sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids))
+        if self._step is None or not self._sizes.hold(sizes):
+            self._sizes = self._sizes.grown(sizes)
+            # The old one's memory first.
+            self._step = None
+            self._step = _RecordedStep(self._kernels, self._config, self._cache, self._sizes, order)
+        return self._step.run(batch, block_ids, begins, cos, sin, on_layer)
+
+
+class _Sizes(NamedTuple):
+    """What a recording has room for."""
+
+    rows: int
+    sampled: int
+    blocks: int
+
+    def hold(self, other: _Sizes) -> bool:
+        return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
+
+    def grown(self, other: _Sizes) -> _Sizes:
+        """Powers of two, so that a batch that grows step by step is not recorded each time."""
+        return _Sizes(*(max(a, 1 << (b - 1).bit_length() if b else 0) for a, b in zip(self, other, strict=True)))
+
+
+class _Inputs(NamedTuple):
+    """Memory that a program reads, seen from the host."""
+
+    token_ids: NDArray[np.int64]
+    slots: NDArray[np.int64]
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
+    tiles: NDArray[np.int64]
+    block_ids: NDArray[np.int64]
+    sample_rows: NDArray[np.int64]
+    sampled_tiles: NDArray[np.int64]
+
+
+class _RecordedStep:
+    """A program and its inputs, which lie where the program reads them."""
+
+    def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache, sizes: _Sizes, order: _Order) -> None:
+        self._group_size = config.group_size
+        integers = partial(torch.zeros, dtype=torch.int64)
+        token_ids, slots, sample_rows = map(integers, (sizes.rows, sizes.rows, sizes.sampled))
+        cos, sin = torch.empty(2, sizes.rows, config.head_dim // 2)
+        tiles, sampled_tiles, block_ids = integers(sizes.rows, 4), integers(sizes.sampled, 4), integers(sizes.blocks)
+        self._inputs = _Inputs(
+            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles))
+        )
+        self._program = program = Program(sizes.rows, sizes.sampled)
+        # How many records come before layer i's keys and values are written.
+        self._written: list[int] = []
+
+        def attention(tiles: Tensor, count: Count) -> Attention:
+            return kernels.tiled_attention(config, cache.layout, tiles, block_ids, count)
+
+        def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention]:
+            program.count = Count.SAMPLED
+            chosen = kernels.take_rows(x, sample_rows), kernels.take_rows(q, sample_rows)
+            return *chosen, attention(sampled_tiles, Count.SAMPLED_TILES)
+
+        def on_layer(_: int) -> None:
+            self._written.append(len(program))
+
+        inputs = StepInputs(token_ids, cos, sin, slots, attention(tiles, Count.TILES), on_layer, choose)
+        with kernels.tape.recording(program):
+            self._logits, summary = kernels.summarize(order(inputs))
+        self._summary = summary.numpy()
+        program.seal()
+
+    def run(
+        self, batch: Batch, block_ids: list[int], begins: list[int], cos: Tensor, sin: Tensor, on_layer: _OnLayer
+    ) -> Logits:
+        tiles = tiles_of(batch.spans, begins, self._group_size)
+        num_rows, num_sampled = batch.num_tokens, len(batch.sample_rows)
+        to = self._inputs
+        to.token_ids[:num_rows], to.slots[:num_rows] = batch.token_ids.numpy(), batch.slot_mapping.numpy()
+        to.cos[:num_rows], to.sin[:num_rows] = cos.numpy(), sin.numpy()
+        to.tiles[: len(tiles)], to.block_ids[: len(block_ids)] = tiles, block_ids
+        if num_sampled:
+            to.sample_rows[:num_sampled], to.sampled_tiles[:num_sampled] = (
+                batch.sample_rows,
+                _sampled_tiles(batch, begins),
+            )
+        counts = {Count.ROWS: num_rows, Count.SAMPLED: num_sampled}
+        counts |= {Count.TILES: len(tiles), Count.SAMPLED_TILES: num_sampled}
+        pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
+        # Nothing reads the last layer's output but the rows that sample.
+        self._program.run(counts, pauses, len(self._program) if num_sampled else self._written[-1])
+        return Logits(self._logits[:num_sampled], peaks_of(self._summary[:num_sampled]))
+
+
+def _sampled_tiles(batch: Batch, begins: list[int]) -> list[Tile]:
+    """A tile for the last token of every span that samples, in rows numbered as ``sample_rows`` orders them."""
+    wanted = set(batch.sample_rows)
+    lasts = ((span.row + span.num_tokens - 1, span, begin) for span, begin in zip(batch.spans, begins, strict=True))
+    chosen = [(span.start + span.num_tokens - 1, begin) for last, span, begin in lasts if last in wanted]
+    return [(i, position, 1, begin) for i, (position, begin) in enumerate(chosen)]

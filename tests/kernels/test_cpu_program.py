@@ -1,0 +1,198 @@
+"""Programs of the CPU kernels: order and completeness of records, counts, memory; the crew of threads; best tokens."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig
+from engine.kernels.cpu.crew import Crew, Table, crew, record_words
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel
+from engine.kernels.cpu.logits import peaks_of, summarize
+from engine.kernels.cpu.program import Count, Program, Record, Tape
+from engine.kernels.cpu.slabs import Slabs
+from engine.runner import Runner
+from engine.step import StepPlan
+from tests.engine_driver import Driver, random_prompt, spec
+from tests.models import ORACLE_CASES, VOCAB_SIZE
+
+HOST = Isa.of_host()
+
+
+def _add_neighbour(e: Emitter, task: Int, parameters: list[Int]) -> None:
+    """to[task] = from[task] + from[(task + 1) % size]: reads what another task of the record before wrote."""
+    source, target, size = parameters
+    here, beside = (e.load("float32", source + index * 4, 1) for index in (task, (task + 1) % size))
+    e.store("float32", here + beside, target + task * 4)
+
+
+def _add_one(e: Emitter, task: Int, parameters: list[Int]) -> None:
+    (x,) = parameters
+    e.store("float32", e.load("float32", x + task * 4, 1) + 1.0, x + task * 4)
+
+
+NEIGHBOUR = Kernel("neighbour", HOST, 3, _add_neighbour)
+ONE = Kernel("one", HOST, 1, _add_one)
+
+
+@pytest.fixture(params=[1, 2, 5], ids=lambda n: f"{n}-threads")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """Also more threads than processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_a_record_starts_when_all_tasks_of_the_one_before_are_done(threads: int) -> None:
+    size, rounds = 37, 60
+
+    tape, buffers = Tape(), [torch.empty(size), torch.empty(size)]
+    records = []
+    for i in range(rounds):
+        records.append(Record(NEIGHBOUR, (buffers[i % 2], buffers[(i + 1) % 2], size), size))
+        records.append(Record(ONE, (buffers[(i + 1) % 2],), size))
+    for _ in range(20):
+        buffers[0][:] = torch.arange(size) % 5
+        tape.run(records)
+        again = torch.arange(size, dtype=torch.float32) % 5
+        for _ in range(rounds):
+            again = again + again.roll(-1) + 1
+        assert torch.equal(buffers[0], again)
+
+
+def test_two_threads_of_python_run_tables_at_once(threads: int) -> None:
+    """One of them has the helpers, the other works alone."""
+    totals = [torch.zeros(64) for _ in range(3)]
+
+    def work(x: Tensor) -> None:
+        for _ in range(200):
+            ONE(64, x.data_ptr())
+
+    workers = [threading.Thread(target=work, args=(x,)) for x in totals]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert all((x == 200).all() for x in totals)
+
+
+def test_a_table_is_in_use_while_a_helper_says_so() -> None:
+    team, table = Crew(max_helpers=2), Table(1)
+    table.records[:] = record_words(ONE.address, 0, [0])
+    assert team.is_free(table)
+    team._num_helpers = 1
+    team._slots[0] = table.address
+    assert not team.is_free(table)
+    # A helper that is still inside: the memory stays, whoever else lets go of it.
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        team.run(table, 0, 1)
+        assert team._late == [table]
+        team._slots[0] = 0
+        team.run(Table(0), 0, 0)
+        assert team._late == []
+    finally:
+        torch.set_num_threads(before)
+    program = Program(4, 1)
+    program.append(Record(ONE, (torch.zeros(4),), Count.ROWS))
+    program.seal()
+    first = program._free_table()
+    assert program._free_table() is first, "free again, used again"
+
+
+def test_a_program_runs_for_any_number_of_rows_and_stops_where_it_is_told(threads: int) -> None:
+    tape, program = Tape(), Program(8, 4)
+    x, chosen = torch.zeros(8), torch.zeros(4)
+    with tape.recording(program):
+        assert tape.rows(x) is Count.ROWS
+        tape.run([Record(ONE, (x,), tape.rows(x))])
+        program.count = Count.SAMPLED
+        tape.run([Record(ONE, (chosen,), tape.rows(chosen))])
+    program.seal()
+    assert not x.any(), "nothing runs while it is recorded"
+    seen: list[list[float]] = []
+    for rows, sampled in ((8, 4), (3, 1), (5, 0)):
+        counts = {Count.ROWS: rows, Count.SAMPLED: sampled, Count.TILES: 0, Count.SAMPLED_TILES: 0}
+        program.run(counts, [(1, lambda: seen.append([*x.tolist(), *chosen.tolist()]))], 2)
+    assert x.tolist() == [3, 3, 3, 2, 2, 1, 1, 1]
+    assert chosen.tolist() == [2, 1, 1, 1]
+    assert seen[0] == [1] * 8 + [0] * 4, "the pause comes after the first record and before the second"
+    program.run(counts, [], 1)
+    assert chosen.tolist() == [2, 1, 1, 1]
+
+
+def test_memory_of_a_program_is_used_anew_once_nobody_holds_it() -> None:
+    tape, program = Tape(), Program(16, 2)
+    with tape.recording(program):
+        like = torch.empty(16, 1)
+        first, second = tape.empty(like, 100), tape.empty(like, 100)
+        addresses = {first.data_ptr(), second.data_ptr()}
+        assert len(addresses) == 2
+        assert first.shape == (16, 100)
+        del first
+        third = tape.empty(like, 50, dtype=torch.float64)
+        assert third.data_ptr() in addresses - {second.data_ptr()}
+        program.count = Count.SAMPLED
+        assert tape.empty(like, 7).shape == (2, 7)
+    gc.collect()
+
+
+def test_a_step_is_recorded_again_only_for_one_that_is_larger(tmp_path: Path) -> None:
+    runner = Runner.load(ORACLE_CASES[0].save(tmp_path), EngineConfig(dtype="float32", num_blocks=60))
+    driver, seen = Driver(runner), []
+    alone = Driver(runner).generate(spec("alone", random_prompt(9, VOCAB_SIZE), max_tokens=3))
+    for i, length in enumerate((9, 3, 40, 40, 17, 100)):
+        sequence = driver.add(spec(f"n{i}", random_prompt(length, VOCAB_SIZE)))
+        runner.execute(StepPlan((driver.piece(sequence, 1 << 30),)))
+        seen.append(runner._model._recorder[1]._step)  # type: ignore[union-attr]
+    assert seen[0] is seen[1]
+    assert seen[1] is not seen[2]
+    assert seen[2] is seen[3] is seen[4]
+    assert seen[4] is not seen[5]
+    driver = Driver(runner, seed=2)
+    assert driver.generate(spec("alone", random_prompt(9, VOCAB_SIZE), max_tokens=3)).token_ids == alone.token_ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 15, 1000, 16_384, 16_385, 40_003])
+def test_the_best_token_is_the_first_of_the_largest(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = (torch.randn(9, size, generator=generator) * 3).to(dtype)
+    logits[1] = -1.0  # All equal.
+    logits[2, -1] = logits[2, size // 2] = 50.0
+    logits[3, 0] = logits[3, -1] = 50.0
+    logits[4] = -logits[4].abs()
+    logits[4, size // 3] = -0.0
+    logits[5, -1] = float("nan")
+    logits[6, size // 2] = float("inf")
+    logits[7, 0] = -float("inf")
+    wide, summary = summarize(HOST, Tape(), logits)
+    assert torch.equal(wide.nan_to_num(7.0), logits.float().nan_to_num(7.0))
+    peaks = peaks_of(summary.numpy())
+    assert peaks.are_finite == [True] * 5 + [False] * 3 + [True]
+    for row in (0, 1, 2, 3, 4, 8):
+        assert peaks.token_ids[row] == int(np.argmax(logits[row].float().numpy())), row
+
+
+def test_slabs_hold_many_tensors_and_any_size() -> None:
+    slabs = Slabs()
+    tensors = [torch.randn(n, 3) for n in (1, 700, 5)] + [torch.randn(9 << 20, 2), torch.randn(4, 4).bfloat16()]
+    kept = [slabs.copy(x.T if i == 1 else x) for i, x in enumerate(tensors)]
+    del slabs
+    for i, (x, copied) in enumerate(zip(tensors, kept, strict=True)):
+        assert torch.equal(copied, x.T if i == 1 else x)
+        assert copied.is_contiguous()
+        assert copied.data_ptr() % 64 == 0
+
+
+def test_the_process_has_one_crew() -> None:
+    assert crew() is crew()
