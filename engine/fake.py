@@ -103,6 +103,9 @@ class FakeRunner:
         self.nonsense: dict[str, Sampled] = {}
         self.forget_error: Exception | None = None
 
+    def enter_thread(self) -> None:
+        """It computes wherever it is called."""
+
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         return self.launch(plan, on_layer).result()
 
