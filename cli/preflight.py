@@ -20,6 +20,7 @@ from cli.host import gpus
 from cli.process import ReservedPort
 
 if TYPE_CHECKING:
+    from baton.types import KvLayout
     from engine.config import EngineConfig
 
 _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
@@ -161,15 +162,18 @@ def hardware(kernels: str, transports: Sequence[str]) -> None:
     TransferConfig(transports=tuple(transports)).over(on_device=False)
 
 
-def memory(folder: Path, engine: EngineConfig, num_workers: int) -> None:
-    """What all workers together take of this machine's memory is there. Raises BadConfig with both numbers."""
+def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout:
+    """The KV cache of each of ``num_workers`` on this machine's processors, which together have the memory for it.
+    Raises BadConfig with both numbers."""
     from engine.config import ModelConfig
-    from engine.memory import check_fits, kv_layout, of_machine, weight_bytes
+    from engine.memory import check_fits, host_kv_bytes, kv_layout, of_machine, weight_bytes
 
-    if engine.kernels in ("auto", "triton") and gpus():
-        return  # Each worker looks at its GPU.
-    model = ModelConfig.from_folder(folder)
+    model, has = ModelConfig.from_folder(folder), of_machine()
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    layout = kv_layout(model, engine, dtype)
+    size = None
+    if engine.num_blocks is None and engine.kv_bytes is None:
+        size = host_kv_bytes(has, model, engine, dtype, num_workers=num_workers)
+    layout = kv_layout(model, engine, dtype, kv_bytes=size)
     taken = {"kv_bytes": layout.total_bytes, "weight_bytes": weight_bytes(model, dtype)}
-    check_fits(of_machine(), **taken, num_workers=num_workers)
+    check_fits(has, **taken, num_workers=num_workers)
+    return layout

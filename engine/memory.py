@@ -148,11 +148,14 @@ def gpu_kv_bytes(use: GpuUse, *, utilization: float, num_workers: int, block_byt
     if left >= block_bytes:
         return left
     among = f", shared by {num_workers} workers" if num_workers > 1 else ""
+    taken = (
+        f"{_mib(use.before_bytes)} in use before this worker, {_mib(use.free_bytes)} free now; weights and the largest "
+        f"step take {_mib(use.peak_bytes)}, recorded steps {_mib(use.graph_bytes)}"
+    )
     raise BadConfig(
-        f"no KV block of {_mib(block_bytes)} fits on {use.name}: {utilization:.0%} of its {_mib(use.total_bytes)}"
-        f"{among}, {_mib(use.before_bytes)} in use before this worker, {_mib(use.free_bytes)} free now; weights and the "
-        f"largest step take {_mib(use.peak_bytes)}, recorded steps {_mib(use.graph_bytes)}. End what else runs there, raise "
-        "--gpu-memory-utilization, or lower --max-batch-tokens, --max-num-seqs or --max-graph-seqs",
+        f"no KV block of {_mib(block_bytes)} fits on {use.name}, at {utilization:.0%} of its {_mib(use.total_bytes)}"
+        f"{among}: {taken}. End what else runs there, raise --gpu-memory-utilization, or lower --max-batch-tokens, "
+        "--max-num-seqs or --max-graph-seqs",
         param="gpu_memory_utilization",
     )
 

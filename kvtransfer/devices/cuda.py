@@ -117,8 +117,8 @@ class CudaEvent:
         self._device.call("cuEventSynchronize", self._handle)
 
     def __del__(self) -> None:
-        # The driver frees it once it has come; what that says is of no use to anybody. Any thread may be the last to let
-        # go of an event, also one that has been at no device.
+        # The driver frees it once it has come; what that says is of no use to anybody. Any thread may be the last to
+        # let go of an event, also one that has been at no device.
         if self._handle.value:
             self._device.try_("cuEventDestroy_v2", self._handle)
 
