@@ -14,9 +14,13 @@ import sysconfig
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from baton.errors import InternalError
 from cli.machine import Finding
+
+if TYPE_CHECKING:
+    from engine.kernels.interface import Kernels
 
 _SUBJECT = "kernel trial"
 # Triton compiles one in seconds, its first in a process in more.
@@ -27,16 +31,22 @@ _ADVICE = "no worker can compute here with --kernels auto: mend what it says, or
 
 
 def run(device: str) -> str:
-    """In the child: what was compiled, and in which time. Raises InternalError if it computes something else."""
-    import torch
-
+    """In the child: what was compiled, and in which time."""
     from engine.devices import TorchDevices
     from engine.kernels import select_kernels
-    from engine.kernels.reference import ReferenceKernels
 
     devices = TorchDevices()
     kernels = select_kernels("auto", device=device, devices=devices)
     devices.enter(kernels.device)
+    return check(kernels)
+
+
+def check(kernels: Kernels) -> str:
+    """Raises InternalError if they compute something else than the reference."""
+    import torch
+
+    from engine.kernels.reference import ReferenceKernels
+
     x, weight = (torch.rand(shape, generator=torch.Generator().manual_seed(1)) for shape in ((3, 64), (64,)))
     began_s = time.monotonic()
     found = kernels.rms_norm(x.to(kernels.device), weight.to(kernels.device), 1e-6).cpu()

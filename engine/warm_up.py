@@ -32,8 +32,11 @@ def largest_step(layout: KvLayout, *, max_batch_tokens: int, max_num_seqs: int, 
     have, as many of these as can be decode, and one of them is as long as the model allows, which sizes what attention
     keeps of all of them. The others are short: what they read does not matter."""
     num_seqs = min(max_num_seqs, max_batch_tokens)
-    num_prompts = min(num_seqs, -(-max_batch_tokens // max_model_tokens))
-    lengths = [max_model_tokens, *[2] * num_seqs][: num_seqs - num_prompts] if max_model_tokens > 1 else []
+    # So few that they hold all tokens but one for each of the others; a sequence of one token cannot decode.
+    num_prompts = num_seqs
+    if max_model_tokens > 1:
+        num_prompts = min(num_seqs, max(1, -(-(max_batch_tokens - num_seqs) // (max_model_tokens - 1))))
+    lengths = [max_model_tokens, *[2] * num_seqs][: num_seqs - num_prompts]
     decodes = [_decode(i, length, layout) for i, length in enumerate(lengths)]
     num_tokens = min(max_batch_tokens - len(decodes), num_prompts * max_model_tokens)
     return StepPlan((*decodes, *_prompts(num_tokens, layout, max_model_tokens, first=len(decodes))))
