@@ -311,11 +311,13 @@ class _Parts:
     def measured_layout(self, before: GpuMemory) -> KvLayout:
         """As large as the GPU allows. Raises BadConfig if that is no block."""
         config, device, model_config = self.config, self.kernels.device, self.model_config
-        # On trial all of a step lies in one block, on top of each other.
+        # On trial all of a step lies in one block, on top of each other, and what was never written is read too.
         trial = kv_layout(model_config, replace(config, num_blocks=1), self.description.dtype)
         longest = model_config.max_model_tokens
         with torch.inference_mode():
             cache = KvCache(trial, None, device)
+            for layer in range(trial.num_layers):
+                cache.layer(layer).zero_()
         runner = self.runner(cache, is_trial=True)
         plan = largest_step(
             trial, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs, max_model_tokens=longest
