@@ -224,7 +224,8 @@ def _kv_size(engine: EngineConfig) -> tuple[str, ...]:
     return () if engine.kv_bytes is None else ("--kv-mib", str(engine.kv_bytes >> 20))
 
 
-def _where(engine: EngineConfig, place: Place) -> Iterator[str]:
+def where(engine: EngineConfig, place: Place) -> Iterator[str]:
+    """The options that tell a worker where it computes."""
     yield from ("--device", place.device)
     if place.is_gpu:
         yield from ("--gpu-memory-utilization", str(engine.gpu_memory_utilization))
@@ -262,7 +263,7 @@ def _worker(
         *("--model-name", options.model_name or model_source.name_of(options.model)),
         *("--threads", threads),
         *_kv_size(options.engine),
-        *_where(options.engine, place),
+        *where(options.engine, place),
         *("--metrics-port", str(metrics_port)),
         *options.worker_arguments,
     )

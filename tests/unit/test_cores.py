@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import BadConfig
-from cli import cores, host, placement
+from cli import cluster, cores, host, placement
 from cli.cores import Core
 from cli.placement import Place
+from engine.config import EngineConfig
 from engine.devices import Accelerator
 from engine.fake_devices import FakeDevices
 
@@ -196,6 +197,15 @@ def test_who_shares_a_gpu_is_told_with_the_share() -> None:
         "cuda:1: decode-0",
     ]
     assert list(placement.described(["mixed-0"], (Place(),), 0.9)) == []
+
+
+def test_a_worker_is_told_its_place() -> None:
+    engine = EngineConfig(gpu_memory_utilization=0.8)
+    assert list(cluster.where(engine, Place("cuda:1", 2))) == [
+        "--device", "cuda:1", "--gpu-memory-utilization", "0.8", "--gpu-workers", "2",
+    ]  # fmt: skip
+    assert list(cluster.where(engine, Place(cpus=(0, 1, 2, 5)))) == ["--device", "cpu", "--cpus", "0-2,5"]
+    assert list(cluster.where(engine, Place())) == ["--device", "cpu"]
 
 
 def test_a_worker_refuses_a_gpu_that_is_not_there(demo_model: Path) -> None:
