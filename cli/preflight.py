@@ -166,14 +166,10 @@ def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout
     """The KV cache of each of ``num_workers`` on this machine's processors, which together have the memory for it.
     Raises BadConfig with both numbers."""
     from engine.config import ModelConfig
-    from engine.memory import check_fits, host_kv_bytes, kv_layout, of_machine, weight_bytes
+    from engine.memory import layout_before_loading, of_machine
 
-    model, has = ModelConfig.from_folder(folder), of_machine()
+    model = ModelConfig.from_folder(folder)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    size = None
-    if engine.num_blocks is None and engine.kv_bytes is None:
-        size = host_kv_bytes(has, model, engine, dtype, num_workers=num_workers)
-    layout = kv_layout(model, engine, dtype, kv_bytes=size)
-    taken = {"kv_bytes": layout.total_bytes, "weight_bytes": weight_bytes(model, dtype)}
-    check_fits(has, **taken, num_workers=num_workers)
+    layout = layout_before_loading(model, engine, dtype, of_machine(), num_workers=num_workers)
+    assert layout is not None, "a processor's is reckoned"
     return layout

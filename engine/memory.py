@@ -103,8 +103,8 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
     if size < per_block:
         workers = f"{num_workers} workers with" if num_workers > 1 else "a worker with"
         raise BadConfig(
-            f"{workers} weights and activations of {_mib(own_bytes)} each leave no KV block of {_mib(per_block)} in "
-            f"{_mib(memory.available_bytes)}, {memory.bound}; free memory, give a smaller --max-batch-tokens, fewer "
+            f"{workers} {_mib(own_bytes)} of weights, activations and process each leave no KV block of "
+            f"{_mib(per_block)} in {_mib(memory.available_bytes)}, {memory.bound}; free memory, give a smaller --max-batch-tokens, fewer "
             "workers, or the size of the cache with --kv-mib",
             param="kv_bytes",
         )
@@ -160,17 +160,41 @@ def gpu_kv_bytes(use: GpuUse, *, utilization: float, num_workers: int, block_byt
     )
 
 
+def layout_before_loading(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: str,
+    memory: Memory,
+    *,
+    num_workers: int = 1,
+    is_measured: bool = False,
+) -> KvLayout | None:
+    """The KV cache of each of ``num_workers``; None where nobody said its size and it ``is_measured``, on a GPU.
+
+    Raises BadConfig, before anything is read, for what does not fit.
+    """
+    layout = None
+    if config.num_blocks is not None or config.kv_bytes is not None:
+        layout = kv_layout(model, config, dtype)
+    elif not is_measured:
+        size = host_kv_bytes(memory, model, config, dtype, num_workers=num_workers)
+        layout = kv_layout(model, config, dtype, kv_bytes=size)
+    kv_bytes = 0 if layout is None else layout.total_bytes
+    check_fits(memory, kv_bytes=kv_bytes, weight_bytes=weight_bytes(model, dtype), num_workers=num_workers)
+    return layout
+
+
 def check_fits(memory: Memory, *, kv_bytes: int, weight_bytes: int = 0, num_workers: int = 1) -> None:
     """Raise BadConfig unless ``num_workers`` with so many bytes each fit into ``memory``."""
     needed = num_workers * (kv_bytes + weight_bytes)
     if needed <= memory.available_bytes:
         return
-    weights = f" and weights of {_mib(weight_bytes)}" if weight_bytes else ""
-    workers = f"{num_workers} workers, each with a" if num_workers > 1 else "a"
+    parts = [f"{what} of {_mib(size)}" for what, size in (("a KV cache", kv_bytes), ("weights", weight_bytes)) if size]
+    workers = f"{num_workers} workers, each with " if num_workers > 1 else ""
+    cure = "give a smaller --kv-mib or --num-blocks" if kv_bytes else "free memory there, or take a smaller model"
     raise BadConfig(
-        f"{workers} KV cache of {_mib(kv_bytes)}{weights}: {_mib(needed)} in all, expected at most "
-        f"{_mib(memory.available_bytes)}, {memory.bound}; give a smaller --kv-mib or --num-blocks"
-        + (", or fewer workers" if num_workers > 1 else ""),
+        f"{workers}{' and '.join(parts)}: {_mib(needed)} in all, expected at most "
+        f"{_mib(memory.available_bytes)}, {memory.bound}; {cure}" + (", or fewer workers" if num_workers > 1 else ""),
         param="kv_bytes",
     )
 

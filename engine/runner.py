@@ -22,7 +22,7 @@ from engine.draws import draws_of
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
-from engine.memory import Memory, check_fits, gpu_kv_bytes, host_kv_bytes, kv_layout, shown, weight_bytes
+from engine.memory import Memory, gpu_kv_bytes, kv_layout, layout_before_loading, shown
 from engine.model import Model
 from engine.sampler import Sampler, bad_logits
 from engine.sizing import measure
@@ -137,7 +137,9 @@ class Runner:
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         # Before anything is read: a machine that runs out of memory kills, and not always the one who took it.
-        layout = _layout_before_loading(model_config, config, dtype, devices.host_memory(), device, before)
+        name = _shown(device, devices)
+        memory = devices.host_memory() if before is None else Memory(before.free_bytes, f"what is free on {name}")
+        layout = layout_before_loading(model_config, config, dtype, memory, is_measured=before is not None)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             model_config = checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
@@ -150,11 +152,12 @@ class Runner:
             )
         drawn = None
         if isinstance(kernels, DeviceKernels):
-            drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+            with torch.inference_mode():
+                drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
         parts = _Parts(model, model_config, description, kernels, config, devices, drawn)
         if layout is None:
             assert before is not None, "what a processor has is reckoned"
-            layout = parts.measured_layout(before)
+            layout = parts.measured_layout(before, name)
         _log.info("%s", shown(layout))
         buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, device)
         with torch.inference_mode():
@@ -254,20 +257,6 @@ class Runner:
         self._sampler.forget(sequence_id)
 
 
-def _layout_before_loading(
-    model: ModelConfig, config: EngineConfig, dtype: str, host: Memory, device: torch.device, gpu: GpuMemory | None
-) -> KvLayout | None:
-    """The KV cache's, or None where it has to be measured. Raises BadConfig for what does not fit."""
-    memory = host if gpu is None else Memory(gpu.free_bytes, f"what is free on {device}")
-    layout = None
-    if config.num_blocks is not None or config.kv_bytes is not None:
-        layout = kv_layout(model, config, dtype)
-    elif gpu is None:
-        layout = kv_layout(model, config, dtype, kv_bytes=host_kv_bytes(memory, model, config, dtype))
-    check_fits(memory, kv_bytes=layout.total_bytes if layout else 0, weight_bytes=weight_bytes(model, dtype))
-    return layout
-
-
 @dataclass(frozen=True, slots=True)
 class _Parts:
     """What a runner is made of, but for its cache."""
@@ -308,7 +297,7 @@ class _Parts:
             max_rows=max_rows, max_length=max_length, drawn=drawn, most=most,
         )  # fmt: skip
 
-    def measured_layout(self, before: GpuMemory) -> KvLayout:
+    def measured_layout(self, before: GpuMemory, name: str) -> KvLayout:
         """As large as the GPU allows. Raises BadConfig if that is no block."""
         config, device, model_config = self.config, self.kernels.device, self.model_config
         # On trial all of a step lies in one block, on top of each other, and what was never written is read too.
@@ -328,7 +317,7 @@ class _Parts:
                 return self._graphs(cache, longest, count)
 
         use = measure(
-            self.devices, device, before, name=str(device), is_alone=config.gpu_workers == 1,
+            self.devices, device, before, name=name, is_alone=config.gpu_workers == 1,
             run_largest_step=lambda: runner.execute(plan, lambda _: None),
             record=record, num_graphs=len(graph_shapes(self._max_graph_rows, longest)),
         )  # fmt: skip
@@ -340,6 +329,11 @@ class _Parts:
             block_bytes=trial.total_bytes,
         )
         return kv_layout(model_config, config, self.description.dtype, kv_bytes=left_bytes)
+
+
+def _shown(device: torch.device, devices: Devices) -> str:
+    """For messages."""
+    return str(device) if device.index is None else f"{device} ({devices.look(device.index).gpu})"
 
 
 def _allocated(allocate: Allocate, num_bytes: int, device: torch.device) -> memoryview | DeviceBuffer:
