@@ -104,8 +104,8 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
         workers = f"{num_workers} workers with" if num_workers > 1 else "a worker with"
         raise BadConfig(
             f"{workers} {_mib(own_bytes)} of weights, activations and process each leave no KV block of "
-            f"{_mib(per_block)} in {_mib(memory.available_bytes)}, {memory.bound}; free memory, give a smaller --max-batch-tokens, fewer "
-            "workers, or the size of the cache with --kv-mib",
+            f"{_mib(per_block)} in {_mib(memory.available_bytes)}, {memory.bound}; free memory, give a smaller "
+            "--max-batch-tokens, fewer workers, or the size of the cache with --kv-mib",
             param="kv_bytes",
         )
     most_blocks = config.max_num_seqs * -(-model.max_model_tokens // config.block_tokens)
