@@ -182,9 +182,11 @@ def _cuda_ipc(has_torch: bool) -> Finding:
 
 def _resources() -> Iterator[Finding]:
     usable, memory = host.usable_cores(), host.available_memory_bytes()
-    found = cores.topology(cores.allowed())
-    nodes = len({core.node for core in found})
-    where = f"CPUs {cores.shown(cores.allowed())}: {len(found)} cores on {nodes} NUMA node{'s' if nodes > 1 else ''}"
+    all_cores = cores.topology(cores.allowed())
+    nodes = len({core.node for core in all_cores})
+    where = (
+        f"CPUs {cores.shown(cores.allowed())}: {len(all_cores)} cores on {nodes} NUMA node{'s' if nodes > 1 else ''}"
+    )
     yield Finding("cores", None, f"{usable}, {where}; baton up gives each worker its share, at least one thread")
     found = f"{memory / 2**30:.1f} GiB free; without a GPU, KV gets half of what weights and activations leave"
     yield Finding("memory", memory > 1 << 30, found, "less than 1 GiB is free: end other programs")
