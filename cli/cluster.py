@@ -212,7 +212,7 @@ async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Wo
 
 def _places(options: ClusterOptions, num_workers: int) -> tuple[Place, ...]:
     # Torch takes seconds to import, and without a GPU there is nothing to ask it.
-    asks_torch = options.gpus != "auto" or host.gpus()
+    asks_torch = options.gpus != "auto" or host.has_card() or host.gpus()
     gpus = options.gpus if asks_torch else "none"
     places = placement.on_devices(gpus, options.engine.kernels, num_workers, TorchDevices())
     return placement.on_cores(options.cpus, places)

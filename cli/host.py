@@ -32,6 +32,12 @@ def available_memory_bytes() -> int:
     return of_machine().available_bytes
 
 
+def has_card() -> bool:
+    """Whether there are signs of an NVIDIA GPU, also where nvidia-smi is not, as in many containers. Milliseconds."""
+    signs = Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg")
+    return any(sign.exists() for sign in signs) or any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def gpus() -> list[str]:
     """One line per NVIDIA GPU, as nvidia-smi lists them; empty without one or without the driver."""
     command = shutil.which("nvidia-smi")

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig, BatonError
+from cli import host
 from cli.process import ReservedPort
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def kernels() -> Iterator[Finding]:
 def driver() -> Finding:
     command = shutil.which("nvidia-smi")
     if command is None:
-        has_card = Path("/proc/driver/nvidia").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+        has_card = host.has_card()
         advice = "there is a card, but no nvidia-smi: install the driver's utilities, or give the container them"
         return Finding("nvidia driver", False if has_card else None, "no nvidia-smi", advice if has_card else "")
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.registry import Registry, RegistryConfig
-from cli.host import gpus
+from cli.host import gpus, has_card
 from cli.process import ReservedPort
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def hardware(kernels: str, transports: Sequence[str]) -> None:
     """Whether kernels and transports that were asked for have the GPU they need. Raises BadConfig."""
     from kvtransfer.config import TransferConfig
 
-    if gpus():
+    if has_card() or gpus():
         return  # Each worker looks at its own.
     if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         message = "--kernels triton needs an NVIDIA GPU, and nvidia-smi lists none here; give --kernels auto or cpu"

@@ -20,7 +20,8 @@ _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Of what weights and activations leave on a processor. Nobody else's memory is known to stay as it is, there is no way
 # back from the kernel's choice whom to kill, and the page cache keeps the model's files for the next start.
 _HOST_SHARE = 0.5
-# Python, torch and gRPC beside weights, cache and activations: 430 MiB were resident in a worker of the demo's model.
+# Python, torch and gRPC beside weights, cache and activations: about 320 MiB were resident in a worker of the demo's
+# model, files that are mapped included.
 _PROCESS_BYTES = 512 << 20
 # CUDA's own on a GPU that several workers share: what each of them has of it cannot be told while others load. About
 # what a context and the modules of kernels take.
