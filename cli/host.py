@@ -34,7 +34,7 @@ def available_memory_bytes() -> int:
 
 def has_card() -> bool:
     """Whether there are signs of an NVIDIA GPU, also where nvidia-smi is not, as in many containers. Milliseconds."""
-    signs = Path("/proc/driver/nvidia"), Path("/dev/nvidiactl"), Path("/dev/dxg")
+    signs = Path("/proc/driver/nvidia"), Path("/dev/nvidiactl")
     return any(sign.exists() for sign in signs) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
