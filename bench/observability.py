@@ -52,6 +52,9 @@ class _Timed:
         self.overlaps = runner.overlaps
         self.ends_s: list[float] = []
 
+    def enter_thread(self) -> None:
+        self._runner.enter_thread()
+
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> _TimedStep:
         return _TimedStep(self._runner.launch(plan, on_layer), self.ends_s)
 

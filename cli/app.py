@@ -21,8 +21,7 @@ from baton import __version__
 from baton.address import join_address, parse_address
 from baton.client import Client, Options
 from baton.errors import BadConfig, DeadlineExceeded, InvalidRequest, Unavailable
-from cli import ask, model_source, preflight
-from cli import host as host_facts
+from cli import ask, cores, model_source, preflight
 from cli.process import die_with
 from cli.show import wide_console
 from cli.usage import Commands
@@ -98,7 +97,22 @@ KernelsName = Annotated[
     ),
 ]
 KvMib = Annotated[
-    int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in MiB. 0: a share of the free memory.")
+    int,
+    typer.Option(
+        min=0,
+        max=_MAX_INT32,
+        help="KV cache of a worker in MiB. 0: what --gpu-memory-utilization leaves on a GPU, on a processor half of "
+        "what the weights leave of the free memory.",
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        min=0.01,
+        max=1.0,
+        callback=_finite,
+        help="Share of a GPU's memory that all workers on it may take together, what others have of it included.",
+    ),
 ]
 NumBlocks = Annotated[
     int, typer.Option(min=0, max=_MAX_INT32, help="KV cache of a worker in blocks, instead of --kv-mib. 0: by that.")
@@ -202,6 +216,14 @@ GenerationConfigChoice = Annotated[
         "generation_config.json hold where a request says nothing. none: the API's own defaults."
     ),
 ]
+Cpus = Annotated[
+    str,
+    typer.Option(
+        help="CPUs to compute on, such as 0-3,8. up divides those it may use among workers without a GPU, whole cores "
+        "of one NUMA node where that is possible; all: nobody is bound to any.",
+        metavar="auto|all|LIST",
+    ),
+]
 DieWithParent = Annotated[int, typer.Option(hidden=True)]
 HttpPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the OpenAI API; 0 = any free one.")]
 GrpcPort = Annotated[int, typer.Option(min=0, max=65535, help="Port of the gRPC API; 0 = any free one.")]
@@ -230,6 +252,15 @@ def up(
     ] = None,
     model_name: ModelName = "",
     kernels: KernelsName = Kernels.auto,
+    gpus: Annotated[
+        str,
+        typer.Option(
+            help="GPUs of the workers, round robin, by torch's indices (CUDA_VISIBLE_DEVICES counts). auto: all that "
+            "the kernels can use.",
+            metavar="auto|none|0,1,...",
+        ),
+    ] = "auto",
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
@@ -238,6 +269,7 @@ def up(
     max_graph_seqs: MaxGraphSeqs = 256,
     batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
+    cpus: Cpus = "auto",
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
     cluster_name: ClusterName = "default",
@@ -264,6 +296,8 @@ def up(
         kernels=kernels.value,
         block_tokens=block_tokens,
         num_blocks=num_blocks or None,
+        kv_bytes=kv_mib << 20 or None,
+        gpu_memory_utilization=gpu_memory_utilization,
         max_batch_tokens=max_batch_tokens,
         max_num_seqs=max_num_seqs,
         max_graph_seqs=max_graph_seqs,
@@ -281,8 +315,9 @@ def up(
         model_name=model_name,
         ready_file=ready_file,
         log_dir=log_dir,
-        kv_mib=kv_mib,
         engine=engine,
+        gpus=gpus,
+        cpus=cpus,
         threads=threads,
         registry=registry,
         cluster_name=cluster_name,
@@ -329,6 +364,19 @@ def worker(
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
     kernels: KernelsName = Kernels.auto,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="Where it computes, by torch's names (CUDA_VISIBLE_DEVICES counts). auto: the first GPU where the "
+            "kernels can use it.",
+            metavar="auto|cpu|cuda:N",
+        ),
+    ] = "auto",
+    gpu_memory_utilization: GpuMemoryUtilization = 0.9,
+    gpu_workers: Annotated[
+        int,
+        typer.Option(min=1, max=_MAX_WORKERS, help="Workers that share its GPU, which have equal parts of the memory."),
+    ] = 1,
     kv_mib: KvMib = 0,
     num_blocks: NumBlocks = 0,
     block_tokens: BlockTokens = 64,
@@ -337,6 +385,7 @@ def worker(
     max_graph_seqs: MaxGraphSeqs = 256,
     batch_invariant: BatchInvariant = OnOff.on,
     threads: Threads = 0,
+    cpus: Cpus = "all",
     layerwise_from_kib: LayerwiseFromKib = -1,
     registry: Registry = "",
     cluster_name: ClusterName = "default",
@@ -369,6 +418,9 @@ def worker(
 
     _log_to_stderr()
     _one_kv_size(kv_mib, num_blocks)
+    if cpus not in ("auto", "all"):
+        # Before torch is loaded, whose threads are as many as it finds CPUs.
+        cores.bind(cores.parse(cpus, "--cpus"), "--cpus")
     host, port = parse_address(listen, "--listen")
     folder = model_source.resolve(model)
     preflight.model_files(folder)
@@ -382,7 +434,10 @@ def worker(
         model_name=model_name or model_source.name_of(model),
         dtype=dtype.value,
         kernels=kernels.value,
-        kv_bytes=(kv_mib or host_facts.default_kv_mib(1)) << 20,
+        kv_bytes=kv_mib << 20 or None,
+        device=device,
+        gpu_memory_utilization=gpu_memory_utilization,
+        gpu_workers=gpu_workers,
         num_blocks=num_blocks or None,
         block_tokens=block_tokens,
         max_batch_tokens=max_batch_tokens,
@@ -609,6 +664,14 @@ def doctor(
     from cli.doctor import examine, report
 
     raise typer.Exit(report(examine(model, registry, cluster_name), wide_console()))
+
+
+@app.command("try-kernels", hidden=True)
+def try_kernels(device: Annotated[str, typer.Option()] = "auto") -> None:
+    """`doctor`'s child: one small kernel, compiled and run."""
+    from cli.trial import run
+
+    typer.echo(run(device))
 
 
 @app.command()

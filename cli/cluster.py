@@ -19,10 +19,13 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.registry import RegistryConfig
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
-from cli import host, model_source, preflight
+from cli import cores, host, model_source, placement, preflight
 from cli.launcher import Launcher, Program, write_json_atomically
+from cli.placement import Place
 from cli.supervise import SuperviseConfig
 from engine.config import EngineConfig
+from engine.devices import TorchDevices
+from engine.memory import shown
 from router import spans
 from router.config import RouterConfig
 
@@ -51,10 +54,11 @@ class ClusterOptions:
     model_name: str = ""
     ready_file: Path | None = None
     log_dir: Path | None = None
-    # 0: what ``engine.num_blocks`` say, else a share of the free memory.
-    kv_mib: int = 0
-    # What workers are told of their engine, the size of the KV cache in bytes left out: for checks before they start.
+    # What workers are told of their engine: for checks before they start.
     engine: EngineConfig = field(default_factory=EngineConfig)
+    # ``auto``, ``none`` or indices; ``auto``, ``all`` or CPUs: see cli/placement.py.
+    gpus: str = "auto"
+    cpus: str = "auto"
     threads: int = 0
     # Workers register there and the router finds them there. Empty: the router gets a list.
     registry: str = ""
@@ -115,9 +119,15 @@ async def up(
     """
     folder = model_source.resolve(options.model)
     preflight.model_files(folder)
-    num_workers = options.num_prefill + options.num_decode + options.num_mixed
-    kv_mib = options.kv_mib or host.default_kv_mib(num_workers)
-    preflight.memory(folder, replace(options.engine, kv_bytes=kv_mib << 20), num_workers)
+    names = [node_id for node_id, _ in options.worker_roles()]
+    places = _places(options, len(names))
+    if not places[0].is_gpu:
+        # Known now, for all of them: each alone would take what the others find free.
+        layout = preflight.host_cache(folder, options.engine, len(names))
+        options = replace(options, engine=replace(options.engine, num_blocks=layout.num_blocks))
+        facts = [f"each worker: {shown(layout)}"]
+    else:
+        facts = list(placement.described(names, places, options.engine.gpu_memory_utilization))
     if options.ready_file is not None:
         preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:
@@ -128,14 +138,16 @@ async def up(
         http_port, grpc_port = reserved("--http-port", options.http_port), reserved("--grpc-port", options.grpc_port)
         endpoints = Endpoints(f"http://{join_address(options.host, http_port)}", join_address(options.host, grpc_port))
         workers = [
-            _worker(options, folder, node_id, role, reserved("--host"), reserved("--host"))
-            for node_id, role in options.worker_roles()
+            _worker(options, folder, node_id, role, place, reserved("--host"), reserved("--host"))
+            for (node_id, role), place in zip(options.worker_roles(), places, strict=True)
         ]
         await _check_router(options, folder, workers)
         log_dir = resources.enter_context(_run_directory(options.log_dir))
         if options.ready_file is not None:
             options.ready_file.unlink(missing_ok=True)
         on_start()
+        for fact in facts:
+            say(fact)
         router = _router(options, folder, workers, endpoints)
 
         def announce(pids: Mapping[str, int]) -> None:
@@ -147,7 +159,7 @@ async def up(
             router,
             [worker.program for worker in workers],
             log_dir=log_dir,
-            environment=_environment(options, _threads(options, len(workers))),
+            environment=_environment(options),
             clock=MonotonicClock(),
             config=SuperviseConfig(),
             say=say,
@@ -198,20 +210,32 @@ async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Wo
         await preflight.registry_answers(registry)
 
 
-def _threads(options: ClusterOptions, num_workers: int) -> int:
-    return options.threads or max(1, host.usable_cores() // num_workers)
+def _places(options: ClusterOptions, num_workers: int) -> tuple[Place, ...]:
+    # Torch takes seconds to import, and without a GPU there is nothing to ask it.
+    asks_torch = options.gpus != "auto" or host.has_card() or host.gpus()
+    gpus = options.gpus if asks_torch else "none"
+    places = placement.on_devices(gpus, options.engine.kernels, num_workers, TorchDevices())
+    return placement.on_cores(options.cpus, places)
 
 
-def _kv_size(options: ClusterOptions, num_workers: int) -> tuple[str, str]:
-    if options.engine.num_blocks is not None:
-        return "--num-blocks", str(options.engine.num_blocks)
-    return "--kv-mib", str(options.kv_mib or host.default_kv_mib(num_workers))
+def _kv_size(engine: EngineConfig) -> tuple[str, ...]:
+    if engine.num_blocks is not None:
+        return "--num-blocks", str(engine.num_blocks)
+    return () if engine.kv_bytes is None else ("--kv-mib", str(engine.kv_bytes >> 20))
 
 
-def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
+def where(engine: EngineConfig, place: Place) -> Iterator[str]:
+    """The options that tell a worker where it computes."""
+    yield from ("--device", place.device)
+    if place.is_gpu:
+        yield from ("--gpu-memory-utilization", str(engine.gpu_memory_utilization))
+        yield from ("--gpu-workers", str(place.gpu_workers))
+    elif place.cpus:
+        yield from ("--cpus", cores.shown(place.cpus))
+
+
+def _environment(options: ClusterOptions) -> dict[str, str]:
     """For every child: without the API keys, which the router alone has a use for.
-
-    OpenMP reads its variable when torch is loaded, before any code of ours could tell it.
 
     What is secret or may hold a password goes this way too: arguments are shown to everybody on this machine.
     """
@@ -220,7 +244,7 @@ def _environment(options: ClusterOptions, threads: int) -> dict[str, str]:
         "BATON_CLUSTER": options.cluster_name,
     }
     ours = {name: value for name, value in os.environ.items() if name != _API_KEY}
-    return {**ours, **told, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    return {**ours, **told, "PYTHONUNBUFFERED": "1"}
 
 
 def _command(name: str, *arguments: str) -> tuple[str, ...]:
@@ -229,19 +253,23 @@ def _command(name: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-P", program, name, "--die-with-parent", str(os.getpid()), *arguments)
 
 
-def _worker(options: ClusterOptions, folder: Path, node_id: str, role: str, port: int, metrics_port: int) -> _Worker:
-    num_workers = options.num_prefill + options.num_decode + options.num_mixed
-    address = join_address(options.host, port)
+def _worker(
+    options: ClusterOptions, folder: Path, node_id: str, role: str, place: Place, port: int, metrics_port: int
+) -> _Worker:
+    address, threads = join_address(options.host, port), str(options.threads or place.threads)
     command = _command(
         "worker",
         *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
         *("--model-name", options.model_name or model_source.name_of(options.model)),
-        *("--threads", str(_threads(options, num_workers))),
-        *_kv_size(options, num_workers),
+        *("--threads", threads),
+        *_kv_size(options.engine),
+        *where(options.engine, place),
         *("--metrics-port", str(metrics_port)),
         *options.worker_arguments,
     )
-    program = Program(node_id, command, lambda pid: _worker_answers(address, pid))
+    # OpenMP reads it when torch is loaded, before any code of ours could tell it.
+    environment = {"OMP_NUM_THREADS": threads}
+    program = Program(node_id, command, lambda pid: _worker_answers(address, pid), environment)
     return _Worker(node_id, role, address, join_address(options.host, metrics_port), program)
 
 

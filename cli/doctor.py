@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import shutil
 import sys
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from baton import __version__
 from baton.errors import BatonError
-from cli import host, machine, model_source, preflight
+from cli import cores, host, machine, model_source, preflight, trial
 from cli.machine import Finding
 
 _DISTRIBUTION = "baton-serve"
@@ -44,7 +45,7 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
         worker,
         _extra("otel"),
     ]
-    findings += [*_torch(), machine.auto_kernels(), *machine.kernels()] if has_torch else []
+    findings += [*_torch(), *_kernels()] if has_torch else []
     findings += [
         machine.driver(),
         *_transports(),
@@ -123,6 +124,8 @@ def _applies(requirement: Requirement, extra: str) -> bool:
 def _torch() -> Iterator[Finding]:
     import torch
 
+    from engine.devices import TorchDevices, seen_gpus
+
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU"
     oneapi = "oneDNN" if torch.backends.mkldnn.is_available() else "no oneDNN"  # type: ignore[no-untyped-call]
     capability = torch.backends.cpu.get_cpu_capability()
@@ -132,9 +135,19 @@ def _torch() -> Iterator[Finding]:
     if cards and not can_use:
         yield Finding("gpu", False, f"{'; '.join(cards)}, but torch cannot use it", "make setup CUDA=1")
     elif can_use:
-        yield Finding("gpu", True, "; ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+        yield Finding("gpu", True, f"{seen_gpus(TorchDevices())}; --gpus and --device take these numbers")
     else:
-        yield Finding("gpu", None, "none")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        yield Finding("gpu", None, "none" if hidden is None else f"none (CUDA_VISIBLE_DEVICES is '{hidden}')")
+
+
+def _kernels() -> Iterator[Finding]:
+    choice = machine.auto_kernels()
+    yield choice
+    yield from machine.kernels()
+    if choice.found.startswith("triton"):
+        yield from trial.tools()
+    yield trial.kernel(trial.command("auto"))
 
 
 def _transports() -> Iterator[Finding]:
@@ -168,10 +181,14 @@ def _cuda_ipc(has_torch: bool) -> Finding:
 
 
 def _resources() -> Iterator[Finding]:
-    cores, memory = host.usable_cores(), host.available_memory_bytes()
-    yield Finding("cores", None, f"{cores}; baton up gives each worker its share, at least one thread")
-    kv_mib = host.default_kv_mib(2)
-    found = f"{memory / 2**30:.1f} GiB free; with two workers each gets up to {kv_mib} MiB for KV"
+    usable, memory = host.usable_cores(), host.available_memory_bytes()
+    all_cores = cores.topology(cores.allowed())
+    nodes = len({core.node for core in all_cores})
+    where = (
+        f"CPUs {cores.shown(cores.allowed())}: {len(all_cores)} cores on {nodes} NUMA node{'s' if nodes > 1 else ''}"
+    )
+    yield Finding("cores", None, f"{usable}, {where}; baton up gives each worker its share, at least one thread")
+    found = f"{memory / 2**30:.1f} GiB free; without a GPU, KV gets half of what weights and activations leave"
     yield Finding("memory", memory > 1 << 30, found, "less than 1 GiB is free: end other programs")
     free = shutil.disk_usage(Path.home()).free
     yield Finding("disk", None, f"{free / 2**30:.0f} GiB free for models fetched from the hub")

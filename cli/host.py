@@ -10,19 +10,21 @@ from pathlib import Path
 from engine.memory import of_machine
 
 _CGROUP = Path("/sys/fs/cgroup")
-_DEFAULT_KV_SHARE = 0.4
-_MAX_DEFAULT_KV_MIB = 4096
-_MIN_DEFAULT_KV_MIB = 64
 
 
 def usable_cores() -> int:
     """Cores this process may run on, by affinity and by the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, quota_cores() or cores)
+
+
+def quota_cores() -> int | None:
+    """What the container may use at once, at least 1; None if there is no such bound."""
     try:
         quota, period = (_CGROUP / "cpu.max").read_text().split()
     except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+        return None
+    return None if quota == "max" else max(1, int(quota) // int(period))
 
 
 def available_memory_bytes() -> int:
@@ -30,13 +32,10 @@ def available_memory_bytes() -> int:
     return of_machine().available_bytes
 
 
-def default_kv_mib(num_workers: int) -> int:
-    """KV cache per worker if nobody said: the workers together take two fifths of what is free, and never too much.
-
-    Pages of the cache that are never written cost nothing, so a small model does not pay for a generous bound.
-    """
-    share_mib = int(available_memory_bytes() * _DEFAULT_KV_SHARE / num_workers) >> 20
-    return max(_MIN_DEFAULT_KV_MIB, min(_MAX_DEFAULT_KV_MIB, share_mib))
+def has_card() -> bool:
+    """Whether there are signs of an NVIDIA GPU, also where nvidia-smi is not, as in many containers. Milliseconds."""
+    signs = Path("/proc/driver/nvidia"), Path("/dev/nvidiactl")
+    return any(sign.exists() for sign in signs) or any(Path("/dev").glob("nvidia[0-9]*"))
 
 
 def gpus() -> list[str]:

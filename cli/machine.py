@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig, BatonError
+from cli import host
 from cli.process import ReservedPort
 
 if TYPE_CHECKING:
-    from engine.kernels import Accelerator
+    from engine.devices import Accelerator
 
 # A router holds a socket for each stream, and asks for more than nodes and files take.
 _MIN_OPEN_FILES = 8192
@@ -42,9 +43,10 @@ class Finding:
 
 def auto_kernels(has: Accelerator | None = None) -> Finding:
     """What ``--kernels auto`` takes here; ``has`` is what there is, by default what is found."""
-    from engine.kernels import choose, probe
+    from engine.devices import TorchDevices
+    from engine.kernels import choose
 
-    has = probe() if has is None else has
+    has = TorchDevices().look(0) if has is None else has
     name, why = choose(has)
     advice = "" if has.gpu is None or name == "triton" else "the GPU is not used"
     if has.gpu is not None and not has.has_triton:
@@ -54,9 +56,14 @@ def auto_kernels(has: Accelerator | None = None) -> Finding:
 
 def kernels() -> Iterator[Finding]:
     """Which kernels a worker of this machine has. The worker extra is installed."""
-    from engine.kernels.cpu.llvm import Isa
+    try:
+        from engine.kernels.cpu.llvm import Isa
 
-    name = Isa.of_host().name
+        name = Isa.of_host().name
+    except Exception as error:  # a broken installation fails in many ways
+        advice = "pip install --force-reinstall llvmlite"
+        yield Finding("kernels cpu", False, f"llvmlite, which compiles them, fails: {error}", advice)
+        return
     advice = {
         "avx512bf16": "",
         "avx512": "no bf16 products: --dtype float32 computes as fast here, at twice the memory",
@@ -79,7 +86,7 @@ def kernels() -> Iterator[Finding]:
 def driver() -> Finding:
     command = shutil.which("nvidia-smi")
     if command is None:
-        has_card = Path("/proc/driver/nvidia").exists() or any(Path("/dev").glob("nvidia[0-9]*"))
+        has_card = host.has_card()
         advice = "there is a card, but no nvidia-smi: install the driver's utilities, or give the container them"
         return Finding("nvidia driver", False if has_card else None, "no nvidia-smi", advice if has_card else "")
     query = [command, "--query-gpu=driver_version", "--format=csv,noheader"]

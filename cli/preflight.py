@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.registry import Registry, RegistryConfig
-from cli.host import gpus
+from cli.host import gpus, has_card
 from cli.process import ReservedPort
 
 if TYPE_CHECKING:
+    from baton.types import KvLayout
     from engine.config import EngineConfig
 
 _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
@@ -154,7 +155,7 @@ def hardware(kernels: str, transports: Sequence[str]) -> None:
     """Whether kernels and transports that were asked for have the GPU they need. Raises BadConfig."""
     from kvtransfer.config import TransferConfig
 
-    if gpus():
+    if has_card() or gpus():
         return  # Each worker looks at its own.
     if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         message = "--kernels triton needs an NVIDIA GPU, and nvidia-smi lists none here; give --kernels auto or cpu"
@@ -162,15 +163,14 @@ def hardware(kernels: str, transports: Sequence[str]) -> None:
     TransferConfig(transports=tuple(transports)).over(on_device=False)
 
 
-def memory(folder: Path, engine: EngineConfig, num_workers: int) -> None:
-    """What all workers together take of this machine's memory is there. Raises BadConfig with both numbers."""
+def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout:
+    """The KV cache of each of ``num_workers`` on this machine's processors, which together have the memory for it.
+    Raises BadConfig with both numbers."""
     from engine.config import ModelConfig
-    from engine.memory import check_fits, kv_layout, of_machine, weight_bytes
+    from engine.memory import layout_before_loading, of_machine
 
-    if engine.kernels in ("auto", "triton") and gpus():
-        return  # Each worker looks at its GPU.
     model = ModelConfig.from_folder(folder)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
-    layout = kv_layout(model, engine, dtype)
-    taken = {"kv_bytes": layout.total_bytes, "weight_bytes": weight_bytes(model, dtype)}
-    check_fits(of_machine(), **taken, num_workers=num_workers)
+    layout = layout_before_loading(model, engine, dtype, of_machine(), num_workers=num_workers)
+    assert layout is not None, "a processor's is reckoned"
+    return layout

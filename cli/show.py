@@ -78,12 +78,15 @@ def _role(role: common_pb2.Role.ValueType) -> str:
 def cluster_table(status: router_pb2.StatusResponse) -> RenderableType:
     """Fits 80 columns: what runs where, and how busy it is."""
     title = f"{status.model} · {status.num_running} running, {status.num_queued} queued at the router"
-    models = {
-        f"{n.node.model.dtype} on {n.node.device}, kernels {n.node.kernels}" for n in status.nodes if n.node.device
-    }
+    models = {(n.node.model.dtype, n.node.kernels) for n in status.nodes if n.node.device}
+    devices = {n.node.device for n in status.nodes if n.node.device}
     if len(models) == 1:
-        title += f" · {models.pop()}"
-    table = _table(("node", "role", "state", "address", "pid"), ("queued", "active", "free blocks"))
+        dtype, kernels = models.pop()
+        where = f" on {next(iter(devices))}" if len(devices) == 1 else ""
+        title += f" · {dtype}{where}, kernels {kernels}"
+    # Where there are several, each node says which.
+    device_column = ("device",) if len(devices) > 1 else ()
+    table = _table(("node", "role", "state", "address", *device_column, "pid"), ("queued", "active", "free blocks"))
     for node in status.nodes:
         load = node.status
         is_borrowed = load.role != node.node.home_role
@@ -94,6 +97,7 @@ def cluster_table(status: router_pb2.StatusResponse) -> RenderableType:
             _role(load.role) + ("*" if is_borrowed else ""),
             Text(node.state, style=_STATE_STYLES.get(node.state, "")),
             node.node.address,
+            *((node.node.device,) if device_column else ()),
             str(node.node.pid),
             str(load.num_waiting),
             str(load.num_running),

@@ -71,7 +71,13 @@ class WorkerConfig:
     model_name: str = ""
     dtype: str = "auto"
     kernels: str = "auto"
-    kv_bytes: int = 1 << 30
+    # "auto", or torch's name for it.
+    device: str = "auto"
+    gpu_memory_utilization: float = 0.9
+    # How many workers share that GPU.
+    gpu_workers: int = 1
+    # Neither: what the device's memory leaves.
+    kv_bytes: int | None = None
     num_blocks: int | None = None
     block_tokens: int = 64
     max_batch_tokens: int = 2048
@@ -143,6 +149,9 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         block_tokens=config.block_tokens,
         num_blocks=config.num_blocks,
         kv_bytes=config.kv_bytes,
+        device=config.device,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        gpu_workers=config.gpu_workers,
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         kernels=config.kernels,

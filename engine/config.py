@@ -5,6 +5,7 @@ Everything the engine cannot serve exactly is refused here, by name, before a we
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -297,6 +298,8 @@ _MAX_BLOCK_TOKENS = 256
 class EngineConfig:
     """How one replica runs. ``num_blocks`` wins over ``kv_bytes``; ``num_threads`` 0 leaves torch's setting alone.
 
+    Without either the KV cache is what the device's memory leaves (``engine/memory.py``): on a GPU up to
+    ``gpu_memory_utilization`` of its total, which ``gpu_workers`` share; on a processor part of what is free.
     ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none. Without
     ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step.
     """
@@ -304,11 +307,15 @@ class EngineConfig:
     dtype: str = "auto"
     block_tokens: int = 64
     num_blocks: int | None = None
-    kv_bytes: int = 1 << 30
+    kv_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9
+    gpu_workers: int = 1
     max_batch_tokens: int = 2048
     max_num_seqs: int = 256
     max_graph_seqs: int = 256
     kernels: str = "auto"
+    # Of torch's names, or "auto": the first GPU where the kernels take one.
+    device: str = "auto"
     is_batch_invariant: bool = True
     num_threads: int = 0
 
@@ -320,8 +327,12 @@ class EngineConfig:
         is_right = is_power and 16 <= self.block_tokens <= _MAX_BLOCK_TOKENS
         self._check(is_right, "block_tokens", f"a power of two from 16 to {_MAX_BLOCK_TOKENS}")
         self._check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", "at least 1, or none")
-        for name in ("kv_bytes", "max_batch_tokens", "max_num_seqs"):
+        self._check(self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", "at least 1, or none")
+        for name in ("gpu_workers", "max_batch_tokens", "max_num_seqs"):
             self._check(getattr(self, name) >= 1, name, "at least 1")
+        self._check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "more than 0, at most 1")
+        is_device = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None
+        self._check(is_device, "device", "auto, cpu, cuda or cuda:N")
         self._check(self.num_threads >= 0, "num_threads", "0 (torch's own choice) or more")
         self._check(self.max_graph_seqs >= 0, "max_graph_seqs", "0 (record nothing) or more")
 

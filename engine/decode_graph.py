@@ -217,7 +217,10 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """One graph for every bucket up to ``max_rows`` sequences of up to ``max_length`` tokens, all recorded at once."""
+    """One graph for every bucket up to ``max_rows`` sequences of up to ``max_length`` tokens, all recorded at once.
+
+    ``most``: only so many, those that take the most memory.
+    """
 
     def __init__(
         self,
@@ -229,17 +232,11 @@ class DecodeGraphs:
         max_rows: int,
         max_length: int,
         drawn: Tensor,
+        most: int | None = None,
     ) -> None:
         self._row_buckets = row_buckets(max_rows)
         self._length_buckets = length_buckets(max_length)
-        shapes = [
-            (rows, length)
-            for length in reversed(self._length_buckets)
-            for rows in reversed(self._row_buckets)
-            if rows * length <= _MAX_ROW_TOKENS
-        ]
-        # The most partial results first: what is recorded later fits into its memory.
-        shapes.sort(key=lambda shape: shape[0] * shape[1], reverse=True)
+        shapes = graph_shapes(max_rows, max_length)[:most]
         self._graphs: dict[tuple[int, int], DecodeGraph] = {}
         if not shapes:
             return
@@ -258,6 +255,17 @@ class DecodeGraphs:
         if row == len(self._row_buckets) or column == len(self._length_buckets):
             return None
         return self._graphs.get((self._row_buckets[row], self._length_buckets[column]))
+
+
+def graph_shapes(max_rows: int, max_length: int) -> list[tuple[int, int]]:
+    """(rows, length) of all recorded steps, the most partial results first: those after it fit into its memory."""
+    shapes = [
+        (rows, length)
+        for length in reversed(length_buckets(max_length))
+        for rows in reversed(row_buckets(max_rows) if max_rows else [])
+        if rows * length <= _MAX_ROW_TOKENS
+    ]
+    return sorted(shapes, key=lambda shape: shape[0] * shape[1], reverse=True)
 
 
 def row_buckets(most: int) -> list[int]:

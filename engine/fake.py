@@ -7,6 +7,7 @@ a lost, stale or misplaced block changes the output, just as it would with a rea
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 from array import array
 from collections import deque
@@ -88,6 +89,8 @@ class FakeRunner:
         self._pause = pause
         self._cells = (memoryview(bytearray(layout.total_bytes)) if buffer is None else buffer).cast("B").cast("I")
         self.forgotten: list[str] = []
+        # Names of the threads that said they will launch.
+        self.entered_by: list[str] = []
         self.overlaps = overlaps
         self.num_steps = 0
         # Of them, launched while another one was under way, and pieces whose token the host did not know.
@@ -102,6 +105,9 @@ class FakeRunner:
         # By sequence, what is returned for it instead of what was drawn.
         self.nonsense: dict[str, Sampled] = {}
         self.forget_error: Exception | None = None
+
+    def enter_thread(self) -> None:
+        self.entered_by.append(threading.current_thread().name)
 
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         return self.launch(plan, on_layer).result()

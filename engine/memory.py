@@ -1,4 +1,8 @@
-"""How much memory weights and KV cache take, and how much there is within a container's limits. No torch."""
+"""How much memory weights and KV cache take, how much there is, and how much of it the KV cache gets. No torch.
+
+On a processor all is reckoned before anything is read, within every container's limit. On a GPU it is measured by who
+calls, and the sums are here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,15 @@ from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+# Of what weights and activations leave on a processor. Nobody else's memory is known to stay as it is, there is no way
+# back from the kernel's choice whom to kill, and the page cache keeps the model's files for the next start.
+_HOST_SHARE = 0.5
+# Python, torch and gRPC beside weights, cache and activations: about 320 MiB were resident in a worker of the demo's
+# model, files that are mapped included.
+_PROCESS_BYTES = 512 << 20
+# CUDA's own on a GPU that several workers share: what each of them has of it cannot be told while others load. About
+# what a context and the modules of kernels take.
+_CONTEXT_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +42,20 @@ def of_machine(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
     return min([machine, *_of_groups(proc, cgroups)], key=lambda memory: memory.available_bytes)
 
 
-def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str) -> KvLayout:
-    """Cache geometry: as many blocks as asked for, or as fit into ``kv_bytes``."""
-    per_block = model.num_layers * model.num_kv_heads * 2 * config.block_tokens * model.head_dim * DTYPE_BYTES[dtype]
-    num_blocks = config.kv_bytes // per_block if config.num_blocks is None else config.num_blocks
+def block_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
+    """Of one KV block, all layers."""
+    return model.num_layers * model.num_kv_heads * 2 * config.block_tokens * model.head_dim * DTYPE_BYTES[dtype]
+
+
+def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str, *, kv_bytes: int | None = None) -> KvLayout:
+    """Cache geometry: as many blocks as asked for, or as fit into the bytes asked for, else into ``kv_bytes``."""
+    per_block = block_bytes(model, config, dtype)
+    size = config.kv_bytes if kv_bytes is None else kv_bytes
+    if config.num_blocks is None and size is None:
+        raise BadConfig("neither engine.num_blocks nor engine.kv_bytes is set, expected one of them", param="kv_bytes")
+    num_blocks = (size or 0) // per_block if config.num_blocks is None else config.num_blocks
     if num_blocks < 1:
-        raise BadConfig(
-            f"engine.kv_bytes {config.kv_bytes} holds no block of {per_block} bytes; give more", param="kv_bytes"
-        )
+        raise BadConfig(f"engine.kv_bytes {size} holds no block of {per_block} bytes; give more", param="kv_bytes")
     return KvLayout(
         num_layers=model.num_layers,
         num_blocks=num_blocks,
@@ -47,10 +66,123 @@ def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str) -> KvLayout:
     )
 
 
+def shown(layout: KvLayout) -> str:
+    """The pool, in every unit that somebody counts in."""
+    num_tokens = layout.num_blocks * layout.block_tokens
+    size = layout.total_bytes
+    amount = f"{size / 2**30:,.1f} GiB" if size >= 10 << 30 else f"{size / 2**20:,.0f} MiB"
+    return f"KV cache: {layout.num_blocks:,} blocks, {num_tokens:,} tokens, {amount}"
+
+
 def weight_bytes(model: ModelConfig, dtype: str) -> int:
     """The layers, the embedding and the head, which kernels hold twice where they are tied."""
     cost = CostModel.of(model, dtype)
     return int(cost.layer_weight_bytes + 2 * cost.head_weight_bytes)
+
+
+def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
+    """Most that a step's tensors take at once, from above: all of one layer's for every token, and the logits of every
+    sequence, in the model's dtype and twice in float32."""
+    heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
+    per_token = 4 * model.hidden_size + 3 * heads + 2 * kv_heads + 3 * model.intermediate_size
+    num_samples = min(config.max_num_seqs, config.max_batch_tokens)
+    size = DTYPE_BYTES[dtype]
+    return config.max_batch_tokens * per_token * size + num_samples * model.vocab_size * (size + 2 * 4)
+
+
+def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtype: str, *, num_workers: int = 1) -> int:
+    """KV cache of each of ``num_workers`` on a processor if nobody said: half of what weights, activations and
+    processes leave, and no more than ``max_num_seqs`` sequences of full length can use. Raises BadConfig if that is no
+    block.
+
+    Pages of the cache that are never written cost nothing, so a small load does not pay for a generous pool.
+    """
+    own_bytes = weight_bytes(model, dtype) + activation_bytes(model, config, dtype) + _PROCESS_BYTES
+    left_bytes = memory.available_bytes - num_workers * own_bytes
+    size = int(left_bytes * _HOST_SHARE / num_workers)
+    per_block = block_bytes(model, config, dtype)
+    if size < per_block:
+        workers = f"{num_workers} workers with" if num_workers > 1 else "a worker with"
+        raise BadConfig(
+            f"{workers} {_mib(own_bytes)} of weights, activations and process each leave no KV block of "
+            f"{_mib(per_block)} in {_mib(memory.available_bytes)}, {memory.bound}; free memory, give a smaller "
+            "--max-batch-tokens, fewer workers, or the size of the cache with --kv-mib",
+            param="kv_bytes",
+        )
+    most_blocks = config.max_num_seqs * -(-model.max_model_tokens // config.block_tokens)
+    return min(size, most_blocks * per_block)
+
+
+@dataclass(frozen=True, slots=True)
+class GpuUse:
+    """What was measured on a GPU, in bytes, before its KV cache is allocated."""
+
+    name: str
+    total_bytes: int
+    # Before this worker loaded anything: by anybody, CUDA's own for this process included.
+    before_bytes: int
+    # Most that torch took while weights were loaded and the largest step was computed.
+    peak_bytes: int
+    # Taken beside torch meanwhile: modules of kernels, workspaces of libraries.
+    beside_bytes: int
+    # Recorded steps.
+    graph_bytes: int
+    # After that: free, and taken by torch.
+    free_bytes: int
+    taken_bytes: int
+
+
+def gpu_kv_bytes(use: GpuUse, *, utilization: float, num_workers: int, block_bytes: int) -> int:
+    """What is left for the KV cache of ``utilization`` of the GPU. Raises BadConfig if that is no block.
+
+    A worker alone counts what others took before it came. Several that share the GPU have equal parts, and what each
+    finds taken may be the others' part: of that only what is not free counts.
+    """
+    budget = utilization * use.total_bytes / num_workers
+    if num_workers == 1:
+        budget -= use.before_bytes + use.beside_bytes
+    else:
+        budget -= _CONTEXT_BYTES
+    own_bytes = use.peak_bytes + use.graph_bytes
+    still_free = use.free_bytes - (own_bytes - use.taken_bytes)
+    left = int(min(budget - own_bytes, still_free))
+    if left >= block_bytes:
+        return left
+    among = f", shared by {num_workers} workers" if num_workers > 1 else ""
+    taken = (
+        f"{_mib(use.before_bytes)} in use before this worker, {_mib(use.free_bytes)} free now; weights and the largest "
+        f"step take {_mib(use.peak_bytes)}, recorded steps {_mib(use.graph_bytes)}"
+    )
+    raise BadConfig(
+        f"no KV block of {_mib(block_bytes)} fits on {use.name}, at {utilization:.0%} of its {_mib(use.total_bytes)}"
+        f"{among}: {taken}. End what else runs there, raise --gpu-memory-utilization, or lower --max-batch-tokens, "
+        "--max-num-seqs or --max-graph-seqs",
+        param="gpu_memory_utilization",
+    )
+
+
+def layout_before_loading(
+    model: ModelConfig,
+    config: EngineConfig,
+    dtype: str,
+    memory: Memory,
+    *,
+    num_workers: int = 1,
+    is_measured: bool = False,
+) -> KvLayout | None:
+    """The KV cache of each of ``num_workers``; None where nobody said its size and it ``is_measured``, on a GPU.
+
+    Raises BadConfig, before anything is read, for what does not fit.
+    """
+    layout = None
+    if config.num_blocks is not None or config.kv_bytes is not None:
+        layout = kv_layout(model, config, dtype)
+    elif not is_measured:
+        size = host_kv_bytes(memory, model, config, dtype, num_workers=num_workers)
+        layout = kv_layout(model, config, dtype, kv_bytes=size)
+    kv_bytes = 0 if layout is None else layout.total_bytes
+    check_fits(memory, kv_bytes=kv_bytes, weight_bytes=weight_bytes(model, dtype), num_workers=num_workers)
+    return layout
 
 
 def check_fits(memory: Memory, *, kv_bytes: int, weight_bytes: int = 0, num_workers: int = 1) -> None:
@@ -58,12 +190,12 @@ def check_fits(memory: Memory, *, kv_bytes: int, weight_bytes: int = 0, num_work
     needed = num_workers * (kv_bytes + weight_bytes)
     if needed <= memory.available_bytes:
         return
-    weights = f" and weights of {_mib(weight_bytes)}" if weight_bytes else ""
-    workers = f"{num_workers} workers, each with a" if num_workers > 1 else "a"
+    parts = [f"{what} of {_mib(size)}" for what, size in (("a KV cache", kv_bytes), ("weights", weight_bytes)) if size]
+    workers = f"{num_workers} workers, each with " if num_workers > 1 else ""
+    cure = "give a smaller --kv-mib or --num-blocks" if kv_bytes else "free memory there, or take a smaller model"
     raise BadConfig(
-        f"{workers} KV cache of {_mib(kv_bytes)}{weights}: {_mib(needed)} in all, expected at most "
-        f"{_mib(memory.available_bytes)}, {memory.bound}; give a smaller --kv-mib or --num-blocks"
-        + (", or fewer workers" if num_workers > 1 else ""),
+        f"{workers}{' and '.join(parts)}: {_mib(needed)} in all, expected at most "
+        f"{_mib(memory.available_bytes)}, {memory.bound}; {cure}" + (", or fewer workers" if num_workers > 1 else ""),
         param="kv_bytes",
     )
 

@@ -52,6 +52,9 @@ class RunnerLike(Protocol):
     @property
     def overlaps(self) -> bool: ...
 
+    def enter_thread(self) -> None:
+        """The first call, in the thread that all others come from."""
+
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepUnderway: ...
 
     def forget(self, sequence_id: str) -> None: ...
@@ -294,6 +297,7 @@ class Replica:
 
     def _main(self) -> None:
         try:
+            self._runner.enter_thread()
             while self._turn():
                 pass
         except BaseException as error:

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from baton.errors import BadConfig
-from baton.types import ModelDescription
+from baton.types import KvLayout, ModelDescription
 from engine.batch import build_batch, token_ids_of
 from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
-from engine.decode_graph import DecodeGraphs, DecodeRow
+from engine.decode_graph import DecodeGraphs, DecodeRow, graph_shapes
+from engine.devices import Devices, GpuMemory, TorchDevices
 from engine.draws import draws_of
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels, Logits, Peaks
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
-from engine.memory import Memory, check_fits, kv_layout, of_machine, weight_bytes
+from engine.memory import Memory, gpu_kv_bytes, kv_layout, layout_before_loading, shown
 from engine.model import Model
 from engine.sampler import Sampler, bad_logits
+from engine.sizing import measure
 from engine.staging import new_event, to_device, to_host
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
-from engine.warm_up import MINIMAL, warm_up_plans
-from engine.weights import Checkpoint, fingerprint
+from engine.warm_up import MINIMAL, largest_step, warm_up_plans
+from engine.weights import Checkpoint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +87,7 @@ class Runner:
         model_config: ModelConfig,
         description: ModelDescription,
         kernels: Kernels,
+        devices: Devices,
         graphs: DecodeGraphs | None = None,
         drawn: Tensor | None = None,
     ) -> None:
@@ -92,6 +98,7 @@ class Runner:
         self.device = str(kernels.device)
         self.cost = CostModel.of(model_config, cache.layout.dtype)
         self._kernels = kernels
+        self._devices = devices
         self._model = model
         self._cache = cache
         self._graphs = graphs
@@ -107,53 +114,63 @@ class Runner:
         config: EngineConfig,
         *,
         allocate: Allocate | None = None,
-        memory_of: Callable[[torch.device], Memory] | None = None,
+        devices: Devices | None = None,
     ) -> Runner:
-        """Load a Hugging Face folder; ``allocate`` gives the memory of the KV arena, ``memory_of`` says what there is.
+        """Load a Hugging Face folder; ``allocate`` gives the memory of the KV arena.
 
-        Raises UnsupportedModel, naming what and why, and BadConfig.
+        The calling thread's device is then the runner's. Raises UnsupportedModel, naming what and why, and BadConfig.
         """
+        devices = devices or TorchDevices()
+        invariant = config.is_batch_invariant
+        kernels = select_kernels(config.kernels, is_batch_invariant=invariant, device=config.device, devices=devices)
+        return cls.load_on(kernels, folder, config, allocate=allocate, devices=devices)
+
+    @classmethod
+    def load_on(
+        cls, kernels: Kernels, folder: Path, config: EngineConfig, *, allocate: Allocate | None, devices: Devices
+    ) -> Runner:
+        """``load`` with kernels that are there."""
         if config.num_threads:
             torch.set_num_threads(config.num_threads)
+        device = kernels.device
+        devices.enter(device)
+        devices.settle(device)
+        before = devices.gpu_memory(device)
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        kernels = select_kernels(config.kernels, is_batch_invariant=config.is_batch_invariant)
-        layout = kv_layout(model_config, config, dtype)
         # Before anything is read: a machine that runs out of memory kills, and not always the one who took it.
-        check_fits(
-            (memory_of or _memory_of)(kernels.device),
-            kv_bytes=layout.total_bytes,
-            weight_bytes=weight_bytes(model_config, dtype),
-        )
+        name = _shown(device, devices)
+        memory = devices.host_memory() if before is None else Memory(before.free_bytes, f"what is free on {name}")
+        layout = layout_before_loading(model_config, config, dtype, memory, is_measured=before is not None)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
             model_config = checkpoint.check(model_config)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
+            description = ModelDescription(
+                name=folder.resolve().name,
+                fingerprint=checkpoint.fingerprint(model_config),
+                dtype=dtype,
+                max_model_tokens=model_config.max_model_tokens,
+                vocab_size=model_config.vocab_size,
+            )
+        drawn = None
+        if isinstance(kernels, DeviceKernels):
+            with torch.inference_mode():
+                drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
+        parts = _Parts(model, model_config, description, kernels, config, devices, drawn)
+        if layout is None:
+            assert before is not None, "what a processor has is reckoned"
+            layout = parts.measured_layout(before, name)
+        _log.info("%s", shown(layout))
+        buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, device)
         with torch.inference_mode():
-            buffer = None if allocate is None else _allocated(allocate, layout.total_bytes, kernels.device)
-            cache = KvCache(layout, buffer, kernels.device)
-            drawn = None
-            if isinstance(kernels, DeviceKernels):
-                drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=kernels.device)
-            graphs = _decode_graphs(model, cache, model_config, kernels, config, drawn)
-        description = ModelDescription(
-            name=folder.resolve().name,
-            fingerprint=fingerprint(folder),
-            dtype=dtype,
-            max_model_tokens=model_config.max_model_tokens,
-            vocab_size=model_config.vocab_size,
-        )
-        runner = cls(
-            model,
-            cache,
-            model_config=model_config,
-            description=description,
-            kernels=kernels,
-            graphs=graphs,
-            drawn=drawn,
-        )
+            runner = parts.runner(KvCache(layout, buffer, device))
         is_compiled = isinstance(kernels, DeviceKernels) and kernels.is_compiled
         runner.warm_up(config, is_whole=is_compiled)
         return runner
+
+    def enter_thread(self) -> None:
+        """To be called once by the thread that will launch: a thread of its own starts on GPU 0."""
+        self._devices.enter(self._kernels.device)
 
     def warm_up(self, config: EngineConfig, *, is_whole: bool) -> None:
         """Take steps, so that no kernel is compiled while serving: ``is_whole``, one of every kind that ``config``
@@ -242,10 +259,83 @@ class Runner:
         self._sampler.forget(sequence_id)
 
 
-def _memory_of(device: torch.device) -> Memory:
-    if device.type == "cuda":
-        return Memory(torch.cuda.mem_get_info(device)[0], f"what is free on {torch.cuda.get_device_name(device)}")
-    return of_machine()
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a runner is made of, but for its cache."""
+
+    model: Model
+    model_config: ModelConfig
+    description: ModelDescription
+    kernels: Kernels
+    config: EngineConfig
+    devices: Devices
+    drawn: Tensor | None
+
+    def runner(self, cache: KvCache, *, is_trial: bool = False) -> Runner:
+        """With recorded decode steps, unless it ``is_trial``."""
+        max_length = min(self.model_config.max_model_tokens, cache.layout.num_blocks * cache.layout.block_tokens)
+        return Runner(
+            self.model,
+            cache,
+            model_config=self.model_config,
+            description=self.description,
+            kernels=self.kernels,
+            devices=self.devices,
+            graphs=None if is_trial else self._graphs(cache, max_length),
+            drawn=self.drawn,
+        )
+
+    @property
+    def _max_graph_rows(self) -> int:
+        can_record = isinstance(self.kernels, DeviceKernels)
+        return min(self.config.max_num_seqs, self.config.max_graph_seqs) if can_record else 0
+
+    def _graphs(self, cache: KvCache, max_length: int, most: int | None = None) -> DecodeGraphs | None:
+        kernels, drawn, max_rows = self.kernels, self.drawn, self._max_graph_rows
+        if not isinstance(kernels, DeviceKernels) or drawn is None or max_rows == 0:
+            return None
+        return DecodeGraphs(
+            self.model, cache, self.model_config, kernels,
+            max_rows=max_rows, max_length=max_length, drawn=drawn, most=most,
+        )  # fmt: skip
+
+    def measured_layout(self, before: GpuMemory, name: str) -> KvLayout:
+        """As large as the GPU allows. Raises BadConfig if that is no block."""
+        config, device, model_config = self.config, self.kernels.device, self.model_config
+        # On trial all of a step lies in one block, on top of each other, and what was never written is read too.
+        trial = kv_layout(model_config, replace(config, num_blocks=1), self.description.dtype)
+        longest = model_config.max_model_tokens
+        with torch.inference_mode():
+            cache = KvCache(trial, None, device)
+            for layer in range(trial.num_layers):
+                cache.layer(layer).zero_()
+        runner = self.runner(cache, is_trial=True)
+        plan = largest_step(
+            trial, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs, max_model_tokens=longest
+        )
+
+        def record(count: int) -> object:
+            with torch.inference_mode():
+                return self._graphs(cache, longest, count)
+
+        use = measure(
+            self.devices, device, before, name=name, is_alone=config.gpu_workers == 1,
+            run_largest_step=lambda: runner.execute(plan, lambda _: None),
+            record=record, num_graphs=len(graph_shapes(self._max_graph_rows, longest)),
+        )  # fmt: skip
+        _log.info("%s", use)
+        left_bytes = gpu_kv_bytes(
+            use,
+            utilization=config.gpu_memory_utilization,
+            num_workers=config.gpu_workers,
+            block_bytes=trial.total_bytes,
+        )
+        return kv_layout(model_config, config, self.description.dtype, kv_bytes=left_bytes)
+
+
+def _shown(device: torch.device, devices: Devices) -> str:
+    """For messages."""
+    return str(device) if device.index is None else f"{device} ({devices.look(device.index).gpu})"
 
 
 def _allocated(allocate: Allocate, num_bytes: int, device: torch.device) -> memoryview | DeviceBuffer:
@@ -271,18 +361,3 @@ def decode_rows(plan: StepPlan, drawn_rows: Mapping[str, int]) -> list[DecodeRow
         for p in plan.pieces
         for s in (p.sequence,)
     ]
-
-
-def _decode_graphs(
-    model: Model,
-    cache: KvCache,
-    model_config: ModelConfig,
-    kernels: Kernels,
-    config: EngineConfig,
-    drawn: Tensor | None,
-) -> DecodeGraphs | None:
-    max_rows = min(config.max_num_seqs, config.max_graph_seqs)
-    if not isinstance(kernels, DeviceKernels) or drawn is None or max_rows == 0:
-        return None
-    max_length = min(model_config.max_model_tokens, cache.layout.num_blocks * cache.layout.block_tokens)
-    return DecodeGraphs(model, cache, model_config, kernels, max_rows=max_rows, max_length=max_length, drawn=drawn)

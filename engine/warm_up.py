@@ -27,10 +27,25 @@ def warm_up_plans(
             yield StepPlan(tuple(_decode(i, length, layout) for i in range(rows)))
 
 
-def _prompts(num_tokens: int, layout: KvLayout, longest: int) -> Iterator[Piece]:
-    for at in range(0, num_tokens, longest):
+def largest_step(layout: KvLayout, *, max_batch_tokens: int, max_num_seqs: int, max_model_tokens: int) -> StepPlan:
+    """The step that takes the most memory of those that the limits allow: every token and every sequence that it may
+    have, as many of these as can be decode, and one of them is as long as the model allows, which sizes what attention
+    keeps of all of them. The others are short: what they read does not matter."""
+    num_seqs = min(max_num_seqs, max_batch_tokens)
+    # So few that they hold all tokens but one for each of the others; a sequence of one token cannot decode.
+    num_prompts = num_seqs
+    if max_model_tokens > 1:
+        num_prompts = min(num_seqs, max(1, -(-(max_batch_tokens - num_seqs) // (max_model_tokens - 1))))
+    lengths = [max_model_tokens, *[2] * num_seqs][: num_seqs - num_prompts]
+    decodes = [_decode(i, length, layout) for i, length in enumerate(lengths)]
+    num_tokens = min(max_batch_tokens - len(decodes), num_prompts * max_model_tokens)
+    return StepPlan((*decodes, *_prompts(num_tokens, layout, max_model_tokens, first=len(decodes))))
+
+
+def _prompts(num_tokens: int, layout: KvLayout, longest: int, *, first: int = 0) -> Iterator[Piece]:
+    for i, at in enumerate(range(0, num_tokens, longest), first):
         count = min(longest, num_tokens - at)
-        yield Piece(_sequence(at, count, 0, layout), 0, count, samples=True)
+        yield Piece(_sequence(i, count, 0, layout), 0, count, samples=True)
 
 
 def _decode(index: int, length: int, layout: KvLayout) -> Piece:

@@ -2,16 +2,23 @@
 
 Never converts, quantizes or guesses; engine/tensors refuses what is not the config's. Of tied embeddings the file
 decides, as in transformers: a head that was saved and differs is the model's.
+
+The digest is over every byte, and made beside the loading, from the pages that it reads anyway. XXH3 with 128 bits
+tells other weights and damaged ones apart; it is no defence against files made up to collide, and who can put such
+files on a node needs no collision. Nothing is kept from one start to the next, so nothing is outdated.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import TracebackType
 
 import torch
+import xxhash
 from torch import Tensor
 
 from engine.config import ModelConfig
@@ -23,6 +30,13 @@ class Checkpoint(TensorFiles):
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "pt")
+        # By tensor: what a thread of its own makes of it, once it was asked for.
+        self._digests: dict[str, Future[str]] = {}
+        self._hasher = ThreadPoolExecutor(1, thread_name_prefix="baton-weights")
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self._hasher.shutdown(cancel_futures=True)
+        super().__exit__(kind, value, tb)
 
     def check(self, config: ModelConfig) -> ModelConfig:
         """``config`` as the tensors have it: whether embeddings are tied, they decide.
@@ -37,16 +51,28 @@ class Checkpoint(TensorFiles):
         """The tensor as it lies on disk."""
         shard, _, stored_name = self._files[name]
         tensor: Tensor = shard.get_tensor(stored_name)
+        if name not in self._digests:
+            self._digests[name] = self._hasher.submit(_digest, tensor)
         return tensor
+
+    def fingerprint(self, config: ModelConfig) -> str:
+        """Digest of ``config``, as ``check`` gave it, and of all weights, independent of sharding; nodes that differ in
+        it never exchange KV. Reads what nobody has asked for yet."""
+        digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
+        for name in expected_shapes(config):
+            if name not in self._digests:
+                self.tensor(name)
+            digest.update(f"{name} {self._digests[name].result()}".encode())
+        return digest.hexdigest()
+
+
+def _digest(tensor: Tensor) -> str:
+    """Type, shape and bytes. Lets go of the GIL while it hashes."""
+    content = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(content)}"
 
 
 def fingerprint(folder: Path) -> str:
-    """Digest of config and all weights, independent of sharding; nodes that differ in it never exchange KV."""
+    """Of a folder that is not loaded."""
     with Checkpoint(folder) as checkpoint:
-        config = checkpoint.check(ModelConfig.from_folder(folder))
-        digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-        for name in expected_shapes(config):
-            tensor = checkpoint.tensor(name)
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        return checkpoint.fingerprint(checkpoint.check(ModelConfig.from_folder(folder)))

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from baton.errors import BadConfig
+from engine.devices import Accelerator, Devices, TorchDevices, gpu_index
 from engine.kernels.interface import Kernels
 
 # Older ones have no bfloat16 in their tensor cores and no asynchronous copies.
 _MIN_CAPABILITY = (8, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Accelerator:
-    """What there is beside the processor. ``gpu``: the one that torch would use, None if there is none."""
-
-    gpu: str | None = None
-    capability: tuple[int, int] = (0, 0)
-    # Torch calls GPUs of AMD cuda as well.
-    is_nvidia: bool = True
-    has_triton: bool = True
-
-
 class Choice(NamedTuple):
     kernels: str
     why: str
-
-
-def probe() -> Accelerator:
-    """Looks, and takes no memory on the GPU."""
-    import torch
-
-    has_triton = importlib.util.find_spec("triton") is not None
-    if not torch.cuda.is_available():
-        return Accelerator(has_triton=has_triton)
-    device = torch.cuda.current_device()
-    return Accelerator(
-        torch.cuda.get_device_name(device),
-        torch.cuda.get_device_capability(device),
-        torch.version.cuda is not None,
-        has_triton,
-    )
 
 
 def choose(has: Accelerator) -> Choice:
@@ -61,19 +32,26 @@ def choose(has: Accelerator) -> Choice:
     return Choice("triton", f"{has.gpu}, {level}")
 
 
-def select_kernels(name: str, *, is_batch_invariant: bool = True, look: Callable[[], Accelerator] = probe) -> Kernels:
-    """Kernels by name; ``auto`` is triton where there is a GPU for it, else cpu.
+def select_kernels(
+    name: str, *, is_batch_invariant: bool = True, device: str = "auto", devices: Devices | None = None
+) -> Kernels:
+    """Kernels by name on a device by name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` kernels are triton where
+    there is a GPU for them, else cpu.
 
-    ``is_batch_invariant`` False allows kernels whose bits depend on the batch; only triton has any.
+    ``is_batch_invariant`` False allows kernels whose bits depend on the batch; only triton has any. Raises BadConfig.
     """
+    devices = devices or TorchDevices()
+    # Torch's own choice is its first GPU.
+    index = gpu_index(device, devices)
     if name == "auto":
-        name, why = choose(look())
+        name, why = ("cpu", "device is cpu") if device == "cpu" else choose(devices.look(index or 0))
+        if index is not None and name != "triton":
+            raise BadConfig(
+                f"device is {device}, which kernels auto do not use: {why}; expected another GPU, or device cpu",
+                param="device",
+            )
         logging.getLogger(__name__).info("kernels auto: %s (%s)", name, why)
     # Imported on choice: a GPU worker needs no compiler for CPUs.
-    if name == "reference":
-        from engine.kernels.reference import ReferenceKernels
-
-        return ReferenceKernels()
     if name == "triton":
         try:
             from engine.kernels.triton.kernels import TritonKernels
@@ -82,7 +60,16 @@ def select_kernels(name: str, *, is_batch_invariant: bool = True, look: Callable
                 f"kernels triton need the package triton: {error}; install Baton with its extra cuda", param="kernels"
             ) from error
 
-        return TritonKernels.on_this_machine(is_batch_invariant=is_batch_invariant)
+        where = None if device == "cpu" else index or 0
+        return TritonKernels.on_this_machine(devices, where, is_batch_invariant=is_batch_invariant)
+    if index is not None:
+        raise BadConfig(
+            f"device is {device}, kernels {name} compute on the processor; expected device cpu", param="device"
+        )
+    if name == "reference":
+        from engine.kernels.reference import ReferenceKernels
+
+        return ReferenceKernels()
     if name == "cpu":
         from engine.kernels.cpu import CpuKernels
 

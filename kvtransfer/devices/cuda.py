@@ -117,9 +117,10 @@ class CudaEvent:
         self._device.call("cuEventSynchronize", self._handle)
 
     def __del__(self) -> None:
-        # The driver frees it once it has come; what that says is of no use to anybody.
+        # The driver frees it once it has come; what that says is of no use to anybody. Any thread may be the last to
+        # let go of an event, also one that has been at no device.
         if self._handle.value:
-            self._device.driver.try_("cuEventDestroy_v2", self._handle)
+            self._device.try_("cuEventDestroy_v2", self._handle)
 
 
 class CudaStream:
@@ -178,6 +179,10 @@ class CudaDevice:
         """In this device's context, whatever the thread was at before."""
         self.driver("cuCtxSetCurrent", self._context)
         self.driver(name, *arguments)
+
+    def try_(self, name: str, *arguments: object) -> int:
+        """``call``, the driver's code instead of an exception."""
+        return self.driver.try_("cuCtxSetCurrent", self._context) or self.driver.try_(name, *arguments)
 
     def _nth(self, index: int) -> int:
         device = ctypes.c_int()

@@ -51,6 +51,19 @@ def test_status_fits_a_narrow_terminal() -> None:
     assert all(line in text for line in ("prefill-0 ", "prefill-1 "))
 
 
+def test_workers_on_several_devices_each_say_which() -> None:
+    nodes = [node(f"prefill-{i}", common_pb2.Role.ROLE_PREFILL, "ready") for i in range(2)]
+    for i, each in enumerate(nodes):
+        each.node.device = f"cuda:{i}"
+        each.node.kernels = "triton"
+    lines = printed(show.cluster_table(router_pb2.StatusResponse(model="tiny", nodes=nodes))).splitlines()
+    assert "bfloat16, kernels triton" in " ".join(lines[:2])
+    for i in range(2):
+        (line,) = (line for line in lines if line.startswith(f"prefill-{i} "))
+        assert f" cuda:{i} " in line
+        assert "60/100" in line
+
+
 def test_a_title_is_not_broken_to_the_width_of_its_table() -> None:
     console = Console(file=io.StringIO(), width=200, no_color=True)
     console.print(show.cluster_table(router_pb2.StatusResponse(model="m" * 100)))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import io
+import re
 import resource
 import socket
+import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from torch import Tensor
 
-from cli import machine
+from baton.errors import InternalError
+from cli import machine, trial
 from cli.doctor import examine, report
+from engine.kernels.reference import ReferenceKernels
 
 
 def test_everything_is_looked_at_and_every_fault_has_a_cure() -> None:
@@ -20,9 +25,12 @@ def test_everything_is_looked_at_and_every_fault_has_a_cure() -> None:
     assert {
         "extra router", "extra worker", "torch", "gpu", "kernels cpu", "kernels triton", "nvidia driver",
         "transport shm", "huge pages KV cache", "open files", "address space", "locked memory", "memory",
-        "http and metrics port",
+        "http and metrics port", "kernel trial",
     } <= subjects  # fmt: skip
     assert all(finding.advice for finding in findings if finding.is_ok is False)
+    tried = next(finding for finding in findings if finding.subject == "kernel trial")
+    assert tried.is_ok is True
+    assert re.fullmatch(r"cpu-\w+ on cpu: compiled, run and right in [\d.]+ s", tried.found)
 
 
 def test_the_instruction_set_is_that_of_the_kernels() -> None:
@@ -72,3 +80,47 @@ def test_a_driver_that_does_not_work_is_told_apart_from_none(tmp_path: Path, mon
     broken = machine.driver()
     assert broken.is_ok is False
     assert "mismatch" in broken.advice
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 4)", "ended by SIGILL"),
+        ("import sys; sys.exit('warning\\nerror: BadConfig: no C compiler')", "error: BadConfig: no C compiler"),
+        ("import time; time.sleep(60)", "a kernel was not compiled and run in 1 s"),
+        ("raise SystemExit(1)", "nothing"),
+    ],
+)
+def test_a_kernel_that_does_not_run_takes_nobody_with_it(code: str, said: str) -> None:
+    found = trial.kernel([sys.executable, "-c", code], timeout_s=20.0 if "sleep" not in code else 1.0)
+    assert (found.is_ok, found.found) == (False, said)
+    assert found.advice
+
+
+def test_what_a_kernel_computes_is_looked_at() -> None:
+    class Wrong(ReferenceKernels):
+        name = "wrong"
+
+        def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+            return super().rms_norm(x, weight, eps) + 1e-4
+
+    assert trial.check(ReferenceKernels()).startswith("reference on cpu: compiled, run and right")
+    with pytest.raises(InternalError, match=r"wrong on cpu is .* from the reference"):
+        trial.check(Wrong())
+
+
+def test_what_triton_builds_with_is_looked_for(tmp_path: Path) -> None:
+    """One line each, with the package that has it."""
+    compiler, header = trial.tools({"PATH": str(tmp_path)}, tmp_path)
+    assert (compiler.is_ok, compiler.found) == (False, "no gcc, no clang")
+    assert "apt-get install gcc" in compiler.advice
+    assert header.is_ok is False
+    assert f"apt-get install python{sys.version_info.major}.{sys.version_info.minor}-dev" in header.advice
+    (tmp_path / "Python.h").touch()
+    for name in ("clang", "gcc"):
+        (tmp_path / name).touch(mode=0o755)
+        compiler, header = trial.tools({"PATH": str(tmp_path)}, tmp_path)
+        assert (compiler.is_ok, compiler.found) == (True, str(tmp_path / name)), "gcc comes first, as Triton has it"
+        assert header.is_ok is True
+    compiler, _ = trial.tools({"PATH": str(tmp_path), "CC": "icc"}, tmp_path)
+    assert (compiler.is_ok, compiler.found) == (False, "CC is icc, which is not there")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from baton.errors import BadConfig, UnsupportedModel
 from engine.config import EngineConfig, ModelConfig
 from engine.kernels.cpu import attention, linear, llvm, pointwise
 from engine.runner import Runner
-from engine.weights import fingerprint
+from engine.weights import Checkpoint, fingerprint
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
 
@@ -192,6 +194,37 @@ def test_cache_lies_in_the_given_memory(folder: Path) -> None:
         Runner.load(folder, CONFIG, allocate=lambda n: memoryview(bytearray(n - 1)))
     with pytest.raises(BadConfig, match="kv_bytes"):
         Runner.load(folder, EngineConfig(kv_bytes=10))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa2-d32", "llama-gqa4-d64"], ids=["untied", "tied"])
+def test_weights_are_read_once(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the model and for the digest: a model larger than memory would come from the disk twice."""
+    folder, opened = CASES[name].save(tmp_path / "model"), 0
+    enter = Checkpoint.__enter__
+
+    def count(self: Checkpoint) -> Checkpoint:
+        nonlocal opened
+        opened += 1
+        return enter(self)
+
+    monkeypatch.setattr(Checkpoint, "__enter__", count)
+    found = Runner.load(folder, CONFIG).description.fingerprint
+    assert opened == 1
+    assert found == fingerprint(folder), "as of a folder that is not loaded"
+
+
+def test_replicas_with_other_weights_do_not_take_each_other_for_the_same(folder: Path) -> None:
+    first = Runner.load(folder, CONFIG).description
+    path = folder / "model.safetensors"
+    before = path.stat()
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    tensors["model.layers.0.mlp.down_proj.weight"][0, 0] += 1
+    save_file(tensors, path)
+    # Nothing but the bytes has changed.
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    second = Runner.load(folder, CONFIG).description
+    assert replace(second, fingerprint=first.fingerprint) == first
+    assert second.fingerprint != first.fingerprint
 
 
 def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path) -> None:

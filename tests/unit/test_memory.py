@@ -7,11 +7,22 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from baton.errors import BadConfig
+from baton.types import KvLayout
 from engine.config import EngineConfig, ModelConfig
-from engine.memory import Memory, check_fits, kv_layout, of_machine, weight_bytes
+from engine.fake_devices import FakeDevices
+from engine.memory import (
+    Memory,
+    activation_bytes,
+    block_bytes,
+    check_fits,
+    host_kv_bytes,
+    kv_layout,
+    of_machine,
+    shown,
+    weight_bytes,
+)
 from engine.runner import Runner
 from tests.models import ORACLE_CASES
 
@@ -85,20 +96,46 @@ def test_a_cache_beyond_the_machine_is_refused_before_it_is_allocated(tmp_path: 
         Runner.load(CASE.save(tmp_path / "model"), config, allocate=allocate)
 
 
-def test_weights_count_beside_the_cache_and_the_kernels_device_is_asked(tmp_path: Path) -> None:
+def test_weights_count_beside_the_cache(tmp_path: Path) -> None:
     folder, config = CASE.save(tmp_path / "model"), EngineConfig(num_blocks=4)
     model = ModelConfig.from_folder(folder)
     need = kv_layout(model, config, "float32").total_bytes + weight_bytes(model, "float32")
-    asked: list[torch.device] = []
+    with pytest.raises(BadConfig, match="a small machine"):
+        Runner.load(folder, config, devices=FakeDevices(host=Memory(need - 1, "a small machine")))
+    Runner.load(folder, config, devices=FakeDevices(host=Memory(need, "just enough")))
 
-    def memory_of(device: torch.device) -> Memory:
-        asked.append(device)
-        return Memory(need - 1, "a small GPU")
 
-    with pytest.raises(BadConfig, match="a small GPU"):
-        Runner.load(folder, config, memory_of=memory_of)
-    assert asked == [torch.device("cpu")]
-    Runner.load(folder, config, memory_of=lambda _: Memory(need, "just enough"))
+def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> None:
+    folder, config = CASE.save(tmp_path / "model"), EngineConfig(kernels="reference", max_num_seqs=10**6)
+    model = ModelConfig.from_folder(folder)
+    per_block = block_bytes(model, config, "float32")
+    # For one worker, and in equal parts for several that start together.
+    own = weight_bytes(model, "float32") + activation_bytes(model, config, "float32") + (512 << 20)
+    for num_workers in (1, 3):
+        has = Memory(num_workers * (own + 20 * per_block), "a test")
+        assert host_kv_bytes(has, model, config, "float32", num_workers=num_workers) == 10 * per_block
+        less = Memory(num_workers * (own + 2 * per_block - 2), "a test")
+        with pytest.raises(BadConfig, match=r"leave no KV block of 1 MiB in \d+ MiB, a test; .*--kv-mib"):
+            host_kv_bytes(less, model, config, "float32", num_workers=num_workers)
+    runner = Runner.load(folder, config, devices=FakeDevices(host=Memory(own + 20 * per_block, "a test")))
+    assert runner.layout.num_blocks == 10
+
+
+def test_a_cache_is_no_larger_than_its_sequences(tmp_path: Path) -> None:
+    """Whatever memory there is: nobody could use the rest."""
+    model = ModelConfig.from_folder(CASE.save(tmp_path / "model"))
+    config = EngineConfig(max_num_seqs=3)
+    assert model.max_model_tokens % config.block_tokens == 0
+    size = host_kv_bytes(Memory(1 << 50, "a test"), model, config, "float32")
+    assert kv_layout(model, config, "float32", kv_bytes=size).num_blocks * config.block_tokens == 3 * 2048
+
+
+@pytest.mark.parametrize(
+    ("num_blocks", "text"),
+    [(12_345, "KV cache: 12,345 blocks, 197,520 tokens, 24.1 GiB"), (3, "KV cache: 3 blocks, 48 tokens, 6 MiB")],
+)
+def test_the_pool_is_told_in_every_unit(num_blocks: int, text: str) -> None:
+    assert shown(KvLayout(32, num_blocks, 8, 128, 16, "bfloat16")) == text
 
 
 @pytest.mark.parametrize("command", ["worker", "up"])

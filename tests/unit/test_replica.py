@@ -109,6 +109,7 @@ def test_tokens_of_several_sequences_in_one_call_per_step() -> None:
             found[event.sequence_id] += event.chunk.token_ids
         assert found == {s.sequence_id: expected_tokens(s, LAYOUT) for s in specs}
         assert inbox.num_calls == runner.num_steps
+        assert runner.entered_by == ["engine"], "a thread says once that it is the one, for the sake of its device"
         assert engine.num_sequences == 0
         assert engine.stats().num_tokens == sum(5 + i + 5 for i in range(3))
     assert sorted(runner.forgotten) == ["s0", "s1", "s2"]

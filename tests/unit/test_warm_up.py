@@ -6,7 +6,7 @@ import pytest
 
 from baton.types import KvLayout
 from engine.kernels.interface import LaunchShapes
-from engine.warm_up import MINIMAL, warm_up_plans
+from engine.warm_up import MINIMAL, largest_step, warm_up_plans
 
 LAYOUT = KvLayout(1, 4, 1, 16, 16, "float32")
 ROWS = (1, 17, 33, 128)
@@ -40,3 +40,23 @@ def test_every_kind_that_the_limits_allow_and_no_other(
 def test_without_a_compiler_a_prompt_and_a_token_are_enough() -> None:
     plans = list(warm_up_plans(MINIMAL, LAYOUT, max_batch_tokens=9, max_num_seqs=9, max_model_tokens=9))
     assert [(p.pieces[0].start, p.num_tokens) for p in plans] == [(0, 1), (1, 1)]
+
+
+@pytest.mark.parametrize(
+    ("max_batch_tokens", "max_num_seqs", "max_model_tokens"),
+    [(2048, 256, 8192), (2048, 256, 100), (300, 4, 100), (100, 200, 30), (8, 2, 3), (5, 5, 1), (1, 1, 1)],
+)
+def test_the_largest_step_is_as_large_as_the_limits_allow(
+    max_batch_tokens: int, max_num_seqs: int, max_model_tokens: int
+) -> None:
+    plan = largest_step(
+        LAYOUT, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs, max_model_tokens=max_model_tokens
+    )
+    num_seqs = min(max_num_seqs, max_batch_tokens)
+    assert plan.num_tokens == min(max_batch_tokens, max_num_seqs * max_model_tokens)
+    assert len(plan.pieces) == num_seqs
+    assert len({p.sequence.sequence_id for p in plan.pieces}) == len(plan.pieces)
+    assert all(p.samples and p.end <= max_model_tokens for p in plan.pieces)
+    decodes = [p.end for p in plan.pieces if p.start > 0]
+    # What attention keeps of every row is as large as its longest one.
+    assert not decodes or max(decodes) == max_model_tokens

@@ -21,6 +21,7 @@ from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
 from engine.cost import CostModel
+from engine.devices import Devices, seen_gpus
 from engine.kernels.interface import Attention, Draws, LaunchShapes, Linear
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import first_rows, linear, probe
@@ -64,19 +65,23 @@ class TritonKernels:
         self._plans: dict[tuple[int, int, torch.dtype], GemmPlan] = {}
 
     @classmethod
-    def on_this_machine(cls, *, is_batch_invariant: bool = True) -> TritonKernels:
-        """On the GPU, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig where neither is to be had."""
+    def on_this_machine(
+        cls, devices: Devices, index: int | None = 0, *, is_batch_invariant: bool = True
+    ) -> TritonKernels:
+        """On the GPU with this index, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig where neither is to be
+        had; ``index`` None is the CPU's."""
         if triton.knobs.runtime.interpret:
             tuning = load("interpreter", (8, 0), 1)
             return cls(tuning, torch.device("cpu"), is_batch_invariant=is_batch_invariant)
-        if not torch.cuda.is_available():
+        if index is None or index >= devices.num_gpus:
             raise BadConfig(
-                "kernels triton need an NVIDIA GPU, or TRITON_INTERPRET=1 to try them without", param="kernels"
+                f"kernels triton need an NVIDIA GPU, and {'device is cpu' if index is None else seen_gpus(devices)}; "
+                "TRITON_INTERPRET=1 tries them without",
+                param="kernels",
             )
-        device = torch.device("cuda", torch.cuda.current_device())
-        has = torch.cuda.get_device_properties(device)
-        tuning = load(has.name, (has.major, has.minor), has.multi_processor_count)
-        return cls(tuning, device, is_batch_invariant=is_batch_invariant)
+        has = devices.look(index)
+        tuning = load(has.gpu or "", has.capability, has.num_multiprocessors)
+        return cls(tuning, torch.device("cuda", index), is_batch_invariant=is_batch_invariant)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=False)

@@ -16,6 +16,7 @@ from baton.clock import MonotonicClock
 from baton.types import SequenceSpec
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.fake_devices import FakeDevices, FakeGpuMemory
 from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
 from engine.sampler import Sampler
@@ -51,6 +52,18 @@ def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_a_trial_of_what_memory_is_left_runs_the_largest_step_and_leaves_no_trace(tmp_path: Path) -> None:
+    folder = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32").save(tmp_path / "model")
+    limits = {"kernels": "triton", "max_batch_tokens": 12, "max_num_seqs": 3, "max_graph_seqs": 2}
+    request = spec("a", random_prompt(9, VOCAB_SIZE))
+    given = Runner.load(folder, EngineConfig(num_blocks=8, **limits))  # type: ignore[arg-type]
+    devices = FakeDevices(memory=FakeGpuMemory(1 << 30))
+    measured = Runner.load(folder, EngineConfig(**limits), devices=devices)  # type: ignore[arg-type]
+    assert measured.layout.num_blocks == int(0.9 * (1 << 30)) // (measured.layout.block_bytes * 2)
+    assert measured._graphs is not None, "recorded again, on the cache that is served from"
+    assert Driver(measured).generate(request).token_ids == Driver(given).generate(request).token_ids
+
+
 @dataclass
 class Counting:
     """The runner, with or without overlap; counts tokens that never passed the host on their way to the next step."""
@@ -58,6 +71,9 @@ class Counting:
     runner: Runner
     overlaps: bool
     num_fed: int = 0
+
+    def enter_thread(self) -> None:
+        self.runner.enter_thread()
 
     def launch(self, plan: StepPlan, on_layer: object = None) -> StepUnderway:
         self.num_fed += sum(p.is_fed for p in plan.pieces)
