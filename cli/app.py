@@ -457,7 +457,8 @@ def worker(
         # One line of JSON with the address, for whoever asked for any port.
         ready_fd=None if die_with_parent else os.dup(1),
     )
-    preflight.memory(folder, engine_config(config), 1)
+    if device == "cpu" or not preflight.has_gpu():
+        preflight.host_cache(folder, engine_config(config), 1)
     wanted = [("--listen", host, port)]
     if metrics_port >= 0:
         wanted.append(("--metrics-port", host, metrics_port))

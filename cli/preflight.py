@@ -155,12 +155,16 @@ def hardware(kernels: str, transports: Sequence[str]) -> None:
     """Whether kernels and transports that were asked for have the GPU they need. Raises BadConfig."""
     from kvtransfer.config import TransferConfig
 
-    if has_card() or gpus():
+    if has_gpu():
         return  # Each worker looks at its own.
     if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         message = "--kernels triton needs an NVIDIA GPU, and nvidia-smi lists none here; give --kernels auto or cpu"
         raise BadConfig(message, param="kernels")
     TransferConfig(transports=tuple(transports)).over(on_device=False)
+
+
+def has_gpu() -> bool:
+    return has_card() or bool(gpus())
 
 
 def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout:

@@ -282,8 +282,8 @@ class Frontend:
             raise errors.DeadlineExceeded(f"the prompt was not tokenized within the timeout of {timeout_s} s") from None
         self._check_repeats(request, prompts, echoes)
         resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
-        for prompt in prompts:
-            self._check_ids("prompt", (min(prompt), max(prompt)))
+        for token_ids in prompts:
+            self._check_ids("prompt", (min(token_ids), max(token_ids)))
         await self.turns.wait()
         # Again, as others came while this one was tokenized; nothing comes between here and submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
@@ -291,7 +291,8 @@ class Frontend:
         origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)
         actives: list[Active] = []
         try:
-            for prompt, sampling in zip(map(Prompt, prompts), resolved, strict=True):
+            for token_ids, sampling in zip(prompts, resolved, strict=True):
+                prompt = Prompt(token_ids)
                 for i in range(request.n):
                     actives.append(
                         self._dispatcher.submit(

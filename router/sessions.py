@@ -253,8 +253,10 @@ class NodeLink:
 def _session(channel: aio.Channel, service: str, response: type[_M]) -> aio.StreamStreamCall[bytes, _M]:
     """As a stub opens it, but for what is written."""
     path = f"/{_SERVICES[service].full_name}/Session"
-    opened = channel.stream_stream(path, request_serializer=None, response_deserializer=response.FromString)
-    return opened()  # type: ignore[no-any-return]  # it is of no type
+    opened: aio.StreamStreamMultiCallable[bytes, _M] = channel.stream_stream(
+        path, request_serializer=None, response_deserializer=response.FromString
+    )
+    return opened()
 
 
 async def _read(call: aio.StreamStreamCall[bytes, _R]) -> _R:
