@@ -11,7 +11,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 from baton import codec, errors
 from baton.address import as_dialled
@@ -134,6 +134,13 @@ class Ended:
     origin: Origin
 
 
+class _NodeFacts(NamedTuple):
+    """What the nodes that are up say together."""
+
+    reference: NodeDescription | None
+    capacity_tokens: int | None
+
+
 class Dispatcher:
     """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
 
@@ -157,6 +164,8 @@ class Dispatcher:
         self._by_sequence: dict[str, Active] = {}
         # Sequences that wait for a placement.
         self._queue: Waiting[Active] = Waiting(alone_s=config.limits.client_alone_s)
+        # Asked for a dozen times by each request.
+        self._facts = _NodeFacts(None, None)
         # What one of several clients may have on the nodes; None when it is to be counted again.
         self._max_running: int | None = None
         self._placing = Stepwise(self._place_next, config.limits.max_turn_s)
@@ -265,7 +274,7 @@ class Dispatcher:
             config=self._config.flow,
             on_interval=self._metrics.tbt.observe,
         )
-        reference = self._membership.reference
+        reference = self._facts.reference
         active = Active(
             flow,
             prompt,
@@ -321,7 +330,7 @@ class Dispatcher:
 
     @property
     def reference(self) -> NodeDescription | None:
-        return self._membership.reference
+        return self._facts.reference
 
     @property
     def num_queued(self) -> int:
@@ -352,8 +361,7 @@ class Dispatcher:
     @property
     def capacity_tokens(self) -> int | None:
         """The longest sequence, prompt and output, that fits into a node; None while no node is known."""
-        nodes = [x.node for x in self.members if x.is_up and x.node is not None]
-        return max((n.kv_layout.num_blocks * n.kv_layout.block_tokens for n in nodes), default=None)
+        return self._facts.capacity_tokens
 
     async def ledgers(self) -> tuple[list[node_pb2.LedgerResponse], dict[str, str]]:
         """All nodes' ledgers, asked for now, and by address the reasons of those that did not answer."""
@@ -521,6 +529,10 @@ class Dispatcher:
                 self._make_room(waiting.client, is_passing=True)
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
+        if actions and any(isinstance(action, m.NodeUp | m.NodeDown) for action in actions):
+            nodes = [x.node for x in self._membership.members.values() if x.is_up and x.node is not None]
+            capacities = (n.kv_layout.num_blocks * n.kv_layout.block_tokens for n in nodes)
+            self._facts = _NodeFacts(self._membership.reference, max(capacities, default=None))
         for action in actions:
             with self._defects.contained("membership", type(action).__name__):
                 self._do_one(action)
@@ -829,7 +841,7 @@ class Dispatcher:
         """Place the head of the queue; False if it must wait."""
         now = self._clock.now()
         flow = active.flow
-        reference = self._membership.reference
+        reference = self._facts.reference
         if reference is not None and flow.tokens and reference.model.fingerprint != active.fingerprint:
             changed = f"the model changed from {active.fingerprint} to {reference.model.fingerprint} in mid-request"
             self._feed(active, f.Abandon(errors.Unavailable(changed)))
