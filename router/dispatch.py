@@ -77,6 +77,7 @@ class Active:
 
     __slots__ = (
         "attached",
+        "besides_prompt",
         "client",
         "fingerprint",
         "flow",
@@ -103,6 +104,8 @@ class Active:
         self.is_queued = False
         # The attempt that counts as load and that nodes may know of: sequence id and where it was placed.
         self.attached: tuple[str, Placement] | None = None
+        # What its nodes are told beside the prompt, from the reservation to the run.
+        self.besides_prompt: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
         # Nothing is judged before: the timer was looked at too late.
@@ -646,6 +649,7 @@ class Dispatcher:
         if active.attached is None:
             return
         (sequence_id, placement), active.attached = active.attached, None
+        active.besides_prompt = None
         del self._by_sequence[sequence_id]
         for node_id in {placement.prefill_id, placement.decode_id}:
             there = self._attached[node_id]
@@ -705,9 +709,12 @@ class Dispatcher:
         """What the action has to say to a node. Raises if it cannot be encoded, or is too long for a node."""
         match action:
             case f.SendReserve():
-                message = session_bytes.reserve(action, active.prompt)
+                active.besides_prompt = session_bytes.besides_prompt(action.spec)
+                message = session_bytes.reserve(action, active.prompt, active.besides_prompt)
             case f.SendRun():
-                message = session_bytes.run(action, active.prompt)
+                besides = active.besides_prompt or session_bytes.besides_prompt(action.spec)
+                active.besides_prompt = None
+                message = session_bytes.run(action, active.prompt, besides)
             case f.SendCancel():
                 message = session_bytes.cancel(action)
         if len(message) > self._config.link.max_sent_bytes:

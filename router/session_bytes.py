@@ -33,17 +33,27 @@ class Prompt:
         return self._data
 
 
-def reserve(action: SendReserve, prompt: Prompt) -> bytes:
+def besides_prompt(spec: SequenceSpec) -> bytes:
+    """What a Sequence has beside its prompt; a reservation and the run after it say the same."""
+    others = common_pb2.Sequence(
+        sequence_id=spec.sequence_id,
+        generated_token_ids=spec.generated_token_ids,
+        sampling=codec.sampling_to_pb(spec.sampling),
+    )
+    return others.SerializeToString()
+
+
+def reserve(action: SendReserve, prompt: Prompt, besides: bytes) -> bytes:
     """A DecodeSessionRequest."""
     others = _Decode.Reserve(ttl_s=action.ttl_s, prefill_node_id=action.prefill_id)
-    sequence = _nested(_Decode.Reserve.SEQUENCE_FIELD_NUMBER, *_sequence(action.spec, prompt))
+    sequence = _nested(_Decode.Reserve.SEQUENCE_FIELD_NUMBER, besides, prompt.data)
     return b"".join(_nested(_Decode.RESERVE_FIELD_NUMBER, *sequence, others.SerializeToString()))
 
 
-def run(action: SendRun, prompt: Prompt) -> bytes:
+def run(action: SendRun, prompt: Prompt, besides: bytes) -> bytes:
     """A PrefillSessionRequest."""
     lease = None if action.lease is None else codec.lease_to_pb(action.lease)
-    sequence = _nested(_Prefill.Run.SEQUENCE_FIELD_NUMBER, *_sequence(action.spec, prompt))
+    sequence = _nested(_Prefill.Run.SEQUENCE_FIELD_NUMBER, besides, prompt.data)
     return b"".join(_nested(_Prefill.RUN_FIELD_NUMBER, *sequence, _Prefill.Run(lease=lease).SerializeToString()))
 
 
@@ -52,15 +62,6 @@ def cancel(action: SendCancel) -> bytes:
     said = node_pb2.Cancel(sequence_id=action.sequence_id, reason=action.reason)
     message = _Decode(cancel=said) if action.is_decode else _Prefill(cancel=said)
     return message.SerializeToString()
-
-
-def _sequence(spec: SequenceSpec, prompt: Prompt) -> tuple[bytes, bytes]:
-    others = common_pb2.Sequence(
-        sequence_id=spec.sequence_id,
-        generated_token_ids=spec.generated_token_ids,
-        sampling=codec.sampling_to_pb(spec.sampling),
-    )
-    return others.SerializeToString(), prompt.data
 
 
 def _nested(field_number: int, *parts: bytes) -> tuple[bytes, ...]:
