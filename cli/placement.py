@@ -68,8 +68,8 @@ def _is_usable(devices: Devices, index: int) -> bool:
 
 
 def on_cores(wanted: str, places: Sequence[Place]) -> tuple[Place, ...]:
-    """Divides the CPUs of ``wanted`` among workers on the processor. ``auto``: those of this process, and a worker whose
-    share is a single one is not bound to it; ``all``: nobody is bound. Raises BadConfig."""
+    """Divides the CPUs of ``wanted`` among workers on the processor. ``auto``: those of this process, and a worker
+    whose share is a single one is not bound to it; ``all``: nobody is bound. Raises BadConfig."""
     if wanted == _ALL or places[0].is_gpu:
         threads = max(1, host.usable_cores() // len(places))
         return tuple(replace(place, threads=threads) for place in places)
