@@ -19,7 +19,7 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.registry import RegistryConfig
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
-from cli import cores, host, model_source, placement, preflight
+from cli import cores, model_source, placement, preflight
 from cli.launcher import Launcher, Program, write_json_atomically
 from cli.placement import Place
 from cli.supervise import SuperviseConfig
@@ -212,7 +212,7 @@ async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Wo
 
 def _places(options: ClusterOptions, num_workers: int) -> tuple[Place, ...]:
     # Torch takes seconds to import, and without a GPU there is nothing to ask it.
-    asks_torch = options.gpus != "auto" or host.has_card() or host.gpus()
+    asks_torch = options.gpus != "auto" or preflight.has_gpu()
     gpus = options.gpus if asks_torch else "none"
     places = placement.on_devices(gpus, options.engine.kernels, num_workers, TorchDevices())
     return placement.on_cores(options.cpus, places)

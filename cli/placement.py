@@ -12,6 +12,9 @@ from cli import cores, host
 from engine.devices import Devices, seen_gpus
 
 _ALL = "all"
+# Beside the threads that compute a worker has an event loop, and threads that send, receive and hash. On a single CPU
+# they would take turns with the computation while another one idles.
+_LEAST_BOUND_CPUS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +68,8 @@ def _is_usable(devices: Devices, index: int) -> bool:
 
 
 def on_cores(wanted: str, places: Sequence[Place]) -> tuple[Place, ...]:
-    """Divides the CPUs of ``wanted`` (``auto``: those of this process; ``all``: nobody is bound) among workers on the
-    processor. Raises BadConfig."""
+    """Divides the CPUs of ``wanted`` among workers on the processor. ``auto``: those of this process, and a worker
+    whose share is a single one is not bound to it; ``all``: nobody is bound. Raises BadConfig."""
     if wanted == _ALL or places[0].is_gpu:
         threads = max(1, host.usable_cores() // len(places))
         return tuple(replace(place, threads=threads) for place in places)
@@ -75,8 +78,9 @@ def on_cores(wanted: str, places: Sequence[Place]) -> tuple[Place, ...]:
     shares = cores.shares(cores.topology(cpus), len(places))
     count, quota = Counter(shares), host.quota_cores()
     most = len(cpus) if quota is None else quota // len(places)
+    least = _LEAST_BOUND_CPUS if wanted == "auto" else 1
     return tuple(
-        replace(place, cpus=share, threads=max(1, min(most, len(share) // count[share])))
+        replace(place, cpus=share if len(share) >= least else (), threads=max(1, min(most, len(share) // count[share])))
         for place, share in zip(places, shares, strict=True)
     )
 
