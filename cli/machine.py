@@ -118,7 +118,7 @@ def limits() -> Iterator[Finding]:
     yield Finding("locked memory", None, f"{locked}; RDMA needs unlimited, nothing else does")
 
 
-def memory_sharing() -> Iterator[Finding]:
+def memory_sharing(huge_pages: Path = _THP) -> Iterator[Finding]:
     """memfd is not bounded by /dev/shm but by memory; a sysctl can forbid or alter it."""
     noexec = Path("/proc/sys/vm/memfd_noexec")
     if noexec.exists() and noexec.read_text().strip() == "2":
@@ -128,14 +128,14 @@ def memory_sharing() -> Iterator[Finding]:
     if overcommit.exists() and overcommit.read_text().strip() == "2":
         yield Finding("overcommit", None, "vm.overcommit_memory is 2: a KV cache counts in full before it is used",
                       "give --kv-mib what is really needed, or sysctl vm.overcommit_memory=0")  # fmt: skip
-    # Baton advises the kernel nothing, so that only what is on for everybody counts.
-    for name, what, wanted in (("enabled", "weights", "always"), ("shmem_enabled", "KV cache", "within_size")):
-        chosen = _chosen(_THP / name)
+    # Weights of CPU workers and the KV cache ask for huge pages: the setting that grants what is asked for is enough.
+    for name, what, wanted in (("enabled", "weights", "madvise"), ("shmem_enabled", "KV cache", "advise")):
+        chosen = _chosen(huge_pages / name)
         if chosen is None:
             yield Finding(f"huge pages {what}", None, "not offered by this kernel")
             continue
-        is_on = chosen in ("always", "within_size", "force")
-        advice = "" if is_on else f"may save TLB misses on large models: echo {wanted} > {_THP / name}"
+        is_on = chosen in (wanted, "always", "within_size", "force")
+        advice = "" if is_on else f"CPUs read huge pages faster: echo {wanted} > {huge_pages / name}"
         yield Finding(f"huge pages {what}", True if is_on else None, f"{name} is {chosen}", advice)
 
 

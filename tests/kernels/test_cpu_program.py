@@ -20,6 +20,7 @@ from engine.kernels.cpu.program import Count, Program, Record, Tape
 from engine.kernels.cpu.slabs import Slabs
 from engine.runner import Runner
 from engine.step import StepPlan
+from kvtransfer.arena import Arena
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
 
@@ -192,6 +193,30 @@ def test_slabs_hold_many_tensors_and_any_size() -> None:
         assert torch.equal(copied, x.T if i == 1 else x)
         assert copied.is_contiguous()
         assert copied.data_ptr() % 64 == 0
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel")
+def test_weights_and_cache_ask_for_huge_pages() -> None:
+    """``hg`` among the flags of a mapping: the advice was taken, whatever the system makes of it."""
+    copied, arena = Slabs().copy(torch.zeros(1 << 20)), Arena.create(4 << 20)
+    try:
+        for address in (copied.data_ptr(), torch.frombuffer(arena.buffer, dtype=torch.uint8).data_ptr()):
+            assert "hg" in _flags_of(address)
+    finally:
+        gc.collect()
+        arena.close()
+
+
+def _flags_of(address: int) -> list[str]:
+    is_there = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, *words = line.split()
+        if "-" in name:
+            start, stop = (int(bound, 16) for bound in name.split("-"))
+            is_there = start <= address < stop
+        elif is_there and name == "VmFlags:":
+            return words
+    raise AssertionError("no mapping holds the address")
 
 
 def test_the_process_has_one_crew() -> None:

@@ -124,3 +124,21 @@ def test_what_triton_builds_with_is_looked_for(tmp_path: Path) -> None:
         assert header.is_ok is True
     compiler, _ = trial.tools({"PATH": str(tmp_path), "CC": "icc"}, tmp_path)
     assert (compiler.is_ok, compiler.found) == (False, "CC is icc, which is not there")
+
+
+@pytest.mark.parametrize(
+    ("enabled", "shared", "ok"),
+    [
+        ("always [madvise] never", "always within_size [advise] never deny force", [True, True]),
+        ("[always] madvise never", "always within_size advise [never] deny force", [True, None]),
+        ("always madvise [never]", "[always] within_size advise never deny force", [None, True]),
+    ],
+)
+def test_huge_pages_are_there_if_they_come_when_asked_for(
+    enabled: str, shared: str, ok: list[bool | None], tmp_path: Path
+) -> None:
+    (tmp_path / "enabled").write_text(enabled)
+    (tmp_path / "shmem_enabled").write_text(shared)
+    found = [f for f in machine.memory_sharing(tmp_path) if f.subject.startswith("huge pages")]
+    assert [f.is_ok for f in found] == ok
+    assert all(str(tmp_path) in f.advice for f in found if not f.is_ok)

@@ -36,7 +36,7 @@ class Count(IntEnum):
 
 
 class Record(NamedTuple):
-    """One call of a kernel: ``units * ceil(num_rows / per_task)`` tasks.
+    """One call of a kernel: ``units * ceil(size / per_task)`` tasks.
 
     A tensor among the parameters stands for its address. What a record reads and writes has to be there when it runs:
     weights are kept by who made the record, all else comes from ``Tape.empty``.
@@ -46,7 +46,7 @@ class Record(NamedTuple):
     # 64-bit integers.
     parameters: tuple[Tensor | int, ...]
     # Mostly ``Tape.rows``.
-    num_rows: int
+    size: int
     per_task: int = 1
     units: int = 1
 
@@ -104,10 +104,10 @@ class Tape:
 
 def _words(record: Record) -> list[int]:
     """Counts stand in it as themselves, until a run fills them in."""
-    kernel, parameters, num_rows, per_task, units = record
+    kernel, parameters, size, per_task, units = record
     assert len(parameters) == kernel.num_parameters, f"{len(parameters)} parameters, not {kernel.num_parameters}"
     values = [p.data_ptr() if isinstance(p, Tensor) else p for p in parameters]
-    return record_words(kernel.address, units * -(-num_rows // per_task), values)
+    return record_words(kernel.address, units * -(-size // per_task), values)
 
 
 class Program:
@@ -135,8 +135,8 @@ class Program:
     def append(self, record: Record) -> None:
         at = len(self._words)
         self._words += _words(record)
-        if isinstance(record.num_rows, Count):
-            self._tasks.append((at + TASKS_WORD, record.num_rows, record.per_task, record.units))
+        if isinstance(record.size, Count):
+            self._tasks.append((at + TASKS_WORD, record.size, record.per_task, record.units))
         for i, parameter in enumerate(record.parameters):
             if isinstance(parameter, Count):
                 self._parameters.append((at + PARAMETERS_WORD + i, parameter))
