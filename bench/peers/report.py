@@ -65,7 +65,7 @@ def _by_round(samples: Rows) -> dict[int, dict[str, Mapping[str, Any]]]:
 
 def _regime_of(samples: Iterable[Mapping[str, Any]]) -> str:
     """That of most samples of a round."""
-    return statistics.mode(sample["regime"] for sample in samples)
+    return str(statistics.mode(sample["regime"] for sample in samples))
 
 
 def _engine_row(cell: str, regime: str, rounds: Mapping[int, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -68,9 +69,7 @@ def baton_plans(model: Path, run_dir: Path, num_threads: int) -> list[Plan]:
             *("--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready)),
         )
         settings: dict[str, object] = {"options": " ".join(options)}
-        plans.append(
-            Plan(name, command, driver_env(), lambda ready=ready: _of_ready_file(ready), model.name, False, settings)
-        )
+        plans.append(Plan(name, command, driver_env(), partial(_of_ready_file, ready), model.name, False, settings))
     return plans
 
 
