@@ -96,7 +96,7 @@ def _measure(args: argparse.Namespace, cores: list[int], book: Book) -> None:
         versions=facts.versions(), quick=args.quick, date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     # All of them before the first is timed: an installation is no neighbour of a measurement.
-    _prepare(args, model, log_dir)
+    args.peers = _prepare(args, model, log_dir, book)
     if args.part == "prepare":
         return
     probes = Probes(len(cores))
@@ -106,14 +106,17 @@ def _measure(args: argparse.Namespace, cores: list[int], book: Book) -> None:
         _measure_servers(args, cores, model, log_dir, probes, book)
 
 
-def _prepare(args: argparse.Namespace, model: Path, log_dir: Path) -> None:
+def _prepare(args: argparse.Namespace, model: Path, log_dir: Path, book: Book) -> tuple[str, ...]:
+    """The peers that can be measured here."""
+    ready = []
     for name in args.peers:
         print(f"environment of {name} ...", flush=True)
         try:
             converted(RECIPES[name], environment(RECIPES[name], args.envs, log_dir), model, args.envs, log_dir)
+            ready.append(name)
         except Unavailable as error:
-            # Tried and told again when it is to be started; that is its row.
-            print(f"  {error}", flush=True)
+            book.failed(name, "install", str(error))
+    return tuple(ready)
 
 
 def _measure_engines(
@@ -142,10 +145,7 @@ def _measure_servers(
         with tempfile.TemporaryDirectory(prefix="baton-peers-run-") as run_dir:
             plans = servers.baton_plans(model, Path(run_dir), len(cores))
             if "vllm" in args.peers:
-                try:
-                    plans.insert(0, servers.vllm_plan(model, args.envs, log_dir, cores))
-                except Unavailable as error:
-                    book.failed(servers.VLLM, "install", str(error))
+                plans.insert(0, servers.vllm_plan(model, args.envs, log_dir, cores))
             for plan in plans:
                 print(f"starting {plan.name} ...", flush=True)
                 if (server := servers.start(plan, log_dir, _START_SERVER_S, book)) is not None:

@@ -40,7 +40,8 @@ class Recipe:
     debian: tuple[str, ...] = ()
     # Run in the environment with the model's folder and an empty one.
     converter: str | None = None
-    limit_s: float = 1800.0
+    # Compiling llama.cpp takes two cores ten minutes, beside others half an hour.
+    limit_s: float = 3600.0
 
     @property
     def digest(self) -> str:
