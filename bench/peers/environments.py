@@ -45,7 +45,9 @@ class Recipe:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        """Of what is installed; of two recipes with the same one an environment serves both."""
+        content = {key: value for key, value in asdict(self).items() if key != "limit_s"}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 # torchvision and torchaudio of the index belong to a CUDA build of torch, and text models do without.
