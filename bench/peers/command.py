@@ -43,6 +43,9 @@ def main(arguments: Sequence[str], results: Path) -> None:
         book.close()
         print("\n" + report.markdown(book.rows))
         print(f"\nrows: {book.path}", flush=True)
+    if args.part == "prepare":
+        book.path.unlink()
+        return
     whole = args.out / f"peers-{stamp}.json"
     whole.write_text(json.dumps({"tables": report.summary(book.rows), "rows": book.rows}, indent=1) + "\n")
     book.path.unlink()
@@ -72,7 +75,13 @@ def _parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
     )
     args = parser.parse_args(list(arguments))
     args.envs = args.envs.resolve()
-    args.rounds = args.rounds or (1 if args.quick else 3)
+    if args.rounds is None:
+        args.rounds = 1 if args.quick else 3
+    if args.rounds < 1:
+        parser.error(f"--rounds: {args.rounds}, expected at least 1")
+    known = [one.name for one in (*CELLS, *LOADS)]
+    if unknown := [name for name in args.cells or () if name not in known]:
+        parser.error(f"--cells: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
     if unknown := [name for name in args.peers if name not in engines.PEERS]:
         parser.error(f"--peers: unknown {', '.join(unknown)}; expected some of {', '.join(engines.PEERS)}")
     return args
@@ -122,7 +131,7 @@ def _prepare(args: argparse.Namespace, model: Path, log_dir: Path, book: Book) -
 def _measure_engines(
     args: argparse.Namespace, cores: list[int], model: Path, log_dir: Path, probes: Probes, book: Book
 ) -> None:
-    cells = QUICK_CELLS if args.quick else CELLS
+    cells = QUICK_CELLS if args.quick and args.cells is None else CELLS
     cells = tuple(cell for cell in cells if args.cells is None or cell.name in args.cells)
     limits, contestants = engines.Limits(), []
     try:
@@ -138,7 +147,7 @@ def _measure_engines(
 def _measure_servers(
     args: argparse.Namespace, cores: list[int], model: Path, log_dir: Path, probes: Probes, book: Book
 ) -> None:
-    loads = QUICK_LOADS if args.quick else LOADS
+    loads = QUICK_LOADS if args.quick and args.cells is None else LOADS
     loads = tuple(load for load in loads if args.cells is None or load.name in args.cells)
     standing: list[servers.Server] = []
     try:

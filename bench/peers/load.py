@@ -34,14 +34,14 @@ class Load:
 
 
 LOADS: tuple[Load, ...] = (
-    Load("1 stream, 1024 in", 1024, 2, streams=1),
-    Load("8 streams, 512 in", 512, 16, streams=8),
-    Load("32 streams, 512 in", 512, 48, streams=32),
-    Load("open loop 0.45/s, 1024 in", 1024, 10, rate=0.45),
+    Load("1 stream 1024 in", 1024, 2, streams=1),
+    Load("8 streams 512 in", 512, 16, streams=8),
+    Load("32 streams 512 in", 512, 48, streams=32),
+    Load("open loop 0.45/s 1024 in", 1024, 10, rate=0.45),
 )
 QUICK_LOADS: tuple[Load, ...] = (
-    Load("1 stream, 1024 in", 1024, 1, streams=1),
-    Load("8 streams, 512 in", 512, 8, streams=8),
+    Load("1 stream 1024 in", 1024, 1, streams=1),
+    Load("8 streams 512 in", 512, 8, streams=8),
 )
 
 

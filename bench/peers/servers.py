@@ -92,7 +92,8 @@ def vllm_plan(model: Path, envs: Path, log_dir: Path, cores: Sequence[int]) -> P
         *("--max-num-batched-tokens", str(MAX_BATCH_TOKENS), "--no-enable-prefix-caching"),
     )
     command = (
-        *(str(made.python), "-m", "vllm.entrypoints.cli.main", "serve", str(model)),
+        # What ``vllm serve`` starts; that command itself asks for a package named vllm and fails in this build.
+        *(str(made.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", model.name, *options),
     )
     env = driver_env() | vllm_env(made, cores)
