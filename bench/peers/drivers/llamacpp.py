@@ -12,6 +12,8 @@ from bench.peers.drivers.protocol import MAX_BATCH_TOKENS, Start, serve
 _MAX_LIVE = 32
 # One more than there are live ones, for prompts.
 _PROMPT_SEQUENCE = _MAX_LIVE
+# A prompt of 2,048 tokens, or 512 and what is generated after them.
+_CELLS = 2304
 # The default. Larger ones were not faster here.
 _MICRO_BATCH_TOKENS = 512
 
@@ -26,13 +28,13 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError("llama.cpp does not load the file; its log says why")
         context = self._c.llama_context_default_params()
-        context.n_ctx = start.kv_tokens
+        # Cells of its own for each sequence: in a common pool each would look at the others' as well, behind a mask.
+        context.kv_unified = False
+        context.n_ctx = (_MAX_LIVE + 1) * _CELLS
         context.n_batch = MAX_BATCH_TOKENS
         context.n_ubatch = _MICRO_BATCH_TOKENS
         context.n_seq_max = _MAX_LIVE + 1
         context.n_threads = context.n_threads_batch = start.num_threads
-        # One pool of cells for all sequences; else each has a fixed share of them.
-        context.kv_unified = True
         self._context = self._c.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError("llama.cpp makes no context; its log says why")
@@ -46,7 +48,7 @@ class LlamaCpp:
             "weights": "bf16",
             "keys and values": "f16",
             "flash_attn": "auto",
-            "kv_unified": True,
+            "kv_unified": False,
             "n_batch": MAX_BATCH_TOKENS,
             "n_ubatch": _MICRO_BATCH_TOKENS,
             "threads": start.num_threads,
