@@ -9,8 +9,10 @@ import contextlib
 import json
 import os
 import selectors
+import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +21,12 @@ from typing import Any
 from bench.peers.environments import last_lines
 
 _END_S = 10.0
+# A stopped program sees no end of its input: the kernel ends it with the bench, however that ended (PR_SET_PDEATHSIG).
+_WITH_PARENT = (
+    "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
+    "os.getppid() == int(sys.argv[1]) or sys.exit('the bench has ended'); "
+    "os.execvp(sys.argv[2], sys.argv[2:])"
+)
 _TICKS_S = float(os.sysconf("SC_CLK_TCK"))
 
 
@@ -31,15 +39,15 @@ class Child:
 
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str], *, has_pipes: bool = True) -> None:
         self._log = log
+        if shutil.which(command[0]) is None:
+            raise Failed(f"{command[0]} is not a program here")
         pipe = subprocess.PIPE if has_pipes else None
         with log.open("ab") as out:
-            try:
-                self._process = subprocess.Popen(
-                    command, stdin=pipe or subprocess.DEVNULL, stdout=pipe or out, stderr=out,
-                    env=os.environ | env, start_new_session=True,
-                )  # fmt: skip
-            except OSError as error:
-                raise Failed(f"{command[0]}: {error}") from None
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _WITH_PARENT, str(os.getpid()), *command],
+                stdin=pipe or subprocess.DEVNULL, stdout=pipe or out, stderr=out,
+                env=os.environ | env, start_new_session=True,
+            )  # fmt: skip
         self._rest = b""
 
     @property
