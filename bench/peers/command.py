@@ -79,7 +79,7 @@ def _parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
         args.rounds = 1 if args.quick else 3
     if args.rounds < 1:
         parser.error(f"--rounds: {args.rounds}, expected at least 1")
-    known = [one.name for one in (*CELLS, *LOADS)]
+    known = [*(cell.name for cell in CELLS), *(load.name for load in LOADS)]
     if unknown := [name for name in args.cells or () if name not in known]:
         parser.error(f"--cells: unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
     if unknown := [name for name in args.peers if name not in engines.PEERS]:
