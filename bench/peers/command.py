@@ -20,6 +20,7 @@ from bench.peers.cells import CELLS, QUICK_CELLS, Probes, processor
 from bench.peers.environments import RECIPES, Unavailable, converted, environment
 from bench.peers.load import LOADS, QUICK_LOADS
 
+_ABOUT = "Other engines and servers beside ours: makes what is missing, measures in rounds, prints tables, saves JSON."
 _START_SERVER_S = 240.0
 
 
@@ -53,7 +54,7 @@ def main(arguments: Sequence[str], results: Path) -> None:
 
 
 def _parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench peers", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench peers", description=_ABOUT)
     parser.add_argument(
         "--quick", action="store_true", help="fewer cells, loads and rounds; for a look, not for the record"
     )
@@ -133,6 +134,8 @@ def _measure_engines(
 ) -> None:
     cells = QUICK_CELLS if args.quick and args.cells is None else CELLS
     cells = tuple(cell for cell in cells if args.cells is None or cell.name in args.cells)
+    if not cells:
+        return
     limits, contestants = engines.Limits(), []
     try:
         for name in (engines.OURS, *args.peers):
@@ -149,6 +152,8 @@ def _measure_servers(
 ) -> None:
     loads = QUICK_LOADS if args.quick and args.cells is None else LOADS
     loads = tuple(load for load in loads if args.cells is None or load.name in args.cells)
+    if not loads:
+        return
     standing: list[servers.Server] = []
     try:
         with tempfile.TemporaryDirectory(prefix="baton-peers-run-") as run_dir:
