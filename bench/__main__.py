@@ -1,4 +1,7 @@
-"""``python -m bench [--quick] [NAME ...]``, each of BENCHES or all: prints tables, saves JSON."""
+"""``python -m bench [--quick] [NAME ...]``, each of BENCHES or all: prints tables, saves JSON.
+
+``python -m bench peers`` has options of its own.
+"""
 
 from __future__ import annotations
 
@@ -55,6 +58,10 @@ def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["peers"]:
+        # It makes environments of gigabytes: never part of all.
+        importlib.import_module("bench.peers.command").main(sys.argv[2:], RESULTS)
+        return
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Baton beside its peers and limits.")
     parser.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default=["all"], help="default: all")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and repeats; for a look, not for the record")
