@@ -23,7 +23,7 @@ from bench import measure
 
 # Each module has ``run(quick: bool) -> dict``. A list of flat mappings in it is printed as a table, a mapping as part,
 # the rest as a line; keys starting with "samples" are saved only.
-BENCHES = ("engine", "transfer", "router", "cluster", "observability", "hostile")
+BENCHES = ("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

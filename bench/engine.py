@@ -48,7 +48,7 @@ class Row:
     samples_transformers: tuple[float, ...]
 
 
-def _prompts(count: int, num_tokens: int) -> list[tuple[int, ...]]:
+def prompts_of(count: int, num_tokens: int) -> list[tuple[int, ...]]:
     rng = Random(f"{count}/{num_tokens}")
     return [tuple(rng.randrange(1, bench_model.VOCAB_SIZE) for _ in range(num_tokens)) for _ in range(count)]
 
@@ -56,11 +56,12 @@ def _prompts(count: int, num_tokens: int) -> list[tuple[int, ...]]:
 class Ours:
     """The runner, driven by hand: blocks are dealt out once, steps are planned as the scheduler would."""
 
-    def __init__(self, folder: Path, dtype: str) -> None:
+    def __init__(self, folder: Path, dtype: str, quantization: str = "none") -> None:
         block_tokens = EngineConfig().block_tokens
         self._blocks_each = -(-max(max(PREFILL_TOKENS), CONTEXT_TOKENS + 128) // block_tokens)
         num_blocks = max(BATCHES) * -(-(CONTEXT_TOKENS + 128) // block_tokens) + self._blocks_each
-        self.runner = Runner.load(folder, EngineConfig(dtype=dtype, num_blocks=num_blocks))
+        config = EngineConfig(dtype=dtype, quantization=quantization, num_blocks=num_blocks)
+        self.runner = Runner.load(folder, config)
 
     def _sequences(self, prompts: list[tuple[int, ...]], extra_tokens: int) -> list[Sequence]:
         sampling = SamplingParams(temperature=0.0, max_tokens=4096, seed=0)
@@ -81,7 +82,7 @@ class Ours:
             sequence.token_ids.append(result.sampled[sequence.sequence_id].token_id)
 
     def prefill_s(self, num_tokens: int) -> float:
-        sequences = self._sequences(_prompts(1, num_tokens), 1)
+        sequences = self._sequences(prompts_of(1, num_tokens), 1)
         started = time.perf_counter()
         self._step(sequences)
         taken = time.perf_counter() - started
@@ -91,7 +92,7 @@ class Ours:
     def ready_to_decode(self, batch: int) -> Callable[[], float]:
         """Fills the cache; what it returns runs the steps once more from the same cache and gives seconds a step."""
         num_steps = _DECODE_STEPS[batch]
-        sequences = self._sequences(_prompts(batch, CONTEXT_TOKENS), num_steps + 1)
+        sequences = self._sequences(prompts_of(batch, CONTEXT_TOKENS), num_steps + 1)
         at_once = _MAX_BATCH_TOKENS // CONTEXT_TOKENS
         for i in range(0, batch, at_once):
             self._step(sequences[i : i + at_once])
@@ -119,7 +120,7 @@ class Theirs:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
 
     def prefill_s(self, num_tokens: int) -> float:
-        token_ids = self._torch.tensor(_prompts(1, num_tokens))
+        token_ids = self._torch.tensor(prompts_of(1, num_tokens))
         with self._torch.inference_mode():
             started = time.perf_counter()
             self._model(input_ids=token_ids, use_cache=True, logits_to_keep=1).logits.argmax(-1)
@@ -130,7 +131,7 @@ class Theirs:
         from transformers import DynamicCache
 
         num_steps = _DECODE_STEPS[batch]
-        token_ids = self._torch.tensor(_prompts(batch, CONTEXT_TOKENS))
+        token_ids = self._torch.tensor(prompts_of(batch, CONTEXT_TOKENS))
         cache = DynamicCache(config=self._model.config)
         with self._torch.inference_mode():
             self._model(input_ids=token_ids[:, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)

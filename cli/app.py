@@ -54,6 +54,11 @@ class Kernels(StrEnum):
     reference = "reference"
 
 
+class Quantization(StrEnum):
+    none = "none"
+    int8 = "int8"
+
+
 class GenerationConfig(StrEnum):
     auto = "auto"
     none = "none"
@@ -94,6 +99,13 @@ KernelsName = Annotated[
     typer.Option(
         help="cpu, triton (for GPUs), reference (plain torch, slow), or auto: triton with an NVIDIA GPU from sm_80 on, "
         "else cpu."
+    ),
+]
+QuantizationName = Annotated[
+    Quantization,
+    typer.Option(
+        help="int8: weights become 8-bit integers at load, activations in every step; half of bfloat16's bytes, "
+        "slightly other tokens. Not on a GPU. The same for all workers."
     ),
 ]
 KvMib = Annotated[
@@ -252,6 +264,7 @@ def up(
     ] = None,
     model_name: ModelName = "",
     kernels: KernelsName = Kernels.auto,
+    quantization: QuantizationName = Quantization.none,
     gpus: Annotated[
         str,
         typer.Option(
@@ -294,6 +307,7 @@ def up(
     engine = EngineConfig(
         dtype=dtype.value,
         kernels=kernels.value,
+        quantization=quantization.value,
         block_tokens=block_tokens,
         num_blocks=num_blocks or None,
         kv_bytes=kv_mib << 20 or None,
@@ -326,6 +340,7 @@ def up(
         generation_config=generation_config.value,
         worker_arguments=(
             *("--transport", transport, "--dtype", dtype.value, "--kernels", kernels.value),
+            *("--quantization", quantization.value),
             *("--block-tokens", str(block_tokens)),
             *("--max-batch-tokens", str(max_batch_tokens), "--max-num-seqs", str(max_num_seqs)),
             *("--max-graph-seqs", str(max_graph_seqs), "--batch-invariant", batch_invariant.value),
@@ -364,6 +379,7 @@ def worker(
     dtype: Annotated[DType, typer.Option()] = DType.auto,
     model_name: ModelName = "",
     kernels: KernelsName = Kernels.auto,
+    quantization: QuantizationName = Quantization.none,
     device: Annotated[
         str,
         typer.Option(
@@ -434,6 +450,7 @@ def worker(
         model_name=model_name or model_source.name_of(model),
         dtype=dtype.value,
         kernels=kernels.value,
+        quantization=quantization.value,
         kv_bytes=kv_mib << 20 or None,
         device=device,
         gpu_memory_utilization=gpu_memory_utilization,

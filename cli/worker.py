@@ -71,6 +71,7 @@ class WorkerConfig:
     model_name: str = ""
     dtype: str = "auto"
     kernels: str = "auto"
+    quantization: str = "none"
     # "auto", or torch's name for it.
     device: str = "auto"
     gpu_memory_utilization: float = 0.9
@@ -155,6 +156,7 @@ def engine_config(config: WorkerConfig) -> EngineConfig:
         max_batch_tokens=config.max_batch_tokens,
         max_num_seqs=config.max_num_seqs,
         kernels=config.kernels,
+        quantization=config.quantization,
         max_graph_seqs=config.max_graph_seqs,
         is_batch_invariant=config.is_batch_invariant,
         num_threads=config.num_threads,

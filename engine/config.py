@@ -174,7 +174,7 @@ def _refuse_other_weights(fields: Fields) -> None:
         method = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
         raise fields.refusal(
             f"quantization_config ({quoted(method)}) is set, but quantized weights are not supported; "
-            "use an unquantized checkpoint"
+            "use an unquantized checkpoint, of which --quantization int8 makes 8-bit weights"
         )
     own_code = [name for name in fields.fields("auto_map") if name.startswith("AutoModel")]
     if own_code:
@@ -301,7 +301,8 @@ class EngineConfig:
     Without either the KV cache is what the device's memory leaves (``engine/memory.py``): on a GPU up to
     ``gpu_memory_utilization`` of its total, which ``gpu_workers`` share; on a processor part of what is free.
     ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none. Without
-    ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step.
+    ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step. ``quantization`` int8: the
+    weights of all products are made 8-bit integers when they are loaded, and activations beside them in every step.
     """
 
     dtype: str = "auto"
@@ -314,6 +315,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_graph_seqs: int = 256
     kernels: str = "auto"
+    quantization: str = "none"
     # Of torch's names, or "auto": the first GPU where the kernels take one.
     device: str = "auto"
     is_batch_invariant: bool = True
@@ -323,6 +325,9 @@ class EngineConfig:
         self._check(self.dtype in ("auto", *DTYPE_BYTES), "dtype", f"auto or one of {', '.join(DTYPE_BYTES)}")
         known = ("auto", "cpu", "triton", "reference")
         self._check(self.kernels in known, "kernels", "auto, cpu, triton or reference")
+        self._check(self.quantization in ("none", "int8"), "quantization", "none or int8")
+        is_on_gpu = self.quantization == "int8" and self.kernels == "triton"
+        self._check(not is_on_gpu, "quantization", "none with kernels triton: int8 is not on a GPU yet")
         is_power = self.block_tokens & (self.block_tokens - 1) == 0
         is_right = is_power and 16 <= self.block_tokens <= _MAX_BLOCK_TOKENS
         self._check(is_right, "block_tokens", f"a power of two from 16 to {_MAX_BLOCK_TOKENS}")

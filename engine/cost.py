@@ -15,6 +15,9 @@ from baton.types import DTYPE_BYTES
 from engine.config import ModelConfig
 from engine.step import Piece, StepPlan
 
+# Of 8-bit weights, with the float32 scale of each group (kernels/int8.py).
+_INT8_BYTES = 1 + 4 / 128
+
 
 class StepCost(NamedTuple):
     flops: float
@@ -37,8 +40,9 @@ class CostModel:
     windows: tuple[tuple[int | None, int], ...]
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: str) -> CostModel:
+    def of(cls, config: ModelConfig, dtype: str, quantization: str) -> CostModel:
         size = DTYPE_BYTES[dtype]
+        weight_size = _INT8_BYTES if quantization == "int8" else size
         heads = config.num_heads * config.head_dim
         qkv = config.hidden_size * (heads + 2 * config.num_kv_heads * config.head_dim)
         layer = qkv + heads * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
@@ -47,8 +51,8 @@ class CostModel:
             flops_per_token=2.0 * layer * config.num_layers,
             flops_per_sample=2.0 * head,
             flops_per_pair=4.0 * heads,
-            layer_weight_bytes=float(layer * config.num_layers * size),
-            head_weight_bytes=float(head * size),
+            layer_weight_bytes=float(layer * config.num_layers * weight_size),
+            head_weight_bytes=float(head * weight_size),
             kv_bytes_per_layer=2.0 * config.num_kv_heads * config.head_dim * size,
             windows=tuple(sorted(Counter(config.windows).items(), key=lambda item: item[0] or 0)),
         )

@@ -74,10 +74,11 @@ def shown(layout: KvLayout) -> str:
     return f"KV cache: {layout.num_blocks:,} blocks, {num_tokens:,} tokens, {amount}"
 
 
-def weight_bytes(model: ModelConfig, dtype: str) -> int:
-    """The layers, the embedding and the head, which kernels hold twice where they are tied."""
-    cost = CostModel.of(model, dtype)
-    return int(cost.layer_weight_bytes + 2 * cost.head_weight_bytes)
+def weight_bytes(model: ModelConfig, dtype: str, quantization: str) -> int:
+    """The layers, the head, and the embedding, held beside the head even where they are tied, and never quantized."""
+    cost = CostModel.of(model, dtype, quantization)
+    embedding = model.vocab_size * model.hidden_size * DTYPE_BYTES[dtype]
+    return int(cost.layer_weight_bytes + cost.head_weight_bytes) + embedding
 
 
 def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
@@ -97,7 +98,8 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
 
     Pages of the cache that are never written cost nothing, so a small load does not pay for a generous pool.
     """
-    own_bytes = weight_bytes(model, dtype) + activation_bytes(model, config, dtype) + _PROCESS_BYTES
+    weights = weight_bytes(model, dtype, config.quantization)
+    own_bytes = weights + activation_bytes(model, config, dtype) + _PROCESS_BYTES
     left_bytes = memory.available_bytes - num_workers * own_bytes
     size = int(left_bytes * _HOST_SHARE / num_workers)
     per_block = block_bytes(model, config, dtype)
@@ -181,7 +183,8 @@ def layout_before_loading(
         size = host_kv_bytes(memory, model, config, dtype, num_workers=num_workers)
         layout = kv_layout(model, config, dtype, kv_bytes=size)
     kv_bytes = 0 if layout is None else layout.total_bytes
-    check_fits(memory, kv_bytes=kv_bytes, weight_bytes=weight_bytes(model, dtype), num_workers=num_workers)
+    weights = weight_bytes(model, dtype, config.quantization)
+    check_fits(memory, kv_bytes=kv_bytes, weight_bytes=weights, num_workers=num_workers)
     return layout
 
 

@@ -29,7 +29,7 @@ from engine.sizing import measure
 from engine.staging import new_event, to_device, to_host
 from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
 from engine.warm_up import MINIMAL, largest_step, warm_up_plans
-from engine.weights import Checkpoint
+from engine.weights import Checkpoint, quantized_fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class Runner:
         self.layout = cache.layout
         self.kernels = kernels.name
         self.device = str(kernels.device)
-        self.cost = CostModel.of(model_config, cache.layout.dtype)
+        self.cost = CostModel.of(model_config, cache.layout.dtype, kernels.quantization)
         self._kernels = kernels
         self._devices = devices
         self._model = model
@@ -122,7 +122,10 @@ class Runner:
         """
         devices = devices or TorchDevices()
         invariant = config.is_batch_invariant
-        kernels = select_kernels(config.kernels, is_batch_invariant=invariant, device=config.device, devices=devices)
+        kernels = select_kernels(
+            config.kernels, is_batch_invariant=invariant, quantization=config.quantization, device=config.device,
+            devices=devices,
+        )  # fmt: skip
         return cls.load_on(kernels, folder, config, allocate=allocate, devices=devices)
 
     @classmethod
@@ -147,7 +150,7 @@ class Runner:
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
             description = ModelDescription(
                 name=folder.resolve().name,
-                fingerprint=checkpoint.fingerprint(model_config),
+                fingerprint=quantized_fingerprint(checkpoint.fingerprint(model_config), kernels.quantization),
                 dtype=dtype,
                 max_model_tokens=model_config.max_model_tokens,
                 vocab_size=model_config.vocab_size,

@@ -76,3 +76,8 @@ def fingerprint(folder: Path) -> str:
     """Of a folder that is not loaded."""
     with Checkpoint(folder) as checkpoint:
         return checkpoint.fingerprint(checkpoint.check(ModelConfig.from_folder(folder)))
+
+
+def quantized_fingerprint(digest: str, quantization: str) -> str:
+    """Of the numbers that the model computes with: other weights are made of the same files."""
+    return digest if quantization == "none" else f"{digest}-{quantization}"

@@ -33,7 +33,12 @@ def choose(has: Accelerator) -> Choice:
 
 
 def select_kernels(
-    name: str, *, is_batch_invariant: bool = True, device: str = "auto", devices: Devices | None = None
+    name: str,
+    *,
+    is_batch_invariant: bool = True,
+    quantization: str = "none",
+    device: str = "auto",
+    devices: Devices | None = None,
 ) -> Kernels:
     """Kernels by name on a device by name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` kernels are triton where
     there is a GPU for them, else cpu.
@@ -53,6 +58,12 @@ def select_kernels(
         logging.getLogger(__name__).info("kernels auto: %s (%s)", name, why)
     # Imported on choice: a GPU worker needs no compiler for CPUs.
     if name == "triton":
+        if quantization != "none":
+            raise BadConfig(
+                f"quantization is {quantization}, which kernels triton do not have, it is not on a GPU yet; expected "
+                "none, or kernels cpu",
+                param="quantization",
+            )
         try:
             from engine.kernels.triton.kernels import TritonKernels
         except ImportError as error:
@@ -69,9 +80,9 @@ def select_kernels(
     if name == "reference":
         from engine.kernels.reference import ReferenceKernels
 
-        return ReferenceKernels()
+        return ReferenceKernels(quantization=quantization)
     if name == "cpu":
         from engine.kernels.cpu import CpuKernels
 
-        return CpuKernels()
+        return CpuKernels(quantization=quantization)
     raise BadConfig(f"kernels {name!r} are not known; expected auto, cpu, triton or reference", param="kernels")

@@ -40,6 +40,8 @@ class Kernels(Protocol):
     """
 
     name: str
+    # What becomes of the weights of products: "none" or "int8".
+    quantization: str
     # Where weights, cache and activations lie.
     device: torch.device
 

@@ -15,6 +15,7 @@ from torch.nn import functional
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
+from engine.kernels.int8 import MODE, quantized, quantized_rows
 from engine.kernels.interface import Attention, Linear
 
 # torch's product gives a row the same bits whatever the other rows only if their number is a multiple of this.
@@ -22,10 +23,15 @@ _ROW_MULTIPLE = 8
 
 
 class ReferenceKernels:
-    name = "reference"
     device = torch.device("cpu")
 
+    def __init__(self, *, quantization: str = "none") -> None:
+        self.quantization = quantization
+        self.name = f"reference-{MODE}" if quantization == "int8" else "reference"
+
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if self.quantization == "int8":
+            return _int8_linear(weight, bias)
         weight = weight.contiguous()
 
         def apply(x: Tensor) -> Tensor:
@@ -82,6 +88,22 @@ class ReferenceKernels:
             return out.flatten(1)
 
         return apply
+
+
+def _int8_linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """Exact sums within a group of inputs; groups one after the other, each by a fused multiply-add."""
+    levels, scales = quantized(weight)
+
+    def apply(x: Tensor) -> Tensor:
+        rows = quantized_rows(x)
+        total = torch.zeros(len(x), len(weight))
+        for group in range(levels.shape[1]):
+            exact = rows.levels[:, group].double() @ levels[:, group].double().T
+            share = exact.float() * rows.scales[:, group, None]
+            total = (share.double() * scales[:, group].double() + total.double()).float()
+        return (total if bias is None else total + bias.float()).to(x.dtype)
+
+    return apply
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

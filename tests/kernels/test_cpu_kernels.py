@@ -109,6 +109,7 @@ AVX2 = dataclasses.replace(
     tile_rows=6,
     tile_vectors=2,
     has_bf16_dot=False,
+    has_vnni=False,
 )
 NARROW = dataclasses.replace(AVX2, name="128bit", lanes=4, tile_rows=4, tile_vectors=3)
 ISAS = {"host": HOST, "avx2": AVX2, "narrow": NARROW} if platform.machine() == "x86_64" else {"host": HOST}

@@ -130,7 +130,7 @@ def test_a_size_that_was_given_wins_and_nothing_is_tried(folder: Path, setting: 
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(folder: Path) -> None:
-    need = weight_bytes(ModelConfig.from_folder(folder), "float32")
+    need = weight_bytes(ModelConfig.from_folder(folder), "float32", "none")
     gpu = FakeGpuMemory(GIB, others_bytes=GIB - need + 1)
     kernels, devices = GpuKernels(gpu), FakeDevices(memory=gpu)
     with pytest.raises(BadConfig, match="what is free on cpu"):

@@ -99,7 +99,7 @@ def test_a_cache_beyond_the_machine_is_refused_before_it_is_allocated(tmp_path: 
 def test_weights_count_beside_the_cache(tmp_path: Path) -> None:
     folder, config = CASE.save(tmp_path / "model"), EngineConfig(num_blocks=4)
     model = ModelConfig.from_folder(folder)
-    need = kv_layout(model, config, "float32").total_bytes + weight_bytes(model, "float32")
+    need = kv_layout(model, config, "float32").total_bytes + weight_bytes(model, "float32", "none")
     with pytest.raises(BadConfig, match="a small machine"):
         Runner.load(folder, config, devices=FakeDevices(host=Memory(need - 1, "a small machine")))
     Runner.load(folder, config, devices=FakeDevices(host=Memory(need, "just enough")))
@@ -110,7 +110,7 @@ def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> Non
     model = ModelConfig.from_folder(folder)
     per_block = block_bytes(model, config, "float32")
     # For one worker, and in equal parts for several that start together.
-    own = weight_bytes(model, "float32") + activation_bytes(model, config, "float32") + (512 << 20)
+    own = weight_bytes(model, "float32", "none") + activation_bytes(model, config, "float32") + (512 << 20)
     for num_workers in (1, 3):
         has = Memory(num_workers * (own + 20 * per_block), "a test")
         assert host_kv_bytes(has, model, config, "float32", num_workers=num_workers) == 10 * per_block

@@ -80,7 +80,7 @@ def sequence(num_prompt: int) -> Sequence:
 def test_cost_of_attention_is_what_counting_one_by_one_gives(
     windows: tuple[int | None, ...], start: int, count: int
 ) -> None:
-    cost = CostModel.of(model_config(windows), "float32")
+    cost = CostModel.of(model_config(windows), "float32", "none")
     plan = StepPlan((Piece(sequence(60), start, count, samples=True),))
     seen = [[range(max(0, p + 1 - (w or 999)), p + 1) for p in range(start, start + count)] for w in windows]
     pairs = sum(len(keys) for layer in seen for keys in layer)

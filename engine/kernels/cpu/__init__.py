@@ -14,6 +14,7 @@ from engine.batch import Span
 from engine.config import ModelConfig
 from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
+from engine.kernels.cpu.linear_int8 import CpuLinearInt8
 from engine.kernels.cpu.llvm import Isa
 from engine.kernels.cpu.logits import summarize
 from engine.kernels.cpu.onednn import OneDnnLinear, has_matrix_units, is_exact
@@ -21,6 +22,7 @@ from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_ro
 from engine.kernels.cpu.program import Tape
 from engine.kernels.cpu.slabs import Slabs
 from engine.kernels.cpu.step import StepRecorder
+from engine.kernels.int8 import MODE
 from engine.kernels.interface import Attention, Linear, Recorder
 from engine.kv_cache import KvCache
 
@@ -31,19 +33,23 @@ class CpuKernels:
 
     device = torch.device("cpu")
 
-    def __init__(self, isa: Isa | None = None, *, uses_onednn: bool | None = None) -> None:
+    def __init__(self, isa: Isa | None = None, *, uses_onednn: bool | None = None, quantization: str = "none") -> None:
         self._isa = isa or Isa.of_host()
-        self._uses_onednn = (has_matrix_units() if uses_onednn is None else uses_onednn) and is_exact()
+        self.quantization = quantization
+        wants_onednn = has_matrix_units() if uses_onednn is None else uses_onednn
+        self._uses_onednn = quantization == "none" and wants_onednn and is_exact()
         # Operations run as they are called, or are recorded (step.py).
         self.tape = Tape()
         self._slabs = Slabs()
         # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
-        self.name = f"cpu-{self._isa.name}" + ("-onednn" if self._uses_onednn else "")
+        products = f"-{MODE}" if quantization == "int8" else "-onednn" if self._uses_onednn else ""
+        self.name = f"cpu-{self._isa.name}{products}"
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         if self._uses_onednn and weight.dtype == torch.bfloat16:
             return OneDnnLinear(self.tape, weight, bias)
-        return CpuLinear(self._isa, self.tape, self._slabs, weight, bias)
+        kind = CpuLinearInt8 if self.quantization == "int8" else CpuLinear
+        return kind(self._isa, self.tape, self._slabs, weight, bias)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
         assert drawn is None, "the host draws"

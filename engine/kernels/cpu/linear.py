@@ -24,7 +24,7 @@ number stands for is the kernel's choice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 from torch.nn import functional
@@ -87,12 +87,7 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
         weights = weights + panel * num_in * (panel_size * size)
         bias = bias + panel * (panel_size * size)
         out = out + panel * (panel_size * size)
-        num_columns = (num_out - panel * panel_size).min(panel_size)
-        spare = e.scratch(panel_size * size)
-
-        def write(sums: list[Vec], target: Int) -> None:
-            for v, value in enumerate(sums):
-                e.store(dtype, value, target + v * width * size)
+        write = row_writer(e, dtype, (num_out - panel * panel_size).min(panel_size), panel_size)
 
         def tile(row: Int, num_tile_rows: int) -> None:
             """Registers [tile rows, vectors], kept over the whole input."""
@@ -109,18 +104,32 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
             biases = [e.load(dtype, bias + v * width * size, width) for v in range(vectors)]
             for i in range(num_tile_rows):
                 sums = [loop.values[i * vectors + v] + biases[v] for v in range(vectors)]
-                target = out + (row + i) * num_out * size
-                with e.b.if_else(num_columns < panel_size) as (in_part, whole):
-                    with whole:
-                        write(sums, target)
-                    with in_part:
-                        write(sums, spare)
-                        with e.loop(0, num_columns * size, size) as column:
-                            e.copy(spare + column.index, target + column.index, size)
+                write(sums, out + (row + i) * num_out * size)
 
         e.by_rows(first, (first + TASK_ROWS).min(num_rows), isa.tile_rows, tile)
 
     return Kernel(f"linear_{dtype}", isa, 7, build)
+
+
+def row_writer(e: Emitter, dtype: str, num_columns: Int, panel_size: int) -> Callable[[list[Vec], Int], None]:
+    """Writes the vectors of a panel to an address: its first ``num_columns`` outputs, the others do not exist."""
+    size = itemsize(dtype)
+    spare = e.scratch(panel_size * size)
+
+    def store(sums: list[Vec], target: Int) -> None:
+        for v, value in enumerate(sums):
+            e.store(dtype, value, target + v * value.width * size)
+
+    def write(sums: list[Vec], target: Int) -> None:
+        with e.b.if_else(num_columns < panel_size) as (in_part, whole):
+            with whole:
+                store(sums, target)
+            with in_part:
+                store(sums, spare)
+                with e.loop(0, num_columns * size, size) as column:
+                    e.copy(spare + column.index, target + column.index, size)
+
+    return write
 
 
 @functools.cache

@@ -27,7 +27,7 @@ class _BFloatType(ir.Type):  # type: ignore[misc]
 
 
 _LINE_BYTES = 64
-_I16, _I32, _I64 = ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_I8, _I16, _I32, _I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _F32 = ir.FloatType()
 _STORAGE = {"float32": _F32, "float16": ir.HalfType(), "bfloat16": _BFloatType()}
 
@@ -43,21 +43,28 @@ class Isa:
     tile_rows: int
     tile_vectors: int
     has_bf16_dot: bool
+    # Four products of bytes a lane in one instruction.
+    has_vnni: bool
 
     @classmethod
     def of_host(cls) -> Isa:
         features = llvm.get_host_cpu_features()
         cpu = llvm.get_host_cpu_name(), features.flatten()
         if features.get("avx512f"):
-            has_bf16_dot = features.get("avx512bf16", False)
-            return cls("avx512bf16" if has_bf16_dot else "avx512", *cpu, 16, 6, 4, has_bf16_dot)
+            has_bf16_dot, has_vnni = features.get("avx512bf16", False), features.get("avx512vnni", False)
+            return cls("avx512bf16" if has_bf16_dot else "avx512", *cpu, 16, 6, 4, has_bf16_dot, has_vnni)
         if features.get("avx2") and features.get("fma"):
-            return cls("avx2", *cpu, 8, 6, 2, has_bf16_dot=False)
-        return cls("128bit", *cpu, 4, 4, 4, has_bf16_dot=False)
+            return cls("avx2", *cpu, 8, 6, 2, has_bf16_dot=False, has_vnni=features.get("avxvnni", False))
+        return cls("128bit", *cpu, 4, 4, 4, has_bf16_dot=False, has_vnni=False)
 
     def width(self, size: int) -> int:
         """Lanes of the widest vector that divides a run of ``size`` elements."""
         return math.gcd(self.lanes, size)
+
+    @property
+    def per_int8_dot(self) -> int:
+        """Elements of the summed dimension that one step of a product of 8-bit integers takes: four bytes of a row."""
+        return 4 if self.has_vnni else 2
 
 
 class Int:
@@ -148,6 +155,23 @@ class Vec:
 
     def where(self, mask: ir.Value, other: Vec | float) -> Vec:
         return Vec(self.e, self.e.b.select(mask, self.v, self._other(other)))
+
+
+class IntVec:
+    """A vector of int32."""
+
+    __slots__ = ("e", "v")
+
+    def __init__(self, e: Emitter, v: ir.Value) -> None:
+        self.e = e
+        self.v = v
+
+    @property
+    def width(self) -> int:
+        return int(self.v.type.count)
+
+    def to_float(self) -> Vec:
+        return Vec(self.e, self.e.b.sitofp(self.v, ir.VectorType(_F32, self.width)))
 
 
 @dataclass(slots=True)
@@ -259,6 +283,14 @@ class Emitter:
         first = self.b.extract_element(value.v, _I32(0))
         self.b.store(first, self.b.inttoptr(address.v, _F32.as_pointer()), align=4)
 
+    def store_integers(self, value: Vec, address: Int, num_bytes: int) -> None:
+        """Whole numbers, as integers of 1, 2 or 4 bytes that can hold them; NaN as 0."""
+        b, kind = self.b, ir.VectorType(_I32, value.width)
+        raw = b.fptosi(value.where(b.fcmp_ordered("ord", value.v, value.v), 0.0).v, kind)
+        if num_bytes < 4:
+            raw = b.trunc(raw, ir.VectorType(ir.IntType(8 * num_bytes), value.width))
+        b.store(raw, b.inttoptr(address.v, raw.type.as_pointer()), align=num_bytes)
+
     def round(self, dtype: str, value: Vec) -> Vec:
         """What storing and loading would give."""
         if dtype == "float32":
@@ -333,11 +365,15 @@ class Emitter:
     def sqrt(self, x: Vec) -> Vec:
         return Vec(self, self._call(f"llvm.sqrt.v{x.width}f32", x.v.type, x.v))
 
+    def nearest(self, x: Vec) -> Vec:
+        """Rounded to a whole number, ties to even."""
+        return Vec(self, self._call(f"llvm.nearbyint.v{x.width}f32", x.v.type, x.v))
+
     def exp2(self, x: Vec) -> Vec:
         """2^x to 1e-7, 0 from -127 down; x at most 127. A polynomial of the remainder to the nearest integer."""
         b = self.b
         x = x.max(-127.0)
-        whole = Vec(self, self._call(f"llvm.nearbyint.v{x.width}f32", x.v.type, x.v))
+        whole = self.nearest(x)
         part = x - whole
         result = self.constant(_EXP2[0], x.width)
         for coefficient in _EXP2[1:]:
@@ -400,6 +436,32 @@ class Emitter:
         for one, other in zip(halves(x), halves(y), strict=True):
             total = self.fma(one, other, total)
         return total
+
+    # -- products of 8-bit integers, exact: `isa.per_int8_dot` elements of the summed dimension a step
+
+    def spread_integers(self, address: Int, width: int) -> IntVec:
+        """An int32 in every lane."""
+        return IntVec(self, self._splat(self._load(address, _I32, 4), width))
+
+    def int8_load(self, address: Int, width: int) -> ir.Value:
+        """A step of unsigned bytes for each of ``width`` lanes."""
+        return self._load(address, ir.VectorType(_I8, self.isa.per_int8_dot * width), 1)
+
+    def int8_dot(self, total: IntVec, weights: ir.Value, row: IntVec) -> IntVec:
+        """total + weights . row of one step; a lane of ``row`` is four signed bytes, or without VNNI two int16."""
+        b, kind = self.b, total.v.type
+        if self.isa.has_vnni:
+            # LLVM renames its types from version to version, and takes what it took before.
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * total.width}"
+            return IntVec(self, self._call(name, kind, total.v, b.bitcast(weights, kind), row.v))
+        pairs = ir.VectorType(_I32, 2 * total.width)
+        signed = b.sext(b.bitcast(row.v, ir.VectorType(_I16, 2 * total.width)), pairs)
+        products = b.mul(b.zext(weights, pairs), signed)
+        halves = []
+        for first in (0, 1):
+            order = ir.Constant(ir.VectorType(_I32, total.width), [2 * i + first for i in range(total.width)])
+            halves.append(b.shuffle_vector(products, products, order))
+        return IntVec(self, b.add(total.v, b.add(*halves)))
 
     def _splat(self, value: ir.Value, width: int) -> ir.Value:
         kind = ir.VectorType(value.type, width)

@@ -52,6 +52,8 @@ class TritonKernels:
     law does not hold.
     """
 
+    quantization = "none"
+
     def __init__(
         self, tuning: Tuning, device: torch.device, *, is_probing: bool = True, is_batch_invariant: bool = True
     ) -> None:
@@ -148,7 +150,7 @@ class TritonKernels:
         groups, saved = _shared(tables, lengths, config, layout, tile)
         if not groups:
             return False
-        cost = CostModel.of(config, layout.dtype)
+        cost = CostModel.of(config, layout.dtype, self.quantization)
         kv_tokens = sum(sum(min(length, window or length) for length in lengths) for window in config.windows)
         step_bytes = cost.layer_weight_bytes + cost.head_weight_bytes + kv_tokens * _token_bytes(layout)
         return is_worth_queueing(step_bytes, saved, config.num_layers, config.windows.count(None))

@@ -1,0 +1,178 @@
+"""x W^T + b on weights of 8 bits: activations are quantized row by row, sums of products are exact integers.
+
+Both sides have a scale for each group of inputs (int8.py). Within a group the sum is exact, so its order is free;
+groups are added in float32 in ascending order, so a result is one chain of additions whatever stands beside its row.
+
+Weights lie in panels as in linear.py, one byte an element and 128 more than its level: [panels, groups, (float32 scales
+of the panel's outputs, then bytes [GROUP / s, outputs of the panel, s])], s elements being one step of a product. A
+quantized row is [groups, (levels, float32 scale, int32 -128 * sum of the levels)], the last of which takes out the 128
+again. Levels of a row are bytes where the processor multiplies those (VNNI), else int16.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from engine.kernels.cpu.linear import TASK_ROWS, row_writer
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, itemsize
+from engine.kernels.cpu.pointwise import dtype_name, rows_per_task
+from engine.kernels.cpu.program import Record, Tape
+from engine.kernels.cpu.slabs import Slabs
+from engine.kernels.int8 import GROUP, LARGEST, SMALLEST_SCALE, quantized
+
+_OFFSET = 128
+# Weights that are quantized at a time: in float32 they stay in a cache.
+_PART_ELEMENTS = 1 << 18
+
+
+class CpuLinearInt8:
+    """A layer ready for use; holds its own weights. 2 M N K operations, 1.03 N K bytes read."""
+
+    def __init__(self, isa: Isa, tape: Tape, slabs: Slabs, weight: Tensor, bias: Tensor | None) -> None:
+        """weight [out, in], bias [out], float32, bfloat16 or float16."""
+        self._tape = tape
+        self._num_out, self._num_in = weight.shape
+        dtype, panel = dtype_name(weight), isa.lanes * isa.tile_vectors
+        self._num_groups = -(-self._num_in // GROUP)
+        self._row_bytes = self._num_groups * _row_group_bytes(isa)
+        self._panels = slabs.copy(_panels(isa, weight))
+        self._bias = weight.new_zeros(len(self._panels) * panel)
+        if bias is not None:
+            self._bias[: self._num_out] = bias
+        self._quantize = _quantize(isa, dtype, self._num_in)
+        self._product = _product(isa, dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [rows, in], contiguous -> [rows, out]."""
+        out = self._tape.empty(x, self._num_out)
+        self._tape.run(self.records(x, out))
+        return out
+
+    def records(self, x: Tensor, out: Tensor) -> Iterator[Record]:
+        assert x.shape[1] == self._num_in, f"{x.shape[1]} features instead of {self._num_in}"
+        assert x.is_contiguous(), "rows lie one behind the other"
+        rows = self._tape.rows(x)
+        quantized = self._tape.empty(x, self._row_bytes, dtype=torch.uint8)
+        yield Record(self._quantize, (x, quantized, rows), rows, rows_per_task(self._num_in))
+        parameters = (quantized, self._panels, self._bias, out, rows, self._num_groups, self._num_out)
+        yield Record(self._product, parameters, rows, TASK_ROWS, len(self._panels))
+
+
+def _panels(isa: Isa, weight: Tensor) -> Tensor:
+    """[panels, groups, bytes]; a few panels at a time, as float32 takes four times what is kept."""
+    panel, step = isa.lanes * isa.tile_vectors, isa.per_int8_dot
+    num_panels, num_groups = -(-len(weight) // panel), -(-weight.shape[1] // GROUP)
+    panels = torch.empty(num_panels, num_groups, panel * (4 + GROUP), dtype=torch.uint8)
+    per_part = max(1, _PART_ELEMENTS // (panel * weight.shape[1]))
+    for first in range(0, num_panels, per_part):
+        part, rows = panels[first : first + per_part], weight[first * panel : (first + per_part) * panel]
+        levels, scales = quantized(functional.pad(rows, (0, 0, 0, -len(rows) % panel)))
+        unsigned = (levels.to(torch.int16) + _OFFSET).to(torch.uint8)
+        columns = scales.view(-1, panel, num_groups).transpose(1, 2).contiguous()
+        part[:, :, : 4 * panel] = columns.view(torch.uint8)
+        elements = unsigned.view(-1, panel, num_groups, GROUP // step, step).permute(0, 2, 3, 1, 4)
+        part[:, :, 4 * panel :] = elements.flatten(2)
+    return panels
+
+
+def _row_group_bytes(isa: Isa) -> int:
+    return GROUP * _level_bytes(isa) + 8
+
+
+def _level_bytes(isa: Isa) -> int:
+    """Of one level of a row: a step is four bytes."""
+    return 4 // isa.per_int8_dot
+
+
+@functools.cache
+def _quantize(isa: Isa, dtype: str, size: int) -> Kernel:
+    item, level = itemsize(dtype), _level_bytes(isa)
+    num_whole, rest = divmod(size, GROUP)
+    group_bytes = _row_group_bytes(isa)
+    row_bytes = -(-size // GROUP) * group_bytes
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        x, out, num_rows = parameters
+
+        def group(source: Int, target: Int, count: int) -> None:
+            width = isa.width(count)
+            zero = e.constant(0.0, width)
+            with e.loop(0, count, width, [zero, zero]) as loop:
+                value = e.load(dtype, source + loop.index * item, width)
+                # A NaN is no maximum; it and infinities are kept by the second sum, which is 0 without them.
+                loop.following = [loop.values[0].max(value.max(value * -1.0)), loop.values[1] + value * 0.0]
+            scale = (e.lane_max(loop.values[0]) / LARGEST).max(SMALLEST_SCALE)
+            marked = scale + e.lane_sum(loop.values[1])
+            inverse = e.constant(1.0, width) / scale
+            with e.loop(0, count, width, [zero]) as loop:
+                value = e.nearest(e.load(dtype, source + loop.index * item, width) * inverse)
+                e.store_integers(value, target + loop.index * level, level)
+                loop.following = [loop.values[0] + value]
+            with e.loop(count, GROUP) as fill:
+                e.store_integers(e.constant(0.0, 1), target + fill.index * level, level)
+            e.store_lane(marked, target + GROUP * level)
+            sums = e.resize(e.lane_sum(loop.values[0]) * -_OFFSET, 1)
+            e.store_integers(sums, target + (GROUP * level + 4), 4)
+
+        first = task * rows_per_task(size)
+        with e.loop(first, (first + rows_per_task(size)).min(num_rows)) as rows:
+            source, target = x + rows.index * (size * item), out + rows.index * row_bytes
+            with e.loop(0, num_whole) as loop:
+                group(source + loop.index * (GROUP * item), target + loop.index * group_bytes, GROUP)
+            if rest:
+                group(source + num_whole * GROUP * item, target + num_whole * group_bytes, rest)
+
+    return Kernel(f"quantize_{dtype}", isa, 3, build)
+
+
+@functools.cache
+def _product(isa: Isa, dtype: str) -> Kernel:
+    width, vectors, size, step = isa.lanes, isa.tile_vectors, itemsize(dtype), isa.per_int8_dot
+    panel = width * vectors
+    panel_group, row_group, levels = panel * (4 + GROUP), _row_group_bytes(isa), GROUP * _level_bytes(isa)
+
+    def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
+        x, weights, bias, out, num_rows, num_groups, num_out = parameters
+        row_parts = (num_rows + (TASK_ROWS - 1)) // TASK_ROWS
+        index, part = task // row_parts, task % row_parts
+        first = part * TASK_ROWS
+        weights = weights + index * num_groups * panel_group
+        bias = bias + index * (panel * size)
+        out = out + index * (panel * size)
+        write = row_writer(e, dtype, (num_out - index * panel).min(panel), panel)
+
+        def tile(row: Int, num_tile_rows: int) -> None:
+            """Two sets of [tile rows, vectors]: integers of the group, and float32 sums of those before it."""
+            tile_rows = [x + (row + i) * num_groups * row_group for i in range(num_tile_rows)]
+            zeros = [e.constant(0.0, width)] * (num_tile_rows * vectors)
+            with e.loop(0, num_groups, values=zeros) as groups:
+                columns = weights + groups.index * panel_group
+                rows = [address + groups.index * row_group for address in tile_rows]
+                starts = [e.spread_integers(address + (levels + 4), width) for address in rows]
+                with e.loop(0, GROUP // step, values=[s for s in starts for _ in range(vectors)]) as loop:
+                    at = columns + panel * 4 + loop.index * (panel * step)
+                    w = [e.int8_load(at + v * width * step, width) for v in range(vectors)]
+                    for i, address in enumerate(rows):
+                        one = e.spread_integers(address + loop.index * 4, width)
+                        totals = loop.values[i * vectors : (i + 1) * vectors]
+                        loop.following += [e.int8_dot(total, w[v], one) for v, total in enumerate(totals)]
+                scales = [e.load("float32", columns + v * width * 4, width) for v in range(vectors)]
+                for i, address in enumerate(rows):
+                    scale = e.spread("float32", address + levels, width)
+                    for v in range(vectors):
+                        place = i * vectors + v
+                        share = loop.values[place].to_float() * scale
+                        groups.following.append(e.fma(share, scales[v], groups.values[place]))
+            biases = [e.load(dtype, bias + v * width * size, width) for v in range(vectors)]
+            for i in range(num_tile_rows):
+                sums = [groups.values[i * vectors + v] + biases[v] for v in range(vectors)]
+                write(sums, out + (row + i) * num_out * size)
+
+        e.by_rows(first, (first + TASK_ROWS).min(num_rows), isa.tile_rows, tile)
+
+    return Kernel(f"linear_int8_{dtype}", isa, 7, build)
