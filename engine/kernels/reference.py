@@ -23,11 +23,13 @@ _ROW_MULTIPLE = 8
 
 
 class ReferenceKernels:
+    name = "reference"
+    quantization = "none"
     device = torch.device("cpu")
 
     def __init__(self, *, quantization: str = "none") -> None:
-        self.quantization = quantization
-        self.name = f"reference-{MODE}" if quantization == "int8" else "reference"
+        if quantization == "int8":
+            self.quantization, self.name = quantization, f"reference-{MODE}"
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         if self.quantization == "int8":
