@@ -7,15 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from baton.types import ModelDescription
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
+from engine.devices import TorchDevices
 from engine.kernels.cpu import CpuKernels, onednn
 from engine.kernels.reference import ReferenceKernels
-from engine.kv_cache import KvCache
-from engine.memory import kv_layout
-from engine.model import Model
 from engine.runner import Runner
-from engine.weights import Checkpoint
 from tests.engine_driver import Crowd, Driver, random_prompt, spec
 from tests.models import VOCAB_SIZE, ModelCase
 
@@ -41,22 +37,15 @@ def test_the_processor_chooses_and_nodes_tell_the_choice_apart() -> None:
     assert not isinstance(ours.linear(torch.ones(8, 8).bfloat16(), None), onednn.OneDnnLinear)
 
 
-def _runner(folder: Path) -> Runner:
-    engine = EngineConfig(dtype="bfloat16", num_blocks=100)
-    kernels = CpuKernels(uses_onednn=True)
-    with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-        config = checkpoint.check(ModelConfig.from_folder(folder))
-        model = Model(config, checkpoint, kernels, torch.bfloat16)
-        cache = KvCache(kv_layout(config, engine, "bfloat16"))
-    description = ModelDescription("m", "f", "bfloat16", config.max_model_tokens, config.vocab_size)
-    return Runner(model, cache, model_config=config, description=description, kernels=kernels)
-
-
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_whole_model_is_exact_in_chunks_and_among_neighbours(threads: int, tmp_path: Path) -> None:
     """Python's calls stand between the records of a program, in their order."""
     case = ModelCase("wide-llama", heads=8, kv_heads=2, head_dim=64, hidden=512, intermediate=1408)
-    runner = _runner(case.save(tmp_path))
+    config = EngineConfig(dtype="bfloat16", num_blocks=100)
+    runner = Runner.load_on(
+        CpuKernels(uses_onednn=True), case.save(tmp_path), config, allocate=None, devices=TorchDevices()
+    )
+    assert runner.kernels.endswith("-onednn")
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
