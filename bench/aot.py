@@ -28,13 +28,13 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from engine.kernels.interface import Draws
+from engine.kernels.interface import DRAW_DTYPES, Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import contiguous_prefill_attention, paged_prefill_attention
-from engine.kernels.triton.sampling import sample
+from engine.kernels.triton.sampling import TritonSampler
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning, parse
 
@@ -185,11 +185,10 @@ def indices(*shape: int) -> Tensor:
 
 def cases(tuning: Tuning) -> Iterator[Case]:
     """Every configuration in use: kernels x models x dtypes, on the tiles of ``tuning``."""
-    draws = Draws(
-        meta(64, dtype=torch.float64), indices(64), meta(64, dtype=torch.float64), meta(64, dtype=torch.float64),
-        meta(64, dtype=torch.int64), meta(64, dtype=torch.int64),
-    )  # fmt: skip
-    yield Case("sampling", partial(sample, meta(64, 128256, dtype=torch.float32), draws))
+    sampler = TritonSampler(256, 128256, torch.device("meta"))
+    draws = Draws(*(meta(64, dtype=dtype) for dtype in DRAW_DTYPES))
+    logits, drawn = meta(64, 128256, dtype=torch.float32), meta(256, dtype=torch.int64)
+    yield Case("sampling", partial(sampler.draw, logits, draws, drawn), is_fast=True)
     cache = meta(32, 512, 8, 2, 64, 128, dtype=torch.bfloat16)
     yield Case("blocks out", partial(gather_blocks, cache, indices(16), cache[:, :16].contiguous()))
     yield Case("blocks in", partial(scatter_blocks, cache[:, :16].contiguous(), indices(16), cache))

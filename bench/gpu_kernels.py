@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from baton.types import SamplingParams
+from bench import gpu_sampling
 from bench.cases import TOLERANCE, PagedSequences, Shape
 from bench.gpu_measure import Device, Work
-from engine.kernels.interface import Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
@@ -29,10 +28,8 @@ from engine.kernels.triton.prefill_attention import (
     paged_prefill_attention,
     tiles_on,
 )
-from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
-from engine.sampler import draw, uniform
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +88,7 @@ def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     yield from _shared(sizes, tuning, device)
     yield from _pointwise(sizes, device)
     yield from _copies(sizes, device)
-    yield from _sampling(sizes, device)
+    yield from gpu_sampling.works(sizes.vocabulary, device, (1, 64, 256) if device.is_gpu else (2,))
 
 
 def _randn(device: Device, dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
@@ -469,36 +466,3 @@ def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
                 "blocks out", label, lambda seed: seed, out,
                 expected=lambda _, c=cache, i=ids: c[:, i.long()].double(), bytes=num_bytes,
             )  # fmt: skip
-
-
-def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
-    rows = 64 if device.is_gpu else 2
-    for name, temperature, top_k, top_p in (("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top-p", 0.8, 50, 0.9)):
-        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        draws = Draws(
-            torch.full((rows,), temperature, dtype=torch.float64, device=device.torch),
-            torch.full((rows,), top_k, dtype=torch.int32, device=device.torch),
-            torch.full((rows,), top_p, dtype=torch.float64, device=device.torch),
-            torch.zeros(rows, dtype=torch.float64, device=device.torch),
-            torch.arange(rows, device=device.torch),
-            torch.arange(rows, device=device.torch),
-        )
-        yield Work(
-            f"sampling, {name}",
-            f"{rows} x {sizes.vocabulary}",
-            lambda seed: _randn(device, torch.float32, rows, sizes.vocabulary, seed=seed) * 4,
-            lambda logits, draws=draws: sample(logits, draws),
-            {"torch_argmax": lambda logits: logits.argmax(-1)} if params.is_greedy else {},
-            partial(_drawn, params),
-            bytes=rows * sizes.vocabulary * 4,
-            input_bytes=rows * sizes.vocabulary * 4,
-        )
-
-
-def _drawn(params: SamplingParams, logits: Tensor) -> Tensor:
-    """What the engine's sampler draws for row i of seed i at position i."""
-    if params.is_greedy:
-        return logits.argmax(-1).double()
-    rows = logits.cpu().numpy()
-    tokens = [draw(row, params, uniform(i, i)) for i, row in enumerate(rows)]
-    return torch.tensor(tokens, dtype=torch.float64, device=logits.device)

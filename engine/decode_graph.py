@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.kernels.interface import DeviceKernels, Draws
+from engine.kernels.interface import DRAW_DTYPES, PLAIN_DRAW, DeviceKernels, DeviceSampler, Draws
 from engine.kv_cache import KvCache
 from engine.model import Model
 from engine.staging import new_event
@@ -69,8 +69,7 @@ def _fields(num_rows: int, num_blocks: int, half_dim: int) -> list[tuple[torch.d
     """In the order of ``_Inputs``, ``Draws`` last."""
     rows = (num_rows,)
     ours = [(torch.int64, rows), (torch.int64, rows), (torch.int32, rows), (torch.float32, (2, num_rows, half_dim))]
-    draws = [torch.float64, torch.int32, torch.float64, torch.float64, torch.int64, torch.int64]
-    return [*ours, (torch.int32, (num_rows, num_blocks)), *((dtype, rows) for dtype in draws)]
+    return [*ours, (torch.int32, (num_rows, num_blocks)), *((dtype, rows) for dtype in DRAW_DTYPES)]
 
 
 def _sizes(num_rows: int, num_blocks: int, half_dim: int) -> list[int]:
@@ -124,10 +123,11 @@ class DecodeGraph:
         num_rows: int,
         max_length: int,
         memory: StepMemory | None = None,
+        sampler: DeviceSampler | None = None,
     ) -> None:
         self._model = model
         self._cache = cache
-        self._kernels = kernels
+        self._sampler = sampler or kernels.sampler(num_rows, config.vocab_size)
         self._memory = memory or StepMemory(cache, config, kernels.device, [(num_rows, max_length)])
         shape = num_rows, cache.layout.blocks_for(max_length), config.head_dim // 2
         self._num_rows = num_rows
@@ -164,7 +164,8 @@ class DecodeGraph:
         host.token_ids[count:] = 0
         host.slots[count:] = -1
         host.lengths[count:] = 0
-        host.draws.temperature[count if draws else 0 :] = 0
+        for column, nothing in zip(host.draws, PLAIN_DRAW, strict=True):
+            column[count if draws else 0 :] = nothing
         if not rows:
             return
         positions = torch.tensor([row.position for row in rows])
@@ -198,7 +199,7 @@ class DecodeGraph:
                 inputs.token_ids, self._memory.token_ids, cos, sin, inputs.slots, self._attention, self._cache
             ),
         )
-        self._memory.token_ids[: self._num_rows] = self._kernels.draw(logits, inputs.draws)
+        self._sampler.draw(logits, inputs.draws, self._memory.token_ids)
 
     def _record(self) -> None:
         # Nothing but padding: what runs before the recording writes to no block.
@@ -232,6 +233,7 @@ class DecodeGraphs:
         max_rows: int,
         max_length: int,
         drawn: Tensor,
+        sampler: DeviceSampler,
         most: int | None = None,
     ) -> None:
         self._row_buckets = row_buckets(max_rows)
@@ -245,7 +247,7 @@ class DecodeGraphs:
             if i % len(self._row_buckets) == 0:
                 _log.info("decode steps: %d of %d prepared, next %d x %d tokens", i, len(shapes), rows, length)
             self._graphs[rows, length] = DecodeGraph(
-                model, cache, config, kernels, num_rows=rows, max_length=length, memory=memory
+                model, cache, config, kernels, num_rows=rows, max_length=length, memory=memory, sampler=sampler
             )
         _log.info("decode steps: all %d prepared, up to %d sequences", len(shapes), max_rows)
 

@@ -25,7 +25,6 @@ class Entry:
         "hands_off",
         "is_prefilled",
         "is_released",
-        "is_unknown_plain",
         "num_computed_total",
         "num_flights",
         "num_preemptions",
@@ -48,8 +47,6 @@ class Entry:
         self.num_flights = 0
         self.num_underway = 0
         self.num_unknown = 0
-        # A token that is being drawn is drawn by the device, which so has it for the step after.
-        self.is_unknown_plain = True
         # Has drawn a token here, or came with one: it decodes.
         self.is_prefilled = False
         # Nobody outside reads the blocks any more.
@@ -90,11 +87,15 @@ class Entry:
             self.hands_off or self.sequence.num_generated + self.num_unknown == self.sequence.spec.sampling.max_tokens
         )
 
+    @property
+    def needs_host(self) -> bool:
+        """The token that is being drawn decides which may follow it, and only the host can tell."""
+        return self.num_unknown > 0 and self.sequence.token_mask is not None
+
     def board(self, piece: Piece) -> None:
         self.num_flights += 1
         self.num_underway += piece.num_tokens
         self.num_unknown += piece.samples
-        self.is_unknown_plain = piece.is_plain
 
     def land(self, piece: Piece) -> None:
         self.num_flights -= 1

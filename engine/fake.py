@@ -30,7 +30,6 @@ class Row:
     start: int
     stop: int
     samples: bool
-    is_plain: bool
     tokens: tuple[int, ...]
     block_ids: tuple[int, ...]
 
@@ -39,7 +38,7 @@ class Row:
         seq = piece.sequence
         return cls(
             seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
-            piece.is_plain, tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
+            tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
         )  # fmt: skip
 
 
@@ -152,7 +151,7 @@ class FakeRunner:
             if on_layer is not None:
                 on_layer(layer)
         sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
-        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_id for r in rows if r.samples and r.is_plain}
+        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_id for r in rows if r.samples}
         sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
         return StepResult(sampled)
 

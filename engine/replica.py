@@ -45,7 +45,7 @@ class RunnerLike(Protocol):
     """What the engine thread needs of a model runner; all calls come from that one thread.
 
     Results are taken in the order of the launches. Between a launch and its result at most one other step is launched,
-    and that only if ``overlaps``: a plain token that a step draws then reaches the next one without the host
+    and that only if ``overlaps``: a token that a step draws then reaches the next one without the host
     (``Piece.is_fed``). A sequence's state is read in both calls and belongs to the scheduler between them.
     """
 

@@ -18,16 +18,16 @@ from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow, graph_shapes
 from engine.devices import Devices, GpuMemory, TorchDevices
-from engine.draws import draws_of
+from engine.draws import DeviceDraws, Prepared, drawn_results
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels, Logits, Peaks
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.memory import Memory, gpu_kv_bytes, kv_layout, layout_before_loading, shown
 from engine.model import Model
-from engine.sampler import Sampler, bad_logits
+from engine.sampler import Sampler
 from engine.sizing import measure
 from engine.staging import new_event, to_device, to_host
-from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
+from engine.step import Sequence, StepPlan, StepResult
 from engine.warm_up import MINIMAL, largest_step, warm_up_plans
 from engine.weights import Checkpoint, quantized_fingerprint
 
@@ -35,22 +35,36 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
-    """A step under way. Tensors on the host hold something once ``done`` has come."""
+class HostDrawn:
+    """A step whose tokens the host draws, from logits that are there."""
 
     sampler: Sampler
     # Those that sample, in the order of the pieces.
     sequences: tuple[Sequence, ...]
+    # [sequences, vocabulary] float32; valid until the next launch.
+    logits: Tensor
+    # Of these, where the kernels find them.
+    peaks: Peaks | None
+
+    def result(self) -> StepResult:
+        with torch.inference_mode():
+            return self.sampler.sample(self.logits, self.sequences, self.peaks)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceDrawn:
+    """A step under way on a device that draws its tokens. Tensors on the host hold something once ``done`` has come."""
+
+    sequences: tuple[Sequence, ...]
     # On the device, [sequences, vocabulary] float32; valid until the next launch.
     logits: Tensor
-    # On the host, drawn by the device, [sequences]: negative where the logits are not finite; those of ``host_rows``
-    # mean nothing. Empty if the host draws all.
+    # On the host, [sequences]; negative where there is none.
     token_ids: Tensor
-    # Indices of the sequences whose tokens the host draws, and their logits, [host_rows, vocabulary] float32.
-    host_rows: tuple[int, ...]
-    host_logits: Tensor
-    # Of those rows, where the kernels find them.
-    peaks: Peaks | None
+    # Rows whose log-probabilities are reported, and the reports of all up to the last of them, on the host.
+    reported: tuple[int, ...]
+    reports: Tensor
+    # Sequences that get no token, whatever was drawn.
+    failed: Mapping[str, Exception]
     # None: nothing runs beside the host.
     done: torch.cuda.Event | None
 
@@ -58,18 +72,15 @@ class Launched:
         """The tokens: waits until the device is done with the step, not with one that was launched after it."""
         if self.done is not None:
             self.done.synchronize()
-        with torch.inference_mode():
-            ids: list[int] = self.token_ids.tolist()
-            result = self.sampler.sample(self.host_logits, [self.sequences[i] for i in self.host_rows], self.peaks)
-        host_rows = set(self.host_rows)
-        for row, (sequence, token_id) in enumerate(zip(self.sequences, ids, strict=False)):
-            if row in host_rows:
-                continue
-            if token_id < 0:
-                result.failed[sequence.sequence_id] = bad_logits(sequence)
-            else:
-                result.sampled[sequence.sequence_id] = Sampled(token_id)
+        ids: list[int] = self.token_ids.tolist()
+        result = drawn_results(self.sequences, ids, {row: self.reports[row].numpy() for row in self.reported})
+        for sequence_id, error in self.failed.items():
+            result.sampled.pop(sequence_id, None)
+            result.failed[sequence_id] = error
         return result
+
+
+Launched = HostDrawn | DeviceDrawn
 
 
 class Runner:
@@ -89,7 +100,7 @@ class Runner:
         kernels: Kernels,
         devices: Devices,
         graphs: DecodeGraphs | None = None,
-        drawn: Tensor | None = None,
+        draws: DeviceDraws | None = None,
     ) -> None:
         self.model_config = model_config
         self.description = description
@@ -102,8 +113,9 @@ class Runner:
         self._model = model
         self._cache = cache
         self._graphs = graphs
-        # What the step launched last draws on the device, int64, and in which row for whom; None: the host draws.
-        self._drawn = drawn
+        # None: the host draws.
+        self._draws = draws
+        # In which row the step launched last draws for whom.
         self._drawn_rows: dict[str, int] = {}
         self._sampler = Sampler(model_config.vocab_size)
 
@@ -155,11 +167,11 @@ class Runner:
                 max_model_tokens=model_config.max_model_tokens,
                 vocab_size=model_config.vocab_size,
             )
-        drawn = None
+        draws = None
         if isinstance(kernels, DeviceKernels):
             with torch.inference_mode():
-                drawn = torch.zeros(config.max_num_seqs, dtype=torch.int64, device=device)
-        parts = _Parts(model, model_config, description, kernels, config, devices, drawn)
+                draws = DeviceDraws(kernels.sampler(config.max_num_seqs, model_config.vocab_size))
+        parts = _Parts(model, model_config, description, kernels, config, devices, draws)
         if layout is None:
             assert before is not None, "what a processor has is reckoned"
             layout = parts.measured_layout(before, name)
@@ -196,7 +208,7 @@ class Runner:
     @property
     def overlaps(self) -> bool:
         """Whether a step may be launched while one runs."""
-        return self._drawn is not None
+        return self._draws is not None
 
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> Launched:
         """Begin a step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written.
@@ -205,48 +217,40 @@ class Runner:
         reads them from elsewhere records an event on it in the call, and waits for that.
         """
         assert plan.pieces, "a step has at least one piece"
-        sampling = tuple(p for p in plan.pieces if p.samples)
-        host_rows = tuple(i for i, p in enumerate(sampling) if self._drawn is None or not p.is_plain)
         # Nothing is in its row if this step fails.
         drawn_rows, self._drawn_rows = self._drawn_rows, {}
+        sampling = tuple(p for p in plan.pieces if p.samples)
+        sequences = tuple(p.sequence for p in sampling)
         with torch.inference_mode():
-            if self._drawn is None:
-                host_logits, peaks = self._forward(plan, drawn_rows, on_layer)
-                host_ids, logits = torch.empty(0, dtype=torch.int64), host_logits
-            else:
-                logits, token_ids = self._step(plan, sampling, drawn_rows, on_layer)
-                chosen = to_device(torch.tensor(host_rows, dtype=torch.int64), logits.device)
-                host_ids, host_logits, peaks = to_host(token_ids), to_host(logits[chosen]), None
-            done = new_event(logits.device)
-            if done is not None:
-                done.record()
-        self._drawn_rows = {p.sequence.sequence_id: i for i, p in enumerate(sampling) if i not in host_rows}
-        return Launched(
-            self._sampler, tuple(p.sequence for p in sampling), logits, host_ids, host_rows, host_logits, peaks, done
-        )
+            draws = self._draws
+            if draws is None:
+                logits, peaks = self._forward(plan, drawn_rows, on_layer)
+                return HostDrawn(self._sampler, sequences, logits, peaks)
+            prepared = draws.prepare(sampling, drawn_rows)
+            logits = self._step(plan, draws, prepared.columns, drawn_rows, on_layer)
+            launched = _fetch(draws, sequences, logits, prepared)
+        self._drawn_rows = {sequence.sequence_id: i for i, sequence in enumerate(sequences)}
+        return launched
 
     def _step(
         self,
         plan: StepPlan,
-        sampling: Seq[Piece],
+        draws: DeviceDraws,
+        columns: Draws,
         drawn_rows: Mapping[str, int],
         on_layer: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Logits and tokens of the pieces that sample, on the device, which draws them."""
-        assert isinstance(self._kernels, DeviceKernels)
-        assert self._drawn is not None
-        draws = draws_of(sampling)
+    ) -> Tensor:
+        """Logits of the pieces that sample, on the device, which draws their tokens."""
         # A layer is told between layers, where a recorded step cannot stop.
         rows = decode_rows(plan, drawn_rows) if on_layer is None else None
         if rows is not None and self._graphs is not None and not self._prefers_unrecorded(rows):
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
-                return graph.step(rows, draws)
+                return graph.step(rows, columns).logits
         logits = self._forward(plan, drawn_rows, on_layer).values
-        device = self._kernels.device
-        token_ids = self._drawn[: len(sampling)]
-        token_ids.copy_(self._kernels.draw(logits, Draws(*(to_device(column, device) for column in draws))))
-        return logits, token_ids
+        on_device = Draws(*(to_device(column, logits.device) for column in columns))
+        draws.sampler.draw(logits, on_device, draws.drawn)
+        return logits
 
     def _prefers_unrecorded(self, rows: Seq[DecodeRow]) -> bool:
         assert isinstance(self._kernels, DeviceKernels)
@@ -255,11 +259,25 @@ class Runner:
 
     def _forward(self, plan: StepPlan, drawn_rows: Mapping[str, int], on_layer: Callable[[int], None] | None) -> Logits:
         batch = build_batch(plan, self.layout, drawn_rows)
-        return self._model.forward(batch, self._cache, self.layout, on_layer, self._drawn)
+        drawn = None if self._draws is None else self._draws.drawn
+        return self._model.forward(batch, self._cache, self.layout, on_layer, drawn)
 
     def forget(self, sequence_id: str) -> None:
         """Drop what is kept for a sequence that has ended; unknown ids are fine."""
         self._sampler.forget(sequence_id)
+        if self._draws is not None:
+            self._draws.forget(sequence_id)
+
+
+def _fetch(draws: DeviceDraws, sequences: tuple[Sequence, ...], logits: Tensor, prepared: Prepared) -> DeviceDrawn:
+    """Queue what the host wants to know of the step."""
+    token_ids = to_host(draws.drawn[: len(sequences)])
+    reported = tuple(i for i, n in enumerate(prepared.columns.num_logprobs.tolist()) if n >= 0)
+    reports = to_host(draws.sampler.report[: 1 + max(reported, default=-1)])
+    done = new_event(logits.device)
+    if done is not None:
+        done.record()
+    return DeviceDrawn(sequences, logits, token_ids, reported, reports, prepared.failed, done)
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,7 +290,7 @@ class _Parts:
     kernels: Kernels
     config: EngineConfig
     devices: Devices
-    drawn: Tensor | None
+    draws: DeviceDraws | None
 
     def runner(self, cache: KvCache, *, is_trial: bool = False) -> Runner:
         """With recorded decode steps, unless it ``is_trial``."""
@@ -285,7 +303,7 @@ class _Parts:
             kernels=self.kernels,
             devices=self.devices,
             graphs=None if is_trial else self._graphs(cache, max_length),
-            drawn=self.drawn,
+            draws=self.draws,
         )
 
     @property
@@ -294,12 +312,12 @@ class _Parts:
         return min(self.config.max_num_seqs, self.config.max_graph_seqs) if can_record else 0
 
     def _graphs(self, cache: KvCache, max_length: int, most: int | None = None) -> DecodeGraphs | None:
-        kernels, drawn, max_rows = self.kernels, self.drawn, self._max_graph_rows
-        if not isinstance(kernels, DeviceKernels) or drawn is None or max_rows == 0:
+        kernels, draws, max_rows = self.kernels, self.draws, self._max_graph_rows
+        if not isinstance(kernels, DeviceKernels) or draws is None or max_rows == 0:
             return None
         return DecodeGraphs(
             self.model, cache, self.model_config, kernels,
-            max_rows=max_rows, max_length=max_length, drawn=drawn, most=most,
+            max_rows=max_rows, max_length=max_length, drawn=draws.drawn, sampler=draws.sampler, most=most,
         )  # fmt: skip
 
     def measured_layout(self, before: GpuMemory, name: str) -> KvLayout:

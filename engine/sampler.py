@@ -1,9 +1,10 @@
 """Chooses tokens from logits. Each row is treated alone, and its random number is a function of (seed, position):
 any node can continue any request, and batch neighbours cannot matter.
 
-Order: logit_bias, min_tokens, penalties, temperature, min_p, top_k, top_p. Log-probabilities are those of the raw
-logits, before any of these. A row that holds a NaN or an infinity fails alone; so does one whose changes leave no
-finite best.
+Order: logit_bias, min_tokens, penalties, the sequence's token mask, temperature, min_p, top_k, top_p; what is left is
+drawn in the order of ids. Log-probabilities are those of the raw logits, before any of these. A row that holds a NaN or
+an infinity fails alone; so does one whose changes leave no finite best. Kernels that draw on a device do the same, bit
+for bit: probabilities are whole numbers (engine.mass), all else are IEEE's single operations.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from baton.errors import BadLogits, InvalidRequest
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from engine.kernels.interface import Peaks
+from engine.mass import LOG2E, REPORTED_BITS, drawn_masses, quantile, reported_mass, share
 from engine.step import Sampled, Sequence, StepResult, banned_ids, changes_logits, has_penalty
 
 _U32 = 0xFFFFFFFF
@@ -87,10 +89,7 @@ class Sampler:
         params = sequence.spec.sampling
         changed = self._change(logits, sequence)
         if changed is not None and not math.isfinite(best := float(changed.max())):
-            raise InvalidRequest(
-                f"logit_bias, penalties and the tokens that min_tokens bans make {best} of the best logit, expected a "
-                "finite number: ban fewer tokens, or set the penalties closer to their neutral values"
-            )
+            raise no_finite_best(best)
         if params.is_greedy:
             token_id = best_id if changed is None else int(changed.argmax())
         else:
@@ -99,9 +98,9 @@ class Sampler:
         return Sampled(token_id, None if params.logprobs is None else logprobs(logits, token_id, params.logprobs))
 
     def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
-        """Logits after bias, ban and penalties; None if there is none of them."""
-        params = sequence.spec.sampling
-        if not changes_logits(params, sequence.num_generated):
+        """Logits after bias, ban, penalties and mask; None if there is none of them."""
+        params, mask = sequence.spec.sampling, sequence.token_mask
+        if mask is None and not changes_logits(params, sequence.num_generated):
             return None
         banned = banned_ids(params, sequence.num_generated)
         values: NDArray[np.float32] = logits.numpy().copy()
@@ -111,6 +110,9 @@ class Sampler:
         values[[t for t in banned if t < len(values)]] = -np.inf
         if has_penalty(params):
             self._penalize(values, sequence)
+        if mask is not None:
+            allowed = np.unpackbits(np.frombuffer(mask.bits(sequence.token_ids), dtype=np.uint8), bitorder="little")
+            values[allowed[: len(values)] == 0] = -np.inf
         return values
 
     def _penalize(self, values: NDArray[np.float32], sequence: Sequence) -> None:
@@ -135,6 +137,14 @@ def _peaks(logits: Tensor) -> Peaks:
     return Peaks(values.argmax(-1).tolist(), are_finite.tolist())
 
 
+def no_finite_best(best: float) -> InvalidRequest:
+    """For a sequence whose own changes leave no token to draw."""
+    return InvalidRequest(
+        f"logit_bias, penalties and banned tokens make {best} of the best logit, expected a finite number: ban fewer "
+        "tokens, or set the penalties closer to their neutral values"
+    )
+
+
 def bad_logits(sequence: Sequence) -> BadLogits:
     """For a sequence whose raw logits are not all finite where its next token is to be drawn."""
     return BadLogits(
@@ -145,39 +155,49 @@ def bad_logits(sequence: Sequence) -> BadLogits:
 
 
 def draw(logits: NDArray[np.float32], params: SamplingParams, number: float) -> int:
-    """The token at quantile ``number`` of the filtered distribution; ties keep the lower id."""
-    best = float(logits.max())
+    """The token at quantile ``number`` of the filtered distribution, in the order of ids."""
+    best, scale = logits.max(), scale_of(params)
     kept = _survivors(logits, best, params)
     values = logits if kept is None else logits[kept]
-    mass = np.exp((values.astype(np.float64) - best) / params.temperature)
+    masses = drawn_masses(values, best, scale)
     if params.top_p < 1:
-        nucleus = _nucleus(values, mass, params.top_p)
-        kept, mass = nucleus if kept is None else kept[nucleus], mass[nucleus]
-    heads = np.cumsum(mass)
-    chosen = min(int(np.searchsorted(heads, number * heads[-1], side="right")), len(heads) - 1)
+        nucleus = _nucleus(values, masses, params.top_p)
+        kept, masses = nucleus if kept is None else kept[nucleus], masses[nucleus]
+    heads = np.cumsum(masses)
+    chosen = int(np.searchsorted(heads, quantile(number, int(heads[-1])), side="right"))
     return chosen if kept is None else int(kept[chosen])
 
 
-def _survivors(logits: NDArray[np.float32], best: float, params: SamplingParams) -> NDArray[np.int64] | None:
-    """Token ids that min_p and top_k leave; None is all."""
+def scale_of(params: SamplingParams) -> np.float32:
+    """From logits to bits; 0 is greedy."""
+    return np.float32(0 if params.is_greedy else LOG2E / params.temperature)
+
+
+def reach_of(params: SamplingParams) -> float:
+    """What min_p leaves lies at most so far below the best logit, as a number <= 0."""
+    return params.temperature * math.log(params.min_p) if params.min_p > 0 else -math.inf
+
+
+def _survivors(logits: NDArray[np.float32], best: np.float32, params: SamplingParams) -> NDArray[np.int64] | None:
+    """Token ids that min_p and top_k leave, rising; None is all."""
     kept: NDArray[np.int64] | None = None
     if params.min_p > 0:
-        kept = np.flatnonzero(logits >= best + params.temperature * math.log(params.min_p))
+        kept = np.flatnonzero(logits >= np.float32(float(best) + reach_of(params)))
     if 0 < params.top_k < len(logits if kept is None else kept):
-        head = _largest(logits if kept is None else logits[kept], params.top_k)
+        head = np.sort(_largest(logits if kept is None else logits[kept], params.top_k))
         kept = head if kept is None else kept[head]
     return kept
 
 
-def _nucleus(values: NDArray[np.float32], mass: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
-    """Indices of the shortest run of most likely tokens that holds ``top_p`` of the mass."""
-    wanted = top_p * float(mass.sum())
+def _nucleus(values: NDArray[np.float32], masses: NDArray[np.int64], top_p: float) -> NDArray[np.int64]:
+    """Indices, rising, of the shortest run of most likely tokens that holds ``top_p`` of the mass."""
+    wanted = share(top_p, int(masses.sum()))
     for count in (_NUCLEUS, len(values)):
         head = _largest(values, min(count, len(values)))
-        heads = np.cumsum(mass[head])
+        heads = np.cumsum(masses[head])
         if heads[-1] >= wanted:
             break
-    return head[: int(np.searchsorted(heads, wanted)) + 1]
+    return np.sort(head[: int(np.searchsorted(heads, wanted)) + 1])
 
 
 def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -192,11 +212,17 @@ def _largest(values: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 def logprobs(logits: Tensor, token_id: int, num_top: int) -> PositionLogprobs:
     """Of the raw distribution: the chosen token, its rank, and the ``num_top`` most likely (ties: lower id first)."""
     values = logits.numpy()
-    best = float(values.max())
-    log_sum = best + math.log(float(np.exp(values.astype(np.float64) - best).sum()))
-    chosen = TokenLogprob(token_id, float(values[token_id]) - log_sum)
-    rank = int((values > values[token_id]).sum()) + 1
-    if num_top == 0:
-        return PositionLogprobs(chosen, rank)
-    head = _largest(values, num_top)
-    return PositionLogprobs(chosen, rank, tuple(TokenLogprob(int(i), float(values[i]) - log_sum) for i in head))
+    best = values.max()
+    value = values[token_id]
+    head = _largest(values, num_top) if num_top else values[:0].astype(np.int64)
+    return position_logprobs(
+        reported_mass(values, best), float(best), int((values > value).sum()) + 1,
+        [(token_id, float(value)), *((int(i), float(values[i])) for i in head)],
+    )  # fmt: skip
+
+
+def position_logprobs(mass: int, best: float, rank: int, tokens: Seq[tuple[int, float]]) -> PositionLogprobs:
+    """``mass``: of all tokens, by ``reported_mass``; ``tokens``: (id, logit) of the chosen one and the most likely."""
+    log_sum = best + math.log(mass) - REPORTED_BITS * math.log(2)
+    chosen, *top = (TokenLogprob(token_id, value - log_sum) for token_id, value in tokens)
+    return PositionLogprobs(chosen, rank, tuple(top))

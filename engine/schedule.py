@@ -4,8 +4,8 @@ Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner comp
 reserve and join may come in between, and blocks that a running step reads or writes go back only when it is over.
 
 A second step may be scheduled while one runs, ahead of the tokens that the first one draws. It takes blocks from nobody
-and computes what the first one leaves certain; a sequence that then turns out to have ended is dropped from it. Steps
-are applied in the order they were scheduled.
+and computes what the first one leaves certain; a sequence that then turns out to have ended is dropped from it, and one
+whose next token the host has to know first is not in it. Steps are applied in the order they were scheduled.
 
 Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
 budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
@@ -393,22 +393,14 @@ class Scheduler:
         return self._blocks_to_start(entry) <= spare
 
     def _can_plan_ahead(self) -> bool:
-        """Whether every sequence that decodes can be in the next step before the running one is over: the device has
-        the token that the running step draws for it, and there are blocks without preempting anybody."""
-        need = 0
-        for entry in self._active:
-            if entry.is_decoding and not entry.is_ending:
-                if entry.num_unknown and not entry.is_unknown_plain:
-                    return False
-                need += self._blocks_to_grow(entry)
-        return need <= self.pool.num_free
+        """Whether every sequence that decodes next has blocks without preempting anybody."""
+        return sum(self._blocks_to_grow(entry) for entry in self._active if _decodes_next(entry)) <= self.pool.num_free
 
     def _decode_pieces(self) -> list[Piece]:
         pieces = []
         for entry in list(self._active):
             # A younger one may have been preempted for an older one just now.
-            is_next = entry.phase is Phase.ACTIVE and entry.is_decoding and not entry.is_ending
-            if is_next and self._grow(entry):
+            if entry.phase is Phase.ACTIVE and _decodes_next(entry) and self._grow(entry):
                 pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
         return pieces
 
@@ -546,6 +538,11 @@ class Scheduler:
             self.pool.free(entry.sequence_id)
         del self._entries[entry.sequence_id]
         self._gone.append(entry.sequence_id)
+
+
+def _decodes_next(entry: Entry) -> bool:
+    """One whose mask waits for the host sits out the step that is planned ahead: the others need not wait with it."""
+    return entry.is_decoding and not entry.is_ending and not entry.needs_host
 
 
 def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from baton.types import PositionLogprobs, SamplingParams, SequenceSpec
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next; asked when a step that draws one is launched, in the engine thread."""
+
+    def bits(self, token_ids: Seq[int]) -> bytes:
+        """After these, prompt included: bit i % 8 of byte i / 8 allows token i; filled up to whole words of 32 bits."""
+        ...
 
 
 class Sequence:
@@ -14,7 +24,7 @@ class Sequence:
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
 
-    __slots__ = ("block_ids", "num_computed", "spec", "token_ids")
+    __slots__ = ("block_ids", "num_computed", "spec", "token_ids", "token_mask")
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
@@ -24,6 +34,8 @@ class Sequence:
         self.block_ids: list[int] = []
         # Tokens whose KV is in the blocks.
         self.num_computed = 0
+        # None allows all. The host has to know a token before it can tell the mask behind it.
+        self.token_mask: TokenMask | None = None
 
     @property
     def sequence_id(self) -> str:
@@ -55,13 +67,6 @@ class Piece:
     def is_fed(self) -> bool:
         """The token is not known to the host yet: to be asked when the step is launched, and not later."""
         return self.start == len(self.sequence.token_ids)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether the token is drawn from the logits as they are and nothing else is reported: a device can do it."""
-        spec = self.sequence.spec
-        params = spec.sampling
-        return params.logprobs is None and not changes_logits(params, self.end - len(spec.prompt_token_ids))
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,11 +26,11 @@ Outcome = dict[str, tuple[list[int], str]]
 
 
 def specs() -> list[SequenceSpec]:
-    """Greedy, seeded and with all that the host has to do, ten tokens each."""
+    """Greedy, seeded and with all that changes or reports logits, ten tokens each."""
     kinds: dict[str, dict[str, object]] = {
         "greedy": {},
         "seeded": {"temperature": 1.0, "seed": 7, "top_p": 0.9},
-        "host": {"repetition_penalty": 1.3, "logprobs": 2, "logit_bias": {3: -100.0}},
+        "changed": {"repetition_penalty": 1.3, "logprobs": 2, "logit_bias": {3: -100.0}},
         "other": {},
         "other-seeded": {"temperature": 0.8, "seed": 9, "top_k": 20},
     }

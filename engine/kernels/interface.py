@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from baton.types import KvLayout
+from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, KvLayout
 from engine.batch import Batch, Span
 from engine.config import ModelConfig
 from engine.kv_cache import KvCache
@@ -147,15 +148,65 @@ class RecordingKernels(Kernels, Protocol):
     def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder: ...
 
 
+# In ``Draws.newest``: there is none.
+NO_TOKEN = -(2**40)
+# Room for the most likely tokens in a report, as a power of two.
+REPORT_TOP = 32
+# Mass (engine.mass.reported_mass), rank, best logit and the chosen token's as the bits of float32, ids of the most
+# likely tokens, -1 behind them, and the bits of their logits.
+REPORT_WORDS = 4 + 2 * REPORT_TOP
+
+
 class Draws(NamedTuple):
     """How the token of each row is drawn; all [rows] on the device."""
 
-    temperature: Tensor  # float64; 0 is greedy
+    scale: Tensor  # float32; log2(e) / temperature, 0 is greedy
     top_k: Tensor  # int32; 0 is off
     top_p: Tensor  # float64; 1 is off
-    min_p: Tensor  # float64; 0 is off
+    reach: Tensor  # float64; how far below the best min_p goes, a number <= 0; -inf is off
     seed: Tensor  # int64, the bits of an unsigned number
     position: Tensor  # int64
+    slot: Tensor  # int32; where in ``SlotTables`` the row's changes are; -1: it has none
+    is_banning: Tensor  # int32; 1: tokens that the slot lists for it are banned
+    newest: Tensor  # int64; to be counted as generated before; ~i: what row i of the step before drew; or NO_TOKEN
+    num_logprobs: Tensor  # int32; how many of the most likely tokens to report; -1: nothing at all
+    is_masked: Tensor  # int32; 1: only tokens of the row's mask are allowed
+
+
+# In the order of ``Draws``.
+DRAW_DTYPES = (
+    torch.float32, torch.int32, torch.float64, torch.float64, torch.int64, torch.int64,
+    torch.int32, torch.int32, torch.int64, torch.int32, torch.int32,
+)  # fmt: skip
+# Values that ask for nothing: a greedy row.
+PLAIN_DRAW = (0.0, 0, 1.0, -math.inf, 0, 0, -1, 0, NO_TOKEN, -1, 0)
+# As many as a request may name.
+MAX_EDITS = MAX_LOGIT_BIASES + MAX_STOP_TOKEN_IDS
+
+
+class SlotTables(NamedTuple):
+    """What changes the logits of sequences, on the device, a slot each; written between steps."""
+
+    # Twice how often a token was generated, and 1 more if the prompt has it; the device adds ``Draws.newest``.
+    seen: Tensor  # [slots, vocabulary] int32
+    penalties: Tensor  # [slots, 3 (repetition, frequency, presence)] float32
+    # Biased tokens and those that may be banned, by rising id; behind them the largest int32.
+    edit_ids: Tensor  # [slots, MAX_EDITS] int32
+    edit_biases: Tensor  # [slots, MAX_EDITS] float32
+    edit_bans: Tensor  # [slots, MAX_EDITS] int32; 1: banned while ``Draws.is_banning``
+
+    @classmethod
+    def zeros(cls, num_slots: int, vocab_size: int, device: torch.device) -> SlotTables:
+        def zeros(width: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(num_slots, width, dtype=dtype, device=device)
+
+        return cls(
+            zeros(vocab_size),
+            zeros(3, torch.float32),
+            zeros(MAX_EDITS),
+            zeros(MAX_EDITS, torch.float32),
+            zeros(MAX_EDITS),
+        )
 
 
 class LaunchShapes(NamedTuple):
@@ -165,6 +216,26 @@ class LaunchShapes(NamedTuple):
     prompts: tuple[int, ...]
     # Rows that decode, and positions that each of them sees, its own included.
     decodes: tuple[tuple[int, int], ...]
+
+
+class DeviceSampler(Protocol):
+    """Draws tokens, bit for bit those of engine.sampler, and leaves them on the device."""
+
+    tables: SlotTables
+    # [max_rows, vocabulary / 32] int32: bit i % 32 of word i / 32 allows token i. Looked at where ``Draws.is_masked``.
+    masks: Tensor
+
+    @property
+    def report(self) -> Tensor:
+        """[max_rows, REPORT_WORDS] int64: of rows that asked for log-probabilities, valid until the next step."""
+        ...
+
+    def draw(self, logits: Tensor, draws: Draws, drawn: Tensor) -> None:
+        """A token id per row of ``logits`` [rows, vocabulary] float32 into the first of ``drawn``, int64, which holds
+        what the step before drew. Negative: there is none. -1: the row holds a NaN or an infinity; -2 and -3: its
+        changes make -inf and inf of the best logit.
+        """
+        ...
 
 
 @runtime_checkable
@@ -194,7 +265,6 @@ class DeviceKernels(Kernels, Protocol):
         """Whether a decode of these rows (block ids, positions) is faster by ``attention`` than recorded."""
         ...
 
-    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
-        """A token id per row of ``logits`` [rows, vocabulary] float32, [rows] int64; -1 where the row holds a NaN or an
-        infinity."""
+    def sampler(self, max_rows: int, vocab_size: int) -> DeviceSampler:
+        """Memory for steps of up to so many rows is taken now."""
         ...

@@ -11,7 +11,7 @@ import pytest
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
 # Whole models; in the short suite the cluster on Triton's kernels stands for them.
-LONG = ("test_model", "test_runner", "test_shared_runner", "test_tune", "test_warm_up")
+LONG = ("test_model", "test_runner", "test_sampling_large", "test_shared_runner", "test_tune", "test_warm_up")
 LONG_MARKS = (pytest.mark.long, pytest.mark.timeout(400))
 NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 

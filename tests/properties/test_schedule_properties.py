@@ -36,8 +36,8 @@ LAYOUT = KvLayout(2, NUM_BLOCKS, 1, 1, BLOCK_TOKENS, "float32")
 VOCAB = 50
 
 
-# What the device cannot draw alone, so that no step may be planned over it; once min_tokens are there it can.
-HOSTS: tuple[dict[str, object], ...] = ({"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1})
+# What changes or reports logits.
+KINDS: tuple[dict[str, object], ...] = ({"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1})
 
 
 class Flight(NamedTuple):
@@ -67,7 +67,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def spec(self, num_prompt: int, max_tokens: int, num_generated: int, stops: bool, kind: int = 0) -> SequenceSpec:
         self.num_made += 1
         prompt = tuple((self.num_made * 7 + i) % VOCAB for i in range(num_prompt))
-        options = HOSTS[kind] if kind < len(HOSTS) else {"temperature": float(kind % 2)}
+        options = KINDS[kind] if kind < len(KINDS) else {"temperature": float(kind % 2)}
         sampling = SamplingParams(
             **{"temperature": 0.0, **options},  # type: ignore[arg-type]
             seed=kind,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from baton.types import SamplingParams, SequenceSpec
 from engine.decode_graph import length_buckets, row_buckets
-from engine.draws import draws_of
 from engine.runner import decode_rows
 from engine.step import Piece, Sequence, StepPlan
 
@@ -41,29 +40,3 @@ def test_a_token_that_is_being_drawn_is_named_by_its_row() -> None:
     fed = Piece(piece(3, 2, 4).sequence, 5, 1, samples=True)
     assert fed.is_fed
     assert decode_rows(StepPlan((piece(3, 2, 4), fed)), {"a": 6}) == [(101, 4, 3, [7]), (~6, 5, 3, [7])]
-
-
-def test_what_the_device_draws() -> None:
-    def sequence(**options: object) -> Piece:
-        spec = SequenceSpec("a", (1, 2, 3), SamplingParams(max_tokens=9, **options))  # type: ignore[arg-type]
-        return Piece(Sequence(spec), 0, 3, samples=True)
-
-    plain = sequence(seed=2**64 - 1, top_k=2**40, top_p=0.5, min_p=0.25, min_tokens=1)
-    hosts = [
-        sequence(seed=1, **options)  # type: ignore[arg-type]
-        for options in (
-            {"logprobs": 0}, {"logit_bias": {1: 2.0}}, {"repetition_penalty": 1.1}, {"presence_penalty": 0.1},
-            {"frequency_penalty": 0.1}, {"min_tokens": 1, "stop_token_ids": (4,)},
-        )
-    ]  # fmt: skip
-    assert plain.is_plain
-    assert not any(piece.is_plain for piece in hosts)
-    draws = draws_of([plain, *hosts, sequence(seed=1, temperature=0.0)])
-    assert draws.temperature.tolist() == [1.0] + [0.0] * 7
-    assert (draws.seed[0], draws.top_k[0], draws.position[0]) == (-1, 2**31 - 1, 3)
-    assert (draws.top_p[0], draws.min_p[0]) == (0.5, 0.25)
-    # Once a stop token is allowed, nothing is changed any more, known to the host or not.
-    later = Piece(sequence(seed=1, min_tokens=1, stop_token_ids=(4,)).sequence, 3, 1, samples=True)
-    assert later.is_plain
-    assert draws_of([later]).position.tolist() == [4]
-    assert draws_of([]).seed.shape == (0,)

@@ -16,10 +16,11 @@ from baton.types import KvLayout
 from engine.config import EngineConfig, ModelConfig
 from engine.decode_graph import graph_shapes
 from engine.fake_devices import FakeDevices, FakeGpuMemory
-from engine.kernels.interface import Attention, Draws, LaunchShapes, Linear
+from engine.kernels.interface import Attention, LaunchShapes, Linear
 from engine.kernels.reference import ReferenceKernels
 from engine.memory import GpuUse, gpu_kv_bytes, kv_layout, weight_bytes
 from engine.runner import Runner
+from tests.device_sampler import BestSampler
 from tests.models import ORACLE_CASES
 
 CASE = next(case for case in ORACLE_CASES if case.name == "llama-gqa2-d32")
@@ -80,8 +81,8 @@ class GpuKernels(ReferenceKernels):
     ) -> bool:
         return True
 
-    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
-        return logits.argmax(-1)
+    def sampler(self, max_rows: int, vocab_size: int) -> BestSampler:
+        return BestSampler(max_rows, vocab_size)
 
 
 def load(folder: Path, gpu: FakeGpuMemory, config: EngineConfig) -> tuple[Runner, GpuKernels, FakeDevices]:

@@ -121,7 +121,6 @@ def test_tokens_are_the_same_with_steps_that_overlap(overlaps: bool) -> None:
     kinds: list[dict[str, object]] = [{}, {"temperature": 1.0}, {"logprobs": 1}, {"repetition_penalty": 1.2}]
     with replica(overlaps=overlaps) as (engine, runner):
         specs = []
-        # Alone at first, where nothing is left to the host; the last two are in steps that nothing overlaps.
         for kind in (*kinds[:2], *kinds[:2], *kinds):
             sampling = SamplingParams(**{"temperature": 0.0, **kind}, seed=3, max_tokens=12, stop_token_ids=range(400))  # type: ignore[arg-type]
             specs.append(SequenceSpec(f"s{len(specs)}", (*range(1, 5 + len(specs)),), sampling))

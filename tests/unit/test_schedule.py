@@ -1,3 +1,5 @@
+from collections.abc import Sequence
+
 import pytest
 
 from baton.errors import BadConfig, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
@@ -137,21 +139,42 @@ def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> N
     assert s.pool.num_free == 64
 
 
-def test_no_step_is_planned_over_a_token_that_the_host_draws() -> None:
+def test_a_sequence_whose_mask_waits_for_the_host_sits_out_alone() -> None:
+    class AllowAll:
+        def bits(self, token_ids: Sequence[int]) -> bytes:
+            return b"\xff" * 4
+
     s = scheduler()
-    hosts = SamplingParams(temperature=0.0, seed=0, max_tokens=4, min_tokens=2, stop_token_ids=(9,))
-    s.add(SequenceSpec("a", (1, 2), hosts), hands_off=False, now=0.0)
-    s.add(spec("b", 3), hands_off=False, now=0.0)
-    for _ in range(2):
-        plan = launch(s)
-        s.add(spec(f"late{s.num_sequences}", 3), hands_off=True, now=0.0)
-        assert s.schedule(0.0) == (None, [])
-        land(s, plan)
-    # From the third token on no stop token is banned any more.
+    s.add(spec("a", 3, max_tokens=4), hands_off=False, now=0.0)
+    s.add(spec("b", 3, max_tokens=4), hands_off=False, now=0.0)
     first = launch(s)
-    assert [name for name, *_ in shape(first)] == ["a", "b", "late3"]
+    first.pieces[0].sequence.token_mask = AllowAll()
     second = launch(s)
-    assert shape(second) == [("a", 4, 1, True), ("b", 5, 1, True)]
+    assert shape(second) == [("b", 3, 1, True)]
+    land(s, first)
+    # Its token is known: it goes on beside the one that did not wait.
+    third = launch(s)
+    assert shape(third) == [("a", 3, 1, True), ("b", 4, 1, True)]
+    land(s, second)
+    fourth = launch(s)
+    assert shape(fourth) == [("b", 5, 1, True)]
+    land(s, third)
+    land(s, fourth)
+    # Alone it has nothing beside it.
+    last = launch(s)
+    assert shape(last) == [("a", 4, 1, True)]
+    assert s.schedule(0.0) == (None, [])
+    land(s, last)
+
+
+def test_penalties_and_log_probabilities_do_not_take_the_overlap() -> None:
+    s = scheduler()
+    sampling = SamplingParams(
+        seed=0, max_tokens=4, min_tokens=2, stop_token_ids=(9,), repetition_penalty=1.5, logprobs=3, logit_bias={1: 2.0}
+    )
+    s.add(SequenceSpec("a", (1, 2), sampling), hands_off=False, now=0.0)
+    first, second = launch(s), launch(s)
+    assert shape(second) == [("a", 2, 1, True)]
     land(s, first)
     land(s, second)
 

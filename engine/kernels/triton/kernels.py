@@ -22,12 +22,12 @@ from engine.batch import Span
 from engine.config import ModelConfig
 from engine.cost import CostModel
 from engine.devices import Devices, seen_gpus
-from engine.kernels.interface import Attention, Draws, LaunchShapes, Linear
+from engine.kernels.interface import Attention, LaunchShapes, Linear
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import first_rows, linear, probe
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 from engine.kernels.triton.prefill_attention import Chunk, list_tiles, paged_prefill_attention, tiles_on
-from engine.kernels.triton.sampling import sample
+from engine.kernels.triton.sampling import TritonSampler
 from engine.kernels.triton.shared_prefix import (
     MIN_SAVED_BYTES,
     Group,
@@ -125,8 +125,8 @@ class TritonKernels:
     ) -> Attention:
         return DeviceDecode(config, layout, tables, lengths, max_length, self._tuning)
 
-    def draw(self, logits: Tensor, draws: Draws) -> Tensor:
-        return sample(logits, draws)
+    def sampler(self, max_rows: int, vocab_size: int) -> TritonSampler:
+        return TritonSampler(max_rows, vocab_size, self.device)
 
     def launch_shapes(self, config: ModelConfig, layout: KvLayout) -> LaunchShapes:
         """Numbers that change from step to step are not specialized for, so these are the tiles: of products by rows,

@@ -1,10 +1,10 @@
 """The token of each row of logits, on the device: what engine.sampler draws, from the same number of the same Philox.
 
-Bound by the bytes of the logits, read once for greedy rows, and once per digit and filter for the others. A program
-has one row. Without filters the quantile is taken in the order of ids; with top_k or top_p in the order of falling
-logits, equal ones by id, which needs no sort: digit by digit the program finds the value at which the count, or the
-mass in float64, of all larger ones passes the bound. Penalties, biases and log-probabilities stay on the host. A row
-that holds a NaN or an infinity gives -1.
+Bound by the bytes of the logits. A row is cut into chunks, a program each; what they find is combined in the order of
+the chunks, and probabilities are whole numbers (engine.mass), so that bits depend on neither batch nor grid. Passes
+over a row: one for its best value, with which greedy rows end; one for masses, after which a row without filters reads
+one chunk more; with top_k or top_p the chunks that hold something near the bound, twice (`nucleus`). What changes a
+row's logits is applied in the first pass, to a copy: log-probabilities are those of the model's own (`logprobs`).
 """
 
 from __future__ import annotations
@@ -14,18 +14,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.kernels.interface import Draws
+from engine.kernels.interface import NO_TOKEN, Draws, SlotTables
+from engine.kernels.triton.logprobs import Reporter
+from engine.kernels.triton.nucleus import gather_kernel, kept_kernel, select_kernel
+from engine.kernels.triton.rows import (
+    CUT_BITS,
+    NUM_CUTS,
+    OPTIONS,
+    best_of,
+    cut_at,
+    kept_masses,
+    mass_of,
+    row_of,
+    span_of,
+)
 
-# Values that a program holds at a time. Part of the numerics: masses are summed by place in the block, then over it.
-_BLOCK = 2048
-
-
-@triton.jit
-def _sortable(b_value):
-    """float32 as int64 keys of the same order; equal values, zeros of both signs too, have equal keys."""
-    b_bits = tl.where(b_value == 0.0, 0, b_value.to(tl.int32, bitcast=True))
-    b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
-    return b_bits.to(tl.int64) + 2147483648
+# Values of a row that a program has; at most 2^CUT_BITS / 2.
+_CHUNK = 4096
+# Values that a program searches at a time, and at most gathers for that.
+_BLOCK = 1024
+_MAX_GATHERED = 8192
+# With more warps, Triton 3.6 spills.
+_SELECT_OPTIONS = {**OPTIONS, "num_warps": 4}
+_NO_TOKEN = tl.constexpr(NO_TOKEN)
 
 
 @triton.jit
@@ -40,202 +51,265 @@ def _uniform(seed, position):
 
 
 @triton.jit
-def _values(p_row, at, size, least, floor, BLOCK: tl.constexpr):
-    """Ids, values, keys of a block, and which of them are not less than ``least`` and ``floor``."""
-    b_id = at + tl.arange(0, BLOCK)
-    b_value = tl.load(p_row + b_id, mask=b_id < size, other=float("-inf"))
-    b_key = _sortable(b_value)
-    return b_id, b_value, b_key, (b_id < size) & (b_value >= least) & (b_key >= floor)
+def _newest(p_newest, p_drawn, i_row):
+    """The token to be counted; negative if there is none, or none was drawn."""
+    newest = tl.load(p_newest + i_row)
+    is_drawn = (newest < 0) & (newest > _NO_TOKEN)
+    drawn = tl.load(p_drawn + tl.where(is_drawn, -1 - newest, 0), mask=is_drawn, other=-1)
+    return tl.where(newest < 0, drawn, newest)
 
 
 @triton.jit
-def _weight(b_value, m_kept, best, temperature, IS_COUNT: tl.constexpr):
-    """1 for what is kept, or its probability times a constant; 0 for the rest."""
-    if IS_COUNT:
-        return m_kept.to(tl.float64)
-    else:  # noqa: RET505 - the compiler drops this branch, but not what follows a return
-        b_scaled = (tl.where(m_kept, b_value, best).to(tl.float64) - best) / temperature
-        return tl.where(m_kept, tl.exp(b_scaled), 0.0)
+def _edited(b_value, b_id, p_ids, p_biases, p_bans, first_id, is_banning, EDITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Biases and bans of the chunk that starts at ``first_id``; the lists are in the order of ids."""
+    b_listed = tl.load(p_ids + tl.arange(0, EDITS))
+    first = tl.sum((b_listed < first_id).to(tl.int32), 0)
+    end = tl.sum((b_listed < first_id + CHUNK).to(tl.int32), 0)
+    for i in range(first, end):
+        changed = b_value + tl.load(p_biases + i)
+        changed = tl.where((tl.load(p_bans + i) != 0) & is_banning, float("-inf"), changed)
+        b_value = tl.where(b_id == tl.load(p_ids + i), changed, b_value)
+    return b_value
 
 
 @triton.jit
-def _key_value(key):
-    """The float64 of a key."""
-    bits = key - 2147483648
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return bits.to(tl.int32).to(tl.float32, bitcast=True).to(tl.float64)
+def _penalized(b_value, b_seen, repetition, frequency, presence):
+    """``b_seen``: twice how often a token was generated, and 1 more if the prompt has it."""
+    b_repeated = tl.where(b_value > 0, tl.div_rn(b_value, repetition), b_value * repetition)
+    b_value = tl.where(b_seen > 0, b_repeated, b_value)
+    b_count = (b_seen >> 1).to(tl.float32)
+    b_value = b_value - frequency * b_count
+    return b_value - presence * (b_count > 0).to(tl.float32)
 
 
 @triton.jit
-def _around(p_row, size, key, least, best, temperature, IS_COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """(weight of all values >= ``least`` above ``key``, number of those at it)."""
-    b_above = tl.zeros([BLOCK], tl.float64)
-    b_equal = tl.zeros([BLOCK], tl.int32)
-    for at in range(0, size, BLOCK):
-        _, b_value, b_key, m_kept = _values(p_row, at, size, least, key, BLOCK)
-        b_above += _weight(b_value, m_kept & (b_key > key), best, temperature, IS_COUNT)
-        b_equal += (m_kept & (b_key == key)).to(tl.int32)
-    return tl.sum(b_above, 0), tl.sum(b_equal, 0).to(tl.float64)
-
-
-@triton.jit
-def _search(
-    p_row, size, wanted, least, floor, best, temperature,
-    IS_COUNT: tl.constexpr, IS_STRICT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The largest key from which on, with it, values weigh ``wanted`` (strict: more); the smallest if none does.
-
-    Two bits of the key a pass: no sort, and no memory but the row itself.
-    """
-    best_key = _sortable(best.to(tl.float32))
-    prefix = tl.zeros([], tl.int64)
-    smallest = best_key
-    for i_pass in range(16):
-        step = tl.full([], 1, tl.int64) << (30 - 2 * i_pass)
-        b_low = tl.zeros([BLOCK], tl.float64)
-        b_middle = tl.zeros([BLOCK], tl.float64)
-        b_high = tl.zeros([BLOCK], tl.float64)
-        for at in range(0, size, BLOCK):
-            _, b_value, b_key, m_kept = _values(p_row, at, size, least, floor, BLOCK)
-            b_weight = _weight(b_value, m_kept, best, temperature, IS_COUNT)
-            b_low += tl.where(b_key >= prefix + step, b_weight, 0.0)
-            b_middle += tl.where(b_key >= prefix + 2 * step, b_weight, 0.0)
-            b_high += tl.where(b_key >= prefix + 3 * step, b_weight, 0.0)
-            smallest = tl.minimum(smallest, tl.min(tl.where(m_kept, b_key, best_key), 0))
-        low, middle, high = tl.sum(b_low, 0), tl.sum(b_middle, 0), tl.sum(b_high, 0)
-        if IS_STRICT:
-            digit = (low > wanted).to(tl.int64) + (middle > wanted).to(tl.int64) + (high > wanted).to(tl.int64)
-        else:
-            digit = (low >= wanted).to(tl.int64) + (middle >= wanted).to(tl.int64) + (high >= wanted).to(tl.int64)
-        # Nothing lies above the best, and nothing weighs 0.
-        prefix += step * tl.minimum(digit, (tl.maximum(best_key - prefix, 0)) // step)
-    return tl.maximum(prefix, smallest)
-
-
-@triton.jit
-def _nth_equal(p_row, size, key, nth, BLOCK: tl.constexpr):
-    """Id of the ``nth`` value of that key, from 0, in the order of ids."""
-    found = tl.zeros([], tl.int32)
-    passed = tl.zeros([], tl.int32)
-    for at in range(0, size, BLOCK):
-        b_id, _, b_key, m_kept = _values(p_row, at, size, float("-inf"), key, BLOCK)
-        b_equal = (m_kept & (b_key == key)).to(tl.int32)
-        b_rank = tl.cumsum(b_equal, 0) - 1 + passed
-        found = tl.maximum(found, tl.max(tl.where((b_equal > 0) & (b_rank == nth), b_id, 0), 0))
-        passed += tl.sum(b_equal, 0)
-    return found
-
-
-@triton.jit
-def _by_id(p_row, size, number, least, best, temperature, BLOCK: tl.constexpr):
-    """The id at quantile ``number`` of the values >= ``least``, in the order of ids."""
-    b_total = tl.zeros([BLOCK], tl.float64)
-    for at in range(0, size, BLOCK):
-        _, b_value, _, m_kept = _values(p_row, at, size, least, 0, BLOCK)
-        b_total += _weight(b_value, m_kept, best, temperature, False)
-    wanted = tl.sum(b_total, 0) * number
-    found = tl.zeros([], tl.int32) + size
-    last = tl.zeros([], tl.int32)
-    passed = tl.zeros([], tl.float64)
-    for at in range(0, size, BLOCK):
-        b_id, b_value, _, m_kept = _values(p_row, at, size, least, 0, BLOCK)
-        b_weight = _weight(b_value, m_kept, best, temperature, False)
-        b_head = tl.cumsum(b_weight, 0) + passed
-        found = tl.minimum(found, tl.min(tl.where(m_kept & (b_head > wanted), b_id, size), 0))
-        last = tl.maximum(last, tl.max(tl.where(m_kept, b_id, 0), 0))
-        passed += tl.sum(b_weight, 0)
-    return tl.minimum(found, last)
-
-
-@triton.jit
-def _by_value(p_row, size, number, top_k, top_p, least, best, temperature, BLOCK: tl.constexpr):
-    """The id at quantile ``number`` of what top_k and top_p leave, in the order of falling values.
-
-    What is left is everything above key ``floor`` and the first ``ties`` values at it.
-    """
-    floor = tl.zeros([], tl.int64)
-    ties = tl.zeros([], tl.float64)
-    if top_k > 0:
-        wanted = top_k.to(tl.float64)
-        floor = _search(p_row, size, wanted, least, floor, best, temperature, True, False, BLOCK)
-        above, equal = _around(p_row, size, floor, least, best, temperature, True, BLOCK)
-        ties = tl.minimum(wanted - above, equal)
-    above, _ = _around(p_row, size, floor, least, best, temperature, False, BLOCK)
-    # Without top_k there is no floor, and no value of its key.
-    at_floor = tl.where(ties > 0, _key_value(floor), best)
-    total = above + ties * tl.exp((at_floor - best) / temperature)
-    if top_p < 1:
-        wanted = top_p * total
-        key = _search(p_row, size, wanted, least, floor, best, temperature, False, False, BLOCK)
-        above, equal = _around(p_row, size, key, least, best, temperature, False, BLOCK)
-        each = tl.exp((_key_value(key) - best) / temperature)
-        most = tl.where(key == floor, ties, equal)
-        ties = tl.minimum(tl.maximum(tl.math.ceil((wanted - above) / tl.where(each > 0, each, 1.0)), 1.0), most)
-        floor = key
-        total = above + ties * each
-    wanted = number * total
-    key = _search(p_row, size, wanted, least, floor, best, temperature, False, True, BLOCK)
-    above, equal = _around(p_row, size, key, least, best, temperature, False, BLOCK)
-    each = tl.exp((_key_value(key) - best) / temperature)
-    most = tl.where(key == floor, ties, equal)
-    nth = tl.minimum(tl.math.floor((wanted - above) / tl.where(each > 0, each, 1.0)), most - 1)
-    return _nth_equal(p_row, size, key, tl.maximum(nth, 0.0).to(tl.int32), BLOCK)
-
-
-@triton.jit
-def _sample_kernel(
-    p_token,  # [rows] int64
+def _change_kernel(
+    p_changed,  # [rows, size] float32: rows after their changes; others are not written
     p_logits,  # [rows, size] float32, rows stride_row apart
-    p_temperature,  # [rows] float64
+    p_slot, p_is_banning, p_newest, p_masked,  # [rows]
+    p_drawn,  # [rows of the step before] int64
+    p_seen,  # [slots, size] int32
+    p_penalties,  # [slots, 3] float32
+    p_edit_ids, p_edit_biases, p_edit_bans,  # [slots, EDITS]
+    p_masks,  # [rows, words] int32
+    size,
+    words,
+    stride_row,
+    EDITS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_row, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot, is_masked = tl.load(p_slot + i_row).to(tl.int64), tl.load(p_masked + i_row) != 0
+    if (slot >= 0) | is_masked:
+        first_id = i_chunk * CHUNK
+        b_id = first_id + tl.arange(0, CHUNK)
+        m_in = b_id < size
+        b_value = tl.load(p_logits + i_row * stride_row + b_id, mask=m_in, other=0.0)
+        # A row with others is lost.
+        b_value = tl.where(tl.abs(b_value) < float("inf"), b_value, 0.0)
+        if slot >= 0:
+            at = slot * EDITS
+            is_banning = tl.load(p_is_banning + i_row) != 0
+            b_value = _edited(
+                b_value, b_id, p_edit_ids + at, p_edit_biases + at, p_edit_bans + at, first_id, is_banning, EDITS, CHUNK
+            )
+            repetition = tl.load(p_penalties + slot * 3)
+            frequency, presence = tl.load(p_penalties + slot * 3 + 1), tl.load(p_penalties + slot * 3 + 2)
+            if (repetition != 1.0) | (frequency != 0.0) | (presence != 0.0):
+                m_new = m_in & (b_id == _newest(p_newest, p_drawn, i_row))
+                b_seen = tl.load(p_seen + slot * size + b_id, mask=m_in, other=0) + tl.where(m_new, 2, 0)
+                tl.store(p_seen + slot * size + b_id, b_seen, mask=m_new)
+                b_value = _penalized(b_value, b_seen, repetition, frequency, presence)
+        if is_masked:
+            b_word = tl.load(p_masks + i_row * words + (b_id >> 5), mask=m_in, other=0)
+            b_value = tl.where(((b_word >> (b_id & 31)) & 1) != 0, b_value, float("-inf"))
+        tl.store(p_changed + i_row * size + b_id, b_value, mask=m_in)
+
+
+@triton.jit
+def _stats_kernel(
+    p_values,  # [rows, 4, CHUNKS] float32: best, sum and sum of squares (roughly), best of the model's own
+    p_places,  # [rows, 2, CHUNKS] int32: id of the best, number of the model's values that are not finite
+    p_changed, p_logits, p_slot, p_masked,  # as above
+    size,
+    stride_row,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_row, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    b_id = i_chunk * CHUNK + tl.arange(0, CHUNK)
+    m_in = b_id < size
+    b_value = tl.load(p_logits + i_row * stride_row + b_id, mask=m_in, other=float("-inf"))
+    # Comparisons with NaN are false. It is kept out of the maximum, whose NaN differ between machines.
+    m_finite = tl.abs(b_value) < float("inf")
+    num_bad = tl.sum((m_in & (m_finite == 0)).to(tl.int32), 0)
+    b_value = tl.where(m_finite, b_value, float("-inf"))
+    raw_best = tl.max(b_value, 0)
+    best = raw_best
+    if (tl.load(p_slot + i_row) >= 0) | (tl.load(p_masked + i_row) != 0):
+        b_value = tl.load(p_changed + i_row * size + b_id, mask=m_in, other=float("-inf"))
+        best = tl.max(b_value, 0)
+    # The lowest id of equal ones.
+    best_id = tl.min(tl.where(m_in & (b_value == best), b_id, size), 0)
+    # Only where to look first depends on these, so they may be rough.
+    b_near = tl.where(m_in, tl.minimum(tl.maximum(b_value, -1e4), 1e4), 0.0)
+    p_values += i_row * 4 * CHUNKS + i_chunk
+    p_places += i_row * 2 * CHUNKS + i_chunk
+    tl.store(p_values, best)
+    tl.store(p_values + CHUNKS, tl.sum(b_near, 0))
+    tl.store(p_values + 2 * CHUNKS, tl.sum(b_near * b_near, 0))
+    tl.store(p_values + 3 * CHUNKS, raw_best)
+    tl.store(p_places, best_id)
+    tl.store(p_places + CHUNKS, num_bad)
+
+
+@triton.jit
+def _mass_kernel(
+    p_masses,  # [rows, CHUNKS] int64: of rows without top_k and top_p
+    p_span,  # [rows] float32: how far the cuts reach below the best
+    p_cuts,  # [rows, NUM_CUTS, CHUNKS] int64: of the others, mass and number of the values from each cut up
+    p_values, p_places, p_changed, p_logits, p_slot, p_masked,  # as above
+    p_scale,  # [rows] float32
     p_top_k,  # [rows] int32
     p_top_p,  # [rows] float64
-    p_min_p,  # [rows] float64
+    p_reach,  # [rows] float64
+    size,
+    stride_row,
+    num_chunks,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
+    i_row, i_chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    scale = tl.load(p_scale + i_row)
+    if scale > 0:
+        best, _, num_bad = best_of(p_values, p_places, i_row, num_chunks, CHUNKS)
+        if (num_bad == 0) & (tl.abs(best) < float("inf")):
+            p_row = row_of(p_logits, p_changed, p_slot, p_masked, i_row, size, stride_row)
+            b_id = i_chunk * CHUNK + tl.arange(0, CHUNK)
+            b_value = tl.load(p_row + b_id, mask=b_id < size, other=float("-inf"))
+            least = (best.to(tl.float64) + tl.load(p_reach + i_row)).to(tl.float32)
+            m_kept = (b_id < size) & (b_value >= least)
+            b_mass = tl.where(m_kept, mass_of((b_value - best) * scale), 0)
+            if (tl.load(p_top_k + i_row) > 0) | (tl.load(p_top_p + i_row) < 1):
+                span = span_of(p_values, i_row, best, size, scale, num_chunks, CHUNKS)
+                if i_chunk == 0:
+                    tl.store(p_span + i_row, span)
+                b_both = (b_mass << CUT_BITS) | m_kept.to(tl.int64)
+                for i_cut in tl.static_range(NUM_CUTS):
+                    cut = cut_at(best, span, tl.full([], i_cut, tl.int32))
+                    above = tl.sum(tl.where(b_value >= cut, b_both, 0), 0)
+                    tl.store(p_cuts + (i_row * NUM_CUTS + i_cut) * CHUNKS + i_chunk, above)
+            else:
+                tl.store(p_masses + i_row * CHUNKS + i_chunk, tl.sum(b_mass, 0))
+
+
+@triton.jit
+def _draw_kernel(
+    p_token,  # [rows] int64
+    p_masses, p_floor, p_values, p_places, p_changed, p_logits, p_slot, p_masked,  # as above
+    p_scale, p_top_k, p_top_p, p_reach,
     p_seed,  # [rows] int64
     p_position,  # [rows] int64
     size,
     stride_row,
-    BLOCK: tl.constexpr,
-):
+    num_chunks,
+    CHUNKS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):  # fmt: skip
     i_row = tl.program_id(0).to(tl.int64)
-    p_row = p_logits + i_row * stride_row
-    # The best value, and of equal ones the lowest id.
-    best32 = tl.zeros([], tl.float32) + float("-inf")
-    token = tl.zeros([], tl.int32)
-    num_bad = tl.zeros([], tl.int32)
-    for at in range(0, size, BLOCK):
-        b_id = at + tl.arange(0, BLOCK)
-        b_value = tl.load(p_row + b_id, mask=b_id < size, other=float("-inf"))
-        # Comparisons with NaN are false. It is kept out of the maximum, whose NaN differ between machines.
-        m_finite = tl.abs(b_value) < float("inf")
-        num_bad += tl.sum(((b_id < size) & (m_finite == 0)).to(tl.int32), 0)
-        b_value = tl.where(m_finite, b_value, float("-inf"))
-        highest = tl.max(b_value, 0)
-        first = tl.min(tl.where(b_value == highest, b_id, size), 0)
-        token = tl.where(highest > best32, first, token)
-        best32 = tl.maximum(best32, highest)
-    temperature = tl.load(p_temperature + i_row)
-    if (temperature > 0) & (num_bad == 0):
-        best = best32.to(tl.float64)
-        top_k, top_p, min_p = tl.load(p_top_k + i_row), tl.load(p_top_p + i_row), tl.load(p_min_p + i_row)
-        least = tl.zeros([], tl.float32) + float("-inf")
-        left = tl.zeros([], tl.float64) + size
-        if min_p > 0:
-            least = (best + temperature * tl.log(min_p)).to(tl.float32)
-            left, _ = _around(p_row, size, tl.zeros([], tl.int64), least, best, temperature, True, BLOCK)
-        # top_k that keeps all that min_p left is off, which decides about the order.
-        top_k = tl.where(top_k < left, top_k, 0)
+    best, token, num_bad = best_of(p_values, p_places, i_row, num_chunks, CHUNKS)
+    scale = tl.load(p_scale + i_row)
+    if (scale > 0) & (num_bad == 0) & (tl.abs(best) < float("inf")):
+        b_chunk = tl.arange(0, CHUNKS)
+        b_mass = tl.load(p_masses + i_row * CHUNKS + b_chunk, mask=b_chunk < num_chunks, other=0)
+        total = tl.sum(b_mass, 0)
         number = _uniform(tl.load(p_seed + i_row), tl.load(p_position + i_row))
-        if (top_k > 0) | (top_p < 1):
-            token = _by_value(p_row, size, number, top_k, top_p, least, best, temperature, BLOCK)
-        else:
-            token = _by_id(p_row, size, number, least, best, temperature, BLOCK)
+        wanted = tl.minimum((number * total.to(tl.float64)).to(tl.int64), total - 1)
+        i_chunk = tl.sum((tl.cumsum(b_mass, 0) <= wanted).to(tl.int32), 0)
+        wanted -= tl.sum(tl.where(b_chunk < i_chunk, b_mass, 0), 0)
+        p_row = row_of(p_logits, p_changed, p_slot, p_masked, i_row, size, stride_row)
+        is_filtered = (tl.load(p_top_k + i_row) > 0) | (tl.load(p_top_p + i_row) < 1)
+        b_head = tl.cumsum(
+            kept_masses(
+                p_row, p_floor, i_row, i_chunk, best, tl.load(p_reach + i_row), scale, is_filtered, size, CHUNK
+            ), 0
+        )  # fmt: skip
+        token = i_chunk * CHUNK + tl.sum((b_head <= wanted).to(tl.int32), 0)
+    token = tl.where(best == float("-inf"), -2, tl.where(best == float("inf"), -3, token))
     tl.store(p_token + i_row, tl.where(num_bad == 0, token, -1).to(tl.int64))
 
 
-def sample(logits: Tensor, draws: Draws) -> Tensor:
-    """One token id per row of ``logits`` [rows, vocabulary] float32, int64; -1 where there is none to draw."""
-    rows, size = logits.shape
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    if rows:
-        _sample_kernel[(rows,)](out, logits, *draws, size, logits.stride(0), BLOCK=_BLOCK, num_warps=8)
-    return out
+class TritonSampler:
+    """Draws for up to ``max_rows`` sequences a step. Owns the memory between its kernels, and what changes logits."""
+
+    def __init__(self, max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = _CHUNK) -> None:
+        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(max_rows, *shape, dtype=dtype, device=device)
+
+        self._size = vocab_size
+        self._chunk = chunk
+        self._num_chunks = triton.cdiv(vocab_size, chunk)
+        self._chunks = triton.next_power_of_2(self._num_chunks)
+        self.tables = SlotTables.zeros(max_rows, vocab_size, device)
+        self.masks = torch.zeros(max_rows, triton.cdiv(vocab_size, 32), dtype=torch.int32, device=device)
+        self._changed = empty(vocab_size, dtype=torch.float32)
+        self._values = empty(4, self._chunks, dtype=torch.float32)
+        self._places = empty(2, self._chunks, dtype=torch.int32)
+        self._masses = empty(self._chunks, dtype=torch.int64)
+        self._cuts = empty(NUM_CUTS.value, self._chunks, dtype=torch.int64)
+        self._plan = empty(6, dtype=torch.int64)
+        self._span = empty(dtype=torch.float32)
+        self._bounds = empty(2, dtype=torch.float32)
+        self._floor = empty(2, dtype=torch.int32)
+        self._found = empty(_MAX_GATHERED, dtype=torch.float32)
+        self._found_ids = empty(_MAX_GATHERED, dtype=torch.int32)
+        self._reporter = Reporter(max_rows, self._chunks, device)
+
+    @property
+    def report(self) -> Tensor:
+        """[max_rows, REPORT_WORDS] int64: of rows that asked for log-probabilities, in the step drawn last."""
+        return self._reporter.report
+
+    def draw(self, logits: Tensor, draws: Draws, drawn: Tensor) -> None:
+        """A token id per row of ``logits`` [rows, vocabulary] float32 into the first of ``drawn``, which holds those of
+        the step before."""
+        rows, stride = len(logits), logits.stride(0)
+        if not rows:
+            return
+        tables, size, chunks = self.tables, self._size, self._num_chunks
+        grid, shape = (rows, chunks), {"CHUNKS": self._chunks, "CHUNK": self._chunk, **OPTIONS}
+        source = self._changed, logits, draws.slot, draws.is_masked
+        _change_kernel[grid](
+            self._changed, logits, draws.slot, draws.is_banning, draws.newest, draws.is_masked, drawn, *tables,
+            self.masks, size, self.masks.shape[1], stride,
+            EDITS=tables.edit_ids.shape[1], CHUNK=self._chunk, **OPTIONS,
+        )  # fmt: skip
+        _stats_kernel[grid](self._values, self._places, *source, size, stride, **shape)
+        looked = self._values, self._places, *source
+        filters = draws.scale, draws.top_k, draws.top_p, draws.reach
+        _mass_kernel[grid](self._masses, self._span, self._cuts, *looked, *filters, size, stride, chunks, **shape)
+        gather_kernel[grid](
+            self._plan, self._bounds, self._found, self._found_ids, self._span, self._cuts, *looked, *filters,
+            size, stride, chunks, MAX_GATHERED=_MAX_GATHERED, **shape,
+        )  # fmt: skip
+        select_kernel[rows,](
+            self._floor, self._plan, self._bounds, self._found, self._found_ids, *looked, *filters, size, stride,
+            chunks, MAX_GATHERED=_MAX_GATHERED, CHUNKS=self._chunks, BLOCK=_BLOCK, **_SELECT_OPTIONS,
+        )  # fmt: skip
+        kept_kernel[grid](
+            self._masses, self._floor, self._plan, self._cuts, *looked, *filters, size, stride, chunks, **shape
+        )
+        _draw_kernel[rows,](
+            drawn,
+            self._masses,
+            self._floor,
+            *looked,
+            *filters,
+            draws.seed,
+            draws.position,
+            size,
+            stride,
+            chunks,
+            **shape,
+        )
+        self._reporter.launch(logits, self._values, drawn, draws.num_logprobs, chunks, self._chunk)
