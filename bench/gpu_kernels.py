@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from baton.types import SamplingParams
-from bench.cases import TOLERANCE, PagedSequences, Shape
-from bench.gpu_measure import Device, Work
-from engine.kernels.interface import Draws
+from bench import gpu_sampling
+from bench.cases import TOLERANCE, PagedSequences
+from bench.gpu_measure import Device, Peer, Work
+from bench.gpu_sizes import Sizes
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
@@ -29,51 +28,8 @@ from engine.kernels.triton.prefill_attention import (
     paged_prefill_attention,
     tiles_on,
 )
-from engine.kernels.triton.sampling import sample
 from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_tile, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning
-from engine.sampler import draw, uniform
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """One scale of the whole bench."""
-
-    dtype: torch.dtype
-    shape: Shape
-    hidden: int
-    inner: int
-    vocabulary: int
-    prefill: tuple[tuple[int, int], ...]  # (sequences, tokens)
-    chunked: tuple[tuple[int, int], ...]  # (tokens, context before them)
-    decode: tuple[tuple[int, int], ...]  # (rows, context)
-    prefixes: tuple[tuple[int, int, int], ...]  # (rows, prefix, suffix)
-    rows: tuple[int, ...]
-    copied_tokens: tuple[int, ...]
-    block_tokens: tuple[int, ...]
-
-
-LLAMA_8B = Sizes(
-    torch.bfloat16, Shape(32, 8, 128), 4096, 14336, 128256,
-    prefill=((8, 2048), (4, 4096), (2, 8192), (1, 16384)),
-    chunked=((2048, 8192), (2048, 32768)),
-    decode=((1, 1024), (1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 4096), (64, 8192), (256, 1024)),
-    prefixes=((16, 512, 256), (64, 8192, 256), (128, 2048, 256)),
-    rows=(1, 16, 64, 128, 1024, 4096, 8192),
-    copied_tokens=(1024, 32768),
-    block_tokens=(64, 16),
-)  # fmt: skip
-# One of each dtype, with odd shapes.
-TINY = tuple(
-    Sizes(
-        dtype, shape, 84, 40, 70,
-        prefill=((2, 20), (1, 63)), chunked=((9, 30),), decode=((1, 1), (3, 63), (2, 300)), prefixes=((3, 256, 5),),
-        rows=(1, 63, 70), copied_tokens=(33,), block_tokens=(64, 16),
-    )
-    for dtype, shape in (
-        (torch.float32, Shape(4, 2, 16)), (torch.float16, Shape(7, 1, 80)), (torch.bfloat16, Shape(3, 1, 96)),
-    )
-)  # fmt: skip
 
 
 def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
@@ -91,7 +47,7 @@ def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
     yield from _shared(sizes, tuning, device)
     yield from _pointwise(sizes, device)
     yield from _copies(sizes, device)
-    yield from _sampling(sizes, device)
+    yield from gpu_sampling.works(sizes, device)
 
 
 def _randn(device: Device, dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
@@ -469,36 +425,3 @@ def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
                 "blocks out", label, lambda seed: seed, out,
                 expected=lambda _, c=cache, i=ids: c[:, i.long()].double(), bytes=num_bytes,
             )  # fmt: skip
-
-
-def _sampling(sizes: Sizes, device: Device) -> Iterator[Work]:
-    rows = 64 if device.is_gpu else 2
-    for name, temperature, top_k, top_p in (("greedy", 0.0, 0, 1.0), ("plain", 1.0, 0, 1.0), ("top-p", 0.8, 50, 0.9)):
-        params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-        draws = Draws(
-            torch.full((rows,), temperature, dtype=torch.float64, device=device.torch),
-            torch.full((rows,), top_k, dtype=torch.int32, device=device.torch),
-            torch.full((rows,), top_p, dtype=torch.float64, device=device.torch),
-            torch.zeros(rows, dtype=torch.float64, device=device.torch),
-            torch.arange(rows, device=device.torch),
-            torch.arange(rows, device=device.torch),
-        )
-        yield Work(
-            f"sampling, {name}",
-            f"{rows} x {sizes.vocabulary}",
-            lambda seed: _randn(device, torch.float32, rows, sizes.vocabulary, seed=seed) * 4,
-            lambda logits, draws=draws: sample(logits, draws),
-            {"torch_argmax": lambda logits: logits.argmax(-1)} if params.is_greedy else {},
-            partial(_drawn, params),
-            bytes=rows * sizes.vocabulary * 4,
-            input_bytes=rows * sizes.vocabulary * 4,
-        )
-
-
-def _drawn(params: SamplingParams, logits: Tensor) -> Tensor:
-    """What the engine's sampler draws for row i of seed i at position i."""
-    if params.is_greedy:
-        return logits.argmax(-1).double()
-    rows = logits.cpu().numpy()
-    tokens = [draw(row, params, uniform(i, i)) for i, row in enumerate(rows)]
-    return torch.tensor(tokens, dtype=torch.float64, device=logits.device)
