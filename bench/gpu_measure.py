@@ -1,7 +1,7 @@
 """One case of the GPU bench, and how its parts are checked and timed. Knows no kernel of Baton.
 
-A ``Work`` is one kernel at one shape: names, ``make`` for inputs, ``ours`` and ``peers`` to run on them, ``expected`` and
-``alone`` to check with, ``bytes`` and ``flops`` that the task needs at least. A module of cases is a function
+A ``Work`` is one kernel at one shape: names, ``make`` for inputs, ``ours`` and ``peers`` to run on them, ``expected``
+and ``alone`` to check with, ``bytes`` and ``flops`` that the task needs at least. A module of cases is a function
 ``works(sizes, device, ...) -> Iterator[Work]``; `bench.gpu_stages` says which modules make up a stage.
 
 A case is taken in parts, each of which gives a row of its own or a fault of its own: ``check`` (ours against
@@ -34,6 +34,8 @@ _USABLE_SHARE = 0.9
 # A replay lasts about this long, so that its launch does not show in the time of one call.
 _REPLAY_S = 2e-3
 _MIN_CALLS, _MAX_CALLS = 10, 200
+# Of calls that are queued one by one: the host has to be ahead of the device.
+_MIN_QUEUED = 3
 
 
 class CaptureFailedError(RuntimeError):
@@ -196,8 +198,9 @@ class Work:
     # Device memory of a set, the check and the result together, where that is more than three times the inputs.
     needs_bytes: float = 0.0
     dtype: str = ""
-    # Timed as well as checked.
+    # Timed as well as checked; False for ``is_recorded`` where ours is a graph already, or cannot become one.
     is_timed: bool = True
+    is_recorded: bool = True
 
     def parts(self, device: Device) -> list[Part]:
         measurement = _Measurement(self, device)
@@ -209,6 +212,16 @@ class Work:
 
 
 Case = Work | Task
+
+
+def measured(work: Work, device: Device) -> dict[str, Any]:
+    """The row of a work as one: check, time, and microseconds of each peer by name. Raises what any of it raises."""
+    measurement = _Measurement(work, device)
+    row = measurement.check()
+    if row["is_right"] is False:
+        return row
+    row |= measurement.time()
+    return row | {name: measurement.peer(name)().get("us") for name in work.peers}
 
 
 class _Measurement:
@@ -272,7 +285,7 @@ class _Measurement:
 
     def _ours(self) -> Replay:
         if self._recorded is None:
-            self._recorded = self._replay(self._work.ours, is_recorded=True)
+            self._recorded = self._replay(self._work.ours, is_recorded=self._work.is_recorded)
         return self._recorded
 
     def _replay(self, run: Callable[[Any], object], *, is_recorded: bool) -> Replay:
@@ -281,11 +294,13 @@ class _Measurement:
         for call in calls[:2]:
             call()
         one = self._device.seconds({"call": Replay(lambda: [call() for call in calls], len(calls))})["call"]
-        wanted = min(_MAX_CALLS, max(_MIN_CALLS, int(_REPLAY_S / one)))
+        wanted = min(_MAX_CALLS, max(_MIN_CALLS if is_recorded else _MIN_QUEUED, int(_REPLAY_S / one)))
         repeated = calls * -(-wanted // len(calls))
-        if is_recorded:
-            return self._device.record(repeated)
-        return Replay(lambda: [call() for call in calls], len(calls))
+        return (
+            self._device.record(repeated)
+            if is_recorded
+            else Replay(lambda: [call() for call in repeated], len(repeated))
+        )
 
     def _inputs(self, count: int) -> list[Any]:
         work = self._work

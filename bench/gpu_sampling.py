@@ -1,4 +1,4 @@
-"""The sampling kernel of `bench.gpu`: greedy, plain and top-p rows beside the host's sampler, which says what is right."""
+"""The sampling kernel of `bench.gpu`: greedy, plain and top-p rows; the host's sampler says what is right."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.types import SamplingParams
+from bench.cases import generator_on
 from bench.gpu_measure import Device, Peer, Work
 from bench.gpu_sizes import Sizes
 from engine.kernels.interface import Draws
@@ -45,7 +46,7 @@ def works(sizes: Sizes, device: Device) -> Iterator[Work]:
 
 
 def _logits(device: Device, rows: int, vocabulary: int, seed: int) -> Tensor:
-    generator = torch.Generator(device.torch).manual_seed(seed) if device.torch != "meta" else None
+    generator = generator_on(device.torch, seed)
     return torch.randn(rows, vocabulary, generator=generator, device=device.torch, dtype=torch.float32) * 4
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -70,3 +70,25 @@ TINY = tuple(
         (torch.float32, Shape(4, 2, 16)), (torch.float16, Shape(7, 1, 80)), (torch.bfloat16, Shape(3, 1, 96)),
     )
 )  # fmt: skip
+
+
+def _served(name: str, dtype: torch.dtype, shape: Shape, hidden: int, inner: int, vocabulary: int) -> Sizes:
+    return Sizes(
+        name, dtype, shape, hidden, inner, vocabulary, 2, False,
+        # One of each kind of launch: tiles of few, of some, and of many rows; with parts to combine and without.
+        prefill=((1, 63),), chunked=(), decode=((1, 63), (3, 700)), prefixes=(), rows=(1, 17, 33, 700),
+        pointwise_rows=(3,), copied_tokens=(), block_tokens=(64,), steps=(), prompt=1,
+    )  # fmt: skip
+
+
+# Models that stages run whole and of which no kernel is measured alone: what is compiled ahead for them.
+FAMILY_SHAPE = Shape(8, 2, 128)
+SERVED = (
+    *(_served("families", t, FAMILY_SHAPE, 256, 384, 997) for t in (torch.float32, torch.bfloat16)),
+    *(_served("demo", t, Shape(4, 2, 32), 128, 320, 2867) for t in (torch.float32, torch.bfloat16)),
+    *(
+        replace(_served("0.6B", t, QWEN_06B.shape, 1024, 3072, 151936), has_qk_norm=True)
+        for t in (torch.bfloat16, torch.float16, torch.float32)
+    ),
+    _served("0.25B", torch.bfloat16, Shape(16, 4, 64), 1024, 2816, 32000),
+)
