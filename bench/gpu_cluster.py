@@ -49,7 +49,7 @@ class _Work:
 def cases(context: Context) -> Iterator[Case]:
     is_gpu = context.device.is_gpu
     if context.wheels is not None:
-        yield Task("1+1 cluster", "wheels", partial(_install, context.wheels))
+        yield Task("1+1 cluster", "wheels", partial(_installed, context.wheels))
     lengths = (1, 63, 64, 65, 500, 1000)
     if is_gpu:
         demo = _Work("demo model", lambda: _DEMO, "float32", lengths, 32, 2, "cuda_ipc")
@@ -62,20 +62,26 @@ def cases(context: Context) -> Iterator[Case]:
         yield Task("1+1 cluster", f"{work.name}, by {work.transport}", run, work.dtype)
 
 
-def _install(wheels: Path) -> dict[str, Any]:
-    """What this environment lacks, into a folder that this process and the cluster's look in first. Asks no network."""
+def install(wheels: Path, to: Path) -> int:
+    """What an environment lacks, into a folder that is looked in first; how many. Asks no network."""
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
         raise FileNotFoundError(f"no wheels in {wheels}; `python scripts/gpu_wheels.py {wheels}` gathers them")
-    folder = tempfile.mkdtemp(prefix="baton-wheels-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--target", folder]
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--target", str(to)]
     done = subprocess.run([*command, *found], capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"pip: {done.stderr.strip()[-1000:]}")
+    return len(found)
+
+
+def _installed(wheels: Path) -> dict[str, Any]:
+    """For this process and the cluster's."""
+    folder = tempfile.mkdtemp(prefix="baton-wheels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    count = install(wheels, Path(folder))
     sys.path.insert(0, folder)
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
-    return {"is_right": True, "said": f"{len(found)} wheels"}
+    return {"is_right": True, "said": f"{count} wheels"}
 
 
 def _bench_model() -> Path:

@@ -390,7 +390,8 @@ def _embeddings(sizes: Sizes, device: Device) -> Iterator[Work]:
     for rows in sizes.pointwise_rows:
         yield Work(
             "embedding", f"{rows} rows", partial(make, rows), lambda x: embed(*x),
-            {"torch": Peer(lambda x: x[0][x[1]])}, lambda x: x[0][x[1]].double(), bytes=2 * rows * sizes.hidden * sizes.dtype.itemsize,
+            {"torch": Peer(lambda x: x[0][x[1]])}, lambda x: x[0][x[1]].double(),
+            bytes=2 * rows * sizes.hidden * sizes.dtype.itemsize,
             # Drawn in float32. A table is larger than the cache: one is enough.
             needs_bytes=4 * table_bytes,
         )  # fmt: skip

@@ -2,8 +2,8 @@
 thing begins.
 
 Kinds of lines: ``run`` (versions, commit, what was asked for), ``stage`` (begun, ended, cut, left out), ``begin`` (a
-part of a case), and what a part gives, ``row`` or ``fault``. A part that was begun and has neither was under way when its process
-ended. Loads no torch: the parent and the report read it too.
+part of a case), and what a part gives, ``row`` or ``fault``. A part that was begun and has neither was under way when
+its process ended. Loads no torch: the parent and the report read it too.
 """
 
 from __future__ import annotations

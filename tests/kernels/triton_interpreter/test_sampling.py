@@ -10,6 +10,7 @@ from baton.types import SamplingParams
 from engine.kernels.interface import Draws
 from engine.kernels.triton.sampling import sample
 from engine.sampler import draw, uniform
+from tests.kernels.device import DEVICE
 
 
 def draws(params: list[SamplingParams], positions: list[int]) -> Draws:
@@ -56,13 +57,13 @@ KINDS = [
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize(("size", "rows"), [(63, 2), (2500, 1)])
 def test_every_way_to_draw(size: int, rows: int, kind: dict[str, float]) -> None:
-    logits = torch.randn(rows, size, generator=torch.Generator().manual_seed(size)) * 3
+    logits = torch.randn(rows, size, generator=torch.Generator(DEVICE).manual_seed(size)) * 3
     params = [SamplingParams(seed=2**64 - 1 - i, **kind) for i in range(rows)]  # type: ignore[arg-type]
     check(logits, params, [2**33 + 7, 500][:rows])
 
 
 def test_equal_logits_are_taken_by_id() -> None:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randint(-2, 3, (8, 300), generator=generator).float()
     logits[0] = 0.0
     logits[1, ::2] = -0.0
@@ -97,7 +98,7 @@ def test_a_row_draws_the_same_in_any_batch() -> None:
 @pytest.mark.parametrize("place", [0, 70, 2499, slice(None)], ids=str)
 def test_a_row_that_is_not_finite_has_no_token(bad: float, place: int | slice) -> None:
     """In the first block, the last one, everywhere; its neighbours draw what they draw without it."""
-    logits = torch.randn(4, 2500, generator=torch.Generator().manual_seed(5))
+    logits = torch.randn(4, 2500, generator=torch.Generator(DEVICE).manual_seed(5))
     params = [SamplingParams(temperature=0.0), *(SamplingParams(seed=3, top_k=top_k) for top_k in (0, 5, 0))]
     wanted = [expected(row, p, 9) for row, p in zip(logits, params, strict=True)]
     for row in range(4):
