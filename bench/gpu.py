@@ -217,13 +217,18 @@ def main() -> int:
     is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if is_interpreted and not options.tiny:
         parser.error("under the interpreter real shapes take hours: add --tiny")
-    rows = Rows(options.out)
+    rows = Rows(options.out.resolve())
     rows.add(
         "run", argv=sys.argv[1:], minutes=options.minutes, commit=options.commit or measure.commit(),
         source=kernel_table.source_digest(), versions=measure.versions(), is_interpreted=is_interpreted,
         is_tiny=options.tiny,
     )  # fmt: skip
-    told = Options(is_tiny=options.tiny, retries=options.retry, only=options.only, wheels=options.wheels)
+    told = Options(
+        is_tiny=options.tiny,
+        retries=options.retry,
+        only=options.only,
+        wheels=options.wheels and options.wheels.resolve(),
+    )
     compiler = None if is_interpreted or options.tiny else _compiler(options.out)
     # Ended from outside, it still ends its children and writes what there is.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

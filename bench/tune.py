@@ -3,8 +3,8 @@
 In sections: the tiles of one kernel, or of one shape of weights. Every candidate is a case of the run, so that one that
 faults costs itself alone, and what was measured into a folder is not measured again; DIR/tuned.json is written after
 every section, from all that the folder holds. Tiles of keys are part of the numerics, and so the file's digest is part
-of the kernels' name: nodes with other files refuse each other. Splits, and the parts and steps of products, are kept as they
-are. A candidate that is wrong on any shape, or does not fit, is out. Serving reads the file and measures nothing.
+of the kernels' name: nodes with other files refuse each other. Splits, and the parts and steps of products, are kept as
+they are. A candidate that is wrong on any shape, or does not fit, is out. Serving reads the file and measures nothing.
 """
 
 from __future__ import annotations

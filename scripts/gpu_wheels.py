@@ -1,8 +1,8 @@
 """Gathers the wheels that the cluster needs and a machine with torch, triton and transformers lacks, for one without a
 network: ``python scripts/gpu_wheels.py DIR``. `python -m bench.gpu --wheels DIR` installs them there, from DIR alone.
 
-What is gathered is what pyproject.toml says of the client and the router, with all that it needs, at the versions of this
-environment where it has them, as that is what was tested.
+What is gathered is what pyproject.toml says of the client and the router, with all that it needs, at the versions of
+this environment where it has them, as that is what was tested.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def gather(
     machine: str,
     fixed: Iterable[str] = (),
     options: Sequence[str] = (),
+    limit_bytes: int = LIMIT_BYTES,
 ) -> list[Path]:
     """The wheels. Raises SystemExit where they are more than may travel, or pip finds none."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -63,11 +64,9 @@ def gather(
             raise SystemExit("pip could not gather them; it says above why")
     wheels = sorted(folder.glob("*.whl"))
     size = sum(wheel.stat().st_size for wheel in wheels)
-    if size > LIMIT_BYTES:
-        largest = max(wheels, key=lambda wheel: wheel.stat().st_size)
-        raise SystemExit(
-            f"{size >> 20} MiB of wheels, expected at most {LIMIT_BYTES >> 20}; the largest is {largest.name}"
-        )
+    if size > limit_bytes:
+        largest = max(wheels, key=lambda wheel: wheel.stat().st_size).name
+        raise SystemExit(f"{size >> 20} MiB of wheels, expected at most {limit_bytes >> 20}; the largest is {largest}")
     return wheels
 
 

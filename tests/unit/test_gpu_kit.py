@@ -1,4 +1,4 @@
-"""The first-run kit under planted faults: what fails costs itself alone, and a second run goes on where the first ended."""
+"""The first-run kit under planted faults: what fails costs itself alone, and a second run goes on where one ended."""
 
 from __future__ import annotations
 
