@@ -4,6 +4,7 @@ prompts beside the measured product rate. Weights are drawn on the device."""
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -295,7 +296,10 @@ class _Transformers:
     def _step(self, run: Callable[..., Any], cache: object) -> Tensor:
         token = torch.ones(self._rows, 1, dtype=torch.int64, device=self._device.torch)
         places = torch.full((self._rows, 1), self._context - 1, device=self._device.torch)
-        logits: Tensor = run(token, past_key_values=cache, use_cache=True, position_ids=places).logits
+        # Its newer versions warn of the older name, which the older ones want.
+        known = inspect.signature(self._model().forward).parameters
+        held = {"cache" if "cache" in known else "past_key_values": cache}
+        logits: Tensor = run(token, use_cache=True, position_ids=places, **held).logits
         return logits
 
     def _model(self) -> Any:
