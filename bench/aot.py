@@ -313,7 +313,7 @@ def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, b
     return found
 
 
-class _Meta(Device):
+class Meta(Device):
     """Tensors without memory: works make their inputs and launch, and nothing runs."""
 
     @property
@@ -323,7 +323,7 @@ class _Meta(Device):
 
 def ahead(gpu: str, capability: tuple[int, int], num_processors: int, part: int, num_parts: int) -> str:
     """Compile every ``num_parts``-th work of `bench.gpu` from ``part`` on, in the order of its stages."""
-    tuning, device = load(gpu, capability, num_processors), _Meta()
+    tuning, device = load(gpu, capability, num_processors), Meta()
     scales = (*TINY, *SERVED[:2], LLAMA_8B, *SERVED[2:], QWEN_06B)
     works = (work for sizes in scales for work in gpu_kernels.works(sizes, tuning, device))
     failed: dict[str, int] = {}

@@ -20,7 +20,7 @@ PLANTED = "tests.unit.gpu_planted"
 OPTIONS = Options(device=f"{PLANTED}:device")
 
 
-def stage(cases: str, seconds: float = 100, name: str = "planted", part_limit_s: float = 4) -> Stage:
+def stage(cases: str, seconds: float = 100, name: str = "planted", part_limit_s: float = 10) -> Stage:
     return Stage(name, "", f"{PLANTED}:{cases}", (seconds,) * 3, part_limit_s, least_s=0.1)
 
 
@@ -59,7 +59,7 @@ def test_a_fault_costs_itself_alone(tmp_path: Path) -> None:
     }
     said = {line["case"].split(" | ")[1]: line["said"] for line in rows.read() if line["kind"] == "fault"}
     assert "SIGKILL" in said["ours kills"]
-    assert "4 s" in said["peer hangs"]
+    assert "10 s" in said["peer hangs"]
     assert said["peer raises on its second call"] == "RuntimeError: call 2"
     ends = [line["state"] for line in rows.read() if line["kind"] == "stage"]
     assert ends == ["begun", "ended"]
