@@ -148,13 +148,23 @@ def save(folder: Path) -> list[Path]:
     stamp = found["date"].replace(":", "").partition("+")[0]
     path = RESULTS / f"{'gpu' if found['is_gpu'] else 'gpu-interpreter'}-{stamp}Z.json"
     path.write_text(json.dumps(found, indent=1) + "\n")
-    tuned = folder / "tuned.json"
-    if not tuned.exists() or not json.loads(tuned.read_text())["is_measured"]:
-        return [path]
-    from engine.kernels.triton.tuning import file_name
+    return [path, *save_tiles(folder)]
 
-    shutil.copyfile(tuned, TUNED / file_name(found["device"]))
-    return [path, TUNED / file_name(found["device"])]
+
+def save_tiles(folder: Path) -> list[Path]:
+    """Where the kernels look for them; none where no GPU measured any."""
+    tuned = folder / "tuned.json"
+    if not tuned.exists():
+        return []
+    data = json.loads(tuned.read_text())
+    if not data["is_measured"]:
+        return []
+    from engine.kernels.triton.tuning import file_name, parse
+
+    parse(data, str(tuned))
+    path = TUNED / file_name(data["gpu"])
+    shutil.copyfile(tuned, path)
+    return [path]
 
 
 def _newest(pattern: str) -> Path | None:
@@ -278,9 +288,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.kernel_table", description=__doc__)
     parser.add_argument("folder", type=Path, nargs="?", help="that bench.gpu wrote")
     parser.add_argument("--save", action="store_true", help="into bench/results and docs/kernels.md")
+    parser.add_argument("--tiles", action="store_true", help="only the tiles, to where the kernels look for them")
     options = parser.parse_args()
     if options.folder is not None:
         print(report(options.folder))
+        if options.tiles:
+            print("\n".join(map(str, save_tiles(options.folder))) or "no tiles were measured")
         if not options.save:
             return
         print("\n".join(map(str, save(options.folder))))

@@ -141,6 +141,18 @@ def test_a_plan_fits_its_minutes(minutes: int) -> None:
     assert all(set(gpu_stages.shares(STAGES, plan)) <= set(planned) for plan in smaller)
 
 
+def test_the_documented_shares_are_those_that_are_given() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "gpu.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    names = {stage.name for stage in STAGES}
+    told = {row[0]: tuple(float(cell or 0) for cell in row[2:]) for row in rows if row[0] in names}
+    assert told == {stage.name: stage.shares_s for stage in STAGES}
+    commands = {row[0]: row[2] for row in rows if len(row) == 3}
+    for before, minutes in ((0, 2), (2, 5), (5, 9)):
+        more = set(gpu_stages.shares(STAGES, minutes)) - (set(gpu_stages.shares(STAGES, before)) if before else set())
+        assert set(commands[f"{minutes} minutes"].removeprefix("and ").split(", ")) == more
+
+
 def test_stages_use_what_others_leave_and_no_more() -> None:
     first, second, third = (stage("cases", seconds, name) for name, seconds in (("a", 20), ("b", 30), ("c", 40)))
     clock = Clock(100 / 60, {"a": 20, "b": 30, "c": 40}, now=0)
