@@ -78,7 +78,7 @@ class Section:
     def best(self, found: Mapping[str, Line]) -> Any:
         """Of those that were right, the candidate with the least time over all shapes, each relative to the first
         candidate's; None where none was."""
-        right = [(c, found[self.case(c)]["us"]) for c in self.candidates if _is_right(found.get(self.case(c)))]
+        right = [(c, found[self.case(c)]["us_by_shape"]) for c in self.candidates if _is_right(found.get(self.case(c)))]
         if not right:
             return None
         _, first = right[0]
@@ -183,6 +183,11 @@ class Tuner:
         for product, tasks in self.sweeps(data):
             swept = found.get(f"{product.name}, rows", {})
             rows = [(num, swept.get(task.shape)) for num, task in tasks]
+            key = f"{product.out}x{product.inner}"
+            if key in data["gemm"]:
+                # A candidate says so to be measured on the tile that it is of; where it stands only a sweep can say.
+                first = with_plan(self.base, {}, product=product, sizes=self._sizes)["gemm"][key]["grid_from_rows"]
+                data = with_plan(data, {"grid_from_rows": first}, product=product, sizes=self._sizes)
             measured_rows = [Paths(num, **line["paths"]) for num, line in rows if line is not None and line["paths"]]
             if len(measured_rows) == len(tasks):
                 grid_from, vendor_from = thresholds(measured_rows)
@@ -231,7 +236,7 @@ class Tuner:
                 return {"is_right": False, "said": f"{work.shape}: error {row.get('error')}"}
             # Without a GPU nothing is timed, and the first candidate stays.
             us[f"{work.kernel} {work.shape}"] = row.get("us", 1.0)
-        return {"is_right": True, "us": us, "said": ", ".join(f"{value:.1f}" for value in us.values()) + " us"}
+        return {"is_right": True, "us_by_shape": us, "said": ", ".join(f"{value:.1f}" for value in us.values()) + " us"}
 
     def _paths(self, data: Data, product: Product, rows: int) -> dict[str, Any]:
         us: dict[str, float] = {}

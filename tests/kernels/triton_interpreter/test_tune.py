@@ -49,7 +49,7 @@ def measured(rows: Rows, section: str, candidate: Any, us: dict[str, float], *, 
     shape = json.dumps(candidate, sort_keys=True)
     names = {"kernel": f"tune {section}", "shape": shape, "dtype": "float16"}
     case = " | ".join(names.values())
-    rows.add("row", stage="tune", case=case, part="check", is_right=is_right, us=us, **names)
+    rows.add("row", stage="tune", case=case, part="check", is_right=is_right, us_by_shape=us, **names)
 
 
 def test_the_fastest_candidate_that_is_right_is_chosen_and_faults_are_out(tmp_path: Path) -> None:
@@ -92,3 +92,5 @@ def test_a_folder_is_tuned_by_the_same_path_without_a_gpu(tmp_path: Path) -> Non
     assert list(plans) == [(product.out, product.inner)]
     assert plans[product.out, product.inner].stream == before.stream
     assert plans[product.out, product.inner].grid == before.grid
+    # Measured at other numbers of rows, but no sweep was.
+    assert plans[product.out, product.inner].grid_from_rows == before.grid_from_rows
