@@ -22,6 +22,8 @@ import torch
 from bench.gpu_measure import CaptureFailedError, Case, Device, TooLittleMemoryError
 from bench.gpu_rows import SPOILED, Line, Rows, facts, is_bad, results
 
+_VERDICTS: dict[bool | None, str] = {True: "right", False: "WRONG", None: ""}
+
 
 @dataclass(frozen=True, slots=True)
 class Context:
@@ -119,7 +121,7 @@ def described(line: Line) -> str:
         )
     if "facts" in line:
         return f"  {name}: " + ", ".join(f"{key} {value}" for key, value in line["facts"].items())
-    verdict = {True: "right", False: "WRONG"}.get(line.get("is_right"), "")
+    verdict = _VERDICTS[line.get("is_right")]
     parts = [f"! {name}:" if line.get("is_right") is False else f"  {name}:", verdict]
     if isinstance(line.get("error"), float):
         parts.append(f"error {line['error']:.1e}")

@@ -99,7 +99,8 @@ def _compared(
     with Checkpoint(folder) as checkpoint:
         config = checkpoint.check(ModelConfig.from_folder(folder))
         whole = WholeModel(config, checkpoint, dtype, tuning_for(device), device, max(lengths) + num_tokens)
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device.torch).eval()
+    auto: Any = transformers.AutoModelForCausalLM
+    theirs = auto.from_pretrained(folder, dtype=dtype).to(device.torch).eval()
     errors, num_same = [], 0
     for length in lengths:
         generator = torch.Generator().manual_seed(length)

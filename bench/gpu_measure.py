@@ -234,7 +234,8 @@ class _Measurement:
         self._recorded: Replay | None = None
 
     def check(self) -> dict[str, Any]:
-        work, row = self._work, {"is_right": None}
+        work = self._work
+        row: dict[str, Any] = {"is_right": None}
         inputs = self._inputs(1)[0]
         found = work.ours(inputs)
         if work.expected is not None:

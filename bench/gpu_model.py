@@ -314,7 +314,8 @@ class _Transformers:
                 head_dim=config.head_dim, max_position_embeddings=config.max_model_tokens, tie_word_embeddings=False,
             )  # fmt: skip
             with torch.device(self._device.torch):
-                made = transformers.AutoModelForCausalLM.from_config(shape, dtype=self._sizes.dtype)
+                auto: Any = transformers.AutoModelForCausalLM
+                made = auto.from_config(shape, dtype=self._sizes.dtype)
             self._held["model"] = made.eval()
         return self._held["model"]
 

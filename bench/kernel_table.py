@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
 TUNED = ROOT / "engine" / "kernels" / "triton" / "tuned"
 _MEASURED = ("baton", "bench", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router")
+_RIGHT: dict[bool | None, str] = {True: "yes", False: "**NO**", None: "-"}
 _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 
 
@@ -71,7 +72,7 @@ def _merged(stage: str, case: str, parts: dict[str, Line]) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| case | right | us | of the limit | beside | goal |", "|---|---|---|---|---|---|"]
     for row in rows:
-        right = {True: "yes", False: "**NO**"}.get(row.get("is_right"), "-")
+        right = _RIGHT[row.get("is_right")]
         if isinstance(row.get("error"), float):
             right += f", {row['error']:.1e}"
         limits = [
