@@ -33,7 +33,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from bench import gpu_kernels
+from bench import gpu_kernels, tune
 from bench.gpu_measure import Device, Work
 from bench.gpu_sizes import LLAMA_8B, QWEN_06B, SERVED, TINY
 from engine.kernels.interface import Draws
@@ -321,16 +321,27 @@ class Meta(Device):
         return "meta"
 
 
-def ahead(gpu: str, capability: tuple[int, int], num_processors: int, part: int, num_parts: int) -> str:
-    """Compile every ``num_parts``-th work of `bench.gpu` from ``part`` on, in the order of its stages."""
-    tuning, device = load(gpu, capability, num_processors), Meta()
-    scales = (*TINY, *SERVED[:2], LLAMA_8B, *SERVED[2:], QWEN_06B)
-    works = (work for sizes in scales for work in gpu_kernels.works(sizes, tuning, device))
+def _works_ahead(gpu: str, capability: tuple[int, int], num_processors: int, *, is_tuning: bool) -> Iterator[Work]:
+    """What `bench.gpu` will launch, in the order of its stages."""
+    if is_tuning:
+        tuner = tune.on_gpu(gpu, capability, num_processors, Meta())
+        for section in tuner.sections():
+            for candidate in section.candidates:
+                yield from section.tuned(tuner.base, candidate)
+        return
+    tuning = load(gpu, capability, num_processors)
+    for sizes in (*TINY, *SERVED[:2], LLAMA_8B, *SERVED[2:], QWEN_06B):
+        yield from gpu_kernels.works(sizes, tuning, Meta())
+
+
+def ahead(
+    gpu: str, capability: tuple[int, int], num_processors: int, is_tuning: bool, part: int, num_parts: int
+) -> str:
+    """Compile every ``num_parts``-th work from ``part`` on."""
+    works = _works_ahead(gpu, capability, num_processors, is_tuning=is_tuning)
     failed: dict[str, int] = {}
-    # Works before cases of whole models: their stages come first.
-    cases_after = (Work(case.name, "", lambda _: None, partial(_launched, case)) for case in cases(tuning))
     with compiling(capability[0] * 10 + capability[1], inspects=False) as stand_in:
-        for work in itertools.islice(itertools.chain(works, cases_after), part, None, num_parts):
+        for work in itertools.islice(works, part, None, num_parts):
             for run in (work.ours, work.alone):
                 try:
                     if run is not None:
@@ -341,15 +352,11 @@ def ahead(gpu: str, capability: tuple[int, int], num_processors: int, part: int,
     return f"part {part}: {stand_in.num_loaded} kernels, not compiled ahead: {failed or 'none'}"
 
 
-def _launched(case: Case, _: object) -> object:
-    return case.launch()
-
-
-def ahead_on_all_cores() -> None:
+def ahead_on_all_cores(*, is_tuning: bool) -> None:
     """For the GPU of this machine, which runs other things meanwhile."""
     os.nice(10)
     has = torch.cuda.get_device_properties(0)
-    arguments = has.name, (has.major, has.minor), has.multi_processor_count
+    arguments = has.name, (has.major, has.minor), has.multi_processor_count, is_tuning
     num_parts = max(1, len(os.sched_getaffinity(0)) - 2)
     with ProcessPoolExecutor(num_parts, mp_context=multiprocessing.get_context("spawn")) as pool:
         for done in as_completed([pool.submit(ahead, *arguments, part, num_parts) for part in range(num_parts)]):
@@ -374,9 +381,10 @@ def main() -> int:
     parser.add_argument("--fast", action="store_true", help="only what the test suite compiles")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--ahead", action="store_true", help="fill Triton's cache for the GPU of this machine")
+    parser.add_argument("--tune", action="store_true", help="with --ahead: the candidates of tuning")
     options = parser.parse_args()
     if options.ahead:
-        ahead_on_all_cores()
+        ahead_on_all_cores(is_tuning=options.tune)
         return 0
     rows, bad = [], 0
     for arch in options.arch:

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,23 +53,31 @@ class Options:
 class Parent:
     """Runs stages, one after the other, into one folder."""
 
-    def __init__(self, rows: Rows, options: Options, say: Callable[[str], None] = print) -> None:
+    def __init__(
+        self, rows: Rows, options: Options, say: Callable[[str], None] = print, compiler: Compiler | None = None
+    ) -> None:
         self._rows = rows
         self._options = options
         self._say = say
+        self._compiler = compiler
         self._log_path = rows.folder / "log.txt"
 
-    def run(self, stages: Sequence[Stage], minutes: float, compiler: subprocess.Popen[bytes] | None = None) -> None:
+    def run(self, stages: Sequence[Stage], minutes: float) -> None:
         clock = Clock(minutes, shares(stages, minutes), time.monotonic())
+        if self._compiler is not None and any(not stage.ahead for stage in stages):
+            self._compiler.start()
         for stage in stages:
             limit_s = clock.limit(stage, time.monotonic())
             if not limit_s:
                 self._rows.add("stage", stage=stage.name, state="left out")
                 self._say(f"{stage.name}: left out, no time for it")
                 continue
-            if stage.is_timed and compiler is not None:
-                _end(compiler, _COMPILE_WAIT_S)
-                limit_s = max(stage.least_s, min(limit_s, clock.left(time.monotonic())))
+            if self._compiler is not None:
+                if stage.is_timed or stage.ahead:
+                    self._compiler.end(_COMPILE_WAIT_S)
+                    limit_s = max(stage.least_s, min(limit_s, clock.left(time.monotonic())))
+                if stage.ahead:
+                    self._compiler.start(*stage.ahead)
             self._stage(stage, limit_s)
 
     def _stage(self, stage: Stage, limit_s: float) -> None:
@@ -170,19 +179,28 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         process.wait(_END_S)
 
 
-def _end(process: subprocess.Popen[bytes], wait_s: float) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(wait_s)
-    _kill(process)
+class Compiler:
+    """Compiles on the idle cores what stages will launch, into Triton's cache; it is nobody's loss if it fails."""
 
+    def __init__(self, folder: Path) -> None:
+        self._log_path = folder / "log.txt"
+        self._process: subprocess.Popen[bytes] | None = None
 
-def _compiler(folder: Path) -> subprocess.Popen[bytes]:
-    """Compiles on the idle cores what the stages will launch, into Triton's cache."""
-    with (folder / "log.txt").open("ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "bench.aot", "--ahead"], cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log,
-            stderr=log, start_new_session=True,
-        )  # fmt: skip
+    def start(self, *arguments: str) -> None:
+        self.end(0)
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.aot", "--ahead", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def end(self, wait_s: float) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
+        _kill(self._process)
+        self._process = None
 
 
 def _chosen(names: str) -> list[Stage]:
@@ -229,18 +247,18 @@ def main() -> int:
         only=options.only,
         wheels=options.wheels and options.wheels.resolve(),
     )
-    compiler = None if is_interpreted or options.tiny else _compiler(options.out)
+    compiler = None if is_interpreted or options.tiny else Compiler(rows.folder)
     # Ended from outside, it still ends its children and writes what there is.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        Parent(rows, told, lambda text: print(text, flush=True)).run(stages, options.minutes, compiler)
+        Parent(rows, told, partial(print, flush=True), compiler).run(stages, options.minutes)
     finally:
         if compiler is not None:
-            _kill(compiler)
-        print(kernel_table.report(options.out), flush=True)
+            compiler.end(0)
+        print(kernel_table.report(rows.folder), flush=True)
     found = [part for parts in results(rows.read()).values() for part in parts.values()]
     bad = sum(map(is_bad, found))
-    print(f"{len(found)} results, {bad} of them faults or wrong: {options.out / 'report.md'}")
+    print(f"{len(found)} results, {bad} of them faults or wrong: {rows.folder / 'report.md'}")
     return 1 if bad else 0
 
 

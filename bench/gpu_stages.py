@@ -26,6 +26,8 @@ class Stage:
     least_s: float = 8.0
     # Its figures are times: nothing else should run beside it.
     is_timed: bool = False
+    # What is compiled beside it (arguments of `bench.aot`), and not beside the first stages.
+    ahead: tuple[str, ...] = ()
 
 
 STAGES = (
@@ -41,7 +43,7 @@ STAGES = (
     Stage("time", "kernels beside cuBLAS, SDPA and torch", "bench.gpu_cases:timed", (0, 60, 110), is_timed=True),
     Stage("steps-0.6b", "whole steps of a 0.6B model", "bench.gpu_model:small", (0, 0, 35), is_timed=True),
     Stage("steps-8b", "whole steps of an 8B model", "bench.gpu_model:large", (0, 0, 75), 60, 20, is_timed=True),
-    Stage("tune", "tiles of each kernel, in sections", "bench.tune:cases", (0, 0, 60), 60, 15, is_timed=True),
+    Stage("tune", "tiles of each kernel, in sections", "bench.tune:cases", (0, 0, 60), 60, 15, ahead=("--tune",)),
 )  # fmt: skip
 
 

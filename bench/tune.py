@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import torch
 
 from bench import gpu_kernels
-from bench.gpu_cases import tuning_for
 from bench.gpu_child import Context
 from bench.gpu_kernels import Product
 from bench.gpu_measure import Case, Device, Task, Work, measured
@@ -249,22 +248,27 @@ class Tuner:
         return {"is_right": True, "paths": us, "said": json.dumps(us)}
 
 
+def on_gpu(gpu: str, capability: tuple[int, int], num_processors: int, device: Device) -> Tuner:
+    base = _data("sm90.json" if capability >= (9, 0) else "sm80.json", gpu, num_processors, is_measured=True)
+    # Few shapes that stand for the others: a candidate costs seconds.
+    sizes = dataclasses.replace(
+        LLAMA_8B, decode=((1, 4096), (64, 4096), (256, 1024)), prefill=((4, 4096),), chunked=((2048, 8192),)
+    )
+    return Tuner(base, sizes, device, None)
+
+
 def tuner(context: Context) -> Tuner:
     device = context.device
-    folder = resources.files("engine.kernels.triton") / "tuned"
     if device.is_gpu:
-        base = "sm90.json" if torch.cuda.get_device_capability() >= (9, 0) else "sm80.json"
-        # Few shapes that stand for the others: a candidate costs seconds.
-        sizes = dataclasses.replace(
-            LLAMA_8B, decode=((1, 4096), (64, 4096), (256, 1024)), prefill=((4, 4096),), chunked=((2048, 8192),)
-        )
-    else:
-        base, sizes = "interpreter.json", dataclasses.replace(TINY[1], block_tokens=(64,))
-    data = json.loads((folder / base).read_text())
-    data |= {
-        "gpu": device.name, "is_measured": device.is_gpu, "num_processors": tuning_for(device).num_processors
-    }  # fmt: skip
-    return Tuner(data, sizes, device, 2 if context.is_tiny else None)
+        has = torch.cuda.get_device_properties(0)
+        return on_gpu(has.name, (has.major, has.minor), has.multi_processor_count, device)
+    base = _data("interpreter.json", device.name, 1, is_measured=False)
+    return Tuner(base, dataclasses.replace(TINY[1], block_tokens=(64,)), device, 2)
+
+
+def _data(name: str, gpu: str, num_processors: int, *, is_measured: bool) -> Data:
+    read: Data = json.loads((resources.files("engine.kernels.triton") / "tuned" / name).read_text())
+    return {**read, "gpu": gpu, "is_measured": is_measured, "num_processors": num_processors}
 
 
 def cases(context: Context) -> Iterator[Case]:
