@@ -115,6 +115,10 @@ def _wait() -> dict[str, object]:
     return {"is_right": True}
 
 
+def none(context: Context) -> Iterator[Case]:
+    return iter(())
+
+
 def broken(context: Context) -> Iterator[Case]:
     yield _work("before")
     raise ValueError("no more cases")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from bench import gpu_stages
-from bench.gpu import Options, Parent
+from bench.gpu import Compiler, Options, Parent
 from bench.gpu_goals import GOALS, verdicts
 from bench.gpu_rows import Rows, results, under_way
 from bench.gpu_stages import STAGES, Clock, Stage
@@ -110,6 +111,29 @@ def test_a_stage_that_cannot_be_run_is_a_fault_of_its_own(
     faults = [line for line in rows.read() if line["kind"] == "fault"]
     assert [(line["case"], line["fault"]) for line in faults] == [(case, fault)]
     assert said in faults[0]["said"]
+
+
+class Told(Compiler):
+    """Compiles nothing and remembers what it was asked."""
+
+    def __init__(self, folder: Path, heard: list[str]) -> None:
+        super().__init__(folder)
+        self.heard = heard
+
+    def start(self, *arguments: str) -> None:
+        self.heard.append(" ".join(("start", *arguments)))
+
+    def end(self, wait_s: float) -> None:
+        self.heard.append("end")
+
+
+def test_kernels_are_compiled_ahead_of_stages_and_never_beside_timings(tmp_path: Path) -> None:
+    heard: list[str] = []
+    first, second, third = (stage("none", name=name) for name in "abc")
+    stages = [first, replace(second, is_timed=True), replace(third, ahead=("--tune",))]
+    Parent(Rows(tmp_path), OPTIONS, heard.append, Told(tmp_path, heard)).run(stages, minutes=3)
+    order = [line.partition(":")[0] for line in heard if "after" not in line]
+    assert order == ["start", "a", "end", "b", "end", "start --tune", "c"]
 
 
 def test_a_line_that_was_cut_off_costs_itself_alone(tmp_path: Path) -> None:
