@@ -16,7 +16,7 @@ from torch import Tensor
 from baton.types import KvLayout, SamplingParams, SequenceSpec
 from bench.gpu_cases import tuning_for
 from bench.gpu_child import Context
-from bench.gpu_measure import Case, Device, Peer, Task, Work
+from bench.gpu_measure import CaptureFailedError, Case, Device, Peer, Task, Work
 from bench.gpu_sizes import LLAMA_8B, QWEN_06B, TINY, Sizes
 from engine.batch import build_batch
 from engine.config import ModelConfig, RopeConfig
@@ -112,7 +112,13 @@ class WholeModel:
 
     def decode(self, rows: int, context: int) -> DecodeGraph:
         """A recorded step of such sequences, filled in."""
-        graph = DecodeGraph(self.model, self.cache, self.config, self.kernels, num_rows=rows, max_length=context)
+        try:
+            graph = DecodeGraph(self.model, self.cache, self.config, self.kernels, num_rows=rows, max_length=context)
+        except Exception as error:
+            if self.kernels.device.type != "cuda":
+                raise
+            # It records at once: whatever failed may have left the allocator capturing.
+            raise CaptureFailedError(f"{type(error).__name__}: {error}") from error
         graph.step(self.rows(rows, context))
         return graph
 

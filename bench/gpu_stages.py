@@ -41,8 +41,9 @@ STAGES = (
         part_limit_s=75, least_s=30,
     ),
     Stage("time", "kernels beside cuBLAS, SDPA and torch", "bench.gpu_cases:timed", (0, 60, 110), is_timed=True),
-    Stage("steps-0.6b", "whole steps of a 0.6B model", "bench.gpu_model:small", (0, 0, 35), is_timed=True),
-    Stage("steps-8b", "whole steps of an 8B model", "bench.gpu_model:large", (0, 0, 75), 60, 20, is_timed=True),
+    # Torch's compiler says nothing for minutes.
+    Stage("steps-0.6b", "whole steps of a 0.6B model", "bench.gpu_model:small", (0, 0, 35), 150, is_timed=True),
+    Stage("steps-8b", "whole steps of an 8B model", "bench.gpu_model:large", (0, 0, 75), 150, 20, is_timed=True),
     Stage("tune", "tiles of each kernel, in sections", "bench.tune:cases", (0, 0, 60), 60, 15, ahead=("--tune",)),
 )  # fmt: skip
 

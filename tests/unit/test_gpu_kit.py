@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +233,13 @@ def test_a_report_says_what_was_found(tmp_path: Path) -> None:
     assert found["device"] == "A GPU"
     assert found["commit"], "the sources are those that were measured"
     assert json.loads(json.dumps(found)) == found
+
+
+def test_the_parent_loads_no_torch() -> None:
+    code = "import bench.gpu, sys; print('torch' in sys.modules)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_files_are_few_enough_to_be_brought_back(tmp_path: Path) -> None:
