@@ -77,11 +77,11 @@ def _sdpa(backend: SDPBackend, inputs: dict[str, Any], *, is_causal: bool) -> Te
         )
 
 
-def _sdpa_peers(*, is_causal: bool) -> dict[str, Peer]:
-    return {
-        "sdpa_flash": Peer(partial(_sdpa, SDPBackend.FLASH_ATTENTION, is_causal=is_causal)),
-        "sdpa_cudnn": Peer(partial(_sdpa, SDPBackend.CUDNN_ATTENTION, is_causal=is_causal)),
-    }
+def _sdpa_peers(device: Device, *, is_causal: bool) -> dict[str, Peer]:
+    backends = {"sdpa_flash": SDPBackend.FLASH_ATTENTION}
+    if device.is_gpu:
+        backends["sdpa_cudnn"] = SDPBackend.CUDNN_ATTENTION
+    return {name: Peer(partial(_sdpa, backend, is_causal=is_causal)) for name, backend in backends.items()}
 
 
 def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
@@ -118,7 +118,7 @@ def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int
             f"{rows} x {context}",
             partial(make, rows, context),
             partial(run, context),
-            _sdpa_peers(is_causal=False) if block_tokens == sizes.block_tokens[0] else {},
+            _sdpa_peers(device, is_causal=False) if block_tokens == sizes.block_tokens[0] else {},
             partial(expected, context),
             TOLERANCE[sizes.dtype],
             alone=lambda x, context=context: (run(context, x, slice(0, 1)), run(context, x)[:1]),
@@ -191,7 +191,10 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
             partial(make, num, tokens, before),
             paged,
             # A chunk's queries are the last ones: what torch calls causal would mask by the first.
-            {"own_contiguous": Peer(contiguous), **(_sdpa_peers(is_causal=True) if is_first and not before else {})},
+            {
+                "own_contiguous": Peer(contiguous),
+                **(_sdpa_peers(device, is_causal=True) if is_first and not before else {}),
+            },
             partial(expected, tokens, before),
             TOLERANCE[sizes.dtype],
             compared=partial(ends, tokens),
@@ -202,7 +205,7 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
         if is_first:
             yield dataclasses.replace(
                 common, kernel="prefill attention, contiguous", ours=contiguous, alone=None,
-                peers=_sdpa_peers(is_causal=True) if not before else {},
+                peers=_sdpa_peers(device, is_causal=True) if not before else {},
             )  # fmt: skip
 
 
