@@ -242,7 +242,7 @@ def document() -> str:
     assert interpreter, f"no result of the interpreter in {RESULTS}"
     ahead = sorted(RESULTS.glob("aot-triton-*.json"))
     records = [json.loads(path.read_text()) for path in ahead]
-    names = ", ".join(f"`{path.name}`" for path in (interpreter, *((measured,) if measured else ()), *ahead))
+    names = ",\n".join(f"`{path.name}`" for path in (interpreter, *((measured,) if measured else ()), *ahead))
     speeds = (
         "**Speeds: not measured on a GPU.** With one, `python -m bench.gpu` checks and times all of it (docs/gpu.md)."
     )
@@ -254,7 +254,8 @@ def document() -> str:
     tiny["rows"] = [row for row in tiny["rows"] if row.get("stage", "tiny") == "tiny"]
     return f"""# GPU kernels: what is proven without a GPU
 
-Written by `python -m bench.kernel_table` from `bench/results`: {names}.
+Written by `python -m bench.kernel_table` from `bench/results`:
+{names}.
 
 {speeds}
 
