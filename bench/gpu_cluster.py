@@ -56,7 +56,7 @@ def cases(context: Context) -> Iterator[Case]:
         large = _Work("0.25B", _bench_model, "bfloat16", (*lengths, 2000, 3900), 64, 5, "cuda_ipc")
         works = [demo] if context.is_tiny else [demo, large]
     else:
-        works = [_Work("demo model", lambda: _DEMO, "float32", (2, 65, 130), 3, 1, "shm")]
+        works = [_Work("demo model", lambda: _DEMO, "float32", (2, 65), 2, 1, "shm")]
     for work in works:
         run = partial(_run, work, is_gpu=is_gpu)
         yield Task("1+1 cluster", f"{work.name}, by {work.transport}", run, work.dtype)
