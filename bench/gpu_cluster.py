@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 # Few steps are recorded and warmed up: the start is most of what this takes.
-_GPU_OPTIONS = ("--max-graph-seqs", "8", "--max-num-seqs", "16")
+_GPU_OPTIONS = ("--gpus", "0", "--max-graph-seqs", "8", "--max-num-seqs", "16")
 
 
 @dataclass(frozen=True, slots=True)

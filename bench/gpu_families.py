@@ -129,7 +129,8 @@ def _generate(whole: WholeModel, prompt: list[int], num_tokens: int) -> tuple[Te
     found: list[Tensor] = []
     for _ in range(num_tokens):
         start, count = running.num_computed, len(running.token_ids) - running.num_computed
-        found.append(whole.forward([Piece(running, start, count, samples=True)])[0])
+        # The next step may write where they lie.
+        found.append(whole.forward([Piece(running, start, count, samples=True)])[0].clone())
         running.num_computed += count
         running.token_ids.append(int(found[-1].argmax()))
     return torch.stack(found), running.token_ids[len(prompt) :]

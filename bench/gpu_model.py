@@ -103,7 +103,9 @@ class WholeModel:
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits of the pieces that sample, by the runner's path."""
-        return self.model.forward(build_batch(StepPlan(tuple(pieces)), self.layout), self.cache, self.layout, None).values
+        return self.model.forward(
+            build_batch(StepPlan(tuple(pieces)), self.layout), self.cache, self.layout, None
+        ).values
 
     def rows(self, rows: int, context: int) -> list[DecodeRow]:
         """Sequences that all hold ``context`` tokens, of which the newest is to be computed."""
