@@ -37,9 +37,10 @@ demo: setup
 bench: setup
 	$(BIN)/python -m bench $(ARGS)
 
-# Tiles of the GPU kernels, measured on the GPU at hand.
+# Tiles of the GPU kernels, measured on the GPU at hand; what was measured already is not measured again.
 tune: setup
-	$(BIN)/python -m bench.tune $(ARGS)
+	$(BIN)/python -m bench.gpu --stages machine,tune --minutes 60 --out out/tune $(ARGS)
+	$(BIN)/python -m bench.kernel_table out/tune --tiles
 
 proto: setup
 	bash scripts/stubs.sh

@@ -2,19 +2,24 @@
 
 A driver stands in for the GPU's: kernels are launched on tensors without memory, Triton specializes and compiles them
 for the driver's target, and what would be loaded is looked at instead: registers, stack (spills), shared memory and
-the instructions that the tiles are meant to become.
+the instructions that the tiles are meant to become. With ``--ahead``, beside a GPU, the same launches fill Triton's
+cache: what `bench.gpu` will launch is compiled on all cores while its first stages run.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +33,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from bench import gpu_kernels, tune
+from bench.gpu_measure import Device, Work
+from bench.gpu_sizes import LLAMA_8B, QWEN_06B, SERVED, TINY
 from engine.kernels.interface import DRAW_DTYPES, Draws
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear
@@ -36,7 +44,7 @@ from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_
 from engine.kernels.triton.prefill_attention import contiguous_prefill_attention, paged_prefill_attention
 from engine.kernels.triton.sampling import TritonSampler
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
-from engine.kernels.triton.tuning import Tuning, parse
+from engine.kernels.triton.tuning import Tuning, load, parse
 
 # Bytes of shared memory one program may have.
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
@@ -81,9 +89,11 @@ class _Utils:
 class CompileOnlyDriver:
     """Stands where Triton's driver of a GPU stands; a launch compiles and does nothing else."""
 
-    def __init__(self, arch: int) -> None:
+    def __init__(self, arch: int, *, inspects: bool = True) -> None:
         self.case = ""
         self.compiled: list[Compiled] = []
+        self.num_loaded = 0
+        self._inspects = inspects
         self._arch = arch
         self._metadata: Any = None
         self.utils = _Utils(arch, self._load)
@@ -103,6 +113,9 @@ class CompileOnlyDriver:
         return lambda *_args, **_options: None
 
     def _load(self, name: str, binary: bytes, shared: int) -> None:
+        self.num_loaded += 1
+        if not self._inspects:
+            return
         registers, stack, counts = inspect_binary(binary)
         self.compiled.append(
             Compiled(
@@ -113,10 +126,10 @@ class CompileOnlyDriver:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[CompileOnlyDriver]:
+def compiling(arch: int, *, inspects: bool = True) -> Iterator[CompileOnlyDriver]:
     """Within it, launches on meta tensors compile for ``sm_<arch>``. Not under the interpreter."""
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
-    stand_in = CompileOnlyDriver(arch)
+    stand_in = CompileOnlyDriver(arch, inspects=inspects)
     driver.set_active(stand_in)
     try:
         yield stand_in
@@ -299,6 +312,60 @@ def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, b
     return found
 
 
+class Meta(Device):
+    """Tensors without memory: works make their inputs and launch, and nothing runs."""
+
+    @property
+    def torch(self) -> str:
+        return "meta"
+
+
+def _works_ahead(gpu: str, capability: tuple[int, int], num_processors: int, *, is_tuning: bool) -> Iterator[Work]:
+    """What `bench.gpu` will launch, in the order of its stages."""
+    if is_tuning:
+        tuner = tune.on_gpu(gpu, capability, num_processors, Meta())
+        for section in tuner.sections():
+            for candidate in section.candidates:
+                yield from section.tuned(tuner.base, candidate)
+        return
+    tuning = load(gpu, capability, num_processors)
+    for sizes in (*TINY, *SERVED[:2], LLAMA_8B, *SERVED[2:], QWEN_06B):
+        try:
+            yield from gpu_kernels.works(sizes, tuning, Meta())
+        except Exception as error:
+            # A case that asks for a value while it is made up ends its size alone.
+            print(f"{sizes.name} {sizes.dtype_name}: not compiled ahead from there on: {error}")
+
+
+def ahead(
+    gpu: str, capability: tuple[int, int], num_processors: int, is_tuning: bool, part: int, num_parts: int
+) -> str:
+    """Compile every ``num_parts``-th work from ``part`` on."""
+    works = _works_ahead(gpu, capability, num_processors, is_tuning=is_tuning)
+    failed: dict[str, int] = {}
+    with compiling(capability[0] * 10 + capability[1], inspects=False) as stand_in:
+        for work in itertools.islice(works, part, None, num_parts):
+            for run in (work.ours, work.alone):
+                try:
+                    if run is not None:
+                        run(work.make(0))
+                except Exception as error:
+                    # Whatever asks for a value of a tensor that has none: it is compiled when it is met.
+                    failed[type(error).__name__] = failed.get(type(error).__name__, 0) + 1
+    return f"part {part}: {stand_in.num_loaded} kernels, not compiled ahead: {failed or 'none'}"
+
+
+def ahead_on_all_cores(*, is_tuning: bool) -> None:
+    """For the GPU of this machine, which runs other things meanwhile."""
+    os.nice(10)
+    has = torch.cuda.get_device_properties(0)
+    arguments = has.name, (has.major, has.minor), has.multi_processor_count, is_tuning
+    num_parts = max(1, len(os.sched_getaffinity(0)) - 2)
+    with ProcessPoolExecutor(num_parts, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(ahead, *arguments, part, num_parts) for part in range(num_parts)]):
+            print(done.result(), flush=True)
+
+
 def faults(compiled: Compiled, must_use_hgmma: bool) -> list[str]:
     """What is wrong with a compiled kernel."""
     wrong = []
@@ -316,7 +383,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], choices=sorted(SHARED_LIMIT_BYTES))
     parser.add_argument("--fast", action="store_true", help="only what the test suite compiles")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--ahead", action="store_true", help="fill Triton's cache for the GPU of this machine")
+    parser.add_argument("--tune", action="store_true", help="with --ahead: the candidates of tuning")
     options = parser.parse_args()
+    if options.ahead:
+        ahead_on_all_cores(is_tuning=options.tune)
+        return 0
     rows, bad = [], 0
     for arch in options.arch:
         for compiled, must_use_hgmma in compile_all(arch, only_fast=options.fast):

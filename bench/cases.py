@@ -26,6 +26,11 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return error / largest if largest else error
 
 
+def generator_on(device: str, seed: int) -> torch.Generator | None:
+    """None on the meta device, where nothing is drawn and kernels are compiled without being run."""
+    return None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """Heads of an attention layer."""
@@ -45,7 +50,7 @@ class PagedSequences:
     def __init__(
         self, shape: Shape, lengths: list[int], block_tokens: int, dtype: torch.dtype, device: str, seed: int = 0
     ) -> None:
-        generator = torch.Generator(device).manual_seed(seed)
+        generator = generator_on(device, seed)
         self.shape, self.lengths = shape, lengths
         counts = [-(-n // block_tokens) for n in lengths]
         free = torch.randperm(sum(counts) + 3, generator=torch.Generator().manual_seed(seed)).tolist()
@@ -70,7 +75,7 @@ class PagedSequences:
         self.tables = table.to(device)
 
     def query(self, rows: int, seed: int = 1) -> Tensor:
-        generator = torch.Generator(self.cache.device).manual_seed(seed)
+        generator = generator_on(self.cache.device.type, seed)
         size = (rows, self.shape.heads, self.shape.head_dim)
         wide = torch.randn(size, generator=generator, device=self.cache.device, dtype=torch.float32)
         return (wide * 1.5).to(self.cache.dtype)

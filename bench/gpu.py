@@ -1,144 +1,265 @@
-"""``python -m bench.gpu``: every kernel right, then fast, beside its peers and the limits of the GPU it runs on.
+"""``python -m bench.gpu --out DIR --minutes N``: what a GPU says of Baton in its first minutes.
 
-One JSON and one table, within nine minutes on one GPU. ``--tiny`` takes the same path on Triton's interpreter (set
-TRITON_INTERPRET=1), where results are checked and nothing is timed. The kernels need torch, triton, numpy and
-transformers alone, the cluster at the end what Baton needs.
+The parent: it gives every stage a process of its own and a limit, and starts another where one died of what it ran.
+Each result is a line of DIR/rows.jsonl at once (`bench.gpu_rows`); a second run into the same DIR goes on where the
+first one ended. DIR/report.md is written in the end, and can be at any time: ``python -m bench.kernel_table DIR``.
+Loads no torch: what breaks an import breaks a child. docs/gpu.md has the commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import contextlib
 import os
+import select
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
-import torch
-import triton
+from bench import kernel_table, measure
+from bench.gpu_rows import SPOILED, Rows, is_bad, results, under_way
+from bench.gpu_stages import STAGES, Clock, Stage, planned_lines, shares
 
-from bench import gpu_kernels, gpu_model, measure
-from bench.cases import relative_error
-from bench.gpu_measure import NOT_MEASURED, Budget, Device, Work, find_device
-from bench.gpu_measure import measure as measure_work
-from engine.kernels.triton.tuning import Tuning, load
-
-_COLUMNS = ("kernel", "shape", "is_right", "error", "us", "percent_of_copy", "percent_of_products")
-
-_VERDICTS = {True: "right", False: "WRONG", None: "ran"}
+ROOT = Path(__file__).resolve().parents[1]
+_END_S = 10.0
+# A process that imports torch from a cold disk says nothing for a while.
+_START_LIMIT_S = 90.0
+# How long timings wait for the kernels that are being compiled beside the first stages.
+_COMPILE_WAIT_S = 20.0
 
 
-def tuning_for(device: Device) -> Tuning:
-    if not device.is_gpu:
-        return load("interpreter", (8, 0), 1)
-    has = torch.cuda.get_device_properties(0)
-    return load(has.name, (has.major, has.minor), has.multi_processor_count)
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What every child is told."""
+
+    device: str = "bench.gpu_measure:find_device"
+    is_tiny: bool = False
+    retries: bool = False
+    only: str = ""
+    wheels: Path | None = None
+
+    def arguments(self) -> list[str]:
+        flags = ["--tiny"] * self.is_tiny + ["--retry"] * self.retries
+        wheels = ["--wheels", str(self.wheels)] if self.wheels else []
+        return ["--device", self.device, *flags, "--only", self.only, *wheels]
 
 
-def all_works(device: Device, tuning: Tuning, *, is_tiny: bool) -> Iterator[Work]:
-    """Whole models first: they are what the kernels are for."""
-    for sizes in gpu_kernels.TINY if is_tiny else (gpu_kernels.LLAMA_8B,):
-        whole = gpu_model.WholeModel(sizes, tuning, device, 2 if is_tiny else 32, 256 if is_tiny else 64 * 4096)
-        yield from gpu_model.works(whole, sizes, device)
-        del whole
-        if device.is_gpu:
-            torch.cuda.empty_cache()
-        yield from gpu_kernels.works(sizes, tuning, device)
+class Parent:
+    """Runs stages, one after the other, into one folder."""
+
+    def __init__(
+        self, rows: Rows, options: Options, say: Callable[[str], None] = print, compiler: Compiler | None = None
+    ) -> None:
+        self._rows = rows
+        self._options = options
+        self._say = say
+        self._compiler = compiler
+        self._log_path = rows.folder / "log.txt"
+
+    def run(self, stages: Sequence[Stage], minutes: float) -> None:
+        clock = Clock(minutes, shares(stages, minutes), time.monotonic())
+        if self._compiler is not None and any(not stage.ahead for stage in stages):
+            self._compiler.start()
+        for stage in stages:
+            limit_s = clock.limit(stage, time.monotonic())
+            if not limit_s:
+                self._rows.add("stage", stage=stage.name, state="left out")
+                self._say(f"{stage.name}: left out, no time for it")
+                continue
+            if self._compiler is not None:
+                if stage.is_timed or stage.ahead:
+                    self._compiler.end(_COMPILE_WAIT_S)
+                    limit_s = max(stage.least_s, min(limit_s, clock.left(time.monotonic())))
+                if stage.ahead:
+                    self._compiler.start(*stage.ahead)
+            self._stage(stage, limit_s)
+
+    def _stage(self, stage: Stage, limit_s: float) -> None:
+        started = time.monotonic()
+        self._rows.add("stage", stage=stage.name, state="begun", limit_s=round(limit_s, 1))
+        self._say(f"{stage.name}: {stage.about}, at most {limit_s:.0f} s")
+        state = "spoiled"
+        while state == "spoiled":
+            state = self._child(stage, started + limit_s)
+        took_s = round(time.monotonic() - started, 1)
+        self._rows.add("stage", stage=stage.name, state=state, took_s=took_s)
+        self._say(f"{stage.name}: {state} after {took_s} s")
+
+    def _child(self, stage: Stage, ends_at: float) -> str:
+        """What became of it: ended, cut (its time is over), spoiled (another one is to go on), or failed."""
+        num_before = len(self._rows.read())
+        with (
+            self._log_path.open("ab") as log,
+            _started(stage, self._rows.folder, self._options, log) as (process, pipe),
+        ):
+            log_from = log.tell()
+            ending = self._listen(stage, pipe, ends_at)
+            if ending == "over":
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_END_S)
+            _kill(process)
+        if ending == "cut":
+            return "cut"
+        if ending == "over" and process.returncode == 0:
+            return "ended"
+        if ending == "over" and process.returncode == SPOILED:
+            return "spoiled"
+        return self._blame(stage, num_before, log_from, ending, process.returncode)
+
+    def _listen(self, stage: Stage, pipe: int, ends_at: float) -> str:
+        """over: the process closed the pipe, cut, or hung."""
+        limit_s = max(_START_LIMIT_S, stage.part_limit_s)
+        while True:
+            now = time.monotonic()
+            if now >= ends_at:
+                return "cut"
+            wait_s = min(limit_s, ends_at - now)
+            if not select.select([pipe], [], [], wait_s)[0]:
+                if wait_s < limit_s:
+                    return "cut"
+                return "hung"
+            text = os.read(pipe, 1 << 16)
+            if not text:
+                return "over"
+            limit_s = stage.part_limit_s
+            self._say(text.decode(errors="replace").rstrip("\n"))
+
+    def _blame(self, stage: Stage, num_before: int, log_from: int, ending: str, status: int | None) -> str:
+        """A fault for the part that was under way, or for the stage where none was: another child would end alike."""
+        part = under_way(self._rows.read()[num_before:], stage.name)
+        how, said = "hung", f"no word for {stage.part_limit_s:.0f} s"
+        if ending == "over":
+            how, said = (
+                "died",
+                f"signal {signal.Signals(-status).name}" if status and status < 0 else f"exit status {status}",
+            )
+        tail = self._log_path.read_bytes()[log_from:].decode(errors="replace").strip()[-1200:]
+        case, name = part or ("", "process")
+        self._rows.fault(stage.name, case, name, how, f"{tail}\n{said}".strip())
+        self._say(f"! {case or stage.name}: {name}: {how}: {said}")
+        return "spoiled" if part else "failed"
 
 
-def run(device: Device, *, is_tiny: bool, budget: Budget, only: str) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    skipped: list[str] = []
-    tuning = tuning_for(device)
-    for work in all_works(device, tuning, is_tiny=is_tiny):
-        if only not in work.kernel:
-            continue
-        if budget.is_spent:
-            skipped.append(f"{work.kernel}, {work.shape}")
-            continue
-        with torch.inference_mode():
-            rows.append(measure_work(work, device, relative_error))
-        print(_line(rows[-1]), flush=True)
-        if device.is_gpu:
-            torch.cuda.empty_cache()
-    return {"rows": rows, "skipped_for_lack_of_time": skipped, "tuning": tuning.gpu, "is_tuned": tuning.is_measured}
-
-
-def _cluster(*, is_gpu: bool) -> dict[str, Any]:
-    """The cluster needs all that Baton needs; without it the kernels are measured alone, and this says so."""
+@contextlib.contextmanager
+def _started(
+    stage: Stage, folder: Path, options: Options, log: BinaryIO
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """The child and the pipe that it tells its progress through; in a process group, which is killed in the end."""
+    reading, writing = os.pipe()
+    command = [
+        sys.executable, "-m", "bench.gpu_child", "--stage", stage.name, "--cases", stage.cases, "--out", str(folder),
+        "--tell", str(writing), *options.arguments(),
+    ]  # fmt: skip
     try:
-        from bench import gpu_cluster
-    except ImportError as error:
-        return {"is_right": None, "said": f"not run: {error}"}
-    try:
-        return gpu_cluster.run(is_gpu=is_gpu)
-    except Exception as error:
-        # What the kernels gave is not lost with it.
-        return {"is_right": False, "wrong": [f"1+1 cluster: {type(error).__name__}: {error}"[-2000:]]}
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(writing,),
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(writing)
+        try:
+            yield process, reading
+        finally:
+            _kill(process)
+    finally:
+        os.close(reading)
 
 
-def _line(row: dict[str, Any]) -> str:
-    parts = [f"{row['kernel']:36} {row['shape']:32} {_VERDICTS[row['is_right']]:5}"]
-    if isinstance(row.get("error"), float):
-        parts.append(f"error {row['error']:.1e}")
-    if "us" in row:
-        parts.append(f"{row['us']:9.1f} us")
-    parts += [f"{row[key]:5.1f} % of {key[11:]}" for key in _COLUMNS[5:] if key in row]
-    parts += [f"{key[3:]} x{value:.2f}" for key, value in row.items() if key.startswith("vs_")]
-    parts += [f"{key[:-5]}: {value}" for key, value in row.items() if key.endswith("_said")]
-    if "time" in row:
-        parts.append(str(row["time"]))
-    if not isinstance(row.get("error", 0.0), float):
-        parts.append(str(row["error"]))
-    return "  ".join(parts)
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """The process and all that it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    # A driver that hangs keeps its process; the next stage says what that means.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_END_S)
+
+
+class Compiler:
+    """Compiles on the idle cores what stages will launch, into Triton's cache; it is nobody's loss if it fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self._log_path = folder / "log.txt"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *arguments: str) -> None:
+        self.end(0)
+        with self._log_path.open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "bench.aot", "--ahead", *arguments], cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+
+    def end(self, wait_s: float) -> None:
+        if self._process is None:
+            return
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(wait_s)
+        _kill(self._process)
+        self._process = None
+
+
+def _chosen(names: str) -> list[Stage]:
+    wanted = [name for name in names.split(",") if name]
+    unknown = [name for name in wanted if name not in {stage.name for stage in STAGES}]
+    if unknown:
+        raise SystemExit(f"no stage {', '.join(unknown)}; there are {', '.join(stage.name for stage in STAGES)}")
+    if not wanted:
+        return [*STAGES]
+    # What was asked for by name is done whatever the budget, as far as it goes.
+    return [replace(s, shares_s=(max(s.shares_s),) * 3) for s in STAGES if s.name in wanted]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--tiny", action="store_true", help="small shapes, for the interpreter")
-    parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument(
-        "--budget-s", type=float, default=400.0, help="of the kernels; what does not fit is skipped, by name"
+        "--out", type=Path, required=True, help="folder of the results; one that is there is gone on with"
     )
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run, report included")
+    parser.add_argument("--stages", default="", help="comma-separated; all that fit where not given")
+    parser.add_argument("--only", default="", help="cases whose kernel and shape hold this")
+    parser.add_argument("--retry", action="store_true", help="again what failed or was wrong in an earlier run")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes; with TRITON_INTERPRET=1 for where no GPU is")
+    parser.add_argument("--wheels", type=Path, help="folder of what the cluster needs and this environment lacks")
+    parser.add_argument("--commit", default="", help="of this code, where there is no git to ask")
+    parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     options = parser.parse_args()
-    if not torch.cuda.is_available() and not (options.tiny and os.environ.get("TRITON_INTERPRET") == "1"):
-        parser.error(
-            "there is no GPU here; `TRITON_INTERPRET=1 python -m bench.gpu --tiny` proves the path without one"
-        )
-    started = time.monotonic()
-    budget = Budget(options.budget_s)
-    device = find_device()
-    print(f"{device.name}: " + (_limits(device) if device.is_gpu else NOT_MEASURED))
-    record: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": measure.commit(),
-        "machine": measure.machine(),
-        "versions": {**measure.versions(), "triton": triton.__version__},
-        "device": device.name,
-        "copy_tb_per_s": device.copy_bytes_per_s / 1e12 if device.is_gpu else NOT_MEASURED,
-        "products_tflop_per_s": device.flops_per_s / 1e12 if device.is_gpu else NOT_MEASURED,
-        **run(device, is_tiny=options.tiny, budget=budget, only=options.only),
-    }
-    if options.only in "1+1 cluster":
-        record["cluster"] = _cluster(is_gpu=device.is_gpu)
-        print(f"1+1 cluster: {json.dumps(record['cluster'])}")
-    record["took_s"] = round(time.monotonic() - started, 1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    label = "gpu" if device.is_gpu else "gpu-interpreter"
-    path = options.out / f"{label}-{datetime.now(UTC).strftime('%Y-%m-%dT%H%M%SZ')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    wrong = [f"{row['kernel']}, {row['shape']}" for row in record["rows"] if row["is_right"] is False]
-    wrong += record.get("cluster", {}).get("wrong", [])
-    print(f"{len(record['rows'])} rows, {len(wrong)} wrong {wrong or ''}, {record['took_s']} s: {path}")
-    return 1 if wrong else 0
-
-
-def _limits(device: Device) -> str:
-    return f"copies {device.copy_bytes_per_s / 1e12:.2f} TB/s, multiplies {device.flops_per_s / 1e12:.0f} TFLOP/s"
+    stages = _chosen(options.stages)
+    if options.plan:
+        print("\n".join(planned_lines(stages, options.minutes)))
+        return 0
+    is_interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if is_interpreted and not options.tiny:
+        parser.error("under the interpreter real shapes take hours: add --tiny")
+    rows = Rows(options.out.resolve())
+    rows.add(
+        "run", argv=sys.argv[1:], minutes=options.minutes, commit=options.commit or measure.commit(),
+        source=kernel_table.source_digest(), versions=measure.versions(), is_interpreted=is_interpreted,
+        is_tiny=options.tiny,
+    )  # fmt: skip
+    told = Options(
+        is_tiny=options.tiny,
+        retries=options.retry,
+        only=options.only,
+        wheels=options.wheels and options.wheels.resolve(),
+    )
+    compiler = None if is_interpreted or options.tiny else Compiler(rows.folder)
+    # Ended from outside, it still ends its children and writes what there is.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        Parent(rows, told, partial(print, flush=True), compiler).run(stages, options.minutes)
+    finally:
+        if compiler is not None:
+            compiler.end(0)
+        print(kernel_table.report(rows.folder), flush=True)
+    found = [part for parts in results(rows.read()).values() for part in parts.values()]
+    bad = sum(map(is_bad, found))
+    print(f"{len(found)} results, {bad} of them faults or wrong: {rows.folder / 'report.md'}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

@@ -8,24 +8,36 @@ Triton's interpreter a small model takes the same path over shared memory, and t
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import json
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bench import model as bench_model
-from bench.cluster import Cluster, Timing, ask, cluster, compare, summary
+from bench.gpu_child import Context
+from bench.gpu_measure import Case, Task
+
+if TYPE_CHECKING:
+    from bench.cluster import Cluster, Timing
 
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
+# Few steps are recorded and warmed up: the start is most of what this takes.
+_GPU_OPTIONS = ("--gpus", "0", "--max-graph-seqs", "8", "--max-num-seqs", "16")
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    folder: Path
+    name: str
+    folder: Callable[[], Path]
     dtype: str
     # Within a block, across its edge, and long enough to be pushed layer by layer.
     lengths: tuple[int, ...]
@@ -34,31 +46,75 @@ class _Work:
     transport: str
 
 
-def _work(is_gpu: bool) -> _Work:
+def cases(context: Context) -> Iterator[Case]:
+    is_gpu = context.device.is_gpu
+    if context.wheels is not None:
+        yield Task("1+1 cluster", "wheels", partial(_installed, context.wheels))
+    lengths = (1, 63, 64, 65, 500, 1000)
     if is_gpu:
-        folder = bench_model.bench_model()
-        return _Work(folder, "bfloat16", (1, 63, 64, 65, 500, 1000, 2000, 4000), 64, 5, "cuda_ipc")
-    return _Work(_DEMO, "float32", (2, 65, 130), 3, 1, "shm")
+        demo = _Work("demo model", lambda: _DEMO, "float32", lengths, 32, 2, "cuda_ipc")
+        large = _Work("0.25B", _bench_model, "bfloat16", (*lengths, 2000, 3900), 64, 5, "cuda_ipc")
+        works = [demo] if context.is_tiny else [demo, large]
+    else:
+        works = [_Work("demo model", lambda: _DEMO, "float32", (2, 65), 2, 1, "shm")]
+    for work in works:
+        run = partial(_run, work, is_gpu=is_gpu)
+        yield Task("1+1 cluster", f"{work.name}, by {work.transport}", run, work.dtype)
 
 
-def run(*, is_gpu: bool) -> dict[str, Any]:
+def install(wheels: Path, to: Path) -> int:
+    """What an environment lacks, into a folder that is looked in first; how many. Asks no network."""
+    found = sorted(map(str, wheels.glob("*.whl")))
+    if not found:
+        raise FileNotFoundError(f"no wheels in {wheels}; `python scripts/gpu_wheels.py {wheels}` gathers them")
+    command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile", "--target", str(to)]
+    done = subprocess.run([*command, *found], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"pip: {done.stderr.strip()[-1000:]}")
+    return len(found)
+
+
+def _installed(wheels: Path) -> dict[str, Any]:
+    """For this process and the cluster's."""
+    folder = tempfile.mkdtemp(prefix="baton-wheels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    count = install(wheels, Path(folder))
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    return {"is_right": True, "said": f"{count} wheels"}
+
+
+def _bench_model() -> Path:
+    from bench import model
+
+    return model.bench_model()
+
+
+def _run(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
     """``is_right`` and, on a GPU, times: split beside colocated, one request at a time."""
-    return asyncio.run(_measure(_work(is_gpu), is_gpu=is_gpu))
+    return asyncio.run(_measure(work, is_gpu=is_gpu))
 
 
 async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
-    rng = Random(0)
-    vocab_size = json.loads((work.folder / "config.json").read_text())["vocab_size"]
+    # Loaded now: it needs packages that may just have been installed.
+    from bench.cluster import ask, cluster, compare, summary
+
+    rng, folder = Random(0), work.folder()
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     prompts = [[rng.randrange(1, vocab_size) for _ in range(length)] for length in work.lengths]
-    common = ("--kernels", "triton", "--dtype", work.dtype)
+    common = ("--kernels", "triton", "--dtype", work.dtype, *(_GPU_OPTIONS if is_gpu else ()))
     async with contextlib.AsyncExitStack() as stack:
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
 
         async def start(name: str, *roles: str) -> Cluster:
-            return await stack.enter_async_context(cluster(name, [*roles, *common], work.folder, run_dir))
+            return await stack.enter_async_context(cluster(name, [*roles, *common], folder, run_dir))
 
-        split = await start("split", "--prefill", "1", "--decode", "1", "--transport", work.transport)
-        colocated = await start("colocated", "--mixed", "1")
+        async with asyncio.TaskGroup() as group:
+            starting = [
+                group.create_task(start("split", "--prefill", "1", "--decode", "1", "--transport", work.transport)),
+                group.create_task(start("colocated", "--mixed", "1")),
+            ]
+        split, colocated = (task.result() for task in starting)
         # The first round warms up. Who goes first changes.
         alone: dict[str, list[Timing]] = {split.name: [], colocated.name: []}
         for number in range(work.num_rounds + is_gpu):
@@ -66,19 +122,14 @@ async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
                 taken = [await ask(where, prompt, work.num_output) for prompt in prompts]
                 alone[where.name] += taken if number or not is_gpu else []
         crowded = {where.name: await _at_once(where, prompts, work.num_output) for where in (split, colocated)}
-    wrong = _differences(work, [*alone.values(), *crowded.values()])
+    wrong = differences(work.lengths, [*alone.values(), *crowded.values()])
     moved = [t.transfer for t in (*alone[split.name], *crowded[split.name])]
     if any(t is None or t.transport != work.transport for t in moved):
         found = sorted({"none" if t is None else t.transport for t in moved})
-        wrong.append(f"1+1 cluster: moved by {', '.join(found)}, expected {work.transport}")
-    result: dict[str, Any] = {
-        "model": work.folder.name,
-        "is_right": not wrong,
-        "wrong": wrong,
-        "transport": work.transport,
-    }
+        wrong.append(f"moved by {', '.join(found)}, expected {work.transport}")
+    result: dict[str, Any] = {"is_right": not wrong, "said": "; ".join(wrong) or "one answer to each prompt"}
     if is_gpu:
-        result["rows"] = [{"cluster": name, **summary(timings)} for name, timings in alone.items()]
+        result["clusters"] = [{"cluster": name, **summary(timings)} for name, timings in alone.items()]
         result["compared"] = compare(alone[split.name], alone[colocated.name])
         result["gb_per_s"] = [
             t.num_bytes / t.total_s / 1e9 for t in moved[-len(work.lengths) :] if t is not None and t.total_s > 0
@@ -87,19 +138,17 @@ async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
 
 
 async def _at_once(where: Cluster, prompts: Sequence[Sequence[int]], num_output: int) -> list[Timing]:
+    from bench.cluster import ask
+
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(ask(where, prompt, num_output)) for prompt in prompts]
     return [task.result() for task in tasks]
 
 
-def _differences(work: _Work, runs: Sequence[Sequence[Timing]]) -> list[str]:
+def differences(lengths: Sequence[int], runs: Sequence[Sequence[Timing]]) -> list[str]:
     """Prompts, by length, whose answers are not the same in all runs, which hold the prompts in order, repeatedly."""
     answers: dict[int, set[tuple[int, ...]]] = {}
     for timings in runs:
         for i, timing in enumerate(timings):
-            answers.setdefault(work.lengths[i % len(work.lengths)], set()).add(timing.token_ids)
-    return [
-        f"1+1 cluster, {length} prompt tokens: {len(found)} answers"
-        for length, found in answers.items()
-        if len(found) > 1
-    ]
+            answers.setdefault(lengths[i % len(lengths)], set()).add(timing.token_ids)
+    return [f"{length} prompt tokens: {len(found)} answers" for length, found in answers.items() if len(found) > 1]

@@ -1,11 +1,14 @@
-"""The shapes of `bench.gpu`: every kernel on the layers of Llama-3-8B, or on tiny ones, beside its peers."""
+"""The kernels of `bench.gpu` on the layers of a model's size, beside their peers.
+
+Nothing is made before it is asked for: what a case allocates, it allocates in ``make``, where a failure is its own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,8 +18,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import gpu_sampling
-from bench.cases import TOLERANCE, PagedSequences, Shape
-from bench.gpu_measure import Device, Work
+from bench.cases import TOLERANCE, PagedSequences, generator_on
+from bench.gpu_measure import Device, Peer, Work
+from bench.gpu_sizes import Sizes
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
@@ -32,67 +36,33 @@ from engine.kernels.triton.shared_prefix import Group, plan_prefixes, rows_per_t
 from engine.kernels.triton.tuning import Tuning
 
 
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """One scale of the whole bench."""
-
-    dtype: torch.dtype
-    shape: Shape
-    hidden: int
-    inner: int
-    vocabulary: int
-    prefill: tuple[tuple[int, int], ...]  # (sequences, tokens)
-    chunked: tuple[tuple[int, int], ...]  # (tokens, context before them)
-    decode: tuple[tuple[int, int], ...]  # (rows, context)
-    prefixes: tuple[tuple[int, int, int], ...]  # (rows, prefix, suffix)
-    rows: tuple[int, ...]
-    copied_tokens: tuple[int, ...]
-    block_tokens: tuple[int, ...]
-
-
-LLAMA_8B = Sizes(
-    torch.bfloat16, Shape(32, 8, 128), 4096, 14336, 128256,
-    prefill=((8, 2048), (4, 4096), (2, 8192), (1, 16384)),
-    chunked=((2048, 8192), (2048, 32768)),
-    decode=((1, 1024), (1, 4096), (1, 32768), (8, 4096), (32, 4096), (64, 4096), (64, 8192), (256, 1024)),
-    prefixes=((16, 512, 256), (64, 8192, 256), (128, 2048, 256)),
-    rows=(1, 16, 64, 128, 1024, 4096, 8192),
-    copied_tokens=(1024, 32768),
-    block_tokens=(64, 16),
-)  # fmt: skip
-# One of each dtype, with odd shapes.
-TINY = tuple(
-    Sizes(
-        dtype, shape, 84, 40, 70,
-        prefill=((2, 20), (1, 63)), chunked=((9, 30),), decode=((1, 1), (3, 63), (2, 300)), prefixes=((3, 256, 5),),
-        rows=(1, 63, 70), copied_tokens=(33,), block_tokens=(64, 16),
-    )
-    for dtype, shape in (
-        (torch.float32, Shape(4, 2, 16)), (torch.float16, Shape(7, 1, 80)), (torch.bfloat16, Shape(3, 1, 96)),
-    )
-)  # fmt: skip
-
-
 def works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
-    """All of them, the most telling first: the run may be cut off by its budget."""
-    for work in _works(sizes, tuning, device):
-        yield dataclasses.replace(work, dtype=str(sizes.dtype).removeprefix("torch."))
+    """The first shape of every kernel, then the second: the run may be cut off."""
+    kinds = [
+        *(decode_works(sizes, tuning, device, block_tokens) for block_tokens in sizes.block_tokens[:1]),
+        gemm_works(sizes, tuning, device, products(sizes)),
+        *(prefill_works(sizes, tuning, device, block_tokens) for block_tokens in sizes.block_tokens[:1]),
+        _norms(sizes, device),
+        _activations(sizes, device),
+        _ropes(sizes, device),
+        gpu_sampling.works(sizes.vocabulary, device, (2,) if sizes.name == "tiny" else (1, 64, 256)),
+        _shared(sizes, tuning, device),
+        _copies(sizes, device),
+        _embeddings(sizes, device),
+        *(decode_works(sizes, tuning, device, block_tokens) for block_tokens in sizes.block_tokens[1:]),
+        *(prefill_works(sizes, tuning, device, block_tokens) for block_tokens in sizes.block_tokens[1:]),
+    ]
+    for work in _in_turns(kinds):
+        yield dataclasses.replace(work, dtype=work.dtype or sizes.dtype_name)
 
 
-def _works(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
-    for block_tokens in sizes.block_tokens:
-        yield from decode_works(sizes, tuning, device, block_tokens)
-    yield from gemm_works(sizes, tuning, device, products(sizes))
-    for block_tokens in sizes.block_tokens:
-        yield from prefill_works(sizes, tuning, device, block_tokens)
-    yield from _shared(sizes, tuning, device)
-    yield from _pointwise(sizes, device)
-    yield from _copies(sizes, device)
-    yield from gpu_sampling.works(sizes.vocabulary, device, (1, 64, 256) if device.is_gpu else (2,))
+def _in_turns(kinds: Sequence[Iterator[Work]]) -> Iterator[Work]:
+    for turn in itertools.zip_longest(*kinds):
+        yield from (work for work in turn if work is not None)
 
 
 def _randn(device: Device, dtype: torch.dtype, *size: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator(device.torch).manual_seed(seed)
+    generator = generator_on(device.torch, seed)
     return torch.randn(size, generator=generator, device=device.torch, dtype=torch.float32).to(dtype)
 
 
@@ -107,11 +77,11 @@ def _sdpa(backend: SDPBackend, inputs: dict[str, Any], *, is_causal: bool) -> Te
         )
 
 
-def _sdpa_peers(*, is_causal: bool) -> dict[str, Any]:
-    return {
-        "sdpa_flash": partial(_sdpa, SDPBackend.FLASH_ATTENTION, is_causal=is_causal),
-        "sdpa_cudnn": partial(_sdpa, SDPBackend.CUDNN_ATTENTION, is_causal=is_causal),
-    }
+def _sdpa_peers(device: Device, *, is_causal: bool) -> dict[str, Peer]:
+    backends = {"sdpa_flash": SDPBackend.FLASH_ATTENTION}
+    if device.is_gpu:
+        backends["sdpa_cudnn"] = SDPBackend.CUDNN_ATTENTION
+    return {name: Peer(partial(_sdpa, backend, is_causal=is_causal)) for name, backend in backends.items()}
 
 
 def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int) -> Iterator[Work]:
@@ -148,7 +118,7 @@ def decode_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: int
             f"{rows} x {context}",
             partial(make, rows, context),
             partial(run, context),
-            _sdpa_peers(is_causal=False) if block_tokens == sizes.block_tokens[0] else {},
+            _sdpa_peers(device, is_causal=False) if block_tokens == sizes.block_tokens[0] else {},
             partial(expected, context),
             TOLERANCE[sizes.dtype],
             alone=lambda x, context=context: (run(context, x, slice(0, 1)), run(context, x)[:1]),
@@ -220,7 +190,11 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
             label,
             partial(make, num, tokens, before),
             paged,
-            {"own_contiguous": contiguous, **(_sdpa_peers(is_causal=True) if is_first and not before else {})},
+            # A chunk's queries are the last ones: what torch calls causal would mask by the first.
+            {
+                "own_contiguous": Peer(contiguous),
+                **(_sdpa_peers(device, is_causal=True) if is_first and not before else {}),
+            },
             partial(expected, tokens, before),
             TOLERANCE[sizes.dtype],
             compared=partial(ends, tokens),
@@ -231,7 +205,7 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
         if is_first:
             yield dataclasses.replace(
                 common, kernel="prefill attention, contiguous", ours=contiguous, alone=None,
-                peers=_sdpa_peers(is_causal=True) if not before else {},
+                peers=_sdpa_peers(device, is_causal=True) if not before else {},
             )  # fmt: skip
 
 
@@ -275,11 +249,12 @@ def gemm_works(sizes: Sizes, tuning: Tuning, device: Device, layers: Sequence[Pr
             wide = functional.linear(inputs[0].float(), inputs[1].float())
             return _gated(wide) if is_gated else wide
 
-        def alone(inputs: tuple[Tensor, Tensor], ours: Any = ours, plan: Any = plan) -> tuple[Tensor, Tensor]:
-            agrees = torch.tensor([probe(inputs[1], plan)])
-            whole = ours(inputs)
-            same = torch.equal(ours((inputs[0][:1].clone(), inputs[1])), whole[:1])
-            return torch.stack((agrees, torch.tensor([same]))), torch.ones(2, 1, dtype=torch.bool)
+        def alone(
+            inputs: tuple[Tensor, Tensor], ours: Any = ours, plan: Any = plan, is_gated: bool = is_gated
+        ) -> tuple[Tensor, Tensor]:
+            same = torch.equal(ours((inputs[0][:1].clone(), inputs[1])), ours(inputs)[:1])
+            agrees = probe(inputs[1], plan, is_gated=is_gated)
+            return torch.tensor([agrees, same]), torch.ones(2, dtype=torch.bool)
 
         for rows in sizes.rows:
             if name == "head" and rows > 128:
@@ -289,7 +264,7 @@ def gemm_works(sizes: Sizes, tuning: Tuning, device: Device, layers: Sequence[Pr
                 f"{rows} rows",
                 partial(make, rows),
                 ours,
-                {"cublas": vendor},
+                {"cublas": Peer(vendor)},
                 expected,
                 TOLERANCE[sizes.dtype],
                 alone=alone,
@@ -338,76 +313,90 @@ def _shared(sizes: Sizes, tuning: Tuning, device: Device) -> Iterator[Work]:
             f"{rows} rows, prefix {prefix}, suffix {suffix}",
             partial(make, rows, prefix, suffix),
             ours,
-            {"own_plain": plain},
+            {"own_plain": Peer(plain)},
             plain,
             TOLERANCE[sizes.dtype],
             bytes=2 * (prefix + rows * suffix) * shape.kv_heads * shape.head_dim * sizes.dtype.itemsize,
         )
 
 
-def _compiled(device: Device, function: Any) -> Any:
-    """torch.compile where it makes GPU kernels; elsewhere its front end alone, for the same path through the bench."""
-    return torch.compile(function, backend="inductor" if device.is_gpu else "eager", dynamic=False)
+def _norms(sizes: Sizes, device: Device) -> Iterator[Work]:
+    weight_of = partial(_randn, device, sizes.dtype, sizes.hidden)
 
+    def make(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+        x, delta = (_randn(device, sizes.dtype, rows, sizes.hidden, seed=seed + i) for i in (0, 99))
+        return x, delta, weight_of()
 
-def _pointwise(sizes: Sizes, device: Device) -> Iterator[Work]:
-    size, shape, tolerance = sizes.dtype.itemsize, sizes.shape, TOLERANCE[sizes.dtype]
-    weight = _randn(device, sizes.dtype, sizes.hidden)
+    def norm(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return rms_norm(inputs[0], inputs[2], 1e-5)
 
-    def torch_norm(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, weight.shape, weight, 1e-5)
+    def torch_norm(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return functional.rms_norm(inputs[0], inputs[2].shape, inputs[2], 1e-5)
 
-    def wide_norm(x: Tensor) -> Tensor:
-        return functional.rms_norm(x.double(), weight.shape, weight.double(), 1e-5)
+    def wide_norm(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return functional.rms_norm(inputs[0].double(), inputs[2].shape, inputs[2].double(), 1e-5)
 
-    def torch_add_norm(inputs: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        total = inputs[0] + inputs[1]
-        return total, functional.rms_norm(total, weight.shape, weight, 1e-5)
+    def add_norm(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return add_rms_norm(*inputs, 1e-5)
 
-    rows_of = (1, 64, 16384) if device.is_gpu else (3,)
-    for rows in rows_of:
-        one = rows * sizes.hidden * size
+    def torch_add_norm(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return functional.rms_norm(inputs[0] + inputs[1], inputs[2].shape, inputs[2], 1e-5)
 
-        def make(seed: int, rows: int = rows) -> Tensor:
-            return _randn(device, sizes.dtype, rows, sizes.hidden, seed=seed)
-
+    for rows in sizes.pointwise_rows:
+        one = rows * sizes.hidden * sizes.dtype.itemsize
         yield Work(
-            "RMSNorm", f"{rows} x {sizes.hidden}", make, lambda x: rms_norm(x, weight, 1e-5),
-            {"compiled": _compiled(device, torch_norm)}, wide_norm, tolerance,
-            alone=lambda x: (rms_norm(x[:1].clone(), weight, 1e-5), rms_norm(x, weight, 1e-5)[:1]),
-            bytes=2 * one, input_bytes=one,
+            "RMSNorm", f"{rows} x {sizes.hidden}", partial(make, rows), norm, {"torch": Peer(torch_norm)}, wide_norm,
+            TOLERANCE[sizes.dtype], alone=lambda x: (norm((x[0][:1].clone(), *x[1:])), norm(x)[:1]),
+            bytes=2 * one, input_bytes=2 * one,
         )  # fmt: skip
         yield Work(
-            "add and RMSNorm", f"{rows} x {sizes.hidden}", lambda seed, make=make: (make(seed), make(seed + 99)),
-            lambda x: add_rms_norm(x[0], x[1], weight, 1e-5), {"compiled": _compiled(device, torch_add_norm)},
-            # The sum was left where x was.
-            lambda x: wide_norm(x[0]), tolerance,
+            "add and RMSNorm", f"{rows} x {sizes.hidden}", partial(make, rows), add_norm,
+            # What is expected: the sum was left where x was.
+            {"torch": Peer(torch_add_norm)}, wide_norm, TOLERANCE[sizes.dtype],
             alone=lambda x: (
-                add_rms_norm(x[0][:1].clone(), x[1][:1], weight, 1e-5),
-                add_rms_norm(x[0].clone(), x[1], weight, 1e-5)[:1],
+                add_norm((x[0][:1].clone(), x[1][:1], x[2])), add_norm((x[0].clone(), *x[1:]))[:1],
             ),
             bytes=4 * one, input_bytes=2 * one,
         )  # fmt: skip
-        wide = rows * sizes.inner * size
+
+
+def _activations(sizes: Sizes, device: Device) -> Iterator[Work]:
+    for rows in sizes.pointwise_rows:
+        wide = rows * sizes.inner * sizes.dtype.itemsize
         yield Work(
             "SwiGLU", f"{rows} x {sizes.inner}",
             lambda seed, rows=rows: _randn(device, sizes.dtype, rows, 2 * sizes.inner, seed=seed), silu_mul,
-            {"compiled": _compiled(device, _gated)}, lambda x: _gated(x.double()), tolerance,
+            {"torch": Peer(_gated)}, lambda x: _gated(x.double()), TOLERANCE[sizes.dtype],
             alone=lambda x: (silu_mul(x[:1].clone()), silu_mul(x)[:1]), bytes=3 * wide, input_bytes=2 * wide,
         )  # fmt: skip
-        width = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
+
+
+def _ropes(sizes: Sizes, device: Device) -> Iterator[Work]:
+    width = (sizes.shape.heads + 2 * sizes.shape.kv_heads) * sizes.shape.head_dim
+    for rows in sizes.pointwise_rows:
+        num_bytes = 2 * rows * width * sizes.dtype.itemsize
         yield Work(
             "RoPE and KV write", f"{rows} rows", partial(_rope_inputs, sizes, device, rows),
-            lambda x: rope_store(x[0], None, 1e-5, *x[1:]), expected=_rope_expected, tolerance=tolerance,
+            lambda x: rope_store(x[0], None, 1e-5, *x[1:]), expected=_rope_expected, tolerance=TOLERANCE[sizes.dtype],
             alone=lambda x: (_first_row_of_rope(x, 1), _first_row_of_rope(x, len(x[0]))),
-            bytes=2 * rows * width * size, input_bytes=2 * rows * width * size,
+            bytes=num_bytes, input_bytes=num_bytes,
         )  # fmt: skip
-        table = _randn(device, sizes.dtype, sizes.vocabulary, sizes.hidden)
+
+
+def _embeddings(sizes: Sizes, device: Device) -> Iterator[Work]:
+    table_bytes = sizes.vocabulary * sizes.hidden * sizes.dtype.itemsize
+
+    def make(rows: int, seed: int) -> tuple[Tensor, Tensor]:
+        ids = torch.arange(seed, seed + rows, device=device.torch) % sizes.vocabulary
+        return _randn(device, sizes.dtype, sizes.vocabulary, sizes.hidden), ids
+
+    for rows in sizes.pointwise_rows:
         yield Work(
-            "embedding", f"{rows} rows",
-            lambda seed, rows=rows: torch.arange(seed, seed + rows, device=device.torch) % sizes.vocabulary,
-            lambda ids, table=table: embed(table, ids), {"torch": lambda ids, table=table: table[ids]},
-            lambda ids, table=table: table[ids].double(), bytes=2 * one,
+            "embedding", f"{rows} rows", partial(make, rows), lambda x: embed(*x),
+            {"torch": Peer(lambda x: x[0][x[1]])}, lambda x: x[0][x[1]].double(),
+            bytes=2 * rows * sizes.hidden * sizes.dtype.itemsize,
+            # Drawn in float32. A table is larger than the cache: one is enough.
+            needs_bytes=4 * table_bytes,
         )  # fmt: skip
 
 
@@ -441,28 +430,38 @@ def _rope_expected(inputs: tuple[Tensor, ...]) -> Tensor:
 
 def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
     shape = sizes.shape
-    layers = 32 if device.is_gpu else 2
-    for block_tokens in sizes.block_tokens:
-        for tokens in sizes.copied_tokens:
-            count = -(-tokens // block_tokens)
-            ids = _indices(device, torch.randperm(2 * count)[:count].tolist())
-            size = (layers, 2 * count, shape.kv_heads, 2, block_tokens, shape.head_dim)
-            cache = torch.zeros(size, dtype=sizes.dtype, device=device.torch)
-            staging = _randn(device, sizes.dtype, layers, count, *size[2:])
 
-            def out(_: int, cache: Tensor = cache, ids: Tensor = ids, staging: Tensor = staging) -> Tensor:
-                gather_blocks(cache, ids, staging)
-                return staging
+    def make(tokens: int, block_tokens: int, _: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(cache, ids, staging)"""
+        count = -(-tokens // block_tokens)
+        ids = _indices(device, torch.randperm(2 * count, generator=generator_on("cpu", 0))[:count].tolist())
+        block = (shape.kv_heads, 2, block_tokens, shape.head_dim)
+        cache = torch.zeros(sizes.num_layers, 2 * count, *block, dtype=sizes.dtype, device=device.torch)
+        return cache, ids, _randn(device, sizes.dtype, sizes.num_layers, count, *block)
 
-            def back(_: int, cache: Tensor = cache, ids: Tensor = ids, staging: Tensor = staging) -> Tensor:
-                scatter_blocks(staging, ids, cache)
-                return cache[:, ids.long()]
+    def out(inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        gather_blocks(*inputs)
+        return inputs[2]
 
-            label, num_bytes = f"{tokens} tokens in blocks of {block_tokens}", 2 * staging.nbytes
-            yield Work(
-                "blocks in", label, lambda seed: seed, back, expected=lambda _, s=staging: s.double(), bytes=num_bytes
-            )
-            yield Work(
-                "blocks out", label, lambda seed: seed, out,
-                expected=lambda _, c=cache, i=ids: c[:, i.long()].double(), bytes=num_bytes,
-            )  # fmt: skip
+    def back(inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        cache, ids, staging = inputs
+        scatter_blocks(staging, ids, cache)
+        return inputs
+
+    def torch_copy(inputs: tuple[Tensor, Tensor, Tensor]) -> object:
+        cache, _, staging = inputs
+        return staging.copy_(cache[:, : staging.shape[1]])
+
+    for block_tokens, tokens in itertools.product(sizes.block_tokens, sizes.copied_tokens):
+        block_bytes = sizes.num_layers * shape.kv_heads * 2 * block_tokens * shape.head_dim * sizes.dtype.itemsize
+        num_bytes = -(-tokens // block_tokens) * block_bytes
+        common = Work(
+            "blocks in", f"{tokens} tokens in blocks of {block_tokens}", partial(make, tokens, block_tokens), back,
+            {"torch_copy": Peer(torch_copy)}, expected=lambda x: x[2], compared=lambda x: x[0][:, x[1].long()],
+            # The check is in float64.
+            bytes=2 * num_bytes, needs_bytes=16 * num_bytes,
+        )  # fmt: skip
+        yield common
+        yield dataclasses.replace(
+            common, kernel="blocks out", ours=out, expected=lambda x: x[0][:, x[1].long()], compared=lambda found: found
+        )

@@ -1,33 +1,64 @@
-"""How GPU kernels are timed: recorded in CUDA graphs, on inputs that rotate through more than the L2 cache, contenders
-in turns, medians. Beside them the device's own limits: copying and multiplying. Without a GPU the same calls are made
-once and nothing is timed. Knows no kernel of Baton.
+"""One case of the GPU bench, and how its parts are checked and timed. Knows no kernel of Baton.
+
+A ``Work`` is one kernel at one shape: names, ``make`` for inputs, ``ours`` and ``peers`` to run on them, ``expected``
+and ``alone`` to check with, ``bytes`` and ``flops`` that the task needs at least. A module of cases is a function
+``works(sizes, device, ...) -> Iterator[Work]``; `bench.gpu_stages` says which modules make up a stage.
+
+A case is taken in parts, each of which gives a row of its own or a fault of its own: ``check`` (ours against
+``expected``, a row alone against the batch), ``time`` (ours), and ``peer NAME`` for each peer (peer and ours in turns).
+What fails in one part costs no other part. Timed calls are recorded in CUDA graphs on inputs that rotate through more
+than the L2 cache; figures are medians. Without a GPU the same calls are made twice and nothing is timed.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from bench.cases import relative_error
 
 NOT_MEASURED = "not measured on a GPU"
 _ROUNDS = 5
 _L2_TIMES = 4
 _MAX_ROTATED = 64
-# Share of the device's memory that rotated inputs may take.
-_MEMORY_SHARE = 0.4
+# Share of the free memory that rotated inputs may take.
+_ROTATED_SHARE = 0.4
+# Of what is free, what a case may ask for: the allocator does not fill the last of it.
+_USABLE_SHARE = 0.9
+# A replay lasts about this long, so that its launch does not show in the time of one call.
+_REPLAY_S = 2e-3
+_MIN_CALLS, _MAX_CALLS = 10, 200
+# Of calls that are queued one by one: the host has to be ahead of the device.
+_MIN_QUEUED = 3
 
 
-@dataclass(frozen=True, slots=True)
+class CaptureFailedError(RuntimeError):
+    """Recording failed. Torch's allocator stays in its capturing state: this process can measure nothing more."""
+
+
+class TooLittleMemoryError(RuntimeError):
+    """What a case needs is not free; nothing was made."""
+
+
+class Replay(NamedTuple):
+    """Calls that are made together, and how many there are."""
+
+    run: Callable[[], object]
+    num_calls: int
+
+
+@dataclass(frozen=True)
 class Device:
-    """Where the bench runs, and what it can do at best."""
+    """Where the bench runs, and what it can do at best; this one is the CPU, where nothing is timed."""
 
-    name: str
-    is_gpu: bool
+    name: str = "CPU, Triton's interpreter"
+    is_gpu: bool = False
     l2_bytes: int = 0
     memory_bytes: int = 0
     copy_bytes_per_s: float = 0.0
@@ -37,38 +68,126 @@ class Device:
     def torch(self) -> str:
         return "cuda" if self.is_gpu else "cpu"
 
+    def free_bytes(self) -> int:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
-def find_device() -> Device:
-    """The GPU with its limits measured, or the CPU."""
+    def check_usable(self) -> None:
+        """Raises what a kernel left behind that spoils this process."""
+
+    def forget(self) -> None:
+        """Give back what the allocator holds and nobody uses."""
+
+    def record(self, calls: Sequence[Callable[[], object]]) -> Replay:
+        """Raises CaptureFailedError."""
+        raise NotImplementedError
+
+    def seconds(self, replays: Mapping[str, Replay]) -> dict[str, float]:
+        """Of one call of each: all replay in turns, the median."""
+        raise NotImplementedError
+
+
+class Gpu(Device):
+    """The first CUDA device."""
+
+    def free_bytes(self) -> int:
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + held
+
+    def check_usable(self) -> None:
+        torch.cuda.synchronize()
+        assert int(torch.ones(8, device="cuda").sum()) == 8
+
+    def forget(self) -> None:
+        torch.cuda.empty_cache()
+
+    def record(self, calls: Sequence[Callable[[], object]]) -> Replay:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        # Inputs were made on the current stream, and what runs after reads what was written here.
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                for call in calls:
+                    call()
+        except Exception as error:
+            raise CaptureFailedError(f"{type(error).__name__}: {error}") from error
+        graph.replay()
+        torch.cuda.synchronize()
+        return Replay(graph.replay, len(calls))
+
+    def seconds(self, replays: Mapping[str, Replay]) -> dict[str, float]:
+        taken: dict[str, list[float]] = {name: [] for name in replays}
+        for _ in range(_ROUNDS):
+            for name, replay in replays.items():
+                start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+                start.record()
+                replay.run()
+                stop.record()
+                stop.synchronize()
+                taken[name].append(start.elapsed_time(stop) / 1e3 / replay.num_calls)
+        return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def find_device(copy_bytes_per_s: float = 0.0, flops_per_s: float = 0.0) -> Device:
+    """The GPU with its limits as they are known, or the CPU."""
     if not torch.cuda.is_available():
-        return Device("CPU, Triton's interpreter", is_gpu=False)
+        return Device()
     has = torch.cuda.get_device_properties(0)
-    bare = Device(has.name, True, has.L2_cache_size, has.total_memory)
-    source, target = (torch.empty(1 << 30, dtype=torch.uint8, device="cuda") for _ in range(2))
-    copy_s = _seconds(bare, {"copy": [lambda: target.copy_(source)]})["copy"]
-    a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
-    product_s = _seconds(bare, {"product": [lambda: a @ b]})["product"]
-    return Device(
-        bare.name, True, bare.l2_bytes, bare.memory_bytes,
-        copy_bytes_per_s=2 * (1 << 30) / copy_s, flops_per_s=2 * 8192**3 / product_s,
-    )  # fmt: skip
+    return Gpu(has.name, True, has.L2_cache_size, has.total_memory, copy_bytes_per_s, flops_per_s)
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """What stands beside ours. It takes the same inputs."""
+
+    run: Callable[[Any], object]
+    # Device memory that it takes beside the inputs; asked for before it runs.
+    needs_bytes: float = 0.0
+    # False: timed with its launches. For what cannot be recorded, or is compared as users run it.
+    is_recorded: bool = True
+    # Lets go of what it holds, models for example.
+    drop: Callable[[], None] = lambda: None
+
+
+class Part(NamedTuple):
+    """What gives one row."""
+
+    name: str
+    run: Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A case of one part, which is not a kernel: ``run`` gives the row; ``is_right`` in it says whether it passed."""
+
+    kernel: str
+    shape: str
+    run: Callable[[], dict[str, Any]]
+    dtype: str = ""
+
+    def parts(self, device: Device) -> list[Part]:
+        return [Part("check", self.run)]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One shape. ``make(i)`` gives the i-th set of inputs, as one argument for each contender."""
+    """One kernel at one shape. ``make(i)`` gives the i-th set of inputs, as one argument for each contender."""
 
     kernel: str
     shape: str
     make: Callable[[int], Any]
     ours: Callable[[Any], Any]
-    # By name; a peer that raises is recorded with what it said.
-    peers: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    peers: Mapping[str, Peer] = field(default_factory=dict)
     # What must come out of ``ours``, and how far it may be off.
     expected: Callable[[Any], Tensor] | None = None
     tolerance: float = 0.0
     # The part of the result that is compared, where all of it would be too much for float64.
-    compared: Callable[[Tensor], Tensor] = lambda found: found
+    compared: Callable[[Any], Tensor] = lambda found: found
     # Bits that must be equal: what ``ours`` gives for one row alone and in the batch.
     alone: Callable[[Any], tuple[Tensor, Tensor]] | None = None
     # Memory traffic and arithmetic that the task needs at least; whichever is the bound is reported.
@@ -76,111 +195,134 @@ class Work:
     flops: float = 0.0
     # Bytes of one set of inputs.
     input_bytes: float = 0.0
+    # Device memory of a set, the check and the result together, where that is more than three times the inputs.
+    needs_bytes: float = 0.0
     dtype: str = ""
+    # Timed as well as checked; False for ``is_recorded`` where ours is a graph already, or cannot become one.
+    is_timed: bool = True
+    is_recorded: bool = True
+
+    def parts(self, device: Device) -> list[Part]:
+        measurement = _Measurement(self, device)
+        parts = [Part("check", measurement.check)]
+        if self.is_timed:
+            parts.append(Part("time", measurement.time))
+            parts += [Part(f"peer {name}", measurement.peer(name)) for name in self.peers]
+        return parts
 
 
-def measure(work: Work, device: Device, relative_error: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
-    """One row of the table; ``is_right`` is None where nothing says what is. A wrong result gets no speed."""
-    row: dict[str, Any] = {"kernel": work.kernel, "shape": work.shape, "dtype": work.dtype}
-    first = work.make(0)
-    try:
-        row |= _check(work, first, relative_error)
-    except Exception as error:
-        # A kernel that fails is a row of the table, not its end.
-        return {**row, "is_right": False, "error": f"{type(error).__name__}: {error}"[:300]}
+Case = Work | Task
+
+
+def measured(work: Work, device: Device) -> dict[str, Any]:
+    """The row of a work as one: check, time, and microseconds of each peer by name. Raises what any of it raises."""
+    measurement = _Measurement(work, device)
+    row = measurement.check()
     if row["is_right"] is False:
         return row
-    sets = [first, *(work.make(i) for i in range(1, _num_sets(work, device)))]
-    contenders: dict[str, Callable[[Any], Any]] = {"baton": work.ours}
-    for name, peer in work.peers.items():
-        try:
-            peer(first)
-        except Exception as error:
-            row[f"{name}_said"] = f"{type(error).__name__}: {error}"[:160]
-        else:
-            contenders[name] = peer
-    if not device.is_gpu:
-        return {**row, "time": NOT_MEASURED}
-    calls = {name: [_call(contender, inputs) for inputs in sets] for name, contender in contenders.items()}
-    seconds = _seconds(device, calls)
-    row["us"] = seconds["baton"] * 1e6
-    row |= {f"vs_{name}": taken / seconds["baton"] for name, taken in seconds.items() if name != "baton"}
-    if work.bytes:
-        row["percent_of_copy"] = 100 * work.bytes / seconds["baton"] / device.copy_bytes_per_s
-    if work.flops:
-        row["percent_of_products"] = 100 * work.flops / seconds["baton"] / device.flops_per_s
-    return row
+    row |= measurement.time()
+    return row | {name: measurement.peer(name)().get("us") for name in work.peers}
 
 
-def _check(work: Work, inputs: Any, relative_error: Callable[[Tensor, Tensor], float]) -> dict[str, Any]:
-    found = work.ours(inputs)
-    row: dict[str, Any] = {"is_right": None if work.expected is None and work.alone is None else True}
-    if work.expected is not None:
-        row["error"] = relative_error(work.compared(found), work.expected(inputs))
-        row["is_right"] = row["error"] <= work.tolerance
-    if work.alone is not None:
-        alone, whole = work.alone(inputs)
-        row["is_batch_invariant"] = torch.equal(alone, whole)
-        row["is_right"] &= row["is_batch_invariant"]
-    return row
+class _Measurement:
+    """The parts of one work, on inputs that are made when the first part wants them."""
 
+    def __init__(self, work: Work, device: Device) -> None:
+        self._work = work
+        self._device = device
+        self._sets: list[Any] = []
+        self._recorded: Replay | None = None
 
-def _call(contender: Callable[[Any], Any], inputs: Any) -> Callable[[], Any]:
-    return lambda: contender(inputs)
+    def check(self) -> dict[str, Any]:
+        work = self._work
+        row: dict[str, Any] = {"is_right": None}
+        inputs = self._inputs(1)[0]
+        found = work.ours(inputs)
+        if work.expected is not None:
+            error = relative_error(work.compared(found), work.expected(inputs))
+            row |= {"error": error, "is_right": error <= work.tolerance}
+        if work.alone is not None:
+            alone, whole = work.alone(inputs)
+            is_same = torch.equal(alone, whole)
+            row |= {"is_batch_invariant": is_same, "is_right": is_same and row["is_right"] is not False}
+        return row
 
+    def time(self) -> dict[str, Any]:
+        work, device = self._work, self._device
+        if not device.is_gpu:
+            return self._called_twice(work.ours)
+        seconds = device.seconds({"ours": self._ours()})["ours"]
+        row = {"us": seconds * 1e6}
+        if work.bytes:
+            row["percent_of_copy"] = 100 * work.bytes / seconds / device.copy_bytes_per_s
+        if work.flops:
+            row["percent_of_products"] = 100 * work.flops / seconds / device.flops_per_s
+        return row
 
-def _num_sets(work: Work, device: Device) -> int:
-    if not device.is_gpu or not work.input_bytes:
-        return 1
-    wanted = -(-_L2_TIMES * device.l2_bytes // int(work.input_bytes))
-    fitting = int(_MEMORY_SHARE * device.memory_bytes / work.input_bytes)
-    return max(1, min(wanted, fitting, _MAX_ROTATED))
+    def peer(self, name: str) -> Callable[[], dict[str, Any]]:
+        peer = self._work.peers[name]
 
+        def run() -> dict[str, Any]:
+            try:
+                self._ask(peer.needs_bytes)
+                if not self._device.is_gpu:
+                    return self._called_twice(peer.run)
+                # Ours first: what fails from here on is the peer.
+                ours = self._ours()
+                theirs = self._replay(peer.run, is_recorded=peer.is_recorded)
+                seconds = self._device.seconds({"ours": ours, "peer": theirs})
+                ratio = seconds["peer"] / seconds["ours"]
+                return {"us": seconds["peer"] * 1e6, "ours_us": seconds["ours"] * 1e6, "ratio": ratio}
+            finally:
+                peer.drop()
 
-def _seconds(device: Device, calls: Mapping[str, Sequence[Callable[[], Any]]]) -> dict[str, float]:
-    """Seconds of one call of each contender: each records its calls once, then all replay in turns."""
-    assert device.is_gpu
-    graphs = {name: _record(each) for name, each in calls.items()}
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(_ROUNDS):
-        for name, (replay, num_calls) in graphs.items():
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            replay()
-            stop.record()
-            stop.synchronize()
-            taken[name].append(start.elapsed_time(stop) / 1e3 / num_calls)
-    return {name: statistics.median(values) for name, values in taken.items()}
+        return run
 
+    def _called_twice(self, run: Callable[[Any], object]) -> dict[str, Any]:
+        """A second call of what changes its inputs or holds something shows what a timed loop would meet."""
+        for inputs in self._inputs(1) * 2:
+            run(inputs)
+        return {"time": NOT_MEASURED}
 
-def _record(calls: Sequence[Callable[[], Any]]) -> tuple[Callable[[], Any], int]:
-    """(replay, calls in it): at least ten calls, recorded if the contender can be."""
-    repeated = [*calls] * -(-10 // len(calls))
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
+    def _ours(self) -> Replay:
+        if self._recorded is None:
+            self._recorded = self._replay(self._work.ours, is_recorded=self._work.is_recorded)
+        return self._recorded
+
+    def _replay(self, run: Callable[[Any], object], *, is_recorded: bool) -> Replay:
+        sets = self._inputs(self._num_sets())
+        calls: list[Callable[[], object]] = [_call(run, inputs) for inputs in sets]
         for call in calls[:2]:
             call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            for call in repeated:
-                call()
-    except RuntimeError:
-        # Not every peer can be recorded; it is timed with its launches then.
-        torch.cuda.synchronize()
-        return lambda: [call() for call in repeated], len(repeated)
-    graph.replay()
-    torch.cuda.synchronize()
-    return graph.replay, len(repeated)
+        one = self._device.seconds({"call": Replay(lambda: [call() for call in calls], len(calls))})["call"]
+        wanted = min(_MAX_CALLS, max(_MIN_CALLS if is_recorded else _MIN_QUEUED, int(_REPLAY_S / one)))
+        repeated = calls * -(-wanted // len(calls))
+        return (
+            self._device.record(repeated)
+            if is_recorded
+            else Replay(lambda: [call() for call in repeated], len(repeated))
+        )
+
+    def _inputs(self, count: int) -> list[Any]:
+        work = self._work
+        if not self._sets:
+            self._ask(max(work.needs_bytes, 3 * work.input_bytes))
+        while len(self._sets) < count:
+            self._sets.append(work.make(len(self._sets)))
+        return self._sets
+
+    def _num_sets(self) -> int:
+        if not self._work.input_bytes:
+            return 1
+        wanted = -(-_L2_TIMES * self._device.l2_bytes // int(self._work.input_bytes))
+        fitting = len(self._sets) + int(_ROTATED_SHARE * self._device.free_bytes() / self._work.input_bytes)
+        return max(1, len(self._sets), min(wanted, fitting, _MAX_ROTATED))
+
+    def _ask(self, num_bytes: float) -> None:
+        free = self._device.free_bytes()
+        if num_bytes > _USABLE_SHARE * free:
+            raise TooLittleMemoryError(f"needs {num_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
 
 
-class Budget:
-    """Wall clock of the whole run: what does not fit any more is skipped by name."""
-
-    def __init__(self, seconds: float) -> None:
-        self._ends_at = time.monotonic() + seconds
-
-    @property
-    def is_spent(self) -> bool:
-        return time.monotonic() > self._ends_at
+def _call(run: Callable[[Any], object], inputs: Any) -> Callable[[], object]:
+    return lambda: run(inputs)

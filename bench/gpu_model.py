@@ -1,20 +1,23 @@
-"""Whole steps of a model with random weights: decode beside transformers eager and static cache, prefill beside its
-own products at the measured rate."""
+"""Whole models on the device: a recorded step has the bits of an unrecorded one; decode steps beside transformers,
+prompts beside the measured product rate. Weights are drawn on the device."""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import math
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from baton.types import KvLayout, SamplingParams, SequenceSpec
-from bench.cases import TOLERANCE
-from bench.gpu_kernels import Sizes
-from bench.gpu_measure import Device, Work
+from bench.gpu_cases import tuning_for
+from bench.gpu_child import Context
+from bench.gpu_measure import CaptureFailedError, Case, Device, Peer, Task, Work
+from bench.gpu_sizes import LLAMA_8B, QWEN_06B, TINY, Sizes
 from engine.batch import build_batch
 from engine.config import ModelConfig, RopeConfig
 from engine.decode_graph import DecodeGraph, DecodeRow
@@ -22,11 +25,12 @@ from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tuning import Tuning
 from engine.kv_cache import KvCache
 from engine.model import Model
-from engine.step import Piece, Sequence, StepPlan
+from engine.step import Piece, StepPlan
+from engine.step import Sequence as Running
 from engine.tensors import expected_shapes
 from engine.weights import Checkpoint
 
-_DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+_BLOCK_TOKENS = 64
 
 
 class RandomCheckpoint:
@@ -44,13 +48,13 @@ class RandomCheckpoint:
         return torch.randn(shape, generator=generator, device=self._device) / math.sqrt(shape[1])
 
 
-def model_config(sizes: Sizes, num_layers: int, max_tokens: int) -> ModelConfig:
+def model_config(sizes: Sizes, max_tokens: int) -> ModelConfig:
     return ModelConfig(
-        architecture="LlamaForCausalLM",
+        architecture="Qwen3ForCausalLM" if sizes.has_qk_norm else "LlamaForCausalLM",
         vocab_size=sizes.vocabulary,
         hidden_size=sizes.hidden,
         intermediate_size=sizes.inner,
-        num_layers=num_layers,
+        num_layers=sizes.num_layers,
         num_heads=sizes.shape.heads,
         num_kv_heads=sizes.shape.kv_heads,
         head_dim=sizes.shape.head_dim,
@@ -59,134 +63,287 @@ def model_config(sizes: Sizes, num_layers: int, max_tokens: int) -> ModelConfig:
         qkv_bias=False,
         output_bias=False,
         mlp_bias=False,
-        qk_norm=False,
+        qk_norm=sizes.has_qk_norm,
         tied_embeddings=False,
-        windows=(None,) * num_layers,
+        windows=(None,) * sizes.num_layers,
         max_model_tokens=max_tokens,
-        dtype=_DTYPES[sizes.dtype],
+        dtype=sizes.dtype_name,
     )
 
 
 class WholeModel:
-    """One model on the device, with room in its cache for the largest shape."""
+    """A model and a cache on the device, driven by hand: no scheduler, no sampler."""
 
-    def __init__(self, sizes: Sizes, tuning: Tuning, device: Device, num_layers: int, cache_tokens: int) -> None:
-        self.config = model_config(sizes, num_layers, cache_tokens)
+    def __init__(
+        self,
+        config: ModelConfig,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        tuning: Tuning,
+        device: Device,
+        tokens: int,
+    ) -> None:
+        self.config = config
         self.kernels = TritonKernels(tuning, torch.device(device.torch), is_probing=False)
-        checkpoint = cast(Checkpoint, RandomCheckpoint(self.config, device.torch))
-        self.model = Model(self.config, checkpoint, self.kernels, sizes.dtype)
+        self.model = Model(config, checkpoint, self.kernels, dtype)
         self.layout = KvLayout(
-            num_layers, -(-cache_tokens // 64) + 8, self.config.num_kv_heads, self.config.head_dim, 64,
-            _DTYPES[sizes.dtype],
+            config.num_layers, -(-tokens // _BLOCK_TOKENS) + 8, config.num_kv_heads, config.head_dim, _BLOCK_TOKENS,
+            str(dtype).removeprefix("torch."),
         )  # fmt: skip
         self.cache = KvCache(self.layout, None, torch.device(device.torch))
-        for layer in range(num_layers):
-            self.cache.layer(layer).normal_()
 
-    @property
-    def step_bytes(self) -> int:
-        """Weights that a decode step reads: all but the input embedding."""
-        shapes = expected_shapes(self.config)
-        numbers = sum(math.prod(shape) for name, shape in shapes.items() if name != "model.embed_tokens.weight")
-        return numbers * (4 if self.config.dtype == "float32" else 2)
+    @classmethod
+    def random(cls, sizes: Sizes, tuning: Tuning, device: Device, tokens: int) -> WholeModel:
+        config = model_config(sizes, tokens)
+        checkpoint = cast(Checkpoint, RandomCheckpoint(config, device.torch))
+        whole = cls(config, checkpoint, sizes.dtype, tuning, device, tokens)
+        for layer in range(config.num_layers):
+            whole.cache.layer(layer).normal_()
+        return whole
+
+    def forward(self, pieces: Sequence[Piece]) -> Tensor:
+        """Logits of the pieces that sample, by the runner's path."""
+        return self.model.forward(
+            build_batch(StepPlan(tuple(pieces)), self.layout), self.cache, self.layout, None
+        ).values
+
+    def rows(self, rows: int, context: int) -> list[DecodeRow]:
+        """Sequences that all hold ``context`` tokens, of which the newest is to be computed."""
+        blocks = self.layout.blocks_for(context)
+        return [DecodeRow(i + 1, context - 1, 1, range(i * blocks, (i + 1) * blocks)) for i in range(rows)]
 
     def decode(self, rows: int, context: int) -> DecodeGraph:
-        """A recorded step of ``rows`` sequences that all hold ``context`` tokens, filled in."""
-        graph = DecodeGraph(self.model, self.cache, self.config, self.kernels, num_rows=rows, max_length=context)
-        blocks = self.layout.blocks_for(context)
-        graph.step([DecodeRow(i + 1, context - 1, 1, range(i * blocks, (i + 1) * blocks)) for i in range(rows)])
+        """A recorded step of such sequences, filled in."""
+        try:
+            graph = DecodeGraph(self.model, self.cache, self.config, self.kernels, num_rows=rows, max_length=context)
+        except Exception as error:
+            if self.kernels.device.type != "cuda":
+                raise
+            # It records at once: whatever failed may have left the allocator capturing.
+            raise CaptureFailedError(f"{type(error).__name__}: {error}") from error
+        graph.step(self.rows(rows, context))
         return graph
 
     def unrecorded(self, rows: int, context: int) -> Tensor:
         """Logits of the same step by the runner's path: its own index tensors, the same cache."""
-        blocks = self.layout.blocks_for(context)
         pieces = []
-        for i in range(rows):
-            known = (0,) * (context - 2) + (i + 1,)
-            sequence = Sequence(SequenceSpec(f"{i}", (1,), SamplingParams(max_tokens=context, seed=0), known))
-            sequence.block_ids = [*range(i * blocks, (i + 1) * blocks)]
-            pieces.append(Piece(sequence, context - 1, 1, samples=True))
-        batch = build_batch(StepPlan(tuple(pieces)), self.layout)
-        return self.model.forward(batch, self.cache, self.layout, None).values
+        for i, row in enumerate(self.rows(rows, context)):
+            known = (0,) * (context - 2) + (row.token_id,)
+            running = Running(SequenceSpec(f"{i}", (1,), SamplingParams(max_tokens=context, seed=0), known))
+            running.block_ids = [*row.block_ids]
+            pieces.append(Piece(running, context - 1, 1, samples=True))
+        return self.forward(pieces)
 
     def prefill(self, num_tokens: int) -> Tensor:
         """Logits of the last token of one prompt."""
         prompt = tuple(i % self.config.vocab_size for i in range(num_tokens))
-        sequence = Sequence(SequenceSpec("r", prompt, SamplingParams(max_tokens=1, seed=0)))
-        sequence.block_ids = [*range(self.layout.blocks_for(num_tokens))]
-        plan = StepPlan((Piece(sequence, 0, num_tokens, samples=True),))
-        return self.model.forward(build_batch(plan, self.layout), self.cache, self.layout, None).values
+        running = Running(SequenceSpec("r", prompt, SamplingParams(max_tokens=1, seed=0)))
+        running.block_ids = [*range(self.layout.blocks_for(num_tokens))]
+        return self.forward([Piece(running, 0, num_tokens, samples=True)])
 
 
-def works(whole: WholeModel, sizes: Sizes, device: Device) -> Iterator[Work]:
-    kv_bytes = 2 * whole.config.num_layers * whole.config.num_kv_heads * whole.config.head_dim * sizes.dtype.itemsize
-    shapes = ((1, 1024), (64, 4096)) if device.is_gpu else ((2, 40),)
-    for rows, context in shapes:
-        yield Work(
-            "decode step, whole model",
+class Bench:
+    """Whole steps of one size; the model is made when the first case asks for it."""
+
+    def __init__(self, sizes: Sizes, device: Device) -> None:
+        self._sizes = sizes
+        self._device = device
+        self._tokens = max(sizes.prompt, *(rows * context for rows, context in sizes.steps))
+        self._config = model_config(sizes, self._tokens)
+
+    @cached_property
+    def whole(self) -> WholeModel:
+        return WholeModel.random(self._sizes, tuning_for(self._device), self._device, self._tokens)
+
+    @property
+    def weight_bytes(self) -> int:
+        """What a decode step reads: all but the input embedding."""
+        shapes = expected_shapes(self._config)
+        numbers = sum(math.prod(shape) for name, shape in shapes.items() if name != "model.embed_tokens.weight")
+        return numbers * self._sizes.dtype.itemsize
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        c = self._config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self._sizes.dtype.itemsize
+
+    def cases(self) -> Iterator[Work]:
+        """What takes torch's compiler a minute comes last, as further peers of cases that were taken before."""
+        for rows, context in self._sizes.steps:
+            yield self._beside("eager", rows, context)
+        yield self._prefill()
+        yield from (self._with_inputs(rows, context) for rows, context in self._sizes.steps)
+        for rows, context in self._sizes.steps:
+            yield self._beside("static", rows, context)
+
+    def _beside(self, kind: str, rows: int, context: int) -> Work:
+        peers = transformers_peers(self._sizes, self._config, self._device, rows, context)
+        return dataclasses.replace(self.decode(rows, context), peers={f"transformers_{kind}": peers[kind]})
+
+    def decode(self, rows: int, context: int) -> Work:
+        return Work(
+            f"decode step, {self._sizes.name}",
             f"{rows} x {context}",
-            lambda _, rows=rows, context=context: whole.decode(rows, context),
+            lambda _: self.whole.decode(rows, context),
             lambda graph: graph.replay().logits,
-            _transformers(sizes, whole.config, device, rows, context),
-            lambda _, rows=rows, context=context: whole.unrecorded(rows, context),
-            TOLERANCE[sizes.dtype],
+            expected=lambda _: self.whole.unrecorded(rows, context),
+            # The same kernels on the same inputs: the same bits.
+            tolerance=0.0,
             compared=lambda logits: logits.float(),
-            bytes=whole.step_bytes + rows * context * kv_bytes,
+            is_recorded=False,
+            bytes=self.weight_bytes + rows * context * self.kv_bytes_per_token,
+            needs_bytes=self._model_bytes(),
+            dtype=self._sizes.dtype_name,
         )
-    tokens = 8192 if device.is_gpu else 30
-    products = 2 * (whole.step_bytes / sizes.dtype.itemsize) * tokens
-    pairs = 4 * whole.config.num_heads * whole.config.head_dim * whole.config.num_layers * tokens * tokens / 2
-    yield Work("prefill, whole model", f"1 x {tokens}", lambda _: tokens, whole.prefill, flops=products + pairs)
+
+    def _with_inputs(self, rows: int, context: int) -> Work:
+        """Steps whose inputs come from the host: what it takes longer than its replay, the GPU is idle."""
+
+        def make(_: int) -> tuple[DecodeGraph, list[DecodeRow]]:
+            return self.whole.decode(rows, context), self.whole.rows(rows, context)
+
+        return Work(
+            f"decode step with its inputs, {self._sizes.name}", f"{rows} x {context}", make,
+            lambda x: x[0].step(x[1]), {"own_replay": Peer(lambda x: x[0].replay(), is_recorded=False)},
+            is_recorded=False, needs_bytes=self._model_bytes(), dtype=self._sizes.dtype_name,
+        )  # fmt: skip
+
+    def _prefill(self) -> Work:
+        config, tokens = self._config, self._sizes.prompt
+        products = 2 * (self.weight_bytes / self._sizes.dtype.itemsize) * tokens
+        pairs = 4 * config.num_heads * config.head_dim * config.num_layers * tokens * tokens / 2
+        return Work(
+            f"prefill, {self._sizes.name}", f"1 x {tokens}", lambda _: tokens, lambda n: self.whole.prefill(n),
+            is_recorded=False, flops=products + pairs, needs_bytes=self._model_bytes(), dtype=self._sizes.dtype_name,
+        )  # fmt: skip
+
+    def _model_bytes(self) -> float:
+        """To be free while there is no model; one that is there has taken its own."""
+        is_made = "whole" in self.__dict__
+        return 0.0 if is_made else 1.3 * self.weight_bytes + self._tokens * self.kv_bytes_per_token
 
 
-def _transformers(sizes: Sizes, config: ModelConfig, device: Device, rows: int, context: int) -> dict[str, Any]:
-    """One decode step of transformers on a model of the same shape, eager and with a static, compiled cache."""
-    held: dict[str, Any] = {}
+def small(context: Context) -> Iterator[Case]:
+    yield from Bench(TINY[0] if context.is_tiny else QWEN_06B, context.device).cases()
 
-    def model() -> Any:
-        if "model" not in held:
+
+def large(context: Context) -> Iterator[Case]:
+    yield from Bench(TINY[2] if context.is_tiny else LLAMA_8B, context.device).cases()
+
+
+def graphs(context: Context) -> Iterator[Case]:
+    """Two layers of each dtype: recording is tried where it is cheap before whole models are made."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        base = TINY[0] if context.is_tiny else QWEN_06B
+        sizes = dataclasses.replace(
+            base, name=f"{base.name}, 2 layers", dtype=dtype, num_layers=2, prompt=1, steps=((1, 40), (3, 600))
+        )
+        bench = Bench(sizes, context.device)
+        for rows, length in sizes.steps:
+            yield dataclasses.replace(bench.decode(rows, length), is_timed=False)
+            yield Task(
+                f"tokens of a decode step, {sizes.name}", f"{rows} x {length}", partial(_tokens, bench, rows, length),
+                sizes.dtype_name,
+            )  # fmt: skip
+
+
+def _tokens(bench: Bench, rows: int, context: int) -> dict[str, Any]:
+    """Greedy, drawn in the recorded step."""
+    graph = bench.whole.decode(rows, context)
+    first = graph.step(bench.whole.rows(rows, context))
+    drawn, best = first.token_ids.clone(), first.logits.argmax(-1)
+    again = graph.replay()
+    return {"is_right": torch.equal(drawn, best) and torch.equal(again.token_ids[:rows], drawn)}
+
+
+def transformers_peers(sizes: Sizes, config: ModelConfig, device: Device, rows: int, context: int) -> dict[str, Peer]:
+    """One decode step of transformers on a model of the same shape: eager, and a static cache with torch.compile."""
+    held = _Transformers(sizes, config, device, rows, context)
+    weights = 1.1 * sum(math.prod(shape) for shape in expected_shapes(config).values()) * sizes.dtype.itemsize
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * sizes.dtype.itemsize * rows * context
+    # An eager step copies the layer that it is at; a static one may be compiled with copies of its own.
+    return {
+        "eager": Peer(held.eager, weights + 1.1 * cache, is_recorded=False, drop=held.drop),
+        "static": Peer(held.static, weights + 1.3 * cache, is_recorded=False, drop=held.drop),
+    }
+
+
+class _Transformers:
+    """A model of transformers and its cache, made when they are first called and dropped together."""
+
+    def __init__(self, sizes: Sizes, config: ModelConfig, device: Device, rows: int, context: int) -> None:
+        self._sizes = sizes
+        self._config = config
+        self._device = device
+        self._rows = rows
+        self._context = context
+        self._held: dict[str, Any] = {}
+
+    def eager(self, _: object = None) -> Tensor:
+        """The cache grows by the step's token, which is taken off again."""
+        cache = self._cache("eager")
+        logits = self._step(self._model(), cache)
+        cache.crop(-1)
+        return logits
+
+    def static(self, _: object = None) -> Tensor:
+        """The cache counts its tokens itself, on the device: a step begins where the context ends."""
+        cache = self._cache("static")
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(self._context - 1)
+        if "compiled" not in self._held:
+            # As its documentation has it; without a GPU, its front end alone.
+            options: dict[str, Any] = {"mode": "reduce-overhead"} if self._device.is_gpu else {"backend": "eager"}
+            self._held["compiled"] = torch.compile(self._model().forward, dynamic=False, **options)
+        return self._step(self._held["compiled"], cache)
+
+    def drop(self) -> None:
+        self._held.clear()
+        self._device.forget()
+
+    def _step(self, run: Callable[..., Any], cache: object) -> Tensor:
+        token = torch.ones(self._rows, 1, dtype=torch.int64, device=self._device.torch)
+        places = torch.full((self._rows, 1), self._context - 1, device=self._device.torch)
+        # Its newer versions warn of the older name, which the older ones want.
+        known = inspect.signature(self._model().forward).parameters
+        held = {"cache" if "cache" in known else "past_key_values": cache}
+        logits: Tensor = run(token, use_cache=True, position_ids=places, **held).logits
+        return logits
+
+    def _model(self) -> Any:
+        if "model" not in self._held:
             import transformers
 
-            shape = transformers.LlamaConfig(
+            config, family = self._config, "Qwen3" if self._config.qk_norm else "Llama"
+            shape = getattr(transformers, f"{family}Config")(
                 vocab_size=config.vocab_size, hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size, num_hidden_layers=config.num_layers,
                 num_attention_heads=config.num_heads, num_key_value_heads=config.num_kv_heads,
-                head_dim=config.head_dim, max_position_embeddings=config.max_model_tokens,
+                head_dim=config.head_dim, max_position_embeddings=config.max_model_tokens, tie_word_embeddings=False,
             )  # fmt: skip
-            with torch.device(device.torch):
-                made: Any = transformers.LlamaForCausalLM(shape)
-                held["model"] = made.to(sizes.dtype).eval()
-        return held["model"]
+            with torch.device(self._device.torch):
+                auto: Any = transformers.AutoModelForCausalLM
+                made = auto.from_config(shape, dtype=self._sizes.dtype)
+            self._held["model"] = made.eval()
+        return self._held["model"]
 
-    def cache(kind: str) -> Any:
+    def _cache(self, kind: str) -> Any:
+        """Filled with random keys and values, as ours is."""
         import transformers
 
-        if kind not in held:
-            static = transformers.StaticCache(config=model().config, max_cache_len=context)
-            held[kind] = transformers.DynamicCache(config=model().config) if kind == "eager" else static
-            # The context is random, as ours is: prefilled once.
-            prompt = torch.ones(rows, context - 1, dtype=torch.int64, device=device.torch)
-            for at in range(0, context - 1, 512):
-                part = prompt[:, at : at + 512]
-                places = torch.arange(at, at + part.shape[1], device=device.torch)
-                model().model(part, past_key_values=held[kind], use_cache=True, cache_position=places)
-        return held[kind]
-
-    def step(kind: str, _: object) -> Any:
-        token = torch.ones(rows, 1, dtype=torch.int64, device=device.torch)
-        places = torch.tensor([context - 1], device=device.torch)
-        past = cache(kind)
-        run = model()
-        if kind == "static":
-            if "compiled" not in held:
-                held["compiled"] = torch.compile(
-                    model().forward, backend="inductor" if device.is_gpu else "eager", dynamic=False
+        if kind not in self._held:
+            shape = self._model().config
+            if kind == "static":
+                cache: Any = transformers.StaticCache(config=shape, max_cache_len=self._context)
+            else:
+                cache = transformers.DynamicCache(config=shape)
+            generator = torch.Generator(self._device.torch).manual_seed(0)
+            size = (self._rows, self._config.num_kv_heads, self._context - 1, self._config.head_dim)
+            for layer in range(self._config.num_layers):
+                both = (
+                    torch.randn(size, generator=generator, device=self._device.torch, dtype=self._sizes.dtype)
+                    for _ in range(2)
                 )
-            run = held["compiled"]
-        with torch.inference_mode():
-            out = run(token, past_key_values=past, use_cache=True, cache_position=places).logits
-        if kind == "eager":
-            past.crop(-1)
-        return out
-
-    return {"transformers_eager": partial(step, "eager"), "transformers_static": partial(step, "static")}
+                cache.update(*both, layer)
+            self._held[kind] = cache
+        return self._held[kind]

@@ -5,7 +5,7 @@ What a row reads at least is said with it: passes over the logits, without what 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from baton.types import SamplingParams, SequenceSpec
-from bench.gpu_measure import Device, Work
+from bench.cases import generator_on
+from bench.gpu_measure import Device, Peer, Work
 from engine.draws import DeviceDraws
 from engine.kernels.interface import REPORT_TOP, Draws
 from engine.kernels.triton.sampling import TritonSampler
@@ -55,13 +56,13 @@ def works(vocab_size: int, device: Device, batches: tuple[int, ...]) -> Iterator
             )
 
 
-def _peers(name: str) -> dict[str, Callable[[Tensor], Tensor]]:
+def _peers(name: str) -> dict[str, Peer]:
     """What engines do that keep to torch."""
     if name == "greedy":
-        return {"torch_argmax": lambda logits: logits.argmax(-1)}
+        return {"torch_argmax": Peer(lambda logits: logits.argmax(-1))}
     if name == "plain":
-        return {"torch_multinomial": lambda logits: torch.multinomial(logits.softmax(-1), 1)}
-    return {"torch_sort_top_p": _torch_top_p} if name == "top-p" else {}
+        return {"torch_multinomial": Peer(lambda logits: torch.multinomial(logits.softmax(-1), 1))}
+    return {"torch_sort_top_p": Peer(_torch_top_p)} if name == "top-p" else {}
 
 
 def _torch_top_p(logits: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ def _sequence(name: str, seed: int, options: Mapping[str, object]) -> Sequence:
 
 def _logits(device: Device, rows: int, vocab_size: int, seed: int) -> Tensor:
     """Of a width that models have, so that the bound of top_p lies among thousands."""
-    generator = torch.Generator(device.torch).manual_seed(seed)
+    generator = generator_on(device.torch, seed)
     return torch.randn(rows, vocab_size, generator=generator, device=device.torch, dtype=torch.float32) * 3
 
 

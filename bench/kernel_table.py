@@ -1,21 +1,176 @@
-"""``python -m bench.kernel_table``: docs/kernels.md from the newest results of `bench.gpu` and `bench.aot`."""
+"""What GPU runs found, as people read it: ``python -m bench.kernel_table DIR`` writes DIR/report.md from a folder of
+`bench.gpu`; with ``--save`` it becomes a file of bench/results, and its tiles a file of the kernels. Without DIR,
+docs/kernels.md from the newest results of `bench.gpu` and `bench.aot`. Loads no torch."""
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
+import shutil
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from bench import measure
+from bench.gpu_goals import verdicts
+from bench.gpu_rows import Line, Rows, facts, results
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+TUNED = ROOT / "engine" / "kernels" / "triton" / "tuned"
+_MEASURED = ("baton", "bench", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router")
+_RIGHT: dict[bool | None, str] = {True: "yes", False: "**NO**", None: "-"}
 _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 
 
-def _newest(pattern: str) -> Path:
+def source_digest() -> str:
+    """Of the code that was measured, for machines without git: equal to that of the commit that it was."""
+    digest = hashlib.sha256()
+    found = (path for folder in _MEASURED for kind in ("*.py", "*.json") for path in (ROOT / folder).rglob(kind))
+    for path in sorted(path for path in found if path.parent != RESULTS):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def record(lines: list[Line]) -> dict[str, Any]:
+    """One run's folder as one result: every case with what its parts gave."""
+    runs = [line for line in lines if line["kind"] == "run"]
+    last = runs[-1] if runs else {}
+    known = facts(lines)
+    is_same = bool(last) and last.get("source") == source_digest()
+    return {
+        "date": datetime.fromtimestamp(last.get("at", 0), UTC).isoformat(timespec="seconds"),
+        "commit": last.get("commit") or (measure.commit() if is_same else ""),
+        "source": last.get("source", ""),
+        "device": known.get("device", "not known"),
+        "is_gpu": known.get("is_gpu", False),
+        "versions": last.get("versions", {}),
+        "facts": known,
+        "runs": [{key: run.get(key) for key in ("argv", "minutes", "commit", "source", "at")} for run in runs],
+        "stages": [line for line in lines if line["kind"] == "stage" and line["state"] != "begun"],
+        "rows": [_merged(stage, case, parts) for (stage, case), parts in results(lines).items()],
+    }
+
+
+def _merged(stage: str, case: str, parts: dict[str, Line]) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage, "case": case, "peers": {}, "faults": [], "goals": []}
+    for name, line in parts.items():
+        if line["kind"] == "fault":
+            row["faults"].append({key: line[key] for key in ("part", "fault", "said")})
+            continue
+        row["goals"] += [f"{name.removeprefix('peer ')} {text}" if "peer" in name else text for text in verdicts(line)]
+        values = {key: value for key, value in line.items() if key not in ("kind", "at", "stage", "case", "part")}
+        if name.startswith("peer "):
+            row["peers"][name.removeprefix("peer ")] = {k: values[k] for k in ("us", "ours_us", "ratio") if k in values}
+        else:
+            row |= values
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| case | right | us | of the limit | beside | goal |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        right = _RIGHT[row.get("is_right")]
+        if isinstance(row.get("error"), float):
+            right += f", {row['error']:.1e}"
+        limits = [
+            f"{row[f'percent_of_{key}']:.0f} % of {key}" for key in ("copy", "products") if f"percent_of_{key}" in row
+        ]
+        peers = [f"{name} {peer['ratio']:.2f}x" for name, peer in row["peers"].items() if "ratio" in peer]
+        us = f"{row['us']:.1f}" if isinstance(row.get("us"), float) else ""
+        cells = [_case(row), right, us, ", ".join(limits), ", ".join(peers), "; ".join(row["goals"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _case(row: dict[str, Any]) -> str:
+    return row["case"].rstrip(" |").replace(" | ", ", ") or "(the stage)"
+
+
+def report(folder: Path) -> str:
+    """Writes report.md; returns its head."""
+    found = record(Rows(folder).read())
+    head = summary(found)
+    parts = [head, ""]
+    for stage in dict.fromkeys(row["stage"] for row in found["rows"]):
+        rows = [row for row in found["rows"] if row["stage"] == stage]
+        if stage == "machine":
+            continue
+        parts += [f"## {stage}", "", table(rows), ""]
+        said = [f"- {_case(row)}: {row['said']}" for row in rows if row.get("said")]
+        parts += [*said, ""] if said else []
+    (folder / "report.md").write_text("\n".join(parts))
+    return head
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What the run was, what is wrong, and what of the goals was reached."""
+    rows = found["rows"]
+    lines = [
+        f"# {found['device']}, {found['date']}",
+        "",
+        f"Commit {found['commit'] or 'not known'}, source {found['source']}. "
+        + ", ".join(f"{key} {value}" for key, value in found["facts"].items() if key != "device"),
+        "",
+        "| stage | ended | seconds |",
+        "|---|---|---|",
+        *(f"| {s['stage']} | {s['state']} | {s.get('took_s', '')} |" for s in found["stages"]),
+        "",
+    ]
+    right = sum(row.get("is_right") is True for row in rows)
+    wrong = [_case(row) for row in rows if row.get("is_right") is False]
+    lines.append(f"{len(rows)} cases, {right} right, {len(wrong)} wrong{': ' + '; '.join(wrong) if wrong else '.'}")
+    faults = [(row, fault) for row in rows for fault in row["faults"]]
+    lines.append(f"{len(faults)} faults{':' if faults else '.'}")
+    lines += [
+        f"- {row['stage']}, {_case(row)}, {fault['part']}: {fault['fault']}: {_last_line(fault['said'])}"
+        for row, fault in faults
+    ]
+    goals = [goal.rpartition(": ")[2] for row in rows for goal in row["goals"]]
+    reached = {name: goals.count(name) for name in dict.fromkeys(goals)}
+    lines.append(f"Goals: {', '.join(f'{count} {name}' for name, count in reached.items()) or 'nothing was timed'}.")
+    return "\n".join(lines)
+
+
+def _last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1][:300]
+
+
+def save(folder: Path) -> list[Path]:
+    """The folder's record in bench/results, and its tiles, if a GPU measured them, where the kernels look for them."""
+    found = record(Rows(folder).read())
+    if not found["commit"]:
+        raise SystemExit(
+            f"{folder} was measured from other sources than these, {found['source']}: "
+            "check its commit out, or run with --commit"
+        )
+    stamp = found["date"].replace(":", "").partition("+")[0]
+    path = RESULTS / f"{'gpu' if found['is_gpu'] else 'gpu-interpreter'}-{stamp}Z.json"
+    path.write_text(json.dumps(found, indent=1) + "\n")
+    return [path, *save_tiles(folder)]
+
+
+def save_tiles(folder: Path) -> list[Path]:
+    """Where the kernels look for them; none where no GPU measured any."""
+    tuned = folder / "tuned.json"
+    if not tuned.exists():
+        return []
+    data = json.loads(tuned.read_text())
+    if not data["is_measured"]:
+        return []
+    from engine.kernels.triton.tuning import file_name, parse
+
+    parse(data, str(tuned))
+    path = TUNED / file_name(data["gpu"])
+    shutil.copyfile(tuned, path)
+    return [path]
+
+
+def _newest(pattern: str) -> Path | None:
     found = sorted(RESULTS.glob(pattern))
-    assert found, f"no {pattern} in {RESULTS}"
-    return found[-1]
+    return found[-1] if found else None
 
 
 def _range(values: Iterable[int]) -> str:
@@ -108,16 +263,28 @@ def drawn(vocab_size: int = 128256, rows: int = 256, bytes_per_s: float = 4.3e12
     return "\n".join(lines)
 
 
-def main() -> None:
-    interpreter = _newest("gpu-interpreter-*.json")
+def document() -> str:
+    """docs/kernels.md"""
+    interpreter, measured = _newest("gpu-interpreter-*.json"), _newest("gpu-2*.json")
+    assert interpreter, f"no result of the interpreter in {RESULTS}"
     ahead = sorted(RESULTS.glob("aot-triton-*.json"))
     records = [json.loads(path.read_text()) for path in ahead]
-    names = ", ".join(f"`{path.name}`" for path in ahead)
-    text = f"""# GPU kernels: what is proven without a GPU
+    names = ",\n".join(f"`{path.name}`" for path in (interpreter, *((measured,) if measured else ()), *ahead))
+    speeds = (
+        "**Speeds: not measured on a GPU.** With one, `python -m bench.gpu` checks and times all of it (docs/gpu.md)."
+    )
+    if measured:
+        found = json.loads(measured.read_text())
+        timed = [row for row in found["rows"] if row["stage"] in ("time", "steps-0.6b", "steps-8b") and "us" in row]
+        speeds = f"## Fast: {found['device']}, {found['date']}, commit {found['commit']}\n\n{table(timed)}"
+    tiny = json.loads(interpreter.read_text())
+    tiny["rows"] = [row for row in tiny["rows"] if row.get("stage", "tiny") == "tiny"]
+    return f"""# GPU kernels: what is proven without a GPU
 
-Written by `python -m bench.kernel_table` from `bench/results/{interpreter.name}` and
+Written by `python -m bench.kernel_table` from `bench/results`:
 {names}.
-**Speeds: not measured on a GPU.** With one, `python -m bench.gpu` checks and times all of it at Llama-3-8B's shapes.
+
+{speeds}
 
 ## Right: worst error under Triton's interpreter
 
@@ -129,7 +296,7 @@ there is "-": contiguous prefill gives the bits of the paged one and rows draw t
 and blocks are copies, shared prefixes are left out where bits must not depend on neighbours. The interpreter multiplies
 with NumPy: what tensor cores round is for `bench.gpu` to say.
 
-{errors(json.loads(interpreter.read_text()))}
+{errors(tiny)}
 
 ## Compiled: every configuration in use, ahead of time
 
@@ -152,7 +319,22 @@ bound, not a measurement.
 
 {drawn()}
 """
-    (ROOT / "docs" / "kernels.md").write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.kernel_table", description=__doc__)
+    parser.add_argument("folder", type=Path, nargs="?", help="that bench.gpu wrote")
+    parser.add_argument("--save", action="store_true", help="into bench/results and docs/kernels.md")
+    parser.add_argument("--tiles", action="store_true", help="only the tiles, to where the kernels look for them")
+    options = parser.parse_args()
+    if options.folder is not None:
+        print(report(options.folder))
+        if options.tiles:
+            print("\n".join(map(str, save_tiles(options.folder))) or "no tiles were measured")
+        if not options.save:
+            return
+        print("\n".join(map(str, save(options.folder))))
+    (ROOT / "docs" / "kernels.md").write_text(document())
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Runs the tests of Triton's kernels under its interpreter, which must be chosen before the kernels are imported."""
+"""Runs the tests of Triton's kernels on the GPU, or under Triton's interpreter, which must be chosen before the
+kernels are imported."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent / "triton_interpreter"
 # Whole models; in the short suite the cluster on Triton's kernels stands for them.
@@ -16,12 +18,17 @@ LONG_MARKS = (pytest.mark.long, pytest.mark.timeout(400))
 NAMES = sorted(path.stem for path in FOLDER.glob("test_*.py"))
 
 
+# What torch asks for before cuBLAS counts as deterministic.
+_ON_GPU = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+_INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+
+
 @pytest.mark.parametrize("name", [pytest.param(n, marks=LONG_MARKS) if n in LONG else n for n in NAMES])
-def test_under_the_interpreter(name: str) -> None:
+def test_kernels(name: str) -> None:
     pytest.importorskip("triton", reason="triton is only for Linux")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(FOLDER / f"{name}.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, **(_ON_GPU if torch.cuda.is_available() else _INTERPRETED)},
         cwd=FOLDER.parents[2],
         capture_output=True,
         text=True,

@@ -285,11 +285,14 @@ def _can_describe(matrix: Tensor, wanted: bool) -> bool:
     return wanted and matrix.shape[1] * matrix.element_size() % 16 == 0
 
 
-def probe(weight: Tensor, plan: GemmPlan) -> bool:
-    """Whether this hardware gives a row the same bits in both kernels and at every size of tile."""
+def probe(weight: Tensor, plan: GemmPlan, *, is_gated: bool = False) -> bool:
+    """Whether this hardware gives a row the same bits in both kernels and at every size of tile.
+
+    Of gated weights: gate and up are two products of other tiles, in one kernel, and are what is asked about.
+    """
     rows = max(plan.grid_from_rows, 2 * plan.stream.max_block_m) + 1
     generator = torch.Generator(weight.device).manual_seed(0)
     x = torch.randn(rows, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
-    whole = linear(x, weight, None, plan)
+    whole = linear(x, weight, None, plan, is_gated=is_gated)
     sizes = (1, 17, 33, plan.stream.max_block_m + 1)
-    return all(torch.equal(linear(x[:size], weight, None, plan), whole[:size]) for size in sizes)
+    return all(torch.equal(linear(x[:size], weight, None, plan, is_gated=is_gated), whole[:size]) for size in sizes)

@@ -64,7 +64,7 @@ class TritonKernels:
         self._tuning = tuning
         self._is_batch_invariant = is_batch_invariant
         self._is_probing = is_probing
-        self._plans: dict[tuple[int, int, torch.dtype], GemmPlan] = {}
+        self._plans: dict[tuple[int, int, torch.dtype, bool], GemmPlan] = {}
 
     @classmethod
     def on_this_machine(
@@ -86,10 +86,10 @@ class TritonKernels:
         return cls(tuning, torch.device("cuda", index), is_batch_invariant=is_batch_invariant)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=False)
+        return TritonLinear(weight.contiguous(), bias, self._plan(weight, is_gated=False), is_gated=False)
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return TritonLinear(weight.contiguous(), bias, self._plan(weight), is_gated=True)
+        return TritonLinear(weight.contiguous(), bias, self._plan(weight, is_gated=True), is_gated=True)
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
         return embed(table, token_ids, drawn)
@@ -158,13 +158,13 @@ class TritonKernels:
     def _can_share(self, config: ModelConfig) -> bool:
         return not self._is_batch_invariant and None in config.windows
 
-    def _plan(self, weight: Tensor) -> GemmPlan:
-        key = (weight.shape[0], weight.shape[1], weight.dtype)
+    def _plan(self, weight: Tensor, *, is_gated: bool) -> GemmPlan:
+        key = (weight.shape[0], weight.shape[1], weight.dtype, is_gated)
         if key not in self._plans:
-            plan = self._tuning.gemm_plan(*key)
+            plan = self._tuning.gemm_plan(*key[:3])
             if self._is_batch_invariant:
                 plan = replace(plan, vendor_from_rows=None)
-            agrees = not self._is_probing or probe(weight.contiguous(), plan)
+            agrees = not self._is_probing or probe(weight.contiguous(), plan, is_gated=is_gated)
             self._plans[key] = plan if agrees else plan.one_kernel()
         return self._plans[key]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 from dataclasses import dataclass, fields, replace
 from importlib import resources
 from typing import Any, TypeVar
@@ -132,10 +133,15 @@ def _by_head_dim(tiles: dict[int, _Data], head_dim: int) -> _Data:
     return tiles[min(fitting)]
 
 
+def file_name(gpu: str) -> str:
+    """What the file of a GPU is called, by the name that the driver gives it."""
+    return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
+
+
 def load(gpu: str, capability: tuple[int, int], num_processors: int) -> Tuning:
     """The file of this GPU; otherwise the defaults of its architecture, with one warning."""
     folder = resources.files(__package__) / "tuned"
-    own = folder / f"{gpu.lower().replace(' ', '-')}.json"
+    own = folder / file_name(gpu)
     if own.is_file():
         return parse(json.loads(own.read_text()), own.name, num_processors)
     default = folder / ("sm90.json" if capability >= (9, 0) else "sm80.json")

@@ -17,10 +17,11 @@ from engine.kernels.triton.prefill_attention import (
     tiles_on,
 )
 from engine.kernels.triton.tuning import DecodeTile, PrefillTile
+from tests.kernels.device import DEVICE
 
 DECODE = DecodeTile(split_tokens=64, block_n=32, num_warps=4, num_stages=2)
 PREFILL = PrefillTile(block_m=32, block_n=32, num_warps=4, num_stages=2)
-CPU = torch.device("cpu")
+
 # Every way to group heads, and every head_dim, not their product.
 SHAPES = [
     Shape(1, 1, 64),
@@ -45,7 +46,7 @@ def decode(
 
 
 def check_decode(shape: Shape, lengths: list[int], block_tokens: int, dtype: torch.dtype, window: int | None) -> None:
-    sequences = PagedSequences(shape, lengths, block_tokens, dtype, "cpu")
+    sequences = PagedSequences(shape, lengths, block_tokens, dtype, DEVICE.type)
     query = sequences.query(len(lengths))
     found = decode(sequences, query, list(range(len(lengths))), lengths, window)
     for i, length in enumerate(lengths):
@@ -70,7 +71,7 @@ def test_many_splits_are_combined_in_chunks() -> None:
 
 
 def test_padding_gives_zeros_and_reads_nothing() -> None:
-    sequences = PagedSequences(Shape(2, 1, 16), [20, 100], 16, torch.float32, "cpu")
+    sequences = PagedSequences(Shape(2, 1, 16), [20, 100], 16, torch.float32, DEVICE.type)
     query = sequences.query(3)
     found = decode(sequences, query, [0, 1, 1], [0, 100, 0])
     assert not found[[0, 2]].any()
@@ -81,7 +82,7 @@ def test_padding_gives_zeros_and_reads_nothing() -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_decode_row_alone_has_the_bits_it_has_in_a_batch(dtype: torch.dtype) -> None:
     lengths = [1, 64, 65, 130, 200]
-    sequences = PagedSequences(Shape(4, 1, 32), lengths, 16, dtype, "cpu")
+    sequences = PagedSequences(Shape(4, 1, 32), lengths, 16, dtype, DEVICE.type)
     query = sequences.query(len(lengths))
     whole = decode(sequences, query, list(range(5)), lengths)
     for i, length in enumerate(lengths):
@@ -104,7 +105,7 @@ def prefill(
 ) -> torch.Tensor:
     tiles = list_tiles(chunks, sequences.shape.heads // sequences.shape.kv_heads, tile.block_m)
     return paged_prefill_attention(
-        query, sequences.cache, sequences.tables, tiles_on(CPU, tiles), scale_log2=sequences.shape.scale_log2,
+        query, sequences.cache, sequences.tables, tiles_on(DEVICE, tiles), scale_log2=sequences.shape.scale_log2,
         tile=tile, window=window,
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def prefill(
 def check_prefill(
     shape: Shape, pieces: list[tuple[int, int]], block_tokens: int, dtype: torch.dtype, window: int | None
 ) -> None:
-    sequences = PagedSequences(shape, [start + count for start, count in pieces], block_tokens, dtype, "cpu")
+    sequences = PagedSequences(shape, [start + count for start, count in pieces], block_tokens, dtype, DEVICE.type)
     chunks, row = [], 0
     for i, (start, count) in enumerate(pieces):
         chunks.append(Chunk(row, start, count, i))
@@ -140,7 +141,7 @@ def test_prefill_attention_of_chunks_and_windows(block_tokens: int, window: int 
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_a_prompt_has_the_same_bits_in_any_chunks_and_batch(dtype: torch.dtype, window: int | None) -> None:
-    sequences = PagedSequences(Shape(4, 2, 32), [97, 20], 16, dtype, "cpu")
+    sequences = PagedSequences(Shape(4, 2, 32), [97, 20], 16, dtype, DEVICE.type)
     query = sequences.query(97)
     whole = prefill(sequences, query, [Chunk(0, 0, 97, 0)], window)
     for cuts in ([0, 1, 50, 97], [0, 33, 64, 96, 97]):
@@ -152,10 +153,10 @@ def test_a_prompt_has_the_same_bits_in_any_chunks_and_batch(dtype: torch.dtype, 
 
 def test_contiguous_keys_give_the_bits_of_paged_ones() -> None:
     lengths = [40, 7]
-    sequences = PagedSequences(Shape(4, 2, 24), lengths, 16, torch.float32, "cpu")
+    sequences = PagedSequences(Shape(4, 2, 24), lengths, 16, torch.float32, DEVICE.type)
     query = sequences.query(47)
     chunks = [Chunk(0, 0, 40, 0), Chunk(40, 0, 7, 1)]
-    tiles = tiles_on(CPU, list_tiles(chunks, 2, PREFILL.block_m))
+    tiles = tiles_on(DEVICE, list_tiles(chunks, 2, PREFILL.block_m))
     found = contiguous_prefill_attention(
         query, torch.cat(sequences.keys), torch.cat(sequences.values), torch.tensor([[0], [40]], dtype=torch.int32),
         tiles, scale_log2=sequences.shape.scale_log2, tile=PREFILL,
@@ -164,7 +165,7 @@ def test_contiguous_keys_give_the_bits_of_paged_ones() -> None:
 
 
 def test_programs_that_loop_give_the_bits_of_one_program_per_tile() -> None:
-    sequences = PagedSequences(Shape(4, 2, 16), [80], 16, torch.float32, "cpu")
+    sequences = PagedSequences(Shape(4, 2, 16), [80], 16, torch.float32, DEVICE.type)
     query = sequences.query(80)
     looping = PrefillTile(32, 32, 4, 2, num_programs=3)
     chunks = [Chunk(0, 0, 80, 0)]
@@ -181,7 +182,7 @@ def test_tiles_with_the_longest_context_come_first_and_cover_every_token_once() 
 
 
 def test_queries_may_be_strided() -> None:
-    sequences = PagedSequences(Shape(2, 1, 16), [40], 16, torch.float32, "cpu")
+    sequences = PagedSequences(Shape(2, 1, 16), [40], 16, torch.float32, DEVICE.type)
     wide = torch.cat((sequences.query(40), sequences.query(40, seed=5)), dim=1)
     chunks = [Chunk(0, 0, 40, 0)]
     assert torch.equal(prefill(sequences, wide[:, :2], chunks), prefill(sequences, wide[:, :2].contiguous(), chunks))

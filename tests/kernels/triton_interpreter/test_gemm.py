@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from bench.cases import TOLERANCE, relative_error
-from engine.kernels.triton.gemm import linear, probe
+from engine.kernels.triton.gemm import _grid_kernel, _stream_kernel, linear, probe
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile, load
+from tests.kernels.device import DEVICE
 
 PLAN = GemmPlan(
     splits=1,
@@ -30,7 +31,7 @@ def described(plan: GemmPlan) -> GemmPlan:
 
 
 def inputs(rows: int, out: int, inner: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator(DEVICE).manual_seed(rows)
     sizes = (rows, inner), (out, inner), (out,)
     x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
     return x, weight / inner**0.5, bias
@@ -74,6 +75,26 @@ def test_a_row_has_the_same_bits_in_any_batch(dtype: torch.dtype, splits: int, i
     assert probe(weight, plan)
 
 
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_what_is_asked_of_the_hardware_is_what_serves(is_gated: bool) -> None:
+    """A plan for gated weights was once probed as if gate and up did not meet: other tiles, another kernel."""
+    seen: set[bool] = set()
+
+    def hook(*args: object, **options: object) -> None:
+        seen.add(bool(options["IS_GATED"]))
+
+    kernels = TritonKernels(load("interpreter", (8, 0), 1), DEVICE)
+    _, weight, _ = inputs(1, 64, 96, torch.float32)
+    for kernel in (_stream_kernel, _grid_kernel):
+        kernel.add_pre_run_hook(hook)
+    try:
+        (kernels.gated_linear if is_gated else kernels.linear)(weight, None)
+    finally:
+        for kernel in (_stream_kernel, _grid_kernel):
+            kernel.pre_run_hooks.pop()
+    assert seen == {is_gated}
+
+
 def test_no_rows() -> None:
     x, weight, bias = inputs(1, 10, 16, torch.float32)
     assert linear(x[:0], weight, bias, PLAN).shape == (0, 10)
@@ -93,9 +114,7 @@ def test_what_a_neighbour_holds_does_not_matter() -> None:
 def test_the_vendors_product_is_used_only_if_bits_may_differ(is_gated: bool) -> None:
     tuning = load("interpreter", (8, 0), 1)
     tuning = dataclasses.replace(tuning, gemm_float32=dataclasses.replace(PLAN, vendor_from_rows=4))
-    exact, free = (
-        TritonKernels(tuning, torch.device("cpu"), is_batch_invariant=is_exact) for is_exact in (True, False)
-    )
+    exact, free = (TritonKernels(tuning, DEVICE, is_batch_invariant=is_exact) for is_exact in (True, False))
     assert exact.name != free.name
     x, weight, bias = inputs(5, 48, 200, torch.float32)
     ours, either = (k.gated_linear(weight, bias) if is_gated else k.linear(weight, bias) for k in (exact, free))

@@ -17,6 +17,7 @@ from engine.kernels.triton.shared_prefix import (
     shared_decode_attention,
 )
 from engine.kernels.triton.tuning import DecodeTile
+from tests.kernels.device import DEVICE
 
 TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix_block_m=16)
 
@@ -28,21 +29,21 @@ TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix
 )
 def test_shared_prefixes_give_the_plain_result(shape: Shape, dtype: torch.dtype) -> None:
     lengths = [70, 100, 33, 97, 5, 66]
-    sequences = PagedSequences(shape, lengths, 16, dtype, "cpu")
+    sequences = PagedSequences(shape, lengths, 16, dtype, DEVICE.type)
     # Rows 1 and 3 share 96 positions with one another, 0 the first 64 of them; 4 and 5 nothing.
     sequences.tables[3, :6] = sequences.tables[1, :6]
     sequences.tables[0, :4] = sequences.tables[1, :4]
     tables = [row[: -(-length // 16)] for row, length in zip(sequences.tables.tolist(), lengths, strict=True)]
     tile_rows = rows_per_tile(shape.heads // shape.kv_heads, TILE)
     groups = [Group((0, 1, 3), 2)]
-    plan = plan_prefixes(groups, range(6), 32, tile_rows, torch.device("cpu"))
+    plan = plan_prefixes(groups, range(6), 32, tile_rows, DEVICE)
     query = sequences.query(6)
     rows, counts = torch.arange(6, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
     plain = decode_attention(
         query, sequences.cache, sequences.tables, rows, counts,
         scale_log2=shape.scale_log2, max_length=100, tile=TILE,
     )  # fmt: skip
-    for chosen in (plan, plan_prefixes([], range(6), 32, tile_rows, torch.device("cpu"))):
+    for chosen in (plan, plan_prefixes([], range(6), 32, tile_rows, DEVICE)):
         found = shared_decode_attention(
             query, sequences.cache, sequences.tables, rows, counts, chosen,
             scale_log2=shape.scale_log2, max_length=100, tile=TILE,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
-from bench import gpu_kernels
-from bench.gpu_measure import Budget, Device
-from bench.tune import Paths, entry, thresholds, tune_product
+from bench import tune
+from bench.gpu_child import Context
+from bench.gpu_measure import Device
+from bench.gpu_rows import Rows
+from bench.tune import Paths, Tuner, entry, thresholds
 from engine.kernels.triton.tuning import parse
 from tests.unit.test_triton_tuning import data
 
@@ -35,13 +41,56 @@ def test_a_plan_written_is_the_plan_read() -> None:
     assert again.gemm[6144, 4096] == plan
 
 
-def test_a_product_is_tuned_by_the_same_path_without_a_gpu() -> None:
-    sizes = gpu_kernels.TINY[1]
-    product = gpu_kernels.products(sizes)[2]
-    device = Device("none", is_gpu=False)
-    before = data("interpreter.json")
-    tuned = tune_product(before, product, sizes, device, Budget(60), few=2)
-    key = f"{product.out}x{product.inner}"
-    expected = parse(before, "before").gemm_plan(product.out, product.inner, sizes.dtype)
-    assert set(tuned["gemm"]) - set(before["gemm"]) == {key}
-    assert parse(tuned, "tuned").gemm[product.out, product.inner] == expected
+def tuner(rows: Rows) -> Tuner:
+    return tune.tuner(Context(Device(), rows, is_tiny=True))
+
+
+def measured(rows: Rows, section: str, candidate: Any, us: dict[str, float], *, is_right: bool = True) -> None:
+    shape = json.dumps(candidate, sort_keys=True)
+    names = {"kernel": f"tune {section}", "shape": shape, "dtype": "float16"}
+    case = " | ".join(names.values())
+    rows.add("row", stage="tune", case=case, part="check", is_right=is_right, us_by_shape=us, **names)
+
+
+def test_the_fastest_candidate_that_is_right_is_chosen_and_faults_are_out(tmp_path: Path) -> None:
+    rows = Rows(tmp_path)
+    tuning = tuner(rows)
+    section = next(tuning.sections())
+    first, second = section.candidates
+    assert section.name == "decode"
+    assert tuning.chosen([]) == tuning.base
+    # Half the time where it is short counts as much as half where it is long.
+    measured(rows, "decode", first, {"a": 10.0, "b": 1000.0})
+    measured(rows, "decode", second, {"a": 4.0, "b": 1100.0})
+    assert tuning.chosen(rows.read()) == section.change(tuning.base, second)
+    measured(rows, "decode", second, {"a": 1.0, "b": 1.0}, is_right=False)
+    assert tuning.chosen(rows.read()) == section.change(tuning.base, first)
+    rows.fault("tune", f"tune decode | {json.dumps(first, sort_keys=True)} | float16", "check", "hung", "")
+    assert tuning.chosen(rows.read()) == tuning.base
+
+
+def test_a_folder_is_tuned_by_the_same_path_without_a_gpu(tmp_path: Path) -> None:
+    """Every candidate is a case; the file that is written is one that can be read, and has what was measured."""
+    rows = Rows(tmp_path)
+    context = Context(Device(), rows, is_tiny=True)
+    kernels = set()
+    for case in tune.cases(context):
+        kernels.add(case.kernel)
+        if "decode" not in case.kernel and "down" not in case.kernel:
+            continue
+        (part,) = case.parts(context.device)
+        values = part.run()
+        assert values["is_right"] is True
+        named = {"kernel": case.kernel, "shape": case.shape, "dtype": case.dtype}
+        rows.add("row", stage="tune", case=" | ".join(named.values()), part=part.name, **named, **values)
+    assert kernels >= {"tune decode", "tune prefill", "tune down, few rows", "tune down, many rows", "tune down, rows"}
+    written = json.loads((tmp_path / "tuned.json").read_text())
+    plans = parse(written, "tuned.json").gemm
+    product = next(p for p in tuner(rows)._products if p.name == "down")
+    # Nothing was timed: the first candidate, which is the plan that was there.
+    before = parse(data("interpreter.json"), "before").gemm_plan(product.out, product.inner, torch.float16)
+    assert list(plans) == [(product.out, product.inner)]
+    assert plans[product.out, product.inner].stream == before.stream
+    assert plans[product.out, product.inner].grid == before.grid
+    # Measured at other numbers of rows, but no sweep was.
+    assert plans[product.out, product.inner].grid_from_rows == before.grid_from_rows
