@@ -201,7 +201,9 @@ class Flow:
             case Abandon():
                 return self._fail(event.error, now)
             case StopText():
-                return self._finish(Outcome(OutcomeKind.FINISHED, FinishReason.STOP), now, "stop string")
+                outcome = Outcome(OutcomeKind.FINISHED, FinishReason.STOP)
+                # The client has been told that it is over: no report is waited for.
+                return self._finish(outcome, now, "stop string", may_settle=False)
             case MakeRoom():
                 return self._on_make_room(now)
             case Tick():
@@ -509,13 +511,13 @@ class Flow:
     def _fail(self, error: errors.BatonError, now: float) -> list[Action]:
         return self._finish(Outcome(OutcomeKind.FAILED, error=error), now, error.code)
 
-    def _finish(self, outcome: Outcome, now: float, reason: str) -> list[Action]:
+    def _finish(self, outcome: Outcome, now: float, reason: str, *, may_settle: bool = True) -> list[Action]:
         """The one way out, if need be by way of settling."""
         actions: list[Action] = []
         self.outcome = outcome
         self._early.clear()
         self.lifeline.ended(now)
-        if outcome.kind is OutcomeKind.FINISHED and self._awaits_report:
+        if may_settle and outcome.kind is OutcomeKind.FINISHED and self._awaits_report:
             self.phase = Phase.SETTLING
             self._timer_s = now + self._config.report_timeout_s
             return []

@@ -277,7 +277,9 @@ async def test_of_requests_that_come_at_once_few_are_read_ahead(folder: Path) ->
         for _ in range(100):
             wire.send(get() * 1000)
         await asyncio.sleep(0.2)
-        (connection,) = [x for x in gc.get_objects() if isinstance(x, Connection) and x.transport.get_protocol() is x]
+        # By type: isinstance asks deprecated objects of torch for their class, which warns.
+        found = [x for x in gc.get_objects() if type(x) is Connection]
+        (connection,) = [x for x in found if x.transport.get_protocol() is x]
         assert 16 <= len(connection.pipeline) < 200
         assert len(connection._held) <= 2**18
         wire.close()

@@ -87,6 +87,15 @@ def test_a_whole_answer_ends_with_the_transfer_report_or_without(event: f.Event,
     assert relay.e2e_s == 1.5
 
 
+def test_a_stop_string_waits_for_no_report_beside_an_end_that_came_too_early() -> None:
+    flow = prefilling()
+    flow.handle(f.Joined("r/0/0", 0.1), 0.5)
+    flow.handle(tokens("p", 0, 7), 1.0)
+    assert flow.handle(tokens("d", 2, 9, 10, finish=FinishReason.LENGTH), 1.5) == []
+    assert flow.handle(f.StopText(), 1.6)[-1] == finished(FinishReason.STOP)
+    assert flow.has_ended
+
+
 def test_a_settling_answer_is_moved_by_nothing_else() -> None:
     flow = settling()
     for event in (f.NodeLost("d", "died"), f.Tick(), f.HandedOff("r/0/1", REPORT), tokens("d", 4, 11)):
