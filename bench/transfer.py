@@ -47,11 +47,11 @@ STREAMS = 2
 BARE_MESSAGE_BYTES = 2 << 20
 # What the CPU engine of the bench model computes; sets how long a layer takes in the layer-wise runs.
 PREFILL_TOKENS_PER_S = 1500
+DIGESTS = {"": "full", ", sampled": "sampled", ", no digest": "off"}
 VARIANTS = {
-    "shm": TransferConfig(transports=("shm",), digest=True),
-    "shm, no digest": TransferConfig(transports=("shm",), digest=False),
-    "tcp": TransferConfig(transports=("tcp",), digest=True, tcp_streams=STREAMS),
-    "tcp, no digest": TransferConfig(transports=("tcp",), digest=False, tcp_streams=STREAMS),
+    transport + name: TransferConfig(transports=(transport,), digest=digest, tcp_streams=STREAMS)
+    for transport in ("shm", "tcp")
+    for name, digest in DIGESTS.items()
 }
 SERIALIZED = {"shm": 1 << 60, "tcp": 1 << 60}
 LAYERWISE = {"shm": 0, "tcp": 0}
@@ -277,8 +277,8 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
         bare = ratio(name, "bare tcp") if "tcp" in name else None
         rows.append(Row(name, rate, ratio(name, "memcpy"), ratio(name, "bound"), bare))
     cost = {}
-    for name in ("shm", "tcp"):
-        pairs = zip(seconds[name], seconds[f"{name}, no digest"], strict=True)
+    for name in ("shm", "shm, sampled", "tcp", "tcp, sampled"):
+        pairs = zip(seconds[name], seconds[f"{name[:3]}, no digest"], strict=True)
         cost[name] = statistics.median(1 - without / with_digest for with_digest, without in pairs)
     return rows, cost
 

@@ -57,9 +57,9 @@ async def hand_over(p: Pair, source_blocks: list[int], leased: list[int], *, num
 
 @pytest.mark.parametrize(("transport", "source_on_device", "target_on_device"), WAYS)
 @pytest.mark.parametrize("layerwise_from_bytes", [0, 1 << 40])
-@pytest.mark.parametrize("digest", [True, False])
+@pytest.mark.parametrize("digest", ["full", "sampled", "off"])
 async def test_bytes_arrive_in_the_leased_blocks_and_nowhere_else(
-    transport: str, source_on_device: bool, target_on_device: bool, layerwise_from_bytes: int, digest: bool
+    transport: str, source_on_device: bool, target_on_device: bool, layerwise_from_bytes: int, digest: str
 ) -> None:
     config = only(transport, layerwise_from_bytes={transport: layerwise_from_bytes}, digest=digest)
     async with pair(
