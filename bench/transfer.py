@@ -108,7 +108,13 @@ async def receive() -> None:
         for name, config in VARIANTS.items():
             server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
             address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            receiver = Receiver(describe(name, address), LAYOUT, arena, on_event=on_event, config=config)
+            receiver = Receiver(
+                describe(name.replace(", ", "-").replace(" ", "-"), address),
+                LAYOUT,
+                arena,
+                on_event=on_event,
+                config=config,
+            )
             receiver.add_to(server)
             await receiver.start()
             await server.start()
@@ -339,7 +345,7 @@ async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
         as_bytes(arena.buffer)[:] = np.random.default_rng(0).integers(0, 256, arena.num_bytes, dtype=np.uint8)
         for mode, table in (("layerwise", LAYERWISE), ("serialized", SERIALIZED)):
             for name, config in VARIANTS.items():
-                node = describe(f"sender-{mode}-{name}", "")
+                node = describe(f"sender-{mode}-{name}".replace(", ", "-").replace(" ", "-"), "")
                 sender = Sender(node, LAYOUT, arena, config=replace(config, layerwise_from_bytes=table))
                 await sender.start()
                 senders[mode][name] = sender

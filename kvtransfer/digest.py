@@ -158,13 +158,22 @@ def _compiled_pass() -> OnePass | None:
     return found if is_copied and is_sampled else None
 
 
+_scratch = threading.local()
+_SCRATCH_KIB = 8 << 10
+
+
 def _table(rows: Sequence[_Row]) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
 
 
 def _sample(one_pass: OnePass, rows: Sequence[_Row], first_kib: int, *, is_copying: bool) -> ByteArray:
     """``sampling.gather``, compiled; copies on the way if told so."""
-    lines = np.empty((sum(row[2] for row in rows) // KIB_BYTES, LINE_BYTES), np.uint8)
+    num_kib = sum(row[2] for row in rows) // KIB_BYTES
+    lines: ByteArray | None = getattr(_scratch, "lines", None)
+    if lines is None or len(lines) < num_kib:
+        # Kept by the thread: the faults of fresh pages would take as long as the lines.
+        lines = _scratch.lines = np.empty((max(num_kib, _SCRATCH_KIB), LINE_BYTES), np.uint8)
+    lines = lines[:num_kib]
     table = _table(rows)
     run = one_pass.copy_and_sample_rows if is_copying else one_pass.sample_rows
     run(ctypes.addressof(table), len(rows), first_kib, lines.ctypes.data)

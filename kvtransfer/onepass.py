@@ -211,11 +211,11 @@ class _SampleEmitter(_Emitter):
         phis = source, target, left, kib_now, line_now = tuple(b.phi(_I64) for _ in range(5))
         for phi, value in zip(phis, (*loaded, kib, line_at), strict=True):
             phi.add_incoming(value, row)
+        place = b.add(source, b.mul(self._line(kib_now), _I64(LINE_BYTES)))
+        b.store(self._load(place, _VECTOR, 1), self._pointer(line_now, _VECTOR), align=1)
         if self._is_copying:
             for i in range(_BLOCK_BYTES // 64):
                 self._load_stripe(source, target, i)
-        place = b.add(source, b.mul(self._line(kib_now), _I64(LINE_BYTES)))
-        b.store(self._load(place, _VECTOR, 1), self._pointer(line_now, _VECTOR), align=1)
         step = _I64(_BLOCK_BYTES)
         nexts = (
             b.add(source, step),
