@@ -20,6 +20,9 @@ from kvtransfer.sampling import LINE_BYTES, MIX_1, MIX_2, MIX_SHIFT
 
 # Rows and segments are multiples of this: what xxh3 takes between two scrambles of its accumulators.
 _BLOCK_BYTES = 1024
+# Lines of a sample lie too far apart for the processor to foresee them: fetched this much before they are read.
+_AHEAD_KIB = 24
+_COPY_AHEAD_BYTES = 8 << 10
 
 # Constants of the algorithm (xxHash 0.8, doc/xxhash_spec.md).
 _SECRET = bytes.fromhex(
@@ -211,10 +214,15 @@ class _SampleEmitter(_Emitter):
         phis = source, target, left, kib_now, line_now = tuple(b.phi(_I64) for _ in range(5))
         for phi, value in zip(phis, (*loaded, kib, line_at), strict=True):
             phi.add_incoming(value, row)
+        if not self._is_copying:
+            later = b.add(source, _I64(_AHEAD_KIB * _BLOCK_BYTES))
+            self._prefetch(b.add(later, b.mul(self._line(b.add(kib_now, _I64(_AHEAD_KIB))), _I64(LINE_BYTES))))
         place = b.add(source, b.mul(self._line(kib_now), _I64(LINE_BYTES)))
         b.store(self._load(place, _VECTOR, 1), self._pointer(line_now, _VECTOR), align=1)
         if self._is_copying:
             for i in range(_BLOCK_BYTES // 64):
+                # Without arithmetic between them the stores past the caches keep the loads from running ahead.
+                self._prefetch(b.add(source, _I64(_COPY_AHEAD_BYTES + 64 * i)))
                 self._load_stripe(source, target, i)
         step = _I64(_BLOCK_BYTES)
         nexts = (
@@ -233,6 +241,13 @@ class _SampleEmitter(_Emitter):
 
         b.position_at_end(done)
         self._return()
+
+    def _prefetch(self, address: ir.Value) -> None:
+        """Of a line to be read soon. It may lie in another row or nowhere: a prefetch does not fault."""
+        byte = ir.IntType(8)
+        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _I32, _I32, _I32])
+        prefetch = self._module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
+        self._b.call(prefetch, [self._pointer(address, byte), _I32(0), _I32(3), _I32(1)])
 
     def _line(self, kib: ir.Value) -> ir.Value:
         """``sampling.line_numbers`` of one KiB."""
