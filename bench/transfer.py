@@ -268,7 +268,9 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
     for index in range(rounds + 1):
         found = {"memcpy": bench.memcpy(), "bound": bench.bound()}
         found["bare tcp"] = await asyncio.to_thread(bench.peer.bare_send, bench.source.data)
-        for variant in VARIANTS:
+        names = list(VARIANTS)
+        turn = index % len(names)
+        for variant in names[turn:] + names[:turn]:  # None always follows the same other one.
             found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
         if index:  # The first round warms pages and connections.
             for name, value in found.items():
