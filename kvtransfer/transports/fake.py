@@ -2,7 +2,8 @@
 
 Written as a transport name: ``fake:corrupt=1,seed=7,over=shm``. Keys, all optional:
 ``over`` the real transport (shm) · ``seed`` · ``corrupt=N`` flip one byte in each of the first N units written ·
-``drop=N`` never write the next N units · ``delay_s=X`` hold every unit up to X seconds · ``reorder=1``
+``drop=N`` never write the next N units · ``swap=N`` exchange the halves of one run of bytes in each of the next N ·
+``tear=N`` zero 2 KiB in each of the next N · ``delay_s=X`` hold every unit up to X seconds · ``reorder=1``
 shuffle what is queued together · ``die=N`` break the connection at the Nth unit.
 """
 
@@ -14,6 +15,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Generic, Self, TypeVar, cast
+
+import numpy as np
 
 from baton.errors import BadConfig, BatonError, TransferFailed
 from kvtransfer.devices.interface import Event
@@ -30,6 +33,8 @@ class Mischief:
     seed: int = 0
     corrupt: int = 0
     drop: int = 0
+    swap: int = 0
+    tear: int = 0
     delay_s: float = 0.0
     reorder: int = 0
     die: int = 0
@@ -52,12 +57,35 @@ class Mischief:
                 raise BadConfig(f"{spec!r}: {key} is {value!r}, expected a number") from error
         return cls(**values)  # type: ignore[arg-type]
 
+    def kind(self, number: int) -> str:
+        """What is done to the unit of this number, counted from 1; empty for nothing."""
+        for name in ("corrupt", "drop", "swap", "tear"):
+            number -= getattr(self, name)
+            if number <= 0:
+                return name
+        return ""
 
-class _CorruptedJob:
-    """Stands in for a job while one unit is written: the first run of bytes read has one byte flipped."""
 
-    def __init__(self, job: WriteJob, position: int) -> None:
+_TORN_BYTES = 2 << 10
+
+
+def _damage(kind: str, run: ByteArray, position: int) -> None:
+    match kind:
+        case "corrupt":
+            run[position % len(run)] ^= 0xFF
+        case "swap":
+            run[:] = np.roll(run, len(run) // 2)
+        case "tear":
+            start = position % max(1, len(run) - _TORN_BYTES + 1)
+            run[start : start + _TORN_BYTES] = 0
+
+
+class _DamagedJob:
+    """Stands in for a job while one unit is written: the first run of bytes read is damaged."""
+
+    def __init__(self, job: WriteJob, kind: str, position: int) -> None:
         self._job = job
+        self._kind = kind
         self._position = position
         self._is_spent = False
         self.plan = job.plan
@@ -72,7 +100,7 @@ class _CorruptedJob:
             return data
         self._is_spent = True
         data = data.copy()
-        data[self._position % num_bytes] ^= 0xFF
+        _damage(self._kind, data, self._position)
         return data
 
     def copy(self, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
@@ -80,10 +108,10 @@ class _CorruptedJob:
         if not self._is_spent and self.plan is not None:
             self._is_spent = True
             _, dst, size = self.plan.copies(layer, first, num_blocks)[0]
-            target[dst + self._position % size] ^= 0xFF
+            _damage(self._kind, target[dst : dst + size], self._position)
 
     def address(self, offset: int, num_bytes: int) -> int:
-        """A device's copy is damaged by taking it from one byte further on."""
+        """A device's copy is damaged by taking it from one byte further on, whatever the kind."""
         if self._is_spent:
             return self._job.address(offset, num_bytes)
         self._is_spent = True
@@ -150,12 +178,13 @@ class FakeWire:
         if mischief.die and number >= mischief.die:
             self._loop.call_soon_threadsafe(self._on_lost, f"fake died at unit {number}")
             raise TransferFailed(f"fake died at unit {number}")
-        if mischief.corrupt < number <= mischief.corrupt + mischief.drop:
+        kind = mischief.kind(number)
+        if kind == "drop":
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 unit.job.hash(layer, unit.first, unit.num_blocks)
             unit.job.landed(unit)
-        elif number <= mischief.corrupt:
-            self._inner.write(lane, unit._replace(job=cast("WriteJob", _CorruptedJob(unit.job, position))))
+        elif kind:
+            self._inner.write(lane, unit._replace(job=cast("WriteJob", _DamagedJob(unit.job, kind, position))))
         else:
             self._inner.write(lane, unit)
 
