@@ -42,7 +42,7 @@ def gather(rows: Sequence[tuple[int, int, int]], first_kib: int) -> npt.NDArray[
     found = []
     for address, _, num_bytes in rows:
         num_kib = num_bytes // KIB_BYTES
-        row = np.frombuffer((ctypes.c_char * num_bytes).from_address(address), np.uint8)
+        row = np.frombuffer(memoryview((ctypes.c_char * num_bytes).from_address(address)), np.uint8)
         lines = line_numbers(first_kib, num_kib)
         found.append(row.reshape(num_kib, LINES, LINE_BYTES)[np.arange(num_kib), lines])
         first_kib += num_kib
