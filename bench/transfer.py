@@ -47,19 +47,19 @@ STREAMS = 2
 BARE_MESSAGE_BYTES = 2 << 20
 # What the CPU engine of the bench model computes; sets how long a layer takes in the layer-wise runs.
 PREFILL_TOKENS_PER_S = 1500
-DIGESTS = {"": "full", ", sampled": "sampled", ", no digest": "off"}
 VARIANTS = {
-    transport + name: TransferConfig(transports=(transport,), digest=digest, tcp_streams=STREAMS)
-    for transport in ("shm", "tcp")
-    for name, digest in DIGESTS.items()
+    "shm": TransferConfig(transports=("shm",), digest=True),
+    "shm, no digest": TransferConfig(transports=("shm",), digest=False),
+    "tcp": TransferConfig(transports=("tcp",), digest=True, tcp_streams=STREAMS),
+    "tcp, no digest": TransferConfig(transports=("tcp",), digest=False, tcp_streams=STREAMS),
 }
 SERIALIZED = {"shm": 1 << 60, "tcp": 1 << 60}
 LAYERWISE = {"shm": 0, "tcp": 0}
 
 
-def describe(node_id: str, address: str) -> NodeDescription:
+def describe(name: str, address: str) -> NodeDescription:
     return NodeDescription(
-        node_id=node_id,
+        node_id=name.replace(", ", "-").replace(" ", "-"),
         incarnation=1,
         role=Role.MIXED,
         home_role=Role.MIXED,
@@ -108,13 +108,7 @@ async def receive() -> None:
         for name, config in VARIANTS.items():
             server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
             address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            receiver = Receiver(
-                describe(name.replace(", ", "-").replace(" ", "-"), address),
-                LAYOUT,
-                arena,
-                on_event=on_event,
-                config=config,
-            )
+            receiver = Receiver(describe(name, address), LAYOUT, arena, on_event=on_event, config=config)
             receiver.add_to(server)
             await receiver.start()
             await server.start()
@@ -270,7 +264,7 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
         found["bare tcp"] = await asyncio.to_thread(bench.peer.bare_send, bench.source.data)
         names = list(VARIANTS)
         turn = index % len(names)
-        for variant in names[turn:] + names[:turn]:  # None always follows the same other one.
+        for variant in names[turn:] + names[:turn]:  # Each comes first in turn.
             found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
         if index:  # The first round warms pages and connections.
             for name, value in found.items():
@@ -285,8 +279,8 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
         bare = ratio(name, "bare tcp") if "tcp" in name else None
         rows.append(Row(name, rate, ratio(name, "memcpy"), ratio(name, "bound"), bare))
     cost = {}
-    for name in ("shm", "shm, sampled", "tcp", "tcp, sampled"):
-        pairs = zip(seconds[name], seconds[f"{name[:3]}, no digest"], strict=True)
+    for name in ("shm", "tcp"):
+        pairs = zip(seconds[name], seconds[f"{name}, no digest"], strict=True)
         cost[name] = statistics.median(1 - without / with_digest for with_digest, without in pairs)
     return rows, cost
 
@@ -347,7 +341,7 @@ async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
         as_bytes(arena.buffer)[:] = np.random.default_rng(0).integers(0, 256, arena.num_bytes, dtype=np.uint8)
         for mode, table in (("layerwise", LAYERWISE), ("serialized", SERIALIZED)):
             for name, config in VARIANTS.items():
-                node = describe(f"sender-{mode}-{name}".replace(", ", "-").replace(" ", "-"), "")
+                node = describe(f"sender-{mode}-{name}", "")
                 sender = Sender(node, LAYOUT, arena, config=replace(config, layerwise_from_bytes=table))
                 await sender.start()
                 senders[mode][name] = sender

@@ -6,7 +6,6 @@ from baton import codec
 from baton.errors import Incompatible, InvalidRequest, quoted
 from baton.types import NodeDescription
 from baton.v1 import transfer_pb2 as pb
-from kvtransfer.digest import DIGEST_NAMES
 from kvtransfer.protocol import messages as m
 
 # A commit carries 16 bytes per layer and one token.
@@ -111,11 +110,6 @@ def response_from_pb(msg: pb.ChannelResponse) -> m.ReceiverMessage:
             raise InvalidRequest(f"message {other!r} is not expected on a transfer channel after Welcome")
 
 
-def _shown(digest: str) -> str:
-    """The setting that gives a digest of this name; quoted, if there is none in this version."""
-    return next((setting for setting, name in DIGEST_NAMES.items() if name == digest), quoted(digest))
-
-
 def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: str, their_digest: str) -> None:
     """Raise Incompatible, with both values, if two nodes must not exchange a byte of KV."""
     pairs = (
@@ -123,7 +117,7 @@ def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: 
         ("model fingerprint", mine.model.fingerprint, theirs.model.fingerprint),
         ("model dtype", mine.model.dtype, theirs.model.dtype),
         ("kernels", mine.kernels, theirs.kernels),
-        ("digest", _shown(my_digest), _shown(their_digest)),
+        ("digest", my_digest or "off", their_digest or "off"),
     )
     who = f"{mine.node_id} and {theirs.node_id} cannot exchange KV"
     for name, here, there in pairs:

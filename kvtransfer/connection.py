@@ -19,6 +19,7 @@ from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
 from kvtransfer.config import TransferConfig
 from kvtransfer.devices.interface import Device
+from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.protocol import messages
 from kvtransfer.transports import cuda_ipc, shm
 from kvtransfer.transports.cuda_ipc import CudaIpcWire
@@ -61,7 +62,7 @@ class Connection:
             async with patient_timeout(config.connect_timeout_s):
                 call, welcome = await _greet(channel, node, config, device)
                 theirs = codec.node_from_pb(welcome.node)
-                wire_format.check_compatible(node, theirs, config.digest_name, welcome.digest)
+                wire_format.check_compatible(node, theirs, _digest_name(config), welcome.digest)
                 loop = asyncio.get_running_loop()
                 lost: asyncio.Future[str] = loop.create_future()
                 welcome.endpoint = as_dialled(welcome.endpoint, address)
@@ -129,6 +130,10 @@ class Connection:
         await self._channel.close()
 
 
+def _digest_name(config: TransferConfig) -> str:
+    return DIGEST_NAME if config.digest else ""
+
+
 def _lose(lost: asyncio.Future[str], reason: str) -> None:
     if not lost.done():
         lost.set_result(reason)
@@ -142,7 +147,7 @@ async def _greet(
     hello = pb.ChannelRequest.Hello(
         node=codec.node_to_pb(node),
         transports=config.transport_names,
-        digest=config.digest_name,
+        digest=_digest_name(config),
         reachable_memory=() if device is None else device.reachable_ids,
     )
     await call.write(pb.ChannelRequest(hello=hello))

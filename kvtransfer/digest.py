@@ -1,8 +1,7 @@
 """The digest of a layer: xxh3_128 over the xxh3_128 of each segment, a fixed number of blocks in lease order.
 
 A segment's hash does not depend on where its blocks lie nor on how they were written, so both sides hash each one as
-soon as it is there, in any order and in any thread. Sampled, a segment's hash is that of one line of each KiB (see
-sampling.py). Owns no memory and starts no thread.
+soon as it is there, in any order and in any thread. Owns no memory and starts no thread.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import ctypes
 import importlib
 import itertools
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,22 +19,19 @@ import xxhash
 
 from baton.types import KvLayout
 from kvtransfer.plan import Copy, Span, spans
-from kvtransfer.sampling import KIB_BYTES, LINE_BYTES, LINES, gather, kib_number
 
 if TYPE_CHECKING:
     from kvtransfer.onepass import OnePass
 
-# What may be chosen, and what the handshake calls it.
-DIGEST_NAMES: Mapping[str, str] = {"full": "xxh3_128/512k", "sampled": "xxh3_128/512k/64-of-1k", "off": ""}
+DIGEST_NAME = "xxh3_128/512k"
 DIGEST_BYTES = 16
 # One call hashes this much: it still fits a core's cache beside its copy, and the call (0.4 us) is lost in it.
 _SEGMENT_BYTES = 512 << 10
-# The compiled pass takes blocks that are multiples of a KiB, to places aligned so.
+# The compiled pass takes blocks that are multiples of this, to places aligned so.
+ROW_UNIT_BYTES = 1024
 ALIGNMENT_BYTES = 64
 
 ByteArray = npt.NDArray[np.uint8]
-# Addresses of source and target, and a number of bytes.
-_Row = tuple[int, int, int]
 
 
 def segment_blocks(block_bytes: int) -> int:
@@ -60,9 +55,8 @@ class Hash128(ctypes.Structure):
 class Hashed(Protocol):
     """Memory that the processor does not address and that gives hashes of itself."""
 
-    def hash(self, base: int, parts: Sequence[Span], hash_of: Callable[[int, int], Hash128]) -> Hash128:
-        """``hash_of(address, num_bytes)`` a copy of the bytes at ``base`` plus each part's offset, one after the
-        other."""
+    def hash(self, base: int, parts: Sequence[Span]) -> Hash128:
+        """The hash of the bytes at ``base`` plus each part's offset, as if they were one after the other."""
 
 
 class _Hash(Protocol):
@@ -148,43 +142,16 @@ def _compiled_pass() -> OnePass | None:
         if [bytes(h) for h in _run(found, rows, 4 << 10, is_copying=is_copying)] != [bytes(h) for h in wanted]:
             return None
     is_copied = all(np.array_equal(target[skip + a : skip + a + n], source[a : a + n]) for a, n in parts)
-    target[:] = 0
-    rows = [(address + a, target.ctypes.data + skip + a, n) for a, n in parts]
-    is_sampled = all(
-        np.array_equal(_sample(found, rows, 2**32 - 3, is_copying=is_copying), gather(rows, 2**32 - 3))
-        for is_copying in (False, True)
-    )
-    is_copied &= all(np.array_equal(target[skip + a : skip + a + n], source[a : a + n]) for a, n in parts)
-    return found if is_copied and is_sampled else None
+    return found if is_copied else None
 
 
-_scratch = threading.local()
-_SCRATCH_KIB = 8 << 10
-
-
-def _table(rows: Sequence[_Row]) -> ctypes.Array[ctypes.c_uint64]:
-    return (ctypes.c_uint64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
-
-
-def _sample(one_pass: OnePass, rows: Sequence[_Row], first_kib: int, *, is_copying: bool) -> ByteArray:
-    """``sampling.gather``, compiled; copies on the way if told so."""
-    num_kib = sum(row[2] for row in rows) // KIB_BYTES
-    lines: ByteArray | None = getattr(_scratch, "lines", None)
-    if lines is None or len(lines) < num_kib:
-        # Kept by the thread: the faults of fresh pages would take as long as the lines.
-        lines = _scratch.lines = np.empty((max(num_kib, _SCRATCH_KIB), LINE_BYTES), np.uint8)
-    lines = lines[:num_kib]
-    table = _table(rows)
-    run = one_pass.copy_and_sample_rows if is_copying else one_pass.sample_rows
-    run(ctypes.addressof(table), len(rows), first_kib, lines.ctypes.data)
-    return lines
-
-
-def _run(one_pass: OnePass, rows: Sequence[_Row], segment_bytes: int, *, is_copying: bool) -> Iterable[Hash128]:
-    """Hashes of the segments of rows that follow each other."""
+def _run(
+    one_pass: OnePass, rows: Sequence[tuple[int, int, int]], segment_bytes: int, *, is_copying: bool
+) -> Iterable[Hash128]:
+    """Hashes of the segments of rows (source address, target address, number of bytes) that follow each other."""
     num_bytes = sum(row[2] for row in rows)
     hashes = (Hash128 * -(-num_bytes // segment_bytes))()
-    table = _table(rows)
+    table = (ctypes.c_uint64 * (3 * len(rows)))(*itertools.chain.from_iterable(rows))
     run = one_pass.copy_rows if is_copying else one_pass.hash_rows
     run(ctypes.addressof(table), num_bytes, segment_bytes, ctypes.addressof(hashes))
     return hashes
@@ -199,9 +166,7 @@ class LayerDigests:
     _hash: _Hash = staticmethod(hash_parts)
     _compiled = _compiled_pass()
 
-    def __init__(
-        self, memory: ByteArray | Hashed, layout: KvLayout, block_ids: Sequence[int], *, is_sampled: bool = False
-    ) -> None:
+    def __init__(self, memory: ByteArray | Hashed, layout: KvLayout, block_ids: Sequence[int]) -> None:
         self._memory = memory
         is_host = isinstance(memory, np.ndarray)
         self._address = memory.ctypes.data if isinstance(memory, np.ndarray) else 0
@@ -209,10 +174,7 @@ class LayerDigests:
         self._block_ids = block_ids
         self._step = segment_blocks(layout.block_bytes)
         self._num_segments = -(-len(block_ids) // self._step)
-        has_rows = layout.block_bytes % KIB_BYTES == 0
-        self._one_pass = self._compiled if is_host and has_rows else None
-        # Blocks that are no whole KiB are hashed whole, by the rule of the layout that both ends have.
-        self._is_sampled = is_sampled and has_rows
+        self._one_pass = self._compiled if is_host and layout.block_bytes % ROW_UNIT_BYTES == 0 else None
         # Row by row: [num_layers, num_segments].
         self._table = (Hash128 * (layout.num_layers * self._num_segments))()
         self._counts = [0] * len(self._table)
@@ -236,44 +198,20 @@ class LayerDigests:
         if self._one_pass is None or first % self._step or address % ALIGNMENT_BYTES:
             return False
         rows = [(self._address + c.src_offset, address + c.dst_offset, c.num_bytes) for c in copies]
-        self._keep(layer, first, num_blocks, self._hash_rows(layer, first, rows, is_copying=True))
+        hashes = _run(self._one_pass, rows, self._step * self._layout.block_bytes, is_copying=True)
+        self._keep(layer, first, num_blocks, hashes)
         return True
 
     def _update(self, layer: int, start: int, num_blocks: int, *, shorter: bool = False) -> None:
         """Hash blocks from the beginning of a segment on."""
-        self._keep(layer, start, num_blocks, self._hash_blocks(layer, start, num_blocks), shorter=shorter)
-
-    def _hash_blocks(self, layer: int, start: int, num_blocks: int) -> Iterable[Hash128]:
-        base = self._address + self._layout.offset(layer, 0)
-        pieces = cut(start, num_blocks, self._step)
-        if not isinstance(self._memory, np.ndarray):
-            hash_of = self._memory.hash
-            return [hash_of(base, self._spans(*piece), partial(self._hash_copy, layer, piece[0])) for piece in pieces]
-        if self._one_pass is None and not self._is_sampled:
-            return [self._hash(base, self._spans(*piece)) for piece in pieces]
-        rows = [(base + offset, 0, num_bytes) for offset, num_bytes in self._spans(start, num_blocks)]
-        return self._hash_rows(layer, start, rows, is_copying=False)
-
-    def _hash_rows(self, layer: int, start: int, rows: Sequence[_Row], *, is_copying: bool) -> Iterable[Hash128]:
-        """Hashes of the segments from block ``start`` on, whose bytes are rows that follow each other."""
-        segment_bytes = self._step * self._layout.block_bytes
-        if not self._is_sampled:
-            assert self._one_pass is not None, "without it segments are hashed one by one"
-            return _run(self._one_pass, rows, segment_bytes, is_copying=is_copying)
-        first_kib = kib_number(layer, start, self._layout.block_bytes)
-        if self._compiled is None:
-            lines = gather(rows, first_kib)
+        base, size = self._address + self._layout.offset(layer, 0), self._layout.block_bytes
+        if self._one_pass is not None:
+            rows = [(base + offset, 0, num_bytes) for offset, num_bytes in self._spans(start, num_blocks)]
+            found = _run(self._one_pass, rows, self._step * size, is_copying=False)
         else:
-            lines = _sample(self._compiled, rows, first_kib, is_copying=is_copying)
-        step = segment_bytes // LINES
-        starts = range(0, lines.nbytes, step)
-        return [self._hash(lines.ctypes.data, [Span(i, min(step, lines.nbytes - i))]) for i in starts]
-
-    def _hash_copy(self, layer: int, start: int, address: int, num_bytes: int) -> Hash128:
-        """Hash of a segment's first bytes, from a copy of them that lie one after the other."""
-        if self._is_sampled:
-            return next(iter(self._hash_rows(layer, start, [(address, 0, num_bytes)], is_copying=False)))
-        return self._hash(address, [Span(0, num_bytes)])
+            hash_of = self._hash if isinstance(self._memory, np.ndarray) else self._memory.hash
+            found = [hash_of(base, self._spans(*piece)) for piece in cut(start, num_blocks, self._step)]
+        self._keep(layer, start, num_blocks, found, shorter=shorter)
 
     def _spans(self, first: int, num_blocks: int) -> list[Span]:
         found = self._parts.get((first, num_blocks))
@@ -295,7 +233,7 @@ class LayerDigests:
     def update_from(self, copied: ByteArray, layer: int, start: int, count: int) -> None:
         """Hash a segment, which begins at ``start``, from a copy of its bytes that lie one after the other."""
         assert start % self._step == 0 and count <= self._step, "one segment"  # noqa: PT018
-        self._keep(layer, start, count, [self._hash_copy(layer, start, copied.ctypes.data, copied.nbytes)])
+        self._keep(layer, start, count, [self._hash(copied.ctypes.data, [Span(0, copied.nbytes)])])
 
     def forget(self, layer: int) -> None:
         """The layer is written again: what was hashed no longer counts."""

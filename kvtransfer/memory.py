@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self
 
 import numpy as np
 
 from kvtransfer.arena import Arena
 from kvtransfer.devices.interface import Device, Event, Pinned
-from kvtransfer.digest import ByteArray, Hash128
+from kvtransfer.digest import ByteArray, Hash128, hash_parts
 from kvtransfer.plan import Span
 
 _MIN_STAGING_BYTES = 512 << 10
@@ -112,13 +112,13 @@ class DeviceMemory:
     def runs(self, parts: Sequence[Span], base: int = 0) -> list[tuple[int, int]]:
         return [(self.address + base + offset, size) for offset, size in parts]
 
-    def hash(self, base: int, parts: Sequence[Span], hash_of: Callable[[int, int], Hash128]) -> Hash128:
-        """``hash_of(address, num_bytes)`` of what the device's memory holds now, read back."""
+    def hash(self, base: int, parts: Sequence[Span]) -> Hash128:
+        """What the device's memory holds now, read back: the same hash as over host memory."""
         num_bytes = sum(size for _, size in parts)
         with self.staging(num_bytes) as staging:
             staging.gather(0, self.runs(parts, base))
             staging.wait(0)
-            return hash_of(staging.view(0, num_bytes).ctypes.data, num_bytes)
+            return hash_parts(staging.view(0, num_bytes).ctypes.data, [Span(0, num_bytes)])
 
     def close(self) -> None:
         with self._lock:

@@ -1,5 +1,4 @@
-"""xxh3_128 of every segment of a stream of bytes, or a sample of its lines, in the pass that copies it: vector code
-compiled by LLVM at start-up.
+"""xxh3_128 of every segment of a stream of bytes, in the pass that copies it: vector code compiled by LLVM at start-up.
 
 Copying with ordinary stores reads the target before it is overwritten, and hashing afterwards loads everything again.
 Here each vector is loaded once, goes into the hash and past the caches to the target. One call does any number of
@@ -16,13 +15,8 @@ from collections.abc import Callable, Sequence
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from kvtransfer.sampling import LINE_BYTES, MIX_1, MIX_2, MIX_SHIFT
-
 # Rows and segments are multiples of this: what xxh3 takes between two scrambles of its accumulators.
 _BLOCK_BYTES = 1024
-# Lines of a sample lie too far apart for the processor to foresee them: fetched this much before they are read.
-_AHEAD_KIB = 24
-_COPY_AHEAD_BYTES = 8 << 10
 
 # Constants of the algorithm (xxHash 0.8, doc/xxhash_spec.md).
 _SECRET = bytes.fromhex(
@@ -50,39 +44,11 @@ def _lanes(values: Sequence[int]) -> ir.Constant:
 
 class _Emitter:
     def __init__(self, module: ir.Module, name: str, *, is_copying: bool) -> None:
-        """Begins the function ``name`` of four words; the first is the address of rows, each the addresses of source
-        and target and a number of bytes, that follow each other."""
+        """``name(rows, num_bytes, segment_bytes, hashes)``: rows of (source, target, num_bytes) addresses in order."""
         function = ir.Function(module, ir.FunctionType(ir.VoidType(), [_I64] * 4), name)
         self._function, self._module, self._is_copying = function, module, is_copying
         self._b = ir.IRBuilder(function.append_basic_block("entry"))
         self._emit()
-
-    def _emit(self) -> None:
-        raise NotImplementedError
-
-    def _load_stripe(self, source: ir.Value, target: ir.Value, i: int) -> ir.Value:
-        """Vector i of a block; on its way to the target if this copies."""
-        b = self._b
-        data = self._load(b.add(source, _I64(64 * i)), _VECTOR, 1)
-        if self._is_copying:
-            store = b.store(data, self._pointer(b.add(target, _I64(64 * i)), _VECTOR), align=64)
-            store.set_metadata("nontemporal", self._module.add_metadata([_I32(1)]))
-        return data
-
-    def _return(self) -> None:
-        if self._is_copying:
-            self._b.fence("seq_cst")  # Stores past the cache are ordered by nothing else.
-        self._b.ret_void()
-
-    def _pointer(self, address: ir.Value, kind: ir.Type) -> ir.Value:
-        return self._b.inttoptr(address, kind.as_pointer())
-
-    def _load(self, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
-        return self._b.load(self._pointer(address, kind), align=align)
-
-
-class _HashEmitter(_Emitter):
-    """``name(rows, num_bytes, segment_bytes, hashes)``."""
 
     def _emit(self) -> None:
         b = self._b
@@ -149,7 +115,9 @@ class _HashEmitter(_Emitter):
             b.branch(head)
 
         b.position_at_end(done)
-        self._return()
+        if self._is_copying:
+            b.fence("seq_cst")  # Stores past the cache are ordered by nothing else.
+        b.ret_void()
 
     def _stripes(self, state: ir.Value, source: ir.Value, target: ir.Value, *, is_last: bool) -> ir.Value:
         b = self._b
@@ -157,7 +125,11 @@ class _HashEmitter(_Emitter):
         low, half = _lanes([2**32 - 1] * 8), _lanes([32] * 8)
         num_stripes = _BLOCK_BYTES // 64
         for i in range(num_stripes):
-            data = self._load_stripe(source, target, i)
+            place = b.add(source, _I64(64 * i))
+            data = self._load(place, _VECTOR, 1)
+            if self._is_copying:
+                store = b.store(data, self._pointer(b.add(target, _I64(64 * i)), _VECTOR), align=64)
+                store.set_metadata("nontemporal", self._module.add_metadata([_I32(1)]))
             is_end = is_last and i == num_stripes - 1
             keyed = b.xor(data, _lanes(_words(len(_SECRET) - 64 - 7 if is_end else 8 * i, 8)))
             product = b.mul(b.and_(keyed, low), b.lshr(keyed, half))
@@ -188,73 +160,11 @@ class _HashEmitter(_Emitter):
     def _min(self, x: ir.Value, y: ir.Value) -> ir.Value:
         return self._b.select(self._b.icmp_unsigned("<", x, y), x, y)
 
+    def _pointer(self, address: ir.Value, kind: ir.Type) -> ir.Value:
+        return self._b.inttoptr(address, kind.as_pointer())
 
-class _SampleEmitter(_Emitter):
-    """``name(rows, num_rows, first_kib, lines)``: one line of each KiB goes to ``lines``, the next after the last."""
-
-    def _emit(self) -> None:
-        b = self._b
-        rows, num_rows, first_kib, lines = self._function.args
-        entry = b.block
-        head, row, inner, done = (self._function.append_basic_block(name) for name in ("head", "row", "inner", "done"))
-        end = b.add(rows, b.mul(num_rows, _I64(24)))
-        b.branch(head)
-
-        b.position_at_end(head)
-        outer = rows_at, kib, line_at = tuple(b.phi(_I64) for _ in range(3))
-        for phi, value in zip(outer, (rows, first_kib, lines), strict=True):
-            phi.add_incoming(value, entry)
-        b.cbranch(b.icmp_unsigned("==", rows_at, end), done, row)
-
-        b.position_at_end(row)
-        loaded = [self._load(b.add(rows_at, _I64(8 * i)), _I64, 8) for i in range(3)]
-        b.branch(inner)
-
-        b.position_at_end(inner)
-        phis = source, target, left, kib_now, line_now = tuple(b.phi(_I64) for _ in range(5))
-        for phi, value in zip(phis, (*loaded, kib, line_at), strict=True):
-            phi.add_incoming(value, row)
-        if not self._is_copying:
-            later = b.add(source, _I64(_AHEAD_KIB * _BLOCK_BYTES))
-            self._prefetch(b.add(later, b.mul(self._line(b.add(kib_now, _I64(_AHEAD_KIB))), _I64(LINE_BYTES))))
-        place = b.add(source, b.mul(self._line(kib_now), _I64(LINE_BYTES)))
-        b.store(self._load(place, _VECTOR, 1), self._pointer(line_now, _VECTOR), align=1)
-        if self._is_copying:
-            for i in range(_BLOCK_BYTES // 64):
-                # Without arithmetic between them the stores past the caches keep the loads from running ahead.
-                self._prefetch(b.add(source, _I64(_COPY_AHEAD_BYTES + 64 * i)))
-                self._load_stripe(source, target, i)
-        step = _I64(_BLOCK_BYTES)
-        nexts = (
-            b.add(source, step),
-            b.add(target, step),
-            b.sub(left, step),
-            b.add(kib_now, _I64(1)),
-            b.add(line_now, _I64(LINE_BYTES)),
-        )
-        next_row = b.add(rows_at, _I64(24))
-        for phi, value in zip(phis, nexts, strict=True):
-            phi.add_incoming(value, inner)
-        for phi, value in zip(outer, (next_row, *nexts[3:]), strict=True):
-            phi.add_incoming(value, inner)
-        b.cbranch(b.icmp_unsigned("==", left, step), head, inner)
-
-        b.position_at_end(done)
-        self._return()
-
-    def _prefetch(self, address: ir.Value) -> None:
-        """Of a line to be read soon. It may lie in another row or nowhere: a prefetch does not fault."""
-        byte = ir.IntType(8)
-        kind = ir.FunctionType(ir.VoidType(), [byte.as_pointer(), _I32, _I32, _I32])
-        prefetch = self._module.declare_intrinsic("llvm.prefetch", [byte.as_pointer()], kind)
-        self._b.call(prefetch, [self._pointer(address, byte), _I32(0), _I32(3), _I32(1)])
-
-    def _line(self, kib: ir.Value) -> ir.Value:
-        """``sampling.line_numbers`` of one KiB."""
-        b = self._b
-        mixed = b.mul(b.trunc(kib, _I32), _I32(MIX_1))
-        mixed = b.mul(b.xor(mixed, b.lshr(mixed, _I32(MIX_SHIFT))), _I32(MIX_2))
-        return b.zext(b.lshr(mixed, _I32(28)), _I64)
+    def _load(self, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+        return self._b.load(self._pointer(address, kind), align=align)
 
 
 class OnePass:
@@ -264,10 +174,8 @@ class OnePass:
         llvm.initialize_native_target()
         llvm.initialize_native_asmprinter()
         module = ir.Module("kvtransfer")
-        _HashEmitter(module, "hash_rows", is_copying=False)
-        _HashEmitter(module, "copy_rows", is_copying=True)
-        _SampleEmitter(module, "sample_rows", is_copying=False)
-        _SampleEmitter(module, "copy_and_sample_rows", is_copying=True)
+        for name, is_copying in (("hash_rows", False), ("copy_rows", True)):
+            _Emitter(module, name, is_copying=is_copying)
         parsed = llvm.parse_assembly(str(module))
         machine = llvm.Target.from_default_triple().create_target_machine(
             cpu=llvm.get_host_cpu_name(), features=llvm.get_host_cpu_features().flatten(), opt=3, jit=True
@@ -275,9 +183,5 @@ class OnePass:
         self._engine = llvm.create_mcjit_compiler(parsed, machine)
         self._engine.finalize_object()
         kind = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_void_p)
-
-        def function(name: str) -> Callable[..., None]:
-            return kind(self._engine.get_function_address(name))
-
-        self.hash_rows, self.copy_rows = function("hash_rows"), function("copy_rows")
-        self.sample_rows, self.copy_and_sample_rows = function("sample_rows"), function("copy_and_sample_rows")
+        self.hash_rows: Callable[..., None] = kind(self._engine.get_function_address("hash_rows"))
+        self.copy_rows: Callable[..., None] = kind(self._engine.get_function_address("copy_rows"))

@@ -28,7 +28,7 @@ from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import segment_blocks
+from kvtransfer.digest import DIGEST_NAME, segment_blocks
 from kvtransfer.memory import AnyArena, DeviceArena, DeviceMemory, device_of, memory_of
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
@@ -143,8 +143,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self._on_event = on_event
         self._machine = machine.ReceiverMachine(self._config.receiver)
-        is_sampled = self._config.digest == "sampled"
-        self._verifier = Verifier(self._memory, layout, self._config.verify_threads, is_sampled=is_sampled)
+        self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
         self._planes: dict[str, DataPlane] = {}
         for name in self._config.transport_names:
             self._planes[name] = self._make_plane(name, arena)
@@ -172,7 +171,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             self._layout,
             advertised_host=self._node.address.rpartition(":")[0],
             listen_host=self._config.tcp_listen_host,
-            on_frame=self._verifier.digest_here if self._config.digest_name else None,
+            on_frame=self._verifier.digest_here if self._config.digest else None,
             on_writer_gone=self._writer_gone,
             on_quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
         )
@@ -276,7 +275,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 if plane is None or plane.close_epoch(action.channel, action.epoch):
                     self._soon(machine.EpochQuiet(action.epoch))
             case machine.Digest():
-                if self._config.digest_name:
+                if self._config.digest:
                     self._verifier.digest(action.epoch, action.ranges)
             case machine.Verify():
                 self._spawn(self._verify(action))
@@ -311,7 +310,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     async def _verify(self, action: machine.Verify) -> None:
         epoch, commit = action.epoch, action.commit
         try:
-            damaged = await self._verifier.verify(epoch, commit) if self._config.digest_name else ()
+            damaged = await self._verifier.verify(epoch, commit) if self._config.digest else ()
         except BatonError as error:
             self._handle(machine.VerifyFailed(epoch, commit.attempt, codec.failure_of(error)))
         except Exception as error:  # a defect of ours must not leave the lease hanging
@@ -396,7 +395,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise Unavailable(f"{self._node.node_id} is shutting down")
         hello = request.hello
         peer = codec.node_from_pb(hello.node)
-        digest = self._config.digest_name
+        digest = DIGEST_NAME if self._config.digest else ""
         wire_format.check_compatible(self._node, peer, digest, hello.digest)
         can_reach = self._device is not None and self._device.memory_id in hello.reachable_memory
         offered, supported = list(hello.transports), list(self._planes)

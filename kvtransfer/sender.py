@@ -385,7 +385,7 @@ class Sender:
             block_ids,
             epoch,
             is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
-            digest=self._config.digest,
+            has_digest=self._config.digest,
             listener=push,
             sequence_id=push.sequence_id,
             timeline=self.timeline,

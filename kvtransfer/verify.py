@@ -28,9 +28,8 @@ class _Entry:
 class Verifier:
     """Digests of live leases by epoch. Methods on the event loop; the hashing is not."""
 
-    def __init__(self, memory: CacheMemory, layout: KvLayout, num_threads: int, *, is_sampled: bool) -> None:
+    def __init__(self, memory: CacheMemory, layout: KvLayout, num_threads: int) -> None:
         self._memory = memory
-        self._is_sampled = is_sampled
         self._layout = layout
         self._num_threads = num_threads
         numbers = itertools.count()
@@ -42,8 +41,7 @@ class Verifier:
     def open(self, epoch: int, block_ids: Sequence[int]) -> None:
         """Begin, or go on with layers that are written again."""
         if epoch not in self._entries:
-            digests = LayerDigests(self._memory, self._layout, block_ids, is_sampled=self._is_sampled)
-            self._entries[epoch] = _Entry(digests, len(block_ids))
+            self._entries[epoch] = _Entry(LayerDigests(self._memory, self._layout, block_ids), len(block_ids))
 
     def forget(self, epoch: int, layers: Sequence[int] | None) -> None:
         if layers is None:

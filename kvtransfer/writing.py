@@ -141,7 +141,7 @@ class WriteJob:
         epoch: int,
         *,
         is_layerwise: bool,
-        digest: str,
+        has_digest: bool,
         listener: WriteJobListener,
         sequence_id: str = "",
         timeline: Timeline | None = None,
@@ -158,9 +158,8 @@ class WriteJob:
         # Where the source lies if it is not the processor's memory; lanes then wait for the layer's fence.
         self.device_memory = source if isinstance(source, DeviceMemory) else None
         self._fences: list[Event | None] = [None] * layout.num_layers
-        self.has_digest = digest != "off"
-        # Nobody asks for a digest that is off; a copy on the way to one is cheapest sampled.
-        self._digests = LayerDigests(source, layout, block_ids, is_sampled=digest != "full")
+        self.has_digest = has_digest
+        self._digests = LayerDigests(source, layout, block_ids)
         self._block_bytes = layout.block_bytes
         # Units are cut where segments are, so that each is hashed in one go.
         self.step_blocks = segment_blocks(layout.block_bytes)

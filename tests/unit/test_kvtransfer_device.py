@@ -18,7 +18,7 @@ from kvtransfer import channel
 from kvtransfer.config import TransferConfig
 from kvtransfer.devices.fake import FakeDevice, FakeEvent, FakeStream
 from kvtransfer.devices.interface import Event
-from kvtransfer.digest import Hash128, LayerDigests, hash_parts
+from kvtransfer.digest import LayerDigests
 from kvtransfer.memory import DeviceArena, DeviceMemory
 from kvtransfer.plan import Span
 from kvtransfer.receiver import Arrived, Released
@@ -57,9 +57,9 @@ async def hand_over(p: Pair, source_blocks: list[int], leased: list[int], *, num
 
 @pytest.mark.parametrize(("transport", "source_on_device", "target_on_device"), WAYS)
 @pytest.mark.parametrize("layerwise_from_bytes", [0, 1 << 40])
-@pytest.mark.parametrize("digest", ["full", "sampled", "off"])
+@pytest.mark.parametrize("digest", [True, False])
 async def test_bytes_arrive_in_the_leased_blocks_and_nowhere_else(
-    transport: str, source_on_device: bool, target_on_device: bool, layerwise_from_bytes: int, digest: str
+    transport: str, source_on_device: bool, target_on_device: bool, layerwise_from_bytes: int, digest: bool
 ) -> None:
     config = only(transport, layerwise_from_bytes={transport: layerwise_from_bytes}, digest=digest)
     async with pair(
@@ -220,22 +220,15 @@ def test_a_transport_that_does_not_reach_the_memory_is_refused_at_the_start() ->
         Sender(describe("a", LAYOUT), LAYOUT, arena, config=only("cuda_ipc"))
 
 
-@pytest.mark.parametrize("is_sampled", [False, True])
-def test_the_digest_of_a_device_is_that_of_the_same_bytes_on_the_host(is_sampled: bool) -> None:
+def test_the_digest_of_a_device_is_that_of_the_same_bytes_on_the_host() -> None:
     blocks = [3, 9, 4, 5, 13]
     with make_arena(WIDE.total_bytes, on_device=True) as arena:
         seen = fake_device(arena).bytes_at(arena.memory.address, arena.num_bytes)
         seen[:] = np.random.default_rng(5).integers(0, 256, seen.nbytes, dtype=np.uint8)
         for num_blocks in (1, 2, 5):
-            on_device, on_host = (
-                LayerDigests(memory, WIDE, blocks, is_sampled=is_sampled) for memory in (arena.memory, seen)
-            )
+            on_device, on_host = (LayerDigests(memory, WIDE, blocks) for memory in (arena.memory, seen))
             for layer in range(WIDE.num_layers):
                 assert on_device.layer_digest(layer, num_blocks) == on_host.layer_digest(layer, num_blocks)
-
-
-def hash_at(address: int, num_bytes: int) -> Hash128:
-    return hash_parts(address, [Span(0, num_bytes)])
 
 
 def test_staging_is_used_again_and_never_by_two_threads() -> None:
@@ -246,10 +239,10 @@ def test_staging_is_used_again_and_never_by_two_threads() -> None:
             assert one is not other
         with memory.staging() as again, memory.staging():
             assert again in (one, other)
-            assert memory.hash(0, [Span(0, 10)], hash_at) is not None
+            assert memory.hash(0, [Span(0, 10)]) is not None
         num_regions = device.num_regions
         for _ in range(5):
-            memory.hash(0, [Span(0, 1 << 20)], hash_at)
+            memory.hash(0, [Span(0, 1 << 20)])
         assert device.num_regions == num_regions + 2, "one that is larger"
     device.shut_down()
 

@@ -120,7 +120,7 @@ async def test_damage_beyond_the_last_attempt_is_final() -> None:
 async def test_without_digest_damage_goes_unnoticed() -> None:
     """Shows that the test above fails when nothing is verified."""
     async with pair(
-        sender_config=only("fake:corrupt=1000", digest="off"), receiver_config=only("shm", digest="off")
+        sender_config=only("fake:corrupt=1000", digest=False), receiver_config=only("shm", digest=False)
     ) as p:
         lease = p.receiver.grant("r", [1, 2], ttl_s=30)
         push = p.sender.begin(lease, [4], num_known_tokens=8)
@@ -253,10 +253,10 @@ async def test_a_mismatch_is_refused_at_the_handshake(alter: dict[str, object], 
 
 
 async def test_digest_on_one_side_only_is_refused() -> None:
-    async with pair(sender_config=TransferConfig(digest="off")) as p:
+    async with pair(sender_config=TransferConfig(digest=False)) as p:
         push = p.sender.begin(p.receiver.grant("r", [1], ttl_s=30), [1], num_known_tokens=1)
         ready(push, 1)
-        with pytest.raises(Incompatible, match="digest is full at decode-0 and off at prefill-0"):
+        with pytest.raises(Incompatible, match="digest is xxh3_128/512k at decode-0 and off at prefill-0"):
             await push.commit(token("r"))
 
 

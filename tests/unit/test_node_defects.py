@@ -22,7 +22,7 @@ from baton.types import NodeDescription, PositionLogprobs, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
 from engine.step import Sampled
-from kvtransfer.digest import DIGEST_NAMES
+from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.receiver import Arrived, Released
 
 BOOM = RuntimeError("boom")
@@ -259,7 +259,7 @@ async def test_a_malformed_commit_costs_its_lease_and_not_the_channel() -> None:
         async with grpc.aio.insecure_channel(address) as channel:
             call = transfer_pb2_grpc.KvTransferStub(channel).Channel()
             liar = Liar(call)
-            await liar.hello(describe("liar", KV), DIGEST_NAMES["full"])
+            await liar.hello(describe("liar", KV), DIGEST_NAME)
             for lease in (bad, other):
                 await liar.begin(lease.sequence_id, lease.epoch)
             nonsense = common_pb2.Tokens(sequence_id="bad", token_ids=[1], finish_reason=99)  # type: ignore[arg-type]
