@@ -126,17 +126,24 @@ class Child:
         return f"ended with {self._process.returncode}: {last_lines(self._log)}"
 
 
-def group_cpu_s(group: int) -> float:
-    """Processor time of all living processes of a group."""
-    total = 0
+def family_cpu_s(pid: int) -> float:
+    """Processor time of a process, of its group and of all that descends from it, in groups of their own as well."""
+    parents: dict[int, int] = {}
+    groups: dict[int, int] = {}
+    ticks: dict[int, int] = {}
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit():
             continue
+        # Processes come and go.
         with contextlib.suppress(OSError, IndexError):
             fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            if int(fields[2]) == group:
-                total += int(fields[11]) + int(fields[12])
-    return total / _TICKS_S
+            one = int(folder.name)
+            parents[one], groups[one] = int(fields[1]), int(fields[2])
+            ticks[one] = int(fields[11]) + int(fields[12])
+    members = {one for one, group in groups.items() if group == pid or one == pid}
+    while more := {one for one, parent in parents.items() if parent in members} - members:
+        members |= more
+    return sum(ticks[one] for one in members) / _TICKS_S
 
 
 def machine_cpu_s() -> float:

@@ -76,9 +76,10 @@ def _engine_row(cell: str, regime: str, rounds: Mapping[int, Mapping[str, Mappin
         peers = [sample for name, sample in found.items() if name != OURS]
         if OURS in found and peers:
             ratios.append(found[OURS]["tokens_s"] / max(peer["tokens_s"] for peer in peers))
-            tokens = [peer["token"] for peer in peers if peer["token"] is not None]
-            agreed += tokens.count(found[OURS]["token"])
-            compared += len(tokens)
+            for peer in peers:
+                pairs = list(zip(peer["first_tokens"], found[OURS]["first_tokens"], strict=True))
+                agreed += sum(a == b for a, b in pairs)
+                compared += len(pairs)
     ours = [found[OURS] for found in rounds.values() if OURS in found]
     everyone = [sample for found in rounds.values() for sample in found.values()]
     peer_medians = {name: statistics.median(speeds[name]) for name in names if name != OURS}

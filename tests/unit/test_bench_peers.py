@@ -3,9 +3,11 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +16,15 @@ import pytest
 from bench.peers import engines, report, servers
 from bench.peers.book import Book, read
 from bench.peers.cells import CELLS, Cell, Reading, prompts, regime
-from bench.peers.child import Child, Failed, group_cpu_s
+from bench.peers.child import Child, Failed, family_cpu_s
 from bench.peers.drivers.gguf_converter import gguf_name, interleaved
 from bench.peers.drivers.protocol import Start
 from bench.peers.environments import Recipe, Unavailable, environment, wanted
 from bench.peers.load import Load
 
 HERE = Path(__file__).parent
-QUICK = engines.Limits(start_s=60.0, fill_s=60.0, sample_s=60.0)
+# Samples of milliseconds, on a machine that others use.
+QUICK = engines.Limits(start_s=60.0, fill_s=60.0, sample_s=60.0, attempts=1)
 TINY = (Cell("prefill 8", "prefill", 8, repeats=2), Cell("decode batch 2", "decode", batch=2, steps=3))
 
 
@@ -93,12 +96,34 @@ def test_a_failing_engine_is_told_and_the_others_rows_are_whole(tmp_path, book, 
 
 
 def test_a_hanging_engine_costs_its_limit_and_no_more(tmp_path, book):
-    limits = engines.Limits(start_s=60.0, fill_s=60.0, sample_s=1.0)
+    limits = replace(QUICK, sample_s=1.0)
     started = time.monotonic()
     measured(tmp_path, book, ("baton",), ("bad", "hang", 2), limits=limits)
     assert time.monotonic() - started < 60
     assert samples(book, "baton") == ALL
     assert [row["reason"] for row in book.rows if row["kind"] == "failure"] == ["no answer after 1 s"]
+
+
+def test_a_disturbed_sample_is_taken_again_and_kept_apart(tmp_path, book):
+    measured(tmp_path, book, ("baton",), limits=replace(QUICK, disturbed_cores=-1.0, attempts=3), rounds=1)
+    assert [row["kind"] for row in book.rows] == ["disturbed", "disturbed", "sample"] * len(TINY)
+    assert [row["rounds"] for row in report.summary(book.rows)["engines"]] == [1, 1]
+
+
+def test_processor_time_is_that_of_descendants_in_groups_of_their_own_too():
+    spin = "import os, subprocess, sys; print(os.getpid(), flush=True)\nwhile True: pass"
+    script = (
+        "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]], start_new_session=True).wait()"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, spin], stdout=subprocess.PIPE, text=True) as parent:
+        spinning = int(parent.stdout.readline())
+        try:
+            deadline = time.monotonic() + 60
+            while family_cpu_s(parent.pid) < 0.5:
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        finally:
+            os.kill(spinning, signal.SIGKILL)
 
 
 def test_every_round_begins_with_another_engine(tmp_path, book):
@@ -111,19 +136,19 @@ def test_an_engine_takes_no_processor_time_between_its_turns(tmp_path):
     one = contestant("spinning", tmp_path, "spin")
     try:
         time.sleep(0.1)
-        before_s = group_cpu_s(one.child.group)
+        before_s = family_cpu_s(one.child.group)
         time.sleep(0.5)
         # A tick that was begun is counted when it ends.
-        assert group_cpu_s(one.child.group) < before_s + 0.05
+        assert family_cpu_s(one.child.group) < before_s + 0.05
         one.ask({"do": "prefill", "prompt": [1]}, 60.0)
         one.child.resume()
         deadline = time.monotonic() + 60
-        while group_cpu_s(one.child.group) < before_s + 0.2:
+        while family_cpu_s(one.child.group) < before_s + 0.2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         one.child.end()
-    assert group_cpu_s(one.child.group) == 0
+    assert family_cpu_s(one.child.group) == 0
     with pytest.raises(Failed, match="ended with"):
         one.child.check()
 
@@ -170,7 +195,7 @@ def test_ratio_is_to_the_best_peer_of_each_round_and_regimes_are_apart():
     def row(who, number, tokens_s, gb_s, token):
         return {
             "kind": "sample", "cell": "x", "round": number, "who": who, "tokens_s": tokens_s, "seconds": 1.0,
-            "token": token, "read_gb_s": gb_s, "gflop_s": 400.0, "regime": regime(gb_s), "others_cores": 0.1,
+            "first_tokens": [token], "read_gb_s": gb_s, "gflop_s": 400.0, "regime": regime(gb_s), "others_cores": 0.1,
             "flop_share": 0.5, "bandwidth_share": 0.25,
         }  # fmt: skip
 

@@ -62,6 +62,9 @@ class OpenVino:
         while waiting:
             self._pipeline.step()
             waiting = [handle for handle in waiting if not self._read(handle)]
+        # Those that were first went on while the others were computed.
+        for handle in self._live:
+            self._read(handle)
 
     def decode(self, num_steps: int) -> tuple[float, int]:
         started = time.perf_counter()
