@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -126,28 +127,60 @@ class Child:
         return f"ended with {self._process.returncode}: {last_lines(self._log)}"
 
 
-def family_cpu_s(pid: int) -> float:
-    """Processor time of a process, of its group and of all that descends from it, in groups of their own as well."""
-    parents: dict[int, int] = {}
-    groups: dict[int, int] = {}
-    ticks: dict[int, int] = {}
-    for folder in Path("/proc").iterdir():
-        if not folder.name.isdigit():
-            continue
-        # Processes come and go.
-        with contextlib.suppress(OSError, IndexError):
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            one = int(folder.name)
-            parents[one], groups[one] = int(fields[1]), int(fields[2])
-            ticks[one] = int(fields[11]) + int(fields[12])
-    members = {one for one, group in groups.items() if group == pid or one == pid}
-    while more := {one for one, parent in parents.items() if parent in members} - members:
-        members |= more
-    return sum(ticks[one] for one in members) / _TICKS_S
+@dataclass(frozen=True, slots=True)
+class _Process:
+    name: str
+    parent: int
+    group: int
+    cpu_s: float
 
 
-def machine_cpu_s() -> float:
-    """Processor time that anybody took, a hypervisor's other guests included."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    user, nice, system, _idle, _wait, irq, softirq, steal = (int(field) for field in fields[:8])
-    return (user + nice + system + irq + softirq + steal) / _TICKS_S
+class Usage:
+    """Processor time so far: of everybody, a hypervisor's other guests included, and of each process that lives."""
+
+    def __init__(self) -> None:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+        user, nice, system, _idle, _wait, irq, softirq, steal = (int(field) for field in fields[:8])
+        self.machine_s = (user + nice + system + irq + softirq + steal) / _TICKS_S
+        self.processes: dict[int, _Process] = {}
+        for folder in Path("/proc").iterdir():
+            # Processes come and go.
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                head, _, rest = (folder / "stat").read_text().rpartition(")")
+                fields = rest.split()
+                cpu_s = (int(fields[11]) + int(fields[12])) / _TICKS_S
+                name = head.partition("(")[2]
+                self.processes[int(folder.name)] = _Process(name, int(fields[1]), int(fields[2]), cpu_s)
+
+    def family(self, pid: int) -> set[int]:
+        """A process, its group and all that descends from them, in groups of their own as well."""
+        members = {one for one, found in self.processes.items() if pid in (one, found.group)}
+        while more := {one for one, found in self.processes.items() if found.parent in members} - members:
+            members |= more
+        return members
+
+    def family_s(self, pid: int) -> float:
+        return sum(self.processes[one].cpu_s for one in self.family(pid))
+
+
+@dataclass(frozen=True, slots=True)
+class Others:
+    """What others took beside a sample, in cores, and who took most of it."""
+
+    cores: float
+    busiest: str
+
+    @classmethod
+    def between(cls, before: Usage, after: Usage, pid: int, elapsed_s: float) -> Others:
+        """``pid`` is the measured one; a family whose members ended in between has taken more than is seen."""
+        own_s = after.family_s(pid) - before.family_s(pid)
+        cores = max(0.0, after.machine_s - before.machine_s - own_s) / elapsed_s
+        taken: dict[int, float] = {}
+        for one in after.processes.keys() - after.family(pid):
+            earlier = before.processes.get(one)
+            taken[one] = after.processes[one].cpu_s - (earlier.cpu_s if earlier else 0.0)
+        busiest = max(taken, key=lambda one: taken[one], default=None)
+        if busiest is None or not taken[busiest]:
+            return cls(cores, "")
+        mine = " (this bench)" if busiest == os.getpid() else ""
+        return cls(cores, f"{after.processes[busiest].name}{mine} {taken[busiest] / elapsed_s:.2f}")

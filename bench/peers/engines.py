@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.peers.book import Book
 from bench.peers.cells import CONTEXT_TOKENS, Cell, Probes, between, prompts, regime
-from bench.peers.child import Child, Failed, family_cpu_s, machine_cpu_s
+from bench.peers.child import Child, Failed, Others, Usage
 from bench.peers.drivers.protocol import Start
 from bench.peers.environments import RECIPES, Environment, Unavailable, converted, driver_env, environment
 
@@ -152,14 +152,14 @@ def _sample(one: Contestant, cell: Cell, number: int, probes: Probes, limits: Li
         is_kept = row["others_cores"] <= limits.disturbed_cores or attempt == limits.attempts - 1
         book.write("sample" if is_kept else "disturbed", cell=cell.name, round=number, who=one.name, **row)
         machine = f"{row['read_gb_s']:5.1f} GB/s  {row['gflop_s']:6.0f} GFLOP/s  others {row['others_cores']:.2f} cores"
-        again = "" if is_kept else ", again"
+        again = "" if is_kept else f", {row['busiest_other']}: again"
         print(f"  {number} {one.name:12} {row['tokens_s']:8.1f} tokens/s  {machine}{again}", flush=True)
         if is_kept:
             return
 
 
 def _measured(one: Contestant, cell: Cell, seed: str, probes: Probes, limits: Limits) -> dict[str, Any]:
-    before, busy_s, own_s = probes.read(), machine_cpu_s(), family_cpu_s(one.child.group)
+    before, usage = probes.read(), Usage()
     began_s = time.monotonic()
     context = one.context + cell.steps / 2
     first_tokens: list[int] = []
@@ -175,8 +175,7 @@ def _measured(one: Contestant, cell: Cell, seed: str, probes: Probes, limits: Li
         seconds, tokens_s = _decode(one, cell, cell.steps, limits)
     # Taken before the probe, which is busy as well.
     elapsed_s = time.monotonic() - began_s
-    own_s = family_cpu_s(one.child.group) - own_s
-    others = max(0.0, machine_cpu_s() - busy_s - own_s) / elapsed_s
+    others = Others.between(usage, Usage(), one.child.group, elapsed_s)
     beside = between(before, probes.read())
     flops, num_bytes = cell.floor(context)
     return {
@@ -186,7 +185,8 @@ def _measured(one: Contestant, cell: Cell, seed: str, probes: Probes, limits: Li
         "read_gb_s": beside.read_gb_s,
         "gflop_s": beside.gflop_s,
         "regime": regime(beside.read_gb_s),
-        "others_cores": others,
+        "others_cores": others.cores,
+        "busiest_other": others.busiest,
         "flop_share": flops / seconds / beside.gflop_s / 1e9,
         "bandwidth_share": num_bytes / seconds / beside.read_gb_s / 1e9,
     }

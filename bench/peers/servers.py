@@ -16,7 +16,7 @@ import httpx
 
 from bench.peers.book import Book
 from bench.peers.cells import Probes, between, regime
-from bench.peers.child import Child, Failed, family_cpu_s, machine_cpu_s
+from bench.peers.child import Child, Failed, Others, Usage
 from bench.peers.drivers.protocol import MAX_BATCH_TOKENS, MAX_MODEL_TOKENS
 from bench.peers.engines import vllm_env
 from bench.peers.environments import RECIPES, Unavailable, driver_env, environment
@@ -164,7 +164,7 @@ def measure(loads: Sequence[Load], servers: list[Server], rounds: int, probes: P
 
 def _sample(server: Server, load: Load, number: int, probes: Probes, book: Book) -> None:
     server.child.check()
-    before, busy_s, own_s = probes.read(), machine_cpu_s(), family_cpu_s(server.child.group)
+    before, usage = probes.read(), Usage()
     began_s, mine_s = time.monotonic(), time.process_time()
     if server.plan.can_pause:
         server.child.resume()
@@ -174,13 +174,13 @@ def _sample(server: Server, load: Load, number: int, probes: Probes, book: Book)
         if server.plan.can_pause:
             server.child.pause()
     elapsed_s, mine_s = time.monotonic() - began_s, time.process_time() - mine_s
-    own_s = family_cpu_s(server.child.group) - own_s
-    others = max(0.0, machine_cpu_s() - busy_s - own_s - mine_s) / elapsed_s
+    others = Others.between(usage, Usage(), server.child.group, elapsed_s)
     beside = between(before, probes.read())
     figures = outcome.figures()
     book.write(
         "load", load=load.name, round=number, who=server.name, read_gb_s=beside.read_gb_s, gflop_s=beside.gflop_s,
-        regime=regime(beside.read_gb_s), others_cores=others, generator_cores=mine_s / elapsed_s, **figures,
+        regime=regime(beside.read_gb_s), others_cores=max(0.0, others.cores - mine_s / elapsed_s),
+        busiest_other=others.busiest, generator_cores=mine_s / elapsed_s, **figures,
     )  # fmt: skip
     told = f", {figures['errors']} errors ({figures['first_error']})" if figures["errors"] else ""
     cut = f", {figures['cut']} cut off" if figures["cut"] else ""

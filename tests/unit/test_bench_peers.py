@@ -16,7 +16,7 @@ import pytest
 from bench.peers import engines, report, servers
 from bench.peers.book import Book, read
 from bench.peers.cells import CELLS, Cell, Reading, prompts, regime
-from bench.peers.child import Child, Failed, family_cpu_s
+from bench.peers.child import Child, Failed, Others, Usage
 from bench.peers.drivers.gguf_converter import gguf_name, interleaved
 from bench.peers.drivers.protocol import Start
 from bench.peers.environments import Recipe, Unavailable, environment, wanted
@@ -118,10 +118,14 @@ def test_processor_time_is_that_of_descendants_in_groups_of_their_own_too():
     with subprocess.Popen([sys.executable, "-c", script, spin], stdout=subprocess.PIPE, text=True) as parent:
         spinning = int(parent.stdout.readline())
         try:
-            deadline = time.monotonic() + 60
-            while family_cpu_s(parent.pid) < 0.5:
+            before, deadline = Usage(), time.monotonic() + 60
+            while Usage().family_s(parent.pid) < 0.5:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
+            # To anybody else it is one of the others.
+            stranger = Others.between(before, Usage(), 1 << 30, 1.0)
+            assert stranger.busiest
+            assert stranger.cores >= 0.3
         finally:
             os.kill(spinning, signal.SIGKILL)
 
@@ -136,19 +140,19 @@ def test_an_engine_takes_no_processor_time_between_its_turns(tmp_path):
     one = contestant("spinning", tmp_path, "spin")
     try:
         time.sleep(0.1)
-        before_s = family_cpu_s(one.child.group)
+        before_s = Usage().family_s(one.child.group)
         time.sleep(0.5)
         # A tick that was begun is counted when it ends.
-        assert family_cpu_s(one.child.group) < before_s + 0.05
+        assert Usage().family_s(one.child.group) < before_s + 0.05
         one.ask({"do": "prefill", "prompt": [1]}, 60.0)
         one.child.resume()
         deadline = time.monotonic() + 60
-        while family_cpu_s(one.child.group) < before_s + 0.2:
+        while Usage().family_s(one.child.group) < before_s + 0.2:
             assert time.monotonic() < deadline
             time.sleep(0.05)
     finally:
         one.child.end()
-    assert family_cpu_s(one.child.group) == 0
+    assert Usage().family_s(one.child.group) == 0
     with pytest.raises(Failed, match="ended with"):
         one.child.check()
 
