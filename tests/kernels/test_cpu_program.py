@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import threading
 from collections.abc import Iterator
@@ -108,6 +109,37 @@ def test_a_table_is_in_use_while_a_helper_says_so() -> None:
     program.seal()
     first = program._free_table()
     assert program._free_table() is first, "free again, used again"
+
+
+def test_threads_that_cannot_be_started_cost_no_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on threads, of a user or a container, may leave fewer than were asked for."""
+    team, table, x = Crew(), Table(1), torch.zeros(64)
+    start, tries = team._code.start_helper, []
+
+    def first_alone(slot_address: int) -> None:
+        tries.append(slot_address)
+        if len(tries) > 1:
+            raise OSError(errno.EAGAIN, "a thread cannot be started")
+        start(slot_address)
+
+    monkeypatch.setattr(team._code, "start_helper", first_alone)
+    before = torch.get_num_threads()
+    torch.set_num_threads(5)
+    try:
+        for _ in range(3):
+            while not team.is_free(table):
+                threading.Event().wait(0.01)
+            table.records[:] = record_words(ONE.address, 64, [x.data_ptr()])
+            team.run(table, 0, 1)
+    finally:
+        torch.set_num_threads(before)
+    assert (x == 3).all()
+    assert len(tries) == 2, "not tried again at each step"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"[Errno {errno.EAGAIN}] a thread cannot be started; this process computes on 2 threads from now on"
+    ]
 
 
 def test_a_program_runs_for_any_number_of_rows_and_stops_where_it_is_told(threads: int) -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import platform
 import signal
 import threading
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numpy.typing import NDArray
+
+_log = logging.getLogger(__name__)
 
 _LINE_WORDS = 8
 HEADER_WORDS = _LINE_WORDS
@@ -108,7 +111,7 @@ class Crew:
             self._code.work(table.address, start, stop)
             return
         try:
-            while self._num_helpers < num_helpers:
+            while self._num_helpers < min(num_helpers, self._max_helpers):
                 self._start_helper()
             self._words[_WANTED] = num_helpers
             self._words[_SPINS] = 0 if leaves_processors else _IDLE_SPINS
@@ -121,8 +124,14 @@ class Crew:
     def _start_helper(self) -> None:
         at = (1 + self._num_helpers) * _LINE_WORDS
         self._words[at : at + 3] = 0, self._address, self._num_helpers
-        self._code.start_helper(self._address + 8 * at)
-        self._num_helpers += 1
+        try:
+            self._code.start_helper(self._address + 8 * at)
+        except OSError as error:
+            # Those there are do the same work, slower; a step is not lost over it, and each would try again.
+            self._max_helpers = self._num_helpers
+            _log.warning("%s; this process computes on %d threads from now on", error, 1 + self._num_helpers)
+        else:
+            self._num_helpers += 1
 
 
 @functools.cache
