@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
+import subprocess
+import sys
 import threading
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +21,7 @@ from engine.config import EngineConfig
 from engine.kernels.cpu.crew import Crew, Table, crew, record_words
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel
 from engine.kernels.cpu.logits import peaks_of, summarize
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Count, Program, Record, Tape
 from engine.kernels.cpu.slabs import Slabs
 from engine.runner import Runner
@@ -140,6 +145,79 @@ def test_threads_that_cannot_be_started_cost_no_step(
     assert [r.getMessage() for r in caplog.records] == [
         f"[Errno {errno.EAGAIN}] a thread cannot be started; this process computes on 2 threads from now on"
     ]
+
+
+def test_threads_that_want_the_same_get_the_same() -> None:
+    """Two models that are loaded at once compile a kernel once: the code of the other would be freed while in use."""
+    count, begun, go_on = itertools.count(), threading.Event(), threading.Event()
+
+    @once
+    def make(name: str) -> tuple[str, int]:
+        number = next(count)
+        begun.set()
+        assert go_on.wait(60)
+        return name, number
+
+    got: list[tuple[str, int]] = []
+    threads = [threading.Thread(target=lambda: got.append(make("a"))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(60)
+    go_on.set()
+    for thread in threads:
+        thread.join(60)
+    assert got == [("a", 0)] * 4
+    assert make("b") == ("b", 1)
+
+
+def test_models_loaded_by_several_threads_at_once_compute_what_they_do_alone(tmp_path: Path) -> None:
+    folders = [ORACLE_CASES[i].save(tmp_path / str(i)) for i in (0, 1, 2)]
+    script = _LOAD_AT_ONCE.format(folders=[str(folder) for folder in folders])
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout.strip()) == (0, "the same"), done.stderr
+
+
+# In a process of its own: nothing is compiled yet.
+_LOAD_AT_ONCE = """
+import sys, threading
+from pathlib import Path
+import torch
+from engine.config import EngineConfig
+from engine.runner import Runner
+from tests.engine_driver import Driver, random_prompt, spec
+from tests.models import VOCAB_SIZE
+
+def generate(folder):
+    runner = Runner.load(Path(folder), EngineConfig(kernels="cpu", dtype="float32", num_blocks=64, block_tokens=16))
+    tokens[folder] = Driver(runner).generate(spec("a", random_prompt(20, VOCAB_SIZE), max_tokens=3)).token_ids
+
+folders, tokens = {folders}, dict()
+torch.set_num_threads(3)
+sys.setswitchinterval(1e-5)
+threads = [threading.Thread(target=generate, args=(folder,)) for folder in folders]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+at_once = dict(tokens)
+for folder in folders:
+    generate(folder)
+print("the same" if at_once == tokens else (at_once, tokens))
+"""
+
+
+def test_a_program_keeps_its_kernels() -> None:
+    tape, program = Tape(), Program(4, 1)
+    kernel = Kernel("one_more", HOST, 1, _add_one)
+    still_there = weakref.ref(kernel)
+    with tape.recording(program):
+        tape.run([Record(kernel, (torch.zeros(4),), Count.ROWS)])
+    del kernel
+    gc.collect()
+    assert still_there() is not None
+    del program
+    gc.collect()
+    assert still_there() is None
 
 
 def test_a_program_runs_for_any_number_of_rows_and_stops_where_it_is_told(threads: int) -> None:

@@ -249,7 +249,7 @@ def test_no_kernel_is_compiled_after_loading(folder: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(llvm.Kernel, "__init__", count)
     for cached in (attention._kernel, linear._kernel, pointwise._rms_norm, pointwise._silu_mul, pointwise._rope_store):
-        cached.cache_clear()
+        cached.forget_all()
     driver = Driver(Runner.load(folder, CONFIG))
     assert len(compiled) >= 6
     loaded = list(compiled)

@@ -20,6 +20,7 @@ from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 
 # Query rows of a tile: their outputs and a KV block of one head stay in the first two caches.
@@ -79,7 +80,7 @@ def tiles_of(spans: tuple[Span, ...], begins: list[int], group_size: int) -> lis
     return sorted(tiles, key=lambda tile: -tile[1])
 
 
-@functools.cache
+@once
 def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, kv_heads: int) -> Kernel:
     item = itemsize(dtype)
     side = block_tokens * head_dim * item

@@ -17,7 +17,6 @@ helper a cache line that begins with its slot: table it works on, crew, its numb
 from __future__ import annotations
 
 import ctypes
-import functools
 import logging
 import platform
 import signal
@@ -30,6 +29,8 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numpy.typing import NDArray
+
+from engine.kernels.cpu.once import once
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +135,7 @@ class Crew:
             self._num_helpers += 1
 
 
-@functools.cache
+@once
 def crew() -> Crew:
     """The process has one, as it has one set of processors."""
     return Crew()

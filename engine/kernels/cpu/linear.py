@@ -23,13 +23,13 @@ number stands for is the kernel's choice.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
 from torch.nn import functional
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 from engine.kernels.cpu.slabs import Slabs
 
@@ -74,7 +74,7 @@ class CpuLinear:
         yield Record(self._kernel, parameters, rows, TASK_ROWS, self._num_panels)
 
 
-@functools.cache
+@once
 def _kernel(isa: Isa, dtype: str) -> Kernel:
     width, vectors, size, step = isa.lanes, isa.tile_vectors, itemsize(dtype), per_dot(dtype)
     panel_size = width * vectors
@@ -132,7 +132,7 @@ def row_writer(e: Emitter, dtype: str, num_columns: Int, panel_size: int) -> Cal
     return write
 
 
-@functools.cache
+@once
 def _pad(isa: Isa, dtype: str) -> Kernel:
     """Rows of a number of elements that is no whole number of steps, to rows that end in zeros."""
     size, step = itemsize(dtype), per_dot(dtype)

@@ -11,7 +11,6 @@ again. Levels of a row are bytes where the processor multiplies those (VNNI), el
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +19,7 @@ from torch.nn import functional
 
 from engine.kernels.cpu.linear import TASK_ROWS, row_writer
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, itemsize
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.pointwise import dtype_name, rows_per_task
 from engine.kernels.cpu.program import Record, Tape
 from engine.kernels.cpu.slabs import Slabs
@@ -89,7 +89,7 @@ def _level_bytes(isa: Isa) -> int:
     return 4 // isa.per_int8_dot
 
 
-@functools.cache
+@once
 def _quantize(isa: Isa, dtype: str, size: int) -> Kernel:
     item, level = itemsize(dtype), _level_bytes(isa)
     num_whole, rest = divmod(size, GROUP)
@@ -130,7 +130,7 @@ def _quantize(isa: Isa, dtype: str, size: int) -> Kernel:
     return Kernel(f"quantize_{dtype}", isa, 3, build)
 
 
-@functools.cache
+@once
 def _product(isa: Isa, dtype: str) -> Kernel:
     width, vectors, size, step = isa.lanes, isa.tile_vectors, itemsize(dtype), isa.per_int8_dot
     panel = width * vectors

@@ -6,7 +6,6 @@ logit is not finite, nothing]; the host joins the pieces of a row.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.pointwise import dtype_name
 from engine.kernels.cpu.program import Record, Tape
 from engine.kernels.interface import Peaks
@@ -44,7 +44,7 @@ def peaks_of(numbers: NDArray[np.float32]) -> Peaks:
     return Peaks(token_ids.tolist(), (numbers[:, :, 2] == 0).all(1).tolist())
 
 
-@functools.cache
+@once
 def _kernel(isa: Isa, dtype: str, size: int) -> Kernel:
     item, pieces = itemsize(dtype), -(-size // _PIECE)
 

@@ -7,12 +7,12 @@ being one step of a dot product: attention reads both front to back with tokens,
 
 from __future__ import annotations
 
-import functools
 import math
 
 from torch import Tensor
 
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 
 # Elements of a task: microseconds of work.
@@ -56,7 +56,7 @@ def take_rows(isa: Isa, tape: Tape, table: Tensor, indices: Tensor) -> Tensor:
     return out
 
 
-@functools.cache
+@once
 def _take_rows(isa: Isa, dtype: str, size: int) -> Kernel:
     row_bytes = size * itemsize(dtype)
     piece = math.gcd(row_bytes, isa.lanes * 4)
@@ -73,7 +73,7 @@ def _take_rows(isa: Isa, dtype: str, size: int) -> Kernel:
     return Kernel(f"take_rows_{dtype}", isa, 4, build)
 
 
-@functools.cache
+@once
 def _rms_norm(isa: Isa, dtype: str, size: int, eps: float, adds: bool) -> Kernel:
     width, item = isa.width(size), itemsize(dtype)
 
@@ -102,7 +102,7 @@ def inverse_rms(e: Emitter, squares: Vec, size: int, eps: float) -> Vec:
     return e.constant(1.0, squares.width) / e.sqrt(e.lane_sum(squares) * (1 / size) + eps)
 
 
-@functools.cache
+@once
 def _silu_mul(isa: Isa, dtype: str, size: int) -> Kernel:
     width, item = isa.width(size), itemsize(dtype)
 
@@ -144,7 +144,7 @@ def rope_store(
     return queries
 
 
-@functools.cache
+@once
 def _rope_store(
     isa: Isa, dtype: str, heads: int, kv_heads: int, head_dim: int, block_tokens: int, norms: bool, eps: float,
     scale: float,

@@ -39,7 +39,7 @@ class Record(NamedTuple):
     """One call of a kernel: ``units * ceil(size / per_task)`` tasks.
 
     A tensor among the parameters stands for its address. What a record reads and writes has to be there when it runs:
-    weights are kept by who made the record, all else comes from ``Tape.empty``.
+    weights are kept by who made the record, all else comes from ``Tape.empty``. A program keeps its kernels.
     """
 
     kernel: Kernel
@@ -119,6 +119,8 @@ class Program:
         self.count = Count.ROWS
         self._blocks = _Blocks()
         self._words: list[int] = []
+        # The words have their addresses alone.
+        self._kernels: set[Kernel] = set()
         # Places of counts among the words; for a number of tasks also its record's rows per task and units.
         self._parameters: list[tuple[int, Count]] = []
         self._tasks: list[tuple[int, Count, int, int]] = []
@@ -135,6 +137,7 @@ class Program:
     def append(self, record: Record) -> None:
         at = len(self._words)
         self._words += _words(record)
+        self._kernels.add(record.kernel)
         if isinstance(record.size, Count):
             self._tasks.append((at + TASKS_WORD, record.size, record.per_task, record.units))
         for i, parameter in enumerate(record.parameters):
