@@ -216,9 +216,7 @@ def _chosen(names: str) -> list[Stage]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder of the results; one that is there is gone on with"
-    )
+    parser.add_argument("--out", type=Path, help="folder of the results; one that is there is gone on with")
     parser.add_argument("--minutes", type=float, default=9.0, help="of the whole run, report included")
     parser.add_argument("--stages", default="", help="comma-separated; all that fit where not given")
     parser.add_argument("--only", default="", help="cases whose kernel and shape hold this")
@@ -229,6 +227,8 @@ def main() -> int:
     parser.add_argument("--plan", action="store_true", help="say what would be done, and do nothing")
     options = parser.parse_args()
     stages = _chosen(options.stages)
+    if not options.plan and options.out is None:
+        parser.error("the following arguments are required: --out")
     if options.plan:
         print("\n".join(planned_lines(stages, options.minutes)))
         return 0

@@ -69,7 +69,7 @@ def _report(answer: node_pb2.DrainResponse, is_gone: Callable[[], bool], console
 
 
 def check_health(address: str, *, live: bool, timeout_s: float) -> str:
-    """What is wrong with the process, empty if nothing is. A router knows readiness alone."""
+    """What is wrong with the process, empty if nothing is."""
     request = health_pb2.HealthCheckRequest(service=LIVENESS if live else "")
     with grpc.insecure_channel(address) as channel:
         try:

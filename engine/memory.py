@@ -70,7 +70,10 @@ def shown(layout: KvLayout) -> str:
     """The pool, in every unit that somebody counts in."""
     num_tokens = layout.num_blocks * layout.block_tokens
     size = layout.total_bytes
-    amount = f"{size / 2**30:,.1f} GiB" if size >= 10 << 30 else f"{size / 2**20:,.0f} MiB"
+    if size >= 10 << 30:
+        amount = f"{size / 2**30:,.1f} GiB"
+    else:
+        amount = f"{size / 2**20:,.0f} MiB" if size >= 1 << 20 else f"{size / 2**10:,.0f} KiB"
     return f"KV cache: {layout.num_blocks:,} blocks, {num_tokens:,} tokens, {amount}"
 
 

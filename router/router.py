@@ -13,7 +13,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
-from baton.server import ErrorMappingInterceptor, ServerLimits
+from baton.server import LIVENESS, ErrorMappingInterceptor, ServerLimits
 from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
@@ -247,7 +247,7 @@ class GrpcFace:
         except RuntimeError as error:
             raise errors.BadConfig(f"cannot listen on {asked}: {error}", param="grpc_port") from error
         await self._server.start()
-        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_ready(self._dispatcher.is_ready)
         self._dispatcher.watch(self._on_change)
         return f"{self._config.grpc_host}:{port}"
@@ -261,7 +261,8 @@ class GrpcFace:
     async def _set_ready(self, is_ready: bool) -> None:
         self._was_ready = is_ready
         served = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        await self._health.set(SERVICE_NAME, served)
+        for name in ("", SERVICE_NAME):
+            await self._health.set(name, served)
 
     async def stop(self) -> None:
         await self._health.enter_graceful_shutdown()

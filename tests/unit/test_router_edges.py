@@ -19,6 +19,7 @@ import router as router_package
 from baton import errors
 from baton.client import Accepted, Delta, Finished, Options
 from baton.observe import Lifeline
+from baton.server import LIVENESS
 from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
@@ -118,13 +119,15 @@ async def test_health_service_follows_readiness() -> None:
             async def state(service: str) -> int:
                 return int((await stub.Check(health_pb2.HealthCheckRequest(service=service))).status)
 
-            assert await state("baton.v1.Router") == health_pb2.HealthCheckResponse.SERVING
+            for service in ("", "baton.v1.Router", LIVENESS):
+                assert await state(service) == health_pb2.HealthCheckResponse.SERVING
             for node in cluster.nodes.values():
                 await node.die()
             await until(lambda: not router.dispatcher.is_ready)
             await asyncio.sleep(0.05)
             assert await state("baton.v1.Router") == health_pb2.HealthCheckResponse.NOT_SERVING
-            assert await state("") == health_pb2.HealthCheckResponse.SERVING
+            assert await state("") == health_pb2.HealthCheckResponse.NOT_SERVING
+            assert await state(LIVENESS) == health_pb2.HealthCheckResponse.SERVING
 
 
 async def test_tokens_gather_while_the_reader_is_away() -> None:
