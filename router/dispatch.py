@@ -562,6 +562,8 @@ class Dispatcher:
                 self._on_node_down(action.node_id, action.reason)
             case m.NodeRefused():
                 _log.error("node at %s is refused: %s", action.address, action.reason)
+            case m.NodeUnreachable():
+                _log.warning("no node answers at %s: %s; dialling on", action.address, action.reason)
             case m.NodeChanged():
                 pass
 

@@ -134,7 +134,18 @@ class NodeRefused:
     reason: str
 
 
-Action = Dial | HangUp | Forget | NodeUp | NodeDown | NodeChanged | NodeRefused
+@dataclass(frozen=True, slots=True)
+class NodeUnreachable:
+    """Dialled several times and never up; said once, and dialled on."""
+
+    address: str
+    reason: str
+
+
+Action = Dial | HangUp | Forget | NodeUp | NodeDown | NodeChanged | NodeRefused | NodeUnreachable
+
+# Failed dials in a row after which an operator is told: a worker may start a little later than its router.
+_UNREACHABLE_AFTER = 3
 
 
 class Member:
@@ -296,6 +307,8 @@ class Membership:
         if was_up:
             assert member.node is not None
             actions.append(NodeDown(member.node.node_id, reason, has_left))
+        elif member.node is None and member.failures == _UNREACHABLE_AFTER:
+            actions.append(NodeUnreachable(member.address, reason))
         if not (member.is_fixed or member.is_listed):
             actions += self._forget(member)
         return actions

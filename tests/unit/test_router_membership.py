@@ -81,6 +81,13 @@ def test_break_is_told_once_and_backs_off() -> None:
     assert machine.handle(m.Welcomed("a:1", again, STATUS), now + 3) == [m.NodeUp(again, STATUS)]
 
 
+def test_an_address_where_no_node_ever_answered_is_told_once() -> None:
+    machine = membership()
+    told = [machine.handle(m.Broken("b:1", "refused"), 1.0 + i) for i in range(6)]
+    assert [action for actions in told for action in actions] == [m.NodeUnreachable("b:1", "refused")]
+    assert told[2], "a worker may start a little later than its router"
+
+
 def test_mismatches_are_refused_with_both_values_and_asked_again() -> None:
     wrong = {
         "fingerprint": replace(OTHER, model=replace(OTHER.model, fingerprint="g")),
