@@ -4,8 +4,9 @@ Each kind of body is sent twice: so large that it is refused by its length, and 
 
 Three processes beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20 ms
 on a connection of its own; one holds 16 recall streams open, checks each answer and notes each gap between two chunks.
-The first window is without hostile input: what a busy machine alone does is in its row. ``health_own`` leaves out
-the time in which the router's event loop, or the process that asks, was ready to run and another one had the core.
+The first window is without hostile input: what a busy machine alone does is in its row. ``own`` figures leave out the
+time in which a thread on the way was ready to run and another one had the core: of the router its event loop, of a node
+the thread that waited longest, of the watchers themselves.
 
     python -m bench hostile
 """
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import subprocess
@@ -24,6 +26,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,13 +58,14 @@ def run(quick: bool) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("part", choices=["health", "streams"])
-    parser.add_argument("url")
-    parser.add_argument("router_pid", type=int)
+    parser.add_argument("ready_file", type=Path)
     options = parser.parse_args()
+    ready = json.loads(options.ready_file.read_text())
     if options.part == "health":
-        _ask_health(options.url, options.router_pid)
+        _ask_health(ready["http"], ready["router_pid"])
     else:
-        asyncio.run(_stream(options.url))
+        pids = {node["role"]: node["pid"] for node in ready["nodes"]}
+        asyncio.run(_stream(ready["http"], ready["router_pid"], pids["prefill"], pids["decode"]))
 
 
 # ── Inputs ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,9 +133,57 @@ def _waited_s(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
-async def _stream(url: str) -> None:
-    """Recall streams one after the other on 16 lanes; a line for each: its chunks' times, whether it was right."""
+@dataclass(frozen=True, slots=True)
+class _Arrival:
+    """When a chunk came, and how long each thread on its way had waited for a core until then, in seconds."""
+
+    at_s: float
+    loops: tuple[float, ...]
+    prefill: tuple[float, ...]
+    decode: tuple[float, ...]
+
+    def gap_since(self, earlier: _Arrival, with_prefill: bool) -> tuple[float, float, float]:
+        """From when, how long, and how much of that was waiting for a core. The second token waits for prefill too."""
+        length_s = self.at_s - earlier.at_s
+        waited_s = sum(self.loops) - sum(earlier.loops) + _longest(earlier.decode, self.decode)
+        if with_prefill:
+            waited_s += _longest(earlier.prefill, self.prefill)
+        return earlier.at_s, length_s, min(length_s, waited_s)
+
+
+def _longest(earlier: tuple[float, ...], later: tuple[float, ...]) -> float:
+    return max(after - before for before, after in zip(earlier, later, strict=True))
+
+
+class _Clock:
+    """Stamps arrivals. Chunks of one step come together: what threads waited is read once a millisecond."""
+
+    def __init__(self, router_pid: int, prefill_pid: int, decode_pid: int) -> None:
+        self._loops = [os.getpid(), router_pid]
+        self._prefill, self._decode = _threads(prefill_pid), _threads(decode_pid)
+        self._read_s = 0.0
+        self._last = self.arrival()
+
+    def arrival(self) -> _Arrival:
+        now_s = time.monotonic()
+        if now_s - self._read_s > 1e-3:
+            self._read_s = now_s
+            loops, prefill, decode = (
+                tuple(map(_waited_s, tids)) for tids in (self._loops, self._prefill, self._decode)
+            )
+            self._last = _Arrival(now_s, loops, prefill, decode)
+        return replace(self._last, at_s=now_s)
+
+
+def _threads(pid: int) -> list[int]:
+    """A thread's id is a name under /proc of its own. A node's threads stay while it serves."""
+    return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
+
+
+async def _stream(url: str, router_pid: int, prefill_pid: int, decode_pid: int) -> None:
+    """Recall streams one after the other on 16 lanes; a line for each: its gaps, whether it was right."""
     stop = asyncio.Event()
+    clock = _Clock(router_pid, prefill_pid, decode_pid)
     tasks = recall_prompts(seed=41, count=256, num_pairs=(20, 120), num_questions=(8, 12))
 
     async def until_input_closes() -> None:
@@ -144,16 +196,18 @@ async def _stream(url: str) -> None:
             task = tasks[index % len(tasks)]
             index += _NUM_STREAMS
             body = {"prompt": task.prompt, "max_tokens": task.num_output_tokens + 4, "temperature": 0, "stream": True}
-            text, times = "", []
+            text, arrivals = "", list[_Arrival]()
             async with client.stream("POST", "/v1/completions", json=body) as response:
                 error = "" if response.status_code == 200 else f"{response.status_code}"
                 async for line in response.aiter_lines():
                     if line.startswith("data: {"):
                         chunk = json.loads(line[len("data: ") :])
-                        times.append(time.monotonic())
+                        arrivals.append(clock.arrival())
                         error = error or chunk.get("error", {}).get("message", "")
                         text += "".join(choice["text"] for choice in chunk.get("choices", []))
-            print(json.dumps({"times": times, "error": error, "right": task.accepts(text)}), flush=True)
+            pairs = enumerate(itertools.pairwise(arrivals))
+            gaps = [later.gap_since(earlier, with_prefill=index == 0) for index, (earlier, later) in pairs]
+            print(json.dumps({"gaps": gaps, "error": error, "right": task.accepts(text)}), flush=True)
 
     limits = httpx.Limits(max_connections=_NUM_STREAMS)
     async with httpx.AsyncClient(base_url=url, timeout=120.0, limits=limits) as client, asyncio.TaskGroup() as group:
@@ -163,24 +217,22 @@ async def _stream(url: str) -> None:
 
 
 class _Watcher:
-    """A child that prints JSON lines until its input closes."""
+    """A child that prints JSON lines until its input closes: to a file, since a pipe that is full would stop it."""
 
-    def __init__(self, part: str, url: str, router_pid: int) -> None:
-        command = [sys.executable, "-m", "bench.hostile", part, url, str(router_pid)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self.rows: list[Any] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+    def __init__(self, part: str, ready_file: Path) -> None:
+        command = [sys.executable, "-m", "bench.hostile", part, str(ready_file)]
+        self._path = ready_file.with_name(f"{part}.jsonl")
+        with self._path.open("wb") as output:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output)
 
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        self.rows.extend(json.loads(line) for line in self._process.stdout)
+    def rows(self) -> list[Any]:
+        """All lines of a child that was closed."""
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
 
     def close(self) -> None:
         assert self._process.stdin is not None
         self._process.stdin.close()
         code = self._process.wait(timeout=180.0)
-        self._reader.join(timeout=10.0)
         if code:
             raise RuntimeError(f"a watcher ended with {code}")
 
@@ -202,7 +254,7 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
     losses_before = _node_losses(where.http)
     windows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        health, streams = (_Watcher(part, where.http, router.pid) for part in ("health", "streams"))
+        health, streams = (_Watcher(part, run_dir / "hostile.json") for part in ("health", "streams"))
         stack.callback(streams.close)
         stack.callback(health.close)
         time.sleep(2.0)  # connections, first answers
@@ -214,8 +266,12 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
             # gRPC has no escapes: half as much is read.
             send = partial(_generate, where, run_dir, "Ada likes plums. " * (size // 34))
             windows.append(_window(f"gRPC prompt, {size / 2 / _MB:.0f} MB", send, window_s, router))
-    rows = [_row(window, health.rows, streams.rows) for window in windows]
-    late = [(took, took - waited) for at, took, waited in health.rows if at >= windows[1]["from_s"]]
+    asked_rows, stream_rows = health.rows(), streams.rows()
+    rows = [_row(window, asked_rows, stream_rows) for window in windows]
+    late = [(took, took - waited) for at, took, waited in asked_rows if at >= windows[1]["from_s"]]
+    all_gaps = [gap for stream in stream_rows for gap in stream["gaps"] if gap[0] >= windows[1]["from_s"]]
+    gaps = Samples.of(length for _, length, _ in all_gaps)
+    own_gaps = Samples.of(length - waited for _, length, waited in all_gaps)
     asked, own = Samples.of(took for took, _ in late), Samples.of(own for _, own in late)
     return {
         "windows": rows,
@@ -224,10 +280,14 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
         "health_own_p99_ms": 1e3 * own.percentile(0.99),
         "health_own_max_ms": 1e3 * max(own.values),
         "longest_gap_ms": max(row["longest_gap_ms"] for row in rows[1:]),
+        "gap_p99_ms": 1e3 * gaps.percentile(0.99),
+        "gap_own_p99_ms": 1e3 * own_gaps.percentile(0.99),
+        "gap_own_p999_ms": 1e3 * own_gaps.percentile(0.999),
+        "longest_own_gap_ms": 1e3 * max(own_gaps.values),
         "nodes_lost": _node_losses(where.http) - losses_before,
-        "streams": len(streams.rows),
-        "streams_failed": sum(bool(row["error"]) for row in streams.rows),
-        "streams_wrong": sum(not row["right"] for row in streams.rows),
+        "streams": len(stream_rows),
+        "streams_failed": sum(bool(row["error"]) for row in stream_rows),
+        "streams_wrong": sum(not row["right"] for row in stream_rows),
         "rss_before_mib": rss_before / 2**20,
         "rss_after_mib": router.memory_info().rss / 2**20,
         "rss_peak_mib": _peak_rss(router.pid) / 2**20,
@@ -255,12 +315,7 @@ def _row(window: dict[str, Any], health: list[Any], streams: list[Any]) -> dict[
     first, last = window["from_s"], window["to_s"]
     took = Samples.of(took for at, took, _ in health if first <= at <= last)
     own = Samples.of(took - waited for at, took, waited in health if first <= at <= last)
-    gaps = [
-        later - earlier
-        for stream in streams
-        for earlier, later in zip(stream["times"], stream["times"][1:], strict=False)
-        if later >= first and earlier <= last
-    ]
+    gaps = [gap for stream in streams for gap in stream["gaps"] if gap[0] <= last and gap[0] + gap[1] >= first]
     return {
         "input": window["name"],
         "sent": window["sent"],
@@ -270,7 +325,8 @@ def _row(window: dict[str, Any], health: list[Any], streams: list[Any]) -> dict[
         "health_max_ms": 1e3 * max(took.values),
         "health_own_p99_ms": 1e3 * own.percentile(0.99),
         "health_own_max_ms": 1e3 * max(own.values),
-        "longest_gap_ms": 1e3 * max(gaps, default=0.0),
+        "longest_gap_ms": 1e3 * max((length for _, length, _ in gaps), default=0.0),
+        "longest_own_gap_ms": 1e3 * max((length - waited for _, length, waited in gaps), default=0.0),
         "rss_mib": window["rss_mib"],
     }
 
