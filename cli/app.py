@@ -21,8 +21,9 @@ from baton import __version__
 from baton.address import join_address, parse_address
 from baton.client import Client, Options
 from baton.errors import BadConfig, DeadlineExceeded, InvalidRequest, Unavailable
-from cli import ask, cores, model_source, preflight
-from cli.process import die_with
+from cli import ask, preflight
+from cli.launch import cores, model_source
+from cli.launch.process import die_with
 from cli.show import wide_console
 from cli.usage import Commands
 
@@ -295,9 +296,9 @@ def up(
 ) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     preflight.worker_packages()
-    from cli import cluster
-    from cli.worker_metrics import Peaks
+    from cli.launch import cluster
     from engine.config import EngineConfig
+    from worker.metrics import Peaks
 
     console = Console(stderr=True, soft_wrap=True)
     # What a worker would refuse is told here, before anything starts.
@@ -428,9 +429,9 @@ def worker(
     preflight.worker_packages()
     from baton.registry import RegistryConfig
     from baton.types import Role
-    from cli.registration import LeaseConfig
-    from cli.worker import WorkerConfig, engine_config, serve
-    from cli.worker_metrics import Peaks
+    from worker.metrics import Peaks
+    from worker.registration import LeaseConfig
+    from worker.worker import WorkerConfig, engine_config, serve
 
     _log_to_stderr()
     _one_kv_size(kv_mib, num_blocks)

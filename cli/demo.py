@@ -22,7 +22,8 @@ from rich.text import Text
 import demo as demo_package
 from baton.client import Client, Options
 from baton.types import SamplingParams
-from cli import ask, cluster
+from cli import ask
+from cli.launch import cluster
 from cli.show import seconds
 from demo import tasks
 

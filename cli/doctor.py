@@ -17,7 +17,8 @@ from rich.table import Table
 
 from baton import __version__
 from baton.errors import BatonError
-from cli import cores, host, machine, model_source, preflight, trial
+from cli import machine, preflight, trial
+from cli.launch import cores, host, model_source
 from cli.machine import Finding
 
 _DISTRIBUTION = "baton-serve"

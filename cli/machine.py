@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig, BatonError
-from cli import host
-from cli.process import ReservedPort
+from cli.launch import host
+from cli.launch.process import ReservedPort
 
 if TYPE_CHECKING:
     from engine.devices import Accelerator

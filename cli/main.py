@@ -7,7 +7,7 @@ import os
 import sys
 
 from baton.errors import BadConfig, BatonError, InvalidRequest, Unavailable, UnsupportedModel, leaves_of
-from cli.process import ERROR_PREFIX
+from cli.launch.process import ERROR_PREFIX
 
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2

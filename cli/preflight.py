@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.registry import Registry, RegistryConfig
-from cli.host import gpus, has_card
-from cli.process import ReservedPort
+from cli.launch.host import gpus, has_card
+from cli.launch.process import ReservedPort
 
 if TYPE_CHECKING:
     from baton.types import KvLayout

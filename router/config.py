@@ -12,9 +12,9 @@ from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, quoted
 from baton.names import check_cluster, check_model_name
 from baton.registry import RegistryConfig
+from router.cluster.membership import MembershipConfig
+from router.cluster.policy import PolicyConfig
 from router.flow import FlowConfig
-from router.membership import MembershipConfig
-from router.policy import PolicyConfig
 
 
 @dataclass(frozen=True, slots=True)

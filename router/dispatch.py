@@ -22,17 +22,17 @@ from baton.registry import NodeRecord
 from baton.types import Failure, NodeDescription, NodeStatus, Role, SamplingParams
 from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow_messages as f
-from router import membership as m
 from router import session_bytes
+from router.cluster import membership as m
+from router.cluster.load import Loads
+from router.cluster.policy import Obstacle, PairBreakers, Placement, choose, reason_of
+from router.cluster.waiting import Waiting
 from router.config import RouterConfig
 from router.flow import Flow
-from router.load import Loads
 from router.metrics import RouterMetrics
-from router.policy import Obstacle, PairBreakers, Placement, choose, reason_of
 from router.session_bytes import Prompt
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Stepwise, Turns
-from router.waiting import Waiting
 
 _log = logging.getLogger("baton.router")
 

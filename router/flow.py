@@ -24,6 +24,7 @@ from baton.types import (
     SequenceSpec,
     TokenChunk,
 )
+from router.cluster.policy import Demand, Placement
 from router.flow_messages import (
     Abandon,
     Action,
@@ -59,7 +60,6 @@ from router.flow_messages import (
     Tick,
     Tokens,
 )
-from router.policy import Demand, Placement
 
 
 @dataclass(frozen=True, slots=True)

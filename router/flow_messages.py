@@ -19,7 +19,7 @@ from baton.types import (
     TokenChunk,
     TransferReport,
 )
-from router.policy import Placement
+from router.cluster.policy import Placement
 
 
 class Phase(Enum):

@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from baton.metrics import LATENCY_BUCKETS_S, Family, Histogram, Labels, Metrics
 from baton.observe import Relay
 from baton.types import FinishReason, Role
+from router.cluster.membership import Member, State
+from router.cluster.policy import Reason
 from router.flow_messages import Outcome, OutcomeKind, Phase
-from router.membership import Member, State
-from router.policy import Reason
 
 # Fine where decode steps are.
 _TBT_BUCKETS_S = (

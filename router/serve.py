@@ -21,6 +21,7 @@ from baton.defects import Defects
 from baton.metrics import Metrics, add_process
 from baton.registry import Registry
 from baton.types import SamplingParams
+from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
@@ -28,7 +29,6 @@ from router.history import History
 from router.http import HttpFace
 from router.http_server import ConnectionLimits, HttpServer
 from router.keys import ApiKeys, HttpGuard
-from router.membership import State
 from router.metrics import RouterMetrics
 from router.model_files import ModelFacts, load_facts, stated
 from router.registry import RegistryWatch

@@ -20,12 +20,12 @@ from fastapi.responses import Response
 from baton import __version__
 from baton.observe import Relay
 from baton.types import NodeStatus, Role
+from router.cluster.membership import Member, State
 from router.dispatch import Dispatcher, Ended
 from router.flow import Flow
 from router.flow_messages import Phase
 from router.frontend import Frontend
 from router.history import History, stages
-from router.membership import Member, State
 from router.rolling import Slice, Window
 
 _MAX_RECENT = 40

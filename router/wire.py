@@ -14,8 +14,8 @@ from baton import codec, errors
 from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
 from baton.observe import Relay
 from baton.v1 import router_pb2
+from router.cluster.membership import Member
 from router.frontend import Ending, Part
-from router.membership import Member
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _DOMAIN = "baton"

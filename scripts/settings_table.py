@@ -16,9 +16,9 @@ sys.path.insert(0, str(ROOT))
 from typer.main import get_command  # noqa: E402
 
 from cli.app import app  # noqa: E402
+from router.cluster.membership import MembershipConfig  # noqa: E402
 from router.config import LimitsConfig, LinkConfig, WatchConfig  # noqa: E402
 from router.flow import FlowConfig  # noqa: E402
-from router.membership import MembershipConfig  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "operating.md"
 COMMANDS = ("up", "worker", "router")

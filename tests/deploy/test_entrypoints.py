@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from cli.process import ReservedPort
+from cli.launch.process import ReservedPort
 from tests.deploy.support import DEPLOY, ROOT, interpolate, load_yaml, parse_dockerfile
 from tests.redis_server import RedisServer
 
@@ -181,7 +181,7 @@ def test_a_worker_serves_on_a_cpu_where_there_is_no_triton() -> None:
     """As in its image: what only GPUs and developers need cannot be imported."""
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('triton', 'transformers'))); from pathlib import Path; "
-        "import cli.worker, cli.doctor; from engine.config import EngineConfig; from engine.runner import Runner; "
+        "import worker.worker, cli.doctor; from engine.config import EngineConfig; from engine.runner import Runner; "
         "from tests.engine_driver import Driver, spec; "
         "assert 'kernels triton' not in [f.subject for f in cli.doctor.examine()]; "
         f"runner = Runner.load(Path({str(ROOT / 'demo' / 'model')!r}), EngineConfig(num_blocks=8)); "

@@ -23,7 +23,7 @@ from engine.kernels.int8 import GROUP
 from engine.memory import weight_bytes
 from engine.runner import Runner
 from kvtransfer.channel import check_compatible
-from router import membership as m
+from router.cluster import membership as m
 from tests.engine_driver import Crowd, Driver, Run, random_prompt, spec
 from tests.models import VOCAB_SIZE, ModelCase
 

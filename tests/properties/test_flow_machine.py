@@ -10,8 +10,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
+from router.cluster.policy import Placement
 from router.flow import Flow, FlowConfig
-from router.policy import Placement
 
 NODES = ("p0", "p1", "d0", "d1")
 STOP_ID = 99

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from router import membership as m
+from router.cluster import membership as m
 from tests.unit.test_router_membership import NODE, STATUS
 
 CONFIG = m.MembershipConfig()

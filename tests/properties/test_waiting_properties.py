@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from router.waiting import Waiting
+from router.cluster.waiting import Waiting
 
 MAX_RUNNING = 3
 CLIENTS = ("a", "b", "c")

@@ -12,7 +12,7 @@ from pathlib import Path
 from relay_harness import fake_load
 
 from baton.types import Role
-from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
+from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
 
 
 def endless_load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:

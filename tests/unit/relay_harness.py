@@ -18,9 +18,9 @@ from node_harness import WAIT_S, Router, session
 from baton import codec
 from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
-from cli.loading import cuda_device
-from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
 from engine.fake import FakeRunner
+from worker.loading import cuda_device
+from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
 
 LAYOUT = KvLayout(3, 48, 2, 8, 16, "float32")
 

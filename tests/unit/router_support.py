@@ -13,10 +13,10 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
 from router.fake import FakeCluster
 from router.flow import FlowConfig
-from router.membership import State
 from router.serve import Router, running
 
 CORPUS = [

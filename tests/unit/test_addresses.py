@@ -14,8 +14,8 @@ import baton
 from baton.address import as_dialled, is_anywhere
 from baton.types import Role, SamplingParams, SequenceSpec
 from engine.fake import expected_tokens
+from router.cluster.membership import State
 from router.config import RouterConfig
-from router.membership import State
 from router.serve import running
 from tests.unit.router_support import until
 

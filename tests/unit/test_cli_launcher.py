@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from baton.clock import MonotonicClock
-from cli.launcher import ClusterFailed, Launcher, Program, write_json_atomically
-from cli.process import ReservedPort
-from cli.supervise import SuperviseConfig
+from cli.launch.launcher import ClusterFailed, Launcher, Program, write_json_atomically
+from cli.launch.process import ReservedPort
+from cli.launch.supervise import SuperviseConfig
 
 CONFIG = SuperviseConfig(start_timeout_s=20, stop_grace_s=2, min_backoff_s=0.05, max_backoff_s=0.2)
 SLEEP = "import time; time.sleep(60)"
@@ -169,7 +169,7 @@ async def test_a_child_that_answers_its_probe_wrongly_is_killed_and_said_so(tmp_
 
 
 def test_children_die_with_a_launcher_that_is_killed() -> None:
-    child = "import os, sys; sys.path.insert(0, ''); from cli.process import die_with; die_with(os.getppid()); "
+    child = "import os, sys; sys.path.insert(0, ''); from cli.launch.process import die_with; die_with(os.getppid()); "
     child += "print(os.getpid(), flush=True); import time; time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     with subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True) as launcher:

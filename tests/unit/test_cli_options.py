@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from baton.errors import BadConfig
-from cli import model_source
-from cli.cluster import ClusterOptions
+from cli.launch import model_source
+from cli.launch.cluster import ClusterOptions
 
 
 def baton(*arguments: str) -> subprocess.CompletedProcess[str]:

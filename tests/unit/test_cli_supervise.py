@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cli.supervise import (
+from cli.launch.supervise import (
     Action,
     Announce,
     Begin,

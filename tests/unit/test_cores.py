@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import BadConfig
-from cli import cluster, cores, host, placement
-from cli.cores import Core
-from cli.placement import Place
+from cli.launch import cluster, cores, host, placement
+from cli.launch.cores import Core
+from cli.launch.placement import Place
 from engine.config import EngineConfig
 from engine.devices import Accelerator
 from engine.fake_devices import FakeDevices

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cli import drain as d
+from worker import departure as d
 
 CONFIG = d.DrainConfig(grace_s=10.0, linger_s=0.25)
 

@@ -18,16 +18,16 @@ from baton.metrics import Metrics
 from baton.observe import Lifeline
 from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, Role, SamplingParams, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, router_pb2
+from router.cluster.load import Loads
+from router.cluster.membership import State
+from router.cluster.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.dispatch import Active
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Outcome, OutcomeKind, Phase
 from router.grpc_messages import overfull
 from router.http import HttpFace
-from router.load import Loads
-from router.membership import State
 from router.openai_whole import WholeAnswer
-from router.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
 from router.serve import Router
 from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello

@@ -6,14 +6,14 @@ from pathlib import Path
 from baton import PROTOCOL_VERSION
 from baton.metrics import Metrics, add_process
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
-from cli.energy import EnergySource
-from cli.worker_metrics import Peaks, WorkerMetrics
 from engine.blocks import BlockPool
 from engine.cost import CostModel
 from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from router.metrics import RouterMetrics
+from worker.energy import EnergySource
+from worker.metrics import Peaks, WorkerMetrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(?P<name>[a-z0-9_:]+)` \| (?P<kind>counter|gauge|histogram) \|(?P<labels>[^|]*)\| \S", re.M)

@@ -12,8 +12,8 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.types import Role
-from cli import registration as r
 from tests.redis_server import RedisServer
+from worker import registration as r
 
 CONFIG = r.LeaseConfig(ttl_s=9.0)
 RECORD = NodeRecord("decode-0", "10.0.0.1:50052", 5, Role.DECODE, "abc")

@@ -14,9 +14,9 @@ import baton
 from baton import errors
 from baton.client import Accepted, Completion, Delta, Finished, Options
 from baton.types import FinishReason, Role, SamplingParams
+from router.cluster.membership import State
 from router.config import LimitsConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.membership import State
 from router.openai_response import relay_json
 from router.serve import Router
 from router.wire import member_to_pb

@@ -20,10 +20,10 @@ from baton.metrics import Metrics
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from baton.v1 import node_pb2
+from router.cluster.membership import State
 from router.config import LinkConfig, RouterConfig, WatchConfig
 from router.dispatch import Active, Dispatcher, Ended
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.membership import State
 from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.serve import Router

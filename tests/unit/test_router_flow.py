@@ -7,8 +7,8 @@ import pytest
 from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
+from router.cluster.policy import Placement
 from router.flow import Flow, FlowConfig
-from router.policy import Placement
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
 SPLIT = Placement("p", "d")

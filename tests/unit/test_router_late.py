@@ -17,10 +17,10 @@ import pytest
 import baton
 from baton.clock import catch_up_s
 from baton.patience import patient_timeout
+from router.cluster.membership import MembershipConfig, State
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow import FlowConfig
-from router.membership import MembershipConfig, State
 from router.serve import Router, running
 from tests.unit.router_support import baseline, until
 

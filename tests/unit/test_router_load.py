@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from router.cluster.membership import State
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.membership import State
 from router.serve import Router, running
 from tests.unit.router_support import VOCAB_SIZE, baseline, until, write_model_folder
 

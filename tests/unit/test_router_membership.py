@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from baton import PROTOCOL_VERSION
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
-from router import membership as m
+from router.cluster import membership as m
 
 STATUS = NodeStatus(Role.DECODE)
 NODE = NodeDescription(

@@ -13,9 +13,9 @@ from prometheus_client.samples import Sample
 
 from baton.metrics import Metrics, add_process, exposition
 from baton.registry import RegistryConfig
+from router.cluster.membership import State
 from router.config import RouterConfig
 from router.fake import FakeCluster, FakeConfig
-from router.membership import State
 from router.serve import Router
 from tests.unit.router_support import router_beside, until
 

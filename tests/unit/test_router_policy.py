@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
-from router.load import Loads
-from router.policy import Demand, NodeView, Obstacle, PairBreakers, Placement, PolicyConfig, choose
+from router.cluster.load import Loads
+from router.cluster.policy import Demand, NodeView, Obstacle, PairBreakers, Placement, PolicyConfig, choose
 
 CONFIG = PolicyConfig()
 DEMAND = Demand(num_known_tokens=100)

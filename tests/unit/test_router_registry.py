@@ -13,13 +13,13 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig, Unavailable
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.types import Role
-from cli.registration import LeaseConfig, Registration
+from router.cluster.membership import State
 from router.config import RouterConfig, WatchConfig
 from router.fake import FakeCluster, FakeConfig, FakeNode, expected_tokens
-from router.membership import State
 from router.serve import Router, running
 from tests.redis_server import RedisServer
 from tests.unit.router_support import quick, until
+from worker.registration import LeaseConfig, Registration
 
 pytestmark = pytest.mark.alone
 

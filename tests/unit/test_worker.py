@@ -19,8 +19,8 @@ from baton.errors import BadConfig
 from baton.server import LIVENESS
 from baton.types import Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
-from cli.worker import Allocate, LoadedModel, WorkerConfig, serve
 from engine.fake import expected_tokens
+from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
 
 
 def oracle(sequence: SequenceSpec) -> list[int]:

@@ -16,13 +16,13 @@ from relay_harness import LAYOUT, Load, Pair, pair, worker
 
 from baton.errors import BadConfig
 from baton.types import SequenceSpec
-from cli.worker import Allocate, LoadedModel, WorkerConfig
 from engine.fake import FakeRunner, Row, expected_tokens
 from engine.kv_cache import KvCache
 from engine.runner import _allocated
 from engine.step import Sampled
 from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.memory import DeviceArena
+from worker.worker import Allocate, LoadedModel, WorkerConfig
 
 
 class DeviceRunner(FakeRunner):

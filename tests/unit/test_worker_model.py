@@ -11,7 +11,7 @@ from node_harness import session
 from relay_harness import Load, Pair, worker
 
 from baton.types import Role, SamplingParams, SequenceSpec
-from cli.worker import load_model
+from worker.worker import load_model
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 64, 3, 4, 2, 16, 96, 200
 

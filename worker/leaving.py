@@ -1,4 +1,4 @@
-"""Drives how a worker leaves: signals and requests in, the time of its going out. Decides nothing; see cli/drain."""
+"""Drives `worker.departure`: signals and requests in, the time to leave out. Decides nothing itself."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import signal
 from collections.abc import Callable, Iterator
 
 from baton.clock import Clock
-from cli import drain
+from worker import departure
 
 
 class Leaving:
     """``on_refuse_new`` is called at most once; ``closing`` ends when it is time to go."""
 
-    def __init__(self, config: drain.DrainConfig, clock: Clock) -> None:
-        self._machine = drain.Departure(config)
+    def __init__(self, config: departure.DrainConfig, clock: Clock) -> None:
+        self._machine = departure.Departure(config)
         self._clock = clock
         self._changed = asyncio.Event()
-        self._closed: drain.Close | None = None
+        self._closed: departure.Close | None = None
         self.on_refuse_new: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
@@ -26,7 +26,7 @@ class Leaving:
         loop = asyncio.get_running_loop()
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
-            loop.add_signal_handler(number, self.feed, drain.Signalled())
+            loop.add_signal_handler(number, self.feed, departure.Signalled())
         try:
             yield
         finally:
@@ -35,26 +35,26 @@ class Leaving:
 
     async def on_event(self, stop: asyncio.Event) -> None:
         await stop.wait()
-        self.feed(drain.Signalled())
+        self.feed(departure.Signalled())
 
-    def feed(self, event: drain.Event) -> None:
+    def feed(self, event: departure.Event) -> None:
         for action in self._machine.handle(event, self._clock.now()):
             match action:
-                case drain.RefuseNew():
+                case departure.RefuseNew():
                     self.on_refuse_new()
-                case drain.Close():
+                case departure.Close():
                     self._closed = action
         self._changed.set()
 
     @property
     def is_draining(self) -> bool:
-        return self._machine.phase not in (drain.Phase.LOADING, drain.Phase.SERVING)
+        return self._machine.phase not in (departure.Phase.LOADING, departure.Phase.SERVING)
 
     def ask(self, grace_s: float) -> float:
-        self.feed(drain.DrainAsked(grace_s))
+        self.feed(departure.DrainAsked(grace_s))
         return self._machine.grace_left_s(self._clock.now())
 
-    async def closing(self) -> drain.Close:
+    async def closing(self) -> departure.Close:
         """Returns when the worker is to go."""
         while self._closed is None:
             self._changed.clear()
@@ -63,5 +63,5 @@ class Leaving:
                 async with asyncio.timeout(None if due_at_s is None else max(0.0, due_at_s - self._clock.now())):
                     await self._changed.wait()
             except TimeoutError:
-                self.feed(drain.Tick())
+                self.feed(departure.Tick())
         return self._closed

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from baton.clock import Clock
 from baton.errors import BadConfig, BatonError
-from cli.process import Child
-from cli.supervise import (
+from cli.launch.process import Child
+from cli.launch.supervise import (
     Announce,
     Begin,
     Event,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from baton.errors import BadConfig, quoted
-from cli import cores, host
+from cli.launch import cores, host
 from engine.devices import Devices, seen_gpus
 
 _ALL = "all"

@@ -1,7 +1,7 @@
 """Wires one worker: a model replica, both ends of KV transfer, and every node service, in one process. Wiring only.
 
 The start is all or nothing: the worker answers Describe once its model is loaded and everything else runs. SIGTERM,
-SIGINT and Node/Drain let it leave the way cli/drain says.
+SIGINT and Node/Drain let it leave the way worker/departure says.
 """
 
 from __future__ import annotations
@@ -30,13 +30,6 @@ from baton.server import GrpcServer
 from baton.timeline import Timeline
 from baton.types import KvLayout, NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
-from cli import drain, energy
-from cli.drain import DrainConfig
-from cli.leaving import Leaving
-from cli.loading import Allocate, LoadedModel, Loading, cuda_device
-from cli.node import NodeService
-from cli.registration import LeaseConfig, Registration
-from cli.worker_metrics import Peaks, WorkerMetrics
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
@@ -50,6 +43,13 @@ from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.receiver import Arrived, Quarantined, Receiver, ReceiverNotice, Released
 from kvtransfer.sender import Sender
 from prefill_node.service import PrefillService
+from worker import departure, energy
+from worker.admin import NodeService
+from worker.departure import DrainConfig
+from worker.leaving import Leaving
+from worker.loading import Allocate, LoadedModel, Loading, cuda_device
+from worker.metrics import Peaks, WorkerMetrics
+from worker.registration import LeaseConfig, Registration
 
 _log = logging.getLogger("baton.worker")
 # Fresh pages of shared memory come at 0.25 to 1.8 GB/s, 10 to 50 times slower than a copy.
@@ -314,7 +314,7 @@ class _Worker:
                 await self._metrics_server.start()
             await self._register()
             self._announce()
-            self._leaving.feed(drain.Loaded())
+            self._leaving.feed(departure.Loaded())
             await self._serve()
         finally:
             closing = asyncio.ensure_future(self._close())
@@ -362,7 +362,7 @@ class _Worker:
                 tasks.create_task(self._registration.withdraw())
             await self._prefill.drained()
             await self._decode.drained()
-        self._leaving.feed(drain.Emptied())
+        self._leaving.feed(departure.Emptied())
 
     async def _close(self) -> bool:
         """Bounded by ``close_s``, twice if an engine step or a push does not end."""
@@ -416,7 +416,7 @@ class _Worker:
 
     def _engine_died(self, error: BaseException) -> None:
         self._died = self._died or error
-        self._leaving.feed(drain.EngineDied())
+        self._leaving.feed(departure.EngineDied())
 
     def _announce(self) -> None:
         node = self.node

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.types import NodeDescription, NodeStatus
-from router.policy import NodeView, Placement
+from router.cluster.policy import NodeView, Placement
 
 
 @dataclass(slots=True)

@@ -19,10 +19,11 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.registry import RegistryConfig
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
-from cli import cores, model_source, placement, preflight
-from cli.launcher import Launcher, Program, write_json_atomically
-from cli.placement import Place
-from cli.supervise import SuperviseConfig
+from cli import preflight
+from cli.launch import cores, model_source, placement
+from cli.launch.launcher import Launcher, Program, write_json_atomically
+from cli.launch.placement import Place
+from cli.launch.supervise import SuperviseConfig
 from engine.config import EngineConfig
 from engine.devices import TorchDevices
 from engine.memory import shown
@@ -56,7 +57,7 @@ class ClusterOptions:
     log_dir: Path | None = None
     # What workers are told of their engine: for checks before they start.
     engine: EngineConfig = field(default_factory=EngineConfig)
-    # ``auto``, ``none`` or indices; ``auto``, ``all`` or CPUs: see cli/placement.py.
+    # ``auto``, ``none`` or indices; ``auto``, ``all`` or CPUs: see cli/launch/placement.py.
     gpus: str = "auto"
     cpus: str = "auto"
     threads: int = 0
@@ -249,7 +250,7 @@ def _environment(options: ClusterOptions) -> dict[str, str]:
 
 def _command(name: str, *arguments: str) -> tuple[str, ...]:
     """By the path of our own file, and with -P: what lies in the current folder is not ours, whatever it is called."""
-    program = str(Path(__file__).resolve().with_name("__main__.py"))
+    program = str(Path(__file__).resolve().parents[1] / "__main__.py")
     return (sys.executable, "-P", program, name, "--die-with-parent", str(os.getpid()), *arguments)
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from baton.errors import BadConfig, BatonError
 from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics, add_process
 from baton.types import NodeDescription, NodeStatus, TransferReport
-from cli.energy import EnergySource
 from engine.blocks import BlockState
 from engine.cost import CostModel
 from engine.meter import EngineMeter
 from engine.replica import Replica
 from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
 from kvtransfer.sender import SenderObserver
+from worker.energy import EnergySource
 
 _TRANSFER_BUCKETS_S = (
     *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075),

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 
 from baton.errors import InternalError
 from baton.types import KvLayout, ModelDescription
-from cli.leaving import Leaving
 from engine.cost import CostModel
 from engine.replica import RunnerLike
 from kvtransfer.arena import Arena
 from kvtransfer.devices.interface import Device
 from kvtransfer.memory import AnyArena, DeviceArena
+from worker.leaving import Leaving
 
 
 class LoadedModel(RunnerLike, Protocol):

@@ -1,0 +1,1 @@
+"""Local clusters: the processes of `baton up`, where they compute, and their restarts."""

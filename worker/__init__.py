@@ -1,0 +1,1 @@
+"""One worker process: both node machines over one replica, one sender and one receiver."""
