@@ -120,7 +120,7 @@ def test_other_lists_are_refused(text: str) -> None:
 
 def test_a_process_is_bound_to_cpus_that_it_has_and_to_no_others() -> None:
     mine = cores.allowed()
-    code = "import sys; from cli import cores; cores.bind(cores.parse(sys.argv[1], '--cpus'), '--cpus'); "
+    code = "import sys; from cli.launch import cores; cores.bind(cores.parse(sys.argv[1], '--cpus'), '--cpus'); "
     code += "print(cores.shown(cores.allowed()))"
     command = [sys.executable, "-c", code]
     done = subprocess.run([*command, str(mine[-1])], capture_output=True, text=True, timeout=60, check=True)
