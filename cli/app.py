@@ -429,9 +429,10 @@ def worker(
     preflight.worker_packages()
     from baton.registry import RegistryConfig
     from baton.types import Role
+    from worker.config import WorkerConfig, engine_config
     from worker.metrics import Peaks
     from worker.registration import LeaseConfig
-    from worker.worker import WorkerConfig, engine_config, serve
+    from worker.worker import serve
 
     _log_to_stderr()
     _one_kv_size(kv_mib, num_blocks)

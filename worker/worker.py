@@ -14,29 +14,26 @@ import os
 import secrets
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import replace
 
 from baton import PROTOCOL_VERSION, __version__, descriptors
-from baton.address import as_dialled, host_of, is_anywhere
+from baton.address import as_dialled, host_of
 from baton.clock import MonotonicClock
 from baton.defects import Defects
-from baton.errors import BadConfig, InternalError, described
+from baton.errors import InternalError, described
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
-from baton.names import check_cluster, check_model_name, check_node_id
-from baton.registry import NodeRecord, Registry, RegistryConfig
+from baton.registry import NodeRecord, Registry
 from baton.server import GrpcServer
 from baton.timeline import Timeline
-from baton.types import KvLayout, NodeDescription, NodeStatus, Role
+from baton.types import KvLayout, NodeDescription, NodeStatus
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from decode_node.service import DecodeConfig, DecodeService
 from engine.blocks import BlockPool
-from engine.config import EngineConfig
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
-from kvtransfer.config import TRANSPORTS, TransferConfig
+from kvtransfer.config import TransferConfig
 from kvtransfer.devices.interface import Device
 from kvtransfer.host import host_id
 from kvtransfer.memory import AnyArena, DeviceArena
@@ -45,122 +42,19 @@ from kvtransfer.sender import Sender
 from prefill_node.service import PrefillService
 from worker import departure, energy
 from worker.admin import NodeService
+from worker.config import WorkerConfig, engine_config
 from worker.departure import DrainConfig
 from worker.leaving import Leaving
 from worker.loading import Allocate, LoadedModel, Loading, cuda_device
-from worker.metrics import Peaks, WorkerMetrics
-from worker.registration import LeaseConfig, Registration
+from worker.metrics import WorkerMetrics
+from worker.registration import Registration
 
 _log = logging.getLogger("baton.worker")
 # Fresh pages of shared memory come at 0.25 to 1.8 GB/s, 10 to 50 times slower than a copy.
 _PREFAULT_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WorkerConfig:
-    """Everything a worker can be told. ``transports`` is best first; ``num_blocks`` wins over ``kv_bytes``."""
-
-    model: Path
-    role: Role
-    # Empty: made from role, host and port.
-    node_id: str = ""
-    listen: str = "127.0.0.1:0"
-    # Host that others reach this worker at, if it is not the one it listens on.
-    advertise_host: str = ""
-    # Empty: the model folder's name.
-    model_name: str = ""
-    dtype: str = "auto"
-    kernels: str = "auto"
-    quantization: str = "none"
-    # "auto", or torch's name for it.
-    device: str = "auto"
-    gpu_memory_utilization: float = 0.9
-    # How many workers share that GPU.
-    gpu_workers: int = 1
-    # Neither: what the device's memory leaves.
-    kv_bytes: int | None = None
-    num_blocks: int | None = None
-    block_tokens: int = 64
-    max_batch_tokens: int = 2048
-    max_num_seqs: int = 256
-    max_graph_seqs: int = 256
-    is_batch_invariant: bool = True
-    max_waiting: int = 1024
-    max_preemptions: int = 3
-    watermark: float = 0.01
-    # 0: torch's own choice.
-    num_threads: int = 0
-    transports: tuple[str, ...] = TRANSPORTS
-    # Off gives up the check of what arrived; the whole cluster must agree.
-    digest: bool = True
-    # None: as measured for each transport.
-    layerwise_from_bytes: int | None = None
-    lease_ttl_s: float = 30.0
-    max_lease_ttl_s: float = 600.0
-    # Where to register, and for how long at a time; None: routers are told the address by other means.
-    registry: RegistryConfig | None = None
-    # What the metrics say where no registry names the cluster.
-    cluster: str = "default"
-    registry_lease: LeaseConfig = field(default_factory=LeaseConfig)
-    # How long running sequences may go on after SIGTERM, and how long closing may then take on top.
-    grace_s: float = 10.0
-    close_s: float = 3.0
-    # Health turns NOT_SERVING when the engine makes no progress for this long.
-    stall_limit_s: float = 30.0
-    # Where GET /metrics is answered, on the host of ``listen``. 0: any free port; None: nowhere.
-    metrics_port: int | None = 0
-    peaks: Peaks = field(default_factory=Peaks)
-    # Gets {node_id, role, pid, address, metrics} once all is served.
-    ready_file: Path | None = None
-    ready_fd: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("grace_s", "close_s", "lease_ttl_s", "stall_limit_s"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise BadConfig(f"{name} is {value}, expected a positive number of seconds", param=name)
-        check_cluster(self.cluster)
-        if self.node_id:
-            check_node_id(self.node_id)
-        if self.model_name:
-            check_model_name(self.model_name)
-        if self.advertise_host and is_anywhere(self.advertise_host):
-            message = f"advertise_host is {self.advertise_host}, which nobody can dial: expected a host to reach it at"
-            raise BadConfig(message, param="advertise_host")
-        if self.metrics_port is not None and not 0 <= self.metrics_port < 65536:
-            raise BadConfig(f"metrics_port is {self.metrics_port}, expected a port, 0 or None", param="metrics_port")
-        if self.num_blocks is not None and self.num_blocks < 1:
-            raise BadConfig(f"num_blocks is {self.num_blocks}, expected at least 1", param="num_blocks")
-        if self.registry is not None and is_anywhere(host_of(self.listen)) and not self.advertise_host:
-            message = f"listen is {self.listen}, which nobody can dial: expected --advertise with a host to register"
-            raise BadConfig(message, param="advertise_host")
-
-    @property
-    def cluster_name(self) -> str:
-        return self.cluster if self.registry is None else self.registry.cluster
-
-
 Load = Callable[[WorkerConfig, Allocate], LoadedModel]
-
-
-def engine_config(config: WorkerConfig) -> EngineConfig:
-    """What the replica is told. Raises BadConfig."""
-    return EngineConfig(
-        dtype=config.dtype,
-        block_tokens=config.block_tokens,
-        num_blocks=config.num_blocks,
-        kv_bytes=config.kv_bytes,
-        device=config.device,
-        gpu_memory_utilization=config.gpu_memory_utilization,
-        gpu_workers=config.gpu_workers,
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-        kernels=config.kernels,
-        quantization=config.quantization,
-        max_graph_seqs=config.max_graph_seqs,
-        is_batch_invariant=config.is_batch_invariant,
-        num_threads=config.num_threads,
-    )
 
 
 def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:

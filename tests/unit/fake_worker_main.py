@@ -12,7 +12,9 @@ from pathlib import Path
 from relay_harness import fake_load
 
 from baton.types import Role
-from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
+from worker.config import WorkerConfig
+from worker.loading import Allocate, LoadedModel
+from worker.worker import serve
 
 
 def endless_load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:

@@ -19,8 +19,9 @@ from baton import codec
 from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.fake import FakeRunner
-from worker.loading import cuda_device
-from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
+from worker.config import WorkerConfig
+from worker.loading import Allocate, LoadedModel, cuda_device
+from worker.worker import serve
 
 LAYOUT = KvLayout(3, 48, 2, 8, 16, "float32")
 

@@ -20,7 +20,9 @@ from baton.server import LIVENESS
 from baton.types import Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.fake import expected_tokens
-from worker.worker import Allocate, LoadedModel, WorkerConfig, serve
+from worker.config import WorkerConfig
+from worker.loading import Allocate, LoadedModel
+from worker.worker import serve
 
 
 def oracle(sequence: SequenceSpec) -> list[int]:

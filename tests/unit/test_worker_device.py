@@ -22,7 +22,8 @@ from engine.runner import _allocated
 from engine.step import Sampled
 from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.memory import DeviceArena
-from worker.worker import Allocate, LoadedModel, WorkerConfig
+from worker.config import WorkerConfig
+from worker.loading import Allocate, LoadedModel
 
 
 class DeviceRunner(FakeRunner):
