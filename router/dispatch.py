@@ -10,19 +10,16 @@ import asyncio
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from baton import codec, errors
-from baton.address import as_dialled
+from baton import errors
 from baton.clock import Clock, catch_up_s
 from baton.defects import Defects, LogLimit
 from baton.observe import FailedAttempt, Relay
 from baton.registry import NodeRecord
 from baton.types import Failure, NodeDescription, NodeStatus, Role, SamplingParams
-from baton.v1 import common_pb2, node_pb2, router_pb2
 from router import flow_messages as f
-from router import session_bytes
 from router.cluster import membership as m
 from router.cluster.load import Loads
 from router.cluster.policy import Obstacle, PairBreakers, Placement, choose, reason_of
@@ -30,13 +27,11 @@ from router.cluster.waiting import Waiting
 from router.config import RouterConfig
 from router.flow import Flow
 from router.metrics import RouterMetrics
-from router.session_bytes import Prompt
+from router.sessions import NodeLink
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Stepwise, Turns
 
 _log = logging.getLogger("baton.router")
-
-NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 # Refusals that are back-pressure.
 _NO_ROOM = frozenset({"NoBlocks", "Overloaded", "Draining"})
@@ -44,57 +39,24 @@ _NO_ROOM = frozenset({"NoBlocks", "Overloaded", "Draining"})
 _TICK_S = 0.1
 
 
-class _OfSequence(Protocol):
-    """An item of a node's message: it says whose it is."""
-
-    @property
-    def sequence_id(self) -> str: ...
-
-
-_Item = TypeVar("_Item", bound=_OfSequence)
-
-
-class Link(Protocol):
-    def dial(self) -> None: ...
-
-    def hang_up(self) -> None: ...
-
-    def send_prefill(self, message: bytes) -> None: ...
-
-    def send_decode(self, message: bytes) -> None: ...
-
-    async def ledger(self) -> node_pb2.LedgerResponse: ...
-
-    async def drain(self, grace_s: float) -> node_pb2.DrainResponse: ...
-
-    async def trace(self, last_s: float, clock: Clock) -> NodeTrace: ...
-
-    async def close(self) -> None: ...
-
-
 class Active:
     """A sequence in flight and what belongs to it here."""
 
     __slots__ = (
         "attached",
-        "besides_prompt",
         "client",
         "fingerprint",
         "flow",
         "is_queued",
         "origin",
         "patient_until_s",
-        "prompt",
         "stream",
         "timer",
         "timer_s",
     )
 
-    def __init__(
-        self, flow: Flow, prompt: Prompt, stream: TokenStream, fingerprint: str, origin: Origin, client: str
-    ) -> None:  # fmt: skip
+    def __init__(self, flow: Flow, stream: TokenStream, fingerprint: str, origin: Origin, client: str) -> None:
         self.flow = flow
-        self.prompt = prompt
         self.origin = origin
         # Who asked for it, as far as turns are concerned.
         self.client = client
@@ -104,8 +66,6 @@ class Active:
         self.is_queued = False
         # The attempt that counts as load and that nodes may know of: sequence id and where it was placed.
         self.attached: tuple[str, Placement] | None = None
-        # What its nodes are told beside the prompt, from the reservation to the run.
-        self.besides_prompt: bytes | None = None
         self.timer: asyncio.TimerHandle | None = None
         self.timer_s = 0.0
         # Nothing is judged before: the timer was looked at too late.
@@ -148,19 +108,19 @@ class Dispatcher:
     """Call everything on one event loop. ``link`` makes the connection to an address (a fake one in tests)."""
 
     def __init__(
-        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], Link], metrics: RouterMetrics
+        self, config: RouterConfig, clock: Clock, link: Callable[[str, Dispatcher], NodeLink], metrics: RouterMetrics
     ) -> None:
         self._config = config
-        self._clock = clock
+        self.clock = clock
         self._metrics = metrics
         # When a node dies with hundreds of sequences, a few lines say why.
         self._failure_limit = LogLimit(clock)
         self._defects = Defects(_log, clock, metrics.defects.add)
-        self._membership = m.Membership(config.nodes, config.membership)
+        self.membership = m.Membership(config.nodes, config.membership)
         self._loads = Loads()
         self._breakers = PairBreakers(config.policy)
         self._new_link = link
-        self._links: dict[str, Link] = {}
+        self.links: dict[str, NodeLink] = {}
         self._address_of: dict[str, str] = {}
         self._active: set[Active] = set()
         self._num_active_of: Counter[str] = Counter()
@@ -187,7 +147,7 @@ class Dispatcher:
         self._ticker: asyncio.TimerHandle | None = None
         self._ticked_s = clock.now()
         # Those that wait were told that no node is available.
-        self._is_nobody_there = False
+        self._is_without_nodes = False
         self._down_since_s: float | None = clock.now()
         self._finished_at_s: deque[float] = deque(maxlen=64)
         self._is_closing = False
@@ -199,8 +159,8 @@ class Dispatcher:
     # ── Life ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def start(self) -> None:
-        self._do_membership(self._membership.start())
-        self._ticked_s = self._clock.now() - _TICK_S
+        self._do_membership(self.membership.start())
+        self._ticked_s = self.clock.now() - _TICK_S
         self._on_ticker()
 
     async def close(self, drain_s: float = 0.0) -> None:
@@ -216,7 +176,7 @@ class Dispatcher:
         if self._ticker is not None:
             self._ticker.cancel()
         async with asyncio.TaskGroup() as tasks:
-            for link in self._links.values():
+            for link in self.links.values():
                 tasks.create_task(link.close())
 
     def watch(self, on_change: Callable[[], None]) -> None:
@@ -233,7 +193,7 @@ class Dispatcher:
         """Raises what a request of so many sequences would be refused with; nothing happens between this and submit."""
         if self._is_closing:
             raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
-        now = self._clock.now()
+        now = self.clock.now()
         if self._down_since_s is not None and now - self._down_since_s > self._config.limits.refuse_after_s:
             raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
         limits = self._config.limits
@@ -257,7 +217,7 @@ class Dispatcher:
         self,
         request_id: str,
         choice: int,
-        prompt: Prompt,
+        prompt: f.Prompt,
         sampling: SamplingParams,
         *,
         arrived_s: float,
@@ -270,7 +230,7 @@ class Dispatcher:
         flow = Flow(
             request_id,
             choice,
-            prompt.token_ids,
+            prompt,
             sampling,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
@@ -280,7 +240,6 @@ class Dispatcher:
         reference = self._facts.reference
         active = Active(
             flow,
-            prompt,
             TokenStream(self._pacer, self.backlog),
             "" if reference is None else reference.model.fingerprint,
             origin,
@@ -289,7 +248,7 @@ class Dispatcher:
         self._num_active_of[client] += 1
         self._active.add(active)
         self._idle.clear()
-        was_here = self._queue.was_here(client, self._clock.now())
+        was_here = self._queue.was_here(client, self.clock.now())
         self._feed(active, f.Begin())
         self._make_room(client, is_passing=not was_here)
         return active
@@ -323,13 +282,13 @@ class Dispatcher:
             self._pump()
 
     def now(self) -> float:
-        return self._clock.now()
+        return self.clock.now()
 
     # ── What is known ───────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def members(self) -> Sequence[m.Member]:
-        return list(self._membership.members.values())
+        return list(self.membership.members.values())
 
     @property
     def reference(self) -> NodeDescription | None:
@@ -359,54 +318,12 @@ class Dispatcher:
     @property
     def is_ready(self) -> bool:
         """Somebody can run prompts and somebody can decode; as roles are policy, one available node is both."""
-        return not self._is_closing and any(self._membership.is_available(x) for x in self.members)
+        return not self._is_closing and any(self.membership.is_available(x) for x in self.members)
 
     @property
     def capacity_tokens(self) -> int | None:
         """The longest sequence, prompt and output, that fits into a node; None while no node is known."""
         return self._facts.capacity_tokens
-
-    async def ledgers(self) -> tuple[list[node_pb2.LedgerResponse], dict[str, str]]:
-        """All nodes' ledgers, asked for now, and by address the reasons of those that did not answer."""
-        found: list[node_pb2.LedgerResponse] = []
-        unreachable: dict[str, str] = {}
-
-        async def ask(address: str, link: Link) -> None:
-            try:
-                found.append(await link.ledger())
-            except errors.BatonError as error:
-                unreachable[address] = error.message
-
-        async with asyncio.TaskGroup() as tasks:
-            for address, link in self._links.items():
-                tasks.create_task(ask(address, link))
-        return sorted(found, key=lambda x: x.node_id), unreachable
-
-    async def traces(self, last_s: float) -> list[NodeTrace]:
-        """What every node did lately; those that do not answer say why."""
-        links = list(self._links.items())
-
-        async def ask(address: str, link: Link) -> NodeTrace:
-            try:
-                found = await link.trace(last_s, self._clock)
-            except errors.BatonError as error:
-                found = NodeTrace(unreachable=error.message)
-            found.address = address
-            return found
-
-        async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(ask(address, link)) for address, link in links]
-        return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
-
-    async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
-        """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
-        member = self._membership.member_of(node) or self._membership.members.get(node)
-        if member is None:
-            known = sorted(x.node.node_id for x in self.members if x.is_up and x.node is not None)
-            raise errors.UnknownNode(
-                f"no node {errors.quoted(node)} is up, expected one of {known} or an address", param="node"
-            )
-        return member.address, await self._links[member.address].drain(grace_s)
 
     def check(self) -> None:
         """Our own books balance; called by tests."""
@@ -421,60 +338,39 @@ class Dispatcher:
     # ── Links ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
-        # A node that listens everywhere does not know its address; we do, and hand it on.
-        node = replace(
-            node,
-            address=as_dialled(node.address, address),
-            metrics_address=as_dialled(node.metrics_address, address),
-        )
-        self._do_membership(self._membership.handle(m.Welcomed(address, node, status), self._clock.now()))
+        self._do_membership(self.membership.handle(m.Welcomed(address, node, status), self.clock.now()))
 
     def on_listing(self, records: Sequence[NodeRecord]) -> None:
         """Everybody whom the registry knows now."""
         listed = m.Listed({record.address: record.incarnation for record in records})
-        self._do_membership(self._membership.handle(listed, self._clock.now()))
+        self._do_membership(self.membership.handle(listed, self.clock.now()))
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
-        self._do_membership(self._membership.handle(m.Broken(address, reason, is_orderly), self._clock.now()))
+        self._do_membership(self.membership.handle(m.Broken(address, reason, is_orderly), self.clock.now()))
 
-    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
-        member = self._membership.members.get(address)
+    def on_message(self, address: str, events: Sequence[f.NodeEvent], status: NodeStatus | None) -> None:
+        member = self.membership.members.get(address)
         if member is None or not member.is_up or member.node is None:
             return
         node_id = member.node.node_id
-        for done in message.prefills:
-            self._has_changed = True
-            self._loads.prefilled(done.sequence_id)
-            self._take(node_id, done, _prefill_done)
-        for over in message.handed_off:
-            self._take(node_id, over, _handed_off)
-        # Tokens before failures: what is done and late is done.
-        for tokens in message.tokens:
-            self._take(node_id, tokens, _tokens)
-        for failed in message.failed:
-            self._take(node_id, failed, _failed)
-        self._heard(address, message.status if message.HasField("status") else None)
-
-    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
-        member = self._membership.members.get(address)
-        if member is None or not member.is_up or member.node is None:
-            return
-        node_id = member.node.node_id
-        for lease in message.reserved:
-            self._loads.confirm(lease.sequence_id)
-            self._take(node_id, lease, self._reserved)
-        for refused in message.refused:
-            failure = codec.failure_from_pb(refused.failure)
-            self._metrics.reservation_refusals.add(failure.code)
-            self._log_refusal(node_id, refused.sequence_id, failure)
-            self._take(node_id, refused, _refused)
-        for joined in message.joined:
-            self._take(node_id, joined, _joined)
-        for tokens in message.tokens:
-            self._take(node_id, tokens, _tokens)
-        for failed in message.failed:
-            self._take(node_id, failed, _failed)
-        self._heard(address, message.status if message.HasField("status") else None)
+        for event in events:
+            match event:
+                case f.PrefillDone():
+                    self._has_changed = True
+                    self._loads.prefilled(event.sequence_id)
+                case f.Reserved():
+                    self._loads.confirm(event.sequence_id)
+                case f.Refused():
+                    self._metrics.reservation_refusals.add(event.failure.code)
+                    self._log_refusal(node_id, event.sequence_id, event.failure)
+            active = self._by_sequence.get(event.sequence_id)
+            if active is not None:  # else it is over
+                self._feed(active, event)
+        if status is not None:
+            self._loads.status(node_id, status)
+        self._do_membership(self.membership.handle(m.Heard(address, status), self.clock.now()))
+        if self._has_changed:
+            self._pump()
 
     def _log_refusal(self, node_id: str, sequence_id: str, failure: Failure) -> None:
         """A node without room is nothing to tell; one that refuses for another reason is."""
@@ -484,47 +380,15 @@ class Dispatcher:
         about, message = errors.quoted(sequence_id), errors.quoted(failure.message)
         _log.warning("%s: %s refused a reservation: %s: %s%s", about, node_id, code, message, more)
 
-    def _take(self, node_id: str, item: _Item, event_of: Callable[[str, _Item], f.Event]) -> None:
-        """An item of a node's message to its sequence's flow; a sequence that is over hears nothing.
-
-        What cannot be read is held against the node, in this one sequence; others in the message go on.
-        """
-        event: f.Event
-        try:
-            event = event_of(node_id, item)
-        except Exception as error:
-            where = f"{item.sequence_id} from {node_id}"
-            defect = self._defects.caught("message", error, errors.quoted(where))
-            event = f.SequenceFailed(node_id, item.sequence_id, codec.failure_of(defect, node_id))
-        active = self._by_sequence.get(item.sequence_id)
-        if active is not None:
-            self._feed(active, event)
-
-    def _reserved(self, node_id: str, granted: common_pb2.Lease) -> f.Event:
-        lease = codec.lease_from_pb(granted)
-        return f.Reserved(replace(lease, address=as_dialled(lease.address, self._address_of[node_id])))
-
-    def _heard(self, address: str, status: common_pb2.NodeStatus | None) -> None:
-        known: NodeStatus | None = None
-        node = self._membership.members[address].node
-        if status is not None and node is not None:
-            # A status that cannot be read leaves the last one standing.
-            with self._defects.contained("message", f"status of {node.node_id}"):
-                known = codec.status_from_pb(status)
-                self._loads.status(node.node_id, known)
-        self._do_membership(self._membership.handle(m.Heard(address, known), self._clock.now()))
-        if self._has_changed:
-            self._pump()
-
     # ── Membership ──────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_ticker(self) -> None:
         # Armed first: whatever a look raises, the next one comes.
         self._ticker = asyncio.get_running_loop().call_later(_TICK_S, self._on_ticker)
-        now = self._clock.now()
+        now = self.clock.now()
         late_s, self._ticked_s = max(0.0, now - self._ticked_s - _TICK_S), now
         with self._defects.contained("membership"):
-            self._do_membership(self._membership.handle(m.Tick(late_s), now))
+            self._do_membership(self.membership.handle(m.Tick(late_s), now))
         if self._queue:
             # A client may be alone by now; and whose turn it is may still find no room.
             self._pump()
@@ -533,9 +397,9 @@ class Dispatcher:
 
     def _do_membership(self, actions: Sequence[m.Action]) -> None:
         if actions and any(isinstance(action, m.NodeUp | m.NodeDown) for action in actions):
-            nodes = [x.node for x in self._membership.members.values() if x.is_up and x.node is not None]
+            nodes = [x.node for x in self.membership.members.values() if x.is_up and x.node is not None]
             capacities = (n.kv_layout.num_blocks * n.kv_layout.block_tokens for n in nodes)
-            self._facts = _NodeFacts(self._membership.reference, max(capacities, default=None))
+            self._facts = _NodeFacts(self.membership.reference, max(capacities, default=None))
         for action in actions:
             with self._defects.contained("membership", type(action).__name__):
                 self._do_one(action)
@@ -549,9 +413,9 @@ class Dispatcher:
             case m.Dial():
                 self._dial(action.address)
             case m.HangUp():
-                self._links[action.address].hang_up()
+                self.links[action.address].hang_up()
             case m.Forget():
-                self._links.pop(action.address).hang_up()
+                self.links.pop(action.address).hang_up()
             case m.NodeUp():
                 self._on_node_up(action.node, action.status)
             case m.NodeDown():
@@ -569,9 +433,9 @@ class Dispatcher:
 
     def _dial(self, address: str) -> None:
         try:
-            if address not in self._links:
-                self._links[address] = self._new_link(address, self)
-            self._links[address].dial()
+            if address not in self.links:
+                self.links[address] = self._new_link(address, self)
+            self.links[address].dial()
         except Exception as error:
             # As if nobody had answered: it is dialled again.
             defect = self._defects.caught("membership", error, f"dialling {address}")
@@ -608,10 +472,10 @@ class Dispatcher:
         return True
 
     def _note_availability(self) -> None:
-        if any(self._membership.is_available(x) for x in self._membership.members.values()):
+        if any(self.membership.is_available(x) for x in self.membership.members.values()):
             self._down_since_s = None
         elif self._down_since_s is None:
-            self._down_since_s = self._clock.now()
+            self._down_since_s = self.clock.now()
         for watcher in self._watchers:
             with self._defects.contained("watcher"):
                 watcher()
@@ -619,7 +483,7 @@ class Dispatcher:
     # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _feed(self, active: Active, event: f.Event) -> None:
-        now = self._clock.now()
+        now = self.clock.now()
         try:
             for action in active.flow.handle(event, now):
                 self._perform(active, action)
@@ -645,35 +509,33 @@ class Dispatcher:
                 with self._defects.contained("sequence", sequence_id):
                     self._perform(active, f.SendCancel(node_id, sequence_id, is_decode, error.code))
         if active in self._active:
-            self._end(active, active.flow.give_up(error, self._clock.now()))
+            self._end(active, active.flow.give_up(error, self.clock.now()))
 
     def _left_nodes(self, active: Active) -> None:
         if active.attached is None:
             return
         (sequence_id, placement), active.attached = active.attached, None
-        active.besides_prompt = None
         del self._by_sequence[sequence_id]
         for node_id in {placement.prefill_id, placement.decode_id}:
             there = self._attached[node_id]
             there.remove(active)
             if not there:
                 del self._attached[node_id]
-        self._queue.ended(active.client, self._clock.now())
+        self._queue.ended(active.client, self.clock.now())
 
     def _deliver(self, active: Active, action: f.Deliver) -> None:
         active.stream.push(action.token_ids, action.logprobs)
         if active.stream.complaint is not None:
             asyncio.get_running_loop().call_soon(self._give_up_reader, active)
 
-    def _perform(self, active: Active, action: f.Action, message: bytes | None = None) -> None:
-        """``message``: what the action has to say, if it is encoded already."""
+    def _perform(self, active: Active, action: f.Action) -> None:
         match action:
             case f.Deliver():
                 self._deliver(active, action)
             case f.Enqueue():
                 self._enqueue(active, action.is_rerun)
             case f.SendReserve() | f.SendRun() | f.SendCancel():
-                self._send(action, message or self._message_of(active, action))
+                self._send(action)
             case f.Detach():
                 self._has_changed = True
                 self._left_nodes(active)
@@ -683,7 +545,7 @@ class Dispatcher:
             case f.NodeFull():
                 self._loads.full(action.node_id)
             case f.PairFailed():
-                self._breakers.failed(action.placement.prefill_id, action.placement.decode_id, self._clock.now())
+                self._breakers.failed(action.placement.prefill_id, action.placement.decode_id, self.clock.now())
             case f.PairWorked():
                 self._breakers.worked(action.placement.prefill_id, action.placement.decode_id)
             case f.End():
@@ -694,38 +556,18 @@ class Dispatcher:
         if more is not None:
             _log.warning("%s: %s%s", sequence_id, failure.line(), more)
 
-    def _send(self, action: f.SendReserve | f.SendRun | f.SendCancel, message: bytes) -> None:
-        address = self._address_of.get(action.node_id)
+    def _send(self, command: f.Command) -> None:
+        """Raises if the command cannot be encoded, or is too long for a node."""
+        address = self._address_of.get(command.node_id)
         if address is None:
             return
-        link = self._links[address]
-        is_decode = action.is_decode if isinstance(action, f.SendCancel) else isinstance(action, f.SendReserve)
+        link = self.links[address]
         try:
-            (link.send_decode if is_decode else link.send_prefill)(message)
+            link.send(command)
         except errors.NodeLost as error:
             # A node that takes no messages is lost. Told later: a flow is in the middle of its actions.
             link.hang_up()
             asyncio.get_running_loop().call_soon(self.on_broken, address, error.message)
-
-    def _message_of(self, active: Active, action: f.SendReserve | f.SendRun | f.SendCancel) -> bytes:
-        """What the action has to say to a node. Raises if it cannot be encoded, or is too long for a node."""
-        match action:
-            case f.SendReserve():
-                active.besides_prompt = session_bytes.besides_prompt(action.spec)
-                message = session_bytes.reserve(action, active.prompt, active.besides_prompt)
-            case f.SendRun():
-                besides = active.besides_prompt or session_bytes.besides_prompt(action.spec)
-                active.besides_prompt = None
-                message = session_bytes.run(action, active.prompt, besides)
-            case f.SendCancel():
-                message = session_bytes.cancel(action)
-        if len(message) > self._config.link.max_sent_bytes:
-            # The node would end the session over it, and with it every other sequence there.
-            raise errors.InvalidRequest(
-                f"the request takes {len(message)} bytes, expected at most {self._config.link.max_sent_bytes}; shorten "
-                "the prompt, stop_token_ids or logit_bias"
-            )
-        return message
 
     def _end(self, active: Active, outcome: f.Outcome) -> None:
         if active.timer is not None:
@@ -740,17 +582,17 @@ class Dispatcher:
         if not self._active:
             self._idle.set()
         relay = active.flow.lifeline.relay()
-        self._finished_at_s.append(self._clock.now())
+        self._finished_at_s.append(self.clock.now())
         active.stream.end(outcome, relay)
         # The client has its answer; whoever keeps record of it takes nothing away any more.
         with self._defects.contained("record", active.flow.request_id):
-            self._metrics.observe(outcome, relay, len(active.flow.prompt_token_ids))
+            self._metrics.observe(outcome, relay, len(active.flow.prompt.token_ids))
         self._tell_end(active, outcome, relay)
 
     def _tell_end(self, active: Active, outcome: f.Outcome, relay: Relay) -> None:
         ended = Ended(
             active.flow.request_id, active.flow.choice, active.flow.lifeline.arrived_s, outcome, relay,
-            len(active.flow.prompt_token_ids), active.flow.sampling, active.origin,
+            len(active.flow.prompt.token_ids), active.flow.sampling, active.origin,
         )  # fmt: skip
         for watcher in self._end_watchers:
             with self._defects.contained("record", active.flow.request_id):
@@ -781,7 +623,7 @@ class Dispatcher:
         active.timer = None
         if active.flow.has_ended:
             return
-        now = self._clock.now()
+        now = self.clock.now()
         if more_s := catch_up_s(now - active.timer_s):
             # We are late ourselves: what nodes said meanwhile waits in the sockets, and is read first.
             active.patient_until_s = now + more_s
@@ -795,9 +637,9 @@ class Dispatcher:
 
     def _enqueue(self, active: Active, is_rerun: bool) -> None:
         active.is_queued = True
-        self._queue.put(active, self._clock.now(), is_first=is_rerun)
-        if self._is_nobody_there:
-            self._feed(active, f.NobodyThere())
+        self._queue.put(active, self.clock.now(), is_first=is_rerun)
+        if self._is_without_nodes:
+            self._feed(active, f.NoNodeAvailable())
 
     def _pump(self) -> None:
         """Place waiting sequences, the clients by turns, until one has to wait. A thousand take a hundred milliseconds:
@@ -812,12 +654,12 @@ class Dispatcher:
 
     def _next(self) -> Active | None:
         """Whose turn it is. Prompts pass; what is bounded is what the nodes that generate have of one client."""
-        return self._queue.next(self._max_client_running, self._clock.now())
+        return self._queue.next(self._max_client_running, self.clock.now())
 
     @property
     def _max_client_running(self) -> int:
         if self._max_running is None:
-            available = [x for x in self._membership.members.values() if self._membership.is_available(x)]
+            available = [x for x in self.membership.members.values() if self.membership.is_available(x)]
             generating = [x for x in available if x.status is not None and x.status.role is not Role.PREFILL]
             num_generating = len(generating) or len(available) or 1
             self._max_running = self._config.limits.max_client_running * num_generating
@@ -848,7 +690,7 @@ class Dispatcher:
 
     def _place(self, active: Active) -> bool:
         """Place the head of the queue; False if it must wait."""
-        now = self._clock.now()
+        now = self.clock.now()
         flow = active.flow
         reference = self._facts.reference
         if reference is not None and flow.tokens and reference.model.fingerprint != active.fingerprint:
@@ -856,80 +698,48 @@ class Dispatcher:
             self._feed(active, f.Abandon(errors.Unavailable(changed)))
             return True
         views = [
-            self._loads.view(x.node.node_id, self._membership.is_available(x))
-            for x in self._membership.members.values()
+            self._loads.view(x.node.node_id, self.membership.is_available(x))
+            for x in self.membership.members.values()
             if x.is_up and x.node is not None
         ]
         demand = flow.demand(now)
         placement = choose(views, demand, self._breakers, now, self._config.policy)
         if isinstance(placement, Obstacle):
             self._metrics.placement_waits.add(placement.name.lower())
-            self._tell_waiting(is_nobody_there=placement is Obstacle.NO_NODE)
+            self._tell_waiting(is_without_nodes=placement is Obstacle.NO_NODE)
             return False
-        self._tell_waiting(is_nobody_there=False)
+        self._tell_waiting(is_without_nodes=False)
         self._metrics.placements.add(reason_of(placement, views, demand).value)
-        self._queue.started(active)
-        active.is_queued = False
         self._assign(active, placement, now)
         return True
 
-    def _tell_waiting(self, *, is_nobody_there: bool) -> None:
+    def _tell_waiting(self, *, is_without_nodes: bool) -> None:
         """When a look finds it changed, not when a node comes up: one that was only suspect does not come up."""
-        if is_nobody_there is self._is_nobody_there:
+        if is_without_nodes is self._is_without_nodes:
             return
-        self._is_nobody_there = is_nobody_there
+        self._is_without_nodes = is_without_nodes
         for waiting in list(self._queue):
-            self._feed(waiting, f.NobodyThere() if is_nobody_there else f.SomebodyThere())
+            self._feed(waiting, f.NoNodeAvailable() if is_without_nodes else f.NodeAvailable())
 
     def _assign(self, active: Active, placement: Placement, now: float) -> None:
         flow = active.flow
-        sequence_id, num_tokens = flow.sequence_id, len(flow.prompt_token_ids) + len(flow.tokens)
-        actions = flow.handle(f.Placed(placement), now)
-        # Encoded before anything is booked for it: what cannot be sent takes nobody's room.
-        messages = [
-            self._message_of(active, x) if isinstance(x, f.SendReserve | f.SendRun | f.SendCancel) else None
-            for x in actions
-        ]
-        active.attached = sequence_id, placement
-        self._by_sequence[sequence_id] = active
+        # Sent before anything is booked for it: what cannot be sent takes no room.
+        for action in flow.handle(f.Placed(placement), now):
+            self._perform(active, action)
+        self._queue.started(active)
+        active.is_queued = False
+        active.attached = flow.sequence_id, placement
+        self._by_sequence[flow.sequence_id] = active
         for node_id in {placement.prefill_id, placement.decode_id}:
             self._attached.setdefault(node_id, set()).add(active)
-        self._loads.assign(sequence_id, placement, num_tokens)
+        self._loads.assign(flow.sequence_id, placement, len(flow.prompt.token_ids) + len(flow.tokens))
         self._breakers.used(placement.prefill_id, placement.decode_id, now)
-        for action, message in zip(actions, messages, strict=True):
-            self._perform(active, action, message)
         self._arm(active, now)
 
     def _retry_after_s(self) -> float:
         """How long the present queue takes at the present pace, between 1 and 30 s."""
         if len(self._finished_at_s) < 2:
             return 1.0
-        span_s = self._clock.now() - self._finished_at_s[0]
+        span_s = self.clock.now() - self._finished_at_s[0]
         pace = len(self._finished_at_s) / max(span_s, 1e-3)
         return min(max(1.0, len(self._queue) / pace), 30.0)
-
-
-def _prefill_done(node_id: str, done: node_pb2.PrefillSessionResponse.PrefillDone) -> f.Event:
-    queue_s = codec.duration_from_pb("queue_s", done.queue_s)
-    compute_s = codec.duration_from_pb("compute_s", done.compute_s)
-    return f.PrefillDone(done.sequence_id, queue_s, compute_s, done.num_computed_tokens, done.num_cached_tokens)
-
-
-def _joined(node_id: str, joined: node_pb2.DecodeSessionResponse.Joined) -> f.Event:
-    return f.Joined(joined.sequence_id, codec.duration_from_pb("wait_s", joined.wait_s))
-
-
-def _handed_off(node_id: str, over: node_pb2.PrefillSessionResponse.HandedOff) -> f.Event:
-    return f.HandedOff(over.sequence_id, codec.report_from_pb(over.report))
-
-
-def _tokens(node_id: str, tokens: common_pb2.Tokens) -> f.Event:
-    return f.Tokens(node_id, codec.tokens_from_pb(tokens))
-
-
-def _refused(node_id: str, refused: node_pb2.SequenceFailed) -> f.Event:
-    return f.Refused(refused.sequence_id, codec.failure_from_pb(refused.failure))
-
-
-def _failed(node_id: str, failed: node_pb2.SequenceFailed) -> f.Event:
-    return f.SequenceFailed(node_id, failed.sequence_id, codec.failure_from_pb(failed.failure))

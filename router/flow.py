@@ -39,9 +39,10 @@ from router.flow_messages import (
     HandedOff,
     Joined,
     MakeRoom,
-    NobodyThere,
+    NodeAvailable,
     NodeFull,
     NodeLost,
+    NoNodeAvailable,
     Outcome,
     OutcomeKind,
     PairFailed,
@@ -49,13 +50,13 @@ from router.flow_messages import (
     Phase,
     Placed,
     PrefillDone,
+    Prompt,
     Refused,
     Reserved,
     SendCancel,
     SendReserve,
     SendRun,
     SequenceFailed,
-    SomebodyThere,
     StopText,
     Tick,
     Tokens,
@@ -93,14 +94,14 @@ class Flow:
 
     __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_has_joined", "_internal_errors",
                  "_is_backing_off", "_last_error", "_refusals", "_timer_s", "choice", "deadline_s", "lifeline",
-                 "max_tokens", "outcome", "phase", "placement", "prompt_token_ids", "request_id", "sampling",
+                 "max_tokens", "outcome", "phase", "placement", "prompt", "request_id", "sampling",
                  "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
         self,
         request_id: str,
         choice: int,
-        prompt_token_ids: tuple[int, ...],
+        prompt: Prompt,
         sampling: SamplingParams,
         *,
         arrived_s: float,
@@ -111,7 +112,7 @@ class Flow:
         assert sampling.max_tokens is not None
         self.request_id = request_id
         self.choice = choice
-        self.prompt_token_ids = prompt_token_ids
+        self.prompt = prompt
         self.sampling = sampling
         self.deadline_s = deadline_s
         self.phase = Phase.QUEUED
@@ -158,7 +159,7 @@ class Flow:
     def demand(self, now: float) -> Demand:
         self._avoid = {n: until for n, until in self._avoid.items() if until > now}
         return Demand(
-            num_known_tokens=len(self.prompt_token_ids) + len(self.tokens),
+            num_known_tokens=len(self.prompt.token_ids) + len(self.tokens),
             is_single_token=self.max_tokens - len(self.tokens) == 1,
             avoid=frozenset(self._avoid),
         )
@@ -191,10 +192,10 @@ class Flow:
                 return self._on_sequence_failed(event, now)
             case NodeLost():
                 return self._on_node_lost(event, now)
-            case NobodyThere():
-                return self._on_nobody_there(now)
-            case SomebodyThere():
-                return self._on_somebody_there()
+            case NoNodeAvailable():
+                return self._on_no_node(now)
+            case NodeAvailable():
+                return self._on_node_available()
             case Cancel():
                 error: errors.BatonError = errors.Cancelled(event.reason)
                 return self._finish(Outcome(OutcomeKind.CANCELLED, error=error), now, event.reason)
@@ -221,7 +222,7 @@ class Flow:
             return self._run(None, now)
         self.phase = Phase.RESERVING
         self._timer_s = now + self._config.reserve_timeout_s
-        return [SendReserve(placement.decode_id, self._spec(), self._ttl_s(now), placement.prefill_id)]
+        return [SendReserve(placement.decode_id, self._spec(), self._ttl_s(now), placement.prefill_id, self.prompt)]
 
     def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
         if lease.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
@@ -236,7 +237,7 @@ class Flow:
         # and, should it die or wedge, by membership.
         self._timer_s = None if lease is None else now + lease.ttl_s + self._config.gap_timeout_s
         self.lifeline.sent(now)
-        return [SendRun(self.placement.prefill_id, self._spec(), lease)]
+        return [SendRun(self.placement.prefill_id, self._spec(), lease, self.prompt)]
 
     def _on_refused(self, event: Refused, now: float) -> list[Action]:
         if event.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
@@ -279,19 +280,19 @@ class Flow:
             return 0.0
         return min(self._config.backoff_base_s * 2.0 ** min(exponent, 16), self._config.backoff_max_s)
 
-    def _on_nobody_there(self, now: float) -> list[Action]:
+    def _on_no_node(self, now: float) -> list[Action]:
         """Told on every fruitless look; the wait starts with the first."""
         if self.phase is Phase.QUEUED and self._timer_s is None:
             self._timer_s = now + self._config.no_node_timeout_s
         return []
 
-    def _on_somebody_there(self) -> list[Action]:
+    def _on_node_available(self) -> list[Action]:
         if self.phase is Phase.QUEUED and not self._is_backing_off:
             self._timer_s = None
         return []
 
     def _spec(self) -> SequenceSpec:
-        return SequenceSpec(self.sequence_id, self.prompt_token_ids, self.sampling, tuple(self.tokens))
+        return SequenceSpec(self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens))
 
     def _ttl_s(self, now: float) -> float:
         return max(0.1, min(self._config.lease_ttl_s, self.deadline_s - now + 1.0))

@@ -1,6 +1,6 @@
-"""What a sequence's flow is told, what it asks for, and how it ends.
+"""Events that a sequence's flow takes, actions that it asks for, and its outcomes.
 
-The words of `router.flow`: the dispatcher turns messages of nodes and clients into events, and carries out actions.
+Sessions decode nodes' messages into events and encode commands; the dispatcher feeds events and carries actions out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,19 @@ class Phase(Enum):
     # Every token is out, the outcome is fixed; only the report of the transfer is missing.
     SETTLING = "settling"
     ENDED = "ended"
+
+
+class Prompt:
+    """One prompt, shared by every choice and attempt that runs it.
+
+    ``encoded`` belongs to the session layer: a prompt of 100,000 tokens takes 5 ms to serialize, so that is done once.
+    """
+
+    __slots__ = ("encoded", "token_ids")
+
+    def __init__(self, token_ids: tuple[int, ...]) -> None:
+        self.token_ids = token_ids
+        self.encoded: bytes | None = None
 
 
 class OutcomeKind(Enum):
@@ -62,18 +75,22 @@ class Placed:
 
 
 @dataclass(frozen=True, slots=True)
-class NobodyThere:
+class NoNodeAvailable:
     """No node is available at all."""
 
 
 @dataclass(frozen=True, slots=True)
-class SomebodyThere:
+class NodeAvailable:
     """A node is available again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
     lease: Lease
+
+    @property
+    def sequence_id(self) -> str:
+        return self.lease.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +105,10 @@ class Refused:
 class Tokens:
     node_id: str
     chunk: TokenChunk
+
+    @property
+    def sequence_id(self) -> str:
+        return self.chunk.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,9 +172,11 @@ class Tick:
     """Time has passed `wake_at_s`."""
 
 
+# Events that nodes send; each has a ``sequence_id``.
+NodeEvent = Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff | SequenceFailed
 Event = (
-    Begin | Placed | NobodyThere | SomebodyThere | Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff
-    | SequenceFailed | NodeLost | Cancel | Abandon | StopText | MakeRoom | Tick
+    NodeEvent | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | Cancel | Abandon | StopText | MakeRoom
+    | Tick
 )  # fmt: skip
 
 
@@ -173,6 +196,7 @@ class SendReserve:
     spec: SequenceSpec
     ttl_s: float
     prefill_id: str
+    prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +204,7 @@ class SendRun:
     node_id: str
     spec: SequenceSpec
     lease: Lease | None
+    prompt: Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +257,6 @@ class End:
     outcome: Outcome
 
 
-Action = (
-    Enqueue | SendReserve | SendRun | SendCancel | Deliver | Detach | AttemptFailed | NodeFull | PairFailed
-    | PairWorked | End
-)  # fmt: skip
+# Actions that are messages to a node.
+Command = SendReserve | SendRun | SendCancel
+Action = Command | Enqueue | Deliver | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End

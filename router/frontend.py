@@ -21,10 +21,9 @@ from router.chat import ChatMessage, ChatTemplate
 from router.config import LimitsConfig
 from router.dispatch import Active, Dispatcher, Origin
 from router.flow import resolve_stop_ids
-from router.flow_messages import Outcome, OutcomeKind
+from router.flow_messages import Outcome, OutcomeKind, Prompt
 from router.model_files import ModelFacts
 from router.offload import Offload
-from router.session_bytes import Prompt
 from router.stream import Backlog
 from router.text import TextDelta, TextStream
 from router.tokenizer import Tokenizer, require
@@ -314,7 +313,7 @@ class Frontend:
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
     def _generation(self, request: GenerationRequest, active: Active) -> Generation:
-        prompt, sampling = active.prompt.token_ids, active.flow.sampling
+        prompt, sampling = active.flow.prompt.token_ids, active.flow.sampling
         text = TextStream(
             self.tokenizer,
             prompt_token_ids=prompt,

@@ -23,6 +23,7 @@ from router.frontend import Accepted, Caller, Conversation, Ending, Frontend, Ge
 from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard, client_of
+from router.node_admin import NodeAdmin
 from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
@@ -41,6 +42,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._dispatcher = dispatcher
         self._config = config
         self._history = history
+        self._nodes = NodeAdmin(dispatcher.membership, dispatcher.links, dispatcher.clock)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (gRPC names)
         self,
@@ -151,7 +153,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         request: router_pb2.ClusterLedgerRequest,
         context: Context,
     ) -> router_pb2.ClusterLedgerResponse:
-        nodes, unreachable = await self._dispatcher.ledgers()
+        nodes, unreachable = await self._nodes.ledgers()
         return router_pb2.ClusterLedgerResponse(nodes=nodes, unreachable=unreachable)
 
     async def Drain(  # noqa: N802
@@ -160,7 +162,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         context: Context,
     ) -> router_pb2.DrainNodeResponse:
         try:
-            address, answer = await self._dispatcher.drain(request.node, request.grace_s)
+            address, answer = await self._nodes.drain(request.node, request.grace_s)
         except errors.BatonError as error:
             await abort(context, error)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
@@ -173,7 +175,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         try:
             last_s = codec.last_s_from_pb(request.last_s)
             yield self._history.trace(self._config.router_id, self._dispatcher.now(), last_s)
-            for node in await self._dispatcher.traces(request.last_s):
+            for node in await self._nodes.traces(request.last_s):
                 yield router_pb2.ClusterTraceResponse(node=node)
         except errors.BatonError as error:
             await abort(context, error)

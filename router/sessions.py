@@ -1,7 +1,7 @@
-"""The two session streams to one node: open them, read them, write them, say when they break.
+"""The connection to one node: opens its sessions, sends commands, reports events and the end of the connection.
 
-A link knows gRPC and one address. It judges nothing: what a silence or a break means is membership's to decide, and
-what a message means is the dispatcher's.
+A link knows gRPC, protobuf and one address; nothing above it does. What a silence or a break means is decided by
+membership, what an event means by the dispatcher.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple, Protocol, TypeVar
 
 import grpc
@@ -16,12 +18,15 @@ from google.protobuf.message import Message
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
+from baton.address import as_dialled
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
+from router import session_bytes
 from router.config import LinkConfig
+from router.flow_messages import Command, NodeEvent
 from router.turns import Turns
 
 _M = TypeVar("_M", bound=Message)
@@ -39,13 +44,12 @@ DecodeCall = aio.StreamStreamCall[bytes, node_pb2.DecodeSessionResponse]
 
 
 class LinkEvents(Protocol):
-    """Whom a link reports to. Called on the event loop; must not block."""
+    """What a link reports to. Called on the event loop; must not block."""
 
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None: ...
 
-    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None: ...
-
-    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None: ...
+    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
+        """Events are in the order in which they count; ``status`` is None if the message had none."""
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
         """``is_orderly``: the node ended its sessions itself."""
@@ -118,15 +122,16 @@ class NodeLink:
             task.cancel()
             await asyncio.wait([task], timeout=2.0)
 
-    def send_prefill(self, message: bytes) -> None:
-        """A PrefillSessionRequest. Raises NodeLost if the node takes nothing any more."""
-        self._put(self._prefill_out, message)
-
-    def send_decode(self, message: bytes) -> None:
-        """A DecodeSessionRequest."""
-        self._put(self._decode_out, message)
-
-    def _put(self, queue: asyncio.Queue[bytes], message: bytes) -> None:
+    def send(self, command: Command) -> None:
+        """Raises InvalidRequest for a command that is too long for a node, NodeLost if too much waits to be sent."""
+        message = session_bytes.encode(command)
+        if len(message) > self._config.max_sent_bytes:
+            # The node would end the session, and with it all sequences there.
+            raise errors.InvalidRequest(
+                f"the request takes {len(message)} bytes, expected at most {self._config.max_sent_bytes}; shorten the "
+                "prompt, stop_token_ids or logit_bias"
+            )
+        queue = self._decode_out if session_bytes.is_for_decode(command) else self._prefill_out
         try:
             queue.put_nowait(message)
         except asyncio.QueueFull:
@@ -210,9 +215,19 @@ class NodeLink:
             if welcome.node.incarnation != second.node.incarnation:
                 raise _Broken("the two sessions were answered by different incarnations")
             node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(second.status)
-            self._events.on_welcome(self.address, node, status)
+            # A node that listens on every interface does not know its address. The one that was dialled is handed on.
+            self._events.on_welcome(
+                self.address,
+                replace(
+                    node,
+                    address=as_dialled(node.address, self.address),
+                    metrics_address=as_dialled(node.metrics_address, self.address),
+                ),
+                status,
+            )
+            reader = session_bytes.Reader(node.node_id, self.address, self._defects)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read_both(tasks, prefill, decode))
+                tasks.create_task(self._read_both(tasks, reader, prefill, decode))
                 tasks.create_task(self._write(prefill, self._prefill_out))
                 tasks.create_task(self._write(decode, self._decode_out))
         finally:
@@ -225,9 +240,14 @@ class NodeLink:
         while True:
             await call.write(await queue.get())
 
-    async def _read_both(self, tasks: asyncio.TaskGroup, prefill: PrefillCall, decode: DecodeCall) -> None:
+    async def _read_both(
+        self, tasks: asyncio.TaskGroup, reader: session_bytes.Reader, prefill: PrefillCall, decode: DecodeCall
+    ) -> None:
         """A node that leaves in good order ends both sessions: what the second still carries must not be lost."""
-        readers = [tasks.create_task(self._read_prefill(prefill)), tasks.create_task(self._read_decode(decode))]
+        readers = [
+            tasks.create_task(self._read_prefill(prefill, reader)),
+            tasks.create_task(self._read_decode(decode, reader)),
+        ]
         await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
         raise _Left("the node left")
@@ -235,19 +255,19 @@ class NodeLink:
     # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits for a
     # later one, and the next message with it.
 
-    async def _read_prefill(self, call: PrefillCall) -> None:
+    async def _read_prefill(self, call: PrefillCall, reader: session_bytes.Reader) -> None:
         with contextlib.suppress(_Left):
             while True:
                 message = await _read(call)
                 await self._turns.wait()
-                self._events.on_prefill_message(self.address, message)
+                self._events.on_message(self.address, reader.prefill(message), reader.status(message))
 
-    async def _read_decode(self, call: DecodeCall) -> None:
+    async def _read_decode(self, call: DecodeCall, reader: session_bytes.Reader) -> None:
         with contextlib.suppress(_Left):
             while True:
                 message = await _read(call)
                 await self._turns.wait()
-                self._events.on_decode_message(self.address, message)
+                self._events.on_message(self.address, reader.decode(message), reader.status(message))
 
 
 def _session(channel: aio.Channel, service: str, response: type[_M]) -> aio.StreamStreamCall[bytes, _M]:

@@ -211,7 +211,7 @@ def _running(flow: Flow, now: float) -> dict[str, Any]:
         "stage": _stage(flow),
         "prefill": flow.placement.prefill_id if flow.placement else "",
         "decode": flow.placement.decode_id if flow.placement else "",
-        "num_prompt_tokens": len(flow.prompt_token_ids),
+        "num_prompt_tokens": len(flow.prompt.token_ids),
         "num_tokens": len(flow.tokens),
         "max_tokens": flow.max_tokens,
         "age_s": _round(now - flow.lifeline.arrived_s),

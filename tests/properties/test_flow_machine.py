@@ -49,7 +49,7 @@ class FlowMachine(RuleBasedStateMachine):
         self.answer = answer
         self.reason = FinishReason.STOP if answer[-1] == STOP_ID else FinishReason.LENGTH
         self.flow = Flow(
-            "r", 0, (1, 2, 3), SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=(STOP_ID,)),
+            "r", 0, f.Prompt((1, 2, 3)), SamplingParams(max_tokens=max_tokens, seed=1, stop_token_ids=(STOP_ID,)),
             arrived_s=self.now, deadline_s=self.now + 60.0, config=FlowConfig(max_attempts=max_attempts),
         )  # fmt: skip
         self.delivered: list[int] = []
@@ -240,7 +240,7 @@ class FlowMachine(RuleBasedStateMachine):
     def nobody(self, is_over: bool, now: bool) -> None:
         if not now:
             return
-        self.feed(f.SomebodyThere() if is_over else f.NobodyThere())
+        self.feed(f.NodeAvailable() if is_over else f.NoNodeAvailable())
 
     @precondition(lambda self: self.delivered)
     @rule(now=rarely(20))

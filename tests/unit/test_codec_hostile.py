@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from baton import codec
+from baton.clock import MonotonicClock
+from baton.defects import Defects
 from baton.errors import BadConfig, InvalidRequest
 from baton.types import Role
 from baton.v1 import common_pb2 as pb
 from baton.v1 import node_pb2
 from router.dispatch import Dispatcher
 from router.fake import FakeCluster
+from router.session_bytes import Reader
 from tests.unit.router_support import router_beside, until
 
 ROLE = pb.ROLE_DECODE
@@ -79,11 +83,14 @@ async def test_what_a_lying_node_says_makes_no_label_and_no_sum_that_is_no_numbe
         prefill, decode = (x.address for x in dispatcher.members)
         nan = float("nan")
         done = node_pb2.PrefillSessionResponse.PrefillDone(sequence_id="s", queue_s=nan, compute_s=-1.0)
-        dispatcher.on_prefill_message(prefill, node_pb2.PrefillSessionResponse(prefills=[done]))
+        defects = Defects(logging.getLogger("test"), MonotonicClock(), dispatcher._metrics.defects.add)
+        reader = Reader("prefill-0", prefill, defects)
+        dispatcher.on_message(prefill, reader.prefill(node_pb2.PrefillSessionResponse(prefills=[done])), None)
         joined = node_pb2.DecodeSessionResponse.Joined(sequence_id="s", wait_s=nan)
         failure = pb.Failure(code="a label\nof mine", message="line\nbreak")
         refused = node_pb2.SequenceFailed(sequence_id="s\n" * 2000, failure=failure)
-        dispatcher.on_decode_message(decode, node_pb2.DecodeSessionResponse(joined=[joined], refused=[refused]))
+        said = node_pb2.DecodeSessionResponse(joined=[joined], refused=[refused])
+        dispatcher.on_message(decode, Reader("decode-0", decode, defects).decode(said), None)
         assert refusals(dispatcher) == {"InternalError"}
         (line,) = [x.getMessage() for x in caplog.records if "refused a reservation" in x.message]
         assert "\n" not in line

@@ -17,19 +17,18 @@ import pytest
 from baton.metrics import Metrics
 from baton.observe import Lifeline
 from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, Role, SamplingParams, TokenLogprob
-from baton.v1 import common_pb2, node_pb2, router_pb2
+from baton.v1 import common_pb2, router_pb2
 from router.cluster.load import Loads
 from router.cluster.membership import State
 from router.cluster.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.dispatch import Active
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.flow_messages import Outcome, OutcomeKind, Phase
+from router.flow_messages import NodeEvent, Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
 from router.http import HttpFace
 from router.openai_whole import WholeAnswer
 from router.serve import Router
-from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
@@ -240,7 +239,7 @@ async def test_who_leaves_with_all_choices_has_none_of_them_placed_on_the_way() 
         await baseline(cluster)
 
 
-async def test_all_that_wait_hear_that_nobody_is_there_once_and_when_somebody_is() -> None:
+async def test_all_that_wait_hear_that_no_node_is_available_once_and_when_one_is() -> None:
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         for node in cluster.nodes.values():
             node.mute()
@@ -292,10 +291,7 @@ class Heard:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self.num_welcomed += 1
 
-    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
-        self.in_turn[self._counter.num_turns] = self.in_turn.get(self._counter.num_turns, 0) + 1
-
-    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None:
+    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
         self.in_turn[self._counter.num_turns] = self.in_turn.get(self._counter.num_turns, 0) + 1
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:

@@ -137,7 +137,7 @@ async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplo
 async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dialled_in_vain() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         node = cluster["decode-1"]
-        member = router.dispatcher._membership.members[node.address]
+        member = router.dispatcher.membership.members[node.address]
         node.is_draining = True
         await until(lambda: member.state is State.DRAINING)
         node.end_sessions(is_prefill=True)

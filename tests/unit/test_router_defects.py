@@ -19,15 +19,14 @@ from baton.defects import Defects, LogLimit
 from baton.metrics import Metrics
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
-from baton.v1 import node_pb2
 from router.cluster.membership import State
 from router.config import LinkConfig, RouterConfig, WatchConfig
 from router.dispatch import Active, Dispatcher, Ended
 from router.fake import FakeCluster, FakeConfig, expected_tokens
+from router.flow_messages import NodeEvent, Prompt
 from router.metrics import RouterMetrics
 from router.registry import RegistryWatch
 from router.serve import Router
-from router.session_bytes import Prompt
 from router.sessions import NodeLink, hello
 from router.turns import Turns
 from tests.unit.router_support import baseline, router_beside, until
@@ -105,6 +104,7 @@ async def test_an_immediate_placement_that_cannot_be_encoded_books_nothing() -> 
         for _ in range(5):
             assert isinstance((await outcome(submit(router, [POISON])))[1], errors.InternalError)
         router.dispatcher.check()
+        assert router.dispatcher._queue.num_running_of("") == 0, "its client has all of its share"
         assert (await outcome(submit(router, [1])))[0] == expected_tokens([1], 1, 10, VOCAB)
         assert cluster["mixed-0"].seen["cancel"] == 0, "no node ever heard of them"
 
@@ -236,10 +236,8 @@ class Events:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self.num_welcomes += 1
 
-    def on_prefill_message(self, address: str, message: node_pb2.PrefillSessionResponse) -> None:
+    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
         raise ValueError("a reader's defect")
-
-    def on_decode_message(self, address: str, message: node_pb2.DecodeSessionResponse) -> None: ...
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
         self.broken.append(reason)

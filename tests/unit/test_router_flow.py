@@ -12,12 +12,13 @@ from router.flow import Flow, FlowConfig
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
 SPLIT = Placement("p", "d")
+PROMPT = f.Prompt((1, 2))
 REPORT = TransferReport("shm", False, 4096, 1, 0.01, 0.005)
 
 
 def begin(sampling: SamplingParams = SAMPLING, **config: float) -> Flow:
     flow = Flow(
-        "r", 0, (1, 2), sampling, arrived_s=0.0, deadline_s=100.0, config=FlowConfig(**config)  # type: ignore[arg-type]
+        "r", 0, PROMPT, sampling, arrived_s=0.0, deadline_s=100.0, config=FlowConfig(**config)  # type: ignore[arg-type]
     )  # fmt: skip
     assert flow.handle(f.Begin(), 0.0) == [f.Enqueue(is_rerun=False)]
     return flow
@@ -48,8 +49,8 @@ def finished(reason: FinishReason) -> f.End:
 
 def test_split_life() -> None:
     flow = begin()
-    assert flow.handle(f.Placed(SPLIT), 1.0) == [f.SendReserve("d", spec(flow), 60.0, "p")]
-    assert flow.handle(f.Reserved(lease()), 1.0) == [f.SendRun("p", spec(flow), lease())]
+    assert flow.handle(f.Placed(SPLIT), 1.0) == [f.SendReserve("d", spec(flow), 60.0, "p", PROMPT)]
+    assert flow.handle(f.Reserved(lease()), 1.0) == [f.SendRun("p", spec(flow), lease(), PROMPT)]
     assert flow.handle(tokens("p", 0, 7), 2.0) == [f.Deliver((7,), ())]
     assert flow.phase is f.Phase.DECODING
     assert flow.handle(f.Joined("r/0/0", 0.1), 2.0) == [f.PairWorked(SPLIT)]
@@ -145,7 +146,7 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
     ]
     assert flow.demand(2.0).avoid == {"d"}
     again = flow.handle(f.Placed(Placement("p", "p")), 2.0)
-    assert again == [f.SendRun("p", spec(flow, 1, (7,)), None)]
+    assert again == [f.SendRun("p", spec(flow, 1, (7,)), None, PROMPT)]
     assert flow.handle(tokens("d", 1, 8), 2.0) == [], "the old attempt is history"
     assert flow.handle(tokens("p", 1, 8, attempt=1), 3.0) == [f.Deliver((8,), ())]
 
@@ -206,12 +207,12 @@ def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_nobody() -
 
 def test_waiting_for_any_node_has_an_end_that_a_new_node_lifts() -> None:
     flow = begin()
-    flow.handle(f.NobodyThere(), 1.0)
-    flow.handle(f.NobodyThere(), 20.0)
+    flow.handle(f.NoNodeAvailable(), 1.0)
+    flow.handle(f.NoNodeAvailable(), 20.0)
     assert flow.wake_at_s == 31.0
-    flow.handle(f.SomebodyThere(), 25.0)
+    flow.handle(f.NodeAvailable(), 25.0)
     assert flow.wake_at_s == 100.0
-    flow.handle(f.NobodyThere(), 40.0)
+    flow.handle(f.NoNodeAvailable(), 40.0)
     end = flow.handle(f.Tick(), 70.0)[-1]
     assert isinstance(end, f.End)
     assert end.outcome.error is not None

@@ -13,8 +13,7 @@ from baton import codec
 from baton.types import Lease, SamplingParams, SequenceSpec
 from baton.v1 import node_pb2
 from router import session_bytes
-from router.flow_messages import SendCancel, SendReserve, SendRun
-from router.session_bytes import Prompt, besides_prompt
+from router.flow_messages import Prompt, SendCancel, SendReserve, SendRun
 
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=300).map(tuple)
 samplings = st.builds(
@@ -34,9 +33,7 @@ leases = st.builds(
 
 @given(specs, st.floats(0.1, 100), st.text())
 def test_a_reservation_reads_as_it_was_meant(spec: SequenceSpec, ttl_s: float, prefill_id: str) -> None:
-    data = session_bytes.reserve(
-        SendReserve("decode-0", spec, ttl_s, prefill_id), Prompt(spec.prompt_token_ids), besides_prompt(spec)
-    )
+    data = session_bytes.encode(SendReserve("decode-0", spec, ttl_s, prefill_id, Prompt(spec.prompt_token_ids)))
     reserve = node_pb2.DecodeSessionRequest.Reserve(
         sequence=codec.sequence_to_pb(spec), ttl_s=ttl_s, prefill_node_id=prefill_id
     )
@@ -45,7 +42,7 @@ def test_a_reservation_reads_as_it_was_meant(spec: SequenceSpec, ttl_s: float, p
 
 @given(specs, st.none() | leases)
 def test_a_run_reads_as_it_was_meant(spec: SequenceSpec, lease: Lease | None) -> None:
-    data = session_bytes.run(SendRun("prefill-0", spec, lease), Prompt(spec.prompt_token_ids), besides_prompt(spec))
+    data = session_bytes.encode(SendRun("prefill-0", spec, lease, Prompt(spec.prompt_token_ids)))
     run = node_pb2.PrefillSessionRequest.Run(
         sequence=codec.sequence_to_pb(spec), lease=None if lease is None else codec.lease_to_pb(lease)
     )
@@ -54,7 +51,9 @@ def test_a_run_reads_as_it_was_meant(spec: SequenceSpec, lease: Lease | None) ->
 
 @pytest.mark.parametrize("is_decode", [True, False])
 def test_a_cancellation_goes_to_the_session_that_is_named(is_decode: bool) -> None:
-    data = session_bytes.cancel(SendCancel("n", "r/0/0", is_decode, "the client left"))
+    command = SendCancel("n", "r/0/0", is_decode, "the client left")
+    data = session_bytes.encode(command)
+    assert session_bytes.is_for_decode(command) is is_decode
     kind = node_pb2.DecodeSessionRequest if is_decode else node_pb2.PrefillSessionRequest
     assert kind.FromString(data).cancel == node_pb2.Cancel(sequence_id="r/0/0", reason="the client left")
 
@@ -63,12 +62,12 @@ def test_many_choices_of_a_long_prompt_cost_less_than_a_few_prompts() -> None:
     spec = SequenceSpec("r/0/0", tuple(range(100, 100_100)), SamplingParams(max_tokens=1, seed=1))
     prompt = Prompt(spec.prompt_token_ids)
     first_s, others_s = time.thread_time(), 0.0
-    session_bytes.run(SendRun("n", spec, None), prompt, besides_prompt(spec))
+    session_bytes.encode(SendRun("n", spec, None, prompt))
     first_s = time.thread_time() - first_s
     for number in range(1, 129):
         started_s = time.thread_time()
         other = replace(spec, sequence_id=f"r/{number}/0")
-        session_bytes.run(SendRun("n", other, None), prompt, besides_prompt(other))
+        session_bytes.encode(SendRun("n", other, None, prompt))
         others_s += time.thread_time() - started_s
     # It was 300 times as much.
     assert others_s < 40 * first_s

@@ -1,0 +1,63 @@
+"""What operators ask of all nodes through the router: ledgers, traces, and that a node drains."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+from baton import errors
+from baton.clock import Clock
+from baton.v1 import node_pb2, router_pb2
+from router.cluster.membership import Membership
+from router.sessions import NodeLink
+
+NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
+
+
+class NodeAdmin:
+    def __init__(self, membership: Membership, links: Mapping[str, NodeLink], clock: Clock) -> None:
+        self._membership = membership
+        self._links = links
+        self._clock = clock
+
+    async def ledgers(self) -> tuple[list[node_pb2.LedgerResponse], dict[str, str]]:
+        """The present ledger of every node, and by address the reasons of those that did not answer."""
+        found: list[node_pb2.LedgerResponse] = []
+        unreachable: dict[str, str] = {}
+
+        async def ask(address: str, link: NodeLink) -> None:
+            try:
+                found.append(await link.ledger())
+            except errors.BatonError as error:
+                unreachable[address] = error.message
+
+        async with asyncio.TaskGroup() as tasks:
+            for address, link in self._links.items():
+                tasks.create_task(ask(address, link))
+        return sorted(found, key=lambda x: x.node_id), unreachable
+
+    async def traces(self, last_s: float) -> list[NodeTrace]:
+        """The trace of every node; ``unreachable`` of one that did not answer says why."""
+
+        async def ask(address: str, link: NodeLink) -> NodeTrace:
+            try:
+                found = await link.trace(last_s, self._clock)
+            except errors.BatonError as error:
+                found = NodeTrace(unreachable=error.message)
+            found.address = address
+            return found
+
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(ask(address, link)) for address, link in self._links.items()]
+        return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
+
+    async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
+        """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
+        members = self._membership.members
+        member = self._membership.member_of(node) or members.get(node)
+        if member is None:
+            known = sorted(x.node.node_id for x in members.values() if x.is_up and x.node is not None)
+            raise errors.UnknownNode(
+                f"no node {errors.quoted(node)} is up, expected one of {known} or an address", param="node"
+            )
+        return member.address, await self._links[member.address].drain(grace_s)
