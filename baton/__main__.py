@@ -1,7 +1,8 @@
-"""The `baton` command, also `python -m baton`. What it runs lies beside this package in a checkout and in `_serving`
-below it in an installed wheel, so that a user's `import router` finds the user's own.
+"""Entry of the `baton` command and of `python -m baton`: runs `cli/__main__.py`.
 
-It runs the file of `cli` instead of importing it: clients import `baton` and must not find `cli` on their path.
+The serving packages are beside this package in a checkout, and in `_serving` below it in an installed wheel, so that a
+user's `import router` finds the user's own module. The file is run, not imported: clients import `baton` and must not
+find `cli` on their path.
 """
 
 from __future__ import annotations

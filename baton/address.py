@@ -1,4 +1,4 @@
-"""host:port: how it is read and written, what others make of one, and why nothing can listen on it. Opens nothing."""
+"""Parses and formats host:port addresses, and explains why binding one failed. Opens no socket."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import socket
 from baton.errors import BadConfig, quoted
 
 _MAX_PORT = 65535
-# As long as a name may be.
+# The longest DNS name.
 _MAX_HOST_CHARS = 253
 _NO_HOST = re.compile(r"[\s/@?#,;\"'\\]")
 _HOST_IS = f"the host is an address or a name of up to {_MAX_HOST_CHARS} characters"
-# Hosts that mean every interface of whoever listens: to anybody else they say nothing, or mean himself.
+# Wildcard hosts: a listener binds all of its interfaces. A peer cannot connect to them.
 _ANYWHERE = frozenset({"", "0.0.0.0", "::", "[::]", "*"})  # noqa: S104 - not to bind
 
 
 def parse_address(text: str, name: str, *, lowest_port: int = 0) -> tuple[str, int]:
-    """Host (of IPv6 without its brackets) and port. Raises BadConfig that begins with ``name``, the option's."""
+    """Host (IPv6 without brackets) and port. Raises BadConfig whose message begins with ``name``, the option."""
     host, colon, port = text.rpartition(":")
     if not (colon and host and port.isascii() and port.isdecimal() and len(port) <= 5):
         raise BadConfig(f"{name} is {quoted(text)}, expected host:port", param=name)
@@ -38,7 +38,7 @@ def join_address(host: str, port: int) -> str:
 
 
 def why_not_listen(host: str, port: int, name: str, error: OSError) -> BadConfig:
-    """What binding raised, as the setting ``name`` that has to change and how."""
+    """The error of a failed bind as BadConfig: which setting (``name``) to change, and how."""
     at = join_address(host, port)
     if isinstance(error, socket.gaierror):
         reason = f"{quoted(host)} does not resolve ({error.strerror}); expected an address or a name of this machine"
@@ -47,7 +47,7 @@ def why_not_listen(host: str, port: int, name: str, error: OSError) -> BadConfig
     elif error.errno == errno.EADDRNOTAVAIL:
         reason = f"{host} is no address of this machine; expected one of its own, or 0.0.0.0 for all"
     elif error.errno == errno.EACCES:
-        reason = "this user may not; ports below 1024 need the right to (CAP_NET_BIND_SERVICE), take a higher one"
+        reason = "permission denied; ports below 1024 need CAP_NET_BIND_SERVICE, use a higher one"
     else:
         reason = str(error)
     return BadConfig(f"{name}: cannot listen on {at}: {reason}", param=name)
@@ -63,6 +63,7 @@ def is_anywhere(host: str) -> bool:
 
 
 def as_dialled(told: str, dialled: str) -> str:
-    """Where to reach what somebody told us listens at ``told``, given that he was reached at ``dialled``."""
+    """The advertised address ``told``; its host, if a wildcard, replaced by that of ``dialled``, where the peer was
+    reached."""
     host, colon, port = told.rpartition(":")
     return f"{host_of(dialled)}:{port}" if colon and is_anywhere(host) else told

@@ -1,4 +1,4 @@
-"""Talk to a Baton router over gRPC: `Client` for threads, `AsyncClient` for asyncio. Needs grpcio and protobuf only.
+"""The gRPC client of a Baton router: `Client` for threads, `AsyncClient` for asyncio. Needs grpcio and protobuf only.
 
     with baton.Client("127.0.0.1:8001") as client:
         for part in client.generate("Once upon a time", max_tokens=32):
@@ -22,7 +22,7 @@ from baton.observe import FailedAttempt, Relay, Stamp
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, SamplingParams
 from baton.v1 import router_pb2, router_pb2_grpc
 
-# Trailing metadata that says which error of baton.errors ended a call.
+# Trailing metadata: which error of baton.errors ended a call.
 ERROR_CODE_KEY = "baton-error-code"
 ERROR_PARAM_KEY = "baton-error-param"
 RETRY_AFTER_KEY = "baton-retry-after-s"
@@ -102,9 +102,10 @@ Part = Accepted | Delta | Finished
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What may be asked for beside the prompt; the meanings are in proto/baton/v1."""
+    """The parameters of a request beside the prompt; proto/baton/v1 defines them."""
 
-    # Sent whole. Without it, what is not set by name is left to the model's defaults (generation_config.json).
+    # Sent with all fields. Without it, fields that are not set by name have the model's defaults
+    # (generation_config.json).
     sampling: SamplingParams | None = None
     stop: Sequence[str] = ()
     include_stop_in_output: bool = False
@@ -156,7 +157,7 @@ class Client:
             raise _error(error) from error
 
     def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
-        """Ask a node, by id or address, to finish what it has and leave; returns once it has agreed."""
+        """Ask a node, by id or address, to finish its requests and exit; returns once it has agreed."""
         try:
             return self._stub.Drain(
                 router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s, metadata=self._metadata
@@ -165,7 +166,7 @@ class Client:
             raise _error(error) from error
 
     def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
-        """What router and nodes did in the last seconds (0: all that is kept), the router's part first."""
+        """The recorded activity of the last seconds (0: all that is kept), the router's part first."""
         request = router_pb2.ClusterTraceRequest(last_s=last_s)
         try:
             return list(self._stub.Trace(request, timeout=timeout_s, metadata=self._metadata))
@@ -185,7 +186,7 @@ class Client:
 
 
 class AsyncClient:
-    """Make it and use it on one event loop."""
+    """Create it and use it on one event loop."""
 
     def __init__(self, address: str, *, api_key: str = "") -> None:
         self._metadata = _credentials(api_key)
@@ -302,7 +303,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
 
 
 def _merged(options: Options, settings: Mapping[str, object]) -> Options:
-    """Options with some fields, its own or its sampling's, set otherwise."""
+    """Options with some fields replaced, its own or those of its sampling."""
     unknown = settings.keys() - _OPTION_NAMES - _SAMPLING_NAMES
     if unknown:
         raise errors.InvalidRequest(f"unknown settings {sorted(unknown)}", param=min(unknown))
@@ -372,7 +373,7 @@ def _collect(parts: Sequence[Part]) -> Completion:
 
 
 def _error(error: grpc.RpcError) -> errors.BatonError:
-    """The very error that the router raised, or the nearest one to a status from elsewhere."""
+    """The error that the router raised; for a status from elsewhere the nearest one."""
     if not isinstance(error, grpc.Call | aio.AioRpcError):
         return errors.Unavailable(str(error))
     trailing = error.trailing_metadata() or ()

@@ -1,4 +1,4 @@
-"""Time as a constructor argument: the monotonic clock in production, whatever a test needs elsewhere."""
+"""The clock that code takes as a constructor argument: the monotonic clock in production, a fake one in tests."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class MonotonicClock:
         return time.monotonic()
 
 
-# A process that looks at its timers later than this was busy or stopped, and has not read what came meanwhile.
+# A timer that fires later than this means that the process was busy or stopped and has unread input.
 _LATE_S = 0.1
 _MAX_CATCH_UP_S = 1.0
 
 
 def catch_up_s(late_s: float) -> float:
-    """How long to go on reading before a limit is judged that was looked at ``late_s`` too late; 0: judge it now."""
+    """Time to read pending input before a deadline is judged whose timer fired ``late_s`` late; 0: judge it now."""
     return 0.0 if late_s < _LATE_S else min(late_s, _MAX_CATCH_UP_S)

@@ -1,6 +1,6 @@
-"""What becomes of an exception that nobody expected: its traceback in the log, one more on a counter, and life goes on.
+"""Handles unexpected exceptions: logs the traceback, increments a counter, and lets the process continue.
 
-Owns the form of these lines and how many of a kind are written. What the exception cost is given back by who caught it.
+Owns the format and the rate limit of these log lines. The code that catches the exception cleans up after it.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ from contextlib import contextmanager
 from baton.clock import Clock
 from baton.errors import InternalError, described
 
-# Kinds are error codes, places and node ids: few. Beyond, the table starts anew, which costs a few lines more.
+# Kinds are error codes, places and node ids: few. Past the limit the table is cleared, which costs a few extra lines.
 _MAX_KINDS = 256
 
 
 class LogLimit:
-    """Of many lines of one kind the first ``burst`` in every ``window_s`` are written, the others counted."""
+    """Rate limit: of the lines of one kind, the first ``burst`` in every ``window_s`` are written, the rest counted."""
 
     def __init__(self, clock: Clock, *, burst: int = 5, window_s: float = 60.0) -> None:
         self._clock = clock
         self._burst = burst
         self._window_s = window_s
-        # By kind: when its window began, lines in it, and lines that were left out since one was written.
+        # By kind: start of its window, lines written in it, lines left out since the last written one.
         self._kinds: dict[str, tuple[float, int, int]] = {}
 
     def admits(self, kind: str) -> str | None:
-        """None if the line is to be left out; else what to append to it: nothing, or how many were left out."""
+        """None if the line must be left out; else a suffix for it: empty, or the number of lines left out."""
         now = self._clock.now()
         began_s, written, left_out = self._kinds.get(kind, (now, 0, 0))
         if now - began_s >= self._window_s:
@@ -42,7 +42,7 @@ class LogLimit:
 
 
 class Defects:
-    """One per thread. ``count`` is told where; places are few, fixed words."""
+    """One per thread. ``count`` is called with the place of each defect; places are few, fixed words."""
 
     def __init__(self, log: logging.Logger, clock: Clock, count: Callable[[str], None] | None = None) -> None:
         self._log = log
@@ -50,7 +50,7 @@ class Defects:
         self._limit = LogLimit(clock)
 
     def caught(self, where: str, error: BaseException, about: str = "") -> InternalError:
-        """Count and log; returns what to fail the sequence with that it happened to."""
+        """Count and log; returns the error to fail the affected sequence with."""
         if self._count is not None:
             self._count(where)
         more = self._limit.admits(f"{where}/{type(error).__name__}")
@@ -60,7 +60,7 @@ class Defects:
 
     @contextmanager
     def contained(self, where: str, about: str = "") -> Iterator[None]:
-        """For work that nobody waits for: what it raises ends here."""
+        """For work without a caller to raise to: an exception inside ends here."""
         try:
             yield
         except Exception as error:

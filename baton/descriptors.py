@@ -1,4 +1,4 @@
-"""File descriptors of a process: how many it may have, and what to say when there are none left to accept with."""
+"""File descriptor limits of a process, and the log line for when accept() finds none left."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from baton.errors import BadConfig
 
 _log = logging.getLogger("baton.descriptors")
 
-# Enough for every limit here; containers often allow a billion, and some libraries walk through all of them.
+# Enough for every limit in Baton. Containers often allow a billion, and some libraries iterate over all of them.
 _WANTED = 65_536
-# Below this nothing is left for clients.
+# With fewer, none are left for clients.
 _LEAST = 128
 _SAY_EVERY_S = 60.0
-# What asyncio calls the failure of accept() in its exception handler.
+# asyncio's message for a failed accept() in its exception handler.
 _ACCEPT_FAILED = "socket.accept() out of system resource"
 
 
 def raise_limit() -> int:
-    """Raise the soft limit of open files towards the hard one; returns what holds now. Raises BadConfig if that is too
-    little to serve with."""
+    """Raise the soft limit of open files towards the hard one; returns the new limit. Raises BadConfig if it is too
+    low to serve."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = _WANTED if hard == resource.RLIM_INFINITY else min(_WANTED, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -35,14 +35,14 @@ def raise_limit() -> int:
 
 
 def num_allowed() -> int:
-    """Descriptors that this process may have open at once, as far as it matters here."""
+    """Descriptors that this process may have open at once, at most _WANTED."""
     soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return _WANTED if soft == resource.RLIM_INFINITY else min(soft, _WANTED)
 
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """How many connections clients may have; what is left is for sessions with nodes, Redis, logs and scrapes."""
+    """Connections that clients may have; the rest is for sessions with nodes, Redis, logs and scrapes."""
 
     http: int
     grpc: int
@@ -53,7 +53,7 @@ def shares(num_files: int) -> Shares:
 
 
 def say_less_of_accept(loop: asyncio.AbstractEventLoop) -> None:
-    """Log accept errors once a minute and without a traceback: asyncio tells of every single try, 100 a second."""
+    """Log accept errors once a minute and without a traceback: asyncio reports every try, 100 a second."""
     last_s: float | None = None
     num_unsaid = 0
 

@@ -8,8 +8,8 @@ BatonError
 ├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
 │   └── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
-├── Unavailable           nobody can serve it at present                      UNAVAILABLE         503   retryable
-│   ├── Draining          the node takes nothing new, it is about to leave    UNAVAILABLE         503   retryable
+├── Unavailable           no node can serve it at present                     UNAVAILABLE         503   retryable
+│   ├── Draining          the node refuses new work, it is about to leave     UNAVAILABLE         503   retryable
 │   ├── NodeLost          a node died or its session broke                    UNAVAILABLE         503   retryable
 │   └── TransferFailed    KV did not arrive                                   UNAVAILABLE         503   retryable
 ├── Incompatible          fingerprint, layout, dtype or version differ        FAILED_PRECONDITION 409
@@ -28,8 +28,8 @@ import reprlib
 from itertools import islice
 from typing import ClassVar
 
-# Whatever a caller sent, a message stays short enough for one gRPC trailer and one log line. A trailer holds 8 KiB: the
-# message twice, once with three bytes for each that is not ASCII.
+# A message must fit into one gRPC trailer and one log line. A trailer holds 8 KiB: the message twice, once with three
+# bytes for each byte that is not ASCII.
 MAX_MESSAGE_BYTES = 1000
 _MAX_QUOTED_CHARS = 80
 _MAX_DESCRIBED_CHARS = 200
@@ -144,7 +144,7 @@ class BadConfig(BatonError):
 
 
 class BadLogits(BatonError):
-    """Every node with these weights computes the same for these tokens: another one is no cure."""
+    """Not retryable: every node with these weights computes the same logits for these tokens."""
 
 
 class InternalError(BatonError):
@@ -152,14 +152,14 @@ class InternalError(BatonError):
 
 
 def shortened(text: str, max_chars: int) -> str:
-    """``text``, or its beginning and how long it is."""
+    """``text``, or its beginning and its length."""
     if len(text) <= max_chars:
         return text
     return f"{text[:max_chars]}... ({len(text)} characters)"
 
 
 def _sendable(message: str) -> str:
-    """What UTF-8 can carry of it, in at most MAX_MESSAGE_BYTES and how long it is."""
+    """The message as valid UTF-8, cut at MAX_MESSAGE_BYTES with its length appended."""
     raw = message.encode("utf-8", "backslashreplace")
     if len(raw) <= MAX_MESSAGE_BYTES:
         return raw.decode()
@@ -167,7 +167,7 @@ def _sendable(message: str) -> str:
 
 
 class _Quote(reprlib.Repr):
-    """Representations whose cost and length do not grow with the value."""
+    """repr() whose cost and length are bounded whatever the value."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -182,7 +182,7 @@ class _Quote(reprlib.Repr):
         return self.repr_str(x.decode("latin-1"), level) if len(x) > _MAX_QUOTED_CHARS else repr(x)
 
     def repr_dict(self, x: dict[object, object], level: int) -> str:
-        # As inherited, but for sorting all of the keys first.
+        # As inherited, but without sorting all keys first.
         few = {k: x[k] for k in islice(x, self.maxdict)}
         return super().repr_dict(few, level).removesuffix("}") + (", ...}" if len(x) > len(few) else "}")
 
@@ -210,7 +210,7 @@ def leaves_of(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The error itself; of a TaskGroup's the first that nobody expected, or else the first."""
+    """The error itself; of an exception group the first that is no BatonError, else the first."""
     if not isinstance(error, BaseExceptionGroup):
         return error
     leaves = leaves_of(error)
@@ -218,7 +218,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 def described(error: BaseException) -> str:
-    """Type and text of an error, for a message; of a group its cause, since its own text says only how many it has."""
+    """Type and text of an error, for a message; of a group those of its cause, since a group's text is only a count."""
     cause = cause_of(error)
     return f"{type(cause).__name__}: {shortened(str(cause), _MAX_DESCRIBED_CHARS)}"
 

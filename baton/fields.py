@@ -1,4 +1,4 @@
-"""Reads a JSON file of a model folder field by field, checks types and ranges, and knows which fields nobody read."""
+"""Reads a JSON object field by field, checks types and ranges, and lists the fields that were never read."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_INT = 2**31 - 1
 
 
 class Fields:
-    """One JSON object; every question marks its field as read, and raises UnsupportedModel for what it cannot use."""
+    """One JSON object. An accessor marks its field as read, and raises UnsupportedModel for a value it cannot use."""
 
     def __init__(self, values: Mapping[str, Any], source: str) -> None:
         self._values = values
@@ -19,7 +19,7 @@ class Fields:
         self._read: set[str] = set()
 
     def get(self, key: str) -> Any:
-        """As it is; None where there is none."""
+        """The raw value; None if the field is absent."""
         self._read.add(key)
         return self._values.get(key)
 
@@ -39,7 +39,7 @@ class Fields:
     def integer(
         self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_INT, nullable: bool = False
     ) -> int:
-        """``default`` counts where the field is absent, or null and ``nullable``; without one it must be there."""
+        """``default`` is used if the field is absent, or null and ``nullable``; without a default it is required."""
         value = self._value(key, default, nullable)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
             raise self.fault(key, f"an integer from {least} to {most}" + " or null" * nullable)
@@ -96,7 +96,7 @@ class Fields:
         return value
 
     def token_ids(self, key: str) -> tuple[int, ...]:
-        """One, a list of them, or null; some files say -1 for none."""
+        """One id, a list of ids, or null; some files have -1 for none."""
         value = self.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if not all(isinstance(one, int) and not isinstance(one, bool) and -1 <= one <= MAX_INT for one in ids):
@@ -104,7 +104,7 @@ class Fields:
         return tuple(one for one in ids if one >= 0)
 
     def unread(self) -> dict[str, Any]:
-        """What was not asked for."""
+        """Fields that no accessor has read."""
         return {key: value for key, value in self._values.items() if key not in self._read}
 
     def _value(self, key: str, default: Any, nullable: bool) -> Any:

@@ -1,4 +1,4 @@
-"""Reads the files of a model folder, and says why one cannot be read: who may, what lies there, what to do."""
+"""Reads the files of a model folder. If one cannot be read, the error says why (owner, kind of file) and what to do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LFS_HEAD = b"version https://git-lfs"
 
 
 def is_there(path: Path) -> bool:
-    """Whether the folder has such a name, be it a link to nothing. Raises UnsupportedModel if nobody may look."""
+    """Whether the name exists, also as a broken link. Raises UnsupportedModel if the folder cannot be searched."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -33,11 +33,11 @@ def names_in(folder: Path) -> list[str]:
 
 
 def check_readable(path: Path) -> None:
-    """Raise UnsupportedModel unless ``path`` is a file that this process may read and that holds something."""
+    """Raise UnsupportedModel unless ``path`` is a readable, non-empty file."""
     try:
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-            # A pipe would be waited for without an end.
+            # Opening a pipe would block for ever.
             raise UnsupportedModel(f"{path} is a pipe, socket or device, expected a file")
         with path.open("rb") as file:
             head = file.read(len(_LFS_HEAD))
@@ -87,7 +87,7 @@ def _fault(path: Path, error: OSError) -> str:
 
 
 def _barrier(path: Path) -> str:
-    """What keeps this process out: the first folder on the way that it may not enter, else the file."""
+    """What denies access: the first folder of the path that this process may not enter, else the file."""
     real = Path(os.path.realpath(path))
     for folder in reversed(real.parents):
         if folder.is_dir() and not os.access(folder, os.X_OK):

@@ -1,4 +1,4 @@
-"""What a process counts, in the form Prometheus reads. Owns the numbers; decides nothing, opens no port.
+"""Counters, gauges and histograms of a process, exported in the Prometheus text format. Opens no port.
 
 Children are bound once and written by one thread each, without locks: an observation in a hot loop costs a bisection
 and two additions. prometheus-client turns them into text at scrape time, and only then.
@@ -68,7 +68,7 @@ class Histogram:
 
 
 class Counters:
-    """Counters by one set of labels whose values come up as things happen. Bounded: past the limit all is OTHER."""
+    """Counters whose label values are found at run time. Bounded: past the limit all values count as OTHER."""
 
     def __init__(self, num_labels: int, max_children: int = _MAX_CHILDREN) -> None:
         self._others = (OTHER,) * num_labels
@@ -92,7 +92,7 @@ class Family:
     kind: str
     help_text: str
     label_names: Labels
-    # Asked at scrape time; nothing in it means that nothing is known.
+    # Called at scrape time; an empty mapping means that no value is known.
     read: Callable[[], Mapping[Labels, float | Histogram]]
 
     @property
@@ -102,9 +102,9 @@ class Family:
 
 
 class Metrics:
-    """The families of one process, with labels that all of its series carry. A collector of prometheus-client.
+    """The families of one process and the labels of all its series. A collector of prometheus-client.
 
-    A label's value may be a function, asked at scrape time, where it is not known from the start.
+    A label's value may be a function, called at scrape time, if it is not known at the start.
     """
 
     def __init__(self, constant: Mapping[str, str | Callable[[], str]] | None = None) -> None:
@@ -118,7 +118,7 @@ class Metrics:
         return child
 
     def counters(self, name: str, help_text: str, *label_names: str, preset: Iterable[Labels] = ()) -> Counters:
-        """``preset`` children are there from the start: what appears at 1 has no rate that shows it."""
+        """``preset`` children exist from the start: rate() misses the first increment of a series that appears at 1."""
         found = Counters(len(label_names))
         for values in preset:
             found.add(*values, amount=0.0)
@@ -132,17 +132,17 @@ class Metrics:
         return child
 
     def counting(self, name: str, help_text: str, read: Callable[[], float | None], **labels: str) -> None:
-        """A counter that is kept elsewhere; None: not known."""
+        """A counter whose value is kept elsewhere; None: not known."""
         self._child(name, "counter", help_text, labels, read)
 
     def gauge(self, name: str, help_text: str, read: Callable[[], float | None], **labels: str) -> None:
-        """Asked at scrape time; None: not known, and not shown."""
+        """``read`` is called at scrape time; None: not known, and not exported."""
         self._child(name, "gauge", help_text, labels, read)
 
     def gauges(
         self, name: str, help_text: str, label_names: Labels, read: Callable[[], Mapping[Labels, float]]
     ) -> None:
-        """Several children that come from one look. The caller bounds their number."""
+        """Several children read by one call. The caller bounds their number."""
         self.add(Family(name, "gauge", help_text, label_names, read))
 
     def add(self, family: Family) -> None:
@@ -170,7 +170,7 @@ class Metrics:
         children.readers[values] = read
 
     def describe(self) -> Iterable[Metric]:
-        """Without asking anybody: registering must not depend on a state that is not there yet."""
+        """Empty: registration must not call readers whose state does not exist yet."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -199,7 +199,7 @@ class Metrics:
 
 
 class _Children:
-    """Readers of a family's children, asked one by one."""
+    """The readers of a family's children, called one by one."""
 
     __slots__ = ("readers",)
 
@@ -212,10 +212,7 @@ class _Children:
 
 
 def add_process(metrics: Metrics, component: str) -> None:
-    """What every process of Baton shows of itself: its build, and memory, processor time and files by /proc.
-
-    Nothing of the latter where there is no /proc.
-    """
+    """The metrics of every Baton process: its build; memory, processor time and files from /proc if there is one."""
     metrics.gauge(
         "baton_build_info",
         "1; the labels say which program of which build this is",
@@ -230,7 +227,7 @@ def add_process(metrics: Metrics, component: str) -> None:
         metrics.add(Family(name, kind, help_text, (), partial(process.read, name)))
 
 
-# In the order in which they are read; prometheus-client's names, which dashboards of other systems know.
+# In the order of reading; the names are prometheus-client's, which existing dashboards use.
 _PROCESS_FAMILIES = {
     "process_virtual_memory_bytes": ("gauge", "Virtual memory"),
     "process_resident_memory_bytes": ("gauge", "Resident memory; shared memory that was touched counts"),
@@ -242,7 +239,7 @@ _PROCESS_FAMILIES = {
 
 
 class _Process:
-    """One look at /proc for all families of a scrape: the look is taken when the first of them is asked."""
+    """Reads /proc once for all families of a scrape, when the first of them is read."""
 
     def __init__(self) -> None:
         from prometheus_client import ProcessCollector
@@ -257,7 +254,7 @@ class _Process:
 
 
 def exposition(metrics: Metrics) -> bytes:
-    """All of it in the text format of Prometheus."""
+    """All metrics in the Prometheus text format."""
     from prometheus_client import CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()

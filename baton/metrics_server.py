@@ -1,4 +1,4 @@
-"""A port that answers GET /metrics and nothing else, for processes without an HTTP face. Counts nothing itself."""
+"""A small HTTP server for GET /metrics, for processes without an HTTP face."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MetricsServer:
         self._tasks: dict[asyncio.Task[None], None] = {}
 
     def bind(self, host: str, port: int) -> int:
-        """Take the port (0: any) and return it; it answers after ``start``. Raises BadConfig if it is not to be had."""
+        """Bind the port (0: any) and return it; ``start`` begins to answer. Raises BadConfig if it cannot be bound."""
         host = host.strip("[]")
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
@@ -61,7 +61,7 @@ class MetricsServer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._tasks) >= self._config.max_connections:
-            # Whoever has not asked yet is slower than any scraper.
+            # The oldest connection has waited longer for its request than any scraper would.
             oldest = next(iter(self._tasks))
             del self._tasks[oldest]
             oldest.cancel()
@@ -77,7 +77,7 @@ class MetricsServer:
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-            _log.debug("a scrape went wrong: %s: %s", type(error).__name__, error)
+            _log.debug("a scrape failed: %s: %s", type(error).__name__, error)
         finally:
             writer.transport.abort()
 
@@ -100,7 +100,7 @@ class MetricsServer:
             return _response("404 Not Found", b"there is only /metrics here\n", "text/plain")
         try:
             body = self._read()
-        except Exception:  # a defect in one reader must not take the worker's port down without a word
+        except Exception:  # a defect in one reader must not close the worker's port silently
             _log.exception("metrics could not be read")
             return _response("500 Internal Server Error", b"see the log\n", "text/plain")
         return _response("200 OK", body, CONTENT_TYPE, has_body=method == b"GET")

@@ -1,4 +1,4 @@
-"""What names that people choose may be made of: they end up in logs, labels of metrics, keys of Redis and headers."""
+"""Validates names that operators choose: they appear in logs, metric labels, Redis keys and headers."""
 
 from __future__ import annotations
 

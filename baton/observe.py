@@ -1,7 +1,7 @@
-"""One mechanism for observability: the stamps of a request's lifeline feed its relay, its log line and the metrics.
+"""Records a request's lifeline: its time stamps, from which its relay, its log line and the metrics are computed.
 
-Stamps are taken by one clock, the router's. What a node knows better it measures itself and sends as a duration; times
-of two machines are never subtracted. It owns no clock and writes nowhere by itself.
+All stamps are by the router's clock. Nodes measure their own parts and send durations, so times of two machines are
+never subtracted. This module has no clock and no output of its own.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ class Stage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class FailedAttempt:
-    """A run of a sequence that came to nothing, and why."""
+    """A failed run of a sequence, and its cause."""
 
     prefill_node_id: str
     decode_node_id: str
     # The node that is held responsible.
     blamed_node_id: str
-    # Of an error in baton.errors.
+    # The class name of an error in baton.errors.
     code: str
     message: str
-    # When it was noticed, since the request's arrival.
+    # When the failure was noticed, since the request's arrival.
     at_s: float
-    # Since its last token then, else since its dispatch.
+    # At that time, since the attempt's last token, else since its dispatch.
     silent_s: float
 
     def line(self) -> str:
@@ -61,10 +61,10 @@ class FailedAttempt:
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """How a request ran. Durations in seconds, each measured by one clock; attempts counts the first run too.
+    """The timing record of a request. Durations in seconds, each measured by one clock. ``attempts`` counts all.
 
-    The seven parts of `ttft_stages` add up to ``ttft_s``: those of the attempt that brought the first token, with all
-    that went before it in ``rerun_s``. Without a first token they are zero and ``stamps`` tells how far it came.
+    The seven parts of `ttft_stages` add up to ``ttft_s``. They are those of the attempt that produced the first token;
+    earlier attempts are in ``rerun_s``. Without a first token they are zero, and ``stamps`` shows how far it got.
     """
 
     prefill_node_id: str
@@ -84,29 +84,29 @@ class Relay:
     transfer: TransferReport | None = None
     # Chat template, tokenizer and checks: arrival to the router's queue.
     tokenize_s: float = 0.0
-    # Attempts that failed before there was a token.
+    # Attempts that failed before the first token.
     rerun_s: float = 0.0
     # In the router's queue until a pair was found, refused reservations included.
     placement_s: float = 0.0
     # From asking the decode node for blocks to sending the prompt; 0 if one node does both.
     reserve_s: float = 0.0
-    # What is left of dispatch to first token beside the node's own durations: wire, sessions, event loops.
+    # Dispatch to first token, less the node's own durations: network, sessions, event loops.
     network_s: float = 0.0
-    # First to second token: where a hand-over that is not hidden shows.
+    # First to second token: includes the part of the hand-off that was not hidden.
     second_token_s: float = 0.0
     # Measured by the decode node: lease granted to KV verified. 0 if one node did both.
     lease_wait_s: float = 0.0
-    # Pauses that failures made, as the client saw them: from the last sign of life before (the last token, else the
-    # dispatch) to the next token.
+    # Pauses caused by failures, as the client saw them: from the last token before (else the dispatch) to the next
+    # token.
     recovery_s: float = 0.0
-    # What happened when, in order; only what happened.
+    # The stamps that were taken, in order of time.
     stamps: tuple[Stamp, ...] = ()
-    # The last ones, oldest first; ``attempts`` counts all.
+    # The last few failed attempts, oldest first; ``attempts`` counts all.
     failures: tuple[FailedAttempt, ...] = ()
 
     @property
     def ttft_stages(self) -> tuple[Stage, ...]:
-        """Where the time to the first token went, in order; their sum is ``ttft_s``."""
+        """The stages of the time to the first token, in order; their sum is ``ttft_s``."""
         return (
             Stage("tokenize", self.tokenize_s),
             Stage("rerun", self.rerun_s),
@@ -161,7 +161,7 @@ class _Attempt:
 class Lifeline:
     """The time stamps of one sequence, all by one clock. Written by its owner as things happen.
 
-    ``on_interval(seconds, count)`` hears every time between tokens; tokens that come together share theirs.
+    ``on_interval(seconds, count)`` is called with every time between tokens; tokens that arrive together share it.
     """
 
     __slots__ = ("_alive_s", "_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failures", "_first_sent_s",
@@ -174,12 +174,12 @@ class Lifeline:
         self.attempts = 1
         self._on_interval = on_interval
         self._queued_s = arrived_s
-        # The one that brought the first token, once there is one; until then the present one.
+        # The attempt that produced the first token, once there is one; until then the current one.
         self._attempt = _Attempt(arrived_s)
         self._prefill_id = ""
         self._decode_id = ""
         self._first_sent_s: float | None = None
-        # When nodes were first told of the present attempt.
+        # When the current attempt was first sent to a node.
         self._sent_s: float | None = None
         self._first_token_s: float | None = None
         self._second_token_s: float | None = None
@@ -187,7 +187,7 @@ class Lifeline:
         self._handed_off_s: float | None = None
         self._last_token_s = arrived_s
         self._ended_s: float | None = None
-        # The last sign of life before the failure that has to be made good; None while all is well.
+        # The last token or dispatch before a failure whose recovery is pending; None otherwise.
         self._alive_s: float | None = None
         self._failures: deque[FailedAttempt] = deque(maxlen=_MAX_FAILURES)
         self._recovery_s = 0.0
@@ -204,7 +204,7 @@ class Lifeline:
     def placed(self, prefill_id: str, decode_id: str, now: float) -> None:
         self._prefill_id, self._decode_id, self._sent_s = prefill_id, decode_id, now
         if self._first_token_s is None:
-            # Chosen anew, after a refusal: what came of the earlier choice is no longer on the way.
+            # Placed again after a refusal: the stamps of the earlier placement do not count.
             self._attempt.placed_s, self._attempt.leased_s, self._attempt.sent_s = now, None, None
 
     def leased(self, now: float) -> None:
@@ -213,7 +213,7 @@ class Lifeline:
             self._attempt.leased_s = now
 
     def sent(self, now: float) -> None:
-        """The prompt is on its way to a node."""
+        """The prompt was sent to a node."""
         self._sent_s = now
         if self._first_sent_s is None:
             self._first_sent_s = now
@@ -221,7 +221,7 @@ class Lifeline:
             self._attempt.sent_s = now
 
     def prefilled(self, queue_s: float, compute_s: float, num_cached_tokens: int) -> None:
-        """What the prefill node says of the prompt phase. A rerun's cached tokens are not the client's."""
+        """The prefill node's report of the prompt phase. Cached tokens of a rerun are not reported to the client."""
         if self._first_token_s is None:
             self._attempt.prefill_queue_s, self._attempt.prefill_s = queue_s, compute_s
         if self._cached_tokens is None:
@@ -243,7 +243,7 @@ class Lifeline:
         if self._first_token_s is None:
             self._first_token_s = now
             num_intervals = num_tokens - 1
-            # Tokens that come with the first one come at once.
+            # Tokens in the same message as the first one have no interval.
             interval_s = 0.0
             self._recovered(now)
         else:
@@ -264,7 +264,7 @@ class Lifeline:
             self._alive_s = None
 
     def failed(self, blamed_node_id: str, code: str, message: str, now: float) -> FailedAttempt:
-        """The attempt is lost, another follows."""
+        """The attempt failed; another follows."""
         alive_s = self._last_sign_s(now)
         failure = FailedAttempt(
             self._prefill_id, self._decode_id, blamed_node_id, code, shortened(message, _MAX_MESSAGE_CHARS),
@@ -276,7 +276,7 @@ class Lifeline:
         return failure
 
     def set_aside(self, now: float) -> None:
-        """The attempt is over before the sequence is, another follows."""
+        """The attempt ends before the sequence; another follows."""
         if self._alive_s is None:
             self._alive_s = self._last_sign_s(now)
         self._transfer = self._handed_off_s = self._joined_s = None
@@ -325,11 +325,11 @@ class Lifeline:
         )
 
     def _parts(self, first_s: float) -> _Parts:
-        """The time to the first token, cut at the attempt's stamps; a stamp that is missing has no stage of its own."""
+        """The time to the first token, cut at the attempt's stamps; a missing stamp makes its stage zero."""
         attempt = self._attempt
         placed_s = attempt.began_s if attempt.placed_s is None else attempt.placed_s
         sent_s = placed_s if attempt.sent_s is None else attempt.sent_s
-        # No node can have spent more time than went by here, whatever its clock's pace.
+        # A node's durations are limited to the time that passed here: its clock may run faster.
         prefill_s = min(attempt.prefill_s, first_s - sent_s)
         prefill_queue_s = min(attempt.prefill_queue_s, first_s - sent_s - prefill_s)
         return _Parts(

@@ -1,4 +1,4 @@
-"""A time limit that counts only time in which this process could have heard: its own lateness is nobody's fault."""
+"""A time limit that does not count time in which this process itself was stalled and could not read."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from baton.clock import catch_up_s
 
 
 class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
-    """As asyncio.timeout; but if the event loop itself was late, what came meanwhile is read before it strikes."""
+    """As asyncio.timeout, but if the event loop was late, pending input is read before the limit applies."""
 
     __slots__ = ("_delay_s", "_handle", "_limit", "_loop")
 
@@ -26,7 +26,7 @@ class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._handle.cancel()
-        # Raises TimeoutError where the limit struck.
+        # Raises TimeoutError if the limit was reached.
         await self._limit.__aexit__(kind, error, trace)
 
     def _arm(self, delay_s: float) -> None:

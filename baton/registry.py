@@ -1,13 +1,13 @@
-"""The cluster's registry in Redis: who is where, each node under a lease of its own. Needs the `router` extra.
+"""The cluster's registry in Redis: the addresses of its nodes, each with an expiry. Needs the `router` extra.
 
-Owns the keys and what they mean, for nodes that write them and routers that read them; keeps no view and retries
-nothing. Nothing running depends on it: it tells routers whom to dial, and nodes answer for themselves.
+Defines the keys and their meaning, for nodes that write them and routers that read them. It caches nothing and retries
+nothing. It only tells routers which addresses to dial: a node's state comes from its session.
 
-    baton:{CLUSTER}:node:ADDRESS   hash, one NodeRecord, expires with the lease
-    baton:{CLUSTER}:nodes          set of the addresses that were registered; expired ones are taken out when seen
-    baton:{CLUSTER}:changed        channel, an address whenever its record came, went or changed
+    baton:{CLUSTER}:node:ADDRESS   hash, one NodeRecord; expires unless renewed
+    baton:{CLUSTER}:nodes          set of the registered addresses; expired ones are removed when seen
+    baton:{CLUSTER}:changed        channel; carries an address whenever its record is written or deleted
 
-Commands of Redis 6.2; the braces keep a cluster's keys on one shard.
+Needs the commands of Redis 6.2; the braces keep a cluster's keys on one shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from baton.types import Role
 
 _T = TypeVar("_T")
 
-# A view is bounded, whatever somebody has put into the database.
+# Upper bound on the nodes that are read, whatever the database contains.
 MAX_NODES = 4096
 _SCHEMES = ("redis", "rediss", "unix")
 
@@ -54,15 +54,15 @@ redis.call('SREM', KEYS[2], ARGV[2])
 redis.call('PUBLISH', ARGV[3], ARGV[2])
 return 1
 """
-# KEYS as above. ARGV: address. The node may have registered again since it was seen to be gone.
+# KEYS as above. ARGV: address. The node may have registered again since it was found missing.
 _PRUNE = "if redis.call('EXISTS', KEYS[1]) == 0 then return redis.call('SREM', KEYS[2], ARGV[1]) end return 0"
-# KEYS: index. Nobody sees what is written; a Redis that is full, a replica or read-only refuses the first command.
+# KEYS: index. The write has no effect; a Redis that is full, a replica or read-only refuses the first command.
 _TRY = "redis.call('SADD', KEYS[1], 'a try') return redis.call('SREM', KEYS[1], 'a try')"
 
 
 @dataclass(frozen=True, slots=True)
 class NodeRecord:
-    """What a node says about itself before anybody has dialled it; the handshake says the rest."""
+    """A node's facts that are known before it is dialled; the handshake has the rest."""
 
     node_id: str
     address: str
@@ -81,13 +81,13 @@ class NodeRecord:
 
     @classmethod
     def parse(cls, fields: Mapping[str, str]) -> NodeRecord:
-        """Raises ValueError for what no node of ours has written."""
+        """Raises ValueError for a record that no Baton node can have written."""
         try:
             host, _ = parse_address(fields.get("address", ""), "address", lowest_port=1)
         except BadConfig as error:
             raise ValueError(error.message) from error
         if is_anywhere(host):
-            raise ValueError(f"address is {quoted(fields['address'])}, which nobody can dial")
+            raise ValueError(f"address is {quoted(fields['address'])}, which cannot be dialled")
         incarnation = fields.get("incarnation", "")
         if not incarnation.isascii() or not incarnation.isdigit() or len(incarnation) > 20:
             raise ValueError(f"incarnation is {quoted(fields.get('incarnation'))}, expected a number")
@@ -119,7 +119,7 @@ class RegistryConfig:
 
     @property
     def shown_url(self) -> str:
-        """Without the password and the query, for logs."""
+        """The URL without password and query, for logs."""
         parts = urlsplit(self.url)
         return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
@@ -155,16 +155,16 @@ class Registry:
         return int(held) if held else None
 
     async def leave(self, record: NodeRecord) -> None:
-        """Take the record out, if it is still this incarnation's."""
+        """Delete the record, if it is still this incarnation's."""
         arguments: list[str | int] = [record.incarnation, record.address, self._channel]
         await self._call(self._leave(keys=self._keys(record.address), args=arguments))
 
     async def check_writable(self) -> None:
-        """Whether nodes could register, which reading does not tell."""
+        """Raise unless nodes could register: reading alone does not show that."""
         await self._call(self._try(keys=[self._index], args=[]))
 
     async def nodes(self) -> tuple[list[NodeRecord], list[str]]:
-        """Everybody whose lease has not expired, by address; and what was wrong with records that were left out."""
+        """All nodes whose record has not expired, by address, and the reasons for records that were left out."""
         return await self._call(self._nodes())
 
     async def _nodes(self) -> tuple[list[NodeRecord], list[str]]:
@@ -227,7 +227,7 @@ def _connect(config: RegistryConfig) -> redis.asyncio.Redis:
             socket_timeout=config.timeout_s,
             socket_connect_timeout=config.timeout_s,
             health_check_interval=5,
-            # Who calls knows whether and when to try again.
+            # The caller decides whether and when to try again.
             retry=Retry(NoBackoff(), 0),
         )
         # Connects nowhere; options of the URL that do not exist would be noticed by the first call alone.

@@ -1,6 +1,6 @@
-"""How every Baton process serves gRPC: start on a free port, health, reflection, error mapping, message limits, stop.
+"""The gRPC server of every Baton process: binding, health, reflection, error mapping, message limits, stop.
 
-Knows no service by name; whoever wires the process adds its servicers. Needs the `router` extra.
+Each process adds its own servicers. Needs the `router` extra.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from baton.descriptors import num_allowed, shares
 from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, described
 
 ERROR_DOMAIN = "baton"
-# A health name that stays SERVING while the process is well, also while it drains: for who restarts what is broken.
+# A health name that stays SERVING while the process is well, also while it drains: for liveness probes.
 LIVENESS = "baton.live"
 # Trailing metadata with the error's class name, for clients that have no google.rpc types.
 ERROR_CODE_KEY = "baton-error-code"
 _DETAILS_KEY = "grpc-status-details-bin"
-# The end of a call waits for a peer that takes nothing no longer than that.
+# How long the end of a call waits for a peer that does not read.
 _STATUS_TIMEOUT_S = 2.0
 
 _log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class ServerLimits:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 1000),
-            # Two processes on one port would share its connections without a word.
+            # Else two processes on one port would silently share its connections.
             ("grpc.so_reuseport", 0),
         ]
 
@@ -80,7 +80,7 @@ class GrpcServer:
     """One grpc.aio server: ``bind`` it, add servicers, ``start``, and ``stop`` with a deadline."""
 
     def __init__(self, limits: ServerLimits | None = None, on_malformed: Callable[[], None] = lambda: None) -> None:
-        """``on_malformed`` is told of every message that no Baton process and no client of ours can have sent."""
+        """``on_malformed`` is called for every message that cannot be parsed."""
         self._server = grpc.aio.server(
             options=(limits or ServerLimits()).options(), interceptors=[ErrorMappingInterceptor(on_malformed)]
         )
@@ -93,7 +93,7 @@ class GrpcServer:
         self._names.append(service_name)
 
     def bind(self, listen: str, *, advertise_host: str | None = None) -> str:
-        """Take ``host:port`` (port 0: any); returns the address to tell others. Raises BadConfig if it is not ours."""
+        """Bind ``host:port`` (port 0: any); returns the address to advertise. Raises BadConfig if that fails."""
         host, colon, port = listen.rpartition(":")
         if not colon or not port.isdigit():
             raise BadConfig(f"listen address is {listen!r}, expected host:port", param="listen")
@@ -167,7 +167,7 @@ async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonEr
 
 @dataclass(frozen=True, slots=True)
 class _Malformed:
-    """In the place of a request that could not be parsed: an error there would never reach an interceptor."""
+    """Stands for a request that could not be parsed: an exception there would not reach an interceptor."""
 
     reason: str
 
@@ -183,9 +183,9 @@ def _lenient(deserialize: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
 
 
 class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
-    """Turns what a servicer raises into a status: BatonErrors as they say, anything else as INTERNAL, logged.
+    """Turns a servicer's exception into a status: a BatonError into its own, any other into INTERNAL with a log line.
 
-    What a peer sent wrongly is INVALID_ARGUMENT and one line of log.
+    A malformed message becomes INVALID_ARGUMENT with one line of log.
     """
 
     def __init__(self, on_malformed: Callable[[], None] = lambda: None) -> None:
@@ -209,7 +209,7 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
         wrap = self._guard_stream if inspect.isasyncgenfunction(behaviour) else self._guard
         # Messages of a stream raise where they are read, which is inside the behaviour.
         parse = handler.request_deserializer if handler.request_streaming else _lenient(handler.request_deserializer)
-        # Quoted: the class is generic in its stubs alone.
+        # Quoted: the class is generic only in its stubs.
         return cast(
             "grpc.RpcMethodHandler[Any, Any]", rebuild(wrap(behaviour, method), parse, handler.response_serializer)
         )
@@ -239,7 +239,7 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
         if isinstance(error, grpc.aio.AbortError):
             raise error
         if isinstance(error, (grpc.aio.UsageError, grpc.aio.InternalError)):
-            # The peer left in the middle of a read or write, or takes nothing: it cannot be told anything any more.
+            # The peer left during a read or write, or does not read: no status can reach it.
             _log.info("%s from %s was over before it was answered: %s", method, context.peer(), error)
             raise asyncio.CancelledError from error
         if isinstance(error, DecodeError):
@@ -253,7 +253,7 @@ class ErrorMappingInterceptor(grpc.aio.ServerInterceptor):
             async with asyncio.timeout(_STATUS_TIMEOUT_S):
                 await abort_with(context, error)
         except (grpc.aio.UsageError, grpc.aio.InternalError, TimeoutError) as late:
-            # The call is over, or the peer takes nothing and a write stands in the way of the status. It is cut off.
+            # The call is over, or the peer does not read and a pending write blocks the status. The call is cut off.
             _log.info("%s from %s could not be told %r: %s", method, context.peer(), error.message, late)
             raise asyncio.CancelledError from late
 

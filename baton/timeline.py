@@ -1,7 +1,7 @@
-"""What a node did lately, by its own monotonic clock: engine steps, transfers, writes, arrivals. Bounded rings.
+"""Bounded rings of a node's recent activity: engine steps, transfers, writes, arrivals, by its own monotonic clock.
 
-Appends come from any thread and cost a microsecond or two; nothing is counted here and nothing is lost to a metric when
-a ring is full. Whoever reads it must know that another machine's clock is not this one.
+Any thread may append; an append costs a microsecond or two. Metrics do not depend on the rings, so a full ring loses
+no count. Times cannot be compared with those of another machine.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 _MAX_STEPS = 8192
 _MAX_TRANSFERS = 2048
 _MAX_WRITES = 16384
-# Prompts of one step that are named.
+# Upper bound on the prompts that a step names.
 _MAX_NAMES = 8
 
 
@@ -37,7 +37,7 @@ class Transfer(NamedTuple):
     is_layerwise: bool
     num_bytes: int
     started_s: float
-    # When the prompt's computation had ended and all that was left was asked for.
+    # When the prompt's computation had ended and the commit was requested.
     computed_s: float
     ended_s: float
 
@@ -55,7 +55,7 @@ class Write(NamedTuple):
 
 
 class Join(NamedTuple):
-    """A sequence whose KV was verified and that decodes from here."""
+    """A sequence whose KV was verified; it decodes here from then on."""
 
     sequence_id: str
     at_s: float
@@ -98,7 +98,7 @@ class Timeline:
         self._joins.append(Join(sequence_id, at_s))
 
     def since(self, from_s: float) -> Recorded:
-        """What ended at ``from_s`` or later."""
+        """The entries that ended at ``from_s`` or later."""
         return Recorded(
             _since(self._steps, lambda x: x.ended_s >= from_s),
             _since(self._transfers, lambda x: x.ended_s >= from_s),
@@ -108,5 +108,5 @@ class Timeline:
 
 
 def _since(ring: deque[_Span], is_recent: Callable[[_Span], bool]) -> list[_Span]:
-    # A copy is made in one go; iterating would raise when another thread appends.
+    # deque.copy() is atomic; iterating would raise when another thread appends.
     return [x for x in ring.copy() if is_recent(x)]

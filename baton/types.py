@@ -1,4 +1,4 @@
-"""The nouns every process shares: sampling, sequences, tokens, KV geometry. Plain data, validated on construction."""
+"""The data types that all processes share: sampling, sequences, tokens, KV layout. Validated on construction."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from baton.errors import InvalidRequest, quoted
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
-# What the wire's uint32 and a kernel's int32 both hold.
+# The largest number that both the wire's uint32 and a kernel's int32 hold.
 MAX_COUNT = 2**31 - 1
-# Below, temperatures are greedy, as vLLM's: logits divided by them leave float32.
+# Lower temperatures count as 0 (greedy), as in vLLM: logits divided by them overflow float32.
 MIN_TEMPERATURE = 1e-5
-# Entries that a node walks through for every token.
+# Bounds on lists that a node iterates over for every token.
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
@@ -25,7 +25,7 @@ DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class Role(Enum):
-    """What a worker is used for; policy, not capability."""
+    """What a worker is used for. Every worker can do both."""
 
     PREFILL = "prefill"
     DECODE = "decode"
@@ -45,13 +45,13 @@ def _check(ok: bool, name: str, value: object, expected: str) -> None:
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:
-    # Not a bool either: Python counts with them.
+    # bool is a subclass of int, so compare the type.
     if type(value) is not int or not low <= value <= high:
         raise InvalidRequest(f"{name} is {quoted(value)}, expected an integer in [{low}, {high}]", param=name)
 
 
 def _check_number(name: str, value: object, low: float, high: float) -> None:
-    # NaN and the infinities are in no range.
+    # NaN and infinity fail the comparison.
     if type(value) not in (int, float) or not low <= value <= high:  # type: ignore[operator]
         raise InvalidRequest(f"{name} is {quoted(value)}, expected a number in [{low}, {high}]", param=name)
 
@@ -59,14 +59,14 @@ def _check_number(name: str, value: object, low: float, high: float) -> None:
 def _check_ids(name: str, ids: Collection[int], max_num: int) -> None:
     if len(ids) > max_num:
         raise InvalidRequest(f"{name} has {len(ids)} entries, expected at most {max_num}", param=name)
-    # No loop of our own where all is well: each of many choices is checked.
+    # A fast check without a Python loop first: a request may have many choices, each with these ids.
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_COUNT:
         bad = next(i for i in ids if type(i) is not int or not 0 <= i <= MAX_COUNT)
         raise InvalidRequest(f"{name} has {quoted(bad)}, expected token ids", param=name)
 
 
 def _check_biases(biases: Collection[float]) -> None:
-    # A sum with NaN in it is NaN; smallest and largest may miss it.
+    # min and max may miss a NaN; the sum does not.
     if not set(map(type, biases)) <= {int, float} or min(biases) < -100 or max(biases) > 100 or isnan(sum(biases)):
         for bias in biases:
             _check_number("logit_bias", bias, -100, 100)
@@ -74,9 +74,9 @@ def _check_biases(biases: Collection[float]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen; the meaning of each field is in proto/baton/v1/common.proto.
+    """How the next token is sampled; proto/baton/v1/common.proto defines each field.
 
-    The bounds are those of the wire, of float32 and of the kernels, so that what is constructed can be sent and run.
+    The bounds are those of the wire, of float32 and of the kernels, so a valid object can be sent and computed.
     Raises InvalidRequest, with ``param`` set, for a value out of range or of another type.
     """
 
@@ -96,13 +96,13 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Checked several times on a request's way: at both faces, and again on every node.
+        # Runs several times per request: at the router's face and on every node.
         _check_number("temperature", self.temperature, 0, 100)
         _check_number("top_p", self.top_p, 0, 1)
         _check(self.top_p > 0, "top_p", self.top_p, "a number in (0, 1]")
         _check(type(self.top_k) is int and self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive integer")
         _check_number("min_p", self.min_p, 0, 1)
-        # Far smaller ones are 0 in float32, and a logit divided by them is no number.
+        # A much smaller value is 0 in float32, and a logit divided by it is not finite.
         _check_number("repetition_penalty", self.repetition_penalty, 0.01, 100)
         _check_number("presence_penalty", self.presence_penalty, -2, 2)
         _check_number("frequency_penalty", self.frequency_penalty, -2, 2)
@@ -130,16 +130,16 @@ class SamplingParams:
         return self.temperature == 0
 
 
-# Fields for which a model may have defaults of its own (generation_config.json), where a request says nothing.
+# Fields that a model may have its own defaults for (generation_config.json), used if a request does not set them.
 DefaultedName = Literal["temperature", "top_p", "top_k", "min_p", "repetition_penalty"]
 DEFAULTED_SAMPLING: tuple[DefaultedName, ...] = get_args(DefaultedName)
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceSpec:
-    """One sequence as a node gets it, sampling fully resolved (max_tokens, seed and stop_token_ids are final).
+    """One sequence as sent to a node, with sampling resolved (max_tokens, seed and stop_token_ids are final).
 
-    ``generated_token_ids`` came from an earlier attempt: computed like prompt, counted as output.
+    ``generated_token_ids`` are from an earlier attempt: computed like a prompt, counted as output.
     """
 
     sequence_id: str
