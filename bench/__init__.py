@@ -1,1 +1,1 @@
-"""Measures Baton beside its peers and limits. Imports anything; nothing imports it."""
+"""Benchmarks of Baton, each beside a peer or a hardware limit. May import any package; no package imports it."""

@@ -1,4 +1,5 @@
-"""``python -m bench [--quick] [NAME ...]``, each of BENCHES or all: prints tables, saves JSON.
+"""Runs the benchmarks: ``python -m bench [--quick] [NAME ...]`` prints tables and saves JSON. Without names it runs all
+of BENCHES.
 
 ``python -m bench peers`` has options of its own.
 """
@@ -21,8 +22,8 @@ from rich.table import Table
 
 from bench import measure
 
-# Each module has ``run(quick: bool) -> dict``. A list of flat mappings in it is printed as a table, a mapping as part,
-# the rest as a line; keys starting with "samples" are saved only.
+# Each module has ``run(quick: bool) -> dict``. A list of flat mappings in the result is printed as a table, a mapping
+# as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
 BENCHES = ("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile")
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -38,7 +39,7 @@ def _is_rows(value: object) -> bool:
 
 
 def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
-    """Print a result of any bench: its flat values, its tables, its parts."""
+    """Print the result of a bench: its flat values, its tables, its sections."""
     console.print(f"\n[bold]{title}[/bold]")
     for key, value in result.items():
         if key.startswith("samples"):
@@ -59,7 +60,7 @@ def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["peers"]:
-        # It makes environments of gigabytes: never part of all.
+        # It creates environments of several gigabytes, so it is not part of "all".
         importlib.import_module("bench.peers.command").main(sys.argv[2:], RESULTS)
         return
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Baton beside its peers and limits.")
@@ -68,13 +69,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args()
 
-    # Before grpc is imported: connections of what a bench has ended would be told among its tables.
+    # Set before grpc is imported: else it logs connections to processes that a bench has ended among the tables.
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    # As Ctrl-C: what a bench has started is ended by its context managers.
+    # Treated as Ctrl-C: context managers end the processes that a bench has started.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = BENCHES if "all" in args.what else tuple(dict.fromkeys(args.what))
     started = datetime.now(UTC)
-    # Tables are wide; a pipe or a log has no width of its own.
+    # Tables are wide, and a pipe or a log file has no width of its own.
     console = Console(width=None if sys.stdout.isatty() else 160)
     record: dict[str, Any] = {
         "date": started.isoformat(timespec="seconds"),

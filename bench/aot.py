@@ -1,9 +1,10 @@
-"""Compiles kernels for GPUs that are not there, as a launch would: `python -m bench.aot`.
+"""Compiles Triton kernels for GPUs that are not present, exactly as a launch would: `python -m bench.aot`.
 
-A driver stands in for the GPU's: kernels are launched on tensors without memory, Triton specializes and compiles them
-for the driver's target, and what would be loaded is looked at instead: registers, stack (spills), shared memory and
-the instructions that the tiles are meant to become. With ``--ahead``, beside a GPU, the same launches fill Triton's
-cache: what `bench.gpu` will launch is compiled on all cores while its first stages run.
+A stand-in replaces Triton's GPU driver. Kernels are launched on tensors without memory; Triton specializes and compiles
+them for the stand-in's target, and the binary is inspected instead of loaded: registers, stack (spills), shared memory,
+and whether the expected matrix instructions are there. With
+``--ahead``, on a machine with a GPU, the same launches fill Triton's cache: the kernels that `bench.gpu` will launch
+are compiled on all cores while its first stages run.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from engine.kernels.triton.sampling import TritonSampler
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning, load, parse
 
-# Bytes of shared memory one program may have.
+# Bytes of shared memory that one program may use.
 SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 
@@ -64,12 +65,12 @@ class Compiled:
     registers: int
     stack_bytes: int
     shared_bytes: int
-    # Instructions of the kinds that matter, by their SASS name without modifiers.
+    # Counts of the instructions of interest, by their SASS name without modifiers.
     instructions: dict[str, int] = field(default_factory=dict)
 
 
 class _Utils:
-    """What Triton asks a driver for when it loads a kernel."""
+    """The functions that Triton calls on a driver when it loads a kernel."""
 
     def __init__(self, arch: int, loaded: Callable[[str, bytes, int], None]) -> None:
         self._arch = arch
@@ -83,11 +84,11 @@ class _Utils:
         return 1, 1, 0, 0, 1024
 
     def unload_module(self, module: int) -> None:
-        """Nothing was loaded."""
+        """Nothing to do: nothing was loaded."""
 
 
 class CompileOnlyDriver:
-    """Stands where Triton's driver of a GPU stands; a launch compiles and does nothing else."""
+    """Replaces Triton's GPU driver: a launch compiles the kernel and does nothing else."""
 
     def __init__(self, arch: int, *, inspects: bool = True) -> None:
         self.case = ""
@@ -102,7 +103,7 @@ class CompileOnlyDriver:
         return GPUTarget("cuda", self._arch, 32)
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device: one number per target.
+        # Triton caches compiled kernels by device, so each target has a number of its own.
         return self._arch
 
     def get_current_stream(self, device: int) -> int:
@@ -127,7 +128,7 @@ class CompileOnlyDriver:
 
 @contextmanager
 def compiling(arch: int, *, inspects: bool = True) -> Iterator[CompileOnlyDriver]:
-    """Within it, launches on meta tensors compile for ``sm_<arch>``. Not under the interpreter."""
+    """Inside this context, launches on meta tensors compile for ``sm_<arch>``. Not under the interpreter."""
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     stand_in = CompileOnlyDriver(arch, inspects=inspects)
     driver.set_active(stand_in)
@@ -153,18 +154,18 @@ def inspect_binary(binary: bytes) -> tuple[int, int, dict[str, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One launch as serving does it; ``has_hgmma`` says that on Hopper it must use warp-group products."""
+    """One launch as serving makes it. ``has_hgmma``: on Hopper it must use warp-group products."""
 
     name: str
     launch: Callable[[], object]
     has_hgmma: bool = False
-    # The few that the test suite compiles.
+    # The cases that the test suite compiles.
     is_fast: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Shapes of a model that is served."""
+    """The shapes of a model that is served."""
 
     name: str
     hidden: int
@@ -197,7 +198,7 @@ def indices(*shape: int) -> Tensor:
 
 
 def cases(tuning: Tuning) -> Iterator[Case]:
-    """Every configuration in use: kernels x models x dtypes, on the tiles of ``tuning``."""
+    """Every configuration in use: kernels x models x dtypes, with the tiles of ``tuning``."""
     sampler = TritonSampler(256, 128256, torch.device("meta"))
     draws = Draws(*(meta(64, dtype=dtype) for dtype in DRAW_DTYPES))
     logits, drawn = meta(64, 128256, dtype=torch.float32), meta(256, dtype=torch.int64)
@@ -294,7 +295,7 @@ def _other_cases(model: Model, dtype: torch.dtype, tuning: Tuning) -> Iterator[C
 
 
 def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, bool]]:
-    """Compiled kernels of every case, each with whether it must use HGMMA."""
+    """The compiled kernels of every case, each with whether it must use HGMMA."""
     name = f"sm{arch}.json"
     text = (resources.files("engine.kernels.triton") / "tuned" / name).read_text()
     tuning = parse(json.loads(text), name)
@@ -313,7 +314,7 @@ def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, b
 
 
 class Meta(Device):
-    """Tensors without memory: works make their inputs and launch, and nothing runs."""
+    """Makes tensors without memory: works build their inputs and launch kernels, and nothing is executed."""
 
     @property
     def torch(self) -> str:
@@ -321,7 +322,7 @@ class Meta(Device):
 
 
 def _works_ahead(gpu: str, capability: tuple[int, int], num_processors: int, *, is_tuning: bool) -> Iterator[Work]:
-    """What `bench.gpu` will launch, in the order of its stages."""
+    """The launches of `bench.gpu`, in the order of its stages."""
     if is_tuning:
         tuner = tune.on_gpu(gpu, capability, num_processors, Meta())
         for section in tuner.sections():
@@ -333,7 +334,7 @@ def _works_ahead(gpu: str, capability: tuple[int, int], num_processors: int, *, 
         try:
             yield from gpu_kernels.works(sizes, tuning, Meta())
         except Exception as error:
-            # A case that asks for a value while it is made up ends its size alone.
+            # If building a case needs the value of a tensor, the remaining cases of its size are skipped.
             print(f"{sizes.name} {sizes.dtype_name}: not compiled ahead from there on: {error}")
 
 
@@ -350,13 +351,14 @@ def ahead(
                     if run is not None:
                         run(work.make(0))
                 except Exception as error:
-                    # Whatever asks for a value of a tensor that has none: it is compiled when it is met.
+                    # The case needs the value of a tensor, which has none here: its kernels are compiled when they are
+                    # first used.
                     failed[type(error).__name__] = failed.get(type(error).__name__, 0) + 1
     return f"part {part}: {stand_in.num_loaded} kernels, not compiled ahead: {failed or 'none'}"
 
 
 def ahead_on_all_cores(*, is_tuning: bool) -> None:
-    """For the GPU of this machine, which runs other things meanwhile."""
+    """Compile for the GPU of this machine, which is used by other stages meanwhile."""
     os.nice(10)
     has = torch.cuda.get_device_properties(0)
     arguments = has.name, (has.major, has.minor), has.multi_processor_count, is_tuning
@@ -367,7 +369,7 @@ def ahead_on_all_cores(*, is_tuning: bool) -> None:
 
 
 def faults(compiled: Compiled, must_use_hgmma: bool) -> list[str]:
-    """What is wrong with a compiled kernel."""
+    """The problems of a compiled kernel, as text."""
     wrong = []
     if compiled.stack_bytes or compiled.instructions["LDL"] or compiled.instructions["STL"]:
         wrong.append(f"spills: {compiled.stack_bytes} bytes of stack")

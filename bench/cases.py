@@ -1,6 +1,6 @@
-"""Random inputs for kernels and what must come out: the same for tests under the interpreter and on a GPU.
+"""Random inputs for kernels and their expected results, shared by the tests under the interpreter and on a GPU.
 
-Memory that nobody may read is NaN. Expected results are plain torch in float64 on the device of the inputs.
+Memory that a kernel must not read holds NaN. Expected results are plain torch in float64 on the device of the inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ TOLERANCE = {torch.float32: 5e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """max |found - expected| / max |expected|; infinity where ``found`` is not finite."""
+    """max |found - expected| / max |expected|; infinity if ``found`` is not finite."""
     if found.numel() == 0:
         return 0.0
     if not bool(torch.isfinite(found).all()):
@@ -27,7 +27,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def generator_on(device: str, seed: int) -> torch.Generator | None:
-    """None on the meta device, where nothing is drawn and kernels are compiled without being run."""
+    """None on the meta device, where no numbers are drawn and kernels are compiled without being run."""
     return None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
 
@@ -57,7 +57,7 @@ class PagedSequences:
         geometry = (len(free), shape.kv_heads, 2, block_tokens, shape.head_dim)
         self.cache = torch.full(geometry, math.nan, dtype=dtype, device=device)
         width = max(1, *counts) + 1
-        # Ids behind a sequence's last block point far outside: following one is a fault on a GPU.
+        # Ids behind a sequence's last block are far out of range: following one is a fault on a GPU.
         table = torch.full((len(lengths), width), 1 << 28, dtype=torch.int32)
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []

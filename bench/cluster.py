@@ -1,7 +1,8 @@
-"""Split beside colocated on one machine: time to first token and between tokens of two real clusters, interleaved.
+"""Compares a split with a colocated cluster on one machine: time to first token and between tokens, interleaved.
 
-Both clusters have two workers of equal threads: one prefills and one decodes, or both do both (mixed). They stand side
-by side and are asked in turn, so that they see the same machine; the one that is not asked is idle.
+Both clusters have two workers with equal numbers of threads: one prefills and one decodes, or both do both (mixed).
+They run side by side and are asked in turn, so that both are measured under the same conditions; the cluster that is
+not asked is idle.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Cluster:
 
 @contextlib.asynccontextmanager
 async def cluster(name: str, options: Sequence[str], folder: Path, run_dir: Path) -> AsyncIterator[Cluster]:
-    """Starts ``baton up`` with these options, waits until it is ready, and stops all of it in the end."""
+    """Starts ``baton up`` with these options, waits until it is ready, and stops all its processes at the end."""
     ready_file = run_dir / f"{name}.json"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     command = [sys.executable, "-m", "cli", "up", "--model", str(folder), *options, "--threads", str(threads)]
@@ -99,7 +100,7 @@ def _await_end(process: subprocess.Popen[bytes]) -> None:
 
 
 def random_prompt(rng: Random) -> list[int]:
-    """No prefix of it is known."""
+    """A random prompt: no prefix of it was seen before."""
     return [rng.randrange(1, bench_model.VOCAB_SIZE) for _ in range(PROMPT_TOKENS)]
 
 
@@ -146,7 +147,7 @@ async def _idle_round(where: Cluster, rng: Random, num_output: int) -> list[Timi
 
 
 async def _loaded_round(where: Cluster, rng: Random, num_output: int) -> list[Timing]:
-    """A few clients, each with one request after another, started one step apart."""
+    """A few clients, each sending one request after another, started one step apart."""
 
     async def client(seed: int) -> list[Timing]:
         own = Random(seed)
@@ -179,7 +180,7 @@ def summary(timings: Sequence[Timing]) -> dict[str, Any]:
 
 
 def compare(split: Sequence[Timing], colocated: Sequence[Timing]) -> dict[str, float]:
-    """What the floors speak of: the ratio of TTFT, and how much later the second token comes, in decode steps."""
+    """The figures that have floors: the ratio of TTFT, and the delay of the second token in decode steps."""
     gap = Samples.of(t.gaps_s[0] for t in split).median - Samples.of(t.gaps_s[0] for t in colocated).median
     step = Samples.of(g for t in colocated for g in t.gaps_s[1:]).median
     split_ttft, colocated_ttft = (Samples.of(t.ttft_s for t in side).median for side in (split, colocated))
@@ -210,7 +211,7 @@ async def _measure(quick: bool) -> dict[str, Any]:
             ("loaded", _loaded_round, 1 if quick else 3),
         ):
             timings: dict[str, list[Timing]] = {split.name: [], mixed.name: []}
-            # The first idle round warms up.
+            # The first idle round is a warm-up.
             for i in range(rounds + (one_round is _idle_round)):
                 bandwidths.append(probe.read_gb_s())
                 for where in (split, mixed) if i % 2 else (mixed, split):
@@ -226,5 +227,6 @@ async def _measure(quick: bool) -> dict[str, Any]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """``idle``: one request at a time. ``loaded``: three clients. Each with figures per cluster and compared."""
+    """``idle``: one request at a time. ``loaded``: three clients. Each with the figures of both clusters and their
+    comparison."""
     return asyncio.run(_measure(quick))

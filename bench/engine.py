@@ -1,7 +1,8 @@
-"""CPU engine beside transformers: prefill and decode tokens/s of the bench model, interleaved in one run.
+"""Compares the CPU engine with transformers: prefill and decode tokens/s of the bench model, interleaved in one run.
 
-Both decode from a ready KV cache of about 512 tokens a sequence; the step that makes the cache is not timed. Theirs is
-``generate`` (greedy), timed from the first token to the last; ours is the runner with greedy sampling.
+Both decode from a prepared KV cache of about 512 tokens a sequence; the step that fills the cache is not timed. For
+transformers it is ``generate`` (greedy), timed from the first token to the last; for Baton it is the runner with greedy
+sampling.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MAX_BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. Tokens/s are medians; ``floor_share`` is ours / what the read bandwidth would allow."""
+    """One line of the table. Tokens/s are medians; ``floor_share`` is Baton / the rate that the read bandwidth allows."""
 
     what: str
     ratio: float
@@ -54,7 +55,7 @@ def prompts_of(count: int, num_tokens: int) -> list[tuple[int, ...]]:
 
 
 class Ours:
-    """The runner, driven by hand: blocks are dealt out once, steps are planned as the scheduler would."""
+    """Baton's runner without the scheduler: blocks are assigned once, steps are planned as the scheduler would."""
 
     def __init__(self, folder: Path, dtype: str, quantization: str = "none") -> None:
         block_tokens = EngineConfig().block_tokens
@@ -90,7 +91,7 @@ class Ours:
         return taken
 
     def ready_to_decode(self, batch: int) -> Callable[[], float]:
-        """Fills the cache; what it returns runs the steps once more from the same cache and gives seconds a step."""
+        """Fills the cache. The function that it returns runs the steps from that cache and returns seconds a step."""
         num_steps = _DECODE_STEPS[batch]
         sequences = self._sequences(prompts_of(batch, CONTEXT_TOKENS), num_steps + 1)
         at_once = _MAX_BATCH_TOKENS // CONTEXT_TOKENS
@@ -127,7 +128,8 @@ class Theirs:
             return time.perf_counter() - started
 
     def ready_to_decode(self, batch: int) -> Callable[[], float]:
-        """As Ours. ``generate`` starts with all but the prompt's last token in the cache, so each stamp is one step."""
+        """As in `Ours`. ``generate`` starts with all but the prompt's last token in the cache, so each stamp is one
+        step."""
         from transformers import DynamicCache
 
         num_steps = _DECODE_STEPS[batch]
@@ -163,7 +165,7 @@ def _row(
     what: str, num_tokens: int, ours: Callable[[], float], theirs: Callable[[], float],
     probe: BandwidthProbe, repeats: int, step_bytes: int | None,
 ) -> Row:  # fmt: skip
-    """Interleaves the two, a bandwidth probe beside each sample; the first round warms up and is not counted."""
+    """Interleaves both, with a bandwidth probe beside each sample. The first round is a warm-up."""
     baton_s, transformers_s, bandwidths = [], [], []
     for i in range(repeats + 1):
         before = probe.read_gb_s()
@@ -191,7 +193,7 @@ def _row(
 
 
 def run(quick: bool, dtype: str = "bfloat16") -> dict[str, Any]:
-    """Rows of prefill and decode. ``quick`` keeps to one length, two batches and fewer repeats."""
+    """Rows of prefill and decode. ``quick`` runs one length, two batches and fewer repeats."""
     folder = bench_model.bench_model()
     ours, theirs, probe = Ours(folder, dtype), Theirs(folder, dtype), BandwidthProbe()
     repeats = 3 if quick else 5

@@ -1,9 +1,10 @@
-"""``python -m bench.gpu --out DIR --minutes N``: what a GPU says of Baton in its first minutes.
+"""Checks and measures Baton on a GPU within a time limit: ``python -m bench.gpu --out DIR --minutes N``.
 
-The parent: it gives every stage a process of its own and a limit, and starts another where one died of what it ran.
-Each result is a line of DIR/rows.jsonl at once (`bench.gpu_rows`); a second run into the same DIR goes on where the
-first one ended. DIR/report.md is written in the end, and can be at any time: ``python -m bench.kernel_table DIR``.
-Loads no torch: what breaks an import breaks a child. docs/gpu.md has the commands.
+This is the parent process. It runs every stage in a child process with a time limit, and starts another child if one
+died of what it ran. Each result is written at once as a line of DIR/rows.jsonl (`bench.gpu_rows`); a second run into
+the same DIR continues where the first one ended. DIR/report.md is written at the end, and on demand by
+``python -m bench.kernel_table DIR``. The parent does not import torch, so a broken import ends a child only.
+docs/gpu.md has the commands.
 """
 
 from __future__ import annotations
@@ -28,15 +29,15 @@ from bench.gpu_stages import STAGES, Clock, Stage, planned_lines, shares
 
 ROOT = Path(__file__).resolve().parents[1]
 _END_S = 10.0
-# A process that imports torch from a cold disk says nothing for a while.
+# Importing torch from a cold disk takes a while without output.
 _START_LIMIT_S = 90.0
-# How long timings wait for the kernels that are being compiled beside the first stages.
+# How long timed stages wait for kernels that are still being compiled.
 _COMPILE_WAIT_S = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """What every child is told."""
+    """The options that every child gets."""
 
     device: str = "bench.gpu_measure:find_device"
     is_tiny: bool = False
@@ -92,7 +93,7 @@ class Parent:
         self._say(f"{stage.name}: {state} after {took_s} s")
 
     def _child(self, stage: Stage, ends_at: float) -> str:
-        """What became of it: ended, cut (its time is over), spoiled (another one is to go on), or failed."""
+        """Runs one child; returns its end: ended, cut (time limit), spoiled (another child must continue), or failed."""
         num_before = len(self._rows.read())
         with (
             self._log_path.open("ab") as log,
@@ -113,7 +114,7 @@ class Parent:
         return self._blame(stage, num_before, log_from, ending, process.returncode)
 
     def _listen(self, stage: Stage, pipe: int, ends_at: float) -> str:
-        """over: the process closed the pipe, cut, or hung."""
+        """Why reading stopped: over (the process closed the pipe), cut, or hung."""
         limit_s = max(_START_LIMIT_S, stage.part_limit_s)
         while True:
             now = time.monotonic()
@@ -131,7 +132,8 @@ class Parent:
             self._say(text.decode(errors="replace").rstrip("\n"))
 
     def _blame(self, stage: Stage, num_before: int, log_from: int, ending: str, status: int | None) -> str:
-        """A fault for the part that was under way, or for the stage where none was: another child would end alike."""
+        """Records a fault for the part that was running, or for the stage if there was none: another child would end
+        alike."""
         part = under_way(self._rows.read()[num_before:], stage.name)
         how, said = "hung", f"no word for {stage.part_limit_s:.0f} s"
         if ending == "over":
@@ -150,7 +152,7 @@ class Parent:
 def _started(
     stage: Stage, folder: Path, options: Options, log: BinaryIO
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
-    """The child and the pipe that it tells its progress through; in a process group, which is killed in the end."""
+    """Starts a child and the pipe for its progress, in a process group of its own that is killed at the end."""
     reading, writing = os.pipe()
     command = [
         sys.executable, "-m", "bench.gpu_child", "--stage", stage.name, "--cases", stage.cases, "--out", str(folder),
@@ -171,16 +173,16 @@ def _started(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process and all that it started."""
+    """Kills the process and all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    # A driver that hangs keeps its process; the next stage says what that means.
+    # A process that hangs in the driver cannot be killed; the next stage shows the consequences.
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END_S)
 
 
 class Compiler:
-    """Compiles on the idle cores what stages will launch, into Triton's cache; it is nobody's loss if it fails."""
+    """Compiles kernels for later stages on idle cores, into Triton's cache. Its failure is harmless."""
 
     def __init__(self, folder: Path) -> None:
         self._log_path = folder / "log.txt"
@@ -210,7 +212,7 @@ def _chosen(names: str) -> list[Stage]:
         raise SystemExit(f"no stage {', '.join(unknown)}; there are {', '.join(stage.name for stage in STAGES)}")
     if not wanted:
         return [*STAGES]
-    # What was asked for by name is done whatever the budget, as far as it goes.
+    # Stages that were requested by name run whatever the budget, as far as it goes.
     return [replace(s, shares_s=(max(s.shares_s),) * 3) for s in STAGES if s.name in wanted]
 
 
@@ -248,7 +250,7 @@ def main() -> int:
         wheels=options.wheels and options.wheels.resolve(),
     )
     compiler = None if is_interpreted or options.tiny else Compiler(rows.folder)
-    # Ended from outside, it still ends its children and writes what there is.
+    # On a signal it still ends its children and writes the results that exist.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         Parent(rows, told, partial(print, flush=True), compiler).run(stages, options.minutes)

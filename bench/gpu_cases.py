@@ -1,4 +1,4 @@
-"""The stages of `bench.gpu` that need no model: what the machine is, kernels that are right, kernels that are fast."""
+"""The stages of `bench.gpu` that need no model: facts about the machine, correctness of kernels, speed of kernels."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _versions(device: Device) -> dict[str, Any]:
 
 
 def _compiler() -> dict[str, Any]:
-    """What Triton compiles its launchers with; it says what is missing only when it fails."""
+    """The compiler that Triton uses for its launchers; Triton reports a missing one only when it fails."""
     compiler = os.environ.get("CC") or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     return {"facts": {"c_compiler": compiler or "none", "python_h": header.is_file()}}

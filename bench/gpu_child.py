@@ -1,8 +1,8 @@
-"""One stage of `bench.gpu` in a process of its own, which may die of what it runs: the parent starts another one, which
-goes on behind the part that was under way.
+"""Runs one stage of `bench.gpu` in a process of its own. If the process dies, the parent starts another one, which
+continues behind the part that was running.
 
-Every part is begun in the file of rows before it runs. Standard output and error are the parent's log; what is worth
-reading goes through the pipe, which tells the parent that this process lives.
+The start of every part is written to the file of rows before it runs. Standard output and error go to the parent's log;
+progress goes through the pipe and shows the parent that this process is alive.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _VERDICTS: dict[bool | None, str] = {True: "right", False: "WRONG", None: ""}
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a stage's cases are made from."""
+    """The inputs of a stage's cases."""
 
     device: Device
     rows: Rows
     is_tiny: bool
-    # A folder of wheels that this environment lacks.
+    # A folder of wheels that are missing in this environment.
     wheels: Path | None = None
 
 
@@ -45,7 +45,7 @@ class Child:
         self._known = results(context.rows.read(), retries=retries)
 
     def run(self, cases: Callable[[Context], Iterator[Case]]) -> int:
-        """The exit status."""
+        """Runs the stage; returns the exit status."""
         with torch.inference_mode():
             try:
                 for case in cases(self._context):
@@ -56,7 +56,7 @@ class Child:
         return 0
 
     def _take(self, case: Case) -> bool:
-        """Whether this process may go on."""
+        """Runs one part; returns whether this process may continue."""
         name = f"{case.kernel} | {case.shape} | {case.dtype}"
         known = self._known.setdefault((self._stage, name), {})
         for part in case.parts(self._context.device):
@@ -65,7 +65,7 @@ class Child:
                 self._context.rows.add("begin", stage=self._stage, case=name, part=part.name)
                 try:
                     values = part.run()
-                    # What a kernel did wrong shows when the device is asked.
+                    # A kernel's fault is reported when the device is synchronized.
                     self._context.device.check_usable()
                 except Exception as error:
                     line = self._fault(name, part.name, _kind(error), error)
@@ -76,7 +76,7 @@ class Child:
                     line = self._context.rows.add("row", stage=self._stage, case=name, part=part.name, **row)
                     self._say(described(line))
             known[part.name] = line
-            # A wrong result gets no speed, and what cannot be timed no peers.
+            # A case with a wrong result is not timed, and one that cannot be timed gets no peers.
             if part.name in ("check", "time") and is_bad(line):
                 break
         self._context.device.forget()
@@ -113,7 +113,7 @@ def _said(error: Exception) -> str:
 
 
 def described(line: Line) -> str:
-    """One line for people."""
+    """A part in one line."""
     name = f"{line['case']}: {line['part']}"
     if line["kind"] == "fault":
         return (
@@ -151,7 +151,7 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--wheels", type=Path)
     options = parser.parse_args()
-    # Its end is this process's end, whatever this process has started.
+    # This process ends when the parent ends, whatever it has started.
     os.set_inheritable(options.tell, False)
     rows = Rows(options.out)
     with contextlib.closing(os.fdopen(options.tell, "w")) as tell:

@@ -1,7 +1,7 @@
-"""The 1+1 cluster on one GPU: are its tokens those of one node, and what does the hand-over cost?
+"""Compares a 1+1 cluster on one GPU with a single node: equal tokens, and the cost of the hand-off.
 
-A prefill and a decode worker share the GPU and hand KV over by cuda_ipc; beside them stands one mixed worker with the
-same model. Each prompt is asked of both alone and among the others: all four answers must have the same token ids. On
+A prefill and a decode worker share the GPU and hand KV over by cuda_ipc; a mixed worker with the same model runs beside
+them. Each prompt is sent to both, alone and among the others: all four answers must have the same token ids. Under
 Triton's interpreter a small model takes the same path over shared memory, and times mean nothing.
 """
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from bench.cluster import Cluster, Timing
 
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
-# Few steps are recorded and warmed up: the start is most of what this takes.
+# Few steps are recorded and warmed up: most of the time here is the start.
 _GPU_OPTIONS = ("--gpus", "0", "--max-graph-seqs", "8", "--max-num-seqs", "16")
 
 
@@ -39,7 +39,7 @@ class _Work:
     name: str
     folder: Callable[[], Path]
     dtype: str
-    # Within a block, across its edge, and long enough to be pushed layer by layer.
+    # Prompts within a block, across its edge, and long enough to be pushed layer by layer.
     lengths: tuple[int, ...]
     num_output: int
     num_rounds: int
@@ -63,7 +63,8 @@ def cases(context: Context) -> Iterator[Case]:
 
 
 def install(wheels: Path, to: Path) -> int:
-    """What an environment lacks, into a folder that is looked in first; how many. Asks no network."""
+    """Installs missing packages from wheels into a folder that comes first on the path; returns how many. Uses no
+    network."""
     found = sorted(map(str, wheels.glob("*.whl")))
     if not found:
         raise FileNotFoundError(f"no wheels in {wheels}; `python scripts/gpu_wheels.py {wheels}` gathers them")
@@ -75,7 +76,7 @@ def install(wheels: Path, to: Path) -> int:
 
 
 def _installed(wheels: Path) -> dict[str, Any]:
-    """For this process and the cluster's."""
+    """Installs packages for this process and the cluster's processes."""
     folder = tempfile.mkdtemp(prefix="baton-wheels-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     count = install(wheels, Path(folder))
@@ -96,7 +97,7 @@ def _run(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
 
 
 async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
-    # Loaded now: it needs packages that may just have been installed.
+    # Imported here: it needs packages that may just have been installed.
     from bench.cluster import ask, cluster, compare, summary
 
     rng, folder = Random(0), work.folder()
@@ -115,7 +116,7 @@ async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
                 group.create_task(start("colocated", "--mixed", "1")),
             ]
         split, colocated = (task.result() for task in starting)
-        # The first round warms up. Who goes first changes.
+        # The first round is a warm-up. The order alternates.
         alone: dict[str, list[Timing]] = {split.name: [], colocated.name: []}
         for number in range(work.num_rounds + is_gpu):
             for where in (split, colocated) if number % 2 else (colocated, split):
@@ -146,7 +147,7 @@ async def _at_once(where: Cluster, prompts: Sequence[Sequence[int]], num_output:
 
 
 def differences(lengths: Sequence[int], runs: Sequence[Sequence[Timing]]) -> list[str]:
-    """Prompts, by length, whose answers are not the same in all runs, which hold the prompts in order, repeatedly."""
+    """The prompts, by length, whose answers differ between runs. Each run holds the prompts in order, repeatedly."""
     answers: dict[int, set[tuple[int, ...]]] = {}
     for timings in runs:
         for i, timing in enumerate(timings):

@@ -1,6 +1,9 @@
-"""Logits and greedy tokens on the device beside transformers on the same device: the demo model, and a small one of
-each family with weights drawn on the spot. In float32 the tokens are the same; in bfloat16 the logits are as close to
-those in float32 as the ones of transformers are."""
+"""Compares logits and greedy tokens on the device with transformers on the same device, for the demo model and a small
+model of each family with random weights.
+
+In float32 the tokens must be equal. In bfloat16 the logits must be as close to those in float32 as the logits of
+transformers are.
+"""
 
 from __future__ import annotations
 
@@ -28,14 +31,14 @@ from engine.step import Sequence as Running
 from engine.weights import Checkpoint
 
 DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
-# Share of the largest logit, in float32; in bfloat16, times what transformers itself is off by.
+# Tolerance: in float32 a share of the largest logit; in bfloat16 a multiple of the error of transformers.
 _FLOAT32_ERROR, _TIMES_THEIRS = 2e-5, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """A small model; ``options`` go to the config of transformers. All have one shape: what differs between families is
-    what is to be seen, and shapes have cases of their own."""
+    """A small model; ``options`` go to the config of transformers. All families have one shape: shapes have cases of
+    their own."""
 
     name: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +57,7 @@ class Family:
         generator = torch.Generator().manual_seed(sum(map(ord, self.name)))
         for name, parameter in model.named_parameters():
             drawn = torch.randn(parameter.shape, generator=generator)
-            # Wide enough that the choices are far apart; norms and biases that are left out show.
+            # Wide enough that the best logits are far apart and that missing norms and biases are noticed.
             parameter.data.copy_(1 + 0.2 * drawn if "norm" in name else 0.08 * drawn)
         model.save_pretrained(folder)
         return folder
@@ -93,7 +96,8 @@ def _beside_transformers(
 def _compared(
     folder: Path, dtype: torch.dtype, device: Device, lengths: tuple[int, ...], num_tokens: int
 ) -> dict[str, Any]:
-    """Ours generates; transformers reads prompt and answer at once, and says what it would have chosen at each."""
+    """Baton generates; transformers reads prompt and answer at once and returns the token it would have chosen at each
+    position."""
     import transformers
 
     with Checkpoint(folder) as checkpoint:
@@ -108,7 +112,7 @@ def _compared(
         ours, chosen = _generate(whole, prompt, num_tokens)
         read = torch.tensor([[*prompt, *chosen[:-1]]], device=device.torch)
         logits = theirs.to(dtype)(read).logits[0, length - 1 :].float()
-        # The same weights, without the rounding between layers.
+        # The same weights without rounding between layers.
         wide = logits if dtype == torch.float32 else theirs.float()(read).logits[0, length - 1 :]
         ours_off = max(ours_off, relative_error(ours, wide))
         theirs_off = max(theirs_off, relative_error(logits, wide))
@@ -129,7 +133,7 @@ def _generate(whole: WholeModel, prompt: list[int], num_tokens: int) -> tuple[Te
     found: list[Tensor] = []
     for _ in range(num_tokens):
         start, count = running.num_computed, len(running.token_ids) - running.num_computed
-        # The next step may write where they lie.
+        # Cloned: the next step may overwrite them.
         found.append(whole.forward([Piece(running, start, count, samples=True)])[0].clone())
         running.num_computed += count
         running.token_ids.append(int(found[-1].argmax()))

@@ -1,6 +1,7 @@
-"""What GPU rows are to reach: floor, goal and stretch of each kernel, as shares of what the GPU copied and multiplied
-in the same run, or beside a peer. Written for an H200 (copies 4.3 TB/s, read and written; bf16 products 790 TFLOP/s).
-Loads no torch.
+"""The goals of the GPU benchmark: floor, goal and stretch of each kernel, as shares of the copy and product rates of
+the same run, or relative to a peer.
+
+Written for an H200 (copies 4.3 TB/s, read and written; bf16 products 790 TFLOP/s). Does not import torch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """Of rows whose kernel, shape and part match. Values of ``key`` are to be at least these, or at most where they are
-    times."""
+    """A goal for rows whose kernel, shape and part match. Values of ``key`` must be at least these, or at most if they
+    are times."""
 
     kernel: str
     shape: str
@@ -30,7 +31,7 @@ class Goal:
         )
 
     def reached(self, value: float) -> int:
-        """How many of the levels."""
+        """The number of levels reached."""
         return sum(value <= level if self.is_most else value >= level for level in self.levels)
 
 
@@ -41,7 +42,7 @@ def _peer(kernel: str, shape: str, peer: str, *levels: float) -> Goal:
 _DECODE, _PREFILL = "decode attention, .*", "prefill attention, .*"
 _NORMS = "RMSNorm|add and RMSNorm|SwiGLU|RoPE and KV write"
 GOALS = (
-    # 512 MB of keys and values and more; then 128 to 512 MB; then one sequence.
+    # Three sizes: 512 MB of keys and values and more; 128 to 512 MB; one sequence.
     Goal(_DECODE, "(32|64) x (4096|8192)|256 x 1024", "time", "percent_of_copy", (80, 90, 95)),
     Goal(_DECODE, "8 x 4096", "time", "percent_of_copy", (65, 75, 85)),
     Goal(_DECODE, "1 x 32768", "time", "percent_of_copy", (55, 65, 72)),
@@ -55,7 +56,7 @@ GOALS = (
     _peer("shared prefix", "64 rows, prefix 8192, suffix 256", "own_plain", 5, 8, 12),
     _peer("shared prefix", ".*", "own_plain", 0.97),
     _peer("product, .*", "(1024|4096|8192) rows", "cublas", 0.85, 0.93, 0.99),
-    # Weights of 100 MB and more; the smaller ones are rotated through more than the cache.
+    # Weights of 100 MB and more; smaller ones are rotated through more than the cache.
     Goal("product, (gate and up|down|head) .*", "(1|16|64|128) rows", "time", "percent_of_copy", (80, 88, 94)),
     Goal("product, (qkv|output) .*", "(1|16|64|128) rows", "time", "percent_of_copy", (60, 70, 80)),
     _peer("product, .*", "(1|16|64|128) rows", "cublas", 0.90, 0.97, 1.05),
@@ -75,7 +76,7 @@ _NAMES = ("below the floor", "floor", "goal", "stretch")
 
 
 def goals_of(line: dict[str, Any]) -> Iterator[Goal]:
-    """Of each figure that the row has, the first that matches."""
+    """For each figure of the row, the first goal that matches."""
     seen = set()
     for goal in GOALS:
         if goal.key in line and goal.key not in seen and goal.matches(line):
@@ -84,7 +85,7 @@ def goals_of(line: dict[str, Any]) -> Iterator[Goal]:
 
 
 def verdicts(line: dict[str, Any]) -> list[str]:
-    """For a table: what is to be reached, and what was."""
+    """The goals of a row and whether they were reached, for a table."""
     found = []
     for goal in goals_of(line):
         levels = "/".join(f"{level:g}" for level in goal.levels)
