@@ -35,7 +35,7 @@ _MAX_BATCH_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table. Tokens/s are medians; ``floor_share`` is Baton / the rate that the read bandwidth allows."""
+    """One line of the table. Tokens/s are medians; ``floor_share`` is Baton / the rate that the bandwidth allows."""
 
     what: str
     ratio: float

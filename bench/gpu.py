@@ -93,7 +93,7 @@ class Parent:
         self._say(f"{stage.name}: {state} after {took_s} s")
 
     def _child(self, stage: Stage, ends_at: float) -> str:
-        """Runs one child; returns its end: ended, cut (time limit), spoiled (another child must continue), or failed."""
+        """Runs one child; returns its end: ended, cut (time limit), spoiled (another child must continue) or failed."""
         num_before = len(self._rows.read())
         with (
             self._log_path.open("ab") as log,

@@ -1,6 +1,6 @@
-"""The kernels of `bench.gpu` on the layers of a model's size, beside their peers.
+"""The kernel cases of `bench.gpu`: the kernels on the layer shapes of a model, beside their peers.
 
-Nothing is made before it is asked for: what a case allocates, it allocates in ``make``, where a failure is its own.
+Inputs are created on demand: a case allocates memory only in ``make``, so that a failure there belongs to that case.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
         )  # fmt: skip
 
     def expected(tokens: int, before: int, inputs: dict[str, Any]) -> Tensor:
-        # In float64 a whole matrix of scores would not fit: some tokens, from both ends.
+        # A whole score matrix in float64 would not fit: some tokens from both ends are compared.
         part = min(64, tokens)
         query, sequences = inputs["query"], inputs["sequences"]
         first = sequences.expected(query[:part], 0, before, None)
@@ -175,7 +175,7 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
         return torch.cat((found[:part], found[-part:]))
 
     def alone(tokens: int, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        # The second half of the first prompt as a chunk of its own.
+        # The second half of the first prompt, as a chunk of its own.
         part = slice(tokens // 2, tokens)
         return paged(inputs, "tail")[part], paged(inputs)[part]
 
@@ -190,7 +190,7 @@ def prefill_works(sizes: Sizes, tuning: Tuning, device: Device, block_tokens: in
             label,
             partial(make, num, tokens, before),
             paged,
-            # A chunk's queries are the last ones: what torch calls causal would mask by the first.
+            # A chunk's queries are the last positions: torch's causal mask would align them with the first.
             {
                 "own_contiguous": Peer(contiguous),
                 **(_sdpa_peers(device, is_causal=True) if is_first and not before else {}),
@@ -351,7 +351,7 @@ def _norms(sizes: Sizes, device: Device) -> Iterator[Work]:
         )  # fmt: skip
         yield Work(
             "add and RMSNorm", f"{rows} x {sizes.hidden}", partial(make, rows), add_norm,
-            # What is expected: the sum was left where x was.
+            # The expected result: the kernel writes the sum in place of x.
             {"torch": Peer(torch_add_norm)}, wide_norm, TOLERANCE[sizes.dtype],
             alone=lambda x: (
                 add_norm((x[0][:1].clone(), x[1][:1], x[2])), add_norm((x[0].clone(), *x[1:]))[:1],
@@ -395,7 +395,7 @@ def _embeddings(sizes: Sizes, device: Device) -> Iterator[Work]:
             "embedding", f"{rows} rows", partial(make, rows), lambda x: embed(*x),
             {"torch": Peer(lambda x: x[0][x[1]])}, lambda x: x[0][x[1]].double(),
             bytes=2 * rows * sizes.hidden * sizes.dtype.itemsize,
-            # Drawn in float32. A table is larger than the cache: one is enough.
+            # Random numbers in float32. A table is larger than the cache, so one is enough.
             needs_bytes=4 * table_bytes,
         )  # fmt: skip
 
@@ -411,7 +411,7 @@ def _rope_inputs(sizes: Sizes, device: Device, rows: int, seed: int) -> tuple[Te
 
 
 def _first_row_of_rope(inputs: tuple[Tensor, ...], rows: int) -> Tensor:
-    """What becomes of the first of so many rows: its query, and what is written for it."""
+    """The first row of a batch of this size: its query, and the cache bytes written for it."""
     qkv, cos, sin, cache, slots = inputs
     cache = cache.clone()
     query = rope_store(qkv[:rows].clone(), None, 1e-5, cos[:rows], sin[:rows], cache, slots[:rows])
@@ -458,7 +458,7 @@ def _copies(sizes: Sizes, device: Device) -> Iterator[Work]:
         common = Work(
             "blocks in", f"{tokens} tokens in blocks of {block_tokens}", partial(make, tokens, block_tokens), back,
             {"torch_copy": Peer(torch_copy)}, expected=lambda x: x[2], compared=lambda x: x[0][:, x[1].long()],
-            # The check is in float64.
+            # The check runs in float64.
             bytes=2 * num_bytes, needs_bytes=16 * num_bytes,
         )  # fmt: skip
         yield common

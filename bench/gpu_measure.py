@@ -1,13 +1,13 @@
-"""One case of the GPU bench, and how its parts are checked and timed. Knows no kernel of Baton.
+"""Checks and times one case of the GPU benchmark, part by part. Independent of Baton's kernels.
 
 A ``Work`` is one kernel at one shape: names, ``make`` for inputs, ``ours`` and ``peers`` to run on them, ``expected``
-and ``alone`` to check with, ``bytes`` and ``flops`` that the task needs at least. A module of cases is a function
-``works(sizes, device, ...) -> Iterator[Work]``; `bench.gpu_stages` says which modules make up a stage.
+and ``alone`` for the checks, and the minimum ``bytes`` and ``flops`` of the task. A module of cases has a function
+``works(sizes, device, ...) -> Iterator[Work]``; `bench.gpu_stages` lists the modules of each stage.
 
-A case is taken in parts, each of which gives a row of its own or a fault of its own: ``check`` (ours against
-``expected``, a row alone against the batch), ``time`` (ours), and ``peer NAME`` for each peer (peer and ours in turns).
-What fails in one part costs no other part. Timed calls are recorded in CUDA graphs on inputs that rotate through more
-than the L2 cache; figures are medians. Without a GPU the same calls are made twice and nothing is timed.
+A case consists of parts, and each part gives a row or a fault of its own: ``check`` (ours against ``expected``, and a
+row alone against the batch), ``time`` (ours), and ``peer NAME`` for each peer (peer and ours alternating). A failure in
+one part does not affect the others. Timed calls are recorded in CUDA graphs on inputs that rotate through more than the
+L2 cache; figures are medians. Without a GPU the calls are made twice and nothing is timed.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ NOT_MEASURED = "not measured on a GPU"
 _ROUNDS = 5
 _L2_TIMES = 4
 _MAX_ROTATED = 64
-# Share of the free memory that rotated inputs may take.
+# Share of the free memory for rotated inputs.
 _ROTATED_SHARE = 0.4
-# Of what is free, what a case may ask for: the allocator does not fill the last of it.
+# Share of the free memory that a case may request: the allocator cannot use all of it.
 _USABLE_SHARE = 0.9
-# A replay lasts about this long, so that its launch does not show in the time of one call.
+# Duration of a replay: long enough that its launch does not affect the time of one call.
 _REPLAY_S = 2e-3
 _MIN_CALLS, _MAX_CALLS = 10, 200
-# Of calls that are queued one by one: the host has to be ahead of the device.
+# Calls that are queued one by one: the host must stay ahead of the device.
 _MIN_QUEUED = 3
 
 
 class CaptureFailedError(RuntimeError):
-    """Recording failed. Torch's allocator stays in its capturing state: this process can measure nothing more."""
+    """Recording failed. Torch's allocator stays in its capturing state, so this process cannot measure any more."""
 
 
 class TooLittleMemoryError(RuntimeError):
-    """What a case needs is not free; nothing was made."""
+    """The memory that a case needs is not free; nothing was allocated."""
 
 
 class Replay(NamedTuple):
-    """Calls that are made together, and how many there are."""
+    """Calls that run together, and their number."""
 
     run: Callable[[], object]
     num_calls: int
@@ -55,7 +55,7 @@ class Replay(NamedTuple):
 
 @dataclass(frozen=True)
 class Device:
-    """Where the bench runs, and what it can do at best; this one is the CPU, where nothing is timed."""
+    """The device of the benchmark and its limits; this one is the CPU, where nothing is timed."""
 
     name: str = "CPU, Triton's interpreter"
     is_gpu: bool = False
@@ -72,17 +72,17 @@ class Device:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
     def check_usable(self) -> None:
-        """Raises what a kernel left behind that spoils this process."""
+        """Raises the error of a kernel after which this process cannot be used."""
 
     def forget(self) -> None:
-        """Give back what the allocator holds and nobody uses."""
+        """Release memory that the allocator caches but does not use."""
 
     def record(self, calls: Sequence[Callable[[], object]]) -> Replay:
         """Raises CaptureFailedError."""
         raise NotImplementedError
 
     def seconds(self, replays: Mapping[str, Replay]) -> dict[str, float]:
-        """Of one call of each: all replay in turns, the median."""
+        """Median seconds of one call of each; the replays alternate."""
         raise NotImplementedError
 
 
@@ -102,7 +102,7 @@ class Gpu(Device):
 
     def record(self, calls: Sequence[Callable[[], object]]) -> Replay:
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        # Inputs were made on the current stream, and what runs after reads what was written here.
+        # Inputs were made on the current stream, and later work reads what is written here.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for call in calls[:2]:
@@ -134,7 +134,7 @@ class Gpu(Device):
 
 
 def find_device(copy_bytes_per_s: float = 0.0, flops_per_s: float = 0.0) -> Device:
-    """The GPU with its limits as they are known, or the CPU."""
+    """The GPU with its known limits, or the CPU."""
     if not torch.cuda.is_available():
         return Device()
     has = torch.cuda.get_device_properties(0)
@@ -143,19 +143,19 @@ def find_device(copy_bytes_per_s: float = 0.0, flops_per_s: float = 0.0) -> Devi
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """What stands beside ours. It takes the same inputs."""
+    """An implementation to compare with, on the same inputs."""
 
     run: Callable[[Any], object]
-    # Device memory that it takes beside the inputs; asked for before it runs.
+    # Device memory that it needs beside the inputs; checked before it runs.
     needs_bytes: float = 0.0
-    # False: timed with its launches. For what cannot be recorded, or is compared as users run it.
+    # False: timed with its launches, for code that cannot be recorded or is compared as users run it.
     is_recorded: bool = True
-    # Lets go of what it holds, models for example.
+    # Releases what it holds, such as models.
     drop: Callable[[], None] = lambda: None
 
 
 class Part(NamedTuple):
-    """What gives one row."""
+    """The unit that gives one row."""
 
     name: str
     run: Callable[[], dict[str, Any]]
@@ -163,7 +163,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A case of one part, which is not a kernel: ``run`` gives the row; ``is_right`` in it says whether it passed."""
+    """A case of one part that is not a kernel: ``run`` gives the row; its ``is_right`` says whether it passed."""
 
     kernel: str
     shape: str
@@ -176,29 +176,29 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One kernel at one shape. ``make(i)`` gives the i-th set of inputs, as one argument for each contender."""
+    """One kernel at one shape. ``make(i)`` gives the i-th set of inputs as one argument for each contender."""
 
     kernel: str
     shape: str
     make: Callable[[int], Any]
     ours: Callable[[Any], Any]
     peers: Mapping[str, Peer] = field(default_factory=dict)
-    # What must come out of ``ours``, and how far it may be off.
+    # The expected result of ``ours``, and the tolerance.
     expected: Callable[[Any], Tensor] | None = None
     tolerance: float = 0.0
-    # The part of the result that is compared, where all of it would be too much for float64.
+    # The part of the result that is compared, if all of it would be too large in float64.
     compared: Callable[[Any], Tensor] = lambda found: found
-    # Bits that must be equal: what ``ours`` gives for one row alone and in the batch.
+    # Bits that must be equal: the results of ``ours`` for one row alone and in the batch.
     alone: Callable[[Any], tuple[Tensor, Tensor]] | None = None
-    # Memory traffic and arithmetic that the task needs at least; whichever is the bound is reported.
+    # Minimum memory traffic and arithmetic of the task; the larger bound is reported.
     bytes: float = 0.0
     flops: float = 0.0
     # Bytes of one set of inputs.
     input_bytes: float = 0.0
-    # Device memory of a set, the check and the result together, where that is more than three times the inputs.
+    # Device memory of a set, the check and the result together, if that is more than three times the inputs.
     needs_bytes: float = 0.0
     dtype: str = ""
-    # Timed as well as checked; False for ``is_recorded`` where ours is a graph already, or cannot become one.
+    # False: checked only. ``is_recorded`` is False where ours is a graph already or cannot be recorded.
     is_timed: bool = True
     is_recorded: bool = True
 
@@ -215,7 +215,7 @@ Case = Work | Task
 
 
 def measured(work: Work, device: Device) -> dict[str, Any]:
-    """The row of a work as one: check, time, and microseconds of each peer by name. Raises what any of it raises."""
+    """A work as one row: check, time, and microseconds of each peer by name. Raises what a part raises."""
     measurement = _Measurement(work, device)
     row = measurement.check()
     if row["is_right"] is False:
@@ -225,7 +225,7 @@ def measured(work: Work, device: Device) -> dict[str, Any]:
 
 
 class _Measurement:
-    """The parts of one work, on inputs that are made when the first part wants them."""
+    """The parts of one work, on inputs that are made when the first part needs them."""
 
     def __init__(self, work: Work, device: Device) -> None:
         self._work = work
@@ -267,7 +267,7 @@ class _Measurement:
                 self._ask(peer.needs_bytes)
                 if not self._device.is_gpu:
                     return self._called_twice(peer.run)
-                # Ours first: what fails from here on is the peer.
+                # Ours runs first: a failure from here on is the peer's.
                 ours = self._ours()
                 theirs = self._replay(peer.run, is_recorded=peer.is_recorded)
                 seconds = self._device.seconds({"ours": ours, "peer": theirs})
@@ -279,7 +279,8 @@ class _Measurement:
         return run
 
     def _called_twice(self, run: Callable[[Any], object]) -> dict[str, Any]:
-        """A second call of what changes its inputs or holds something shows what a timed loop would meet."""
+        """Calls it a second time: a call that changes its inputs or keeps references fails here, as it would in a
+        timed loop."""
         for inputs in self._inputs(1) * 2:
             run(inputs)
         return {"time": NOT_MEASURED}

@@ -1,5 +1,5 @@
-"""Whole models on the device: a recorded step has the bits of an unrecorded one; decode steps beside transformers,
-prompts beside the measured product rate. Weights are drawn on the device."""
+"""Benchmarks whole models on the device: recorded steps must have the bits of unrecorded ones; decode steps are
+compared with transformers, prompts with the measured product rate. Weights are random."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _BLOCK_TOKENS = 64
 
 
 class RandomCheckpoint:
-    """Weights by name, drawn on the device when asked for: nothing is read and nothing is kept."""
+    """Weights by name, random, generated on the device when requested: nothing is read and nothing is kept."""
 
     def __init__(self, config: ModelConfig, device: str) -> None:
         self._shapes = expected_shapes(config)
@@ -72,7 +72,7 @@ def model_config(sizes: Sizes, max_tokens: int) -> ModelConfig:
 
 
 class WholeModel:
-    """A model and a cache on the device, driven by hand: no scheduler, no sampler."""
+    """A model and a cache on the device, without scheduler and sampler."""
 
     def __init__(
         self,
@@ -102,30 +102,30 @@ class WholeModel:
         return whole
 
     def forward(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits of the pieces that sample, by the runner's path."""
+        """Logits of the pieces that sample, through the runner's code."""
         return self.model.forward(
             build_batch(StepPlan(tuple(pieces)), self.layout), self.cache, self.layout, None
         ).values
 
     def rows(self, rows: int, context: int) -> list[DecodeRow]:
-        """Sequences that all hold ``context`` tokens, of which the newest is to be computed."""
+        """Sequences that all hold ``context`` tokens, of which the newest is not computed yet."""
         blocks = self.layout.blocks_for(context)
         return [DecodeRow(i + 1, context - 1, 1, range(i * blocks, (i + 1) * blocks)) for i in range(rows)]
 
     def decode(self, rows: int, context: int) -> DecodeGraph:
-        """A recorded step of such sequences, filled in."""
+        """A recorded step of such sequences, with its inputs filled in."""
         try:
             graph = DecodeGraph(self.model, self.cache, self.config, self.kernels, num_rows=rows, max_length=context)
         except Exception as error:
             if self.kernels.device.type != "cuda":
                 raise
-            # It records at once: whatever failed may have left the allocator capturing.
+            # It records at once, and a failure may have left the allocator capturing.
             raise CaptureFailedError(f"{type(error).__name__}: {error}") from error
         graph.step(self.rows(rows, context))
         return graph
 
     def unrecorded(self, rows: int, context: int) -> Tensor:
-        """Logits of the same step by the runner's path: its own index tensors, the same cache."""
+        """Logits of the same step through the runner's code: its own index tensors, the same cache."""
         pieces = []
         for i, row in enumerate(self.rows(rows, context)):
             known = (0,) * (context - 2) + (row.token_id,)
@@ -143,7 +143,7 @@ class WholeModel:
 
 
 class Bench:
-    """Whole steps of one size; the model is made when the first case asks for it."""
+    """Whole steps of one size; the model is created for the first case that needs it."""
 
     def __init__(self, sizes: Sizes, device: Device) -> None:
         self._sizes = sizes
@@ -157,7 +157,7 @@ class Bench:
 
     @property
     def weight_bytes(self) -> int:
-        """What a decode step reads: all but the input embedding."""
+        """Bytes that a decode step reads: all weights but the input embedding."""
         shapes = expected_shapes(self._config)
         numbers = sum(math.prod(shape) for name, shape in shapes.items() if name != "model.embed_tokens.weight")
         return numbers * self._sizes.dtype.itemsize
@@ -168,7 +168,7 @@ class Bench:
         return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self._sizes.dtype.itemsize
 
     def cases(self) -> Iterator[Work]:
-        """What takes torch's compiler a minute comes last, as further peers of cases that were taken before."""
+        """Cases that need a minute of torch's compiler come last, as further peers of cases that have run before."""
         for rows, context in self._sizes.steps:
             yield self._beside("eager", rows, context)
         yield self._prefill()
@@ -187,7 +187,7 @@ class Bench:
             lambda _: self.whole.decode(rows, context),
             lambda graph: graph.replay().logits,
             expected=lambda _: self.whole.unrecorded(rows, context),
-            # The same kernels on the same inputs: the same bits.
+            # The same kernels on the same inputs must give the same bits.
             tolerance=0.0,
             compared=lambda logits: logits.float(),
             is_recorded=False,
@@ -197,7 +197,7 @@ class Bench:
         )
 
     def _with_inputs(self, rows: int, context: int) -> Work:
-        """Steps whose inputs come from the host: what it takes longer than its replay, the GPU is idle."""
+        """Steps whose inputs come from the host: the GPU is idle for the time that this exceeds the replay."""
 
         def make(_: int) -> tuple[DecodeGraph, list[DecodeRow]]:
             return self.whole.decode(rows, context), self.whole.rows(rows, context)
@@ -218,7 +218,7 @@ class Bench:
         )  # fmt: skip
 
     def _model_bytes(self) -> float:
-        """To be free while there is no model; one that is there has taken its own."""
+        """Memory that must be free if the model does not exist yet."""
         is_made = "whole" in self.__dict__
         return 0.0 if is_made else 1.3 * self.weight_bytes + self._tokens * self.kv_bytes_per_token
 
@@ -232,7 +232,7 @@ def large(context: Context) -> Iterator[Case]:
 
 
 def graphs(context: Context) -> Iterator[Case]:
-    """Two layers of each dtype: recording is tried where it is cheap before whole models are made."""
+    """Two layers of each dtype: recording is tested on small models first."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         base = TINY[0] if context.is_tiny else QWEN_06B
         sizes = dataclasses.replace(
@@ -248,7 +248,7 @@ def graphs(context: Context) -> Iterator[Case]:
 
 
 def _tokens(bench: Bench, rows: int, context: int) -> dict[str, Any]:
-    """Greedy, drawn in the recorded step."""
+    """Greedy tokens, drawn in the recorded step."""
     graph = bench.whole.decode(rows, context)
     first = graph.step(bench.whole.rows(rows, context))
     drawn, best = first.token_ids.clone(), first.logits.argmax(-1)
@@ -261,7 +261,7 @@ def transformers_peers(sizes: Sizes, config: ModelConfig, device: Device, rows: 
     held = _Transformers(sizes, config, device, rows, context)
     weights = 1.1 * sum(math.prod(shape) for shape in expected_shapes(config).values()) * sizes.dtype.itemsize
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * sizes.dtype.itemsize * rows * context
-    # An eager step copies the layer that it is at; a static one may be compiled with copies of its own.
+    # An eager step copies the layer that it computes; a compiled static step may have copies of its own.
     return {
         "eager": Peer(held.eager, weights + 1.1 * cache, is_recorded=False, drop=held.drop),
         "static": Peer(held.static, weights + 1.3 * cache, is_recorded=False, drop=held.drop),
@@ -269,7 +269,7 @@ def transformers_peers(sizes: Sizes, config: ModelConfig, device: Device, rows: 
 
 
 class _Transformers:
-    """A model of transformers and its cache, made when they are first called and dropped together."""
+    """A model of transformers and its cache, created on the first call and dropped together."""
 
     def __init__(self, sizes: Sizes, config: ModelConfig, device: Device, rows: int, context: int) -> None:
         self._sizes = sizes
@@ -280,19 +280,19 @@ class _Transformers:
         self._held: dict[str, Any] = {}
 
     def eager(self, _: object = None) -> Tensor:
-        """The cache grows by the step's token, which is taken off again."""
+        """One eager step. It grows the cache by a token, which is removed again."""
         cache = self._cache("eager")
         logits = self._step(self._model(), cache)
         cache.crop(-1)
         return logits
 
     def static(self, _: object = None) -> Tensor:
-        """The cache counts its tokens itself, on the device: a step begins where the context ends."""
+        """One step with a static cache, which counts its tokens on the device: a step begins where the context ends."""
         cache = self._cache("static")
         for layer in cache.layers:
             layer.cumulative_length.fill_(self._context - 1)
         if "compiled" not in self._held:
-            # As its documentation has it; without a GPU, its front end alone.
+            # As its documentation recommends; without a GPU the front end only.
             options: dict[str, Any] = {"mode": "reduce-overhead"} if self._device.is_gpu else {"backend": "eager"}
             self._held["compiled"] = torch.compile(self._model().forward, dynamic=False, **options)
         return self._step(self._held["compiled"], cache)
@@ -304,7 +304,7 @@ class _Transformers:
     def _step(self, run: Callable[..., Any], cache: object) -> Tensor:
         token = torch.ones(self._rows, 1, dtype=torch.int64, device=self._device.torch)
         places = torch.full((self._rows, 1), self._context - 1, device=self._device.torch)
-        # Its newer versions warn of the older name, which the older ones want.
+        # Newer versions warn about the old name, older ones require it.
         known = inspect.signature(self._model().forward).parameters
         held = {"cache" if "cache" in known else "past_key_values": cache}
         logits: Tensor = run(token, use_cache=True, position_ids=places, **held).logits
@@ -328,7 +328,7 @@ class _Transformers:
         return self._held["model"]
 
     def _cache(self, kind: str) -> Any:
-        """Filled with random keys and values, as ours is."""
+        """A cache filled with random keys and values, as for Baton."""
         import transformers
 
         if kind not in self._held:

@@ -1,9 +1,8 @@
-"""The file that a run on a GPU leaves behind: one JSON line for everything that happened, on the disk before the next
-thing begins.
+"""The result file of a GPU run: one JSON line for each event, on disk before the next part begins.
 
-Kinds of lines: ``run`` (versions, commit, what was asked for), ``stage`` (begun, ended, cut, left out), ``begin`` (a
-part of a case), and what a part gives, ``row`` or ``fault``. A part that was begun and has neither was under way when
-its process ended. Loads no torch: the parent and the report read it too.
+Kinds of lines: ``run`` (versions, commit, options), ``stage`` (begun, ended, cut, left out), ``begin`` (a part of a
+case), and the part's result, ``row`` or ``fault``. A part that was begun and has no result was running when its process
+ended. Does not import torch: the parent and the report read it too.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Line = dict[str, Any]
-# The exit status of a stage's process that wants to be replaced: what it ran has spoiled it.
+# Exit status of a stage's process that must be replaced because the code it ran has damaged it.
 SPOILED = 75
 _MAX_SAID = 1500
 
@@ -33,7 +32,7 @@ class Rows:
         line = {"kind": kind, "at": round(time.time(), 3), **values}
         data = (json.dumps(line) + "\n").encode()
         with self.path.open("ab") as file:
-            # What was cut off by a process's end must not swallow this line.
+            # A line cut off by the end of a process must not swallow this one.
             if file.tell() and not self._ends_whole():
                 file.write(b"\n")
             file.write(data)
@@ -42,7 +41,7 @@ class Rows:
         return line
 
     def fault(self, stage: str, case: str, part: str, fault: str, said: str) -> Line:
-        """``fault``: exception, out of memory, too little memory, capture failed, died, hung."""
+        """Writes a fault. Kinds: exception, out of memory, too little memory, capture failed, died, hung."""
         return self.add("fault", stage=stage, case=case, part=part, fault=fault, said=said[-_MAX_SAID:])
 
     def read(self) -> list[Line]:
@@ -62,13 +61,13 @@ def _parsed(lines: Iterable[bytes]) -> Iterable[Line]:
         try:
             yield json.loads(line)
         except ValueError:
-            # Empty, or cut off.
+            # An empty or incomplete line.
             continue
 
 
 def results(lines: Iterable[Line], *, retries: bool = False) -> dict[tuple[str, str], dict[str, Line]]:
-    """By (stage, case), by part: the newest row or fault. With ``retries`` what failed before the newest run, or was
-    wrong then, is as if it had never been."""
+    """By (stage, case), then by part: the newest row or fault. With ``retries``, faults and wrong results from
+    before the newest run are dropped."""
     found: dict[tuple[str, str], dict[str, Line]] = {}
     for line in lines:
         if line["kind"] == "run" and retries:
@@ -83,7 +82,7 @@ def is_bad(line: Line) -> bool:
 
 
 def under_way(lines: Iterable[Line], stage: str) -> tuple[str, str] | None:
-    """(case, part) that was begun last in a stage, if nothing came of it."""
+    """The (case, part) that was begun last in a stage, if it has no result."""
     open_part: tuple[str, str] | None = None
     for line in lines:
         if line.get("stage") != stage:
@@ -96,7 +95,7 @@ def under_way(lines: Iterable[Line], stage: str) -> tuple[str, str] | None:
 
 
 def facts(lines: Iterable[Line]) -> dict[str, Any]:
-    """What the first stage found out about the machine: the values of its rows, the newest of each."""
+    """The machine's facts from the first stage: the newest value of each row."""
     found: dict[str, Any] = {}
     for line in lines:
         if line["kind"] == "row":

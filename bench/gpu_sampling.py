@@ -1,6 +1,6 @@
-"""The sampling kernels of `bench.gpu`: what requests ask for, in batches of 1, 64 and 256; the host's sampler is right.
+"""The sampling cases of `bench.gpu`: common parameters in batches of 1, 64 and 256, checked against the host's sampler.
 
-What a row reads at least is said with it: passes over the logits, without what lies between the kernels.
+Each row states its minimum traffic: the passes over the logits, without intermediate results.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from engine.sampler import Sampler
 from engine.step import Piece, Sequence
 
 _PROMPT = tuple(range(3, 40))
-# Bytes of each logit that all chunks of a row are read or written for, if the bound of top_p lies in some of them only.
+# Bytes per logit that are read or written in all chunks of a row, if the bound of top_p lies in some of them only.
 KINDS: Mapping[str, tuple[dict[str, object], int]] = {
     "greedy": ({"temperature": 0.0}, 4),
     "plain": ({}, 8),
     "top-p": ({"temperature": 0.8, "top_p": 0.9}, 8),
     "top-k and top-p": ({"temperature": 0.8, "top_k": 50, "top_p": 0.9}, 8),
-    # Logits and counts in, a copy out, which is read again.
+    # Logits and counts in; a copy out, which is read again.
     "penalties": ({"repetition_penalty": 1.2, "presence_penalty": 0.5, "logit_bias": {7: 2.0}}, 24),
     "logprobs": ({"logprobs": 5}, 12),
 }
@@ -57,7 +57,7 @@ def works(vocab_size: int, device: Device, batches: tuple[int, ...]) -> Iterator
 
 
 def _peers(name: str) -> dict[str, Peer]:
-    """What engines do that keep to torch."""
+    """Sampling as engines do it with torch operations."""
     if name == "greedy":
         return {"torch_argmax": Peer(lambda logits: logits.argmax(-1))}
     if name == "plain":
@@ -78,7 +78,7 @@ def _sequence(name: str, seed: int, options: Mapping[str, object]) -> Sequence:
 
 
 def _logits(device: Device, rows: int, vocab_size: int, seed: int) -> Tensor:
-    """Of a width that models have, so that the bound of top_p lies among thousands."""
+    """Logits with a realistic spread, so that the bound of top_p lies among thousands of values."""
     generator = generator_on(device.torch, seed)
     return torch.randn(rows, vocab_size, generator=generator, device=device.torch, dtype=torch.float32) * 3
 
@@ -103,7 +103,7 @@ def _expected(sequences: list[Sequence], is_reporting: bool, logits: Tensor) -> 
 
 
 def _report(row: np.ndarray, token_id: int, top: list[int]) -> list[int]:
-    """As interface.REPORT_WORDS has it."""
+    """A report as in interface.REPORT_WORDS."""
     bits = row.view(np.int32)
     nothing = int(np.float32(-np.inf).view(np.int32))
     rest = REPORT_TOP - len(top)

@@ -1,4 +1,4 @@
-"""The scales of the GPU bench: the layers of Llama-3-8B and of Qwen3-0.6B, and tiny odd ones of every dtype."""
+"""The sizes of the GPU benchmark: the layers of Llama-3-8B and Qwen3-0.6B, and small odd ones in every dtype."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bench.cases import Shape
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """One scale of the whole bench."""
+    """One size of the whole benchmark."""
 
     name: str
     dtype: torch.dtype
@@ -29,7 +29,7 @@ class Sizes:
     pointwise_rows: tuple[int, ...]
     copied_tokens: tuple[int, ...]
     block_tokens: tuple[int, ...]
-    # Whole steps: (rows, context) of a decode, tokens of a prompt.
+    # Whole steps: (rows, context) of a decode; tokens of a prompt.
     steps: tuple[tuple[int, int], ...]
     prompt: int
 
@@ -58,7 +58,7 @@ QWEN_06B = Sizes(
     steps=((1, 1024), (64, 1024)),
     prompt=8192,
 )  # fmt: skip
-# One of each dtype, with odd shapes.
+# One in each dtype, with odd shapes.
 TINY = tuple(
     Sizes(
         "tiny", dtype, shape, 84, 40, 70, 2, False,
@@ -75,13 +75,13 @@ TINY = tuple(
 def _served(name: str, dtype: torch.dtype, shape: Shape, hidden: int, inner: int, vocabulary: int) -> Sizes:
     return Sizes(
         name, dtype, shape, hidden, inner, vocabulary, 2, False,
-        # One of each kind of launch: tiles of few, of some, and of many rows; with parts to combine and without.
+        # One for each kind of launch: tiles of few, of some and of many rows; with and without parts to combine.
         prefill=((1, 63),), chunked=(), decode=((1, 63), (3, 700)), prefixes=(), rows=(1, 17, 33, 700),
         pointwise_rows=(3,), copied_tokens=(), block_tokens=(64,), steps=(), prompt=1,
     )  # fmt: skip
 
 
-# Models that stages run whole and of which no kernel is measured alone: what is compiled ahead for them.
+# Models that stages run only as a whole: their kernels are compiled ahead, too.
 FAMILY_SHAPE = Shape(8, 2, 128)
 SERVED = (
     *(_served("families", t, FAMILY_SHAPE, 256, 384, 997) for t in (torch.float32, torch.bfloat16)),

@@ -1,32 +1,32 @@
-"""What `bench.gpu` does, in the order of what it is worth, and how its minutes are shared out. Loads no torch."""
+"""The stages of `bench.gpu` in order of value, and their shares of the time limit. Does not import torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-# Budgets, in minutes, that stages have shares of; one between two has the shares of the smaller.
+# Time limits in minutes for which stages have shares; a limit in between has the shares of the smaller one.
 PLANS = (2, 5, 9)
-# Kept back for ending what runs and writing the report.
+# Reserved for ending the running stage and writing the report.
 RESERVED_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """``cases``: module:function that takes a `gpu_child.Context` and gives cases, in a process of its own."""
+    """``cases``: module:function that takes a `gpu_child.Context` and returns cases; runs in a process of its own."""
 
     name: str
     about: str
     cases: str
-    # Share of each of PLANS in seconds; 0: not in it. Estimates until a GPU has been measured.
+    # Its share in each of PLANS in seconds; 0: not run. Estimates until a GPU has been measured.
     shares_s: tuple[float, float, float]
-    # Longest silence: what says nothing for so long hangs.
+    # Longest time without output; then the stage counts as hung.
     part_limit_s: float = 45.0
-    # Left out where it would have less than this.
+    # Left out if less than this is left.
     least_s: float = 8.0
-    # Its figures are times: nothing else should run beside it.
+    # Its figures are times, so nothing else should run beside it.
     is_timed: bool = False
-    # What is compiled beside it (arguments of `bench.aot`), and not beside the first stages.
+    # Kernels to compile beside it (arguments of `bench.aot`), but not beside the first stages.
     ahead: tuple[str, ...] = ()
 
 
@@ -41,7 +41,7 @@ STAGES = (
         part_limit_s=75, least_s=30,
     ),
     Stage("time", "kernels beside cuBLAS, SDPA and torch", "bench.gpu_cases:timed", (0, 60, 110), is_timed=True),
-    # Torch's compiler says nothing for minutes.
+    # Torch's compiler prints nothing for minutes.
     Stage("steps-0.6b", "whole steps of a 0.6B model", "bench.gpu_model:small", (0, 0, 35), 150, is_timed=True),
     Stage("steps-8b", "whole steps of an 8B model", "bench.gpu_model:large", (0, 0, 75), 150, 20, is_timed=True),
     Stage("tune", "tiles of each kernel, in sections", "bench.tune:cases", (0, 0, 60), 60, 15, ahead=("--tune",)),
@@ -49,23 +49,23 @@ STAGES = (
 
 
 def shares(stages: Sequence[Stage], minutes: float) -> dict[str, float]:
-    """Seconds that each stage is promised; those without a share are not there."""
+    """Seconds of each stage; stages without a share are left out."""
     column = max((i for i, plan in enumerate(PLANS) if plan <= minutes), default=0)
     return {stage.name: stage.shares_s[column] for stage in stages if stage.shares_s[column]}
 
 
 class Clock:
-    """The whole run's time. A stage may use its share, what others left of theirs, and what the budget has beyond."""
+    """The time of the whole run. A stage may use its share, unused shares of others, and the rest of the limit."""
 
     def __init__(self, minutes: float, planned: dict[str, float], now: float) -> None:
         self._ends_at = now + minutes * 60 - RESERVED_S
         self._planned = dict(planned)
 
     def limit(self, stage: Stage, now: float) -> float:
-        """Seconds that a stage may take; 0 where it is left out. To be asked in the order of the stages."""
+        """Seconds that a stage may take; 0 if it is left out. Must be called in the order of the stages."""
         own = self._planned.pop(stage.name, 0.0)
         left = self._ends_at - now
-        # What the later ones were promised stays theirs, as far as it is there.
+        # Later stages keep their shares as far as the time is there.
         limit = min(left, max(own, left - sum(self._planned.values()))) if own else 0.0
         return limit if limit >= stage.least_s else 0.0
 

@@ -1,12 +1,13 @@
-"""What large inputs do to everyone else: a cluster with 16 streams of known answers, and one sender of huge bodies.
+"""Measures the effect of large inputs on other requests: 16 streams with known answers beside one sender of huge
+bodies.
 
-Each kind of body is sent twice: so large that it is refused by its length, and just small enough to be read.
+Each kind of body is sent in two sizes: so large that it is refused by its length, and just small enough to be read.
 
-Three processes beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20 ms
-on a connection of its own; one holds 16 recall streams open, checks each answer and notes each gap between two chunks.
-The first window is without hostile input: what a busy machine alone does is in its row. ``own`` figures leave out the
-time in which a thread on the way was ready to run and another one had the core: of the router its event loop, of a node
-the thread that waited longest, of the watchers themselves.
+Three processes run beside the cluster: this one sends the bodies, which were made before; one asks ``/health`` every 20
+ms on a connection of its own; one holds 16 recall streams open, checks each answer and records each gap between two
+chunks. The first window has no hostile input, so its row shows the noise of the machine. The ``own`` figures leave out
+the time in which a thread was ready to run while another one had the core: for the router its event loop, for a node
+the thread that waited longest, and the watchers themselves.
 
     python -m bench hostile
 """
@@ -100,12 +101,12 @@ def inputs(size: int) -> Iterator[tuple[str, str, Callable[[], bytes]]]:
     yield "not JSON", completions, lambda: b"\xff" * size
 
 
-# ── The three who are watched ───────────────────────────────────────────────────────────────────────────────────────
+# The watchers
 
 
 def _ask_health(url: str, router_pid: int) -> None:
-    """A line of (when, seconds it took, seconds of them in which we or the router waited for a core) for each call,
-    until the input closes."""
+    """Prints a line for each call until the input closes: (when, its seconds, seconds of those in which this process
+    or the router waited for a core)."""
     parts = urlsplit(url)
     assert parts.hostname is not None
     stop = threading.Event()
@@ -129,7 +130,7 @@ def _ask_health(url: str, router_pid: int) -> None:
 
 
 def _waited_s(pid: int) -> float:
-    """How long a process's first thread, which is the router's event loop, has been ready to run without a core."""
+    """Seconds in which a process's first thread (the router's event loop) has been ready to run without a core."""
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
@@ -143,7 +144,8 @@ class _Arrival:
     decode: tuple[float, ...]
 
     def gap_since(self, earlier: _Arrival, with_prefill: bool) -> tuple[float, float, float]:
-        """From when, how long, and how much of that was waiting for a core. The second token waits for prefill too."""
+        """Start and length of the gap, and the part of it spent waiting for a core. The second token also waits for
+        prefill."""
         length_s = self.at_s - earlier.at_s
         waited_s = sum(self.loops) - sum(earlier.loops) + _longest(earlier.decode, self.decode)
         if with_prefill:
@@ -156,7 +158,8 @@ def _longest(earlier: tuple[float, ...], later: tuple[float, ...]) -> float:
 
 
 class _Clock:
-    """Stamps arrivals. Chunks of one step come together: what threads waited is read once a millisecond."""
+    """Stamps arrivals. Chunks of one step come together, so the threads' waiting time is read at most once a
+    millisecond."""
 
     def __init__(self, router_pid: int, prefill_pid: int, decode_pid: int) -> None:
         self._loops = [os.getpid(), router_pid]
@@ -176,12 +179,13 @@ class _Clock:
 
 
 def _threads(pid: int) -> list[int]:
-    """A thread's id is a name under /proc of its own. A node's threads stay while it serves."""
+    """The threads of a process: ids under /proc. A node's threads stay the same while it serves."""
     return [int(tid) for tid in os.listdir(f"/proc/{pid}/task")]
 
 
 async def _stream(url: str, router_pid: int, prefill_pid: int, decode_pid: int) -> None:
-    """Recall streams one after the other on 16 lanes; a line for each: its gaps, whether it was right."""
+    """Runs recall streams one after the other on 16 lanes; prints for each its gaps and whether the answer was
+    right."""
     stop = asyncio.Event()
     clock = _Clock(router_pid, prefill_pid, decode_pid)
     tasks = recall_prompts(seed=41, count=256, num_pairs=(20, 120), num_questions=(8, 12))
@@ -217,7 +221,7 @@ async def _stream(url: str, router_pid: int, prefill_pid: int, decode_pid: int) 
 
 
 class _Watcher:
-    """A child that prints JSON lines until its input closes: to a file, since a pipe that is full would stop it."""
+    """A child that prints JSON lines until its input closes; into a file, since a full pipe would block it."""
 
     def __init__(self, part: str, ready_file: Path) -> None:
         command = [sys.executable, "-m", "bench.hostile", part, str(ready_file)]
@@ -226,7 +230,7 @@ class _Watcher:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output)
 
     def rows(self) -> list[Any]:
-        """All lines of a child that was closed."""
+        """All lines of a child that has ended."""
         return [json.loads(line) for line in self._path.read_text().splitlines()]
 
     def close(self) -> None:
@@ -237,7 +241,7 @@ class _Watcher:
             raise RuntimeError(f"a watcher ended with {code}")
 
 
-# ── The measure ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# Measurement
 
 
 async def _measure(window_s: float) -> dict[str, Any]:
@@ -263,7 +267,7 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
             for name, path, make in inputs(size):
                 send = partial(_post, where.http, path, make())
                 windows.append(_window(f"{name}, {size / _MB:.0f} MB", send, window_s, router))
-            # gRPC has no escapes: half as much is read.
+            # gRPC has no escapes: half the size is accepted.
             send = partial(_generate, where, run_dir, "Ada likes plums. " * (size // 34))
             windows.append(_window(f"gRPC prompt, {size / 2 / _MB:.0f} MB", send, window_s, router))
     asked_rows, stream_rows = health.rows(), streams.rows()
@@ -295,12 +299,12 @@ def _watch(where: Cluster, run_dir: Path, window_s: float) -> dict[str, Any]:
 
 
 def _window(name: str, send: Callable[[], str | None], window_s: float, router: psutil.Process) -> dict[str, Any]:
-    """Send again and again for the window; what was answered, and from when to when."""
+    """Send repeatedly during the window; returns the answers and the start and end."""
     from_s = time.monotonic()
     answers: list[str] = []
     while time.monotonic() - from_s < window_s:
         answers.append(send() or "")
-    time.sleep(1.0)  # what the last one left behind
+    time.sleep(1.0)  # left over from the window before
     return {
         "name": name,
         "from_s": from_s,
@@ -341,7 +345,7 @@ def _post(url: str, path: str, body: bytes) -> str:
         response.read()
         return str(response.status)
     except (BrokenPipeError, ConnectionResetError):
-        # Refused before it was read: the server answered and closed.
+        # Refused before the body was read: the server answered and closed.
         return "closed"
     finally:
         connection.close()

@@ -1,6 +1,8 @@
-"""What GPU runs found, as people read it: ``python -m bench.kernel_table DIR`` writes DIR/report.md from a folder of
-`bench.gpu`; with ``--save`` it becomes a file of bench/results, and its tiles a file of the kernels. Without DIR,
-docs/kernels.md from the newest results of `bench.gpu` and `bench.aot`. Loads no torch."""
+"""Reports of GPU runs: ``python -m bench.kernel_table DIR`` writes DIR/report.md from a folder of `bench.gpu`.
+
+With ``--save`` the run is saved to bench/results and its tiles to the kernels' folder. Without DIR it writes
+docs/kernels.md from the newest results of `bench.gpu` and `bench.aot`. Does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,7 @@ _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS")
 
 
 def source_digest() -> str:
-    """Of the code that was measured, for machines without git: equal to that of the commit that it was."""
+    """A digest of the measured code, for machines without git: equal to that of the commit."""
     digest = hashlib.sha256()
     found = (path for folder in _MEASURED for kind in ("*.py", "*.json") for path in (ROOT / folder).rglob(kind))
     for path in sorted(path for path in found if path.parent != RESULTS):
@@ -35,7 +37,7 @@ def source_digest() -> str:
 
 
 def record(lines: list[Line]) -> dict[str, Any]:
-    """One run's folder as one result: every case with what its parts gave."""
+    """The folder of one run as one result: every case with the results of its parts."""
     runs = [line for line in lines if line["kind"] == "run"]
     last = runs[-1] if runs else {}
     known = facts(lines)
@@ -106,7 +108,7 @@ def report(folder: Path) -> str:
 
 
 def summary(found: dict[str, Any]) -> str:
-    """What the run was, what is wrong, and what of the goals was reached."""
+    """The facts of the run, its failures, and the goals that were reached."""
     rows = found["rows"]
     lines = [
         f"# {found['device']}, {found['date']}",
@@ -139,7 +141,7 @@ def _last_line(text: str) -> str:
 
 
 def save(folder: Path) -> list[Path]:
-    """The folder's record in bench/results, and its tiles, if a GPU measured them, where the kernels look for them."""
+    """Save the folder's record to bench/results, and its tiles, if measured on a GPU, to the kernels' folder."""
     found = record(Rows(folder).read())
     if not found["commit"]:
         raise SystemExit(
@@ -153,7 +155,7 @@ def save(folder: Path) -> list[Path]:
 
 
 def save_tiles(folder: Path) -> list[Path]:
-    """Where the kernels look for them; none where no GPU measured any."""
+    """Save the tiles to the kernels' folder; does nothing if no GPU measured any."""
     tuned = folder / "tuned.json"
     if not tuned.exists():
         return []
@@ -187,7 +189,7 @@ def _by(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[Any, ...], list[di
 
 
 def errors(record: dict[str, Any]) -> str:
-    """Worst error of each kernel by dtype, and whether a row alone had the bits it had in its batch."""
+    """The largest error of each kernel by dtype, and whether a row alone had the same bits as in its batch."""
     rows = [{**row, "kernel": row["kernel"].partition(" ")[0] if row["kernel"].startswith("product") else row["kernel"]}
             for row in record["rows"]]  # fmt: skip
     lines = ["| kernel | shapes | float32 | float16 | bfloat16 | batch-invariant |", "|---|---|---|---|---|---|"]
@@ -208,7 +210,7 @@ def errors(record: dict[str, Any]) -> str:
 
 
 def compiled(records: list[dict[str, Any]]) -> str:
-    """Each kernel by architecture and version of Triton, over all its configurations."""
+    """Each kernel by architecture and Triton version, over all its configurations."""
     lines = [
         "| kernel | target | Triton | configurations | registers | shared memory, bytes | spills | "
         + " | ".join(_COUNTED) + " |",
@@ -236,8 +238,8 @@ def faults(records: list[dict[str, Any]]) -> str:
     return "\n".join(found) if found else "None."
 
 
-# Of a row: launches that do something, and bytes per logit at least and at most. The most is where every chunk holds a
-# value near the bound of top_k and top_p. A read or a write of all logits is 4 bytes each.
+# For a row: launches that do work, and the minimum and maximum bytes per logit. The maximum applies if every chunk
+# holds a value near the bound of top_k and top_p. Reading or writing all logits is 4 bytes each.
 _DRAWN = (
     ("greedy", 2, 4, 4, "best value"),
     ("plain, min_p", 3, 8, 8, "best value, masses; then one chunk"),
@@ -248,7 +250,7 @@ _DRAWN = (
 
 
 def drawn(vocab_size: int = 128256, rows: int = 256, bytes_per_s: float = 4.3e12) -> str:
-    """What drawing reads and writes, and the least time of that alone."""
+    """The reads and writes of sampling, and the minimum time for them."""
     lines = [
         f"| row | launches at work | bytes a logit | MB at {rows} x {vocab_size:,} | us for these alone | passes |",
         "|---|---|---|---|---|---|",
@@ -264,7 +266,7 @@ def drawn(vocab_size: int = 128256, rows: int = 256, bytes_per_s: float = 4.3e12
 
 
 def document() -> str:
-    """docs/kernels.md"""
+    """The text of docs/kernels.md."""
     interpreter, measured = _newest("gpu-interpreter-*.json"), _newest("gpu-2*.json")
     assert interpreter, f"no result of the interpreter in {RESULTS}"
     ahead = sorted(RESULTS.glob("aot-triton-*.json"))

@@ -1,12 +1,13 @@
-"""Load tools of others against a cluster, their figures beside what the router measured of the same requests.
+"""Runs third-party load tools against a cluster and compares their figures with the router's own for the same requests.
 
-Between them a tap (bench.tap) notes when bytes go by: what a first token takes longer at the tool than at the socket is
-the tool's, what it takes longer there than by the router's clock is the way, and the router's reading and writing.
+A tap between them (bench.tap) records when bytes pass. The difference between the tool's first-token time and the tap's
+is the tool's own delay; the difference between the tap's and the router's is the network and the router's reading and
+writing.
 
     python -m bench.load_tools --guidellm PATH/bin/guidellm --aiperf PATH/bin/aiperf
 
-Each tool lives in an environment of its own (pip install guidellm, pip install aiperf: a gigabyte or more each), and
-the `openai` package is the third. None of them needs a network: the tokenizer is the model's folder.
+Each tool needs an environment of its own (pip install guidellm, pip install aiperf: a gigabyte or more each); the
+`openai` package is the third tool. None needs a network: the tokenizer is the model's folder.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _TOOL_TIMEOUT_S = 300.0
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
 _TTFT = "baton_time_to_first_token_seconds"
 _E2E = "baton_request_duration_seconds"
-# The interval between tokens has had two names; the first one found counts.
+# Two names of the interval between tokens are in use; the first one found counts.
 _TBT = ("baton_tbt_seconds", "baton_time_between_tokens_seconds")
 
 
@@ -56,13 +57,13 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one side says of one run; means, since a histogram knows no other exact figure."""
+    """The figures of one side for one run. Means, since a histogram has no other exact figure."""
 
     num_requests: int
     num_failed: int
     output_tokens: int
     ttft_mean_ms: float
-    # None: the router's histogram has buckets only.
+    # None: the router's histogram has only buckets.
     ttft_median_ms: float | None
     itl_mean_ms: float
     e2e_mean_ms: float
@@ -134,7 +135,7 @@ async def _openai_package(base_url: str, load: Load) -> tuple[Figures, float]:
     rng = Random(load.seed)
     prompts = [[rng.randrange(100, 2000) for _ in range(load.prompt_tokens)] for _ in range(load.num_requests)]
     async with openai.AsyncOpenAI(base_url=f"{base_url}/v1", api_key="none", max_retries=0) as client:
-        # What the package loads and looks up on first use is not the server's time.
+        # The package's first-use imports and look-ups are not the server's time.
         await client.models.list()
 
         async def one(prompt: list[int]) -> tuple[float, float, float, int]:
@@ -185,7 +186,7 @@ class RouterView:
         self._before = self._scrape()
 
     def take(self) -> tuple[Figures, dict[str, float]]:
-        """And the parts of the mean time to the first token, in ms."""
+        """The means, and the stages of the mean time to the first token in ms."""
         after = self._scrape()
         grown = {name: value - self._before.get(name, 0.0) for name, value in after.items()}
         self._before = after
@@ -214,7 +215,7 @@ class RouterView:
         for family in text_string_to_metric_families(text):
             for sample in family.samples:
                 if not sample.name.endswith("_bucket"):
-                    # What all series carry tells nothing apart.
+                    # Labels that all series carry do not distinguish them.
                     labels = ",".join(v for k, v in sample.labels.items() if k not in ("cluster", "model_name"))
                     found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
         return found
@@ -226,7 +227,7 @@ def _mean_ms(grown: dict[str, float], name: str) -> float:
 
 
 def _run(command: list[str], log_path: Path) -> None:
-    # Offline only where a tool needs telling: aiperf takes a folder for a name on the hub when it is set.
+    # Offline mode is set only for tools that need it: with it aiperf takes a folder for a name on the hub.
     environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")}
     with log_path.open("wb") as log:
         done = subprocess.run(
@@ -237,7 +238,7 @@ def _run(command: list[str], log_path: Path) -> None:
 
 
 class Tap:
-    """Between the tools and the router; ``take`` says what went by since the last time."""
+    """Runs the tap between the tools and the router; ``take`` returns what passed since the last call."""
 
     def __init__(self, base_url: str, folder: Path) -> None:
         self._path = folder / "tap.jsonl"
@@ -249,7 +250,7 @@ class Tap:
         self.url = f"http://127.0.0.1:{int(self._process.stdout.readline())}"
 
     def take(self) -> dict[str, float]:
-        """Means: the request's bytes, and first byte of the request to the first event."""
+        """Means: the request's bytes, and the first byte of the request to the first event."""
         lines = self._path.read_text().splitlines()
         found = [json.loads(line) for line in lines[self._num_read :]]
         self._num_read = len(lines)
@@ -278,7 +279,7 @@ def _row(tool: str, side: str, figures: Figures, duration_s: float) -> dict[str,
         "ttft median ms": figures.ttft_median_ms,
         "itl mean ms": figures.itl_mean_ms,
         "e2e mean ms": figures.e2e_mean_ms,
-        # Both over the tool's own duration: the router does not know when a run began.
+        # Both over the tool's own duration: the router does not know the start of a run.
         "tokens/s": figures.output_tokens / duration_s,
     }
 
@@ -325,7 +326,7 @@ def main() -> None:
     parser.add_argument("--output-tokens", type=int, default=64)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
-    # As Ctrl-C: the cluster is ended by its context manager.
+    # Treated as Ctrl-C: the context manager ends the cluster.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     started = datetime.now(UTC)
     load = Load(args.requests, args.concurrency, args.prompt_tokens, args.output_tokens)

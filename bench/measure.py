@@ -1,4 +1,4 @@
-"""What every bench shares: the memory-bandwidth probe, medians, facts about the machine. Measures nothing of Baton."""
+"""Shared by all benches: the memory-bandwidth probe, medians, facts about the machine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("baton-serve", "torch", "transformers", "grpcio", "protobuf", "numpy")
-_PROBE_BYTES = 256 * 2**20  # far beyond any cache
+_PROBE_BYTES = 256 * 2**20  # larger than any cache
 
 
 class BandwidthProbe:
-    """Reads a large buffer with all threads. Beside each sample, since a virtual machine's bandwidth drifts.
+    """Reads a large buffer with all threads. It runs beside each sample, since a virtual machine's bandwidth drifts.
 
-    In huge pages and without arithmetic that waits for itself: a sum over small pages stayed below what kernels read.
+    The buffer is in huge pages and the arithmetic has no dependency chain: a sum over small pages stays below the rate
+    at which kernels read.
     """
 
     def __init__(self) -> None:
@@ -54,23 +55,23 @@ class Samples:
         return statistics.median(self.values)
 
     def percentile(self, share: float) -> float:
-        """Nearest rank."""
+        """The percentile by the nearest-rank method."""
         ordered = sorted(self.values)
         return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
     @property
     def spread(self) -> float:
-        """(largest - smallest) / median: what the figure is worth."""
+        """(largest - smallest) / median, a measure of the noise."""
         return (max(self.values) - min(self.values)) / self.median
 
 
 def ratio(ours: Samples, theirs: Samples) -> float:
-    """Median of ours / theirs over neighbouring samples, which saw the same machine."""
+    """Median of ours / theirs over neighbouring samples, which were taken under the same conditions."""
     return statistics.median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
 
 
 def machine() -> dict[str, object]:
-    """Enough to tell whether two result files may be compared."""
+    """The facts that decide whether two result files are comparable."""
     return {
         "cpu": _cpu_name(),
         "num_cpus": len(os.sched_getaffinity(0)),
@@ -92,7 +93,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Short hash, with a plus sign where tracked files differ from it; empty outside a git checkout."""
+    """Short hash, with a plus sign if tracked files differ from it; empty outside a git checkout."""
     command = ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     root = Path(__file__).resolve().parents[1]
     try:

@@ -15,7 +15,7 @@ from demo import tokenizer as demo_tokenizer
 if TYPE_CHECKING:
     from torch import Tensor
 
-# A change of anything below needs a new name: folders are trusted by name.
+# Any change below needs a new name: an existing folder is used without a check.
 NAME = "llama-0.25b-random-1"
 VOCAB_SIZE = 32_000
 HIDDEN = 1024
@@ -26,30 +26,30 @@ NUM_KV_HEADS = 4
 HEAD_DIM = 64
 MAX_MODEL_TOKENS = 4096
 
-# Parameters that a decode step reads: all but the input embedding, of which it reads a row.
+# Parameters that a decode step reads: all but the input embedding, of which it reads one row.
 NUM_STEP_PARAMETERS = NUM_LAYERS * (
     HIDDEN * (2 * NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM + 3 * HIDDEN * INTERMEDIATE + 2 * HIDDEN
 ) + HIDDEN * (VOCAB_SIZE + 1)
 
 
 def kv_bytes_per_token(dtype_bytes: int) -> int:
-    """Keys and values of one token in all layers."""
+    """Bytes of keys and values of one token in all layers."""
     return NUM_LAYERS * 2 * NUM_KV_HEADS * HEAD_DIM * dtype_bytes
 
 
 def cache_folder() -> Path:
-    """Where made models are kept; BATON_BENCH_CACHE moves it."""
+    """The folder for generated models; BATON_BENCH_CACHE overrides it."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "baton-bench"
     return Path(os.environ.get("BATON_BENCH_CACHE", default))
 
 
 def bench_model() -> Path:
-    """Folder of the bench model, made on first use (half a gigabyte, seconds)."""
+    """The folder of the bench model, created on first use (half a gigabyte, seconds)."""
     folder = cache_folder() / NAME
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Made aside and renamed, so that a folder of that name is always whole.
+    # Written under another name and renamed, so that a folder of that name is always complete.
     made = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=folder.parent))
     try:
         _write(made)
