@@ -1,8 +1,8 @@
-"""Where the packages go in a wheel; all else is in pyproject.toml.
+"""Places the packages in the wheel; everything else is in pyproject.toml.
 
-A checkout has them side by side. In a wheel `baton` alone is on the path of whoever installs it: the others have names
-that users take for their own (`engine`, `router`, `cli`), and lie in `baton/_serving`, which only the `baton` command
-and the processes it starts put on their path (see docs/decisions/0008-names.md).
+A checkout has them side by side. In a wheel only `baton` is a top-level name. The other packages have names that users
+have themselves (`engine`, `router`, `cli`), so they are in `baton/_serving`, which only the `baton` command and the
+processes it starts put on their path (see docs/decisions/0008-names.md).
 """
 
 from setuptools import find_namespace_packages, setup

@@ -1,6 +1,7 @@
-"""What counting costs: a cluster with all of it on beside off (bench.observability_cluster), and its parts one by one.
+"""The cost of metrics and tracing: a cluster with all of it on and off (bench.observability_cluster), and its parts
+alone.
 
-The parts are processor time of the engine's thread, around the meter's calls, and of the router's books in a loop.
+The parts are processor time of the engine thread around the meter's calls, and of the router's bookkeeping in a loop.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _TimedStep:
 
 
 class _Timed:
-    """A runner that notes its thread's processor time at the end of each step."""
+    """A runner that records its thread's processor time at the end of each step."""
 
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
@@ -63,7 +64,7 @@ class _Timed:
 
 
 class _Watched(EngineMeter):
-    """Adds up what its own calls take."""
+    """Adds up the processor time of its own calls."""
 
     spent_s = 0.0
 
@@ -96,7 +97,8 @@ class _Engine:
         self._num_rounds = 0
 
     def round(self, batch: int, num_tokens: int) -> tuple[float, float]:
-        """Processor seconds of a decode step, everything between two steps' ends, and of the meter in a step."""
+        """Processor seconds of a decode step (from the end of one step to the end of the next), and of the meter in
+        it."""
         self._num_rounds += 1
         left = batch
         done = threading.Event()
@@ -115,7 +117,7 @@ class _Engine:
             self._replica.submit(spec, hands_off=False, listener=listen)
         if not done.wait(_WAIT_S):
             raise TimeoutError(f"no end of a round within {_WAIT_S} s")
-        # The first steps take the prompts in.
+        # The first steps compute the prompts.
         ends_s = self._runner.ends_s[batch + 1 :]
         return (ends_s[-1] - ends_s[0]) / (len(ends_s) - 1), self._meter.spent_s / len(self._runner.ends_s)
 
@@ -124,14 +126,14 @@ class _Engine:
 
 
 def _engine_rows(rounds: int) -> list[dict[str, Any]]:
-    """The demo's model: a step is as short as any will ever be."""
+    """Measured on the demo's model: its steps are very short, so the share of the meter is largest."""
     engine = _Engine()
-    # Two pairs of readings a step, of which about half falls between the two of a pair.
+    # Two pairs of clock readings a step; about half of each falls between the two readings.
     readings_us = 2 * _us(time.thread_time, 10_000)
     rows = []
     try:
         for batch in (1, 8, 32):
-            # The first round warms up.
+            # The first round is a warm-up.
             found = [engine.round(batch, 48) for _ in range(rounds + 1)][1:]
             steps, meter = (Samples.of(values) for values in zip(*found, strict=True))
             step_us, meter_us = steps.median * 1e6, meter.median * 1e6 - readings_us

@@ -1,11 +1,12 @@
-"""A cluster with all of its observability on beside off: tokens/s, and processor time per token of each process.
+"""Compares a cluster with all of its observability on and off: tokens/s, and processor time per token of each process.
 
-One cluster does the same work in short blocks, switched in between (bench.switchable), so that nothing but the switch
-differs: two clusters, or two starts of one, differ by more than what is looked for. Eight blocks of either kind, one by
-one in turn, make a ratio; given is the median of the ratios with the interval that a bootstrap puts around it.
+One cluster does the same work in short blocks and is switched in between (bench.switchable), so that only the switch
+differs: two clusters, or two starts of one, differ by more than the effect. Eight alternating blocks of each kind make
+a ratio; the result is the median of the ratios with its bootstrap interval.
 
-On is: counting, stamps, relays, log lines, the nodes' timelines; in every eighth block one scrape of every process and
-two polls of the status page's data. Spans, which are an option, come on top, sent to a collector that throws them away.
+On means: counting, stamps, relays, log lines, the nodes' timelines, and in every eighth block one scrape of every
+process and two polls of the status page's data. Spans are optional and measured on top, sent to a collector that
+discards them.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ from bench import switchable
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 _START_TIMEOUT_S = 120.0
 _REQUEST_TIMEOUT_S = 120.0
-# Spans are exported this often; processor time is read when the last of a block are out.
+# Export interval of spans; processor time is read when the last spans of a block are sent.
 _EXPORT_EVERY_S = 0.2
 _NUM_POLLS = 2
-# A scrape falls into one block of so many (about 4 s of work), and a ratio is made of so many of either kind.
+# One block in so many contains a scrape (about 4 s of work), and a ratio consists of so many blocks of either kind.
 _GROUP = 8
-# Every process has come by its signal handler, and the block before has no afterthoughts.
+# Time for every process to run its signal handler and to finish the work of the block before.
 _PAUSE_S = 0.03
 _MODES = {"off": switchable.OFF, "on": switchable.ON, "on and spans": switchable.SPANS}
 
@@ -67,11 +68,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What one block took, or several in a row."""
+    """The cost of one block, or of several in a row."""
 
     num_tokens: int
     seconds: float
-    # Processor time, by process.
+    # Processor time by process.
     cpu_s: dict[str, float]
 
     @property
@@ -80,7 +81,7 @@ class Block:
 
     @property
     def cpu_us(self) -> dict[str, float]:
-        """Of a token."""
+        """Processor time per token."""
         found = {name: seconds / self.num_tokens * 1e6 for name, seconds in self.cpu_s.items()}
         return {**found, "all three": sum(found.values())}
 
@@ -90,7 +91,7 @@ class Block:
 
 
 class _Collector(BaseHTTPRequestHandler):
-    """Takes spans and keeps none."""
+    """Accepts spans and discards them."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["Content-Length"]))
@@ -114,7 +115,7 @@ def _collector() -> Any:
 
 
 class _Cluster:
-    """One prefill and one decode worker behind a router, each a process that can be switched."""
+    """One prefill and one decode worker behind a router; each process can be switched."""
 
     def __init__(self, pids: dict[str, int], metrics: Sequence[str], http: str, channel: grpc.aio.Channel) -> None:
         self._pids = pids
@@ -144,7 +145,7 @@ class _Cluster:
         return Block(load.num_tokens, seconds, {name: after[name] - before[name] for name in before})
 
     async def _watch(self) -> None:
-        """A Prometheus and somebody who looks at the status page."""
+        """Imitates a Prometheus and a user with an open status page."""
         for _ in range(_NUM_POLLS):
             await _get(self._status)
         for url in self._scraped:
@@ -171,7 +172,7 @@ class _Cluster:
         return round(float(line.split()[-1]))
 
     def _cpu_s(self) -> dict[str, float]:
-        """Of all threads, to the nanosecond: the clock that clock_getcpuclockid(3) names."""
+        """Processor time of all threads in nanoseconds: the clock that clock_getcpuclockid(3) names."""
         return {name: time.clock_gettime((~pid << 3) | 2) for name, pid in self._pids.items()}
 
 
@@ -214,7 +215,7 @@ async def _cluster(folder: Path, kv_mib: int) -> AsyncIterator[_Cluster]:
 
 
 async def _get(url: str) -> str:
-    """With next to no work here: this process shares the cores with those that are measured."""
+    """A minimal HTTP client: this process shares the cores with the measured ones."""
     host, _, path = url.removeprefix("http://").partition("/")
     name, _, port = host.rpartition(":")
     reader, writer = await asyncio.open_connection(name, int(port))
@@ -267,7 +268,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 def percent_more(on: Sequence[float], off: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the paired ratios less one, and the ends of its 95 % bootstrap interval, in per cent."""
+    """Median of the paired ratios less one, with its 95 % bootstrap interval, in per cent."""
     ratios = [100 * (a / b - 1) for a, b in zip(on, off, strict=True)]
     rng = Random(0)
     medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
@@ -275,7 +276,7 @@ def percent_more(on: Sequence[float], off: Sequence[float]) -> tuple[float, floa
 
 
 async def _measure(folder: Path, load: Load, seconds: dict[str, float], kv_mib: int) -> dict[str, Any]:
-    """``seconds`` by mode that is compared with off."""
+    """``seconds`` by the mode that is compared with off."""
     rows: list[dict[str, Any]] = []
     samples: dict[str, Any] = {}
     async with _cluster(folder, kv_mib) as cluster:
@@ -304,7 +305,7 @@ async def _groups(cluster: _Cluster, mode: str, load: Load, for_s: float) -> tup
         taken: dict[str, list[Block]] = {mode: [], "off": []}
         for i in range(_GROUP):
             seed += 1
-            # Of the same prompts, for the same work; who is first changes.
+            # The same prompts for the same work; the order alternates.
             for which in (mode, "off") if i % 2 else ("off", mode):
                 watched = which != "off" and i == 0
                 taken[which].append(await cluster.block(which, load, seed, is_watched=watched))
@@ -334,7 +335,7 @@ def _rows(mode: str, on: Sequence[Block], off: Sequence[Block]) -> Iterator[dict
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """On the demo's model, whose steps are as short as any will be, and on the bench model."""
+    """On the demo's model, whose steps are very short, and on the bench model."""
     scale = 0.3 if quick else 1.0
     many = Load(num_clients=8, requests_each=2, prompt_tokens=128, output_tokens=96, vocab_size=1000)
     one = Load(num_clients=1, requests_each=3, prompt_tokens=128, output_tokens=96, vocab_size=1000)

@@ -1,6 +1,7 @@
-"""Draws a window of a trace that `baton trace` wrote as SVG: a lane per node, transfers under the steps that hide them.
+"""Draws a window of a trace written by `baton trace` as SVG: a row per node, with transfers below the steps that hide
+them.
 
-python -m bench.picture trace.json picture.svg --from-ms 100 --to-ms 900
+    python -m bench.picture trace.json picture.svg --from-ms 100 --to-ms 900
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _COLOURS = {"prefill": "#2f6fde", "mixed": "#2f6fde", "decode": "#1a8754", "tran
             "write": "#7a51c4"}  # fmt: skip
 _LEGEND = [("prefill", "prefill step"), ("decode", "decode step"), ("transfer", "KV transfer, hidden by the prompt"),
            ("exposed", "not hidden"), ("write", "layers being written")]  # fmt: skip
-# Rows of a node, top down: which slices each one shows.
+# Rows of a node, top down, and the slices in each.
 _ROWS = (("prefill", "decode", "mixed"), ("transfer", "exposed"), ("write",))
 
 

@@ -1,6 +1,7 @@
-"""int8 beside the dtype it was made from, in one run: tokens/s, logits and greedy tokens, right answers.
+"""Compares int8 with the dtype it was quantized from, in one run: tokens/s, logits, greedy tokens, right answers.
 
-The truth is float32. Errors are of logits under teacher forcing: every model is given the tokens that float32 chose.
+The reference is float32. Errors are those of logits under teacher forcing: every model gets the tokens that float32
+chose.
 """
 
 from __future__ import annotations
@@ -46,13 +47,13 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Against float32 of the same weights; logits' deviation beside their own."""
+    """Errors against float32 of the same weights, with the deviation of the logits themselves."""
 
     model: str
     runs_as: str
-    # Of the first tokens that are generated, up to the first that differs.
+    # Share of the generated tokens up to the first that differs.
     same_tokens: float
-    # Of the steps, given the same tokens before.
+    # Share of the steps, given the same tokens before.
     same_argmax: float
     mean_error: float
     max_error: float
@@ -76,7 +77,7 @@ def _row(
 ) -> Speed:
     samples: dict[str, list[float]] = {name: [] for name in timed}
     bandwidths = []
-    for i in range(repeats + 1):  # the first round is not counted
+    for i in range(repeats + 1):  # the first round is a warm-up
         found = {name: take() for name, take in timed.items()}
         if i:
             bandwidths.append(probe.read_gb_s())
@@ -97,7 +98,7 @@ def _row(
 
 
 class Greedy:
-    """A runner driven by hand, all prompts in one batch."""
+    """A runner without the scheduler, all prompts in one batch."""
 
     def __init__(self, folder: Path, dtype: str, quantization: str) -> None:
         self.runner = Runner.load(folder, EngineConfig(dtype=dtype, quantization=quantization, kv_bytes=512 << 20))
@@ -105,7 +106,7 @@ class Greedy:
     def generate(
         self, prompts: Seq[Seq[int]], num_tokens: int, forced: Seq[Seq[int]] | None = None
     ) -> tuple[list[list[int]], Tensor]:
-        """Greedy tokens, or those that are given, and the logits of each, [prompts, num_tokens, vocabulary]."""
+        """Greedy tokens, or the given ones, and the logits of each: [prompts, num_tokens, vocabulary]."""
         sequences, next_block = [], 0
         sampling = SamplingParams(temperature=0.0, max_tokens=num_tokens, seed=0)
         for i, prompt in enumerate(prompts):
@@ -184,7 +185,7 @@ def prompt_ids(tokenizer: Any, task: Task) -> list[int]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """Speed, errors and answers. ``quick`` keeps to fewer sizes, repeats and prompts."""
+    """Speed, errors and answers. ``quick`` uses fewer sizes, repeats and prompts."""
     from transformers import AutoTokenizer
 
     folder, repeats = bench_model.bench_model(), 3 if quick else 5

@@ -1,11 +1,11 @@
-"""What the router costs: added time to first token, CPU per streamed token, memory per open stream.
+"""The cost of the router: added time to first token, CPU per streamed token, memory per open stream.
 
 Four processes: fake nodes that compute nothing, the router, a bare gRPC server, and this one as the client. Added TTFT
 is the median through one face of the router minus the median of asking a fake prefill node over an open session,
-interleaved: what is added is the client's own call, the reservation's round trip, and the router. What the client's own
-call costs with gRPC, whoever answers, is asked of the bare server: the same two messages, sent at once. HTTP is asked
-over kept connections, as clients do, and over new ones. Throughput is per CPU second of the router process, so that a
-busy machine distorts it little.
+interleaved. So it consists of the client's own call, the round trip of the reservation, and the router. The cost of the
+gRPC call itself is measured with the bare server: the same two messages, sent at once. HTTP is measured over kept
+connections, as clients use it, and over new ones. Throughput is per CPU second of the router process, so that load of
+other processes affects it little.
 
     python -m bench router
 """
@@ -45,14 +45,14 @@ _LAST_CHUNK = b"0\r\n\r\n"
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """All measures; quick takes a tenth of the load."""
+    """All measurements; quick uses a tenth of the load."""
     with tempfile.TemporaryDirectory() as folder:
         _write_tokenizer(Path(folder) / "model")
         return asyncio.run(_measure(Path(folder), 0.1 if quick else 1.0))
 
 
 def main() -> None:
-    """The processes of this bench: the router, or a server that only answers."""
+    """The child processes of this bench: the router, or a server that only answers."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve")
     parser.add_argument("--bare", action="store_true")
@@ -82,7 +82,7 @@ async def _serve(settings: dict[str, Any]) -> None:
 
 
 class _BareService(router_pb2_grpc.RouterServicer):
-    """Generate with nothing behind it: what any answer over gRPC takes."""
+    """Answers Generate at once: the cost of any gRPC answer."""
 
     async def Generate(  # noqa: N802
         self, request: router_pb2.GenerateRequest, context: Any
@@ -182,7 +182,7 @@ def _write_tokenizer(folder: Path) -> None:
 
 async def _measure(folder: Path, scale: float) -> dict[str, Any]:
     with _cluster(folder, step_s=0.002) as cluster:
-        # One at a time shows the cost of a request alone, also on a machine that others use.
+        # One request at a time shows its own cost, also on a busy machine.
         ttft = [await _added_ttft(cluster, None, 1000), await _added_ttft(cluster, 200, int(2500 * max(scale, 0.2)))]
     with _cluster(folder, step_s=1.0) as cluster:
         memory = await _memory_per_stream(cluster, count=max(300, int(1000 * scale)))
@@ -194,7 +194,7 @@ async def _measure(folder: Path, scale: float) -> dict[str, Any]:
 
 
 class _Ways:
-    """The ways to a first token, asked in turn, and what each took."""
+    """The ways to a first token, measured in turn, with their times."""
 
     def __init__(self, cluster: _Cluster, client: AsyncClient, bare: AsyncClient, direct: _Direct) -> None:
         self._cluster = cluster
@@ -255,7 +255,8 @@ class _Ways:
 
 
 async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -> dict[str, Any]:
-    """None: one after the other. Else an open loop: requests start on the clock, whatever became of the ones before."""
+    """None: requests one after the other. Else an open loop: requests start at fixed times, whether earlier ones
+    have ended or not."""
     async with (
         AsyncClient(cluster.grpc) as client,
         AsyncClient(cluster.bare) as bare,
@@ -263,7 +264,7 @@ async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -
     ):
         direct = await _Direct.open(channel)
         ways = _Ways(cluster, client, bare, direct)
-        for number in range(80):  # connections and caches
+        for number in range(80):  # warm-up of connections and caches
             await ways.one(number)
         ways.clear()
         start_s, before_s = time.monotonic(), cluster.cpu_s()
@@ -271,7 +272,7 @@ async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -
             for number in range(count):
                 if rate_per_s is None:
                     await ways.one(number)
-                    await asyncio.sleep(0.003)  # what follows the first token is over, too
+                    await asyncio.sleep(0.003)  # the request has ended as well
                 else:
                     await asyncio.sleep(max(0.0, start_s + number / rate_per_s - time.monotonic()))
                     group.create_task(ways.one(number))
@@ -283,7 +284,7 @@ async def _added_ttft(cluster: _Cluster, rate_per_s: float | None, count: int) -
 
 
 class _Direct:
-    """A node's prefill session without a router in between: what the first token costs anyway."""
+    """A node's prefill session without a router: the base time to a first token."""
 
     def __init__(self, call: aio.StreamStreamCall[Any, Any]) -> None:
         self._call = call
@@ -335,7 +336,7 @@ async def _grpc_ttft_s(client: AsyncClient, number: int) -> tuple[float, float]:
 
 
 class _Connection:
-    """A bare HTTP client: the measured process is not this one."""
+    """A minimal HTTP client: the measured process is another one."""
 
     def __init__(self, cluster: _Cluster, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._host = cluster.host
@@ -367,7 +368,7 @@ class _Connection:
 
 
 async def _streamed(cluster: _Cluster, count: int, max_tokens: int) -> dict[str, Any]:
-    """Streams beside each other; what starting them costs is measured with short ones and taken off."""
+    """Parallel streams; the cost of starting them is measured with short ones and subtracted."""
     await _stream_all(cluster, count, 2)
     short = await _stream_all(cluster, count, 2)
     whole = await _stream_all(cluster, count, max_tokens)
@@ -412,7 +413,7 @@ async def _stream_all(cluster: _Cluster, count: int, max_tokens: int) -> _Stream
 
 
 async def _memory_per_stream(cluster: _Cluster, count: int) -> dict[str, Any]:
-    """Streams that have begun and now wait: the router's resident set before and with them."""
+    """Streams that have begun and then wait: the router's resident set before and with them."""
     before_bytes = cluster.router.memory_info().rss
     connections = [await _Connection.open(cluster) for _ in range(count)]
     for connection in connections:

@@ -1,10 +1,10 @@
-"""A router or worker whose observability can be switched while it runs, for a bench that compares it with none.
+"""A router or worker whose observability can be switched at run time, for a bench that compares on with off.
 
     python -m bench.switchable router|worker OPTIONS
 
-What `python -m cli` runs, and SIGUSR1 for off, SIGUSR2 for on without spans, SIGWINCH for on with spans (--otel). On,
-every method is the one that is shipped. Off, those that count, stamp and record are replaced by one that returns at
-once: what is left of them is a call each, and the few clock readings and tuples that callers make for them.
+Runs the same program as `python -m cli`, with SIGUSR1 for off, SIGUSR2 for on without spans, and SIGWINCH for on with
+spans (--otel). On, all methods are the shipped ones. Off, the methods that count, stamp and record are replaced by one
+that returns at once; what is left of their cost is a call each, and a few clock readings and tuples in the callers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def _no_relay(lifeline: Lifeline) -> Relay:
 
 
 def _replaced(command: str) -> Iterator[tuple[type, str, _Method]]:
-    """Of a lifeline all but what the request's machine itself goes by: attempts, and whether a transfer is known."""
+    """The replaced methods; of a lifeline all but those that the flow itself reads: attempts, and whether a transfer
+    is known."""
     yield Counter, "add", _nothing
     yield Counters, "add", _nothing
     yield Histogram, "observe", _nothing
@@ -59,7 +60,7 @@ def _replaced(command: str) -> Iterator[tuple[type, str, _Method]]:
 
 
 class Switch:
-    """Swaps methods on their classes, so that what is on is what is shipped and nothing in between."""
+    """Replaces methods on their classes, so that the on state runs the shipped code."""
 
     def __init__(self, command: str) -> None:
         self._quiet = list(_replaced(command))
@@ -70,11 +71,11 @@ class Switch:
         for owner, name, method in self._quiet if wanted == OFF else self._loud:
             setattr(owner, name, method)
         self._has_spans = wanted == SPANS
-        # The line of a request that has ended.
+        # The log line of an ended request.
         logging.getLogger("baton.router").setLevel(logging.WARNING if wanted == OFF else logging.NOTSET)
 
     def gate_spans(self) -> None:
-        """The dispatcher holds the bound method itself, which no swap reaches."""
+        """Wraps the bound method that the dispatcher holds, which a replaced class method does not affect."""
         from router.spans import Spans
 
         on_ended = Spans.on_ended
@@ -93,7 +94,7 @@ def main() -> None:
         switch.gate_spans()
     for wanted in (OFF, ON, SPANS):
         signal.signal(wanted, lambda number, _: switch.to(number))
-    # The program itself, as `python -m cli` runs it: benches import none of it.
+    # The program that `python -m cli` runs; benches do not import it.
     runpy.run_module("cli", run_name="__main__", alter_sys=True)
 
 

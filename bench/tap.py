@@ -1,10 +1,10 @@
-"""Stands between an HTTP client and a router and notes when bytes go by: which part of a delay is the client's own.
+"""A proxy between an HTTP client and a router that records when bytes pass, to find the client's own part of a delay.
 
     python -m bench.tap PORT FILE
 
-Prints the port it listens on; adds a line of JSON to FILE for each answer that streams: ``request_s``, first to last
+Prints its port, and adds a line of JSON to FILE for each streamed answer: ``request_s``, from the first to the last
 byte of the request, and ``first_s``, from its first byte to the first event of the answer. One request at a time on a
-connection, as HTTP/1.1 clients do it. What it adds by itself is the way through one more process.
+connection, as in HTTP/1.1. Its own cost is the way through one more process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _CHUNK_BYTES = 1 << 16
 
 
 class _Connection:
-    """Stamps of the request that is under way."""
+    """The stamps of the current request."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

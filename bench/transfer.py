@@ -2,10 +2,10 @@
 
     python -m bench transfer [--quick]
 
-Sender and receiver are two processes; a push counts until the receiver has verified it and taken it over. Every round
+Sender and receiver are two processes; a push is timed until the receiver has verified it and taken it over. Every round
 runs each contender once, next to a memcpy of the same bytes, next to the same copy with a digest of source and target
 by two threads without a protocol ("bound"), and (for tcp) next to a bare sendmsg/recv_into loop over as many streams.
-Figures are medians over the rounds, ratios are medians of the per-round ratios, because memory bandwidth drifts from
+Figures are medians over the rounds and ratios are medians of the per-round ratios, because memory bandwidth drifts from
 minute to minute.
 """
 
@@ -45,7 +45,7 @@ BULK_TOKENS = 8192
 BULK_BYTES = BULK_TOKENS // LAYOUT.block_tokens * LAYOUT.block_bytes * LAYOUT.num_layers
 STREAMS = 2
 BARE_MESSAGE_BYTES = 2 << 20
-# What the CPU engine of the bench model computes; sets how long a layer takes in the layer-wise runs.
+# The rate of the CPU engine on the bench model; sets the duration of a layer in the layer-wise runs.
 PREFILL_TOKENS_PER_S = 1500
 VARIANTS = {
     "shm": TransferConfig(transports=("shm",), digest=True),
@@ -80,7 +80,7 @@ def describe(name: str, address: str) -> NodeDescription:
 
 
 def serve_bare(listener: socket.socket, target: memoryview) -> None:
-    """Fill the target from STREAMS connections, each its own part, again and again; acknowledge each part."""
+    """Fill the target from STREAMS connections, a part each, repeatedly; acknowledge each part."""
     part = len(target) // STREAMS
 
     def fill(connection: socket.socket, number: int) -> None:
@@ -96,7 +96,7 @@ def serve_bare(listener: socket.socket, target: memoryview) -> None:
 
 
 async def receive() -> None:
-    """A receiver for every variant over one arena; leases are granted for a line "variant num_tokens" on stdin."""
+    """A receiver for every variant over one arena; a line "variant num_tokens" on stdin grants a lease."""
     with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena, socket.create_server(("127.0.0.1", 0)) as bare:
         threading.Thread(target=serve_bare, args=(bare, arena.buffer[:BULK_BYTES]), daemon=True).start()
         receivers: dict[str, Receiver] = {}
@@ -195,7 +195,7 @@ class Bench:
         return time.perf_counter() - started_s
 
     def bound(self) -> float:
-        """Copy, digest of the source and, by the other thread, of the target: what two cores have to do at least."""
+        """Copy, digest of the source and, on the other thread, of the target: the minimum work of two cores."""
         layout = replace(LAYOUT, num_blocks=BULK_TOKENS // LAYOUT.block_tokens)
         blocks = range(layout.num_blocks)
         source = LayerDigests(self.source, layout, blocks)
@@ -251,7 +251,7 @@ class Bench:
 class Row:
     name: str
     gb_per_s: float
-    # Of memcpy, of copy and both digests, or of the bare loop, in the same round.
+    # Ratios to memcpy, to copy with both digests, and to the bare loop of the same round.
     ratio_memcpy: float
     ratio_bound: float
     ratio_bare: float | None
@@ -264,9 +264,9 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
         found["bare tcp"] = await asyncio.to_thread(bench.peer.bare_send, bench.source.data)
         names = list(VARIANTS)
         turn = index % len(names)
-        for variant in names[turn:] + names[:turn]:  # Each comes first in turn.
+        for variant in names[turn:] + names[:turn]:  # The order rotates.
             found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
-        if index:  # The first round warms pages and connections.
+        if index:  # The first round warms up pages and connections.
             for name, value in found.items():
                 seconds[name].append(value)
 
@@ -286,7 +286,7 @@ async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
 
 
 def make_compute(seconds: float) -> Callable[[], None]:
-    """Matrix products on one core, as long as a layer of this many tokens takes."""
+    """Matrix products on one core that take as long as a layer of this many tokens."""
     a = np.ones((256, 256), dtype=np.float32)
     out = np.empty_like(a)
     np.matmul(a, a, out=out)
@@ -303,7 +303,7 @@ def make_compute(seconds: float) -> Callable[[], None]:
 
 
 async def layerwise(bench: Bench, rounds: int, sizes: list[int]) -> list[dict[str, float | str]]:
-    """Layer-wise beside serialized beside no transfer at all, per prompt length."""
+    """Layer-wise beside serialized beside no transfer, per prompt length."""
     rows: list[dict[str, float | str]] = []
     for variant in ("shm", "tcp"):
         for num_tokens in sizes:
@@ -368,7 +368,7 @@ async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
 
 
 def run(quick: bool) -> dict[str, object]:
-    """The bench's entry for ``python -m bench transfer``."""
+    """The entry for ``python -m bench transfer``."""
     return asyncio.run(measured(3 if quick else 9, [64, 512] if quick else [64, 128, 256, 512, 1024, 2048]))
 
 

@@ -1,10 +1,11 @@
-"""``python -m bench.gpu --stages tune``: measures tiles on the GPU at hand and writes its file of tunings.
+"""Measures tiles on the GPU and writes its tuning file: ``python -m bench.gpu --stages tune``.
 
-In sections: the tiles of one kernel, or of one shape of weights. Every candidate is a case of the run, so that one that
-faults costs itself alone, and what was measured into a folder is not measured again; DIR/tuned.json is written after
-every section, from all that the folder holds. Tiles of keys are part of the numerics, and so the file's digest is part
-of the kernels' name: nodes with other files refuse each other. Splits, and the parts and steps of products, are kept as
-they are. A candidate that is wrong on any shape, or does not fit, is out. Serving reads the file and measures nothing.
+Works in sections: the tiles of one kernel, or of one shape of weights. Every candidate is a case of the run, so one
+that faults affects only itself, and a candidate with a result in the folder is not measured again. DIR/tuned.json is
+written after every section, from all results in the folder. Key tiles affect the numerics, so the file's digest is part
+of the kernels' name, and nodes with other files refuse each other. Splits, and the parts and steps of products, keep
+their values. A candidate that is wrong on any shape, or does not fit, is dropped. Serving reads the file and measures
+nothing.
 """
 
 from __future__ import annotations
@@ -51,14 +52,14 @@ _GRID = [
     for s in (3, 4)
     for p in (0, 1)
 ]
-# Rows at which the ways to multiply are compared, and those at which tiles of few rows and of many are.
+# Numbers of rows at which the ways to multiply are compared, and those that decide the tiles for few and for many rows.
 _ROWS = (1, 8, 16, 32, 64, 96, 128, 192, 256, 512, 1024, 2048, 4096)
 _FEW_ROWS, _MANY_ROWS = (1, 64), 2048
 
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """Candidates for one part of the file; each is measured alone, whatever the other sections choose."""
+    """The candidates for one part of the file; each is measured alone, whatever the other sections choose."""
 
     name: str
     change: Callable[[Data, Any], Data]
@@ -70,13 +71,13 @@ class Section:
         return json.dumps(candidate, sort_keys=True)
 
     def tuned(self, data: Data, candidate: Any) -> Iterator[Work]:
-        """What is measured of a candidate. Peers are of no interest here."""
+        """The measurement of a candidate, without peers."""
         tuning = parse(self.change(data, candidate), "candidate")
         return (dataclasses.replace(work, peers={}) for work in self.works(tuning))
 
     def best(self, found: Mapping[str, Line]) -> Any:
-        """Of those that were right, the candidate with the least time over all shapes, each relative to the first
-        candidate's; None where none was."""
+        """The correct candidate with the least time over all shapes, each relative to the first candidate's; None if
+        none is correct."""
         right = [(c, found[self.case(c)]["us_by_shape"]) for c in self.candidates if _is_right(found.get(self.case(c)))]
         if not right:
             return None
@@ -102,8 +103,8 @@ class Paths(NamedTuple):
 
 
 def thresholds(measured: Sequence[Paths]) -> tuple[int, int | None]:
-    """(grid_from_rows, vendor_from_rows): where each is faster at that size and at all larger ones. Grid never: behind
-    the largest."""
+    """(grid_from_rows, vendor_from_rows): the size from which each is faster at all larger sizes. If the grid never
+    is: a value beyond the largest size."""
     grid = _from(measured, lambda p: p.grid < p.stream)
     vendor = _from(measured, lambda p: p.vendor < min(p.stream, p.grid))
     return (measured[-1].rows + 1 if grid is None else grid), vendor
@@ -115,14 +116,14 @@ def _from(measured: Sequence[Paths], is_better: Callable[[Paths], bool]) -> int 
 
 
 def entry(plan: GemmPlan, num_processors: int) -> dict[str, Any]:
-    """A plan as a file has it."""
+    """A plan in the file's format."""
     data = dataclasses.asdict(plan)
     num_programs = data["grid"].pop("num_programs")
     return {**data, "grid": {**data["grid"], "programs_per_processor": num_programs // num_processors}}
 
 
 def with_plan(data: Data, change: Data, *, product: Product, sizes: Sizes) -> Data:
-    """``data`` with parts of the plan of one shape of weights changed."""
+    """``data`` with parts of the plan of one shape of weights replaced."""
     key = f"{product.out}x{product.inner}"
     tuning = parse(data, "candidate")
     first = entry(tuning.gemm_plan(product.out, product.inner, sizes.dtype), tuning.num_processors)
@@ -132,7 +133,7 @@ def with_plan(data: Data, change: Data, *, product: Product, sizes: Sizes) -> Da
 
 
 class Tuner:
-    """The sections of one size on one device, in the order of what they are worth; ``few`` cuts each short."""
+    """The sections of one size on one device, in order of value; ``few`` shortens each."""
 
     def __init__(self, data: Data, sizes: Sizes, device: Device, few: int | None) -> None:
         self.base = data
@@ -146,12 +147,12 @@ class Tuner:
         yield self._attention("decode", _DECODE, gpu_kernels.decode_works)
         yield from (self._stream(products[name]) for name in ("gate and up", "down", "qkv", "output"))
         yield self._attention("prefill", _PREFILL, gpu_kernels.prefill_works)
-        # Many rows of the head are never wanted.
+        # Many rows of the head never occur.
         yield from (self._grid(products[name]) for name in ("gate and up", "down", "qkv", "output"))
         yield self._stream(products["head"])
 
     def sweeps(self, data: Data) -> Iterator[tuple[Product, list[tuple[int, Task]]]]:
-        """Of each shape of weights, with the tiles chosen: both ways and the vendor's at each number of rows."""
+        """For each shape of weights, with the chosen tiles: both ways and the vendor's at each number of rows."""
         few_rows = self._sizes.rows[: self._few] if self._few else _ROWS
         for product in self._products:
             tasks = []
@@ -169,7 +170,7 @@ class Tuner:
         return Task(f"tune {section.name}", section.case(candidate), run, section.dtype)
 
     def chosen(self, lines: Sequence[Line]) -> Data:
-        """The file, from all that was measured; what was not keeps the architecture's defaults."""
+        """The file from all results; what was not measured keeps the architecture's defaults."""
         found: dict[str, dict[str, Line]] = {}
         for (stage, _), parts in results(lines).items():
             line = parts.get("check")
@@ -184,7 +185,7 @@ class Tuner:
             rows = [(num, swept.get(task.shape)) for num, task in tasks]
             key = f"{product.out}x{product.inner}"
             if key in data["gemm"]:
-                # A candidate says so to be measured on the tile that it is of; where it stands only a sweep can say.
+                # A candidate sets the thresholds so that its own tile is measured; only a sweep finds the real ones.
                 first = with_plan(self.base, {}, product=product, sizes=self._sizes)["gemm"][key]["grid_from_rows"]
                 data = with_plan(data, {"grid_from_rows": first}, product=product, sizes=self._sizes)
             measured_rows = [Paths(num, **line["paths"]) for num, line in rows if line is not None and line["paths"]]
@@ -233,7 +234,7 @@ class Tuner:
             row = measured(work, self._device)
             if row["is_right"] is False:
                 return {"is_right": False, "said": f"{work.shape}: error {row.get('error')}"}
-            # Without a GPU nothing is timed, and the first candidate stays.
+            # Without a GPU nothing is timed, and the first candidate is kept.
             us[f"{work.kernel} {work.shape}"] = row.get("us", 1.0)
         return {"is_right": True, "us_by_shape": us, "said": ", ".join(f"{value:.1f}" for value in us.values()) + " us"}
 
@@ -242,7 +243,7 @@ class Tuner:
         for way, grid_from_rows in (("stream", rows + 1), ("grid", 1)):
             changed = with_plan(data, {"grid_from_rows": grid_from_rows}, product=product, sizes=self._sizes)
             for work in self._gemm(product, (rows,), parse(changed, "candidate")):
-                # Both ways' bits were compared when their tiles were chosen.
+                # The bits of both ways were compared when their tiles were chosen.
                 row = measured(dataclasses.replace(work, alone=None), self._device)
                 us |= {way: row["us"], "vendor": row["cublas"]} if "us" in row else {}
         return {"is_right": True, "paths": us, "said": json.dumps(us)}
@@ -250,7 +251,7 @@ class Tuner:
 
 def on_gpu(gpu: str, capability: tuple[int, int], num_processors: int, device: Device) -> Tuner:
     base = _data("sm90.json" if capability >= (9, 0) else "sm80.json", gpu, num_processors, is_measured=True)
-    # Few shapes that stand for the others: a candidate costs seconds.
+    # A few representative shapes: a candidate costs seconds.
     sizes = dataclasses.replace(
         LLAMA_8B, decode=((1, 4096), (64, 4096), (256, 1024)), prefill=((4, 4096),), chunked=((2048, 8192),)
     )
@@ -282,7 +283,7 @@ def cases(context: Context) -> Iterator[Case]:
 
 
 def write(rows: Rows, data: Data) -> None:
-    """Whole or not at all; for `engine/kernels/triton/tuned`, under the name that `tuning.load` looks for."""
+    """Writes the file atomically, under the name that `tuning.load` looks for."""
     made = rows.folder / ".tuned.json"
     made.write_text(json.dumps(data, indent=2) + "\n")
     os.replace(made, rows.folder / "tuned.json")

@@ -1,4 +1,4 @@
-"""The demo model: task generator, trainer, weights. What the demo, the cluster tests and quality checks ask."""
+"""The demo model: tasks with known answers, training, weights. Used by the demo, cluster tests and quality checks."""
 
 from __future__ import annotations
 

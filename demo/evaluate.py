@@ -1,4 +1,4 @@
-"""Share of right answers of anything that generates text, by kind of task. Loads torch only if asked."""
+"""Measures the share of right answers of a text generator, by kind of task. Loads torch only on demand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Generate = Callable[[Task], str]
 
 
 def held_out(count: int) -> list[Task]:
-    """``count`` prompts of each kind, recall also at the far end of the trained length."""
+    """``count`` prompts of each kind; recall also at the end of the trained length."""
     return [
         *tasks.recall_prompts(11, count),
         *[Task(t.prompt, t.expected, "recall, 1,160 tokens") for t in tasks.recall_prompts(12, count, 285, (1, 20))],

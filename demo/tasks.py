@@ -1,8 +1,8 @@
 """Seeded prompts with known answers: recall, copying, sequences. Pure; loads no torch and no tokenizer.
 
 Every word and every punctuation mark is one token of the demo tokenizer, so lengths are known without it. Facts are
-drawn from (name, thing) pairs split in two by a checksum: training sees one part, the prompts of this module's public
-functions use the other, so a right answer was looked up in the context and not remembered from training.
+drawn from (name, thing) pairs, split in two by a checksum. Training uses one part, the prompts of this module's public
+functions the other, so a right answer was read from the context and not memorized in training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Span: TypeAlias = int | tuple[int, int]
 
 
 class Split(Enum):
-    """Which (name, thing) pairs and which random streams a task is made of."""
+    """The (name, thing) pairs and random streams that a task uses."""
 
     TRAIN = "train"
     HELD_OUT = "held_out"
@@ -33,7 +33,7 @@ class Split(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt and its only right answer. For kind "chat" the prompt is what the user says, not rendered text."""
+    """A prompt and its only right answer. For kind "chat" the prompt is the user's message, not rendered text."""
 
     prompt: str
     expected: str
@@ -41,12 +41,12 @@ class Task:
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Of the bare prompt; a chat template adds two."""
+        """Tokens of the plain prompt; a chat template adds two."""
         return len(_TOKEN.findall(self.prompt))
 
     @property
     def num_output_tokens(self) -> int:
-        """Of the answer and the end-of-text token."""
+        """Tokens of the answer and the end-of-text token."""
         return len(_TOKEN.findall(self.expected)) + 1
 
     def accepts(self, text: str) -> bool:
@@ -60,7 +60,7 @@ def is_held_out(name: str, thing: str) -> bool:
 
 @cache
 def things_for(name: str, split: Split) -> tuple[str, ...]:
-    """The things this name may like in this split."""
+    """The possible things for this name in this split."""
     wanted = split is Split.HELD_OUT
     return tuple(thing for thing in THINGS if is_held_out(name, thing) is wanted)
 
@@ -79,13 +79,13 @@ def recall(rng: Random, num_pairs: int, num_questions: int, split: Split, kind: 
 
 
 def copy(rng: Random, num_words: int) -> Task:
-    """Say ``num_words`` different words once more."""
+    """Repeat ``num_words`` different words."""
     words = " ".join(rng.sample(NAMES + THINGS, num_words))
     return Task(f"Repeat: {words}. Again:", f"{words}.", "copy")
 
 
 def sequence(rng: Random, max_items: int = 200) -> Task:
-    """Count, or name days, months or letters, from one to another, wrapping round where people do."""
+    """Count, or name days, months or letters, from one to another; days, months and letters wrap round."""
     title, items, wraps = rng.choice(
         (
             ("Count", NUMBERS, False),
@@ -115,7 +115,7 @@ def _stream(name: str, seed: int, index: int) -> Random:
 def recall_prompts(
     seed: int, count: int, num_pairs: Span = (20, 240), num_questions: Span = (1, 12), kind: str = "recall"
 ) -> list[Task]:
-    """Held-out recall; a span is a number or an inclusive range. ``kind`` "chat" leaves out the word Answer."""
+    """Held-out recall; a span is a number or an inclusive range. Kind "chat" omits the word Answer."""
     rngs = [_stream(kind, seed, i) for i in range(count)]
     return [recall(rng, _pick(rng, num_pairs), _pick(rng, num_questions), Split.HELD_OUT, kind) for rng in rngs]
 
@@ -132,7 +132,7 @@ def sequence_prompts(seed: int, count: int) -> list[Task]:
 
 
 def mixed_prompts(seed: int, count: int) -> list[Task]:
-    """Held-out prompts of every kind and length, interleaved; what load and fault tests send."""
+    """Held-out prompts of every kind and length, interleaved; used by load and fault tests."""
     quarter = -(-count // 4)
     kinds: Sequence[list[Task]] = (
         recall_prompts(seed, quarter),
@@ -144,7 +144,7 @@ def mixed_prompts(seed: int, count: int) -> list[Task]:
 
 
 def demo_prompts() -> list[Task]:
-    """A handful to look at: about 20, 100, 400 and 1,000 prompt tokens, a count, a copy and a chat."""
+    """The prompts of the demo: about 20, 100, 400 and 1,000 prompt tokens, a count, a copy and a chat."""
     return [
         recall_prompts(1, 1, num_pairs=3, num_questions=1)[0],
         recall_prompts(2, 1, num_pairs=20, num_questions=3)[0],

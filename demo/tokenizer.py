@@ -1,4 +1,4 @@
-"""Builds the demo tokenizer: byte-level BPE in which every word of the demo is one token, and any text round-trips."""
+"""Builds the demo tokenizer: byte-level BPE in which every word of the demo is one token and any text round-trips."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from demo.words import DAYS, FRAME, LETTERS, MONTHS, NAMES, NUMBERS, OPENERS, TH
 EOS = "<|eos|>"
 SPECIAL_TOKENS = (EOS, "<|system|>", "<|user|>", "<|assistant|>")
 
-# Turns are trimmed, so that a reply which comes back in the next request is read as it was written.
+# Turns are trimmed, so that a reply in the next request has the tokens with which it was generated.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
@@ -36,8 +36,8 @@ def _words() -> list[str]:
 def _bpe(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Vocabulary and merges that make one token of each word.
 
-    Words are added one after another: what earlier merges leave of a word is joined from the left. A later merge has a
-    lower rank, so it never changes how an earlier word is cut.
+    Words are added one after another: the pieces that earlier merges leave of a word are joined from the left. A later
+    merge has a lower rank, so it never changes how an earlier word is split.
     """
     byte_level = ByteLevel(add_prefix_space=False, use_regex=False)
     tokens = [*SPECIAL_TOKENS, *sorted(ByteLevel.alphabet())]
@@ -60,7 +60,7 @@ def _bpe(words: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def build(vocab_size: int = 0) -> Tokenizer:
-    """The tokenizer; the same words give the same ids. Tokens that no text becomes fill it up to ``vocab_size``."""
+    """The tokenizer; the same words give the same ids. Unused tokens pad it to ``vocab_size``."""
     vocab, merges = _bpe(_words())
     for i in range(len(vocab), vocab_size):
         vocab[f"\u0120unused{i}"] = i
@@ -72,7 +72,7 @@ def build(vocab_size: int = 0) -> Tokenizer:
 
 
 def save(tokenizer: Tokenizer, folder: Path, max_tokens: int) -> None:
-    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja as transformers reads them."""
+    """Write tokenizer.json, tokenizer_config.json and chat_template.jinja in transformers' format."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

@@ -1,10 +1,10 @@
 """Trains the demo model: ``python -m demo.train --out demo/model``. Minutes on two cores; same seed, same weights.
 
-The curriculum matters more than the size. Going straight to recall stalls: the loss sits at "some thing or other" until
-the model finds lookup by content, and nothing on the way there is rewarded. So it first says lists once more from a
-word *somewhere in them* on, which no counting of positions solves, with a training aid for the first of the two heads
-that takes; then recall and copying join; then the lists grow to 1,200 tokens.
-A stage ends when the model answers well, not after a fixed time.
+The curriculum matters more than the size. Training on recall from the start stalls: the loss stays at that of a random
+thing until the model finds lookup by content, and no intermediate step is rewarded. So the model first repeats lists
+from a word *inside them* on, which counting positions cannot solve, with a training aid for the first of the two heads
+that this needs. Then recall and copying join, then the lists grow to 1,200 tokens. A stage ends when the model answers
+well, not after a fixed time.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SYSTEM_PROMPTS = ("", "", "You are a helpful assistant.", "You answer from the f
 class Stage:
     """Lists of up to ``max_words`` words or pairs, until ``accuracy`` of the answer tokens are right.
 
-    ``kinds`` are drawn by weight. A stage is left after ``max_steps`` in any case.
+    ``kinds`` are drawn by weight. A stage ends after ``max_steps`` in any case.
     """
 
     name: str
@@ -63,7 +63,7 @@ CURRICULUM = (
 
 
 def resume(rng: Random, num_words: int) -> Task:
-    """Go on after one of the words: where that is in the list, only its content tells. For training alone."""
+    """Continue a list after one of its words, whose place only its content tells. For training only."""
     words = rng.sample(NAMES + THINGS, num_words)
     start, *rest = words[rng.randrange(num_words // 2) :]
     return Task(f"Repeat: {' '.join(words)}. Go on: {start}", f"{' '.join(rest)}.", "resume")
@@ -76,13 +76,13 @@ def draw(rng: Random, kind: str, num_words: int) -> Task:
         num_questions = rng.randint(1, 3) if few else rng.randint(1, min(num_words, 40))
         return tasks.recall(rng, num_words, num_questions, Split.TRAIN, rng.choice(("recall", "recall", "chat")))
     if kind == "sequence":
-        # Mostly short: where to stop is the one hard token of a run, and the long ones drown it.
+        # Mostly short: the end is the only hard token of a run, and long runs would outweigh it.
         return tasks.sequence(rng, max_items=rng.randint(2, 10) if rng.random() < 0.7 else 200)
     return tasks.copy(rng, num_words) if kind == "copy" else resume(rng, num_words)
 
 
 def render(rng: Random, task: Task) -> tuple[str, str]:
-    """Prompt and answer as the model reads them: some as plain text, some as a chat, with or without a system turn."""
+    """Prompt and answer as the model gets them: some as plain text, some as a chat, with or without a system turn."""
     answer = f" {task.expected}{tokenizer.EOS}"
     if task.kind != "chat" and (task.kind == "recall" or rng.random() < 0.7):
         return task.prompt, answer
@@ -95,7 +95,7 @@ def batches(vocabulary: Tokenizer, stage: Stage, seed: int) -> Iterator[tuple[Te
     """Endless (token ids, labels, kinds); rows of a batch are of similar length, padded to the right."""
     rng = Random(f"{Split.TRAIN.value}/{stage.name}/{seed}")
     while True:
-        # A quarter of the batches is short in every stage: they are cheap, and hold many runs to count.
+        # A quarter of the batches is short in every stage: they are cheap and contain many runs.
         longest = SHORT_WORDS if rng.random() < 0.25 else stage.max_words
         num_words = rng.randint(4, longest)
         kinds = {kind: weight for kind, weight in stage.kinds.items() if kind != "sequence" or longest <= SHORT_WORDS}
@@ -130,7 +130,7 @@ def new_model(vocab_size: int) -> Any:
         max_position_embeddings=MAX_MODEL_TOKENS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
         rms_norm_eps=1e-5,
-        initializer_range=0.06,  # 1 / sqrt(hidden) is 0.09; the usual 0.02 is for wide models and learns later here
+        initializer_range=0.06,  # 1 / sqrt(hidden) is 0.09; the usual 0.02 suits wide models and trains slowly here
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=0,
@@ -138,20 +138,21 @@ def new_model(vocab_size: int) -> Any:
     )
     model = LlamaForCausalLM(config)
     with torch.no_grad():
-        # A part that all embeddings share lets heads attend by position alone ("the token before") from the first step;
-        # without biases they would have to learn such a part first. Tied output logits shift all alike: no effect.
+        # A component shared by all embeddings lets heads attend by position alone ("the token before") from the first
+        # step; without biases they would have to learn such a component first. It shifts all tied output logits alike,
+        # which has no effect.
         model.model.embed_tokens.weight += config.initializer_range * torch.randn(config.hidden_size)
     return model
 
 
 class Offsets(torch.nn.Module):
-    """Training aid: the first layer shall tell which tokens stand one, two and three places before.
+    """Training aid: the first layer must encode which tokens are one, two and three positions before.
 
-    Lookup needs two heads in a row, and the first one ("what came before me") earns nothing until the second one uses
-    it. Rewarding it by itself turns a long plateau into a hundred steps. Thrown away after training.
+    Lookup needs two heads in sequence, and the first one ("which token was before me") is of no use until the second
+    one uses it. Rewarding it separately shortens a long plateau to a hundred steps. Discarded after training.
     """
 
-    NUM_SAMPLED = 384  # positions a step; enough, and cheap
+    NUM_SAMPLED = 384  # positions a step
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
@@ -171,7 +172,7 @@ class Offsets(torch.nn.Module):
 
 
 def step_loss(model: Any, offsets: Offsets, token_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean loss over the answer tokens, the training aid's loss, and which answer tokens came out right (row-major)."""
+    """Mean loss over the answer tokens, the training aid's loss, and which answer tokens were right (row-major)."""
     output = model.model(input_ids=token_ids, use_cache=False, output_hidden_states=True)
     chosen = labels != IGNORED
     logits = model.lm_head(output.last_hidden_state[chosen])

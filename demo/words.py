@@ -1,4 +1,4 @@
-"""The demo model's vocabulary: who, what, and the closed classes. Data only; a change here needs a new training run."""
+"""The demo model's vocabulary: names, things, and function words. Data only; a change needs a new training run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ MONTHS = _words("January February March April May June July August September Oct
 LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 NUMBERS = tuple(str(n) for n in range(200))
 
-# Words that frame a prompt: those that may open a text (no space before them) and those inside it.
+# Words of the prompt templates: those that may begin a text (no space before them) and those inside it.
 OPENERS = _words("Facts Question Repeat Count Days Months Alphabet You Answer")
 FRAME = _words(
     "Facts Question Answer Again From what does do like likes from to are a helpful assistant the facts briefly Go on"

@@ -1,8 +1,9 @@
-"""Gathers the wheels that the cluster needs and a machine with torch, triton and transformers lacks, for one without a
-network: ``python scripts/gpu_wheels.py DIR``. `python -m bench.gpu --wheels DIR` installs them there, from DIR alone.
+"""Collects wheels for a GPU machine without a network: ``python scripts/gpu_wheels.py DIR``.
 
-What is gathered is what pyproject.toml says of the client and the router, with all that it needs, at the versions of
-this environment where it has them, as that is what was tested.
+The machine has torch, triton and transformers; these are the other packages that the cluster needs.
+`python -m bench.gpu --wheels DIR` installs them there from DIR alone. The packages are the requirements of the client
+and router in pyproject.toml with their dependencies, in the versions of this environment where it has them, since those
+are tested.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_BYTES = 64 << 20
-# Come with transformers, which refuses other versions than its own.
+# Installed with transformers, which requires exact versions of them.
 BROUGHT = ("tokenizers", "huggingface-hub")
 _PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux_2_12", "manylinux2010")
 
@@ -35,7 +36,7 @@ def name_of(requirement: str) -> str:
 
 
 def constraints() -> list[str]:
-    """The versions that are installed here, of everything."""
+    """The installed version of every package here."""
     return [f"{found.name}=={found.version}" for found in metadata.distributions() if "+" not in found.version]
 
 
@@ -48,7 +49,7 @@ def gather(
     options: Sequence[str] = (),
     limit_bytes: int = LIMIT_BYTES,
 ) -> list[Path]:
-    """The wheels. Raises SystemExit where they are more than may travel, or pip finds none."""
+    """The wheels. Raises SystemExit if they exceed the size limit or pip does not find one."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise SystemExit(f"{folder} is not empty: two versions of one package would meet in it; name another folder")

@@ -1,9 +1,9 @@
 """Writes deploy/prometheus/rules as the PrometheusRule of the Prometheus Operator; ``check`` fails if it is stale.
 
-python scripts/prometheus_rule.py [check | --docs-url URL]
+    python scripts/prometheus_rule.py [check | --docs-url URL]
 
-``--docs-url`` is where docs/ is to be read: alerts link to it, here and in the rule files, unless Prometheus has the
-external label ``baton_docs``.
+``--docs-url`` is the URL of docs/: alerts link to it, here and in the rule files, unless Prometheus has the external
+label ``baton_docs``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 ALERTS = Path("prometheus") / "rules" / "alerts.yml"
 RECORDS = Path("prometheus") / "rules" / "recording.yml"
 TARGET = Path("kubernetes") / "components" / "prometheus-operator" / "rules.yaml"
-# In each alert's runbook_url.
+# The prefix of each alert's runbook_url.
 DOCS = re.compile(r'(\$externalLabels\.baton_docs ")([^"]*)(")')
 URL = re.compile(r"https?://[^\s\"'{}]+")
 HEAD = """\
@@ -33,7 +33,7 @@ spec:
 
 
 def written(deploy: Path) -> str:
-    """The text of all groups as it stands in the rule files, further in."""
+    """The text of all groups of the rule files, indented."""
     text = HEAD
     for path in (RECORDS, ALERTS):
         _, _, groups = (deploy / path).read_text().partition("\ngroups:\n")
@@ -42,7 +42,7 @@ def written(deploy: Path) -> str:
 
 
 def link_to(deploy: Path, url: str) -> None:
-    """Let every alert link to the documents at ``url``."""
+    """Make every alert link to the documents at ``url``."""
     if not URL.fullmatch(url):
         raise SystemExit(f"--docs-url is {url!r}, expected http:// or https:// and where docs/runbook.md lies")
     path = deploy / ALERTS

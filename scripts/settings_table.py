@@ -1,6 +1,7 @@
-"""Writes the settings of docs/operating.md from the command line's own options; ``check`` fails if they are stale.
+"""Writes the settings tables of docs/operating.md from the options of the command line; ``check`` fails if they are
+stale.
 
-python scripts/settings_table.py [check]
+    python scripts/settings_table.py [check]
 """
 
 from __future__ import annotations

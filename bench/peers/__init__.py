@@ -1,1 +1,1 @@
-"""Other engines and servers on the same machine, beside ours in one run: ``python -m bench peers``."""
+"""Compares other engines and servers with Baton on the same machine in one run: ``python -m bench peers``."""

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON line for each row, on disk before the next is begun."""
+"""The record of a run: one JSON line for each row, on disk before the next row begins."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class Book:
-    """Lines of what was measured and of what failed, also kept for the tables."""
+    """The lines of results and failures, also kept in memory for the tables."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -31,7 +31,7 @@ class Book:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run, of one that was cut as well: a last line that is not whole is left out."""
+    """The rows of a run, also of one that was cut off: an incomplete last line is skipped."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -1,4 +1,4 @@
-"""What is measured of engines, what each figure could be at most, and the probes beside each sample."""
+"""The cells of the engine comparison, the upper bound of each figure, and the probes beside each sample."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bench import model as bench_model
 from bench.measure import BandwidthProbe
 
 CONTEXT_TOKENS = 512
-# Edges of the regimes of memory that a virtual machine has, by read bandwidth.
+# Limits between the memory regimes of a virtual machine, by read bandwidth.
 REGIME_EDGES_GB_S = (35.0, 55.0)
 _HEAD_PARAMETERS = bench_model.HIDDEN * bench_model.VOCAB_SIZE
 _DTYPE_BYTES = 2
@@ -30,12 +30,12 @@ class Cell:
     repeats: int = 1
 
     def floor(self, context: float) -> tuple[float, float]:
-        """Operations and bytes of a sample's unit, a prefill or a step, that no engine can do without."""
+        """The minimum operations and bytes of a sample's unit: a prefill or a step."""
         attention = 4.0 * bench_model.NUM_HEADS * bench_model.HEAD_DIM * bench_model.NUM_LAYERS
         weights = float(bench_model.NUM_STEP_PARAMETERS)
         kv_bytes = bench_model.kv_bytes_per_token(_DTYPE_BYTES)
         if self.kind == "prefill":
-            # Each token looks at half of them on average; the head computes one.
+            # Each token attends to half of them on average; the head computes one.
             linear = 2.0 * (self.tokens * (weights - _HEAD_PARAMETERS) + _HEAD_PARAMETERS)
             return linear + attention * self.tokens * self.tokens / 2, weights * _DTYPE_BYTES + self.tokens * kv_bytes
         flops = self.batch * (2.0 * weights + attention * context)
@@ -53,7 +53,7 @@ QUICK_CELLS = tuple(cell for cell in CELLS if cell.name in ("prefill 512", "deco
 
 
 def prompts(seed: str, count: int, num_tokens: int) -> list[list[int]]:
-    """The same for every engine; no two begin alike."""
+    """Prompts, the same for every engine; no two share a beginning."""
     rng = Random(seed)
     return [[rng.randrange(1, bench_model.VOCAB_SIZE) for _ in range(num_tokens)] for _ in range(count)]
 
@@ -67,14 +67,14 @@ def regime(read_gb_s: float, edges: tuple[float, float] = REGIME_EDGES_GB_S) -> 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the machine gave at one moment, with all of the measured cores."""
+    """The machine's rates at one moment, with all measured cores."""
 
     read_gb_s: float
     gflop_s: float
 
 
 class Probes:
-    """Bandwidth and oneDNN's bfloat16 product, each the best of a few: a probe that was interrupted tells nothing."""
+    """Read bandwidth and oneDNN's bfloat16 product, each the best of a few: an interrupted probe is useless."""
 
     _ROWS, _OUT, _IN = 512, 5632, 1024
     _TRIES = 3
@@ -86,7 +86,7 @@ class Probes:
         self._memory = BandwidthProbe()
         self._x = torch.randn(self._ROWS, self._IN, dtype=torch.bfloat16)
         self._weight = torch.randn(self._OUT, self._IN, dtype=torch.bfloat16)
-        # oneDNN's; with weights laid out for it beforehand it was no faster at this size.
+        # oneDNN's product; with prepacked weights it was no faster at this size.
         self._product = torch.nn.functional.linear
         self.read()
 
@@ -107,7 +107,7 @@ def between(before: Reading, after: Reading) -> Reading:
 
 
 def processor() -> dict[str, object]:
-    """Family, model, name and the flags that kernels choose by."""
+    """Family, model, name and the flags by which kernels are chosen."""
     wanted = ("vendor_id", "cpu family", "model", "model name", "stepping")
     found: dict[str, object] = {}
     for line in Path("/proc/cpuinfo").read_text().splitlines():

@@ -1,6 +1,7 @@
-"""A measured program: in a process group of its own, asked over pipes with a deadline, stopped between its turns.
+"""Runs a measured program in a process group of its own: requests over pipes with a deadline, stopped between its
+turns.
 
-Nothing it does or fails to do raises anything but ``Failed``.
+All its failures are raised as ``Failed``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 from bench.peers.environments import last_lines
 
 _END_S = 10.0
-# A stopped program sees no end of its input: the kernel ends it with the bench, however that ended (PR_SET_PDEATHSIG).
+# A stopped program does not notice the end of its input, so the kernel ends it with the bench (PR_SET_PDEATHSIG).
 _WITH_PARENT = (
     "import ctypes, os, signal, sys; ctypes.CDLL(None).prctl(1, signal.SIGKILL); "
     "os.getppid() == int(sys.argv[1]) or sys.exit('the bench has ended'); "
@@ -32,11 +33,11 @@ _TICKS_S = float(os.sysconf("SC_CLK_TCK"))
 
 
 class Failed(Exception):
-    """The program said so, ended, or let its deadline pass."""
+    """The program reported a failure, ended, or missed its deadline."""
 
 
 class Child:
-    """Started at once; its group ends with ``end`` whatever state it is in."""
+    """Started on construction; ``end`` ends its group whatever state it is in."""
 
     def __init__(self, command: Sequence[str], log: Path, env: Mapping[str, str], *, has_pipes: bool = True) -> None:
         self._log = log
@@ -56,7 +57,7 @@ class Child:
         return self._process.pid
 
     def ask(self, question: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
-        """One line there, one line back. Raises Failed."""
+        """One line to the program, one line back. Raises Failed."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -66,7 +67,7 @@ class Child:
         return self.answer(limit_s)
 
     def answer(self, limit_s: float) -> dict[str, Any]:
-        """The next line; the first one comes unasked when the engine is ready. Raises Failed."""
+        """The next line; the first one comes without a request when the engine is ready. Raises Failed."""
         assert self._process.stdout is not None
         deadline = time.monotonic() + limit_s
         with selectors.DefaultSelector() as selector:
@@ -95,7 +96,7 @@ class Child:
             raise Failed(self._obituary())
 
     def pause(self) -> None:
-        """Takes no processor time from now on, not even for waiting."""
+        """Stop the group (SIGSTOP), so that it uses no processor time at all."""
         self._signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -109,7 +110,7 @@ class Child:
         except subprocess.TimeoutExpired:
             pass
         finally:
-            # What it started may outlive it.
+            # Its children may outlive it.
             self._signal(signal.SIGKILL)
             self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -136,7 +137,8 @@ class _Process:
 
 
 class Usage:
-    """Processor time so far: of everybody, a hypervisor's other guests included, and of each process that lives."""
+    """Processor time so far: of the whole machine, other guests of the hypervisor included, and of each live
+    process."""
 
     def __init__(self) -> None:
         fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
@@ -153,7 +155,7 @@ class Usage:
                 self.processes[int(folder.name)] = _Process(name, int(fields[1]), int(fields[2]), cpu_s)
 
     def family(self, pid: int) -> set[int]:
-        """A process, its group and all that descends from them, in groups of their own as well."""
+        """A process, its group and all its descendants, which may have groups of their own."""
         members = {one for one, found in self.processes.items() if pid in (one, found.group)}
         while more := {one for one, found in self.processes.items() if found.parent in members} - members:
             members |= more
@@ -165,14 +167,14 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Others:
-    """What others took beside a sample, in cores, and who took most of it."""
+    """Cores used by other processes beside a sample, and the process that used most."""
 
     cores: float
     busiest: str
 
     @classmethod
     def between(cls, before: Usage, after: Usage, pid: int, elapsed_s: float) -> Others:
-        """``pid`` is the measured one; a family whose members ended in between has taken more than is seen."""
+        """``pid`` is the measured process; members of its family that ended in between have used more than is seen."""
         own_s = after.family_s(pid) - before.family_s(pid)
         cores = max(0.0, after.machine_s - before.machine_s - own_s) / elapsed_s
         taken: dict[int, float] = {}

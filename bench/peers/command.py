@@ -1,4 +1,5 @@
-"""``python -m bench peers``: makes what is missing, measures, prints tables, saves JSON. What it started it ends."""
+"""``python -m bench peers``: prepares what is missing, measures, prints tables, saves JSON, and ends what it
+started."""
 
 from __future__ import annotations
 
@@ -26,13 +27,13 @@ _START_SERVER_S = 240.0
 
 def main(arguments: Sequence[str], results: Path) -> None:
     args = _parse(arguments, results)
-    # As Ctrl-C: what was started is ended on the way out.
+    # Treated as Ctrl-C: everything started is ended on the way out.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if args.report is not None:
         print(report.markdown(read(args.report)))
         return
     cores = sorted(os.sched_getaffinity(0)) if args.cores is None else args.cores
-    # Inherited by all that is started: every engine has the same cores.
+    # Inherited by all children: every engine has the same cores.
     os.sched_setaffinity(0, cores)
     args.out.mkdir(parents=True, exist_ok=True)
     args.envs.mkdir(parents=True, exist_ok=True)
@@ -98,14 +99,14 @@ def _cores(text: str) -> list[int]:
 
 def _measure(args: argparse.Namespace, cores: list[int], book: Book) -> None:
     model = bench_model.bench_model()
-    # Kept, and named in what fails: a log is what tells why.
+    # Kept, and named in failures: the log has the cause.
     log_dir = Path(tempfile.mkdtemp(prefix="baton-peers-"))
     print(f"logs: {log_dir}", flush=True)
     book.write(
         "machine", commit=facts.commit(), machine=facts.machine(), processor=processor(), cores=cores, model=model.name,
         versions=facts.versions(), quick=args.quick, date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
-    # All of them before the first is timed: an installation is no neighbour of a measurement.
+    # All of them before the first measurement: an installation would disturb it.
     args.peers = _prepare(args, model, log_dir, book)
     if args.part == "prepare":
         return
@@ -117,7 +118,7 @@ def _measure(args: argparse.Namespace, cores: list[int], book: Book) -> None:
 
 
 def _prepare(args: argparse.Namespace, model: Path, log_dir: Path, book: Book) -> tuple[str, ...]:
-    """The peers that can be measured here."""
+    """Prepares the peers and returns those that can be measured here."""
     ready = []
     for name in args.peers:
         print(f"environment of {name} ...", flush=True)

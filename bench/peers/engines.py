@@ -1,4 +1,5 @@
-"""Rounds of engines: for each cell all of them are made ready, then every round asks each once, the others stopped."""
+"""Measures engines in rounds: for each cell all engines are made ready, then every round runs each once while the
+others are stopped."""
 
 from __future__ import annotations
 
@@ -24,18 +25,18 @@ PEERS = ("vllm", "openvino", "llamacpp", "transformers")
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Seconds after which an engine is given up: ten times and more of what a quiet machine takes."""
+    """Seconds after which an engine is given up: ten times or more of what a quiet machine needs."""
 
     start_s: float = 240.0
     fill_s: float = 180.0
     sample_s: float = 60.0
-    # A sample beside which others took more cores than this is taken again, so often in all.
+    # A sample during which other processes used more cores than this is repeated, at most so often.
     disturbed_cores: float = 0.2
     attempts: int = 3
 
 
 class Contestant:
-    """An engine that is alive and stopped, unless it is its turn."""
+    """A live engine, stopped unless it is its turn."""
 
     def __init__(self, name: str, child: Child) -> None:
         self.name = name
@@ -53,7 +54,7 @@ class Contestant:
 def start(
     name: str, model: Path, envs: Path, log_dir: Path, cores: Sequence[int], limits: Limits, book: Book
 ) -> Contestant | None:
-    """The engine with the model loaded, or a row that says why not."""
+    """The engine with the model loaded, or a row with the reason why not."""
     stage = "install"
     child: Child | None = None
     try:
@@ -87,7 +88,8 @@ def _places(
 
 
 def vllm_env(made: Environment, cores: Sequence[int]) -> dict[str, str]:
-    """What its documentation asks for on CPUs and its own launcher of workers sets: allocator, OpenMP, places."""
+    """Settings that its documentation recommends for CPUs and its own worker launcher applies: allocator, OpenMP,
+    core binding."""
     preload = [made.library("libtcmalloc_minimal.so.4"), made.library("libiomp5.so")]
     return {
         "LD_PRELOAD": ":".join(str(path) for path in preload if path is not None),
@@ -105,13 +107,13 @@ def vllm_env(made: Environment, cores: Sequence[int]) -> dict[str, str]:
 def measure(
     cells: Sequence[Cell], contestants: list[Contestant], rounds: int, probes: Probes, limits: Limits, book: Book
 ) -> None:
-    """All cells. Who fails is told, ended and left out from then on."""
+    """All cells. An engine that fails is reported, ended and left out from then on."""
     for cell in cells:
         print(f"{cell.name} ...", flush=True)
         _each(contestants, book, f"{cell.name}, made ready", partial(_make_ready, cell=cell, limits=limits))
         for number in range(rounds):
             shift = number % max(1, len(contestants))
-            # Another one begins each round.
+            # The order rotates with each round.
             turn = contestants[shift:] + contestants[:shift]
             sample = partial(_sample, cell=cell, number=number, probes=probes, limits=limits, book=book)
             _each(turn, book, cell.name, sample)
@@ -130,7 +132,7 @@ def _each(contestants: list[Contestant], book: Book, stage: str, do: Callable[[C
 
 
 def _make_ready(one: Contestant, cell: Cell, limits: Limits) -> None:
-    """Fill the cache of a decode, then one sample that does not count."""
+    """Fill the cache of a decode, then run one sample that does not count."""
     if cell.kind == "prefill":
         [prompt] = prompts(f"{cell.name}/warm-up", 1, cell.tokens)
         one.ask({"do": "prefill", "prompt": prompt}, limits.fill_s)
@@ -146,7 +148,7 @@ def _clear(one: Contestant, cell: Cell, limits: Limits) -> None:
 
 
 def _sample(one: Contestant, cell: Cell, number: int, probes: Probes, limits: Limits, book: Book) -> None:
-    """A sample that other processes disturbed is taken again; what was given up is on record as well."""
+    """A sample that other processes disturbed is repeated; the rejected one stays on record."""
     for attempt in range(limits.attempts):
         row = _measured(one, cell, f"{cell.name}/{number}", probes, limits)
         is_kept = row["others_cores"] <= limits.disturbed_cores or attempt == limits.attempts - 1
@@ -173,7 +175,7 @@ def _measured(one: Contestant, cell: Cell, seed: str, probes: Probes, limits: Li
         tokens_s = cell.tokens / seconds
     else:
         seconds, tokens_s = _decode(one, cell, cell.steps, limits)
-    # Taken before the probe, which is busy as well.
+    # Read before the probe, which uses the processor itself.
     elapsed_s = time.monotonic() - began_s
     others = Others.between(usage, Usage(), one.child.group, elapsed_s)
     beside = between(before, probes.read())

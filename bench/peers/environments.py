@@ -1,6 +1,6 @@
-"""An environment for each peer, made once in a folder of its own and never in the project's.
+"""Creates an environment for each peer, once, in a folder of its own outside the project.
 
-A failure of one is told as ``Unavailable`` with its reason: the others go on without it.
+If one cannot be created, ``Unavailable`` has the reason, and the others continue without it.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-# The CPU build is the only one of this version on an index without CUDA; anything newer takes gigabytes.
+# Of this version only the CPU build is on an index without CUDA; newer versions need gigabytes.
 _TORCH = "torch==2.13.0"
 _MARKER = ".made.json"
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 class Unavailable(Exception):
-    """This peer cannot be measured here; the message says why."""
+    """This peer cannot be measured here; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """What pip installs. ``alone`` comes without its requirements; those follow, less ``left_out``."""
+    """What pip installs. ``alone`` is installed without its requirements; those follow, less ``left_out``."""
 
     name: str
     torch: bool
@@ -36,21 +36,21 @@ class Recipe:
     alone: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
     build_env: Mapping[str, str] = field(default_factory=dict)
-    # Debian packages that are unpacked into the environment; it works without them, slower.
+    # Debian packages that are unpacked into the environment; the peer works without them, but slower.
     debian: tuple[str, ...] = ()
-    # Run in the environment with the model's folder and an empty one.
+    # Converter to run in the environment, with the model's folder and an empty one as arguments.
     converter: str | None = None
-    # Compiling llama.cpp takes two cores ten minutes, beside others half an hour.
+    # Compiling llama.cpp takes ten minutes on two cores, half an hour on busy ones.
     limit_s: float = 3600.0
 
     @property
     def digest(self) -> str:
-        """Of what is installed; of two recipes with the same one an environment serves both."""
+        """A digest of the installed packages; recipes with the same digest share an environment."""
         content = {key: value for key, value in asdict(self).items() if key != "limit_s"}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# torchvision and torchaudio of the index belong to a CUDA build of torch, and text models do without.
+# The index's torchvision and torchaudio need a CUDA build of torch; text models do not need them.
 _NO_TORCH = ("torch", "torchvision", "torchaudio", "torchcodec")
 RECIPES: Mapping[str, Recipe] = {
     recipe.name: recipe
@@ -68,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
             "llamacpp",
             False,
             packages=("llama-cpp-python", "gguf"),
-            # Built here, for this processor.
+            # Compiled on this machine for its processor.
             build_env={
                 "CMAKE_ARGS": "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DGGML_OPENMP=ON -DLLAVA_BUILD=OFF",
                 "PIP_NO_BINARY": "llama-cpp-python",
@@ -89,17 +89,17 @@ class Environment:
         return self.folder / "bin" / "python"
 
     def library(self, pattern: str) -> Path | None:
-        """A shared library that was installed or unpacked here."""
+        """The path of a shared library that was installed or unpacked here."""
         return min((path for path in self.folder.rglob(pattern) if path.is_file()), default=None)
 
 
 def environment(recipe: Recipe, envs: Path, log_dir: Path) -> Environment:
-    """The environment of this recipe, made if it is not there. Raises Unavailable."""
+    """The environment of this recipe, created if missing. Raises Unavailable."""
     folder = envs / recipe.name
     marker = folder / _MARKER
     if marker.exists() and json.loads(marker.read_text())["digest"] == recipe.digest:
         return Environment(folder)
-    # A virtual environment knows its own path, so it is made in place; the marker comes last.
+    # A virtual environment contains its own path, so it is created in place; the marker is written last.
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{recipe.name}-install.log"
@@ -119,7 +119,8 @@ def environment(recipe: Recipe, envs: Path, log_dir: Path) -> Environment:
 
 
 def converted(recipe: Recipe, made: Environment, model: Path, envs: Path, log_dir: Path) -> Path:
-    """The model in the peer's own format, made once; its folder itself if that is read. Raises Unavailable."""
+    """The model in the peer's own format, converted once; the model's folder itself if the peer reads it. Raises
+    Unavailable."""
     if recipe.converter is None:
         return model
     target = envs / "models" / f"{model.name}-{recipe.name}-{recipe.digest}"
@@ -137,7 +138,7 @@ def converted(recipe: Recipe, made: Environment, model: Path, envs: Path, log_di
 
 
 def driver_env() -> dict[str, str]:
-    """What a program of this project needs to be found in another environment; nothing goes out to a network."""
+    """Environment variables for a program of this project in another environment; network access is disabled."""
     return {
         "PYTHONPATH": str(_ROOT),
         "HF_HUB_OFFLINE": "1",
@@ -148,7 +149,7 @@ def driver_env() -> dict[str, str]:
 
 
 def run(command: Sequence[str], log: Path, limit_s: float, env: Mapping[str, str] | None = None) -> None:
-    """Run to the end, output to the log. Raises Unavailable with the log's last lines."""
+    """Run the command to its end with its output in the log. Raises Unavailable with the log's last lines."""
     with log.open("a") as out:
         out.write(f"$ {' '.join(command)}\n")
         out.flush()
@@ -188,7 +189,7 @@ def _requirements(made: Environment, recipe: Recipe) -> list[str]:
 
 
 def wanted(requirements: Sequence[str], left_out: Sequence[str]) -> list[str]:
-    """Requirements less extras and what is left out; markers are for pip to judge."""
+    """The requirements without extras and without ``left_out``; pip evaluates the markers."""
     kept = []
     for requirement in requirements:
         name = re.match(r"[A-Za-z0-9._-]+", requirement)
@@ -198,7 +199,7 @@ def wanted(requirements: Sequence[str], left_out: Sequence[str]) -> list[str]:
 
 
 def _unpack(package: str, folder: Path, log: Path) -> bool:
-    """Take a Debian package's files without installing it; whether that went well."""
+    """Unpack a Debian package without installing it; returns whether that succeeded."""
     target = folder / "debian"
     target.mkdir(exist_ok=True)
     try:

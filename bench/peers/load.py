@@ -1,6 +1,6 @@
 """One load generator for every server: random prompts as token ids over the OpenAI completions API, streamed.
 
-Closed loops keep a number of streams busy, an open one sends at a rate whatever comes back.
+Closed loops keep a number of streams busy; an open loop sends at a rate, independent of the answers.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bench.peers.cells import prompts
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """``streams`` at a time, or, if ``rate`` is set, so many requests a second at random moments."""
+    """``streams`` at a time, or, if ``rate`` is set, that many requests a second at random times."""
 
     name: str
     prompt_tokens: int
@@ -47,7 +47,7 @@ QUICK_LOADS: tuple[Load, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """When tokens came, by the client's clock; or why they did not."""
+    """The arrival times of tokens by the client's clock, or the reason for a failure."""
 
     started_s: float
     stamps_s: tuple[float, ...]
@@ -58,11 +58,11 @@ class Answer:
 class Outcome:
     answers: tuple[Answer, ...]
     wall_s: float
-    # Requests that the load's time limit cut off or kept from being sent.
+    # Requests that the load's time limit cut off or prevented.
     num_cut: int
 
     def figures(self) -> dict[str, Any]:
-        """Seconds and milliseconds as in a table; None where nothing came."""
+        """Seconds and milliseconds for the table; None without answers."""
         whole = [answer for answer in self.answers if answer.error is None]
         ttft = Samples.of(answer.stamps_s[0] - answer.started_s for answer in whole)
         gaps = Samples.of(b - a for answer in whole for a, b in pairwise(answer.stamps_s))
@@ -80,7 +80,7 @@ class Outcome:
 
 
 async def run(load: Load, base_url: str, model: str, seed: str) -> Outcome:
-    """The whole load, or as much of it as its time limit lets through."""
+    """The whole load, or as much of it as the time limit allows."""
     rng = Random(seed)
     texts = prompts(seed, load.num_requests, load.prompt_tokens)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
@@ -105,7 +105,7 @@ async def run(load: Load, base_url: str, model: str, seed: str) -> Outcome:
                     for _ in range(load.streams):
                         group.create_task(stream(texts))
         except TimeoutError:
-            # Told as what was cut.
+            # Reported as cut off.
             pass
         wall_s = time.perf_counter() - started_s
     return Outcome(tuple(answers), wall_s, load.num_requests - len(answers))

@@ -1,4 +1,4 @@
-"""From the rows of a run to its tables: ratios first, medians over rounds, regimes of memory apart."""
+"""Makes tables from the rows of a run: ratios first, medians over rounds, memory regimes kept apart."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _names(rows: Rows, kind: str, key: str) -> list[str]:
 
 
 def _of_cell(rows: Rows, cell: str) -> Iterable[dict[str, Any]]:
-    """All rounds, and where there was more than one regime each one's."""
+    """The figures over all rounds and, if there was more than one regime, for each regime."""
     samples = [row for row in rows if row["kind"] == "sample" and row["cell"] == cell]
     rounds = _by_round(samples)
     yield _engine_row(cell, "all", rounds)
@@ -64,7 +64,7 @@ def _by_round(samples: Rows) -> dict[int, dict[str, Mapping[str, Any]]]:
 
 
 def _regime_of(samples: Iterable[Mapping[str, Any]]) -> str:
-    """That of most samples of a round."""
+    """The regime of most samples of a round."""
     return str(statistics.mode(sample["regime"] for sample in samples))
 
 
@@ -106,7 +106,7 @@ def _of_load(rows: Rows, load: str) -> Iterable[dict[str, Any]]:
     theirs = {row["round"]: row["tokens_s"] for row in found if row["who"] == VLLM}
     for who in dict.fromkeys(row["who"] for row in found):
         mine = [row for row in found if row["who"] == who]
-        # Percentiles over the requests of all rounds: one round has too few.
+        # Percentiles are over the requests of all rounds: one round has too few.
         ttft = Samples.of(value for row in mine for value in row["ttft_s"])
         gaps = Samples.of(value for row in mine for value in row["gaps_ms"])
         yield {

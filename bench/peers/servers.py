@@ -1,4 +1,4 @@
-"""Servers end to end: ``vllm serve`` and Baton's clusters stand side by side and get the same load in turn."""
+"""Measures servers end to end: ``vllm serve`` and Baton's clusters run side by side and get the same load in turn."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ VLLM = "vLLM server"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a server is started; ``url`` gives its address once it is known, None before."""
+    """How to start a server; ``url`` returns its address once known, None before."""
 
     name: str
     command: tuple[str, ...]
     env: dict[str, str]
     url: Callable[[], str | None]
     model: str
-    # Nothing of it minds being stopped while others have their turn: no leases that run out.
+    # Whether it can be stopped during the turns of others, without time-outs of its own.
     can_pause: bool
     settings: dict[str, object] = field(default_factory=dict)
 
@@ -53,7 +53,7 @@ class Server:
 
 
 def baton_plans(model: Path, run_dir: Path, num_threads: int) -> list[Plan]:
-    """One mixed worker with all threads; two workers with half of them each, split and not."""
+    """One mixed worker with all threads; two workers with half of them each, split and colocated."""
     half = max(1, num_threads // 2)
     shapes = (
         ("Baton, 1 mixed", ("--mixed", "1"), num_threads),
@@ -83,7 +83,7 @@ def _of_ready_file(path: Path) -> str | None:
 def vllm_plan(model: Path, envs: Path, log_dir: Path, cores: Sequence[int]) -> Plan:
     """Its OpenAI server with all cores. Raises Unavailable."""
     made = environment(RECIPES["vllm"], envs, log_dir)
-    # It takes no port of its own choice: one that was free a moment ago.
+    # It cannot choose a free port itself, so one that was free a moment ago is passed.
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -92,12 +92,13 @@ def vllm_plan(model: Path, envs: Path, log_dir: Path, cores: Sequence[int]) -> P
         *("--max-num-batched-tokens", str(MAX_BATCH_TOKENS), "--no-enable-prefix-caching"),
     )
     command = (
-        # What ``vllm serve`` starts; that command itself asks for a package named vllm and fails in this build.
+        # The module that ``vllm serve`` runs; the command itself looks for a package named vllm and fails in this
+        # build.
         *(str(made.python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--host", "127.0.0.1", "--port", str(port), "--served-model-name", model.name, *options),
     )
     env = driver_env() | vllm_env(made, cores)
-    # Its own worker process sets what OpenMP is to do.
+    # Its worker process sets the OpenMP options itself.
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "KMP_TPAUSE"):
         del env[name]
     env["VLLM_CPU_KVCACHE_SPACE"] = str(max(1, _KV_MIB // 1024))
@@ -106,7 +107,7 @@ def vllm_plan(model: Path, envs: Path, log_dir: Path, cores: Sequence[int]) -> P
 
 
 def start(plan: Plan, log_dir: Path, limit_s: float, book: Book) -> Server | None:
-    """The server, once it has answered one request; or a row that says why not."""
+    """The server, once it has answered one request, or a row with the reason why not."""
     began_s = time.monotonic()
     child: Child | None = None
     try:
@@ -141,14 +142,15 @@ def _await(plan: Plan, child: Child, deadline_s: float) -> str:
                 if url is not None and client.get(f"{url}/health", timeout=_LOOK_EVERY_S).status_code == 200:
                     return url
             except httpx.HTTPError:
-                # Not yet: asked again until the deadline.
+                # Not ready yet: tried again until the deadline.
                 pass
             time.sleep(_LOOK_EVERY_S)
     raise Failed("not ready within its time limit")
 
 
 def measure(loads: Sequence[Load], servers: list[Server], rounds: int, probes: Probes, book: Book) -> None:
-    """Every round gives every server each load once. Who fails is told, ended and left out from then on."""
+    """Every round gives every server each load once. A server that fails is reported, ended and left out from then
+    on."""
     for number in range(rounds):
         for load in loads:
             print(f"round {number}, {load.name} ...", flush=True)

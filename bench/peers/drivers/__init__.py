@@ -1,1 +1,2 @@
-"""One engine a file, driven by hand over pipes. All but ours run in an environment that has nothing of the project."""
+"""Drivers of the engines, one a file, controlled over pipes. All but Baton's run in an environment without the
+project."""

@@ -1,4 +1,4 @@
-"""Ours: scheduler and runner as the engine thread joins them where steps do not overlap."""
+"""Driver of Baton: scheduler and runner combined as in the engine thread, without overlap."""
 
 from __future__ import annotations
 

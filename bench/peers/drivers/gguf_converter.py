@@ -1,4 +1,4 @@
-"""Writes the bench model, a plain Llama, as one GGUF file in bfloat16, without a vocabulary: prompts are token ids."""
+"""Writes the bench model (a plain Llama) as one GGUF file in bfloat16, without a vocabulary: prompts are token ids."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_h
 
 
 def gguf_name(name: str) -> str:
-    """``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight``. KeyError for what a plain Llama has not."""
+    """``model.layers.3.mlp.up_proj.weight`` is ``blk.3.ffn_up.weight``. KeyError for a name that a plain Llama does
+    not have."""
     stem = name.removesuffix(".weight")
     if stem in _OUTER:
         return f"{_OUTER[stem]}.weight"
@@ -33,7 +34,7 @@ def gguf_name(name: str) -> str:
 
 
 def tensors(path: Path) -> dict[str, Any]:
-    """The bfloat16 tensors of a safetensors file as arrays of their bits, uint16."""
+    """The bfloat16 tensors of a safetensors file as uint16 arrays of their bits."""
     numpy = import_module("numpy")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -49,7 +50,8 @@ def tensors(path: Path) -> dict[str, Any]:
 
 
 def interleaved(rows: Any, num_heads: int) -> Any:
-    """Rows of a query or key projection in GGUF's order: rotary pairs are neighbours, not half a head apart."""
+    """Rows of a query or key projection in GGUF's order: the two rows of a rotary pair are adjacent instead of half
+    a head apart."""
     head_dim = len(rows) // num_heads
     return rows.reshape(num_heads, 2, head_dim // 2, -1).swapaxes(1, 2).reshape(rows.shape)
 
@@ -75,7 +77,7 @@ def convert(model: Path, target: Path) -> None:
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     for name, bits in tensors(model / "model.safetensors").items():
         if bits.ndim == 1:
-            # Norms are float32 in every GGUF file.
+            # GGUF files have norms in float32.
             wide = (bits.astype("<u4") << 16).view("<f4")
             writer.add_tensor(gguf_name(name), wide)
             continue

@@ -1,4 +1,4 @@
-"""llama.cpp through its C interface: batches of tokens with their sequences and positions, greedy sampler."""
+"""Driver of llama.cpp through its C interface: batches of tokens with their sequences and positions, greedy sampler."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from bench.peers.drivers.gguf_converter import NAME
 from bench.peers.drivers.protocol import MAX_BATCH_TOKENS, Start, serve
 
 _MAX_LIVE = 32
-# One more than there are live ones, for prompts.
+# One more than the live sequences, for prompts.
 _PROMPT_SEQUENCE = _MAX_LIVE
-# A prompt of 2,048 tokens, or 512 and what is generated after them.
+# A prompt of 2,048 tokens, or of 512 and the tokens generated after it.
 _CELLS = 2304
-# The default. Larger ones were not faster here.
+# The default; larger values were not faster here.
 _MICRO_BATCH_TOKENS = 512
 
 
@@ -28,7 +28,8 @@ class LlamaCpp:
         if not self._model:
             raise RuntimeError("llama.cpp does not load the file; its log says why")
         context = self._c.llama_context_default_params()
-        # Cells of its own for each sequence: in a common pool each would look at the others' as well, behind a mask.
+        # A cell pool for each sequence: in a common pool each sequence also attends, masked, to the cells of the
+        # others.
         context.kv_unified = False
         context.n_ctx = (_MAX_LIVE + 1) * _CELLS
         context.n_batch = MAX_BATCH_TOKENS
@@ -42,7 +43,7 @@ class LlamaCpp:
         self._sampler = self._c.llama_sampler_init_greedy()
         self._batch = self._c.llama_batch_init(MAX_BATCH_TOKENS, 0, 1)
         self._num_filled = 0
-        # Per live sequence: the newest token and its position.
+        # For each live sequence: the newest token and its position.
         self._newest: list[tuple[int, int]] = []
         self.settings = {
             "weights": "bf16",
@@ -56,7 +57,7 @@ class LlamaCpp:
         }
 
     def _put(self, token: int, position: int, sequence: int, is_sampled: bool) -> int:
-        """Adds a token to the batch and says at which place."""
+        """Adds a token to the batch; returns its index."""
         i, batch = self._num_filled, self._batch
         batch.token[i], batch.pos[i] = token, position
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's continuous batching, stepped by hand; the model was exported by optimum-intel."""
+"""Driver of OpenVINO GenAI's continuous batching, step by step; the model was exported by optimum-intel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class OpenVino:
         scheduler.max_num_seqs = MAX_SEQUENCES
         scheduler.enable_prefix_caching = False
         scheduler.cache_size = -(-start.kv_tokens * _KV_BYTES_PER_TOKEN // 2**30)
-        # Keys and values are 8 bits wide unless told otherwise: as wide as everybody else's here.
+        # Keys and values have 8 bits by default: set to the width that all other engines use here.
         properties = {
             "INFERENCE_PRECISION_HINT": "bf16",
             "KV_CACHE_PRECISION": "bf16",
@@ -62,7 +62,7 @@ class OpenVino:
         while waiting:
             self._pipeline.step()
             waiting = [handle for handle in waiting if not self._read(handle)]
-        # Those that were first went on while the others were computed.
+        # The first sequences have generated tokens while the others were computed.
         for handle in self._live:
             self._read(handle)
 
@@ -74,7 +74,7 @@ class OpenVino:
         return taken, sum(self._read(handle) for handle in self._live)
 
     def _read(self, handle: Any) -> int:
-        """How many tokens have come since the last look."""
+        """The number of tokens since the last call."""
         count = 0
         while handle.can_read():
             count += sum(len(output.generated_ids) for output in handle.read().values())
@@ -83,7 +83,7 @@ class OpenVino:
     def clear(self) -> None:
         for handle in self._live:
             handle.cancel()
-        # What was cancelled leaves with the next step.
+        # Cancelled requests are removed in the next step.
         while self._pipeline.has_non_finished_requests():
             self._pipeline.step()
         self._live = []

@@ -1,4 +1,4 @@
-"""Exports the bench model to OpenVINO's format, weights as wide as they are; prompts are token ids, so no tokenizer."""
+"""Exports the bench model to OpenVINO's format with unchanged weight width; prompts are token ids, so no tokenizer."""
 
 from __future__ import annotations
 

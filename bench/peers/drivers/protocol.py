@@ -1,6 +1,6 @@
-"""What a driver does for the bench: answers one JSON line with one JSON line. Standard library alone.
+"""The driver protocol: one JSON line as request, one as answer. Uses the standard library only.
 
-Token counts and prompts come from the bench, seconds from the driver's own clock: pipes are not in a figure.
+Token counts and prompts come from the bench, seconds from the driver's own clock, so figures do not include the pipes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any, Protocol, TextIO
 
-# A step takes at most so many tokens in every engine that has such a limit.
+# Token limit of a step, for every engine that has such a limit.
 MAX_BATCH_TOKENS = 2048
 MAX_SEQUENCES = 64
 MAX_MODEL_TOKENS = 4096
@@ -21,13 +21,13 @@ MAX_MODEL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a driver is started with. ``converted`` is what the environment's converter wrote, or the model itself."""
+    """The arguments of a driver. ``converted`` is the output of the environment's converter, or the model itself."""
 
     model: str
     converted: str
     num_threads: int
     cores: tuple[int, ...]
-    # Room for keys and values, in tokens.
+    # Capacity for keys and values, in tokens.
     kv_tokens: int
 
     def line(self) -> str:
@@ -37,11 +37,11 @@ class Start:
 class Engine(Protocol):
     """An engine with the model loaded. Greedy, and no sequence ends by itself."""
 
-    # What was set, for the record.
+    # Settings, for the record.
     settings: dict[str, Any]
 
     def prefill(self, prompt: list[int]) -> tuple[float, int]:
-        """Seconds from the prompt to its first token, and that token. The sequence is gone afterwards."""
+        """Seconds from the prompt to its first token, and that token. The sequence is dropped afterwards."""
         ...
 
     def fill(self, prompts: list[list[int]]) -> None:
@@ -49,16 +49,16 @@ class Engine(Protocol):
         ...
 
     def decode(self, num_steps: int) -> tuple[float, int]:
-        """So many steps of all that ``fill`` began: seconds and tokens."""
+        """Run so many steps of all sequences of ``fill``; returns seconds and tokens."""
         ...
 
     def clear(self) -> None:
-        """Forget what ``fill`` began."""
+        """Drop the sequences of ``fill``."""
         ...
 
 
 def serve(make: Callable[[Start], Engine], packages: tuple[str, ...]) -> None:
-    """Make the engine, say that it is ready, and answer until the input ends. What is printed goes to the log."""
+    """Create the engine, report that it is ready, and answer until the input ends. Printed output goes to the log."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     given = json.loads(sys.argv[1])

@@ -1,4 +1,4 @@
-"""transformers' ``generate`` with its own growing cache and default attention (SDPA)."""
+"""Driver of transformers' ``generate`` with its own growing cache and default attention (SDPA)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Transformers:
         self._ids = self._torch.tensor(prompts)
         self._cache = self._transformers.DynamicCache(config=self._model.config)
         with self._torch.inference_mode():
-            # All but the last: ``generate`` starts with one token that is not in the cache.
+            # All but the last token: ``generate`` starts with one token that is not in the cache.
             self._model(input_ids=self._ids[:, :-1], past_key_values=self._cache, use_cache=True, logits_to_keep=1)
 
     def decode(self, num_steps: int) -> tuple[float, int]:
-        """Timed from the first token to the last, so that what ``generate`` prepares is not in it."""
+        """Timed from the first token to the last, without the preparation of ``generate``."""
         batch = len(self._ids)
         never = self._torch.zeros(batch, dtype=self._torch.bool)
         stamps: list[float] = []

@@ -1,4 +1,4 @@
-"""vLLM's engine in one process, stepped by hand: without its own process between, which costs it a message a step."""
+"""Driver of vLLM's engine in one process, step by step; its usual extra process costs a message a step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Vllm:
         }
         self._engine: Any = vllm.LLM(model=start.model, **options).llm_engine
         names = ("LD_PRELOAD", "OMP_NUM_THREADS", "KMP_AFFINITY", "KMP_BLOCKTIME", "KMP_TPAUSE")
-        # Libraries by name: where an environment lies tells nothing.
+        # Libraries by file name: the path of an environment is irrelevant.
         preloaded = [os.path.basename(path) for path in os.environ.get("LD_PRELOAD", "").split(":")]
         self.settings = options | {name: os.environ.get(name) for name in names} | {"LD_PRELOAD": preloaded}
         self._num_added = 0
