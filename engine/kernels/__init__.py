@@ -1,4 +1,5 @@
-"""The model's operations behind one interface; `reference` is the truth, the others are measured against it."""
+"""Selects a set of kernels: the model's operations behind one interface. `reference` is the one that the others are
+tested against."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from baton.errors import BadConfig
 from engine.devices import Accelerator, Devices, TorchDevices, gpu_index
 from engine.kernels.interface import Kernels
 
-# Older ones have no bfloat16 in their tensor cores and no asynchronous copies.
+# Older GPUs have no bfloat16 in their tensor cores and no asynchronous copies.
 _MIN_CAPABILITY = (8, 0)
 
 
@@ -19,7 +20,7 @@ class Choice(NamedTuple):
 
 
 def choose(has: Accelerator) -> Choice:
-    """What ``auto`` means."""
+    """The kernels that ``auto`` selects."""
     if has.gpu is None:
         return Choice("cpu", "torch sees no GPU")
     if not has.is_nvidia:
@@ -40,13 +41,13 @@ def select_kernels(
     device: str = "auto",
     devices: Devices | None = None,
 ) -> Kernels:
-    """Kernels by name on a device by name, ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` kernels are triton where
-    there is a GPU for them, else cpu.
+    """Kernels by name on a device by name (``auto``, ``cpu``, ``cuda`` or ``cuda:N``). ``auto`` kernels are triton if
+    there is a supported GPU, else cpu.
 
     ``is_batch_invariant`` False allows kernels whose bits depend on the batch; only triton has any. Raises BadConfig.
     """
     devices = devices or TorchDevices()
-    # Torch's own choice is its first GPU.
+    # Torch's default is its first GPU.
     index = gpu_index(device, devices)
     if name == "auto":
         name, why = ("cpu", "device is cpu") if device == "cpu" else choose(devices.look(index or 0))
@@ -56,7 +57,7 @@ def select_kernels(
                 param="device",
             )
         logging.getLogger(__name__).info("kernels auto: %s (%s)", name, why)
-    # Imported on choice: a GPU worker needs no compiler for CPUs.
+    # Imported only when selected: a GPU worker does not need the CPU compiler.
     if name == "triton":
         if quantization != "none":
             raise BadConfig(

@@ -1,4 +1,5 @@
-"""Weights as 8-bit integers: symmetric, a scale for every output and group of inputs. One formula for all kernels."""
+"""The int8 format of weights: symmetric, with a scale for every output and group of inputs. All kernels use this
+formula."""
 
 from __future__ import annotations
 
@@ -8,30 +9,30 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Inputs that share a scale, in the weights and in the activations.
+# Number of inputs that share a scale, in weights and activations.
 GROUP = 128
 # Part of the kernels' names: weights of 8 bits, activations of 8 bits, inputs of a group.
 MODE = f"w8a8g{GROUP}"
 LARGEST = 127
-# Far below what matters; its inverse is finite.
+# The smallest scale: negligible, and its inverse is finite.
 SMALLEST_SCALE = 2.0**-100
 
 
 class Int8(NamedTuple):
-    """scale * level; rows are filled up to whole groups with zeros. What is not finite makes its scale NaN."""
+    """scale * level; rows are padded with zeros to whole groups. A value that is not finite makes its scale NaN."""
 
     levels: Tensor  # [rows, groups, GROUP] int8
     scales: Tensor  # [rows, groups] float32
 
 
 def quantized(weight: Tensor) -> Int8:
-    """weight [out, in] of any float dtype, to the nearest level."""
+    """weight [out, in] of any float dtype, rounded to the nearest level."""
     grouped, scales = _groups(weight)
     return _rounded(grouped, grouped / scales[:, :, None], scales)
 
 
 def quantized_rows(x: Tensor) -> Int8:
-    """Activations [rows, in]: as weights, with one division for a group."""
+    """Activations [rows, in], quantized as weights, with one division for a group."""
     grouped, scales = _groups(x)
     return _rounded(grouped, grouped * (1 / scales)[:, :, None], scales)
 

@@ -1,4 +1,4 @@
-"""What the model asks of a set of kernels. Activations are [rows, features] in the model's dtype."""
+"""The interface between the model and a set of kernels. Activations are [rows, features] in the model's dtype."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class Attention(Protocol):
     """One step's attention; built once per step, called once per layer."""
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
-        """queries as ``rope_store`` gave them; cache: one layer, this step's keys and values in it.
+        """queries as returned by ``rope_store``; cache: one layer with this step's keys and values in it.
 
-        Returns [rows, num_heads * head_dim]. What lies in the cache at positions that a query does not see never
-        reaches its result, NaN included.
+        Returns [rows, num_heads * head_dim]. Cache contents at positions that a query does not see, NaN included, do
+        not affect its result.
         """
         ...
 
@@ -36,24 +36,24 @@ class Attention(Protocol):
 class Kernels(Protocol):
     """Law: a row of every result depends on that row's inputs alone, bit for bit.
 
-    How a set of kernels orders the elements within one head of a KV block is its own business; blocks are exchanged
-    between nodes that run the same kernels, and as a whole.
+    The order of elements within one head of a KV block is private to a set of kernels: blocks are exchanged as a whole,
+    between nodes with the same kernels.
     """
 
     name: str
-    # What becomes of the weights of products: "none" or "int8".
+    # How weights of matrix products are quantized: "none" or "int8".
     quantization: str
-    # Where weights, cache and activations lie.
+    # The device of weights, cache and activations.
     device: torch.device
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Prepare a layer for repeated use; weight [out, in], not kept if the kernel holds its own copy."""
+        """Prepare a layer for repeated use; weight [out, in] is not referenced if the kernel makes its own copy."""
         ...
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
-        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` there is none.
+        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` no id is negative.
 
-        Where ``drawn[i]`` is negative no token was drawn: any row of the table will do.
+        If ``drawn[i]`` is negative, no token was drawn, and any row of the table may be returned.
         """
         ...
 
@@ -79,7 +79,7 @@ class Kernels(Protocol):
 
         qkv [rows, (num_heads + 2 * num_kv_heads) * head_dim]; cos and sin [rows, head_dim / 2] float32, for half-split
         pairs; slot_mapping [rows] int64, block * block_tokens + offset. Returns queries [rows, num_heads, head_dim],
-        scaled as this set's attention wants them.
+        scaled as this set's attention expects.
         """
         ...
 
@@ -88,29 +88,29 @@ class Kernels(Protocol):
         ...
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """``silu_mul`` of ``linear``, which may be one pass without the rounding between."""
+        """``silu_mul`` of ``linear``; may be one pass without the rounding in between."""
         ...
 
     def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...
 
 
 class Peaks(NamedTuple):
-    """Of each row of logits the best token, the lowest id where several are equal, and whether all logits are finite;
-    where they are not, the token means nothing."""
+    """For each row of logits the best token (the lowest id of equal ones) and whether all logits are finite. If they
+    are not, the token is meaningless."""
 
     token_ids: list[int]
     are_finite: list[bool]
 
 
 class Logits(NamedTuple):
-    """[rows, vocabulary] float32 on the device; ``peaks`` where the kernels find them on the way."""
+    """[rows, vocabulary] float32 on the device; ``peaks`` if the kernels compute them in the same pass."""
 
     values: Tensor
     peaks: Peaks | None = None
 
 
 class StepInputs(NamedTuple):
-    """What a step is computed from, for ``Recorder``."""
+    """The inputs of a step, for ``Recorder``."""
 
     token_ids: Tensor
     cos: Tensor
@@ -118,12 +118,12 @@ class StepInputs(NamedTuple):
     slots: Tensor
     attention: Attention
     on_layer: Callable[[int], None]
-    # Of (residual, queries) of the last layer the rows that sample, and their attention.
+    # Selects the sampling rows of (residual, queries) of the last layer, and their attention.
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention]]
 
 
 class Recorder(Protocol):
-    """Writes the calls of a step down the first time, and then runs them with other inputs."""
+    """Records the kernel calls of a step once, and then runs them with other inputs."""
 
     def run(
         self,
@@ -133,43 +133,43 @@ class Recorder(Protocol):
         on_layer: Callable[[int], None] | None,
         order: Callable[[StepInputs], Tensor],
     ) -> Logits:
-        """Of the rows that sample; valid until the next run.
+        """Logits of the rows that sample; valid until the next run.
 
-        ``order`` calls the kernels in the order of a step and gives the logits. It is called when a step is larger than
-        all before it; nothing in it may depend on values.
+        ``order`` calls the kernels in the order of a step and returns the logits. It is called when a step is larger
+        than all before it; it must not depend on values.
         """
         ...
 
 
 @runtime_checkable
 class RecordingKernels(Kernels, Protocol):
-    """Kernels of the processor whose steps are all the same calls, whatever the number of rows."""
+    """CPU kernels whose steps consist of the same calls for any number of rows."""
 
     def recorder(self, config: ModelConfig, cache: KvCache) -> Recorder: ...
 
 
-# In ``Draws.newest``: there is none.
+# In ``Draws.newest``: no token.
 NO_TOKEN = -(2**40)
-# Room for the most likely tokens in a report, as a power of two.
+# Capacity for the most likely tokens in a report, as a power of two.
 REPORT_TOP = 32
-# Mass (engine.mass.reported_mass), rank, best logit and the chosen token's as the bits of float32, ids of the most
-# likely tokens, -1 behind them, and the bits of their logits.
+# Words of a report: mass (engine.mass.reported_mass), rank, best logit and the chosen token's as bits of float32, ids
+# of the most likely tokens followed by -1, and the bits of their logits.
 REPORT_WORDS = 4 + 2 * REPORT_TOP
 
 
 class Draws(NamedTuple):
-    """How the token of each row is drawn; all [rows] on the device."""
+    """The sampling parameters of each row; all [rows] on the device."""
 
     scale: Tensor  # float32; log2(e) / temperature, 0 is greedy
     top_k: Tensor  # int32; 0 is off
     top_p: Tensor  # float64; 1 is off
-    reach: Tensor  # float64; how far below the best min_p goes, a number <= 0; -inf is off
-    seed: Tensor  # int64, the bits of an unsigned number
+    reach: Tensor  # float64; the distance below the best logit that min_p allows, <= 0; -inf is off
+    seed: Tensor  # int64, the bits of an unsigned seed
     position: Tensor  # int64
-    slot: Tensor  # int32; where in ``SlotTables`` the row's changes are; -1: it has none
-    is_banning: Tensor  # int32; 1: tokens that the slot lists for it are banned
-    newest: Tensor  # int64; to be counted as generated before; ~i: what row i of the step before drew; or NO_TOKEN
-    num_logprobs: Tensor  # int32; how many of the most likely tokens to report; -1: nothing at all
+    slot: Tensor  # int32; the row's slot in ``SlotTables``; -1: none
+    is_banning: Tensor  # int32; 1: tokens that the slot lists as banned are banned
+    newest: Tensor  # int64; newest token, to be counted; ~i: that of row i of the step before; or NO_TOKEN
+    num_logprobs: Tensor  # int32; number of the most likely tokens to report; -1: no report
     is_masked: Tensor  # int32; 1: only tokens of the row's mask are allowed
 
 
@@ -178,19 +178,20 @@ DRAW_DTYPES = (
     torch.float32, torch.int32, torch.float64, torch.float64, torch.int64, torch.int64,
     torch.int32, torch.int32, torch.int64, torch.int32, torch.int32,
 )  # fmt: skip
-# Values that ask for nothing: a greedy row.
+# Neutral values: a greedy row.
 PLAIN_DRAW = (0.0, 0, 1.0, -math.inf, 0, 0, -1, 0, NO_TOKEN, -1, 0)
-# As many as a request may name.
+# The largest number that a request may name.
 MAX_EDITS = MAX_LOGIT_BIASES + MAX_STOP_TOKEN_IDS
 
 
 class SlotTables(NamedTuple):
-    """What changes the logits of sequences, on the device, a slot each; written between steps."""
+    """Per-sequence changes of logits, on the device, a slot for each sequence; written between steps."""
 
-    # Twice how often a token was generated, and 1 more if the prompt has it; the device adds ``Draws.newest``.
+    # Twice the number of times a token was generated, plus 1 if the prompt contains it; the device adds
+    # ``Draws.newest``.
     seen: Tensor  # [slots, vocabulary] int32
     penalties: Tensor  # [slots, 3 (repetition, frequency, presence)] float32
-    # Biased tokens and those that may be banned, by rising id; behind them the largest int32.
+    # Biased tokens and tokens that may be banned, by rising id, padded with the largest int32.
     edit_ids: Tensor  # [slots, MAX_EDITS] int32
     edit_biases: Tensor  # [slots, MAX_EDITS] float32
     edit_bans: Tensor  # [slots, MAX_EDITS] int32; 1: banned while ``Draws.is_banning``
@@ -210,61 +211,61 @@ class SlotTables(NamedTuple):
 
 
 class LaunchShapes(NamedTuple):
-    """Shapes of steps that between them launch everything that any step launches."""
+    """Shapes of steps that together make every kind of launch that occurs."""
 
-    # Tokens of prompts.
+    # Numbers of prompt tokens.
     prompts: tuple[int, ...]
-    # Rows that decode, and positions that each of them sees, its own included.
+    # Numbers of decoding rows, and the positions that each of them sees, its own included.
     decodes: tuple[tuple[int, int], ...]
 
 
 class DeviceSampler(Protocol):
-    """Draws tokens, bit for bit those of engine.sampler, and leaves them on the device."""
+    """Samples tokens on the device, bit for bit as engine.sampler, and leaves them there."""
 
     tables: SlotTables
-    # [max_rows, vocabulary / 32] int32: bit i % 32 of word i / 32 allows token i. Looked at where ``Draws.is_masked``.
+    # [max_rows, vocabulary / 32] int32: bit i % 32 of word i / 32 allows token i. Read where ``Draws.is_masked``.
     masks: Tensor
 
     @property
     def report(self) -> Tensor:
-        """[max_rows, REPORT_WORDS] int64: of rows that asked for log-probabilities, valid until the next step."""
+        """[max_rows, REPORT_WORDS] int64: reports of the rows that asked for log-probabilities, valid until the next
+        step."""
         ...
 
     def draw(self, logits: Tensor, draws: Draws, drawn: Tensor) -> None:
-        """A token id per row of ``logits`` [rows, vocabulary] float32 into the first of ``drawn``, int64, which holds
-        what the step before drew. Negative: there is none. -1: the row holds a NaN or an infinity; -2 and -3: its
-        changes make -inf and inf of the best logit.
-        """
+        """Writes a token id per row of ``logits`` [rows, vocabulary] float32 to the first entries of ``drawn``
+        (int64), which holds the tokens of the step before. A negative id means no token: -1: the row holds a NaN or
+        an infinity; -2 and -3: its changes make the best logit -inf or inf."""
         ...
 
 
 @runtime_checkable
 class DeviceKernels(Kernels, Protocol):
-    """Kernels whose decode step needs nothing of the host while it runs, so that it can be recorded and replayed."""
+    """Kernels whose decode step needs no input from the host while it runs, so it can be recorded and replayed."""
 
-    # Each kind of launch is compiled when it is first met, which takes seconds.
+    # Each kind of launch is compiled at its first use, which takes seconds.
     is_compiled: bool
 
     def launch_shapes(self, config: ModelConfig, layout: KvLayout) -> LaunchShapes:
-        """Asked once all layers are there."""
+        """Called when all layers exist."""
         ...
 
     def device_decode(
         self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int
     ) -> Attention:
-        """Attention of one generated token per row, whose inputs stay where they are while their values change.
+        """Attention of one generated token per row. The inputs stay at their addresses while their values change.
 
         tables [rows, blocks] int32; lengths [rows] int32, at most ``max_length``, 0 is padding. A row's bits are those
-        of ``attention``, whatever ``max_length`` and the rows beside it.
+        of ``attention``, whatever ``max_length`` and the other rows.
         """
         ...
 
     def prefers_unrecorded(
         self, config: ModelConfig, layout: KvLayout, tables: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> bool:
-        """Whether a decode of these rows (block ids, positions) is faster by ``attention`` than recorded."""
+        """Whether a decode of these rows (block ids, positions) is faster with ``attention`` than recorded."""
         ...
 
     def sampler(self, max_rows: int, vocab_size: int) -> DeviceSampler:
-        """Memory for steps of up to so many rows is taken now."""
+        """Allocates memory for steps of up to this many rows."""
         ...

@@ -1,7 +1,8 @@
-"""The truth: plain torch, one obvious formula per operation, one token at a time where that is plainest.
+"""Reference kernels in plain torch: one formula per operation, the definition that all other kernels are tested
+against.
 
-Attention takes each token over exactly its own context, so nothing masked exists and batch, chunks and phase cannot
-matter. Slow by design.
+Attention computes each token over exactly its own context, without masks, so batch, chunks and phase cannot affect a
+result. Slow by design.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from engine.config import ModelConfig
 from engine.kernels.int8 import MODE, quantized, quantized_rows
 from engine.kernels.interface import Attention, Linear
 
-# torch's product gives a row the same bits whatever the other rows only if their number is a multiple of this.
+# torch's product gives a row the same bits for any batch only if the number of rows is a multiple of this.
 _ROW_MULTIPLE = 8
 
 
@@ -109,7 +110,7 @@ def _int8_linear(weight: Tensor, bias: Tensor | None) -> Linear:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [rows, heads, head_dim], cos and sin [rows, head_dim / 2]: each half-split pair turned, in float32."""
+    """x [rows, heads, head_dim], cos and sin [rows, head_dim / 2]: rotates each half-split pair, in float32."""
     cos, sin = cos[:, None], sin[:, None]
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)

@@ -1,6 +1,6 @@
-"""Fast kernels for CPUs, written for Baton and compiled at start-up; bitwise independent of batch, chunking and phase.
+"""CPU kernels, compiled at start-up: a row's result is bitwise independent of batch, chunking and phase.
 
-No product, no softmax and no sum here depends on how many rows stand beside a row: see linear.py and attention.py, and
+No product, softmax or sum depends on the number of rows beside a row: see linear.py, attention.py and
 docs/decisions/0002-exact-on-cpu.md.
 """
 
@@ -28,8 +28,8 @@ from engine.kv_cache import KvCache
 
 
 class CpuKernels:
-    """``isa`` other than the host's is for tests, and so is ``uses_onednn`` other than None, the processor's choice: it
-    takes products in bfloat16 from oneDNN, where they are exact."""
+    """``isa`` other than the host's, and ``uses_onednn`` other than None (decide by the processor), are for tests.
+    With oneDNN, bfloat16 products use it where they are exact."""
 
     device = torch.device("cpu")
 
@@ -38,10 +38,11 @@ class CpuKernels:
         self.quantization = quantization
         wants_onednn = has_matrix_units() if uses_onednn is None else uses_onednn
         self._uses_onednn = quantization == "none" and wants_onednn and is_exact()
-        # Operations run as they are called, or are recorded (step.py).
+        # Runs operations at once, or records them (step.py).
         self.tape = Tape()
         self._slabs = Slabs()
-        # Vector widths decide how some sums are rounded, so nodes with other vectors are told apart by name.
+        # The rounding of some sums depends on the vector width, so it is part of the name: nodes with other widths
+        # refuse each other.
         products = f"-{MODE}" if quantization == "int8" else "-onednn" if self._uses_onednn else ""
         self.name = f"cpu-{self._isa.name}{products}"
 

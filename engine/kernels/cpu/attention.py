@@ -1,10 +1,10 @@
-"""Paged attention on CPUs whose result for a token is a function of that token and its context alone.
+"""Paged attention on CPUs; a token's result depends on that token and its context alone.
 
 A task is a tile of queries (consecutive tokens of one sequence, all query heads of one KV head; a single token while
-decoding). It meets the KV blocks it sees in ascending order and keeps a running maximum, a running sum and the running
-output of each row (online softmax, Milakov and Gimelshein 2018), so the additions of a row depend neither on the rows
-beside it nor on how the prompt was cut. Blocks that some token of the tile sees only in part are taken token by token,
-within exactly what it sees: memory beyond that is never touched by arithmetic, whatever it holds.
+decoding). It processes the KV blocks in ascending order with a running maximum, sum and output of each row (online
+softmax, Milakov and Gimelshein 2018). So the additions of a row depend neither on the other rows nor on how the prompt
+was cut. A block that some token of the tile sees only in part is processed token by token, within exactly the visible
+range: memory beyond it never enters the arithmetic.
 
 Layout of K and V: pointwise.py. Bound: KV bytes while decoding, 4 * head_dim operations per (query, token) in prefill.
 """
@@ -23,13 +23,13 @@ from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, pe
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 
-# Query rows of a tile: their outputs and a KV block of one head stay in the first two caches.
+# Query rows of a tile: their outputs and a KV block of one head fit into the first two caches.
 _TILE_ROWS = 64
 _NO_WINDOW = 1 << 40
 
 
 class CpuAttention:
-    """Attention over tiles that were laid out once, used by every layer."""
+    """Attention over tiles that were listed once, used by every layer."""
 
     def __init__(
         self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
@@ -51,11 +51,11 @@ class CpuAttention:
 
 
 def query_scale(head_dim: int) -> float:
-    """1 / sqrt(head_dim), in the logarithm of base 2 that exp2 undoes."""
+    """1 / sqrt(head_dim) times log2(e), since the softmax uses exp2."""
     return math.log2(math.e) / math.sqrt(head_dim)
 
 
-# First row, its position, tokens, where its block ids begin.
+# First row, its position, number of tokens, start of its block ids.
 Tile = tuple[int, int, int, int]
 
 
@@ -70,7 +70,7 @@ def tables_of(spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
 
 
 def tiles_of(spans: tuple[Span, ...], begins: list[int], group_size: int) -> list[Tile]:
-    """Longest context first, so that threads end together."""
+    """The tiles, longest context first, so that threads finish at about the same time."""
     most = max(1, _TILE_ROWS // group_size)
     tiles = [
         (span.row + at, span.start + at, min(most, span.num_tokens - at), begin)
@@ -92,7 +92,7 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
         kv_head = task % kv_heads
         row, start, num_tokens, table = (e.load_int(tiles + task // kv_heads * 32 + 8 * i) for i in range(4))
         end = start + num_tokens
-        # Bytes from a token's queries of this KV head to the next token's, and where this tile's begin.
+        # Bytes from a token's queries of this KV head to the next token's, and the start of this tile's.
         stride = kv_heads * group * head_dim * item
         place = row * stride + kv_head * (group * head_dim * item)
         with e.loop(0, num_tokens) as token, e.loop(0, group) as head:
@@ -136,7 +136,7 @@ class _Rows:
     def __init__(self, e: Emitter, dtype: str, head_dim: int, block_tokens: int, max_rows: int) -> None:
         self._e = e
         self._dtype = dtype
-        # Weights meet V in its dtype where the dot product wants pairs, in float32 elsewhere.
+        # Weights are in V's dtype where the dot product works on pairs, in float32 elsewhere.
         self._weight_dtype = dtype if per_dot(dtype) == 2 else "float32"
         self._head_dim = head_dim
         self._block_tokens = block_tokens
@@ -167,9 +167,9 @@ class _Rows:
             e.store(self._dtype, e.load("float32", self._output(row, i), self._width) / total, target + i * self._item)
 
     def attend(self, row: Int, count: int, keys: Int, values: Int, ahead: Int, seen: tuple[Int, Int] | None) -> None:
-        """``count`` rows meet one block; of its tokens they see [low, high), or all.
+        """``count`` rows process one block; they see its tokens [low, high), or all.
 
-        While keys are read values are brought nearer, and while values are read the keys that come next, ``ahead``.
+        While keys are read, values are prefetched; while values are read, the next keys, ``ahead``.
         """
         scores = self._scores(row, count, keys, values)
         decays = [self._weigh(row + i, i, scores[i], seen) for i in range(count)]
@@ -202,7 +202,8 @@ class _Rows:
         return scores
 
     def _weigh(self, row: Int, index: int, scores: list[Vec], seen: tuple[Int, Int] | None) -> Vec:
-        """Weights of the block's tokens to scratch, sum and maximum carried on; what earlier results shrink by."""
+        """Writes the weights of the block's tokens to scratch and updates sum and maximum; returns the factor for
+        earlier results."""
         e, width = self._e, self._token_width
         if seen is not None:
             masks = [e.lanes_between(v * width, width, *seen) for v in range(len(scores))]

@@ -1,17 +1,17 @@
-"""Threads that run a table of kernel calls together; between two calls there are a few atomic numbers and no more.
+"""A crew of threads that run a table of kernel calls together, synchronized by a few atomic counters between calls.
 
-Each thread goes through the records in order: it takes tasks of a record from a counter until none is left, adds what
-it did to the record's number of done tasks, and goes on when all are done. So a thread that the system does not run
-delays the others only while it is inside a task, and a late one finds everything done and catches up at once. A
-waiting thread spins for a while and then sleeps, which frees its processor for the thread that it waits for.
+Each thread goes through the records in order: it takes tasks of a record from a counter until none is left, adds their
+number to the record's count of done tasks, and continues when all are done. So a thread that the system has suspended
+delays the others only while it holds a task, and a late one finds everything done and catches up at once. A waiting
+thread spins for a while and then sleeps, which frees its processor for the thread that it waits for.
 
-The calling thread is one of the crew. It returns when the records are done and waits for no helper: a table is used
-again only when no helper is inside (each says in a slot of its own which table it works on).
+The calling thread is part of the crew. It returns when the records are done and does not wait for helpers: a table is
+used again only when no helper is inside (each helper stores in its own slot which table it works on).
 
-Table, 64-bit words: [start, stop, 0...] then RECORD_WORDS for each record: kernel, tasks, parameters (14); next task,
-done tasks, sleepers, in a cache line of their own.
-Crew, 64-bit words: generation, current table, helpers wanted, sleepers, spins before a helper sleeps; then for each
-helper a cache line that begins with its slot: table it works on, crew, its number.
+    Table, 64-bit words: [start, stop, 0...], then RECORD_WORDS for each record: kernel, tasks, parameters (14);
+    next task, done tasks, sleepers, in a cache line of their own.
+    Crew, 64-bit words: generation, current table, helpers wanted, sleepers, spins before a helper sleeps; then for
+    each helper a cache line that begins with its slot: table it works on, crew, its number.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ MAX_PARAMETERS = 2 * _LINE_WORDS - PARAMETERS_WORD
 _NEXT, _DONE, _SLEEPERS = (16 + i for i in range(3))
 _GENERATION, _TABLE, _WANTED, _IDLE, _SPINS = range(5)
 
-# Rounds of waiting before a thread sleeps, 15 to 40 ns each: for the others' tasks, and for a next table.
+# Spins before a thread sleeps, 15 to 40 ns each: while waiting for the others' tasks, and for the next table.
 _TASK_SPINS = 4_000
 _IDLE_SPINS = 20_000
-# By the name of the machine: the system call futex, and the instruction that eases spinning.
+# By machine name: the number of the futex system call, and the instruction for spin loops.
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _FUTEX_WAIT, _FUTEX_WAKE = 128, 129  # of one process
 _STACK_BYTES = 8 << 20
@@ -55,7 +55,7 @@ _WORDS = _I64.as_pointer()
 
 
 class Table:
-    """Records in memory, as the crew reads them."""
+    """Records in memory, in the layout that the crew reads."""
 
     __slots__ = ("_memory", "address", "num_records", "words")
 
@@ -76,14 +76,14 @@ def record_words(kernel_address: int, num_tasks: int, parameters: Sequence[int])
 
 
 def aligned_words(count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """(what owns the memory, ``count`` zeros that begin with a cache line)."""
+    """(owner of the memory, ``count`` zeros aligned to a cache line)."""
     memory = np.zeros(count + _LINE_WORDS, dtype=np.int64)
     first = -(memory.ctypes.data // 8) % _LINE_WORDS
     return memory, memory[first : first + count]
 
 
 class Crew:
-    """The threads of one process: as many as torch is allowed (``torch.set_num_threads``), made when first wanted."""
+    """The threads of one process: as many as torch may use (``torch.set_num_threads``), created on first use."""
 
     def __init__(self, max_helpers: int = 256) -> None:
         self._max_helpers = max_helpers
@@ -91,21 +91,21 @@ class Crew:
         self._memory, self._words = aligned_words((1 + max_helpers) * _LINE_WORDS)
         self._address = self._words.ctypes.data
         self._slots = self._words[_LINE_WORDS::_LINE_WORDS]
-        # Helpers outlive Python's objects.
+        # Helpers outlive Python objects.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._memory))
         self._num_helpers = 0
         self._lock = threading.Lock()
-        # Tables that were run while a helper had not left yet: kept until it has.
+        # Tables that were run while a helper had not left yet; kept until it has.
         self._late: list[Table] = []
 
     def is_free(self, table: Table) -> bool:
-        """Whether no helper is still inside; to be asked by who ran it last."""
+        """Whether no helper is inside any more; to be called by the thread that ran it last."""
         return not (self._slots[: self._num_helpers] == table.address).any()
 
     def run(self, table: Table, start: int, stop: int, *, leaves_processors: bool = False) -> None:
-        """Run records [start, stop) of a table whose records before are done; two threads at once are fine, of which
-        one then works alone. ``leaves_processors``: helpers sleep at once, other threads have work to do next.
-        """
+        """Run records [start, stop) of a table whose earlier records are done. Two threads may call it at once; one
+        of them then works alone. ``leaves_processors``: helpers sleep at once, because other threads have work to do
+        next."""
         table.words[:2] = start, stop
         num_helpers = min(torch.get_num_threads() - 1, self._max_helpers)
         if num_helpers <= 0 or not self._lock.acquire(blocking=False):
@@ -128,7 +128,7 @@ class Crew:
         try:
             self._code.start_helper(self._address + 8 * at)
         except OSError as error:
-            # Those there are do the same work, slower; a step is not lost over it, and each would try again.
+            # Fewer threads do the same work more slowly. A step does not fail for it, and each step would try again.
             self._max_helpers = self._num_helpers
             _log.warning("%s; this process computes on %d threads from now on", error, 1 + self._num_helpers)
         else:
@@ -137,12 +137,12 @@ class Crew:
 
 @once
 def crew() -> Crew:
-    """The process has one, as it has one set of processors."""
+    """The crew of the process; there is one."""
     return Crew()
 
 
 class _Code:
-    """The crew's own machine code. Never freed: helpers may be inside until the process ends."""
+    """The crew's machine code. Never freed: helpers may be inside until the process ends."""
 
     def __init__(self) -> None:
         module = ir.Module("crew")
@@ -164,13 +164,13 @@ class _Code:
         engine.detach()
 
     def start_helper(self, slot_address: int) -> None:
-        """A thread that Python does not know, for as long as the process lives."""
+        """Starts a thread unknown to Python, which lives as long as the process."""
         libc = ctypes.CDLL(None)
         thread, attributes = ctypes.c_ulong(), ctypes.create_string_buffer(256)
         libc.pthread_attr_init(attributes)
         libc.pthread_attr_setdetachstate(attributes, 1)
         libc.pthread_attr_setstacksize(attributes, ctypes.c_size_t(_STACK_BYTES))
-        # Signals are for threads that Python knows.
+        # Signals must go to Python's own threads.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
             failed = libc.pthread_create(
@@ -184,7 +184,7 @@ class _Code:
 
 
 class _Writer(ir.IRBuilder):  # type: ignore[misc]
-    """A function under construction, with what it asks of processor and system."""
+    """A function under construction, with atomic operations, system calls and pauses."""
 
     def __init__(self, module: ir.Module, name: str, num_arguments: int) -> None:
         self._declared = module
@@ -201,20 +201,21 @@ class _Writer(ir.IRBuilder):  # type: ignore[misc]
         return self.load(self.place(base, word), align=8)
 
     def look(self, base: ir.Value, word: int) -> ir.Value:
-        """A word that other threads write, in one order for all."""
+        """An atomic load of a word that other threads write, sequentially consistent."""
         return self.load_atomic(self.place(base, word), "seq_cst", 8)
 
     def put(self, base: ir.Value, word: int, value: ir.Value) -> None:
         self.store_atomic(value, self.place(base, word), "seq_cst", 8)
 
     def increase(self, base: ir.Value, word: int, by: ir.Value) -> ir.Value:
-        """The value before."""
+        """Atomic addition; returns the value before."""
         return self.atomic_rmw("add", self.place(base, word), by, "seq_cst")
 
     def wait_while(
         self, base: ir.Value, word: int, sleepers: int, spins: ir.Value, is_over: Any, then: ir.Block
     ) -> None:
-        """Go to ``then`` once ``is_over(value)`` of a word, whose writer wakes the sleepers counted in another."""
+        """Wait, then go to ``then`` once ``is_over(value)`` of a word; its writer wakes the sleepers counted in
+        another word."""
         before = self.block
         wait, rest, ease, sleep, doze, awake = map(self.block_of, ("wait", "rest", "ease", "sleep", "doze", "awake"))
         self.branch(wait)
@@ -252,7 +253,8 @@ class _Writer(ir.IRBuilder):  # type: ignore[misc]
         self._extern(name, ir.VoidType(), *arguments)
 
     def _futex(self, place: ir.Value, operation: int, value: ir.Value) -> None:
-        """On its lower half, which comes first in memory; elsewhere a waiter looks again after a turn."""
+        """A futex on the lower half of a word, which comes first in memory; without futex the waiter looks again
+        after yielding."""
         number = _FUTEX.get(platform.machine())
         if number is None or platform.system() != "Linux":
             self._extern("sched_yield", _I32)
@@ -271,7 +273,7 @@ class _Writer(ir.IRBuilder):  # type: ignore[misc]
 
 
 def _write_work(module: ir.Module) -> ir.Function:
-    """work(table, start, stop): what every thread of the crew does."""
+    """work(table, start, stop): the work of every thread of the crew."""
     w = _Writer(module, "work", 3)
     table, start, stop = w.made.args
     entry = w.block
@@ -358,8 +360,8 @@ def _write_help(module: ir.Module, work: ir.Function) -> None:
     is_wanted = w.icmp_signed("<", number, w.look(crew, _WANTED))
     w.cbranch(w.and_(is_wanted, w.icmp_signed("!=", table, _I64(0))), take, top)
 
-    # Said before it is looked at again: then either this thread sees that the table was taken back, or the leader
-    # sees that it is in use.
+    # The slot is written before the table is read again: so either this thread sees that the table was withdrawn, or
+    # the leader sees that it is in use.
     w.position_at_end(take)
     w.put(slot, 0, table)
     w.cbranch(w.icmp_signed("==", w.look(crew, _TABLE), table), inside, out)

@@ -1,14 +1,14 @@
-"""x W^T + b with weights laid out once: one order of additions for one row or two thousand.
+"""x W^T + b with weights in panels: one order of additions for any number of rows.
 
 Weights are panels of ``tile_vectors`` vectors of outputs, [panels, in / s, outputs of the panel, s], where s elements
-of the summed dimension are one step of a dot product; a panel is read front to back, which is all that a decode step
-needs to run at the memory's speed. ``tile_rows`` rows by one panel are summed in registers over the whole input, so
-every result is one chain of additions whatever M, and a panel stays in cache while the rows pass.
+of the summed dimension are one step of a dot product. A panel is read front to back, so a decode step runs at the
+memory's speed. ``tile_rows`` rows by one panel are summed in registers over the whole input, so every result is one
+chain of additions whatever M, and a panel stays in cache while the rows pass.
 
-A layer of another kind (quantized weights, say) is a class like `CpuLinear`: ``records(x, out)`` gives the kernel
-calls of one use, as many as it needs, and ``__call__`` puts them on the tape. What one of its calls leaves for the next
-lies in ``tape.empty``, with one row per row of x. The number of rows is ``tape.rows(x)`` and goes into the records as
-it is: while a step is recorded it stands for the number of a later run. For products of quantized rows:
+A layer of another kind (such as quantized weights) is a class like `CpuLinear`: ``records(x, out)`` yields the kernel
+calls of one use, and ``__call__`` puts them on the tape. Intermediate results are in ``tape.empty``, with one row per
+row of x. The number of rows is ``tape.rows(x)`` and goes into the records unchanged: while a step is recorded it stands
+for the number of a later run. For products of quantized rows:
 
     def records(self, x, out):
         rows = self._tape.rows(x)
@@ -17,8 +17,8 @@ it is: while a step is recorded it stands for the number of a later run. For pro
         yield Record(self._quantize, (x, quantized, scales, rows), rows, per_task=16)
         yield Record(self._product, (quantized, scales, self._panels, ..., rows), rows, TASK_ROWS, self._num_panels)
 
-Weights lie in ``slabs.copy(weights)``: decoding reads them all in every step. Which rows and which panel a task's
-number stands for is the kernel's choice.
+Weights are in ``slabs.copy(weights)``: decoding reads them all in every step. The kernel decides which rows and which
+panel belong to a task's number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 from engine.kernels.cpu.slabs import Slabs
 
-# Rows that one task takes through a panel: enough that loading the panel does not show.
+# Rows that one task multiplies with a panel: enough to hide the loading of the panel.
 TASK_ROWS = 384
 
 
@@ -90,7 +90,7 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
         write = row_writer(e, dtype, (num_out - panel * panel_size).min(panel_size), panel_size)
 
         def tile(row: Int, num_tile_rows: int) -> None:
-            """Registers [tile rows, vectors], kept over the whole input."""
+            """Accumulators [tile rows, vectors], in registers over the whole input."""
             rows = [x + (row + i) * num_in * size for i in range(num_tile_rows)]
             zeros = [e.constant(0.0, width)] * (num_tile_rows * vectors)
             with e.loop(0, num_in // step, values=zeros) as loop:
@@ -112,7 +112,7 @@ def _kernel(isa: Isa, dtype: str) -> Kernel:
 
 
 def row_writer(e: Emitter, dtype: str, num_columns: Int, panel_size: int) -> Callable[[list[Vec], Int], None]:
-    """Writes the vectors of a panel to an address: its first ``num_columns`` outputs, the others do not exist."""
+    """Writes the vectors of a panel to an address: its first ``num_columns`` outputs; the rest is padding."""
     size = itemsize(dtype)
     spare = e.scratch(panel_size * size)
 
@@ -134,7 +134,7 @@ def row_writer(e: Emitter, dtype: str, num_columns: Int, panel_size: int) -> Cal
 
 @once
 def _pad(isa: Isa, dtype: str) -> Kernel:
-    """Rows of a number of elements that is no whole number of steps, to rows that end in zeros."""
+    """Rows padded with zeros to a whole number of steps."""
     size, step = itemsize(dtype), per_dot(dtype)
 
     def build(e: Emitter, task: Int, parameters: list[Int]) -> None:

@@ -1,12 +1,12 @@
-"""x W^T + b on weights of 8 bits: activations are quantized row by row, sums of products are exact integers.
+"""x W^T + b with 8-bit weights: activations are quantized row by row, and sums of products are exact integers.
 
-Both sides have a scale for each group of inputs (int8.py). Within a group the sum is exact, so its order is free;
-groups are added in float32 in ascending order, so a result is one chain of additions whatever stands beside its row.
+Both sides have a scale for each group of inputs (int8.py). Within a group the sum is exact in any order; groups are
+added in float32 in ascending order, so a result does not depend on the other rows.
 
-Weights lie in panels as in linear.py, one byte an element and 128 more than its level: [panels, groups, (float32 scales
-of the panel's outputs, then bytes [GROUP / s, outputs of the panel, s])], s elements being one step of a product. A
-quantized row is [groups, (levels, float32 scale, int32 -128 * sum of the levels)], the last of which takes out the 128
-again. Levels of a row are bytes where the processor multiplies those (VNNI), else int16.
+Weights are in panels as in linear.py, one byte an element, stored as level + 128: [panels, groups, (float32 scales of
+the panel's outputs, then bytes [GROUP / s, outputs of the panel, s])], s elements being one step of a product. A
+quantized row is [groups, (levels, float32 scale, int32 -128 * sum of the levels)]; the last term removes the offset of
+128. Levels of a row are bytes on processors with VNNI, else int16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from engine.kernels.cpu.slabs import Slabs
 from engine.kernels.int8 import GROUP, LARGEST, SMALLEST_SCALE, quantized
 
 _OFFSET = 128
-# Weights that are quantized at a time: in float32 they stay in a cache.
+# Weights that are quantized at a time: their float32 values fit into a cache.
 _PART_ELEMENTS = 1 << 18
 
 
@@ -64,7 +64,7 @@ class CpuLinearInt8:
 
 
 def _panels(isa: Isa, weight: Tensor) -> Tensor:
-    """[panels, groups, bytes]; a few panels at a time, as float32 takes four times what is kept."""
+    """[panels, groups, bytes]; a few panels at a time, as float32 needs four times the memory."""
     panel, step = isa.lanes * isa.tile_vectors, isa.per_int8_dot
     num_panels, num_groups = -(-len(weight) // panel), -(-weight.shape[1] // GROUP)
     panels = torch.empty(num_panels, num_groups, panel * (4 + GROUP), dtype=torch.uint8)
@@ -85,7 +85,7 @@ def _row_group_bytes(isa: Isa) -> int:
 
 
 def _level_bytes(isa: Isa) -> int:
-    """Of one level of a row: a step is four bytes."""
+    """Bytes of one level of a row: a step is four bytes."""
     return 4 // isa.per_int8_dot
 
 
@@ -104,7 +104,7 @@ def _quantize(isa: Isa, dtype: str, size: int) -> Kernel:
             zero = e.constant(0.0, width)
             with e.loop(0, count, width, [zero, zero]) as loop:
                 value = e.load(dtype, source + loop.index * item, width)
-                # A NaN is no maximum; it and infinities are kept by the second sum, which is 0 without them.
+                # max ignores NaN; the second sum, 0 for finite values, keeps NaN and infinities.
                 loop.following = [loop.values[0].max(value.max(value * -1.0)), loop.values[1] + value * 0.0]
             scale = (e.lane_max(loop.values[0]) / LARGEST).max(SMALLEST_SCALE)
             marked = scale + e.lane_sum(loop.values[1])
@@ -147,7 +147,7 @@ def _product(isa: Isa, dtype: str) -> Kernel:
         write = row_writer(e, dtype, (num_out - index * panel).min(panel), panel)
 
         def tile(row: Int, num_tile_rows: int) -> None:
-            """Two sets of [tile rows, vectors]: integers of the group, and float32 sums of those before it."""
+            """Two sets of [tile rows, vectors]: integers of the group, and float32 sums of the groups before it."""
             tile_rows = [x + (row + i) * num_groups * row_group for i in range(num_tile_rows)]
             zeros = [e.constant(0.0, width)] * (num_tile_rows * vectors)
             with e.loop(0, num_groups, values=zeros) as groups:

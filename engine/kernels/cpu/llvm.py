@@ -1,7 +1,7 @@
-"""Vector code made at start-up: numbers with operators over llvmlite's IR, and kernels that a crew of threads runs.
+"""Generates vector code at start-up: values with operators over llvmlite's IR, and kernels that a crew of threads runs.
 
-Owns no arithmetic of the model. Nothing here is reordered or contracted by the compiler (no fast-math), so what a
-kernel computes for one element is what its source says, in that order, on every path.
+The compiler may not reorder or contract operations (no fast-math), so a kernel computes each element exactly as its
+source says, on every path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _STORAGE = {"float32": _F32, "float16": ir.HalfType(), "bfloat16": _BFloatType()
 
 @dataclass(frozen=True, slots=True)
 class Isa:
-    """What a processor's vectors offer, and the register tile that fits its register file."""
+    """The vector instructions of a processor, and the register tile that fits its register file."""
 
     name: str
     cpu: str
@@ -43,7 +43,7 @@ class Isa:
     tile_rows: int
     tile_vectors: int
     has_bf16_dot: bool
-    # Four products of bytes a lane in one instruction.
+    # Multiplies four bytes per lane in one instruction (VNNI).
     has_vnni: bool
 
     @classmethod
@@ -58,17 +58,17 @@ class Isa:
         return cls("128bit", *cpu, 4, 4, 4, has_bf16_dot=False, has_vnni=False)
 
     def width(self, size: int) -> int:
-        """Lanes of the widest vector that divides a run of ``size`` elements."""
+        """Lanes of the widest vector that divides ``size`` elements."""
         return math.gcd(self.lanes, size)
 
     @property
     def per_int8_dot(self) -> int:
-        """Elements of the summed dimension that one step of a product of 8-bit integers takes: four bytes of a row."""
+        """Elements of the summed dimension per step of an 8-bit integer product: four bytes of a row."""
         return 4 if self.has_vnni else 2
 
 
 class Int:
-    """A 64-bit integer of the kernel; mixes with Python's."""
+    """A 64-bit integer of the kernel; combines with Python integers."""
 
     __slots__ = ("e", "v")
 
@@ -86,11 +86,11 @@ class Int:
         return Int(self.e, self.e.b.mul(self.v, self.e.integer(other).v))
 
     def __floordiv__(self, other: Int | int) -> Int:
-        """Of numbers that are not negative."""
+        """For non-negative numbers."""
         return Int(self.e, self.e.b.udiv(self.v, self.e.integer(other).v))
 
     def __mod__(self, other: Int | int) -> Int:
-        """Of numbers that are not negative."""
+        """For non-negative numbers."""
         return Int(self.e, self.e.b.urem(self.v, self.e.integer(other).v))
 
     __radd__ = __add__
@@ -140,17 +140,17 @@ class Vec:
         return Vec(self.e, self.e.b.fdiv(self.v, self._other(other)))
 
     def max(self, other: Vec | float) -> Vec:
-        """The larger; a NaN of ``self`` stays."""
+        """The larger; a NaN of ``self`` is kept."""
         v = self._other(other)
         return Vec(self.e, self.e.b.select(self.e.b.fcmp_ordered("<", self.v, v), v, self.v))
 
     def min(self, other: Vec | float) -> Vec:
-        """The smaller; a NaN of ``self`` stays."""
+        """The smaller; a NaN of ``self`` is kept."""
         v = self._other(other)
         return Vec(self.e, self.e.b.select(self.e.b.fcmp_ordered(">", self.v, v), v, self.v))
 
     def is_above(self, other: Vec) -> ir.Value:
-        """Mask of the lanes that are larger; of a NaN there is none."""
+        """Mask of the lanes that are larger; false for NaN."""
         return self.e.b.fcmp_ordered(">", self.v, other.v)
 
     def where(self, mask: ir.Value, other: Vec | float) -> Vec:
@@ -176,7 +176,7 @@ class IntVec:
 
 @dataclass(slots=True)
 class Loop:
-    """A loop under construction: ``values`` are this round's, and after the loop the last ones."""
+    """A loop under construction: ``values`` are those of the current iteration, and after the loop the last ones."""
 
     index: Int
     values: list[Any]
@@ -199,7 +199,8 @@ class Emitter:
 
     @contextmanager
     def loop(self, start: Int | int, stop: Int | int, step: int = 1, values: Sequence[Any] = ()) -> Iterator[Loop]:
-        """``for index in range``; ``values`` (Int or Vec) are carried, each round leaves them in ``following``."""
+        """``for index in range``; ``values`` (Int or Vec) are carried, and each iteration leaves them in
+        ``following``."""
         b, before = self.b, self.b.block
         head, body, done = (b.append_basic_block(name) for name in ("head", "body", "done"))
         first, last = self.integer(start).v, self.integer(stop).v
@@ -224,9 +225,9 @@ class Emitter:
     def by_rows(
         self, start: Int | int, stop: Int, most: int, emit: Callable[[Int, int], None], multiple: int = 1
     ) -> None:
-        """``emit(row, num_rows)`` over rows [start, stop): ``most`` at a time, then one piece with what is left.
+        """``emit(row, num_rows)`` over rows [start, stop): ``most`` at a time, then the remainder in one piece.
 
-        The number of rows is a multiple of ``multiple``: pieces that cannot occur are not written.
+        The number of rows is a multiple of ``multiple``: no code is generated for remainders that cannot occur.
         """
         b = self.b
         first = self.integer(start)
@@ -269,7 +270,7 @@ class Emitter:
         return Vec(self, raw if dtype == "float32" else self.b.fpext(raw, ir.VectorType(_F32, width)))
 
     def spread(self, dtype: str, address: Int, width: int) -> Vec:
-        """One element in every lane."""
+        """One element in every lane (broadcast)."""
         raw = self._load(address, _STORAGE[dtype], itemsize(dtype))
         return Vec(self, self._splat(raw if dtype == "float32" else self.b.fpext(raw, _F32), width))
 
@@ -284,7 +285,7 @@ class Emitter:
         self.b.store(first, self.b.inttoptr(address.v, _F32.as_pointer()), align=4)
 
     def store_integers(self, value: Vec, address: Int, num_bytes: int) -> None:
-        """Whole numbers, as integers of 1, 2 or 4 bytes that can hold them; NaN as 0."""
+        """Integral float values as integers of 1, 2 or 4 bytes that can hold them; NaN as 0."""
         b, kind = self.b, ir.VectorType(_I32, value.width)
         raw = b.fptosi(value.where(b.fcmp_ordered("ord", value.v, value.v), 0.0).v, kind)
         if num_bytes < 4:
@@ -292,7 +293,7 @@ class Emitter:
         b.store(raw, b.inttoptr(address.v, raw.type.as_pointer()), align=num_bytes)
 
     def round(self, dtype: str, value: Vec) -> Vec:
-        """What storing and loading would give."""
+        """The value after a store and a load."""
         if dtype == "float32":
             return value
         raw = self.b.bitcast(self._narrow(dtype, value), ir.VectorType(_STORAGE[dtype], value.width))
@@ -304,9 +305,9 @@ class Emitter:
         self.b.store(self._load(source, kind, 1), self.b.inttoptr(target.v, kind.as_pointer()), align=1)
 
     def prefetch(self, address: Int, num_bytes: int) -> None:
-        """Bring cache lines into the second cache; any address will do.
+        """Prefetch cache lines into the second cache; any address is allowed.
 
-        Not into the first: the few lines that it can wait for at a time are left to loads.
+        Not into the first: its few outstanding misses are left to loads.
         """
         kind = ir.IntType(8).as_pointer()
         for at in range(0, num_bytes, _LINE_BYTES):
@@ -331,7 +332,7 @@ class Emitter:
             return b.fptrunc(value.v, ir.VectorType(_STORAGE[dtype], width))
         if self.isa.has_bf16_dot and width >= 4:
             return b.fptrunc(value.v, ir.VectorType(_STORAGE[dtype], width))
-        # By hand: without the instruction LLVM would call a function per element.
+        # Written out: without the instruction LLVM would call a function per element.
         wide = ir.VectorType(_I32, width)
         bits = b.bitcast(value.v, wide)
         constant = functools.partial(_constant, wide)
@@ -366,7 +367,7 @@ class Emitter:
         return Vec(self, self._call(f"llvm.sqrt.v{x.width}f32", x.v.type, x.v))
 
     def nearest(self, x: Vec) -> Vec:
-        """Rounded to a whole number, ties to even."""
+        """Rounded to an integer, ties to even."""
         return Vec(self, self._call(f"llvm.nearbyint.v{x.width}f32", x.v.type, x.v))
 
     def exp2(self, x: Vec) -> Vec:
@@ -387,7 +388,7 @@ class Emitter:
         return self._across(x, Vec.max)
 
     def lane_sum(self, x: Vec) -> Vec:
-        """Neighbouring halves added until one is left; in every lane."""
+        """Halves are added until one lane is left; the sum is in every lane."""
         return self._across(x, Vec.__add__)
 
     def _across(self, x: Vec, join: Callable[[Vec, Vec], Vec]) -> Vec:
@@ -406,7 +407,7 @@ class Emitter:
     # -- dot products along packed dimensions: `per_dot(dtype)` elements of the summed dimension a step
 
     def dot_load(self, dtype: str, address: Int, width: int, keep: str = "both") -> Any:
-        """An operand of ``width`` lanes; of a pair ``keep`` may hide the "low" or "high" element's memory as 0."""
+        """An operand of ``width`` lanes; ``keep`` may mask the "low" or "high" element of each pair with 0."""
         if dtype != "bfloat16":
             return self.load(dtype, address, width)
         pairs = self._load(address, ir.VectorType(_I32, width), 2)
@@ -414,13 +415,13 @@ class Emitter:
         return pairs if keep == "both" else self.b.and_(pairs, _constant(pairs.type, masks[keep]))
 
     def dot_spread(self, dtype: str, address: Int, width: int) -> Any:
-        """The same step of one row in every lane."""
+        """The same step of one row in every lane (broadcast)."""
         if dtype != "bfloat16":
             return self.spread(dtype, address, width)
         return self._splat(self._load(address, _I32, 2), width)
 
     def dot(self, dtype: str, total: Vec, x: Any, y: Any) -> Vec:
-        """total + x . y of one step."""
+        """total + x . y for one step."""
         if dtype != "bfloat16":
             return self.fma(x, y, total)
         b, width = self.b, total.width
@@ -440,7 +441,7 @@ class Emitter:
     # -- products of 8-bit integers, exact: `isa.per_int8_dot` elements of the summed dimension a step
 
     def spread_integers(self, address: Int, width: int) -> IntVec:
-        """An int32 in every lane."""
+        """An int32 in every lane (broadcast)."""
         return IntVec(self, self._splat(self._load(address, _I32, 4), width))
 
     def int8_load(self, address: Int, width: int) -> ir.Value:
@@ -448,10 +449,10 @@ class Emitter:
         return self._load(address, ir.VectorType(_I8, self.isa.per_int8_dot * width), 1)
 
     def int8_dot(self, total: IntVec, weights: ir.Value, row: IntVec) -> IntVec:
-        """total + weights . row of one step; a lane of ``row`` is four signed bytes, or without VNNI two int16."""
+        """total + weights . row for one step; a lane of ``row`` is four signed bytes, or without VNNI two int16."""
         b, kind = self.b, total.v.type
         if self.isa.has_vnni:
-            # LLVM renames its types from version to version, and takes what it took before.
+            # LLVM renames its intrinsic types between versions but accepts the old names.
             name = f"llvm.x86.avx512.vpdpbusd.{32 * total.width}"
             return IntVec(self, self._call(name, kind, total.v, b.bitcast(weights, kind), row.v))
         pairs = ir.VectorType(_I32, 2 * total.width)
@@ -490,15 +491,15 @@ def itemsize(dtype: str) -> int:
 
 
 def per_dot(dtype: str) -> int:
-    """Elements of the summed dimension that one step of a dot product takes, next to each other in memory."""
+    """Elements of the summed dimension per step of a dot product, adjacent in memory."""
     return 2 if dtype == "bfloat16" else 1
 
 
 class Kernel:
     """A compiled function over numbered tasks, which threads take one after the other; tasks must not overlap.
 
-    ``build(emitter, task, parameters)`` writes the code of one task; ``num_parameters`` 64-bit integers are given to
-    every call.
+    ``build(emitter, task, parameters)`` generates the code of one task; every call gets ``num_parameters`` 64-bit
+    integers.
     """
 
     def __init__(
@@ -515,21 +516,21 @@ class Kernel:
         self.address: int = self._compiled.get_function_address(name)
 
     def __call__(self, num_tasks: int, *parameters: int) -> None:
-        """Run by itself, on all threads; most kernels are run by programs (program.py)."""
+        """Run alone on all threads; most kernels are run by programs (program.py)."""
         table = Table(1)
         table.records[:] = record_words(self.address, num_tasks, parameters)
         crew().run(table, 0, 1)
 
 
 def _compile(module: ir.Module, isa: Isa) -> Any:
-    """Kept alive by the kernel: the code lies in the engine that this returns."""
+    """Returns the engine that owns the code; the kernel keeps it alive."""
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     parsed = llvm.parse_assembly(str(module))
     parsed.verify()
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(cpu=isa.cpu, features=isa.features, opt=3, jit=True)
-    # Vectors and register tiles are spelled out; the compiler only places them.
+    # Vectors and register tiles are explicit; the compiler only allocates registers.
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_unrolling = options.loop_vectorization = options.slp_vectorization = False
     passes = llvm.create_pass_builder(machine, options)

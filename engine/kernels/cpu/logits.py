@@ -1,7 +1,7 @@
-"""Logits in float32, and in the same pass the best token of each row and whether the row is finite.
+"""Logits in float32 and, in the same pass, the best token of each row and whether the row is finite.
 
-A task takes up to ``_PIECE`` logits of one row and leaves four numbers, [best logit, its token id, 0 or NaN where a
-logit is not finite, nothing]; the host joins the pieces of a row.
+A task processes up to ``_PIECE`` logits of one row and writes four numbers: [best logit, its token id, 0 or NaN if a
+logit is not finite, unused]. The host combines the pieces of a row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from engine.kernels.interface import Peaks
 
 _PIECE = 1 << 14
 _NUMBERS = 4
-# Token ids are counted in float32.
+# Token ids are exact in float32 up to this number.
 _MAX_VOCABULARY = 1 << 24
 
 
@@ -38,7 +38,7 @@ def summarize(isa: Isa, tape: Tape, logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def peaks_of(numbers: NDArray[np.float32]) -> Peaks:
-    """[rows, pieces, 4]. Of equal logits the lower token id is the best."""
+    """[rows, pieces, 4]. Of equal logits the lower token id is best."""
     best = numbers[:, :, 0].argmax(1)
     token_ids = numbers[np.arange(len(best)), best, 1].astype(np.int64)
     return Peaks(token_ids.tolist(), (numbers[:, :, 2] == 0).all(1).tolist())
@@ -71,7 +71,7 @@ def _kernel(isa: Isa, dtype: str, size: int) -> Kernel:
                 ]
             best, best_id, spoilt, _ = loop.values
             top = e.lane_max(best)
-            # Of the lanes that hold the best the one with the lowest id.
+            # Of the lanes with the best value, the one with the lowest id.
             lowest = e.lane_max(none.where(top.is_above(best), best_id * -1.0)) * -1.0
             return [e.resize(x, 1) for x in (top, lowest, e.lane_sum(spoilt))]
 

@@ -1,4 +1,4 @@
-"""What a process makes once for given arguments, also where several threads want it at the same time."""
+"""A cache that computes a value once per process and arguments, also if several threads ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _Arguments = TypeVarTuple("_Arguments")
 
 
 class once(Generic[_Made, *_Arguments]):  # noqa: N801 - a decorator
-    """As functools.cache, which calls ``make`` in every thread that comes before the first is done and then keeps only
-    the last result: code that others have the address of would be freed."""
+    """Like functools.cache; but functools.cache calls ``make`` in every thread that comes before the first is done
+    and keeps the last result only, so code whose address is in use would be freed."""
 
     __slots__ = ("_kept", "_lock", "_make")
 
@@ -22,7 +22,7 @@ class once(Generic[_Made, *_Arguments]):  # noqa: N801 - a decorator
         self._lock = threading.Lock()
 
     def __call__(self, *arguments: *_Arguments) -> _Made:
-        # The lock is for those who make it: a process that is forked meanwhile finds what is there.
+        # The lock is held only to compute a value: a process that is forked meanwhile can still read the cache.
         if arguments not in self._kept:
             with self._lock:
                 if arguments not in self._kept:
@@ -30,5 +30,5 @@ class once(Generic[_Made, *_Arguments]):  # noqa: N801 - a decorator
         return self._kept[arguments]
 
     def forget_all(self) -> None:
-        """To be called while nobody uses what was made."""
+        """To be called only while no cached value is in use."""
         self._kept.clear()

@@ -1,10 +1,11 @@
-"""Products by oneDNN, through torch, for processors with instructions for matrices that our own vector code lacks.
+"""Matrix products by oneDNN, through torch, for processors with matrix instructions that our own vector code does not
+use.
 
-These are AMX of x86 and bfmmla of ARM. The bits of a row of such a product depend on the number of rows, and as far as
-was seen they do not while that is a multiple of 8. That is no promise, so `is_exact` asks the machine at start. The
-operators are private to torch and may change.
+These are AMX on x86 and bfmmla on ARM. The bits of a row of such a product depend on the number of rows, except, as far
+as observed, when that is a multiple of 8. Since this is not guaranteed, `is_exact` tests it at start. The operators are
+private to torch and may change.
 
-Not measured on such a processor: none was at hand. Forced on one with avx512_bf16 it gives right and exact results.
+Not measured on such a processor: none was at hand. Forced on one with avx512_bf16 it gives correct and exact results.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from torch.nn import functional
 from engine.kernels.cpu.program import Tape
 
 _ROW_MULTIPLE = 8
-# Rows whose results are compared with those of a row alone: tails of tiles, the largest chunk that is usual.
+# Numbers of rows to compare with a single row: tails of tiles, the largest usual chunk.
 _PROBED_ROWS = (8, 24, 40, 64, 136, 512)
 
 
 def has_matrix_units() -> bool:
-    """Whether the processor multiplies matrices in bfloat16 by other instructions than ours."""
+    """Whether the processor has matrix instructions for bfloat16 that our code does not use."""
     features = llvm.get_host_cpu_features()
     return bool(features.get("amx-bf16") or (platform.machine() == "aarch64" and features.get("bf16")))
 
 
 def is_exact() -> bool:
-    """Whether torch has the operators, and rows of a product do not see each other; a tenth of a second."""
+    """Whether torch has the operators and a row's bits do not depend on the others; takes a tenth of a second."""
     generator = torch.Generator().manual_seed(0)
     try:
         for num_out, num_in in ((192, 256), (1000, 1056)):
@@ -49,7 +50,7 @@ def is_exact() -> bool:
 
 
 class OneDnnLinear:
-    """Holds the weights as oneDNN packed them."""
+    """A layer with the weights as packed by oneDNN."""
 
     def __init__(self, tape: Tape, weight: Tensor, bias: Tensor | None) -> None:
         """weight [out, in], bias [out]."""
@@ -65,7 +66,7 @@ class OneDnnLinear:
 
     def _apply(self, x: Tensor, out: Tensor, num_rows: int) -> None:
         padded = -(-num_rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
-        # Whatever lies in rows beyond: nothing sees it.
+        # The contents of rows beyond are irrelevant: no result depends on them.
         rows = x[:padded] if padded <= len(x) else functional.pad(x[:num_rows], (0, 0, 0, padded - num_rows))
         product = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")  # noqa: SLF001
         out[:num_rows] = product[:num_rows]

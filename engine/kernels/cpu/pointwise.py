@@ -1,8 +1,7 @@
-"""Row-wise kernels: rows of a table, RMSNorm with the residual addition, head norms + RoPE + KV write in one pass,
-SwiGLU.
+"""Row-wise kernels: table rows, RMSNorm with the residual addition, head norms + RoPE + KV write in one pass, SwiGLU.
 
 A KV block of one head holds K as [head_dim / s, block_tokens, s] and V as [block_tokens / s, head_dim, s], s elements
-being one step of a dot product: attention reads both front to back with tokens, then head elements, in its lanes.
+being one step of a dot product: attention reads both front to back, with tokens (K) and head elements (V) in its lanes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, pe
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 
-# Elements of a task: microseconds of work.
+# Elements per task: microseconds of work.
 _TASK_ELEMENTS = 1 << 14
 _LOG2_E = math.log2(math.e)
 
@@ -29,7 +28,7 @@ def rows_per_task(num_features: int) -> int:
 
 
 def rms_norm(isa: Isa, tape: Tape, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """x += delta where there is one; x / sqrt(mean(x^2) + eps) * weight, rounded before and after the weight."""
+    """x += delta if given; x / sqrt(mean(x^2) + eps) * weight, rounded before and after the weight."""
     features, rows = x.shape[1], tape.rows(x)
     kernel = _rms_norm(isa, dtype_name(x), features, eps, delta is not None)
     out = tape.empty(x, features)
@@ -98,7 +97,7 @@ def _rms_norm(isa: Isa, dtype: str, size: int, eps: float, adds: bool) -> Kernel
 
 
 def inverse_rms(e: Emitter, squares: Vec, size: int, eps: float) -> Vec:
-    """Of the squares summed lane by lane."""
+    """Of the squares, summed lane by lane."""
     return e.constant(1.0, squares.width) / e.sqrt(e.lane_sum(squares) * (1 / size) + eps)
 
 
@@ -114,7 +113,7 @@ def _silu_mul(isa: Isa, dtype: str, size: int) -> Kernel:
             with e.loop(0, size * item, width * item) as loop:
                 gate = e.load(dtype, gates + loop.index, width)
                 up = e.load(dtype, gates + size * item + loop.index, width)
-                # Beyond 127 the quotient rounds to the gate, or to a zero below float32's smallest.
+                # Beyond 127 the quotient rounds to the gate, or to zero.
                 decay = e.exp2((gate * -_LOG2_E).min(127.0))
                 e.store(dtype, gate / (decay + 1.0) * up, target + loop.index)
 
@@ -159,7 +158,7 @@ def _rope_store(
         per_task = rows_per_task((heads + 2 * kv_heads) * head_dim)
 
         def turn(source: Int, norm: Int, angles: Int, factor: float, target: Int) -> None:
-            """One head, its halves as the two coordinates of each pair."""
+            """Rotates one head; its halves are the two coordinates of each pair."""
             inverse = e.constant(1.0, width)
             if norms:
                 with e.loop(0, head_dim * item, width * item, [e.constant(0.0, width)]) as loop:

@@ -1,9 +1,8 @@
-"""Kernel calls written down as records: run at once, or kept as a program that is run for any number of rows.
+"""Records kernel calls and runs them: at once, or as a program for any number of rows.
 
-An operation of the kernels does not call its kernels. It gives records to a `Tape`, in the order in which they run; a
-record starts when all tasks of the one before it are done. While a program is recorded the tape keeps the records and
-nothing runs: tensors that the tape gave out then hold as many rows as the program can take, and the number of rows is a
-`Count`, a number that is filled in at each run.
+An operation does not call its kernels. It yields records to a `Tape`, in order; a record starts when all tasks of the
+one before it are done. While a program is recorded, the tape stores the records and nothing runs: its tensors then have
+as many rows as the program can take, and the number of rows is a `Count`, which is filled in at each run.
 """
 
 from __future__ import annotations
@@ -25,12 +24,12 @@ from engine.kernels.cpu.llvm import Kernel
 
 
 class Count(IntEnum):
-    """A number that differs from one run of a program to the next."""
+    """A number that differs between runs of a program."""
 
     ROWS = 0
-    # Rows that sample, and of which the last layer computes its output.
+    # Rows that sample: the last layer computes its output for these only.
     SAMPLED = 1
-    # Tiles of attention (attention.py), of all rows and of those that sample.
+    # Tiles of attention (attention.py) of all rows, and of the rows that sample.
     TILES = 2
     SAMPLED_TILES = 3
 
@@ -38,8 +37,8 @@ class Count(IntEnum):
 class Record(NamedTuple):
     """One call of a kernel: ``units * ceil(size / per_task)`` tasks.
 
-    A tensor among the parameters stands for its address. What a record reads and writes has to be there when it runs:
-    weights are kept by who made the record, all else comes from ``Tape.empty``. A program keeps its kernels.
+    A tensor among the parameters stands for its address. The memory that a record uses must exist when it runs: weights
+    are kept by the creator of the record, all else comes from ``Tape.empty``. A program keeps its kernels.
     """
 
     kernel: Kernel
@@ -52,27 +51,27 @@ class Record(NamedTuple):
 
 
 class Tape:
-    """Where operations leave their records, and where their results lie."""
+    """Collects the records of operations and allocates their results."""
 
     def __init__(self) -> None:
         self._program: Program | None = None
 
     def rows(self, x: Tensor) -> int:
-        """How many rows of ``x`` there are: a number, or while a program is recorded the count that stands for it."""
+        """The number of rows of ``x``: an integer, or while a program is recorded the count that stands for it."""
         return len(x) if self._program is None else self._program.count
 
     def empty(self, x: Tensor, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """A row of ``shape`` for every row of ``x``, of its dtype unless another is given; holds anything.
+        """Uninitialized memory: a row of ``shape`` for every row of ``x``, of its dtype by default.
 
-        While a program is recorded its memory is used anew for records that come after the last reference to it is
-        gone. Views do not count as references: hand on the tensor itself.
+        While a program is recorded, memory is reused for later records once the last reference to it is gone. Views do
+        not count as references: pass the tensor itself.
         """
         if self._program is None:
             return x.new_empty(len(x), *shape, dtype=dtype or x.dtype)
         return self._program.empty(shape, dtype or x.dtype)
 
     def run(self, records: Iterable[Record]) -> None:
-        """Run them, or append them to the program that is recorded."""
+        """Run the records, or append them to the program that is being recorded."""
         if self._program is not None:
             for record in records:
                 self._program.append(record)
@@ -83,9 +82,9 @@ class Tape:
         crew().run(table, 0, len(kept))
 
     def call(self, function: Callable[[int], None], x: Tensor) -> None:
-        """Have ``function`` called with the number of x's rows, after the records before and before those that follow.
+        """Call ``function`` with the number of x's rows, after the records before it and before the following ones.
 
-        It may hold views of tensors that ``empty`` gave, and not these themselves.
+        It may hold views of tensors from ``empty``, but not the tensors themselves.
         """
         if self._program is None:
             function(len(x))
@@ -103,7 +102,7 @@ class Tape:
 
 
 def _words(record: Record) -> list[int]:
-    """Counts stand in it as themselves, until a run fills them in."""
+    """The words of a record. Counts are included as such until a run fills them in."""
     kernel, parameters, size, per_task, units = record
     assert len(parameters) == kernel.num_parameters, f"{len(parameters)} parameters, not {kernel.num_parameters}"
     values = [p.data_ptr() if isinstance(p, Tensor) else p for p in parameters]
@@ -115,16 +114,16 @@ class Program:
 
     def __init__(self, max_rows: int, max_sampled: int) -> None:
         self._capacity = {Count.ROWS: max_rows, Count.SAMPLED: max_sampled}
-        # Which rows operations are recorded for.
+        # The rows for which operations are recorded.
         self.count = Count.ROWS
         self._blocks = _Blocks()
         self._words: list[int] = []
-        # The words have their addresses alone.
+        # The words contain only their addresses.
         self._kernels: set[Kernel] = set()
-        # Places of counts among the words; for a number of tasks also its record's rows per task and units.
+        # Indices of counts among the words; for a number of tasks also the record's rows per task and units.
         self._parameters: list[tuple[int, Count]] = []
         self._tasks: list[tuple[int, Count, int, int]] = []
-        # What Python does between records: number of the record before which, count of the rows it is told.
+        # Python calls between records: index of the record that follows, count of the rows it gets.
         self._calls: list[tuple[int, Count, Callable[[int], None]]] = []
         self._tables: list[Table] = []
 
@@ -146,11 +145,11 @@ class Program:
 
     def append_call(self, function: Callable[[int], None]) -> None:
         self._calls.append((len(self), self.count, function))
-        # A record without tasks: so each call has a number of its own.
+        # A record without tasks, so that each call has an index of its own.
         self._words += record_words(0, 0, ())
 
     def seal(self) -> None:
-        """To be called once, when all is recorded."""
+        """To be called once, at the end of the recording."""
         self._template = np.array(self._words, dtype=np.int64)
         self._places, self._place_counts = np.array(self._parameters, dtype=np.int64).reshape(-1, 2).T
         self._task_places, self._task_counts, self._per_task, self._units = (
@@ -158,7 +157,7 @@ class Program:
         )
 
     def run(self, counts: Mapping[Count, int], pauses: Iterable[tuple[int, Callable[[], None]]], stop: int) -> None:
-        """Run the first ``stop`` records; a pause is called once the records before its number are done."""
+        """Run the first ``stop`` records; a pause is called when the records before its index are done."""
         table = self._free_table()
         values = np.array([counts[count] for count in Count], dtype=np.int64)
         records = table.records
@@ -176,7 +175,7 @@ class Program:
         crew().run(table, start, stop, leaves_processors=bool(calls))
 
     def _free_table(self) -> Table:
-        """One that no helper is inside, who may still be on its way out of an earlier run."""
+        """A table without a helper inside; one may still be leaving an earlier run."""
         for table in self._tables:
             if crew().is_free(table):
                 return table
@@ -185,7 +184,7 @@ class Program:
 
 
 class _Blocks:
-    """Memory for the tensors of a program; what nobody holds any more is given out again."""
+    """Memory for the tensors of a program; memory without references is reused."""
 
     def __init__(self) -> None:
         self._free: list[Tensor] = []

@@ -1,4 +1,5 @@
-"""A step of the model as one program: recorded once, run for every batch that fits, recorded anew for a larger one."""
+"""Runs a step of the model as one program: recorded once, run for every batch that fits, recorded again for a larger
+one."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ _OnLayer = Callable[[int], None] | None
 
 
 class StepRecorder:
-    """Keeps the newest recording."""
+    """Keeps the latest recording."""
 
     def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache) -> None:
         self._kernels = kernels
@@ -41,14 +42,14 @@ class StepRecorder:
         sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids))
         if self._step is None or not self._sizes.hold(sizes):
             self._sizes = self._sizes.grown(sizes)
-            # The old one's memory first.
+            # Free the old recording's memory first.
             self._step = None
             self._step = _RecordedStep(self._kernels, self._config, self._cache, self._sizes, order)
         return self._step.run(batch, block_ids, begins, cos, sin, on_layer)
 
 
 class _Sizes(NamedTuple):
-    """What a recording has room for."""
+    """The capacity of a recording."""
 
     rows: int
     sampled: int
@@ -58,12 +59,12 @@ class _Sizes(NamedTuple):
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def grown(self, other: _Sizes) -> _Sizes:
-        """Powers of two, so that a batch that grows step by step is not recorded each time."""
+        """Rounds up to powers of two, so that a growing batch is not recorded at each step."""
         return _Sizes(*(max(a, 1 << (b - 1).bit_length() if b else 0) for a, b in zip(self, other, strict=True)))
 
 
 class _Inputs(NamedTuple):
-    """Memory that a program reads, seen from the host."""
+    """The input memory of a program, as host tensors."""
 
     token_ids: NDArray[np.int64]
     slots: NDArray[np.int64]
@@ -76,7 +77,7 @@ class _Inputs(NamedTuple):
 
 
 class _RecordedStep:
-    """A program and its inputs, which lie where the program reads them."""
+    """A program and its inputs, at the addresses that the program reads."""
 
     def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache, sizes: _Sizes, order: _Order) -> None:
         self._group_size = config.group_size
@@ -88,7 +89,7 @@ class _RecordedStep:
             *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles))
         )
         self._program = program = Program(sizes.rows, sizes.sampled)
-        # How many records come before layer i's keys and values are written.
+        # Number of records before layer i's keys and values are written.
         self._written: list[int] = []
 
         def attention(tiles: Tensor, count: Count) -> Attention:
@@ -125,7 +126,7 @@ class _RecordedStep:
         counts = {Count.ROWS: num_rows, Count.SAMPLED: num_sampled}
         counts |= {Count.TILES: len(tiles), Count.SAMPLED_TILES: num_sampled}
         pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
-        # Nothing reads the last layer's output but the rows that sample.
+        # Only the rows that sample need the last layer's output.
         self._program.run(counts, pauses, len(self._program) if num_sampled else self._written[-1])
         return Logits(self._logits[:num_sampled], peaks_of(self._summary[:num_sampled]))
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
 from engine.kernels.triton.tuning import DecodeTile
 
-# Splits combined at a time. Part of the numerics: sums within a chunk are a tree, chunks follow one another.
+# Splits combined at a time. Part of the numerics: sums within a chunk are a tree, chunks are added in order.
 _COMBINED = 16
-# A window that hides nothing.
+# A window larger than any context.
 NO_WINDOW = 1 << 30
 
 
@@ -33,7 +33,7 @@ def _split_kernel(
     p_table_row,  # [rows] int32: the row's sequence
     p_length,  # [rows] int32: positions the row sees, its own included; 0 is padding
     p_prefix,  # [rows] int32: positions already in the partials, whole splits
-    scale_log2,  # 1 / sqrt(D) * log2(e), or what the model asks for
+    scale_log2,  # 1 / sqrt(D) * log2(e), or the model's own scale
     window,  # a row sees its last `window` positions
     stride_query,
     stride_block,
@@ -59,7 +59,7 @@ def _split_kernel(
     is_direct = used <= 1
     is_mine = (start < stop) | (i_slot == 0)
     if HAS_PREFIX:
-        # A row with a prefix has its own token behind it: at least two splits, never direct.
+        # A row with a prefix has at least its own token after it: at least two splits, never direct.
         is_mine &= i_split * SPLIT >= tl.load(p_prefix + i_row)
     if is_mine:
         b_group, b_column = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
@@ -82,7 +82,7 @@ def _split_kernel(
             b_weight, b_rescale, b_max, b_sum = online_softmax(b_scores, b_max, b_sum, scale_log2)
             b_value = load_rows(p_value, b_offset, m_token, D, BLOCK_D)
             b_acc = dot(narrow(b_weight, b_value.dtype), b_value, b_acc * b_rescale[:, None])
-        # Only padding has no sum; it comes out as zeros.
+        # Only padding has no sum; its result is zeros.
         b_result = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
         m_result = m_group[:, None] & (b_column < D)[None, :]
         b_item = i_row * (HKV * GROUP) + b_head
@@ -141,7 +141,7 @@ def _combine_kernel(
 
 
 def max_splits(max_length: int, window: int | None, split: int) -> int:
-    """The most splits that a row of at most ``max_length`` positions meets; a window may begin inside one."""
+    """The maximum number of splits of a row of at most ``max_length`` positions; a window may begin inside one."""
     most = -(-max_length // split)
     return max(1, most if window is None else min(most, (window - 1) // split + 2))
 
@@ -160,10 +160,10 @@ def decode_attention(
     prefix: SharedPartials | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """query [rows, heads, head_dim] -> [rows, heads, head_dim]; one layer's cache holds each row's own key already.
+    """query [rows, heads, head_dim] -> [rows, heads, head_dim]; each row's own key is already in the layer's cache.
 
     ``tables`` [sequences, blocks] int32, ``table_rows`` and ``lengths`` [rows] int32; length 0 is padding and gives
-    zeros. ``max_length`` bounds the lengths: with it known on the host, the launch is the same for a whole graph.
+    zeros. ``max_length`` bounds the lengths; it is known on the host, so the launch is the same for a whole graph.
     """
     rows, heads, head_dim = query.shape
     num_kv_heads, block_tokens = cache.shape[1], cache.shape[3]
@@ -222,7 +222,8 @@ def decode_attention(
 
 
 class SharedPartials:
-    """Partial results of a step's rows, by split; those of ``prefix_tokens`` leading positions are filled already."""
+    """Partial results of a step's rows, by split; those of the first ``prefix_tokens`` positions are filled in
+    already."""
 
     __slots__ = ("lse", "prefix_tokens", "values")
 
@@ -233,7 +234,7 @@ class SharedPartials:
 
     @classmethod
     def empty(cls, query: Tensor, num_splits: int, prefix_tokens: Tensor) -> SharedPartials:
-        """Room for ``num_splits``; at one split nothing is ever written, so there is no room."""
+        """Memory for ``num_splits``; with one split nothing is written, so it is empty."""
         rows, heads, head_dim = query.shape
         splits = num_splits if num_splits > 1 else 0
         values = torch.empty(rows, heads, splits, head_dim, dtype=torch.float32, device=query.device)

@@ -1,10 +1,10 @@
-"""y = x W^T + b, and silu(x G^T) * (x U^T) of W = [G; U]: weights [out, in] as checkpoints hold them.
+"""y = x W^T + b, and silu(x G^T) * (x U^T) of W = [G; U]: weights [out, in] as in checkpoints.
 
 Two kernels of one numeric class: the inner dimension is cut into SPLITS parts, a part is summed in float32 in steps of
-BLOCK_K, the parts are added in their order. Few rows: bound by the bytes of the weights; a part is a program's work, W
-is the operand with many rows (so that Hopper's instructions fit one row of x), grid (tiles of W, SPLITS, tiles of x).
-Many rows: bound by matrix operations; programs stay and take tiles, the parts are added in registers. So a row's bits
-depend on (out, in) alone, as long as the hardware sums a step alike in both; `probe` asks it.
+BLOCK_K, and the parts are added in order. Few rows: bound by the bytes of the weights; a program computes one part, and
+W is the operand with many rows (so that Hopper's instructions fit one row of x), grid (tiles of W, SPLITS, tiles of x).
+Many rows: bound by matrix operations; persistent programs take tiles, and the parts are added in registers. So a row's
+bits depend on (out, in) alone, if the hardware sums a step alike in both; `probe` tests that.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from engine.kernels.triton.language import dot, narrow
 from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile
 
-# Tiles of rows of x that go through W together, so that both stay in the L2 cache.
+# Tiles of rows of x that are multiplied with W together, so that both stay in the L2 cache.
 _GROUP_M = 8
 _REDUCED_COLUMNS = 1024
 
 
 @triton.jit
 def _tile(p_matrix, row, k, num_rows, K, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, IS_DESCRIBED: tl.constexpr):
-    """[BLOCK_R, BLOCK_K] of a row-major [num_rows, K]; zeros behind column K. Rows behind the last repeat it, or are
-    zeros: nobody stores what comes of them."""
+    """[BLOCK_R, BLOCK_K] of a row-major [num_rows, K]; zeros behind column K. Rows behind the last repeat it or are
+    zeros; their results are not stored."""
     if IS_DESCRIBED:
         return p_matrix.load([row, k])
     else:  # noqa: RET505 - the compiler drops this branch, but not what follows a return
@@ -61,7 +61,7 @@ def _stream_kernel(
     n, m, i_split = tl.program_id(0) * BLOCK_N, tl.program_id(2) * BLOCK_M, tl.program_id(1)
     part = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
     b_n, b_m = n + tl.arange(0, BLOCK_N), m + tl.arange(0, BLOCK_M)
-    # With one part the halves meet here; with more, where the parts are added.
+    # With one part gate and up are combined here; with more, where the parts are added.
     GATE_HERE: tl.constexpr = IS_GATED and SPLITS == 1
     b_acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     b_up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
@@ -187,7 +187,8 @@ def _grid_part(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: GemmPlan, *, is_gated: bool = False) -> Tensor:
-    """x [rows, in], weight [out, in], both contiguous -> [rows, out], or [rows, out / 2] where gate and up meet."""
+    """x [rows, in], weight [out, in], both contiguous -> [rows, out], or [rows, out / 2] if gate and up are
+    combined."""
     assert x.is_contiguous()
     assert weight.is_contiguous()
     assert x.shape[1] == weight.shape[1]
@@ -203,7 +204,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, plan: GemmPlan, *, is
 
 
 def first_rows(plan: GemmPlan) -> list[int]:
-    """The smallest number of rows of each tile that ``linear`` chooses."""
+    """The smallest number of rows for each tile that ``linear`` chooses."""
     sizes = [16 << i for i in range(plan.stream.max_block_m.bit_length()) if 16 << i < plan.stream.max_block_m]
     return sorted({1, *(size + 1 for size in sizes if size + 1 < plan.grid_from_rows), plan.grid_from_rows})
 
@@ -281,14 +282,14 @@ def _grid(
 
 
 def _can_describe(matrix: Tensor, wanted: bool) -> bool:
-    """The hardware's descriptors need rows that begin at multiples of 16 bytes."""
+    """Hardware descriptors need rows that begin at multiples of 16 bytes."""
     return wanted and matrix.shape[1] * matrix.element_size() % 16 == 0
 
 
 def probe(weight: Tensor, plan: GemmPlan, *, is_gated: bool = False) -> bool:
-    """Whether this hardware gives a row the same bits in both kernels and at every size of tile.
+    """Whether this hardware gives a row the same bits in both kernels and with every tile size.
 
-    Of gated weights: gate and up are two products of other tiles, in one kernel, and are what is asked about.
+    For gated weights it tests gate and up: two products with other tiles, in one kernel.
     """
     rows = max(plan.grid_from_rows, 2 * plan.stream.max_block_m) + 1
     generator = torch.Generator(weight.device).manual_seed(0)

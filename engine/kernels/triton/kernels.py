@@ -1,8 +1,8 @@
-"""Baton's kernels for GPUs behind the engine's interface. Owns the choice of kernel and a step's index tensors.
+"""The Triton kernels behind the engine's interface: chooses the kernel for each call and builds a step's index tensors.
 
 Exact where GPUs can be: a token of the prompt goes through the prefill kernel whatever its chunk, a generated token
-through the decode kernel, also when a sequence is taken up again after a failure (its generated tokens then are rows of
-one decode launch). The two kernels add in different orders, so the phase, not the number of tokens, decides.
+through the decode kernel, also when a sequence is computed again after a failure (its generated tokens are then rows of
+one decode launch). The two kernels add in different orders, so the phase, not the number of tokens, selects the kernel.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from engine.staging import to_device
 
 
 class TritonKernels:
-    """``is_probing``: ask the hardware, per shape of weights, whether both kernels of products agree bit for bit.
+    """``is_probing``: test on the hardware, per shape of weights, whether both product kernels agree bit for bit.
 
-    Without ``is_batch_invariant`` products of many rows are the vendor's where the tuning says so, prefixes that rows
-    share are read once where that is predicted to pay, and a row's bits depend on the rows beside it: the interface's
-    law does not hold.
+    Without ``is_batch_invariant``, products of many rows are the vendor's where the tuning says so, and prefixes that
+    rows share are read once where a gain is predicted. Then a row's bits depend on the other rows: the interface's law
+    does not hold.
     """
 
     quantization = "none"
@@ -59,7 +59,8 @@ class TritonKernels:
     ) -> None:
         self.device = device
         self.is_compiled = not triton.knobs.runtime.interpret
-        # Tiles decide how some sums are rounded, so nodes with other tiles are told apart by name.
+        # The rounding of some sums depends on the tiles, so they are part of the name: nodes with other tiles refuse
+        # each other.
         self.name = f"triton-{tuning.digest}" + ("" if is_batch_invariant else "-vendor")
         self._tuning = tuning
         self._is_batch_invariant = is_batch_invariant
@@ -70,8 +71,8 @@ class TritonKernels:
     def on_this_machine(
         cls, devices: Devices, index: int | None = 0, *, is_batch_invariant: bool = True
     ) -> TritonKernels:
-        """On the GPU with this index, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig where neither is to be
-        had; ``index`` None is the CPU's."""
+        """On the GPU with this index, or under TRITON_INTERPRET=1 on the CPU. Raises BadConfig if neither is
+        available; ``index`` None means the CPU."""
         if triton.knobs.runtime.interpret:
             tuning = load("interpreter", (8, 0), 1)
             return cls(tuning, torch.device("cpu"), is_batch_invariant=is_batch_invariant)
@@ -129,13 +130,13 @@ class TritonKernels:
         return TritonSampler(max_rows, vocab_size, self.device)
 
     def launch_shapes(self, config: ModelConfig, layout: KvLayout) -> LaunchShapes:
-        """Numbers that change from step to step are not specialized for, so these are the tiles: of products by rows,
-        of decode attention with and without parts to combine."""
+        """Numbers that change from step to step are not specialized, so the kinds are: tiles of products by rows,
+        and decode attention with and without parts to combine."""
         rows = sorted({1, *(size for plan in self._plans.values() for size in first_rows(plan))})
         split = self._tuning.decode_tile(config.head_dim, TORCH_DTYPES[layout.dtype]).split_tokens
         decodes = [*((size, 2) for size in rows), (1, split + 1)]
         if self._can_share(config):
-            # Few rows that share much, many that share little: some of it fits the limits.
+            # Few rows that share much, and many that share little: some of them fit into the limits.
             wanted = -(-MIN_SAVED_BYTES // (_token_bytes(layout) * split))
             decodes += [(n, split * -(-wanted // (n // 2)) + 1) for n in (2, 4, 8, 16, 32, 64, 128, 256)]
         return LaunchShapes(tuple(rows), tuple(decodes))
@@ -143,7 +144,7 @@ class TritonKernels:
     def prefers_unrecorded(
         self, config: ModelConfig, layout: KvLayout, tables: Sequence[Sequence[int]], lengths: Sequence[int]
     ) -> bool:
-        """Recorded steps read a prefix once for every row."""
+        """Recorded steps read a shared prefix once for every row."""
         if not self._can_share(config):
             return False
         tile = self._tuning.decode_tile(config.head_dim, TORCH_DTYPES[layout.dtype])
@@ -171,7 +172,7 @@ class TritonKernels:
 
 @dataclass(frozen=True, slots=True)
 class TritonLinear:
-    """One layer: its weight as the checkpoint has it, and how it is multiplied."""
+    """One layer: its weight as in the checkpoint, and the plan for its product."""
 
     weight: Tensor
     bias: Tensor | None
@@ -187,7 +188,7 @@ class TritonLinear:
 
 
 class DeviceDecode:
-    """Decode attention of a step whose inputs stay where they are on the device while their values change."""
+    """Decode attention of a step whose inputs stay at their addresses on the device while their values change."""
 
     def __init__(
         self, config: ModelConfig, layout: KvLayout, tables: Tensor, lengths: Tensor, max_length: int, tuning: Tuning
@@ -207,14 +208,14 @@ class DeviceDecode:
 
 
 def _token_bytes(layout: KvLayout) -> int:
-    """Keys and values of one token in one layer."""
+    """Bytes of keys and values of one token in one layer."""
     return layout.block_bytes // layout.block_tokens
 
 
 def _shared(
     tables: Sequence[Sequence[int]], lengths: Sequence[int], config: ModelConfig, layout: KvLayout, tile: DecodeTile
 ) -> tuple[list[Group], int]:
-    """Rows that share prefixes, and the bytes of a layer that they then need not read; none if it does not pay."""
+    """Rows that share prefixes, and the bytes of a layer that need not be read; none if it does not pay."""
     tile_rows = rows_per_tile(config.group_size, tile)
     groups = find_groups(tables, lengths, layout.block_tokens, tile.split_tokens, tile_rows)
     saved = saved_bytes(groups, _token_bytes(layout), tile.split_tokens, tile_rows)
@@ -263,7 +264,7 @@ class TritonAttention:
             if groups:
                 rows = rows_per_tile(config.group_size, self._tile)
                 self._prefixes = plan_prefixes(groups, table_rows, self._tile.split_tokens, rows, device)
-        # By height of a tile: layers with and without a window may differ.
+        # By tile height: layers with and without a window may differ.
         self._tiles: dict[int, Tensor] = {}
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
@@ -301,7 +302,7 @@ class TritonAttention:
 
 
 def _block_tables(spans: Sequence[Span], device: torch.device) -> Tensor:
-    """[spans, longest] int32; what a span lacks is never read."""
+    """[spans, longest] int32; missing entries are never read."""
     table = np.zeros((len(spans), max(len(span.block_ids) for span in spans)), dtype=np.int32)
     for i, span in enumerate(spans):
         table[i, : len(span.block_ids)] = span.block_ids

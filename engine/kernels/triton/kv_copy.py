@@ -1,4 +1,4 @@
-"""Blocks of the cache into contiguous staging memory and back, of some layers at once: what a transfer sends.
+"""Copies blocks of the cache into contiguous staging memory and back, for several layers at once.
 
 Bound by bytes: each is read once and written once. A (layer, block) is one run of bytes, copied as 16-byte vectors
 whatever the dtype. Grid: (blocks, layers, pieces of a block).
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# 8-byte words that one program copies at a time, and how often.
+# 8-byte words that one program copies at a time, and the number of times.
 _WORDS = 1024
 _ROUNDS = 4
 
@@ -49,7 +49,7 @@ def gather_blocks(cache: Tensor, block_ids: Tensor, staging: Tensor) -> None:
 
 
 def scatter_blocks(staging: Tensor, block_ids: Tensor, cache: Tensor) -> None:
-    """The way back; ids must differ from one another."""
+    """The reverse of gather_blocks; ids must be distinct."""
     _copy(cache, block_ids, staging, is_gather=False)
 
 

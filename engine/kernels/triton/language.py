@@ -1,20 +1,19 @@
-"""What the kernels share: products that the interpreter computes as the hardware does, and addresses in paged memory.
-
-Owns no operation of its own.
-"""
+"""Shared parts of kernels: products that the interpreter computes as the hardware does, and addresses in paged
+memory."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-# Set before this module is imported, or not at all: `triton.jit` looks at the same switch when it decorates.
+# Must be set before this module is imported: `triton.jit` reads the same variable when it decorates.
 INTERPRET = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a b in float32. The interpreter multiplies the bits of bfloat16 as integers, so it gets float32."""
+    """acc + a b in float32. The interpreter multiplies the bits of bfloat16 as integers, so there the operands are
+    float32."""
     if INTERPRET:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:  # noqa: RET505 - the compiler drops this branch, but not what follows a return
@@ -23,7 +22,8 @@ def dot(a, b, acc):
 
 @triton.jit
 def narrow(b_x, dtype: tl.constexpr):
-    """float32 in another dtype, rounded to nearest; the interpreter cuts bfloat16 off instead, so it gets help."""
+    """float32 to another dtype, rounded to nearest; the interpreter truncates bfloat16, so there it is rounded by
+    hand."""
     if INTERPRET and dtype == tl.bfloat16:
         b_bits = b_x.to(tl.uint32, bitcast=True)
         b_even = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & 0xFFFF0000
@@ -49,7 +49,7 @@ def page_offsets(
 
 @triton.jit
 def load_rows(p_rows, b_offset, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of D elements at ``b_offset`` [N] behind ``p_rows``, [N, BLOCK_D]; zeros where the row or column is not."""
+    """Rows of D elements at ``b_offset`` [N] behind ``p_rows``, [N, BLOCK_D]; zeros for missing rows or columns."""
     b_column = tl.arange(0, BLOCK_D)
     if BLOCK_D == D:
         return tl.load(p_rows + b_offset[:, None] + b_column[None, :], mask=m_row[:, None], other=0.0)
@@ -60,9 +60,9 @@ def load_rows(p_rows, b_offset, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def online_softmax(b_scores, b_max, b_sum, scale_log2):
-    """One tile of scores [M, N], hidden ones -inf: (weights, rescaling of what was accumulated, maximum, sum).
+    """One tile of scores [M, N], hidden ones -inf: (weights, rescaling of the accumulated result, maximum, sum).
 
-    Weights are exp2((score - maximum) * scale_log2). A tile that a row does not see leaves that row's bits alone.
+    Weights are exp2((score - maximum) * scale_log2). A tile that a row does not see leaves the row's bits unchanged.
     """
     b_new = tl.maximum(b_max, tl.max(b_scores, 1))
     # A row that has seen nothing yet has maximum -inf; -inf - -inf would be NaN.

@@ -1,8 +1,8 @@
-"""Log-probabilities of the rows that want them: from the model's own logits, what the host needs to compute them.
+"""Log-probabilities of the rows that ask for them: reduces the model's own logits to the values that the host needs.
 
-Two launches: a program per chunk of a row finds its part of the mass, of the chosen token's rank and of the most likely
-tokens, and one per row puts them together. Rows that want none cost a look. A chunk looks no further than the value of
-which the best values of chunks alone prove that it is low enough.
+Two launches: a program per chunk of a row computes its part of the mass, of the chosen token's rank and of the most
+likely tokens; one program per row combines them. Rows without a request return at once. A chunk considers only values
+above a bound that follows from the best values of all chunks.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def _mass_of(b_y):
 
 @triton.jit
 def _most_likely(b_value, b_id, m_value, floor, num_wanted, TOP: tl.constexpr):
-    """Ids and values [TOP] of the ``num_wanted`` largest values from ``floor`` up, the lowest of equal ids first; the
-    rest is -1 and -inf."""
+    """Ids and values [TOP] of the ``num_wanted`` largest values from ``floor`` up, the lowest of equal ids first;
+    the rest is -1 and -inf."""
     b_place = tl.arange(0, TOP)
     b_top = tl.full([TOP], float("-inf"), tl.float32)
     b_top_id = tl.full([TOP], -1, tl.int32)
@@ -64,13 +64,13 @@ def _most_likely(b_value, b_id, m_value, floor, num_wanted, TOP: tl.constexpr):
 @triton.jit
 def _part_kernel(
     p_mass,  # [rows, CHUNKS] int64
-    p_rank,  # [rows, CHUNKS] int32: how many values are larger than the chosen token's
+    p_rank,  # [rows, CHUNKS] int32: number of values larger than the chosen token's
     p_top_ids,  # [rows, CHUNKS, TOP] int32
     p_top,  # [rows, CHUNKS, TOP] float32
     p_logits,  # [rows, size] float32, rows stride_row apart
     p_best,  # [rows, 4, CHUNKS] float32: the last of the four is the best value of each chunk
-    p_token,  # [rows] int64: negative where none was drawn
-    p_num_top,  # [rows] int32: negative where nothing is to be reported
+    p_token,  # [rows] int64: negative if no token was drawn
+    p_num_top,  # [rows] int32: negative if no report is requested
     size,
     stride_row,
     num_chunks,
@@ -92,7 +92,7 @@ def _part_kernel(
         at = i_row * CHUNKS + i_chunk
         tl.store(p_mass + at, tl.sum(tl.where(m_in, _mass_of(b_y), 0), 0))
         tl.store(p_rank + at, tl.sum((m_in & (b_value > chosen)).to(tl.int32), 0))
-        # Where there are as many chunks, the num_top-th best of their best values is no more than that of all values.
+        # With that many chunks, the num_top-th best of their best values is at most that of all values.
         b_larger = tl.sum((b_best[None, :] > b_best[:, None]).to(tl.int32), 1)
         floor = tl.min(tl.where(b_larger < num_top, b_best, float("inf")), 0)
         floor = tl.where(num_chunks < num_top, float("-inf"), floor)
@@ -137,10 +137,10 @@ def _whole_kernel(
 
 
 class Reporter:
-    """Owns what lies between its two kernels, and the reports, [max_rows, REPORT_WORDS] int64."""
+    """Owns the memory between its two kernels, and the reports, [max_rows, REPORT_WORDS] int64."""
 
     def __init__(self, max_rows: int, chunks: int, device: torch.device) -> None:
-        """``chunks``: of a row, as a power of two."""
+        """``chunks``: number of chunks of a row, a power of two."""
 
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.empty(max_rows, *shape, dtype=dtype, device=device)

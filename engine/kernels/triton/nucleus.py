@@ -1,8 +1,8 @@
-"""Which tokens top_k and top_p keep: the value that bounds them, and of those that have it the last id.
+"""Finds the tokens that top_k and top_p keep: the bounding value, and the last id among the tokens that have it.
 
-Without a sort: `sampling` tells the mass above a few cuts, so that the bound is known to lie between two of them. What
-lies there is gathered in the order of ids, and a program per row searches it, in intervals of float32's order. Where
-that is too much to be gathered it reads the whole row. Cuts decide how long it takes, never what is found.
+Without a sort: `sampling` computes the mass above a few cuts, so the bound is known to lie between two of them. The
+values there are gathered in the order of ids, and a program per row searches them, in intervals of float32's order. If
+there are too many to gather, it reads the whole row. Cuts affect the time, never the result.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def gather_kernel(
             is_k = (top_k > 0) & (top_k < tl.max(b_count, 0))
             wanted = tl.where(is_k, top_k.to(tl.int64), _share(top_p, tl.max(b_mass, 0)))
             i_cut = tl.sum((tl.where(is_k, b_count, b_mass) < wanted).to(tl.int32), 0)
-            # top_p after top_k is a share of what top_k keeps, so that all of it is needed.
+            # top_p after top_k is a share of the mass that top_k keeps, so all of that mass is needed.
             i_above = tl.where(is_k, -1, i_cut - 1)
             mass_above = tl.sum(tl.where(b_cut == i_above, b_mass, 0), 0)
             b_sign = (b_cut == i_cut).to(tl.int64) - (b_cut == i_above).to(tl.int64)
@@ -99,7 +99,7 @@ def _value_of(key):
 
 @triton.jit
 def _found(p_from, at, num_values, least, low, high, BLOCK: tl.constexpr):
-    """A block of values, their keys, and which of them are to be searched."""
+    """A block of values, their keys, and which of them are searched."""
     b_at = at + tl.arange(0, BLOCK)
     b_value = tl.load(p_from + b_at, mask=b_at < num_values, other=float("-inf"))
     m_found = (b_at < num_values) & (b_value >= least) & (b_value >= low) & ((b_value >= high) == 0)
@@ -111,7 +111,8 @@ def _search(
     p_from, num_values, least, low, high, wanted, above, key, end, best, scale,
     IS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key from which on values weigh ``wanted``, with ``above``; in [key, end), where ``key`` is one."""
+    """The largest key from which on values have the mass ``wanted``, with ``above``; in [key, end), where ``key`` is
+    one."""
     while end - key > 1:
         step = (end - key + 3) >> 2
         b_low, b_middle, b_high = (
@@ -150,7 +151,7 @@ def _around(p_from, num_values, least, low, high, key, best, scale, BLOCK: tl.co
 
 @triton.jit
 def _nth_equal(p_from, num_values, least, low, high, key, nth, BLOCK: tl.constexpr):
-    """Place of the ``nth`` value of that key, from 0, in the order they lie in, which is that of ids."""
+    """Index of the ``nth`` value of that key, from 0, in memory order, which is the order of ids."""
     place = tl.zeros([], tl.int32)
     passed = tl.zeros([], tl.int32)
     for at in range(0, num_values, BLOCK):
@@ -165,7 +166,7 @@ def _nth_equal(p_from, num_values, least, low, high, key, nth, BLOCK: tl.constex
 
 @triton.jit
 def select_kernel(
-    p_floor,  # [rows, 2] int32: kept are larger keys, and of this one ids up to that
+    p_floor,  # [rows, 2] int32: larger keys are kept, and of this key ids up to the second number
     p_plan, p_bounds, p_found, p_found_ids,  # as above
     p_values, p_places, p_changed, p_logits, p_slot, p_masked, p_scale, p_top_k, p_top_p, p_reach,
     size,
@@ -244,7 +245,7 @@ def kept_kernel(
             p_chunk_cuts = p_cuts + i_row * NUM_CUTS * CHUNKS + i_chunk
             to = tl.load(p_chunk_cuts + tl.where(kind > 0, i_cut, NUM_CUTS - 1) * CHUNKS)
             above = tl.load(p_chunk_cuts + i_above * CHUNKS, mask=i_above >= 0, other=0)
-            # With nothing between the cuts, what is above them is what is kept.
+            # With nothing between the cuts, the values above them are kept.
             mass = tl.where(kind > 0, above, to) >> CUT_BITS
             if (kind > 0) & (((to - above) & COUNT_MASK) != 0):
                 p_row = row_of(p_logits, p_changed, p_slot, p_masked, i_row, size, stride_row)

@@ -1,4 +1,4 @@
-"""What is not a product or an attention. Bound by bytes: each value is read once and written once.
+"""All kernels that are neither a product nor an attention. Bound by bytes: each value is read once and written once.
 
 Reductions run over one row inside one program, so a row's bits depend on that row alone.
 """
@@ -12,16 +12,16 @@ from torch import Tensor
 
 from engine.kernels.triton.language import narrow
 
-# Elements a program of silu_mul and embed works on.
+# Elements per program of silu_mul and embed.
 _COLUMNS = 1024
-# Elements of heads that one program of the rotation holds.
+# Head elements per program of the rotation.
 _ROTATED = 4096
 
 
 @triton.jit
 def _rms_norm_kernel(
     p_out,  # [rows, COLUMNS]
-    p_x,  # [rows, COLUMNS]; with a delta, their sum is left here
+    p_x,  # [rows, COLUMNS]; with a delta, the sum is written here
     p_delta,  # [rows, COLUMNS] or None
     p_weight,  # [COLUMNS]
     eps,
@@ -35,7 +35,7 @@ def _rms_norm_kernel(
     b_x = tl.load(p_x + i_row * COLUMNS + b_column, mask=m_column, other=0.0).to(tl.float32)
     if HAS_DELTA:
         b_x += tl.load(p_delta + i_row * COLUMNS + b_column, mask=m_column, other=0.0).to(tl.float32)
-        # What is kept is what is normed: rounded once.
+        # The stored value is the one that is normed: rounded once.
         b_kept = narrow(b_x, p_out.dtype.element_ty)
         tl.store(p_x + i_row * COLUMNS + b_column, b_kept, mask=m_column)
         b_x = b_kept.to(tl.float32)
@@ -109,7 +109,7 @@ def _embed_kernel(
     p_out,  # [rows, columns]
     p_table,  # [vocabulary, columns]
     p_token,  # [rows] int64
-    p_drawn,  # [draws] int64: what a token ~i stands for
+    p_drawn,  # [draws] int64: the token that ~i stands for
     columns,
     BLOCK: tl.constexpr,
 ):
@@ -118,15 +118,15 @@ def _embed_kernel(
     m_column = b_column < columns
     token = tl.load(p_token + i_row).to(tl.int64)
     token = tl.load(p_drawn + (-1 - token), mask=token < 0, other=token)
-    # Still negative: no token was drawn, and nobody will look at this row.
+    # Still negative: no token was drawn, and the row's result is not used.
     token = tl.maximum(token, 0)
     b_value = tl.load(p_table + token * columns + b_column, mask=m_column)
     tl.store(p_out + i_row * columns + b_column, b_value, mask=m_column)
 
 
 def embed(table: Tensor, token_ids: Tensor, drawn: Tensor | None = None) -> Tensor:
-    """Rows of ``table`` [vocabulary, features] by id; an id ~i stands for ``drawn[i]``, which is negative if no token
-    was drawn: then it is any row."""
+    """Rows of ``table`` [vocabulary, features] by id; an id ~i stands for ``drawn[i]``. If that is negative, no
+    token was drawn, and the result is any row."""
     rows, columns = len(token_ids), table.shape[1]
     out = table.new_empty(rows, columns)
     if rows:
@@ -139,7 +139,7 @@ def embed(table: Tensor, token_ids: Tensor, drawn: Tensor | None = None) -> Tens
 
 @triton.jit
 def _norm_heads(b_first, b_second, m_normed, p_weight, b_half, m_half, HALF: tl.constexpr, eps):
-    """RMS norm of heads [HEADS, HALF] twice (their halves), by one weight; others as they are."""
+    """RMS norm of heads [HEADS, HALF] twice (their halves), by one weight; other heads are unchanged."""
     scale = tl.math.rsqrt((tl.sum(b_first * b_first, 1) + tl.sum(b_second * b_second, 1)) / (2 * HALF) + eps)
     element = p_weight.dtype.element_ty
     b_scale = scale[:, None]
@@ -212,7 +212,7 @@ def rope_store(
     cache: Tensor,
     slot_mapping: Tensor,
 ) -> Tensor:
-    """Norm queries and keys, turn both, write keys and values to their pages: queries [rows, heads, head_dim].
+    """Norms queries and keys, rotates both, writes keys and values to their pages: queries [rows, heads, head_dim].
 
     qkv [rows, (heads + 2 * kv_heads) * head_dim]; cos, sin [rows, head_dim / 2] float32; slot_mapping [rows] int64,
     block * block_tokens + offset, negative for padding.

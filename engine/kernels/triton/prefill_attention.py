@@ -1,10 +1,10 @@
 """Causal attention of prompt chunks over paged or contiguous keys and values: softmax(q K^T * scale) V.
 
 Bound by matrix operations: 4 * H * D flops per (query, key) pair. A tile is BLOCK_M // GROUP tokens of one sequence
-times the GROUP query heads that share a KV head. Tiles of keys lie at absolute multiples of BLOCK_N, and a tile that a
-row does not see leaves its bits alone, so a row's result does not depend on how its prompt was cut into chunks. Only
-tiles of keys that cross the diagonal or the edge of the window are masked. Grid: (tiles * KV heads), or fewer programs
-that take one after another; the host lists tiles longest first.
+times the GROUP query heads that share a KV head. Key tiles are at absolute multiples of BLOCK_N, and a tile that a row
+does not see leaves its bits unchanged, so a row's result does not depend on how its prompt was cut into chunks. Only
+key tiles that cross the diagonal or the edge of the window are masked. Grid: (tiles * KV heads), or fewer programs that
+take one after another; the host lists tiles longest first.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Chunk(NamedTuple):
     row: int
     start: int
     num_tokens: int
-    # Row of the block table; for contiguous keys, of the list of their first rows.
+    # Row of the block table; for contiguous keys, of the list of first rows.
     sequence: int
 
 
@@ -41,7 +41,7 @@ def _key_offsets(
 ):  # fmt: skip
     if IS_PAGED:
         return page_offsets(p_table, n, b_token, m_token, stride_block, D, BLOCK_TOKENS, BLOCK_N)
-    # Contiguous: the table holds the sequence's first row, and a row is what stride_block says.
+    # Contiguous: the table holds the sequence's first row, and the row stride is stride_block.
     return (tl.load(p_table) + b_token).to(tl.int64) * stride_block
 
 
@@ -54,7 +54,7 @@ def _attend(
 ):  # fmt: skip
     b_token = n + tl.arange(0, BLOCK_N)
     if IS_MASKED:
-        # What no query of the tile sees is not even read: it may hold anything.
+        # Positions that no query of the tile sees are not read: they may hold anything.
         m_token = (b_token <= last) & (b_token >= first)
     else:
         m_token = tl.full([BLOCK_N], True, tl.int1)
@@ -112,7 +112,7 @@ def _prefill_kernel(
 
         last = start + count - 1
         first = tl.maximum(start + 1 - window, 0)
-        # Keys in [low, left) meet the edge of some row's window, those in [left, right) are seen by every row.
+        # Keys in [low, left) cross the edge of some row's window; those in [left, right) are seen by every row.
         low = first // BLOCK_N * BLOCK_N
         right = (start + 1) // BLOCK_N * BLOCK_N
         left = low
@@ -141,7 +141,7 @@ def _prefill_kernel(
                 p_k, p_v, p_table, scale_log2, window, stride_block,
                 D, BLOCK_TOKENS, BLOCK_M, BLOCK_N, BLOCK_D, IS_PAGED, True,
             )  # fmt: skip
-        # Only rows of padding inside the tile can have seen nothing.
+        # Only padding rows of the tile can have seen no key.
         b_result = b_acc / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
         p_to = p_out + (b_row * (HKV * GROUP) + b_head)[:, None] * D + b_column[None, :]
         m_result = m_row[:, None] & (b_column < D)[None, :]
@@ -165,7 +165,7 @@ def list_tiles(chunks: Sequence[Chunk], group_size: int, block_m: int) -> np.nda
 
 
 def tiles_on(device: torch.device, tiles: np.ndarray) -> Tensor:
-    """The list where the kernel reads it."""
+    """The list on the device of the kernel."""
     return to_device(torch.from_numpy(np.ascontiguousarray(tiles)), device)
 
 
@@ -180,9 +180,10 @@ def paged_prefill_attention(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """query [rows, heads, head_dim] -> the same; the chunk's own keys and values are in the cache already.
+    """query [rows, heads, head_dim] -> the same; the chunk's own keys and values are already in the cache.
 
-    ``tables`` [sequences, blocks] int32; ``tiles`` from ``list_tiles`` with the same block_m. Rows in no tile are left.
+    ``tables`` [sequences, blocks] int32; ``tiles`` from ``list_tiles`` with the same block_m. Rows in no tile are not
+    written.
     """
     block_tokens, head_dim = cache.shape[3], cache.shape[4]
     flat = cache.view(-1)
@@ -205,7 +206,7 @@ def contiguous_prefill_attention(
     window: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The same over key, value [rows, kv_heads, head_dim] of equal strides: position p of a sequence is row
+    """The same with key, value [rows, kv_heads, head_dim] of equal strides: position p of a sequence is row
     ``first_rows[sequence, 0] + p``."""
     assert key.stride() == value.stride()
     return _launch(

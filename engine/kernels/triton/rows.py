@@ -1,7 +1,4 @@
-"""What the kernels that draw tokens share: masses, the order of values, and how a row is looked at in chunks.
-
-Owns no launch.
-"""
+"""Shared parts of the sampling kernels: masses, the order of values, and the division of a row into chunks."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ import triton.language as tl
 
 from engine.mass import COEFFICIENTS, DRAWN_BITS, DRAWN_TERMS, LEAST_EXPONENT, LOG2E
 
-# The last one is below everything.
+# The last cut is below all values.
 NUM_CUTS = tl.constexpr(8)
-# What lies above a cut of a chunk is told in one number: its mass, and in the low bits how many values. A mass has at
-# most 37 bits, so that 2^13 of them still fit into int64.
+# The values above a cut of a chunk are packed into one number: their mass, and in the low bits their count. A mass has
+# at most 37 bits, so 2^13 of them fit into int64.
 CUT_BITS = tl.constexpr(13)
 COUNT_MASK = tl.constexpr(2**13 - 1)
 _LEAST_EXPONENT = tl.constexpr(LEAST_EXPONENT)
@@ -23,7 +20,7 @@ _LAST = tl.constexpr(COEFFICIENTS[DRAWN_TERMS - 1])
 _C6, _C5, _C4, _C3, _C2, _C1, _C0 = (tl.constexpr(c) for c in reversed(COEFFICIENTS[: DRAWN_TERMS - 1]))
 _CUT_STEP = tl.constexpr(1 / 7)
 assert NUM_CUTS.value == 8
-# IEEE's single operations: a fused one would round otherwise than the host's.
+# Separate IEEE operations: a fused one would round differently from the host's.
 OPTIONS = {"enable_fp_fusion": False, "num_warps": 8}
 
 
@@ -65,21 +62,22 @@ def best_of(p_values, p_places, i_row, num_chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def span_of(p_values, i_row, best, size, scale, num_chunks, CHUNKS: tl.constexpr):
-    """How far below ``best`` the cuts reach, were the logits normal: where the mass lies, and some way below it."""
+    """How far below ``best`` the cuts reach, for normally distributed logits: the range of most of the mass, and
+    some more."""
     b_chunk = tl.arange(0, CHUNKS)
     m_chunk = b_chunk < num_chunks
     p_sums = p_values + (i_row * 4 + 1) * CHUNKS + b_chunk
     mean = tl.sum(tl.load(p_sums, mask=m_chunk, other=0.0), 0) / size
     square = tl.sum(tl.load(p_sums + CHUNKS, mask=m_chunk, other=0.0), 0) / size
     deviation = tl.sqrt(tl.maximum(square - mean * mean, 0.0))
-    # Weighting by exp(logit / temperature) moves a normal distribution up by so many deviations.
+    # Weighting by exp(logit / temperature) shifts a normal distribution up by this many deviations.
     moved = deviation * scale * _NATS
     return best - (mean + deviation * tl.minimum(moved - 2.5, 2.0))
 
 
 @triton.jit
 def cut_at(best, span, i_cut):
-    """Single IEEE operations: the same wherever it is compiled."""
+    """Separate IEEE operations, so that all compilers give the same bits."""
     below = (i_cut + 1).to(tl.float32) * _CUT_STEP
     return tl.where(i_cut < NUM_CUTS - 1, best - span * below, float("-inf"))
 

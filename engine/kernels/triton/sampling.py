@@ -1,10 +1,10 @@
-"""The token of each row of logits, on the device: what engine.sampler draws, from the same number of the same Philox.
+"""Samples the token of each row of logits on the device, equal to engine.sampler: same Philox number, same token.
 
-Bound by the bytes of the logits. A row is cut into chunks, a program each; what they find is combined in the order of
-the chunks, and probabilities are whole numbers (engine.mass), so that bits depend on neither batch nor grid. Passes
-over a row: one for its best value, with which greedy rows end; one for masses, after which a row without filters reads
-one chunk more; with top_k or top_p the chunks that hold something near the bound, twice (`nucleus`). What changes a
-row's logits is applied in the first pass, to a copy: log-probabilities are those of the model's own (`logprobs`).
+Bound by the bytes of the logits. A row is cut into chunks, a program each; their results are combined in the order of
+the chunks, and probabilities are integers (engine.mass), so bits depend on neither batch nor grid. Passes over a row:
+one for its best value, where greedy rows end; one for masses, after which a row without filters reads one chunk more;
+with top_k or top_p twice the chunks that hold values near the bound (`nucleus`). Changes of a row's logits are applied
+in the first pass, to a copy: log-probabilities are those of the model's own logits (`logprobs`).
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from engine.kernels.triton.rows import (
     span_of,
 )
 
-# Values of a row that a program has; at most 2^CUT_BITS / 2.
+# Values of a row per program; at most 2^CUT_BITS / 2.
 _CHUNK = 4096
-# Values that a program searches at a time, and at most gathers for that.
+# Values that a program searches at a time, and the maximum it gathers for that.
 _BLOCK = 1024
 _MAX_GATHERED = 8192
 # With more warps, Triton 3.6 spills.
@@ -52,7 +52,7 @@ def _uniform(seed, position):
 
 @triton.jit
 def _newest(p_newest, p_drawn, i_row):
-    """The token to be counted; negative if there is none, or none was drawn."""
+    """The token to be counted; negative if there is none or none was drawn."""
     newest = tl.load(p_newest + i_row)
     is_drawn = (newest < 0) & (newest > _NO_TOKEN)
     drawn = tl.load(p_drawn + tl.where(is_drawn, -1 - newest, 0), mask=is_drawn, other=-1)
@@ -61,7 +61,7 @@ def _newest(p_newest, p_drawn, i_row):
 
 @triton.jit
 def _edited(b_value, b_id, p_ids, p_biases, p_bans, first_id, is_banning, EDITS: tl.constexpr, CHUNK: tl.constexpr):
-    """Biases and bans of the chunk that starts at ``first_id``; the lists are in the order of ids."""
+    """Biases and bans of the chunk that starts at ``first_id``; the lists are sorted by id."""
     b_listed = tl.load(p_ids + tl.arange(0, EDITS))
     first = tl.sum((b_listed < first_id).to(tl.int32), 0)
     end = tl.sum((b_listed < first_id + CHUNK).to(tl.int32), 0)
@@ -74,7 +74,7 @@ def _edited(b_value, b_id, p_ids, p_biases, p_bans, first_id, is_banning, EDITS:
 
 @triton.jit
 def _penalized(b_value, b_seen, repetition, frequency, presence):
-    """``b_seen``: twice how often a token was generated, and 1 more if the prompt has it."""
+    """``b_seen``: twice the number of times a token was generated, plus 1 if the prompt contains it."""
     b_repeated = tl.where(b_value > 0, tl.div_rn(b_value, repetition), b_value * repetition)
     b_value = tl.where(b_seen > 0, b_repeated, b_value)
     b_count = (b_seen >> 1).to(tl.float32)
@@ -105,7 +105,7 @@ def _change_kernel(
         b_id = first_id + tl.arange(0, CHUNK)
         m_in = b_id < size
         b_value = tl.load(p_logits + i_row * stride_row + b_id, mask=m_in, other=0.0)
-        # A row with others is lost.
+        # A row with NaN or infinity fails in any case, so the value here does not matter.
         b_value = tl.where(tl.abs(b_value) < float("inf"), b_value, 0.0)
         if slot >= 0:
             at = slot * EDITS
@@ -140,7 +140,7 @@ def _stats_kernel(
     b_id = i_chunk * CHUNK + tl.arange(0, CHUNK)
     m_in = b_id < size
     b_value = tl.load(p_logits + i_row * stride_row + b_id, mask=m_in, other=float("-inf"))
-    # Comparisons with NaN are false. It is kept out of the maximum, whose NaN differ between machines.
+    # Comparisons with NaN are false. NaN is excluded from the maximum, whose NaN behaviour differs between machines.
     m_finite = tl.abs(b_value) < float("inf")
     num_bad = tl.sum((m_in & (m_finite == 0)).to(tl.int32), 0)
     b_value = tl.where(m_finite, b_value, float("-inf"))
@@ -149,9 +149,9 @@ def _stats_kernel(
     if (tl.load(p_slot + i_row) >= 0) | (tl.load(p_masked + i_row) != 0):
         b_value = tl.load(p_changed + i_row * size + b_id, mask=m_in, other=float("-inf"))
         best = tl.max(b_value, 0)
-    # The lowest id of equal ones.
+    # The lowest id of equal values.
     best_id = tl.min(tl.where(m_in & (b_value == best), b_id, size), 0)
-    # Only where to look first depends on these, so they may be rough.
+    # These decide only where to search first, so they may be rough.
     b_near = tl.where(m_in, tl.minimum(tl.maximum(b_value, -1e4), 1e4), 0.0)
     p_values += i_row * 4 * CHUNKS + i_chunk
     p_places += i_row * 2 * CHUNKS + i_chunk
@@ -240,7 +240,8 @@ def _draw_kernel(
 
 
 class TritonSampler:
-    """Draws for up to ``max_rows`` sequences a step. Owns the memory between its kernels, and what changes logits."""
+    """Samples for up to ``max_rows`` sequences a step. Owns the memory between its kernels, and the slots of changed
+    logits."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device, *, chunk: int = _CHUNK) -> None:
         def empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -267,12 +268,12 @@ class TritonSampler:
 
     @property
     def report(self) -> Tensor:
-        """[max_rows, REPORT_WORDS] int64: of rows that asked for log-probabilities, in the step drawn last."""
+        """[max_rows, REPORT_WORDS] int64: reports of the last step, for the rows that asked for log-probabilities."""
         return self._reporter.report
 
     def draw(self, logits: Tensor, draws: Draws, drawn: Tensor) -> None:
-        """A token id per row of ``logits`` [rows, vocabulary] float32 into the first of ``drawn``, which holds those of
-        the step before."""
+        """Writes a token id per row of ``logits`` [rows, vocabulary] float32 to the first entries of ``drawn``,
+        which holds those of the step before."""
         rows, stride = len(logits), logits.stride(0)
         if not rows:
             return

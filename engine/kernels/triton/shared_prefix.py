@@ -1,10 +1,10 @@
-"""Decode attention of sequences that begin with the same blocks: the prefix is read once for many of them.
+"""Decode attention of sequences that begin with the same blocks: a shared prefix is read once for several rows.
 
 The prefix pass fills the partial results of whole splits (queries of several rows in one tile, so that a byte of the
-prefix serves all), the plain kernel does the rest and combines both as it combines its own (Hydragen,
-arXiv:2402.05099). Which rows share is found in the block tables; whether it pays is predicted from bytes. Products of
-taller tiles may round otherwise than the plain kernel's, so a row's bits can depend on its neighbours: off unless asked
-for. Grid: (splits, KV heads, tiles of rows).
+prefix serves all). The plain kernel computes the rest and combines both as it combines its own (Hydragen,
+arXiv:2402.05099). Rows that share blocks are found in the block tables; the gain is predicted from bytes. Products of
+taller tiles may round differently from the plain kernel's, so a row's bits can depend on its neighbours: off unless
+requested. Grid: (splits, KV heads, tiles of rows).
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from engine.kernels.triton.language import dot, load_rows, narrow, online_softma
 from engine.kernels.triton.tuning import DecodeTile
 from engine.staging import to_device
 
-# Below it, one more launch per layer costs more than what is not read: some 4 us of memory traffic.
+# Below this, the launch per layer costs more than the saved reads: about 4 us of memory traffic.
 MIN_SAVED_BYTES = 16 << 20
-# What memory moves while the host queues one layer's kernels one by one: about twelve launches of 10 us at 3.3 TB/s. An
-# estimate, not measured. A recorded step has no such floor.
+# Memory traffic in the time in which the host queues one layer's kernels: about twelve launches of 10 us at 3.3 TB/s.
+# An estimate, not measured. A recorded step has no such cost.
 _QUEUEING_BYTES = 400 << 20
-# A prediction has to be better than what it would replace by more than it is likely to be wrong.
+# Minimum predicted gain: larger than the likely error of the prediction.
 _MIN_GAIN = 0.03
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Rows whose first ``num_splits`` splits lie in the same blocks."""
+    """Rows whose first ``num_splits`` splits are in the same blocks."""
 
     rows: tuple[int, ...]
     num_splits: int
@@ -95,7 +95,7 @@ def _prefix_kernel(
 def find_groups(
     tables: Sequence[Sequence[int]], lengths: Sequence[int], block_tokens: int, split_tokens: int, rows_per_tile: int
 ) -> list[Group]:
-    """Groups that leave the fewest tokens to read; rows that share nothing worth it are in none.
+    """Groups that leave the fewest tokens to read; rows that share too little are in none.
 
     ``tables`` are the block ids of each row. A row keeps at least its own token for itself.
     """
@@ -120,7 +120,7 @@ def _best(
                 deeper.setdefault(tuple(tables[row][first:end]), []).append(row)
         if [rows] != list(deeper.values()):
             break
-        # All of them go on alike, which no shorter prefix of theirs beats.
+        # All of them continue alike, so no shorter prefix is better.
         depth += 1
     here = depth * (len(rows) - -(-len(rows) // rows_per_tile))
     parts = [
@@ -139,7 +139,7 @@ def saved_bytes(groups: Sequence[Group], token_bytes: int, split_tokens: int, ro
 
 
 def is_worth_queueing(step_bytes: float, saved: float, num_layers: int, num_shared_layers: int) -> bool:
-    """Whether a step that could be replayed is faster when it is queued kernel by kernel with its prefixes shared.
+    """Whether a step that could be replayed is faster unrecorded, kernel by kernel, with its prefixes shared.
 
     ``step_bytes``: weights, keys and values that the plain step reads; ``saved``: of one of the ``num_shared_layers``.
     """
@@ -149,7 +149,7 @@ def is_worth_queueing(step_bytes: float, saved: float, num_layers: int, num_shar
 
 @dataclass(frozen=True, slots=True)
 class SharedPlan:
-    """What the prefix pass of a step reads, on the device; the same for every layer without a window."""
+    """The inputs of a step's prefix pass, on the device; the same for every layer without a window."""
 
     members: Tensor  # [members] int32
     tiles: Tensor  # [tiles, 4] int32
@@ -160,7 +160,7 @@ class SharedPlan:
 def plan_prefixes(
     groups: Sequence[Group], table_rows: Sequence[int], split_tokens: int, tile_rows: int, device: torch.device
 ) -> SharedPlan:
-    """``table_rows`` names each row's line of the block table; ``tile_rows`` comes from ``rows_per_tile``."""
+    """``table_rows``: each row's line of the block table; ``tile_rows`` comes from ``rows_per_tile``."""
     members: list[int] = []
     tiles: list[tuple[int, int, int, int]] = []
     prefix = [0] * len(table_rows)
@@ -179,7 +179,7 @@ def plan_prefixes(
 
 
 def rows_per_tile(group_size: int, tile: DecodeTile) -> int:
-    """Rows of the batch whose queries of one KV head fit a tile."""
+    """Number of rows whose queries of one KV head fit into a tile."""
     return max(1, tile.prefix_block_m // group_size)
 
 
@@ -201,7 +201,8 @@ def shared_decode_attention(
     tile: DecodeTile,
     out: Tensor | None = None,
 ) -> Tensor:
-    """As ``decode_attention``, prefixes of ``plan`` read once per tile of rows; for layers without a window."""
+    """As ``decode_attention``, with the prefixes of ``plan`` read once per tile of rows; for layers without a
+    window."""
     heads, head_dim = query.shape[1:]
     num_kv_heads, block_tokens = cache.shape[1], cache.shape[3]
     num_splits = max_splits(max_length, None, tile.split_tokens)

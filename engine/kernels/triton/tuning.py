@@ -1,4 +1,4 @@
-"""Which tile each kernel uses on which GPU: data, looked up at run time. Nothing is measured while serving."""
+"""The tiles of each kernel by GPU: data, looked up when the engine starts. Serving measures nothing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class DecodeTile:
     block_n: int
     num_warps: int
     num_stages: int
-    # Rows of a tile that reads a shared prefix.
+    # Rows of a tile of the shared-prefix kernel.
     prefix_block_m: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillTile:
-    """``num_programs`` 0: one program per tile, which the hardware hands out; otherwise programs that loop."""
+    """``num_programs`` 0: one program per tile, scheduled by the hardware; otherwise programs that loop over tiles."""
 
     block_m: int
     block_n: int
@@ -43,7 +43,7 @@ class PrefillTile:
 
 @dataclass(frozen=True, slots=True)
 class StreamTile:
-    """Products of few rows: ``block_n`` rows of weights meet up to ``max_block_m`` rows of activations."""
+    """Products of few rows: ``block_n`` rows of weights by up to ``max_block_m`` rows of activations."""
 
     max_block_m: int
     block_n: int
@@ -66,41 +66,41 @@ class GridTile:
 
 @dataclass(frozen=True, slots=True)
 class GemmPlan:
-    """How one (out, in) is computed. ``splits`` and ``block_k`` are part of the numerics, the tiles are not."""
+    """The plan for one (out, in). ``splits`` and ``block_k`` are part of the numerics, the tiles are not."""
 
     splits: int
     block_k: int
     stream: StreamTile
     grid: GridTile
-    # From this many rows on, tiles of many rows.
+    # From this many rows on, the tiles for many rows are used.
     grid_from_rows: int
-    # From this many rows on the vendor's product, where batch-invariance is not asked for; None is never.
+    # From this many rows on the vendor's product is used, if batch-invariance is off; None: never.
     vendor_from_rows: int | None = None
 
     def one_kernel(self) -> GemmPlan:
-        """For hardware that fails `gemm.probe`: one kernel with one tile, whatever the rows."""
+        """For hardware that fails `gemm.probe`: one kernel with one tile for any number of rows."""
         return replace(self, grid_from_rows=1)
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """All choices for one GPU. Attention's tiles are by head_dim: the smallest key that holds it."""
+    """All choices for one GPU. Attention tiles are by head_dim: the smallest key that is large enough."""
 
     gpu: str
     is_measured: bool
     num_processors: int
     decode: dict[int, DecodeTile]
     prefill: dict[int, PrefillTile]
-    # Layers with a window have a third loop, and room for fewer registers.
+    # Layers with a window have a third loop and fewer free registers.
     prefill_windowed: dict[int, PrefillTile]
-    # By (out, in); what is not there is planned from the default.
+    # By (out, in); other shapes are planned from the default.
     gemm: dict[tuple[int, int], GemmPlan]
     gemm_default: GemmPlan
-    # Of any shape: a value of 4 bytes has no tensor cores that are exact, and half the room.
+    # For any shape in float32: exact tensor cores do not exist, and a value needs twice the memory.
     decode_float32: DecodeTile
     prefill_float32: PrefillTile
     gemm_float32: GemmPlan
-    # Of the data, by which nodes of one numeric class know each other.
+    # A digest of the data; nodes of one numeric class have the same.
     digest: str
 
     def decode_tile(self, head_dim: int, dtype: torch.dtype) -> DecodeTile:
@@ -112,7 +112,7 @@ class Tuning:
         return self.prefill_float32 if dtype == torch.float32 else tile
 
     def gemm_plan(self, out_features: int, in_features: int, dtype: torch.dtype) -> GemmPlan:
-        """The measured plan, or the default cut so that the programs of a decode step fill the processors."""
+        """The measured plan, or the default, split so that the programs of a decode step fill the processors."""
         measured = self.gemm.get((out_features, in_features))
         if measured is not None and dtype != torch.float32:
             return measured
@@ -121,7 +121,7 @@ class Tuning:
         steps = -(-in_features // plan.block_k)
         # Two programs per processor, each with no fewer than eight steps.
         splits = max(1, min(2 * self.num_processors // tiles, steps // 8, 16))
-        # With more parts than one, sums of parts live beside the running part: half the tile.
+        # With more than one part, sums of parts are kept beside the running part: half the tile.
         grid = plan.grid if splits == 1 else replace(plan.grid, block_n=min(128, plan.grid.block_n))
         return replace(plan, splits=splits, grid=grid)
 
@@ -134,12 +134,12 @@ def _by_head_dim(tiles: dict[int, _Data], head_dim: int) -> _Data:
 
 
 def file_name(gpu: str) -> str:
-    """What the file of a GPU is called, by the name that the driver gives it."""
+    """The file name for a GPU, from the driver's name for it."""
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
 def load(gpu: str, capability: tuple[int, int], num_processors: int) -> Tuning:
-    """The file of this GPU; otherwise the defaults of its architecture, with one warning."""
+    """The tuning of this GPU; otherwise the defaults of its architecture, with one warning."""
     folder = resources.files(__package__) / "tuned"
     own = folder / file_name(gpu)
     if own.is_file():
@@ -156,7 +156,7 @@ _KEYS = {
 
 
 def parse(data: dict[str, Any], source: str, num_processors: int | None = None) -> Tuning:
-    """Raises BadConfig, naming the file and the key, for anything that is not a tuning."""
+    """Raises BadConfig with file and key for invalid data."""
     if set(data) != _KEYS:
         raise BadConfig(f"{source} has the keys {sorted(data)}, expected {sorted(_KEYS)}", param="tuning")
     count = data["num_processors"] if num_processors is None else num_processors
@@ -191,7 +191,7 @@ def _prefill_tiles(data: dict[str, Any], source: str, num_processors: int) -> di
 
 
 def _programs(data: dict[str, Any], num_processors: int) -> dict[str, Any]:
-    """Files say programs per processor, tiles say programs."""
+    """Files have programs per processor, tiles the total number."""
     rest = {key: value for key, value in data.items() if key != "programs_per_processor"}
     return {**rest, "num_programs": data.get("programs_per_processor", 0) * num_processors}
 
