@@ -1,6 +1,6 @@
-"""One admitted request on its way to an HTTP client: all of its choices, whole or as server-sent events.
+"""Turns one admitted request into the answer of an HTTP client: all choices, whole or as server-sent events.
 
-It joins generations with the JSON of `openai_response`, and knows no sockets.
+It connects generations with the JSON of `openai_response`; it uses no sockets.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from router.openai_whole import Json, PromptJson, WholeAnswer, prompt_json
 
 
 class Choice:
-    """One choice: its tokens come in, its chunks or its whole go out."""
+    """One choice: reads its tokens and writes its chunks or its whole text."""
 
     __slots__ = ("_generation", "_has_begun", "_writer", "ending", "prompt")
 
     def __init__(self, generation: Generation, writer: ChoiceWriter) -> None:
         self._generation = generation
         self._writer = writer
-        # What the answer repeats of it; set before anything is read, dropped when it has been given out.
+        # The repeated prompt; set before the first read, dropped once it has been sent.
         self.prompt = PromptJson()
         self._has_begun = False
         self.ending: Ending | None = None
 
     async def next(self) -> str:
-        """Its next chunks; with the last of them `ending` is set. Raises what ended the sequence badly."""
+        """The next chunks; `ending` is set with the last of them. Raises the error that ended the sequence."""
         text = ""
         while not text:
             text = self._chunks(await self._generation.next())
@@ -54,7 +54,7 @@ class Choice:
         return text if self.ending is None else text + self._writer.end(self.ending)
 
     async def whole(self, keep: Callable[[int], None]) -> Json:
-        """``keep`` is told of the bytes that are kept until the end."""
+        """``keep`` is called with the number of bytes that are kept until the end."""
         choice = self._writer.whole()
         while isinstance(part := await self._generation.next(), Part):
             keep(choice.add(part))
@@ -63,7 +63,7 @@ class Choice:
 
 
 class Answer:
-    """Read it with `whole`, or with `next` until `is_over`; leave it with `cancel`."""
+    """Read it with `whole`, or with `next` until `is_over`; end it early with `cancel`."""
 
     __slots__ = ("_accepted", "_choices", "_envelope", "_frontend", "_is_prepared", "_kept_bytes", "_merger", "_n",
                  "_prompt_ids", "_wants_ids", "_wants_relay", "_wants_usage", "is_over")  # fmt: skip
@@ -74,7 +74,7 @@ class Answer:
         self._accepted = accepted
         self._frontend = frontend
         self._kept_bytes = 0
-        # Not the body itself: it would live as long as the stream.
+        # Not the body itself: it would be kept as long as the stream.
         self._wants_usage = body.wants_usage
         self._wants_ids = bool(body.return_token_ids)
         self._wants_relay = bool(body.return_relay)
@@ -88,11 +88,11 @@ class Answer:
         )
         self._n = request.n
         self._is_prepared = not (accepted.echoes or self._wants_ids)
-        # A conversation's ids are said once more for all choices.
+        # A conversation's ids are repeated once for all choices.
         self._prompt_ids = ""
         self._choices: list[Choice] = []
         self._merger: _Merger | None = None
-        # The last event has been given out.
+        # The last event has been returned.
         self.is_over = False
         for i, generation in enumerate(accepted.generations):
             logprobs = None
@@ -111,11 +111,11 @@ class Answer:
         return self._accepted.request_id
 
     def cancel(self) -> None:
-        """Harmless when everything is over; else whoever reads gets Cancelled."""
+        """No effect if everything is over; else the reader gets Cancelled."""
         self._frontend.cancel(self._accepted, "the client left")
 
     async def _prepare(self) -> None:
-        """Write what is repeated of the prompts."""
+        """Write the JSON of the repeated prompts."""
         self._is_prepared = True
         for first in range(0, len(self._choices), self._n):
             echo = self._accepted.echoes[first // self._n] if self._accepted.echoes else ""
@@ -149,9 +149,9 @@ class Answer:
         return self._endings[0].relay.line()
 
     async def next(self) -> bytes:
-        """The next server-sent events, at least one; the last ones come with usage and the end.
+        """The next server-sent events, at least one; the last ones include usage and the end.
 
-        Raises an error of a sequence; what was given out before stands.
+        Raises an error of a sequence; earlier events have been sent.
         """
         if not self._is_prepared:
             await self._prepare()
@@ -166,7 +166,7 @@ class Answer:
         return text.encode() + self._closing() if self.is_over else text.encode()
 
     async def close(self) -> None:
-        """Leave nothing behind, whatever was read."""
+        """Release everything, whatever was read."""
         self.cancel()
         self._frontend.backlog.num_bytes -= self._kept_bytes
         self._kept_bytes = 0
@@ -181,18 +181,18 @@ class Answer:
 
     @property
     def _endings(self) -> list[Ending]:
-        """Of all choices; they have ended."""
+        """The endings of all choices, which have ended."""
         return [c.ending for c in self._choices if c.ending is not None]
 
     def _usage(self) -> dict[str, Any]:
-        """Prompts count once, however many choices they have."""
+        """A prompt counts once, however many choices it has."""
         firsts = self._accepted.generations[:: self._n]
         num_prompt = sum(len(g.prompt_token_ids) for g in firsts)
         endings = self._endings
         return usage(num_prompt, endings, sum(e.num_cached_tokens for e in endings[:: self._n]))
 
     def _extras(self) -> str:
-        """Further members of the answer's JSON, each behind a comma."""
+        """Further members of the answer's JSON, each with a leading comma."""
         extra = f',"prompt_token_ids":[{self._prompt_ids}]' if self._wants_ids and self._envelope.is_chat else ""
         if self._wants_relay:
             relays = [relay_json(e.relay) for e in self._endings]
@@ -206,7 +206,7 @@ def _compact(value: dict[str, Any]) -> str:
 
 
 class _Merger:
-    """Several choices, each read by a task of its own; the queue holds them back to the client's pace."""
+    """Merges several choices, each read by a task of its own; the bounded queue makes them wait for the client."""
 
     def __init__(self, choices: Sequence[Choice]) -> None:
         self.num_left = len(choices)

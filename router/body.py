@@ -1,8 +1,8 @@
-"""The body of a request that generates: read within limits, looked over, and only then parsed.
+"""Reads the body of a request that generates: within limits, and checked before it is parsed.
 
-A parser holds Python's lock from the first byte to the last, so a body's cost is bounded before: in bytes by what the
-model's context can hold, and in structure, which costs far more than text (0.3 ms a megabyte of text, 150 ms a megabyte
-of one-element lists).
+A parser holds Python's lock from the first byte to the last, so a body's cost is bounded before: its bytes by the
+model's context, and its structure, which costs far more than text (0.3 ms a megabyte of text, 150 ms a megabyte of
+one-element lists).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from baton import errors
 from baton.errors import quoted
 from router.config import LimitsConfig
 
-# So large a body is nothing to count or to bound.
+# Bodies up to this size need no limit.
 SMALL_BODY_BYTES = 16 * 1024
 
 
 class BodyReader:
-    """Reads bodies, and bounds what all of them hold together. ``max_bytes`` says what one may have."""
+    """Reads bodies and bounds their total memory. ``max_bytes`` returns the limit of one body."""
 
     def __init__(self, limits: LimitsConfig, max_bytes: Callable[[], int]) -> None:
         self._limits = limits
@@ -31,9 +31,9 @@ class BodyReader:
 
     @asynccontextmanager
     async def read(self, scope: Scope, receive: Receive) -> AsyncIterator[bytes]:
-        """The body, which counts as held until the block ends.
+        """The body; its bytes count as held until the block ends.
 
-        Raises Encoded and TooLarge (before anything is read, if the client says so), Overloaded, DeadlineExceeded,
+        Raises Encoded and TooLarge (before reading, if the length is announced), Overloaded, DeadlineExceeded,
         Cancelled.
         """
         for name, value in scope["headers"]:
@@ -99,7 +99,7 @@ class TooLarge(errors.InvalidRequest):
 
 
 def check_structure(content: bytes, limits: LimitsConfig, max_model_tokens: int | None) -> None:
-    """Raises InvalidRequest for JSON of more parts than a parser may be given. What texts contain does not count."""
+    """Raises InvalidRequest for JSON with more parts than a parser may get. The contents of strings do not count."""
     for_tokens = 2 * (max_model_tokens or 0)
     _check_num("escapes", content.count(b"\\"), max(limits.max_body_escapes, for_tokens))
     plain = content.replace(b"\\\\", b"").replace(b'\\"', b"")
@@ -115,6 +115,6 @@ def _check_num(what: str, num: int, limit: int) -> None:
 
 
 def _is_beyond(declared: bytes, limit: int) -> bool:
-    # A number of any length is no reason to compute with it.
+    # The length is not converted: a number may have any number of digits.
     digits = declared.lstrip(b"0")
     return digits.isdigit() and (len(digits) > 18 or int(digits) > limit)

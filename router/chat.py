@@ -1,7 +1,7 @@
-"""Chat messages to one prompt text, by the model's own template, in a sandbox.
+"""Renders chat messages to one prompt text with the model's own template, in a sandbox.
 
-The template is data that came with a model: it sees the messages and what transformers shows to templates,
-nothing else.
+The template is data that came with the model: it gets the messages and the variables that transformers passes to
+templates, and no other object.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.errors import BadConfig, InvalidRequest, PromptTooLong, shortened
 
-# OpenAI's newer name of the system role.
+# OpenAI's newer name for the system role.
 _DEVELOPER = "developer"
 
 
@@ -39,14 +39,14 @@ class ChatMessage:
 
 
 class _GenerationTag(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training; here it only renders its body."""
+    """`{% generation %}` marks the assistant's text, for training; here it only renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A block with a scope of its own, as in transformers: what is set inside is not seen outside.
+        # A block with its own scope, as in transformers: variables set inside are not visible outside.
         return nodes.CallBlock(self.call_method("_render"), [], [], body).set_lineno(line)
 
     def _render(self, caller: Callable[[], str]) -> str:
@@ -54,7 +54,7 @@ class _GenerationTag(Extension):
 
 
 class ChatTemplate:
-    """Raises BadConfig for a template that cannot be compiled, InvalidRequest for messages it refuses."""
+    """Raises BadConfig for a template that cannot be compiled, InvalidRequest for messages that it refuses."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -71,7 +71,7 @@ class ChatTemplate:
         self._special_tokens = special_tokens
         self._knows_developer = any(node.value == _DEVELOPER for node in syntax.find_all(nodes.Const))
         self._takes_parts = _loops_over_content(syntax)
-        # One that asks whether content is a string takes both.
+        # A template that tests whether content is a string accepts both.
         self._takes_strings = not self._takes_parts or any(t.name == "string" for t in syntax.find_all(nodes.Test))
 
     def render(
@@ -82,13 +82,13 @@ class ChatTemplate:
         variables: Mapping[str, Any] | None = None,
         max_chars: int | None = None,
     ) -> str:
-        """The prompt. Raises PromptTooLong as soon as it has more than ``max_chars``."""
+        """The prompt. Raises PromptTooLong as soon as it exceeds ``max_chars``."""
         if variables and "messages" in variables:
             raise InvalidRequest(
                 "chat_template_kwargs has messages, expected other variables of the template",
                 param="chat_template_kwargs",
             )
-        # A special token that the model does not have stays undefined: templates ask.
+        # A special token that the model does not have stays undefined: templates test for it.
         context = {
             "tools": None,
             "documents": None,
@@ -107,7 +107,7 @@ class ChatTemplate:
             ) from error
 
     def _seen(self, message: ChatMessage) -> dict[str, Any]:
-        """A message as the template sees it."""
+        """A message in the form for the template."""
         is_foreign = message.role == _DEVELOPER and not self._knows_developer
         seen = {"role": "system" if is_foreign else message.role, "content": self._seen_content(message.content)}
         return seen if message.name is None else seen | {"name": message.name}
@@ -119,14 +119,14 @@ class ChatTemplate:
             content = () if content is None else (content,)
         if self._takes_parts:
             return [{"type": "text", "text": text} for text in content]
-        # As vLLM joins them.
+        # Joined as in vLLM.
         return "\n".join(content)
 
 
 def _loops_over_content(syntax: nodes.Template) -> bool:
-    """Whether the template goes through the parts of a message's content: `{% for part in message.content %}`.
+    """Whether the template iterates over the parts of a message's content: `{% for part in message.content %}`.
 
-    vLLM looks for the same, following variables from `messages` on; here the name `content` is enough.
+    vLLM tests the same, following variables from `messages`; here the name `content` is enough.
     """
     names = {"content"}
     for assignment in syntax.find_all(nodes.Assign):
@@ -179,5 +179,5 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """JSON as models were trained on: no HTML escapes, unlike jinja2's own filter."""
+    """JSON in the form that models were trained on: no HTML escapes, unlike jinja2's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

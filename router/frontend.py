@@ -1,7 +1,7 @@
 """From a client's request to generations: validate, tokenize, resolve sampling, admit; then tokens back to text.
 
-Both faces, gRPC and HTTP, stand on this. It owns what is checked at the edge and the text of every choice; the fate of
-a sequence is the flow's.
+Both faces, gRPC and HTTP, use it. It owns the checks of requests and the text of every choice; `router.flow` owns the
+state of a sequence.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ from router.turns import Turns
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
-# Shorter prompts are rendered and tokenized on the event loop: a thread's hand-over costs more.
+# Shorter prompts are rendered and tokenized on the event loop: passing them to a thread costs more.
 _INLINE_CHARS = 4096
-# What a message costs a template, in characters of text.
+# Cost of a message in a template, in characters of text.
 _MESSAGE_CHARS = 64
-# Prompts of fewer characters a token than this are tokenized at once; no language needs more.
+# Prompts with at most this many characters per token of the context are tokenized without a count first; no language
+# needs more.
 _USUAL_CHARS_PER_TOKEN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that the model's chat template turns into a prompt; ``variables`` are the template's as well."""
+    """Messages that the model's chat template turns into a prompt, and the template's ``variables``."""
 
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
@@ -49,7 +50,7 @@ class Conversation:
 
     @property
     def num_chars(self) -> int:
-        """About; it decides where the template runs."""
+        """The approximate size, which decides where the template runs."""
         return sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
 
 
@@ -58,22 +59,22 @@ Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks. Untrusted."""
+    """The client. Untrusted."""
 
-    # Whose turn it takes: `router.keys.client_of`.
+    # The client for the turns of the queue: `router.keys.client_of`.
     client: str = ""
-    # W3C Trace Context, as it came.
+    # W3C Trace Context, as received.
     traceparent: str = ""
     tracestate: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """What both faces ask for. Each prompt is text, token ids or a conversation, and gets ``n`` choices."""
+    """A request as both faces pass it on. Each prompt is text, token ids or a conversation, and gets ``n`` choices."""
 
     prompts: Prompts
     sampling: SamplingParams
-    # Names of sampling's fields that the caller left to the model's defaults.
+    # Names of sampling fields that the caller left to the model's defaults.
     unset_sampling: tuple[str, ...] = ()
     model: str = ""
     request_id: str = ""
@@ -82,31 +83,31 @@ class GenerationRequest:
     include_stop: bool = False
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
-    # Without max_tokens, chat may use what is left of the context and a completion gets 16.
+    # Without max_tokens, chat may use the rest of the context and a completion gets 16.
     is_chat: bool = False
     timeout_s: float | None = None
-    # The answer begins with the prompt's text, or brings its ids, in every choice.
+    # The answer repeats the prompt's text, or its ids, in every choice.
     echo: bool = False
     returns_prompt_ids: bool = False
-    # What the face calls the bound on new tokens, for messages.
+    # The face's name for the bound on new tokens, for messages.
     max_tokens_param: str = "max_tokens"
     caller: Caller = Caller()
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """New output of one choice. Text lags behind token ids where it is not certain yet."""
+    """New output of one choice. Text lags behind token ids where it may still change."""
 
     text: str
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
-    # With log-probabilities: what each token added to the text, before anything was held back or cut for stop strings.
+    # With log-probabilities: the text that each token added, before text was held back or cut at stop strings.
     token_texts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
 class Ending:
-    """How one choice ended well."""
+    """The successful end of one choice."""
 
     finish_reason: FinishReason
     # The stop string or stop token that ended it; None for end of sequence and length.
@@ -117,7 +118,7 @@ class Ending:
 
 
 class Generation:
-    """One choice: read `next` until it returns an Ending, or leave with `cancel`. Errors are raised from `next`."""
+    """One choice: call `next` until it returns an Ending, or end it with `cancel`. `next` raises its errors."""
 
     __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_last_id", "_num_tokens", "_text",
                  "prompt_token_ids")  # fmt: skip
@@ -137,11 +138,11 @@ class Generation:
 
     @property
     def ending(self) -> Ending | None:
-        """How it ended, as soon as the last part has been read."""
+        """The Ending, as soon as the last part has been read."""
         return self._ending
 
     async def next(self) -> Part | Ending:
-        """The next part, of as many tokens as there are. Raises the error that ended the sequence."""
+        """The next part, with all tokens that have arrived. Raises the error that ended the sequence."""
         if self._ending is not None:
             return self._ending
         batch = await self._active.stream.next()
@@ -152,7 +153,7 @@ class Generation:
             raise batch.outcome.error
         part = self._part(batch.token_ids, batch.logprobs)
         if batch.outcome.error is not None:
-            # Tokens first; the next call finds the error again.
+            # Tokens first; the next call raises the error.
             return part
         if self._ending is None:
             self._finish(batch.outcome)
@@ -188,12 +189,12 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """An admitted request; ``generations`` is prompt by prompt, choice by choice."""
+    """An admitted request; ``generations`` are ordered by prompt, then choice."""
 
     request_id: str
     model: str
     created_s: float
-    # Prompt by prompt, where the request asks for an echo.
+    # By prompt, if the request asks for an echo.
     echoes: Sequence[str] = ()
     generations: list[Generation] = field(default_factory=list)
 
@@ -233,7 +234,7 @@ class Frontend:
 
     @property
     def max_model_tokens(self) -> int | None:
-        """Prompt and output together; None while neither a node nor a folder has said so."""
+        """Prompt and output together; None while no node and no folder has given it."""
         reference = self._dispatcher.reference
         bounds = [
             reference.model.max_model_tokens if reference else self._facts.max_model_tokens,
@@ -243,7 +244,7 @@ class Frontend:
 
     @property
     def max_request_bytes(self) -> int:
-        """Of a request's body: what the context can need, within the limits."""
+        """Limit for a request's body: what the context can need, within the configured limits."""
         needed = (self.max_model_tokens or 0) * self._limits.body_bytes_per_token
         return min(self._limits.max_body_bytes, max(self._limits.least_body_bytes, needed))
 
@@ -252,13 +253,13 @@ class Frontend:
 
     @property
     def chat_refusal(self) -> str:
-        """Why conversations are refused; empty if they are served."""
+        """The reason why conversations are refused; empty if they are served."""
         if self.tokenizer is None:
             return "the router has no tokenizer.json of the model: it serves token ids alone"
         return "" if self._chat is not None else "the served model has no chat template; use completions with a prompt"
 
     async def start(self, request: GenerationRequest) -> Accepted:
-        """Admit a request with all of its choices, or raise why not."""
+        """Admit a request with all of its choices, or raise the reason for its refusal."""
         try:
             return await self._start(request)
         except errors.BatonError as error:
@@ -284,7 +285,8 @@ class Frontend:
         for token_ids in prompts:
             self._check_ids("prompt", (min(token_ids), max(token_ids)))
         await self.turns.wait()
-        # Again, as others came while this one was tokenized; nothing comes between here and submit.
+        # Checked again, since other requests came while this one was tokenized; there is no await between here and
+        # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
         caller = request.caller
         origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)
@@ -300,7 +302,7 @@ class Frontend:
                         )
                     )  # fmt: skip
             self._dispatcher.place()
-            # The reservations leave; what is only needed with the first token is made while the nodes work.
+            # The reservations are sent; objects needed only with the first token are made while the nodes work.
             await asyncio.sleep(0)
         except BaseException:
             self._dispatcher.cancel(actives, "the client left")
@@ -309,7 +311,7 @@ class Frontend:
         return Accepted(request_id, self.model_name, arrived_s, echoes, generations)
 
     def cancel(self, accepted: Accepted, reason: str) -> None:
-        """Harmless for choices that are over."""
+        """No effect for choices that are over."""
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
     def _generation(self, request: GenerationRequest, active: Active) -> Generation:
@@ -344,7 +346,7 @@ class Frontend:
                 "and ':'",
                 param="request_id",
             )
-        # Unique even if a client uses an id twice at once.
+        # Unique even if a client uses an id twice at the same time.
         return f"{asked}~{self._rng.getrandbits(32):08x}"
 
     def _check_stops(self, request: GenerationRequest) -> None:
@@ -365,9 +367,9 @@ class Frontend:
     # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _tokenized(self, request: GenerationRequest) -> tuple[list[tuple[int, ...]], list[str]]:
-        """Every prompt's ids, and its text if that is to be echoed.
+        """The ids of every prompt, and its text if that is echoed.
 
-        What cannot fit is refused before it costs anything; large prompts leave the event loop.
+        A prompt that cannot fit is refused before it is tokenized; large prompts leave the event loop.
         """
         limit = self.max_model_tokens
         num_chars = sum(self._check_length(prompt, limit, has_echo=request.echo) for prompt in request.prompts)
@@ -388,7 +390,7 @@ class Frontend:
     def _check_length(
         self, prompt: str | tuple[int, ...] | Conversation, limit: int | None, *, has_echo: bool
     ) -> int:  # fmt: skip
-        """How many characters there are to be tokenized, or to be made."""
+        """Refuses by the number of characters to tokenize or to render."""
         if isinstance(prompt, tuple):
             if limit is not None and len(prompt) >= limit:
                 raise _too_long(limit, f"{len(prompt)}", "prompt")
@@ -410,7 +412,7 @@ class Frontend:
             raise _too_long(limit, f"{num_chars} characters, more than so many tokens can stand for,", param)
 
     def _max_chars(self, limit: int | None) -> int | None:
-        """Of a text that may fit."""
+        """Maximum characters of a text that may fit."""
         assert self.tokenizer is not None
         per_token = self.tokenizer.max_chars_per_token or self._limits.prompt_chars_per_token
         return None if limit is None else limit * per_token
@@ -453,7 +455,7 @@ class Frontend:
             raise _too_long(limit, f"{num_prompt_tokens}", "messages" if request.is_chat else "prompt")
         max_tokens, param = sampling.max_tokens, request.max_tokens_param
         if max_tokens is None:
-            # OpenAI's default for completions comes before the model's, as in vLLM.
+            # OpenAI's default for completions has priority over the model's, as in vLLM.
             default = (defaults.max_tokens or room) if request.is_chat else None
             default = default or _DEFAULT_COMPLETION_TOKENS
             max_tokens = default if room is None else min(default, room)
@@ -473,7 +475,7 @@ class Frontend:
 
     @property
     def _vocab_size(self) -> int | None:
-        """The model's; the tokenizer's while no node has said so."""
+        """The model's; the tokenizer's while no node is known."""
         reference = self._dispatcher.reference
         if reference is not None:
             return reference.model.vocab_size
@@ -484,7 +486,7 @@ class Frontend:
         self._check_ids("logit_bias", tuple(sampling.logit_bias))
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
-        """Every id that a node would look up is in the vocabulary."""
+        """Every id that a node would look up must be in the vocabulary."""
         vocab_size = self._vocab_size
         if vocab_size is None:
             return
@@ -495,7 +497,7 @@ class Frontend:
                 )
 
     def _check_repeats(self, request: GenerationRequest, prompts: Sequence[Sized], echoes: Sequence[str]) -> None:
-        """A prompt that is repeated in each of many choices makes an answer of any size."""
+        """Bounds the answer's size: each of many choices may repeat the prompt."""
         wanted: dict[str, Sequence[Sized]] = {"echo": echoes, "return_token_ids": prompts}
         for param, items in wanted.items():
             is_asked = request.echo if param == "echo" else request.returns_prompt_ids
@@ -529,7 +531,7 @@ class Frontend:
 
 
 def _closed(delta: TextDelta, rest: TextDelta) -> TextDelta:
-    """With what was incomplete, which is the last token's."""
+    """The text with its incomplete end, which belongs to the last token."""
     texts = delta.token_texts
     if texts:
         texts = [*texts[:-1], texts[-1] + "".join(rest.token_texts)]
@@ -544,7 +546,7 @@ def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:
 
 
 def _size(value: object) -> int:
-    """About how much a template's variable holds."""
+    """The approximate size of a template variable."""
     if isinstance(value, Mapping):
         return sum(map(_size, value.values())) + _MESSAGE_CHARS * len(value)
     if isinstance(value, list):

@@ -1,7 +1,7 @@
-"""Requests over gRPC: their structure is looked over, and each is parsed when the event loop has time for it.
+"""Checks the structure of gRPC requests, and parses each when the event loop has time for it.
 
-gRPC parses a message on the event loop as soon as it is there, and holds it for 16 ms a megabyte where the message is
-all empty parts (0.1 ms where it is text). So gRPC hands over bytes, and they are parsed here.
+gRPC would parse a message on the event loop as soon as it arrives, which blocks the loop for 16 ms a megabyte if the
+message consists of empty parts (0.1 ms if it is text). So gRPC passes bytes, and they are parsed here.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from router.turns import Turns
 from router.wire import abort
 
 _GENERATE = f"/{router_pb2.DESCRIPTOR.services_by_name['Router'].full_name}/Generate"
-# Fields of the request with parts of their own that cost as much.
+# Fields of the request with parts of their own, which cost as much.
 _NESTED = tuple(router_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("chat", "sampling"))
 _FIELDS = router_pb2.GenerateRequest.DESCRIPTOR.fields_by_number
 
 
 class ParseInTurns(aio.ServerInterceptor):
-    """For `Generate`, the one method with large requests. Refuses messages of more than ``max_parts`` parts: fields of
-    the request, of its conversation and of its sampling."""
+    """For `Generate`, the only method with large requests. Refuses messages of more than ``max_parts`` parts: fields
+    of the request, of its conversation and of its sampling."""
 
     def __init__(self, turns: Turns, max_parts: int) -> None:
         self._turns = turns
@@ -63,9 +63,9 @@ class ParseInTurns(aio.ServerInterceptor):
 
 
 def overfull(raw: bytes, max_parts: int) -> str | None:
-    """The field in which a message's parts become too many; None if they are not, as far as it can be read."""
+    """The field whose parts exceed the limit; None if none does, as far as the message can be read."""
     num_parts = 0
-    # Where to read on, how far, and in which field; 0 is the request itself.
+    # Position, end and field of the messages still to be read; 0 is the request itself.
     pending = [(0, len(raw), 0)]
     try:
         while pending:
@@ -89,7 +89,7 @@ def overfull(raw: bytes, max_parts: int) -> str | None:
                     case 5:
                         at += 4
     except IndexError:
-        pass  # malformed: the parser will say so
+        pass  # malformed: the parser will report it
     return None
 
 

@@ -1,4 +1,4 @@
-"""The last sequences that ended, in bounded memory, and their lifelines as stages: what pages and traces show."""
+"""The last ended sequences in bounded memory, and their lifelines as stages, for the status page and traces."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class History:
         return list(islice(reversed(self._ended), count))
 
     def trace(self, router_id: str, now: float, last_s: float) -> router_pb2.ClusterTraceResponse:
-        """What ended in the last seconds, as the router's part of a trace."""
+        """The sequences that ended in the last seconds, as the router's part of a trace."""
         part = router_pb2.ClusterTraceResponse.RouterTrace(router_id=router_id, now_s=now)
         for ended in self._ended:
             if ended.arrived_s + ended.relay.e2e_s >= now - last_s:
@@ -42,8 +42,8 @@ class History:
 def stages(relay: Relay) -> list[tuple[str, float, float]]:
     """Name, start after arrival and length in seconds of each stage, in order; they add up to ``e2e_s``.
 
-    The transfer is what of it came between first and second token. Lengths were each measured by one clock; a stage is
-    put where the one before it ends, so no two clocks are compared.
+    The transfer stage is its part between first and second token. Each length was measured by one clock, and a stage
+    starts where the one before it ends, so no two clocks are compared.
     """
     if not relay.num_tokens:
         return [("no token", 0.0, relay.e2e_s)] if relay.e2e_s > 0 else []

@@ -1,7 +1,7 @@
-"""The OpenAI face: routes, bodies, streams and errors over HTTP. What they say is decided elsewhere.
+"""The OpenAI face of the router: routes, bodies, streams and errors over HTTP.
 
-Generating requests are served as plain ASGI: a framework's routing, dependencies and exit stacks cost each of them more
-time and memory than the router's own work. Everything else is FastAPI's.
+Requests that generate are served as plain ASGI: a framework's routing, dependencies and exit stacks cost more time and
+memory per request than the router's own work. All other routes use FastAPI.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _log = logging.getLogger("baton.router.http")
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
-# The standard asks for 512 of a tracestate.
+# W3C Trace Context requires at least 512 characters of tracestate.
 _MAX_TRACE_BYTES = 512
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -76,7 +76,7 @@ class HttpFace:
                 accepted = await self._frontend.start(request)
                 answer = Answer(self._frontend, body, request, accepted)
             wants_stream = body.stream
-            # They would live as long as the stream.
+            # Else they would live as long as the stream.
             del raw, body, request, accepted
             leaver = asyncio.create_task(self._cancel_when_left(receive, answer))
             try:
@@ -92,13 +92,13 @@ class HttpFace:
             await _error_response(error)(scope, receive, send)
         except Exception as error:
             if stream is not None and stream.has_begun:
-                raise  # the server logs it and closes the connection: the client must not take this for the end
+                raise  # the server logs it and closes the connection, so that the client does not take this for the end
             await _defect_response(scope["path"], error)(scope, receive, send)
 
     async def _cancel_when_left(self, receive: Receive, answer: Answer) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
-        # Hundreds may leave together.
+        # Hundreds of clients may leave at once.
         await self._frontend.turns.wait()
         answer.cancel()
 
@@ -133,7 +133,7 @@ class HttpFace:
 
 
 def _trace_of(scope: Scope) -> dict[str, str]:
-    """The caller's trace context, where it sent one."""
+    """The caller's trace context, if it sent one."""
     found = {n: v for n, v in scope["headers"] if n in _TRACE_HEADERS and len(v) <= _MAX_TRACE_BYTES}
     if b"traceparent" not in found:
         return {}
@@ -141,7 +141,7 @@ def _trace_of(scope: Scope) -> dict[str, str]:
 
 
 class _EventStream:
-    """Writes an answer as server-sent events. The server gives up a client that stops reading, and tells by
+    """Writes an answer as server-sent events. If a client stops reading, the server closes it and sends
     `http.disconnect`."""
 
     __slots__ = ("_answer", "_send", "has_begun")
@@ -152,8 +152,8 @@ class _EventStream:
         self.has_begun = False
 
     async def run(self) -> None:
-        """Raises an error of the answer only while it can still have a status of its own."""
-        # The status line waits for the first token.
+        """Raises an error of the answer only while the response has no status line yet."""
+        # The status line is sent with the first token.
         event = await self._answer.next()
         self.has_begun = True
         headers = [
@@ -169,7 +169,7 @@ class _EventStream:
                 event = await answer.next()
         except errors.BatonError as error:
             event = error_event(error)
-        # The last event and the end of the body leave together.
+        # The last event and the end of the body are sent together.
         await self._write(event, is_last=True)
 
     async def _write(self, event: bytes, *, is_last: bool) -> None:
@@ -177,7 +177,7 @@ class _EventStream:
 
 
 def _allowed(app: FastAPI, scope: Scope) -> str:
-    """The methods that a path answers, as a header says them; empty if there is no such path."""
+    """The methods of a path, as an Allow header; empty if there is no such path."""
     if scope["path"] == "*":  # the server as a whole
         return "GET, HEAD, OPTIONS, POST"
     if scope["path"] in (_COMPLETIONS, _CHAT):
@@ -206,7 +206,7 @@ def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, 
 
 
 class _Routes:
-    """What does not generate."""
+    """The routes that do not generate."""
 
     def __init__(self, frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics) -> None:
         self._frontend = frontend
@@ -218,7 +218,7 @@ class _Routes:
         raise HTTPException(405)
 
     async def root(self) -> Response:
-        """A browser that was given the address alone."""
+        """For a browser at the bare address: redirects to the status page."""
         return RedirectResponse("/status")
 
     async def models(self) -> Response:
@@ -241,7 +241,7 @@ class _Routes:
         }
 
     async def health(self) -> Response:
-        """The process is alive and its loop turns; says nothing about nodes."""
+        """The process is alive and its event loop runs; independent of nodes."""
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
@@ -255,9 +255,10 @@ class _Routes:
         return Response(exposition(self._metrics), media_type=CONTENT_TYPE)
 
     async def metrics_targets(self) -> Response:
-        """The workers' metrics ports, as Prometheus' http_sd asks for them.
+        """The workers' metrics ports in the format of Prometheus' http_sd.
 
-        Lost nodes stay as long as they are members, since they are missed; those that left as they had said do not.
+        Lost nodes stay in the list while they are members, so that their absence raises an alert; nodes that left in
+        order are removed.
         """
         members = [m for m in self._dispatcher.members if m.is_up or not (m.status and m.status.draining)]
         addresses = [m.node.metrics_address for m in members if m.node is not None]

@@ -1,7 +1,7 @@
-"""The HTTP listener of the router: uvicorn on this event loop, with bounds on what a connection may hold, and how long.
+"""The HTTP listener of the router: uvicorn on this event loop, with limits on the memory and the time of a connection.
 
-It closes connections that say nothing, that do not finish a request's head, and that take nothing of their answer; it
-bounds heads and the number of connections. It knows no route; how long a body may take is the application's to say.
+It closes connections that are silent, that do not finish a request's head, or that do not read their answer; it bounds
+heads and the number of connections. The application bounds the time of a body.
 """
 
 from __future__ import annotations
@@ -26,42 +26,42 @@ from baton import errors
 
 _log = logging.getLogger("baton.router.http")
 
-# Accepted in one go: what comes between two looks at the number of connections, and has to fit into the reserve of
-# descriptors. How many may wait to be accepted is another number.
+# Connections accepted at once, between two checks of their number; they must fit into the reserve of descriptors. The
+# listen backlog is another number.
 _ACCEPTS_AT_ONCE = 16
 _BACKLOG = 1024
-# uvicorn's own time for idle connections, which any byte ends; `look` does it here.
+# uvicorn's own idle time-out, which any byte resets; `look` handles idle connections here.
 _NEVER_S = 86_400
-# What the kernel takes of an answer before the client has taken any; far more than a second's tokens.
+# Bytes of an answer that the kernel accepts before the client has read any; far more than a second's tokens.
 _MAX_UNSENT_BYTES = 128 * 1024
-# Requests of one connection that are read before the first is answered; what follows them is read later. They are
-# counted after so many bytes at a time, which hold some 150 of them at the most, 600 where a body ends in them: uvicorn
-# copies what it has of a body for each piece.
+# Requests of one connection that are read before the first is answered; later ones are read later. They are counted
+# after this many bytes, which contain at most 150 of them (600 where a body ends inside): uvicorn copies the rest of a
+# body for each piece.
 _MAX_PIPELINED = 16
 _HEAD_PIECE_BYTES, _BODY_PIECE_BYTES = 4096, 16384
-# A client that was refused may go on sending for so long.
+# How long a refused client may continue to send.
 _LINGER_S = 2.0
-# An answer that is not written yet to a client that has closed its side: is it there at all? Looked at so often.
+# Interval of the check whether a client that has closed its side, and whose answer has not begun, is still connected.
 _PROBES_S = (0.02, 0.05, 0.1, 0.2, 0.5)
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """What clients' connections may hold, and for how long."""
+    """Limits on the memory and the time of clients' connections."""
 
     max_connections: int
     # From the connection, or the first byte of a further request, to the end of the request's head.
     head_timeout_s: float
     # Between two requests.
     keep_alive_s: float
-    # A client that takes no byte of an answer for so long is gone.
+    # A client that reads no byte of an answer for this long counts as gone.
     write_timeout_s: float
     max_head_bytes: int
     max_headers: int
 
 
 class _RefusedHeadError(Exception):
-    """A head that gets no further; raised inside the parser."""
+    """A head that is refused; raised inside the parser."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -70,13 +70,13 @@ class _RefusedHeadError(Exception):
 
 
 class Connections:
-    """All connections of one listener. ``count`` is told why one was closed early."""
+    """All connections of one listener. ``count`` gets the reason for each one that is closed early."""
 
     def __init__(self, limits: ConnectionLimits, count: Callable[[str], None]) -> None:
         self.limits = limits
         self.count = count
         self._all: dict[Connection, None] = {}
-        # Those without a request under way, the one that has been so for longest first.
+        # Those without a request, the longest idle one first.
         self._idle: dict[Connection, None] = {}
         self._sweeper: asyncio.TimerHandle | None = None
 
@@ -94,7 +94,7 @@ class Connections:
         sweep()
 
     def stop(self) -> None:
-        """Nobody is left waiting for a client that does not read."""
+        """Closes all connections whose client does not read."""
         if self._sweeper is not None:
             self._sweeper.cancel()
         for connection in list(self._all):
@@ -104,7 +104,7 @@ class Connections:
         return len(self._all)
 
     def joined(self, connection: Connection) -> bool:
-        """Room is made by closing whoever has had no request for longest; False if all are busy."""
+        """Makes room by closing the connection that has been idle for longest; False if all are busy."""
         if len(self._all) >= self.limits.max_connections:
             if not self._idle:
                 self.count("full")
@@ -130,23 +130,23 @@ class Connections:
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection. uvicorn's protocol does the talking; this adds what it lets pass."""
+    """One client's connection: uvicorn's protocol with the limits of this module."""
 
     def __init__(self, connections: Connections, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._mates = connections
         self._limits = connections.limits
-        # When the head must be complete, or the next request must begin; None while one is served.
+        # Deadline of the head or of the next request; None while a request is served.
         self._deadline_s: float | None = None
         self._is_in_head = False
         self._is_in_message = False
-        # Bytes of a head, of trailers or of chunks' extensions that have not led to anything yet.
+        # Bytes of a head, of trailers or of chunk extensions so far.
         self._framing_bytes = 0
-        # What came behind more requests than are read ahead. Nothing more is taken from the client meanwhile.
+        # Input behind more requests than are read ahead. Reading is paused meanwhile.
         self._held = b""
         self._refusal: _RefusedHeadError | None = None
         self._is_refused = False
-        # Bytes that wait to be taken, and since when they are that many.
+        # Bytes that the client has not read, and since when the number has not fallen.
         self._unsent_bytes = 0
         self._unsent_since_s = 0.0
 
@@ -164,10 +164,10 @@ class Connection(HttpToolsProtocol):
         self._unset_keepalive_if_required()
 
     def look(self, now: float) -> None:
-        """Close it if it has been waited for long enough."""
+        """Close the connection if a deadline has passed."""
         unsent = self.transport.get_write_buffer_size()
         if unsent:
-            # The kernel takes in steps of 64 KiB, and gives out as the client reads.
+            # The kernel accepts in steps of 64 KiB, and sends as the client reads.
             unsent += _unacknowledged_bytes(self.transport.get_extra_info("socket"))
         if unsent == 0 or unsent != self._unsent_bytes:
             self._unsent_bytes, self._unsent_since_s = unsent, now
@@ -189,7 +189,7 @@ class Connection(HttpToolsProtocol):
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
-    # ── What comes in ───────────────────────────────────────────────────────────────────────────────────────────────
+    # Input
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -210,7 +210,7 @@ class Connection(HttpToolsProtocol):
             refusal = self._refusal or (error if isinstance(error, _RefusedHeadError) else None)
             self._mates.count("large_head" if refusal is not None and refusal.status == 431 else "malformed")
             if self._is_answering and (self.cycle.response_started or self.pipeline):
-                self.transport.abort()  # a refusal here would be taken for a part of the answer
+                self.transport.abort()  # a refusal here would look like a part of the answer
             elif refusal is not None:
                 self._refuse(refusal.status, refusal.message)
             else:
@@ -225,8 +225,8 @@ class Connection(HttpToolsProtocol):
             raise self._too_large()
 
     def _feed(self, data: bytes) -> bytes:
-        """Returns what is to be read again: no protocol is offered to switch to, and a request that asks for one
-        (Java's client does with each) is served as if it had not. The parser would leave its body to the other one."""
+        """Returns the bytes to be read again. A request for another protocol (Java's client sends one each time) is
+        served without the switch; the parser would leave its body to the other protocol."""
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserUpgrade as asked:
@@ -246,7 +246,7 @@ class Connection(HttpToolsProtocol):
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_in_head:
-            return  # a trailer: nothing here asks for one
+            return  # a trailer: no route uses one
         super().on_header(name, value)
         if len(self.headers) > self._limits.max_headers:
             raise self._too_large()
@@ -288,11 +288,11 @@ class Connection(HttpToolsProtocol):
             raise self._refused(505, f"HTTP/{version} is not served here, expected HTTP/1.1")
         if self.parser.get_method() == b"CONNECT":
             raise self._refused(501, "this is no proxy: CONNECT is not served here")
-        # The parser undoes chunks and nothing else: a body that was compressed as well would be taken for a plain one.
+        # The parser decodes only chunks: a body that was compressed as well would look like a plain one.
         coding = b", ".join(value for name, value in self.headers if name == b"transfer-encoding")
         if coding and coding.strip().lower() != b"chunked":
             found = errors.quoted(coding.decode("latin-1"))
-            # Where chunks come last, at least the body's end could be found.
+            # If chunked is the last coding, at least the end of the body is known.
             status = 501 if coding.lower().endswith(b"chunked") else 400
             raise self._refused(status, f"the body's Transfer-Encoding is {found}, expected chunked or none")
 
@@ -305,12 +305,12 @@ class Connection(HttpToolsProtocol):
         )
 
     def _refused(self, status: int, message: str) -> _RefusedHeadError:
-        """Kept here as well: the parser raises an error of its own instead."""
+        """Stored here as well: the parser raises its own error instead."""
         self._refusal = _RefusedHeadError(status, message)
         return self._refusal
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that closed its side after the request still gets the answer, unless it is gone altogether."""
+        """A client that closed its side after the request still gets the answer, unless it has disconnected."""
         if not self._is_answering or self.cycle.more_body or self.transport.is_closing():
             return None
         self.cycle.keep_alive = False
@@ -318,9 +318,10 @@ class Connection(HttpToolsProtocol):
         return True
 
     def _probe(self, number: int) -> None:
-        """Is anybody there? Only a byte sent to it tells the client that closed its side from the one that left.
+        """Tests whether the client is still connected: only a byte sent to it tells a half-closed connection from a
+        closed one.
 
-        So the answer begins: its first bytes are the same whatever it will be. One who left answers with a reset.
+        So the answer is begun: its first bytes are the same in all cases. A client that has left answers with a reset.
         """
         cycle = self.cycle
         if self.transport.is_closing() or cycle.response_complete:
@@ -333,7 +334,7 @@ class Connection(HttpToolsProtocol):
             cycle.transport = cast(asyncio.Transport, _Begun(self.transport))
         self.loop.call_later(_PROBES_S[min(number, len(_PROBES_S) - 1)], self._probe, number + 1)
 
-    # ── What goes out ───────────────────────────────────────────────────────────────────────────────────────────────
+    # Output
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
@@ -344,8 +345,8 @@ class Connection(HttpToolsProtocol):
             self.data_received(b"")
 
     def _refuse(self, status: int, message: str, *, lingers: bool = True) -> None:
-        """Answer without the application, and close. A client that is still sending reads the answer only if the rest
-        is taken meanwhile: closing at once would reset the connection under it."""
+        """Answer without the application, and close. Pending input is read meanwhile: closing at once would reset
+        the connection, and a client that is still sending would not read the answer."""
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
@@ -359,14 +360,14 @@ class Connection(HttpToolsProtocol):
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:
-    """What the kernel holds of the stream."""
+    """Bytes of the stream in the kernel's send queue."""
     held: int = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, b"\0" * 4))[0]
     return held
 
 
 class _HeadHeld:
-    """A transport until the answer has begun: the head waits for what comes of the body in the same turn of the loop,
-    and both leave together. What is sent takes as long as a tenth of the router's work until the first token."""
+    """A transport that holds the response head back until the body's first bytes of the same loop turn, and sends
+    both together. A send costs about a tenth of the router's work until the first token."""
 
     def __init__(
         self, transport: asyncio.Transport, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop
@@ -398,7 +399,7 @@ class _HeadHeld:
 
 
 class _Begun:
-    """A transport on which the first bytes of the status line have been written."""
+    """A transport to which the first bytes of the status line have been written."""
 
     _PREFIX = b"HTTP/1.1 "
 
@@ -419,8 +420,8 @@ class _Begun:
 
 
 class _Unchunked:
-    """The application for a client of HTTP/1.0, which knows no chunks: an answer without a length ends with the
-    connection."""
+    """The application for an HTTP/1.0 client, which does not support chunks: an answer without a length ends with
+    the connection."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -447,11 +448,11 @@ class _Unchunked:
 def listen(host: str, port: int) -> socket.socket:
     """A socket for the HTTP face. Raises BadConfig if the address is taken or not ours."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # With the protocol named, asyncio sets TCP_NODELAY on what it accepts. Without, the first token of a second request
-    # on a connection waited 40 ms for the client's delayed ACK of the response head.
+    # With the protocol given, asyncio sets TCP_NODELAY on accepted sockets. Without it, the first token of a second
+    # request on a connection waited 40 ms for the client's delayed ACK of the response head.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    # Accepted sockets inherit it. The kernel would keep megabytes for a client that does not read.
+    # Accepted sockets inherit it. The default lets the kernel keep megabytes for a client that does not read.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _MAX_UNSENT_BYTES)
     try:
         listener.bind((host, port))
@@ -491,11 +492,11 @@ class HttpServer:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> str:
-        """Returns its base URL."""
+        """Returns the base URL."""
         listener = listen(self._host, self._port)
         port = listener.getsockname()[1]
         self._connections.start()
-        # `_serve` is what `serve` runs inside its signal handling, which belongs to the process, not to us.
+        # `_serve` is `serve` without its signal handling, which belongs to the process.
         self._task = asyncio.create_task(self._server._serve([listener]), name="http")  # noqa: SLF001
         host = f"[{self._host}]" if listener.family is socket.AF_INET6 else self._host
         return f"http://{host}:{port}"

@@ -1,8 +1,8 @@
-"""API keys: who may use the two faces of the router. Wraps them from outside and knows no route's meaning.
+"""API keys for the two faces of the router, checked in wrappers around the applications.
 
-As vLLM does it: with keys set, what lies under /v1 needs `Authorization: Bearer KEY`; health and metrics stay open. So
-does the status page, which is empty until it is given a key: its data names requests and machines, and needs one. Of
-the gRPC services the router's own needs the same words as metadata; health and reflection stay open.
+As in vLLM: with keys set, paths under /v1 need `Authorization: Bearer KEY`; health and metrics stay open. The status
+page stays open too, but its data, which names requests and machines, needs a key. Of the gRPC services the router's own
+needs the same words as metadata; health and reflection stay open.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _GUARDED_PATHS = ("/v1", "/status/data")
 
 
 class ApiKeys:
-    """Keeps digests, not keys: they are of one length, so that a comparison takes the same time whatever is asked."""
+    """Stores digests, not keys: they have equal length, so that a comparison takes the same time for any input."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key.encode()) for key in keys]
@@ -42,7 +42,7 @@ class ApiKeys:
             )
         scheme, _, key = authorization.partition(b" ")
         asked = _digest(key.strip())
-        # Every key is compared: the time says nothing about which one came near.
+        # Every key is compared, so that the time does not depend on the key.
         matches = [hmac.compare_digest(asked, digest) for digest in self._digests]
         if scheme.lower() != b"bearer" or not any(matches):
             raise errors.Unauthenticated(
@@ -55,8 +55,8 @@ def _digest(key: bytes) -> bytes:
 
 
 def client_of(address: str, authorization: str, *, has_keys: bool) -> str:
-    """Who asks, as far as turns are concerned: the key if there are keys, else the address; of IPv6 the network, as one
-    machine has many addresses. A key that was not checked says nothing."""
+    """The client, for the turns of the queue: the key if there are keys, else the address; for IPv6 the network,
+    since one machine has many addresses. An unchecked key is ignored."""
     if has_keys:
         return f"key {_digest(authorization.encode()).hex()[:16]}"
     if ":" not in address:
@@ -65,19 +65,19 @@ def client_of(address: str, authorization: str, *, has_keys: bool) -> str:
         found = ipaddress.IPv6Address(address)
     except ValueError:
         return address
-    # A socket for both families shows addresses of IPv4 in those of IPv6: all of them in one network.
+    # A dual-stack socket reports IPv4 addresses as IPv6, all of them in one network.
     return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
 
 
 class HttpGuard:
-    """An ASGI application around another."""
+    """An ASGI application that wraps another."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Browsers ask for permission without a key.
+        # Browsers send preflight requests without a key.
         if scope["type"] == "http" and scope["method"] != "OPTIONS" and _is_guarded(scope["path"]):
             try:
                 self._keys.check(dict(scope["headers"]).get(b"authorization"))
@@ -103,7 +103,7 @@ async def _refuse(error: errors.Unauthenticated, send: Send) -> None:
 
 
 class GrpcGuard(aio.ServerInterceptor):
-    """Refuses calls of one service without a key, whatever their kind."""
+    """Refuses calls of one service without a key, for all kinds of methods."""
 
     def __init__(self, service_name: str, keys: ApiKeys) -> None:
         self._prefix = f"/{service_name}/"

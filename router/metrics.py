@@ -1,7 +1,7 @@
-"""What the router counts: requests and their stages, routing, refusals, and the pools as it sees them.
+"""The metrics of the router: requests and their stages, routing, refusals, and the state of the pools.
 
-Written by dispatcher and frontend on the event loop. A subset can be shown again under the names that vLLM uses,
-so that its dashboards and load tools work: the cluster looks like one engine.
+Written by dispatcher and frontend on the event loop. A subset is repeated under vLLM's names, so that its dashboards
+and load tools work: the cluster looks like one engine.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from router.cluster.membership import Member, State
 from router.cluster.policy import Reason
 from router.flow_messages import Outcome, OutcomeKind, Phase
 
-# Fine where decode steps are.
+# Finer in the range of decode steps.
 _TBT_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0, 10.0),
 )
-# `model_name`, which vLLM has as well, is on all series of the router.
+# All series of the router have the label `model_name`, as vLLM's do.
 _VLLM_LABELS = ("engine",)
 _TTFT_STAGES = ("tokenize", "rerun", "placement", "reserve", "prefill_queue", "prefill", "network")
 
 
 class RouterMetrics:
-    """``observe`` takes what has ended; the other counters are bumped where things happen."""
+    """``observe`` counts an ended sequence; the other counters are incremented where events happen."""
 
     def __init__(self, metrics: Metrics, *, has_vllm_names: bool = False) -> None:
         self._metrics = metrics
@@ -39,7 +39,7 @@ class RouterMetrics:
             "code",
             preset=[("finished", ""), ("cancelled", "Cancelled"), ("failed", "InternalError")],
         )
-        # Refused before there was a sequence.
+        # Refused before a sequence existed.
         self.refusals = counters(
             "baton_refusals",
             "Requests refused at the door, by error code",
@@ -145,7 +145,7 @@ class RouterMetrics:
         members: Callable[[], list[Member]],
         is_ready: Callable[[], bool],
     ) -> None:
-        """Gauges over what lives elsewhere, asked at scrape time."""
+        """Gauges over state kept elsewhere, read at scrape time."""
 
         def sequences() -> Mapping[Labels, float]:
             found = phases()
@@ -160,7 +160,7 @@ class RouterMetrics:
             self._add_vllm_names(phases, members)
 
     def _add_vllm_names(self, phases: Callable[[], Mapping[Phase, int]], members: Callable[[], list[Member]]) -> None:
-        """After https://docs.vllm.ai/en/latest/design/metrics.html; buckets are ours."""
+        """After https://docs.vllm.ai/en/latest/design/metrics.html, with our buckets."""
 
         def show(name: str, kind: str, ours: str, read: Callable[[], float | Histogram]) -> None:
             help_text = f"As {ours}, under vLLM's name"
@@ -204,11 +204,11 @@ def _each(*values: str) -> list[Labels]:
 
 
 def _nodes(members: list[Member]) -> Mapping[Labels, float]:
-    """Every pool and state, zeros included: an alert must be able to see that nobody is there."""
+    """Every pool and state, zeros included: an alert must be able to see an empty pool."""
     found: dict[Labels, float] = {(pool.value, state.value): 0.0 for pool in Role for state in State}
     for member in members:
         if member.node is not None:
             found[(member.node.home_role.value, member.state.value)] += 1
-    # Of nodes that never answered nobody knows the pool.
+    # The pool of a node that never answered is unknown.
     found[("unknown", State.CONNECTING.value)] = float(sum(m.node is None for m in members))
     return found

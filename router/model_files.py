@@ -1,6 +1,6 @@
-"""What a model folder's small JSON and Jinja files say: special tokens, chat template, limits, sampling defaults.
+"""Reads the small JSON and Jinja files of a model folder: special tokens, chat template, limits, sampling defaults.
 
-The rules are those of transformers and, for generation_config.json, of vLLM. It reads files and keeps nothing.
+The rules are those of transformers and, for generation_config.json, of vLLM. Nothing is cached.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from baton.fields import Fields
 from baton.files import is_there, read_object, read_text
 from baton.types import DEFAULTED_SAMPLING, SamplingParams
 
-# Special tokens that transformers knows by name in every tokenizer.
+# Special tokens that transformers names in every tokenizer.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# What transformers' tokenizer classes of the served models take for granted.
+# Defaults of transformers' tokenizer classes for the served models.
 _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
@@ -27,24 +27,25 @@ _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the folder's JSON files say of the model; empty where they say nothing."""
+    """The facts in the folder's JSON files; empty where they have none."""
 
     eos_token_ids: tuple[int, ...] = ()
     max_model_tokens: int | None = None
-    # What a request gets where it says nothing; max_tokens holds for chat only.
+    # Defaults for fields that a request does not set; max_tokens applies to chat only.
     sampling: SamplingParams = field(default_factory=SamplingParams)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFacts:
-    """What lies beside tokenizer.json. A special token that the model does not have is not in the mapping."""
+    """The facts in the files beside tokenizer.json. A special token that the model does not have is not in the
+    mapping."""
 
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
 
 
 def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
-    """End-of-sequence ids (generation_config.json before config.json), context length, defaults of sampling."""
+    """End-of-sequence ids (generation_config.json before config.json), context length, sampling defaults."""
     path = folder / "config.json"
     whole = Fields(_read_json(path), str(path))
     config = Fields(text, str(path)) if (text := whole.fields("text_config")) else whole
@@ -63,8 +64,8 @@ def load_tokenizer_facts(folder: Path) -> TokenizerFacts:
     return TokenizerFacts(_special_tokens(folder, config), _chat_template(folder, config))
 
 
-# The numbers of generation_config.json that vLLM takes as defaults, by their names in SamplingParams. do_sample is not
-# among them: vLLM does not look at it either.
+# The numbers of generation_config.json that vLLM uses as defaults, by their names in SamplingParams. do_sample is not
+# among them: vLLM ignores it too.
 _SAMPLING_NUMBERS: Mapping[str, tuple[str, type]] = {
     "temperature": ("temperature", float),
     "top_p": ("top_p", float),
@@ -76,7 +77,7 @@ _SAMPLING_NUMBERS: Mapping[str, tuple[str, type]] = {
 
 
 def _sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
-    """Raises BadConfig, naming the file, for a value that no request could ask for."""
+    """Raises BadConfig with the file's name for a value that is out of range for requests."""
     found: dict[str, Any] = {}
     for key, (name, kind) in _SAMPLING_NUMBERS.items():
         value = generation.get(key)
@@ -98,7 +99,7 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
 
 
 def stated(sampling: SamplingParams) -> str:
-    """The defaults that differ from the neutral ones, for people."""
+    """The defaults that differ from the neutral ones, for display."""
     neutral = SamplingParams()
     names = (*DEFAULTED_SAMPLING, "max_tokens")
     return ", ".join(f"{n} {getattr(sampling, n)}" for n in names if getattr(sampling, n) != getattr(neutral, n))
@@ -112,14 +113,14 @@ def _bad_default(path: Path, what: str) -> BadConfig:
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """As transformers names them for templates; a token that is null or missing is not there."""
+    """Names as in transformers' templates; a token that is null or missing is omitted."""
     kind = str(config.get("tokenizer_class") or "").removesuffix("Fast")
     stated: dict[str, Any] = {**_CLASS_TOKENS.get(kind, {}), **config}
     if "added_tokens_decoder" not in config:
-        # Saved by older versions, which wrote special tokens there; newer ones write them into the config alone.
+        # Written by older versions; newer ones write special tokens into the config only.
         stated |= _read_json(folder / "special_tokens_map.json")
     extra = stated.get("extra_special_tokens")
-    if isinstance(extra, dict):  # tokens with names of their own
+    if isinstance(extra, dict):  # tokens with custom names
         stated |= {name: token for name, token in extra.items() if name not in _NAMED_TOKENS}
         names = {*_NAMED_TOKENS, *extra}
     else:
@@ -136,7 +137,8 @@ def _token_text(token: object) -> str | None:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Files of their own come before tokenizer_config.json, which comes before a processor's chat_template.json."""
+    """Template files have priority over tokenizer_config.json, which has priority over a processor's
+    chat_template.json."""
     files = [
         folder / "chat_template.jinja",
         folder / "chat_templates" / "default.jinja",
@@ -151,7 +153,7 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
 
 
 def _default_template(template: object) -> str | None:
-    """Of several named ones, "default" is for chat; the others are for tools and the like."""
+    """Of several named templates, "default" is for chat; the others are for tools and the like."""
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
     if isinstance(template, dict):

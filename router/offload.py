@@ -1,7 +1,7 @@
-"""A few threads for work on large inputs, so that the event loop turns whatever comes in. Knows nothing of the work.
+"""A few threads for work on large inputs, so that the event loop stays responsive.
 
-Python's own lock is shared: what runs here must give it back within milliseconds, which is why inputs are bounded
-before they come here (`router/body.py`) and tokenized by a call that releases it.
+The threads share Python's lock, so work here must release it within milliseconds: inputs are bounded before
+(`router/body.py`) and tokenized by a call that releases it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ class Offload:
     def __init__(self, num_threads: int, max_jobs: int) -> None:
         self._executor = ThreadPoolExecutor(num_threads, thread_name_prefix="offload")
         self._max_jobs = max_jobs
-        # Running and waiting ones; also those whose caller has left.
+        # Running and waiting jobs, including those whose caller has left.
         self._jobs: list[Future[Any]] = []
 
     async def run(self, work: Callable[[], _Result]) -> _Result:
-        """Raises Overloaded at once if too many jobs wait, and what ``work`` raises."""
+        """Raises Overloaded at once if too many jobs wait, and the errors of ``work``."""
         self._jobs = [job for job in self._jobs if not job.done()]
         if len(self._jobs) >= self._max_jobs:
             raise Overloaded(
@@ -35,5 +35,5 @@ class Offload:
         return await asyncio.wrap_future(job)
 
     def close(self) -> None:
-        """What waits is dropped; what runs ends on its own, in a moment."""
+        """Waiting jobs are dropped; running ones end on their own within moments."""
         self._executor.shutdown(wait=False, cancel_futures=True)

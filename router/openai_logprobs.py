@@ -1,4 +1,4 @@
-"""Log-probabilities as the OpenAI API writes them, in the style of either endpoint."""
+"""Formats log-probabilities for the OpenAI API, in the style of completions or of chat."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 from baton.types import PositionLogprobs, TokenLogprob
 from router.tokenizer import Tokenizer
 
-# JSON has no infinities; OpenAI writes this for tokens of probability zero.
+# JSON has no infinity; OpenAI writes this for tokens of probability zero.
 _LOWEST_LOGPROB = -9999.0
 
 
 class LogprobWriter:
-    """Log-probabilities of one choice, in the style of either endpoint. Keeps the text offset of completions."""
+    """Log-probabilities of one choice in either style. Tracks the text offset of completions."""
 
     def __init__(self, tokenizer: Tokenizer | None, *, is_chat: bool, as_ids: bool) -> None:
         self._tokenizer = tokenizer
@@ -22,7 +22,7 @@ class LogprobWriter:
         self._offset = 0
 
     def write(self, positions: Sequence[PositionLogprobs], texts: Sequence[str]) -> dict[str, Any]:
-        """``texts`` is what each position's token added to the choice's text; joined they are the text."""
+        """``texts``: the text that each position's token added; joined they are the choice's text."""
         if self._is_chat:
             entries = [self._chat_entry(p, text) for p, text in zip(positions, texts, strict=True)]
             return {"content": entries, "refusal": None}
@@ -38,7 +38,7 @@ class LogprobWriter:
         }
 
     def _top(self, position: PositionLogprobs, text: str) -> dict[str, float]:
-        """Best first. Of tokens that read the same, the chosen one or else the likeliest keeps its text as the key."""
+        """Best first. Of tokens with equal text, the chosen one or else the most likely keeps its text as the key."""
         chosen = position.chosen
         owners = {self._shown(chosen.token_id, text) or self._name(chosen.token_id): chosen.token_id}
         for token in position.top:
@@ -66,18 +66,18 @@ class LogprobWriter:
         return b"" if self._tokenizer is None else self._tokenizer.token_bytes(token_id)
 
     def _shown(self, token_id: int, text: str) -> str:
-        """A token of the output: what it added. A hidden one and the beginning of a character add nothing."""
+        """The text that an output token added. A hidden token and the beginning of a character add none."""
         return _as_id(token_id) if self._as_ids else text
 
     def _name(self, token_id: int) -> str:
-        """A token that might have been: its text after any other text."""
+        """The text of an alternative token: its text after any other text."""
         if self._as_ids or self._tokenizer is None:
             return _as_id(token_id)
         return self._tokenizer.token_name(token_id)
 
 
 def _with_chosen(position: PositionLogprobs) -> tuple[TokenLogprob, ...]:
-    """Completions list the chosen token among the alternatives."""
+    """Completions include the chosen token in the alternatives."""
     if any(t.token_id == position.chosen.token_id for t in position.top):
         return position.top
     return (*position.top, position.chosen)
@@ -88,7 +88,7 @@ def _as_id(token_id: int) -> str:
 
 
 def _added_bytes(raw: bytes, text: str) -> bytes:
-    """The bytes of what a token added to the text: its own where it is a part of a character or ended a cut one."""
+    """The bytes that a token added: its own if it is a part of a character or completed one."""
     try:
         raw.decode()
     except UnicodeDecodeError:

@@ -1,7 +1,7 @@
-"""Fields of OpenAI's and vLLM's requests that this server does not have, and the values that ask for nothing of them.
+"""Request fields of OpenAI and vLLM that this server does not support, and the values of them that have no effect.
 
-Clients send many of them out of habit. A value that asks for nothing is accepted, null always; any other is refused by
-the field's name: nothing that changes the answer is dropped in silence.
+Clients send many of them by default. A value without effect, and null, is accepted; any other is refused by the field's
+name, so that no field that would change the answer is ignored silently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NO_TOOLS = "the server calls no tools"
 _TEXT_ONLY = "the served models read and write text only"
 _NO_REASONING = "the server does not tell reasoning from the answer"
 
-# Field: the values beside null that ask for nothing, and why others are refused.
+# Field: the values beside null that have no effect, and the reason why others are refused.
 _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "use_beam_search": ((False,), _NO_BEAM),
     "length_penalty": ((1.0,), _NO_BEAM),
@@ -61,7 +61,7 @@ _NEUTRAL_IN_CHAT: Mapping[str, tuple[tuple[object, ...], str]] = {
 
 
 def take_neutral(body: dict[str, Any], *, is_chat: bool) -> None:
-    """Takes the fields out that ask for nothing; raises InvalidRequest for the first that asks for something."""
+    """Removes unsupported fields with neutral values; raises InvalidRequest for the first with any other value."""
     for name in [n for n in body if n in _NEUTRAL or (is_chat and n in _NEUTRAL_IN_CHAT)]:
         values, why = _NEUTRAL.get(name) or _NEUTRAL_IN_CHAT[name]
         refuse_unless(name, body.pop(name), values, why)
@@ -80,5 +80,5 @@ def refuse_unless(param: str, value: object, neutral: tuple[object, ...], why: s
 
 
 def _is_same(value: object, neutral: object) -> bool:
-    # True is no 1, but 1 is as good as 1.0.
+    # True does not equal 1 here, but 1 equals 1.0.
     return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)

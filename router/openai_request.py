@@ -1,8 +1,8 @@
-"""Bodies of the OpenAI API, as clients send them, to `GenerationRequest`.
+"""Parses bodies of the OpenAI API into `GenerationRequest`.
 
-Types are strict, null means absent, what is not known is refused by name as OpenAI does, and what cannot be honoured is
-refused too: nothing that changes the answer is dropped in silence. Fields marked "no effect" are accepted because
-clients send them by habit and they concern accounts or speed only.
+Types are strict and null means absent. Unknown fields are refused by name, as OpenAI does, and values that cannot be
+honoured are refused too: no field that would change the answer is ignored silently. Fields marked "no effect" are
+accepted because clients send them by default and they concern accounts or speed only.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from router.frontend import Caller, Conversation, GenerationRequest, Prompts
 from router.openai_neutral import refuse_unless, take_neutral
 
 _Model = TypeVar("_Model", bound=BaseModel)
-# Entries that a field may have, checked before they are looked at one by one: an error for each of a megabyte of wrong
-# ones took a second.
+# Maximum entries of a field, checked before each entry is validated: reporting an error for each entry of a megabyte of
+# wrong ones took a second.
 _MAX_ENTRIES = {"logit_bias": MAX_LOGIT_BIASES, "stop_token_ids": MAX_STOP_TOKEN_IDS, "stop": 1024, "modalities": 16}
-# Which of many numbers is wrong, its value says.
+# Of many numbers, the value shows which one is wrong.
 _NUMBERS = ("logit_bias", "stop_token_ids")
 
 
@@ -40,9 +40,9 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
-    # As vLLM's: every chunk says how many tokens its choice has so far. Load tools ask for it.
+    # As in vLLM: every chunk has the number of tokens of its choice so far. Load tools request it.
     continuous_usage_stats: bool | None = None
-    # No effect: obfuscation is for OpenAI's own wire.
+    # No effect: obfuscation protects OpenAI's own transport.
     include_obfuscation: bool | None = None
 
 
@@ -59,7 +59,7 @@ class _Common(_Strict):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
-    # Beyond OpenAI, named as vLLM names them.
+    # Extensions of OpenAI's API with vLLM's names.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -73,7 +73,7 @@ class _Common(_Strict):
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
     priority: int | None = None
-    # Beyond both: seconds until the request fails, and the relay line with the answer.
+    # Extensions of Baton: seconds until the request fails, and the relay with the answer.
     timeout: float | None = None
     return_relay: bool | None = None
     # No effect.
@@ -144,7 +144,7 @@ class _Common(_Strict):
             stops=self.stops,
             include_stop=bool(self.include_stop_str_in_output),
             skip_special_tokens=self.skip_special_tokens is not False,
-            # A template writes the special tokens itself.
+            # A chat template writes the special tokens itself.
             add_special_tokens=bool(self.add_special_tokens) if is_chat else self.add_special_tokens is not False,
             is_chat=is_chat,
             timeout_s=self.timeout,
@@ -174,7 +174,7 @@ class CompletionBody(_Common):
 
 
 class Message(BaseModel):
-    # Message fields beyond these (tool calls, refusals, audio) are looked at below, not silently taken.
+    # Other message fields (tool calls, refusals, audio) are checked below, not ignored.
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
     role: str
     content: str | list[Any] | None = None
@@ -193,7 +193,7 @@ class Message(BaseModel):
 
 
 class ChatBody(_Common):
-    # Each is looked at by itself: thousands in one call hold up every stream.
+    # Validated one by one: thousands in one call would delay every stream.
     messages: list[Any]
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
@@ -211,7 +211,7 @@ class ChatBody(_Common):
     prediction: Any = None
 
     def request(self, caller: Caller) -> GenerationRequest:
-        """Raises InvalidRequest for what the server cannot honour."""
+        """Raises InvalidRequest for a value that the server cannot honour."""
         if self.max_completion_tokens is not None:
             max_tokens: int | None = self.max_completion_tokens
             param = "max_completion_tokens"
@@ -247,7 +247,7 @@ class ChatBody(_Common):
 
 
 def parse(kind: type[_Model], body: bytes) -> _Model:
-    """Raises InvalidRequest for malformed JSON and for the first field that is wrong, with its path as ``param``."""
+    """Raises InvalidRequest for malformed JSON and for the first wrong field, with its path as ``param``."""
     fields = _fields(body)
     take_neutral(fields, is_chat=kind is ChatBody)
     known = kind.model_fields
@@ -282,7 +282,7 @@ def _fields(body: bytes) -> dict[str, Any]:
 
 
 def _bad_field(kind: str, location: tuple[int | str, ...], message: str, value: object) -> InvalidRequest:
-    # A union's branches have their type's name at the end of the path.
+    # Errors of a union's branches have the type's name at the end of the path.
     path = [str(x) for x in location if not (isinstance(x, str) and ("[" in x or x in ("str", "int", "float")))]
     param = path[0] if path[0] in _NUMBERS else ".".join(path)
     if kind == "extra_forbidden":
@@ -301,7 +301,7 @@ def _or(value: float | None, default: Any) -> Any:
 
 
 def _seed(seed: int | None) -> int | None:
-    """OpenAI's seeds are signed 64-bit integers, vLLM's unsigned: both are taken."""
+    """OpenAI's seeds are signed 64-bit integers, vLLM's unsigned: both are accepted."""
     if seed is None or seed >= 0:
         return seed
     if seed < -(2**63):
@@ -350,5 +350,5 @@ def _prompts(prompt: object) -> Prompts:
 
 
 def _is_ids(items: list[Any]) -> bool:
-    # No bools, and no loop of our own: prompts are long.
+    # Excludes bools, and avoids a Python loop: prompts are long.
     return not items or (set(map(type, items)) == {int} and min(items) >= 0 and max(items) <= MAX_COUNT)

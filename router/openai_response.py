@@ -1,7 +1,6 @@
-"""Answers in the OpenAI API's shapes: stream chunks, what whole answers share with them, errors. Knows no HTTP.
+"""Answers in the OpenAI API's format: stream chunks, the parts they share with whole answers, and errors.
 
-Stream chunks are written as text around one `json.dumps` of the new text: building objects per token cost three times
-as much.
+A stream chunk is text around one `json.dumps` of the new text: building objects per token costs three times as much.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def relay_json(relay: Relay) -> dict[str, Any]:
 
 
 class ChoiceWriter:
-    """Chunks and the whole of one choice."""
+    """The chunks, or the whole text, of one choice."""
 
     __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens", "_tail", "_wants_ids")
 
@@ -66,11 +65,11 @@ class ChoiceWriter:
         self._index = index
         self._head = envelope.chunk_head + f'{{"index":{index},'
         self._tail = envelope.chunk_tail
-        # Tokens written; counted only where every chunk says it.
+        # Tokens written; counted only if every chunk reports it.
         self._num_tokens: int | None = 0 if running_usage else None
 
     def begin(self, prompt: PromptJson) -> str:
-        """The first chunk: the role in chat, the prompt where it is echoed. Empty if there is nothing to say."""
+        """The first chunk: the role in chat, the prompt if echoed. Empty if there is neither."""
         if not self._is_chat and not prompt.echo and not self._wants_ids:
             return ""
         ids = f',"prompt_token_ids":[{prompt.token_ids}],"token_ids":[]' if self._wants_ids else ""
@@ -104,14 +103,14 @@ class ChoiceWriter:
         return f'],"usage":{json.dumps(counts)}}}\n\n'
 
     def whole(self) -> WholeChoice:
-        """The choice in one: instead of chunks."""
+        """The whole choice instead of chunks."""
         return WholeChoice(
             index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids
         )  # fmt: skip
 
 
 class Envelope:
-    """What all chunks of an answer share."""
+    """The fields that all chunks of an answer share."""
 
     __slots__ = ("_answer_id", "_created", "_model", "chunk_tail", "is_chat")
 
@@ -120,12 +119,12 @@ class Envelope:
         self._answer_id = answer_id
         self._created = created
         self._model = model
-        # With usage asked for, OpenAI sends "usage": null on every chunk but the last.
+        # If usage is requested, OpenAI sends "usage": null in every chunk but the last.
         self.chunk_tail = _TAIL_WITH_USAGE if wants_usage else _TAIL
 
     @property
     def _fields(self) -> dict[str, Any]:
-        """Built when needed: kept, they were half a kilobyte a stream."""
+        """Built on demand: stored, they took half a kilobyte a stream."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
         return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
 
@@ -134,7 +133,7 @@ class Envelope:
         return f'data: {json.dumps(self._fields)[:-1]},"choices":['
 
     def last_chunk(self, extra: str) -> str:
-        """The chunk without choices that carries usage and the like."""
+        """The chunk without choices, which carries usage."""
         return f"{self.chunk_head}]{extra}}}\n\n"
 
     def whole(self, choices: Sequence[Json], extra: str) -> WholeAnswer:

@@ -1,7 +1,7 @@
-"""An answer that is not streamed: JSON that grows as the tokens come, and leaves in pieces. Knows no HTTP.
+"""Builds an answer that is not streamed: JSON that grows with the tokens and is sent in pieces.
 
-`json.dumps` of a whole answer holds the interpreter, and with it every stream, for a second where choices and
-log-probabilities are many. So each part is written as it comes, by one `json.dumps` of what is new.
+`json.dumps` of a whole answer with many choices and log-probabilities holds the interpreter lock, and so delays every
+stream, for a second. So each part is written when it comes, by one `json.dumps` of the new part.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from router.frontend import Ending, Part
 from router.openai_logprobs import LogprobWriter
 from router.turns import Turns
 
-# What is sent at once.
+# Bytes per write.
 _PIECE_BYTES = 64 * 1024
-# What of a prompt is written at once: about a millisecond's.
+# Part of a prompt that is written at once: about a millisecond.
 _IDS_AT_ONCE = 8192
 
-# Texts are ASCII, so that their length is their size.
+# Texts are escaped to ASCII, so their length is their size.
 Json = list[str | bytearray]
 
 
 @dataclass(frozen=True, slots=True)
 class PromptJson:
-    """What an answer repeats of a prompt, once for all of its choices: an escaped text, and ids with commas."""
+    """The JSON of a prompt that an answer repeats, shared by all choices: an escaped text, and ids with commas."""
 
     echo: str = ""
     token_ids: str = ""
@@ -41,7 +41,7 @@ async def prompt_json(echo: str, token_ids: Sequence[int], turns: Turns) -> Prom
 
 
 class WholeChoice:
-    """One choice. Feed it all parts, then take its `json`."""
+    """One choice. Feed it all parts, then read its `json`."""
 
     __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_text", "_token_ids", "_wants_ids")
 
@@ -52,11 +52,11 @@ class WholeChoice:
         self._wants_ids = wants_ids
         self._text = bytearray()
         self._token_ids = bytearray()
-        # Of the log-probabilities, by name: the items of each list.
+        # Log-probabilities by field: the items of each list.
         self._lists: dict[str, bytearray] = {}
 
     def add(self, part: Part) -> int:
-        """Returns the bytes that it takes."""
+        """Returns the number of bytes added."""
         num_bytes = _extend(self._text, _dumped(part.text)[1:-1], b"")
         if self._wants_ids:
             num_bytes += _extend(self._token_ids, _dumped(part.token_ids)[1:-1], b",")
@@ -93,7 +93,7 @@ class WholeChoice:
 
 
 class WholeAnswer:
-    """The body's bytes: how many, and one piece after the other."""
+    """The bytes of the body: their number, and the pieces in order."""
 
     __slots__ = ("_pieces", "num_bytes")
 

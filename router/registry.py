@@ -1,7 +1,7 @@
-"""Watches the registry and tells whom it lists: at every change, and every so often in case a change went unheard.
+"""Watches the registry and reports the listed nodes: at every change, and at intervals in case a notification was lost.
 
-Owns the connection to Redis and the last answer's age, nothing else. When Redis is gone it says nothing, so that the
-last known view stays; it never says that a node is gone because it could not ask.
+Owns the connection to Redis and the age of the last answer. While Redis is gone it reports nothing, so the last known
+view stays: an unreachable registry never removes a node.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger("baton.router.registry")
 
 
 class RegistryWatch:
-    """``on_listing`` is called on the event loop with everybody who is registered."""
+    """``on_listing`` is called on the event loop with all registered nodes."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class RegistryWatch:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Returns after the first attempt, whatever came of it. Raises BadConfig if Redis does not let us in."""
+        """Returns after the first attempt, successful or not. Raises BadConfig if Redis denies access."""
         await self._ask()
         self._tasks = [
             asyncio.create_task(self._poll(), name="registry poll"),
@@ -51,7 +51,7 @@ class RegistryWatch:
         ]
 
     async def close(self) -> None:
-        # Both: a redis-py (8.1) that finds its connection broken can lose a cancellation.
+        # Both: redis-py (8.1) can lose a cancellation when its connection breaks.
         self._is_closing = True
         for task in self._tasks:
             task.cancel()
@@ -70,7 +70,7 @@ class RegistryWatch:
             try:
                 await self._ask()
             except BadConfig as error:
-                # It let us in before: somebody works on it.
+                # Access was granted before: probably a change of credentials in progress.
                 self._note_silence(error.message)
             except Exception as error:
                 self._note_silence(self._defects.caught("registry", error).message)
@@ -105,7 +105,7 @@ class RegistryWatch:
                         if self._is_closing:
                             return
             except (Unavailable, BadConfig):
-                # Polling notices the same and says so.
+                # Polling meets the same error and logs it.
                 await asyncio.sleep(self._config.poll_s)
             except Exception as error:
                 self._defects.caught("registry", error)

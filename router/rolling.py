@@ -1,4 +1,4 @@
-"""The last minutes in bounded memory: how long things took, in slices of a few seconds. Pure; owns no clock."""
+"""Latencies of the last minutes in bounded memory, in slices of a few seconds. Pure."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import math
 from collections import deque
 from collections.abc import Sequence
 
-# Values fall into buckets that grow by a fifth, from 10 us up: a quantile is off by 10 % at the most.
+# Buckets grow by a fifth, from 10 us up: a quantile is off by at most 10 %.
 _GROWTH = 1.2
 _FLOOR_S = 1e-5
 _NUM_BUCKETS = 110
 
 
 class Histogram:
-    """Counts by the logarithm of a duration; past 1.5 hours it no longer tells apart."""
+    """Counts by the logarithm of a duration; durations above 1.5 hours share a bucket."""
 
     __slots__ = ("_counts", "_total")
 
     def __init__(self) -> None:
-        # Bucket number to count: most of them stay empty.
+        # Bucket number to count; most buckets stay empty.
         self._counts: dict[int, int] = {}
         self._total = 0
 
@@ -30,7 +30,7 @@ class Histogram:
         self._total += count
 
     def quantile(self, share: float) -> float | None:
-        """The middle of the bucket that holds this share of all values; None while there is none."""
+        """The middle of the bucket that contains this share of all values; None without values."""
         if not self._total:
             return None
         rank = share * self._total
@@ -42,7 +42,7 @@ class Histogram:
 
 
 class Slice:
-    """What ended in one slice of time. Widths are the window's."""
+    """The sequences that ended in one slice of time."""
 
     __slots__ = ("num_requests", "num_tokens", "number", "tbt", "ttft")
 
@@ -60,18 +60,19 @@ class Window:
     def __init__(self, slice_s: float = 3.0, num_slices: int = 100) -> None:
         self.slice_s = slice_s
         self._num_slices = num_slices
-        # Slices in which nothing ended are left out.
+        # Slices without values are left out.
         self._slices: deque[Slice] = deque(maxlen=num_slices + 1)
 
     def current(self, now: float) -> Slice:
-        """Where what ends now is counted."""
+        """The slice that counts values now."""
         number = int(now // self.slice_s)
         if not self._slices or self._slices[-1].number < number:
             self._slices.append(Slice(number))
         return self._slices[-1]
 
     def slices(self, now: float) -> Sequence[Slice | None]:
-        """Oldest first, None where nothing ended; without the one that still fills, which would look like a dip."""
+        """Oldest first, None for slices without values; without the current one, which is incomplete and would look
+        like a dip."""
         last = int(now // self.slice_s) - 1
         by_number = {x.number: x for x in self._slices}
         return [by_number.get(number) for number in range(last - self._num_slices + 1, last + 1)]

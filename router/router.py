@@ -1,4 +1,5 @@
-"""baton.v1.Router over gRPC: Generate, Status, Ledger, beside health and reflection."""
+"""The gRPC face of the router: baton.v1.Router with Generate, Status, Ledger, Drain and Trace, and health and
+reflection."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
 
-# The standard asks for 512 of a tracestate.
+# W3C Trace Context requires at least 512 characters of tracestate.
 _MAX_TRACE_CHARS = 512
 
 Context = aio.ServicerContext[Any, Any]
@@ -52,7 +53,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         accepted: Accepted | None = None
         try:
             accepted = await self._frontend.start(self._asked(request, context))
-            # Written here, not yielded: a client that takes nothing for too long is given up.
+            # Written here, not yielded, so that a client that does not read for too long is given up.
             async for response in _responses(accepted):
                 await self._write(context, response)
         except errors.BatonError as error:
@@ -68,7 +69,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 await context.write(response)
         except TimeoutError:
             _log.info("%s took nothing for %g s and is given up", context.peer(), timeout_s)
-            # Nor would it take a status: the call is cut off.
+            # It would not read a status either: the call is cut off.
             raise asyncio.CancelledError from None
 
     def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
@@ -108,7 +109,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return client_of(address, str(said), has_keys=bool(self._config.api_keys))
 
     def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
-        """Before anything is copied out of the message: its lists may have millions of items."""
+        """Runs before anything is copied out of the message: its lists may have millions of items."""
         sampling = request.sampling
         for param, items, limit in (
             ("prompt", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
@@ -122,7 +123,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 raise kind(f"{param} has {len(items)} entries, expected at most {limit}", param=param)
 
     def _timeout_s(self, request: router_pb2.GenerateRequest, context: Context) -> float | None:
-        """The request's own, or the call's deadline, whichever is sooner."""
+        """The request's own timeout or the call's deadline, whichever is sooner."""
         limit_s = self._config.limits.max_timeout_s
         asked_s = request.timeout_s or None
         if asked_s is not None and not 0 < asked_s <= limit_s:
@@ -182,7 +183,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
 
 def _trace_context(context: Context) -> dict[str, str]:
-    """The caller's W3C trace context, where it sent one."""
+    """The caller's W3C trace context, if it sent one."""
     found: dict[str, str] = {}
     for name, value in context.invocation_metadata() or ():
         if name in ("traceparent", "tracestate") and isinstance(value, str) and len(value) <= _MAX_TRACE_CHARS:
@@ -192,7 +193,7 @@ def _trace_context(context: Context) -> dict[str, str]:
 
 async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateResponse]:
     generation = accepted.generations[0]
-    # The reservation is on its way first: writing to this client costs 0.1 ms.
+    # The reservation is sent first: writing to this client costs 0.1 ms.
     await asyncio.sleep(0)
     yield router_pb2.GenerateResponse(
         accepted=router_pb2.GenerateResponse.Accepted(
@@ -209,7 +210,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
 
 
 class GrpcFace:
-    """The gRPC server of the router. Health of "" is the process's own; of the service, whether it can serve."""
+    """The gRPC server of the router. Health of "" is the process's own; that of the service, whether it can serve."""
 
     def __init__(
         self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History,
@@ -217,14 +218,14 @@ class GrpcFace:
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
-        # Half of what JSON may have: there are no escapes, and ids are short.
+        # Half of the limit for JSON: there are no escapes, and ids are short.
         limit = frontend.max_request_bytes // 2
         keys = ApiKeys(config.api_keys)
-        # The first one is the outermost: who has no key is told that, whatever the message was.
+        # The first interceptor is the outermost: a call without a key is refused as such, whatever its message.
         guards = [
             *([GrpcGuard(SERVICE_NAME, keys)] if keys else []),
             ErrorMappingInterceptor(on_malformed),
-            # Conversations are bounded as over HTTP; what else has parts is far smaller.
+            # Conversations are bounded as over HTTP; other parts are far smaller.
             ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers),
         ]
         limits = ServerLimits(max_message_bytes=limit, keepalive_s=20.0, keepalive_timeout_s=20.0)

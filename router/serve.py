@@ -1,4 +1,4 @@
-"""Wire the router together and run it until it is told to stop. The one place where its parts meet."""
+"""Builds the router from its parts and runs it until it is told to stop."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ from router.status import StatusPage
 from router.tokenizer import Tokenizer
 
 _log = logging.getLogger("baton.router")
-# All objects are looked through a twentieth as often as Python does: with 8,192 sequences in flight that takes 80 ms. A
-# request leaves nothing that only such a look would find; what others leave waits for it, 100 MB at the very most.
+# Full garbage collections run a twentieth as often as by default: with 8,192 sequences in flight one takes 80 ms. A
+# request leaves no cyclic garbage; other garbage waits for it, at most 100 MB.
 _GC_THRESHOLDS = (700, 10, 200)
 
 
@@ -57,11 +57,11 @@ class Router:
 
 
 async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None:
-    """Run until ``stop`` is set (or the task is cancelled), then drain and leave nothing behind."""
+    """Run until ``stop`` is set (or the task is cancelled), then drain and release everything."""
     descriptors.raise_limit()
     descriptors.say_less_of_accept(asyncio.get_running_loop())
     async with running(config) as router, asyncio.TaskGroup() as group:
-        # What exists now stays: looking through it for garbage stopped every stream for 20 to 30 ms, again and again.
+        # Objects that exist now are kept: scanning them for garbage stopped every stream for 20 to 30 ms, repeatedly.
         gc.collect()
         gc.freeze()
         gc.set_threshold(*_GC_THRESHOLDS)
@@ -74,7 +74,7 @@ async def serve(config: RouterConfig, stop: asyncio.Event | None = None) -> None
 
 @asynccontextmanager
 async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIterator[Router]:
-    """A router for the length of the block. Raises BadConfig if it cannot start."""
+    """A router for the duration of the block. Raises BadConfig if it cannot start."""
     if spans is None and config.otel:
         spans = Spans(config.router_id)
     tokenizer, facts = await asyncio.to_thread(_model_of, config)
@@ -126,7 +126,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     finally:
         if watch is not None:
             await watch.close()
-        # Streams end first (well or with an error), then the faces have nothing left to wait for.
+        # Streams end first, so that the faces have no request to wait for.
         await dispatcher.close(config.limits.drain_s)
         await http_server.stop()
         if grpc_face is not None:

@@ -1,4 +1,4 @@
-"""Spans on their way to a collector: the log says once, then seldom, whether they arrive. Needs the extra `otel`."""
+"""Exports spans to a collector and logs, at a limited rate, whether they arrive. Needs the extra `otel`."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from baton.clock import Clock
 from baton.errors import shortened
 
 _log = logging.getLogger("baton.router.spans")
-# A collector that stays away is mentioned again after so long.
+# Interval of the log line about an unreachable collector.
 REMIND_S = 600.0
 _MAX_REASON_CHARS = 300
-# They tell every attempt, and every span that finds the queue full.
+# These loggers report every attempt, and every span that finds the queue full.
 _CHATTY = ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk._shared_internal")
 
 
 class ReportingExporter(SpanExporter):
-    """Hands on to ``inner`` and reports for it: the first failure, a reminder now and then, and that it is over.
+    """Forwards to ``inner`` and logs its state: the first failure, a reminder at intervals, and the recovery.
 
-    It is called by one thread at a time. What the SDK's own loggers say meanwhile becomes the reason in these lines.
+    It is called by one thread at a time. Messages of the SDK's own loggers become the reason in these lines.
     """
 
     def __init__(self, inner: SpanExporter, clock: Clock, remind_s: float = REMIND_S) -> None:
@@ -66,7 +66,7 @@ class ReportingExporter(SpanExporter):
             )
 
     def _keep_reason(self, record: logging.LogRecord) -> bool:
-        # The first attempt's says more than the last word about all of them.
+        # The first attempt's message is more precise than the summary after the last one.
         self._reason = self._reason or shortened(record.getMessage(), _MAX_REASON_CHARS)
         return False
 

@@ -1,7 +1,7 @@
-"""OpenTelemetry spans of sequences that have ended, made from their lifelines. Off unless asked for; extra `otel`.
+"""Makes OpenTelemetry spans from the lifelines of ended sequences. Off by default; extra `otel`.
 
-Names and attributes are those of the semantic conventions for generative AI (in development there), and `baton.` for
-what they do not know. Where spans go is the SDK's business: the OTEL_* variables. No prompt and no answer is in them.
+Names and attributes follow the semantic conventions for generative AI (in development), with `baton.` for others. The
+OTEL_* variables of the SDK decide where spans go. Prompts and answers are not included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _CLOSE_TIMEOUT_S = 2.0
 
 
 class Spans:
-    """Hears of ends and makes spans. ``provider`` exports them; without one, over OTLP/HTTP as OTEL_* say."""
+    """Receives ended sequences and makes spans. ``provider`` exports them; by default over OTLP/HTTP as OTEL_* say."""
 
     def __init__(self, router_id: str, provider: TracerProvider | None = None) -> None:
         try:
@@ -40,7 +40,7 @@ class Spans:
         self._propagator = TraceContextTextMapPropagator()
 
     def on_ended(self, ended: Ended) -> None:
-        """The clock is read once: all else is the lifeline's, laid down before it."""
+        """The wall clock is read once; all other times are relative to it, from the lifeline."""
         from opentelemetry import trace
 
         relay, origin = ended.relay, ended.origin
@@ -80,20 +80,20 @@ class Spans:
             child.end(end_time=arrived_ns + _ns(start_s + length_s))
 
     def _parent(self, origin: Origin) -> Context:
-        """The caller's span, if what it sent is one (W3C Trace Context); else a new trace begins."""
+        """The caller's span, if the request has a valid W3C Trace Context; else a new trace begins."""
         from opentelemetry.context import Context
 
         carrier = {"traceparent": origin.traceparent, "tracestate": origin.tracestate}
         return self._propagator.extract({k: v for k, v in carrier.items() if v}, context=Context())
 
     async def close(self) -> None:
-        """Export what is left, for a bounded time."""
+        """Export the remaining spans, within a bounded time."""
         await asyncio.to_thread(self._provider.force_flush, int(_CLOSE_TIMEOUT_S * 1000))
         await asyncio.to_thread(self._provider.shutdown)
 
 
 def check_installed() -> None:
-    """Raises BadConfig if the extra is missing, as making Spans would."""
+    """Raises BadConfig if the extra is missing, as creating Spans would."""
     try:
         import opentelemetry.exporter.otlp.proto.http
         import opentelemetry.sdk  # noqa: F401 - whether they can be is the question
@@ -114,12 +114,12 @@ def _otlp(router_id: str) -> TracerProvider:
 
     from router.span_export import ReportingExporter
 
-    # Resource.create adds what OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME say; the latter names the service.
+    # Resource.create adds OTEL_RESOURCE_ATTRIBUTES and OTEL_SERVICE_NAME; the latter names the service.
     attributes = {"service.instance.id": router_id}
     if "OTEL_SERVICE_NAME" not in os.environ:
         attributes["service.name"] = "baton-router"
     provider = TracerProvider(resource=Resource.create(attributes))
-    # Bounded: spans beyond its queue are dropped, the router never waits.
+    # Bounded: spans beyond its queue are dropped, so the router never waits.
     provider.add_span_processor(BatchSpanProcessor(ReportingExporter(OTLPSpanExporter(), MonotonicClock())))
     return provider
 

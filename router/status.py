@@ -1,7 +1,8 @@
-"""What the status page shows: a snapshot of the cluster, the last requests' lifelines, the last minutes' latencies.
+"""The data of the status page: a snapshot of the cluster, lifelines of the last requests, latencies of the last
+minutes.
 
-Everything it keeps is bounded, and a snapshot is made about once a second however many people look. It changes
-nothing; it reads the dispatcher on its event loop.
+All of it is bounded, and a snapshot is made about once a second for any number of viewers. It only reads the
+dispatcher, on its event loop.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _MAX_NODES = 1000
 _MAX_AGE_S = 0.9
 _STAGES = ("queue", "prefill", "transfer", "decode")
 _LEDGER = ("prompt", "sending", "leased", "running", "quarantined")
-# Nothing from another host, nothing inline, nobody's frame.
+# No content from other hosts, no inline scripts, no framing.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
@@ -54,7 +55,7 @@ DATA_PATH = "/status/data"
 
 
 class StatusPage:
-    """The page's files and the data it asks for once a second."""
+    """The page's files, and the data that it polls once a second."""
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class StatusPage:
         router_id: str,
         wall: Callable[[], float] = time.time,
     ) -> None:
-        """``wall`` gives the time of day, in seconds since 1970; everything else goes by the dispatcher's clock."""
+        """``wall`` returns seconds since 1970; all other times are by the dispatcher's clock."""
         self._frontend = frontend
         self._dispatcher = dispatcher
         self._router_id = router_id
@@ -138,7 +139,7 @@ def _serving(content: bytes, media_type: str) -> Any:
 
 
 def _urgency(member: Member) -> tuple[bool, list[str]]:
-    """What is not well comes first, and is never cut off; then by name, 2 before 10."""
+    """Nodes with a problem come first and are never cut off; then by name, 2 before 10."""
     name = member.node.node_id if member.node else member.address
     return member.state is State.READY, [x.zfill(12) if x.isdigit() else x for x in re.split(r"(\d+)", name)]
 
@@ -171,7 +172,7 @@ def _load(status: NodeStatus) -> dict[str, Any]:
 
 
 def _pools(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """One entry for each role that has a node, by the role it plays now; the lost count where they are at home."""
+    """One entry for each role that has a node, by its present role; lost nodes count in their home role."""
     pools: list[dict[str, Any]] = []
     for role in Role:
         mine = [x for x in members if _role(x) is role]
@@ -274,5 +275,5 @@ def _rounded(value: float | None) -> float | None:
 
 
 def _round(value: float) -> float:
-    """Microseconds are enough for eyes, and shorter."""
+    """Microseconds are precise enough for display, and shorter."""
     return round(value, 6)

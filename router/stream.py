@@ -1,7 +1,7 @@
-"""Where tokens wait between the dispatcher and whoever writes them to the client.
+"""Buffers tokens between the dispatcher and the tasks that write them to clients.
 
-A stream holds token ids and packed logprobs, never text: a slow client costs little, and what piled up leaves in one
-chunk. Nodes do not wait for clients, so what may pile up is bounded, for each stream and for all of them.
+A stream holds token ids and packed logprobs, not text: a slow client costs little, and its backlog is sent in one
+chunk. Nodes do not wait for clients, so the backlog is bounded, for each stream and for all together.
 """
 
 from __future__ import annotations
@@ -19,41 +19,40 @@ from router.turns import Turns
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Tokens since the last batch, not all of them if there are many; with ``outcome`` the stream is over."""
+    """Tokens since the last batch, at most as many as one turn may take; with ``outcome`` the stream is over."""
 
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
     outcome: Outcome | None
 
 
-# A Python int and its place in a list; and what a bytes object has around its bytes, with its place.
+# Bytes of a Python int with its list entry, and the overhead of a bytes object with its list entry.
 _TOKEN_BYTES = 36
 _BYTES_BYTES = 41
-# Readers that are woken in one turn of the loop.
+# Readers that are woken in one turn of the event loop.
 _MAX_AWAKE = 512
-# What a reader gets at once: it is made into text and written in one piece, which takes 1 us a token, with 20 logprobs
-# each 150 us.
+# Tokens that a reader gets at once: converting and writing them takes 1 us a token, with 20 logprobs each 150 us.
 _MAX_BATCH = 512
 _MAX_BATCH_WITH_LOGPROBS = 16
 
 
 class Backlog:
-    """Bytes that are kept for clients, and how many may be: by one stream or whole answer, and by all together.
+    """Bytes kept for clients and their limits: for one stream or whole answer, and for all together.
 
-    When all together keep too much, those fail that are behind; a stream whose reader keeps up has next to nothing
-    waiting, and is not touched.
+    If all together exceed the limit, the streams that are behind fail; a stream whose reader keeps up has almost no
+    backlog and is not affected.
     """
 
     def __init__(self, *, max_stream_bytes: int, max_answer_bytes: int, max_bytes: int) -> None:
         self._max_stream_bytes = max_stream_bytes
         self._max_answer_bytes = max_answer_bytes
         self._max_bytes = max_bytes
-        # Of a stream that is behind.
+        # Bytes from which a stream counts as behind.
         self._behind_bytes = max_stream_bytes // 32
         self.num_bytes = 0
 
     def complaint(self, stream_bytes: int) -> str | None:
-        """Why a stream with so much waiting must end; None if it need not."""
+        """The reason why a stream with this backlog must end; None if it need not."""
         if stream_bytes > self._max_stream_bytes:
             return f"{stream_bytes} bytes of its output wait for the client, the limit is {self._max_stream_bytes}"
         if self.num_bytes > self._max_bytes and stream_bytes > self._behind_bytes:
@@ -64,8 +63,8 @@ class Backlog:
         return None
 
     def keep_answer(self, num_bytes: int, answer_bytes: int) -> None:
-        """Further bytes of an answer that is put together, which has ``answer_bytes`` with them. Raises if that is too
-        much; whoever calls takes them off again, whether it raised or not."""
+        """Adds bytes of an answer that is being built, which then has ``answer_bytes``. Raises if that is too much;
+        the caller subtracts them again, whether it raised or not."""
         self.num_bytes += num_bytes
         if answer_bytes > self._max_answer_bytes:
             raise errors.InvalidRequest(
@@ -81,7 +80,7 @@ class Backlog:
 
 
 def _packed(position: PositionLogprobs) -> bytes:
-    """A tenth of what the objects take. Logprobs come over the wire as float32, so nothing is lost."""
+    """A tenth of the objects' memory. Logprobs come over the wire as float32, so the packing is exact."""
     tokens = (position.chosen, *position.top)
     ids, values = [t.token_id for t in tokens], [t.logprob for t in tokens]
     return struct.pack(f"<I{len(tokens)}I{len(tokens)}f", position.rank, *ids, *values)
@@ -97,9 +96,9 @@ def _unpacked(data: bytes) -> PositionLogprobs:
 class Pacer:
     """Wakes the readers of many streams together, and less often when the process is behind.
 
-    Waking a reader per token costs tens of microseconds each. While a round of wake-ups takes under a millisecond,
-    every token leaves at once. Above, the next round waits for twice as long as the last one took (at most
-    ``max_hold_s``), so that writing never takes more than about a third of the time and several tokens share a chunk.
+    Waking a reader costs tens of microseconds. While a round of wake-ups takes less than a millisecond, every token is
+    sent at once. Above, the next round waits for twice the time of the last one (at most ``max_hold_s``), so that
+    writing takes at most about a third of the time and several tokens share a chunk.
     """
 
     _QUICK_S = 0.001
@@ -132,7 +131,7 @@ class Pacer:
             stream.wake()
         if self._dirty:
             loop.call_soon(self._flush)
-        # Runs behind the readers that were just woken.
+        # Runs after the readers that were just woken.
         loop.call_soon(self._measure, start_s)
 
     def _measure(self, start_s: float) -> None:
@@ -146,7 +145,7 @@ class Pacer:
 
 
 class TokenStream:
-    """One reader. The writer side is synchronous."""
+    """A stream with one reader. The writer side is synchronous."""
 
     __slots__ = ("_backlog", "_has_started", "_is_marked", "_kept_bytes", "_logprobs", "_outcome", "_pacer", "_tokens",
                  "_waiter", "relay")  # fmt: skip
@@ -161,7 +160,7 @@ class TokenStream:
         self._waiter: asyncio.Future[None] | None = None
         self._has_started = False
         self._is_marked = False
-        # Set with the outcome.
+        # Set together with the outcome.
         self.relay: Relay | None = None
 
     def push(self, token_ids: tuple[int, ...], logprobs: tuple[PositionLogprobs, ...]) -> None:
@@ -175,22 +174,22 @@ class TokenStream:
         self._backlog.num_bytes += num_bytes
         if not self._has_started:
             self._has_started = True
-            self.wake()  # nobody waits for company with the first token
+            self.wake()  # the first token is not held back
         elif not self._is_marked:
             self._is_marked = True
             self._pacer.mark(self)
 
     @property
     def complaint(self) -> str | None:
-        """Why the reader is too far behind; None if it is not."""
+        """The reason why the reader is too far behind; None if it is not."""
         return self._backlog.complaint(self._kept_bytes)
 
     def drop(self) -> None:
-        """Nobody reads what is here."""
+        """Discards the content: there is no reader any more."""
         self._take(len(self._tokens))
 
     def _take(self, count: int) -> tuple[list[int], list[bytes]]:
-        """The next tokens, with their logprobs where they have any."""
+        """The next tokens, with their logprobs if any."""
         tokens, self._tokens = self._tokens[:count], self._tokens[count:]
         logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
         num_bytes = _TOKEN_BYTES * len(tokens) + sum(map(len, logprobs)) + _BYTES_BYTES * len(logprobs)
@@ -209,7 +208,7 @@ class TokenStream:
             self._waiter.set_result(None)
 
     async def next(self) -> Batch:
-        """What came since the last call, or as much of it as one turn has time for; waits while there is nothing."""
+        """The tokens since the last call, or as many as one turn has time for; waits while there are none."""
         while not self._tokens and self._outcome is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:

@@ -1,7 +1,7 @@
-"""Tokens to text as it streams: no half characters, nothing that may still become a stop string.
+"""Converts streamed tokens to text without incomplete characters, and finds stop strings.
 
-One `TextStream` per choice; it is fed tokens in order and says what text became certain. It decides nothing about the
-request; a stop string that it finds is the caller's to act on.
+There is one `TextStream` per choice. It gets tokens in order and returns the text that can no longer change. The caller
+acts on a stop string that it finds.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import NamedTuple, Protocol
 from router.tokenizer import CONTEXT, PieceReader, Tokenizer, Utf8
 
 _MAX_CHARACTER_BYTES = 4
-# Text that does not resolve within this many pieces is invalid and goes out as it is.
+# Text that is still incomplete after this many pieces is invalid and is returned as it is.
 _MAX_HELD_PIECES = 32
 
 
 class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
-        """Text that is certain after these tokens."""
+        """The text that is certain after these tokens."""
 
     def flush(self) -> str:
-        """What is left at the end, incomplete characters as U+FFFD."""
+        """The rest at the end, incomplete characters as U+FFFD."""
 
 
 class ByteDetokenizer:
@@ -53,11 +53,12 @@ class ByteDetokenizer:
 
 
 class WindowDetokenizer:
-    """Any tokenizer: text is what a window of vocabulary entries decodes to beyond what its head decoded to.
+    """For any tokenizer: new text is the decoded text of a window of vocabulary entries, less that of the window's
+    head.
 
-    The head is the piece before, whose text is out, and CONTEXT where there was more: a piece's text may depend on
-    whether it is the first one (a space is stripped), and that of the piece before on whether it is the last one
-    (BPE's end-of-word suffix).
+    The head is the piece before, whose text was returned, and CONTEXT if there was more: a piece's text may depend on
+    whether it is the first one (a space is stripped), and that of the piece before on whether it is the last one (BPE's
+    end-of-word suffix).
     """
 
     __slots__ = ("_head", "_held", "_holds", "_reader", "_tokenizer")
@@ -68,7 +69,7 @@ class WindowDetokenizer:
         self._head = _trimmed(self._reader.push(_visible_tail(tokenizer, skip_special_tokens, prompt_token_ids)))
         self._reader.begin_output()
         self._holds = tokenizer.has_partial_pieces
-        # Pieces whose text is not out, as they may be parts of a character.
+        # Pieces whose text was not returned yet, since they may be parts of a character.
         self._held: list[str] = []
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -95,7 +96,7 @@ def _trimmed(pieces: list[str]) -> list[str]:
 
 
 def _visible_tail(tokenizer: Tokenizer, skip_special_tokens: bool, token_ids: Sequence[int]) -> list[int]:
-    """The last tokens that have text: enough for a whole character and to tell whether there is more before them."""
+    """The last tokens with text: enough for a whole character and to tell whether there is more before them."""
     skip = tokenizer.special_ids if skip_special_tokens else frozenset()
     tail: list[int] = []
     for token_id in reversed(token_ids):
@@ -107,28 +108,28 @@ def _visible_tail(tokenizer: Tokenizer, skip_special_tokens: bool, token_ids: Se
 
 
 class StopFinder:
-    """Looks for the first of several strings in text that comes in pieces."""
+    """Searches for the first of several strings in text that comes in pieces."""
 
     __slots__ = ("_held", "_include", "_num_exempt", "_stops")
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
         self._stops = tuple(stops)
         self._include = include
-        # The end of the text so far that is the beginning of a stop string.
+        # The end of the text so far, if it is the beginning of a stop string.
         self._held = ""
-        # So many characters of it belong to text in which no stop string may end.
+        # Number of its characters that belong to text in which no stop string may end.
         self._num_exempt = 0
 
     def push(self, text: str, *, is_exempt: bool = False) -> tuple[str, str | None]:
-        """Text that is certain, and the stop string if one is complete; then the text ends before (or with) it.
+        """The text that is certain, and the stop string if one is complete; then the text ends before (or with) it.
 
-        A stop string that ends in exempt text is none, but one may begin there.
+        A stop string may begin in exempt text but not end in it.
         """
         text = self._held + text
         first_end = len(text) + 1 if is_exempt else self._num_exempt + 1
         found = [(at, stop) for stop in self._stops if (at := text.find(stop, max(0, first_end - len(stop)))) >= 0]
         if found:
-            # The one that starts first; of two at the same place, the shorter was complete first.
+            # The stop string that starts first; of two at the same place, the shorter was complete first.
             at, stop = min(found, key=lambda f: (f[0], len(f[1])))
             self._held = ""
             return text[: at + len(stop)] if self._include else text[:at], stop
@@ -153,16 +154,16 @@ def _overlap(text: str, stop: str) -> int:
 
 class TextDelta(NamedTuple):
     text: str
-    # How many of the pushed tokens belong to the output (all, unless a stop string ended it).
+    # Number of pushed tokens that belong to the output (all, unless a stop string ended it).
     num_tokens: int
     stop: str | None
-    # What each of them added to the text, held or cut by stop strings or not; empty unless asked for.
+    # The text that each of them added, held or cut by stop strings or not; empty unless requested.
     token_texts: list[str]
 
 
 class TextStream:
-    """Text of one choice, which goes on from its prompt's. Stop tokens are ids of the output but not text, unless
-    asked for. No stop string ends before ``min_tokens`` tokens are over."""
+    """Text of one choice, which continues the prompt's text. Stop tokens are output ids but not text, unless
+    requested. No stop string ends before ``min_tokens`` tokens."""
 
     __slots__ = ("_detokenizer", "_finder", "_hidden", "_num_exempt_tokens", "_wants_token_texts")
 
@@ -183,7 +184,7 @@ class TextStream:
         )
         self._finder = StopFinder(stops, include_stop) if stops else None
         self._hidden = frozenset() if include_stop else frozenset(stop_token_ids)
-        # Tokens that are still to come before stop strings count.
+        # Number of tokens before stop strings count.
         self._num_exempt_tokens = min_tokens
         self._wants_token_texts = wants_token_texts
 
@@ -192,7 +193,7 @@ class TextStream:
             return TextDelta("", len(token_ids), None, [""] * len(token_ids) if self._wants_token_texts else [])
         if self._finder is None and not self._wants_token_texts:
             return TextDelta(self._decode(self._detokenizer, token_ids), len(token_ids), None, [])
-        # Token by token, to know what each one adds and which one completed the stop string.
+        # Token by token, to find the text of each and the one that completed the stop string.
         out, token_texts = [], []
         stop: str | None = None
         for token_id in token_ids:
@@ -207,7 +208,7 @@ class TextStream:
         return TextDelta("".join(out), len(token_texts), stop, token_texts if self._wants_token_texts else [])
 
     def flush(self) -> TextDelta:
-        """The end: incomplete characters and held text come out; they may even complete a stop string."""
+        """At the end incomplete characters and held text are returned; they may even complete a stop string."""
         if self._detokenizer is None:
             return TextDelta("", 0, None, [])
         rest = self._detokenizer.flush()

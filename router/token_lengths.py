@@ -1,4 +1,5 @@
-"""How much text one token can stand for, as far as a tokenizer's parts prove it: it bounds a prompt before any work."""
+"""Computes an upper bound on the text of one token from a tokenizer's parts, to refuse long prompts before
+tokenizing."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-# Composition makes one character of at most four (U+1F82 of Unicode's own tables).
+# Unicode composition makes one character of at most four (U+1F82).
 _MAX_COMPOSED = 4
 _SHRINK = {
     "NFC": _MAX_COMPOSED,
@@ -24,13 +25,13 @@ _SPLITTING = ("Split", "Punctuation")
 
 
 def max_chars_per_token(inner: tokenizers.Tokenizer) -> int | None:
-    """None where one token may stand for any length: text that is dropped, or unknown words of one token."""
+    """None if a token may stand for any length: text that is dropped, or unknown words as one token."""
     shrink = _shrink(_state(inner.normalizer))
     splitter = _state(inner.pre_tokenizer)
     if shrink is None or not _keeps_text(splitter) or not _knows_all_text(inner, splitter):
         return None
     if any(token.lstrip or token.rstrip for token in inner.get_added_tokens_decoder().values()):
-        return None  # they swallow the spaces beside them
+        return None  # they absorb the spaces beside them
     return shrink * max(map(len, inner.get_vocab(with_added_tokens=True)), default=1)
 
 
@@ -40,7 +41,7 @@ def _state(part: Any) -> dict[str, Any]:
 
 
 def _shrink(normalizer: dict[str, Any]) -> int | None:
-    """How many characters at most become one; None if some are dropped, or nothing is known."""
+    """The maximum number of characters that become one; None if some are dropped, or if the normalizer is unknown."""
     if not normalizer:
         return 1
     if normalizer["type"] == "Sequence":
@@ -66,7 +67,7 @@ def _keeps_text(splitter: dict[str, Any]) -> bool:
 
 
 def _knows_all_text(inner: tokenizers.Tokenizer, splitter: dict[str, Any]) -> bool:
-    """Whether every character has tokens of its own, by its bytes at the least."""
+    """Whether every character has tokens of its own, at least by its bytes."""
     model = inner.model
     if not isinstance(model, models.BPE):
         return False

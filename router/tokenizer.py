@@ -1,7 +1,7 @@
 """Text to token ids and back, from a model folder's files, without transformers.
 
-It loads tokenizer.json through the `tokenizers` package. It keeps no state of any request. What transformers alone does
-to a decoded text (clean_up_tokenization_spaces) is not done here, nor by vLLM.
+It loads tokenizer.json through the `tokenizers` package and keeps no state of requests. transformers' own clean-up of
+decoded text (clean_up_tokenization_spaces) is not done, as in vLLM.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from router.model_files import TokenizerFacts, load_tokenizer_facts
 from router.token_lengths import max_chars_per_token
 
 # Longer texts are encoded as a batch of one. `tokenizers.Tokenizer.encode` keeps Python's lock (0.23: 1.4 s for a
-# megabyte of random letters), `encode_batch_fast` gives it back (2 ms) and leaves out what nobody asks for (offsets).
+# megabyte of random letters); `encode_batch_fast` releases it (2 ms) and omits the unused offsets.
 _BATCH_CHARS = 4096
-# Long texts are counted in pieces of so many characters: what an encoding holds is 100 bytes and more a token.
+# Long texts are counted in pieces of this many characters: an encoding takes 100 bytes and more a token.
 _PIECE_CHARS = 65_536
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
-# Stands for text that came before: decoders treat the first piece of a text differently from all others.
+# Stands for earlier text: decoders treat the first piece of a text differently from all others.
 CONTEXT = "x"
 
 
@@ -41,12 +41,12 @@ class Tokenizer:
         self.facts = facts or TokenizerFacts()
         self.vocab_size: int = inner.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, t in inner.get_added_tokens_decoder().items() if t.special)
-        # Characters of text that one token can stand for at most; None where nothing proves it.
+        # Upper bound on the characters of one token; None if it cannot be proved.
         self.max_chars_per_token = max_chars_per_token(inner)
         kinds = _decoder_kinds(inner)
         self._bytes = _token_bytes(inner) if set(kinds) - {"Fuse"} == {"ByteLevel"} else None
         self.has_byte_fallback = "ByteFallback" in kinds
-        # Pieces are halves of characters, which only the decoder can put together.
+        # Pieces may be parts of characters, which only the decoder can combine.
         self.has_partial_pieces = self._bytes is None and "ByteLevel" in kinds
         eos_token = self.facts.special_tokens.get("eos_token")
         self.eos_token_id: int | None = None if eos_token is None else inner.token_to_id(eos_token)
@@ -70,9 +70,9 @@ class Tokenizer:
         return tuple(self._inner.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
 
     def has_more_than(self, num_tokens: int, text: str) -> bool:
-        """Whether the text's pieces have more tokens together: nearly so many as the whole, at a cost that is bounded.
+        """Whether the text's pieces together have more tokens: nearly as many as the whole text, at a bounded cost.
 
-        A cut costs a token or two, so that a caller who is to be right leaves some room.
+        A cut adds a token or two, so an exact caller leaves some room.
         """
         found = 0
         for start in range(0, len(text), _PIECE_CHARS):
@@ -83,8 +83,8 @@ class Tokenizer:
         return False
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        """The text of all of them at once; `router.text` gives the same in pieces."""
-        # A batch, as for `encode`: for one token as for many it costs the same.
+        """The text of all tokens at once; `router.text` gives the same in pieces."""
+        # A batch, as for `encode`: the cost per call is constant.
         text = str(self._inner.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
         if not self.has_byte_fallback or "\ufffd" not in text:
             return text
@@ -106,7 +106,7 @@ class Tokenizer:
         return self._bytes
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token adds to a text that has begun, for log-probabilities."""
+        """The bytes that a token adds inside a text, for log-probabilities."""
         if self._bytes is not None:
             return self._bytes[token_id] if token_id < len(self._bytes) else b""
         piece = self.piece(token_id)
@@ -118,7 +118,7 @@ class Tokenizer:
         return self.join([CONTEXT, piece]).removeprefix(CONTEXT).encode()
 
     def token_name(self, token_id: int) -> str:
-        """Its text; for a part of a character its bytes, as OpenAI writes them."""
+        """Its text; for a part of a character its bytes in OpenAI's notation."""
         raw = self.token_bytes(token_id)
         try:
             return raw.decode()
@@ -127,17 +127,18 @@ class Tokenizer:
 
 
 class Utf8:
-    """Bytes in portions to text: each cut character is one U+FFFD, as in Python and in `tokenizers`' ByteLevel."""
+    """Decodes bytes in portions: each incomplete character is one U+FFFD, as in Python and in `tokenizers`'
+    ByteLevel."""
 
     __slots__ = ("_decoder", "_is_foreign")
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        # The bytes of an incomplete character that it holds are not the output's own.
+        # Bytes of an incomplete character that do not belong to the output.
         self._is_foreign = False
 
     def begin_output(self) -> None:
-        """What came so far was the prompt. A character that it left incomplete is output if it gets complete."""
+        """The bytes so far were the prompt. A character that it left incomplete is output if it is completed."""
         self._is_foreign = bool(self._decoder.getstate()[0])
 
     def decode(self, data: bytes, *, final: bool = False) -> str:
@@ -149,10 +150,10 @@ class Utf8:
 
 
 class PieceReader:
-    """Vocabulary entries of tokens that come in portions, as a decoder may get them: hidden and unknown ones left out.
+    """Vocabulary entries of tokens that come in portions, for a decoder: hidden and unknown ones are omitted.
 
-    Runs of byte tokens become characters here. The ByteFallback of `tokenizers` takes a whole run for broken when one
-    byte of it is, characters that were right (and long with the client) included.
+    Runs of byte tokens become characters here. The ByteFallback of `tokenizers` replaces a whole run if one byte of it
+    is invalid, including valid characters that the client already has.
     """
 
     __slots__ = ("_skip", "_tokenizer", "_utf8")
@@ -181,12 +182,12 @@ class PieceReader:
         return pieces
 
     def flush(self) -> list[str]:
-        """The end: an incomplete character is U+FFFD."""
+        """At the end, an incomplete character is U+FFFD."""
         return [] if self._utf8 is None else list(self._utf8.decode(b"", final=True))
 
 
 def require(tokenizer: Tokenizer | None, param: str) -> Tokenizer:
-    """The tokenizer, or the error for what cannot be done without."""
+    """The tokenizer, or an error that names what needs one."""
     if tokenizer is None:
         raise InvalidRequest(
             f"{param} needs a tokenizer and the served model folder has no tokenizer.json; send token ids", param=param
@@ -206,7 +207,7 @@ def _decoder_kinds(inner: tokenizers.Tokenizer) -> tuple[str, ...]:
 
 
 def _fallback_byte(piece: str) -> bytes | None:
-    """What a byte token (`<0xE2>`) stands for."""
+    """The byte that a byte token (`<0xE2>`) stands for."""
     found = _BYTE_PIECE.fullmatch(piece)
     return bytes.fromhex(found[1]) if found else None
 

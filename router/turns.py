@@ -1,8 +1,8 @@
-"""How long one turn of the event loop may last. Work in pieces asks before each piece, and waits for a later turn if
-the present one has lasted long enough; small work does not wait. Knows nothing of the work.
+"""Limits the duration of one turn of the event loop. Work in pieces calls it before each piece, and waits for a later
+turn if the present one has lasted too long; small work does not wait.
 
-Whoever is ready when the loop polls runs before it polls again: a hundred readers with a few milliseconds each stop
-everything else as long as one with all of it.
+All callbacks that are ready run before the loop polls again, so a hundred readers with a few milliseconds each block
+other work as long as one reader with all of it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-# Waiting pieces that are let go in one turn: so many at first, as each may take some milliseconds, then as many as turn
-# out to fit.
+# Waiting pieces that are resumed in one turn: this many at first, as each may take milliseconds, then as many as fit.
 _FIRST_AT_ONCE = 4
 _MAX_AT_ONCE = 64
 
@@ -20,14 +19,14 @@ _MAX_AT_ONCE = 64
 class Turns:
     def __init__(self, max_turn_s: float) -> None:
         self._max_turn_s = max_turn_s
-        # When the first piece of the present turn began; None before.
+        # Start of the first piece of the present turn; None before.
         self._began_s: float | None = None
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._at_once = _FIRST_AT_ONCE
 
     @property
     def is_over(self) -> bool:
-        """What is left should wait for the next turn."""
+        """Whether the rest should wait for the next turn."""
         loop = asyncio.get_running_loop()
         now = loop.time()
         if self._began_s is None:
@@ -40,7 +39,7 @@ class Turns:
         return len(self._waiters)
 
     async def wait(self) -> None:
-        """Until there is time for a piece; those that wait are served in order."""
+        """Waits until there is time for a piece; waiting pieces are served in order."""
         if not self._waiters and not self.is_over:
             return
         waiter = asyncio.get_running_loop().create_future()
@@ -64,22 +63,22 @@ class Turns:
             waiter = self._waiters.popleft()
             if not waiter.done():
                 waiter.set_result(None)
-        # Once more, whether any are left or not: what was let go is a part of this turn.
+        # Scheduled again even if none are left: the resumed pieces are part of this turn.
         loop.call_soon(self._next)
 
 
 class Stepwise:
-    """Synchronous work of many small steps: as many at once as a turn has time for, the rest in the turns after it."""
+    """Synchronous work of many small steps: as many as a turn has time for, the rest in later turns."""
 
     def __init__(self, step: Callable[[], bool], max_turn_s: float) -> None:
-        """``step`` returns False when there is nothing left to do."""
+        """``step`` returns False when no step is left."""
         self._step = step
         self._max_turn_s = max_turn_s
         self._is_running = False
         self._is_due = False
 
     def run(self) -> None:
-        """At least one step, unless steps are under way or due."""
+        """Runs at least one step, unless steps are running or scheduled."""
         if self._is_running or self._is_due:
             return
         loop = asyncio.get_running_loop()

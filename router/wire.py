@@ -1,4 +1,4 @@
-"""The router's own types to the messages clients get, and errors to rich gRPC statuses."""
+"""Converts the router's types to the messages for gRPC clients, and errors to rich gRPC statuses."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def member_to_pb(member: Member) -> router_pb2.StatusResponse.NodeState:
 
 
 async def abort(context: aio.ServicerContext[Any, Any], error: errors.BatonError) -> NoReturn:
-    """End a call with the error's status, its name and the time to wait, for machines and for people."""
+    """End a call with the error's status, its name and the retry time, as metadata and as text."""
     code = grpc.StatusCode[error.grpc_status]
     info = error_details_pb2.ErrorInfo(reason=error.code, domain=_DOMAIN)
     if error.param:
