@@ -86,7 +86,7 @@ class RouterMetrics:
         )
         self.defects = counters(
             "baton_defects",
-            "Exceptions that nobody expected, by where they were caught",
+            "Unexpected exceptions, by the place that caught them",
             "where",
             preset=_each("sequence", "message", "membership", "watcher", "record", "link", "registry"),
         )

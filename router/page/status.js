@@ -1,16 +1,16 @@
-// Asks /status/data once a second while somebody looks, and draws it. What comes is other people's text: it only ever
-// becomes text nodes and attributes, never markup.
+// Polls /status/data once a second while the page is visible, and draws it. The data contains untrusted text, so it
+// becomes text nodes and attributes only, never markup.
 "use strict";
 
 const POLL_MS = 1000;
 const TIMEOUT_MS = 5000;
 const LEDGER = ["prompt", "sending", "leased", "running", "quarantined"];
-// A sign beside the colour, for those who do not see it.
+// A symbol beside the colour, for readers who cannot tell colours apart.
 const STATES = {
   ready: ["good", "● ready"], connecting: ["warn", "◌ connecting"], suspect: ["warn", "▲ suspect"],
   draining: ["warn", "◐ draining"], left: ["warn", "○ left"], lost: ["bad", "✕ dead"], refused: ["bad", "✕ refused"],
 };
-// What a stage of a lifeline is drawn as.
+// How each stage of a lifeline is drawn.
 const STAGES = {
   tokenize: "tokenize", rerun: "rerun", placement: "queue", reserve: "queue", prefill_queue: "queue", prefill: "prefill",
   network: "network", transfer: "transfer", decode: "decode", "no token": "rerun",
@@ -29,7 +29,7 @@ let last = null;
 let timer = 0;
 let isAsking = false;
 
-// ── What numbers look like ──────────────────────────────────────────────────────────────────────────────────────────
+// ── Number formats ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 function seconds(value) {
   if (value === null || value === undefined) return "–";
@@ -49,7 +49,7 @@ function count(value) {
   return Number.isInteger(value) ? String(value) : three(value);
 }
 
-// The router's time of day, as it is where the page is read.
+// The router's wall clock in the reader's time zone.
 function clock(at_s, withSeconds) {
   const parts = { hour: "2-digit", minute: "2-digit", hourCycle: "h23" };
   return new Date(at_s * 1000).toLocaleTimeString([], withSeconds ? { ...parts, second: "2-digit" } : parts);
@@ -87,7 +87,7 @@ function heading(...children) {
   return made;
 }
 
-// Rows that say what they said are left alone: of 200 nodes few change in a second.
+// Unchanged rows are not redrawn: of 200 nodes few change in a second.
 function rows(body, items, keyOf, draw) {
   const labels = [...body.parentElement.tHead.rows[0].cells].map((x) => x.textContent);
   const old = new Map([...body.children].map((row) => [row.dataset.key, row]));
@@ -105,7 +105,7 @@ function rows(body, items, keyOf, draw) {
     if (row.said !== content) {
       row.said = content;
       row.replaceChildren(...draw(item));
-      // For narrow screens, where a row is a card and the column's head is not above it.
+      // For narrow screens, where a row is a card without the column's head above it.
       [...row.cells].forEach((x, i) => { x.dataset.label = labels[i]; });
     }
     if (row === at) at = at.nextElementSibling;
@@ -183,7 +183,7 @@ function drawNodes(data) {
   rows($("nodes"), shown.map(steady), (node) => node.address, nodeCells);
 }
 
-// Without what changes with every look and is not drawn.
+// Without fields that change with every poll and are not drawn.
 function steady(node) {
   const { silent_s, stalled_s, queued_prompt_tokens, running_tokens, ...rest } = node;
   if (node.state !== "ready" && silent_s > 0.5) rest.note = `nothing heard for ${seconds(silent_s)}`;
@@ -330,7 +330,7 @@ function draw(data) {
   $("key-form").hidden = true;
 }
 
-// ── Asking ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+// ── Polling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 async function ask() {
   if (isAsking || document.hidden) return;
