@@ -34,6 +34,7 @@ def request_to_pb(message: m.SenderMessage) -> pb.ChannelRequest:
                     num_blocks=message.num_blocks,
                     layer_digests=message.layer_digests,
                     first_token=codec.tokens_to_pb(message.first_token),
+                    num_sent_bytes=message.num_sent_bytes,
                 )
             )
         case m.Abort():
@@ -54,7 +55,8 @@ def request_from_pb(msg: pb.ChannelRequest) -> m.SenderMessage:
         case "commit":
             c = msg.commit
             token = codec.tokens_from_pb(c.first_token)
-            return m.Commit(c.sequence_id, c.epoch, c.attempt, c.num_blocks, tuple(c.layer_digests), token)
+            digests = tuple(c.layer_digests)
+            return m.Commit(c.sequence_id, c.epoch, c.attempt, c.num_blocks, digests, token, c.num_sent_bytes)
         case "abort":
             return m.Abort(msg.abort.sequence_id, msg.abort.epoch, msg.abort.reason)
         case "revoked":

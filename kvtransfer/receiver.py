@@ -93,8 +93,9 @@ class DataPlane(Protocol):
 
     def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None: ...
 
-    def close_epoch(self, channel: int, epoch: int) -> bool:
-        """True if nothing is being written into the epoch's blocks; else its quiet is told later."""
+    def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
+        """Take no data beyond the first ``after_bytes`` since the epoch was opened. True if those are written and
+        nothing is being written into the epoch's blocks; else its quiet is told later."""
 
     def drop(self, channel: int) -> None:
         """Leads to one call of on_writer_gone(channel)."""
@@ -174,6 +175,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             on_frame=self._verifier.digest_here if self._config.digest else None,
             on_writer_gone=self._writer_gone,
             on_quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
+            on_early=lambda channel, epoch: self._handle(machine.DataCame(channel, epoch)),
+            on_stray=self._stray,
         )
 
     # For the owner of the pool.
@@ -272,7 +275,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 self._writers[action.channel].open_epoch(action.channel, action.epoch, action.block_ids)
             case machine.CloseEpoch():
                 plane = self._writers.get(action.channel)
-                if plane is None or plane.close_epoch(action.channel, action.epoch):
+                if plane is None or plane.close_epoch(action.channel, action.epoch, action.after_bytes):
                     self._soon(machine.EpochQuiet(action.epoch))
             case machine.Digest():
                 if self._config.digest:
@@ -354,6 +357,11 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     def _wrote(self, channel: int, epoch: int, attempt: int, ranges: Sequence[messages.WrittenRange]) -> None:
         self._handle(machine.Wrote(channel, epoch, attempt, tuple(ranges)))
+
+    def _stray(self, channel: int, epoch: int) -> None:
+        sequence_id = self._machine.sequence_of(epoch)
+        if sequence_id is not None:
+            self._handle(machine.Malformed(channel, sequence_id, epoch, "a data frame reached outside of its lease"))
 
     def _writer_gone(self, channel: int) -> None:
         if self._writers.pop(channel, None) is None:

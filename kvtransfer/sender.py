@@ -161,7 +161,8 @@ class Push:
     def _drained(self, attempt: int) -> None:
         event: machine.SenderEvent
         try:
-            event = machine.Drained(self._number, attempt, self._job.num_blocks, self._job.layer_digests())
+            job = self._job
+            event = machine.Drained(self._number, attempt, job.num_blocks, job.layer_digests(), job.num_sent_bytes)
         except Exception as error:
             defect = self._peer.defects.caught("transfer", error, f"digests of {self.sequence_id}")
             event = machine.WriteFailed(self._number, defect)
@@ -275,7 +276,8 @@ class _Peer:
             self._is_opening = False
         number, self._next_channel = self._next_channel, self._next_channel + 1
         self.connection = connection
-        self.handle(machine.Connected(number, connection.node.node_id, connection.node.incarnation))
+        node = connection.node
+        self.handle(machine.Connected(number, node.node_id, node.incarnation, connection.wire.is_one_sided))
         reason = await connection.run(lambda message: self.handle(machine.Received(number, message)))
         # Pushes stop first, then the wire is closed: the receiver takes its closing for our last write.
         self.connection = None

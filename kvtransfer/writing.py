@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, InternalError, TransferFailed, described
+from baton.errors import BatonError, InternalError, described
 from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.devices.interface import Event
@@ -50,12 +50,16 @@ class Wire(Protocol):
     @property
     def max_unit_bytes(self) -> int: ...
 
+    @property
+    def is_one_sided(self) -> bool:
+        """This process writes into the receiver's memory by itself; else a thread of the receiver does."""
+
     def submit(self, units: Sequence[Unit]) -> None:
         """Queue units for the lanes, which call ``write`` of the wire that the unit's job was started with."""
 
-    def write(self, lane: int, unit: Unit) -> None:
-        """Read the source and send it, in the lane's thread. ``job.landed`` follows when the bytes are in the target,
-        before or after this returns; raises if they will not get there."""
+    def write(self, lane: int, unit: Unit) -> int:
+        """Read the source and write or send it, in the lane's thread. When it returns, one-sided, the bytes are in the
+        target; else so many bytes are on the data connection. Raises if they will not get there."""
 
     async def close(self) -> None:
         """Begin no further write, wait for those under way, let go of the connection."""
@@ -65,7 +69,7 @@ class Lanes:
     """A few threads that take units from one queue."""
 
     def __init__(
-        self, name: str, num_threads: int, run: Callable[[int, Unit], None], clock: Clock | None = None
+        self, name: str, num_threads: int, run: Callable[[int, Unit], int], clock: Clock | None = None
     ) -> None:
         self._run = run
         self._clock = clock or MonotonicClock()
@@ -96,8 +100,9 @@ class Lanes:
             if not unit.job.enter():
                 continue
             started_s = self._clock.now()
+            num_sent_bytes = 0
             try:
-                self._run(lane, unit)
+                num_sent_bytes = self._run(lane, unit)
                 unit.job.record(lane, unit, started_s, self._clock.now())
             except BatonError as error:
                 unit.job.fail(error)
@@ -105,7 +110,7 @@ class Lanes:
                 logging.getLogger(__name__).exception("kv write failed")
                 unit.job.fail(InternalError(f"write failed: {described(error)}"))
             finally:
-                unit.job.leave()
+                unit.job.leave(num_sent_bytes)
 
     def close(self) -> None:
         """Let the threads end after the queued units (those of stopped jobs are skipped)."""
@@ -169,9 +174,11 @@ class WriteJob:
         self._ready = [0] * layout.num_layers
         self._submitted = [0] * layout.num_layers
         self._attempt = 1
-        # Units queued or written whose bytes have not landed; units a lane is at.
-        self._num_unlanded = 0
+        # Units queued or being written; units a lane is at.
+        self._num_unwritten = 0
         self._num_entered = 0
+        # Of this attempt, on the data connection of a two-sided wire.
+        self._num_sent_bytes = 0
         self._is_draining = False
         self._is_stopping = False
         self._has_failed = False
@@ -207,7 +214,8 @@ class WriteJob:
 
     def drain(self, attempt: int, rewrite_layers: Sequence[int]) -> None:
         with self._lock:
-            self._attempt = attempt
+            if attempt != self._attempt:
+                self._attempt, self._num_sent_bytes = attempt, 0
             self._is_draining = True
             for layer in rewrite_layers:
                 if 0 <= layer < self.num_layers:
@@ -239,10 +247,17 @@ class WriteJob:
             self._num_entered += 1
             return True
 
-    def leave(self) -> None:
+    @property
+    def num_sent_bytes(self) -> int:
+        with self._lock:
+            return self._num_sent_bytes
+
+    def leave(self, num_sent_bytes: int) -> None:
         """The lane reads the source no more."""
         with self._lock:
             self._num_entered -= 1
+            self._num_unwritten -= 1
+            self._num_sent_bytes += num_sent_bytes
             is_stopped = self._is_stopping and self._num_entered == 0
             attempt, is_drained = self._attempt, self._take_drained()
         if is_stopped:
@@ -301,13 +316,6 @@ class WriteJob:
                 Write(self._sequence_id, lane, unit.layer, unit.num_layers, num_bytes, started_s, ended_s)
             )
 
-    def landed(self, unit: Unit) -> None:
-        with self._lock:
-            self._num_unlanded -= 1
-            attempt, is_drained = self._attempt, self._take_drained()
-        if is_drained:
-            self._listener.on_drained(attempt)
-
     def fail(self, error: BatonError) -> None:
         with self._lock:
             if self._has_failed or self._is_stopping:
@@ -320,7 +328,7 @@ class WriteJob:
     def _take_drained(self) -> bool:
         if not self._is_draining or self._is_stopping or self._has_failed:
             return False
-        if self._num_unlanded or self._num_entered:
+        if self._num_unwritten:
             return False
         self._is_draining = False
         return True
@@ -335,7 +343,7 @@ class WriteJob:
             if first < stop:
                 self._submitted[layer] = stop
                 self._add_units(units, wire, layer, first, stop)
-        self._num_unlanded += len(units)
+        self._num_unwritten += len(units)
         wire.submit(units)
 
     def _add_units(self, units: list[Unit], wire: Wire, layer: int, first: int, stop: int) -> None:
@@ -355,15 +363,11 @@ class WriteJob:
             units.append(Unit(self, self._attempt, layer, 1, begin, min(start + step, stop) - begin))
 
 
-def write_unit(lane: int, unit: Unit) -> None:
+def write_unit(lane: int, unit: Unit) -> int:
     assert unit.job.wire is not None, "units are queued after the push has begun"
-    unit.job.wire.write(lane, unit)
+    return unit.job.wire.write(lane, unit)
 
 
 def as_bytes(memory: memoryview) -> ByteArray:
     """The memory as an array of bytes; no copy."""
     return np.frombuffer(memory, dtype=np.uint8)
-
-
-def refused_by_receiver() -> TransferFailed:
-    return TransferFailed("the receiver refused a write: the lease is no longer live")

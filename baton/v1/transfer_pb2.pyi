@@ -69,7 +69,10 @@ class ChannelRequest(_message.Message):
 
     @_typing.final
     class Begin(_message.Message):
-        """Asks for the lease's blocks. From the answer Begun until Commit, Abort or Revoked the sender may write into them."""
+        """Asks for the lease's blocks. A sender that writes into the receiver's memory by itself may do so from the answer
+        Begun until Commit, Abort or Revoked. Over a data connection that the receiver reads (tcp), data and Commit follow
+        Begin at once: there is no Begun, the receiver takes only what belongs to a live lease of this channel.
+        """
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -93,7 +96,7 @@ class ChannelRequest(_message.Message):
 
     @_typing.final
     class Commit(_message.Message):
-        """Every byte was written and flushed."""
+        """Every byte was written, or is on the data connection."""
 
         DESCRIPTOR: _descriptor.Descriptor
 
@@ -103,6 +106,7 @@ class ChannelRequest(_message.Message):
         LAYER_DIGESTS_FIELD_NUMBER: _builtins.int
         FIRST_TOKEN_FIELD_NUMBER: _builtins.int
         ATTEMPT_FIELD_NUMBER: _builtins.int
+        NUM_SENT_BYTES_FIELD_NUMBER: _builtins.int
         sequence_id: _builtins.str
         """The sequence that is meant."""
         epoch: _builtins.int
@@ -111,6 +115,10 @@ class ChannelRequest(_message.Message):
         """Blocks that were written."""
         attempt: _builtins.int
         """Starts at 1, one more after every Nack that asked for layers again."""
+        num_sent_bytes: _builtins.int
+        """Bytes put on the data connection in this attempt; the receiver verifies when they are all in its memory.
+        0 if the sender writes into the receiver's memory by itself.
+        """
         @_builtins.property
         def layer_digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
             """One digest per layer over the written blocks in lease order."""
@@ -128,10 +136,11 @@ class ChannelRequest(_message.Message):
             layer_digests: _abc.Iterable[_builtins.bytes] | None = ...,
             first_token: _common_pb2.Tokens | None = ...,
             attempt: _builtins.int = ...,
+            num_sent_bytes: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["first_token", b"first_token"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "first_token", b"first_token", "layer_digests", b"layer_digests", "num_blocks", b"num_blocks", "sequence_id", b"sequence_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "epoch", b"epoch", "first_token", b"first_token", "layer_digests", b"layer_digests", "num_blocks", b"num_blocks", "num_sent_bytes", b"num_sent_bytes", "sequence_id", b"sequence_id"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -283,7 +292,7 @@ class ChannelResponse(_message.Message):
 
     @_typing.final
     class Begun(_message.Message):
-        """The lease is live and bound to this channel: the sender may write."""
+        """The lease is live and bound to this channel: the sender may write into its blocks."""
 
         DESCRIPTOR: _descriptor.Descriptor
 

@@ -40,6 +40,8 @@ class Commit:
     # Empty if the pair agreed on no digest, else one per layer.
     layer_digests: tuple[bytes, ...]
     first_token: TokenChunk
+    # Put on the data connection in this attempt; 0 if the sender writes into the receiver's memory by itself.
+    num_sent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,13 @@ no writer can reach its blocks any more, which is known when all of these hold:
 - the peer, if it writes by itself (one-sided, like shm), has said that it stopped (Commit, Abort, Revoked) or is gone
   (``WriterGone``). A time-out alone never frees such blocks.
 
-    granted --Begin--> writing --Commit--> verifying --digest ok--> arriving --taken over--> ARRIVED
-       |                 |  ^---Nack, layers again---'  |                          |
-       '---- expiry, revoke, abort, loss, bad digest ---'--> ending --quiet--> RELEASED
+A two-sided peer sends Begin, data and Commit without waiting for an answer. Its data may overtake Begin
+(``DataCame`` then binds the lease) and may be overtaken by Commit (the lease is then filling until all of it is here).
+
+    granted --Begin--> writing --Commit--> filling --quiet--> verifying --digest ok--> arriving --> ARRIVED
+       |                 |  ^                 |                |    |                     |
+       |                 |  '-----------------+-- Nack, layers ----'                      |
+       '---- expiry, revoke, abort, loss, bad digest ---------'--> ending --quiet--> RELEASED
 """
 
 from __future__ import annotations
@@ -120,8 +124,16 @@ class Wrote:
 
 
 @dataclass(frozen=True, slots=True)
+class DataCame:
+    """Data of a two-sided peer for an epoch that is not open: it may have overtaken its Begin."""
+
+    channel: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class EpochQuiet:
-    """After CloseEpoch: no write of this process into the epoch's blocks is under way."""
+    """After CloseEpoch: no write of this process into the epoch's blocks is under way, and none will follow."""
 
     epoch: int
 
@@ -169,6 +181,7 @@ ReceiverEvent = (
     | Received
     | Malformed
     | Wrote
+    | DataCame
     | EpochQuiet
     | Verified
     | VerifyFailed
@@ -198,10 +211,12 @@ class OpenEpoch:
 
 @dataclass(frozen=True, slots=True)
 class CloseEpoch:
-    """Refuse further data; answer EpochQuiet once nothing is being written."""
+    """Refuse data beyond the first ``after_bytes`` since OpenEpoch; answer EpochQuiet once those are written and no
+    other is being written. A second CloseEpoch replaces the first."""
 
     channel: int
     epoch: int
+    after_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,9 +291,14 @@ ReceiverAction = (
 class LeaseState(Enum):
     GRANTED = "granted"
     WRITING = "writing"
+    FILLING = "filling"
     VERIFYING = "verifying"
     ARRIVING = "arriving"
     ENDING = "ending"
+
+
+# What the peer has to bring about, before the lease's deadline.
+_WAITS_FOR_PEER = frozenset({LeaseState.GRANTED, LeaseState.WRITING, LeaseState.FILLING})
 
 
 @dataclass(slots=True)
@@ -352,7 +372,7 @@ class ReceiverMachine:
     def next_deadline_s(self) -> float | None:
         deadlines = [c.heart.due_s for c in self._channels.values() if not c.is_lost]
         for lease in self._leases.values():
-            if lease.state in (LeaseState.GRANTED, LeaseState.WRITING):
+            if lease.state in _WAITS_FOR_PEER:
                 deadlines.append(lease.deadline_s)
             elif lease.revoke_deadline_s is not None:
                 deadlines.append(lease.revoke_deadline_s)
@@ -366,6 +386,8 @@ class ReceiverMachine:
                 return self._wrote(event)
             case Malformed():
                 return self._malformed(event, now)
+            case DataCame():
+                return self._data_came(event)
             case Granted():
                 return self._granted(event, now)
             case RevokeAsked():
@@ -402,9 +424,10 @@ class ReceiverMachine:
                 assert (lease.channel, lease.is_writer_quiet) == (None, True)
             else:
                 assert lease.channel is not None
-            if lease.state in (LeaseState.VERIFYING, LeaseState.ARRIVING):
+            if lease.state in (LeaseState.FILLING, LeaseState.VERIFYING, LeaseState.ARRIVING):
                 assert lease.is_writer_quiet
                 assert lease.commit is not None
+                assert lease.is_epoch_quiet == (lease.state is not LeaseState.FILLING)
             if lease.state is LeaseState.ENDING:
                 assert not (lease.is_writer_quiet and lease.is_epoch_quiet), "a settled lease must be released"
             if lease.channel in self._channels:
@@ -430,13 +453,13 @@ class ReceiverMachine:
         actions: list[ReceiverAction] = []
         was = lease.state
         lease.state, lease.reason = LeaseState.ENDING, reason
-        if was is LeaseState.WRITING:
-            if tell:
-                actions += self._send(lease, Revoke(lease.sequence_id, lease.epoch, reason))
-                lease.revoke_deadline_s = now + self._config.revoke_timeout_s
-            actions.append(self._close_epoch(lease))
-        elif was is LeaseState.VERIFYING and tell:
+        if was is LeaseState.WRITING and tell:
+            actions += self._send(lease, Revoke(lease.sequence_id, lease.epoch, reason))
+            lease.revoke_deadline_s = now + self._config.revoke_timeout_s
+        elif was in (LeaseState.FILLING, LeaseState.VERIFYING) and tell:
             actions += self._nack(lease, TransferFailed(f"lease of {lease.sequence_id} is over: {reason}"))
+        if was in (LeaseState.WRITING, LeaseState.FILLING):
+            actions.append(self._close_epoch(lease))
         if not (lease.is_writer_quiet and lease.is_epoch_quiet):
             actions.append(Quarantine(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
         return actions + self._settle(lease)
@@ -461,9 +484,9 @@ class ReceiverMachine:
         lease.is_writer_quiet = not self._channels[lease.channel].is_one_sided
         return OpenEpoch(lease.channel, lease.epoch, lease.block_ids)
 
-    def _close_epoch(self, lease: _Lease) -> ReceiverAction:
+    def _close_epoch(self, lease: _Lease, *, after_bytes: int = 0) -> ReceiverAction:
         assert lease.channel is not None
-        return CloseEpoch(lease.channel, lease.epoch)
+        return CloseEpoch(lease.channel, lease.epoch, after_bytes)
 
     def _send(self, lease: _Lease, message: ReceiverMessage) -> list[ReceiverAction]:
         channel = None if lease.channel is None else self._channels.get(lease.channel)
@@ -503,7 +526,9 @@ class ReceiverMachine:
         for epoch in sorted(channel.epochs):
             lease = self._leases[epoch]
             lease.is_writer_quiet = True
-            if lease.state is LeaseState.WRITING:
+            # What a one-sided writer has committed is here; of a two-sided one, the rest went with its connection.
+            is_unfinished = lease.state is LeaseState.FILLING and not channel.is_one_sided
+            if lease.state is LeaseState.WRITING or is_unfinished:
                 actions += self._end(lease, f"writer {channel.peer} is gone", now)
             else:
                 actions += self._settle(lease)
@@ -534,8 +559,9 @@ class ReceiverMachine:
         if lease is None or lease.is_epoch_quiet or lease.state is LeaseState.WRITING:
             return []
         lease.is_epoch_quiet = True
-        if lease.state is LeaseState.VERIFYING:
+        if lease.state is LeaseState.FILLING:
             assert lease.commit is not None
+            lease.state = LeaseState.VERIFYING
             return [Verify(epoch, lease.commit)]
         return self._settle(lease)
 
@@ -574,7 +600,7 @@ class ReceiverMachine:
 
     def _begin(self, channel_id: int, message: Begin, lease: _Lease | None) -> list[ReceiverAction]:
         if lease is not None and lease.channel == channel_id:
-            return []  # A duplicate: Begun is said once, so that it can never start a second writer.
+            return []  # A duplicate, or its data came first. Begun is said once: it can never start a second writer.
         if self._channels[channel_id].is_writer_gone:
             return []  # Its connection is broken, the channel will follow.
         if lease is None or lease.state is not LeaseState.GRANTED:
@@ -582,9 +608,23 @@ class ReceiverMachine:
             error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} {what}; reserve again")
             failure = Failure(error.code, error.message, error.retryable)
             return [Send(channel_id, Nack(message.sequence_id, message.epoch, 0, failure))]
+        opened = self._bind(lease, channel_id)
+        if not self._channels[channel_id].is_one_sided:
+            return [opened]  # Its sender does not wait: this process is the fence.
+        return [opened, Send(channel_id, Begun(lease.sequence_id, lease.epoch))]
+
+    def _bind(self, lease: _Lease, channel_id: int) -> ReceiverAction:
         lease.state, lease.channel = LeaseState.WRITING, channel_id
         self._channels[channel_id].epochs.add(lease.epoch)
-        return [self._open_epoch(lease), Send(channel_id, Begun(lease.sequence_id, lease.epoch))]
+        return self._open_epoch(lease)
+
+    def _data_came(self, event: DataCame) -> list[ReceiverAction]:
+        lease, channel = self._leases.get(event.epoch), self._channels.get(event.channel)
+        if lease is None or lease.state is not LeaseState.GRANTED:
+            return []
+        if channel is None or channel.is_lost or channel.is_writer_gone or channel.is_one_sided:
+            return []
+        return [self._bind(lease, event.channel)]
 
     def _unknown(self, channel_id: int, message: SenderMessage) -> list[ReceiverAction]:
         """A message for a lease that is over, or not this peer's. Only a Commit waits for an answer."""
@@ -603,14 +643,13 @@ class ReceiverMachine:
         if lease.state is LeaseState.ENDING:
             # Crossed with Revoke, which the sender takes for the answer.
             return self._settle(lease)
-        lease.state, lease.commit = LeaseState.VERIFYING, commit
-        actions: list[ReceiverAction] = [self._close_epoch(lease)]
         if not lease.min_blocks <= commit.num_blocks <= len(lease.block_ids):
             error = InvalidRequest(
                 f"{commit.num_blocks} blocks committed, expected {lease.min_blocks} to {len(lease.block_ids)}"
             )
-            return actions + self._nack(lease, error) + self._end(lease, error.message, now, tell=False)
-        return actions
+            return self._nack(lease, error) + self._end(lease, error.message, now, tell=False)
+        lease.state, lease.commit = LeaseState.FILLING, commit
+        return [self._close_epoch(lease, after_bytes=commit.num_sent_bytes)]
 
     def _stopped(self, lease: _Lease, reason: str, now: float) -> list[ReceiverAction]:
         """The peer has stopped writing and will not write again."""
@@ -684,7 +723,7 @@ class ReceiverMachine:
     def _tick(self, now: float) -> list[ReceiverAction]:
         actions: list[ReceiverAction] = []
         for lease in list(self._leases.values()):
-            if lease.state in (LeaseState.GRANTED, LeaseState.WRITING) and now >= lease.deadline_s:
+            if lease.state in _WAITS_FOR_PEER and now >= lease.deadline_s:
                 actions += self._end(lease, "lease expired", now)
             elif lease.revoke_deadline_s is not None and now >= lease.revoke_deadline_s:
                 lease.revoke_deadline_s = None

@@ -4,8 +4,11 @@ A push may write only between Begun and the moment its end is announced (Commit,
 announced, and its owner told, only after ``Stopped`` or ``Drained``: no write of it is under way then, so its source
 blocks and the target blocks are both free to be used again.
 
+On a two-sided channel the receiver writes, and refuses what it has not leased: such a push does not wait for Begun, and
+Begin, data and Commit are in flight together.
+
     waiting --channel--> beginning --Begun--> writing --commit--> draining --Drained--> committed --Ack--> DONE
-       |                    |                    |                  |  ^----Nack, layers---'  |
+       |        '----two-sided channel----------^|                  |  ^----Nack, layers---'  |
        '------ abort, Revoke, loss, deadline ----'----> stopping <--'                         |
                                                             '--Stopped--> FAILED <------------'
 """
@@ -85,6 +88,8 @@ class Connected:
     channel: int
     node_id: str
     incarnation: int
+    # This process writes into the receiver's memory by itself.
+    is_one_sided: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +111,14 @@ class Received:
 
 @dataclass(frozen=True, slots=True)
 class Drained:
-    """Every byte of the attempt is where it belongs and nothing is being written."""
+    """Every byte of the attempt is where it belongs, or on its way there, and the source is not being read."""
 
     push: int
     attempt: int
     num_blocks: int
     layer_digests: tuple[bytes, ...]
+    # On its way there: of this attempt, by a two-sided data connection.
+    num_sent_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +177,7 @@ class StartWriting:
 
 @dataclass(frozen=True, slots=True)
 class Drain:
-    """Write what is left (the given layers once more, if any), wait until it has landed, answer Drained."""
+    """Write what is left (the given layers once more, if any), answer Drained."""
 
     push: int
     attempt: int
@@ -236,6 +243,7 @@ class _Channel:
     number: int
     node_id: str
     incarnation: int
+    is_one_sided: bool
     heart: Heart
     used_epochs: OrderedDict[int, None]
     is_dropping: bool = False
@@ -333,14 +341,16 @@ class SenderMachine:
         assert self._channel is None, "one connection at a time"
         self._is_connecting, self._failures, self._connect_at_s = False, 0, None
         heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
-        self._channel = _Channel(event.channel, event.node_id, event.incarnation, heart, OrderedDict())
+        self._channel = _Channel(
+            event.channel, event.node_id, event.incarnation, event.is_one_sided, heart, OrderedDict()
+        )
         actions: list[SenderAction] = []
         for incarnation, abort in self._owed:
             actions += self._send(abort) if incarnation == event.incarnation else []
         self._owed.clear()
         for push in list(self._pushes.values()):
             if push.state is PushState.WAITING:
-                actions += self._begin(push)
+                actions += self._begin(push, now)
         return actions
 
     def _connect_failed(self, error: BatonError, now: float) -> list[SenderAction]:
@@ -389,10 +399,10 @@ class SenderMachine:
         )
         self._pushes[event.push] = push
         if self._channel is not None and not self._channel.is_dropping:
-            return self._begin(push)
+            return self._begin(push, now)
         return self._connect(now)
 
-    def _begin(self, push: _Push) -> list[SenderAction]:
+    def _begin(self, push: _Push, now: float) -> list[SenderAction]:
         assert self._channel is not None
         if push.incarnation != self._channel.incarnation:
             error: BatonError = NodeLost(
@@ -407,7 +417,8 @@ class SenderMachine:
         if len(used) > _MAX_REMEMBERED:
             used.popitem(last=False)
         push.state = PushState.BEGINNING
-        return self._send(Begin(push.sequence_id, push.epoch))
+        begin = self._send(Begin(push.sequence_id, push.epoch))
+        return begin if self._channel.is_one_sided else begin + self._begun(push, now)
 
     def _commit_asked(self, event: CommitAsked, now: float) -> list[SenderAction]:
         push = self._pushes.get(event.push)
@@ -436,8 +447,11 @@ class SenderMachine:
         assert push.first_token is not None
         push.state = PushState.COMMITTED
         return self._send(
-            Commit(push.sequence_id, push.epoch, push.attempt, event.num_blocks, event.layer_digests, push.first_token)
-        )
+            Commit(
+                push.sequence_id, push.epoch, push.attempt, event.num_blocks, event.layer_digests, push.first_token,
+                event.num_sent_bytes,
+            )
+        )  # fmt: skip
 
     def _on(self, number: int, error: BatonError, now: float, *, say_abort: bool = False) -> list[SenderAction]:
         push = self._pushes.get(number)

@@ -108,7 +108,7 @@ class CudaIpcReceiver:
     def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None:
         """Nothing to open: the sender writes by itself."""
 
-    def close_epoch(self, channel: int, epoch: int) -> bool:
+    def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
         return True
 
     def drop(self, channel: int) -> None:
@@ -125,6 +125,7 @@ class CudaIpcWire:
     """A receiver's opened allocation. ``write`` runs in lanes; everything else on the event loop."""
 
     name = NAME
+    is_one_sided = True
     max_unit_bytes = 16 << 20
 
     def __init__(self, connection: socket.socket, device: Device, target: int, lanes: Lanes, num_lanes: int) -> None:
@@ -164,11 +165,11 @@ class CudaIpcWire:
     def submit(self, units: Sequence[Unit]) -> None:
         self._lanes.submit(units)
 
-    def write(self, lane: int, unit: Unit) -> None:
+    def write(self, lane: int, unit: Unit) -> int:
         with self._attachment.writing():
             self._copy(unit)
             self._attachment.tell_written(unit)
-        unit.job.landed(unit)
+        return 0
 
     def _copy(self, unit: Unit) -> None:
         """The device copies while this thread hashes; staging is given back when the device is through with both."""

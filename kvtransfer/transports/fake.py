@@ -18,7 +18,7 @@ from typing import Generic, Self, TypeVar, cast
 
 import numpy as np
 
-from baton.errors import BadConfig, BatonError, TransferFailed
+from baton.errors import BadConfig, TransferFailed
 from kvtransfer.devices.interface import Event
 from kvtransfer.digest import ByteArray
 from kvtransfer.writing import Unit, Wire, WriteJob
@@ -126,12 +126,6 @@ class _DamagedJob:
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
         self._job.hash(layer, first, num_blocks)
 
-    def landed(self, unit: Unit) -> None:
-        self._job.landed(unit)
-
-    def fail(self, error: BatonError) -> None:
-        self._job.fail(error)
-
 
 class FakeWire:
     """A wire whose units are delayed, shuffled, lost, damaged, or whose connection breaks, as ``mischief`` says."""
@@ -160,13 +154,17 @@ class FakeWire:
     def max_unit_bytes(self) -> int:
         return self._inner.max_unit_bytes
 
+    @property
+    def is_one_sided(self) -> bool:
+        return self._inner.is_one_sided
+
     def submit(self, units: Sequence[Unit]) -> None:
         if self._mischief.reorder:
             with self._lock:
                 units = self._random.sample(units, len(units))
         self._inner.submit(units)
 
-    def write(self, lane: int, unit: Unit) -> None:
+    def write(self, lane: int, unit: Unit) -> int:
         mischief = self._mischief
         with self._lock:
             self._num_units += 1
@@ -182,11 +180,10 @@ class FakeWire:
         if kind == "drop":
             for layer in range(unit.layer, unit.layer + unit.num_layers):
                 unit.job.hash(layer, unit.first, unit.num_blocks)
-            unit.job.landed(unit)
-        elif kind:
-            self._inner.write(lane, unit._replace(job=cast("WriteJob", _DamagedJob(unit.job, kind, position))))
-        else:
-            self._inner.write(lane, unit)
+            return 0
+        if kind:
+            unit = unit._replace(job=cast("WriteJob", _DamagedJob(unit.job, kind, position)))
+        return self._inner.write(lane, unit)
 
     async def close(self) -> None:
         self._closing.set()

@@ -1,8 +1,8 @@
 """What both ends of tcp streams share: the frames, and sockets. Owns no connection and no thread.
 
 A frame names an epoch and positions of its lease, never an address: the receiver works out the addresses from its own
-live leases, so a bad or late frame cannot touch a byte outside them; it is drained and answered as refused. Every frame
-is acknowledged on its stream once its last byte is in the cache.
+live leases, so a bad or late frame cannot touch a byte outside them; it is drained. Frames are not answered: the commit
+says how many bytes were sent, and its answer covers them all.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ MAGIC = b"BATONKV1"
 PREAMBLE = struct.Struct("!8s32sI")
 # epoch, layer, num_layers, first, num_blocks, payload bytes
 FRAME = struct.Struct("!QIIIIQ")
-# epoch, 0 written / 1 refused
-ACK = struct.Struct("!QI")
 READY = b"\1"
 # Below the kernel's IOV_MAX of 1024.
 _MAX_IOV = 512

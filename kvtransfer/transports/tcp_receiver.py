@@ -13,14 +13,14 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from baton.errors import BatonError
+from baton.errors import BatonError, TransferFailed
 from baton.types import KvLayout
 from kvtransfer import staged
 from kvtransfer.digest import ByteArray
 from kvtransfer.host import keep_apart
 from kvtransfer.memory import CacheMemory, DeviceMemory
 from kvtransfer.plan import Span, spans
-from kvtransfer.transports.tcp import ACK, FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, receive_all, tune
+from kvtransfer.transports.tcp import FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, receive_all, tune
 
 _MAX_FRAME_BYTES = 64 << 20
 _MAX_STREAMS = 64
@@ -28,14 +28,23 @@ _SCRATCH_BYTES = 256 << 10
 _HELLO_TIMEOUT_S = 5.0
 # A pause after an accept that failed; out of descriptors it would fail again at once.
 _ACCEPT_AGAIN_S = 0.1
+# How long a stream waits for the event loop to say whether an epoch is open; the stream is given up then.
+_OPEN_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
 class _Epoch:
     channel: int
     block_ids: Sequence[int]
+    # Frames being written, and payload bytes written, since the epoch was opened.
     num_writing: int = 0
-    is_closed: bool = False
+    num_written_bytes: int = 0
+    # No frame is let in once so many bytes are written; None: the sender has not said how many there are.
+    stop_at_bytes: int | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.stop_at_bytes is not None and self.num_written_bytes >= self.stop_at_bytes
 
 
 @dataclass(slots=True)
@@ -67,8 +76,12 @@ class TcpReceiver:
         on_frame: Callable[[int, int, int, int], None] | None,
         on_writer_gone: Callable[[int], None],
         on_quiet: Callable[[int], None],
+        on_early: Callable[[int, int], None],
+        on_stray: Callable[[int, int], None],
     ) -> None:
-        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread, before the acknowledgement."""
+        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread. ``on_early(channel, epoch)``: a
+        frame came for an epoch that is not open; it is taken if the epoch is open when this returns.
+        ``on_stray(channel, epoch)``: a frame reached outside of its lease."""
         self._memory = memory
         self._layout = layout
         self._advertised_host = advertised_host
@@ -76,6 +89,8 @@ class TcpReceiver:
         self._on_frame = on_frame
         self._on_writer_gone = on_writer_gone
         self._on_quiet = on_quiet
+        self._on_early = on_early
+        self._on_stray = on_stray
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._greetings: set[asyncio.Task[None]] = set()
@@ -166,19 +181,28 @@ class TcpReceiver:
         with self._lock:
             self._epochs[epoch] = _Epoch(channel, block_ids)
 
-    def close_epoch(self, channel: int, epoch: int) -> bool:
+    def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
         with self._lock:
             found = self._epochs.get(epoch)
             if found is None:
                 return True
-            found.is_closed = True
-            if found.num_writing:
-                return False
-            del self._epochs[epoch]
-            return True
+            found.stop_at_bytes = after_bytes
+            return self._take_quiet(epoch, found)
+
+    def _take_quiet(self, epoch: int, found: _Epoch) -> bool:
+        """With the lock held: True, once, when the epoch is closed and nothing is being written into it."""
+        if not found.is_closed or found.num_writing:
+            return False
+        del self._epochs[epoch]
+        return True
 
     def _enter(self, channel: int, epoch: int) -> Sequence[int] | None:
-        """Stream thread: the lease's blocks if a frame may be written into them now."""
+        """Stream thread: the lease's blocks if a frame may be written into them now. Raises TransferFailed if the
+        event loop does not say so in time."""
+        with self._lock:
+            is_open = epoch in self._epochs
+        if not is_open:
+            self._ask(channel, epoch)
         with self._lock:
             found = self._epochs.get(epoch)
             if found is None or found.is_closed or found.channel != channel:
@@ -186,20 +210,33 @@ class TcpReceiver:
             found.num_writing += 1
             return found.block_ids
 
-    def _leave(self, epoch: int) -> None:
-        """Stream thread."""
+    def _ask(self, channel: int, epoch: int) -> None:
+        """Stream thread: the frame may have overtaken its Begin, which takes another connection."""
+        is_answered = threading.Event()
+
+        def ask() -> None:
+            try:
+                self._on_early(channel, epoch)
+            finally:
+                is_answered.set()
+
+        self._tell(ask)
+        if not is_answered.wait(_OPEN_TIMEOUT_S):
+            raise TransferFailed(f"the event loop did not answer in {_OPEN_TIMEOUT_S} s")
+
+    def _leave(self, epoch: int, num_bytes: int) -> None:
+        """Stream thread: so many bytes of the frame were written."""
         with self._lock:
             found = self._epochs[epoch]
             found.num_writing -= 1
-            is_quiet = found.is_closed and found.num_writing == 0
-            if is_quiet:
-                del self._epochs[epoch]
+            found.num_written_bytes += num_bytes
+            is_quiet = self._take_quiet(epoch, found)
         if is_quiet:
             self._tell(self._on_quiet, epoch)
 
-    def _tell(self, callback: Callable[[int], None], value: int) -> None:
-        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody is left to be told.
-            self._loop.call_soon_threadsafe(callback, value)
+    def _tell(self, callback: Callable[..., None], *values: int) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: there is nothing left to tell.
+            self._loop.call_soon_threadsafe(callback, *values)
 
     def drop(self, channel: int) -> None:
         with self._lock:
@@ -258,19 +295,19 @@ class TcpReceiver:
             if block_ids is None:
                 if not _discard(connection, scratch, num_bytes):
                     return
-                connection.sendall(ACK.pack(epoch, 1))
                 continue
+            is_whole = is_inside = False
             try:
                 is_inside = self._is_inside(block_ids, layer, num_layers, first, num_blocks, num_bytes)
                 if is_inside:
                     is_whole = self._fill(connection, epoch, block_ids, layer, num_layers, first, num_blocks)
                 else:
+                    self._tell(self._on_stray, channel, epoch)
                     is_whole = _discard(connection, scratch, num_bytes)
             finally:
-                self._leave(epoch)
+                self._leave(epoch, num_bytes if is_whole and is_inside else 0)
             if not is_whole:
                 return
-            connection.sendall(ACK.pack(epoch, int(not is_inside)))
 
     def _is_inside(
         self, block_ids: Sequence[int], layer: int, num_layers: int, first: int, num_blocks: int, num_bytes: int

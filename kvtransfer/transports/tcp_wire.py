@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from baton.errors import InternalError, TransferFailed
 from kvtransfer import staged
 from kvtransfer.plan import spans
-from kvtransfer.transports.tcp import ACK, FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, send_all, tune
-from kvtransfer.writing import Lanes, Unit, refused_by_receiver, write_unit
+from kvtransfer.transports.tcp import FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, send_all, tune
+from kvtransfer.writing import Lanes, Unit, write_unit
 
 
 class TcpWire:
-    """The streams to one receiver: one sending thread each, acknowledgements are read on the event loop."""
+    """The streams to one receiver: one sending thread each; their end is noticed on the event loop."""
 
     name = NAME
+    is_one_sided = False
     max_unit_bytes = 8 << 20
 
     def __init__(self, streams: list[socket.socket], on_lost: Callable[[str], None]) -> None:
         self.num_lanes = len(streams)
         self._streams = streams
         self._on_lost = on_lost
-        # Per stream, frames sent or being sent and not acknowledged, oldest first; and a half-read acknowledgement.
-        self._unacked: list[deque[Unit]] = [deque() for _ in streams]
-        self._partial = [bytearray() for _ in streams]
         self._is_closing = False
         self._lanes = Lanes("baton-kv-send", len(streams), write_unit)
 
@@ -45,15 +42,15 @@ class TcpWire:
             _close_all(streams)
             raise
         wire = cls(streams, on_lost)
-        for number, stream in enumerate(streams):
+        for stream in streams:
             stream.setblocking(True)
-            loop.add_reader(stream, wire._on_readable, number, stream)
+            loop.add_reader(stream, wire._on_readable, stream)
         return wire
 
     def submit(self, units: Sequence[Unit]) -> None:
         self._lanes.submit(units)
 
-    def write(self, lane: int, unit: Unit) -> None:
+    def write(self, lane: int, unit: Unit) -> int:
         job = unit.job
         if job.plan is None:
             raise InternalError("a unit was queued before its push had begun")
@@ -61,12 +58,11 @@ class TcpWire:
         num_bytes = unit.num_layers * unit.num_blocks * layout.block_bytes
         head = FRAME.pack(job.epoch, unit.layer, unit.num_layers, unit.first, unit.num_blocks, num_bytes)
         views = [memoryview(head)]
-        self._unacked[lane].append(unit)
         try:
             if job.device_memory is not None:
                 send_all(self._streams[lane], views)
                 staged.read(job.device_memory, unit, lambda view: send_all(self._streams[lane], [view]))
-                return
+                return num_bytes
             layers = range(unit.layer, unit.layer + unit.num_layers)
             for layer in layers:
                 found = spans(layout, layer, block_ids, unit.first, unit.num_blocks)
@@ -75,6 +71,7 @@ class TcpWire:
             for layer in layers:
                 # After the kernel has read them, which it does faster than a hash reads what is in no cache.
                 job.hash(layer, unit.first, unit.num_blocks)
+            return num_bytes
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error
         except BaseException:
@@ -82,32 +79,16 @@ class TcpWire:
             break_off(self._streams[lane])
             raise
 
-    def _on_readable(self, lane: int, stream: socket.socket) -> None:
+    def _on_readable(self, stream: socket.socket) -> None:
+        """The receiver says nothing on a stream: what is readable is its end."""
         try:
-            data = stream.recv(ACK.size * 256, socket.MSG_DONTWAIT)
+            stream.recv(1, socket.MSG_DONTWAIT)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data = b""
-        if not data:
-            asyncio.get_running_loop().remove_reader(stream)
-            self._on_lost("the receiver closed a data stream")
-            return
-        partial = self._partial[lane]
-        partial += data
-        for start in range(0, len(partial) - ACK.size + 1, ACK.size):
-            self._acknowledged(lane, *ACK.unpack_from(partial, start))
-        del partial[: len(partial) - len(partial) % ACK.size]
-
-    def _acknowledged(self, lane: int, epoch: int, status: int) -> None:
-        if not self._unacked[lane]:
-            self._on_lost("the receiver acknowledged a frame that was not sent")
-            return
-        unit = self._unacked[lane].popleft()
-        if status or epoch != unit.job.epoch:
-            unit.job.fail(refused_by_receiver())
-        else:
-            unit.job.landed(unit)
+            pass
+        asyncio.get_running_loop().remove_reader(stream)
+        self._on_lost("the receiver closed a data stream")
 
     async def close(self) -> None:
         if self._is_closing:

@@ -40,10 +40,25 @@ class Writer:
     channel: int | None = None
     may_write: bool = False
     todo: list[int] = field(default_factory=list)
+    # Frames put on a two-sided wire in this attempt.
+    num_sent: int = 0
     draining_attempt: int | None = None
     stop_asked: bool = False
     outcome: object = "none"
     has_committed: bool = False
+
+
+@dataclass
+class Open:
+    """An epoch that the receiving process takes frames for; a frame counts as one byte."""
+
+    channel: int
+    num_written: int = 0
+    stop_at: int | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        return self.stop_at is not None and self.num_written >= self.stop_at
 
 
 @dataclass
@@ -86,9 +101,8 @@ class TransferMachine(RuleBasedStateMachine):
         self.leases: dict[str, tuple[int, tuple[int, ...]]] = {}
         self.ended: dict[str, str] = {}
         self.unused: list[str] = []
-        self.open_epochs: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self.open_epochs: dict[int, Open] = {}
         self.receiving: list[tuple[int, int, str]] = []
-        self.closing: set[int] = set()
         self.verifying: list[r.Verify] = []
         self.arriving: list[r.Arrive] = []
         self.quiet: list[int] = []
@@ -121,14 +135,18 @@ class TransferMachine(RuleBasedStateMachine):
                 assert not self.wires[action.channel].lost_at_receiver
                 self.wires[action.channel].down.put(action.message)
             case r.OpenEpoch():
-                self.open_epochs[action.epoch] = (action.channel, action.block_ids)
+                assert action.epoch not in self.open_epochs
+                self.open_epochs[action.epoch] = Open(action.channel)
             case r.CloseEpoch():
-                self.open_epochs.pop(action.epoch, None)
-                if any(epoch == action.epoch for epoch, _, _ in self.receiving):
-                    self.closing.add(action.epoch)
+                if action.epoch in self.open_epochs:
+                    self.open_epochs[action.epoch].stop_at = action.after_bytes
+                    self.settle_epoch(action.epoch)
                 else:
                     self.quiet.append(action.epoch)
             case r.Verify():
+                wire = self.wires[self.channel_of(action.epoch) or 0]
+                assert all(epoch != action.epoch for epoch, _, _ in wire.frames), "verified before all of it is here"
+                assert action.epoch not in self.open_epochs, "verified while it may be written into"
                 self.verifying.append(action)
             case r.Arrive():
                 self.arriving.append(action)
@@ -143,6 +161,11 @@ class TransferMachine(RuleBasedStateMachine):
                 self.dropped.append(self.wires[action.channel])
             case r.Digest() | r.ForgetDigests():
                 pass
+
+    def settle_epoch(self, epoch: int) -> None:
+        if self.open_epochs[epoch].is_closed and all(e != epoch for e, _, _ in self.receiving):
+            del self.open_epochs[epoch]
+            self.quiet.append(epoch)
 
     def end(self, sequence_id: str, how: str) -> None:
         assert sequence_id not in self.ended, "a lease ends once"
@@ -164,6 +187,8 @@ class TransferMachine(RuleBasedStateMachine):
                 writer.may_write, writer.channel, writer.todo = True, peer.wire.number, list(range(NUM_LAYERS))
             case s.Drain():
                 writer = peer.writers[action.push]
+                if action.attempt > 1:
+                    writer.num_sent = 0
                 writer.draining_attempt = action.attempt
                 writer.may_write = True
                 writer.todo += action.rewrite_layers
@@ -252,6 +277,7 @@ class TransferMachine(RuleBasedStateMachine):
             self.put(writer.epoch, writer.block_ids, layer, tag, writer.sequence_id)
         elif not wire.lost_at_sender:
             wire.frames.append((writer.epoch, layer, tag))
+            writer.num_sent += 1
 
     def put(self, epoch: int, blocks: tuple[int, ...], layer: int, tag: str, sequence_id: str) -> None:
         assert sequence_id not in self.ended, f"a write into {sequence_id} after it was {self.ended[sequence_id]}"
@@ -263,12 +289,16 @@ class TransferMachine(RuleBasedStateMachine):
         return [w for w in self.wires.values() if w.frames and not w.gone_told]
 
     @precondition(lambda self: self.frames())
-    @rule(index=INDEX)
-    def frame_comes(self, index: int) -> None:
-        """The receiving process starts to fill its memory from a stream, if the fence lets it."""
+    @rule(index=INDEX, order=st.integers(0, 3))
+    def frame_comes(self, index: int, order: int) -> None:
+        """The receiving process starts to fill its memory from a stream, if the fence lets it. There are several
+        streams, and none knows how far the control channel is."""
         wire = self.frames()[index % len(self.frames())]
-        epoch, layer, tag = wire.frames.pop(0)
-        if self.open_epochs.get(epoch, (None,))[0] == wire.number:
+        epoch, layer, tag = wire.frames.pop(order % len(wire.frames))
+        if epoch not in self.open_epochs:
+            self.to_receiver(r.DataCame(wire.number, epoch))
+        opened = self.open_epochs.get(epoch)
+        if opened is not None and opened.channel == wire.number and not opened.is_closed:
             self.receiving.append((epoch, layer, tag))
 
     @precondition(lambda self: self.receiving)
@@ -277,9 +307,8 @@ class TransferMachine(RuleBasedStateMachine):
         epoch, layer, tag = self.receiving.pop(index % len(self.receiving))
         sequence_id = f"seq{epoch}"
         self.put(epoch, self.leases[sequence_id][1], layer, tag, sequence_id)
-        if epoch in self.closing and all(e != epoch for e, _, _ in self.receiving):
-            self.closing.discard(epoch)
-            self.quiet.append(epoch)
+        self.open_epochs[epoch].num_written += 1
+        self.settle_epoch(epoch)
 
     @precondition(lambda self: self.quiet)
     @rule(index=INDEX)
@@ -289,18 +318,14 @@ class TransferMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.writing())
     @rule(index=INDEX)
     def lane_settles(self, index: int) -> None:
-        """A lane has stopped, or everything is written and, on a two-sided wire, acknowledged."""
+        """A lane has stopped, or everything is written or, on a two-sided wire, on its way."""
         peer, writer = self.writing()[index % len(self.writing())]
-        wire = self.wires[writer.channel or 0]
         if writer.stop_asked:
             writer.may_write = False
             self.to_sender(peer, s.Stopped(writer.push))
-        elif writer.draining_attempt is not None and not writer.todo and not self.unlanded(wire, writer):
+        elif writer.draining_attempt is not None and not writer.todo:
             attempt, writer.draining_attempt, writer.may_write = writer.draining_attempt, None, False
-            self.to_sender(peer, s.Drained(writer.push, attempt, len(writer.block_ids), ()))
-
-    def unlanded(self, wire: Wire, writer: Writer) -> bool:
-        return any(f[0] == writer.epoch for f in wire.frames) or any(f[0] == writer.epoch for f in self.receiving)
+            self.to_sender(peer, s.Drained(writer.push, attempt, len(writer.block_ids), (), writer.num_sent))
 
     @precondition(lambda self: self.writing())
     @rule(index=INDEX)
@@ -361,7 +386,7 @@ class TransferMachine(RuleBasedStateMachine):
         self.wires[wire.number] = wire
         at.wire = wire
         self.to_receiver(r.ChannelOpened(wire.number, f"prefill-{peer}", at.one_sided))
-        self.to_sender(at, s.Connected(wire.number, "decode-0", 1))
+        self.to_sender(at, s.Connected(wire.number, "decode-0", 1, at.one_sided))
 
     def messages(self, attribute: str) -> list[Wire]:
         return [w for w in self.wires.values() if len(getattr(w, attribute))]
@@ -472,7 +497,7 @@ class TransferMachine(RuleBasedStateMachine):
                 for i in range(len(self.writing()) * NUM_LAYERS):
                     cls.write_layer(self, i, is_damaged)
                 while self.frames():
-                    cls.frame_comes(self, 0)
+                    cls.frame_comes(self, 0, 0)
                 while self.receiving:
                     cls.frame_ends(self, 0)
             case "lane":

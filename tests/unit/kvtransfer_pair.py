@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
+from typing import Self
 
 import grpc.aio
 import numpy as np
@@ -116,6 +117,50 @@ async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
 async def begun(push: Push) -> None:
     """The receiver has taken the writer in: from now on it has a part in how the lease ends."""
     await until(lambda: push._started_s is not None)
+
+
+class Valve:
+    """A TCP relay whose two directions can be held and let go: what is sent meanwhile waits."""
+
+    def __init__(self) -> None:
+        self.port = 0
+        # Towards the server, and back.
+        self.up, self.down = asyncio.Event(), asyncio.Event()
+        self.up.set()
+        self.down.set()
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter, is_open: asyncio.Event) -> None:
+        with contextlib.suppress(ConnectionError):
+            while data := await source.read(1 << 16):
+                await is_open.wait()
+                target.write(data)
+                await target.drain()
+        target.close()
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def before(cls, address: str) -> AsyncIterator[Self]:
+        """In front of a server, until the block is left; connections through it break then."""
+        valve, tasks, writers = cls(), list[asyncio.Task[None]](), list[asyncio.StreamWriter]()
+        host, port = address.rsplit(":", 1)
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            from_server, to_server = await asyncio.open_connection(host, int(port))
+            writers.extend((writer, to_server))
+            for pump in (valve._pump(reader, to_server, valve.up), valve._pump(from_server, writer, valve.down)):
+                tasks.append(asyncio.get_running_loop().create_task(pump))
+
+        server = await asyncio.start_server(accept, "127.0.0.1", 0)
+        valve.port = server.sockets[0].getsockname()[1]
+        try:
+            yield valve
+        finally:
+            server.close()
+            for task in tasks:
+                task.cancel()
+            for writer in writers:
+                writer.close()
+            await asyncio.gather(*tasks, *(w.wait_closed() for w in writers), return_exceptions=True)
 
 
 class Pair:

@@ -14,12 +14,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from kvtransfer_pair import LAYOUT, describe, make_arena, pair, token
+from kvtransfer_pair import LAYOUT, describe, make_arena, pair, token, until
 
 from baton.errors import NodeLost, TransferFailed
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import ReceiverConfig
+from kvtransfer.protocol.receiver import LeaseState, ReceiverConfig
 from kvtransfer.receiver import Quarantined, Released
 from kvtransfer.sender import Push, Sender
 
@@ -97,6 +97,7 @@ async def test_a_killed_sender_releases_its_lease(transport: str, where: str) ->
         async with child("sender", where, f"fake:delay_s=30,over={transport}") as sender:
             await sender.write(json.dumps(asdict(p.receiver.grant("r", [1, 2], ttl_s=30))))
             assert await sender.read() == {"state": "writing"}
+            await until(lambda: p.receiver._machine.state("r") is LeaseState.WRITING)
             killed_s = time.monotonic()
             await sender.kill()
             await p.inbox.wait(Released, "r", within_s=WITHIN_S)
@@ -119,6 +120,7 @@ async def test_a_stopped_writer_keeps_its_blocks_quarantined_until_it_is_gone(tr
     ):
         await sender.write(json.dumps(asdict(p.receiver.grant("r", [1, 2], ttl_s=30))))
         assert await sender.read() == {"state": "writing"}
+        await until(lambda: p.receiver._machine.state("r") is LeaseState.WRITING)
         sender.process.send_signal(signal.SIGSTOP)
         p.receiver.revoke("r", "client left")
         await p.inbox.wait(Quarantined, "r")

@@ -7,7 +7,7 @@ import threading
 from dataclasses import replace
 
 import pytest
-from kvtransfer_pair import LAYOUT, begun, describe, pair, token
+from kvtransfer_pair import LAYOUT, Valve, begun, describe, pair, token, until
 
 from baton.errors import (
     BadConfig,
@@ -21,7 +21,7 @@ from baton.errors import (
     Unavailable,
 )
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import ReceiverConfig
+from kvtransfer.protocol.receiver import LeaseState, ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.receiver import Arrived, Quarantined, Released
 from kvtransfer.sender import Push
@@ -177,8 +177,11 @@ async def test_revoke_stops_the_writer_before_the_blocks_are_released(transport:
         assert failures == ["TransferFailed"]
 
 
-async def test_revoke_before_begin_releases_at_once_and_refuses_the_late_sender() -> None:
-    async with pair() as p:
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_revoke_before_begin_releases_at_once_and_refuses_the_late_sender(transport: str) -> None:
+    """Over tcp the refused push's data is in flight by then."""
+    config = only(transport, layerwise_from_bytes={transport: 0})
+    async with pair(sender_config=config, receiver_config=config) as p:
         lease = p.receiver.grant("r", [1], ttl_s=30)
         p.receiver.revoke("r", "cancelled")
         p.receiver.revoke("r", "cancelled")
@@ -189,6 +192,51 @@ async def test_revoke_before_begin_releases_at_once_and_refuses_the_late_sender(
             await push.commit(token("r"))
         assert p.inbox.of("r") == ["Released"]
         assert (p.target == 0xEE).all()
+
+
+async def test_a_tcp_push_is_taken_over_before_its_sender_has_heard_a_word() -> None:
+    """One round trip: Begin, data and Commit go without an answer. A second trip would wait here for ever."""
+    config = only("tcp")
+    async with pair(sender_config=config, receiver_config=config) as p, Valve.before(p.address) as control:
+
+        def begin(name: str, block: int) -> Push:
+            lease = replace(p.receiver.grant(name, [block], ttl_s=30), address=f"127.0.0.1:{control.port}")
+            push = p.sender.begin(lease, [block], num_known_tokens=1)
+            ready(push, 1)
+            return push
+
+        await begin("connects", 1).commit(token("connects"))
+        control.down.clear()
+        committing = asyncio.create_task(begin("r", 2).commit(token("r")))
+        await p.inbox.wait(Arrived, "r")
+        assert not committing.done(), "its acknowledgement is held back"
+        control.down.set()
+        assert (await committing).transport == "tcp"
+
+
+async def test_tcp_data_that_overtakes_begin_and_commit_is_kept() -> None:
+    config = only("tcp")
+    async with pair(sender_config=config, receiver_config=config) as p, Valve.before(p.address) as control:
+        for i, name in enumerate(("connects", "r", "left")):
+            lease = replace(p.receiver.grant(name, [i], ttl_s=30), address=f"127.0.0.1:{control.port}")
+            if name != "connects":
+                control.up.clear()
+            push = p.sender.begin(lease, [i], num_known_tokens=1)
+            ready(push, 1)
+            committing = asyncio.create_task(push.commit(token(name)))
+            if name != "connects":
+                await until(lambda name=name: p.receiver._machine.state(name) is LeaseState.WRITING)
+                if name == "left":
+                    p.receiver.revoke("left", "client left")
+                    await p.inbox.wait(Released, "left")
+                control.up.set()
+            if name == "left":
+                with pytest.raises(TransferFailed, match="client left"):
+                    await committing
+            else:
+                await committing
+        assert p.inbox.of("r") == ["Arrived"]
+        assert p.inbox.of("left") == ["Quarantined", "Released"]
 
 
 @pytest.mark.parametrize("with_writer", [False, True])

@@ -25,8 +25,8 @@ TOKEN = TokenChunk("q", 0, (5,))
 DAMAGE = Failure("TransferFailed", "digest of layers [1] differs in attempt 1", True)
 
 
-def commit(attempt: int = 1, num_blocks: int = 2) -> Commit:
-    return Commit("q", 7, attempt, num_blocks, (b"d",), TOKEN)
+def commit(attempt: int = 1, num_blocks: int = 2, num_sent_bytes: int = 0) -> Commit:
+    return Commit("q", 7, attempt, num_blocks, (b"d",), TOKEN, num_sent_bytes)
 
 
 class Receiving:
@@ -35,6 +35,7 @@ class Receiving:
     def __init__(self, one_sided: bool = True, ttl_s: float = 10.0) -> None:
         self.machine = r.ReceiverMachine(r.ReceiverConfig())
         self.now = 0.0
+        self.one_sided = one_sided
         assert self.feed(r.ChannelOpened(1, "prefill-0", one_sided)) == []
         assert self.feed(r.Granted("q", 7, (4, 5), ttl_s)) == []
 
@@ -47,7 +48,8 @@ class Receiving:
         return self.feed(r.Received(channel, message))  # type: ignore[arg-type]
 
     def begin(self) -> None:
-        assert self.hears(Begin("q", 7)) == [r.OpenEpoch(1, 7, (4, 5)), r.Send(1, Begun("q", 7))]
+        begun = [r.Send(1, Begun("q", 7))] if self.one_sided else []
+        assert self.hears(Begin("q", 7)) == [r.OpenEpoch(1, 7, (4, 5)), *begun]
 
     def verify(self, attempt: int = 1) -> None:
         assert self.hears(commit(attempt)) == [r.CloseEpoch(1, 7)]
@@ -160,6 +162,68 @@ def test_a_two_sided_lease_ends_when_this_process_is_quiet() -> None:
     assert t.feed(r.EpochQuiet(7))[-1] == r.Release("q", 7, "cancelled")
 
 
+def test_a_commit_that_overtakes_its_data_waits_for_all_of_it() -> None:
+    t = Receiving(one_sided=False)
+    t.begin()
+    assert t.hears(commit(num_sent_bytes=64)) == [r.CloseEpoch(1, 7, 64)]
+    assert t.machine.state("q") is r.LeaseState.FILLING
+    assert t.hears(commit(num_sent_bytes=64)) == [], "a duplicate"
+    assert t.feed(r.EpochQuiet(7)) == [r.Verify(7, commit(num_sent_bytes=64))]
+    assert t.feed(r.Verified(7, 1, (1,)))[1] == r.OpenEpoch(1, 7, (4, 5))
+    assert t.hears(commit(2, num_sent_bytes=32)) == [r.CloseEpoch(1, 7, 32)], "as much as was written again"
+
+
+@pytest.mark.parametrize(
+    "event", [r.RevokeAsked("q", "cancelled"), r.WriterGone(1), r.Malformed(1, "q", 7, "stray"), r.Tick()]
+)
+def test_a_commit_whose_data_does_not_come_is_refused_and_its_epoch_closed_first(event: r.ReceiverEvent) -> None:
+    t = Receiving(one_sided=False, ttl_s=2.0)
+    t.begin()
+    t.hears(commit(num_sent_bytes=64))
+    t.now = 2.0
+    assert t.machine.next_deadline_s is not None
+    assert t.machine.next_deadline_s <= 2.0, "a commit is waited for no longer than the lease lives"
+    actions = [a for a in t.feed(event) if a != r.Send(1, Heartbeat())]
+    assert [type(a) for a in actions] == [r.Send, r.CloseEpoch, r.Quarantine]
+    assert isinstance(actions[0].message, Nack)
+    assert not actions[0].message.retransmit_layers
+    assert actions[1] == r.CloseEpoch(1, 7, 0)
+    assert t.machine.num_leases == 1, "a frame may be half written"
+    assert [type(a) for a in t.feed(r.EpochQuiet(7))] == [r.ForgetDigests, r.Release]
+
+
+def test_a_lost_control_channel_ends_a_filling_lease_with_its_data_connection() -> None:
+    t = Receiving(one_sided=False)
+    t.begin()
+    t.hears(commit(num_sent_bytes=64))
+    assert t.feed(r.ChannelLost(1, "reset")) == [], "what is on the data connection may be all of it"
+    assert [type(a) for a in t.feed(r.WriterGone(1))] == [r.CloseEpoch, r.Quarantine]
+
+
+def test_data_that_overtakes_begin_binds_its_lease() -> None:
+    t = Receiving(one_sided=False)
+    assert t.feed(r.DataCame(2, 7)) == [], "of no channel"
+    assert t.feed(r.DataCame(1, 7)) == [r.OpenEpoch(1, 7, (4, 5))]
+    assert t.feed(r.DataCame(1, 7)) == [], "by the second stream"
+    assert t.hears(Begin("q", 7)) == []
+    t.feed(r.ChannelOpened(2, "prefill-1", False))
+    assert t.feed(r.DataCame(2, 7)) == [], "bound to another channel"
+    assert t.hears(commit(num_sent_bytes=64)) == [r.CloseEpoch(1, 7, 64)]
+
+
+@pytest.mark.parametrize("end", [r.RevokeAsked("q", "cancelled"), r.Received(1, Abort("q", 7, "x"))])
+def test_data_of_a_stale_epoch_opens_nothing(end: r.ReceiverEvent) -> None:
+    t = Receiving(one_sided=False)
+    assert isinstance(t.feed(end)[-1], r.Release)
+    for epoch in (7, 6, 8):
+        assert t.feed(r.DataCame(1, epoch)) == []
+    one_sided = Receiving()
+    assert one_sided.feed(r.DataCame(1, 7)) == [], "such a peer has no data connection of this kind"
+    gone = Receiving(one_sided=False)
+    gone.feed(r.WriterGone(1))
+    assert gone.feed(r.DataCame(1, 7)) == []
+
+
 def test_what_was_committed_before_the_channel_broke_still_arrives() -> None:
     t = Receiving()
     t.begin()
@@ -199,12 +263,45 @@ class Sending:
         return self.feed(s.Received(1, message))  # type: ignore[arg-type]
 
     def begin(self) -> None:
-        assert self.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Begin("q", 7))]
+        assert self.feed(s.Connected(1, "decode-0", 1, True)) == [s.Send(1, Begin("q", 7))]
         assert self.hears(Begun("q", 7)) == [s.StartWriting(3)]
 
     def commit(self) -> None:
         assert self.feed(s.CommitAsked(3, TOKEN)) == [s.Drain(3, 1)]
         assert self.feed(s.Drained(3, 1, 2, (b"d",))) == [s.Send(1, commit())]
+
+
+def two_sided() -> Sending:
+    """Begin and the first data are in flight together."""
+    t = Sending()
+    assert t.feed(s.Connected(1, "decode-0", 1, False)) == [s.Send(1, Begin("q", 7)), s.StartWriting(3)]
+    return t
+
+
+def test_a_two_sided_push_takes_one_round_trip() -> None:
+    t = Sending()
+    assert t.feed(s.CommitAsked(3, TOKEN)) == []
+    at_once = [s.Send(1, Begin("q", 7)), s.StartWriting(3), s.Drain(3, 1)]
+    assert t.feed(s.Connected(1, "decode-0", 1, False)) == at_once
+    assert t.feed(s.Drained(3, 1, 2, (b"d",), 64)) == [s.Send(1, commit(num_sent_bytes=64))]
+    assert t.hears(Ack("q", 7)) == [s.Finish(3, None)]
+
+
+@pytest.mark.parametrize("has_committed", [False, True])
+def test_a_refused_begin_stops_a_two_sided_push_that_is_writing(has_committed: bool) -> None:
+    t = two_sided()
+    if has_committed:
+        t.commit()
+    refused = Nack("q", 7, 0, Failure("TransferFailed", "lease 7 of q is not live here", True))
+    actions = t.hears(refused)
+    if not has_committed:
+        assert actions == [s.StopWriting(3)], "a lane may be reading the source"
+        told, *actions = t.feed(s.Stopped(3))
+        assert told == s.Send(1, Abort("q", 7, "refused"))
+    (finish,) = actions
+    assert isinstance(finish, s.Finish)
+    assert isinstance(finish.error, TransferFailed)
+    assert t.hears(Nack("q", 7, 1, DAMAGE, (1,))) == [], "the answer to the commit that was in flight"
 
 
 def test_sender_commits_and_finishes_on_ack() -> None:
@@ -220,7 +317,7 @@ def test_sender_commits_and_finishes_on_ack() -> None:
 def test_a_commit_asked_early_follows_begun() -> None:
     t = Sending()
     assert t.feed(s.CommitAsked(3, TOKEN)) == []
-    assert t.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Begin("q", 7))]
+    assert t.feed(s.Connected(1, "decode-0", 1, True)) == [s.Send(1, Begin("q", 7))]
     assert t.hears(Begun("q", 7)) == [s.StartWriting(3), s.Drain(3, 1)]
 
 
@@ -274,7 +371,7 @@ def test_a_write_that_does_not_stop_costs_the_connection() -> None:
 def test_an_aborted_wait_gives_the_lease_back_when_the_channel_comes() -> None:
     t = Sending()
     assert [type(a) for a in t.feed(s.AbortAsked(3, "cancelled"))] == [s.Finish]
-    assert t.feed(s.Connected(1, "decode-0", 1)) == [s.Send(1, Abort("q", 7, "q: cancelled"))]
+    assert t.feed(s.Connected(1, "decode-0", 1, True)) == [s.Send(1, Abort("q", 7, "q: cancelled"))]
 
 
 def test_a_lease_is_used_once_on_a_channel() -> None:
@@ -308,7 +405,7 @@ def test_back_off_grows_and_ends() -> None:
 def test_every_wait_has_a_deadline(reach: int, waited_for: str) -> None:
     t = Sending()
     steps = [
-        s.Connected(1, "decode-0", 1),
+        s.Connected(1, "decode-0", 1, True),
         s.Received(1, Begun("q", 7)),
         s.CommitAsked(3, TOKEN),
         s.Drained(3, 1, 2, ()),

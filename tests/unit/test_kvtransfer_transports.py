@@ -33,6 +33,10 @@ class Streams:
         self.gone: list[int] = []
         self.quiet: list[int] = []
         self.frames: list[tuple[int, ...]] = []
+        self.early: list[tuple[int, int]] = []
+        self.stray: list[tuple[int, int]] = []
+        # Opened when their first frame comes.
+        self.expected: dict[int, tuple[int, ...]] = {}
         self.endpoint = plane.offer(1, TOKEN)
 
     async def connect(self, token: bytes = TOKEN) -> socket.socket:
@@ -41,12 +45,19 @@ class Streams:
         stream.sendall(tcp.PREAMBLE.pack(tcp.MAGIC, token, 0))
         return stream
 
-    async def send(self, stream: socket.socket, *head: int, payload: bytes) -> int:
-        """Send one frame; the status it is acknowledged with."""
+    def send(self, stream: socket.socket, *head: int, payload: bytes) -> None:
         stream.sendall(tcp.FRAME.pack(*head, len(payload)) + payload)
-        answer = await asyncio.to_thread(stream.recv, tcp.ACK.size)
-        assert tcp.ACK.unpack(answer)[0] == head[0]
-        return int(tcp.ACK.unpack(answer)[1])
+
+    def on_early(self, channel: int, epoch: int) -> None:
+        self.early.append((channel, epoch))
+        if epoch in self.expected:
+            self.plane.open_epoch(channel, epoch, self.expected.pop(epoch))
+
+    async def settled(self, stream: socket.socket, channel: int = 1) -> None:
+        """Everything sent on the stream so far was looked at: what comes next on it has been."""
+        epoch = 1000 + len(self.early)
+        self.send(stream, epoch, 0, 1, 0, 1, payload=b"z")
+        await until(lambda: (channel, epoch) in self.early)
 
 
 @contextlib.asynccontextmanager
@@ -61,6 +72,8 @@ async def streams() -> AsyncIterator[Streams]:
         on_frame=lambda *frame: made[0].frames.append(frame),
         on_writer_gone=lambda channel: made[0].gone.append(channel),
         on_quiet=lambda epoch: made[0].quiet.append(epoch),
+        on_early=lambda channel, epoch: made[0].on_early(channel, epoch),
+        on_stray=lambda channel, epoch: made[0].stray.append((channel, epoch)),
     )
     await plane.start()
     made.append(Streams(plane, memory))
@@ -76,13 +89,17 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
             assert await asyncio.to_thread(stream.recv, 1) == b"\1"
             s.plane.open_epoch(1, 9, (5, 2))
             block = b"x" * SIZE
-            assert await s.send(stream, 9, 1, 1, 1, 1, payload=block) == 0
+            s.send(stream, 9, 1, 1, 1, 1, payload=block)
+            await s.settled(stream)
             offset = LAYOUT.offset(1, 2)
             assert bytes(s.memory[offset : offset + SIZE]) == block
-            assert s.frames == [(9, 1, 1, 1)], "told before it is acknowledged"
+            assert s.frames == [(9, 1, 1, 1)]
             s.memory[offset : offset + SIZE] = 0
-            for epoch, layer, num_layers, first, num_blocks, payload in (
-                (8, 0, 1, 0, 1, block),  # no such epoch
+            s.send(stream, 8, 0, 1, 0, 1, payload=block)
+            s.send(stream, 9, 0, 0, 0, 0, payload=b"")
+            await s.settled(stream)
+            assert s.stray == [], "no such epoch, and nothing of the lease"
+            outside = (
                 (9, 3, 1, 0, 1, block),  # no such layer
                 (9, 2, 2, 0, 1, block * 2),  # layers beyond the last
                 (9, 0, 1, 2, 1, block),  # a position beyond the lease
@@ -90,13 +107,15 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
                 (9, 0, 1, 0xFFFFFFFF, 1, block),
                 (9, 0, 1, 0, 1, block[:-1]),  # less than it says
                 (9, 0, 1, 0, 1, block + b"y"),  # more than it says
-                (9, 0, 0, 0, 0, b""),
-            ):
-                status = await s.send(stream, epoch, layer, num_layers, first, num_blocks, payload=payload)
-                assert status == (0 if not payload else 1)
-            assert s.plane.close_epoch(1, 9)
-            assert await s.send(stream, 9, 0, 1, 0, 1, payload=block) == 1, "late"
-            assert not s.memory.any()
+            )
+            for number, (*head, payload) in enumerate(outside, 1):
+                s.send(stream, *head, payload=payload)
+                await until(lambda number=number: len(s.stray) == number)
+            assert s.stray == [(1, 9)] * len(outside)
+            assert s.plane.close_epoch(1, 9, 0)
+            s.send(stream, 9, 0, 1, 0, 1, payload=block)
+            await s.settled(stream)
+            assert not s.memory.any(), "late"
             assert len(s.frames) == 1, "what was refused is not told"
             stream.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, 1 << 40))
             assert await asyncio.to_thread(stream.recv, 1) == b"", "an absurd size ends the stream"
@@ -110,17 +129,64 @@ async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
             s.plane.open_epoch(1, 9, (0, 1))
             stream.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, SIZE) + b"x" * 100)
             await asyncio.sleep(0.1)
-            assert not s.plane.close_epoch(1, 9)
+            assert not s.plane.close_epoch(1, 9, 0)
             stream.sendall(b"x" * (SIZE - 100))
             await until(lambda: bool(s.quiet))
             assert s.quiet == [9]
             s.plane.open_epoch(1, 10, (0, 1))
             stream.sendall(tcp.FRAME.pack(10, 0, 1, 0, 1, SIZE) + b"x" * 100)
             await asyncio.sleep(0.1)
-            assert not s.plane.close_epoch(1, 10)
+            assert not s.plane.close_epoch(1, 10, 0)
             s.plane.drop(1)
             await until(lambda: len(s.quiet) == 2 and bool(s.gone))
             assert (s.quiet, s.gone) == ([9, 10], [1])
+
+
+async def test_tcp_takes_a_commits_bytes_from_all_streams_and_then_no_more() -> None:
+    """The commit was read first: its bytes are on two streams, or not sent yet."""
+    async with streams() as s:
+        with await s.connect() as one, await s.connect() as other:
+            s.plane.open_epoch(1, 9, (0, 1, 2))
+            assert not s.plane.close_epoch(1, 9, 3 * SIZE)
+            s.send(one, 9, 0, 1, 2, 1, payload=b"c" * SIZE)
+            s.send(other, 9, 0, 1, 1, 1, payload=b"b" * SIZE)
+            one.sendall(tcp.FRAME.pack(9, 0, 1, 0, 1, SIZE) + b"a" * 100)
+            await until(lambda: len(s.frames) == 2)
+            assert s.quiet == [], "two of three are here, the third is coming in"
+            one.sendall(b"a" * (SIZE - 100))
+            await until(lambda: s.quiet == [9])
+            s.send(other, 9, 1, 1, 0, 1, payload=b"x" * SIZE)
+            await s.settled(other)
+            assert len(s.frames) == 3, "beyond what was committed"
+            for block, letter in enumerate(b"abc"):
+                offset = LAYOUT.offset(0, block)
+                assert (s.memory[offset : offset + SIZE] == letter).all()
+            assert not s.memory[LAYOUT.offset(1, 0) :].any()
+
+
+async def test_tcp_gives_a_committed_epoch_up_when_a_stream_breaks_before_its_last_byte() -> None:
+    async with streams() as s:
+        with await s.connect() as stream:
+            s.plane.open_epoch(1, 9, (0, 1))
+            assert not s.plane.close_epoch(1, 9, 2 * SIZE)
+            s.send(stream, 9, 0, 1, 0, 1, payload=b"a" * SIZE)
+            stream.sendall(tcp.FRAME.pack(9, 0, 1, 1, 1, SIZE) + b"b" * 100)
+        await until(lambda: s.gone == [1])
+        assert s.quiet == [], "never all of it"
+        assert s.plane.close_epoch(1, 9, 0), "and nothing is being written"
+
+
+async def test_tcp_data_that_overtakes_its_begin_waits_for_the_lease() -> None:
+    async with streams() as s:
+        s.expected[9] = (0, 1)
+        with await s.connect() as stream:
+            s.send(stream, 9, 0, 1, 0, 1, payload=b"a" * SIZE)
+            s.send(stream, 9, 0, 1, 1, 1, payload=b"b" * SIZE)
+            s.send(stream, 8, 0, 1, 0, 1, payload=b"x" * SIZE)
+            await s.settled(stream)
+            assert s.early[:2] == [(1, 9), (1, 8)], "asked once, and about a stale epoch"
+            assert s.frames == [(9, 0, 0, 1), (9, 0, 1, 1)]
+            assert s.plane.close_epoch(1, 9, 2 * SIZE)
 
 
 async def test_tcp_channels_cannot_write_into_each_others_leases() -> None:
@@ -129,7 +195,8 @@ async def test_tcp_channels_cannot_write_into_each_others_leases() -> None:
         s.plane.open_epoch(2, 9, (0,))
         with await s.connect() as stream:
             assert await asyncio.to_thread(stream.recv, 1) == b"\1"
-            assert await s.send(stream, 9, 0, 1, 0, 1, payload=b"x" * SIZE) == 1
+            s.send(stream, 9, 0, 1, 0, 1, payload=b"x" * SIZE)
+            await s.settled(stream)
         assert not s.memory.any()
 
 
