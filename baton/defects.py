@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from baton.clock import Clock
-from baton.errors import InternalError, described
+from baton.errors import BatonError, InternalError, described
+from baton.types import Failure
 
 # Kinds are error codes, places and node ids: few. Past the limit the table is cleared, which costs a few extra lines.
 _MAX_KINDS = 256
@@ -57,6 +58,10 @@ class Defects:
         if more is not None:
             self._log.error("defect in %s%s%s", where, f", {about}" if about else "", more, exc_info=error)
         return InternalError(f"defect in {where}: {described(error)}")
+
+    def failure(self, where: str, error: BaseException, about: str = "") -> Failure:
+        """What a sequence fails with: a BatonError as it is; anything else is a defect, counted and logged."""
+        return Failure.of(error if isinstance(error, BatonError) else self.caught(where, error, about))
 
     @contextmanager
     def contained(self, where: str, about: str = "") -> Iterator[None]:

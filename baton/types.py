@@ -8,7 +8,7 @@ from enum import Enum
 from math import isnan
 from typing import Literal, get_args
 
-from baton.errors import InvalidRequest, quoted
+from baton.errors import BatonError, InvalidRequest, quoted
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -317,6 +317,10 @@ class Failure:
     message: str
     retryable: bool
     blamed_node_id: str = ""
+
+    @classmethod
+    def of(cls, error: BatonError, blamed_node_id: str = "") -> Failure:
+        return cls(error.code, error.message, error.retryable, blamed_node_id)
 
 
 @dataclass(frozen=True, slots=True)

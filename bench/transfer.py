@@ -34,7 +34,8 @@ from kvtransfer.digest import ByteArray, LayerDigests
 from kvtransfer.host import host_id, keep_apart
 from kvtransfer.plan import Copy
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
-from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
+from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transports.tcp import receive_all, send_all
 from kvtransfer.writing import as_bytes
@@ -102,7 +103,7 @@ async def receive() -> None:
         receivers: dict[str, Receiver] = {}
         servers = []
 
-        def on_event(notice: ReceiverNotice) -> None:
+        def on_event(notice: LeaseNotice) -> None:
             assert isinstance(notice, Arrived | Released), notice
 
         for name, config in VARIANTS.items():

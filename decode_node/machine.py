@@ -13,8 +13,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from baton.errors import BatonError, InvalidRequest, Overloaded, TransferFailed
+from baton.node_messages import CancelAsked, Defect, Joined, Refused, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
 from engine.schedule import Failed, Output, Started
+from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Quarantined, Released
 
 # -- events
 
@@ -26,36 +29,24 @@ class ReserveAsked:
     ttl_s: float
     prefill_node_id: str
 
-
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
-    session: int
-    sequence_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLost:
-    session: int
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
 class Granted:
     lease: Lease
 
+    @property
+    def sequence_id(self) -> str:
+        return self.lease.sequence_id
+
 
 @dataclass(frozen=True, slots=True)
-class Refused:
+class GrantRefused:
     sequence_id: str
     failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class KvArrived:
-    """Every byte is there and verified."""
-
-    sequence_id: str
-    first_token: TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,44 +57,14 @@ class JoinRefused:
     failure: Failure
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseFenced:
-    """The lease is over, but a writer may still reach its blocks."""
-
-    sequence_id: str
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class LeaseReleased:
-    """The lease is over and no writer can reach its blocks any more."""
-
-    sequence_id: str
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Defect:
-    """Handling the sequence raised: it is given up here, in whatever phase it is."""
-
-    sequence_id: str
-    failure: Failure
-
-
 Event = (
     ReserveAsked
     | CancelAsked
     | SessionLost
     | Granted
-    | Refused
-    | KvArrived
+    | GrantRefused
+    | LeaseNotice
     | JoinRefused
-    | LeaseFenced
-    | LeaseReleased
     | Defect
     | Started
     | Output
@@ -115,21 +76,27 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Reserve blocks and lease them out; answer with Granted or Refused."""
+    """Reserve blocks and lease them out; answer with Granted or GrantRefused."""
 
     spec: SequenceSpec
     ttl_s: float
 
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
+
 
 @dataclass(frozen=True, slots=True)
 class Join:
+    """Answer with JoinRefused if the engine does not take the sequence, and do not acknowledge the arrival."""
+
     sequence_id: str
     first_token: TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
 class RejectArrival:
-    """Do not acknowledge what arrived: nobody waits for it."""
+    """Do not acknowledge what arrived: the sequence is not expected any more."""
 
     sequence_id: str
     reason: str
@@ -158,40 +125,6 @@ class StopCompute:
     sequence_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendLease:
-    session: int
-    lease: Lease
-
-
-@dataclass(frozen=True, slots=True)
-class SendRefused:
-    session: int
-    sequence_id: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class SendJoined:
-    session: int
-    sequence_id: str
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class SendTokens:
-    session: int
-    chunk: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class SendFailed:
-    session: int
-    sequence_id: str
-    failure: Failure
-
-
-Send = SendLease | SendRefused | SendJoined | SendTokens | SendFailed
 Action = Grant | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | Send
 
 
@@ -216,6 +149,9 @@ class _Relay:
 class DecodeMachine:
     """``handle(event, now)`` -> actions. Events about sequences it does not know are late, and ignored."""
 
+    # The deadlines are those of the engine and of the leases.
+    wake_at_s: float | None = None
+
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
         self._relays: dict[str, _Relay] = {}
@@ -232,29 +168,29 @@ class DecodeMachine:
                 return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
             case Granted(lease):
                 return self._granted(lease, now)
-            case KvArrived(sequence_id, first_token):
-                return self._arrived(sequence_id, first_token, now)
+            case Arrived():
+                return self._arrived(event, now)
         relay = self._relays.get(event.sequence_id)
         if relay is None:
             return []
         match event:
-            case Refused(sequence_id, failure):
+            case GrantRefused(sequence_id, failure):
                 del self._relays[sequence_id]
-                return [SendRefused(relay.session, sequence_id, failure)]
+                return [Send(relay.session, Refused(sequence_id, failure))]
             case JoinRefused(sequence_id, failure):
                 relay.phase = Phase.ENDING
-                return [SendFailed(relay.session, sequence_id, failure)]
-            case LeaseFenced(sequence_id):
+                return [Send(relay.session, SequenceFailed(sequence_id, failure))]
+            case Quarantined(sequence_id):
                 return [Quarantine(sequence_id), *self._lease_over(relay, event)]
-            case LeaseReleased():
+            case Released():
                 return self._released(relay, event)
             case Output(sequence_id, chunk):
                 if relay.phase is Phase.RUNNING and chunk.finish_reason is not None:
                     del self._relays[sequence_id]
-                return [SendTokens(relay.session, chunk)] if relay.phase is Phase.RUNNING else []
+                return [Send(relay.session, chunk)] if relay.phase is Phase.RUNNING else []
             case Failed(sequence_id, failure):
                 del self._relays[sequence_id]
-                return [SendFailed(relay.session, sequence_id, failure)]
+                return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Defect(sequence_id, failure):
                 return self._give_up(relay, sequence_id, failure)
             case Started():
@@ -269,36 +205,43 @@ class DecodeMachine:
         return None if relay is None else relay.phase
 
     def _reserve(self, event: ReserveAsked) -> list[Action]:
-        sequence_id = event.spec.sequence_id
-        if sequence_id in self._relays:
-            failure = Failure("Overloaded", f"{sequence_id} is still in use on {self._node_id}", retryable=True)
-            return [SendRefused(event.session, sequence_id, failure)]
-        if event.prefill_node_id == self._node_id:
-            message = f"prefill is {self._node_id} itself, expected no reservation: run the sequence without a lease"
-            return [SendRefused(event.session, sequence_id, Failure("InvalidRequest", message, retryable=False))]
+        sequence_id = event.sequence_id
+        try:
+            self._check_reserve(sequence_id, event.prefill_node_id)
+        except BatonError as error:
+            return [Send(event.session, Refused(sequence_id, Failure.of(error)))]
         self._relays[sequence_id] = _Relay(event.session, event.prefill_node_id)
         return [Grant(event.spec, event.ttl_s)]
+
+    def _check_reserve(self, sequence_id: str, prefill_node_id: str) -> None:
+        if sequence_id in self._relays:
+            raise Overloaded(f"{sequence_id} is still in use on {self._node_id}")
+        if prefill_node_id == self._node_id:
+            message = f"prefill is {self._node_id} itself, expected no reservation: run the sequence without a lease"
+            raise InvalidRequest(message, param="prefill_node_id")
 
     def _granted(self, lease: Lease, now: float) -> list[Action]:
         relay = self._relays[lease.sequence_id]
         assert relay.phase is Phase.ASKED, "a grant is answered at once"
         relay.phase = Phase.LEASED
         relay.granted_s = now
-        return [SendLease(relay.session, lease)]
+        return [Send(relay.session, lease)]
 
-    def _arrived(self, sequence_id: str, first_token: TokenChunk, now: float) -> list[Action]:
+    def _arrived(self, event: Arrived, now: float) -> list[Action]:
+        sequence_id = event.sequence_id
         relay = self._relays.get(sequence_id)
         if relay is None or relay.phase is not Phase.LEASED:
             return [RejectArrival(sequence_id, f"{sequence_id} is not expected on {self._node_id} any more")]
         relay.phase = Phase.RUNNING
-        return [Join(sequence_id, first_token), SendJoined(relay.session, sequence_id, now - relay.granted_s)]
+        joined = Joined(sequence_id, now - relay.granted_s)
+        return [Join(sequence_id, event.first_token), Send(relay.session, joined)]
 
-    def _released(self, relay: _Relay, event: LeaseReleased) -> list[Action]:
+    def _released(self, relay: _Relay, event: Released) -> list[Action]:
         actions = self._lease_over(relay, event)
         del self._relays[event.sequence_id]
         return [ReturnBlocks(event.sequence_id), *actions]
 
-    def _lease_over(self, relay: _Relay, event: LeaseFenced | LeaseReleased) -> list[Action]:
+    def _lease_over(self, relay: _Relay, event: Quarantined | Released) -> list[Action]:
         """Tell the router, unless it has asked for this itself or was told.
 
         A prefill node that gives a lease back tells the router why: the first token was the last, or what failed there.
@@ -310,9 +253,8 @@ class DecodeMachine:
         relay.phase = Phase.ENDING
         if event.is_given_back:
             return []
-        message = f"KV of {event.sequence_id} did not arrive: {event.reason}"
-        failure = Failure("TransferFailed", message, retryable=True, blamed_node_id=relay.prefill_node_id)
-        return [SendFailed(relay.session, event.sequence_id, failure)]
+        error = TransferFailed(f"KV of {event.sequence_id} did not arrive: {event.reason}")
+        return [Send(relay.session, SequenceFailed(event.sequence_id, Failure.of(error, relay.prefill_node_id)))]
 
     def _give_up(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
         if relay.phase is Phase.ENDING:
@@ -320,8 +262,8 @@ class DecodeMachine:
         if relay.phase is Phase.ASKED:
             # Nothing was granted.
             del self._relays[sequence_id]
-            return [SendRefused(relay.session, sequence_id, failure)]
-        return [*self._stop(sequence_id, failure.message), SendFailed(relay.session, sequence_id, failure)]
+            return [Send(relay.session, Refused(sequence_id, failure))]
+        return [*self._stop(sequence_id, failure.message), Send(relay.session, SequenceFailed(sequence_id, failure))]
 
     def _stop(self, sequence_id: str, reason: str) -> list[Action]:
         relay = self._relays[sequence_id]

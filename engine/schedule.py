@@ -519,7 +519,7 @@ class Scheduler:
 
     def _failed(self, entry: Entry, error: BatonError, now: float) -> Failed:
         self._retire(entry, now)
-        return Failed(entry.sequence_id, Failure(error.code, error.message, error.retryable))
+        return Failed(entry.sequence_id, Failure.of(error))
 
     def _retire(self, entry: Entry, now: float) -> None:
         """Take the sequence out of the schedule; its blocks go back once no step and no reader outside has them."""

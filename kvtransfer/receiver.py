@@ -12,7 +12,6 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import grpc.aio
@@ -23,7 +22,7 @@ from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InvalidRequest, Unavailable
 from baton.patience import patient_timeout
-from baton.types import KvLayout, Lease, NodeDescription, TokenChunk
+from baton.types import KvLayout, Lease, NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
 from kvtransfer import channel as wire_format
@@ -41,41 +40,6 @@ _HELLO_TIMEOUT_S = 5.0
 _LAST_WRITE_TIMEOUT_S = 1.0
 # Messages waiting for a slow peer; a peer that lets more pile up is dropped.
 _MAX_OUTBOX = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """The sequence's KV is here and verified. The blocks belong to the handler's side when it returns; if it raises,
-    the sender is told so and Released follows."""
-
-    sequence_id: str
-    epoch: int
-    first_token: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """The lease is over, but a writer may still reach its blocks: keep them until Released."""
-
-    sequence_id: str
-    epoch: int
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """The lease is over without arrival and nobody can write into its blocks any more."""
-
-    sequence_id: str
-    epoch: int
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-ReceiverNotice = Arrived | Quarantined | Released
 
 
 class DataPlane(Protocol):
@@ -129,7 +93,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         layout: KvLayout,
         arena: AnyArena,
         *,
-        on_event: Callable[[ReceiverNotice], None],
+        on_event: Callable[[machine.LeaseNotice], None],
         config: TransferConfig | None = None,
         clock: Clock | None = None,
         defects: Defects | None = None,
@@ -155,7 +119,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._next_epoch = 1
         # Commits whose bytes were not the ones that were sent.
         self.num_digest_failures = 0
-        self._notices: deque[machine.Arrive | ReceiverNotice] = deque()
+        self._notices: deque[machine.LeaseNotice] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
         self._is_closing = False
@@ -284,12 +248,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 self._spawn(self._verify(action))
             case machine.ForgetDigests():
                 self._verifier.forget(action.epoch, action.layers)
-            case machine.Arrive():
-                self._notify(action)
-            case machine.Quarantine():
-                self._notify(Quarantined(action.sequence_id, action.epoch, action.reason, action.is_given_back))
-            case machine.Release():
-                self._notify(Released(action.sequence_id, action.epoch, action.reason, action.is_given_back))
+            case machine.Arrived() | machine.Quarantined() | machine.Released():
+                self._notices.append(action)
+                asyncio.get_running_loop().call_soon(self._deliver)
             case machine.DropChannel():
                 self._channels[action.channel].drop(action.reason)
 
@@ -314,31 +275,23 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         epoch, commit = action.epoch, action.commit
         try:
             damaged = await self._verifier.verify(epoch, commit) if self._config.digest else ()
-        except BatonError as error:
-            self._handle(machine.VerifyFailed(epoch, commit.attempt, codec.failure_of(error)))
         except Exception as error:  # a defect of ours must not leave the lease hanging
-            failure = codec.failure_of(self._defects.caught("lease", error, "verifying"))
+            failure = self._defects.failure("lease", error, "verifying")
             self._handle(machine.VerifyFailed(epoch, commit.attempt, failure))
         else:
             self.num_digest_failures += bool(damaged)
             self._handle(machine.Verified(epoch, commit.attempt, damaged))
 
-    def _notify(self, notice: machine.Arrive | ReceiverNotice) -> None:
-        self._notices.append(notice)
-        asyncio.get_running_loop().call_soon(self._deliver)
-
     def _deliver(self) -> None:
         notice = self._notices.popleft()
-        if not isinstance(notice, machine.Arrive):
+        if not isinstance(notice, machine.Arrived):
             with self._defects.contained("lease", notice.sequence_id):
                 self._on_event(notice)
             return
         try:
-            self._on_event(Arrived(notice.sequence_id, notice.epoch, notice.first_token))
-        except BatonError as error:
-            self._handle(machine.TakeOverRefused(notice.epoch, codec.failure_of(error)))
+            self._on_event(notice)
         except Exception as error:  # the sender must hear of it, whatever it is
-            failure = codec.failure_of(self._defects.caught("lease", error, f"taking over {notice.sequence_id}"))
+            failure = self._defects.failure("lease", error, f"taking over {notice.sequence_id}")
             self._handle(machine.TakeOverRefused(notice.epoch, failure))
         else:
             self._handle(machine.TakenOver(notice.epoch))

@@ -10,11 +10,13 @@ began are released exactly once, when the push was committed or its abort has re
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
+from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded
+from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Output, PrefillTimes, Started
+from engine.schedule import Failed, Output, Started
 
 # -- events
 
@@ -25,17 +27,9 @@ class RunAsked:
     spec: SequenceSpec
     lease: Lease | None
 
-
-@dataclass(frozen=True, slots=True)
-class CancelAsked:
-    session: int
-    sequence_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class SessionLost:
-    session: int
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +80,7 @@ Event = (
     | PushCommitted
     | PushFailed
     | PushAborted
+    | Defect
     | Started
     | Output
     | Failed
@@ -98,6 +93,10 @@ Event = (
 class Submit:
     spec: SequenceSpec
     hands_off: bool
+
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,34 +133,6 @@ class ReleaseBlocks:
     sequence_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class SendTokens:
-    session: int
-    chunk: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class SendPrefillDone:
-    session: int
-    sequence_id: str
-    times: PrefillTimes
-
-
-@dataclass(frozen=True, slots=True)
-class SendHandedOff:
-    session: int
-    sequence_id: str
-    report: TransferReport
-
-
-@dataclass(frozen=True, slots=True)
-class SendFailed:
-    session: int
-    sequence_id: str
-    failure: Failure
-
-
-Send = SendTokens | SendPrefillDone | SendHandedOff | SendFailed
 Action = Submit | BeginPush | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
 
 
@@ -187,13 +158,16 @@ class _Relay:
 
 
 class PrefillMachine:
-    """``handle(event)`` -> actions. Events about sequences it does not know are late, and ignored."""
+    """``handle(event, now)`` -> actions. Events about sequences it does not know are late, and ignored."""
+
+    # The deadlines are those of the engine and of the pushes.
+    wake_at_s: float | None = None
 
     def __init__(self, node_id: str) -> None:
         self._node_id = node_id
         self._relays: dict[str, _Relay] = {}
 
-    def handle(self, event: Event) -> list[Action]:  # noqa: C901 - one table of transitions
+    def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 - one table of transitions
         match event:
             case RunAsked():
                 return self._run(event)
@@ -209,15 +183,15 @@ class PrefillMachine:
         match event:
             case SubmitRefused(sequence_id, failure):
                 del self._relays[sequence_id]
-                return [SendFailed(relay.session, sequence_id, failure)]
+                return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Started(sequence_id, block_ids):
                 return self._started(relay, sequence_id, block_ids)
             case Output():
                 return self._output(relay, event)
-            case Failed(sequence_id, failure):
+            case Failed(sequence_id, failure) | Defect(sequence_id, failure):
                 return self._fail(relay, sequence_id, failure)
             case PushRefused(sequence_id, failure):
-                # Nobody reads the blocks: they go back as soon as the running step is over.
+                # The blocks have no reader: they go back as soon as the running step is over.
                 relay.phase = Phase.QUEUED
                 return self._fail(relay, sequence_id, self._blame(failure, relay))
             case PushFailed(sequence_id, failure):
@@ -238,22 +212,23 @@ class PrefillMachine:
 
     def _run(self, event: RunAsked) -> list[Action]:
         sequence_id = event.spec.sequence_id
-        if sequence_id in self._relays:
-            failure = Failure("Overloaded", f"{sequence_id} is still in use on {self._node_id}", retryable=True)
-            return [SendFailed(event.session, sequence_id, failure)]
-        if event.lease is not None:
-            problem = self._lease_problem(sequence_id, event.lease)
-            if problem is not None:
-                return [SendFailed(event.session, sequence_id, Failure("InvalidRequest", problem, retryable=False))]
+        try:
+            self._check_run(sequence_id, event.lease)
+        except BatonError as error:
+            return [Send(event.session, SequenceFailed(sequence_id, Failure.of(error)))]
         self._relays[sequence_id] = _Relay(event.session, event.lease, event.spec.num_known_tokens)
         return [Submit(event.spec, hands_off=event.lease is not None)]
 
-    def _lease_problem(self, sequence_id: str, lease: Lease) -> str | None:
+    def _check_run(self, sequence_id: str, lease: Lease | None) -> None:
+        if sequence_id in self._relays:
+            raise Overloaded(f"{sequence_id} is still in use on {self._node_id}")
+        if lease is None:
+            return
         if lease.sequence_id != sequence_id:
-            return f"the lease is for {lease.sequence_id}, expected {sequence_id}"
+            raise InvalidRequest(f"the lease is for {lease.sequence_id}, expected {sequence_id}", param="lease")
         if lease.node_id == self._node_id:
-            return f"the lease is on {self._node_id} itself, expected no lease: the sequence stays"
-        return None
+            message = f"the lease is on {self._node_id} itself, expected no lease: the sequence stays"
+            raise InvalidRequest(message, param="lease")
 
     def _started(self, relay: _Relay, sequence_id: str, block_ids: tuple[int, ...]) -> list[Action]:
         if relay.phase is not Phase.QUEUED:
@@ -268,9 +243,11 @@ class PrefillMachine:
         sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
         actions: list[Action] = []
         if event.prefill is not None:
-            actions.append(SendPrefillDone(relay.session, sequence_id, event.prefill))
+            times = event.prefill
+            done = PrefillDone(sequence_id, times.queue_s, times.compute_s, times.num_computed_tokens)
+            actions.append(Send(relay.session, done))
         # Last, for it may be the end of the sequence.
-        actions.append(SendTokens(relay.session, event.chunk))
+        actions.append(Send(relay.session, event.chunk))
         if relay.phase is Phase.STAYING:
             if is_last:
                 del self._relays[sequence_id]
@@ -287,13 +264,13 @@ class PrefillMachine:
         del self._relays[sequence_id]
         actions: list[Action] = [ReleaseBlocks(sequence_id)]
         if relay.phase is Phase.COMMITTING:
-            actions.append(SendHandedOff(relay.session, sequence_id, report))
+            actions.append(Send(relay.session, HandedOff(sequence_id, report)))
         return actions
 
     def _fail(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
         if relay.phase is Phase.ABORTING:
             return []
-        return [*self._stop(sequence_id, failure.message), SendFailed(relay.session, sequence_id, failure)]
+        return [*self._stop(sequence_id, failure.message), Send(relay.session, SequenceFailed(sequence_id, failure))]
 
     def _stop(self, sequence_id: str, reason: str) -> list[Action]:
         relay = self._relays[sequence_id]
@@ -312,6 +289,6 @@ class PrefillMachine:
 
     def _blame(self, failure: Failure, relay: _Relay) -> Failure:
         """What went wrong on the way to decode is held against decode, our own defects are not."""
-        if relay.lease is None or failure.blamed_node_id or failure.code == "InternalError":
+        if relay.lease is None or failure.blamed_node_id or failure.code == InternalError.__name__:
             return failure
-        return Failure(failure.code, failure.message, failure.retryable, relay.lease.node_id)
+        return replace(failure, blamed_node_id=relay.lease.node_id)

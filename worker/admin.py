@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 
 import grpc.aio
 
@@ -11,26 +11,17 @@ from baton import codec
 from baton.clock import Clock
 from baton.errors import InvalidRequest
 from baton.timeline import Timeline
-from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc
-from engine.replica import Replica
+from worker.service import NodeService
 
 
-class NodeService(node_pb2_grpc.NodeServicer):
+class NodeServicer(node_pb2_grpc.NodeServicer):
     """``drain`` takes the grace time (0: the worker's own) and returns how long the worker stays at the most."""
 
-    def __init__(
-        self,
-        node: NodeDescription,
-        status: Callable[[], NodeStatus],
-        replica: Replica,
-        drain: Callable[[float], float],
-        timeline: Timeline,
-        clock: Clock,
-    ) -> None:
-        self._node = node
-        self._status = status
-        self._replica = replica
+    def __init__(self, service: NodeService, drain: Callable[[float], float], timeline: Timeline, clock: Clock) -> None:
+        self._node = service.node
+        self._status = service.status
+        self._replica = service.replica
         self._drain = drain
         self._timeline = timeline
         self._clock = clock
@@ -97,3 +88,27 @@ class NodeService(node_pb2_grpc.NodeServicer):
         status = self._status()
         # Thousands of spans: made off the loop that carries tokens.
         return await asyncio.to_thread(codec.recorded_to_pb, self._node, status.role, recorded)
+
+
+class PrefillSessions(node_pb2_grpc.PrefillNodeServicer):
+    def __init__(self, service: NodeService) -> None:
+        self._sessions = service.sessions
+
+    async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
+        self,
+        request_iterator: AsyncIterator[node_pb2.PrefillSessionRequest],
+        context: grpc.aio.ServicerContext[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse],
+    ) -> None:
+        await self._sessions.serve(request_iterator, context, node_pb2.PrefillSessionResponse)
+
+
+class DecodeSessions(node_pb2_grpc.DecodeNodeServicer):
+    def __init__(self, service: NodeService) -> None:
+        self._sessions = service.sessions
+
+    async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
+        self,
+        request_iterator: AsyncIterator[node_pb2.DecodeSessionRequest],
+        context: grpc.aio.ServicerContext[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse],
+    ) -> None:
+        await self._sessions.serve(request_iterator, context, node_pb2.DecodeSessionResponse)

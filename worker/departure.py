@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from baton.machine import Tick
+
 
 @dataclass(frozen=True, slots=True)
 class DrainConfig:
@@ -37,7 +39,7 @@ class Signalled:
 
 @dataclass(frozen=True, slots=True)
 class DrainAsked:
-    """Somebody asked over the network; 0 means the worker's own grace time."""
+    """Node/Drain was called; 0 means the worker's own grace time."""
 
     grace_s: float = 0.0
 
@@ -49,11 +51,6 @@ class Emptied:
 
 @dataclass(frozen=True, slots=True)
 class EngineDied:
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
     pass
 
 
@@ -92,8 +89,8 @@ class Departure:
         self._config = config
         self._num_signals = 0
         self._gone_by_s = 0.0
-        # When to send Tick; None while only events count.
-        self.due_at_s: float | None = None
+        # None while only events count.
+        self.wake_at_s: float | None = None
         self.phase = Phase.LOADING
 
     def handle(self, event: Event, now: float) -> list[Action]:
@@ -127,23 +124,23 @@ class Departure:
                 return self._close("it was still loading")
             case Phase.SERVING:
                 self.phase = Phase.DRAINING
-                self._gone_by_s = self.due_at_s = gone_by_s
+                self._gone_by_s = self.wake_at_s = gone_by_s
                 return [RefuseNew()]
             case Phase.DRAINING:
-                self._gone_by_s = self.due_at_s = min(self._gone_by_s, gone_by_s)
+                self._gone_by_s = self.wake_at_s = min(self._gone_by_s, gone_by_s)
         return []
 
     def _linger(self, now: float) -> list[Action]:
         if self.phase is Phase.DRAINING:
             self.phase = Phase.LINGERING
-            self.due_at_s = now + self._config.linger_s
+            self.wake_at_s = now + self._config.linger_s
         return []
 
     def _on_tick(self, now: float) -> list[Action]:
-        if self.due_at_s is None or now < self.due_at_s:
+        if self.wake_at_s is None or now < self.wake_at_s:
             return []
         return self._close("" if self.phase is Phase.LINGERING else "the grace time is over")
 
     def _close(self, reason: str) -> list[Action]:
-        self.phase, self.due_at_s = Phase.CLOSED, None
+        self.phase, self.wake_at_s = Phase.CLOSED, None
         return [Close(reason)]

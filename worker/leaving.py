@@ -8,6 +8,8 @@ import signal
 from collections.abc import Callable, Iterator
 
 from baton.clock import Clock
+from baton.driver import Driver
+from baton.machine import Tick
 from worker import departure
 
 
@@ -17,8 +19,9 @@ class Leaving:
     def __init__(self, config: departure.DrainConfig, clock: Clock) -> None:
         self._machine = departure.Departure(config)
         self._clock = clock
-        self._changed = asyncio.Event()
-        self._closed: departure.Close | None = None
+        self._closed: asyncio.Future[departure.Close] = asyncio.get_running_loop().create_future()
+        self._driver: Driver[departure.Event, departure.Action] = Driver(self._machine, self._perform, clock, tick=Tick)
+        self.feed = self._driver.feed
         self.on_refuse_new: Callable[[], None] = lambda: None
 
     @contextlib.contextmanager
@@ -32,19 +35,11 @@ class Leaving:
         finally:
             for number in numbers:
                 loop.remove_signal_handler(number)
+            self._driver.close()
 
     async def on_event(self, stop: asyncio.Event) -> None:
         await stop.wait()
         self.feed(departure.Signalled())
-
-    def feed(self, event: departure.Event) -> None:
-        for action in self._machine.handle(event, self._clock.now()):
-            match action:
-                case departure.RefuseNew():
-                    self.on_refuse_new()
-                case departure.Close():
-                    self._closed = action
-        self._changed.set()
 
     @property
     def is_draining(self) -> bool:
@@ -56,12 +51,11 @@ class Leaving:
 
     async def closing(self) -> departure.Close:
         """Returns when the worker is to go."""
-        while self._closed is None:
-            self._changed.clear()
-            due_at_s = self._machine.due_at_s
-            try:
-                async with asyncio.timeout(None if due_at_s is None else max(0.0, due_at_s - self._clock.now())):
-                    await self._changed.wait()
-            except TimeoutError:
-                self.feed(departure.Tick())
-        return self._closed
+        return await asyncio.shield(self._closed)
+
+    def _perform(self, action: departure.Action) -> None:
+        match action:
+            case departure.RefuseNew():
+                self.on_refuse_new()
+            case departure.Close():
+                self._closed.set_result(action)

@@ -6,15 +6,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from baton.errors import BadConfig, BatonError
-from baton.metrics import LATENCY_BUCKETS_S, Histogram, Labels, Metrics, add_process
-from baton.types import NodeDescription, NodeStatus, TransferReport
+from baton.metrics import LATENCY_BUCKETS_S, Counter, Histogram, Labels, Metrics, add_process
+from baton.node_messages import Joined
+from baton.types import Lease, NodeDescription, NodeStatus, TransferReport
 from engine.blocks import BlockState
 from engine.cost import CostModel
 from engine.meter import EngineMeter
 from engine.replica import Replica
-from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice, Released
+from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import SenderObserver
 from worker.energy import EnergySource
+from worker.service import LeaseObserver
 
 _TRANSFER_BUCKETS_S = (
     *(0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.02, 0.035, 0.05, 0.075),
@@ -97,6 +100,33 @@ class _Transfers:
         self._retries.add(report.retransmits)
 
 
+class _LeaseMeter(LeaseObserver):
+    """Leases that this node granted."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        def counter(event: str) -> Counter:
+            return metrics.counter("baton_leases", "Leases by how far they came", event=event)
+
+        self._granted = counter("granted")
+        self._arrived = counter("arrived")
+        self._released = counter("released")
+        self._wait = metrics.histogram("baton_lease_wait_seconds", "Lease granted to KV verified", LATENCY_BUCKETS_S)
+
+    def told(self, message: Lease | Joined) -> None:
+        match message:
+            case Lease():
+                self._granted.add()
+            case Joined(_, wait_s):
+                self._wait.observe(wait_s)
+
+    def noticed(self, notice: LeaseNotice) -> None:
+        match notice:
+            case Arrived():
+                self._arrived.add()
+            case Released():
+                self._released.add()
+
+
 class WorkerMetrics:
     """Made before the worker's parts, which it watches once they are there."""
 
@@ -123,29 +153,11 @@ class WorkerMetrics:
             preset=[(where,) for where in _DEFECTS],
         )
         self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
-        self._granted = counter("baton_leases", "Leases by how far they came", event="granted")
-        self._arrived = counter("baton_leases", "Leases by how far they came", event="arrived")
-        self._released = counter("baton_leases", "Leases by how far they came", event="released")
-        self._lease_wait = self.metrics.histogram(
-            "baton_lease_wait_seconds", "Lease granted to KV verified", LATENCY_BUCKETS_S
-        )
+        self.leases = _LeaseMeter(self.metrics)
         self._add_info(node)
         self._add_peaks(peaks)
         for source in energy:
             self._add_energy(source)
-
-    def granted(self) -> None:
-        self._granted.add()
-
-    def joined(self, wait_s: float) -> None:
-        self._lease_wait.observe(wait_s)
-
-    def lease_ended(self, notice: ReceiverNotice) -> None:
-        match notice:
-            case Arrived():
-                self._arrived.add()
-            case Released():
-                self._released.add()
 
     def watch(
         self,

@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
-import os
-import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import replace
 
-from baton import PROTOCOL_VERSION, __version__, descriptors
-from baton.address import as_dialled, host_of
+from baton import descriptors
+from baton.address import host_of
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import InternalError, described
@@ -26,28 +22,29 @@ from baton.metrics_server import MetricsServer
 from baton.registry import NodeRecord, Registry
 from baton.server import GrpcServer
 from baton.timeline import Timeline
-from baton.types import KvLayout, NodeDescription, NodeStatus
+from baton.types import KvLayout
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
-from decode_node.service import DecodeConfig, DecodeService
+from decode_node.actions import DecodeConfig
 from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
 from kvtransfer.devices.interface import Device
-from kvtransfer.host import host_id
 from kvtransfer.memory import AnyArena, DeviceArena
-from kvtransfer.receiver import Arrived, Quarantined, Receiver, ReceiverNotice, Released
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from prefill_node.service import PrefillService
 from worker import departure, energy
-from worker.admin import NodeService
+from worker.admin import DecodeSessions, NodeServicer, PrefillSessions
+from worker.announce import announce, describe
 from worker.config import WorkerConfig, engine_config
 from worker.departure import DrainConfig
+from worker.health import Health
 from worker.leaving import Leaving
 from worker.loading import Allocate, LoadedModel, Loading, cuda_device
 from worker.metrics import WorkerMetrics
 from worker.registration import Registration
+from worker.service import NodeService
 
 _log = logging.getLogger("baton.worker")
 # Fresh pages of shared memory come at 0.25 to 1.8 GB/s, 10 to 50 times slower than a copy.
@@ -112,81 +109,64 @@ class _Worker:
         self._died: BaseException | None = None
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
-        clock = MonotonicClock()
-        timeline = Timeline()
-        # Others may reach this worker at a name that is not known here, or at an address that is not its own.
-        listen_host = host_of(config.listen).strip("[]")
-        transfer = TransferConfig(transports=config.transports, digest=config.digest, tcp_listen_host=listen_host)
-        transfer = transfer.over(on_device=isinstance(arena, DeviceArena))
-        if config.layerwise_from_bytes is not None:
-            at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
-            transfer = replace(transfer, layerwise_from_bytes=at)
-        layout = model.layout
+        clock, timeline, layout = MonotonicClock(), Timeline(), model.layout
+        transfer = _transfer_config(config, arena)
         self._server = GrpcServer(on_malformed=lambda: self._metrics.malformed.add())
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
-        self.node = replace(_describe(config, model, address, transfer), metrics_address=metrics_address)
-        self._metrics = WorkerMetrics(
-            self.node, config.cluster_name, model.cost, config.peaks, energy.sources(model.device)
+        node = self.node = describe(config, model, address, metrics_address, transfer)
+        metrics = self._metrics = WorkerMetrics(
+            node, config.cluster_name, model.cost, config.peaks, energy.sources(model.device)
         )
-        count = self._metrics.defects.add
+        count = metrics.defects.add
         defects = self._defects = Defects(_log, clock, count)
-        self._replica = Replica(
+        replica = self._replica = Replica(
             model,
             Scheduler(_scheduler_config(config, model), BlockPool(layout.num_blocks)),
             num_layers=layout.num_layers,
             clock=clock,
             on_fatal=self._from_dying_engine,
-            meter=self._metrics.engine,
+            meter=metrics.engine,
             timeline=timeline,
             # Of its own: it is written in the engine thread.
             defects=Defects(_log, clock, count),
         )
         self._sender = Sender(
-            self.node,
+            node,
             layout,
             arena,
             config=transfer,
             clock=clock,
-            observer=self._metrics.transfers,
+            observer=metrics.transfers,
             timeline=timeline,
             defects=defects,
         )
         self._receiver = Receiver(
-            self.node,
+            node,
             layout,
             arena,
-            on_event=self._from_receiver,
+            on_event=lambda notice: self._service.on_lease(notice),
             config=transfer,
             clock=clock,
             defects=defects,
         )
-        self._prefill = PrefillService(
-            replica=self._replica,
-            sender=self._sender,
-            describe=lambda: self.node,
-            status=self._status,
-            node_id=self.node.node_id,
+        self._service = NodeService(
+            node,
+            replica,
+            self._sender,
+            self._receiver,
             clock=clock,
             defects=defects,
-        )
-        self._decode = DecodeService(
-            replica=self._replica,
-            receiver=self._receiver,
-            describe=lambda: self.node,
-            status=self._status,
-            node_id=self.node.node_id,
-            clock=clock,
             config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
-            observer=self._metrics,
-            defects=defects,
+            observer=metrics.leases,
         )
-        self._metrics.watch(self._replica, self._receiver, self._status, lambda: leaving.is_draining)
+        self._health = Health(self._server, replica, lambda: leaving.is_draining, config.stall_limit_s, defects)
+        metrics.watch(replica, self._receiver, self._service.status, lambda: leaving.is_draining)
+        admin = NodeServicer(self._service, leaving.ask, timeline, clock)
         add = self._server.add
-        node_service = NodeService(self.node, self._status, self._replica, leaving.ask, timeline, clock)
-        add(node_pb2_grpc.add_NodeServicer_to_server, node_service, "baton.v1.Node")
-        add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self._prefill, "baton.v1.PrefillNode")
-        add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self._decode, "baton.v1.DecodeNode")
+        add(node_pb2_grpc.add_NodeServicer_to_server, admin, "baton.v1.Node")
+        add(node_pb2_grpc.add_PrefillNodeServicer_to_server, PrefillSessions(self._service), "baton.v1.PrefillNode")
+        add(node_pb2_grpc.add_DecodeNodeServicer_to_server, DecodeSessions(self._service), "baton.v1.DecodeNode")
         add(transfer_pb2_grpc.add_KvTransferServicer_to_server, self._receiver, "baton.v1.KvTransfer")
 
     def _bind_metrics(self, address: str) -> tuple[MetricsServer, str]:
@@ -207,7 +187,7 @@ class _Worker:
             if self.node.metrics_address:
                 await self._metrics_server.start()
             await self._register()
-            self._announce()
+            announce(self.node, self._config)
             self._leaving.feed(departure.Loaded())
             await self._serve()
         finally:
@@ -232,30 +212,28 @@ class _Worker:
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as tasks:
             self._leaving.on_refuse_new = lambda: self._helpers.append(tasks.create_task(self._drain()))
-            self._helpers.append(tasks.create_task(self._watch_health()))
+            self._helpers.append(tasks.create_task(self._health.watch()))
             closed = await self._leaving.closing()
             for helper in self._helpers:
                 helper.cancel()
         if self._died is not None:
             raise InternalError(f"the engine died: {described(self._died)}")
         if closed.reason:
-            num_left = self._prefill.num_sequences + self._decode.num_sequences
+            num_left = self._service.num_sequences
             _log.warning("%s leaves, %s: %d sequences are cut off", self.node.node_id, closed.reason, num_left)
         else:
             _log.info("%s has drained and leaves", self.node.node_id)
 
     async def _drain(self) -> None:
         self._replica.drain()
-        self._prefill.tell_status()
-        self._decode.tell_status()
+        self._service.sessions.tell_status()
         _log.info("%s drains: %d sequences are here", self.node.node_id, self._replica.num_sequences)
         await self._server.set_serving(False)
         async with asyncio.TaskGroup() as tasks:
             # A Redis that does not answer holds nobody up.
             if self._registration is not None:
                 tasks.create_task(self._registration.withdraw())
-            await self._prefill.drained()
-            await self._decode.drained()
+            await self._service.drained()
         self._leaving.feed(departure.Emptied())
 
     async def _close(self) -> bool:
@@ -264,8 +242,7 @@ class _Worker:
         async with asyncio.TaskGroup() as tasks:
             if self._registration is not None:
                 tasks.create_task(self._registration.close())
-            self._decode.close()
-            await self._prefill.close(limit_s)
+            await self._service.close(limit_s)
             await self._sender.close()
             await self._receiver.close()
             await self._server.stop(1.0)
@@ -275,35 +252,6 @@ class _Worker:
         _log.error("the engine's last step did not end in %s s", limit_s)
         return False
 
-    async def _watch_health(self) -> None:
-        """Health is about oneself: red while the engine is wedged; a draining worker is well, but not ready."""
-        is_well = True
-        while True:
-            await asyncio.sleep(min(1.0, self._config.stall_limit_s / 4))
-            with self._defects.contained("health"):
-                is_well = await self._tell_health(is_well)
-
-    async def _tell_health(self, was_well: bool) -> bool:
-        is_well = self._replica.stalled_s < self._config.stall_limit_s
-        if is_well != was_well:
-            await self._server.set_live(is_well)
-            await self._server.set_serving(is_well and not self._leaving.is_draining)
-        return is_well
-
-    def _status(self) -> NodeStatus:
-        return self._replica.status(self.node.role)
-
-    def _from_receiver(self, notice: ReceiverNotice) -> None:
-        with self._defects.contained("record"):
-            self._metrics.lease_ended(notice)
-        match notice:
-            case Arrived(sequence_id, _, first_token):
-                self._decode.arrived(sequence_id, first_token)
-            case Quarantined():
-                self._decode.quarantined(notice.sequence_id, notice.reason, is_given_back=notice.is_given_back)
-            case Released():
-                self._decode.released(notice.sequence_id, notice.reason, is_given_back=notice.is_given_back)
-
     def _from_dying_engine(self, error: BaseException) -> None:
         """Called in the engine thread."""
         self._loop.call_soon_threadsafe(self._engine_died, error)
@@ -312,39 +260,16 @@ class _Worker:
         self._died = self._died or error
         self._leaving.feed(departure.EngineDied())
 
-    def _announce(self) -> None:
-        node = self.node
-        facts = {"node_id": node.node_id, "role": node.role.value, "pid": node.pid, "address": node.address}
-        text = json.dumps({**facts, "metrics": node.metrics_address})
-        if self._config.ready_file is not None:
-            # Whoever waits for the file must never read half of it.
-            partial = self._config.ready_file.with_name(f"{self._config.ready_file.name}.{os.getpid()}")
-            partial.write_text(text + "\n")
-            partial.replace(self._config.ready_file)
-        if self._config.ready_fd is not None:
-            with os.fdopen(self._config.ready_fd, "w") as pipe:
-                pipe.write(text + "\n")
 
-
-def _describe(config: WorkerConfig, model: LoadedModel, address: str, transfer: TransferConfig) -> NodeDescription:
-    # Two hosts' workers that listen everywhere must not share a name.
-    where = as_dialled(address, f"{socket.gethostname()}:0")
-    return NodeDescription(
-        node_id=config.node_id or f"{config.role.value}-{where}",
-        incarnation=secrets.randbits(63) | 1,
-        role=config.role,
-        home_role=config.role,
-        address=address,
-        model=replace(model.description, name=config.model_name) if config.model_name else model.description,
-        kv_layout=model.layout,
-        protocol_version=PROTOCOL_VERSION,
-        pid=os.getpid(),
-        host_id=host_id(),
-        transports=transfer.transport_names,
-        device=model.device,
-        kernels=model.kernels,
-        software_version=__version__,
-    )
+def _transfer_config(config: WorkerConfig, arena: AnyArena) -> TransferConfig:
+    # Others may reach this worker at a name that is not known here, or at an address that is not its own.
+    listen_host = host_of(config.listen).strip("[]")
+    transfer = TransferConfig(transports=config.transports, digest=config.digest, tcp_listen_host=listen_host)
+    transfer = transfer.over(on_device=isinstance(arena, DeviceArena))
+    if config.layerwise_from_bytes is None:
+        return transfer
+    at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
+    return replace(transfer, layerwise_from_bytes=at)
 
 
 def _scheduler_config(config: WorkerConfig, model: LoadedModel) -> SchedulerConfig:

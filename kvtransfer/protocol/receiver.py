@@ -244,8 +244,11 @@ class ForgetDigests:
 
 
 @dataclass(frozen=True, slots=True)
-class Arrive:
-    """Hand the sequence to its owner; answer TakenOver or TakeOverRefused."""
+class Arrived:
+    """The sequence's KV is here and verified; the owner of the pool takes its blocks over, or raises.
+
+    Answer TakenOver, or TakeOverRefused: the sender is then told so and Released follows.
+    """
 
     sequence_id: str
     epoch: int
@@ -253,8 +256,8 @@ class Arrive:
 
 
 @dataclass(frozen=True, slots=True)
-class Quarantine:
-    """The lease is over, but a writer may still reach its blocks."""
+class Quarantined:
+    """The lease is over, but a writer may still reach its blocks: keep them until Released."""
 
     sequence_id: str
     epoch: int
@@ -264,14 +267,18 @@ class Quarantine:
 
 
 @dataclass(frozen=True, slots=True)
-class Release:
-    """The lease is over and its blocks are safe to use."""
+class Released:
+    """The lease is over without arrival and no writer can reach its blocks any more."""
 
     sequence_id: str
     epoch: int
     reason: str
     # By its writer, who tells the router itself why.
     is_given_back: bool = False
+
+
+# What the owner of the pool hears of its leases, from the machine to the owner's own.
+LeaseNotice = Arrived | Quarantined | Released
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,9 +287,7 @@ class DropChannel:
     reason: str
 
 
-ReceiverAction = (
-    Send | OpenEpoch | CloseEpoch | Digest | Verify | ForgetDigests | Arrive | Quarantine | Release | DropChannel
-)
+ReceiverAction = Send | OpenEpoch | CloseEpoch | Digest | Verify | ForgetDigests | LeaseNotice | DropChannel
 
 
 # --- machine ----------------------------------------------------------------------------------------------------------
@@ -461,14 +466,14 @@ class ReceiverMachine:
         if was in (LeaseState.WRITING, LeaseState.FILLING):
             actions.append(self._close_epoch(lease))
         if not (lease.is_writer_quiet and lease.is_epoch_quiet):
-            actions.append(Quarantine(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
+            actions.append(Quarantined(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
         return actions + self._settle(lease)
 
     def _settle(self, lease: _Lease) -> list[ReceiverAction]:
         if lease.state is not LeaseState.ENDING or not (lease.is_writer_quiet and lease.is_epoch_quiet):
             return []
         self._forget(lease)
-        over = Release(lease.sequence_id, lease.epoch, lease.reason, lease.is_given_back)
+        over = Released(lease.sequence_id, lease.epoch, lease.reason, lease.is_given_back)
         return [ForgetDigests(lease.epoch, None), over]
 
     def _forget(self, lease: _Lease) -> None:
@@ -496,7 +501,7 @@ class ReceiverMachine:
         return [Send(lease.channel, message)]
 
     def _nack(self, lease: _Lease, error: BatonError) -> list[ReceiverAction]:
-        failure = Failure(error.code, error.message, error.retryable)
+        failure = Failure.of(error)
         return self._send(lease, Nack(lease.sequence_id, lease.epoch, lease.attempt, failure))
 
     # Channels.
@@ -606,7 +611,7 @@ class ReceiverMachine:
         if lease is None or lease.state is not LeaseState.GRANTED:
             what = "is not live here" if lease is None else "belongs to another channel"
             error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} {what}; reserve again")
-            failure = Failure(error.code, error.message, error.retryable)
+            failure = Failure.of(error)
             return [Send(channel_id, Nack(message.sequence_id, message.epoch, 0, failure))]
         opened = self._bind(lease, channel_id)
         if not self._channels[channel_id].is_one_sided:
@@ -633,7 +638,7 @@ class ReceiverMachine:
         if self._arrived.get(message.epoch) == channel_id:
             return [Send(channel_id, Ack(message.sequence_id, message.epoch))]
         error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} is over")
-        failure = Failure(error.code, error.message, error.retryable)
+        failure = Failure.of(error)
         return [Send(channel_id, Nack(message.sequence_id, message.epoch, message.attempt, failure))]
 
     def _commit(self, lease: _Lease, commit: Commit, now: float) -> list[ReceiverAction]:
@@ -669,14 +674,14 @@ class ReceiverMachine:
         assert lease.channel is not None
         if not event.damaged_layers:
             lease.state = LeaseState.ARRIVING
-            return [Arrive(lease.sequence_id, lease.epoch, lease.commit.first_token)]
+            return [Arrived(lease.sequence_id, lease.epoch, lease.commit.first_token)]
         what = f"digest of layers {list(event.damaged_layers)} differs in attempt {lease.attempt}"
         channel = self._channels.get(lease.channel)
         can_repeat = lease.attempt < self._config.max_attempts and now < lease.deadline_s
         if channel is None or channel.is_lost or channel.is_writer_gone or not can_repeat:
             error = TransferFailed(f"{lease.sequence_id}: {what}, giving up")
             return [*self._nack(lease, error), *self._end(lease, what, now, tell=False)]
-        failure = Failure(TransferFailed.__name__, what, TransferFailed.retryable)
+        failure = Failure.of(TransferFailed(what))
         nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, failure, event.damaged_layers)
         lease.attempt += 1
         lease.state, lease.commit = LeaseState.WRITING, None

@@ -8,9 +8,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from baton.node_messages import CancelAsked, Refused, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node import machine as m
 from engine.schedule import Failed, Output
+from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
 
 BOOM = Failure("InternalError", "boom", retryable=False)
 FULL = Failure("NoBlocks", "full", retryable=True)
@@ -56,7 +58,7 @@ class DecodeWorld(RuleBasedStateMachine):
                     self.worlds[name].blocks = "leased"
                     self.feed(m.Granted(Lease(name, 1, "d0", 1, "h:1", (0,), 9.0)))
                 else:
-                    self.feed(m.Refused(name, FULL))
+                    self.feed(m.GrantRefused(name, FULL))
             case m.Join(name):
                 assert self.worlds[name].blocks == "leased"
                 if not self.joins:
@@ -83,17 +85,13 @@ class DecodeWorld(RuleBasedStateMachine):
         return True
 
     def hear(self, action: m.Action) -> None:
-        assert isinstance(action, m.Send)
-        name = (
-            action.chunk.sequence_id
-            if isinstance(action, m.SendTokens)
-            else (action.lease.sequence_id if isinstance(action, m.SendLease) else action.sequence_id)
-        )
-        world = self.worlds[name]
+        assert isinstance(action, Send)
+        world = self.worlds[action.sequence_id]
         assert action.session == world.session
         assert not world.is_silent, f"{action} after the end"
-        is_last = isinstance(action, m.SendTokens) and action.chunk.finish_reason is not None
-        world.is_silent = is_last or isinstance(action, m.SendFailed | m.SendRefused)
+        message = action.message
+        is_last = isinstance(message, TokenChunk) and message.finish_reason is not None
+        world.is_silent = is_last or isinstance(message, SequenceFailed | Refused)
 
     @rule(session=SESSIONS, grants=st.booleans())
     def reserve(self, session: int, grants: bool) -> None:
@@ -110,7 +108,7 @@ class DecodeWorld(RuleBasedStateMachine):
         world = self.worlds[name]
         self.joins, self.was_rejected = joins, False
         expected = joins and not world.is_revoked
-        self.feed(m.KvArrived(name, TokenChunk(name, 0, (1,))))
+        self.feed(Arrived(name, 1, TokenChunk(name, 0, (1,))))
         assert self.was_rejected == (not expected)
         world.num_tokens = 1
         # What was refused does not come again: the receiver ends the lease.
@@ -121,14 +119,14 @@ class DecodeWorld(RuleBasedStateMachine):
     def lease_is_fenced(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.names("leased")))
         self.worlds[name].blocks = "fenced"
-        self.feed(m.LeaseFenced(name, "over"))
+        self.feed(Quarantined(name, 1, "over"))
 
     @precondition(lambda self: self.names("leased", "fenced"))
     @rule(data=st.data())
     def lease_is_released(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(self.names("leased", "fenced")))
         self.worlds[name].blocks = "free to return"
-        self.feed(m.LeaseReleased(name, "over"))
+        self.feed(Released(name, 1, "over"))
         assert self.worlds[name].blocks == "over", "leaked"
 
     @precondition(lambda self: self.names("running"))
@@ -155,13 +153,13 @@ class DecodeWorld(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.worlds)))
         if self.worlds[name].session == session:
             self.worlds[name].is_silent = True
-        self.feed(m.CancelAsked(session, name, "left"))
+        self.feed(CancelAsked(session, name, "left"))
 
     @rule(session=SESSIONS)
     def lose_session(self, session: int) -> None:
         for world in self.worlds.values():
             world.is_silent = world.is_silent or world.session == session
-        self.feed(m.SessionLost(session))
+        self.feed(SessionLost(session))
 
     def teardown(self) -> None:
         for session in (1, 2):
@@ -170,7 +168,7 @@ class DecodeWorld(RuleBasedStateMachine):
         for name in self.names("leased", "fenced"):
             assert self.worlds[name].is_revoked or self.worlds[name].blocks == "fenced" or self.worlds[name].is_silent
             self.worlds[name].blocks = "free to return"
-            self.feed(m.LeaseReleased(name, "over"))
+            self.feed(Released(name, 1, "over"))
         assert self.machine.num_sequences == 0
         assert not self.names("leased", "fenced", "running", "free to return")
 

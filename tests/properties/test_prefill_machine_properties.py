@@ -8,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
+from baton.node_messages import CancelAsked, HandedOff, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from engine.schedule import Failed, Output, PrefillTimes, Started
 from prefill_node import machine as m
@@ -45,11 +46,11 @@ class PrefillWorld(RuleBasedStateMachine):
         return sorted(name for name, world in self.worlds.items() if holds(world))  # type: ignore[operator]
 
     def feed(self, event: m.Event) -> None:
-        for action in self.machine.handle(event):
+        for action in self.machine.handle(event, 0.0):
             self.perform(action)
 
     def perform(self, action: m.Action) -> None:
-        name = action.chunk.sequence_id if isinstance(action, m.SendTokens) else getattr(action, "sequence_id", "")
+        name = action.sequence_id
         match action:
             case m.BeginPush():
                 assert self.worlds[name].push == "none"
@@ -75,11 +76,12 @@ class PrefillWorld(RuleBasedStateMachine):
                 self.hear(self.worlds[name], action)
 
     def hear(self, world: World, action: m.Action) -> None:
-        assert isinstance(action, m.Send)
+        assert isinstance(action, Send)
         assert action.session == world.session
         assert not world.is_silent, f"{action} after the end"
-        world.is_silent = isinstance(action, m.SendFailed | m.SendHandedOff) or (
-            isinstance(action, m.SendTokens) and action.chunk.finish_reason is not None and not world.has_lease
+        message = action.message
+        world.is_silent = isinstance(message, SequenceFailed | HandedOff) or (
+            isinstance(message, TokenChunk) and message.finish_reason is not None and not world.has_lease
         )
 
     @rule(session=SESSIONS, has_lease=st.booleans(), is_refused=st.booleans())
@@ -154,13 +156,13 @@ class PrefillWorld(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.worlds)))
         if self.worlds[name].session == session:
             self.worlds[name].is_silent = True
-        self.feed(m.CancelAsked(session, name, "left"))
+        self.feed(CancelAsked(session, name, "left"))
 
     @rule(session=SESSIONS)
     def lose_session(self, session: int) -> None:
         for world in self.worlds.values():
             world.is_silent = world.is_silent or world.session == session
-        self.feed(m.SessionLost(session))
+        self.feed(SessionLost(session))
 
     def teardown(self) -> None:
         for session in (1, 2):

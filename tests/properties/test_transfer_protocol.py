@@ -104,7 +104,7 @@ class TransferMachine(RuleBasedStateMachine):
         self.open_epochs: dict[int, Open] = {}
         self.receiving: list[tuple[int, int, str]] = []
         self.verifying: list[r.Verify] = []
-        self.arriving: list[r.Arrive] = []
+        self.arriving: list[r.Arrived] = []
         self.quiet: list[int] = []
         self.dropped: list[Wire] = []
 
@@ -148,14 +148,14 @@ class TransferMachine(RuleBasedStateMachine):
                 assert all(epoch != action.epoch for epoch, _, _ in wire.frames), "verified before all of it is here"
                 assert action.epoch not in self.open_epochs, "verified while it may be written into"
                 self.verifying.append(action)
-            case r.Arrive():
+            case r.Arrived():
                 self.arriving.append(action)
-            case r.Release():
+            case r.Released():
                 self.end(action.sequence_id, "released")
                 _, blocks = self.leases[action.sequence_id]
                 for block in blocks:
                     assert self.owner.pop(block) == action.sequence_id
-            case r.Quarantine():
+            case r.Quarantined():
                 assert action.sequence_id not in self.ended
             case r.DropChannel():
                 self.dropped.append(self.wires[action.channel])

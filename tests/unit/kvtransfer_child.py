@@ -17,7 +17,8 @@ from kvtransfer_pair import LAYOUT, describe, make_arena, token
 from baton.server import ErrorMappingInterceptor
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
-from kvtransfer.receiver import Receiver, ReceiverNotice
+from kvtransfer.protocol.receiver import LeaseNotice
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 
 
@@ -49,7 +50,7 @@ async def run_sender(spec: str, *, on_device: bool) -> None:
 
 
 async def run_receiver(transport: str, port: int, incarnation: int, *, on_device: bool) -> None:
-    def on_event(notice: ReceiverNotice) -> None:
+    def on_event(notice: LeaseNotice) -> None:
         say(event=type(notice).__name__, sequence_id=notice.sequence_id)
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[ErrorMappingInterceptor()])

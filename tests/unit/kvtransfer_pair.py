@@ -20,7 +20,8 @@ from kvtransfer.digest import ByteArray
 from kvtransfer.host import host_id
 from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.protocol.messages import PROTOCOL_VERSION
-from kvtransfer.receiver import Arrived, Receiver, ReceiverNotice
+from kvtransfer.protocol.receiver import Arrived, LeaseNotice
+from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Push, Sender
 from kvtransfer.writing import as_bytes
 
@@ -54,17 +55,17 @@ class Inbox:
     """Collects a receiver's events and lets a test wait for one."""
 
     def __init__(self) -> None:
-        self.notices: list[ReceiverNotice] = []
+        self.notices: list[LeaseNotice] = []
         self.refuse_with: Exception | None = None
         self._changed = asyncio.Event()
 
-    def __call__(self, notice: ReceiverNotice) -> None:
+    def __call__(self, notice: LeaseNotice) -> None:
         self.notices.append(notice)
         self._changed.set()
         if isinstance(notice, Arrived) and self.refuse_with is not None:
             raise self.refuse_with
 
-    async def wait(self, kind: type[ReceiverNotice], sequence_id: str, within_s: float = 5.0) -> ReceiverNotice:
+    async def wait(self, kind: type[LeaseNotice], sequence_id: str, within_s: float = 5.0) -> LeaseNotice:
         async with asyncio.timeout(within_s):
             while True:
                 for notice in self.notices:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -11,15 +12,14 @@ import grpc.aio
 
 from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
+from baton.defects import Defects
 from baton.errors import BatonError, TransferFailed
 from baton.server import GrpcServer
-from baton.session import SessionConfig
 from baton.types import (
     KvLayout,
     Lease,
     ModelDescription,
     NodeDescription,
-    NodeStatus,
     Role,
     SamplingParams,
     SequenceSpec,
@@ -27,12 +27,13 @@ from baton.types import (
     TransferReport,
 )
 from baton.v1 import node_pb2, node_pb2_grpc
-from decode_node.service import DecodeService
 from engine.blocks import BlockPool
 from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
-from prefill_node.service import PrefillService
+from worker.admin import DecodeSessions, PrefillSessions
+from worker.service import NodeService
+from worker.session import SessionConfig
 
 LAYOUT = KvLayout(2, 64, 1, 1, 4, "float32")
 VOCAB = 1000
@@ -163,29 +164,18 @@ class Node:
             "fake",
             "0",
         )
-        self.prefill = PrefillService(
-            replica=self.replica,
-            sender=self.sender,
-            describe=lambda: self.description,
-            status=self.status,
-            node_id="n0",
+        self.service = NodeService(
+            self.description,
+            self.replica,
+            self.sender,  # type: ignore[arg-type]
+            self.receiver,  # type: ignore[arg-type]
             clock=clock,
+            defects=Defects(logging.getLogger("test"), clock),
             session_config=session_config,
         )
-        self.decode = DecodeService(
-            replica=self.replica,
-            receiver=self.receiver,
-            describe=lambda: self.description,
-            status=self.status,
-            node_id="n0",
-            clock=clock,
-            session_config=session_config,
-        )
-        self.server.add(node_pb2_grpc.add_PrefillNodeServicer_to_server, self.prefill, "baton.v1.PrefillNode")
-        self.server.add(node_pb2_grpc.add_DecodeNodeServicer_to_server, self.decode, "baton.v1.DecodeNode")
-
-    def status(self) -> NodeStatus:
-        return self.replica.status(Role.MIXED)
+        prefill, decode = PrefillSessions(self.service), DecodeSessions(self.service)
+        self.server.add(node_pb2_grpc.add_PrefillNodeServicer_to_server, prefill, "baton.v1.PrefillNode")
+        self.server.add(node_pb2_grpc.add_DecodeNodeServicer_to_server, decode, "baton.v1.DecodeNode")
 
     @property
     def num_used(self) -> int:
@@ -213,8 +203,7 @@ async def running_node(
         yield node
         node.replica.check()
     finally:
-        await node.prefill.close(WAIT_S)
-        node.decode.close()
+        await node.service.close(WAIT_S)
         await node.server.stop(1.0)
         assert await asyncio.to_thread(node.replica.stop, WAIT_S)
 

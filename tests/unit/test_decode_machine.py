@@ -2,35 +2,27 @@
 
 import pytest
 
+from baton.node_messages import CancelAsked, Joined, Refused, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node.machine import (
     Action,
-    CancelAsked,
     DecodeMachine,
     Event,
     Grant,
     Granted,
+    GrantRefused,
     Join,
     JoinRefused,
-    KvArrived,
-    LeaseFenced,
-    LeaseReleased,
     Phase,
     Quarantine,
-    Refused,
     RejectArrival,
     ReserveAsked,
     ReturnBlocks,
     RevokeLease,
-    SendFailed,
-    SendJoined,
-    SendLease,
-    SendRefused,
-    SendTokens,
-    SessionLost,
     StopCompute,
 )
 from engine.schedule import Failed, Output
+from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
 
 SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4))
 ID = SPEC.sequence_id
@@ -41,7 +33,7 @@ LAST = TokenChunk(ID, 2, (44,), finish_reason=FinishReason.LENGTH)
 BOOM = Failure("InternalError", "boom", retryable=False)
 
 ASK = ReserveAsked(1, SPEC, 10.0, "p0")
-ARRIVED = KvArrived(ID, FIRST)
+ARRIVED = Arrived(ID, 5, FIRST)
 CANCEL = CancelAsked(1, ID, "client left")
 LEASED: list[Event] = [ASK, Granted(LEASE)]
 RUNNING: list[Event] = [*LEASED, ARRIVED]
@@ -55,13 +47,19 @@ def after(*events: Event) -> DecodeMachine:
     return machine
 
 
+def failure_in(action: Action, kind: type[Refused | SequenceFailed] = SequenceFailed) -> Failure:
+    assert isinstance(action, Send)
+    assert isinstance(action.message, kind)
+    return action.message.failure
+
+
 def test_the_whole_relay() -> None:
     machine = DecodeMachine("d0")
     assert machine.handle(ASK, 1.0) == [Grant(SPEC, 10.0)]
-    assert machine.handle(Granted(LEASE), 1.0) == [SendLease(1, LEASE)]
-    assert machine.handle(ARRIVED, 3.5) == [Join(ID, FIRST), SendJoined(1, ID, 2.5)]
-    assert machine.handle(Output(ID, SECOND), 4.0) == [SendTokens(1, SECOND)]
-    assert machine.handle(Output(ID, LAST), 5.0) == [SendTokens(1, LAST)]
+    assert machine.handle(Granted(LEASE), 1.0) == [Send(1, LEASE)]
+    assert machine.handle(ARRIVED, 3.5) == [Join(ID, FIRST), Send(1, Joined(ID, 2.5))]
+    assert machine.handle(Output(ID, SECOND), 4.0) == [Send(1, SECOND)]
+    assert machine.handle(Output(ID, LAST), 5.0) == [Send(1, LAST)]
     assert machine.num_sequences == 0
 
 
@@ -69,12 +67,12 @@ def test_the_whole_relay() -> None:
 @pytest.mark.parametrize(
     ("way", "expected", "then"),
     [
-        (LEASED, "revoke", [LeaseReleased(ID, "revoked")]),
-        (LEASED, "revoke", [LeaseFenced(ID, "revoked"), LeaseReleased(ID, "revoked")]),
-        ([*LEASED, LeaseFenced(ID, "expired")], "nothing", [LeaseReleased(ID, "expired")]),
+        (LEASED, "revoke", [Released(ID, 5, "revoked")]),
+        (LEASED, "revoke", [Quarantined(ID, 5, "revoked"), Released(ID, 5, "revoked")]),
+        ([*LEASED, Quarantined(ID, 5, "expired")], "nothing", [Released(ID, 5, "expired")]),
         (RUNNING, "stop", []),
         ([*RUNNING, Output(ID, SECOND)], "stop", []),
-        (ENDING, "nothing", [LeaseReleased(ID, "revoked")]),
+        (ENDING, "nothing", [Released(ID, 5, "revoked")]),
     ],
 )
 def test_cancel_in_every_phase(
@@ -87,7 +85,7 @@ def test_cancel_in_every_phase(
     told = [a for event in then for a in machine.handle(event, 2.0)]
     assert [a for a in told if not isinstance(a, Quarantine)] == ([ReturnBlocks(ID)] if then else [])
     assert machine.num_sequences == 0
-    for late in (Output(ID, SECOND), Failed(ID, BOOM), LeaseFenced(ID, "x"), LeaseReleased(ID, "x"), CANCEL):
+    for late in (Output(ID, SECOND), Failed(ID, BOOM), Quarantined(ID, 5, "x"), Released(ID, 5, "x"), CANCEL):
         assert machine.handle(late, 3.0) == []
 
 
@@ -99,59 +97,58 @@ def test_what_nobody_waits_for_is_not_acknowledged(way: list[Event]) -> None:
 
 def test_a_lease_that_expires_is_told_at_once_and_returned_when_no_writer_is_left() -> None:
     machine = after(*LEASED)
-    quarantine, failed = machine.handle(LeaseFenced(ID, "lease expired"), 10.0)
+    quarantine, failed = machine.handle(Quarantined(ID, 5, "lease expired"), 10.0)
     assert quarantine == Quarantine(ID)
-    assert isinstance(failed, SendFailed)
-    assert (failed.failure.code, failed.failure.retryable) == ("TransferFailed", True)
-    assert failed.failure.blamed_node_id == "p0"
-    assert "lease expired" in failed.failure.message
-    assert machine.handle(LeaseReleased(ID, "lease expired"), 11.0) == [ReturnBlocks(ID)]
+    failure = failure_in(failed)
+    assert (failure.code, failure.retryable) == ("TransferFailed", True)
+    assert failure.blamed_node_id == "p0"
+    assert "lease expired" in failure.message
+    assert machine.handle(Released(ID, 5, "lease expired"), 11.0) == [ReturnBlocks(ID)]
 
 
 def test_a_lease_whose_writer_is_gone_is_returned_and_told() -> None:
-    actions = after(*LEASED).handle(LeaseReleased(ID, "channel lost"), 10.0)
+    actions = after(*LEASED).handle(Released(ID, 5, "channel lost"), 10.0)
     assert actions[0] == ReturnBlocks(ID)
-    assert isinstance(actions[1], SendFailed)
+    assert failure_in(actions[1]).code == "TransferFailed"
 
 
 def test_a_lease_that_prefill_gives_back_is_for_prefill_to_tell() -> None:
-    assert after(*LEASED).handle(LeaseReleased(ID, "the first token was the last", True), 10.0) == [ReturnBlocks(ID)]
+    assert after(*LEASED).handle(Released(ID, 5, "the first token was the last", True), 10.0) == [ReturnBlocks(ID)]
     machine = after(*LEASED)
-    assert machine.handle(LeaseFenced(ID, "what failed there", True), 10.0) == [Quarantine(ID)]
-    assert machine.handle(LeaseReleased(ID, "what failed there", True), 11.0) == [ReturnBlocks(ID)]
+    assert machine.handle(Quarantined(ID, 5, "what failed there", True), 10.0) == [Quarantine(ID)]
+    assert machine.handle(Released(ID, 5, "what failed there", True), 11.0) == [ReturnBlocks(ID)]
     assert machine.num_sequences == 0
 
 
 def test_the_engine_refuses_what_arrived() -> None:
     machine = after(*RUNNING)
     refused = Failure("InvalidRequest", "wrong token", retryable=False)
-    assert machine.handle(JoinRefused(ID, refused), 1.0) == [SendFailed(1, ID, refused)]
-    assert machine.handle(LeaseReleased(ID, "refused"), 1.0) == [ReturnBlocks(ID)]
+    assert machine.handle(JoinRefused(ID, refused), 1.0) == [Send(1, SequenceFailed(ID, refused))]
+    assert machine.handle(Released(ID, 5, "refused"), 1.0) == [ReturnBlocks(ID)]
     assert machine.num_sequences == 0
 
 
 def test_a_failed_step_is_told() -> None:
     machine = after(*RUNNING)
-    assert machine.handle(Failed(ID, BOOM), 1.0) == [SendFailed(1, ID, BOOM)]
+    assert machine.handle(Failed(ID, BOOM), 1.0) == [Send(1, SequenceFailed(ID, BOOM))]
     assert machine.num_sequences == 0
 
 
 def test_no_blocks_is_a_refusal_and_leaves_nothing() -> None:
     machine = after(ASK)
     refused = Failure("NoBlocks", "none free", retryable=True)
-    assert machine.handle(Refused(ID, refused), 0.0) == [SendRefused(1, ID, refused)]
+    assert machine.handle(GrantRefused(ID, refused), 0.0) == [Send(1, Refused(ID, refused))]
     assert machine.num_sequences == 0
 
 
 def test_an_id_in_use_and_a_prefill_on_the_same_node_are_refused() -> None:
     machine = after(*RUNNING)
     (refused,) = machine.handle(ReserveAsked(2, SPEC, 1.0, "p1"), 0.0)
-    assert isinstance(refused, SendRefused)
-    assert (refused.session, refused.failure.code) == (2, "Overloaded")
+    assert isinstance(refused, Send)
+    assert (refused.session, failure_in(refused, Refused).code) == (2, "Overloaded")
     assert machine.phase_of(ID) is Phase.RUNNING
     (same,) = DecodeMachine("d0").handle(ReserveAsked(1, SPEC, 1.0, "d0"), 0.0)
-    assert isinstance(same, SendRefused)
-    assert same.failure.code == "InvalidRequest"
+    assert failure_in(same, Refused).code == "InvalidRequest"
 
 
 def test_sessions_do_not_reach_into_each_other() -> None:

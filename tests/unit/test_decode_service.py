@@ -8,6 +8,7 @@ from node_harness import LAYOUT, VOCAB, Node, Router, running_node, session, spe
 from baton.errors import InvalidRequest, TransferFailed
 from baton.types import SequenceSpec, TokenChunk
 from engine.fake import expected_tokens
+from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
 
 
 def fill(node: Node, sequence: SequenceSpec) -> TokenChunk:
@@ -20,10 +21,14 @@ def fill(node: Node, sequence: SequenceSpec) -> TokenChunk:
     return TokenChunk(sequence.sequence_id, 0, (expected_tokens(sequence, LAYOUT, VOCAB)[0],))
 
 
+def arrive(node: Node, first_token: TokenChunk) -> None:
+    node.service.on_lease(Arrived(first_token.sequence_id, 1, first_token))
+
+
 async def to_running(node: Node, router: Router, sequence: SequenceSpec) -> None:
     await router.reserve(sequence)
     await router.next("reserved")
-    node.decode.arrived(sequence.sequence_id, fill(node, sequence))
+    arrive(node, fill(node, sequence))
     await router.next("joined")
 
 
@@ -36,7 +41,7 @@ async def test_reserve_arrive_and_decode_to_the_end() -> None:
         assert (list(lease.block_ids), lease.ttl_s) == ([0, 1, 2], 7.0)
         assert node.states() == {"a": "leased"}
         assert node.replica.ledger()[2][0].epoch == lease.epoch
-        node.decode.arrived("a", fill(node, sequence))
+        arrive(node, fill(node, sequence))
         joined = await router.next("joined")
         assert joined.wait_s > 0
         assert await router.tokens() == expected_tokens(sequence, LAYOUT, VOCAB)[1:]
@@ -65,7 +70,7 @@ async def test_a_full_pool_refuses_and_takes_again() -> None:
         assert (refused.failure.code, refused.failure.retryable) == ("PromptTooLong", False)
         await router.cancel("a")
         assert await node.receiver.revoked.get() == "a"
-        node.decode.released("a", "revoked")
+        node.service.on_lease(Released("a", 1, "revoked"))
         await router.reserve(spec("b", 20))
         assert (await router.next("reserved")).sequence_id == "b"
 
@@ -93,14 +98,14 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
                 assert await node.receiver.revoked.get() == "a"
             assert node.receiver.revoked.empty()
             assert node.states() == {"a": "leased"}, "a writer may still come"
-            node.decode.quarantined("a", "revoked")
+            node.service.on_lease(Quarantined("a", 1, "revoked"))
             assert node.states() == {"a": "quarantined"}
             with pytest.raises(TransferFailed, match="not expected"):
-                node.decode.arrived("a", TokenChunk("a", 0, (1,)))
-            node.decode.released("a", "revoked")
-        await node.until(lambda: node.num_used == 0 and node.decode.num_sequences == 0)
-        for late in (node.decode.quarantined, node.decode.released):
-            late("a", "late")
+                arrive(node, TokenChunk("a", 0, (1,)))
+            node.service.on_lease(Released("a", 1, "revoked"))
+        await node.until(lambda: node.num_used == 0 and node.service.num_sequences == 0)
+        for late in (Quarantined("a", 1, "late"), Released("a", 1, "late")):
+            node.service.on_lease(late)
         assert node.num_used == 0
 
 
@@ -109,11 +114,11 @@ async def test_an_expired_lease_is_told_before_its_blocks_are_free() -> None:
         await router.hello()
         await router.reserve(spec("a", 10), prefill_node_id="p7")
         await router.next("reserved")
-        node.decode.quarantined("a", "lease expired")
+        node.service.on_lease(Quarantined("a", 1, "lease expired"))
         failed = await router.next("failed")
         assert (failed.failure.code, failed.failure.blamed_node_id) == ("TransferFailed", "p7")
         assert node.states() == {"a": "quarantined"}
-        node.decode.released("a", "lease expired")
+        node.service.on_lease(Released("a", 1, "lease expired"))
         assert node.num_used == 0
         await router.silence(0.05)
 
@@ -124,9 +129,9 @@ async def test_a_first_token_that_does_not_fit_is_refused() -> None:
         await router.reserve(spec("a", 10))
         await router.next("reserved")
         with pytest.raises(InvalidRequest, match="index 4"):
-            node.decode.arrived("a", TokenChunk("a", 4, (1,)))
+            arrive(node, TokenChunk("a", 4, (1,)))
         assert (await router.next("failed")).failure.code == "InvalidRequest"
-        node.decode.released("a", "refused")
+        node.service.on_lease(Released("a", 1, "refused"))
         assert node.num_used == 0
         await router.silence(0.05)
 
@@ -161,7 +166,7 @@ async def test_preemption_under_memory_pressure_changes_no_token() -> None:
         for sequence in sequences:
             first = fill(node, sequence)
             found[sequence.sequence_id] = list(first.token_ids)
-            node.decode.arrived(sequence.sequence_id, first)
+            arrive(node, first)
         done = 0
         while done < 4:
             async with asyncio.timeout(5):

@@ -22,9 +22,9 @@ def serving() -> d.Departure:
 def test_it_drains_lingers_and_closes(ask: d.Event) -> None:
     machine = serving()
     assert machine.handle(ask, 1.0) == [d.RefuseNew()]
-    assert (machine.due_at_s, machine.grace_left_s(4.0)) == (11.0, 7.0)
+    assert (machine.wake_at_s, machine.grace_left_s(4.0)) == (11.0, 7.0)
     assert machine.handle(d.Emptied(), 5.0) == []
-    assert machine.due_at_s == 5.25
+    assert machine.wake_at_s == 5.25
     assert machine.handle(d.Tick(), 5.2) == []
     assert machine.handle(d.Tick(), 5.25) == [d.Close()]
     assert machine.phase is d.Phase.CLOSED
@@ -43,7 +43,7 @@ def test_the_second_signal_cuts_off_but_not_the_first_after_a_request() -> None:
     machine.handle(d.DrainAsked(30.0), 1.0)
     # An orchestrator asks first and sends SIGTERM later: that is no second thought.
     assert machine.handle(d.Signalled(), 2.0) == []
-    assert machine.due_at_s == 12.0
+    assert machine.wake_at_s == 12.0
     assert machine.handle(d.Signalled(), 3.0) == [d.Close("told twice to stop")]
 
 
@@ -51,9 +51,9 @@ def test_asking_again_only_shortens() -> None:
     machine = serving()
     assert machine.handle(d.DrainAsked(5.0), 0.0) == [d.RefuseNew()]
     assert machine.handle(d.DrainAsked(50.0), 1.0) == []
-    assert machine.due_at_s == 5.0
+    assert machine.wake_at_s == 5.0
     assert machine.handle(d.DrainAsked(1.0), 2.0) == []
-    assert machine.due_at_s == 3.0
+    assert machine.wake_at_s == 3.0
 
 
 def test_while_loading_there_is_nothing_to_drain() -> None:
@@ -76,11 +76,11 @@ def test_it_refuses_once_and_closes_once_whatever_comes(script: list[tuple[d.Eve
         if isinstance(event, d.Emptied) and d.RefuseNew() not in seen:
             continue
         seen += machine.handle(event, now)
-        assert (machine.due_at_s is None) == (machine.phase in (d.Phase.SERVING, d.Phase.CLOSED))
+        assert (machine.wake_at_s is None) == (machine.phase in (d.Phase.SERVING, d.Phase.CLOSED))
     assert seen.count(d.RefuseNew()) <= 1
     assert sum(isinstance(action, d.Close) for action in seen) <= 1
     if d.Close() in seen:
         assert seen == [d.RefuseNew(), d.Close()]
     now += CONFIG.grace_s
-    if machine.due_at_s is not None:
+    if machine.wake_at_s is not None:
         assert machine.handle(d.Tick(), now), "a drain always ends"

@@ -19,8 +19,7 @@ from kvtransfer_pair import LAYOUT, describe, make_arena, pair, token, until
 from baton.errors import NodeLost, TransferFailed
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import LeaseState, ReceiverConfig
-from kvtransfer.receiver import Quarantined, Released
+from kvtransfer.protocol.receiver import LeaseState, Quarantined, ReceiverConfig, Released
 from kvtransfer.sender import Push, Sender
 
 WAYS = [("shm", "host"), ("tcp", "host"), ("tcp", "device"), ("cuda_ipc", "device")]

@@ -21,7 +21,7 @@ from kvtransfer.devices.interface import Event
 from kvtransfer.digest import LayerDigests
 from kvtransfer.memory import DeviceArena, DeviceMemory
 from kvtransfer.plan import Span
-from kvtransfer.receiver import Arrived, Released
+from kvtransfer.protocol.receiver import Arrived, Released
 from kvtransfer.sender import Sender
 from kvtransfer.transports import cuda_ipc, shm
 

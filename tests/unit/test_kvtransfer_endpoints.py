@@ -21,9 +21,8 @@ from baton.errors import (
     Unavailable,
 )
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import LeaseState, ReceiverConfig
+from kvtransfer.protocol.receiver import Arrived, LeaseState, Quarantined, ReceiverConfig, Released
 from kvtransfer.protocol.sender import SenderConfig
-from kvtransfer.receiver import Arrived, Quarantined, Released
 from kvtransfer.sender import Push
 
 TRANSPORTS = ["shm", "tcp", "cuda_ipc"]

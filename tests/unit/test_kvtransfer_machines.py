@@ -60,7 +60,7 @@ def test_receiver_takes_over_what_is_verified() -> None:
     t = Receiving()
     t.begin()
     t.verify()
-    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrived("q", 7, TOKEN)]
     assert t.feed(r.TakenOver(7)) == [r.ForgetDigests(7, None), r.Send(1, Ack("q", 7))]
     assert t.machine.num_leases == 0
     assert t.hears(commit()) == [r.Send(1, Ack("q", 7))], "a duplicate is acknowledged again"
@@ -81,7 +81,7 @@ def test_receiver_asks_for_damaged_layers_again_and_takes_only_the_expected_comm
     assert t.feed(r.EpochQuiet(7)) == [], "nor does a late quiet"
     t.verify(attempt=2)
     assert t.feed(r.Verified(7, 1, ())) == [], "a late result of the first verification"
-    assert t.feed(r.Verified(7, 2, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.Verified(7, 2, ())) == [r.Arrived("q", 7, TOKEN)]
 
 
 def test_only_hints_of_the_attempt_under_way_are_digested() -> None:
@@ -124,13 +124,13 @@ def test_a_one_sided_writer_must_speak_before_blocks_are_released(last_word: obj
     assert t.feed(r.RevokeAsked("q", "cancelled")) == [
         r.Send(1, Revoke("q", 7, "cancelled")),
         r.CloseEpoch(1, 7),
-        r.Quarantine("q", 7, "cancelled"),
+        r.Quarantined("q", 7, "cancelled"),
     ]
     assert t.feed(r.EpochQuiet(7)) == []
     t.now = 3.0
     assert r.DropChannel(1, "q: Revoke was not answered") in t.feed(r.Tick())
     assert t.machine.num_leases == 1, "no time-out frees blocks that a live writer can reach"
-    assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Release("q", 7, "cancelled")]
+    assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Released("q", 7, "cancelled")]
 
 
 @pytest.mark.parametrize("one_sided", [True, False])
@@ -140,8 +140,8 @@ def test_what_its_writer_gives_back_is_told_apart(one_sided: bool, has_begun: bo
     if has_begun:
         t.begin()
     told = [*t.hears(Abort("q", 7, "x")), *(t.feed(r.EpochQuiet(7)) if has_begun else [])]
-    over = [a for a in told if isinstance(a, r.Quarantine | r.Release)]
-    assert over[-1] == r.Release("q", 7, "aborted by prefill-0: x", True)
+    over = [a for a in told if isinstance(a, r.Quarantined | r.Released)]
+    assert over[-1] == r.Released("q", 7, "aborted by prefill-0: x", True)
     assert all(a.is_given_back for a in over)
 
 
@@ -149,9 +149,9 @@ def test_a_lost_channel_is_not_a_gone_writer() -> None:
     t = Receiving()
     t.begin()
     lost = t.feed(r.ChannelLost(1, "reset"))
-    assert [type(a) for a in lost] == [r.CloseEpoch, r.Quarantine]
+    assert [type(a) for a in lost] == [r.CloseEpoch, r.Quarantined]
     assert t.feed(r.EpochQuiet(7)) == []
-    assert t.feed(r.WriterGone(1))[-1] == r.Release("q", 7, "channel to prefill-0 lost: reset")
+    assert t.feed(r.WriterGone(1))[-1] == r.Released("q", 7, "channel to prefill-0 lost: reset")
     assert t.machine.num_channels == 0
 
 
@@ -159,7 +159,7 @@ def test_a_two_sided_lease_ends_when_this_process_is_quiet() -> None:
     t = Receiving(one_sided=False)
     t.begin()
     t.feed(r.RevokeAsked("q", "cancelled"))
-    assert t.feed(r.EpochQuiet(7))[-1] == r.Release("q", 7, "cancelled")
+    assert t.feed(r.EpochQuiet(7))[-1] == r.Released("q", 7, "cancelled")
 
 
 def test_a_commit_that_overtakes_its_data_waits_for_all_of_it() -> None:
@@ -232,7 +232,7 @@ def test_what_was_committed_before_the_channel_broke_still_arrives() -> None:
     assert t.feed(r.WriterGone(1)) == []
     t.now = 100.0
     assert t.feed(r.Tick()) == [], "done and late is done"
-    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrived("q", 7, TOKEN)]
     assert t.feed(r.TakenOver(7)) == [r.ForgetDigests(7, None)]
 
 
@@ -429,9 +429,9 @@ def test_a_receiver_that_was_late_itself_lets_a_commit_in_that_waited_unread() -
     t = Receiving(ttl_s=10.0)
     t.begin()
     t.now = 13.0
-    assert not any(isinstance(x, r.Quarantine | r.Release) for x in t.feed(r.Tick(late_s=3.0)))
+    assert not any(isinstance(x, r.Quarantined | r.Released) for x in t.feed(r.Tick(late_s=3.0)))
     t.verify()
-    assert t.feed(r.Verified(7, 1, ())) == [r.Arrive("q", 7, TOKEN)]
+    assert t.feed(r.Verified(7, 1, ())) == [r.Arrived("q", 7, TOKEN)]
 
 
 def test_a_receiver_that_was_late_expires_leases_all_the_same() -> None:
@@ -439,7 +439,7 @@ def test_a_receiver_that_was_late_expires_leases_all_the_same() -> None:
     t.now = 13.0
     t.feed(r.Tick(late_s=3.0))
     t.now = 14.1
-    assert r.Release("q", 7, "lease expired") in t.feed(r.Tick(late_s=0.01))
+    assert r.Released("q", 7, "lease expired") in t.feed(r.Tick(late_s=0.01))
 
 
 def test_a_sender_that_was_late_gives_no_push_up_for_it() -> None:

@@ -11,19 +11,21 @@ import pytest
 from kvtransfer_pair import LAYOUT as KV
 from kvtransfer_pair import Inbox, describe, pair, token
 from node_harness import LAYOUT, VOCAB, Node, Router, lease_for, running_node, session, spec
-from test_decode_service import fill, to_running
+from test_decode_service import arrive, fill, to_running
 
 from baton import codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InternalError, TransferFailed
-from baton.session import NodeSession, SessionHost
-from baton.types import NodeDescription, PositionLogprobs, TokenLogprob
+from baton.node_messages import NodeMessage
+from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
 from engine.step import Sampled
 from kvtransfer.digest import DIGEST_NAME
-from kvtransfer.receiver import Arrived, Released
+from kvtransfer.protocol.receiver import Arrived, Released
+from worker.session import SessionHost
+from worker.session_codec import Asked
 
 BOOM = RuntimeError("boom")
 # No field of a message holds the rank.
@@ -116,7 +118,7 @@ async def test_a_decoded_token_that_cannot_be_said_gives_its_blocks_back() -> No
         await router.reserve(bad)
         await router.until("reserved")
         node.runner.nonsense["bad"] = Sampled(1, UNSAYABLE)
-        node.decode.arrived("bad", fill(node, bad))
+        arrive(node, fill(node, bad))
         assert (await router.until("failed")).sequence_id == "bad"
         await node.until(lambda: set(node.states()) == {"good"})
         assert (await tokens_of(router, "good"))[-1] == expected_tokens(good, LAYOUT, VOCAB)[-1]
@@ -134,29 +136,28 @@ async def test_the_engine_survives_what_it_tells_others() -> None:
         assert node.runner.forget_error is None
 
 
-class RaisingService:
+class RaisingOwner:
     """Raises for the request of one sequence."""
+
+    node = describe("n0", KV)
 
     def __init__(self) -> None:
         self.heard: list[str] = []
         self.ended = 0
 
-    def describe(self) -> common_pb2.NodeDescription:
-        return codec.node_to_pb(describe("n0", KV))
+    def status(self) -> NodeStatus:
+        return NodeStatus(Role.MIXED, False, 1, 1, 0, 0, 0, 0)
 
-    def status(self) -> common_pb2.NodeStatus:
-        return common_pb2.NodeStatus()
-
-    def received(self, session: NodeSession[str], request: node_pb2.PrefillSessionRequest) -> None:
-        self.heard.append(request.cancel.sequence_id)
-        if request.cancel.sequence_id == "bad":
+    def received(self, asked: Asked) -> None:
+        self.heard.append(asked.sequence_id)
+        if asked.sequence_id == "bad":
             raise BOOM
 
-    def closed(self, session: NodeSession[str]) -> None:
+    def closed(self, session: int) -> None:
         self.ended += 1
 
-    def compose(self, items: list[str]) -> node_pb2.PrefillSessionResponse:
-        return node_pb2.PrefillSessionResponse()
+    def unsendable(self, session: int, message: NodeMessage, error: Exception) -> None:
+        raise AssertionError("nothing is sent")
 
 
 class Context:
@@ -164,10 +165,10 @@ class Context:
 
 
 async def test_a_request_that_nobody_foresaw_costs_no_session() -> None:
-    service = RaisingService()
+    owner = RaisingOwner()
     places: list[str] = []
     defects = Defects(logging.getLogger("test"), MonotonicClock(), places.append)
-    host: SessionHost[Any, Any, str] = SessionHost(service, clock=MonotonicClock(), defects=defects)
+    host = SessionHost(owner, clock=MonotonicClock(), defects=defects)
 
     async def requests() -> Any:
         yield node_pb2.PrefillSessionRequest(hello=node_pb2.SessionHello(router_id="r", protocol_version=1))
@@ -175,9 +176,9 @@ async def test_a_request_that_nobody_foresaw_costs_no_session() -> None:
             yield node_pb2.PrefillSessionRequest(cancel=node_pb2.Cancel(sequence_id=name))
 
     async with asyncio.timeout(5.0):
-        await host.serve(requests(), Context())  # type: ignore[arg-type]
-    assert service.heard == ["a", "bad", "b"]
-    assert (service.ended, places) == (1, ["session"])
+        await host.serve(requests(), Context(), node_pb2.PrefillSessionResponse)  # type: ignore[arg-type]
+    assert owner.heard == ["a", "bad", "b"]
+    assert (owner.ended, places) == (1, ["session"])
 
 
 # -- transfer

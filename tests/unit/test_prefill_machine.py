@@ -2,13 +2,13 @@
 
 import pytest
 
+from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from engine.schedule import Failed, Output, PrefillTimes, Started
 from prefill_node.machine import (
     AbortPush,
     Action,
     BeginPush,
-    CancelAsked,
     CommitPush,
     Event,
     Phase,
@@ -19,11 +19,6 @@ from prefill_node.machine import (
     PushRefused,
     ReleaseBlocks,
     RunAsked,
-    SendFailed,
-    SendHandedOff,
-    SendPrefillDone,
-    SendTokens,
-    SessionLost,
     StopCompute,
     Submit,
     SubmitRefused,
@@ -32,6 +27,7 @@ from prefill_node.machine import (
 SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4), (9,))
 LEASE = Lease("r/0/1", 5, "d0", 77, "host:1", (0, 1), 10.0)
 TIMES = PrefillTimes(0.1, 0.2, 4)
+DONE = PrefillDone(SPEC.sequence_id, 0.1, 0.2, 4)
 FIRST = TokenChunk("r/0/1", 1, (42,))
 ENDING = TokenChunk("r/0/1", 1, (42,), finish_reason=FinishReason.STOP)
 REPORT = TransferReport("shm", True, 100, 2, 0.1, 0.01)
@@ -55,34 +51,34 @@ STAYING: list[Event] = [RunAsked(1, SPEC, None)]
 def after(*events: Event) -> PrefillMachine:
     machine = PrefillMachine("p0")
     for event in events:
-        machine.handle(event)
+        machine.handle(event, 0.0)
     return machine
 
 
 def test_the_whole_relay() -> None:
     machine = PrefillMachine("p0")
-    assert machine.handle(RUN) == [Submit(SPEC, hands_off=True)]
-    assert machine.handle(STARTED) == [BeginPush(ID, LEASE, (3, 4), 4)]
-    assert machine.handle(TOKEN) == [SendPrefillDone(1, ID, TIMES), SendTokens(1, FIRST), CommitPush(ID, FIRST)]
-    assert machine.handle(PushCommitted(ID, REPORT)) == [ReleaseBlocks(ID), SendHandedOff(1, ID, REPORT)]
+    assert machine.handle(RUN, 0.0) == [Submit(SPEC, hands_off=True)]
+    assert machine.handle(STARTED, 0.0) == [BeginPush(ID, LEASE, (3, 4), 4)]
+    assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST), CommitPush(ID, FIRST)]
+    assert machine.handle(PushCommitted(ID, REPORT), 0.0) == [ReleaseBlocks(ID), Send(1, HandedOff(ID, REPORT))]
     assert machine.num_sequences == 0
 
 
 def test_the_first_token_ends_the_request_and_nothing_is_committed() -> None:
     machine = after(*COMPUTING)
-    actions = machine.handle(Output(ID, ENDING, TIMES))
-    assert actions[:2] == [SendPrefillDone(1, ID, TIMES), SendTokens(1, ENDING)]
+    actions = machine.handle(Output(ID, ENDING, TIMES), 0.0)
+    assert actions[:2] == [Send(1, DONE), Send(1, ENDING)]
     assert isinstance(actions[2], AbortPush)
-    assert machine.handle(PushAborted(ID)) == [ReleaseBlocks(ID)]
+    assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
     assert machine.num_sequences == 0
 
 
 def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
     machine = PrefillMachine("p0")
-    assert machine.handle(RunAsked(1, SPEC, None)) == [Submit(SPEC, hands_off=False)]
-    assert machine.handle(TOKEN) == [SendPrefillDone(1, ID, TIMES), SendTokens(1, FIRST)]
+    assert machine.handle(RunAsked(1, SPEC, None), 0.0) == [Submit(SPEC, hands_off=False)]
+    assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
     last = TokenChunk(ID, 2, (43,), finish_reason=FinishReason.LENGTH)
-    assert machine.handle(Output(ID, last)) == [SendTokens(1, last)]
+    assert machine.handle(Output(ID, last), 0.0) == [Send(1, last)]
     assert machine.num_sequences == 0
 
 
@@ -105,75 +101,78 @@ def test_cancel_in_every_phase(
     way: list[Event], expected: list[Action | str], then: list[Event], stop: CancelAsked | SessionLost
 ) -> None:
     machine = after(*way)
-    actions = machine.handle(stop)
+    actions = machine.handle(stop, 0.0)
     assert ["abort" if isinstance(a, AbortPush) else a for a in actions] == expected
-    assert machine.handle(stop) == [], "twice is once"
-    released = [a for event in then for a in machine.handle(event)]
+    assert machine.handle(stop, 0.0) == [], "twice is once"
+    released = [a for event in then for a in machine.handle(event, 0.0)]
     assert released == ([ReleaseBlocks(ID)] if then else []), "exactly once, and the router hears nothing"
     assert machine.num_sequences == 0
     for late in (STARTED, TOKEN, PushCommitted(ID, REPORT), PushFailed(ID, LOST), PushAborted(ID), Failed(ID, BOOM)):
-        assert machine.handle(late) == []
+        assert machine.handle(late, 0.0) == []
 
 
 def test_cancel_counts_only_in_the_session_that_runs_it() -> None:
     machine = after(*COMPUTING)
-    assert machine.handle(CancelAsked(2, ID, "not yours")) == []
-    assert machine.handle(SessionLost(2)) == []
+    assert machine.handle(CancelAsked(2, ID, "not yours"), 0.0) == []
+    assert machine.handle(SessionLost(2), 0.0) == []
     assert machine.phase_of(ID) is Phase.COMPUTING
 
 
 def test_a_token_after_cancel_is_not_sent_and_not_committed() -> None:
     machine = after(*ABORTING)
-    assert machine.handle(TOKEN) == []
+    assert machine.handle(TOKEN, 0.0) == []
     assert machine.phase_of(ID) is Phase.ABORTING
 
 
 @pytest.mark.parametrize("way", [COMPUTING, COMMITTING])
 def test_the_push_dies_and_decode_is_blamed_at_once(way: list[Event]) -> None:
     machine = after(*way)
-    actions = machine.handle(PushFailed(ID, LOST))
-    assert SendFailed(1, ID, BLAMED) in actions
+    actions = machine.handle(PushFailed(ID, LOST), 0.0)
+    assert Send(1, SequenceFailed(ID, BLAMED)) in actions
     assert any(isinstance(a, AbortPush) for a in actions)
     assert (StopCompute(ID) in actions) == (way is COMPUTING)
     assert ReleaseBlocks(ID) not in actions, "writes may still be under way"
-    assert machine.handle(PushFailed(ID, LOST)) == []
-    assert machine.handle(PushAborted(ID)) == [ReleaseBlocks(ID)]
+    assert machine.handle(PushFailed(ID, LOST), 0.0) == []
+    assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
 
 
 def test_a_push_that_cannot_begin_has_no_reader() -> None:
     refused = Failure("Incompatible", "dtype is float32 here and bfloat16 there", retryable=False)
-    actions = after(*COMPUTING).handle(PushRefused(ID, refused))
+    actions = after(*COMPUTING).handle(PushRefused(ID, refused), 0.0)
     blamed = Failure(refused.code, refused.message, refused.retryable, "d0")
-    assert actions == [ReleaseBlocks(ID), SendFailed(1, ID, blamed)]
+    assert actions == [ReleaseBlocks(ID), Send(1, SequenceFailed(ID, blamed))]
 
 
 def test_our_own_defect_is_not_blamed_on_decode() -> None:
-    assert SendFailed(1, ID, BOOM) in after(*COMMITTING).handle(PushFailed(ID, BOOM))
+    assert Send(1, SequenceFailed(ID, BOOM)) in after(*COMMITTING).handle(PushFailed(ID, BOOM), 0.0)
 
 
+@pytest.mark.parametrize("ended", [Failed(ID, BOOM), Defect(ID, BOOM)])
 @pytest.mark.parametrize(("way", "has_push"), [(QUEUED, False), (STAYING, False), (COMPUTING, True)])
-def test_the_step_fails(way: list[Event], has_push: bool) -> None:
+def test_the_step_fails_or_handling_it_does(way: list[Event], has_push: bool, ended: Event) -> None:
     machine = after(*way)
-    actions = machine.handle(Failed(ID, BOOM))
-    assert actions[-1] == SendFailed(1, ID, BOOM)
+    actions = machine.handle(ended, 0.0)
+    assert actions[-1] == Send(1, SequenceFailed(ID, BOOM))
     assert (ReleaseBlocks(ID) in actions) == (not has_push)
     if has_push:
-        assert machine.handle(PushAborted(ID)) == [ReleaseBlocks(ID)]
+        assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
     assert machine.num_sequences == 0
 
 
 def test_the_engine_refuses() -> None:
     refused = Failure("Overloaded", "queue full", retryable=True)
     machine = after(*QUEUED)
-    assert machine.handle(SubmitRefused(ID, refused)) == [SendFailed(1, ID, refused)]
+    assert machine.handle(SubmitRefused(ID, refused), 0.0) == [Send(1, SequenceFailed(ID, refused))]
     assert machine.num_sequences == 0
 
 
 def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
     machine = after(*COMPUTING)
-    (refused,) = machine.handle(RunAsked(2, SPEC, LEASE))
-    assert isinstance(refused, SendFailed)
-    assert (refused.session, refused.failure.code, refused.failure.retryable) == (2, "Overloaded", True)
+    (refused,) = machine.handle(RunAsked(2, SPEC, LEASE), 0.0)
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, SequenceFailed)
+    failure = refused.message.failure
+    assert (refused.session, failure.code, failure.retryable) == (2, "Overloaded", True)
     assert machine.phase_of(ID) is Phase.COMPUTING
 
 
@@ -182,7 +181,8 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
 )
 def test_a_lease_that_makes_no_sense_is_refused(lease: Lease) -> None:
     machine = PrefillMachine("p0")
-    (refused,) = machine.handle(RunAsked(1, SPEC, lease))
-    assert isinstance(refused, SendFailed)
-    assert refused.failure.code == "InvalidRequest"
+    (refused,) = machine.handle(RunAsked(1, SPEC, lease), 0.0)
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, SequenceFailed)
+    assert refused.message.failure.code == "InvalidRequest"
     assert machine.num_sequences == 0

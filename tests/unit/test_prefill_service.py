@@ -85,7 +85,7 @@ async def test_the_first_token_can_end_the_request(how: str, handed_off: bool) -
         if handed_off:
             assert "ended the request" in await node.sender.pushes["a"].aborted
             assert not node.sender.pushes["a"].committed.done()
-        await node.until(lambda: node.num_used == 0 and not node.prefill.num_sequences)
+        await node.until(lambda: node.num_used == 0 and not node.service.num_sequences)
 
 
 @pytest.mark.parametrize("leave", ["cancel", "twice", "drop"])
@@ -102,7 +102,7 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
                     await router.run(spec(name, 124, max_tokens=4), lease_for(name))
                 await node.until(lambda: set(node.sender.pushes) == {"x", "y"})
                 await router.run(spec("a", 100), lease_for("a"))
-                await node.until(lambda: node.prefill.num_sequences == 3)
+                await node.until(lambda: node.service.num_sequences == 3)
             elif phase == "staying":
                 await router.run(spec("a", 9, max_tokens=150))
                 await router.next("tokens")
@@ -126,13 +126,13 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
                 await asyncio.sleep(0.05)
                 assert node.states() == {"a": "sending"}, "a writer may still read"
                 push.quiet.set()
-            await node.until(lambda: "a" not in node.states() and node.prefill._machine.phase_of("a") is None)
+            await node.until(lambda: "a" not in node.states() and node.service._prefill_machine.phase_of("a") is None)
             if leave != "drop" and phase != "staying":
                 await router.cancel("x")
                 await router.cancel("y")
                 await node.until(lambda: node.num_used == 0)
                 assert all(item[1].sequence_id != "a" for item in router.inbox._queue)  # type: ignore[attr-defined]
-        await node.until(lambda: node.num_used == 0 and node.prefill.num_sequences == 0)
+        await node.until(lambda: node.num_used == 0 and node.service.num_sequences == 0)
 
 
 async def test_cancel_stops_a_long_prompt_within_one_chunk() -> None:

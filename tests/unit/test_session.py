@@ -11,9 +11,10 @@ from node_harness import WAIT_S, lease_for, running_node, session, spec
 
 from baton.errors import BadConfig, NoBlocks, Overloaded, Unavailable
 from baton.server import GrpcServer, rich_status
-from baton.session import Outbox, SessionConfig, TokensBatch
 from baton.types import FinishReason, TokenChunk
 from baton.v1 import node_pb2
+from worker.session import Outbox, SessionConfig
+from worker.session_codec import Composer
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
@@ -114,13 +115,13 @@ async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> N
                 for number in range(3000):
                     await router.run(spec(f"{'y' * 5000}{number}", max_tokens=500))
                     if number == 100:
-                        await node.until(lambda: bool(node.prefill._host.numbers))
-                    if number > 100 and not node.prefill._host.numbers:
+                        await node.until(lambda: bool(node.service.sessions.numbers))
+                    if number > 100 and not node.service.sessions.numbers:
                         break
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass
-        await node.until(lambda: not node.prefill._host.numbers)
-        assert node.prefill.num_sequences == 0
+        await node.until(lambda: not node.service.sessions.numbers)
+        assert node.service.num_sequences == 0
         async with session(node.address, "prefill") as healthy:
             await healthy.hello()
             await healthy.run(spec("a", max_tokens=2))
@@ -128,7 +129,7 @@ async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> N
 
 
 async def test_outbox_is_bounded_and_batches() -> None:
-    outbox = Outbox[int](3)
+    outbox = Outbox(3)
     for number in range(3):
         outbox.put(number)
     assert await outbox.take(2, 1.0) == [0, 1]
@@ -138,7 +139,7 @@ async def test_outbox_is_bounded_and_batches() -> None:
         outbox.put(number)
     with pytest.raises(Overloaded, match="3 messages wait"):
         await outbox.take(2, 1.0)
-    calm = Outbox[int](3)
+    calm = Outbox(3)
     calm.put(1)
     calm.close()
     calm.put(2)
@@ -148,12 +149,13 @@ async def test_outbox_is_bounded_and_batches() -> None:
 
 
 def test_chunks_of_one_message_are_merged_by_sequence() -> None:
-    batch = TokensBatch()
-    batch.add(TokenChunk("a", 0, (1,)))
-    batch.add(TokenChunk("b", 5, (9,)))
-    batch.add(TokenChunk("a", 1, (2,)))
-    batch.add(TokenChunk("a", 2, (3,), finish_reason=FinishReason.STOP))
-    found = [(m.sequence_id, m.index, list(m.token_ids), m.finish_reason) for m in batch.messages]
+    composer = Composer(node_pb2.DecodeSessionResponse())
+    composer.add(TokenChunk("a", 0, (1,)))
+    composer.add(TokenChunk("b", 5, (9,)))
+    composer.add(TokenChunk("a", 1, (2,)))
+    composer.add(TokenChunk("a", 2, (3,), finish_reason=FinishReason.STOP))
+    messages = composer.response().tokens
+    found = [(m.sequence_id, m.index, list(m.token_ids), m.finish_reason) for m in messages]
     assert found == [("a", 0, [1, 2, 3], 1), ("b", 5, [9], 0)]
 
 
@@ -179,7 +181,7 @@ async def test_a_message_over_the_limit_is_refused() -> None:
         await router.hello()
         await router.send(cancel=node_pb2.Cancel(sequence_id="x" * (17 * 1024 * 1024)))
         assert (await router.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
-        await node.until(lambda: not node.prefill._host.numbers)
+        await node.until(lambda: not node.service.sessions.numbers)
 
 
 def test_rich_status_carries_param_and_retry() -> None:

@@ -1,0 +1,95 @@
+"""What a node tells a router about its sequences, and the events and actions that both machines of a node share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.types import Failure, Lease, TokenChunk, TransferReport
+
+# -- messages from a node to a router; a granted reservation is its Lease, new tokens are their TokenChunk
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The decode node did not grant a lease."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillDone:
+    """The prompt is computed; sent with its first token."""
+
+    sequence_id: str
+    queue_s: float
+    compute_s: float
+    num_computed_tokens: int
+    num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The sequence's KV is verified and the sequence is in the decode node's running batch."""
+
+    sequence_id: str
+    # From the lease's grant to the verified commit.
+    wait_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOff:
+    """The decode node has acknowledged; the prefill node has returned its blocks."""
+
+    sequence_id: str
+    report: TransferReport
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceFailed:
+    """The sequence ended on this node without being finished."""
+
+    sequence_id: str
+    failure: Failure
+
+
+NodeMessage = Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed
+
+# -- events and actions of both machines; a session's number is unique in the node's process
+
+
+@dataclass(frozen=True, slots=True)
+class CancelAsked:
+    session: int
+    sequence_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionLost:
+    session: int
+
+    @property
+    def sequence_id(self) -> str:
+        """Empty: the event is about all sequences of the session."""
+        return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Defect:
+    """An exception was raised while the sequence was handled: it ends on this node, in whatever phase it is."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Tell the session's router; dropped if the session is over."""
+
+    session: int
+    message: NodeMessage
+
+    @property
+    def sequence_id(self) -> str:
+        return self.message.sequence_id

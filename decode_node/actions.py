@@ -1,0 +1,95 @@
+"""Performs DecodeMachine's actions on one replica and one receiver. Decides nothing itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from baton.errors import BadConfig, TransferFailed
+from baton.node_messages import Defect, Send
+from baton.types import Failure
+from decode_node import machine
+from engine.replica import Listener, Replica
+from kvtransfer.protocol.receiver import Arrived
+from kvtransfer.receiver import Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How long a lease may last: what the router asks for, within these limits."""
+
+    default_ttl_s: float = 30.0
+    max_ttl_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.default_ttl_s <= self.max_ttl_s:
+            raise BadConfig(
+                f"default_ttl_s is {self.default_ttl_s}, expected more than 0 and at most max_ttl_s ({self.max_ttl_s})",
+                param="default_ttl_s",
+            )
+
+
+class DecodeActions:
+    """All calls come from one event loop. ``feed`` takes the events that actions lead to, ``listener`` the engine's."""
+
+    # What these raise is also the answer to an Arrived: the receiver does not acknowledge it.
+    raised: tuple[type, ...] = (Arrived, machine.Join, machine.RejectArrival)
+
+    def __init__(
+        self,
+        replica: Replica,
+        receiver: Receiver,
+        feed: Callable[[machine.Event], None],
+        listener: Listener,
+        config: DecodeConfig,
+    ) -> None:
+        self._replica = replica
+        self._receiver = receiver
+        self._feed = feed
+        self._listener = listener
+        self._config = config
+
+    def perform(self, action: machine.Action) -> None:
+        """Any action but Send."""
+        match action:
+            case machine.Grant():
+                self._grant(action)
+            case machine.Join(sequence_id, first_token):
+                self._replica.join(sequence_id, first_token, self._listener)
+            case machine.RejectArrival(_, reason):
+                raise TransferFailed(reason)
+            case machine.RevokeLease(sequence_id, reason):
+                self._receiver.revoke(sequence_id, reason)
+            case machine.Quarantine(sequence_id):
+                self._replica.quarantine(sequence_id)
+            case machine.ReturnBlocks(sequence_id):
+                self._replica.return_lease(sequence_id)
+            case machine.StopCompute(sequence_id):
+                self._replica.cancel(sequence_id)
+            case Send():
+                raise AssertionError("messages are sent by the service")
+
+    def answer(self, about: machine.Event | machine.Action, failure: Failure) -> machine.Event | None:
+        """The event that says that handling or performing ``about`` raised; None if the machine knows."""
+        match about:
+            case machine.Grant():
+                return machine.GrantRefused(about.sequence_id, failure)
+            case machine.Join():
+                return machine.JoinRefused(about.sequence_id, failure)
+            case machine.RejectArrival():
+                return None
+            case _:
+                return Defect(about.sequence_id, failure)
+
+    def _grant(self, action: machine.Grant) -> None:
+        sequence_id, spec = action.sequence_id, action.spec
+        ttl_s = min(action.ttl_s, self._config.max_ttl_s) if action.ttl_s > 0 else self._config.default_ttl_s
+        block_ids = self._replica.reserve(spec)
+        try:
+            min_blocks = self._replica.blocks_for(spec.num_known_tokens)
+            lease = self._receiver.grant(sequence_id, block_ids, ttl_s, min_blocks=min_blocks)
+        except Exception:
+            self._replica.return_lease(sequence_id)
+            raise
+        self._feed(machine.Granted(lease))
+        self._replica.set_epoch(sequence_id, lease.epoch)

@@ -1,0 +1,236 @@
+"""Drives both machines of a node: what sessions, engine, sender and receiver report goes in, what follows is performed.
+
+A sequence whose handling raises fails by itself: no session, step or other sequence ends with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Generic, Protocol, TypeVar
+
+from baton.clock import Clock
+from baton.defects import Defects
+from baton.driver import Driver
+from baton.errors import quoted
+from baton.machine import Machine
+from baton.node_messages import CancelAsked, Defect, Joined, NodeMessage, Send, SequenceFailed, SessionLost
+from baton.types import Failure, Lease, NodeDescription, NodeStatus
+from decode_node import machine as decode_machine
+from decode_node.actions import DecodeActions, DecodeConfig
+from engine.replica import Replica
+from kvtransfer.protocol.receiver import LeaseNotice
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from prefill_node import machine as prefill_machine
+from prefill_node.actions import PrefillActions
+from worker.session import SessionConfig, SessionHost
+
+
+class _About(Protocol):
+    """An event or an action; its sequence is empty if it is about several."""
+
+    @property
+    def sequence_id(self) -> str: ...
+
+
+Event = TypeVar("Event", bound=_About)
+Action = TypeVar("Action", bound=_About)
+_ActionIn = TypeVar("_ActionIn", bound=_About, contravariant=True)
+
+
+class Actions(Protocol[Event, _ActionIn]):
+    """What is particular to a phase: PrefillActions, DecodeActions."""
+
+    # Events and actions whose exceptions also reach the caller that fed the event.
+    raised: tuple[type, ...]
+
+    def perform(self, action: _ActionIn) -> None: ...
+
+    def answer(self, about: Event | Defect | _ActionIn, failure: Failure) -> Event | Defect | None: ...
+
+
+class LeaseObserver:
+    """Hears what leases come to, on the event loop. Does nothing by itself."""
+
+    def told(self, message: Lease | Joined) -> None:
+        """A router is told that a lease was granted, or that its sequence joined."""
+
+    def noticed(self, notice: LeaseNotice) -> None:
+        """Its KV arrived, or the lease is over."""
+
+
+class _Phase(Generic[Event, Action]):
+    """One machine and its actions. What raises for a sequence fails that sequence."""
+
+    def __init__(
+        self,
+        name: str,
+        machine: Machine[Event | Defect, Action],
+        actions: Actions[Event, Action],
+        send: Callable[[Send], None],
+        on_fed: Callable[[], None],
+        clock: Clock,
+        defects: Defects,
+    ) -> None:
+        """``on_fed`` is called when events have been handled."""
+        self._name = name
+        self._send = send
+        self._on_fed = on_fed
+        self._defects = defects
+        self._loop = asyncio.get_running_loop()
+        self._actions = actions
+        self._driver: Driver[Event | Defect, Action] = Driver(machine, self._perform, clock, on_error=self._on_error)
+        # Sequences that are being failed because something raised.
+        self._failing: set[str] = set()
+
+    def feed(self, *events: Event | Defect) -> None:
+        try:
+            for event in events:
+                self._driver.feed(event)
+        finally:
+            self._on_fed()
+
+    def fail(self, sequence_id: str, failure: Failure) -> None:
+        """End the sequence here, in whatever phase it is; an unknown one is ignored."""
+        self._fail(Defect(sequence_id, failure))
+
+    def hear(self, events: Sequence[Event]) -> None:
+        """Called in the engine thread, with the events of one step."""
+        self._loop.call_soon_threadsafe(self.feed, *events)
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Send):
+            self._send(action)
+        else:
+            self._actions.perform(action)
+
+    def _on_error(self, about: Event | Defect | Action, error: Exception) -> None:
+        failure = self._defects.failure(self._name, error, quoted(about.sequence_id))
+        answer = self._actions.answer(about, failure)
+        if answer is not None:
+            self._fail(answer)
+        if isinstance(about, self._actions.raised):
+            raise error
+
+    def _fail(self, event: Event | Defect) -> None:
+        if event.sequence_id in self._failing:
+            # Once: what raises on the way out as well stays held, and shows in the ledger.
+            return
+        self._failing.add(event.sequence_id)
+        try:
+            self._driver.feed(event)
+        finally:
+            self._failing.discard(event.sequence_id)
+            self._on_fed()
+
+
+class NodeService:
+    """Both phases of one node over one replica, one sender and one receiver. Lives on one event loop."""
+
+    def __init__(
+        self,
+        node: NodeDescription,
+        replica: Replica,
+        sender: Sender,
+        receiver: Receiver,
+        *,
+        clock: Clock,
+        defects: Defects,
+        config: DecodeConfig | None = None,
+        session_config: SessionConfig | None = None,
+        observer: LeaseObserver | None = None,
+    ) -> None:
+        self.node = node
+        self.replica = replica
+        self.sessions = SessionHost(self, clock=clock, config=session_config, defects=defects)
+        self._defects = defects
+        self._observer = observer or LeaseObserver()
+        self._is_idle = asyncio.Event()
+        self._is_idle.set()
+        self._prefill_machine = prefill_machine.PrefillMachine(node.node_id)
+        self._decode_machine = decode_machine.DecodeMachine(node.node_id)
+        self._prefill_actions = PrefillActions(
+            replica,
+            sender,
+            feed=lambda event: self._prefill.feed(event),
+            listener=lambda events: self._prefill.hear(events),
+            defects=defects,
+        )
+        decode_actions = DecodeActions(
+            replica,
+            receiver,
+            feed=lambda event: self._decode.feed(event),
+            listener=lambda events: self._decode.hear(events),
+            config=config or DecodeConfig(),
+        )
+        self._prefill: _Phase[prefill_machine.Event, prefill_machine.Action] = _Phase(
+            "prefill", self._prefill_machine, self._prefill_actions, self._send, self._look_idle, clock, defects
+        )
+        self._decode: _Phase[decode_machine.Event, decode_machine.Action] = _Phase(
+            "decode", self._decode_machine, decode_actions, self._send, self._look_idle, clock, defects
+        )
+
+    def status(self) -> NodeStatus:
+        return self.replica.status(self.node.role)
+
+    @property
+    def num_sequences(self) -> int:
+        return self._prefill_machine.num_sequences + self._decode_machine.num_sequences
+
+    async def drained(self) -> None:
+        """Returns when no sequence is left here."""
+        await self._is_idle.wait()
+
+    async def close(self, timeout_s: float) -> bool:
+        """End all sessions: sequences are cancelled, leases revoked, pushes awaited; False if some did not end."""
+        self.sessions.close()
+        for number in self.sessions.numbers:
+            self.closed(number)
+        return await self._prefill_actions.close(timeout_s)
+
+    def on_lease(self, notice: LeaseNotice) -> None:
+        """From the receiver. Raises if an Arrived is not taken over: its sender must not be acknowledged."""
+        with self._defects.contained("record"):
+            self._observer.noticed(notice)
+        self._decode.feed(notice)
+
+    # -- for the sessions
+
+    def received(self, asked: prefill_machine.RunAsked | decode_machine.ReserveAsked | CancelAsked) -> None:
+        match asked:
+            case prefill_machine.RunAsked():
+                self._prefill.feed(asked)
+            case decode_machine.ReserveAsked():
+                self._decode.feed(asked)
+            case CancelAsked():
+                self._prefill.feed(asked)
+                self._decode.feed(asked)
+
+    def closed(self, session: int) -> None:
+        self._prefill.feed(SessionLost(session))
+        self._decode.feed(SessionLost(session))
+
+    def unsendable(self, session: int, message: NodeMessage, error: Exception) -> None:
+        """The machine may have let go of the sequence with this very message: the router is told in any case."""
+        sequence_id = message.sequence_id
+        failure = self._defects.failure("session", error, quoted(sequence_id))
+        self._prefill.fail(sequence_id, failure)
+        self._decode.fail(sequence_id, failure)
+        if not isinstance(message, SequenceFailed):
+            self.sessions.put(session, SequenceFailed(sequence_id, failure))
+
+    # -- from the phases
+
+    def _send(self, action: Send) -> None:
+        message = action.message
+        self.sessions.put(action.session, message)
+        if isinstance(message, Lease | Joined):
+            with self._defects.contained("record"):
+                self._observer.told(message)
+
+    def _look_idle(self) -> None:
+        if self.num_sequences:
+            self._is_idle.clear()
+        else:
+            self._is_idle.set()

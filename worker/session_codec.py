@@ -1,0 +1,103 @@
+"""What sessions carry, from and to protobuf: requests become events of the node's machines, messages a response."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from baton import codec
+from baton.defects import Defects
+from baton.errors import InvalidRequest, quoted
+from baton.node_messages import CancelAsked, HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
+from baton.types import Lease, TokenChunk
+from baton.v1 import common_pb2
+from decode_node.machine import ReserveAsked
+from prefill_node.machine import RunAsked
+
+Asked = RunAsked | ReserveAsked | CancelAsked
+
+
+class Unreadable(Exception):
+    """A run or reservation that cannot be read; the session goes on."""
+
+    def __init__(self, sequence_id: str, cause: Exception, *, is_reservation: bool) -> None:
+        super().__init__(str(cause))
+        self._sequence_id = sequence_id
+        self._cause = cause
+        self._is_reservation = is_reservation
+
+    def refusal(self, defects: Defects) -> NodeMessage:
+        failure = defects.failure("session", self._cause, quoted(self._sequence_id))
+        answer = Refused if self._is_reservation else SequenceFailed
+        return answer(self._sequence_id, failure)
+
+
+def asked_from_pb(session: int, request: Any) -> Asked:
+    """Raises Unreadable for a sequence that is refused, and InvalidRequest if the router broke the protocol."""
+    kind = request.WhichOneof("message")
+    match kind:
+        case "run":
+            run = request.run
+            try:
+                spec = codec.sequence_from_pb(run.sequence)
+                lease = codec.lease_from_pb(run.lease) if run.HasField("lease") else None
+            except Exception as error:
+                raise Unreadable(run.sequence.sequence_id, error, is_reservation=False) from error
+            return RunAsked(session, spec, lease)
+        case "reserve":
+            reserve = request.reserve
+            try:
+                spec = codec.sequence_from_pb(reserve.sequence)
+            except Exception as error:
+                raise Unreadable(reserve.sequence.sequence_id, error, is_reservation=True) from error
+            return ReserveAsked(session, spec, reserve.ttl_s, reserve.prefill_node_id)
+        case "cancel":
+            return CancelAsked(session, request.cancel.sequence_id, request.cancel.reason)
+        case _:
+            raise InvalidRequest(f"a session carries {kind} after its hello, expected run, reserve or cancel")
+
+
+class Composer:
+    """Puts messages into one response; consecutive tokens of a sequence are merged, for routers that read slowly."""
+
+    def __init__(self, response: Any) -> None:
+        self._response = response
+        self._tokens: dict[str, common_pb2.Tokens] = {}
+        self._all_tokens: list[common_pb2.Tokens] = []
+
+    def add(self, message: NodeMessage) -> None:
+        response = self._response
+        match message:
+            case TokenChunk():
+                self._add_tokens(message)
+            case Lease():
+                response.reserved.append(codec.lease_to_pb(message))
+            case Refused(sequence_id, failure):
+                response.refused.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+            case PrefillDone():
+                response.prefills.add(
+                    sequence_id=message.sequence_id,
+                    queue_s=message.queue_s,
+                    compute_s=message.compute_s,
+                    num_computed_tokens=message.num_computed_tokens,
+                    num_cached_tokens=message.num_cached_tokens,
+                )
+            case Joined(sequence_id, wait_s):
+                response.joined.add(sequence_id=sequence_id, wait_s=wait_s)
+            case HandedOff(sequence_id, report):
+                response.handed_off.add(sequence_id=sequence_id, report=codec.report_to_pb(report))
+            case SequenceFailed(sequence_id, failure):
+                response.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+
+    def response(self) -> Any:
+        self._response.tokens.extend(self._all_tokens)
+        return self._response
+
+    def _add_tokens(self, chunk: TokenChunk) -> None:
+        known = self._tokens.get(chunk.sequence_id)
+        if known is None or known.index + len(known.token_ids) != chunk.index:
+            message = self._tokens[chunk.sequence_id] = codec.tokens_to_pb(chunk)
+            self._all_tokens.append(message)
+            return
+        known.token_ids.extend(chunk.token_ids)
+        known.logprobs.extend(codec.logprobs_to_pb(position) for position in chunk.logprobs)
+        known.finish_reason = codec.finish_to_pb(chunk.finish_reason)
