@@ -184,12 +184,12 @@ def test_a_commit_whose_data_does_not_come_is_refused_and_its_epoch_closed_first
     assert t.machine.next_deadline_s is not None
     assert t.machine.next_deadline_s <= 2.0, "a commit is waited for no longer than the lease lives"
     actions = [a for a in t.feed(event) if a != r.Send(1, Heartbeat())]
-    assert [type(a) for a in actions] == [r.Send, r.CloseEpoch, r.Quarantine]
+    assert [type(a) for a in actions] == [r.Send, r.CloseEpoch, r.Quarantined]
     assert isinstance(actions[0].message, Nack)
     assert not actions[0].message.retransmit_layers
     assert actions[1] == r.CloseEpoch(1, 7, 0)
     assert t.machine.num_leases == 1, "a frame may be half written"
-    assert [type(a) for a in t.feed(r.EpochQuiet(7))] == [r.ForgetDigests, r.Release]
+    assert [type(a) for a in t.feed(r.EpochQuiet(7))] == [r.ForgetDigests, r.Released]
 
 
 def test_a_lost_control_channel_ends_a_filling_lease_with_its_data_connection() -> None:
@@ -197,7 +197,7 @@ def test_a_lost_control_channel_ends_a_filling_lease_with_its_data_connection() 
     t.begin()
     t.hears(commit(num_sent_bytes=64))
     assert t.feed(r.ChannelLost(1, "reset")) == [], "what is on the data connection may be all of it"
-    assert [type(a) for a in t.feed(r.WriterGone(1))] == [r.CloseEpoch, r.Quarantine]
+    assert [type(a) for a in t.feed(r.WriterGone(1))] == [r.CloseEpoch, r.Quarantined]
 
 
 def test_data_that_overtakes_begin_binds_its_lease() -> None:
@@ -214,7 +214,7 @@ def test_data_that_overtakes_begin_binds_its_lease() -> None:
 @pytest.mark.parametrize("end", [r.RevokeAsked("q", "cancelled"), r.Received(1, Abort("q", 7, "x"))])
 def test_data_of_a_stale_epoch_opens_nothing(end: r.ReceiverEvent) -> None:
     t = Receiving(one_sided=False)
-    assert isinstance(t.feed(end)[-1], r.Release)
+    assert isinstance(t.feed(end)[-1], r.Released)
     for epoch in (7, 6, 8):
         assert t.feed(r.DataCame(1, epoch)) == []
     one_sided = Receiving()
