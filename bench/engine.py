@@ -80,7 +80,7 @@ class Ours:
         result = self.runner.execute(StepPlan(pieces))
         for sequence in sequences:
             sequence.num_computed = len(sequence.token_ids)
-            sequence.token_ids.append(result.sampled[sequence.sequence_id].token_id)
+            sequence.token_ids += result.sampled[sequence.sequence_id].token_ids
 
     def prefill_s(self, num_tokens: int) -> float:
         sequences = self._sequences(prompts_of(1, num_tokens), 1)

@@ -91,13 +91,13 @@ def _draw(draws: DeviceDraws, columns: Draws, is_reporting: bool, logits: Tensor
 def _expected(sequences: list[Sequence], is_reporting: bool, logits: Tensor) -> Tensor:
     values = logits.cpu()
     sampled = Sampler(values.shape[-1]).sample(values, sequences).sampled
-    token_ids = [sampled[s.sequence_id].token_id for s in sequences]
+    token_ids = [sampled[s.sequence_id].token_ids[0] for s in sequences]
     if not is_reporting:
         return torch.tensor(token_ids, dtype=torch.float64, device=logits.device)
     reports = [
-        _report(row.numpy(), token_id, [t.token_id for t in logprobs.top])
+        _report(row.numpy(), token_id, [t.token_id for t in logprobs[0].top])
         for row, token_id, s in zip(values, token_ids, sequences, strict=True)
-        if (logprobs := sampled[s.sequence_id].logprobs) is not None
+        if (logprobs := sampled[s.sequence_id].logprobs)
     ]
     return torch.tensor(reports, dtype=torch.float64, device=logits.device)
 

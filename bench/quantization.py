@@ -123,7 +123,7 @@ class Greedy:
             sampled = launched.result().sampled
             for i, s in enumerate(sequences):
                 s.num_computed = len(s.token_ids)
-                s.token_ids.append(sampled[s.sequence_id].token_id if forced is None else forced[i][step])
+                s.token_ids.append(sampled[s.sequence_id].token_ids[0] if forced is None else forced[i][step])
         for s in sequences:
             self.runner.forget(s.sequence_id)
         return [s.token_ids[-num_tokens:] for s in sequences], torch.stack(logits, dim=1)

@@ -16,7 +16,7 @@ from enum import Enum
 from baton.errors import BatonError, InvalidRequest, Overloaded, TransferFailed
 from baton.node_messages import CancelAsked, Defect, Joined, Refused, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
-from engine.schedule import Failed, Output, Started
+from engine.schedule import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Quarantined, Released
 
 # -- events
@@ -68,6 +68,7 @@ Event = (
     | Defect
     | Started
     | Output
+    | Handoff
     | Failed
 )
 
@@ -193,7 +194,7 @@ class DecodeMachine:
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Defect(sequence_id, failure):
                 return self._give_up(relay, sequence_id, failure)
-            case Started():
+            case Started() | Handoff():
                 return []
 
     @property

@@ -52,7 +52,7 @@ def sampling_spans(batch: Batch) -> tuple[Span, ...]:
 
 def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
     """``drawn_rows``: which row of the step before draws a sequence's token, for one that the host does not know."""
-    if piece.is_fed:
+    if piece.token_is_on_device:
         return [~drawn_rows[piece.sequence.sequence_id]]
     return piece.sequence.token_ids[piece.start : piece.end]
 
@@ -89,7 +89,9 @@ def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
     sequence, end = piece.sequence, piece.end
     num_blocks = layout.blocks_for(end)
     assert piece.num_tokens > 0, "a piece computes at least one token"
-    assert end <= len(sequence.token_ids) + piece.is_fed, "a piece computes tokens that are known or being drawn"
+    assert end <= len(sequence.token_ids) + piece.token_is_on_device, (
+        "a piece computes tokens that are known or being drawn"
+    )
     assert num_blocks <= len(sequence.block_ids), "a piece's tokens have blocks"
     block_ids = tuple(sequence.block_ids[:num_blocks])
     return Span(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))

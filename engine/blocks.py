@@ -1,11 +1,20 @@
-"""Who owns each KV block. Hands out ids, never touches bytes, time or threads; the caller passes ``now`` and locks.
+"""Which sequence holds which KV blocks, and which blocks may be shared. Hands out ids; touches no bytes and no threads:
+the caller passes ``now`` and holds the lock.
 
-Law: every block has one owner, and free + owned == total (``check``).
+A block is free, cached (its content has a hash, no sequence holds it) or held. Law (``check``): free + cached + held ==
+total, and a block's references are exactly the holdings that list it.
+
+A block gets a hash once its content is final, and only a block with a hash is shared. A writer outside this process is
+given new blocks alone, and those get no hash while it may write to them. Hence the rule for quarantine: a quarantined
+holding keeps its references, its shared blocks go on serving the other holdings, and none of its blocks gets a hash any
+more, so that only verified content is ever found by hash.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -13,18 +22,29 @@ from baton.errors import NoBlocks, Overloaded
 
 
 class BlockState(Enum):
-    """Why blocks are held; the values are the words of baton.v1.LedgerResponse."""
+    """Why blocks are not free; the values are the words of baton.v1.LedgerResponse."""
 
     PROMPT = "prompt"
     SENDING = "sending"
     LEASED = "leased"
     RUNNING = "running"
     QUARANTINED = "quarantined"
+    # Held by no sequence, and found by hash until another sequence needs the room.
+    CACHED = "cached"
+
+
+# States in which a writer outside this process may reach the blocks.
+_WRITTEN_FROM_OUTSIDE = (BlockState.LEASED, BlockState.QUARANTINED)
+# The owner of cached blocks in the ledger.
+CACHE_OWNER = "prefix cache"
 
 
 @dataclass(frozen=True, slots=True)
 class OwnerEntry:
-    """One line of the ledger; ``epoch`` is the lease's, 0 where there is none."""
+    """One line of the ledger; ``epoch`` is the lease's, 0 without one.
+
+    A shared block counts in the line of its oldest holder alone, so that the lines and the free blocks add up to all.
+    """
 
     owner: str
     state: BlockState
@@ -44,29 +64,53 @@ class _Holding:
 
 
 class BlockPool:
-    """A fixed number of blocks and their owners. The lowest free ids go first, which keeps the used range dense."""
+    """A fixed number of blocks. The lowest free ids are given first, which keeps the used range dense.
+
+    When the free blocks run out cached ones are evicted, least recently used first.
+    """
 
     def __init__(self, num_blocks: int) -> None:
         assert num_blocks > 0, "a pool has at least one block"
         self.num_blocks = num_blocks
         # Heap of free ids.
         self._free = list(range(num_blocks))
+        # Oldest first.
         self._holdings: dict[str, _Holding] = {}
+        # Of blocks whose content has a hash, both ways. A block without a hash has one holder.
+        self._hashes: dict[int, bytes] = {}
+        self._by_hash: dict[bytes, int] = {}
+        # Of blocks with a hash: how many holdings list them; those that none lists, least recently used first.
+        self._references: dict[int, int] = {}
+        self._cached: OrderedDict[int, None] = OrderedDict()
+        # References beyond the first of each block.
+        self._num_extra = 0
 
     @property
     def num_free(self) -> int:
         return len(self._free)
 
     @property
-    def num_used(self) -> int:
-        return self.num_blocks - len(self._free)
+    def num_cached(self) -> int:
+        return len(self._cached)
+
+    @property
+    def num_held(self) -> int:
+        return self.num_blocks - self.num_available
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be allocated: free and cached ones."""
+        return len(self._free) + len(self._cached)
 
     def __contains__(self, owner: str) -> bool:
         return owner in self._holdings
 
-    def allocate(self, owner: str, count: int, state: BlockState, now: float) -> list[int]:
-        """Give ``owner``, who holds nothing yet, ``count`` blocks in ascending order.
+    def allocate(
+        self, owner: str, count: int, state: BlockState, now: float, *, shared: Sequence[int] = ()
+    ) -> Sequence[int]:
+        """Give ``owner``, who holds nothing yet, the ``shared`` blocks (of ``lookup``) and ``count`` new ones behind.
 
+        Returns the pool's own list of the owner's blocks, which grows with ``grow``: new ones in ascending order.
         Raises NoBlocks if there are fewer, Overloaded if the owner's earlier blocks are not back yet.
         """
         if owner in self._holdings:
@@ -74,20 +118,24 @@ class BlockPool:
             raise Overloaded(
                 f"{owner} still holds {len(held.block_ids)} {held.state.value} blocks here, expected a new sequence id"
             )
-        holding = _Holding(self._take(owner, count), state, now)
-        self._holdings[owner] = holding
-        return list(holding.block_ids)
+        assert all(block in self._hashes for block in shared), "only a block with a hash is shared"
+        self._refuse_too_many(owner, count, self.num_available - sum(block in self._cached for block in shared))
+        for block in shared:
+            self._refer(block)
+        block_ids = [*shared, *self._take(count)]
+        self._holdings[owner] = _Holding(block_ids, state, now)
+        return block_ids
 
-    def grow(self, owner: str, count: int) -> list[int]:
-        """Give an owner ``count`` more blocks and return those. Raises NoBlocks."""
+    def grow(self, owner: str, count: int) -> None:
+        """Add ``count`` new blocks to an owner's. Raises NoBlocks."""
         holding = self._holdings[owner]
-        added = self._take(owner, count)
-        holding.block_ids += added
-        return added
+        self._refuse_too_many(owner, count, self.num_available)
+        holding.block_ids += self._take(count)
 
     def move(self, owner: str, state: BlockState, now: float) -> None:
         """The owner holds its blocks for another reason from now on."""
         holding = self._holdings[owner]
+        assert holding.state is not BlockState.QUARANTINED or state is BlockState.QUARANTINED, "quarantine ends in free"
         if holding.state is not state:
             holding.state = state
             holding.since_s = now
@@ -95,40 +143,130 @@ class BlockPool:
     def set_epoch(self, owner: str, epoch: int) -> None:
         self._holdings[owner].epoch = epoch
 
-    def block_ids(self, owner: str) -> list[int]:
-        """The owner's blocks in the order they were given."""
-        return list(self._holdings[owner].block_ids)
+    def block_ids(self, owner: str) -> Sequence[int]:
+        """The pool's own list of the owner's blocks, in the order they were given."""
+        return self._holdings[owner].block_ids
 
     def state_of(self, owner: str) -> BlockState:
         return self._holdings[owner].state
 
     def free(self, owner: str) -> int:
-        """Take every block back; returns how many. The caller answers for it that nobody can still reach them."""
-        holding = self._holdings.pop(owner)
-        for block in holding.block_ids:
-            heapq.heappush(self._free, block)
-        return len(holding.block_ids)
+        """End the owner's references; returns how many. The caller knows that no reader or writer is left.
+
+        Blocks with a hash that no other holding lists are cached, the last of the owner's to be evicted first: a prefix
+        is found from its beginning.
+        """
+        block_ids = self._holdings.pop(owner).block_ids
+        if not self._hashes:
+            for block in block_ids:
+                heapq.heappush(self._free, block)
+        else:
+            for block in reversed(block_ids):
+                self._unrefer(block)
+        return len(block_ids)
+
+    # -- content
+
+    def cache(self, owner: str, index: int, content_hash: bytes) -> bool:
+        """The owner's block ``index`` is final and holds ``content_hash``: ``lookup`` finds it from now on.
+
+        False if another block is found by that hash already; this one then stays the owner's alone.
+        """
+        holding = self._holdings[owner]
+        assert holding.state not in _WRITTEN_FROM_OUTSIDE, "content that may still be written to has no hash"
+        block = holding.block_ids[index]
+        if content_hash in self._by_hash:
+            return self._by_hash[content_hash] == block
+        assert block not in self._hashes, "the content of a block with a hash does not change"
+        self._by_hash[content_hash] = block
+        self._hashes[block] = content_hash
+        self._references[block] = 1
+        return True
+
+    def lookup(self, content_hashes: Iterable[bytes]) -> list[int]:
+        """Blocks of the longest known beginning of a chain of hashes, held or cached; to be shared by ``allocate``."""
+        found: list[int] = []
+        for content_hash in content_hashes:
+            block = self._by_hash.get(content_hash)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    # -- the ledger
 
     def blocks_by_state(self) -> dict[BlockState, int]:
-        """The ledger in short: owned blocks by why they are held."""
+        """The ledger in short: blocks that are not free by state, each once."""
         counts = dict.fromkeys(BlockState, 0)
-        for held in self._holdings.values():
-            counts[held.state] += len(held.block_ids)
+        for held, count in zip(self._holdings.values(), self._counts(), strict=True):
+            counts[held.state] += count
+        counts[BlockState.CACHED] = self.num_cached
         return counts
 
     def ledger(self, now: float) -> list[OwnerEntry]:
-        return [
-            OwnerEntry(owner, held.state, len(held.block_ids), held.epoch, max(0.0, now - held.since_s))
-            for owner, held in self._holdings.items()
+        lines = [
+            OwnerEntry(owner, held.state, count, held.epoch, max(0.0, now - held.since_s))
+            for (owner, held), count in zip(self._holdings.items(), self._counts(), strict=True)
         ]
+        if self._cached:
+            lines.append(OwnerEntry(CACHE_OWNER, BlockState.CACHED, self.num_cached, 0, 0.0))
+        return lines
+
+    def owners(self) -> set[str]:
+        return set(self._holdings)
 
     def check(self) -> None:
-        """Assert conservation: each block is free once or owned once."""
-        seen = sorted([*self._free, *(block for held in self._holdings.values() for block in held.block_ids)])
+        """Assert the law of the module."""
+        listed = Counter(block for held in self._holdings.values() for block in held.block_ids)
+        seen = sorted([*self._free, *self._cached, *listed])
         assert seen == list(range(self.num_blocks)), "a block was lost or has two owners"
+        assert {block: self._references.get(block, 1) for block in listed} == listed, "references are not the holdings"
+        assert self._hashes.keys() == self._references.keys() | self._cached.keys(), "shared or cached without a hash"
+        assert self._by_hash == {value: block for block, value in self._hashes.items()}, "a hash names another block"
+        assert self._num_extra == listed.total() - len(listed), "the extra references are miscounted"
+        assert self._num_extra == listed.total() - self.num_held, "a block counts twice"
 
-    def _take(self, owner: str, count: int) -> list[int]:
+    # -- inside
+
+    def _counts(self) -> list[int]:
+        """By holding, its blocks that no older one lists."""
+        if not self._num_extra:
+            return [len(held.block_ids) for held in self._holdings.values()]
+        seen: set[int] = set()
+        counts = []
+        for held in self._holdings.values():
+            before = len(seen)
+            seen.update(held.block_ids)
+            counts.append(len(seen) - before)
+        return counts
+
+    def _refuse_too_many(self, owner: str, count: int, num_available: int) -> None:
         assert count >= 0, "cannot take a negative number of blocks"
-        if count > len(self._free):
-            raise NoBlocks(f"{owner} needs {count} KV blocks, {len(self._free)} of {self.num_blocks} are free")
+        if count > num_available:
+            raise NoBlocks(f"{owner} needs {count} KV blocks, {num_available} of {self.num_blocks} are free")
+
+    def _take(self, count: int) -> list[int]:
+        while len(self._free) < count:
+            block, _ = self._cached.popitem(last=False)
+            del self._by_hash[self._hashes.pop(block)]
+            heapq.heappush(self._free, block)
         return [heapq.heappop(self._free) for _ in range(count)]
+
+    def _refer(self, block: int) -> None:
+        if block in self._cached:
+            del self._cached[block]
+            self._references[block] = 1
+        else:
+            self._references[block] += 1
+            self._num_extra += 1
+
+    def _unrefer(self, block: int) -> None:
+        references = self._references.get(block)
+        if references is None:
+            heapq.heappush(self._free, block)
+        elif references == 1:
+            del self._references[block]
+            self._cached[block] = None
+        else:
+            self._references[block] = references - 1
+            self._num_extra -= 1

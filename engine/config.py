@@ -14,6 +14,7 @@ from typing import Any
 from baton.errors import BadConfig, quoted
 from baton.fields import Fields
 from baton.files import read_object
+from baton.prefix import RopeRegimes
 from baton.types import DTYPE_BYTES
 from engine.config_keys import refuse_unknown
 
@@ -52,6 +53,15 @@ class RopeConfig:
     def depends_on_length(self) -> bool:
         """Whether frequencies change once a sequence outgrows the trained context."""
         return self.rope_type in ("dynamic", "longrope")
+
+    @property
+    def regimes(self) -> RopeRegimes | None:
+        """For which lengths of a prompt frequencies are equal; None: for all."""
+        if self.rope_type == "dynamic":
+            return RopeRegimes(self.max_position_embeddings, is_each_its_own=True)
+        if self.rope_type == "longrope":
+            return RopeRegimes(self.original_max_position_embeddings, is_each_its_own=False)
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from baton.types import PositionLogprobs, SamplingParams
 from engine.kernels.interface import DRAW_DTYPES, NO_TOKEN, REPORT_TOP, DeviceSampler, Draws
 from engine.sampler import bad_logits, no_finite_best, position_logprobs, reach_of, scale_of
 from engine.staging import to_device
-from engine.step import Piece, Sampled, Sequence, StepResult, banned_ids, changes_logits, has_penalty
+from engine.step import Piece, Sequence, StepResult, banned_ids, changes_logits, drawn_chunk, has_penalty
 
 _MAX_TOP_K = 2**31 - 1
 # Behind the ids that a slot lists.
@@ -135,7 +135,9 @@ class DeviceDraws:
         if not has_penalty(params):
             return row
         if slot.num_counted == piece.end - 1:
-            newest = ~drawn_rows[sequence.sequence_id] if piece.is_fed else sequence.token_ids[piece.end - 1]
+            newest = (
+                ~drawn_rows[sequence.sequence_id] if piece.token_is_on_device else sequence.token_ids[piece.end - 1]
+            )
             row = row._replace(newest=newest)
         else:
             self._send_seen(slot.index, sequence, piece.end)
@@ -195,7 +197,7 @@ def drawn_results(
     for row, (sequence, token_id) in enumerate(zip(sequences, token_ids, strict=True)):
         if token_id >= 0:
             logprobs = _reported(reports[row], token_id) if row in reports else None
-            result.sampled[sequence.sequence_id] = Sampled(token_id, logprobs)
+            result.sampled[sequence.sequence_id] = drawn_chunk(sequence, token_id, logprobs)
         elif token_id in _WORST:
             result.failed[sequence.sequence_id] = no_finite_best(_WORST[token_id])
         else:

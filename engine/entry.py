@@ -13,8 +13,10 @@ class Phase(Enum):
     WAITING = 1
     # Has blocks, is computed.
     ACTIVE = 2
-    # Is not computed any more; its blocks wait for the end of a step, or for release().
+    # Stopped between two tokens with its blocks; waits for release() or resume().
     HELD = 3
+    # Over; its blocks wait for the end of a step, or for release().
+    ENDED = 4
 
 
 class Entry:
@@ -36,9 +38,10 @@ class Entry:
         "started_s",
     )
 
-    def __init__(self, spec: SequenceSpec, *, hands_off: bool, order: tuple[int, int], now: float) -> None:
+    def __init__(self, spec: SequenceSpec, *, order: tuple[int, int], now: float) -> None:
         self.sequence = Sequence(spec)
-        self.hands_off = hands_off
+        # It stops at the next place between two tokens, see ``can_hand_off``.
+        self.hands_off = False
         # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
         self.order = order
         self.phase = Phase.WAITING
@@ -49,8 +52,8 @@ class Entry:
         self.num_unknown = 0
         # Has drawn a token here, or came with one: it decodes.
         self.is_prefilled = False
-        # Nobody outside reads the blocks any more.
-        self.is_released = not hands_off
+        # No reader outside has the blocks.
+        self.is_released = True
         self.arrived_s = now
         self.started_s: float | None = None
         self.num_computed_total = 0
@@ -80,12 +83,16 @@ class Entry:
 
     @property
     def is_ending(self) -> bool:
-        """The token that is being drawn is the last one, whatever it is."""
-        if not self.num_unknown:
-            return False
-        return (
-            self.hands_off or self.sequence.num_generated + self.num_unknown == self.sequence.spec.sampling.max_tokens
-        )
+        """Nothing more of it is to be planned: it is to stop here, or the token that is being drawn is the last one."""
+        if self.hands_off and self.is_decoding:
+            return True
+        max_tokens = self.sequence.spec.sampling.max_tokens
+        return self.num_unknown > 0 and self.sequence.num_generated + self.num_unknown == max_tokens
+
+    @property
+    def can_hand_off(self) -> bool:
+        """It is to stop, the KV of all tokens but the newest is there, and no step reads or writes its blocks."""
+        return self.hands_off and self.phase is Phase.ACTIVE and not self.num_flights and self.is_decoding
 
     @property
     def needs_host(self) -> bool:

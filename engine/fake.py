@@ -12,10 +12,18 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from baton.types import KvLayout, ModelDescription, PositionLogprobs, SamplingParams, SequenceSpec, TokenLogprob
-from engine.step import Piece, Sampled, StepPlan, StepResult
+from baton.types import (
+    KvLayout,
+    ModelDescription,
+    PositionLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+)
+from engine.step import Piece, StepPlan, StepResult
 
 _CELL_BYTES = 4
 
@@ -79,13 +87,16 @@ class FakeRunner:
         step_delay_s: float = 0.0,
         pause: Callable[[float], None] = time.sleep,
         overlaps: bool = False,
+        max_drawn: int = 1,
     ) -> None:
+        """``max_drawn``: tokens that a step draws at most for one sequence, where its blocks have room."""
         assert layout.block_bytes >= layout.block_tokens * _CELL_BYTES, "a block must hold its token ids"
         self.layout = layout
         self.vocab_size = vocab_size
         self.description = ModelDescription("fake", "fake", layout.dtype, max_model_tokens, vocab_size)
         self.step_delay_s = step_delay_s
         self._pause = pause
+        self._max_drawn = max_drawn
         self._cells = (memoryview(bytearray(layout.total_bytes)) if buffer is None else buffer).cast("B").cast("I")
         self.forgotten: list[str] = []
         # Names of the threads that said they will launch.
@@ -102,7 +113,7 @@ class FakeRunner:
         self.next_error: Exception | None = None
         self.late_error: Exception | None = None
         # By sequence, what is returned for it instead of what was drawn.
-        self.nonsense: dict[str, Sampled] = {}
+        self.nonsense: dict[str, TokenChunk] = {}
         self.forget_error: Exception | None = None
 
     def enter_thread(self) -> None:
@@ -123,7 +134,7 @@ class FakeRunner:
             return step
         assert len(self._queue) < 2, "two steps are under way already"
         self.num_overlapped += len(self._queue)
-        self.num_fed += sum(p.is_fed for p in plan.pieces)
+        self.num_fed += sum(p.token_is_on_device for p in plan.pieces)
         step = _Computed(lambda: self._compute_next(rows))
         self._queue.append(step)
         for layer in range(self.layout.num_layers if on_layer is not None else 0):
@@ -151,7 +162,7 @@ class FakeRunner:
             if on_layer is not None:
                 on_layer(layer)
         sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
-        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_id for r in rows if r.samples}
+        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_ids[0] for r in rows if r.samples}
         sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
         return StepResult(sampled)
 
@@ -183,7 +194,19 @@ class FakeRunner:
             values = (token + 1 + layer for token in tokens[first : first + count])
             self._cells[cell : cell + count] = memoryview(array("I", values))
 
-    def _draw(self, row: Row) -> Sampled:
+    def _draw(self, row: Row) -> TokenChunk:
+        """As many tokens as there may be, and all but the last of them into the blocks."""
+        room = len(row.block_ids) * self.layout.block_tokens
+        index, drawn = row.stop - row.num_prompt, [self._draw_one(row)]
+        while len(drawn) < self._max_drawn and row.stop < room:
+            row = replace(row, start=row.stop, stop=row.stop + 1)
+            for layer in range(self.layout.num_layers):
+                self._write(layer, row, (drawn[-1][0],))
+            drawn.append(self._draw_one(row))
+        reports = tuple(report for _, report in drawn if report is not None)
+        return TokenChunk(row.sequence_id, index, tuple(token_id for token_id, _ in drawn), reports)
+
+    def _draw_one(self, row: Row) -> tuple[int, PositionLogprobs | None]:
         digest = hashlib.blake2b(digest_size=8)
         for layer in range(self.layout.num_layers):
             for _, cell, count in self._runs(layer, row.block_ids, 0, row.stop):
@@ -201,7 +224,7 @@ def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 3200
         for layer in range(layout.num_layers):
             digest.update(array("I", (token + 1 + layer for token in known)))
         num_generated = len(known) - num_prompt
-        known.append(_sample(digest, spec.sampling, len(known), num_generated, vocab_size).token_id)
+        known.append(_sample(digest, spec.sampling, len(known), num_generated, vocab_size)[0])
         if known[-1] in spec.sampling.stop_token_ids and num_generated >= spec.sampling.min_tokens:
             break
     return known[num_prompt:]
@@ -209,7 +232,7 @@ def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 3200
 
 def _sample(
     digest: hashlib.blake2b, sampling: SamplingParams, position: int, num_generated: int, vocab_size: int
-) -> Sampled:
+) -> tuple[int, PositionLogprobs | None]:
     """A pure function of the tokens so far (in ``digest``), the seed and the position."""
     if not sampling.is_greedy:
         digest.update(f"{sampling.seed}/{position}".encode())
@@ -218,6 +241,6 @@ def _sample(
     while num_generated < sampling.min_tokens and token in sampling.stop_token_ids:
         token = (token + 1) % vocab_size
     if sampling.logprobs is None:
-        return Sampled(token)
+        return token, None
     top = tuple(TokenLogprob((token + i) % vocab_size, -0.5 - i) for i in range(sampling.logprobs))
-    return Sampled(token, PositionLogprobs(TokenLogprob(token, -0.5), 1, top))
+    return token, PositionLogprobs(TokenLogprob(token, -0.5), 1, top)

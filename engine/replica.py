@@ -1,9 +1,9 @@
-"""The engine thread: schedule -> launch -> result -> apply, for ever. Owns the scheduler, its mutex and the runner's
+"""The engine thread: schedule -> launch -> result -> apply, in a loop. Owns the scheduler, its mutex and the runner's
 thread. If the runner overlaps, a step is scheduled and launched while the one before it runs.
 
 Everything public may be called from the event loop and returns in microseconds: the mutex is held to schedule and to
-apply, never while the model runs. Events go out in one call per step and listener, from the engine thread. It never
-touches the network, and never decides what the scheduler should.
+apply, never while the model runs. Events go out in one call per step and listener, from the engine thread. What to
+compute and when is the scheduler's decision.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,10 +22,11 @@ from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
 from engine.meter import EngineMeter, StepBook, TakenStep
-from engine.schedule import EngineEvent, Scheduler, final_blocks
+from engine.progress import Final, LayerProgress, LayerSink
+from engine.schedule import EngineEvent, Handoff, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
-# A waiting engine thread looks around this often even if nobody wakes it.
+# Upper bound on an idle wait.
 _MAX_IDLE_S = 1.0
 
 # Called in the engine thread with the events of one step; hands them on and returns.
@@ -46,7 +46,7 @@ class RunnerLike(Protocol):
 
     Results are taken in the order of the launches. Between a launch and its result at most one other step is launched,
     and that only if ``overlaps``: a token that a step draws then reaches the next one without the host
-    (``Piece.is_fed``). A sequence's state is read in both calls and belongs to the scheduler between them.
+    (``Piece.token_is_on_device``). A sequence's state is read in both calls and belongs to the scheduler between them.
     """
 
     @property
@@ -60,38 +60,13 @@ class RunnerLike(Protocol):
     def forget(self, sequence_id: str) -> None: ...
 
 
-class LayerSink(Protocol):
-    """Hears which blocks are final while the prompt is computed. Never blocks, never raises, also after an abort."""
-
-    def layer_ready(self, layer: int, num_blocks: int) -> None: ...
-
-
-class _Sink:
-    """Keeps a LayerSink's news monotonic: every (layer, count) is told once, in rising order of count."""
-
-    __slots__ = ("_target", "_told")
-
-    def __init__(self, target: LayerSink, num_layers: int) -> None:
-        self._target = target
-        self._told = [0] * num_layers
-
-    def advance(self, layer: int, num_blocks: int) -> None:
-        if num_blocks > self._told[layer]:
-            self._told[layer] = num_blocks
-            self._target.layer_ready(layer, num_blocks)
-
-    def advance_all(self, num_blocks: int) -> None:
-        for layer in range(len(self._told)):
-            self.advance(layer, num_blocks)
-
-
 @dataclass(frozen=True, slots=True)
 class _Flight:
     """A plan on its way through the runner; ``underway`` is None if launching it failed."""
 
     plan: StepPlan
-    # (sequence, blocks that are final after it), of prompts
-    news: list[tuple[str, int]]
+    # Of watched prompts, after this step.
+    finals: list[Final]
     launched_s: float
     underway: StepUnderway | None
     failure: BatonError | None = None
@@ -126,16 +101,18 @@ class Replica:
         self._defects = defects or Defects(logging.getLogger(__name__), clock)
         self._runner = runner
         self._scheduler = scheduler
-        self._num_layers = num_layers
         self._clock = clock
         self._on_fatal = on_fatal
         self._timeline = timeline or Timeline()
         self._meter = meter
         self._book = StepBook(self._timeline, meter)
+        self._progress = LayerProgress(
+            num_layers,
+            lambda sequence_id, error: self._defects.caught("engine", error, f"telling of blocks of {sequence_id}"),
+        )
         self._changed = threading.Condition(threading.Lock())
-        # All below is guarded by the condition's lock; _sinks is also read by the engine thread without it.
+        # All below is guarded by the condition's lock.
         self._listeners: dict[str, Listener] = {}
-        self._sinks: dict[str, _Sink] = {}
         self._to_forget: list[str] = []
         self._is_stopping = False
         self._is_draining = False
@@ -172,28 +149,36 @@ class Replica:
     # -- prompts
 
     def submit(self, spec: SequenceSpec, *, hands_off: bool, listener: Listener) -> None:
-        """Queue a prompt. With ``hands_off`` its blocks stay after the first token until ``release``.
-
-        Raises PromptTooLong, InvalidRequest, Overloaded, Draining.
-        """
+        """Queue a prompt; ``hands_off``: and ``hold`` it. Raises as Scheduler.add, and Draining."""
         with self._changed:
             self._refuse_draining()
             self._scheduler.add(spec, hands_off=hands_off, now=self._clock.now())
             self._listeners[spec.sequence_id] = listener
+            if hands_off:
+                self._progress.watch(spec.sequence_id)
             self._woken()
 
-    def attach(self, sequence_id: str, target: LayerSink) -> None:
-        """Tell ``target`` about the sequence's final blocks from now on, starting with those there already are."""
+    def hold(self, sequence_id: str) -> None:
+        """Stop the sequence between two tokens and keep its blocks: Handoff follows. As Scheduler.hold."""
         with self._changed:
-            if sequence_id not in self._listeners:
-                return
-            sink = self._sinks[sequence_id] = _Sink(target, self._num_layers)
-            if not self._scheduler.is_in_flight(sequence_id):
-                # Else the engine thread tells it when the step is over: one teller at a time.
-                sink.advance_all(self._scheduler.num_final_blocks(sequence_id))
+            self._scheduler.hold(sequence_id)
+            if sequence_id in self._listeners and not self._progress.is_watched(sequence_id):
+                self._progress.watch(sequence_id)
+            self._woken()
+
+    def resume(self, sequence_id: str) -> None:
+        """After Handoff: go on here. As Scheduler.resume."""
+        with self._changed:
+            self._scheduler.resume(sequence_id, self._clock.now())
+            self._progress.forget(sequence_id)
+            self._woken()
+
+    def attach(self, sequence_id: str, sink: LayerSink) -> None:
+        """Tell ``sink`` about the final blocks of a sequence that is, or will be, held; those there are at once."""
+        self._progress.attach(sequence_id, sink)
 
     def release(self, sequence_id: str) -> None:
-        """The blocks of a handed-off (or failed, or cancelled) sequence have no reader any more. Idempotent."""
+        """The blocks of a held (or failed, or cancelled) sequence have no reader any more. Idempotent."""
         with self._changed:
             self._scheduler.release(sequence_id, self._clock.now())
             self._woken()
@@ -226,11 +211,11 @@ class Replica:
             self._scheduler.return_lease(sequence_id)
             self._woken()
 
-    def join(self, sequence_id: str, first_token: TokenChunk, listener: Listener) -> None:
-        """The leased blocks are filled: decode on. Raises InvalidRequest, InternalError."""
+    def join(self, sequence_id: str, tokens: TokenChunk, listener: Listener) -> None:
+        """The leased blocks are filled: decode on behind ``tokens``. As Scheduler.join."""
         with self._changed:
             now = self._clock.now()
-            self._scheduler.join(sequence_id, first_token, now)
+            self._scheduler.join(sequence_id, tokens, now)
             self._timeline.joined(sequence_id, now)
             self._listeners[sequence_id] = listener
             self._woken()
@@ -260,7 +245,7 @@ class Replica:
                 role=role,
                 draining=draining,
                 total_blocks=pool.num_blocks,
-                free_blocks=pool.num_free,
+                free_blocks=pool.num_available,
                 queued_prompt_tokens=load.queued_prompt_tokens,
                 num_waiting=load.num_waiting,
                 num_running=load.num_running,
@@ -312,11 +297,11 @@ class Replica:
             if self._is_stopping and not self._flights:
                 self._book.settle()
                 return False
-            plan, started = (None, []) if self._is_stopping else self._scheduler.schedule(self._clock.now())
+            plan, events = (None, []) if self._is_stopping else self._scheduler.schedule(self._clock.now())
             forgotten, self._to_forget = self._to_forget, []
-            deliveries = self._address(started)
+            deliveries = self._address(events)
             if not self._flights:
-                if plan is None and not forgotten:
+                if plan is None and not forgotten and not deliveries:
                     self._busy_since_s = None
                     self._book.settle()
                     self._changed.wait(_MAX_IDLE_S)
@@ -338,25 +323,20 @@ class Replica:
 
     def _launch(self, plan: StepPlan) -> _Flight:
         block_tokens = self._scheduler.config.block_tokens
-        # Sequences that stay never get a sink; the look-up then finds nothing.
-        news = [
+        finals = [
             (p.sequence.sequence_id, final_blocks(p.sequence, p.end, block_tokens))
             for p in plan.pieces
-            if p.start < p.sequence.spec.num_known_tokens
+            if p.start < p.sequence.spec.num_known_tokens and self._progress.is_watched(p.sequence.sequence_id)
         ]
 
         def on_layer(layer: int) -> None:
-            for sequence_id, num_blocks in news:
-                sink = self._sinks.get(sequence_id)
-                if sink is not None:
-                    with self._dropped_if_raising(sequence_id):
-                        sink.advance(layer, num_blocks)
+            self._progress.layer_queued(layer, finals)
 
         began_s = self._clock.now()
         try:
-            return _Flight(plan, news, began_s, self._runner.launch(plan, on_layer if news else None))
+            return _Flight(plan, finals, began_s, self._runner.launch(plan, on_layer if finals else None))
         except Exception as error:
-            return _Flight(plan, news, began_s, None, _failure_of(error, plan))
+            return _Flight(plan, finals, began_s, None, _failure_of(error, plan))
 
     def _land(self, flight: _Flight) -> None:
         """Wait for the oldest step and take it in."""
@@ -375,11 +355,7 @@ class Replica:
                 self._num_failed_steps += 1
                 events = self._scheduler.fail(plan, failure, self._clock.now())
             else:
-                for sequence_id, num_blocks in flight.news:
-                    sink = self._sinks.get(sequence_id)
-                    if sink is not None:
-                        with self._dropped_if_raising(sequence_id):
-                            sink.advance_all(num_blocks)
+                self._progress.step_done(flight.finals)
                 events = self._scheduler.apply(plan, result, self._clock.now())
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
@@ -395,15 +371,6 @@ class Replica:
                 self._meter.outcome(events)
             self._book.add(TakenStep(plan, result is None, began_s, ended_s))
 
-    @contextmanager
-    def _dropped_if_raising(self, sequence_id: str) -> Iterator[None]:
-        """A sink that raises hears no more: its push is then not whole, and its commit fails that sequence alone."""
-        try:
-            yield
-        except Exception as error:
-            self._defects.caught("engine", error, f"telling of blocks of {sequence_id}")
-            self._sinks.pop(sequence_id, None)
-
     # -- inside, with the lock held
 
     def _refuse_draining(self) -> None:
@@ -417,11 +384,12 @@ class Replica:
     def _collect_gone(self) -> None:
         for sequence_id in self._scheduler.take_gone():
             self._listeners.pop(sequence_id, None)
-            self._sinks.pop(sequence_id, None)
+            self._progress.forget(sequence_id)
             self._to_forget.append(sequence_id)
 
     def _address(self, events: list[EngineEvent]) -> list[tuple[Listener, list[EngineEvent]]]:
-        """Sort the events of a step by who hears them."""
+        """The events of a step by listener; the sinks of sequences that were handed over are told all first."""
+        self._progress.step_done((e.sequence_id, len(e.block_ids)) for e in events if isinstance(e, Handoff))
         mail: dict[Listener, list[EngineEvent]] = {}
         for event in events:
             listener = self._listeners.get(event.sequence_id)

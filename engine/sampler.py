@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from baton.errors import BadLogits, InvalidRequest
-from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
+from baton.types import PositionLogprobs, SamplingParams, TokenChunk, TokenLogprob
 from engine.kernels.interface import Peaks
 from engine.mass import LOG2E, REPORTED_BITS, drawn_masses, quantile, reported_mass, share
-from engine.step import Sampled, Sequence, StepResult, banned_ids, changes_logits, has_penalty
+from engine.step import Sequence, StepResult, banned_ids, changes_logits, drawn_chunk, has_penalty
 
 _U32 = 0xFFFFFFFF
 # Candidates looked at first for top_p; the whole vocabulary is sorted only if they do not hold enough mass.
@@ -85,7 +85,7 @@ class Sampler:
                 result.sampled[sequence.sequence_id] = sampled
         return result
 
-    def _sample_row(self, logits: Tensor, sequence: Sequence, best_id: int) -> Sampled:
+    def _sample_row(self, logits: Tensor, sequence: Sequence, best_id: int) -> TokenChunk:
         params = sequence.spec.sampling
         changed = self._change(logits, sequence)
         if changed is not None and not math.isfinite(best := float(changed.max())):
@@ -95,7 +95,8 @@ class Sampler:
         else:
             number = uniform(params.seed or 0, len(sequence.token_ids))
             token_id = draw(logits.numpy() if changed is None else changed, params, number)
-        return Sampled(token_id, None if params.logprobs is None else logprobs(logits, token_id, params.logprobs))
+        report = None if params.logprobs is None else logprobs(logits, token_id, params.logprobs)
+        return drawn_chunk(sequence, token_id, report)
 
     def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
         """Logits after bias, ban, penalties and mask; None if there is none of them."""

@@ -1,11 +1,13 @@
 """Machine-level scheduler: which tokens of which sequences the next step computes, and who gets KV blocks.
 
-Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner computes) -> apply | fail; cancel, release,
-reserve and join may come in between, and blocks that a running step reads or writes go back only when it is over.
+Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner computes) -> apply | fail; cancel, hold,
+resume, release, reserve and join may come in between, and blocks that a running step reads or writes go back only when
+it is over.
 
-A second step may be scheduled while one runs, ahead of the tokens that the first one draws. It takes blocks from nobody
-and computes what the first one leaves certain; a sequence that then turns out to have ended is dropped from it, and one
-whose next token the host has to know first is not in it. Steps are applied in the order they were scheduled.
+A second step may be scheduled while one runs, ahead of the tokens that the first one draws. It preempts no sequence and
+computes what the first one leaves certain; a sequence that then turns out to have ended, or to have drawn several
+tokens, is dropped from it, and one whose next token the host has to know first is not in it. Steps are applied in the
+order they were scheduled.
 
 Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
 budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
@@ -18,7 +20,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.errors import (
     BadConfig,
@@ -33,7 +35,7 @@ from baton.errors import (
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Phase, in_order
-from engine.step import Piece, Sampled, Sequence, StepPlan, StepResult
+from engine.step import Piece, Sequence, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +77,7 @@ class PrefillTimes:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A sequence that will be handed off has all its blocks; its first chunk is in the step that begins now."""
+    """A sequence that is to be handed over has all its blocks; its first chunk is in the step that begins now."""
 
     sequence_id: str
     block_ids: tuple[int, ...]
@@ -91,6 +93,20 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class Handoff:
+    """The sequence stopped between two tokens; its blocks stay until ``release``, or ``resume`` lets it go on here.
+
+    ``tokens``: all that were generated here or came with ``join``. Another node that has the blocks and the tokens goes
+    on with the same token ids.
+    """
+
+    sequence_id: str
+    tokens: TokenChunk
+    # These hold the KV of all tokens but the last, and do not change any more.
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The step this sequence was in went wrong, or its own token did; it will get no more."""
 
@@ -98,7 +114,7 @@ class Failed:
     failure: Failure
 
 
-EngineEvent = Started | Output | Failed
+EngineEvent = Started | Output | Handoff | Failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +138,8 @@ class Scheduler:
         # Both sorted by order.
         self._waiting: list[Entry] = []
         self._active: list[Entry] = []
+        # Told to stop since the last step was scheduled.
+        self._to_hold: list[Entry] = []
         # Blocks are allocated, bytes are to come.
         self._leases: dict[str, SequenceSpec] = {}
         self._num_ordered = 0
@@ -155,25 +173,20 @@ class Scheduler:
                 f"{spec.sampling.max_tokens}",
                 param="generated_token_ids",
             )
-        self._validate_ids(spec)
+        self._validate_ids("prompt_token_ids", spec.prompt_token_ids)
+        self._validate_ids("generated_token_ids", spec.generated_token_ids)
+        self._validate_ids("stop_token_ids", spec.sampling.stop_token_ids)
+        self._validate_ids("logit_bias", tuple(spec.sampling.logit_bias))
 
-    def _validate_ids(self, spec: SequenceSpec) -> None:
+    def _validate_ids(self, name: str, ids: tuple[int, ...]) -> None:
         """One id out of range would fail the step for every sequence in it."""
-        named = {
-            "prompt_token_ids": spec.prompt_token_ids,
-            "generated_token_ids": spec.generated_token_ids,
-            "stop_token_ids": spec.sampling.stop_token_ids,
-            "logit_bias": tuple(spec.sampling.logit_bias),
-        }
-        for name, ids in named.items():
-            if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-                raise InvalidRequest(
-                    f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}",
-                    param=name,
-                )
+        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
+            raise InvalidRequest(
+                f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}", param=name
+            )
 
     def add(self, spec: SequenceSpec, *, hands_off: bool, now: float) -> None:
-        """Queue a prompt. With ``hands_off`` it gets one token and its blocks are held until ``release``.
+        """Queue a prompt; ``hands_off``: and ``hold`` it.
 
         Raises PromptTooLong, InvalidRequest, Overloaded (queue full, or the id is still in use).
         """
@@ -181,9 +194,11 @@ class Scheduler:
         self._refuse_known(spec.sequence_id)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
-        entry = Entry(spec, hands_off=hands_off, order=self._next_order(), now=now)
+        entry = Entry(spec, order=self._next_order(), now=now)
         self._entries[spec.sequence_id] = entry
         insort(self._waiting, entry, key=in_order)
+        if hands_off:
+            self.hold(spec.sequence_id)
 
     def reserve(self, spec: SequenceSpec, now: float) -> list[int]:
         """Blocks for a sequence that is computed elsewhere: its known tokens and the first new one.
@@ -196,17 +211,17 @@ class Scheduler:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         need = self.config.blocks_for(spec.num_known_tokens + 1)
         # Nothing overtakes a prompt that waits for memory.
-        spare = self.pool.num_free - (self._blocks_to_start(self._waiting[0]) if self._waiting else 0)
-        if self.pool.num_used:
+        spare = self.pool.num_available - (self._blocks_to_start(self._waiting[0]) if self._waiting else 0)
+        if self.pool.num_held:
             spare -= self._watermark_blocks
         if need > spare:
             raise NoBlocks(
-                f"{spec.sequence_id} needs {need} KV blocks, {self.pool.num_free} of {self.pool.num_blocks} are free "
-                f"and {max(spare, 0)} of them to be had"
+                f"{spec.sequence_id} needs {need} KV blocks, {self.pool.num_available} of {self.pool.num_blocks} are "
+                f"free and {max(spare, 0)} of them to be had"
             )
         block_ids = self.pool.allocate(spec.sequence_id, need, BlockState.LEASED, now)
         self._leases[spec.sequence_id] = spec
-        return block_ids
+        return list(block_ids)
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
@@ -218,39 +233,87 @@ class Scheduler:
         if self._leases.pop(sequence_id, None) is not None:
             self.pool.free(sequence_id)
 
-    def join(self, sequence_id: str, first_token: TokenChunk, now: float) -> None:
-        """The leased blocks hold the KV of the known tokens: decode from ``first_token`` on.
+    def join(self, sequence_id: str, tokens: TokenChunk, now: float) -> None:
+        """Decode on: the leased blocks hold the KV of all tokens but the last of ``tokens``.
 
-        Raises InvalidRequest if the token does not continue the sequence, InternalError without a lease.
+        ``tokens`` may begin with generated ones that the lease's sequence has already. Raises InvalidRequest if they do
+        not continue the sequence, InternalError without a lease.
         """
-        if sequence_id not in self._leases:
+        spec = self._leases.get(sequence_id)
+        if spec is None:
             raise InternalError(f"{sequence_id} arrived without a lease")
-        spec = self._leases[sequence_id]
-        expected = len(spec.generated_token_ids)
-        if len(first_token.token_ids) != 1 or first_token.index != expected or first_token.finish_reason is not None:
-            raise InvalidRequest(
-                f"{sequence_id} arrived with {len(first_token.token_ids)} tokens at index {first_token.index} "
-                f"(finish {first_token.finish_reason}), expected one unfinished token at index {expected}"
-            )
+        token_ids = self._joined_ids(spec, tokens)
         del self._leases[sequence_id]
         self.pool.move(sequence_id, BlockState.RUNNING, now)
-        entry = Entry(spec, hands_off=False, order=self._next_order(), now=now)
-        entry.sequence.block_ids = self.pool.block_ids(sequence_id)
-        entry.sequence.num_computed = spec.num_known_tokens
-        entry.sequence.token_ids.append(first_token.token_ids[0])
+        entry = Entry(spec, order=self._next_order(), now=now)
+        seq = entry.sequence
+        seq.block_ids = self.pool.block_ids(sequence_id)
+        seq.token_ids += token_ids
+        seq.num_computed = len(seq.token_ids) - 1
         entry.phase = Phase.ACTIVE
         entry.is_prefilled = True
         self._entries[sequence_id] = entry
         insort(self._active, entry, key=in_order)
 
+    def _joined_ids(self, spec: SequenceSpec, tokens: TokenChunk) -> tuple[int, ...]:
+        """The ids of ``tokens`` behind those that ``spec`` has."""
+        known, max_tokens = spec.generated_token_ids, spec.sampling.max_tokens
+        overlap = known[tokens.index :]
+        token_ids = tokens.token_ids[len(overlap) :]
+        assert max_tokens is not None
+        continues = tokens.index <= len(known) and tokens.token_ids[: len(overlap)] == overlap and token_ids
+        if not continues or tokens.finish_reason is not None or len(known) + len(token_ids) >= max_tokens:
+            raise InvalidRequest(
+                f"{spec.sequence_id} arrived with {len(tokens.token_ids)} tokens at index {tokens.index} "
+                f"(finish {tokens.finish_reason}), expected unfinished tokens that continue the {len(known)} generated "
+                f"ones, and less than max_tokens {max_tokens} of both"
+            )
+        self._validate_ids("token_ids", token_ids)
+        num_blocks = len(self.pool.block_ids(spec.sequence_id))
+        need = self.config.blocks_for(spec.num_known_tokens + len(token_ids) - 1)
+        if need > num_blocks:
+            raise InvalidRequest(
+                f"{spec.sequence_id} arrived with {len(token_ids)} new tokens, whose KV needs {need} blocks, expected "
+                f"at most the {num_blocks} leased ones"
+            )
+        return token_ids
+
     def cancel(self, sequence_id: str, now: float) -> None:
         """Compute the sequence no further. Its blocks go back unless it is to be released; unknown ids are ignored."""
         entry = self._entries.get(sequence_id)
-        if entry is not None and entry.phase is not Phase.HELD:
+        if entry is not None and entry.phase is not Phase.ENDED:
             self._retire(entry, now)
 
+    def hold(self, sequence_id: str) -> None:
+        """Stop between two tokens: a prompt when its first token is drawn, one that decodes after the steps under way.
+
+        Handoff follows from ``apply`` or the next ``schedule``, unless the sequence ends before. However it ends, its
+        blocks stay until ``release`` from now on. Ids that are unknown or have ended are ignored.
+        """
+        entry = self._entries.get(sequence_id)
+        if entry is not None and entry.phase in (Phase.WAITING, Phase.ACTIVE) and not entry.hands_off:
+            entry.hands_off = True
+            entry.is_released = False
+            self._to_hold.append(entry)
+
+    def resume(self, sequence_id: str, now: float) -> None:
+        """After Handoff: go on here, with no reader outside any more. Raises InternalError if there was no Handoff.
+
+        Where all slots of decoding sequences are taken it gives its blocks back and is computed again in its turn.
+        """
+        entry = self._entries.get(sequence_id)
+        if entry is None or entry.phase is not Phase.HELD:
+            raise InternalError(f"{sequence_id} is not held on this node, expected a sequence that was handed over")
+        entry.hands_off = False
+        entry.is_released = True
+        entry.phase = Phase.ACTIVE
+        insort(self._active, entry, key=in_order)
+        self.pool.move(sequence_id, BlockState.RUNNING, now)
+        if self._num_residents() > self._max_residents:
+            self._preempt(entry)
+
     def release(self, sequence_id: str, now: float) -> None:
-        """Nobody outside reads the blocks any more: stop computing if need be and take them back. Idempotent."""
+        """No reader outside has the blocks any more: stop computing if need be and take them back. Idempotent."""
         entry = self._entries.get(sequence_id)
         if entry is not None:
             entry.is_released = True
@@ -259,12 +322,14 @@ class Scheduler:
     # -- the step
 
     def schedule(self, now: float) -> tuple[StepPlan | None, list[EngineEvent]]:
-        """The next step, None if nothing can be computed, and which sequences started with it.
+        """The next step, None if nothing can be computed; which sequences start with it and which stopped for ``hold``.
 
         While a step is under way None also means that the next one has to know what becomes of it.
         """
         assert len(self._plans) < 2, "a step ahead of two that are neither applied nor failed"
-        events: list[EngineEvent] = []
+        to_hold, self._to_hold = self._to_hold, []
+        # One that is in a step, or has more to compute, is handed over when that step is applied.
+        events: list[EngineEvent] = [self._hand_off(entry, now) for entry in to_hold if entry.can_hand_off]
         if self._plans and not self._can_plan_ahead():
             return None, events
         pieces = self._decode_pieces()
@@ -281,26 +346,22 @@ class Scheduler:
         """Take in what the runner computed: new tokens, finished sequences, blocks that were waiting for this."""
         events: list[EngineEvent] = []
         for entry, piece in self._land(plan):
-            if entry.phase is Phase.HELD:
+            if entry.phase is Phase.ENDED:
                 # It left, or ended or failed in the step before, which this one did not wait for.
                 self._retire(entry, now)
                 continue
-            entry.sequence.num_computed += piece.num_tokens
-            entry.num_computed_total += piece.num_tokens
-            if piece.samples:
-                sampled = result.sampled.get(entry.sequence_id)
-                if sampled is None:
-                    error = result.failed.get(entry.sequence_id) or InternalError("the runner returned no token")
-                    events.append(self._failed(entry, self._known(entry, error), now))
-                else:
-                    events.append(self._advance_or_fail(entry, sampled, now))
+            # Else the step before drew more than the token that this piece computed: what it drew is known already.
+            if piece.start == entry.sequence.num_computed:
+                self._take_in(entry, piece, result, events, now)
+            if entry.can_hand_off:
+                events.append(self._hand_off(entry, now))
         return events
 
     def fail(self, plan: StepPlan, error: BatonError, now: float) -> list[EngineEvent]:
         """The step went wrong: every sequence in it fails, the others go on."""
         events: list[EngineEvent] = []
         for entry, _ in self._land(plan):
-            if entry.phase is Phase.HELD:
+            if entry.phase is Phase.ENDED:
                 self._retire(entry, now)
             else:
                 events.append(self._failed(entry, error, now))
@@ -317,17 +378,6 @@ class Scheduler:
     def leased_tokens(self) -> int:
         """Known tokens of the leases whose bytes are to come."""
         return sum(spec.num_known_tokens for spec in self._leases.values())
-
-    def is_in_flight(self, sequence_id: str) -> bool:
-        entry = self._entries.get(sequence_id)
-        return entry is not None and entry.num_flights > 0
-
-    def num_final_blocks(self, sequence_id: str) -> int:
-        """Leading blocks whose bytes will not change any more, running steps left out; 0 for unknown ids."""
-        entry = self._entries.get(sequence_id)
-        if entry is None:
-            return 0
-        return final_blocks(entry.sequence, entry.sequence.num_computed, self.config.block_tokens)
 
     def take_gone(self) -> list[str]:
         """Sequences that left since the last call: the runner may forget them."""
@@ -353,7 +403,7 @@ class Scheduler:
         """Assert that scheduler and pool agree."""
         self.pool.check()
         holders = {e.sequence_id for e in self._entries.values() if e.sequence.block_ids} | set(self._leases)
-        assert holders == {line.owner for line in self.pool.ledger(0.0)}, "pool and scheduler disagree on owners"
+        assert holders == self.pool.owners(), "pool and scheduler disagree on owners"
         for entry in self._entries.values():
             seq = entry.sequence
             assert 0 <= seq.num_computed <= len(seq.token_ids)
@@ -361,8 +411,9 @@ class Scheduler:
             assert entry.num_flights == sum(seq is p.sequence for plan in self._plans for p in plan.pieces)
             assert (entry.phase is Phase.WAITING) == (entry in self._waiting)
             assert (entry.phase is Phase.ACTIVE) == (entry in self._active)
+            assert entry.phase is not Phase.HELD or (not entry.num_flights and not entry.is_released)
             if seq.block_ids:
-                assert seq.block_ids == self.pool.block_ids(seq.sequence_id)
+                assert seq.block_ids is self.pool.block_ids(seq.sequence_id), "two lists of one sequence's blocks"
         assert self._num_residents() <= self._max_residents
 
     # -- inside
@@ -384,17 +435,20 @@ class Scheduler:
         return self.config.blocks_for(len(entry.sequence.token_ids))
 
     def _can_start(self, entry: Entry) -> bool:
-        spare = self.pool.num_free
+        spare = self.pool.num_available
         if not entry.hands_off:
             if self._num_residents() >= self._max_residents:
                 return False
-            if self.pool.num_used and entry.num_preemptions < self.config.max_preemptions:
+            if self.pool.num_held and entry.num_preemptions < self.config.max_preemptions:
                 spare -= self._watermark_blocks
         return self._blocks_to_start(entry) <= spare
 
     def _can_plan_ahead(self) -> bool:
-        """Whether every sequence that decodes next has blocks without preempting anybody."""
-        return sum(self._blocks_to_grow(entry) for entry in self._active if _decodes_next(entry)) <= self.pool.num_free
+        """Whether every sequence that decodes next has blocks without preempting one."""
+        return (
+            sum(self._blocks_to_grow(entry) for entry in self._active if _decodes_next(entry))
+            <= self.pool.num_available
+        )
 
     def _decode_pieces(self) -> list[Piece]:
         pieces = []
@@ -411,13 +465,13 @@ class Scheduler:
         """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
         seq = entry.sequence
         need = self._blocks_to_grow(entry)
-        while need > self.pool.num_free:
+        while need > self.pool.num_available:
             victim = self._youngest_victim(entry.order)
             if victim is None:
                 return False
             self._preempt(victim)
         if need > 0:
-            seq.block_ids += self.pool.grow(seq.sequence_id, need)
+            self.pool.grow(seq.sequence_id, need)
         return True
 
     def _youngest_victim(self, order: tuple[int, int]) -> Entry | None:
@@ -432,7 +486,7 @@ class Scheduler:
         assert not entry.num_flights, "a running step keeps its blocks"
         self._active.remove(entry)
         self.pool.free(entry.sequence_id)
-        entry.sequence.block_ids = []
+        entry.sequence.block_ids = ()
         entry.sequence.num_computed = 0
         entry.phase = Phase.WAITING
         entry.num_preemptions += 1
@@ -445,7 +499,7 @@ class Scheduler:
         budget = self.config.max_batch_tokens - num_decoding
         slots = self.config.max_num_seqs - num_decoding
         for entry in list(self._active):
-            if budget > 0 and slots > 0 and not (entry.is_decoding or entry.is_ending):
+            if budget > 0 and slots > 0 and not entry.is_decoding:
                 piece = self._chunk(entry, budget)
                 budget -= piece.num_tokens
                 slots -= 1
@@ -485,12 +539,19 @@ class Scheduler:
             entry.land(piece)
             yield entry, piece
 
-    def _advance_or_fail(self, entry: Entry, sampled: Sampled, now: float) -> Output | Failed:
-        """What the runner drew for one sequence is its own affair."""
+    def _take_in(self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float) -> None:
+        entry.sequence.num_computed += piece.num_tokens
+        entry.num_computed_total += piece.num_tokens
+        if not piece.samples:
+            return
+        # What the runner drew for one sequence, or failed to draw, changes no other.
         try:
-            return self._advance(entry, sampled, now)
+            drawn = result.sampled.get(entry.sequence_id)
+            if drawn is None:
+                raise result.failed.get(entry.sequence_id) or InternalError("the runner returned no token")
+            events.append(self._advance(entry, drawn, now))
         except Exception as error:
-            return self._failed(entry, self._known(entry, error), now)
+            events.append(self._failed(entry, self._known(entry, error), now))
 
     def _known(self, entry: Entry, error: Exception) -> BatonError:
         if isinstance(error, BatonError):
@@ -498,36 +559,62 @@ class Scheduler:
         self._raised.append((entry.sequence_id, error))
         return InternalError(f"drawing or taking in a token: {described(error)}")
 
-    def _advance(self, entry: Entry, sampled: Sampled, now: float) -> Output:
-        seq = entry.sequence
-        index = seq.num_generated
-        seq.token_ids.append(sampled.token_id)
+    def _advance(self, entry: Entry, drawn: TokenChunk, now: float) -> Output:
+        chunk = self._append(entry.sequence, drawn)
         times = None
         if not entry.is_prefilled:
             assert entry.started_s is not None
             queue_s = entry.started_s - entry.arrived_s
             times = PrefillTimes(queue_s, now - entry.started_s, entry.num_computed_total)
             entry.is_prefilled = True
-        finish = _finish_reason(seq, sampled.token_id)
-        if finish is not None or entry.hands_off:
+        if chunk.finish_reason is not None:
             self._retire(entry, now)
-        else:
-            self.pool.move(seq.sequence_id, BlockState.RUNNING, now)
-        logprobs = () if sampled.logprobs is None else (sampled.logprobs,)
-        chunk = TokenChunk(seq.sequence_id, index, (sampled.token_id,), logprobs, finish)
-        return Output(seq.sequence_id, chunk, times)
+        elif not entry.hands_off:
+            self.pool.move(entry.sequence_id, BlockState.RUNNING, now)
+        return Output(entry.sequence_id, chunk, times)
+
+    def _append(self, sequence: Sequence, drawn: TokenChunk) -> TokenChunk:
+        """Add the drawn tokens up to the first that ends the sequence; returns those, with how it ended."""
+        if drawn.index != sequence.num_generated or not drawn.token_ids:
+            raise InternalError(
+                f"the runner drew {len(drawn.token_ids)} tokens at index {drawn.index}, expected at least one at "
+                f"{sequence.num_generated}"
+            )
+        room = len(sequence.block_ids) * self.config.block_tokens
+        if sequence.num_computed + len(drawn.token_ids) - 1 > room:
+            raise InternalError(f"the runner drew {len(drawn.token_ids)} tokens, more than the KV blocks have room for")
+        for count, token_id in enumerate(drawn.token_ids, start=1):
+            sequence.token_ids.append(token_id)
+            finish = _finish_reason(sequence, token_id)
+            if finish is not None:
+                drawn = replace(
+                    drawn, token_ids=drawn.token_ids[:count], logprobs=drawn.logprobs[:count], finish_reason=finish
+                )
+                break
+        sequence.num_computed = len(sequence.token_ids) - 1
+        return drawn
+
+    def _hand_off(self, entry: Entry, now: float) -> Handoff:
+        self._active.remove(entry)
+        entry.phase = Phase.HELD
+        seq, spec = entry.sequence, entry.sequence.spec
+        self.pool.move(seq.sequence_id, BlockState.SENDING, now)
+        num_known = len(spec.generated_token_ids)
+        tokens = TokenChunk(seq.sequence_id, num_known, tuple(seq.token_ids[spec.num_known_tokens :]))
+        num_blocks = self.config.blocks_for(seq.num_computed)
+        return Handoff(seq.sequence_id, tokens, tuple(seq.block_ids[:num_blocks]))
 
     def _failed(self, entry: Entry, error: BatonError, now: float) -> Failed:
         self._retire(entry, now)
         return Failed(entry.sequence_id, Failure.of(error))
 
     def _retire(self, entry: Entry, now: float) -> None:
-        """Take the sequence out of the schedule; its blocks go back once no step and no reader outside has them."""
+        """The sequence is over; its blocks go back once no step and no reader outside has them."""
         if entry.phase is Phase.WAITING:
             self._waiting.remove(entry)
         elif entry.phase is Phase.ACTIVE:
             self._active.remove(entry)
-        entry.phase = Phase.HELD
+        entry.phase = Phase.ENDED
         holds = bool(entry.sequence.block_ids)
         if entry.num_flights:
             return

@@ -1,4 +1,4 @@
-"""What the scheduler hands to the runner and gets back: live sequences, step plans, sampled tokens. No torch."""
+"""What the scheduler hands to the runner and gets back: live sequences, step plans, drawn tokens. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.types import PositionLogprobs, SamplingParams, SequenceSpec
+from baton.types import PositionLogprobs, SamplingParams, SequenceSpec, TokenChunk
 
 
 class TokenMask(Protocol):
@@ -30,8 +30,8 @@ class Sequence:
         self.spec = spec
         # Prompt, then generated tokens.
         self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.generated_token_ids]
-        # Block i holds the KV of positions [i * block_tokens, (i + 1) * block_tokens).
-        self.block_ids: list[int] = []
+        # Block i holds the KV of positions [i * block_tokens, (i + 1) * block_tokens). The pool's own list, not a copy.
+        self.block_ids: Seq[int] = ()
         # Tokens whose KV is in the blocks.
         self.num_computed = 0
         # None allows all. The host has to know a token before it can tell the mask behind it.
@@ -50,8 +50,8 @@ class Sequence:
 class Piece:
     """One sequence's part of a step: tokens at positions [start, start + num_tokens) are computed.
 
-    If ``samples``, the token at position ``end`` is drawn from the last row's logits. A piece that starts where the
-    known tokens end computes the token that the step launched before this one draws.
+    If ``samples``, tokens from position ``end`` on are drawn. A piece that starts where the known tokens end computes
+    the token that the step launched before this one draws.
     """
 
     sequence: Sequence
@@ -64,8 +64,8 @@ class Piece:
         return self.start + self.num_tokens
 
     @property
-    def is_fed(self) -> bool:
-        """The token is not known to the host yet: to be asked when the step is launched, and not later."""
+    def token_is_on_device(self) -> bool:
+        """The host does not know the token yet; true only until the step before this one is applied."""
         return self.start == len(self.sequence.token_ids)
 
 
@@ -80,20 +80,20 @@ class StepPlan:
         return sum([p.num_tokens for p in self.pieces])
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The token drawn for a piece that samples."""
-
-    token_id: int
-    logprobs: PositionLogprobs | None = None
+def drawn_chunk(sequence: Sequence, token_id: int, logprobs: PositionLogprobs | None) -> TokenChunk:
+    """One token, drawn behind all that ``sequence`` has."""
+    reports = () if logprobs is None else (logprobs,)
+    return TokenChunk(sequence.sequence_id, sequence.num_generated, (token_id,), reports)
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """By sequence id, one entry in one of the two for every piece that samples."""
 
-    sampled: dict[str, Sampled] = field(default_factory=dict)
-    # Why there is no token for this sequence; its neighbours have theirs.
+    # The drawn tokens, at least one, as if none ended the sequence: the scheduler decides that. The KV of all of them
+    # but the last is in the sequence's blocks.
+    sampled: dict[str, TokenChunk] = field(default_factory=dict)
+    # Why there is no token for this sequence; the other sequences of the step have theirs.
     failed: dict[str, Exception] = field(default_factory=dict)
 
 

@@ -16,7 +16,7 @@ from enum import Enum
 from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded
 from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Output, Started
+from engine.schedule import Failed, Handoff, Output, Started
 
 # -- events
 
@@ -83,6 +83,7 @@ Event = (
     | Defect
     | Started
     | Output
+    | Handoff
     | Failed
 )
 
@@ -188,6 +189,11 @@ class PrefillMachine:
                 return self._started(relay, sequence_id, block_ids)
             case Output():
                 return self._output(relay, event)
+            case Handoff(sequence_id, tokens):
+                if relay.phase is not Phase.COMPUTING:
+                    return []
+                relay.phase = Phase.COMMITTING
+                return [CommitPush(sequence_id, tokens)]
             case Failed(sequence_id, failure) | Defect(sequence_id, failure):
                 return self._fail(relay, sequence_id, failure)
             case PushRefused(sequence_id, failure):
@@ -254,9 +260,6 @@ class PrefillMachine:
         elif is_last:
             relay.phase = Phase.ABORTING
             actions.append(AbortPush(sequence_id, "the first token ended the request"))
-        else:
-            relay.phase = Phase.COMMITTING
-            actions.append(CommitPush(sequence_id, event.chunk))
         return actions
 
     def _committed(self, relay: _Relay, sequence_id: str, report: TransferReport) -> list[Action]:

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from baton.types import SamplingParams, SequenceSpec
+from baton.types import PositionLogprobs, SamplingParams, SequenceSpec, TokenChunk
 from engine.runner import Runner
-from engine.step import Piece, Sampled, Sequence, StepPlan
+from engine.step import Piece, Sequence, StepPlan
 
 
 def spec(
@@ -34,7 +34,7 @@ class Run:
 
     token_ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    sampled: list[Sampled] = field(default_factory=list)
+    sampled: list[tuple[tuple[int, ...], tuple[PositionLogprobs, ...]]] = field(default_factory=list)
 
 
 class Driver:
@@ -59,12 +59,12 @@ class Driver:
 
     def grow(self, sequence: Sequence, num_tokens: int) -> None:
         while len(sequence.block_ids) < self.runner.layout.blocks_for(num_tokens):
-            sequence.block_ids.append(self._free.pop())
+            sequence.block_ids = [*sequence.block_ids, self._free.pop()]
 
     def remove(self, sequence: Sequence) -> None:
-        self._poison(sequence.block_ids)
+        self._poison(list(sequence.block_ids))
         self._free[:0] = sequence.block_ids
-        sequence.block_ids = []
+        sequence.block_ids = ()
         self.runner.forget(sequence.sequence_id)
 
     def piece(self, sequence: Sequence, chunk: int) -> Piece:
@@ -73,7 +73,7 @@ class Driver:
         self.grow(sequence, sequence.num_computed + count)
         return Piece(sequence, sequence.num_computed, count, samples=count == left)
 
-    def step(self, pieces: Seq[Piece]) -> tuple[dict[str, Sampled], dict[str, Tensor]]:
+    def step(self, pieces: Seq[Piece]) -> tuple[dict[str, TokenChunk], dict[str, Tensor]]:
         """One plan; sampled tokens are appended. Returns what was sampled and from which logits, by sequence id."""
         plan = StepPlan(tuple(pieces))
         launched = self.runner.launch(plan)
@@ -82,7 +82,7 @@ class Driver:
         for piece in pieces:
             piece.sequence.num_computed += piece.num_tokens
             if piece.samples:
-                piece.sequence.token_ids.append(sampled[piece.sequence.sequence_id].token_id)
+                piece.sequence.token_ids += sampled[piece.sequence.sequence_id].token_ids
         return sampled, rows
 
     def generate(self, sequence_spec: SequenceSpec, *, chunk: int = 1 << 30, neighbours: Crowd | None = None) -> Run:
@@ -95,8 +95,9 @@ class Driver:
                 pieces = neighbours.around(self, pieces[0])
             sampled, logits = self.step(pieces)
             if sequence.sequence_id in sampled:
-                run.sampled.append(sampled[sequence.sequence_id])
-                run.token_ids.append(sampled[sequence.sequence_id].token_id)
+                drawn = sampled[sequence.sequence_id]
+                run.sampled.append((drawn.token_ids, drawn.logprobs))
+                run.token_ids += sampled[sequence.sequence_id].token_ids
                 run.logits.append(logits[sequence.sequence_id])
         self.remove(sequence)
         if neighbours is not None:

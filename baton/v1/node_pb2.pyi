@@ -106,10 +106,11 @@ class LedgerResponse(_message.Message):
         """Sequence id."""
         state: _builtins.str
         """"prompt" (queued or computing), "sending" (held until decode acknowledges), "leased" (waiting for bytes),
-        "running" (decoding), "quarantined" (a writer may still reach them).
+        "running" (decoding), "quarantined" (a writer may still reach them), "cached" (of no sequence, kept for prompts
+        that begin alike).
         """
         num_blocks: _builtins.int
-        """How many it holds."""
+        """How many it holds; a block that several hold counts for the oldest of them."""
         epoch: _builtins.int
         """Lease epoch, 0 where there is none."""
         age_s: _builtins.float

@@ -45,6 +45,9 @@ class Kernels(Protocol):
     quantization: str
     # The device of weights, cache and activations.
     device: torch.device
+    # Whether a token's keys and values have the same bits computed in a prompt and as a generated token. Where not, KV
+    # of generated tokens does not serve as a prompt's, and generated tokens are not verified as a prompt.
+    phases_agree: bool
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         """Prepare a layer for repeated use; weight [out, in] is not referenced if the kernel makes its own copy."""

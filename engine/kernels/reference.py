@@ -26,6 +26,7 @@ _ROW_MULTIPLE = 8
 class ReferenceKernels:
     name = "reference"
     quantization = "none"
+    phases_agree = True
     device = torch.device("cpu")
 
     def __init__(self, *, quantization: str = "none") -> None:

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from baton.node_messages import CancelAsked, HandedOff, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Output, PrefillTimes, Started
+from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node import machine as m
 
 BOOM = Failure("InternalError", "boom", retryable=False)
@@ -119,6 +119,8 @@ class PrefillWorld(RuleBasedStateMachine):
         chunk = TokenChunk(name, world.num_tokens, (7,), finish_reason=finish)
         world.num_tokens += 1
         self.feed(Output(name, chunk, times))
+        if world.has_lease and not ends:
+            self.feed(Handoff(name, chunk, (4,)))
 
     @precondition(lambda self: self.names(lambda w: w.engine == "computing"))
     @rule(data=st.data())

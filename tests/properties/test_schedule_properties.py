@@ -1,11 +1,13 @@
-"""Scheduler and FakeRunner under random arrivals, leases, cancels, failures and memory pressure.
+"""Scheduler and FakeRunner under random arrivals, leases, holds, cancels, failures and memory pressure.
 
 What holds whatever the order: blocks are conserved; every sequence that is not cancelled or failed yields exactly the
-tokens of the oracle, once each and in order; a plan keeps to its limits; no block of a running step is handed out;
-and when arrivals stop, everything comes to an end with all blocks free. All of it one step at a time, and with a second
-step planned and launched while one runs on a device that computes as late as it may.
+tokens of the oracle, once each and in order, also when it is held at any moment and then resumed or handed over; a plan
+keeps to its limits; no block of a running step is handed out; and when arrivals stop, everything comes to an end with
+all blocks free. All of it one step at a time, and with a second step planned and launched while one runs on a device
+that computes as late as it may; with one token per sample, and with several.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +20,7 @@ from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
 from engine.fake import FakeRunner, expected_tokens
 from engine.replica import StepUnderway
-from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
+from engine.schedule import EngineEvent, Failed, Handoff, Output, Scheduler, SchedulerConfig, Started
 from engine.step import StepPlan
 
 BLOCK_TOKENS = 4
@@ -49,16 +51,21 @@ class Flight(NamedTuple):
 
 class SchedulerMachine(RuleBasedStateMachine):
     overlaps = False
+    max_drawn = 1
 
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(NUM_BLOCKS)
         self.scheduler = Scheduler(CONFIG, self.pool)
-        self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps)
+        self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps, max_drawn=self.max_drawn)
         self.specs: dict[str, SequenceSpec] = {}
         self.tokens: dict[str, list[int]] = {}
+        # They will be heard of again.
         self.open: set[str] = set()
+        # Told to stop: their blocks stay until they are released.
         self.hands_off: set[str] = set()
+        # Of them, those that stopped: to be released, resumed or handed over.
+        self.held: set[str] = set()
         self.leased: set[str] = set()
         self.flights: list[Flight] = []
         self.now = 0.0
@@ -120,18 +127,28 @@ class SchedulerMachine(RuleBasedStateMachine):
     def arrive(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.leased)))
         self.leased.remove(name)
+        expected = expected_tokens(self.specs[name], LAYOUT, VOCAB)
+        known = len(self.specs[name].generated_token_ids)
+        # The KV of one token more than the known ones has room.
+        count = data.draw(st.integers(1, max(1, min(2, len(expected) - 1 - known))))
+        first = data.draw(st.integers(0, known))
+        self.tokens[name] = expected[: known + count]
         self.fill(name)
-        first = expected_tokens(self.specs[name], LAYOUT, VOCAB)[0]
-        self.tokens[name].append(first)
-        self.scheduler.join(name, TokenChunk(name, 0, (first,)), self.now)
+        self.scheduler.join(name, TokenChunk(name, first, tuple(expected[first : known + count])), self.now)
+
+    def cells(self, name: str, blocks: Sequence[int]) -> list[tuple[int, int]]:
+        """(cell of the arena, what it holds) for the KV of all tokens but the newest."""
+        known = [*self.specs[name].prompt_token_ids, *self.tokens[name]][:-1]
+        return [
+            (LAYOUT.offset(layer, blocks[at // BLOCK_TOKENS]) // 4 + at % BLOCK_TOKENS, token + 1 + layer)
+            for layer in range(LAYOUT.num_layers)
+            for at, token in enumerate(known)
+        ]
 
     def fill(self, name: str) -> None:
-        """Write the KV of the known tokens as the other node would have."""
-        blocks = self.pool.block_ids(name)
-        for layer in range(LAYOUT.num_layers):
-            for position, token in enumerate(self.specs[name].prompt_token_ids):
-                block, rest = blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS
-                self.runner._cells[LAYOUT.offset(layer, block) // 4 + rest] = token + 1 + layer
+        """Write the KV as the other node would have."""
+        for cell, value in self.cells(name, self.pool.block_ids(name)):
+            self.runner._cells[cell] = value
 
     @precondition(lambda self: self.leased)
     @rule(data=st.data(), fenced=st.booleans())
@@ -143,6 +160,45 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.quarantine(name, self.now)
             assert self.pool.state_of(name) is BlockState.QUARANTINED
         self.scheduler.return_lease(name)
+
+    @precondition(lambda self: self.open - self.leased)
+    @rule(data=st.data())
+    def hold(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.open - self.leased)))
+        self.scheduler.hold(name)
+        self.hands_off.add(name)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data())
+    def resume(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.held)))
+        self.scheduler.resume(name, self.now)
+        self.held.remove(name)
+        self.hands_off.remove(name)
+        self.open.add(name)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), num_unknown=st.integers(1, 9))
+    def hand_over(self, data: st.DataObject, num_unknown: int) -> None:
+        """Another node goes on; here the other node is this one. All but ``num_unknown`` tokens it knows already."""
+        name = data.draw(st.sampled_from(sorted(self.held)))
+        spec, tokens = self.specs[name], self.tokens[name]
+        self.num_made += 1
+        known = tuple(tokens[: max(0, len(tokens) - num_unknown)])
+        other = SequenceSpec(f"s{self.num_made}", spec.prompt_token_ids, spec.sampling, known)
+        try:
+            blocks = self.scheduler.reserve(other, self.now)
+        except Overloaded:
+            return
+        self.register(other)
+        self.leased.add(other.sequence_id)
+        if len(blocks) * BLOCK_TOKENS < len(spec.prompt_token_ids) + len(tokens) - 1:
+            return
+        self.leased.remove(other.sequence_id)
+        self.tokens[other.sequence_id] = list(tokens)
+        self.fill(other.sequence_id)
+        chunk = TokenChunk(other.sequence_id, len(known), tuple(tokens[len(known) :]))
+        self.scheduler.join(other.sequence_id, chunk, self.now)
 
     @precondition(lambda self: self.open - self.leased)
     @rule(data=st.data())
@@ -159,6 +215,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         held = sorted(name for name in self.hands_off if name in self.pool and name not in self.open)
         self.hands_off.remove(name := data.draw(st.sampled_from(held)))
+        self.held.discard(name)
+        if data.draw(st.booleans()):
+            self.scheduler.cancel(name, self.now)
         self.scheduler.release(name, self.now)
 
     @precondition(lambda self: len(self.flights) <= self.overlaps)
@@ -174,10 +233,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len({p.sequence.sequence_id for p in plan.pieces}) == len(plan.pieces)
             blocks = {p.sequence.sequence_id: list(p.sequence.block_ids) for p in plan.pieces}
             self.flights.append(Flight(plan, self.runner.launch(plan), blocks))
+        self.absorb([event for event in events if not isinstance(event, Started)])
         for event in events:
-            assert isinstance(event, Started)
-            assert event.sequence_id in self.hands_off
-            assert len(event.block_ids) == CONFIG.blocks_for(self.specs[event.sequence_id].num_known_tokens)
+            if isinstance(event, Started):
+                assert event.sequence_id in self.hands_off
+                assert event.block_ids == tuple(self.pool.block_ids(event.sequence_id))
 
     @precondition(lambda self: self.flights)
     @rule()
@@ -205,11 +265,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 expected = expected_tokens(self.specs[event.sequence_id], LAYOUT, VOCAB)
                 assert tokens == expected[: len(tokens)]
                 assert (event.chunk.finish_reason is not None) == (len(tokens) == len(expected))
-                if event.chunk.finish_reason is not None or event.sequence_id in self.hands_off:
+                if event.chunk.finish_reason is not None:
                     self.open.remove(event.sequence_id)
+            elif isinstance(event, Handoff):
+                self.stopped(event)
             else:
                 assert isinstance(event, Failed)
                 self.open.remove(event.sequence_id)
+
+    def stopped(self, event: Handoff) -> None:
+        name = event.sequence_id
+        assert name in self.hands_off
+        assert name not in {owner for flight in self.flights for owner in flight.blocks}, "a step may still write"
+        known = len(self.specs[name].generated_token_ids)
+        assert event.tokens == TokenChunk(name, known, tuple(self.tokens[name][known:]))
+        assert all(self.runner._cells[cell] == value for cell, value in self.cells(name, event.block_ids))
+        self.open.remove(name)
+        self.held.add(name)
 
     def blocks_in_flight(self) -> set[int]:
         return {b for flight in self.flights for blocks in flight.blocks.values() for b in blocks}
@@ -229,6 +301,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(1000):
             for name in sorted(self.hands_off - self.open):
                 self.scheduler.release(name, self.now)
+            self.held.clear()
             if len(self.flights) <= self.overlaps:
                 self.schedule()
             if self.flights:
@@ -244,10 +317,22 @@ class OverlapMachine(SchedulerMachine):
     overlaps = True
 
 
+class DraftingMachine(SchedulerMachine):
+    max_drawn = 3
+
+
+class DraftingOverlapMachine(OverlapMachine):
+    max_drawn = 3
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=60)
 TestOverlap = OverlapMachine.TestCase
 TestOverlap.settings = settings(max_examples=80, stateful_step_count=60)
+TestDrafting = DraftingMachine.TestCase
+TestDrafting.settings = settings(max_examples=40, stateful_step_count=60)
+TestDraftingOverlap = DraftingOverlapMachine.TestCase
+TestDraftingOverlap.settings = settings(max_examples=40, stateful_step_count=60)
 
 
 def test_what_never_fits_is_refused_at_once() -> None:

@@ -38,5 +38,5 @@ def test_only_newest_generated_tokens_are_decodes() -> None:
 
 def test_a_token_that_is_being_drawn_is_named_by_its_row() -> None:
     fed = Piece(piece(3, 2, 4).sequence, 5, 1, samples=True)
-    assert fed.is_fed
+    assert fed.token_is_on_device
     assert decode_rows(StepPlan((piece(3, 2, 4), fed)), {"a": 6}) == [(101, 4, 3, [7]), (~6, 5, 3, [7])]

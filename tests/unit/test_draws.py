@@ -139,6 +139,6 @@ def test_a_mask_lies_in_its_row_and_one_that_cannot_be_made_fails_its_sequence()
 )
 def test_what_was_not_drawn_fails_alone(drawn: int, error: type[Exception], words: str) -> None:
     result = drawn_results([sequence("a"), sequence("b")], [drawn, 5], {})
-    assert result.sampled["b"].token_id == 5
+    assert result.sampled["b"].token_ids == (5,)
     assert isinstance(result.failed["a"], error)
     assert words in str(result.failed["a"])

@@ -24,7 +24,7 @@ def sequence(name: str = "a", prompt: tuple[int, ...] = (1, 2), generated: tuple
 
 
 def sample_one(logits: torch.Tensor, live: Sequence) -> int:
-    return Sampler(logits.shape[-1]).sample(logits[None], [live]).sampled[live.sequence_id].token_id
+    return Sampler(logits.shape[-1]).sample(logits[None], [live]).sampled[live.sequence_id].token_ids[0]
 
 
 def test_uniform_is_philox_with_known_answers() -> None:
@@ -120,16 +120,16 @@ def test_penalty_state_follows_the_tokens_also_when_a_sequence_starts_over() -> 
     live = sequence(repetition_penalty=1.5, frequency_penalty=0.5)
     for _ in range(6):
         logits = torch.randn(VOCAB, generator=generator)
-        token = sampler.sample(logits[None], [live]).sampled["a"].token_id
+        token = sampler.sample(logits[None], [live]).sampled["a"].token_ids[0]
         assert token == sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
         live.token_ids.append(token)
     del live.token_ids[4:]
     logits = torch.randn(VOCAB, generator=generator)
     expected = sample_one(logits, sequence(generated=tuple(live.token_ids[2:]), **_options(live)))
-    assert sampler.sample(logits[None], [live]).sampled["a"].token_id == expected
+    assert sampler.sample(logits[None], [live]).sampled["a"].token_ids[0] == expected
     sampler.forget("a")
     sampler.forget("never seen")
-    assert sampler.sample(logits[None], [live]).sampled["a"].token_id == expected
+    assert sampler.sample(logits[None], [live]).sampled["a"].token_ids[0] == expected
 
 
 def _options(live: Sequence) -> dict[str, object]:

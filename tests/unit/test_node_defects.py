@@ -21,7 +21,6 @@ from baton.node_messages import NodeMessage
 from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
-from engine.step import Sampled
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.protocol.receiver import Arrived, Released
 from worker.session import SessionHost
@@ -61,7 +60,11 @@ async def tokens_of(router: Router, name: str) -> list[int]:
                     return found
 
 
-@pytest.mark.parametrize("nonsense", [Sampled(-1), Sampled(1, UNSAYABLE), Raising()], ids=["id", "logprobs", "raises"])
+@pytest.mark.parametrize(
+    "nonsense",
+    [TokenChunk("bad", 0, (-1,)), TokenChunk("bad", 0, (1,), (UNSAYABLE,)), Raising()],
+    ids=["id", "logprobs", "raises"],
+)
 @pytest.mark.parametrize("max_tokens", [1, 50])
 async def test_a_token_that_cannot_be_taken_in_or_said(nonsense: Any, max_tokens: int) -> None:
     async with running_node(step_delay_s=0.005) as node, session(node.address, "prefill") as router:
@@ -117,7 +120,7 @@ async def test_a_decoded_token_that_cannot_be_said_gives_its_blocks_back() -> No
         bad = spec("bad", 10, max_tokens=100)
         await router.reserve(bad)
         await router.until("reserved")
-        node.runner.nonsense["bad"] = Sampled(1, UNSAYABLE)
+        node.runner.nonsense["bad"] = TokenChunk("bad", 1, (1,), (UNSAYABLE,))
         arrive(node, fill(node, bad))
         assert (await router.until("failed")).sequence_id == "bad"
         await node.until(lambda: set(node.states()) == {"good"})

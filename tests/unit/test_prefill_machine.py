@@ -4,7 +4,7 @@ import pytest
 
 from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Output, PrefillTimes, Started
+from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node.machine import (
     AbortPush,
     Action,
@@ -39,11 +39,12 @@ ID = SPEC.sequence_id
 RUN = RunAsked(1, SPEC, LEASE)
 STARTED = Started(ID, (3, 4))
 TOKEN = Output(ID, FIRST, TIMES)
+HANDOFF = Handoff(ID, FIRST, (3, 4))
 CANCEL = CancelAsked(1, ID, "client left")
 # The way to each phase.
 QUEUED: list[Event] = [RUN]
 COMPUTING: list[Event] = [*QUEUED, STARTED]
-COMMITTING: list[Event] = [*COMPUTING, TOKEN]
+COMMITTING: list[Event] = [*COMPUTING, TOKEN, HANDOFF]
 ABORTING: list[Event] = [*COMPUTING, CANCEL]
 STAYING: list[Event] = [RunAsked(1, SPEC, None)]
 
@@ -59,7 +60,8 @@ def test_the_whole_relay() -> None:
     machine = PrefillMachine("p0")
     assert machine.handle(RUN, 0.0) == [Submit(SPEC, hands_off=True)]
     assert machine.handle(STARTED, 0.0) == [BeginPush(ID, LEASE, (3, 4), 4)]
-    assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST), CommitPush(ID, FIRST)]
+    assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
+    assert machine.handle(HANDOFF, 0.0) == [CommitPush(ID, FIRST)]
     assert machine.handle(PushCommitted(ID, REPORT), 0.0) == [ReleaseBlocks(ID), Send(1, HandedOff(ID, REPORT))]
     assert machine.num_sequences == 0
 

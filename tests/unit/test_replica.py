@@ -11,7 +11,7 @@ from baton.types import FinishReason, KvLayout, Role, SamplingParams, SequenceSp
 from engine.blocks import BlockPool
 from engine.fake import FakeRunner, expected_tokens
 from engine.replica import Replica
-from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
+from engine.schedule import EngineEvent, Failed, Handoff, Output, Scheduler, SchedulerConfig, Started
 
 LAYOUT = KvLayout(3, 64, 1, 1, 4, "float32")
 WAIT_S = 10.0
@@ -268,8 +268,7 @@ def test_waiting_for_memory_is_not_a_stall() -> None:
     with replica(max_batch_tokens=200) as (engine, _):
         for name in ("a", "b"):
             engine.submit(spec(name, 130), hands_off=True, listener=inbox.listen)
-        assert isinstance(inbox.next(), Started)
-        assert isinstance(inbox.next(), Output)
+        assert [type(inbox.next()) for _ in range(3)] == [Started, Output, Handoff]
         while engine.status(Role.PREFILL).stalled_s:
             threading.Event().wait(0.001)
         assert engine.status(Role.PREFILL).num_waiting == 1
@@ -292,6 +291,46 @@ def test_lease_join_and_decode() -> None:
         expected = expected_tokens(s, LAYOUT)
         engine.join("a", TokenChunk("a", 0, (expected[0],)), inbox.listen)
         assert inbox.tokens() == expected[1:]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_hold_then_attach_then_resume(overlaps: bool) -> None:
+    inbox, recorder, one = Inbox(), Recorder(), spec("a", 9, max_tokens=150)
+    with replica(overlaps=overlaps) as (engine, _):
+        engine.submit(one, hands_off=False, listener=inbox.listen)
+        found: list[int] = []
+        for _ in range(3):
+            event = inbox.next()
+            assert isinstance(event, Output)
+            found += event.chunk.token_ids
+        engine.hold("a")
+        while isinstance(event := inbox.next(), Output):
+            found += event.chunk.token_ids
+        assert isinstance(event, Handoff)
+        assert event.tokens.token_ids == tuple(found)
+        assert len(event.block_ids) == engine.blocks_for(9 + len(found) - 1)
+        engine.attach("a", recorder)
+        assert recorder.told == [(layer, len(event.block_ids)) for layer in range(LAYOUT.num_layers)]
+        engine.resume("a")
+        assert found + inbox.tokens() == expected_tokens(one, LAYOUT)
+        engine.attach("a", recorder)
+        assert len(recorder.told) == LAYOUT.num_layers
+        assert engine.ledger()[1] == 64
+
+
+def test_hold_of_one_that_nothing_is_computed_for_is_told_at_once() -> None:
+    """The engine thread sleeps; it wakes up to tell."""
+    inbox = Inbox()
+    with replica() as (engine, _):
+        engine.submit(spec("a", max_tokens=9), hands_off=True, listener=inbox.listen)
+        assert [type(inbox.next()) for _ in range(3)] == [Started, Output, Handoff]
+        engine.resume("a")
+        engine.hold("a")
+        while isinstance(event := inbox.next(), Output):
+            assert event.chunk.finish_reason is None
+        assert isinstance(event, Handoff)
+        engine.release("a")
+        assert engine.ledger()[1] == 64
 
 
 def test_draining_refuses_new_work_and_finishes_the_old() -> None:

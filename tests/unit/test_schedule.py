@@ -1,12 +1,12 @@
-from collections.abc import Sequence
+from collections.abc import Sequence as Seq
 
 import pytest
 
 from baton.errors import BadConfig, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
 from baton.types import FinishReason, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
-from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig, Started
-from engine.step import Sampled, StepPlan, StepResult
+from engine.schedule import EngineEvent, Failed, Handoff, Output, Scheduler, SchedulerConfig, Started, final_blocks
+from engine.step import Piece, Sequence, StepPlan, StepResult
 
 
 def spec(
@@ -40,7 +40,11 @@ def shape(plan: StepPlan | None) -> list[tuple[str, int, int, bool]]:
 
 
 def drawn(plan: StepPlan, token: int = 1) -> StepResult:
-    return StepResult({p.sequence.sequence_id: Sampled(token) for p in plan.pieces if p.samples})
+    return StepResult({p.sequence.sequence_id: chunk_of(p, (token,)) for p in plan.pieces if p.samples})
+
+
+def chunk_of(piece: Piece, token_ids: tuple[int, ...]) -> TokenChunk:
+    return TokenChunk(piece.sequence.sequence_id, piece.sequence.num_generated, token_ids)
 
 
 def step(s: Scheduler, token: int = 1) -> tuple[list[tuple[str, int, int, bool]], list[EngineEvent]]:
@@ -92,15 +96,15 @@ def test_a_step_is_planned_over_tokens_that_are_being_drawn() -> None:
     first, second = launch(s), launch(s)
     assert shape(first) == [("a", 0, 16, False)]
     assert shape(second) == [("a", 16, 5, True)]
-    assert not second.pieces[0].is_fed
+    assert not second.pieces[0].token_is_on_device
     land(s, first)
     third = launch(s)
     assert shape(third) == [("a", 21, 1, True)]
-    assert third.pieces[0].is_fed
+    assert third.pieces[0].token_is_on_device
     (output,) = land(s, second, 7)
     assert isinstance(output, Output)
     assert (output.chunk.token_ids, output.prefill is None) == ((7,), False)
-    assert not third.pieces[0].is_fed
+    assert not third.pieces[0].token_is_on_device
     # The third token is the last whatever the second one is.
     fourth = launch(s)
     assert shape(fourth) == [("a", 22, 1, True)]
@@ -118,14 +122,14 @@ def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> N
     s.add(spec("a", 4, stop=(9,)), hands_off=False, now=0.0)
     s.add(spec("b", 4), hands_off=False, now=0.0)
     first, second = launch(s), launch(s)
-    assert s.pool.num_used == 4
+    assert s.pool.num_held == 4
     if how == "cancel":
         s.cancel("a", 0.0)
     events = s.fail(first, InternalError("boom"), 0.0) if how == "fail" else land(s, first, 9)
     assert len(events) == (1 if how == "cancel" else 2)
     # Its blocks stay until the second step is over; nobody gets them before.
-    assert s.is_in_flight("a")
-    assert s.pool.num_used == 4
+    assert s._entries["a"].num_flights == 1
+    assert s.pool.num_held == 4
     third, _ = s.schedule(0.0)
     assert (third is None) == (how == "fail")
     events = land(s, second)
@@ -141,7 +145,7 @@ def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> N
 
 def test_a_sequence_whose_mask_waits_for_the_host_sits_out_alone() -> None:
     class AllowAll:
-        def bits(self, token_ids: Sequence[int]) -> bytes:
+        def bits(self, token_ids: Seq[int]) -> bytes:
             return b"\xff" * 4
 
     s = scheduler()
@@ -221,10 +225,9 @@ def test_finish_at_the_first_token(
     for hands_off in (False, True):
         s = scheduler()
         s.add(spec("a", 5, max_tokens, stop=(9,), min_tokens=min_tokens), hands_off=hands_off, now=0.0)
-        *_, output = step(s, drawn_token)[1]
-        assert isinstance(output, Output)
+        (output,) = (e for e in step(s, drawn_token)[1] if isinstance(e, Output))
         assert output.chunk.finish_reason is expected
-        assert s.pool.num_used == (2 if hands_off or expected is None else 0)
+        assert s.pool.num_held == (2 if hands_off or expected is None else 0)
 
 
 def test_resumed_tokens_are_computed_but_counted_as_output() -> None:
@@ -242,27 +245,131 @@ def test_resumed_tokens_are_computed_but_counted_as_output() -> None:
 def test_a_handed_off_sequence_holds_its_blocks_until_released() -> None:
     s = scheduler()
     s.add(spec("a", 9), hands_off=True, now=0.0)
-    told, (started, output) = step(s)
+    told, (started, output, handoff) = step(s, token=7)
     assert told == [("a", 0, 9, True)]
     assert started == Started("a", (0, 1, 2))
     assert isinstance(output, Output)
+    assert handoff == Handoff("a", TokenChunk("a", 0, (7,)), (0, 1, 2))
     assert s.pool.state_of("a") is BlockState.SENDING
-    assert step(s)[0] == []
+    assert step(s) == ([], [])
     s.cancel("a", 0.0)
-    assert s.pool.num_used == 3
+    assert s.pool.num_held == 3
     s.release("a", 0.0)
     s.release("a", 0.0)
-    assert s.pool.num_used == 0
-    assert s.num_final_blocks("a") == 0
+    assert s.pool.num_held == 0
 
 
 def test_final_blocks_are_whole_until_the_prompt_is_complete() -> None:
-    s = scheduler(max_batch_tokens=10)
-    s.add(spec("a", 15), hands_off=True, now=0.0)
+    sequence = Sequence(spec("a", 13, generated=(1, 2)))
+    assert [final_blocks(sequence, n, 4) for n in (0, 3, 4, 11, 12, 14, 15)] == [0, 0, 1, 2, 3, 3, 4]
+
+
+def test_a_sequence_that_decodes_is_held_at_once_and_resumed() -> None:
+    s = scheduler()
+    s.add(spec("a", 7, max_tokens=5), hands_off=False, now=0.0)
+    step(s, token=7)
+    step(s, token=8)
+    s.hold("a")
+    # Two blocks hold the KV of all nine tokens but the last.
+    assert s.schedule(0.0) == (None, [Handoff("a", TokenChunk("a", 0, (7, 8)), (0, 1))])
+    assert s.pool.state_of("a") is BlockState.SENDING
+    s.check()
+    assert step(s) == ([], [])
+    s.resume("a", 0.0)
+    assert s.pool.state_of("a") is BlockState.RUNNING
+    assert step(s, token=9)[0] == [("a", 8, 1, True)]
+    s.cancel("a", 0.0)
+    assert s.num_sequences == 0, "without a reader outside the blocks go back at once"
+
+
+def test_hold_waits_for_both_steps_under_way_and_tells_the_tokens_of_both() -> None:
+    s = scheduler()
+    s.add(spec("a", 4), hands_off=False, now=0.0)
+    first, second = launch(s), launch(s)
+    s.hold("a")
+    s.hold("a")
+    assert [type(e) for e in land(s, first, 7)] == [Output]
+    assert s.schedule(0.0) == (None, [])
+    output, handoff = land(s, second, 8)
+    assert isinstance(output, Output)
+    assert handoff == Handoff("a", TokenChunk("a", 0, (7, 8)), (0, 1))
+    s.release("a", 0.0)
+    assert s.pool.num_free == 64
+
+
+def test_hold_of_one_that_waits_or_is_unknown_or_ends() -> None:
+    s = scheduler(num_blocks=4)
+    s.hold("unknown")
+    s.add(spec("a", 7, max_tokens=2), hands_off=False, now=0.0)
+    s.hold("a")
+    _, events = step(s, token=7)
+    assert [type(e) for e in events] == [Started, Output, Handoff]
+    s.resume("a", 0.0)
+    plan = launch(s)
+    s.hold("a")
+    (output,) = land(s, plan)
+    assert isinstance(output, Output)
+    assert output.chunk.finish_reason is FinishReason.LENGTH
+    assert s.pool.num_held == 2, "whatever it came to, the blocks stay until release"
+    with pytest.raises(InternalError, match="a is not held"):
+        s.resume("a", 0.0)
+    s.release("a", 0.0)
+    with pytest.raises(InternalError, match="a is not held"):
+        s.resume("a", 0.0)
+    assert s.pool.num_held == 0
+
+
+def test_one_that_is_resumed_without_a_slot_waits_and_is_computed_again() -> None:
+    s = scheduler(max_num_seqs=2)
+    s.add(spec("a", 7), hands_off=True, now=0.0)
+    step(s, token=7)
+    s.add(spec("b", 3, max_tokens=3), hands_off=False, now=0.0)
     step(s)
-    assert s.num_final_blocks("a") == 2
+    s.resume("a", 0.0)
+    assert s.load().num_waiting == 1
+    assert step(s)[0] == [("b", 3, 1, True)]
     step(s)
-    assert s.num_final_blocks("a") == 4
+    assert step(s)[0] == [("a", 0, 8, True)]
+
+
+def test_a_sample_of_several_tokens_ends_where_its_tokens_say() -> None:
+    s = scheduler()
+    s.add(spec("a", 5, max_tokens=6, stop=(9,)), hands_off=False, now=0.0)
+    plan = launch(s)
+    (output,) = s.apply(plan, StepResult({"a": chunk_of(plan.pieces[0], (5, 6, 7))}), 0.0)
+    assert isinstance(output, Output)
+    assert output.chunk == TokenChunk("a", 0, (5, 6, 7))
+    s.check()
+    plan, ahead = launch(s), launch(s)
+    # The KV of 5 and 6 is there.
+    assert shape(plan) == [("a", 7, 1, True)]
+    assert s.apply(plan, StepResult({"a": chunk_of(plan.pieces[0], (8,))}), 0.0) != []
+    assert shape(ahead) == [("a", 8, 1, True)]
+    (output,) = s.apply(ahead, StepResult({"a": chunk_of(ahead.pieces[0], (4, 9, 3))}), 0.0)
+    assert isinstance(output, Output)
+    assert output.chunk == TokenChunk("a", 4, (4, 9), finish_reason=FinishReason.STOP)
+    assert s.pool.num_free == 64
+
+
+def test_a_step_ahead_of_a_sample_of_several_tokens_is_dropped() -> None:
+    s = scheduler()
+    s.add(spec("a", 5, max_tokens=8), hands_off=False, now=0.0)
+    first, ahead = launch(s), launch(s)
+    s.apply(first, StepResult({"a": chunk_of(first.pieces[0], (5, 6))}), 0.0)
+    assert s.apply(ahead, StepResult({"a": TokenChunk("a", 1, (6,))}), 0.0) == []
+    s.check()
+    assert shape(launch(s)) == [("a", 6, 1, True)]
+
+
+@pytest.mark.parametrize(
+    "wrong", [TokenChunk("a", 0, ()), TokenChunk("a", 1, (5,)), TokenChunk("a", 0, (1, 2, 3, 4, 5))]
+)
+def test_what_cannot_be_drawn_fails_that_sequence(wrong: TokenChunk) -> None:
+    s = scheduler()
+    s.add(spec("a", 5, max_tokens=8), hands_off=False, now=0.0)
+    (failed,) = s.apply(launch(s), StepResult({"a": wrong}), 0.0)
+    assert isinstance(failed, Failed)
+    assert (failed.failure.code, s.pool.num_free) == ("InternalError", 64)
 
 
 @pytest.mark.parametrize("hands_off", [False, True])
@@ -275,10 +382,10 @@ def test_cancel_during_a_step_returns_blocks_only_after_it(hands_off: bool) -> N
     s.cancel("a", 0.0)
     if hands_off:
         s.release("a", 0.0)
-    assert s.pool.num_used == 3
+    assert s.pool.num_held == 3
     s.check()
     assert s.apply(plan, drawn(plan), 0.0) == []
-    assert s.pool.num_used == 0
+    assert s.pool.num_held == 0
     assert s.num_sequences == 0
 
 
@@ -341,20 +448,45 @@ def test_lease_then_join_decodes_from_the_first_token() -> None:
     assert isinstance(output, Output)
     assert (output.chunk.index, output.prefill) == (1, None)
     step(s)
-    assert s.pool.num_used == 0
+    assert s.pool.num_held == 0
 
 
-def test_join_checks_the_token() -> None:
+@pytest.mark.parametrize(
+    ("known", "tokens"),
+    [((), TokenChunk("a", 0, (5, 6, 7))), ((5,), TokenChunk("a", 1, (6, 7))), ((5, 6), TokenChunk("a", 0, (5, 6, 7)))],
+)
+def test_join_takes_any_number_of_tokens(known: tuple[int, ...], tokens: TokenChunk) -> None:
     s = scheduler()
+    s.reserve(spec("a", 8, generated=known), 0.0)
+    s.join("a", tokens, 0.0)
+    told, (output,) = step(s, token=8)
+    assert told == [("a", 10, 1, True)]
+    assert isinstance(output, Output)
+    assert output.chunk == TokenChunk("a", 3, (8,))
+    s.hold("a")
+    _, (handoff,) = s.schedule(0.0)
+    assert isinstance(handoff, Handoff)
+    assert handoff.tokens == TokenChunk("a", len(known), ((5, 6, 7, 8))[len(known) :])
+
+
+def test_join_checks_the_tokens() -> None:
+    s = scheduler(vocab_size=1000)
     with pytest.raises(InternalError, match="without a lease"):
         s.join("a", TokenChunk("a", 0, (5,)), 0.0)
-    s.reserve(spec("a", 8), 0.0)
-    for wrong in (TokenChunk("a", 1, (5,)), TokenChunk("a", 0, (5, 6)), TokenChunk("a", 0, ())):
-        with pytest.raises(InvalidRequest, match="expected one unfinished token at index 0"):
-            s.join("a", wrong, 0.0)
+    s.reserve(spec("a", 8, max_tokens=9, generated=(3,)), 0.0)
+    ended = TokenChunk("a", 1, (5,), finish_reason=FinishReason.STOP)
+    wrong = [(2, (5,)), (0, (4, 5)), (1, ()), (0, (3,)), (1, (5,) * 8)]
+    for chunk in (*(TokenChunk("a", index, ids) for index, ids in wrong), ended):
+        with pytest.raises(InvalidRequest, match="expected unfinished tokens that continue the 1 generated ones"):
+            s.join("a", chunk, 0.0)
+    with pytest.raises(InvalidRequest, match="ids from 5 to 1000, expected 0 to 999"):
+        s.join("a", TokenChunk("a", 1, (5, 1000)), 0.0)
+    with pytest.raises(InvalidRequest, match="5 new tokens, whose KV needs 4 blocks, expected at most the 3"):
+        s.join("a", TokenChunk("a", 1, (5,) * 5), 0.0)
+    s.check()
     s.return_lease("a")
     s.return_lease("a")
-    assert s.pool.num_used == 0
+    assert s.pool.num_held == 0
 
 
 def test_quarantined_blocks_stay_until_the_lease_is_returned() -> None:
@@ -448,7 +580,7 @@ def test_a_failed_step_fails_its_sequences_and_no_other() -> None:
     failed = s.fail(plan, InternalError("boom"), 0.0)
     assert [(type(e), e.sequence_id) for e in failed] == [(Failed, "a"), (Failed, "b")]
     s.check()
-    assert s.pool.num_used == 1, "b's blocks have a reader outside"
+    assert s.pool.num_held == 1, "b's blocks have a reader outside"
     s.release("b", 0.0)
     assert step(s)[0] == [("d", 0, 4, True)]
 
@@ -460,7 +592,7 @@ def test_a_missing_token_fails_that_sequence() -> None:
     assert plan is not None
     (failed,) = s.apply(plan, StepResult(), 0.0)
     assert isinstance(failed, Failed)
-    assert s.pool.num_used == 0
+    assert s.pool.num_held == 0
 
 
 @pytest.mark.parametrize("limits", [{"max_num_seqs": 1}, {"max_batch_tokens": 1}, {"max_batch_tokens": 2}])

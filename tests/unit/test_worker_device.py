@@ -15,11 +15,10 @@ from node_harness import spec
 from relay_harness import LAYOUT, Load, Pair, pair, worker
 
 from baton.errors import BadConfig
-from baton.types import SequenceSpec
+from baton.types import SequenceSpec, TokenChunk
 from engine.fake import FakeRunner, Row, expected_tokens
 from engine.kv_cache import KvCache
 from engine.runner import _allocated
-from engine.step import Sampled
 from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.memory import DeviceArena
 from worker.config import WorkerConfig
@@ -43,7 +42,7 @@ class DeviceRunner(FakeRunner):
             values = array("I", (token + 1 + layer for token in tokens[first : first + count]))
             self._on.compute.write(self._address + 4 * cell, np.frombuffer(values, dtype=np.uint8))
 
-    def _draw(self, row: Row) -> Sampled:
+    def _draw(self, row: Row) -> TokenChunk:
         self._on.compute.settle()
         return super()._draw(row)
 

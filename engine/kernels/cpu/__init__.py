@@ -32,6 +32,7 @@ class CpuKernels:
     With oneDNN, bfloat16 products use it where they are exact."""
 
     device = torch.device("cpu")
+    phases_agree = True
 
     def __init__(self, isa: Isa | None = None, *, uses_onednn: bool | None = None, quantization: str = "none") -> None:
         self._isa = isa or Isa.of_host()

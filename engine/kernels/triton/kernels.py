@@ -53,6 +53,8 @@ class TritonKernels:
     """
 
     quantization = "none"
+    # Prefill and decode kernels add in different orders.
+    phases_agree = False
 
     def __init__(
         self, tuning: Tuning, device: torch.device, *, is_probing: bool = True, is_batch_invariant: bool = True

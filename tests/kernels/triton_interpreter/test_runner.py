@@ -76,7 +76,7 @@ class Counting:
         self.runner.enter_thread()
 
     def launch(self, plan: StepPlan, on_layer: object = None) -> StepUnderway:
-        self.num_fed += sum(p.is_fed for p in plan.pieces)
+        self.num_fed += sum(p.token_is_on_device for p in plan.pieces)
         return self.runner.launch(plan, on_layer)  # type: ignore[arg-type]
 
     def forget(self, sequence_id: str) -> None:
@@ -172,7 +172,7 @@ def test_the_device_draws_what_the_sampler_would(tmp_path: Path) -> None:
         assert found == expected
         for s in sequences:
             s.num_computed = len(s.token_ids)
-            s.token_ids.append(found[s.sequence_id].token_id)
+            s.token_ids += found[s.sequence_id].token_ids
 
 
 @pytest.mark.parametrize("max_graph_seqs", [8, 0])
