@@ -118,19 +118,15 @@ class BlockPool:
             raise Overloaded(
                 f"{owner} still holds {len(held.block_ids)} {held.state.value} blocks here, expected a new sequence id"
             )
-        assert all(block in self._hashes for block in shared), "only a block with a hash is shared"
-        self._refuse_too_many(owner, count, self.num_available - sum(block in self._cached for block in shared))
-        for block in shared:
-            self._refer(block)
-        block_ids = [*shared, *self._take(count)]
+        if shared:
+            self._share(owner, count, shared)
+        block_ids = [*shared, *self._take(owner, count)]
         self._holdings[owner] = _Holding(block_ids, state, now)
         return block_ids
 
     def grow(self, owner: str, count: int) -> None:
         """Add ``count`` new blocks to an owner's. Raises NoBlocks."""
-        holding = self._holdings[owner]
-        self._refuse_too_many(owner, count, self.num_available)
-        holding.block_ids += self._take(count)
+        self._holdings[owner].block_ids += self._take(owner, count)
 
     def move(self, owner: str, state: BlockState, now: float) -> None:
         """The owner holds its blocks for another reason from now on."""
@@ -157,12 +153,14 @@ class BlockPool:
         is found from its beginning.
         """
         block_ids = self._holdings.pop(owner).block_ids
-        if not self._hashes:
-            for block in block_ids:
-                heapq.heappush(self._free, block)
-        else:
+        own = block_ids
+        if self._references:
+            own = [block for block in block_ids if block not in self._references]
             for block in reversed(block_ids):
-                self._unrefer(block)
+                if block in self._references:
+                    self._unrefer(block)
+        for block in own:
+            heapq.heappush(self._free, block)
         return len(block_ids)
 
     # -- content
@@ -240,31 +238,40 @@ class BlockPool:
             counts.append(len(seen) - before)
         return counts
 
-    def _refuse_too_many(self, owner: str, count: int, num_available: int) -> None:
+    def _take(self, owner: str, count: int) -> list[int]:
         assert count >= 0, "cannot take a negative number of blocks"
-        if count > num_available:
-            raise NoBlocks(f"{owner} needs {count} KV blocks, {num_available} of {self.num_blocks} are free")
+        free = self._free
+        if count > len(free):
+            self._evict(owner, count)
+        return [heapq.heappop(free) for _ in range(count)]
 
-    def _take(self, count: int) -> list[int]:
+    def _evict(self, owner: str, count: int) -> None:
+        """Make ``count`` blocks free."""
+        self._refuse_too_many(owner, count, self.num_available)
         while len(self._free) < count:
             block, _ = self._cached.popitem(last=False)
             del self._by_hash[self._hashes.pop(block)]
             heapq.heappush(self._free, block)
-        return [heapq.heappop(self._free) for _ in range(count)]
 
-    def _refer(self, block: int) -> None:
-        if block in self._cached:
-            del self._cached[block]
-            self._references[block] = 1
-        else:
-            self._references[block] += 1
-            self._num_extra += 1
+    def _refuse_too_many(self, owner: str, count: int, num_available: int) -> None:
+        if count > num_available:
+            raise NoBlocks(f"{owner} needs {count} KV blocks, {num_available} of {self.num_blocks} are free")
+
+    def _share(self, owner: str, count: int, shared: Sequence[int]) -> None:
+        """Refer to ``shared`` if ``count`` blocks are there beside them."""
+        assert all(block in self._hashes for block in shared), "only a block with a hash is shared"
+        self._refuse_too_many(owner, count, self.num_available - sum(block in self._cached for block in shared))
+        for block in shared:
+            if block in self._cached:
+                del self._cached[block]
+                self._references[block] = 1
+            else:
+                self._references[block] += 1
+                self._num_extra += 1
 
     def _unrefer(self, block: int) -> None:
-        references = self._references.get(block)
-        if references is None:
-            heapq.heappush(self._free, block)
-        elif references == 1:
+        references = self._references[block]
+        if references == 1:
             del self._references[block]
             self._cached[block] = None
         else:
