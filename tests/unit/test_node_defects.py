@@ -18,7 +18,7 @@ from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InternalError, TransferFailed
 from baton.node_messages import NodeMessage
-from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, TokenLogprob
+from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, TokenChunk, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
 from kvtransfer.digest import DIGEST_NAME
