@@ -27,6 +27,7 @@ from redis.exceptions import AuthenticationError, NoPermissionError, RedisError
 from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.names import check_cluster
+from baton.settings import check, setting
 from baton.types import Role
 
 _T = TypeVar("_T")
@@ -102,20 +103,38 @@ class NodeRecord:
 
 @dataclass(frozen=True, slots=True)
 class RegistryConfig:
-    """``url``: redis://[user:password@]host:port/db, rediss:// for TLS, unix:///path. Raises BadConfig."""
+    """``url``: redis://[user:password@]host:port/db, rediss:// for TLS, unix:///path. Empty: there is no registry.
 
-    url: str = field(repr=False)
-    cluster: str = "default"
+    Raises BadConfig.
+    """
+
+    url: str = field(
+        default="",
+        repr=False,
+        metadata=setting(
+            "--registry",
+            "redis://[user:password@]host:port/db, rediss:// for TLS: where workers register and routers find them.",
+            variable="BATON_REGISTRY",
+        ),
+    )
+    # Also what the metrics say, with and without a registry.
+    cluster: str = field(
+        default="default",
+        metadata=setting("--cluster", "Clusters of other names in one Redis do not meet.", variable="BATON_CLUSTER"),
+    )
     # Deadline of every call.
     timeout_s: float = 1.0
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in _SCHEMES:
+        if self.url and urlsplit(self.url).scheme not in _SCHEMES:
             expected = "redis://host:port/db, rediss:// for TLS, or unix:///path"
-            raise BadConfig(f"registry is {self.shown_url!r}, expected {expected}", param="registry")
+            raise BadConfig(f"url is {self.shown_url!r}, expected {expected}", param="url")
         check_cluster(self.cluster)
-        if not 0 < self.timeout_s < float("inf"):
-            raise BadConfig(f"registry timeout_s is {self.timeout_s}, expected a positive number", param="registry")
+        check(self)
+
+    @property
+    def is_used(self) -> bool:
+        return self.url != ""
 
     @property
     def shown_url(self) -> str:

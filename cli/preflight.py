@@ -9,19 +9,21 @@ import errno
 import importlib.util
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.registry import Registry, RegistryConfig
+from baton.settings import Given
 from cli.launch.host import gpus, has_card
 from cli.launch.process import ReservedPort
 
 if TYPE_CHECKING:
     from baton.types import KvLayout
     from engine.config import EngineConfig
+    from kvtransfer.config import TransferConfig
 
 _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
 
@@ -151,16 +153,25 @@ def tokenizer_files(folder: Path, generation_config: str) -> None:
     Tokenizer.load(folder)
 
 
-def hardware(kernels: str, transports: Sequence[str]) -> None:
+def hardware(kernels: str, transfer: TransferConfig) -> None:
     """Whether kernels and transports that were asked for have the GPU they need. Raises BadConfig."""
-    from kvtransfer.config import TransferConfig
-
     if has_gpu():
         return  # Each worker looks at its own.
     if kernels == "triton" and os.environ.get("TRITON_INTERPRET") != "1":
         message = "--kernels triton needs an NVIDIA GPU, and nvidia-smi lists none here; give --kernels auto or cpu"
         raise BadConfig(message, param="kernels")
-    TransferConfig(transports=tuple(transports)).over(on_device=False)
+    transfer.over(on_device=False)
+
+
+def one_kv_size(given: Mapping[str, Given], prefix: str = "engine.") -> None:
+    """Raises BadConfig if the size of the KV cache was given twice."""
+    size, count = given.get(f"{prefix}kv_bytes"), given.get(f"{prefix}num_blocks")
+    if size is not None and count is not None and size.value is not None and count.value is not None:
+        raise BadConfig(
+            f"{size.source} ({int(str(size.value)) >> 20} MiB) and {count.source} ({count.value}) both say how large "
+            "the KV cache is; expected one of them",
+            param="num_blocks",
+        )
 
 
 def has_gpu() -> bool:

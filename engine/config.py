@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from baton.errors import BadConfig, quoted
 from baton.fields import Fields
 from baton.files import read_object
 from baton.prefix import RopeRegimes
+from baton.settings import check, setting
 from baton.types import DTYPE_BYTES
 from engine.config_keys import refuse_unknown
+from engine.schedule import SchedulerConfig
 
 _SILU = ("silu", "swish")
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
@@ -306,51 +308,122 @@ _MAX_BLOCK_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """How one replica runs. ``num_blocks`` wins over ``kv_bytes``; ``num_threads`` 0 leaves torch's setting alone.
+    """How one replica runs. ``num_blocks`` wins over ``kv_bytes``.
 
     Without either the KV cache is what the device's memory leaves (``engine/memory.py``): on a GPU up to
     ``gpu_memory_utilization`` of its total, which ``gpu_workers`` share; on a processor part of what is free.
-    ``max_graph_seqs``: GPUs record decode steps of up to so many sequences when they start; 0 is none. Without
-    ``is_batch_invariant`` kernels may be faster and tokens depend on what else is in a step. ``quantization`` int8: the
-    weights of all products are made 8-bit integers when they are loaded, and activations beside them in every step.
     """
 
-    dtype: str = "auto"
-    block_tokens: int = 64
-    num_blocks: int | None = None
-    kv_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9
-    gpu_workers: int = 1
-    max_batch_tokens: int = 2048
-    max_num_seqs: int = 256
-    max_graph_seqs: int = 256
-    kernels: str = "auto"
-    quantization: str = "none"
-    # Of torch's names, or "auto": the first GPU where the kernels take one.
-    device: str = "auto"
-    is_batch_invariant: bool = True
-    num_threads: int = 0
+    dtype: str = field(
+        default="auto",
+        metadata=setting("--dtype", "auto is what the model was saved in.", choices=("auto", *DTYPE_BYTES)),
+    )
+    kernels: str = field(
+        default="auto",
+        metadata=setting(
+            "--kernels",
+            "cpu, triton (for GPUs), reference (plain torch, slow), or auto: triton with an NVIDIA GPU from sm_80 on, "
+            "else cpu.",
+            choices=("auto", "cpu", "triton", "reference"),
+        ),
+    )
+    quantization: str = field(
+        default="none",
+        metadata=setting(
+            "--quantization",
+            "int8: weights become 8-bit integers at load, activations in every step; half of bfloat16's bytes, "
+            "slightly other tokens. Not on a GPU. The same for all workers.",
+            choices=("none", "int8"),
+        ),
+    )
+    # Of torch's names.
+    device: str = field(
+        default="auto",
+        metadata=setting(
+            "--device",
+            "Where it computes, by torch's names (CUDA_VISIBLE_DEVICES counts). auto: the first GPU where the "
+            "kernels can use it.",
+            metavar="auto|cpu|cuda:N",
+            up_file=False,
+        ),
+    )
+    gpu_memory_utilization: float = field(
+        default=0.9,
+        metadata=setting(
+            "--gpu-memory-utilization",
+            "Share of a GPU's memory that all workers on it may take together, what others have of it included.",
+            least=0.01,
+            most=1.0,
+        ),
+    )
+    gpu_workers: int = field(
+        default=1,
+        metadata=setting(
+            "--gpu-workers",
+            "Workers that share its GPU, which have equal parts of the memory.",
+            least=1,
+            most=256,
+            up_file=False,
+        ),
+    )
+    kv_bytes: int | None = field(
+        default=None,
+        metadata=setting(
+            "--kv-mib",
+            "KV cache of a worker in MiB. 0: what --gpu-memory-utilization leaves on a GPU, on a processor half of "
+            "what the weights leave of the free memory.",
+            unit=1 << 20,
+            none=0,
+            most=2**31 - 1,
+        ),
+    )
+    num_blocks: int | None = field(
+        default=None,
+        metadata=setting(
+            "--num-blocks", "KV cache of a worker in blocks, instead of --kv-mib. 0: by that.", none=0, most=2**31 - 1
+        ),
+    )
+    block_tokens: int = field(
+        default=64,
+        metadata=setting(
+            "--block-tokens", "Tokens in a KV block, a power of two from 16 to 256; the same in a whole cluster."
+        ),
+    )
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    max_graph_seqs: int = field(
+        default=256,
+        metadata=setting(
+            "--max-graph-seqs",
+            "GPUs record decode steps of up to so many sequences at the start. 0 = none.",
+            least=0,
+            most=1 << 16,
+        ),
+    )
+    is_batch_invariant: bool = field(
+        default=True,
+        metadata=setting(
+            "--batch-invariant",
+            "A request's tokens depend on nothing it is batched with. off lets GPUs use cuBLAS where it is faster: "
+            "tokens then vary with the load, and after a failure.",
+            choices=("on", "off"),
+        ),
+    )
+    # 0 leaves torch's setting alone.
+    num_threads: int = field(
+        default=0,
+        metadata=setting("--threads", "Threads of a worker. 0: the cores divided by the workers.", least=0, most=1024),
+    )
 
     def __post_init__(self) -> None:
-        self._check(self.dtype in ("auto", *DTYPE_BYTES), "dtype", f"auto or one of {', '.join(DTYPE_BYTES)}")
-        known = ("auto", "cpu", "triton", "reference")
-        self._check(self.kernels in known, "kernels", "auto, cpu, triton or reference")
-        self._check(self.quantization in ("none", "int8"), "quantization", "none or int8")
+        check(self)
         is_on_gpu = self.quantization == "int8" and self.kernels == "triton"
-        self._check(not is_on_gpu, "quantization", "none with kernels triton: int8 is not on a GPU yet")
+        self._expect(not is_on_gpu, "quantization", "none with kernels triton: int8 is not on a GPU yet")
         is_power = self.block_tokens & (self.block_tokens - 1) == 0
         is_right = is_power and 16 <= self.block_tokens <= _MAX_BLOCK_TOKENS
-        self._check(is_right, "block_tokens", f"a power of two from 16 to {_MAX_BLOCK_TOKENS}")
-        self._check(self.num_blocks is None or self.num_blocks >= 1, "num_blocks", "at least 1, or none")
-        self._check(self.kv_bytes is None or self.kv_bytes >= 1, "kv_bytes", "at least 1, or none")
-        for name in ("gpu_workers", "max_batch_tokens", "max_num_seqs"):
-            self._check(getattr(self, name) >= 1, name, "at least 1")
-        self._check(0 < self.gpu_memory_utilization <= 1, "gpu_memory_utilization", "more than 0, at most 1")
+        self._expect(is_right, "block_tokens", f"a power of two from 16 to {_MAX_BLOCK_TOKENS}")
         is_device = re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?", self.device) is not None
-        self._check(is_device, "device", "auto, cpu, cuda or cuda:N")
-        self._check(self.num_threads >= 0, "num_threads", "0 (torch's own choice) or more")
-        self._check(self.max_graph_seqs >= 0, "max_graph_seqs", "0 (record nothing) or more")
+        self._expect(is_device, "device", "auto, cpu, cuda or cuda:N")
 
-    def _check(self, ok: bool, name: str, expected: str) -> None:
+    def _expect(self, ok: bool, name: str, expected: str) -> None:
         if not ok:
-            raise BadConfig(f"engine.{name} is {getattr(self, name)!r}, expected {expected}", param=name)
+            raise BadConfig(f"{name} is {getattr(self, name)!r}, expected {expected}", param=name)

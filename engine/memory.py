@@ -89,9 +89,9 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> in
     sequence, in the model's dtype and twice in float32."""
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     per_token = 4 * model.hidden_size + 3 * heads + 2 * kv_heads + 3 * model.intermediate_size
-    num_samples = min(config.max_num_seqs, config.max_batch_tokens)
+    num_samples = min(config.scheduler.max_num_seqs, config.scheduler.max_batch_tokens)
     size = DTYPE_BYTES[dtype]
-    return config.max_batch_tokens * per_token * size + num_samples * model.vocab_size * (size + 2 * 4)
+    return config.scheduler.max_batch_tokens * per_token * size + num_samples * model.vocab_size * (size + 2 * 4)
 
 
 def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtype: str, *, num_workers: int = 1) -> int:
@@ -114,7 +114,7 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
             "--max-batch-tokens, fewer workers, or the size of the cache with --kv-mib",
             param="kv_bytes",
         )
-    most_blocks = config.max_num_seqs * -(-model.max_model_tokens // config.block_tokens)
+    most_blocks = config.scheduler.max_num_seqs * -(-model.max_model_tokens // config.block_tokens)
     return min(size, most_blocks * per_block)
 
 

@@ -170,7 +170,7 @@ class Runner:
         draws = None
         if isinstance(kernels, DeviceKernels):
             with torch.inference_mode():
-                draws = DeviceDraws(kernels.sampler(config.max_num_seqs, model_config.vocab_size))
+                draws = DeviceDraws(kernels.sampler(config.scheduler.max_num_seqs, model_config.vocab_size))
         parts = _Parts(model, model_config, description, kernels, config, devices, draws)
         if layout is None:
             assert before is not None, "what a processor has is reckoned"
@@ -193,8 +193,9 @@ class Runner:
         shapes = MINIMAL
         if is_whole and isinstance(self._kernels, DeviceKernels):
             shapes = self._kernels.launch_shapes(self.model_config, self.layout)
+        limits = config.scheduler
         plans = warm_up_plans(
-            shapes, self.layout, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs,
+            shapes, self.layout, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs,
             max_model_tokens=self.model_config.max_model_tokens,
         )  # fmt: skip
         for plan in plans:
@@ -309,7 +310,7 @@ class _Parts:
     @property
     def _max_graph_rows(self) -> int:
         can_record = isinstance(self.kernels, DeviceKernels)
-        return min(self.config.max_num_seqs, self.config.max_graph_seqs) if can_record else 0
+        return min(self.config.scheduler.max_num_seqs, self.config.max_graph_seqs) if can_record else 0
 
     def _graphs(self, cache: KvCache, max_length: int, most: int | None = None) -> DecodeGraphs | None:
         kernels, draws, max_rows = self.kernels, self.draws, self._max_graph_rows
@@ -331,8 +332,9 @@ class _Parts:
             for layer in range(trial.num_layers):
                 cache.layer(layer).zero_()
         runner = self.runner(cache, is_trial=True)
+        limits = config.scheduler
         plan = largest_step(
-            trial, max_batch_tokens=config.max_batch_tokens, max_num_seqs=config.max_num_seqs, max_model_tokens=longest
+            trial, max_batch_tokens=limits.max_batch_tokens, max_num_seqs=limits.max_num_seqs, max_model_tokens=longest
         )
 
         def record(count: int) -> object:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from bisect import insort
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from baton.errors import (
     BadConfig,
@@ -32,6 +32,7 @@ from baton.errors import (
     PromptTooLong,
     described,
 )
+from baton.settings import check, computed, setting
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Phase, in_order
@@ -40,27 +41,34 @@ from engine.step import Piece, Sequence, StepPlan, StepResult
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """Limits of one replica. ``watermark`` is the share of blocks that admissions leave free for sequences to grow."""
+    """Limits of one replica. The first three are the model's; see ``of_model``."""
 
-    block_tokens: int = 64
-    max_model_tokens: int = 4096
+    block_tokens: int = field(default=64, metadata=computed())
+    max_model_tokens: int = field(default=4096, metadata=computed())
     # Token ids are smaller.
-    vocab_size: int = 2**31
-    max_batch_tokens: int = 2048
-    max_num_seqs: int = 256
-    max_waiting: int = 1024
-    max_preemptions: int = 3
-    watermark: float = 0.01
+    vocab_size: int = field(default=2**31, metadata=computed())
+    max_batch_tokens: int = field(
+        default=2048,
+        metadata=setting("--max-batch-tokens", "Prompt tokens computed in one engine step.", least=1, most=1 << 24),
+    )
+    max_num_seqs: int = field(
+        default=256,
+        metadata=setting("--max-num-seqs", "Sequences that run at once on a worker.", least=1, most=1 << 16),
+    )
+    # Sequences that wait for their first step; one more is refused.
+    max_waiting: int = field(default=1024, metadata=setting(least=1))
+    # A sequence that lost its blocks so often starts again only with blocks for its whole life.
+    max_preemptions: int = field(default=3, metadata=setting(least=1))
+    # Share of the blocks that admissions leave free for sequences to grow.
+    watermark: float = field(default=0.01, metadata=setting(least=0))
 
     def __post_init__(self) -> None:
-        for name in (
-            *("block_tokens", "max_model_tokens", "vocab_size", "max_batch_tokens", "max_num_seqs"),
-            *("max_waiting", "max_preemptions"),
-        ):
-            if getattr(self, name) < 1:
-                raise BadConfig(f"{name} is {getattr(self, name)}, expected at least 1", param=name)
-        if not 0 <= self.watermark < 1:
+        check(self)
+        if self.watermark >= 1:
             raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
+
+    def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int) -> SchedulerConfig:
+        return replace(self, block_tokens=block_tokens, max_model_tokens=max_model_tokens, vocab_size=vocab_size)
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_tokens)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from baton.errors import BadConfig, quoted
+from baton.settings import check, computed, setting
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
-from kvtransfer.transports.fake import Mischief
+
+if TYPE_CHECKING:
+    from kvtransfer.transports.fake import Mischief
 
 # Best first.
 TRANSPORTS = ("cuda_ipc", "shm", "tcp")
@@ -23,47 +27,78 @@ def _default_threads(at_least: int) -> int:
     return min(4, max(at_least, (os.cpu_count() or 2) // 2))
 
 
+def _transports(text: str) -> tuple[str, ...]:
+    """Best first. Tests may also name one that misbehaves; see kvtransfer/transports/fake.py."""
+    return TRANSPORTS if text == "auto" else (text,)
+
+
+def _layerwise_from(text: str) -> Mapping[str, int]:
+    """Of KiB for all transports."""
+    if re.fullmatch(r"-1|[0-9]{1,9}", text) is None:
+        raise ValueError("expected -1, or KiB: a whole number of up to 9 digits")
+    kib = int(text)
+    return TransferConfig().layerwise_from_bytes if kib < 0 else dict.fromkeys(TRANSPORTS, kib << 10)
+
+
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
     """``transports`` is what the node offers, best first: "cuda_ipc", "shm", "tcp", or a fake over one of them such as
     "fake:corrupt=1,seed=7,over=shm" (see transports/fake.py), which misbehaves on the sending side.
     """
 
-    transports: tuple[str, ...] = TRANSPORTS
-    # Both ends must agree; without digests a damaged block goes unnoticed and is decoded from.
-    digest: bool = True
+    transports: tuple[str, ...] = field(
+        default=TRANSPORTS,
+        metadata=setting(
+            "--transport",
+            "How KV moves: auto takes cuda_ipc between GPUs of one host, shm on one host without GPUs, else tcp.",
+            parse=_transports,
+            shown="auto",
+            metavar="auto|cuda_ipc|shm|tcp",
+        ),
+    )
+    # Both ends must agree.
+    digest: bool = field(
+        default=True,
+        metadata=setting(
+            "--digest",
+            "Check KV that arrives against a digest. off gives up the check: damaged KV goes unnoticed.",
+            choices=("on", "off"),
+        ),
+    )
     connect_timeout_s: float = 5.0
     # Copying threads of a sender for all its shm peers (copy and digest in one pass: 8 ms for 134 MB), and digesting
     # threads of a receiver (6 ms, behind the copies).
-    copy_threads: int = field(default_factory=lambda: _default_threads(2))
-    verify_threads: int = field(default_factory=lambda: _default_threads(2))
-    tcp_streams: int = 2
+    copy_threads: int = field(default_factory=lambda: _default_threads(2), metadata=setting(least=1, most=64))
+    verify_threads: int = field(default_factory=lambda: _default_threads(2), metadata=setting(least=1, most=64))
+    tcp_streams: int = field(default=2, metadata=setting(least=1, most=64))
     # Interface the receiver's data sockets listen on; empty: the host of the node's address.
-    tcp_listen_host: str = ""
+    tcp_listen_host: str = field(default="", metadata=computed())
     # Transfers of at least this many bytes are pushed layer by layer, smaller ones in one go at commit. Measured by
     # bench/transfer.py (see docs/decisions/0003-transfer.md).
-    layerwise_from_bytes: Mapping[str, int] = field(default_factory=lambda: dict.fromkeys(TRANSPORTS, 1 << 20))
+    layerwise_from_bytes: Mapping[str, int] = field(
+        default_factory=lambda: dict.fromkeys(TRANSPORTS, 1 << 20),
+        metadata=setting(
+            "--layerwise-from-kib",
+            "Push KV of at least this size layer by layer. -1: as measured for the transport.",
+            parse=_layerwise_from,
+            shown="-1",
+            metavar="INTEGER",
+        ),
+    )
     sender: SenderConfig = field(default_factory=SenderConfig)
     receiver: ReceiverConfig = field(default_factory=ReceiverConfig)
 
     def __post_init__(self) -> None:
         if not self.transports:
-            raise BadConfig(f"transports is empty, expected some of {', '.join(TRANSPORTS)}")
+            message = f"transports is empty, expected some of {', '.join(TRANSPORTS)}"
+            raise BadConfig(message, param="transports")
         for spec in self.transports:
             if transport_name(spec) not in TRANSPORTS:
                 raise BadConfig(
-                    f"transport {quoted(spec)} is unknown, expected {', '.join(TRANSPORTS)} or fake:...,over=one"
+                    f"transport {quoted(spec)} is unknown, expected {', '.join(TRANSPORTS)} or fake:...,over=one",
+                    param="transports",
                 )
-        for name in ("copy_threads", "verify_threads", "tcp_streams"):
-            if not 1 <= getattr(self, name) <= 64:
-                raise BadConfig(f"{name} is {getattr(self, name)}, expected 1 to 64")
-        if not (math.isfinite(self.connect_timeout_s) and self.connect_timeout_s > 0):
-            raise BadConfig(f"connect_timeout_s is {self.connect_timeout_s}, expected a positive number of seconds")
-        for part in (self.sender, self.receiver):
-            for item in fields(part):
-                value = getattr(part, item.name)
-                if not (math.isfinite(value) and value > 0):
-                    raise BadConfig(f"{item.name} is {value}, expected a positive number")
+        check(self)
 
     def over(self, *, on_device: bool) -> TransferConfig:
         """What is left of it for a cache that lies on a device, or does not. Raises BadConfig if no transport is."""
@@ -87,9 +122,16 @@ class TransferConfig:
         """How the transport of this name is to misbehave."""
         for spec in self.transports:
             if transport_name(spec) == name and spec.startswith("fake"):
-                return Mischief.parse(spec)
+                return _mischief(spec)
         return None
 
 
 def transport_name(spec: str) -> str:
-    return Mischief.parse(spec).over if spec.startswith("fake") else spec
+    return _mischief(spec).over if spec.startswith("fake") else spec
+
+
+def _mischief(spec: str) -> Mischief:
+    # Loads numpy, which settings alone do not need: a router's installation has none.
+    from kvtransfer.transports.fake import Mischief
+
+    return Mischief.parse(spec)

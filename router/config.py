@@ -1,17 +1,16 @@
-"""The router's settings: frozen, checked on construction, wrong values named. Read nowhere but here."""
+"""The router's settings: frozen, checked on construction, wrong values named."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from baton.address import is_anywhere, parse_address
 from baton.errors import BadConfig, quoted
-from baton.names import check_cluster, check_model_name
+from baton.names import check_model_name
 from baton.registry import RegistryConfig
+from baton.settings import check, computed, setting
 from router.cluster.membership import MembershipConfig
 from router.cluster.policy import PolicyConfig
 from router.flow import FlowConfig
@@ -25,12 +24,12 @@ class LimitsConfig:
     max_active: int = 8192
     # Beside others, one client (an API key, or an address where there are no keys) may hold this share of both; so
     # much more is for clients that have less than that when one has all.
-    max_client_share: float = 0.5
+    max_client_share: float = field(default=0.5, metadata=setting(most=1))
     # Sequences of one client that run at once while others are there, for each node that generates; the rest waits in
     # the router. Every step computes all of a node's sequences, so one client's many make another's tokens slow.
     max_client_running: int = 8
-    # A client has the nodes to itself when nobody else has had anything here for so long: short, since a monitor's
-    # probe every few seconds is a client too.
+    # A client has the nodes to itself when no other client has had anything here for so long: short, since a
+    # monitor's probe every few seconds is a client too.
     client_alone_s: float = 2.0
     # Choices of one request (n times the number of prompts). OpenAI takes 128 too; turns bound what they cost others.
     max_choices: int = 128
@@ -83,7 +82,16 @@ class LimitsConfig:
     # turn after so long: sessions, `/health` and first tokens come in between.
     max_turn_s: float = 0.01
     # Running requests get this long to end on their own at shutdown.
-    drain_s: float = 5.0
+    drain_s: float = field(
+        default=5.0,
+        metadata=setting(
+            "--grace",
+            "Seconds that running work may take to end after SIGTERM.",
+            least=0.1,
+            most=86_400,
+            up_flag=False,
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,34 +117,64 @@ class WatchConfig:
 class RouterConfig:
     """Raises BadConfig, naming the setting, for a value that cannot be served."""
 
-    # host:port of each worker; may be empty with a registry.
-    nodes: tuple[str, ...] = ()
+    nodes: tuple[str, ...] = field(
+        default=(), metadata=setting("--node", "host:port of a worker; once for each.", up_file=False)
+    )
     # Where more workers are registered.
-    registry: RegistryConfig | None = None
-    # What the metrics say where no registry names the cluster.
-    cluster: str = "default"
-    http_host: str = "127.0.0.1"
+    registry: RegistryConfig = field(default_factory=RegistryConfig, metadata=setting(up_file=False))
+    http_host: str = field(default="127.0.0.1", metadata=computed())
     # 0 asks for any free port; None turns the face off.
-    http_port: int | None = 0
-    grpc_host: str = "127.0.0.1"
-    grpc_port: int | None = 0
-    # Any of them lets a client in; none: everybody may use the API.
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    http_port: int | None = field(default=0, metadata=setting(least=0, most=65535, is_key=False))
+    grpc_host: str = field(default="127.0.0.1", metadata=computed())
+    grpc_port: int | None = field(default=0, metadata=setting(least=0, most=65535, is_key=False))
     # Folder with tokenizer.json and the model's JSON files. None: token ids only.
-    model_folder: Path | None = None
-    # Name clients ask for. None: the folder's, else the one that the nodes say.
-    model_name: str | None = None
-    # "auto": the sampling defaults in the folder's generation_config.json hold where a request says nothing, as in
-    # vLLM; "none": the API's own do. The end-of-sequence ids there count in any case.
-    generation_config: str = "auto"
-    # Make OpenTelemetry spans; needs the extra `otel`.
-    otel: bool = False
+    model_folder: Path | None = field(default=None, metadata=computed())
+    # None: the folder's, else the one that the nodes say.
+    model_name: str | None = field(
+        default=None,
+        metadata=setting(
+            "--model-name", "What the API calls the model. Default: the folder's name or the hub id.", up_file=False
+        ),
+    )
+    # Any of them lets a client in. None: the API asks for no key.
+    api_keys: tuple[str, ...] = field(
+        default=(),
+        repr=False,
+        metadata=setting(
+            "--api-key",
+            "Clients must give one of these as `Authorization: Bearer KEY`; may be given more than once.",
+            variable="BATON_API_KEY",
+        ),
+    )
+    # The end-of-sequence ids of generation_config.json count in any case.
+    generation_config: str = field(
+        default="auto",
+        metadata=setting(
+            "--generation-config",
+            "auto: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens of the model's "
+            "generation_config.json hold where a request says nothing. none: the API's own defaults.",
+            choices=("auto", "none"),
+        ),
+    )
+    vllm_metrics: bool = field(
+        default=True,
+        metadata=setting(
+            "--vllm-metrics/--no-vllm-metrics", "Show a subset under vLLM's names as well.", up_flag=False
+        ),
+    )
+    # Needs the extra `otel`.
+    otel: bool = field(
+        default=False,
+        metadata=setting(
+            "--otel",
+            "Make OpenTelemetry spans of requests; the OTEL_* variables say where they go.",
+            variable="BATON_OTEL",
+        ),
+    )
     # Written once, when both faces are bound: {"http", "grpc", "pid"}.
-    ready_file: Path | None = None
+    ready_file: Path | None = field(default=None, metadata=setting(up_file=False))
     # Write it only when every listed node is up.
-    ready_needs_nodes: bool = False
-    # Show a subset of the metrics under vLLM's names as well.
-    vllm_metrics: bool = True
+    ready_needs_nodes: bool = field(default=False, metadata=setting(up_file=False))
     # Two live routers must not share one: a node ends the older session of the same router.
     router_id: str = field(default_factory=lambda: f"router-{secrets.token_hex(4)}")
     limits: LimitsConfig = field(default_factory=LimitsConfig)
@@ -147,61 +185,27 @@ class RouterConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
-        has_source = len(self.nodes) > 0 or self.registry is not None
-        _check(has_source, "nodes", self.nodes, "at least one host:port, or a registry")
-        check_cluster(self.cluster)
+        check(self)
+        if not self.nodes and not self.registry.is_used:
+            message = "no workers are named: give --node HOST:PORT once for each, or --registry redis://HOST:PORT"
+            raise BadConfig(message, param="nodes")
         if self.model_name is not None:
             check_model_name(self.model_name)
-        _check(len(set(self.nodes)) == len(self.nodes), "nodes", self.nodes, "distinct addresses")
         for address in self.nodes:
             host, _ = parse_address(address, "nodes", lowest_port=1)
-            _check(not is_anywhere(host), "nodes", address, "a host that can be dialled, the node's own")
+            _expect(not is_anywhere(host), "nodes", address, "a host that can be dialled, the node's own")
+            count = self.nodes.count(address)
+            if count > 1:
+                raise BadConfig(f"nodes has {address} {count} times, expected it once", param="nodes")
         is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
-        _check(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
-        for name in ("http_port", "grpc_port"):
-            port_number = getattr(self, name)
-            _check(port_number is None or 0 <= port_number < 65536, name, port_number, "a port, 0 or None")
-        _check(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
+        _expect(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
+        _expect(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
         if self.model_folder is not None:
-            _check(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
-        _check(self.generation_config in ("auto", "none"), "generation_config", self.generation_config, "auto or none")
-        for part in (self.limits, self.link, self.flow, self.membership, self.policy, self.watch):
-            for setting in fields(part):
-                value = getattr(part, setting.name)
-                name = f"{type(part).__name__}.{setting.name}"
-                _check(isinstance(value, int | float) and value > 0, name, value, "a positive number")
-        share = self.limits.max_client_share
-        _check(share <= 1, "LimitsConfig.max_client_share", share, "a share above 0 and at most 1")
-        _check(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
-               f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
-
-    @property
-    def cluster_name(self) -> str:
-        return self.cluster if self.registry is None else self.registry.cluster
-
-    @classmethod
-    def from_mapping(cls, values: Mapping[str, Any], source: str) -> RouterConfig:
-        """From parsed JSON or the like, nested for the parts; an unknown key is refused with its source."""
-        parts = {"limits": LimitsConfig, "link": LinkConfig, "flow": FlowConfig, "membership": MembershipConfig,
-                 "policy": PolicyConfig, "watch": WatchConfig, "registry": RegistryConfig}  # fmt: skip
-        known = {f.name for f in fields(cls)}
-        settings: dict[str, Any] = {}
-        for key, value in values.items():
-            if key not in known:
-                raise BadConfig(f"{source}: unknown setting {quoted(key)}, expected one of {sorted(known)}", param=key)
-            if key in parts:
-                unknown = set(value) - {f.name for f in fields(parts[key])}
-                if unknown:
-                    raise BadConfig(f"{source}: unknown settings {quoted(sorted(unknown))} in {quoted(key)}", param=key)
-                value = parts[key](**value)
-            elif key in ("nodes", "api_keys"):
-                value = tuple(value)
-            elif key in ("model_folder", "ready_file") and value is not None:
-                value = Path(value)
-            settings[key] = value
-        return cls(**settings)
+            _expect(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
+        _expect(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
+                f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
 
 
-def _check(ok: bool, name: str, value: object, expected: str) -> None:
+def _expect(ok: bool, name: str, value: object, expected: str) -> None:
     if not ok:
-        raise BadConfig(f"setting {name} is {quoted(value)}, expected {expected}", param=name)
+        raise BadConfig(f"{name} is {quoted(value)}, expected {expected}", param=name)

@@ -78,7 +78,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if spans is None and config.otel:
         spans = Spans(config.router_id)
     tokenizer, facts = await asyncio.to_thread(_model_of, config)
-    metrics = Metrics({"cluster": config.cluster_name, "model_name": lambda: frontend.model_name})
+    metrics = Metrics({"cluster": config.registry.cluster, "model_name": lambda: frontend.model_name})
     add_process(metrics, "router")
     counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
     clock = MonotonicClock()
@@ -113,7 +113,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         counted.connections_closed.add,
     )  # fmt: skip
     watch = None
-    if config.registry is not None:
+    if config.registry.is_used:
         watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock, defects)
     try:
         dispatcher.start()

@@ -1,75 +1,96 @@
-"""Writes the settings tables of docs/operating.md from the options of the command line; ``check`` fails if they are
-stale.
+"""Writes the settings of docs/operating.md from the dataclasses that hold them; ``check`` fails if they are stale.
 
-    python scripts/settings_table.py [check]
+python scripts/settings_table.py [check]
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
-from dataclasses import MISSING, Field, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import get_type_hints
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from typer.main import get_command  # noqa: E402
-
-from cli.app import app  # noqa: E402
-from router.cluster.membership import MembershipConfig  # noqa: E402
-from router.config import LimitsConfig, LinkConfig, WatchConfig  # noqa: E402
-from router.flow import FlowConfig  # noqa: E402
+from baton.settings import Key  # noqa: E402
+from cli import router, up, worker  # noqa: E402
+from cli.options import Options, default_shown  # noqa: E402
+from router.config import RouterConfig  # noqa: E402
+from worker.config import WorkerConfig  # noqa: E402
 
 DOCUMENT = ROOT / "docs" / "operating.md"
-COMMANDS = ("up", "worker", "router")
-CONFIGS = (LimitsConfig, FlowConfig, MembershipConfig, LinkConfig, WatchConfig)
+COMMANDS = {"up": up.OPTIONS, "worker": worker.OPTIONS, "router": router.OPTIONS}
 
 
 def options() -> str:
-    """A row for each option; a dash where a command does not have it. Every option has a meaning in one of them."""
-    commands: Any = get_command(app).commands  # type: ignore[attr-defined]
-    rows: dict[str, dict[str, str]] = {}
-    meanings: dict[str, str] = {}
-    for command in COMMANDS:
-        for option in commands[command].params:
-            if option.hidden or option.name == "help":
-                continue
-            name = max(option.opts, key=len)
-            rows.setdefault(name, {})[command] = _default(option)
-            variable = f" (`{option.envvar}`)" if option.envvar else ""
-            if option.help:
-                meanings[name] = f"{option.help}{variable}"
-    lines = [f"| option | {' | '.join(COMMANDS)} | |", "|---" * (len(COMMANDS) + 2) + "|"]
+    """A row for each option; a dash where a command does not have it."""
+    rows: dict[str, dict[str, Key]] = {}
+    for command, settings in COMMANDS.items():
+        for key in settings.options.values():
+            if not key.about.is_hidden:
+                rows.setdefault(key.option, {})[command] = key
+    lines = [f"| option | {' | '.join(COMMANDS)} | in a file | |", "|---" * (len(COMMANDS) + 3) + "|"]
     for name, found in rows.items():
-        cells = (found.get(command, "–") for command in COMMANDS)
-        lines.append(f"| `{name}` | {' | '.join(cells)} | {meanings[name].replace('|', chr(92) + '|')} |")
+        about = next(iter(found.values())).about
+        defaults = (_shown(default_shown(found[command])) if command in found else "–" for command in COMMANDS)
+        # Without the prefix that the keys of workers and the router have for `up`.
+        own = [key for command, key in found.items() if command != "up"] or list(found.values())
+        paths = ", ".join(f"`{path}`" for path in dict.fromkeys(key.path for key in own))
+        variable = f" (`{about.variable}`)" if about.variable else ""
+        lines.append(f"| `{name}` | {' | '.join(defaults)} | {paths} | {_cell(about.help + variable)} |")
     return "\n".join(lines)
 
 
-def built_in() -> str:
-    """Settings without an option: for those who embed the router."""
-    lines = ["| in `RouterConfig` | default |", "|---|---|"]
-    for config in CONFIGS:
-        values = ", ".join(f"{f.name} {_value(f)}" for f in fields(config))
-        lines.append(f"| `{config.__name__}` | {values} |")
+def file_only(settings: Options, config: type) -> str:
+    """A row for each setting without an option. Its meaning is the comment above its field."""
+    meanings = dict(_meanings(config))
+    lines = ["| setting | default | |", "|---|---|---|"]
+    for key in settings.keys:
+        if not key.about.flag:
+            default = "computed" if key.is_computed else _shown(key.default)
+            lines.append(f"| `{key.path}` | {default} | {_cell(meanings.get(key.path, ''))} |")
     return "\n".join(lines)
 
 
-def _value(setting: Field[Any]) -> str:
-    value = setting.default if setting.default is not MISSING else "computed"
-    return str(value)
+def _meanings(config: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """The comment above each field of a dataclass, and of those nested in it."""
+    comment: list[str] = []
+    for line in inspect.getsource(config).splitlines():
+        field = re.match(r" {4}(\w+): ", line)
+        if line.startswith("    # "):
+            comment.append(line.removeprefix("    # "))
+            continue
+        if field is not None:
+            yield prefix + field[1], " ".join(comment)
+        comment = []
+    for name, hint in get_type_hints(config).items():
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from _meanings(hint, f"{prefix}{name}.")
 
 
-def _default(option: Any) -> str:
-    if option.required:
+def _shown(value: object) -> str:
+    if value is inspect.Parameter.empty or value is MISSING:
         return "required"
-    value = getattr(option.default, "value", option.default)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number}" for name, number in value.items())
     return f"`{value}`" if value not in (None, "", ()) else "none"
 
 
+def _cell(text: str) -> str:
+    return text.replace("|", r"\|")
+
+
 def filled(text: str) -> str:
-    for name, table in (("options", options()), ("built-in", built_in())):
+    tables = {
+        "options": options(),
+        "settings of a worker": file_only(worker.OPTIONS, WorkerConfig),
+        "settings of the router": file_only(router.OPTIONS, RouterConfig),
+    }
+    for name, table in tables.items():
         begin, end = f"<!-- {name}: written by scripts/settings_table.py -->\n", f"\n<!-- end of {name} -->"
         head, _, rest = text.partition(begin)
         _, found, tail = rest.partition(end)
@@ -84,7 +105,7 @@ def main() -> None:
     fresh = filled(text)
     if sys.argv[1:] == ["check"]:
         if fresh != text:
-            raise SystemExit("docs/operating.md is not what the options are: run `python scripts/settings_table.py`")
+            raise SystemExit("docs/operating.md is not what the settings are: run `python scripts/settings_table.py`")
     else:
         DOCUMENT.write_text(fresh)
 

@@ -10,16 +10,26 @@ and whether something is cut off by that, which the router then runs again elsew
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from baton.machine import Tick
+from baton.settings import setting
 
 
 @dataclass(frozen=True, slots=True)
 class DrainConfig:
     # How long running work may go on.
-    grace_s: float
+    grace_s: float = field(
+        default=10.0,
+        metadata=setting(
+            "--grace",
+            "Seconds that running work may take to end after SIGTERM.",
+            least=0.1,
+            most=86_400,
+            up_flag=False,
+        ),
+    )
     # How long a worker without work stays to be told what was under way to it, and to say no.
     linger_s: float = 0.25
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
-from baton.errors import BadConfig, BatonError
+from baton.errors import BatonError
 from baton.metrics import LATENCY_BUCKETS_S, Counter, Histogram, Labels, Metrics, add_process
 from baton.node_messages import Joined
 from baton.types import Lease, NodeDescription, NodeStatus, TransferReport
@@ -16,6 +15,7 @@ from engine.replica import Replica
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import SenderObserver
+from worker.config import Peaks
 from worker.energy import EnergySource
 from worker.service import LeaseObserver
 
@@ -26,20 +26,6 @@ _TRANSFER_BUCKETS_S = (
 _RATIO_BUCKETS = tuple(i / 10 for i in range(11))
 _FREE = "free"
 _DEFECTS = ("prefill", "decode", "session", "engine", "transfer", "lease", "record", "health", "registration")
-
-
-@dataclass(frozen=True, slots=True)
-class Peaks:
-    """What the hardware can do, as measured (`python -m bench`) or declared by its maker. 0: not known."""
-
-    flops: float = 0.0
-    bytes_per_s: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("flops", "bytes_per_s"):
-            value = getattr(self, name)
-            if not 0 <= value < float("inf"):
-                raise BadConfig(f"peak {name} is {value}, expected 0 (not known) or a number", param=f"peak_{name}")
 
 
 class _TransferMeter(SenderObserver):

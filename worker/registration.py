@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.errors import BadConfig, Unavailable
 from baton.registry import NodeRecord, Registry
+from baton.settings import check, setting
 
 _log = logging.getLogger("baton.worker.registry")
 
@@ -20,12 +21,20 @@ _log = logging.getLogger("baton.worker.registry")
 @dataclass(frozen=True, slots=True)
 class LeaseConfig:
     # A record lives so long without being renewed, and is renewed three times as often.
-    ttl_s: float = 10.0
+    ttl_s: float = field(
+        default=10.0,
+        metadata=setting(
+            "--registry-lease",
+            "Seconds a registration lives without being renewed.",
+            least=0.1,
+            most=3600,
+            up_flag=False,
+        ),
+    )
     backoff_base_s: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0.1 <= self.ttl_s <= 3600:
-            raise BadConfig(f"registry lease is {self.ttl_s} s, expected 0.1 to 3600", param="ttl_s")
+        check(self)
 
     @property
     def renew_s(self) -> float:

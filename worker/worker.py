@@ -10,10 +10,8 @@ import asyncio
 import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 
 from baton import descriptors
-from baton.address import host_of
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import InternalError, described
@@ -29,7 +27,6 @@ from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from kvtransfer.arena import Arena
-from kvtransfer.config import TransferConfig
 from kvtransfer.devices.interface import Device
 from kvtransfer.memory import AnyArena, DeviceArena
 from kvtransfer.receiver import Receiver
@@ -37,8 +34,7 @@ from kvtransfer.sender import Sender
 from worker import departure, energy
 from worker.admin import DecodeSessions, NodeServicer, PrefillSessions
 from worker.announce import announce, describe
-from worker.config import WorkerConfig, engine_config
-from worker.departure import DrainConfig
+from worker.config import WorkerConfig
 from worker.health import Health
 from worker.leaving import Leaving
 from worker.loading import Allocate, LoadedModel, Loading, cuda_device
@@ -59,7 +55,7 @@ def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
     # Torch takes seconds to import; nobody but a worker with a model should pay for it.
     from engine.runner import Runner
 
-    return Runner.load(config.model, engine_config(config), allocate=allocate)
+    return Runner.load(config.model, config.engine, allocate=allocate)
 
 
 async def serve(
@@ -75,7 +71,7 @@ async def serve(
     """
     descriptors.raise_limit()
     descriptors.say_less_of_accept(asyncio.get_running_loop())
-    leaving = Leaving(DrainConfig(config.grace_s), MonotonicClock())
+    leaving = Leaving(config.drain, MonotonicClock())
     with leaving.on_signals():
         watching = asyncio.create_task(leaving.on_event(stop or asyncio.Event()))
         loading = Loading(functools.partial(load, config), open_device)
@@ -110,13 +106,13 @@ class _Worker:
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
         clock, timeline, layout = MonotonicClock(), Timeline(), model.layout
-        transfer = _transfer_config(config, arena)
+        transfer = config.transfer_over(on_device=isinstance(arena, DeviceArena))
         self._server = GrpcServer(on_malformed=lambda: self._metrics.malformed.add())
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
         node = self.node = describe(config, model, address, metrics_address, transfer)
         metrics = self._metrics = WorkerMetrics(
-            node, config.cluster_name, model.cost, config.peaks, energy.sources(model.device)
+            node, config.registry.cluster, model.cost, config.peaks, energy.sources(model.device)
         )
         count = metrics.defects.add
         defects = self._defects = Defects(_log, clock, count)
@@ -200,12 +196,12 @@ class _Worker:
         return closing.result()
 
     async def _register(self) -> None:
-        if self._config.registry is None:
+        if not self._config.registry.is_used:
             return
         node = self.node
         record = NodeRecord(node.node_id, node.address, node.incarnation, node.home_role, node.model.fingerprint)
         self._registration = Registration(
-            Registry(self._config.registry), record, self._config.registry_lease, MonotonicClock(), self._defects
+            Registry(self._config.registry), record, self._config.registration, MonotonicClock(), self._defects
         )
         await self._registration.start()
 
@@ -261,25 +257,9 @@ class _Worker:
         self._leaving.feed(departure.EngineDied())
 
 
-def _transfer_config(config: WorkerConfig, arena: AnyArena) -> TransferConfig:
-    # Others may reach this worker at a name that is not known here, or at an address that is not its own.
-    listen_host = host_of(config.listen).strip("[]")
-    transfer = TransferConfig(transports=config.transports, digest=config.digest, tcp_listen_host=listen_host)
-    transfer = transfer.over(on_device=isinstance(arena, DeviceArena))
-    if config.layerwise_from_bytes is None:
-        return transfer
-    at = dict.fromkeys(transfer.transport_names, config.layerwise_from_bytes)
-    return replace(transfer, layerwise_from_bytes=at)
-
-
 def _scheduler_config(config: WorkerConfig, model: LoadedModel) -> SchedulerConfig:
-    return SchedulerConfig(
+    return config.engine.scheduler.of_model(
         block_tokens=model.layout.block_tokens,
         max_model_tokens=model.description.max_model_tokens,
         vocab_size=model.description.vocab_size,
-        max_batch_tokens=config.max_batch_tokens,
-        max_num_seqs=config.max_num_seqs,
-        max_waiting=config.max_waiting,
-        max_preemptions=config.max_preemptions,
-        watermark=config.watermark,
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +19,8 @@ from baton.address import join_address
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.registry import RegistryConfig
+from baton.settings import Given, build, check, computed, difference, setting
+from baton.types import Role
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from cli import preflight
 from cli.launch import cores, model_source, placement
@@ -27,11 +30,12 @@ from cli.launch.supervise import SuperviseConfig
 from engine.config import EngineConfig
 from engine.devices import TorchDevices
 from engine.memory import shown
-from router import spans
 from router.config import RouterConfig
+from worker.config import WorkerConfig
 
 _PROBE_INTERVAL_S = 0.05
 _CALL_TIMEOUT_S = 5.0
+_MAX_WORKERS = 256
 _API_KEY = "BATON_API_KEY"
 # A worker needs seconds to load; the defaults would have us look again only every 1.6, 2.6, ... seconds.
 _EAGER_RECONNECT = (
@@ -41,53 +45,98 @@ _EAGER_RECONNECT = (
 )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterOptions:
-    """What was asked for. ``worker_arguments`` go to every worker as they are."""
+    """What was asked for. ``worker`` and ``router``: settings of every worker and of the router, by key."""
 
-    model: str
-    num_prefill: int = 1
-    num_decode: int = 1
-    num_mixed: int = 0
-    host: str = "127.0.0.1"
-    http_port: int = 0
-    grpc_port: int = 0
-    model_name: str = ""
-    ready_file: Path | None = None
-    log_dir: Path | None = None
-    # What workers are told of their engine: for checks before they start.
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    # ``auto``, ``none`` or indices; ``auto``, ``all`` or CPUs: see cli/launch/placement.py.
-    gpus: str = "auto"
-    cpus: str = "auto"
-    threads: int = 0
-    # Workers register there and the router finds them there. Empty: the router gets a list.
-    registry: str = ""
-    cluster_name: str = "default"
-    api_keys: tuple[str, ...] = field(default=(), repr=False)
-    otel: bool = False
-    # Of the router: "auto" or "none".
-    generation_config: str = "auto"
-    worker_arguments: tuple[str, ...] = ()
+    model: str = field(metadata=setting("--model", "A Hugging Face folder or hub id.", short="-m"))
+    num_prefill: int | None = field(
+        default=None,
+        metadata=setting("--prefill", "Prefill workers. Default 1, or 0 with --mixed.", least=0, most=_MAX_WORKERS),
+    )
+    num_decode: int | None = field(
+        default=None,
+        metadata=setting("--decode", "Decode workers. Default 1, or 0 with --mixed.", least=0, most=_MAX_WORKERS),
+    )
+    num_mixed: int = field(default=0, metadata=setting("--mixed", "Workers that do both.", least=0, most=_MAX_WORKERS))
+    http_port: int = field(
+        default=8000, metadata=setting("--http-port", "Port of the OpenAI API; 0 = any free one.", least=0, most=65535)
+    )
+    grpc_port: int = field(
+        default=50051, metadata=setting("--grpc-port", "Port of the gRPC API; 0 = any free one.", least=0, most=65535)
+    )
+    host: str = field(default="127.0.0.1", metadata=setting("--host", "Address to listen on."))
+    ready_file: Path | None = field(
+        default=None, metadata=setting("--ready-file", "Written as JSON when all is ready.")
+    )
+    log_dir: Path | None = field(
+        default=None, metadata=setting("--log-dir", "Where children log. Default: a temporary one.")
+    )
+    model_name: str = field(
+        default="",
+        metadata=setting("--model-name", "What the API calls the model. Default: the folder's name or the hub id."),
+    )
+    gpus: str = field(
+        default="auto",
+        metadata=setting(
+            "--gpus",
+            "GPUs of the workers, round robin, by torch's indices (CUDA_VISIBLE_DEVICES counts). auto: all that "
+            "the kernels can use.",
+            metavar="auto|none|0,1,...",
+        ),
+    )
+    cpus: str = field(
+        default="auto",
+        metadata=setting(
+            "--cpus",
+            "CPUs to compute on, such as 0-3,8. up divides those it may use among workers without a GPU, whole cores "
+            "of one NUMA node where that is possible; all: no worker is bound to any.",
+            metavar="auto|all|LIST",
+        ),
+    )
+    # If it is used, workers register there and the router finds them there; else the router gets a list.
+    registry: RegistryConfig = field(default_factory=RegistryConfig)
+    worker: Mapping[str, Given] = field(default_factory=dict, metadata=computed())
+    router: Mapping[str, Given] = field(default_factory=dict, repr=False, metadata=computed())
 
     def __post_init__(self) -> None:
-        for name in ("num_prefill", "num_decode", "num_mixed"):
-            if getattr(self, name) < 0:
-                raise BadConfig(f"--{name.removeprefix('num_')} is {getattr(self, name)}, expected 0 or more")
+        check(self)
         if not self.host:
             raise BadConfig("--host is empty, expected an address of this machine or a name of it")
         if self.http_port and self.http_port == self.grpc_port:
             raise BadConfig(f"--http-port and --grpc-port are both {self.http_port}, expected two different ports")
-        can_prefill, can_decode = self.num_prefill + self.num_mixed, self.num_decode + self.num_mixed
-        if can_prefill < 1 or can_decode < 1:
+        prefill, decode, mixed = self.counts
+        if prefill + mixed < 1 or decode + mixed < 1:
             raise BadConfig(
-                f"{self.num_prefill} prefill, {self.num_decode} decode, {self.num_mixed} mixed workers cannot serve: "
+                f"{prefill} prefill, {decode} decode, {mixed} mixed workers cannot serve: "
                 "expected at least one for prompts (--prefill or --mixed) and one for tokens (--decode or --mixed)"
             )
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Of prefill, decode and mixed workers."""
+        default = 0 if self.num_mixed else 1
+        prefill, decode = (default if count is None else count for count in (self.num_prefill, self.num_decode))
+        return prefill, decode, self.num_mixed
+
+    def worker_config(self, folder: Path) -> WorkerConfig:
+        """What all workers have in common. Raises BadConfig for what a worker would refuse."""
+        own = {**self._shared(), "model": Given(folder, "--model"), "role": Given(Role.MIXED, "--role")}
+        return build(WorkerConfig, {**self.worker, **own})
+
+    def router_config(self, folder: Path, nodes: Sequence[str]) -> RouterConfig:
+        """Raises BadConfig for what the router would refuse."""
+        listed = () if self.registry.is_used else tuple(nodes)
+        own = {**self._shared(), "model_folder": Given(folder, "--model"), "nodes": Given(listed, "--node")}
+        return build(RouterConfig, {**self.router, **own})
+
+    def _shared(self) -> Mapping[str, Given]:
+        name = self.model_name or model_source.name_of(self.model)
+        return {"model_name": Given(name, "--model-name"), "registry": Given(self.registry, "--registry")}
+
     def worker_roles(self) -> Iterator[tuple[str, str]]:
         """(node id, role) of every worker."""
-        for role, count in (("prefill", self.num_prefill), ("decode", self.num_decode), ("mixed", self.num_mixed)):
+        for role, count in zip(("prefill", "decode", "mixed"), self.counts, strict=True):
             for i in range(count):
                 yield f"{role}-{i}", role
 
@@ -119,16 +168,19 @@ async def up(
     ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
     """
     folder = model_source.resolve(options.model)
+    preflight.one_kv_size(options.worker)
+    common = options.worker_config(folder)
+    preflight.hardware(common.engine.kernels, common.transfer)
     preflight.model_files(folder)
     names = [node_id for node_id, _ in options.worker_roles()]
-    places = _places(options, len(names))
+    places = _places(options, common.engine.kernels, len(names))
     if not places[0].is_gpu:
         # Known now, for all of them: each alone would take what the others find free.
-        layout = preflight.host_cache(folder, options.engine, len(names))
-        options = replace(options, engine=replace(options.engine, num_blocks=layout.num_blocks))
+        layout = preflight.host_cache(folder, common.engine, len(names))
+        common = replace(common, engine=replace(common.engine, num_blocks=layout.num_blocks, kv_bytes=None))
         facts = [f"each worker: {shown(layout)}"]
     else:
-        facts = list(placement.described(names, places, options.engine.gpu_memory_utilization))
+        facts = list(placement.described(names, places, common.engine.gpu_memory_utilization))
     if options.ready_file is not None:
         preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:
@@ -139,17 +191,18 @@ async def up(
         http_port, grpc_port = reserved("--http-port", options.http_port), reserved("--grpc-port", options.grpc_port)
         endpoints = Endpoints(f"http://{join_address(options.host, http_port)}", join_address(options.host, grpc_port))
         workers = [
-            _worker(options, folder, node_id, role, place, reserved("--host"), reserved("--host"))
+            _worker(options, common, node_id, role, place, reserved("--host"), reserved("--host"))
             for (node_id, role), place in zip(options.worker_roles(), places, strict=True)
         ]
-        await _check_router(options, folder, workers)
+        router_config = options.router_config(folder, [worker.address for worker in workers])
+        await _check_router(router_config, folder)
         log_dir = resources.enter_context(_run_directory(options.log_dir))
         if options.ready_file is not None:
             options.ready_file.unlink(missing_ok=True)
         on_start()
         for fact in facts:
             say(fact)
-        router = _router(options, folder, workers, endpoints)
+        router = _router(router_config, folder, endpoints, len(workers))
 
         def announce(pids: Mapping[str, int]) -> None:
             if options.ready_file is not None:
@@ -192,102 +245,74 @@ def _run_directory(wanted: Path | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-async def _check_router(options: ClusterOptions, folder: Path, workers: list[_Worker]) -> None:
-    """What the router would refuse, and a Redis that it would wait for, before anything starts."""
-    registry = RegistryConfig(options.registry, options.cluster_name) if options.registry else None
-    nodes = () if registry is not None else tuple(worker.address for worker in workers)
-    RouterConfig(
-        nodes=nodes,
-        registry=registry,
-        cluster=options.cluster_name,
-        model_folder=folder,
-        model_name=options.model_name or model_source.name_of(options.model),
-        api_keys=options.api_keys,
-    )
-    preflight.tokenizer_files(folder, options.generation_config)
-    if options.otel:
+async def _check_router(config: RouterConfig, folder: Path) -> None:
+    """Files that the router would refuse, and a Redis that it would wait for, before anything starts."""
+    preflight.tokenizer_files(folder, config.generation_config)
+    if config.otel:
+        from router import spans  # with the tokenizer
+
         spans.check_installed()
-    if registry is not None:
-        await preflight.registry_answers(registry)
+    if config.registry.is_used:
+        await preflight.registry_answers(config.registry)
 
 
-def _places(options: ClusterOptions, num_workers: int) -> tuple[Place, ...]:
+def _places(options: ClusterOptions, kernels: str, num_workers: int) -> tuple[Place, ...]:
     # Torch takes seconds to import, and without a GPU there is nothing to ask it.
     asks_torch = options.gpus != "auto" or preflight.has_gpu()
     gpus = options.gpus if asks_torch else "none"
-    places = placement.on_devices(gpus, options.engine.kernels, num_workers, TorchDevices())
+    places = placement.on_devices(gpus, kernels, num_workers, TorchDevices())
     return placement.on_cores(options.cpus, places)
 
 
-def _kv_size(engine: EngineConfig) -> tuple[str, ...]:
-    if engine.num_blocks is not None:
-        return "--num-blocks", str(engine.num_blocks)
-    return () if engine.kv_bytes is None else ("--kv-mib", str(engine.kv_bytes >> 20))
-
-
-def where(engine: EngineConfig, place: Place) -> Iterator[str]:
-    """The options that tell a worker where it computes."""
-    yield from ("--device", place.device)
-    if place.is_gpu:
-        yield from ("--gpu-memory-utilization", str(engine.gpu_memory_utilization))
-        yield from ("--gpu-workers", str(place.gpu_workers))
-    elif place.cpus:
-        yield from ("--cpus", cores.shown(place.cpus))
+def placed(engine: EngineConfig, place: Place) -> EngineConfig:
+    """The engine of a worker that computes there."""
+    return replace(
+        engine,
+        device=place.device,
+        gpu_workers=place.gpu_workers,
+        num_threads=engine.num_threads or place.threads,
+    )
 
 
 def _environment(options: ClusterOptions) -> dict[str, str]:
     """For every child: without the API keys, which the router alone has a use for.
 
-    What is secret or may hold a password goes this way too: arguments are shown to everybody on this machine.
+    What is secret or may hold a password goes this way too: every user of this machine can read arguments.
     """
-    told = {
-        "BATON_REGISTRY": options.registry,
-        "BATON_CLUSTER": options.cluster_name,
-    }
+    told = {"BATON_REGISTRY": options.registry.url, "BATON_CLUSTER": options.registry.cluster}
     ours = {name: value for name, value in os.environ.items() if name != _API_KEY}
     return {**ours, **told, "PYTHONUNBUFFERED": "1"}
 
 
-def _command(name: str, *arguments: str) -> tuple[str, ...]:
+def _command(name: str, config: WorkerConfig | RouterConfig, *arguments: str) -> tuple[str, ...]:
     """By the path of our own file, and with -P: what lies in the current folder is not ours, whatever it is called."""
     program = str(Path(__file__).resolve().parents[1] / "__main__.py")
-    return (sys.executable, "-P", program, name, "--die-with-parent", str(os.getpid()), *arguments)
+    settings = json.dumps(difference(config))
+    parent = ("--die-with-parent", str(os.getpid()))
+    return (sys.executable, "-P", program, name, *parent, *arguments, "--settings", settings)
 
 
 def _worker(
-    options: ClusterOptions, folder: Path, node_id: str, role: str, place: Place, port: int, metrics_port: int
+    options: ClusterOptions, common: WorkerConfig, node_id: str, role: str, place: Place, port: int, metrics_port: int
 ) -> _Worker:
-    address, threads = join_address(options.host, port), str(options.threads or place.threads)
-    command = _command(
-        "worker",
-        *("--model", str(folder), "--role", role, "--node-id", node_id, "--listen", address),
-        *("--model-name", options.model_name or model_source.name_of(options.model)),
-        *("--threads", threads),
-        *_kv_size(options.engine),
-        *where(options.engine, place),
-        *("--metrics-port", str(metrics_port)),
-        *options.worker_arguments,
-    )
+    address = join_address(options.host, port)
+    engine = placed(common.engine, place)
+    config = replace(common, role=Role(role), node_id=node_id, listen=address, metrics_port=metrics_port, engine=engine)
+    binding = ("--cpus", cores.shown(place.cpus)) if place.cpus else ()
+    command = _command("worker", config, "--model", str(config.model), *binding)
     # OpenMP reads it when torch is loaded, before any code of ours could tell it.
-    environment = {"OMP_NUM_THREADS": threads}
+    environment = {"OMP_NUM_THREADS": str(engine.num_threads)}
     program = Program(node_id, command, lambda pid: _worker_answers(address, pid), environment)
     return _Worker(node_id, role, address, join_address(options.host, metrics_port), program)
 
 
-def _router(options: ClusterOptions, folder: Path, workers: list[_Worker], endpoints: Endpoints) -> Program:
-    command = _command(
-        "router",
-        *("--model", str(folder), "--model-name", options.model_name or model_source.name_of(options.model)),
-        *("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc),
-        *(argument for worker in workers for argument in ("--node", worker.address) if not options.registry),
-        *("--generation-config", options.generation_config),
-        *(("--otel",) if options.otel else ()),
-    )
+def _router(config: RouterConfig, folder: Path, endpoints: Endpoints, num_workers: int) -> Program:
+    faces = ("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc)
     return Program(
         "router",
-        command,
-        lambda pid: _router_sees(endpoints.grpc, len(workers), options.api_keys),
-        environment={_API_KEY: " ".join(options.api_keys)},
+        _command("router", config, "--model", str(folder), *faces),
+        lambda pid: _router_sees(endpoints.grpc, num_workers, config.api_keys),
+        environment={_API_KEY: " ".join(config.api_keys)},
     )
 
 

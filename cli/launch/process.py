@@ -1,10 +1,11 @@
-"""One child process of the launcher: its log file, its end, its last words. Decides nothing."""
+"""One child process of the launcher, from both sides: how it begins, its log file, its end, its last words."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -31,6 +32,18 @@ def die_with(parent_pid: int) -> None:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG) failed")
     if os.getppid() != parent_pid:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def end_on_sigterm() -> None:
+    """Until the event loop takes over nothing is worth ending in good order, and what SIGTERM ends has ended well.
+
+    Not by an exception: one that strikes while Python imports may be ignored, and the process would start after all.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
 def last_words(log: Path, start: int = 0) -> str:
@@ -95,10 +108,10 @@ class Child:
 
 
 class ReservedPort:
-    """A TCP port that nobody else is given while this lives, although nothing listens on it here.
+    """A TCP port that no other process is given while this lives, although nothing listens on it here.
 
     With SO_REUSEADDR on both sides Linux lets a server bind it too, as long as no other listens: a worker that died
-    finds its port free when it comes back. Raises OSError if somebody listens on the port now.
+    finds its port free when it comes back. Raises OSError if another process listens there.
     """
 
     def __init__(self, host: str, port: int) -> None:

@@ -12,7 +12,11 @@ from pathlib import Path
 from relay_harness import fake_load
 
 from baton.types import Role
+from engine.config import EngineConfig
+from engine.schedule import SchedulerConfig
+from kvtransfer.config import TransferConfig
 from worker.config import WorkerConfig
+from worker.departure import DrainConfig
 from worker.loading import Allocate, LoadedModel
 from worker.worker import serve
 
@@ -32,10 +36,9 @@ def main() -> None:
         node_id=node_id,
         listen=listen,
         ready_file=Path(ready_file),
-        max_batch_tokens=64,
-        max_num_seqs=16,
-        grace_s=3.0,
-        transports=tuple(sys.argv[6:]) or ("shm", "tcp"),
+        engine=EngineConfig(scheduler=SchedulerConfig(max_batch_tokens=64, max_num_seqs=16)),
+        drain=DrainConfig(grace_s=3.0),
+        transfer=TransferConfig(transports=tuple(sys.argv[6:]) or ("shm", "tcp")),
     )
     load = endless_load if delay_s == "load" else fake_load(float(delay_s))
     if not asyncio.run(serve(config, load=load)):

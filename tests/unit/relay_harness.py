@@ -18,8 +18,12 @@ from node_harness import WAIT_S, Router, session
 from baton import codec
 from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
+from engine.config import EngineConfig
 from engine.fake import FakeRunner
+from engine.schedule import SchedulerConfig
+from kvtransfer.config import TransferConfig
 from worker.config import WorkerConfig
+from worker.departure import DrainConfig
 from worker.loading import Allocate, LoadedModel, cuda_device
 from worker.worker import serve
 
@@ -63,14 +67,22 @@ class Worker:
 
 @asynccontextmanager
 async def worker(tmp_path: Path, node_id: str, role: Role = Role.MIXED, **settings: Any) -> AsyncIterator[Worker]:
-    """``load`` and ``model`` in the settings make it a worker with a real model."""
+    """``load`` and ``model`` in the settings make it a worker with a real model. Fields of WorkerConfig, and of its
+    parts ``transports``, ``layerwise_from_bytes`` and ``grace_s``."""
     load = settings.pop("load", None)
     open_device = settings.pop("open_device", cuda_device)
     if load is None:
         load = fake_load(settings.pop("step_delay_s", 0.0), settings.pop("num_blocks", LAYOUT.num_blocks))
     ready, stop = tmp_path / f"{node_id}.json", asyncio.Event()
     ready.unlink(missing_ok=True)
-    settings = {"model": Path("fake"), "max_batch_tokens": 64, "max_num_seqs": 16, "grace_s": 5.0, **settings}
+    transfer = {name: settings.pop(name) for name in ("transports", "layerwise_from_bytes") if name in settings}
+    settings = {
+        "model": Path("fake"),
+        "engine": EngineConfig(scheduler=SchedulerConfig(max_batch_tokens=64, max_num_seqs=16)),
+        "transfer": TransferConfig(**transfer),
+        "drain": DrainConfig(grace_s=settings.pop("grace_s", 5.0)),
+        **settings,
+    }
     config = WorkerConfig(role=role, node_id=node_id, ready_file=ready, **settings)
     task = asyncio.create_task(serve(config, load=load, stop=stop, open_device=open_device))
     try:

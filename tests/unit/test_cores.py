@@ -204,11 +204,13 @@ def test_who_shares_a_gpu_is_told_with_the_share() -> None:
 
 def test_a_worker_is_told_its_place() -> None:
     engine = EngineConfig(gpu_memory_utilization=0.8)
-    assert list(cluster.where(engine, Place("cuda:1", 2))) == [
-        "--device", "cuda:1", "--gpu-memory-utilization", "0.8", "--gpu-workers", "2",
-    ]  # fmt: skip
-    assert list(cluster.where(engine, Place(cpus=(0, 1, 2, 5)))) == ["--device", "cpu", "--cpus", "0-2,5"]
-    assert list(cluster.where(engine, Place())) == ["--device", "cpu"]
+    assert cluster.placed(engine, Place("cuda:1", 2)) == EngineConfig(
+        gpu_memory_utilization=0.8, device="cuda:1", gpu_workers=2, num_threads=1
+    )
+    assert cluster.placed(engine, Place(cpus=(0, 1, 2, 5), threads=4)) == EngineConfig(
+        gpu_memory_utilization=0.8, device="cpu", num_threads=4
+    )
+    assert cluster.placed(EngineConfig(num_threads=3), Place(threads=4)).num_threads == 3
 
 
 def test_a_worker_refuses_a_gpu_that_is_not_there(demo_model: Path) -> None:

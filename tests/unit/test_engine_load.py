@@ -167,7 +167,7 @@ def test_what_a_config_says_is_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"dtype": "int8"}, {"kernels": "fast"}, {"block_tokens": 48}, {"num_blocks": 0}, {"max_batch_tokens": 0}],
+    [{"dtype": "int8"}, {"kernels": "fast"}, {"block_tokens": 48}, {"num_blocks": 0}, {"max_graph_seqs": -1}],
 )
 def test_bad_settings_are_refused_by_name(options: dict[str, Any]) -> None:
     with pytest.raises(BadConfig, match=next(iter(options))):

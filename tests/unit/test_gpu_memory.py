@@ -20,6 +20,7 @@ from engine.kernels.interface import Attention, LaunchShapes, Linear
 from engine.kernels.reference import ReferenceKernels
 from engine.memory import GpuUse, gpu_kv_bytes, kv_layout, weight_bytes
 from engine.runner import Runner
+from engine.schedule import SchedulerConfig
 from tests.device_sampler import BestSampler
 from tests.models import ORACLE_CASES
 
@@ -95,7 +96,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return CASE.save(tmp_path_factory.mktemp("gpu") / "model")
 
 
-CONFIG = EngineConfig(max_batch_tokens=300, max_num_seqs=16, max_graph_seqs=8)
+SCHEDULER = SchedulerConfig(max_batch_tokens=300, max_num_seqs=16)
+CONFIG = EngineConfig(scheduler=SCHEDULER, max_graph_seqs=8)
 
 
 @pytest.mark.parametrize("utilization", [0.9, 0.5])
@@ -103,7 +105,7 @@ def test_the_cache_is_what_weights_the_largest_step_and_recorded_steps_leave(
     folder: Path, utilization: float, caplog: pytest.LogCaptureFixture
 ) -> None:
     gpu = FakeGpuMemory(total_bytes=GIB, others_bytes=100 * MIB)
-    config = EngineConfig(max_batch_tokens=300, max_num_seqs=16, max_graph_seqs=8, gpu_memory_utilization=utilization)
+    config = EngineConfig(scheduler=SCHEDULER, max_graph_seqs=8, gpu_memory_utilization=utilization)
     with caplog.at_level(logging.INFO):
         runner, kernels, devices = load(folder, gpu, config)
     graphs = GRAPH_BYTES + (len(graph_shapes(8, 2048)) - 1) * MORE_BYTES
@@ -123,7 +125,7 @@ def test_the_cache_is_what_weights_the_largest_step_and_recorded_steps_leave(
 @pytest.mark.parametrize(("setting", "value"), [("num_blocks", 7), ("kv_bytes", 9 * 2**20)])
 def test_a_size_that_was_given_wins_and_nothing_is_tried(folder: Path, setting: str, value: int) -> None:
     gpu = FakeGpuMemory(total_bytes=GIB)
-    config = EngineConfig(max_batch_tokens=300, max_num_seqs=16, max_graph_seqs=8, **{setting: value})
+    config = EngineConfig(scheduler=SCHEDULER, max_graph_seqs=8, **{setting: value})
     runner, kernels, _ = load(folder, gpu, config)
     expected = kv_layout(ModelConfig.from_folder(folder), config, "float32")
     assert runner.layout == expected

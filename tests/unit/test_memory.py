@@ -24,6 +24,7 @@ from engine.memory import (
     weight_bytes,
 )
 from engine.runner import Runner
+from engine.schedule import SchedulerConfig
 from tests.models import ORACLE_CASES
 
 CASE = next(case for case in ORACLE_CASES if case.name == "llama-gqa2-d32")
@@ -87,7 +88,9 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
     assert "--kv-mib" in message
 
 
-@pytest.mark.parametrize("config", [EngineConfig(kv_bytes=9_000_000 * MIB), EngineConfig(num_blocks=10**12)], ids=str)
+@pytest.mark.parametrize(
+    "config", [EngineConfig(kv_bytes=9_000_000 * MIB), EngineConfig(num_blocks=2**31 - 1)], ids=str
+)
 def test_a_cache_beyond_the_machine_is_refused_before_it_is_allocated(tmp_path: Path, config: EngineConfig) -> None:
     def allocate(num_bytes: int, device: str = "cpu") -> memoryview:
         raise AssertionError(f"{num_bytes} bytes were asked for")
@@ -106,7 +109,10 @@ def test_weights_count_beside_the_cache(tmp_path: Path) -> None:
 
 
 def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> None:
-    folder, config = CASE.save(tmp_path / "model"), EngineConfig(kernels="reference", max_num_seqs=10**6)
+    folder, config = (
+        CASE.save(tmp_path / "model"),
+        EngineConfig(kernels="reference", scheduler=SchedulerConfig(max_num_seqs=1 << 16)),
+    )
     model = ModelConfig.from_folder(folder)
     per_block = block_bytes(model, config, "float32")
     # For one worker, and in equal parts for several that start together.
@@ -124,7 +130,7 @@ def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> Non
 def test_a_cache_is_no_larger_than_its_sequences(tmp_path: Path) -> None:
     """Whatever memory there is: nobody could use the rest."""
     model = ModelConfig.from_folder(CASE.save(tmp_path / "model"))
-    config = EngineConfig(max_num_seqs=3)
+    config = EngineConfig(scheduler=SchedulerConfig(max_num_seqs=3))
     assert model.max_model_tokens % config.block_tokens == 0
     size = host_kv_bytes(Memory(1 << 50, "a test"), model, config, "float32")
     assert kv_layout(model, config, "float32", kv_bytes=size).num_blocks * config.block_tokens == 3 * 2048
@@ -148,7 +154,7 @@ def test_two_sizes_of_the_cache_are_refused_before_anything_starts(tmp_path: Pat
         capture_output=True, text=True, timeout=100, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "--kv-mib 64 and --num-blocks 8 both say how large" in done.stderr
+    assert "--kv-mib (64 MiB) and --num-blocks (8) both say how large" in done.stderr
     assert "Traceback" not in done.stderr
 
 

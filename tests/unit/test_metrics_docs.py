@@ -12,8 +12,9 @@ from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from router.metrics import RouterMetrics
+from worker.config import Peaks
 from worker.energy import EnergySource
-from worker.metrics import Peaks, WorkerMetrics
+from worker.metrics import WorkerMetrics
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 ROW = re.compile(r"^\| `(?P<name>[a-z0-9_:]+)` \| (?P<kind>counter|gauge|histogram) \|(?P<labels>[^|]*)\| \S", re.M)

@@ -31,7 +31,7 @@ async def scrape(router: Router, path: str = "/metrics") -> httpx.Response:
 
 
 async def test_every_series_of_a_router_says_its_cluster_and_model_once() -> None:
-    settings = {"cluster": "west", "model_name": "m"}
+    settings = {"registry": RegistryConfig(cluster="west"), "model_name": "m"}
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, **settings) as router:
         found = samples((await scrape(router)).text)
     assert {(s.labels["cluster"], s.labels["model_name"]) for s in found} == {("west", "m")}
@@ -46,8 +46,8 @@ async def test_the_model_is_named_as_soon_as_a_node_has_named_it() -> None:
 
 
 def test_the_registry_names_the_cluster() -> None:
-    assert RouterConfig(registry=RegistryConfig("redis://h:1", "east")).cluster_name == "east"
-    assert RouterConfig(nodes=("h:1",)).cluster_name == "default"
+    assert RouterConfig(registry=RegistryConfig("redis://h:1", "east")).registry.cluster == "east"
+    assert RouterConfig(nodes=("h:1",)).registry.cluster == "default"
 
 
 async def test_nodes_that_leave_as_they_said_are_told_from_lost_ones() -> None:

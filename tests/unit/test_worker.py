@@ -6,6 +6,7 @@ The numbers are rows of docs/failures.md: 1 silent prefill, 4-6 cancels and disc
 
 import asyncio
 import random
+import re
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from relay_harness import LAYOUT, Load, Pair, pair, worker
 
 from baton.errors import BadConfig
 from baton.server import LIVENESS
+from baton.settings import Given, build
 from baton.types import Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.fake import expected_tokens
@@ -330,10 +332,14 @@ async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "bad",
     [
-        {"grace_s": 0.0}, {"close_s": 0.0}, {"num_blocks": 0}, {"lease_ttl_s": -1.0}, {"stall_limit_s": float("nan")},
-        {"cluster": "no spaces"},
+        {"drain.grace_s": 0.0}, {"close_s": 0.0}, {"engine.num_blocks": 0}, {"lease_ttl_s": -1.0},
+        {"stall_limit_s": float("nan")}, {"registry.cluster": "no spaces"}, {"engine.scheduler.watermark": 1.0},
+        {"transfer.copy_threads": 65}, {"metrics_port": 65536}, {"advertise_host": "0.0.0.0"}, {"node_id": " "},
     ],
+    ids=str,
 )  # fmt: skip
 def test_bad_settings_stop_the_start(bad: dict[str, float | str]) -> None:
-    with pytest.raises(BadConfig, match=next(iter(bad))):
-        WorkerConfig(model=Path("x"), role=Role.MIXED, **bad)  # type: ignore[arg-type]
+    own = {"model": Given(Path("x"), "model"), "role": Given(Role.MIXED, "role")}
+    ((key, value),) = bad.items()
+    with pytest.raises(BadConfig, match=rf"^{re.escape(key)} is "):
+        build(WorkerConfig, {**own, key: Given(value, key)})

@@ -19,6 +19,7 @@ from baton.types import SequenceSpec, TokenChunk
 from engine.fake import FakeRunner, Row, expected_tokens
 from engine.kv_cache import KvCache
 from engine.runner import _allocated
+from kvtransfer.config import TRANSPORTS
 from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.memory import DeviceArena
 from worker.config import WorkerConfig
@@ -73,7 +74,7 @@ async def device_pair(tmp_path: Path, **settings: Any) -> AsyncIterator[Pair]:
 async def test_the_relay_gives_the_tokens_of_one_node(
     tmp_path: Path, transports: tuple[str, ...], layerwise_from_bytes: int
 ) -> None:
-    settings = {"transports": transports, "layerwise_from_bytes": layerwise_from_bytes}
+    settings = {"transports": transports, "layerwise_from_bytes": dict.fromkeys(TRANSPORTS, layerwise_from_bytes)}
     sequences = [spec(f"r{n}/0/1", n, max_tokens=12) for n in (1, 16, 17, 33, 100, 150)]
     async with device_pair(tmp_path, **settings) as relay:
         found = await Load(relay, sequences, at_once=4).run()

@@ -11,6 +11,8 @@ from node_harness import session
 from relay_harness import Load, Pair, worker
 
 from baton.types import Role, SamplingParams, SequenceSpec
+from engine.config import EngineConfig
+from engine.schedule import SchedulerConfig
 from worker.worker import load_model
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 64, 3, 4, 2, 16, 96, 200
@@ -78,10 +80,9 @@ async def test_split_equals_colocated(tmp_path: Path, model: Path, transport: st
     settings = {
         "model": model,
         "load": load_model,
-        "block_tokens": 16,
-        "num_blocks": 120,
-        "max_batch_tokens": 48,
-        "num_threads": 1,
+        "engine": EngineConfig(
+            block_tokens=16, num_blocks=120, num_threads=1, scheduler=SchedulerConfig(max_batch_tokens=48)
+        ),
         "transports": (transport,),
     }
     lengths = [1, 15, 16, 17, 47, 64, 100, 250]

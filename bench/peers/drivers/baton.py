@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from baton.types import SamplingParams, SequenceSpec
@@ -18,8 +19,7 @@ class Baton:
         config = EngineConfig(
             dtype="bfloat16",
             num_threads=start.num_threads,
-            max_batch_tokens=MAX_BATCH_TOKENS,
-            max_num_seqs=MAX_SEQUENCES,
+            scheduler=SchedulerConfig(max_batch_tokens=MAX_BATCH_TOKENS, max_num_seqs=MAX_SEQUENCES),
             num_blocks=-(-start.kv_tokens // EngineConfig().block_tokens),
         )
         self._runner = Runner.load(Path(start.model), config)
@@ -29,12 +29,7 @@ class Baton:
             )
         assert config.num_blocks is not None
         self._scheduler = Scheduler(
-            SchedulerConfig(
-                block_tokens=config.block_tokens,
-                max_model_tokens=MAX_MODEL_TOKENS,
-                max_batch_tokens=MAX_BATCH_TOKENS,
-                max_num_seqs=MAX_SEQUENCES,
-            ),
+            replace(config.scheduler, block_tokens=config.block_tokens, max_model_tokens=MAX_MODEL_TOKENS),
             BlockPool(config.num_blocks),
         )
         self._num_added = 0

@@ -54,7 +54,11 @@ def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:
 
 def test_a_trial_of_what_memory_is_left_runs_the_largest_step_and_leaves_no_trace(tmp_path: Path) -> None:
     folder = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32").save(tmp_path / "model")
-    limits = {"kernels": "triton", "max_batch_tokens": 12, "max_num_seqs": 3, "max_graph_seqs": 2}
+    limits = {
+        "kernels": "triton",
+        "scheduler": SchedulerConfig(max_batch_tokens=12, max_num_seqs=3),
+        "max_graph_seqs": 2,
+    }
     request = spec("a", random_prompt(9, VOCAB_SIZE))
     given = Runner.load(folder, EngineConfig(num_blocks=8, **limits))  # type: ignore[arg-type]
     devices = FakeDevices(memory=FakeGpuMemory(1 << 30))
@@ -88,7 +92,12 @@ def test_steps_that_overlap_give_the_same_tokens(tmp_path: Path, max_graph_seqs:
     """Chunked prompts, stop tokens, memory that runs out, and rows whose logits are changed or reported."""
     case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
     config = EngineConfig(
-        dtype="float32", block_tokens=16, num_blocks=7, kernels="triton", max_num_seqs=5, max_graph_seqs=max_graph_seqs
+        dtype="float32",
+        block_tokens=16,
+        num_blocks=7,
+        kernels="triton",
+        max_graph_seqs=max_graph_seqs,
+        scheduler=SchedulerConfig(max_num_seqs=5),
     )
     runner = Runner.load(case.save(tmp_path / "model"), config)
     plain = [
@@ -141,7 +150,8 @@ def _serve(runner: Counting, waves: list[list[SequenceSpec]]) -> tuple[dict[str,
 def test_a_graph_is_as_large_as_it_must_be(tmp_path: Path) -> None:
     case = next(c for c in ORACLE_CASES if c.name == "llama-gqa2-d32")
     runner = Runner.load(
-        case.save(tmp_path / "model"), EngineConfig(dtype="float32", num_blocks=2, kernels="triton", max_num_seqs=3)
+        case.save(tmp_path / "model"),
+        EngineConfig(dtype="float32", num_blocks=2, kernels="triton", scheduler=SchedulerConfig(max_num_seqs=3)),
     )
     graphs = runner._graphs
     assert graphs is not None
@@ -181,7 +191,7 @@ def test_a_token_whose_embedding_is_nan_ends_those_that_meet_it_alone(tmp_path: 
     folder, sequences = bad_logits.CASE.save(tmp_path / "model"), bad_logits.specs()
     config = EngineConfig(
         dtype="float32", block_tokens=bad_logits.BLOCK_TOKENS, num_blocks=bad_logits.NUM_BLOCKS, kernels="triton",
-        max_num_seqs=8, max_graph_seqs=max_graph_seqs,
+        scheduler=SchedulerConfig(max_num_seqs=8), max_graph_seqs=max_graph_seqs,
     )  # fmt: skip
     runner = Runner.load(folder, config)
     clean = bad_logits.serve(runner, Counting(runner, False), sequences)

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.kernels.triton import decode_attention, gemm, pointwise, prefill_attention, sampling, shared_prefix
 from engine.runner import Runner
+from engine.schedule import SchedulerConfig
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
 
@@ -63,8 +64,8 @@ def counting() -> Iterator[set[object]]:
 def test_serving_launches_nothing_that_was_not_launched_before(tmp_path: Path, name: str) -> None:
     case = next(c for c in ORACLE_CASES if c.name == name)
     config = EngineConfig(
-        dtype="float16", num_blocks=80, block_tokens=16, kernels="triton", max_graph_seqs=2, max_batch_tokens=150,
-        max_num_seqs=40,
+        dtype="float16", num_blocks=80, block_tokens=16, kernels="triton", max_graph_seqs=2,
+        scheduler=SchedulerConfig(max_batch_tokens=150, max_num_seqs=40),
     )  # fmt: skip
     with counting() as started:
         runner = Runner.load(case.save(tmp_path / "model"), config)

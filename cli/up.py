@@ -1,0 +1,47 @@
+"""`baton up`: a local cluster, by its options and its file, until Ctrl-C."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from rich.console import Console
+
+from baton.settings import Given, build
+from cli import preflight
+from cli.launch import cluster
+from cli.options import Options, under
+from cli.usage import program
+from router.config import RouterConfig
+from worker.config import WorkerConfig
+
+OPTIONS = Options(("", cluster.ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig))
+
+
+@OPTIONS.taken
+def up(given: Mapping[str, Given]) -> None:
+    """Run a cluster on this machine until Ctrl-C or SIGTERM."""
+    preflight.worker_packages()
+    options = build(cluster.ClusterOptions, given)
+    options = replace(options, worker=under("worker.", given), router=under("router.", given))
+    console = Console(stderr=True, soft_wrap=True)
+    has_keys = "api_keys" in options.router
+    is_first = True
+
+    def on_ready(endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
+        nonlocal is_first
+        if is_first:
+            is_first = False
+            console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            console.print(f"status page: {endpoints.http}/status", highlight=False)
+            key = "--api-key KEY " if has_keys else ""
+            where = ", where KEY is one of those given with --api-key" if has_keys else ""
+            command = f'{program()} generate --router {endpoints.grpc} {key}--relay "Once upon a time"'
+            console.print(f"try: {command}{where}", highlight=False, markup=False)
+
+    def on_start() -> None:
+        workers = ", ".join(node_id for node_id, _ in options.worker_roles())
+        console.print(f"starting the router and {workers} with {options.model}", markup=False)
+
+    asyncio.run(cluster.up(options, lambda message: console.print(message, markup=False), on_ready, on_start))
