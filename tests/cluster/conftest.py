@@ -13,11 +13,17 @@ import pytest
 from tests.cluster.harness import Cluster, StartCluster, starter
 
 
+# A limit against hanging: on a machine with other work a restart alone takes half a minute.
+_LONG_TIMEOUT_S = 900
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A cluster is a machine's worth of processes."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.alone)
+            if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
+                item.add_marker(pytest.mark.timeout(_LONG_TIMEOUT_S))
 
 
 @pytest.fixture
