@@ -12,7 +12,6 @@ import pytest
 
 from tests.cluster.harness import Cluster, StartCluster, starter
 
-
 # A limit against hanging: on a machine with other work a restart alone takes half a minute.
 _LONG_TIMEOUT_S = 900
 
