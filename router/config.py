@@ -11,8 +11,8 @@ from baton.errors import BadConfig, quoted
 from baton.names import check_model_name
 from baton.registry import RegistryConfig
 from baton.settings import check, computed, setting
+from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
-from router.cluster.policy import PolicyConfig
 from router.flow import FlowConfig
 
 

@@ -156,12 +156,15 @@ class Flow:
         """The first token is out, and decode has not said that it has the sequence."""
         return self.phase is Phase.DECODING and not self._is_settled
 
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt.token_ids) + len(self.tokens)
+
     def demand(self, now: float) -> Demand:
-        self._avoid = {n: until for n, until in self._avoid.items() if until > now}
         return Demand(
-            num_known_tokens=len(self.prompt.token_ids) + len(self.tokens),
+            num_known_tokens=self.num_known_tokens,
             is_single_token=self.max_tokens - len(self.tokens) == 1,
-            avoid=frozenset(self._avoid),
+            avoid=frozenset(n for n, until_s in self._avoid.items() if until_s > now) if self._avoid else (),
         )
 
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 (a flat table)
@@ -253,10 +256,13 @@ class Flow:
         actions = [*self._leave(error.code, lost=full_node_id), NodeFull(full_node_id)]
         self._last_error = error
         self._refusals += 1
-        self._avoid[full_node_id] = now + self._config.backoff_max_s
+        self._avoid_until(now + self._config.backoff_max_s, full_node_id, now)
         self._requeue()
         # The first refusals only mean that a status was stale; then nodes say no whatever their status says.
         return actions + self._enqueue_after(self._backoff_s(self._refusals - 3), now)
+
+    def _avoid_until(self, until_s: float, node_id: str, now: float) -> None:
+        self._avoid = {n: s for n, s in self._avoid.items() if s > now} | {node_id: until_s}
 
     def _requeue(self) -> None:
         self.phase = Phase.QUEUED
@@ -447,7 +453,7 @@ class Flow:
         actions = self._leave(error.code, lost)
         if not lost:
             actions.append(PairFailed(placement))
-        self._avoid[blamed] = now + self._config.avoid_s
+        self._avoid_until(now + self._config.avoid_s, blamed, now)
         failure = self.lifeline.failed(blamed, error.code, error.message, now)
         actions.append(AttemptFailed(self.sequence_id, failure))
         self._requeue()

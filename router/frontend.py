@@ -17,13 +17,15 @@ from baton import errors
 from baton.errors import quoted
 from baton.observe import Relay
 from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
+from router.active import Active
 from router.chat import ChatMessage, ChatTemplate
 from router.config import LimitsConfig
-from router.dispatch import Active, Dispatcher, Origin
+from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind, Prompt
 from router.model_files import ModelFacts
 from router.offload import Offload
+from router.records import Origin
 from router.stream import Backlog
 from router.text import TextDelta, TextStream
 from router.tokenizer import Tokenizer, require
@@ -221,7 +223,7 @@ class Frontend:
 
     @property
     def model_name(self) -> str:
-        reference = self._dispatcher.reference
+        reference = self._dispatcher.nodes.membership.reference
         return self._model_name or (reference.model.name if reference else "")
 
     @property
@@ -235,10 +237,10 @@ class Frontend:
     @property
     def max_model_tokens(self) -> int | None:
         """Prompt and output together; None while no node and no folder has given it."""
-        reference = self._dispatcher.reference
+        reference = self._dispatcher.nodes.membership.reference
         bounds = [
             reference.model.max_model_tokens if reference else self._facts.max_model_tokens,
-            self._dispatcher.capacity_tokens,
+            self._dispatcher.nodes.membership.capacity_tokens,
         ]
         return min((b for b in bounds if b is not None), default=None)
 
@@ -263,11 +265,11 @@ class Frontend:
         try:
             return await self._start(request)
         except errors.BatonError as error:
-            self._dispatcher.refused(error)
+            self._dispatcher.records.refused(error)
             raise
 
     async def _start(self, request: GenerationRequest) -> Accepted:
-        arrived_s = self._dispatcher.now()
+        arrived_s = self._dispatcher.clock.now()
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
@@ -476,7 +478,7 @@ class Frontend:
     @property
     def _vocab_size(self) -> int | None:
         """The model's; the tokenizer's while no node is known."""
-        reference = self._dispatcher.reference
+        reference = self._dispatcher.nodes.membership.reference
         if reference is not None:
             return reference.model.vocab_size
         return None if self.tokenizer is None else self.tokenizer.vocab_size

@@ -7,7 +7,8 @@ from itertools import islice
 
 from baton.observe import Relay
 from baton.v1 import router_pb2
-from router.dispatch import Dispatcher, Ended
+from router.dispatch import Dispatcher
+from router.records import Ended
 from router.wire import relay_to_pb
 
 _MAX_ENDED = 1024
@@ -18,7 +19,7 @@ class History:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._ended: deque[Ended] = deque(maxlen=_MAX_ENDED)
-        dispatcher.watch_ends(self._ended.append)
+        dispatcher.records.watch(self._ended.append)
 
     def newest(self, count: int) -> list[Ended]:
         """Newest first."""

@@ -245,7 +245,7 @@ class _Routes:
         return JSONResponse({"status": "ok"})
 
     async def ready(self) -> Response:
-        nodes = {x.node.node_id if x.node else x.address: x.state.value for x in self._dispatcher.members}
+        nodes = {x.node.node_id if x.node else x.address: x.state.value for x in self._dispatcher.nodes.members}
         is_ready = self._dispatcher.is_ready
         return JSONResponse(
             {"status": "ready" if is_ready else "not ready", "nodes": nodes}, status_code=200 if is_ready else 503
@@ -260,7 +260,7 @@ class _Routes:
         Lost nodes stay in the list while they are members, so that their absence raises an alert; nodes that left in
         order are removed.
         """
-        members = [m for m in self._dispatcher.members if m.is_up or not (m.status and m.status.draining)]
+        members = [m for m in self._dispatcher.nodes.members if m.is_up or not (m.status and m.status.draining)]
         addresses = [m.node.metrics_address for m in members if m.node is not None]
         return JSONResponse([{"targets": [address]} for address in addresses if address])
 

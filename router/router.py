@@ -43,7 +43,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._dispatcher = dispatcher
         self._config = config
         self._history = history
-        self._nodes = NodeAdmin(dispatcher.membership, dispatcher.links, dispatcher.clock)
+        self._nodes = NodeAdmin(dispatcher.nodes.membership, dispatcher.nodes.links, dispatcher.clock)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (gRPC names)
         self,
@@ -139,14 +139,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         request: router_pb2.StatusRequest,
         context: Context,
     ) -> router_pb2.StatusResponse:
-        num_queued = self._dispatcher.num_queued
+        num_queued = self._dispatcher.scheduler.num_waiting
         return router_pb2.StatusResponse(
             router_id=self._config.router_id,
             model=self._frontend.model_name,
             num_queued=num_queued,
-            num_running=self._dispatcher.num_active - num_queued,
+            num_running=self._dispatcher.scheduler.num_in_flight - num_queued,
             chat_refusal=self._frontend.chat_refusal,
-            nodes=[member_to_pb(x) for x in self._dispatcher.members],
+            nodes=[member_to_pb(x) for x in self._dispatcher.nodes.members],
         )
 
     async def Ledger(  # noqa: N802
@@ -175,7 +175,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> AsyncIterator[router_pb2.ClusterTraceResponse]:
         try:
             last_s = codec.last_s_from_pb(request.last_s)
-            yield self._history.trace(self._config.router_id, self._dispatcher.now(), last_s)
+            yield self._history.trace(self._config.router_id, self._dispatcher.clock.now(), last_s)
             for node in await self._nodes.traces(request.last_s):
                 yield router_pb2.ClusterTraceResponse(node=node)
         except errors.BatonError as error:
@@ -252,7 +252,7 @@ class GrpcFace:
         await self._server.start()
         await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
         await self._set_ready(self._dispatcher.is_ready)
-        self._dispatcher.watch(self._on_change)
+        self._dispatcher.nodes.watch(self._on_change)
         return f"{self._config.grpc_host}:{port}"
 
     def _on_change(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -87,10 +88,14 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     dispatcher = Dispatcher(
         config,
         clock,
-        lambda address, events: NodeLink(address, events, greeting, config.link, events.turns, defects),
+        lambda address, nodes: NodeLink(address, nodes, greeting, config.link, dispatcher.turns, defects),
         counted,
     )
-    counted.add_state(dispatcher.phases, lambda: list(dispatcher.members), lambda: dispatcher.is_ready)
+    counted.add_state(
+        lambda: Counter(active.flow.phase for active in dispatcher.scheduler.in_flight),
+        lambda: dispatcher.nodes.members,
+        lambda: dispatcher.is_ready,
+    )
     folder = config.model_folder
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(
@@ -99,7 +104,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     )  # fmt: skip
     history = History(dispatcher)
     if spans is not None:
-        dispatcher.watch_ends(spans.on_ended)
+        dispatcher.records.watch(spans.on_ended)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
     grpc_face = None
     if config.grpc_port is not None:
@@ -114,9 +119,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     )  # fmt: skip
     watch = None
     if config.registry.is_used:
-        watch = RegistryWatch(Registry(config.registry), dispatcher.on_listing, config.watch, clock, defects)
+        watch = RegistryWatch(Registry(config.registry), dispatcher.nodes.on_listing, config.watch, clock, defects)
     try:
-        dispatcher.start()
+        dispatcher.nodes.start()
         if watch is not None:
             await watch.start()
         grpc_address = await grpc_face.start() if grpc_face is not None else None
@@ -170,7 +175,7 @@ async def _write_ready_file(config: RouterConfig, router: Router) -> None:
 
 async def _all_up(dispatcher: Dispatcher) -> None:
     changed = asyncio.Event()
-    dispatcher.watch(changed.set)
-    while not all(x.state is State.READY for x in dispatcher.members):
+    dispatcher.nodes.watch(changed.set)
+    while not all(x.state is State.READY for x in dispatcher.nodes.members):
         changed.clear()
         await changed.wait()

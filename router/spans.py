@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
-from router.dispatch import Ended, Origin
 from router.flow_messages import OutcomeKind
 from router.history import stages
+from router.records import Ended, Origin
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context

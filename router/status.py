@@ -22,11 +22,12 @@ from baton import __version__
 from baton.observe import Relay
 from baton.types import NodeStatus, Role
 from router.cluster.membership import Member, State
-from router.dispatch import Dispatcher, Ended
+from router.dispatch import Dispatcher
 from router.flow import Flow
 from router.flow_messages import Phase
 from router.frontend import Frontend
 from router.history import History, stages
+from router.records import Ended
 from router.rolling import Slice, Window
 
 _MAX_RECENT = 40
@@ -70,12 +71,12 @@ class StatusPage:
         self._dispatcher = dispatcher
         self._router_id = router_id
         self._wall = wall
-        self._started_s = dispatcher.now()
+        self._started_s = dispatcher.clock.now()
         self._window = Window()
         self._history = history
         self._made = b""
         self._made_s = float("-inf")
-        dispatcher.watch_ends(self._on_ended)
+        dispatcher.records.watch(self._on_ended)
 
     def add_to(self, app: FastAPI) -> None:
         folder = resources.files("router") / "page"
@@ -84,14 +85,14 @@ class StatusPage:
         app.add_api_route(DATA_PATH, self._data, methods=["GET", "HEAD"], response_model=None)
 
     async def _data(self) -> Response:
-        now = self._dispatcher.now()
+        now = self._dispatcher.clock.now()
         if now - self._made_s >= _MAX_AGE_S:
             self._made, self._made_s = json.dumps(self.snapshot(now), separators=(",", ":")).encode(), now
         return Response(self._made, media_type="application/json", headers=_HEADERS)
 
     def _on_ended(self, ended: Ended) -> None:
         relay = ended.relay
-        here = self._window.current(self._dispatcher.now())
+        here = self._window.current(self._dispatcher.clock.now())
         here.num_requests += 1
         here.num_tokens += relay.num_tokens
         if relay.num_tokens:
@@ -101,8 +102,8 @@ class StatusPage:
 
     def snapshot(self, now: float) -> dict[str, Any]:
         dispatcher = self._dispatcher
-        members = dispatcher.members
-        flows = dispatcher.flows
+        members = dispatcher.nodes.members
+        flows = [active.flow for active in dispatcher.scheduler.in_flight]
         counts = dict.fromkeys(_STAGES, 0)
         for flow in flows:
             counts[_stage(flow)] += 1
@@ -115,8 +116,8 @@ class StatusPage:
                 "version": __version__,
                 "up_s": _round(now - self._started_s),
                 "is_ready": dispatcher.is_ready,
-                "num_queued": dispatcher.num_queued,
-                "num_active": dispatcher.num_active,
+                "num_queued": dispatcher.scheduler.num_waiting,
+                "num_active": dispatcher.scheduler.num_in_flight,
             },
             "pools": _pools(members),
             "num_nodes": len(members),

@@ -1,4 +1,4 @@
-"""How loaded each node is: its last status plus what this router has sent since. Pure bookkeeping.
+"""How loaded each node is: its last status plus what this router has sent since. Pure.
 
 The router knows its own sequences exactly; a status adds what other routers put there. So the load of a node is the
 router's own count plus what the last status showed beyond the own count at that moment, and a burst between two
@@ -8,16 +8,24 @@ statuses spreads.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from baton.types import NodeDescription, NodeStatus
-from router.cluster.policy import NodeView, Placement
+from baton.types import NodeDescription, NodeStatus, Role
+
+
+class Rank(NamedTuple):
+    """Order of the nodes of one pool for one phase: the shortest queue, then the most free blocks, then the id."""
+
+    queue_tokens: int
+    num_taken_blocks: int
+    node_id: str
 
 
 @dataclass(slots=True)
 class _Assigned:
-    # Where it counts: a node that was lost and is there again knows nothing of it. None: that node was lost before.
-    prefill: _NodeLoad | None
-    decode: _NodeLoad | None
+    # Where it counts: a node that was lost and is up again knows nothing of it. None: the node was lost before.
+    prefill: NodeLoad | None
+    decode: NodeLoad | None
     num_tokens: int
     # Still in the prompt phase.
     is_prompt: bool = True
@@ -26,21 +34,30 @@ class _Assigned:
     is_confirmed: bool = False
 
 
-class _NodeLoad:
+class NodeLoad:
+    """One node. What `policy` reads is kept ready, as it is read far more often than it changes; `update` after every
+    change of a count."""
+
     __slots__ = (
         "confirmed",
+        "decode_rank",
         "decode_tokens",
         "foreign_decode",
         "foreign_prompt",
+        "free_tokens",
         "is_full",
         "node",
+        "node_id",
+        "pending_prompt_tokens",
         "promised_blocks",
+        "prompt_rank",
         "prompt_tokens",
         "status",
-    )  # fmt: skip
+    )
 
     def __init__(self, node: NodeDescription, status: NodeStatus) -> None:
         self.node = node
+        self.node_id = node.node_id
         self.status = status
         # Tokens of our own sequences in each phase.
         self.prompt_tokens = 0
@@ -53,29 +70,50 @@ class _NodeLoad:
         self.confirmed: list[_Assigned] = []
         # It refused a reservation; nothing more is asked until its next status.
         self.is_full = False
+        self.update()
+
+    def update(self) -> None:
+        self.pending_prompt_tokens = self.prompt_tokens + self.foreign_prompt
+        pending_decode_tokens = self.decode_tokens + self.foreign_decode
+        pending_tokens = self.pending_prompt_tokens + pending_decode_tokens
+        # A node of a phase's own pool is judged by that phase's queue, another one by all that it has to do.
+        is_prefill, is_decode = self.role is Role.PREFILL, self.role is Role.DECODE
+        num_taken_blocks = -self.free_blocks
+        prompt_queue = self.pending_prompt_tokens if is_prefill else pending_tokens
+        decode_queue = pending_decode_tokens if is_decode else pending_tokens
+        self.prompt_rank = Rank(prompt_queue, num_taken_blocks, self.node_id)
+        self.decode_rank = Rank(decode_queue, num_taken_blocks, self.node_id)
+        # Tokens of a new sequence for which there is room.
+        self.free_tokens = self.free_blocks * self.node.kv_layout.block_tokens
+
+    @property
+    def role(self) -> Role:
+        """The role that it acts in."""
+        return self.status.role
+
+    @property
+    def free_blocks(self) -> int:
+        """Less what is on its way to the node."""
+        return 0 if self.is_full else self.status.free_blocks - self.promised_blocks
 
 
 class Loads:
     """Invariant: with no sequence assigned, every own count and promise is zero."""
 
     def __init__(self) -> None:
-        self._nodes: dict[str, _NodeLoad] = {}
+        self._nodes: dict[str, NodeLoad] = {}
         self._assigned: dict[str, _Assigned] = {}
 
-    def add_node(self, node: NodeDescription, status: NodeStatus) -> None:
-        self._nodes[node.node_id] = _NodeLoad(node, status)
+    def add_node(self, node: NodeDescription, status: NodeStatus) -> NodeLoad:
+        load = self._nodes[node.node_id] = NodeLoad(node, status)
+        return load
 
-    def remove_node(self, node_id: str) -> None:
+    def remove_node(self, node_id: str) -> NodeLoad | None:
         """Forget a lost node; its sequences are released one by one by their flows."""
-        self._nodes.pop(node_id, None)
+        return self._nodes.pop(node_id, None)
 
-    def pool(self, node_id: str) -> str:
-        """The home pool of a known node."""
-        return self._nodes[node_id].node.home_role.value
-
-    def is_leaving(self, node_id: str) -> bool:
-        """Whether a known node has said that it is about to leave."""
-        return self._nodes[node_id].status.draining
+    def node(self, node_id: str) -> NodeLoad | None:
+        return self._nodes.get(node_id)
 
     def status(self, node_id: str, status: NodeStatus) -> None:
         load = self._nodes.get(node_id)
@@ -89,21 +127,25 @@ class Loads:
             load.promised_blocks -= assigned.num_promised_blocks
             assigned.num_promised_blocks = 0
         load.confirmed.clear()
+        load.update()
 
     def full(self, node_id: str) -> None:
         if load := self._nodes.get(node_id):
             load.is_full = True
+            load.update()
 
-    def assign(self, sequence_id: str, placement: Placement, num_known_tokens: int) -> None:
-        prefill, decode = self._nodes.get(placement.prefill_id), self._nodes.get(placement.decode_id)
+    def assign(self, sequence_id: str, prefill_id: str, decode_id: str, num_known_tokens: int) -> None:
+        prefill, decode = self._nodes.get(prefill_id), self._nodes.get(decode_id)
         assigned = _Assigned(prefill, decode, num_known_tokens)
         self._assigned[sequence_id] = assigned
         if prefill is not None:
             prefill.prompt_tokens += num_known_tokens
+            prefill.update()
         if decode is not None:
             decode.decode_tokens += num_known_tokens
             assigned.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1)
             decode.promised_blocks += assigned.num_promised_blocks
+            decode.update()
 
     def confirm(self, sequence_id: str) -> None:
         """The decode node holds the blocks now: its next status shows them."""
@@ -122,6 +164,7 @@ class Loads:
         assigned.is_prompt = False
         if load := assigned.prefill:
             load.prompt_tokens = max(0, load.prompt_tokens - assigned.num_tokens)
+            load.update()
 
     def release(self, sequence_id: str) -> None:
         """The attempt is over on both nodes."""
@@ -134,18 +177,7 @@ class Loads:
             load.promised_blocks = max(0, load.promised_blocks - assigned.num_promised_blocks)
             if assigned in load.confirmed:
                 load.confirmed.remove(assigned)
-
-    def view(self, node_id: str, is_available: bool) -> NodeView:
-        load = self._nodes[node_id]
-        return NodeView(
-            node_id=node_id,
-            role=load.status.role,
-            is_available=is_available,
-            pending_prompt_tokens=load.prompt_tokens + load.foreign_prompt,
-            pending_decode_tokens=load.decode_tokens + load.foreign_decode,
-            free_blocks=0 if load.is_full else load.status.free_blocks - load.promised_blocks,
-            block_tokens=load.node.kv_layout.block_tokens,
-        )
+            load.update()
 
     @property
     def num_assigned(self) -> int:
@@ -159,3 +191,6 @@ class Loads:
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
             prompts = [a for a in self._assigned.values() if a.is_prompt and a.prefill is load]
             assert load.prompt_tokens == sum(a.num_tokens for a in prompts), node_id
+            ready = load.prompt_rank, load.decode_rank, load.free_tokens
+            load.update()
+            assert ready == (load.prompt_rank, load.decode_rank, load.free_tokens), node_id

@@ -1,8 +1,8 @@
-"""Who is in the cluster and in what state: a pure machine over the sessions to fixed addresses and to listed ones.
+"""The nodes of the cluster and their states: a pure machine over the sessions to fixed and to listed addresses.
 
-It decides when to dial, whom to trust and when a node counts as lost; it opens no connection. Health of a node is
-judged by that node's own words and silence, never by what another node or a registry says about it: a listing only
-says whom to dial, and a node that is up stays when it is listed no more.
+It decides when to dial, which nodes fit into the cluster and when a node counts as lost. The health of a node is judged
+by that node's own messages and silence alone: a listing in the registry only adds addresses to dial, and a node that is
+up stays when it is no longer listed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class State(Enum):
     READY = "ready"
     SUSPECT = "suspect"
     LOST = "lost"
-    # It drained and went in good order; until it is back, or somebody else is there.
+    # It drained and went in good order; until it, or another node, is up at the address.
     LEFT = "left"
     DRAINING = "draining"
     REFUSED = "refused"
@@ -79,7 +79,7 @@ class Listed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """``late_s`` too late: for so long the event loop did not turn, and heard nobody, whoever spoke."""
+    """``late_s``: time since the previous tick in which the event loop did not turn and so read no message."""
 
     late_s: float = 0.0
 
@@ -102,7 +102,7 @@ class HangUp:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """The address is in the cluster no more: hang up, and never dial it again."""
+    """The address is no longer in the cluster: hang up, and never dial it again."""
 
     address: str
 
@@ -123,7 +123,7 @@ class NodeDown:
 
 @dataclass(frozen=True, slots=True)
 class NodeChanged:
-    """The state or the status changed; placement may go differently now."""
+    """The state of a node that is up has changed."""
 
     node_id: str
 
@@ -136,7 +136,7 @@ class NodeRefused:
 
 @dataclass(frozen=True, slots=True)
 class NodeUnreachable:
-    """Dialled several times and never up; said once, and dialled on."""
+    """Dialled several times and never up. Told once; dialling goes on."""
 
     address: str
     reason: str
@@ -161,13 +161,13 @@ class Member:
         # Fixed ones stay whatever the registry says.
         self.is_fixed = is_fixed
         self.is_listed = False
-        # That is registered here, as far as was ever heard; 0 if none.
+        # The one that is registered at this address, by the last listing; 0 if none.
         self.incarnation = 0
         self.state = State.CONNECTING
         # The last one that answered here; kept after its loss, for people to read.
         self.node: NodeDescription | None = None
         self.status: NodeStatus | None = None
-        # When it last spoke, plus the time since in which nobody listened.
+        # When its last message was read, plus the time since in which the event loop did not turn.
         self.heard_s = 0.0
         self.failures = 0
         # When to dial; None while a connection exists or is being made.
@@ -187,13 +187,19 @@ class Membership:
     def __init__(self, addresses: Sequence[str], config: MembershipConfig) -> None:
         self._config = config
         self.members = {a: Member(a, is_fixed=True) for a in addresses}
+        # Members that are up, by node id.
+        self._up: dict[str, Member] = {}
+        # A node whose model and layout every other one must share; None while no node is up.
+        self.reference: NodeDescription | None = None
+        # The longest sequence, prompt and output, that fits into a node; None while no node is up.
+        self.capacity_tokens: int | None = None
 
     def start(self) -> list[Action]:
         return [Dial(a) for a in self.members]
 
     def handle(self, event: Event, now: float) -> list[Action]:
         if not isinstance(event, Listed | Tick) and event.address not in self.members:
-            return []  # Late words of somebody forgotten.
+            return []  # A late event of an address that was forgotten.
         match event:
             case Heard():
                 return self._on_heard(event, now)
@@ -208,16 +214,19 @@ class Membership:
 
     def member_of(self, node_id: str) -> Member | None:
         """The member that is up under this id."""
-        return next((m for m in self.members.values() if m.is_up and m.node and m.node.node_id == node_id), None)
+        return self._up.get(node_id)
 
     def is_available(self, member: Member) -> bool:
         """Whether it gets new work."""
         return member.state is State.READY
 
-    @property
-    def reference(self) -> NodeDescription | None:
-        """A node whose model and layout every other one must share; None while nobody is there."""
-        return next((m.node for m in self.members.values() if m.is_up and m.node is not None), None)
+    def _note_up(self) -> None:
+        """A node came up or went down."""
+        up = [(m.node, m) for m in self.members.values() if m.is_up and m.node is not None]
+        self._up = {node.node_id: m for node, m in up}
+        self.reference = up[0][0] if up else None
+        layouts = (node.kv_layout for node, _ in up)
+        self.capacity_tokens = max((x.num_blocks * x.block_tokens for x in layouts), default=None)
 
     def _on_welcomed(self, event: Welcomed, now: float) -> list[Action]:
         member = self.members[event.address]
@@ -231,6 +240,7 @@ class Membership:
             return [HangUp(event.address), NodeRefused(event.address, reason)]
         member.reason, member.redial_s, member.failures = "", None, 0
         member.state = self._judge(member, now)
+        self._note_up()
         return [NodeUp(event.node, event.status)]
 
     def _mismatch(self, node: NodeDescription) -> str | None:
@@ -259,16 +269,20 @@ class Membership:
         if not member.is_up:
             return []
         member.heard_s = now
-        if event.status is None and member.state is State.READY:
-            return []
         if event.status is not None:
             member.status = event.status
-        assert member.node is not None
         assert member.status is not None
         if member.status.stalled_s > self._config.stall_lost_s:
             wedged = f"its engine has finished no step for {member.status.stalled_s:.1f} s"
             return [HangUp(member.address), *self._down(member, wedged, now)]
-        member.state = self._judge(member, now)
+        return self._rejudge(member, now)
+
+    def _rejudge(self, member: Member, now: float) -> list[Action]:
+        assert member.node is not None
+        state = self._judge(member, now)
+        if state is member.state:
+            return []
+        member.state = state
         return [NodeChanged(member.node.node_id)]
 
     def _judge(self, member: Member, now: float) -> State:
@@ -279,11 +293,11 @@ class Membership:
 
     def _on_broken(self, member: Member, event: Broken, now: float) -> list[Action]:
         if member.state is State.LEFT:
-            # Nobody is there, as it had said: no news.
+            # It had said that it would leave: no news.
             return self._down(member, member.reason, now, has_left=True)
         status = member.status
         is_drained = member.is_up and status is not None and status.draining
-        # A word that was under way to it may break the connection before its goodbye is read.
+        # A message that was under way to it may break the connection before its goodbye is read.
         is_empty = is_drained and status is not None and status.num_running == status.num_waiting == 0
         if is_drained and (event.is_orderly or is_empty):
             return self._down(member, "it drained and left in good order", now, has_left=True)
@@ -306,6 +320,7 @@ class Membership:
         actions: list[Action] = []
         if was_up:
             assert member.node is not None
+            self._note_up()
             actions.append(NodeDown(member.node.node_id, reason, has_left))
         elif member.node is None and member.failures == _UNREACHABLE_AFTER:
             actions.append(NodeUnreachable(member.address, reason))
@@ -338,11 +353,12 @@ class Membership:
         if member.is_up:
             assert member.node is not None
             if member.node.incarnation != member.incarnation:
-                return []  # We have met the new one already, or nobody whom the registry knows.
+                return []  # The new one is up here already, or one that the registry does not know.
             node_id = member.node.node_id
             member.state, member.reason = State.LOST, "another incarnation registered at its address"
             member.lost_reason = member.reason
             member.redial_s, member.failures = None, 0
+            self._note_up()
             return [HangUp(member.address), NodeDown(node_id, member.reason), Dial(member.address)]
         if member.redial_s is not None:
             member.redial_s, member.failures = now, 0  # No need to wait: dialled with the next tick.
@@ -363,13 +379,8 @@ class Membership:
         return actions
 
     def _check_silence(self, member: Member, now: float) -> list[Action]:
-        assert member.node is not None
         silence_s = now - member.heard_s
         if silence_s > self._config.lost_s:
             reason = f"nothing heard for {silence_s:.1f} s"
             return [HangUp(member.address), *self._down(member, reason, now)]
-        state = self._judge(member, now)
-        if state is member.state:
-            return []
-        member.state = state
-        return [NodeChanged(member.node.node_id)]
+        return self._rejudge(member, now)

@@ -1,49 +1,31 @@
 """The cluster-level scheduler: which node runs the prompt and which generates the tokens. Pure.
 
-Splitwise (section IV.A): join the shortest queue in the prompt pool and in the token pool at arrival; overflow to the
-mixed pool, then borrow from the opposite pool. It decides; it neither counts load (`load`) nor sends anything.
+Rules, after Splitwise (section IV.A), applied when a request arrives:
+
+1. Join the shortest queue: of the prompt pool for the prompt, of the token pool for the tokens.
+2. Overflow: a pool whose shortest queue is longer than a threshold comes after the mixed nodes if one of these has less
+   to do. A node without room, or with too many prompts pending, is no candidate; mixed nodes come next.
+3. Borrow: if the pool of a phase and the mixed nodes are gone, the other pool runs that phase.
+
+A rule is a term of a node's cost; the node with the least sum runs the phase. Prompt and tokens are looked at apart:
+the best decode node is the same whichever node runs the prompt, except where a breaker is open.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from baton.types import Role
+from router.cluster.breakers import PairBreakers
+from router.cluster.config import PolicyConfig
+from router.cluster.load import Rank
+from router.cluster.pools import Pools
 
-
-@dataclass(frozen=True, slots=True)
-class PolicyConfig:
-    # A pool whose shortest queue is longer than this overflows to a mixed node with a shorter one.
-    overflow_prompt_tokens: int = 8192
-    overflow_decode_tokens: int = 65536
-    # No further prompt is sent to a node with this many pending; it waits in the router and can still go elsewhere.
-    max_pending_prompt_tokens: int = 16384
-    # Consecutive transfer failures that open a pair's breaker, and how long it stays open (doubling up to the maximum).
-    breaker_failures: int = 2
-    breaker_open_s: float = 1.0
-    breaker_max_open_s: float = 30.0
-
-
-@dataclass(frozen=True, slots=True)
-class NodeView:
-    """A node as seen for one decision. Pending tokens and free blocks include what is on its way to the node."""
-
-    node_id: str
-    role: Role
-    is_available: bool
-    pending_prompt_tokens: int
-    pending_decode_tokens: int
-    free_blocks: int
-    block_tokens: int
-
-    def has_room(self, num_tokens: int) -> bool:
-        return self.free_blocks * self.block_tokens >= num_tokens
-
-    @property
-    def pending_tokens(self) -> int:
-        return self.pending_prompt_tokens + self.pending_decode_tokens
+# More than any queue: a pool with this term comes after all nodes of one without it.
+_LATER_TOKENS = 1 << 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +34,7 @@ class Demand:
 
     num_known_tokens: int
     is_single_token: bool = False
-    # Nodes blamed by this request's earlier attempts: used only if nobody else is there.
+    # Nodes blamed by this request's earlier attempts: used only if there is no other.
     avoid: Collection[str] = ()
 
 
@@ -67,16 +49,20 @@ class Placement:
     def is_colocated(self) -> bool:
         return self.prefill_id == self.decode_id
 
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        return (self.prefill_id,) if self.is_colocated else (self.prefill_id, self.decode_id)
+
 
 class Obstacle(Enum):
-    """NO_NODE: nobody serves. NO_ROOM: wait until somebody has room."""
+    """Why nothing was placed. NO_ROOM: the request waits until a node has room."""
 
     NO_NODE = "no node is available"
     NO_ROOM = "no node has room"
 
 
 class Reason(Enum):
-    """Which rule put a request where it runs."""
+    """The rule that put a request where it runs."""
 
     # Prompt pool to token pool: what disaggregation is for.
     POOLS = "pools"
@@ -90,131 +76,172 @@ class Reason(Enum):
     BORROWED = "borrowed"
 
 
-class _Breaker:
-    __slots__ = ("failures", "open_s", "open_until_s", "trial_until_s")
-
-    def __init__(self) -> None:
-        self.failures = 0
-        self.open_s = 0.0
-        self.open_until_s = 0.0
-        # A half-open breaker lets one request through and waits for its result until then.
-        self.trial_until_s = 0.0
+@dataclass(frozen=True, slots=True)
+class Decision:
+    placement: Placement
+    reason: Reason
 
 
-class PairBreakers:
-    """Circuit breakers per (prefill, decode) pair, so that one bad path is avoided and tried again later.
+class Cost(NamedTuple):
+    """Cost of a phase on a node, in tokens that other sequences have to compute before or beside it."""
 
-    A breaker only orders preferences: when every pair is open, the policy uses the one that reopens first. No failure
-    can therefore shut a pair out for good.
-    """
+    queue_tokens: int
+    # The phase has another pool that comes first.
+    later_tokens: int
 
-    def __init__(self, config: PolicyConfig) -> None:
-        self._config = config
-        self._breakers: dict[tuple[str, str], _Breaker] = {}
+    @property
+    def total_tokens(self) -> int:
+        return self.queue_tokens + self.later_tokens
 
-    def is_open(self, prefill_id: str, decode_id: str, now: float) -> bool:
-        breaker = self._breakers.get((prefill_id, decode_id))
-        return breaker is not None and (now < breaker.open_until_s or now < breaker.trial_until_s)
 
-    def reopens_at(self, prefill_id: str, decode_id: str) -> float:
-        breaker = self._breakers.get((prefill_id, decode_id))
-        return 0.0 if breaker is None else max(breaker.open_until_s, breaker.trial_until_s)
-
-    def used(self, prefill_id: str, decode_id: str, now: float) -> None:
-        """A request goes over this pair; if the breaker is half-open, it is the trial."""
-        breaker = self._breakers.get((prefill_id, decode_id))
-        if breaker is not None and breaker.open_s > 0 and now >= breaker.open_until_s:
-            breaker.trial_until_s = now + breaker.open_s
-
-    def failed(self, prefill_id: str, decode_id: str, now: float) -> None:
-        breaker = self._breakers.setdefault((prefill_id, decode_id), _Breaker())
-        breaker.failures += 1
-        breaker.trial_until_s = 0.0
-        if breaker.failures >= self._config.breaker_failures and now >= breaker.open_until_s:
-            doubled = breaker.open_s * 2 if breaker.open_s else self._config.breaker_open_s
-            breaker.open_s = min(doubled, self._config.breaker_max_open_s)
-            breaker.open_until_s = now + breaker.open_s
-
-    def worked(self, prefill_id: str, decode_id: str) -> None:
-        self._breakers.pop((prefill_id, decode_id), None)
-
-    def forget(self, node_id: str) -> None:
-        """The node is gone or is another incarnation: its history says nothing any more."""
-        for pair in [p for p in self._breakers if node_id in p]:
-            del self._breakers[pair]
+class _Best(NamedTuple):
+    node_id: str
+    role: Role
+    cost: Cost
 
 
 def choose(
-    nodes: Sequence[NodeView], demand: Demand, breakers: PairBreakers, now: float, config: PolicyConfig
-) -> Placement | Obstacle:
-    """Pick both nodes of a request, or say why it must wait."""
-    available = [n for n in nodes if n.is_available]
-    if not available:
+    pools: Pools, demand: Demand, breakers: PairBreakers, now: float, config: PolicyConfig
+) -> Decision | Obstacle:
+    """Both nodes of a request and why these, or why it must wait."""
+    if not len(pools):
         return Obstacle.NO_NODE
-    welcome = [n for n in available if n.node_id not in demand.avoid]
-    for candidates in (welcome, available):
-        blocked: list[Placement] = []
-        for pair in _pairs(candidates, demand, config):
-            if not breakers.is_open(pair.prefill_id, pair.decode_id, now):
-                return pair
-            blocked.append(pair)
-        if blocked:
-            return min(blocked, key=lambda p: breakers.reopens_at(p.prefill_id, p.decode_id))
-    return Obstacle.NO_ROOM
+    pair = None
+    if demand.avoid:
+        pair = _Search(pools.without(demand.avoid), demand, breakers, now, config).pair()
+    pair = pair or _Search(pools, demand, breakers, now, config).pair()
+    if pair is None:
+        return Obstacle.NO_ROOM
+    prefill, decode = pair
+    return Decision(Placement(prefill.node_id, decode.node_id), _reason(prefill, decode, pools, demand))
 
 
-def reason_of(placement: Placement, nodes: Sequence[NodeView], demand: Demand) -> Reason:
-    """Why `choose` came to this placement, in one word."""
-    roles = {n.node_id: n.role for n in nodes}
-    pools = {n.role for n in nodes if n.is_available}
-    prefill, decode = roles[placement.prefill_id], roles[placement.decode_id]
-    if Role.MIXED in (prefill, decode):
-        has_own = Role.PREFILL in pools if prefill is Role.MIXED else Role.DECODE in pools
-        return Reason.OVERFLOW if has_own else Reason.MIXED
-    if prefill is Role.PREFILL and not placement.is_colocated:
+def _reason(prefill: _Best, decode: _Best, pools: Pools, demand: Demand) -> Reason:
+    if prefill.role is Role.MIXED:
+        return Reason.OVERFLOW if pools[Role.PREFILL] else Reason.MIXED
+    if decode.role is Role.MIXED:
+        return Reason.OVERFLOW if pools[Role.DECODE] else Reason.MIXED
+    if prefill.role is Role.PREFILL and decode.role is Role.DECODE:
         return Reason.POOLS
-    return Reason.SINGLE_TOKEN if prefill is Role.PREFILL and demand.is_single_token else Reason.BORROWED
+    return Reason.SINGLE_TOKEN if prefill.role is Role.PREFILL and demand.is_single_token else Reason.BORROWED
 
 
-def _pairs(nodes: Sequence[NodeView], demand: Demand, config: PolicyConfig) -> Iterator[Placement]:
-    """Every pair that could take the request now, best first. Of a hundred nodes in each pool there are ten thousand,
-    and hardly ever is more than the first looked at."""
-    num_tokens = demand.num_known_tokens + 1
-    decodes = [n for n in _decode_order(nodes, config) if n.has_room(num_tokens)]
-    has_token_pool = any(n.role is not Role.PREFILL for n in nodes)
-    for prefill in _prefill_order(nodes, config):
-        stays = prefill.role is not Role.PREFILL or demand.is_single_token or not has_token_pool
-        if not stays:
-            yield from (Placement(prefill.node_id, d.node_id) for d in decodes)
-        elif prefill.has_room(num_tokens):
-            yield Placement(prefill.node_id, prefill.node_id)
+class _Search:
+    """One look at the nodes for one request. No list of nodes is sorted and no pair of nodes is made."""
+
+    def __init__(
+        self,
+        pools: Pools,
+        demand: Demand,
+        breakers: PairBreakers,
+        now: float,
+        config: PolicyConfig,
+    ) -> None:
+        self._pools = pools
+        self._num_tokens = demand.num_known_tokens + 1
+        self._breakers = breakers
+        self._now = now
+        self._config = config
+        has_token_pool = bool(pools[Role.DECODE] or pools[Role.MIXED])
+        # Whether a sequence that the prompt pool computes is decoded there too.
+        self._stays_in_prompt_pool = demand.is_single_token or not has_token_pool
+        self._decode = None if self._stays_in_prompt_pool else self._best_decode({})
+
+    def pair(self) -> tuple[_Best, _Best] | None:
+        """The best prefill node that has a path to a decode node, and the best such decode node.
+
+        A path is blocked while its breaker is open. If all are blocked, the one that reopens first is taken.
+        """
+        soonest: tuple[float, _Best, _Best] | None = None
+        blocked: set[str] = set()
+        while (prefill := self._best_prefill(blocked)) is not None:
+            open_of = self._breakers.open_of(prefill.node_id, self._now)
+            decode = prefill if self._stays(prefill.role) else self._decode
+            assert decode is not None
+            if decode.node_id not in open_of:
+                return prefill, decode
+            if decode is not prefill:
+                if (other := self._best_decode(open_of)) is not None:
+                    return prefill, other
+                decode = self._soonest_decode(open_of)
+            blocked.add(prefill.node_id)
+            reopens_at_s = open_of[decode.node_id]
+            if soonest is None or reopens_at_s < soonest[0]:
+                soonest = reopens_at_s, prefill, decode
+        return None if soonest is None else soonest[1:]
+
+    def _stays(self, role: Role) -> bool:
+        return role is not Role.PREFILL or self._stays_in_prompt_pool
+
+    def _best_prefill(self, blocked: Collection[str]) -> _Best | None:
+        found: _Best | None = None
+        # A prompt longer than the limit still runs, on a node that has nothing else to compute.
+        limit = self._config.max_pending_prompt_tokens
+        for role, later_tokens in self._prompt_pools().items():
+            stays = self._stays(role)
+            if not stays and self._decode is None:
+                continue
+            num_tokens = self._num_tokens if stays else 0
+            ranks = (
+                node.prompt_rank
+                for node in self._pools[role]
+                if node.pending_prompt_tokens < limit
+                and (not stays or node.free_tokens >= num_tokens)
+                and node.node_id not in blocked
+            )
+            found = _cheaper(found, min(ranks, default=None), role, later_tokens)
+        return found
+
+    def _best_decode(self, blocked: Collection[str]) -> _Best | None:
+        """For a prompt that ran in the prompt pool."""
+        found: _Best | None = None
+        for role, later_tokens in self._token_pools().items():
+            ranks = (
+                node.decode_rank
+                for node in self._pools[role]
+                if node.free_tokens >= self._num_tokens and node.node_id not in blocked
+            )
+            found = _cheaper(found, min(ranks, default=None), role, later_tokens)
+        return found
+
+    def _soonest_decode(self, open_of: Mapping[str, float]) -> _Best:
+        """All paths of a prefill node are blocked: the decode node of the one that reopens first."""
+        candidates = (
+            (open_of[node.node_id], later_tokens, node.decode_rank, node.role)
+            for role, later_tokens in self._token_pools().items()
+            for node in self._pools[role]
+            if node.free_tokens >= self._num_tokens
+        )
+        _, later_tokens, rank, role = min(candidates, key=lambda candidate: candidate[:3])
+        return _Best(rank.node_id, role, Cost(rank.queue_tokens, later_tokens))
+
+    def _prompt_pools(self) -> Mapping[Role, int]:
+        """The pools that may run the prompt, each with the term that orders it."""
+        own, mixed = self._pools[Role.PREFILL], self._pools[Role.MIXED]
+        if not own and not mixed:
+            return {Role.DECODE: 0}
+        threshold = self._config.overflow_prompt_tokens
+        return self._in_order(Role.PREFILL, (x.prompt_rank for x in own), (x.prompt_rank for x in mixed), threshold)
+
+    def _token_pools(self) -> Mapping[Role, int]:
+        own, mixed = self._pools[Role.DECODE], self._pools[Role.MIXED]
+        threshold = self._config.overflow_decode_tokens
+        return self._in_order(Role.DECODE, (x.decode_rank for x in own), (x.decode_rank for x in mixed), threshold)
+
+    def _in_order(self, role: Role, own: Iterator[Rank], mixed: Iterator[Rank], threshold: int) -> Mapping[Role, int]:
+        if not self._pools[role] or not self._pools[Role.MIXED]:
+            return {role: 0, Role.MIXED: 0}
+        own_tokens = min(own).queue_tokens
+        if own_tokens > threshold and min(mixed).queue_tokens < own_tokens:
+            return {role: _LATER_TOKENS, Role.MIXED: 0}
+        return {role: 0, Role.MIXED: _LATER_TOKENS}
 
 
-def _prefill_order(nodes: Sequence[NodeView], config: PolicyConfig) -> list[NodeView]:
-    """Nodes for the prompt, shortest queue first: the prompt pool, mixed nodes, and only if both are gone the rest."""
-    own = _shortest(nodes, Role.PREFILL, lambda n: n.pending_prompt_tokens)
-    mixed = _shortest(nodes, Role.MIXED, lambda n: n.pending_tokens)
-    if own and mixed:
-        is_behind = own[0].pending_prompt_tokens > config.overflow_prompt_tokens
-        overflows = is_behind and mixed[0].pending_tokens < own[0].pending_prompt_tokens
-        order = mixed + own if overflows else own + mixed
-    else:
-        order = own or mixed or _shortest(nodes, Role.DECODE, lambda n: n.pending_tokens)
-    limit = config.max_pending_prompt_tokens
-    # A prompt longer than the limit still runs, on a node that has nothing else to compute.
-    return [n for n in order if n.pending_prompt_tokens < limit]
-
-
-def _decode_order(nodes: Sequence[NodeView], config: PolicyConfig) -> list[NodeView]:
-    """Nodes for the tokens of a prompt that ran in the prompt pool: the token pool, then mixed nodes."""
-    own = _shortest(nodes, Role.DECODE, lambda n: n.pending_decode_tokens)
-    mixed = _shortest(nodes, Role.MIXED, lambda n: n.pending_tokens)
-    if own and mixed and own[0].pending_decode_tokens > config.overflow_decode_tokens:
-        overflows = mixed[0].pending_tokens < own[0].pending_decode_tokens
-        return mixed + own if overflows else own + mixed
-    return own + mixed
-
-
-def _shortest(nodes: Sequence[NodeView], role: Role, queue: Callable[[NodeView], int]) -> list[NodeView]:
-    """Nodes of a role by queue length; ties go to the node with more free blocks, then to the smaller id."""
-    return sorted((n for n in nodes if n.role is role), key=lambda n: (queue(n), -n.free_blocks, n.node_id))
+def _cheaper(found: _Best | None, rank: Rank | None, role: Role, later_tokens: int) -> _Best | None:
+    """``found``, or the node of this rank if it costs less."""
+    if rank is None:
+        return found
+    cost = Cost(rank.queue_tokens, later_tokens)
+    return (
+        found if found is not None and found.cost.total_tokens <= cost.total_tokens else _Best(rank.node_id, role, cost)
+    )

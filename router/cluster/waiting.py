@@ -1,13 +1,13 @@
-"""Who is placed next: the clients take turns, and each is served in the order it came. Pure.
+"""The waiting line: clients take turns, and the sequences of each are placed in the order they came. Pure.
 
-One client's sequences are never all that the nodes work on while others are there: a batch that is full of one client's
-sequences makes every step slow for all, whoever waits in what order.
+While several clients have work, none of them has all nodes: a batch that is full of one client's sequences makes every
+step slow for all clients, in whatever order they wait.
 """
 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
 
@@ -29,10 +29,10 @@ class Waiting(Generic[ItemT]):
     def __init__(self, *, alone_s: float) -> None:
         # A client is alone when no other has had anything here for so long.
         self._alone_s = alone_s
-        self._queues: OrderedDict[str, deque[ItemT]] = OrderedDict()
+        self._queues: OrderedDict[str, OrderedDict[ItemT, None]] = OrderedDict()
         self._num_running: dict[str, int] = {}
         self._num_waiting = 0
-        # The two clients that were here last, and when.
+        # The two clients that had something here last, and when.
         self._last: OrderedDict[str, float] = OrderedDict()
 
     def __len__(self) -> int:
@@ -41,6 +41,9 @@ class Waiting(Generic[ItemT]):
     def __iter__(self) -> Iterator[ItemT]:
         for queue in self._queues.values():
             yield from queue
+
+    def __contains__(self, item: ItemT) -> bool:
+        return item in self._queues.get(item.client, ())
 
     def num_waiting_of(self, client: str) -> int:
         return len(self._queues.get(client, ()))
@@ -51,31 +54,30 @@ class Waiting(Generic[ItemT]):
     def put(self, item: ItemT, now: float, *, is_first: bool = False) -> None:
         """``is_first``: it has run already, and goes before all that its client has here."""
         self._seen(item.client, now)
-        queue = self._queues.setdefault(item.client, deque())
+        queue = self._queues.setdefault(item.client, OrderedDict())
+        queue[item] = None
         if is_first:
-            queue.appendleft(item)
+            queue.move_to_end(item, last=False)
             self._queues.move_to_end(item.client, last=False)
-        else:
-            queue.append(item)
         self._num_waiting += 1
 
     def remove(self, item: ItemT) -> None:
         queue = self._queues[item.client]
-        queue.remove(item)
+        del queue[item]
         self._num_waiting -= 1
         if not queue:
             del self._queues[item.client]
 
     def next(self, max_running: int, now: float) -> ItemT | None:
-        """Whose turn it is; None if nobody may start. Clients with ``max_running`` sequences on the nodes are passed
-        over, unless no other client is there."""
+        """The sequence whose turn it is; None if none may start. A client with ``max_running`` on the nodes is passed
+        over, unless no other client has anything here."""
         for client, queue in self._queues.items():
             if self._num_running.get(client, 0) < max_running or self.is_alone(client, now):
-                return queue[0]
+                return next(iter(queue))
         return None
 
     def started(self, item: ItemT) -> None:
-        """It leaves for the nodes, and its client has had its turn."""
+        """It leaves for the nodes, and its client's turn is over."""
         self.remove(item)
         self._num_running[item.client] = self._num_running.get(item.client, 0) + 1
         if item.client in self._queues:
@@ -103,7 +105,7 @@ class Waiting(Generic[ItemT]):
         return now - self._last.get(client, -math.inf) < self._alone_s
 
     def is_alone(self, client: str, now: float) -> bool:
-        """Nobody else has anything here, or has had lately."""
+        """No other client has anything here, or has had lately."""
         if any(other != client for other in self._num_running):
             return False
         return all(other == client or now - seen_s >= self._alone_s for other, seen_s in self._last.items())

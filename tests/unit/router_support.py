@@ -71,10 +71,10 @@ async def router_beside(cluster: FakeCluster, /, *, all_up: bool = True, **setti
     config = quick(RouterConfig(nodes=cluster.addresses, **settings))
     async with running(config) as router:
         if all_up:
-            await until(lambda: all(m.state is State.READY for m in router.dispatcher.members))
+            await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
         yield router
-        await until(lambda: router.dispatcher.num_active == 0)
-        router.dispatcher.check()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
+        router.dispatcher.scheduler.check()
 
 
 async def until(condition: Any, timeout_s: float = 5.0) -> None:

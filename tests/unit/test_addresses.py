@@ -67,8 +67,8 @@ async def test_kv_moves_between_nodes_that_listen_everywhere(tmp_path: Path) -> 
         ports = [x.address.rpartition(":")[2] for x in (prefill, decode)]
         addresses = (f"127.0.0.2:{ports[0]}", f"127.0.0.3:{ports[1]}")
         async with running(RouterConfig(nodes=addresses)) as router:
-            await until(lambda: all(x.state is State.READY for x in router.dispatcher.members))
-            assert [x.node.address for x in router.dispatcher.members if x.node] == list(addresses)
+            await until(lambda: all(x.state is State.READY for x in router.dispatcher.nodes.members))
+            assert [x.node.address for x in router.dispatcher.nodes.members if x.node] == list(addresses)
             assert router.grpc is not None
             async with baton.AsyncClient(router.grpc) as client:
                 done = await client.complete([1, 2, 3], max_tokens=8, temperature=0.0, seed=0)

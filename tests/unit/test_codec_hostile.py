@@ -80,17 +80,17 @@ async def test_what_a_lying_node_says_makes_no_label_and_no_sum_that_is_no_numbe
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         dispatcher = router.dispatcher
         await until(lambda: dispatcher.is_ready)
-        prefill, decode = (x.address for x in dispatcher.members)
+        prefill, decode = (x.address for x in dispatcher.nodes.members)
         nan = float("nan")
         done = node_pb2.PrefillSessionResponse.PrefillDone(sequence_id="s", queue_s=nan, compute_s=-1.0)
         defects = Defects(logging.getLogger("test"), MonotonicClock(), dispatcher._metrics.defects.add)
         reader = Reader("prefill-0", prefill, defects)
-        dispatcher.on_message(prefill, reader.prefill(node_pb2.PrefillSessionResponse(prefills=[done])), None)
+        dispatcher.nodes.on_message(prefill, reader.prefill(node_pb2.PrefillSessionResponse(prefills=[done])), None)
         joined = node_pb2.DecodeSessionResponse.Joined(sequence_id="s", wait_s=nan)
         failure = pb.Failure(code="a label\nof mine", message="line\nbreak")
         refused = node_pb2.SequenceFailed(sequence_id="s\n" * 2000, failure=failure)
         said = node_pb2.DecodeSessionResponse(joined=[joined], refused=[refused])
-        dispatcher.on_message(decode, Reader("decode-0", decode, defects).decode(said), None)
+        dispatcher.nodes.on_message(decode, Reader("decode-0", decode, defects).decode(said), None)
         assert refusals(dispatcher) == {"InternalError"}
         (line,) = [x.getMessage() for x in caplog.records if "refused a reservation" in x.message]
         assert "\n" not in line

@@ -273,7 +273,7 @@ async def test_of_requests_that_come_at_once_few_are_read_ahead(folder: Path) ->
     async with served(folder, SLOW) as (router, _):
         wire = await Wire.open(router)
         wire.send(post({"prompt": [5], "max_tokens": 200, "min_tokens": 200}))
-        await until(lambda: router.dispatcher.num_active == 1)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 1)
         for _ in range(100):
             wire.send(get() * 1000)
         await asyncio.sleep(0.2)
@@ -283,7 +283,7 @@ async def test_of_requests_that_come_at_once_few_are_read_ahead(folder: Path) ->
         assert 16 <= len(connection.pipeline) < 200
         assert len(connection._held) <= 2**18
         wire.close()
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
 
 
 # ── Time and number ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -337,7 +337,7 @@ async def test_when_all_connections_are_taken_the_idle_make_room(folder: Path) -
         assert closed(router, "full") == 1
         for wire in (*busy, *silent, *more):
             wire.close()
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
 
 
 async def test_a_client_that_takes_nothing_is_given_up(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -352,7 +352,7 @@ async def test_a_client_that_takes_nothing_is_given_up(folder: Path, caplog: pyt
         stuck[1].send(post(big))
         stuck[2].send(post(big, "Connection: close"))
         await until(lambda: closed(router, "stuck") == 3, timeout_s=60)
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         for wire in stuck:
             wire.close()
         no_errors(caplog)
@@ -394,12 +394,12 @@ async def test_a_client_that_left_is_not_taken_for_a_half_closed_one(folder: Pat
     async with served(folder, SLOW) as (router, cluster):
         wire = await Wire.open(router)
         wire.send(post({**ENDLESS, "stream": stream}))
-        await until(lambda: router.dispatcher.num_active == 1)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 1)
         if stream:
             await wire.reader.readuntil(b"data: ")
         wire.writer.close()
         # The sequence would run for 30 s.
-        await until(lambda: router.dispatcher.num_active == 0 and cluster.used_blocks == 0, timeout_s=10)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0 and cluster.used_blocks == 0, timeout_s=10)
 
 
 async def test_http_1_0_gets_no_chunks(folder: Path) -> None:

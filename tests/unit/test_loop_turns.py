@@ -7,7 +7,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ import pytest
 
 from baton.metrics import Metrics
 from baton.observe import Lifeline
-from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, Role, SamplingParams, TokenLogprob
+from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, SamplingParams, TokenLogprob
 from baton.v1 import common_pb2, router_pb2
-from router.cluster.load import Loads
+from router.active import Active
+from router.cluster.breakers import PairBreakers
+from router.cluster.config import PolicyConfig
+from router.cluster.load import Loads, NodeLoad
 from router.cluster.membership import State
-from router.cluster.policy import Demand, NodeView, PairBreakers, Placement, PolicyConfig, choose
+from router.cluster.policy import Decision, Demand, Placement, Reason, choose
+from router.cluster.pools import Pools
 from router.config import LimitsConfig, LinkConfig, RouterConfig
-from router.dispatch import Active
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import NodeEvent, Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
@@ -198,7 +201,7 @@ def assert_same(choice: dict[str, Any], chunks: list[dict[str, Any]]) -> None:
 
 
 def submit(router: Router, count: int, max_tokens: int = 5) -> list[Active]:
-    now = router.dispatcher.now()
+    now = router.dispatcher.clock.now()
     sampling = SamplingParams(max_tokens=max_tokens, seed=1)
     request_id = f"r{next(_numbers)}"
     found = [
@@ -216,12 +219,12 @@ async def test_many_are_placed_over_many_turns(tmp_path: Path) -> None:
     ):
         submit(router, 20)
         queued = []
-        while router.dispatcher.num_queued:
-            queued.append(router.dispatcher.num_queued)
+        while router.dispatcher.scheduler.num_waiting:
+            queued.append(router.dispatcher.scheduler.num_waiting)
             await asyncio.sleep(0)
         assert queued[0] == 19
         assert set(queued) == set(range(1, 20))
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         await baseline(cluster)
 
 
@@ -230,11 +233,11 @@ async def test_who_leaves_with_all_choices_has_none_of_them_placed_on_the_way() 
     async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         sequences = submit(router, 40, max_tokens=100)
         await until(lambda: any(x.flow.phase is Phase.DECODING for x in sequences))
-        assert router.dispatcher.num_queued > 0
+        assert router.dispatcher.scheduler.num_waiting > 0
         counted = router.metrics.placements.children
         before = sum(child.value for child in counted.values())
         router.dispatcher.cancel(sequences, "the client left")
-        assert router.dispatcher.num_active == 0
+        assert router.dispatcher.scheduler.num_in_flight == 0
         assert sum(child.value for child in counted.values()) == before
         await baseline(cluster)
 
@@ -243,13 +246,13 @@ async def test_all_that_wait_hear_that_no_node_is_available_once_and_when_one_is
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         for node in cluster.nodes.values():
             node.mute()
-        await until(lambda: all(m.state is State.SUSPECT for m in router.dispatcher.members))
+        await until(lambda: all(m.state is State.SUSPECT for m in router.dispatcher.nodes.members))
         sequences = submit(router, 3)
         sequences += submit(router, 3)
         assert all(x.flow.wake_at_s < x.flow.deadline_s for x in sequences)
         for node in cluster.nodes.values():
             node.resume()
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         assert {x.flow.outcome.kind for x in sequences if x.flow.outcome} == {OutcomeKind.FINISHED}
 
 
@@ -264,17 +267,18 @@ async def test_what_ran_on_a_lost_node_is_told_over_many_turns_and_ends_well() -
         await until(lambda: all(x.flow.phase is Phase.DECODING for x in sequences), timeout_s=20)
 
         def num_left() -> int:
-            return sum(x.attached is not None and x.attached[1].decode_id == "decode-0" for x in sequences)
+            attempts = [router.dispatcher.scheduler.attempt(x) for x in sequences]
+            return sum(x is not None and x.placement.decode_id == "decode-0" for x in attempts)
 
         num_there, left = num_left(), list[int]()
-        router.dispatcher.watch(lambda: left.append(num_left()))
+        router.dispatcher.nodes.watch(lambda: left.append(num_left()))
         await cluster["decode-0"].die()
         # Other changes, of a node that was slow to speak, are told as well.
         await until(lambda: left and left[-1] < num_there, timeout_s=20)
         assert next(num for num in left if num < num_there) == num_there - 1
         # It is there again, as another, before all have been told.
         await cluster["decode-0"].start()
-        await until(lambda: router.dispatcher.num_active == 0, timeout_s=20)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0, timeout_s=20)
         wanted = expected_tokens((5, 6, 7), 1, 60, config.vocab_size)
         assert all(x.flow.tokens == wanted for x in sequences)
         await baseline(cluster)
@@ -329,22 +333,23 @@ async def test_what_many_nodes_say_at_once_is_heard_over_many_turns() -> None:
 class Looks(PairBreakers):
     num_looks = 0
 
-    def is_open(self, prefill_id: str, decode_id: str, now: float) -> bool:
+    def open_of(self, prefill_id: str, now: float) -> Mapping[str, float]:
         self.num_looks += 1
-        return super().is_open(prefill_id, decode_id, now)
+        return super().open_of(prefill_id, now)
 
 
-def test_of_ten_thousand_pairs_those_are_looked_at_that_come_before_the_first_good_one() -> None:
-    def views(role: Role) -> Sequence[NodeView]:
-        return [NodeView(f"{role.value}-{i:03}", role, True, 0, 0, 100, 16) for i in range(100)]
-
-    nodes, config = [*views(Role.PREFILL), *views(Role.DECODE)], PolicyConfig()
+def test_of_ten_thousand_pairs_only_those_of_the_best_prefill_node_are_looked_at() -> None:
+    pools, config = Pools(), PolicyConfig()
+    cluster = FakeCluster(FakeConfig(num_blocks=100), prefill=100, decode=100)
+    for node in cluster.nodes.values():
+        pools.put(NodeLoad(node.description, node.status()))
     looks = Looks(config)
-    for decode in ("decode-000", "decode-001"):
+    for decode in ("decode-0", "decode-1"):
         for _ in range(config.breaker_failures):
-            looks.failed("prefill-000", decode, 0.0)
-    assert choose(nodes, Demand(10), looks, 0.5, config) == Placement("prefill-000", "decode-002")
-    assert looks.num_looks == 3
+            looks.failed("prefill-0", decode, 0.0)
+    decision = choose(pools, Demand(10), looks, 0.5, config)
+    assert decision == Decision(Placement("prefill-0", "decode-10"), Reason.POOLS), "10 comes before 2 as a name"
+    assert looks.num_looks == 1
 
 
 # ── Messages ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -370,11 +375,13 @@ def test_a_node_that_is_back_owes_nothing_to_what_its_predecessor_had() -> None:
     node = FakeCluster(mixed=1)["mixed-0"]
     loads = Loads()
     loads.add_node(node.description, node.status())
-    loads.assign("a", Placement("mixed-0", "mixed-0"), 100)
+    loads.assign("a", "mixed-0", "mixed-0", 100)
     loads.remove_node("mixed-0")
     loads.add_node(node.description, node.status())
-    loads.assign("b", Placement("mixed-0", "mixed-0"), 30)
+    loads.assign("b", "mixed-0", "mixed-0", 30)
     loads.check()
     loads.release("a")
     loads.check()
-    assert loads.view("mixed-0", is_available=True).pending_decode_tokens == 30
+    load = loads.node("mixed-0")
+    assert load is not None
+    assert load.decode_rank.queue_tokens == 60, "30 of the prompt, 30 to decode"

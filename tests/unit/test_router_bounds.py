@@ -74,7 +74,7 @@ async def served(folder: Path, config: FakeConfig = CONFIG) -> AsyncIterator[tup
     async with FakeCluster(config, prefill=1, decode=1) as cluster:
         async with router_beside(cluster, model_folder=folder) as router:
             yield router, cluster
-            assert all(m.is_up for m in router.dispatcher.members)
+            assert all(m.is_up for m in router.dispatcher.nodes.members)
         await baseline(cluster)
 
 
@@ -201,7 +201,7 @@ async def test_extremes_do_not_disturb_those_who_wait(folder: Path) -> None:
         assert router.http is not None
         async with httpx.AsyncClient(base_url=router.http, timeout=60) as client:
             waiting = [asyncio.create_task(client.post("/v1/completions", json=long)) for _ in range(3)]
-            await until(lambda: router.dispatcher.num_active == 3)
+            await until(lambda: router.dispatcher.scheduler.num_in_flight == 3)
             extreme = [
                 body_of("completions", name, value)
                 for name, is_good in BY_PATH["completions"].items()

@@ -86,7 +86,7 @@ async def test_killed_node_is_not_seen_by_clients(victim: str) -> None:
         done = await running
         assert all(isinstance(x, Completion) for x in done), done
         await baseline(cluster)
-        assert {m.state for m in router.dispatcher.members} == {State.READY, State.LOST}
+        assert {m.state for m in router.dispatcher.nodes.members} == {State.READY, State.LOST}
 
 
 async def test_a_failed_attempt_says_why_and_its_pause_is_what_the_client_saw(
@@ -137,7 +137,7 @@ async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplo
 async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dialled_in_vain() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         node = cluster["decode-1"]
-        member = router.dispatcher.membership.members[node.address]
+        member = router.dispatcher.nodes.membership.members[node.address]
         node.is_draining = True
         await until(lambda: member.state is State.DRAINING)
         node.end_sessions(is_prefill=True)
@@ -173,7 +173,7 @@ async def test_node_restarted_on_its_port_is_used_again() -> None:
             await cluster[node_id].start()
             await until(lambda i=node_id, b=before: any(
                 m.node and m.node.node_id == i and m.node.incarnation != b and m.state is State.READY
-                for m in router.dispatcher.members
+                for m in router.dispatcher.nodes.members
             ))  # fmt: skip
             done = await complete(router, [1, 2], max_tokens=5, seed=1)
             assert done.token_ids == expected([1, 2], 1, 5)
@@ -189,7 +189,7 @@ async def test_bounced_pool_recovers_by_itself() -> None:
         for node_id in ("decode-0", "decode-1"):
             await cluster[node_id].start()
         assert all(isinstance(x, Completion) for x in await running)
-        await until(lambda: all(m.state is State.READY for m in router.dispatcher.members))
+        await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
         done = await complete(router, [1], max_tokens=3, seed=1)
         assert done.relay.decode_node_id.startswith("decode")
         await baseline(cluster)
@@ -199,12 +199,12 @@ async def test_prefill_serves_alone_while_the_token_pool_is_gone() -> None:
     """Role is policy: the opposite pool is borrowed. Known failure 13: a neighbour's death hurts nobody."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         await cluster["decode-0"].die()
-        await until(lambda: sum(m.state is State.READY for m in router.dispatcher.members) == 1)
+        await until(lambda: sum(m.state is State.READY for m in router.dispatcher.nodes.members) == 1)
         assert router.dispatcher.is_ready
         done = await complete(router, [1], max_tokens=4, seed=1)
         assert done.relay.decode_node_id == "prefill-0"
         await cluster["decode-0"].start()
-        await until(lambda: all(m.state is State.READY for m in router.dispatcher.members))
+        await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
         assert (await complete(router, [1], max_tokens=4, seed=1)).relay.decode_node_id == "decode-0"
 
 
@@ -233,7 +233,7 @@ async def test_silent_node_counts_as_lost() -> None:
         cluster["decode-0"].mute()
         assert all(isinstance(x, Completion) for x in await running)
         cluster["decode-0"].resume()
-        await until(lambda: all(m.state is State.READY for m in router.dispatcher.members))
+        await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
         await baseline(cluster)
 
 
@@ -328,7 +328,7 @@ async def test_cancel_in_every_phase(phase: str) -> None:
                 if phase == "decoding":
                     for _ in range(3):
                         assert isinstance(await anext(parts), Delta)
-            await until(lambda: router.dispatcher.num_active == 0)
+            await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         await baseline(cluster)
 
 
@@ -347,7 +347,7 @@ async def test_many_cancels_leave_nothing() -> None:
                         pass
 
             await asyncio.gather(*(leave_after(0.0005 * i) for i in range(200)))
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         await baseline(cluster)
 
 
@@ -413,9 +413,9 @@ async def test_different_model_is_refused_with_both_values(caplog: pytest.LogCap
 
 async def _odd_one_out(cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
     async with router_beside(cluster, all_up=False) as router:
-        await until(lambda: sum(m.state is State.READY for m in router.dispatcher.members) == 2)
+        await until(lambda: sum(m.state is State.READY for m in router.dispatcher.nodes.members) == 2)
         await cluster["odd"].start()
-        await until(lambda: any(m.state is State.REFUSED for m in router.dispatcher.members))
+        await until(lambda: any(m.state is State.REFUSED for m in router.dispatcher.nodes.members))
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             states = [n.state for n in (await client.status()).nodes if n.state.startswith("refused")]
@@ -428,7 +428,7 @@ async def _odd_one_out(cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -
 async def test_draining_node_gets_no_new_work() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         cluster["decode-0"].is_draining = True
-        await until(lambda: any(m.state is State.DRAINING for m in router.dispatcher.members))
+        await until(lambda: any(m.state is State.DRAINING for m in router.dispatcher.nodes.members))
         done = [x for x in await many(router, 4) if isinstance(x, Completion)]
         assert {x.relay.decode_node_id for x in done} == {"decode-1"}
 
@@ -446,7 +446,7 @@ async def test_ledger_and_status() -> None:
                 assert owners["decode-0"] == [("running", 1)]
                 assert (await client.status()).num_running == 1
             await cluster["decode-0"].die()
-            await until(lambda: not all(m.state is State.READY for m in router.dispatcher.members))
+            await until(lambda: not all(m.state is State.READY for m in router.dispatcher.nodes.members))
             assert list((await client.ledger()).unreachable) == [cluster["decode-0"].address]
 
 
@@ -471,7 +471,7 @@ async def test_bad_requests_say_what_is_wrong() -> None:
                 await complete(router, prompt, **settings)
             assert type(refused.value) is kind, settings
             assert refused.value.param == param
-        assert router.dispatcher.num_active == 0
+        assert router.dispatcher.scheduler.num_in_flight == 0
 
 
 async def test_seeds_are_drawn_and_requests_with_one_agree() -> None:
@@ -491,7 +491,7 @@ async def test_a_draining_node_gets_nothing_new_and_loses_nothing() -> None:
             answer = await client.drain("decode-0", grace_s=7.0)
             assert (answer.address, answer.drain.grace_s) == (cluster["decode-0"].address, 7.0)
             assert answer.drain.num_sequences > 0
-            await until(lambda: State.DRAINING in [m.state for m in router.dispatcher.members])
+            await until(lambda: State.DRAINING in [m.state for m in router.dispatcher.nodes.members])
             later = [await client.complete([9, i], max_tokens=3, seed=1) for i in range(4)]
             assert {c.relay.decode_node_id for c in later} == {"decode-1"}
             assert [(await r).relay.attempts for r in running] == [1] * 6

@@ -19,12 +19,14 @@ from baton.defects import Defects, LogLimit
 from baton.metrics import Metrics
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
+from router.active import Active
 from router.cluster.membership import State
 from router.config import LinkConfig, RouterConfig, WatchConfig
-from router.dispatch import Active, Dispatcher, Ended
+from router.dispatch import Dispatcher
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import NodeEvent, Prompt
 from router.metrics import RouterMetrics
+from router.records import Ended
 from router.registry import RegistryWatch
 from router.serve import Router
 from router.sessions import NodeLink, hello
@@ -39,7 +41,7 @@ _numbers = itertools.count()
 
 def submit(router: Router, prompt: Sequence[int], max_tokens: int = 10, seed: int = 1) -> Active:
     """Past the checks at the door, so that what they would refuse gets inside."""
-    now = router.dispatcher.now()
+    now = router.dispatcher.clock.now()
     sampling = SamplingParams(max_tokens=max_tokens, seed=seed)
     request_id = f"r{next(_numbers)}"
     active = router.dispatcher.submit(
@@ -60,7 +62,7 @@ async def outcome(active: Active) -> tuple[list[int], errors.BatonError | None]:
 
 
 def state(router: Router, node_id: str) -> State:
-    return next(x.state for x in router.dispatcher.members if x.node is not None and x.node.node_id == node_id)
+    return next(x.state for x in router.dispatcher.nodes.members if x.node is not None and x.node.node_id == node_id)
 
 
 def defects(router: Router) -> dict[str, float]:
@@ -85,13 +87,13 @@ async def test_what_cannot_be_encoded_fails_alone_also_when_it_waited_behind_a_f
         poisoned = submit(router, [POISON] * 100)
         behind = submit(router, [3] * 100, max_tokens=20)
         await until(lambda: cluster["decode-0"].used_blocks > 0)
-        assert poisoned.is_queued
+        assert poisoned in list(router.dispatcher.scheduler.waiting)
         tokens, error = await outcome(poisoned)
         assert tokens == []
         assert isinstance(error, errors.InternalError)
         for i, active in zip((1, 2, 3), [*first, behind], strict=True):
             assert await outcome(active) == (expected_tokens([i] * 100, 1, 20, VOCAB), None)
-        assert {x.state for x in router.dispatcher.members} == {State.READY}
+        assert {x.state for x in router.dispatcher.nodes.members} == {State.READY}
         assert defects(router) == {"sequence": 1}
         assert [bool(x.exc_info) for x in caplog.records if "defect" in x.message] == [True], "once, with its traceback"
         await baseline(cluster)
@@ -103,8 +105,8 @@ async def test_an_immediate_placement_that_cannot_be_encoded_books_nothing() -> 
     async with FakeCluster(mixed=1) as cluster, router_beside(cluster) as router:
         for _ in range(5):
             assert isinstance((await outcome(submit(router, [POISON])))[1], errors.InternalError)
-        router.dispatcher.check()
-        assert router.dispatcher._queue.num_running_of("") == 0, "its client has all of its share"
+        router.dispatcher.scheduler.check()
+        assert router.dispatcher.scheduler.num_running_of("") == 0, "its client has all of its share"
         assert (await outcome(submit(router, [1])))[0] == expected_tokens([1], 1, 10, VOCAB)
         assert cluster["mixed-0"].seen["cancel"] == 0, "no node ever heard of them"
 
@@ -139,7 +141,7 @@ async def test_a_node_that_talks_nonsense_of_one_sequence_keeps_its_session(time
         assert tokens == expected_tokens([6], 1, 50, VOCAB)
         assert victim.flow.lifeline.attempts == 2
         assert await outcome(beside) == (expected_tokens([5], 1, 150, VOCAB), None)
-        assert {x.state for x in router.dispatcher.members} == {State.READY}
+        assert {x.state for x in router.dispatcher.nodes.members} == {State.READY}
         # Chunks that were on their way when the attempt ended belong to nobody, and are counted as well.
         assert defects(router).keys() == {"message"}
         await baseline(cluster)
@@ -152,7 +154,7 @@ async def test_nonsense_from_every_node_ends_as_an_internal_error() -> None:
         _, error = await outcome(submit(router, [6]))
         assert isinstance(error, errors.InternalError)
         assert "99" in error.message
-        assert {x.state for x in router.dispatcher.members} == {State.READY}
+        assert {x.state for x in router.dispatcher.nodes.members} == {State.READY}
         await baseline(cluster)
 
 
@@ -187,9 +189,9 @@ async def test_who_watches_may_raise() -> None:
 
     told: list[Ended] = []
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
-        router.dispatcher.watch(raises)
-        router.dispatcher.watch_ends(raises)
-        router.dispatcher.watch_ends(told.append)
+        router.dispatcher.nodes.watch(raises)
+        router.dispatcher.records.watch(raises)
+        router.dispatcher.records.watch(told.append)
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             done = await asyncio.gather(*(client.complete([i], max_tokens=5, seed=1) for i in range(3)))
@@ -220,7 +222,7 @@ async def test_an_address_that_could_not_be_dialled_is_dialled_again(caplog: pyt
     config = RouterConfig(nodes=tuple(links))
     metrics = RouterMetrics(Metrics())
     dispatcher = Dispatcher(config, MonotonicClock(), lambda address, _: links[address], metrics)  # type: ignore[arg-type, return-value]
-    dispatcher.start()
+    dispatcher.nodes.start()
     await until(lambda: all(x.num_dials == 3 for x in links.values()))
     await dispatcher.close()
     assert metrics.defects.children[("membership",)].value == 4

@@ -107,7 +107,7 @@ async def test_synchronous_client() -> None:
                         break
 
         await asyncio.to_thread(use)
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
     with baton.Client("127.0.0.1:1") as nobody, pytest.raises(errors.Unavailable):
         nobody.complete([1])
 

@@ -54,7 +54,7 @@ async def test_http_without_a_right_key_is_401_in_the_shape_of_openai(header: st
         for path in ("/health", "/ready", "/metrics"):
             assert (await client.get(path, headers=headers)).status_code == 200  # type: ignore[arg-type]
         assert (await client.get("/v12")).status_code == 404, "not an API path"
-        assert router.dispatcher.num_active == 0
+        assert router.dispatcher.scheduler.num_in_flight == 0
 
 
 async def test_the_sdk_raises_its_own_error() -> None:
@@ -82,7 +82,7 @@ async def test_grpc_without_a_right_key_is_unauthenticated_but_healthy(key: str)
             with pytest.raises(aio.AioRpcError) as refused:
                 await unknown(b"")
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
-        assert router.dispatcher.num_active == 0
+        assert router.dispatcher.scheduler.num_in_flight == 0
 
 
 @pytest.mark.parametrize("bad", ["", "a b", "a\n", "ü"])

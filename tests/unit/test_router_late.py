@@ -48,7 +48,7 @@ async def router_beside_processes(flow: FlowConfig, membership: MembershipConfig
         addresses = json.loads(await asyncio.to_thread(first_line))
         config = RouterConfig(nodes=tuple(addresses), flow=flow, membership=membership)
         async with running(config) as router:
-            await until(lambda: all(x.state is State.READY for x in router.dispatcher.members), 20.0)
+            await until(lambda: all(x.state is State.READY for x in router.dispatcher.nodes.members), 20.0)
             yield router
 
 
@@ -68,13 +68,13 @@ async def test_a_router_that_stood_still_loses_no_node_and_repeats_no_attempt() 
     async with router_beside_processes(flow, membership) as router:
         assert router.grpc is not None
         states: set[State] = set()
-        router.dispatcher.watch(lambda: states.update(x.state for x in router.dispatcher.members))
+        router.dispatcher.nodes.watch(lambda: states.update(x.state for x in router.dispatcher.nodes.members))
         async with baton.AsyncClient(router.grpc) as client:
             calls = [asyncio.create_task(client.complete([7, i], max_tokens=300, seed=i)) for i in range(8)]
-            await until(lambda: sum(len(x.tokens) > 2 for x in router.dispatcher.flows) == 8, 20.0)
+            await until(lambda: sum(len(x.flow.tokens) > 2 for x in router.dispatcher.scheduler.in_flight) == 8, 20.0)
             # Some are placed and not yet answered when it stops.
             calls += [asyncio.create_task(client.complete([7, i], max_tokens=20, seed=i)) for i in range(8, 12)]
-            await until(lambda: len(router.dispatcher.flows) == 12, 20.0)
+            await until(lambda: router.dispatcher.scheduler.num_in_flight == 12, 20.0)
             stand_still(2.0)
             done = await asyncio.gather(*calls)
         for i, completion in enumerate(done):
@@ -119,19 +119,19 @@ async def test_a_blip_of_every_node_leaves_no_timer_running_in_who_waits(nodes: 
         FakeCluster(config, **nodes) as cluster,
         running(RouterConfig(nodes=cluster.addresses, **settings)) as router,  # type: ignore[arg-type]
     ):
-        await until(lambda: all(x.state is State.READY for x in router.dispatcher.members))
+        await until(lambda: all(x.state is State.READY for x in router.dispatcher.nodes.members))
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             # One at a time fits, and takes a second; the others wait.
             prompts = [[i] * 100 for i in range(3)]
             calls = [asyncio.create_task(client.complete(p, max_tokens=20, seed=1)) for p in prompts]
-            await until(lambda: router.dispatcher.num_queued == 2)
+            await until(lambda: router.dispatcher.scheduler.num_waiting == 2)
             for node in cluster.nodes.values():
                 node.mute()
-            await until(lambda: all(x.state is State.SUSPECT for x in router.dispatcher.members))
+            await until(lambda: all(x.state is State.SUSPECT for x in router.dispatcher.nodes.members))
             for node in cluster.nodes.values():
                 node.resume()
-            await until(lambda: all(x.state is State.READY for x in router.dispatcher.members))
+            await until(lambda: all(x.state is State.READY for x in router.dispatcher.nodes.members))
             async with asyncio.timeout(60.0):
                 done = await asyncio.gather(*calls)
         assert [list(x.token_ids) for x in done] == [expected_tokens(p, 1, 20, VOCAB) for p in prompts]

@@ -45,12 +45,12 @@ async def test_thousand_streams_at_once(tmp_path: Path) -> None:
     async with FakeCluster(config, prefill=2, decode=2) as cluster:
         settings = RouterConfig(nodes=cluster.addresses, model_folder=write_model_folder(tmp_path / "model"))
         async with running(settings) as router:
-            await until(lambda: all(m.state is State.READY for m in router.dispatcher.members))
+            await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
             async with asyncio.TaskGroup() as group:
                 streams = [group.create_task(stream(router, seed)) for seed in range(NUM_STREAMS)]
-                await until(lambda: router.dispatcher.num_active == NUM_STREAMS, timeout_s=60)
+                await until(lambda: router.dispatcher.scheduler.num_in_flight == NUM_STREAMS, timeout_s=60)
             for seed, done in enumerate(streams):
                 assert done.result() == expected_tokens(PROMPT, seed, MAX_TOKENS, VOCAB_SIZE), seed
-            await until(lambda: router.dispatcher.num_active == 0)
-            router.dispatcher.check()
+            await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
+            router.dispatcher.scheduler.check()
             await baseline(cluster)

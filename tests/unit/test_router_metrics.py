@@ -58,12 +58,12 @@ async def test_nodes_that_leave_as_they_said_are_told_from_lost_ones() -> None:
     ):
         states = [State.DRAINING, State.LEFT]
         cluster["decode-0"].is_draining = True
-        await until(lambda: states[0] in [m.state for m in router.dispatcher.members])
+        await until(lambda: states[0] in [m.state for m in router.dispatcher.nodes.members])
         await cluster["decode-0"].die()
-        await until(lambda: states[1] in [m.state for m in router.dispatcher.members])
+        await until(lambda: states[1] in [m.state for m in router.dispatcher.nodes.members])
         assert len((await scrape(router, "/metrics/targets")).json()) == 3
         await cluster["prefill-1"].die()
-        await until(lambda: [m.state for m in router.dispatcher.members].count(State.LOST) == 1)
+        await until(lambda: [m.state for m in router.dispatcher.nodes.members].count(State.LOST) == 1)
         counted = {(s.name, s.labels.get("pool")): s.value for s in samples((await scrape(router)).text)}
         ends = {name: [counted[(f"baton_node_{name}_total", pool)] for pool in ("prefill", "decode", "mixed")]
                 for name in ("losses", "drains")}  # fmt: skip

@@ -279,7 +279,7 @@ async def test_overload_and_outage_have_their_status(folder: Path) -> None:
     ):
         body = {"prompt": "x", "max_tokens": 20, "seed": 1, "ignore_eos": True}
         first = asyncio.create_task(client.post("/v1/completions", json=body))
-        await until(lambda: router.dispatcher.num_active == 1)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 1)
         refused = await client.post("/v1/completions", json=body)
         assert (refused.status_code, refused.json()["error"]["type"]) == (429, "rate_limit_error")
         assert int(refused.headers["retry-after"]) >= 1
@@ -321,7 +321,7 @@ async def test_client_that_leaves_cancels_its_request(folder: Path, stream: bool
             with pytest.raises(TimeoutError):
                 async with asyncio.timeout(0.2):
                     await client.post("/v1/completions", json=body)
-        await until(lambda: router.dispatcher.num_active == 0, 1.0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0, 1.0)
         await baseline(cluster)
 
 

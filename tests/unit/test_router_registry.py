@@ -52,12 +52,12 @@ async def router_on(server: RedisServer) -> AsyncIterator[Router]:
     config = RouterConfig(registry=RegistryConfig(server.url, timeout_s=0.3), watch=WatchConfig(poll_s=0.1))
     async with running(quick(config)) as router:
         yield router
-        await until(lambda: router.dispatcher.num_active == 0)
-        router.dispatcher.check()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
+        router.dispatcher.scheduler.check()
 
 
 def states(router: Router) -> dict[str, State]:
-    return {x.node.node_id if x.node else x.address: x.state for x in router.dispatcher.members}
+    return {x.node.node_id if x.node else x.address: x.state for x in router.dispatcher.nodes.members}
 
 
 async def ask(router: Router, count: int, max_tokens: int = 20) -> None:
@@ -114,7 +114,9 @@ async def test_a_new_incarnation_replaces_a_session_that_still_looks_alive(redis
         # Its host vanished without closing a connection, and a new life of it registers.
         node.incarnation += 1
         second = await register(redis_server, node)
-        await until(lambda: [x.node.incarnation for x in router.dispatcher.members if x.is_up and x.node] == [old + 1])
+        await until(
+            lambda: [x.node.incarnation for x in router.dispatcher.nodes.members if x.is_up and x.node] == [old + 1]
+        )
         await ask(router, 2)
         await first.close()
         await second.close()

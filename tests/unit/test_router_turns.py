@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -55,9 +56,9 @@ async def test_a_greedy_client_leaves_nodes_and_queue_to_another(num: int) -> No
         calls = [asyncio.create_task(greedy.complete([i], max_tokens=1500, seed=i)) for i in range(num)]
         # Four sequences on the node that generates; of the queue a half.
         most = min(num, 4 + 20)
-        await until(lambda: dispatcher.num_active == most)
-        phases = dispatcher.phases()
-        assert dispatcher.num_active - phases[Phase.QUEUED] == min(num, 4)
+        await until(lambda: dispatcher.scheduler.num_in_flight == most)
+        phases = Counter(x.flow.phase for x in dispatcher.scheduler.in_flight)
+        assert dispatcher.scheduler.num_in_flight - phases[Phase.QUEUED] == min(num, 4)
         async with asyncio.timeout(20):
             for i in range(5):
                 done = await polite.complete([1, 2, 3], max_tokens=5, seed=i)
@@ -79,7 +80,8 @@ async def test_a_newcomer_does_not_wait_for_the_one_that_was_alone() -> None:
         dispatcher = router.dispatcher
 
         def num_of_greedy() -> int:
-            return sum(x.phase is Phase.DECODING for x in dispatcher.flows if x.max_tokens == 300)
+            flows = [x.flow for x in dispatcher.scheduler.in_flight]
+            return sum(x.phase is Phase.DECODING for x in flows if x.max_tokens == 300)
 
         calls = [asyncio.create_task(greedy.complete([i], max_tokens=300, seed=i)) for i in range(1, 9)]
         await until(lambda: num_of_greedy() == 8)
@@ -105,7 +107,9 @@ async def test_a_client_alone_has_all_nodes() -> None:
         baton.AsyncClient(router.grpc or "") as client,
     ):
         calls = [asyncio.create_task(client.complete([i], max_tokens=1500, seed=i)) for i in range(20)]
-        await until(lambda: router.dispatcher.num_active == 20 and router.dispatcher.num_queued == 0)
+        await until(
+            lambda: router.dispatcher.scheduler.num_in_flight == 20 and router.dispatcher.scheduler.num_waiting == 0
+        )
         for call in calls:
             call.cancel()
         await asyncio.gather(*calls, return_exceptions=True)

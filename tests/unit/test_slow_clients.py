@@ -70,7 +70,7 @@ async def test_only_those_that_are_behind_are_touched_when_all_keep_too_much() -
 async def test_a_stream_that_nobody_reads_fails_and_frees_what_it_kept(folder: Path) -> None:
     async with served(folder, CONFIG, max_stream_bytes=20_000) as (router, _):
         ended = []
-        router.dispatcher.watch_ends(ended.append)
+        router.dispatcher.records.watch(ended.append)
         wire = await Wire.open(router, buffer_bytes=4096)
         wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
         body = {"prompt": [5], "max_tokens": 2000, "min_tokens": 2000, "stream": True, "logprobs": 5, "n": 2}
@@ -91,7 +91,7 @@ async def test_a_whole_answer_is_bounded(folder: Path) -> None:
         refused = await asked(router, post(body, "Connection: close"))
         assert refused.startswith(b"HTTP/1.1 400 ")
         assert b"the answer has grown beyond 50000 bytes; use stream" in refused
-        await until(lambda: router.dispatcher.num_active == 0)
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         assert router.dispatcher.backlog.num_bytes == 0
         fits = await asked(router, post({**body, "n": 1, "logprobs": None}, "Connection: close"))
         assert fits.startswith(b"HTTP/1.1 200 ")
@@ -109,7 +109,7 @@ async def test_a_grpc_client_that_takes_nothing_is_given_up(
         grpc.aio.insecure_channel(router.grpc or "", options=[("grpc.http2.bdp_probe", 0)]) as channel,
     ):
         ended = []
-        router.dispatcher.watch_ends(ended.append)
+        router.dispatcher.records.watch(ended.append)
         request = router_pb2.GenerateRequest(
             prompt_token_ids=router_pb2.TokenIds(token_ids=[5]),
             sampling=common_pb2.SamplingParams(max_tokens=2000, min_tokens=2000, logprobs=20),

@@ -61,7 +61,7 @@ async def run() -> AsyncIterator[Run]:
     async with FakeCluster(FakeConfig(transfer_s=0.005), prefill=1, decode=1) as cluster:
         config = quick(RouterConfig(nodes=cluster.addresses))
         async with running(config, Spans("test", provider)) as router:
-            await until(lambda: all(m.is_up for m in router.dispatcher.members))
+            await until(lambda: all(m.is_up for m in router.dispatcher.nodes.members))
             yield Run(router, exporter)
 
 
@@ -130,11 +130,11 @@ async def test_a_caller_that_does_not_sample_gets_no_spans(run: Run) -> None:
 
 async def test_every_choice_is_a_span_and_failures_say_why(run: Run) -> None:
     await run.post({**BODY, "n": 2})
-    await until(lambda: run.router.dispatcher.num_active == 0)
+    await until(lambda: run.router.dispatcher.scheduler.num_in_flight == 0)
     roots, _ = await run.spans()
     assert sorted(r.attributes["baton.choice"] for r in roots if r.attributes) == [0, 1]
     assert (await run.post({**BODY, "max_tokens": 4000, "timeout": 0.05})).status_code >= 400
-    await until(lambda: run.router.dispatcher.num_active == 0)
+    await until(lambda: run.router.dispatcher.scheduler.num_in_flight == 0)
     roots, _ = await run.spans()
     failed = [r for r in roots if r.status.status_code is StatusCode.ERROR]
     assert [r.attributes["error.type"] for r in failed if r.attributes] == ["DeadlineExceeded"]

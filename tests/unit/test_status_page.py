@@ -88,13 +88,13 @@ async def test_stages_of_requests_in_flight_and_blocks_by_state() -> None:
 
 
 def router_snapshot(router: Router) -> dict[str, Any]:
-    return router.status.snapshot(router.dispatcher.now())
+    return router.status.snapshot(router.dispatcher.clock.now())
 
 
 async def test_a_dead_node_says_so_and_comes_first() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         await cluster["prefill-0"].die()
-        await until(lambda: any(m.state.value == "lost" for m in router.dispatcher.members))
+        await until(lambda: any(m.state.value == "lost" for m in router.dispatcher.nodes.members))
         found = router_snapshot(router)
         dead = found["nodes"][0]
         assert (dead["id"], dead["state"], "blocks" in dead) == ("prefill-0", "lost", False)
@@ -267,7 +267,7 @@ async def test_browser_shows_200_nodes_and_one(browser: Browser) -> None:
             FakeCluster(prefill=num_prefill, decode=num_decode) as cluster,
             router_beside(cluster, all_up=False) as router,
         ):
-            await until(lambda: sum(m.is_up for m in router.dispatcher.members) == len(cluster.nodes), 30.0)
+            await until(lambda: sum(m.is_up for m in router.dispatcher.nodes.members) == len(cluster.nodes), 30.0)
             await to_thread(browser.open, f"{router.http}/status")
             count = f"document.querySelectorAll('#nodes tr').length === {num_prefill + num_decode}"
             await to_thread(browser.wait_until, count, 20.0)

@@ -116,7 +116,7 @@ async def test_a_node_that_does_not_answer_is_named_and_the_rest_is_written(tmp_
     async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
         await ask(router, 2)
         await cluster["decode-1"].die()
-        await until(lambda: any(m.state.value == "lost" for m in router.dispatcher.members))
+        await until(lambda: any(m.state.value == "lost" for m in router.dispatcher.nodes.members))
         path, said = tmp_path / "trace.json", Console(record=True, width=200, quiet=True)
 
         def fetch() -> None:

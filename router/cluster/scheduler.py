@@ -1,0 +1,312 @@
+"""Placement of a cluster's sequences: the waiting line, the nodes' load, the breakers, and what each client may have.
+
+Pure: the dispatcher drives it with a clock and sends what it decides; a planner can drive it without either. A sequence
+arrives, waits until `next` returns it and `decide` finds nodes for it, is assigned, and is released when its attempt is
+over; then it departs, or waits again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Collection, Iterator
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+from baton import errors
+from baton.types import NodeDescription, NodeStatus
+from router.cluster.breakers import PairBreakers
+from router.cluster.config import PolicyConfig
+from router.cluster.load import Loads, NodeLoad
+from router.cluster.policy import Decision, Demand, Obstacle, Placement, choose
+from router.cluster.pools import Pools
+from router.cluster.waiting import Waiting
+
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 30.0
+# The pace of the cluster is that of so many newest ends.
+_NUM_ENDS = 64
+
+
+class Limits(Protocol):
+    """What clients may have here; `router.config.LimitsConfig` says what each is for."""
+
+    @property
+    def max_queued(self) -> int: ...
+    @property
+    def max_active(self) -> int: ...
+    @property
+    def max_client_share(self) -> float: ...
+    @property
+    def max_client_running(self) -> int: ...
+    @property
+    def client_alone_s(self) -> float: ...
+    @property
+    def refuse_after_s(self) -> float: ...
+
+
+class Item(Protocol):
+    """A sequence, as far as placement is concerned; compared by identity."""
+
+    @property
+    def client(self) -> str: ...
+
+    @property
+    def sequence_id(self) -> str:
+        """Of its present attempt."""
+
+    @property
+    def has_tokens(self) -> bool: ...
+
+    def demand(self, now: float) -> Demand: ...
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+class Attempt(NamedTuple):
+    """One run of a sequence on its nodes."""
+
+    sequence_id: str
+    placement: Placement
+
+
+class Scheduler(Generic[ItemT]):
+    """Invariant: an item in flight waits, or has one attempt on the nodes, or neither (it backs off)."""
+
+    def __init__(self, limits: Limits, policy: PolicyConfig, now: float) -> None:
+        self._limits = limits
+        self._policy = policy
+        self._pools = Pools()
+        self._loads = Loads()
+        self._breakers = PairBreakers(policy)
+        self._line: Waiting[ItemT] = Waiting(alone_s=limits.client_alone_s)
+        self._in_flight: dict[ItemT, None] = {}
+        self._num_in_flight_of: Counter[str] = Counter()
+        # Attempts on the nodes, oldest first.
+        self._attempts: dict[ItemT, Attempt] = {}
+        self._by_sequence: dict[str, ItemT] = {}
+        self._on_node: dict[str, dict[ItemT, None]] = {}
+        self._ended_at_s: deque[float] = deque(maxlen=_NUM_ENDS)
+        self._down_since_s: float | None = now
+        # Something has changed since this was last reset that can make room for a waiting sequence.
+        self.has_news = False
+
+    # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def node_up(self, node: NodeDescription, status: NodeStatus, is_available: bool, now: float) -> None:
+        self._loads.add_node(node, status)
+        self.node_changed(node.node_id, is_available, now)
+
+    def node_changed(self, node_id: str, is_available: bool, now: float) -> None:
+        """``is_available``: whether it gets new work."""
+        node = self._loads.node(node_id)
+        if node is not None and is_available:
+            self._pools.put(node)
+        else:
+            self._pools.remove(node_id)
+        self.has_news = True
+        self._note_availability(now)
+
+    def node_status(self, node_id: str, status: NodeStatus) -> None:
+        node = self._loads.node(node_id)
+        if node is None:
+            return
+        before = node.role, node.prompt_rank, node.decode_rank, node.free_tokens
+        self._loads.status(node_id, status)
+        if before != (node.role, node.prompt_rank, node.decode_rank, node.free_tokens):
+            self.has_news = True
+        if node_id in self._pools:
+            self._pools.put(node)  # it may act in another role now
+
+    def node_down(self, node_id: str, now: float) -> list[str]:
+        """The node is lost or has left; returns the sequence ids of the attempts that it had."""
+        self._loads.remove_node(node_id)
+        self._breakers.forget(node_id)
+        self.node_changed(node_id, False, now)
+        return [self._attempts[item].sequence_id for item in self._on_node.get(node_id, ())]
+
+    def node(self, node_id: str) -> NodeLoad | None:
+        return self._loads.node(node_id)
+
+    def _note_availability(self, now: float) -> None:
+        if len(self._pools):
+            self._down_since_s = None
+        elif self._down_since_s is None:
+            self._down_since_s = now
+
+    @property
+    def is_available(self) -> bool:
+        """Whether a node takes new work; as roles are policy, one node is enough."""
+        return len(self._pools) > 0
+
+    # ── The waiting line ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def check_capacity(self, num_sequences: int, client: str, now: float) -> None:
+        """Raises the error that so many sequences of this client are refused with."""
+        limits = self._limits
+        if self._down_since_s is not None and now - self._down_since_s > limits.refuse_after_s:
+            raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
+        for total, own, limit, what in (
+            (len(self._line), self._line.num_waiting_of(client), limits.max_queued, "waiting"),
+            (len(self._in_flight), self._num_in_flight_of[client], limits.max_active, "in flight"),
+        ):
+            share = max(1, int(limit * limits.max_client_share))
+            # Room that others left is free for all; what is beyond the limit is for clients that have little here.
+            is_little = own + num_sequences <= share
+            has_room = total + num_sequences <= limit and (is_little or self._line.is_alone(client, now))
+            has_share = is_little and total + num_sequences <= limit + share
+            if not has_room and not has_share and (own or what == "in flight"):
+                raise errors.Overloaded(
+                    f"{total} sequences are {what} (limit {limit}), {own} of them of this client (limit {share} beside "
+                    "others); try again later",
+                    retry_after_s=self._retry_after_s(now),
+                )
+
+    def _retry_after_s(self, now: float) -> float:
+        """How long the present line takes at the present pace."""
+        if len(self._ended_at_s) < 2:
+            return _MIN_RETRY_AFTER_S
+        pace = len(self._ended_at_s) / max(now - self._ended_at_s[0], 1e-3)
+        return min(max(_MIN_RETRY_AFTER_S, len(self._line) / pace), _MAX_RETRY_AFTER_S)
+
+    def was_here(self, client: str, now: float) -> bool:
+        """The client has something here, or had lately."""
+        return self._line.was_here(client, now)
+
+    def arrive(self, item: ItemT, now: float) -> None:
+        """It is in flight from now on, and waits."""
+        self._in_flight[item] = None
+        self._num_in_flight_of[item.client] += 1
+        self._line.put(item, now)
+        self.has_news = True
+
+    def rerun(self, item: ItemT, now: float) -> None:
+        """It waits again, before all that its client has in the line."""
+        self._line.put(item, now, is_first=True)
+        self.has_news = True
+
+    def depart(self, item: ItemT, now: float) -> None:
+        """It is over. Its attempt has been released."""
+        if item in self._line:
+            self._line.remove(item)
+            self.has_news = True
+        del self._in_flight[item]
+        self._num_in_flight_of[item.client] -= 1
+        if not self._num_in_flight_of[item.client]:
+            del self._num_in_flight_of[item.client]
+        self._ended_at_s.append(now)
+
+    def next(self, now: float) -> ItemT | None:
+        """The waiting sequence whose turn it is; None if none may start. What is bounded is what one client has on the
+        nodes that generate."""
+        return self._line.next(self._max_client_running, now)
+
+    def decide(self, item: ItemT, now: float) -> Decision | Obstacle:
+        return choose(self._pools, item.demand(now), self._breakers, now, self._policy)
+
+    @property
+    def _max_client_running(self) -> int:
+        return self._limits.max_client_running * max(1, self._pools.num_generating)
+
+    # ── Attempts ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def assign(self, item: ItemT, placement: Placement, num_known_tokens: int, now: float) -> None:
+        """The waiting sequence runs on these nodes."""
+        self._line.started(item)
+        attempt = self._attempts[item] = Attempt(item.sequence_id, placement)
+        self._by_sequence[attempt.sequence_id] = item
+        for node_id in placement.node_ids:
+            self._on_node.setdefault(node_id, {})[item] = None
+        self._loads.assign(attempt.sequence_id, placement.prefill_id, placement.decode_id, num_known_tokens)
+        self._breakers.used(placement.prefill_id, placement.decode_id, now)
+
+    def release(self, item: ItemT, now: float) -> None:
+        """Its attempt is over. Harmless if it has none."""
+        attempt = self._attempts.pop(item, None)
+        if attempt is None:
+            return
+        del self._by_sequence[attempt.sequence_id]
+        for node_id in attempt.placement.node_ids:
+            there = self._on_node[node_id]
+            del there[item]
+            if not there:
+                del self._on_node[node_id]
+        self._line.ended(item.client, now)
+        self._loads.release(attempt.sequence_id)
+        self.has_news = True
+
+    def confirmed(self, sequence_id: str) -> None:
+        """The decode node has granted the blocks."""
+        self._loads.confirm(sequence_id)
+
+    def prefilled(self, sequence_id: str) -> None:
+        self._loads.prefilled(sequence_id)
+        self.has_news = True
+
+    def node_full(self, node_id: str) -> None:
+        """It refused a reservation, whatever its last status said."""
+        self._loads.full(node_id)
+
+    def pair_failed(self, placement: Placement, now: float) -> None:
+        self._breakers.failed(placement.prefill_id, placement.decode_id, now)
+
+    def pair_worked(self, placement: Placement) -> None:
+        self._breakers.worked(placement.prefill_id, placement.decode_id)
+
+    def crowding(self, newcomer: str, *, is_passing: bool) -> list[ItemT]:
+        """The sequences to take off the nodes and put into the line again because another client has come.
+
+        A client that was alone has all nodes. What it may not have beside others is set aside, the youngest first:
+        waiting for their ends could take minutes. Sequences without a token lose nothing; the others are computed
+        again, so a client that is only passing sets but a few of these aside.
+        """
+        client, num = self._line.crowding(newcomer, self._max_client_running)
+        if not num:
+            return []
+        running = [item for item in reversed(self._attempts) if item.client == client]
+        fresh = [item for item in running if not item.has_tokens][:num]
+        begun = [item for item in running if item.has_tokens][: num - len(fresh)]
+        return fresh + (begun[: self._limits.max_client_running] if is_passing else begun)
+
+    # ── What is known ───────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def in_flight(self) -> Collection[ItemT]:
+        return self._in_flight.keys()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    @property
+    def waiting(self) -> Iterator[ItemT]:
+        return iter(self._line)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._line)
+
+    def num_running_of(self, client: str) -> int:
+        return self._line.num_running_of(client)
+
+    def attempt(self, item: ItemT) -> Attempt | None:
+        return self._attempts.get(item)
+
+    def item(self, sequence_id: str) -> ItemT | None:
+        """The item whose present attempt on the nodes has this id."""
+        return self._by_sequence.get(sequence_id)
+
+    def check(self) -> None:
+        """The books balance; for tests."""
+        self._loads.check()
+        self._line.check()
+        assert self._loads.num_assigned == len(self._attempts) == len(self._by_sequence)
+        assert set(self._line) <= set(self._in_flight)
+        assert set(self._attempts) <= set(self._in_flight)
+        assert not set(self._line) & set(self._attempts)
+        running = Counter(item.client for item in self._attempts)
+        assert all(self._line.num_running_of(client) == num for client, num in running.items())
+        for client in self._num_in_flight_of:
+            assert self._line.num_running_of(client) == running[client], "a client's share is held by nothing"
+        assert sum(self._num_in_flight_of.values()) == len(self._in_flight)
+        on_nodes = {(n, i) for n, items in self._on_node.items() for i in items}
+        assert on_nodes == {(n, i) for i, a in self._attempts.items() for n in a.placement.node_ids}

@@ -1,0 +1,218 @@
+"""The scheduler under arrivals, placements, ends, refusals and nodes that come and go: its books balance throughout."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import hypothesis.strategies as st
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from baton.errors import Overloaded, Unavailable
+from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
+from router.cluster.config import PolicyConfig
+from router.cluster.policy import Decision, Demand, Obstacle
+from router.cluster.scheduler import Scheduler
+
+NODES = {"p0": Role.PREFILL, "d0": Role.DECODE, "m0": Role.MIXED}
+CLIENTS = ("a", "b")
+BLOCK_TOKENS, NUM_BLOCKS = 16, 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    max_queued: int = 6
+    max_active: int = 10
+    max_client_share: float = 0.5
+    max_client_running: int = 2
+    client_alone_s: float = 2.0
+    refuse_after_s: float = 2.0
+
+
+@dataclass(eq=False)
+class Item:
+    client: str
+    number: int
+    num_known_tokens: int
+    has_tokens: bool = False
+    num_attempts: int = 0
+    avoid: set[str] = field(default_factory=set)
+
+    @property
+    def sequence_id(self) -> str:
+        return f"{self.number}/{self.num_attempts}"
+
+    def demand(self, now: float) -> Demand:
+        return Demand(self.num_known_tokens, avoid=self.avoid)
+
+
+def description(node_id: str) -> NodeDescription:
+    role = NODES[node_id]
+    return NodeDescription(
+        node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        KvLayout(1, NUM_BLOCKS, 1, 8, BLOCK_TOKENS, "float32"), 1, 1, "h", (), "cpu", "none", "0",
+    )  # fmt: skip
+
+
+class Cluster(RuleBasedStateMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.scheduler: Scheduler[Item] = Scheduler(Limits(), PolicyConfig(), self.now)
+        self.num_made = 0
+        self.waiting: set[Item] = set()
+        self.running: set[Item] = set()
+        self.available: set[str] = set()
+        self.up: set[str] = set()
+
+    def status(self, node_id: str, free: int) -> NodeStatus:
+        return NodeStatus(NODES[node_id], total_blocks=NUM_BLOCKS, free_blocks=free)
+
+    @rule(node_id=st.sampled_from(sorted(NODES)), is_available=st.booleans())
+    def node_up(self, node_id: str, is_available: bool) -> None:
+        if node_id in self.up:
+            self.scheduler.node_changed(node_id, is_available, self.now)
+        else:
+            self.scheduler.node_up(description(node_id), self.status(node_id, NUM_BLOCKS), is_available, self.now)
+        self.up.add(node_id)
+        (self.available.add if is_available else self.available.discard)(node_id)
+        assert self.scheduler.has_news
+
+    @precondition(lambda self: self.up)
+    @rule(data=st.data())
+    def node_down(self, data: st.DataObject) -> None:
+        node_id = data.draw(st.sampled_from(sorted(self.up)))
+        there = {x.sequence_id for x in self.running if node_id in self.nodes_of(x)}
+        lost = self.scheduler.node_down(node_id, self.now)
+        assert set(lost) == there
+        self.up.discard(node_id)
+        self.available.discard(node_id)
+        for item in [self.scheduler.item(sequence_id) for sequence_id in lost]:
+            assert item is not None
+            self.run_again(item)
+
+    @precondition(lambda self: self.up)
+    @rule(data=st.data(), free=st.integers(0, NUM_BLOCKS))
+    def node_speaks(self, data: st.DataObject, free: int) -> None:
+        node_id = data.draw(st.sampled_from(sorted(self.up)))
+        status = self.status(node_id, free)
+        self.scheduler.node_status(node_id, status)
+        self.scheduler.has_news = False
+        self.scheduler.node_status(node_id, status)
+        assert not self.scheduler.has_news, "a status that repeats the one before changes nothing"
+
+    @rule(client=st.sampled_from(CLIENTS), num_tokens=st.integers(1, 40))
+    def arrive(self, client: str, num_tokens: int) -> None:
+        try:
+            self.scheduler.check_capacity(1, client, self.now)
+        except (Overloaded, Unavailable):
+            return
+        self.num_made += 1
+        item = Item(client, self.num_made, num_tokens)
+        self.scheduler.arrive(item, self.now)
+        self.waiting.add(item)
+
+    @rule()
+    def place(self) -> None:
+        while (item := self.scheduler.next(self.now)) is not None:
+            assert item in self.waiting
+            decision = self.scheduler.decide(item, self.now)
+            if isinstance(decision, Obstacle):
+                assert (decision is Obstacle.NO_NODE) == (not self.available)
+                break
+            assert set(decision.placement.node_ids) <= self.available
+            self.assign(item, decision)
+
+    def assign(self, item: Item, decision: Decision) -> None:
+        self.scheduler.assign(item, decision.placement, item.num_known_tokens, self.now)
+        assert self.scheduler.item(item.sequence_id) is item
+        self.waiting.discard(item)
+        self.running.add(item)
+
+    def nodes_of(self, item: Item) -> tuple[str, ...]:
+        attempt = self.scheduler.attempt(item)
+        return () if attempt is None else attempt.placement.node_ids
+
+    def run_again(self, item: Item) -> None:
+        self.scheduler.release(item, self.now)
+        item.num_attempts += 1
+        self.scheduler.rerun(item, self.now)
+        self.running.discard(item)
+        self.waiting.add(item)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), what=st.sampled_from(["confirmed", "prefilled", "full", "failed", "worked"]))
+    def progress(self, data: st.DataObject, what: str) -> None:
+        item = data.draw(st.sampled_from(sorted(self.running, key=lambda x: x.number)))
+        attempt = self.scheduler.attempt(item)
+        assert attempt is not None
+        match what:
+            case "confirmed":
+                self.scheduler.confirmed(attempt.sequence_id)
+            case "prefilled":
+                self.scheduler.prefilled(attempt.sequence_id)
+                item.has_tokens = True
+            case "full":
+                self.scheduler.node_full(attempt.placement.decode_id)
+                self.run_again(item)
+            case "failed":
+                self.scheduler.pair_failed(attempt.placement, self.now)
+                item.avoid = {attempt.placement.prefill_id}
+                self.run_again(item)
+            case "worked":
+                self.scheduler.pair_worked(attempt.placement)
+
+    @precondition(lambda self: self.running or self.waiting)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(sorted(self.running | self.waiting, key=lambda x: x.number)))
+        self.scheduler.release(item, self.now)
+        self.scheduler.depart(item, self.now)
+        self.running.discard(item)
+        self.waiting.discard(item)
+
+    @rule(client=st.sampled_from(CLIENTS), is_passing=st.booleans())
+    def make_room(self, client: str, is_passing: bool) -> None:
+        aside = self.scheduler.crowding(client, is_passing=is_passing)
+        assert len(set(aside)) == len(aside)
+        assert all(x in self.running and x.client != client for x in aside)
+        for item in aside:
+            self.run_again(item)
+
+    @rule(seconds=st.floats(0, 3))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @invariant()
+    def books_balance(self) -> None:
+        self.scheduler.check()
+        assert set(self.scheduler.waiting) == self.waiting
+        assert set(self.scheduler.in_flight) == self.waiting | self.running
+        assert self.scheduler.num_in_flight <= Limits.max_active + Limits.max_active // 2
+        assert self.scheduler.is_available == bool(self.available)
+
+
+Cluster.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
+TestScheduler = Cluster.TestCase
+
+
+def test_a_planner_drives_the_same_scheduler_without_a_loop_or_a_clock() -> None:
+    scheduler: Scheduler[Item] = Scheduler(Limits(), PolicyConfig(), 0.0)
+    for node_id in ("p0", "d0"):
+        scheduler.node_up(description(node_id), NodeStatus(NODES[node_id], free_blocks=NUM_BLOCKS), True, 0.0)
+    items = [Item("a", i, 40) for i in range(4)]
+    for item in items:
+        scheduler.arrive(item, 0.0)
+    placed = []
+    while (item := scheduler.next(1.0)) is not None:
+        decision = scheduler.decide(item, 1.0)
+        if isinstance(decision, Obstacle):
+            break
+        scheduler.assign(item, decision.placement, item.num_known_tokens, 1.0)
+        placed.append(item)
+    assert placed == items[:2], "three blocks each, of eight"
+    assert decision is Obstacle.NO_ROOM
+    scheduler.release(items[0], 2.0)
+    scheduler.depart(items[0], 2.0)
+    assert scheduler.next(2.0) is items[2]
+    assert isinstance(scheduler.decide(items[2], 2.0), Decision)
