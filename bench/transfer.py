@@ -26,19 +26,19 @@ from dataclasses import asdict, dataclass, replace
 import grpc.aio
 import numpy as np
 
+from baton import PROTOCOL_VERSION
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
-from kvtransfer.arena import Arena
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import ByteArray, LayerDigests
+from kvtransfer.digest import LayerDigests
+from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id, keep_apart
+from kvtransfer.memory import HostMemory
 from kvtransfer.plan import Copy
-from kvtransfer.protocol.messages import PROTOCOL_VERSION
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
-from kvtransfer.transports.tcp import receive_all, send_all
-from kvtransfer.writing import as_bytes
+from kvtransfer.transports.tcp_socket import receive_all, send_all
 
 # The bench model in bfloat16: 64 KiB a block and layer, 16 KiB a token.
 LAYOUT = KvLayout(num_layers=16, num_blocks=160, num_kv_heads=4, head_dim=64, block_tokens=64, dtype="bfloat16")
@@ -77,6 +77,10 @@ def describe(name: str, address: str) -> NodeDescription:
     )
 
 
+def as_bytes(memory: HostMemory) -> ByteArray:
+    return np.frombuffer(memory.buffer, dtype=np.uint8)
+
+
 # --- the receiving process --------------------------------------------------------------------------------------------
 
 
@@ -97,9 +101,12 @@ def serve_bare(listener: socket.socket, target: memoryview) -> None:
 
 
 async def receive() -> None:
-    """A receiver for every variant over one arena; a line "variant num_tokens" on stdin grants a lease."""
-    with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena, socket.create_server(("127.0.0.1", 0)) as bare:
-        threading.Thread(target=serve_bare, args=(bare, arena.buffer[:BULK_BYTES]), daemon=True).start()
+    """A receiver for every variant over one memory; a line "variant num_tokens" on stdin grants a lease."""
+    with (
+        HostMemory.create(LAYOUT.total_bytes, prefault_pages=True) as memory,
+        socket.create_server(("127.0.0.1", 0)) as bare,
+    ):
+        threading.Thread(target=serve_bare, args=(bare, memory.buffer[:BULK_BYTES]), daemon=True).start()
         receivers: dict[str, Receiver] = {}
         servers = []
 
@@ -109,7 +116,7 @@ async def receive() -> None:
         for name, config in VARIANTS.items():
             server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
             address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            receiver = Receiver(describe(name, address), LAYOUT, arena, on_event=on_event, config=config)
+            receiver = Receiver(describe(name, address), LAYOUT, memory, on_event=on_event, config=config)
             receiver.add_to(server)
             await receiver.start()
             await server.start()
@@ -184,10 +191,11 @@ class Peer:
 
 
 class Bench:
-    def __init__(self, peer: Peer, arena: Arena, copy_target: ByteArray, senders: dict[str, dict[str, Sender]]) -> None:
+    def __init__(
+        self, peer: Peer, memory: HostMemory, copy_target: ByteArray, senders: dict[str, dict[str, Sender]]
+    ) -> None:
         self.peer, self.senders = peer, senders
-        self.arena = arena
-        self.source = as_bytes(arena.buffer)[:BULK_BYTES]
+        self.source = as_bytes(memory)[:BULK_BYTES]
         self.copy_target = copy_target
 
     def memcpy(self) -> float:
@@ -199,8 +207,9 @@ class Bench:
         """Copy, digest of the source and, on the other thread, of the target: the minimum work of two cores."""
         layout = replace(LAYOUT, num_blocks=BULK_TOKENS // LAYOUT.block_tokens)
         blocks = range(layout.num_blocks)
-        source = LayerDigests(self.source, layout, blocks)
-        target = LayerDigests(self.copy_target, layout, blocks)
+        host = HostMemory(self.source.data)
+        source = LayerDigests(host, layout, blocks)
+        target = LayerDigests(HostMemory(self.copy_target.data), layout, blocks)
         is_copied = threading.Barrier(2)
 
         def work(number: int, mine: range, others: range) -> None:
@@ -208,7 +217,7 @@ class Bench:
             for layer in mine:
                 offset, stop = layout.offset(layer, 0), layout.offset(layer, layout.num_blocks)
                 whole = Copy(offset, offset, stop - offset)
-                if not source.copy(layer, 0, layout.num_blocks, [whole], self.copy_target):
+                if not source.copy(host, layer, 0, layout.num_blocks, [whole], self.copy_target):
                     np.copyto(self.copy_target[offset:stop], self.source[offset:stop])
                     source.update(layer, 0, layout.num_blocks)
             is_copied.wait()
@@ -338,16 +347,16 @@ async def layerwise(bench: Bench, rounds: int, sizes: list[int]) -> list[dict[st
 async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
     peer = Peer()
     senders: dict[str, dict[str, Sender]] = {"layerwise": {}, "serialized": {}}
-    with Arena.create(LAYOUT.total_bytes, prefault_pages=True) as arena:
-        as_bytes(arena.buffer)[:] = np.random.default_rng(0).integers(0, 256, arena.num_bytes, dtype=np.uint8)
+    with HostMemory.create(LAYOUT.total_bytes, prefault_pages=True) as memory:
+        as_bytes(memory)[:] = np.random.default_rng(0).integers(0, 256, memory.num_bytes, dtype=np.uint8)
         for mode, table in (("layerwise", LAYERWISE), ("serialized", SERIALIZED)):
             for name, config in VARIANTS.items():
                 node = describe(f"sender-{mode}-{name}", "")
-                sender = Sender(node, LAYOUT, arena, config=replace(config, layerwise_from_bytes=table))
+                sender = Sender(node, LAYOUT, memory, config=replace(config, layerwise_from_bytes=table))
                 await sender.start()
                 senders[mode][name] = sender
-        with Arena.create(BULK_BYTES, prefault_pages=True) as copy_arena:
-            bench = Bench(peer, arena, as_bytes(copy_arena.buffer), senders)
+        with HostMemory.create(BULK_BYTES, prefault_pages=True) as copy_memory:
+            bench = Bench(peer, memory, as_bytes(copy_memory), senders)
             try:
                 bulk_rows, digest_cost = await bulk(bench, rounds)
                 tails = await layerwise(bench, max(3, rounds // 2), sizes)

@@ -8,19 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from baton.errors import BadConfig, quoted
+from baton.errors import BadConfig
 from baton.settings import check, computed, setting
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
+from kvtransfer.transports.table import TRANSPORTS, transport_name, transport_of
 
 if TYPE_CHECKING:
-    from kvtransfer.transports.fake import Mischief
-
-# Best first.
-TRANSPORTS = ("cuda_ipc", "shm", "tcp")
-# Those that end in the processor's memory, and those that end in a device's.
-_OVER_HOST = frozenset({"shm", "tcp"})
-_OVER_DEVICE = frozenset({"cuda_ipc", "tcp"})
+    from kvtransfer.transports.interface import Transport
 
 
 def _default_threads(at_least: int) -> int:
@@ -37,13 +32,13 @@ def _layerwise_from(text: str) -> Mapping[str, int]:
     if re.fullmatch(r"-1|[0-9]{1,9}", text) is None:
         raise ValueError("expected -1, or KiB: a whole number of up to 9 digits")
     kib = int(text)
-    return TransferConfig().layerwise_from_bytes if kib < 0 else dict.fromkeys(TRANSPORTS, kib << 10)
+    return {} if kib < 0 else dict.fromkeys(TRANSPORTS, kib << 10)
 
 
 @dataclass(frozen=True, slots=True)
 class TransferConfig:
-    """``transports`` is what the node offers, best first: "cuda_ipc", "shm", "tcp", or a fake over one of them such as
-    "fake:corrupt=1,seed=7,over=shm" (see transports/fake.py), which misbehaves on the sending side.
+    """``transports`` is what the node offers, best first: names of ``transports/table.py``, or a faulty one over one of
+    them such as "fake:corrupt=1,seed=7,over=shm" (see transports/fake.py).
     """
 
     transports: tuple[str, ...] = field(
@@ -73,10 +68,10 @@ class TransferConfig:
     tcp_streams: int = field(default=2, metadata=setting(least=1, most=64))
     # Interface the receiver's data sockets listen on; empty: the host of the node's address.
     tcp_listen_host: str = field(default="", metadata=computed())
-    # Transfers of at least this many bytes are pushed layer by layer, smaller ones in one go at commit. Measured by
-    # bench/transfer.py (see docs/decisions/0003-transfer.md).
+    # By transport, in place of its own: transfers of at least this many bytes are pushed layer by layer, smaller ones
+    # in one go at commit.
     layerwise_from_bytes: Mapping[str, int] = field(
-        default_factory=lambda: dict.fromkeys(TRANSPORTS, 1 << 20),
+        default_factory=dict,
         metadata=setting(
             "--layerwise-from-kib",
             "Push KV of at least this size layer by layer. -1: as measured for the transport.",
@@ -93,45 +88,32 @@ class TransferConfig:
             message = f"transports is empty, expected some of {', '.join(TRANSPORTS)}"
             raise BadConfig(message, param="transports")
         for spec in self.transports:
-            if transport_name(spec) not in TRANSPORTS:
-                raise BadConfig(
-                    f"transport {quoted(spec)} is unknown, expected {', '.join(TRANSPORTS)} or fake:...,over=one",
-                    param="transports",
-                )
+            transport_name(spec)
         check(self)
 
     def over(self, *, on_device: bool) -> TransferConfig:
         """What is left of it for a cache that lies on a device, or does not. Raises BadConfig if no transport is."""
-        able = _OVER_DEVICE if on_device else _OVER_HOST
-        left = tuple(spec for spec in self.transports if transport_name(spec) in able)
+        left = tuple(spec for spec in self.transports if transport_of(spec).takes(on_device=on_device))
         if not left:
             where = "on a device" if on_device else "in host memory"
+            able = [name for name in TRANSPORTS if transport_of(name).takes(on_device=on_device)]
             raise BadConfig(
                 f"transports {', '.join(self.transports)} do not reach a KV cache {where}; "
-                f"expected {' or '.join(sorted(able))}",
+                f"expected {' or '.join(able)}",
                 param="transports",
             )
         return replace(self, transports=left)
 
     @property
     def transport_names(self) -> tuple[str, ...]:
-        """What is offered to a peer: a fake goes by the name of what it misbehaves over."""
+        """What is offered to a peer: a faulty one goes by the name of the one under it."""
         return tuple(dict.fromkeys(transport_name(spec) for spec in self.transports))
 
-    def mischief(self, name: str) -> Mischief | None:
-        """How the transport of this name is to misbehave."""
+    @property
+    def by_name(self) -> dict[str, Transport]:
+        """Best first."""
+        found: dict[str, Transport] = {}
         for spec in self.transports:
-            if transport_name(spec) == name and spec.startswith("fake"):
-                return _mischief(spec)
-        return None
-
-
-def transport_name(spec: str) -> str:
-    return _mischief(spec).over if spec.startswith("fake") else spec
-
-
-def _mischief(spec: str) -> Mischief:
-    # Loads numpy, which settings alone do not need: a router's installation has none.
-    from kvtransfer.transports.fake import Mischief
-
-    return Mischief.parse(spec)
+            transport = transport_of(spec)
+            found.setdefault(transport.name, transport)
+        return found

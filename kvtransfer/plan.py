@@ -20,7 +20,7 @@ class Copy(NamedTuple):
     num_bytes: int
 
 
-class Span(NamedTuple):
+class ByteRange(NamedTuple):
     """One run of bytes in one cache."""
 
     offset: int
@@ -52,11 +52,31 @@ def check_block_ids(layout: KvLayout, block_ids: Sequence[int], what: str) -> No
         raise InvalidRequest(f"{what} blocks {list(block_ids)} name a block twice")
 
 
-def spans(layout: KvLayout, layer: int, block_ids: Sequence[int], first: int, num_blocks: int) -> list[Span]:
-    """The bytes of positions [first, first + num_blocks) of a block list in one layer, neighbours merged."""
-    size = layout.block_bytes
-    ids = block_ids[first : first + num_blocks]
-    return [Span(layout.offset(layer, run.src), run.num_blocks * size) for run in _merge(ids, ids)]
+class Area(NamedTuple):
+    """Positions [first, first + num_blocks) of a lease in ``num_layers`` layers."""
+
+    layer: int
+    num_layers: int
+    first: int
+    num_blocks: int
+
+    @property
+    def layers(self) -> range:
+        return range(self.layer, self.layer + self.num_layers)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockList:
+    """A sequence's blocks in one cache, in lease order."""
+
+    layout: KvLayout
+    ids: Sequence[int]
+
+    def ranges(self, layer: int, first: int, num_blocks: int) -> list[ByteRange]:
+        """The bytes of positions [first, first + num_blocks) in one layer, neighbours merged."""
+        size = self.layout.block_bytes
+        ids = self.ids[first : first + num_blocks]
+        return [ByteRange(self.layout.offset(layer, run.src), run.num_blocks * size) for run in _merge(ids, ids)]
 
 
 @dataclass(frozen=True, slots=True)

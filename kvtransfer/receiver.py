@@ -1,23 +1,22 @@
 """The decode node's end of every transfer: grants leases, serves the control channel, tells what became of them.
 
-Drives ReceiverMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to whoever
+Drives LeaseMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to whoever
 gets the events.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, Protocol
 
 import grpc.aio
 from google.protobuf.message import DecodeError
 
 from baton import codec
+from baton.address import host_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InvalidRequest, Unavailable
@@ -25,60 +24,29 @@ from baton.patience import patient_timeout
 from baton.types import KvLayout, Lease, NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from baton.v1 import transfer_pb2_grpc
-from kvtransfer import channel as wire_format
+from kvtransfer import wire_codec
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import DIGEST_NAME, segment_blocks
-from kvtransfer.memory import AnyArena, DeviceArena, DeviceMemory, device_of, memory_of
+from kvtransfer.control import Outbox
+from kvtransfer.digest import DIGEST_NAME
+from kvtransfer.encoding import choose_encoding
+from kvtransfer.hashing import segment_blocks
+from kvtransfer.memory import Memory
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
 from kvtransfer.protocol import receiver as machine
-from kvtransfer.transports import cuda_ipc, shm
-from kvtransfer.transports.tcp_receiver import TcpReceiver
+from kvtransfer.transports.interface import DataPlane, PlaneEvents, PlaneSite
+from kvtransfer.transports.local_plane import TOKEN_BYTES
 from kvtransfer.verify import Verifier
 
 _HELLO_TIMEOUT_S = 5.0
 _LAST_WRITE_TIMEOUT_S = 1.0
-# Messages waiting for a slow peer; a peer that lets more pile up is dropped.
-_MAX_OUTBOX = 4096
-
-
-class DataPlane(Protocol):
-    """The receiving end of one transport. All methods on the event loop."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def is_one_sided(self) -> bool: ...
-
-    async def start(self) -> None: ...
-
-    def offer(self, channel: int, token: bytes) -> str: ...
-
-    def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None: ...
-
-    def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
-        """Take no data beyond the first ``after_bytes`` since the epoch was opened. True if those are written and
-        nothing is being written into the epoch's blocks; else its quiet is told later."""
-
-    def drop(self, channel: int) -> None:
-        """Leads to one call of on_writer_gone(channel)."""
-
-    async def close(self) -> None: ...
 
 
 class _Channel:
-    def __init__(self, number: int, peer: NodeDescription, plane: DataPlane) -> None:
+    def __init__(self, number: int, peer: NodeDescription) -> None:
         self.number = number
         self.peer = peer
-        self.plane = plane
-        self.outbox: asyncio.Queue[pb.ChannelResponse | None] = asyncio.Queue(_MAX_OUTBOX)
-        # Why the channel is given up, once it is.
-        self.dropped: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-
-    def drop(self, reason: str) -> None:
-        if not self.dropped.done():
-            self.dropped.set_result(reason)
+        self.outbox: Outbox[pb.ChannelResponse] = Outbox()
 
 
 class Receiver(transfer_pb2_grpc.KvTransferServicer):
@@ -91,27 +59,26 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self,
         node: NodeDescription,
         layout: KvLayout,
-        arena: AnyArena,
+        memory: Memory,
         *,
         on_event: Callable[[machine.LeaseNotice], None],
         config: TransferConfig | None = None,
         clock: Clock | None = None,
         defects: Defects | None = None,
     ) -> None:
-        assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        assert memory.num_bytes >= layout.total_bytes, "the memory must hold the cache"
         self._node = node
         self._layout = layout
-        self._memory = memory_of(arena)
-        self._device = device_of(self._memory)
-        self._config = (config or TransferConfig()).over(on_device=self._device is not None)
+        self._memory = memory
+        self._config = (config or TransferConfig()).over(on_device=memory.device is not None)
         self._clock = clock or MonotonicClock()
         self._defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self._on_event = on_event
-        self._machine = machine.ReceiverMachine(self._config.receiver)
+        self._machine = machine.LeaseMachine(self._config.receiver)
         self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
-        self._planes: dict[str, DataPlane] = {}
-        for name in self._config.transport_names:
-            self._planes[name] = self._make_plane(name, arena)
+        self._transports = self._config.by_name
+        site = PlaneSite(memory, layout, host_of(node.address), self._config.tcp_listen_host, self._plane_events())
+        self._planes = {name: transport.plane(site) for name, transport in self._transports.items()}
         self._channels: dict[int, _Channel] = {}
         # Planes of channels whose writer is not known gone yet, lost ones included.
         self._writers: dict[int, DataPlane] = {}
@@ -125,31 +92,22 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._is_closing = False
         self._has_changed = asyncio.Event()
 
-    def _make_plane(self, name: str, arena: AnyArena) -> DataPlane:
-        if isinstance(arena, DeviceArena):
-            if name == cuda_ipc.NAME:
-                return cuda_ipc.CudaIpcReceiver(arena.memory, self._writer_gone, self._wrote)
-        elif name == shm.NAME:
-            return shm.ShmReceiver(shm.hand_over_file(arena), self._writer_gone, self._wrote)
-        return TcpReceiver(
-            self._memory,
-            self._layout,
-            advertised_host=self._node.address.rpartition(":")[0],
-            listen_host=self._config.tcp_listen_host,
-            on_frame=self._verifier.digest_here if self._config.digest else None,
-            on_writer_gone=self._writer_gone,
-            on_quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
-            on_early=lambda channel, epoch: self._handle(machine.DataCame(channel, epoch)),
-            on_stray=self._stray,
+    def _plane_events(self) -> PlaneEvents:
+        return PlaneEvents(
+            writer_gone=self._writer_gone,
+            wrote=self._wrote,
+            quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
+            data_came=lambda channel, epoch: self._handle(machine.DataCame(channel, epoch)),
+            strayed=self._strayed,
+            landed=self._verifier.digest_here if self._config.digest else None,
         )
 
     # For the owner of the pool.
 
     async def start(self) -> None:
-        if isinstance(self._memory, DeviceMemory):
-            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
-            num_stagings = self._config.verify_threads + 2 * self._config.tcp_streams
-            await asyncio.to_thread(self._memory.reserve, num_stagings, num_bytes)
+        num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+        num_threads = self._config.verify_threads + 2 * self._config.tcp_streams
+        await asyncio.to_thread(self._memory.reserve, num_threads, num_bytes)
         for plane in self._planes.values():
             await plane.start()
 
@@ -187,7 +145,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             async with asyncio.timeout(deadline_s):
                 await self._until(lambda: not self._machine.num_leases)
                 for channel in list(self._channels.values()):
-                    channel.drop("the node is shutting down")
+                    channel.outbox.lose("the node is shutting down")
                 await self._until(lambda: not self._writers and not self._channels)
         except TimeoutError:
             logging.getLogger(__name__).warning("closing with %d writers not known gone", len(self._writers))
@@ -199,7 +157,6 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         for plane in self._planes.values():
             await plane.close()
         await asyncio.to_thread(self._verifier.close)
-        del self._memory
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():
@@ -252,7 +209,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 self._notices.append(action)
                 asyncio.get_running_loop().call_soon(self._deliver)
             case machine.DropChannel():
-                self._channels[action.channel].drop(action.reason)
+                self._channels[action.channel].outbox.lose(action.reason)
 
     def _soon(self, event: machine.ReceiverEvent) -> None:
         asyncio.get_running_loop().call_soon(self._handle, event)
@@ -264,12 +221,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     def _send(self, channel: int, message: messages.ReceiverMessage) -> None:
         found = self._channels.get(channel)
-        if found is None:
-            return  # Lost in this very moment; ChannelLost is on its way to the machine.
-        try:
-            found.outbox.put_nowait(wire_format.response_to_pb(message))
-        except asyncio.QueueFull:
-            found.drop(f"{_MAX_OUTBOX} messages were not taken")
+        if found is not None:  # Else lost in this very moment; ChannelLost is on its way to the machine.
+            found.outbox.put(wire_codec.response_to_pb(message))
 
     async def _verify(self, action: machine.Verify) -> None:
         epoch, commit = action.epoch, action.commit
@@ -311,7 +264,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     def _wrote(self, channel: int, epoch: int, attempt: int, ranges: Sequence[messages.WrittenRange]) -> None:
         self._handle(machine.Wrote(channel, epoch, attempt, tuple(ranges)))
 
-    def _stray(self, channel: int, epoch: int) -> None:
+    def _strayed(self, channel: int, epoch: int) -> None:
         sequence_id = self._machine.sequence_of(epoch)
         if sequence_id is not None:
             self._handle(machine.Malformed(channel, sequence_id, epoch, "a data frame reached outside of its lease"))
@@ -321,7 +274,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             return
         found = self._channels.get(channel)
         if found is not None:
-            found.drop("its data connection is closed")
+            found.outbox.lose("its data connection is closed")
         self._handle(machine.WriterGone(channel))
 
     # gRPC.
@@ -357,54 +310,50 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         hello = request.hello
         peer = codec.node_from_pb(hello.node)
         digest = DIGEST_NAME if self._config.digest else ""
-        wire_format.check_compatible(self._node, peer, digest, hello.digest)
-        can_reach = self._device is not None and self._device.memory_id in hello.reachable_memory
-        offered, supported = list(hello.transports), list(self._planes)
-        name = wire_format.choose_transport(self._node, peer, offered, supported, can_reach_memory=can_reach)
+        wire_codec.check_compatible(self._node, peer, digest, hello.digest)
+        offered = [wire_codec.encoding_from_pb(encoding) for encoding in hello.encodings]
+        encoding = choose_encoding(self._node.node_id, peer.node_id, offered)
+        device = self._memory.device
+        can_reach = device is not None and device.memory_id in hello.reachable_memory
+        transport = wire_codec.choose_transport(
+            self._node, peer, list(hello.transports), self._transports, can_reach_memory=can_reach
+        )
         for other in self._channels.values():
             if other.peer.node_id == peer.node_id and other.peer.incarnation != peer.incarnation:
-                other.drop(f"{peer.node_id} was started anew")
-        plane = self._planes[name]
-        channel = _Channel(self._next_channel, peer, plane)
+                other.outbox.lose(f"{peer.node_id} was started anew")
+        plane = self._planes[transport.name]
+        channel = _Channel(self._next_channel, peer)
         self._next_channel += 1
-        token = secrets.token_bytes(shm.TOKEN_BYTES)
+        token = secrets.token_bytes(TOKEN_BYTES)
+        plane.offer(channel.number, token)
         welcome = pb.ChannelResponse.Welcome(
             node=codec.node_to_pb(self._node),
-            transport=name,
-            endpoint=plane.offer(channel.number, token),
+            transport=transport.name,
+            endpoint=plane.endpoint,
             token=token,
             digest=digest,
+            encoding=wire_codec.encoding_to_pb(encoding),
         )
-        channel.outbox.put_nowait(pb.ChannelResponse(welcome=welcome))
+        channel.outbox.put(pb.ChannelResponse(welcome=welcome))
         self._channels[channel.number] = channel
         self._writers[channel.number] = plane
-        self._handle(machine.ChannelOpened(channel.number, peer.node_id, plane.is_one_sided))
+        self._handle(machine.ChannelOpened(channel.number, peer.node_id, transport.is_one_sided))
         return channel
 
     async def _run_channel(
         self, channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]
     ) -> str:
         """Carry messages both ways until the sender closes the channel; raises what else ended it."""
-        loop = asyncio.get_running_loop()
-        reading = loop.create_task(self._read(channel, context))
-        writing = loop.create_task(_write(channel, context))
-        try:
-            waited_for: set[asyncio.Future[Any]] = {reading, writing, channel.dropped}
-            await asyncio.wait(waited_for, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            reading.cancel()
-            # A write that is under way cannot be taken back, and the call cannot end well before it has ended.
-            with contextlib.suppress(asyncio.QueueFull):
-                channel.outbox.put_nowait(None)
-            await asyncio.wait({writing}, timeout=_LAST_WRITE_TIMEOUT_S)
-            is_stuck = writing.cancel()
-            results = await asyncio.gather(reading, writing, return_exceptions=True)
-        if channel.dropped.done():
-            raise Unavailable(channel.dropped.result())
+        # A write under way cannot be taken back, and the call cannot end well before it has ended.
+        results = await channel.outbox.carry(
+            self._read(channel, context), context.write, last_write_timeout_s=_LAST_WRITE_TIMEOUT_S
+        )
+        if channel.outbox.lost.done():
+            raise Unavailable(channel.outbox.lost.result())
         for result in results:
             if isinstance(result, Exception):
                 raise result
-        if is_stuck:
+        if isinstance(results[1], asyncio.CancelledError):
             raise Unavailable("the sender closed its side and takes nothing")
         return "the sender closed it"
 
@@ -413,7 +362,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     ) -> None:
         while isinstance(request := await context.read(), pb.ChannelRequest):
             try:
-                message = wire_format.request_from_pb(request)
+                message = wire_codec.request_from_pb(request)
             except BatonError as error:
                 if not request.HasField("commit"):
                     raise
@@ -422,8 +371,3 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 self._handle(machine.Malformed(channel.number, commit.sequence_id, commit.epoch, error.message))
             else:
                 self._handle(machine.Received(channel.number, message))
-
-
-async def _write(channel: _Channel, context: grpc.aio.ServicerContext[pb.ChannelRequest, pb.ChannelResponse]) -> None:
-    while (message := await channel.outbox.get()) is not None:
-        await context.write(message)

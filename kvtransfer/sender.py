@@ -1,6 +1,6 @@
 """The prefill node's end of every transfer: pushes a sequence's blocks into a lease and commits it.
 
-Drives one SenderMachine per receiver over gRPC and a data wire. Owns no block: the caller keeps the source blocks until
+Drives one PushMachine per receiver over gRPC and a data wire. Owns no block: the caller keeps the source blocks until
 ``commit`` or ``abort`` has returned.
 """
 
@@ -17,8 +17,8 @@ from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
-from kvtransfer.digest import segment_blocks
-from kvtransfer.memory import AnyArena, DeviceMemory, device_of, memory_of
+from kvtransfer.hashing import segment_blocks
+from kvtransfer.memory import Memory
 from kvtransfer.plan import TransferPlan, check_block_ids
 from kvtransfer.protocol import sender as machine
 from kvtransfer.writing import Lanes, WriteJob, write_unit
@@ -137,7 +137,7 @@ class Push:
 
     def start(self, connection: Connection, plan_of: Callable[[KvLayout], TransferPlan]) -> None:
         self._started_s = self._clock.now()
-        self._transport = connection.wire.name
+        self._transport = connection.transport.name
         self._job.start(connection.wire, plan_of(connection.target_layout))
 
     def drain(self, attempt: int, rewrite_layers: Sequence[int]) -> None:
@@ -186,7 +186,7 @@ class _Peer:
         self.timeline = sender.timeline
         self.defects = sender.defects
         self._clock = clock
-        self._machine = machine.SenderMachine(address, config.sender)
+        self._machine = machine.PushMachine(address, config.sender)
         self._timer: asyncio.TimerHandle | None = None
         self._next_channel = 1
         self._is_opening = False
@@ -277,7 +277,7 @@ class _Peer:
         number, self._next_channel = self._next_channel, self._next_channel + 1
         self.connection = connection
         node = connection.node
-        self.handle(machine.Connected(number, node.node_id, node.incarnation, connection.wire.is_one_sided))
+        self.handle(machine.Connected(number, node.node_id, node.incarnation, connection.transport.is_one_sided))
         reason = await connection.run(lambda message: self.handle(machine.Received(number, message)))
         # Pushes stop first, then the wire is closed: the receiver takes its closing for our last write.
         self.connection = None
@@ -310,13 +310,13 @@ class _Peer:
 
 
 class Sender:
-    """Pushes blocks of one arena to any number of receivers. Everything but ``Push.layer_ready`` on one event loop."""
+    """Pushes blocks of one cache to any number of receivers. Everything but ``Push.layer_ready`` on one event loop."""
 
     def __init__(
         self,
         node: NodeDescription,
         layout: KvLayout,
-        arena: AnyArena,
+        memory: Memory,
         *,
         config: TransferConfig | None = None,
         clock: Clock | None = None,
@@ -324,12 +324,12 @@ class Sender:
         observer: SenderObserver | None = None,
         defects: Defects | None = None,
     ) -> None:
-        assert arena.num_bytes >= layout.total_bytes, "the arena must hold the cache"
+        assert memory.num_bytes >= layout.total_bytes, "the memory must hold the cache"
         self._observer = observer or SenderObserver()
         self._node = node
         self._layout = layout
-        self._source = memory_of(arena)
-        self._config = (config or TransferConfig()).over(on_device=device_of(self._source) is not None)
+        self._source = memory
+        self._config = (config or TransferConfig()).over(on_device=memory.device is not None)
         self._clock = clock or MonotonicClock()
         self.defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self.timeline = timeline or Timeline()
@@ -339,11 +339,10 @@ class Sender:
         self._is_closing = False
 
     async def start(self) -> None:
-        if isinstance(self._source, DeviceMemory):
-            # A lane holds one for its copies and one for its digests.
-            num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
-            await asyncio.to_thread(self._source.reserve, 2 * self._config.copy_threads, num_bytes)
-        if not {"shm", "cuda_ipc"}.isdisjoint(self._config.transport_names):
+        # A lane holds one for its copies and one for its digests.
+        num_bytes = segment_blocks(self._layout.block_bytes) * self._layout.block_bytes
+        await asyncio.to_thread(self._source.reserve, 2 * self._config.copy_threads, num_bytes)
+        if any(transport.is_one_sided for transport in self._config.by_name.values()):
             self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
@@ -379,14 +378,15 @@ class Sender:
 
     def _make_job(self, push: Push, epoch: int, block_ids: Sequence[int], peer: _Peer) -> WriteJob:
         connection = peer.connection
-        transport = self._config.transport_names[0] if connection is None else connection.wire.name
+        transport = next(iter(self._config.by_name.values())) if connection is None else connection.transport
+        layerwise_from_bytes = self._config.layerwise_from_bytes.get(transport.name, transport.layerwise_from_bytes)
         num_bytes = len(block_ids) * self._layout.block_bytes * self._layout.num_layers
         return WriteJob(
             self._source,
             self._layout,
             block_ids,
             epoch,
-            is_layerwise=num_bytes >= self._config.layerwise_from_bytes.get(transport, 0),
+            is_layerwise=num_bytes >= layerwise_from_bytes,
             has_digest=self._config.digest,
             listener=push,
             sequence_id=push.sequence_id,
@@ -397,10 +397,10 @@ class Sender:
         return TransferPlan.of(self._layout, target, source_blocks, lease.block_ids[: len(source_blocks)])
 
     async def open_connection(self, address: str) -> Connection:
-        return await Connection.open(address, self._node, self._config, self._lanes, device_of(self._source))
+        return await Connection.open(address, self._node, self._config, self._lanes, self._source)
 
     async def close(self, deadline_s: float = 5.0) -> None:
-        """Abort what is under way, close every channel and let go of every mapped arena. Once."""
+        """Abort what is under way, close every channel and let go of every receiver's memory. Once."""
         if self._is_closing:
             return
         self._is_closing = True
@@ -418,4 +418,3 @@ class Sender:
             self._lanes.close()
             if not await asyncio.to_thread(self._lanes.join, deadline_s):
                 logging.getLogger(__name__).warning("a copying thread did not stop in %s s", deadline_s)
-        del self._source

@@ -11,7 +11,7 @@ from baton.errors import InvalidRequest
 from baton.types import KvLayout
 from kvtransfer.digest import DIGEST_BYTES, LayerDigests
 from kvtransfer.host import keep_apart
-from kvtransfer.memory import CacheMemory
+from kvtransfer.memory import Memory
 from kvtransfer.protocol.messages import Commit, WrittenRange
 
 # Hints beyond this many wait for the commit: a peer cannot pile up work.
@@ -28,7 +28,7 @@ class _Entry:
 class Verifier:
     """Digests of live leases by epoch. Methods on the event loop; the hashing is not."""
 
-    def __init__(self, memory: CacheMemory, layout: KvLayout, num_threads: int) -> None:
+    def __init__(self, memory: Memory, layout: KvLayout, num_threads: int) -> None:
         self._memory = memory
         self._layout = layout
         self._num_threads = num_threads

@@ -12,47 +12,36 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
-import numpy as np
-
 from baton.clock import Clock, MonotonicClock
 from baton.errors import BatonError, InternalError, described
 from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.devices.interface import Event
-from kvtransfer.digest import ByteArray, LayerDigests, cut, segment_blocks
+from kvtransfer.digest import LayerDigests
+from kvtransfer.hashing import ByteArray, cut, segment_blocks
 from kvtransfer.host import keep_apart
-from kvtransfer.memory import CacheMemory, DeviceMemory
-from kvtransfer.plan import TransferPlan
+from kvtransfer.memory import HostMemory, Memory, Send
+from kvtransfer.plan import Area, BlockList, Copy, TransferPlan
 
 _MIN_SPLIT_BYTES = 256 << 10
 
 
 class Unit(NamedTuple):
-    """What one lane does in one go: positions [first, first + num_blocks) of ``num_layers`` layers."""
+    """What one lane does in one go."""
 
     job: WriteJob
     attempt: int
-    layer: int
-    num_layers: int
-    first: int
-    num_blocks: int
+    area: Area
 
 
 class Wire(Protocol):
     """The sending end of one data connection."""
 
     @property
-    def name(self) -> str: ...
-
-    @property
     def num_lanes(self) -> int: ...
 
     @property
     def max_unit_bytes(self) -> int: ...
-
-    @property
-    def is_one_sided(self) -> bool:
-        """This process writes into the receiver's memory by itself; else a thread of the receiver does."""
 
     def submit(self, units: Sequence[Unit]) -> None:
         """Queue units for the lanes, which call ``write`` of the wire that the unit's job was started with."""
@@ -140,7 +129,7 @@ class WriteJob:
 
     def __init__(
         self,
-        source: CacheMemory,
+        source: Memory,
         layout: KvLayout,
         block_ids: Sequence[int],
         epoch: int,
@@ -160,8 +149,8 @@ class WriteJob:
         self.plan: TransferPlan | None = None
         self.wire: Wire | None = None
         self._source = source
-        # Where the source lies if it is not the processor's memory; lanes then wait for the layer's fence.
-        self.device_memory = source if isinstance(source, DeviceMemory) else None
+        self._blocks = BlockList(layout, block_ids)
+        # A device may not have computed yet what it was told to.
         self._fences: list[Event | None] = [None] * layout.num_layers
         self.has_digest = has_digest
         self._digests = LayerDigests(source, layout, block_ids)
@@ -189,8 +178,7 @@ class WriteJob:
         """The first ``num_blocks`` source blocks of the layer hold final bytes. Never blocks, never goes back."""
         if not 0 <= layer < self.num_layers:
             raise InternalError(f"layer {layer} is outside 0..{self.num_layers - 1}")
-        # A device has been told to compute these bytes, and may not have done so yet.
-        fence = None if self.device_memory is None else self.device_memory.device.fence()
+        fence = self._source.fence()
         with self._lock:
             if self._ready[layer] <= num_blocks:
                 self._fences[layer] = fence
@@ -265,29 +253,26 @@ class WriteJob:
         elif is_drained:
             self._listener.on_drained(attempt)
 
-    def read(self, offset: int, num_bytes: int) -> ByteArray:
-        """Source bytes, in place."""
-        assert isinstance(self._source, np.ndarray), "a device's memory is read by its streams"
-        return self._source[offset : offset + num_bytes]
+    def send(self, area: Area, send: Send) -> None:
+        """Give source bytes to ``send``, in order, and digest them."""
+        self._source.gather(self._blocks, area, send, self._digest, self.fence)
 
-    def address(self, offset: int, num_bytes: int) -> int:
-        """Where a device finds source bytes."""
-        assert self.device_memory is not None, "host memory is read in place"
-        assert 0 <= offset <= self.device_memory.num_bytes - num_bytes, "outside the cache"
-        return self.device_memory.address + offset
+    def copies(self, layer: int, first: int, num_blocks: int) -> list[Copy]:
+        """From where to where in the two caches."""
+        if self.plan is None:
+            raise InternalError("a unit was queued before its push had begun")
+        return self.plan.copies(layer, first, num_blocks)
 
     def fence(self, layer: int) -> Event | None:
         """What a stream has to wait for before it reads what is ready of the layer."""
         with self._lock:
             return self._fences[layer]
 
-    def hash_copy(self, copied: ByteArray, layer: int, first: int, num_blocks: int) -> None:
-        """Digest source blocks, of one segment, from a copy of them."""
-        if not self.has_digest:
-            return
-        if first % self.step_blocks:
+    def _digest(self, layer: int, first: int, num_blocks: int, copied: ByteArray | None) -> None:
+        """Digest source blocks, from a copy of them if it is one segment's."""
+        if copied is None or first % self.step_blocks:
             self.hash(layer, first, num_blocks)
-        else:
+        elif self.has_digest:
             self._digests.update_from(copied, layer, first, num_blocks)
 
     def hash(self, layer: int, first: int, num_blocks: int) -> None:
@@ -297,24 +282,25 @@ class WriteJob:
             begun = first % self.step_blocks
             self._digests.update(layer, first - begun, num_blocks + begun)
 
-    def copy(self, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+    def copy(self, source: HostMemory, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
         """Copy source blocks to where the plan says and digest them, in one pass where that can be done."""
-        assert self.plan is not None, "units are queued after the push has begun"
         head = min(-first % self.step_blocks, num_blocks)
         rest = first + head, num_blocks - head
-        if rest[1] and self._digests.copy(layer, *rest, self.plan.copies(layer, *rest), target):
+        if rest[1] and self._digests.copy(source, layer, *rest, self.copies(layer, *rest), target):
             num_blocks = head
         for start, count in cut(first, num_blocks, self.step_blocks):
-            for src, dst, size in self.plan.copies(layer, start, count):
-                np.copyto(target[dst : dst + size], self.read(src, size))
+            source.copy(self.copies(layer, start, count), target)
             self.hash(layer, start, count)  # While the bytes are in the cache.
 
     def record(self, lane: int, unit: Unit, started_s: float, ended_s: float) -> None:
         if self._timeline is not None:
-            num_bytes = unit.num_layers * unit.num_blocks * self._block_bytes
+            area = unit.area
             self._timeline.write(
-                Write(self._sequence_id, lane, unit.layer, unit.num_layers, num_bytes, started_s, ended_s)
+                Write(self._sequence_id, lane, area.layer, area.num_layers, self.num_bytes(area), started_s, ended_s)
             )
+
+    def num_bytes(self, area: Area) -> int:
+        return area.num_layers * area.num_blocks * self._block_bytes
 
     def fail(self, error: BatonError) -> None:
         with self._lock:
@@ -349,25 +335,21 @@ class WriteJob:
     def _add_units(self, units: list[Unit], wire: Wire, layer: int, first: int, stop: int) -> None:
         """Cut a layer's range for the lanes, or append it to the unit before if both are small."""
         num_bytes = (stop - first) * self._block_bytes
-        last = units[-1] if units else None
+        last = units[-1].area if units else None
         if last is not None and (last.first, last.num_blocks) == (first, stop - first):
             is_next = last.layer + last.num_layers == layer
             if is_next and (last.num_layers + 1) * num_bytes <= min(wire.max_unit_bytes, 4 * _MIN_SPLIT_BYTES):
-                units[-1] = last._replace(num_layers=last.num_layers + 1)
+                units[-1] = units[-1]._replace(area=last._replace(num_layers=last.num_layers + 1))
                 return
         num_units = max(-(-num_bytes // wire.max_unit_bytes), min(wire.num_lanes, num_bytes // _MIN_SPLIT_BYTES), 1)
         step = -(-(stop - first) // num_units)
         step += -step % self.step_blocks
         for start in range(first - first % self.step_blocks, stop, step):
             begin = max(first, start)
-            units.append(Unit(self, self._attempt, layer, 1, begin, min(start + step, stop) - begin))
+            area = Area(layer, 1, begin, min(start + step, stop) - begin)
+            units.append(Unit(self, self._attempt, area))
 
 
 def write_unit(lane: int, unit: Unit) -> int:
     assert unit.job.wire is not None, "units are queued after the push has begun"
     return unit.job.wire.write(lane, unit)
-
-
-def as_bytes(memory: memoryview) -> ByteArray:
-    """The memory as an array of bytes; no copy."""
-    return np.frombuffer(memory, dtype=np.uint8)

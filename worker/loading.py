@@ -12,9 +12,9 @@ from baton.errors import InternalError
 from baton.types import KvLayout, ModelDescription
 from engine.cost import CostModel
 from engine.replica import RunnerLike
-from kvtransfer.arena import Arena
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.interface import Device
-from kvtransfer.memory import AnyArena, DeviceArena
+from kvtransfer.memory import HostMemory, Memory
 from worker.leaving import Leaving
 
 
@@ -40,7 +40,7 @@ class LoadedModel(RunnerLike, Protocol):
 class Allocate(Protocol):
     """Gives the bytes of the KV cache, in memory that peers on this host can map, or on a device by torch's name."""
 
-    def __call__(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceArena: ...
+    def __call__(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceMemory: ...
 
 
 def cuda_device(name: str) -> Device:
@@ -54,7 +54,7 @@ class Loading:
 
     def __init__(self, load: Callable[[Allocate], LoadedModel], open_device: Callable[[str], Device]) -> None:
         self._open_device = open_device
-        self._arenas: list[AnyArena] = []
+        self._memories: list[Memory] = []
         self._loop = asyncio.get_running_loop()
         self._model: asyncio.Future[LoadedModel] = self._loop.create_future()
         self._is_abandoned = False
@@ -62,10 +62,10 @@ class Loading:
         self._thread.start()
 
     @property
-    def arena(self) -> AnyArena:
-        if len(self._arenas) != 1:
-            raise InternalError(f"the model's KV cache lies in {len(self._arenas)} arenas, expected 1")
-        return self._arenas[0]
+    def memory(self) -> Memory:
+        if len(self._memories) != 1:
+            raise InternalError(f"the model's KV cache lies in {len(self._memories)} allocations, expected 1")
+        return self._memories[0]
 
     async def unless(self, leaving: Leaving) -> LoadedModel | None:
         """The model, or None if the worker is to leave before it is there. Raises what loading raised."""
@@ -84,8 +84,8 @@ class Loading:
 
     def close(self) -> None:
         if not self._is_abandoned:
-            for arena in self._arenas:
-                arena.close()
+            for memory in self._memories:
+                memory.close()
 
     def _main(self, load: Callable[[Allocate], LoadedModel]) -> None:
         try:
@@ -104,11 +104,11 @@ class Loading:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(report)
 
-    def _allocate(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceArena:
+    def _allocate(self, num_bytes: int, device: str = "cpu") -> memoryview | DeviceMemory:
         if device == "cpu":
-            arena = Arena.create(num_bytes)
-            self._arenas.append(arena)
-            return arena.buffer
-        on_device = DeviceArena.create(num_bytes, self._open_device(device))
-        self._arenas.append(on_device)
+            memory = HostMemory.create(num_bytes)
+            self._memories.append(memory)
+            return memory.buffer
+        on_device = DeviceMemory.create(num_bytes, self._open_device(device))
+        self._memories.append(on_device)
         return on_device

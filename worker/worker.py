@@ -26,9 +26,8 @@ from decode_node.actions import DecodeConfig
 from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
-from kvtransfer.arena import Arena
 from kvtransfer.devices.interface import Device
-from kvtransfer.memory import AnyArena, DeviceArena
+from kvtransfer.memory import Memory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from worker import departure, energy
@@ -80,10 +79,8 @@ async def serve(
             if model is None:
                 _log.info("told to stop while the model was being loaded")
                 return loading.abandon()
-            arena = loading.arena
-            if isinstance(arena, Arena):
-                arena.prefault_in_background(_first_pages(model.layout))
-            return await _Worker(config, model, arena, leaving).run()
+            loading.memory.prefault_in_background(_first_pages(model.layout))
+            return await _Worker(config, model, loading.memory, leaving).run()
         finally:
             watching.cancel()
             loading.close()
@@ -98,7 +95,7 @@ def _first_pages(layout: KvLayout) -> list[tuple[int, int]]:
 class _Worker:
     """All parts of one worker, and the order in which they start and stop."""
 
-    def __init__(self, config: WorkerConfig, model: LoadedModel, arena: AnyArena, leaving: Leaving) -> None:
+    def __init__(self, config: WorkerConfig, model: LoadedModel, memory: Memory, leaving: Leaving) -> None:
         self._config = config
         self._leaving = leaving
         self._loop = asyncio.get_running_loop()
@@ -106,7 +103,7 @@ class _Worker:
         self._helpers: list[asyncio.Task[None]] = []
         self._registration: Registration | None = None
         clock, timeline, layout = MonotonicClock(), Timeline(), model.layout
-        transfer = config.transfer_over(on_device=isinstance(arena, DeviceArena))
+        transfer = config.transfer_over(on_device=memory.device is not None)
         self._server = GrpcServer(on_malformed=lambda: self._metrics.malformed.add())
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
@@ -130,7 +127,7 @@ class _Worker:
         self._sender = Sender(
             node,
             layout,
-            arena,
+            memory,
             config=transfer,
             clock=clock,
             observer=metrics.transfers,
@@ -140,7 +137,7 @@ class _Worker:
         self._receiver = Receiver(
             node,
             layout,
-            arena,
+            memory,
             on_event=lambda notice: self._service.on_lease(notice),
             config=transfer,
             clock=clock,

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from baton.v1 import common_pb2 as baton_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xf9\x05\n\x0e\x43hannelRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.HelloH\x00\x12/\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.BeginH\x00\x12\x31\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1f.baton.v1.ChannelRequest.CommitH\x00\x12/\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.AbortH\x00\x12\x33\n\x07revoked\x18\x05 \x01(\x0b\x32 .baton.v1.ChannelRequest.RevokedH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x1an\n\x05Hello\x12\'\n\x04node\x18\x01 \x01(\x0b\x32\x19.baton.v1.NodeDescription\x12\x12\n\ntransports\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x18\n\x10reachable_memory\x18\x04 \x03(\t\x1a+\n\x05\x42\x65gin\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1a\xa7\x01\n\x06\x43ommit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rlayer_digests\x18\x04 \x03(\x0c\x12%\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x10.baton.v1.Tokens\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x16\n\x0enum_sent_bytes\x18\x07 \x01(\x04\x1a;\n\x05\x41\x62ort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x1a-\n\x07Revoked\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x42\t\n\x07messageJ\x04\x08\x06\x10\x07\"\xca\x05\n\x0f\x43hannelResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.baton.v1.ChannelResponse.WelcomeH\x00\x12,\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1d.baton.v1.ChannelResponse.AckH\x00\x12.\n\x04nack\x18\x03 \x01(\x0b\x32\x1e.baton.v1.ChannelResponse.NackH\x00\x12\x32\n\x06revoke\x18\x04 \x01(\x0b\x32 .baton.v1.ChannelResponse.RevokeH\x00\x12\x30\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1f.baton.v1.ChannelResponse.BegunH\x00\x12(\n\theartbeat\x18\x06 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x1av\n\x07Welcome\x12\'\n\x04node\x18\x01 \x01(\x0b\x32\x19.baton.v1.NodeDescription\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x1a+\n\x05\x42\x65gun\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1a)\n\x03\x41\x63k\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1az\n\x04Nack\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\"\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.baton.v1.Failure\x12\x19\n\x11retransmit_layers\x18\x04 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x1a<\n\x06Revoke\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07message\"\x0b\n\tHeartbeat2P\n\nKvTransfer\x12\x42\n\x07\x43hannel\x12\x18.baton.v1.ChannelRequest\x1a\x19.baton.v1.ChannelResponse(\x01\x30\x01\x42\x12Z\x10\x62\x61ton/v1;batonv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17\x62\x61ton/v1/transfer.proto\x12\x08\x62\x61ton.v1\x1a\x15\x62\x61ton/v1/common.proto\"\xa1\x06\n\x0e\x43hannelRequest\x12/\n\x05hello\x18\x01 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.HelloH\x00\x12/\n\x05\x62\x65gin\x18\x02 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.BeginH\x00\x12\x31\n\x06\x63ommit\x18\x03 \x01(\x0b\x32\x1f.baton.v1.ChannelRequest.CommitH\x00\x12/\n\x05\x61\x62ort\x18\x04 \x01(\x0b\x32\x1e.baton.v1.ChannelRequest.AbortH\x00\x12\x33\n\x07revoked\x18\x05 \x01(\x0b\x32 .baton.v1.ChannelRequest.RevokedH\x00\x12(\n\theartbeat\x18\x07 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x1a\x95\x01\n\x05Hello\x12\'\n\x04node\x18\x01 \x01(\x0b\x32\x19.baton.v1.NodeDescription\x12\x12\n\ntransports\x18\x02 \x03(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x18\n\x10reachable_memory\x18\x04 \x03(\t\x12%\n\tencodings\x18\x05 \x03(\x0b\x32\x12.baton.v1.Encoding\x1a+\n\x05\x42\x65gin\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1a\xa7\x01\n\x06\x43ommit\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x15\n\rlayer_digests\x18\x04 \x03(\x0c\x12%\n\x0b\x66irst_token\x18\x05 \x01(\x0b\x32\x10.baton.v1.Tokens\x12\x0f\n\x07\x61ttempt\x18\x06 \x01(\r\x12\x16\n\x0enum_sent_bytes\x18\x07 \x01(\x04\x1a;\n\x05\x41\x62ort\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\t\x1a-\n\x07Revoked\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x42\t\n\x07messageJ\x04\x08\x06\x10\x07\"\xf1\x05\n\x0f\x43hannelResponse\x12\x34\n\x07welcome\x18\x01 \x01(\x0b\x32!.baton.v1.ChannelResponse.WelcomeH\x00\x12,\n\x03\x61\x63k\x18\x02 \x01(\x0b\x32\x1d.baton.v1.ChannelResponse.AckH\x00\x12.\n\x04nack\x18\x03 \x01(\x0b\x32\x1e.baton.v1.ChannelResponse.NackH\x00\x12\x32\n\x06revoke\x18\x04 \x01(\x0b\x32 .baton.v1.ChannelResponse.RevokeH\x00\x12\x30\n\x05\x62\x65gun\x18\x05 \x01(\x0b\x32\x1f.baton.v1.ChannelResponse.BegunH\x00\x12(\n\theartbeat\x18\x06 \x01(\x0b\x32\x13.baton.v1.HeartbeatH\x00\x1a\x9c\x01\n\x07Welcome\x12\'\n\x04node\x18\x01 \x01(\x0b\x32\x19.baton.v1.NodeDescription\x12\x11\n\ttransport\x18\x02 \x01(\t\x12\x10\n\x08\x65ndpoint\x18\x03 \x01(\t\x12\r\n\x05token\x18\x04 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x05 \x01(\t\x12$\n\x08\x65ncoding\x18\x06 \x01(\x0b\x32\x12.baton.v1.Encoding\x1a+\n\x05\x42\x65gun\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1a)\n\x03\x41\x63k\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x1az\n\x04Nack\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\"\n\x07\x66\x61ilure\x18\x03 \x01(\x0b\x32\x11.baton.v1.Failure\x12\x19\n\x11retransmit_layers\x18\x04 \x03(\r\x12\x0f\n\x07\x61ttempt\x18\x05 \x01(\r\x1a<\n\x06Revoke\x12\x13\n\x0bsequence_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06reason\x18\x03 \x01(\tB\t\n\x07message\"/\n\x08\x45ncoding\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rdigest_covers\x18\x02 \x01(\t\"\x0b\n\tHeartbeat2P\n\nKvTransfer\x12\x42\n\x07\x43hannel\x12\x18.baton.v1.ChannelRequest\x1a\x19.baton.v1.ChannelResponse(\x01\x30\x01\x42\x12Z\x10\x62\x61ton/v1;batonv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,31 +34,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'Z\020baton/v1;batonv1'
   _globals['_CHANNELREQUEST']._serialized_start=61
-  _globals['_CHANNELREQUEST']._serialized_end=822
-  _globals['_CHANNELREQUEST_HELLO']._serialized_start=372
-  _globals['_CHANNELREQUEST_HELLO']._serialized_end=482
-  _globals['_CHANNELREQUEST_BEGIN']._serialized_start=484
-  _globals['_CHANNELREQUEST_BEGIN']._serialized_end=527
-  _globals['_CHANNELREQUEST_COMMIT']._serialized_start=530
-  _globals['_CHANNELREQUEST_COMMIT']._serialized_end=697
-  _globals['_CHANNELREQUEST_ABORT']._serialized_start=699
-  _globals['_CHANNELREQUEST_ABORT']._serialized_end=758
-  _globals['_CHANNELREQUEST_REVOKED']._serialized_start=760
-  _globals['_CHANNELREQUEST_REVOKED']._serialized_end=805
-  _globals['_CHANNELRESPONSE']._serialized_start=825
-  _globals['_CHANNELRESPONSE']._serialized_end=1539
-  _globals['_CHANNELRESPONSE_WELCOME']._serialized_start=1136
-  _globals['_CHANNELRESPONSE_WELCOME']._serialized_end=1254
-  _globals['_CHANNELRESPONSE_BEGUN']._serialized_start=1256
-  _globals['_CHANNELRESPONSE_BEGUN']._serialized_end=1299
-  _globals['_CHANNELRESPONSE_ACK']._serialized_start=1301
-  _globals['_CHANNELRESPONSE_ACK']._serialized_end=1342
-  _globals['_CHANNELRESPONSE_NACK']._serialized_start=1344
-  _globals['_CHANNELRESPONSE_NACK']._serialized_end=1466
-  _globals['_CHANNELRESPONSE_REVOKE']._serialized_start=1468
-  _globals['_CHANNELRESPONSE_REVOKE']._serialized_end=1528
-  _globals['_HEARTBEAT']._serialized_start=1541
-  _globals['_HEARTBEAT']._serialized_end=1552
-  _globals['_KVTRANSFER']._serialized_start=1554
-  _globals['_KVTRANSFER']._serialized_end=1634
+  _globals['_CHANNELREQUEST']._serialized_end=862
+  _globals['_CHANNELREQUEST_HELLO']._serialized_start=373
+  _globals['_CHANNELREQUEST_HELLO']._serialized_end=522
+  _globals['_CHANNELREQUEST_BEGIN']._serialized_start=524
+  _globals['_CHANNELREQUEST_BEGIN']._serialized_end=567
+  _globals['_CHANNELREQUEST_COMMIT']._serialized_start=570
+  _globals['_CHANNELREQUEST_COMMIT']._serialized_end=737
+  _globals['_CHANNELREQUEST_ABORT']._serialized_start=739
+  _globals['_CHANNELREQUEST_ABORT']._serialized_end=798
+  _globals['_CHANNELREQUEST_REVOKED']._serialized_start=800
+  _globals['_CHANNELREQUEST_REVOKED']._serialized_end=845
+  _globals['_CHANNELRESPONSE']._serialized_start=865
+  _globals['_CHANNELRESPONSE']._serialized_end=1618
+  _globals['_CHANNELRESPONSE_WELCOME']._serialized_start=1177
+  _globals['_CHANNELRESPONSE_WELCOME']._serialized_end=1333
+  _globals['_CHANNELRESPONSE_BEGUN']._serialized_start=1335
+  _globals['_CHANNELRESPONSE_BEGUN']._serialized_end=1378
+  _globals['_CHANNELRESPONSE_ACK']._serialized_start=1380
+  _globals['_CHANNELRESPONSE_ACK']._serialized_end=1421
+  _globals['_CHANNELRESPONSE_NACK']._serialized_start=1423
+  _globals['_CHANNELRESPONSE_NACK']._serialized_end=1545
+  _globals['_CHANNELRESPONSE_REVOKE']._serialized_start=1547
+  _globals['_CHANNELRESPONSE_REVOKE']._serialized_end=1607
+  _globals['_ENCODING']._serialized_start=1620
+  _globals['_ENCODING']._serialized_end=1667
+  _globals['_HEARTBEAT']._serialized_start=1669
+  _globals['_HEARTBEAT']._serialized_end=1680
+  _globals['_KVTRANSFER']._serialized_start=1682
+  _globals['_KVTRANSFER']._serialized_end=1762
 # @@protoc_insertion_point(module_scope)

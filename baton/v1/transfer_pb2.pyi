@@ -39,6 +39,7 @@ class ChannelRequest(_message.Message):
         TRANSPORTS_FIELD_NUMBER: _builtins.int
         DIGEST_FIELD_NUMBER: _builtins.int
         REACHABLE_MEMORY_FIELD_NUMBER: _builtins.int
+        ENCODINGS_FIELD_NUMBER: _builtins.int
         digest: _builtins.str
         """How digests are made, empty for none. Both sides must agree."""
         @_builtins.property
@@ -53,6 +54,10 @@ class ChannelRequest(_message.Message):
         def reachable_memory(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Device memories that the sender can write to by itself; empty if its own KV lies in host memory."""
 
+        @_builtins.property
+        def encodings(self) -> _containers.RepeatedCompositeFieldContainer[Global___Encoding]:
+            """Encodings that the sender can use, best first. The receiver refuses a sender that has none of its own."""
+
         def __init__(
             self,
             *,
@@ -60,10 +65,11 @@ class ChannelRequest(_message.Message):
             transports: _abc.Iterable[_builtins.str] | None = ...,
             digest: _builtins.str = ...,
             reachable_memory: _abc.Iterable[_builtins.str] | None = ...,
+            encodings: _abc.Iterable[Global___Encoding] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "node", b"node", "reachable_memory", b"reachable_memory", "transports", b"transports"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encodings", b"encodings", "node", b"node", "reachable_memory", b"reachable_memory", "transports", b"transports"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -263,6 +269,7 @@ class ChannelResponse(_message.Message):
         ENDPOINT_FIELD_NUMBER: _builtins.int
         TOKEN_FIELD_NUMBER: _builtins.int
         DIGEST_FIELD_NUMBER: _builtins.int
+        ENCODING_FIELD_NUMBER: _builtins.int
         transport: _builtins.str
         """The transport chosen and where to connect for it."""
         endpoint: _builtins.str
@@ -275,6 +282,10 @@ class ChannelResponse(_message.Message):
         def node(self) -> _common_pb2.NodeDescription:
             """Who receives."""
 
+        @_builtins.property
+        def encoding(self) -> Global___Encoding:
+            """The encoding chosen."""
+
         def __init__(
             self,
             *,
@@ -283,10 +294,11 @@ class ChannelResponse(_message.Message):
             endpoint: _builtins.str = ...,
             token: _builtins.bytes = ...,
             digest: _builtins.str = ...,
+            encoding: Global___Encoding | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["encoding", b"encoding", "node", b"node"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "endpoint", b"endpoint", "node", b"node", "token", b"token", "transport", b"transport"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "encoding", b"encoding", "endpoint", b"endpoint", "node", b"node", "token", b"token", "transport", b"transport"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -455,6 +467,32 @@ class ChannelResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ChannelResponse: _TypeAlias = ChannelResponse  # noqa: Y015
+
+@_typing.final
+class Encoding(_message.Message):
+    """How KV bytes are written down on their way."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_COVERS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """For example identity: as they lie in the cache."""
+    digest_covers: _builtins.str
+    """The bytes that digests are over."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest_covers: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest_covers", b"digest_covers", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Encoding: _TypeAlias = Encoding  # noqa: Y015
 
 @_typing.final
 class Heartbeat(_message.Message):

@@ -20,7 +20,7 @@ import numpy as np
 
 from baton.errors import InternalError, TransferFailed
 from kvtransfer.devices.interface import HANDLE_BYTES, Event, Pinned
-from kvtransfer.digest import ByteArray
+from kvtransfer.hashing import ByteArray
 
 # pid, descriptor, number of bytes
 _HANDLE = struct.Struct("=iiQ")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from kvtransfer.digest import ByteArray
+from kvtransfer.hashing import ByteArray
 
 HANDLE_BYTES = 64
 

@@ -6,9 +6,6 @@ from dataclasses import dataclass
 
 from baton.types import Failure, TokenChunk
 
-# Both sides of a channel must speak the same version.
-PROTOCOL_VERSION = 1
-
 
 @dataclass(frozen=True, slots=True)
 class Begin:

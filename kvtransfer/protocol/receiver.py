@@ -339,7 +339,7 @@ class _Channel:
     epochs: set[int] = field(default_factory=set)
 
 
-class ReceiverMachine:
+class LeaseMachine:
     """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
 
     def __init__(self, config: ReceiverConfig) -> None:

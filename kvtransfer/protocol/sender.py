@@ -249,7 +249,7 @@ class _Channel:
     is_dropping: bool = False
 
 
-class SenderMachine:
+class PushMachine:
     """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
 
     def __init__(self, peer: str, config: SenderConfig) -> None:

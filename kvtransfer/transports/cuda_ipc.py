@@ -13,19 +13,21 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.errors import BatonError, InternalError, TransferFailed
+from baton.errors import BatonError, TransferFailed
+from baton.types import NodeDescription
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.interface import HANDLE_BYTES, Device
-from kvtransfer.digest import cut
-from kvtransfer.memory import DeviceMemory
+from kvtransfer.hashing import cut
+from kvtransfer.plan import ByteRange
 from kvtransfer.protocol.messages import WrittenRange
-from kvtransfer.transports.attachment import HINT, Attachment, dialed
-from kvtransfer.transports.shm import ShmReceiver
+from kvtransfer.transports.interface import Dial, PlaneEvents, PlaneSite
+from kvtransfer.transports.local_plane import LocalPlane
+from kvtransfer.transports.local_wire import HINT, LocalWire, dialed
 from kvtransfer.writing import Lanes, Unit
 
-NAME = "cuda_ipc"
 # Handle and size of the receiver's allocation.
 _OFFER = struct.Struct(f"={HANDLE_BYTES}sQ")
 # "My device will write no more": an epoch that is never granted, and no range.
@@ -42,29 +44,32 @@ class _Writer:
     has_let_go: bool = False
 
 
-class CudaIpcReceiver:
-    """Gives the handle to senders that present a channel's token. All methods on the event loop."""
-
-    name = NAME
+class CudaIpc:
+    name = "cuda_ipc"
     is_one_sided = True
+    layerwise_from_bytes = 1 << 20
 
-    def __init__(
-        self,
-        memory: DeviceMemory,
-        on_writer_gone: Callable[[int], None],
-        on_written: Callable[[int, int, int, Sequence[WrittenRange]], None],
-    ) -> None:
+    def takes(self, *, on_device: bool) -> bool:
+        return on_device
+
+    def reaches(self, mine: NodeDescription, theirs: NodeDescription, *, can_reach_memory: bool) -> bool:
+        return mine.host_id != "" and mine.host_id == theirs.host_id and can_reach_memory
+
+    async def connect(self, dial: Dial) -> CudaIpcWire:
+        return await CudaIpcWire.connect(dial)
+
+    def plane(self, site: PlaneSite) -> CudaIpcPlane:
+        assert isinstance(site.memory, DeviceMemory), "offered for a device's memory only"
+        return CudaIpcPlane(site.memory, site.events)
+
+
+class CudaIpcPlane(LocalPlane):
+    """Hands out the allocation's handle, and watches the processes that have it."""
+
+    def __init__(self, memory: DeviceMemory, events: PlaneEvents) -> None:
+        super().__init__(events)
         self._memory = memory
-        self._on_writer_gone = on_writer_gone
-        self._on_written = on_written
-        self._sockets = ShmReceiver(self._hand_over, self._at_end, self._at_hint)
         self._writers: dict[int, _Writer] = {}
-
-    async def start(self) -> None:
-        await self._sockets.start()
-
-    def offer(self, channel: int, token: bytes) -> str:
-        return self._sockets.offer(channel, token)
 
     def _hand_over(self, channel: int, connection: socket.socket) -> None:
         """Raises OSError if the peer's process cannot be watched."""
@@ -80,15 +85,14 @@ class CudaIpcReceiver:
         self._writers[channel] = _Writer(os.pidfd_open(pid))
         connection.send(_OFFER.pack(handle, self._memory.num_bytes))
 
-    def _at_hint(self, channel: int, epoch: int, attempt: int, ranges: Sequence[WrittenRange]) -> None:
+    def _hinted(self, channel: int, epoch: int, attempt: int, ranges: Sequence[WrittenRange]) -> None:
         if epoch == _LET_GO_EPOCH:
             if (writer := self._writers.get(channel)) is not None:
                 writer.has_let_go = True
         else:
-            self._on_written(channel, epoch, attempt, ranges)
+            super()._hinted(channel, epoch, attempt, ranges)
 
-    def _at_end(self, channel: int) -> None:
-        """The socket has ended, or never was."""
+    def _ended(self, channel: int) -> None:
         writer = self._writers.get(channel)
         if writer is None or writer.has_let_go:
             self._gone(channel)
@@ -99,58 +103,42 @@ class CudaIpcReceiver:
         writer = self._writers.pop(channel, None)
         if writer is not None:
             self._unwatch(writer)
-        self._on_writer_gone(channel)
+        super()._ended(channel)
 
     def _unwatch(self, writer: _Writer) -> None:
         asyncio.get_running_loop().remove_reader(writer.pidfd)
         os.close(writer.pidfd)
 
-    def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None:
-        """Nothing to open: the sender writes by itself."""
-
-    def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
-        return True
-
-    def drop(self, channel: int) -> None:
-        self._sockets.drop(channel)
-
     async def close(self) -> None:
-        await self._sockets.close()
+        await super().close()
         for writer in self._writers.values():
             self._unwatch(writer)
         self._writers.clear()
 
 
-class CudaIpcWire:
-    """A receiver's opened allocation. ``write`` runs in lanes; everything else on the event loop."""
+class CudaIpcWire(LocalWire):
+    """A receiver's opened allocation."""
 
-    name = NAME
-    is_one_sided = True
     max_unit_bytes = 16 << 20
 
-    def __init__(self, connection: socket.socket, device: Device, target: int, lanes: Lanes, num_lanes: int) -> None:
-        self.num_lanes = num_lanes
-        self._attachment = Attachment(connection)
-        self._device = device
+    def __init__(
+        self, connection: socket.socket, lanes: Lanes, num_lanes: int, source: DeviceMemory, target: int
+    ) -> None:
+        super().__init__(connection, lanes, num_lanes)
+        self._source = source
+        self._device = source.device
         self._target = target
-        self._lanes = lanes
 
     @classmethod
-    async def connect(
-        cls,
-        endpoint: str,
-        token: bytes,
-        num_target_bytes: int,
-        device: Device,
-        lanes: Lanes,
-        num_lanes: int,
-        on_lost: Callable[[str], None],
-    ) -> CudaIpcWire:
+    async def connect(cls, dial: Dial) -> CudaIpcWire:
         """Raises TransferFailed if the peer does not hand over an allocation as large as its layout that opens here."""
-        async with dialed(endpoint, token, "device memory") as connection:
+        assert dial.lanes is not None, "the sender was not started"
+        assert isinstance(dial.memory, DeviceMemory), "offered for a device's memory only"
+        device = dial.memory.device
+        async with dialed(dial.endpoint, dial.token, "device memory") as connection:
             handle, num_bytes = _OFFER.unpack(await _receive_exactly(connection, _OFFER.size))
-            if num_bytes < num_target_bytes:
-                raise TransferFailed(f"peer's KV cache has {num_bytes} bytes, its layout needs {num_target_bytes}")
+            if num_bytes < dial.num_target_bytes:
+                raise TransferFailed(f"peer's KV cache has {num_bytes} bytes, its layout needs {dial.num_target_bytes}")
         # It cannot be stopped: what it opens has to be closed before the receiver hears that we have let go.
         opening = asyncio.get_running_loop().run_in_executor(None, device.open, handle, num_bytes)
         try:
@@ -158,44 +146,30 @@ class CudaIpcWire:
         except BaseException:
             opening.add_done_callback(lambda done: _abandon(done, device, connection))
             raise
-        wire = cls(connection, device, target, lanes, num_lanes)
-        wire._attachment.watch(on_lost, "the receiver closed its device memory socket")
+        wire = cls(connection, dial.lanes, dial.num_lanes, dial.memory, target)
+        wire.watch(dial.on_lost, "the receiver closed its device memory socket")
         return wire
-
-    def submit(self, units: Sequence[Unit]) -> None:
-        self._lanes.submit(units)
-
-    def write(self, lane: int, unit: Unit) -> int:
-        with self._attachment.writing():
-            self._copy(unit)
-            self._attachment.tell_written(unit)
-        return 0
 
     def _copy(self, unit: Unit) -> None:
         """The device copies while this thread hashes; staging is given back when the device is through with both."""
-        job, plan, memory = unit.job, unit.job.plan, unit.job.device_memory
-        if plan is None or memory is None:
-            raise InternalError("a unit was queued before its push had begun, or its source lies on no device")
-        layers = range(unit.layer, unit.layer + unit.num_layers)
-        fences = [fence for layer in layers if (fence := job.fence(layer)) is not None]
-        with memory.staging() as staging:
+        job, area = unit.job, unit.area
+        fences = [fence for layer in area.layers if (fence := job.fence(layer)) is not None]
+        with self._source.staging() as staging:
             for fence in fences:
                 staging.stream.wait_for(fence)
-            for layer in layers:
-                for src, dst, size in plan.copies(layer, unit.first, unit.num_blocks):
-                    staging.stream.copy(self._target + dst, job.address(src, size), size)
+            for layer in area.layers:
+                for src, dst, size in job.copies(layer, area.first, area.num_blocks):
+                    ((address, _),) = self._source.runs([ByteRange(src, size)])
+                    staging.stream.copy(self._target + dst, address, size)
             if not job.has_digest:
                 return
             for fence in fences:  # The digest reads through another stream.
                 fence.wait()
-            for layer in layers:
-                for first, count in cut(unit.first, unit.num_blocks, job.step_blocks):
+            for layer in area.layers:
+                for first, count in cut(area.first, area.num_blocks, job.step_blocks):
                     job.hash(layer, first, count)
 
-    async def close(self) -> None:
-        if not await self._attachment.emptied():
-            return
-        connection = self._attachment.connection
+    async def _let_go(self) -> None:
         try:
             await asyncio.to_thread(self._device.close, self._target)
         except BatonError as error:
@@ -204,10 +178,9 @@ class CudaIpcWire:
         try:
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 # Hints may fill the buffer; without this word the receiver waits for the end of our process.
-                await asyncio.get_running_loop().sock_sendall(connection, _LET_GO)
+                await asyncio.get_running_loop().sock_sendall(self._connection, _LET_GO)
         except (OSError, TimeoutError):
             logging.getLogger(__name__).info("the receiver did not hear that its memory was let go")
-        connection.close()
 
 
 async def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytes:

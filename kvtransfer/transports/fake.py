@@ -1,4 +1,4 @@
-"""Misbehaviour on a seeded schedule, for tests of everything above: wraps a real wire on the sending side.
+"""Faults on a seeded schedule, for tests of everything above: a transport over another one, faulty at its sending end.
 
 Written as a transport name: ``fake:corrupt=1,seed=7,over=shm``. Keys, all optional:
 ``over`` the real transport (shm) · ``seed`` · ``corrupt=N`` flip one byte in each of the first N units written ·
@@ -19,8 +19,11 @@ from typing import Generic, Self, TypeVar, cast
 import numpy as np
 
 from baton.errors import BadConfig, TransferFailed
-from kvtransfer.devices.interface import Event
-from kvtransfer.digest import ByteArray
+from baton.types import NodeDescription
+from kvtransfer.hashing import ByteArray
+from kvtransfer.memory import HostMemory, Send
+from kvtransfer.plan import Area, Copy
+from kvtransfer.transports.interface import DataPlane, Dial, PlaneSite, Transport
 from kvtransfer.writing import Unit, Wire, WriteJob
 
 T = TypeVar("T")
@@ -28,7 +31,7 @@ _PARSERS: Mapping[str, Callable[[str], object]] = {"str": str, "int": int, "floa
 
 
 @dataclass(frozen=True, slots=True)
-class Mischief:
+class FaultPlan:
     over: str = "shm"
     seed: int = 0
     corrupt: int = 0
@@ -81,70 +84,87 @@ def _damage(kind: str, run: ByteArray, position: int) -> None:
 
 
 class _DamagedJob:
-    """Stands in for a job while one unit is written: the first run of bytes read is damaged."""
+    """Stands in for a job while one unit is written: the first run of bytes is damaged."""
 
     def __init__(self, job: WriteJob, kind: str, position: int) -> None:
         self._job = job
         self._kind = kind
         self._position = position
         self._is_spent = False
-        self.plan = job.plan
         self.epoch = job.epoch
         self.step_blocks = job.step_blocks
         self.has_digest = job.has_digest
-        self.device_memory = job.device_memory
+        self.fence = job.fence
+        self.hash = job.hash
+        self.num_bytes = job.num_bytes
 
-    def read(self, offset: int, num_bytes: int) -> ByteArray:
-        data = self._job.read(offset, num_bytes)
-        if self._is_spent:
-            return data
-        self._is_spent = True
-        data = data.copy()
-        _damage(self._kind, data, self._position)
-        return data
+    def send(self, area: Area, send: Send) -> None:
+        """What is digested is the source; what is sent is not."""
 
-    def copy(self, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
-        self._job.copy(target, layer, first, num_blocks)
-        if not self._is_spent and self.plan is not None:
+        def damaged(views: list[memoryview]) -> None:
+            if not self._is_spent:
+                self._is_spent = True
+                run = np.frombuffer(views[0], dtype=np.uint8).copy()
+                _damage(self._kind, run, self._position)
+                views = [run.data, *views[1:]]
+            send(views)
+
+        self._job.send(area, damaged)
+
+    def copy(self, source: HostMemory, target: ByteArray, layer: int, first: int, num_blocks: int) -> None:
+        self._job.copy(source, target, layer, first, num_blocks)
+        if not self._is_spent:
             self._is_spent = True
-            _, dst, size = self.plan.copies(layer, first, num_blocks)[0]
+            _, dst, size = self._job.copies(layer, first, num_blocks)[0]
             _damage(self._kind, target[dst : dst + size], self._position)
 
-    def address(self, offset: int, num_bytes: int) -> int:
+    def copies(self, layer: int, first: int, num_blocks: int) -> list[Copy]:
         """A device's copy is damaged by taking it from one byte further on, whatever the kind."""
-        if self._is_spent:
-            return self._job.address(offset, num_bytes)
-        self._is_spent = True
-        return self._job.address(offset, num_bytes) + (1 if offset == 0 else -1)
+        found = self._job.copies(layer, first, num_blocks)
+        if not self._is_spent:
+            self._is_spent = True
+            src = found[0].src_offset
+            found[0] = found[0]._replace(src_offset=src + (1 if src == 0 else -1))
+        return found
 
-    def fence(self, layer: int) -> Event | None:
-        return self._job.fence(layer)
 
-    def hash_copy(self, copied: ByteArray, layer: int, first: int, num_blocks: int) -> None:
-        self._job.hash(layer, first, num_blocks)  # The copy is damaged.
+class Faulty:
+    """A transport whose sending end misbehaves as ``plan`` says."""
 
-    def hash(self, layer: int, first: int, num_blocks: int) -> None:
-        self._job.hash(layer, first, num_blocks)
+    def __init__(self, over: Transport, plan: FaultPlan) -> None:
+        self._over = over
+        self._plan = plan
+        self.name = over.name
+        self.is_one_sided = over.is_one_sided
+        self.layerwise_from_bytes = over.layerwise_from_bytes
+
+    def takes(self, *, on_device: bool) -> bool:
+        return self._over.takes(on_device=on_device)
+
+    def reaches(self, mine: NodeDescription, theirs: NodeDescription, *, can_reach_memory: bool) -> bool:
+        return self._over.reaches(mine, theirs, can_reach_memory=can_reach_memory)
+
+    async def connect(self, dial: Dial) -> FakeWire:
+        return FakeWire(await self._over.connect(dial), self._plan, asyncio.get_running_loop(), dial.on_lost)
+
+    def plane(self, site: PlaneSite) -> DataPlane:
+        return self._over.plane(site)
 
 
 class FakeWire:
-    """A wire whose units are delayed, shuffled, lost, damaged, or whose connection breaks, as ``mischief`` says."""
+    """A wire whose units are delayed, shuffled, lost, damaged, or whose connection breaks, as ``plan`` says."""
 
     def __init__(
-        self, inner: Wire, mischief: Mischief, loop: asyncio.AbstractEventLoop, on_lost: Callable[[str], None]
+        self, inner: Wire, plan: FaultPlan, loop: asyncio.AbstractEventLoop, on_lost: Callable[[str], None]
     ) -> None:
         self._inner = inner
-        self._mischief = mischief
+        self._plan = plan
         self._loop = loop
         self._on_lost = on_lost
-        self._random = random.Random(mischief.seed)
+        self._random = random.Random(plan.seed)
         self._lock = threading.Lock()
         self._num_units = 0
         self._closing = threading.Event()
-
-    @property
-    def name(self) -> str:
-        return self._inner.name
 
     @property
     def num_lanes(self) -> int:
@@ -154,32 +174,28 @@ class FakeWire:
     def max_unit_bytes(self) -> int:
         return self._inner.max_unit_bytes
 
-    @property
-    def is_one_sided(self) -> bool:
-        return self._inner.is_one_sided
-
     def submit(self, units: Sequence[Unit]) -> None:
-        if self._mischief.reorder:
+        if self._plan.reorder:
             with self._lock:
                 units = self._random.sample(units, len(units))
         self._inner.submit(units)
 
     def write(self, lane: int, unit: Unit) -> int:
-        mischief = self._mischief
+        plan, area = self._plan, unit.area
         with self._lock:
             self._num_units += 1
             number = self._num_units
-            delay_s = self._random.random() * mischief.delay_s
+            delay_s = self._random.random() * plan.delay_s
             position = self._random.randrange(1 << 30)
         if delay_s:
             self._closing.wait(delay_s)
-        if mischief.die and number >= mischief.die:
+        if plan.die and number >= plan.die:
             self._loop.call_soon_threadsafe(self._on_lost, f"fake died at unit {number}")
             raise TransferFailed(f"fake died at unit {number}")
-        kind = mischief.kind(number)
+        kind = plan.kind(number)
         if kind == "drop":
-            for layer in range(unit.layer, unit.layer + unit.num_layers):
-                unit.job.hash(layer, unit.first, unit.num_blocks)
+            for layer in area.layers:
+                unit.job.hash(layer, area.first, area.num_blocks)
             return 0
         if kind:
             unit = unit._replace(job=cast("WriteJob", _DamagedJob(unit.job, kind, position)))

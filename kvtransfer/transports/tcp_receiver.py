@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import threading
@@ -14,13 +15,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, TransferFailed
-from baton.types import KvLayout
-from kvtransfer import staged
-from kvtransfer.digest import ByteArray
 from kvtransfer.host import keep_apart
-from kvtransfer.memory import CacheMemory, DeviceMemory
-from kvtransfer.plan import Span, spans
-from kvtransfer.transports.tcp import FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, receive_all, tune
+from kvtransfer.plan import Area, BlockList
+from kvtransfer.transports.interface import PlaneSite
+from kvtransfer.transports.tcp_socket import FRAME, MAGIC, PREAMBLE, READY, break_off, receive_all, tune
 
 _MAX_FRAME_BYTES = 64 << 20
 _MAX_STREAMS = 64
@@ -35,7 +33,7 @@ _OPEN_TIMEOUT_S = 10.0
 @dataclass(slots=True)
 class _Epoch:
     channel: int
-    block_ids: Sequence[int]
+    blocks: BlockList
     # Frames being written, and payload bytes written, since the epoch was opened.
     num_writing: int = 0
     num_written_bytes: int = 0
@@ -57,40 +55,16 @@ class _Streams:
     is_dropped: bool = False
 
 
-class TcpReceiver:
+class TcpPlane:
     """Accepts streams with a channel's token and fills the cache from them, one thread per stream.
 
-    Methods on the event loop; the callbacks are called there too.
+    Methods on the event loop.
     """
 
-    name = NAME
-    is_one_sided = False
-
-    def __init__(
-        self,
-        memory: CacheMemory,
-        layout: KvLayout,
-        *,
-        advertised_host: str,
-        listen_host: str,
-        on_frame: Callable[[int, int, int, int], None] | None,
-        on_writer_gone: Callable[[int], None],
-        on_quiet: Callable[[int], None],
-        on_early: Callable[[int, int], None],
-        on_stray: Callable[[int, int], None],
-    ) -> None:
-        """``on_frame(epoch, layer, first, num_blocks)`` is called in a stream's thread. ``on_early(channel, epoch)``: a
-        frame came for an epoch that is not open; it is taken if the epoch is open when this returns.
-        ``on_stray(channel, epoch)``: a frame reached outside of its lease."""
-        self._memory = memory
-        self._layout = layout
-        self._advertised_host = advertised_host
-        self._listen_host = listen_host or advertised_host.strip("[]")
-        self._on_frame = on_frame
-        self._on_writer_gone = on_writer_gone
-        self._on_quiet = on_quiet
-        self._on_early = on_early
-        self._on_stray = on_stray
+    def __init__(self, site: PlaneSite) -> None:
+        self._site = site
+        self._events = site.events
+        self._listen_host = site.listen_host or site.advertised_host.strip("[]")
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
         self._greetings: set[asyncio.Task[None]] = set()
@@ -113,14 +87,13 @@ class TcpReceiver:
         self._accepting = loop.create_task(self._accept(listener))
 
     @property
-    def port(self) -> int:
+    def endpoint(self) -> str:
         assert self._listener is not None, "not started"
-        return int(self._listener.getsockname()[1])
+        return f"{self._site.advertised_host}:{self._listener.getsockname()[1]}"
 
-    def offer(self, channel: int, token: bytes) -> str:
+    def offer(self, channel: int, token: bytes) -> None:
         with self._lock:
             self._channels[channel] = _Streams(token)
-        return f"{self._advertised_host}:{self.port}"
 
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -179,7 +152,7 @@ class TcpReceiver:
 
     def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None:
         with self._lock:
-            self._epochs[epoch] = _Epoch(channel, block_ids)
+            self._epochs[epoch] = _Epoch(channel, BlockList(self._site.layout, block_ids))
 
     def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
         with self._lock:
@@ -196,7 +169,7 @@ class TcpReceiver:
         del self._epochs[epoch]
         return True
 
-    def _enter(self, channel: int, epoch: int) -> Sequence[int] | None:
+    def _enter(self, channel: int, epoch: int) -> BlockList | None:
         """Stream thread: the lease's blocks if a frame may be written into them now. Raises TransferFailed if the
         event loop does not say so in time."""
         with self._lock:
@@ -208,7 +181,7 @@ class TcpReceiver:
             if found is None or found.is_closed or found.channel != channel:
                 return None
             found.num_writing += 1
-            return found.block_ids
+            return found.blocks
 
     def _ask(self, channel: int, epoch: int) -> None:
         """Stream thread: the frame may have overtaken its Begin, which takes another connection."""
@@ -216,7 +189,7 @@ class TcpReceiver:
 
         def ask() -> None:
             try:
-                self._on_early(channel, epoch)
+                self._events.data_came(channel, epoch)
             finally:
                 is_answered.set()
 
@@ -232,7 +205,7 @@ class TcpReceiver:
             found.num_written_bytes += num_bytes
             is_quiet = self._take_quiet(epoch, found)
         if is_quiet:
-            self._tell(self._on_quiet, epoch)
+            self._tell(self._events.quiet, epoch)
 
     def _tell(self, callback: Callable[..., None], *values: int) -> None:
         with contextlib.suppress(RuntimeError):  # The loop is closed: there is nothing left to tell.
@@ -250,7 +223,7 @@ class TcpReceiver:
             for connection in streams.sockets:
                 break_off(connection)
         if is_gone:
-            self._on_writer_gone(channel)
+            self._events.writer_gone(channel)
 
     # Stream threads.
 
@@ -279,66 +252,42 @@ class TcpReceiver:
             self._threads.discard(threading.current_thread())
         connection.close()
         if is_gone:
-            self._tell(self._on_writer_gone, channel)
+            self._tell(self._events.writer_gone, channel)
 
     def _receive(self, channel: int, connection: socket.socket) -> None:
         head = bytearray(FRAME.size)
         scratch = memoryview(bytearray(_SCRATCH_BYTES))
         while receive_all(connection, [memoryview(head)]):
-            epoch, layer, num_layers, first, num_blocks, num_bytes = FRAME.unpack(head)
+            epoch, *numbers, num_bytes = FRAME.unpack(head)
             if num_bytes > _MAX_FRAME_BYTES:
                 logging.getLogger(__name__).warning(
                     "frame of %d bytes refused, at most %d", num_bytes, _MAX_FRAME_BYTES
                 )
                 return
-            block_ids = self._enter(channel, epoch)
-            if block_ids is None:
+            blocks = self._enter(channel, epoch)
+            if blocks is None:
                 if not _discard(connection, scratch, num_bytes):
                     return
                 continue
+            area = Area(*numbers)
             is_whole = is_inside = False
             try:
-                is_inside = self._is_inside(block_ids, layer, num_layers, first, num_blocks, num_bytes)
+                is_inside = _is_inside(blocks, area, num_bytes)
                 if is_inside:
-                    is_whole = self._fill(connection, epoch, block_ids, layer, num_layers, first, num_blocks)
+                    is_whole = self._fill(connection, epoch, blocks, area)
                 else:
-                    self._tell(self._on_stray, channel, epoch)
+                    self._tell(self._events.strayed, channel, epoch)
                     is_whole = _discard(connection, scratch, num_bytes)
             finally:
                 self._leave(epoch, num_bytes if is_whole and is_inside else 0)
             if not is_whole:
                 return
 
-    def _is_inside(
-        self, block_ids: Sequence[int], layer: int, num_layers: int, first: int, num_blocks: int, num_bytes: int
-    ) -> bool:
-        """Whether a frame's payload lies inside the lease and has the size it says."""
-        inside = layer + num_layers <= self._layout.num_layers and first + num_blocks <= len(block_ids)
-        return inside and num_layers * num_blocks * self._layout.block_bytes == num_bytes
-
-    def _fill(
-        self,
-        connection: socket.socket,
-        epoch: int,
-        block_ids: Sequence[int],
-        layer: int,
-        num_layers: int,
-        first: int,
-        num_blocks: int,
-    ) -> bool:
-        """Receive a frame's payload; then it is digested, in one go for each layer."""
-        memory = self._memory
-        if isinstance(memory, DeviceMemory):
-            frame = staged.Frame(epoch, block_ids, layer, num_layers, first, num_blocks)
-            return staged.fill(memory, self._layout, frame, lambda v: receive_all(connection, [v]), self._on_frame)
-        layers = range(layer, layer + num_layers)
-        found = [span for i in layers for span in spans(self._layout, i, block_ids, first, num_blocks)]
-        if not receive_all(connection, _views(memory, found)):
-            return False
-        if self._on_frame is not None:
-            for i in layers:
-                self._on_frame(epoch, i, first, num_blocks)
-        return True
+    def _fill(self, connection: socket.socket, epoch: int, blocks: BlockList, area: Area) -> bool:
+        """Receive a frame's payload; then it is digested."""
+        landed = self._events.landed
+        on_written = None if landed is None else functools.partial(landed, epoch)
+        return self._site.memory.scatter(blocks, area, lambda views: receive_all(connection, views), on_written)
 
     async def close(self) -> None:
         tasks = [*self._greetings] if self._accepting is None else [self._accepting, *self._greetings]
@@ -367,6 +316,8 @@ def _discard(connection: socket.socket, scratch: memoryview, num_bytes: int) -> 
     return True
 
 
-def _views(memory: ByteArray, found: Sequence[Span]) -> list[memoryview]:
-    whole = memory.data
-    return [whole[offset : offset + size] for offset, size in found]
+def _is_inside(blocks: BlockList, area: Area, num_bytes: int) -> bool:
+    """Whether a frame's payload lies inside the lease and has the size it says."""
+    layout = blocks.layout
+    inside = area.layer + area.num_layers <= layout.num_layers and area.first + area.num_blocks <= len(blocks.ids)
+    return inside and area.num_layers * area.num_blocks * layout.block_bytes == num_bytes

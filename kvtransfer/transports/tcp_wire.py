@@ -6,18 +6,14 @@ import asyncio
 import socket
 from collections.abc import Callable, Sequence
 
-from baton.errors import InternalError, TransferFailed
-from kvtransfer import staged
-from kvtransfer.plan import spans
-from kvtransfer.transports.tcp import FRAME, MAGIC, NAME, PREAMBLE, READY, break_off, send_all, tune
+from baton.errors import TransferFailed
+from kvtransfer.transports.tcp_socket import FRAME, MAGIC, PREAMBLE, READY, break_off, send_all, tune
 from kvtransfer.writing import Lanes, Unit, write_unit
 
 
 class TcpWire:
     """The streams to one receiver: one sending thread each; their end is noticed on the event loop."""
 
-    name = NAME
-    is_one_sided = False
     max_unit_bytes = 8 << 20
 
     def __init__(self, streams: list[socket.socket], on_lost: Callable[[str], None]) -> None:
@@ -51,26 +47,16 @@ class TcpWire:
         self._lanes.submit(units)
 
     def write(self, lane: int, unit: Unit) -> int:
-        job = unit.job
-        if job.plan is None:
-            raise InternalError("a unit was queued before its push had begun")
-        layout, block_ids = job.plan.src_layout, job.plan.src_block_ids
-        num_bytes = unit.num_layers * unit.num_blocks * layout.block_bytes
-        head = FRAME.pack(job.epoch, unit.layer, unit.num_layers, unit.first, unit.num_blocks, num_bytes)
-        views = [memoryview(head)]
+        num_bytes = unit.job.num_bytes(unit.area)
+        head = [memoryview(FRAME.pack(unit.job.epoch, *unit.area, num_bytes))]
+
+        def send(views: list[memoryview]) -> None:
+            whole = [*head, *views]
+            head.clear()
+            send_all(self._streams[lane], whole)
+
         try:
-            if job.device_memory is not None:
-                send_all(self._streams[lane], views)
-                staged.read(job.device_memory, unit, lambda view: send_all(self._streams[lane], [view]))
-                return num_bytes
-            layers = range(unit.layer, unit.layer + unit.num_layers)
-            for layer in layers:
-                found = spans(layout, layer, block_ids, unit.first, unit.num_blocks)
-                views += [job.read(offset, size).data for offset, size in found]
-            send_all(self._streams[lane], views)
-            for layer in layers:
-                # After the kernel has read them, which it does faster than a hash reads what is in no cache.
-                job.hash(layer, unit.first, unit.num_blocks)
+            unit.job.send(unit.area, send)
             return num_bytes
         except OSError as error:
             raise TransferFailed(f"data stream broke: {error}") from error

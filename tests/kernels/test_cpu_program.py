@@ -26,7 +26,7 @@ from engine.kernels.cpu.program import Count, Program, Record, Tape
 from engine.kernels.cpu.slabs import Slabs
 from engine.runner import Runner
 from engine.step import StepPlan
-from kvtransfer.arena import Arena
+from kvtransfer.memory import HostMemory
 from tests.engine_driver import Driver, random_prompt, spec
 from tests.models import ORACLE_CASES, VOCAB_SIZE
 
@@ -308,13 +308,13 @@ def test_slabs_hold_many_tensors_and_any_size() -> None:
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="no huge pages in this kernel")
 def test_weights_and_cache_ask_for_huge_pages() -> None:
     """``hg`` among the flags of a mapping: the advice was taken, whatever the system makes of it."""
-    copied, arena = Slabs().copy(torch.zeros(1 << 20)), Arena.create(4 << 20)
+    copied, memory = Slabs().copy(torch.zeros(1 << 20)), HostMemory.create(4 << 20)
     try:
-        for address in (copied.data_ptr(), torch.frombuffer(arena.buffer, dtype=torch.uint8).data_ptr()):
+        for address in (copied.data_ptr(), torch.frombuffer(memory.buffer, dtype=torch.uint8).data_ptr()):
             assert "hg" in _flags_of(address)
     finally:
         gc.collect()
-        arena.close()
+        memory.close()
 
 
 def _flags_of(address: int) -> list[str]:

@@ -22,7 +22,7 @@ from engine.kernels.cpu.linear_int8 import CpuLinearInt8
 from engine.kernels.int8 import GROUP
 from engine.memory import weight_bytes
 from engine.runner import Runner
-from kvtransfer.channel import check_compatible
+from kvtransfer.wire_codec import check_compatible
 from router.cluster import membership as m
 from tests.engine_driver import Crowd, Driver, Run, random_prompt, spec
 from tests.models import VOCAB_SIZE, ModelCase

@@ -80,7 +80,7 @@ class Wire:
 class Peer:
     def __init__(self, number: int, one_sided: bool) -> None:
         self.number, self.one_sided = number, one_sided
-        self.machine = s.SenderMachine(f"decode via {number}", s.SenderConfig(heartbeat_s=0.9))
+        self.machine = s.PushMachine(f"decode via {number}", s.SenderConfig(heartbeat_s=0.9))
         self.writers: dict[int, Writer] = {}
         self.wire: Wire | None = None
         self.connect_asked = False
@@ -91,7 +91,7 @@ class TransferMachine(RuleBasedStateMachine):
     @initialize(one_sided=st.tuples(st.booleans(), st.booleans()))
     def start(self, one_sided: tuple[bool, bool]) -> None:
         self.now = 0.0
-        self.receiver = r.ReceiverMachine(r.ReceiverConfig(max_attempts=2, heartbeat_s=1.0))
+        self.receiver = r.LeaseMachine(r.ReceiverConfig(max_attempts=2, heartbeat_s=1.0))
         self.peers = [Peer(i, kind) for i, kind in enumerate(one_sided)]
         self.wires: dict[int, Wire] = {}
         self.next_number = 1

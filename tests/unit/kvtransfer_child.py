@@ -12,7 +12,7 @@ import sys
 from dataclasses import asdict
 
 import grpc.aio
-from kvtransfer_pair import LAYOUT, describe, make_arena, token
+from kvtransfer_pair import LAYOUT, describe, make_memory, token
 
 from baton.server import ErrorMappingInterceptor
 from baton.types import Lease
@@ -32,9 +32,9 @@ async def read_line() -> str:
 
 
 async def run_sender(spec: str, *, on_device: bool) -> None:
-    with make_arena(LAYOUT.total_bytes, on_device=on_device) as arena:
+    with make_memory(LAYOUT.total_bytes, on_device=on_device) as memory:
         config = TransferConfig(transports=(spec,), layerwise_from_bytes={})
-        sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
+        sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, memory, config=config)
         await sender.start()
         values = json.loads(await read_line())
         values["block_ids"] = tuple(values["block_ids"])
@@ -55,10 +55,10 @@ async def run_receiver(transport: str, port: int, incarnation: int, *, on_device
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[ErrorMappingInterceptor()])
     port = server.add_insecure_port(f"127.0.0.1:{port}")
-    with make_arena(LAYOUT.total_bytes, on_device=on_device) as arena:
+    with make_memory(LAYOUT.total_bytes, on_device=on_device) as memory:
         node = describe("decode-0", LAYOUT, f"127.0.0.1:{port}", incarnation)
         config = TransferConfig(transports=(transport,))
-        receiver = Receiver(node, LAYOUT, arena, on_event=on_event, config=config)
+        receiver = Receiver(node, LAYOUT, memory, on_event=on_event, config=config)
         receiver.add_to(server)
         await receiver.start()
         await server.start()

@@ -11,19 +11,18 @@ from typing import Self
 import grpc.aio
 import numpy as np
 
+from baton import PROTOCOL_VERSION
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
-from kvtransfer.arena import Arena
-from kvtransfer.config import TransferConfig, transport_name
+from kvtransfer.config import TransferConfig
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.fake import FakeDevice
-from kvtransfer.digest import ByteArray
+from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id
-from kvtransfer.memory import AnyArena, DeviceArena
-from kvtransfer.protocol.messages import PROTOCOL_VERSION
+from kvtransfer.memory import HostMemory, Memory
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Push, Sender
-from kvtransfer.writing import as_bytes
 
 LAYOUT = KvLayout(num_layers=3, num_blocks=40, num_kv_heads=2, head_dim=16, block_tokens=8, dtype="float32")
 
@@ -78,34 +77,43 @@ class Inbox:
         return [type(n).__name__ for n in self.notices if n.sequence_id == sequence_id]
 
 
-def fake_device(arena: AnyArena) -> FakeDevice:
-    assert isinstance(arena, DeviceArena)
-    assert isinstance(arena.memory.device, FakeDevice)
-    return arena.memory.device
+def fake_device(memory: Memory) -> FakeDevice:
+    assert isinstance(memory.device, FakeDevice)
+    return memory.device
 
 
-def look_into(arena: AnyArena) -> ByteArray:
-    """The arena's bytes, as only a test may see those of a device."""
-    if isinstance(arena, Arena):
-        return as_bytes(arena.buffer)
-    return fake_device(arena).bytes_at(arena.memory.address, arena.num_bytes)
+def as_bytes(memory: HostMemory) -> ByteArray:
+    return np.frombuffer(memory.buffer, dtype=np.uint8)
+
+
+def host_memory(array: ByteArray) -> HostMemory:
+    """A test's own array, as transfers see a cache."""
+    return HostMemory(array.data)
+
+
+def look_into(memory: Memory) -> ByteArray:
+    """Its bytes, as only a test may see those of a device."""
+    if isinstance(memory, HostMemory):
+        return as_bytes(memory)
+    assert isinstance(memory, DeviceMemory)
+    return fake_device(memory).bytes_at(memory.address, memory.num_bytes)
 
 
 @contextlib.contextmanager
-def make_arena(num_bytes: int, *, on_device: bool, seed: int = 0) -> Iterator[AnyArena]:
+def make_memory(num_bytes: int, *, on_device: bool, seed: int = 0) -> Iterator[HostMemory | DeviceMemory]:
     """Memory that leaves nothing behind, on a device whose copies come up to half a millisecond late."""
     if not on_device:
-        with Arena.create(num_bytes) as arena:
-            yield arena
+        with HostMemory.create(num_bytes) as host:
+            yield host
         return
     device = FakeDevice(seed=seed, max_delay_s=0.0005)
-    with DeviceArena.create(num_bytes, device) as device_arena:
-        yield device_arena
+    with DeviceMemory.create(num_bytes, device) as memory:
+        yield memory
     device.shut_down()
 
 
 def needs_device(config: TransferConfig | None) -> bool:
-    return config is not None and [transport_name(spec) for spec in config.transports] == ["cuda_ipc"]
+    return config is not None and config.transport_names == ("cuda_ipc",)
 
 
 async def until(condition: Callable[[], bool], within_s: float = 10.0) -> None:
@@ -165,11 +173,11 @@ class Valve:
 
 
 class Pair:
-    def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: AnyArena, target: AnyArena) -> None:
+    def __init__(self, sender: Sender, receiver: Receiver, inbox: Inbox, source: Memory, target: Memory) -> None:
         self.sender, self.receiver, self.inbox = sender, receiver, inbox
         # Of the receiver's gRPC server.
         self.address = ""
-        self.source_arena, self.target_arena = source, target
+        self.source_memory, self.target_memory = source, target
         self.source, self.target = look_into(source), look_into(target)
 
     def check_copied(
@@ -207,8 +215,8 @@ async def pair(
     server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
     port = server.add_insecure_port("127.0.0.1:0")
     with (
-        make_arena(source_layout.total_bytes, on_device=source_on_device, seed=1) as source,
-        make_arena(target_layout.total_bytes, on_device=target_on_device, seed=2) as target,
+        make_memory(source_layout.total_bytes, on_device=source_on_device, seed=1) as source,
+        make_memory(target_layout.total_bytes, on_device=target_on_device, seed=2) as target,
     ):
         look_into(source)[:] = np.random.default_rng(0).integers(0, 256, source.num_bytes, dtype=np.uint8)
         look_into(target)[:] = 0xEE

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from baton.errors import BadConfig, InternalError, TransferFailed
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices import cuda
 from kvtransfer.devices.cuda import CudaDevice, Driver
-from kvtransfer.memory import DeviceArena
-from kvtransfer.plan import Span
+from kvtransfer.plan import ByteRange
 
 OUT_OF_MEMORY, INVALID_CONTEXT = 2, 201
 COMPUTE_STREAM = 77
@@ -116,21 +116,21 @@ def test_a_device_names_itself_and_whom_it_reaches(device: CudaDevice) -> None:
 
 def test_bytes_go_through_staging_and_are_hashed(device: CudaDevice, library: FakeLibrary) -> None:
     data = np.random.default_rng(0).integers(0, 256, 3000, dtype=np.uint8)
-    with DeviceArena.create(3000, device) as arena:
+    with DeviceMemory.create(3000, device) as memory:
         assert library.arguments["cuMemAlloc_v2"][1] == 2 << 20, "no page is shared with another allocation"
-        assert arena.__cuda_array_interface__["data"] == (arena.memory.address, False)
-        with arena.memory.staging(3000) as staging:
+        assert memory.__cuda_array_interface__["data"] == (memory.address, False)
+        with memory.staging(3000) as staging:
             staging.view(0, 3000)[:] = data
-            staging.scatter(0, [(arena.memory.address + 1000, 2000), (arena.memory.address, 1000)])
+            staging.scatter(0, [(memory.address + 1000, 2000), (memory.address, 1000)])
             staging.wait(0)
-            staging.gather(1, [(arena.memory.address + 1000, 2000), (arena.memory.address, 1000)])
+            staging.gather(1, [(memory.address + 1000, 2000), (memory.address, 1000)])
             staging.wait(1)
             assert np.array_equal(staging.view(1, 3000), data)
         swapped = np.concatenate([data[2000:], data[:2000]])
-        with DeviceArena.create(3000, device) as other:
-            ctypes.memmove(other.memory.address, swapped.ctypes.data, 3000)
-            whole = bytes(other.memory.hash(0, [Span(0, 3000)]))
-        assert bytes(arena.memory.hash(0, [Span(0, 3000)])) == whole
+        with DeviceMemory.create(3000, device) as other:
+            ctypes.memmove(other.address, swapped.ctypes.data, 3000)
+            whole = bytes(next(iter(other.hash(0, [[ByteRange(0, 3000)]]))))
+        assert bytes(next(iter(memory.hash(0, [[ByteRange(0, 3000)]])))) == whole
     assert not library._memory, "pinned buffers and allocations are given back"
 
 

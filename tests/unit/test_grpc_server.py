@@ -18,6 +18,8 @@ from kvtransfer_pair import LAYOUT, describe, pair
 from baton import codec
 from baton.server import GrpcServer, ServerLimits
 from baton.v1 import router_pb2, router_pb2_grpc, transfer_pb2, transfer_pb2_grpc
+from kvtransfer.encoding import IDENTITY
+from kvtransfer.wire_codec import encoding_to_pb
 from router.fake import FakeCluster, FakeConfig
 from router.router import SERVICE_NAME
 from tests.unit.router_support import VOCAB_SIZE, router_beside, write_model_folder
@@ -89,7 +91,9 @@ async def test_malformed_messages_to_a_router(tmp_path: Path, caplog: pytest.Log
 
 def hello() -> bytes:
     node = codec.node_to_pb(describe("prefill-9", LAYOUT))
-    message = transfer_pb2.ChannelRequest.Hello(node=node, transports=["tcp"], digest="xxh3_128/512k")
+    message = transfer_pb2.ChannelRequest.Hello(
+        node=node, transports=["tcp"], digest="xxh3_128/512k", encodings=[encoding_to_pb(IDENTITY)]
+    )
     return transfer_pb2.ChannelRequest(hello=message).SerializeToString()
 
 

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from kvtransfer_pair import LAYOUT, describe, make_arena, pair, token, until
+from kvtransfer_pair import LAYOUT, describe, make_memory, pair, token, until
 
 from baton.errors import NodeLost, TransferFailed
 from baton.types import Lease
@@ -70,8 +70,8 @@ async def child(*arguments: str) -> AsyncIterator[Child]:
 
 @contextlib.asynccontextmanager
 async def local_sender(config: TransferConfig, where: str) -> AsyncIterator[Sender]:
-    with make_arena(LAYOUT.total_bytes, on_device=where == "device") as arena:
-        sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, arena, config=config)
+    with make_memory(LAYOUT.total_bytes, on_device=where == "device") as memory:
+        sender = Sender(describe("prefill-0", LAYOUT), LAYOUT, memory, config=config)
         await sender.start()
         try:
             yield sender

@@ -11,21 +11,23 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT, Pair, describe, fake_device, make_arena, pair, token, until
+from kvtransfer_pair import LAYOUT, Pair, describe, fake_device, host_memory, make_memory, pair, token, until
 
 from baton.errors import BadConfig, Incompatible, InternalError, NodeLost, TransferFailed
-from kvtransfer import channel
+from kvtransfer import wire_codec
 from kvtransfer.config import TransferConfig
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.fake import FakeDevice, FakeEvent, FakeStream
 from kvtransfer.devices.interface import Event
 from kvtransfer.digest import LayerDigests
-from kvtransfer.memory import DeviceArena, DeviceMemory
-from kvtransfer.plan import Span
+from kvtransfer.plan import ByteRange
 from kvtransfer.protocol.receiver import Arrived, Released
 from kvtransfer.sender import Sender
-from kvtransfer.transports import cuda_ipc, shm
+from kvtransfer.transports import cuda_ipc
+from kvtransfer.transports.interface import PlaneEvents
+from kvtransfer.transports.local_plane import TOKEN_BYTES
 
-TOKEN = b"t" * shm.TOKEN_BYTES
+TOKEN = b"t" * TOKEN_BYTES
 # Source and target on a device each, and tcp between a device and a host, which agree on the digest.
 WAYS = [("cuda_ipc", True, True), ("tcp", True, True), ("tcp", True, False), ("tcp", False, True)]
 
@@ -118,7 +120,7 @@ async def test_a_copy_waits_for_the_computation_of_its_layer(
         monkeypatch.setattr(FakeDevice, "fence", lambda self: _at_once())
     config = only(transport, layerwise_from_bytes={transport: 0})
     async with pair(sender_config=config, receiver_config=config, source_on_device=True, target_on_device=True) as p:
-        device = fake_device(p.source_arena)
+        device = fake_device(p.source_memory)
         compute = device.compute
         compute._put(lambda: wait(gate) if not is_waited_for else compute._wait_for(gate))
         lease = p.receiver.grant("r", [1, 2], ttl_s=30)
@@ -126,7 +128,7 @@ async def test_a_copy_waits_for_the_computation_of_its_layer(
         before = device.num_copies
         for layer in range(LAYOUT.num_layers):
             for block in (4, 2):
-                address = p.source_arena.memory.address + LAYOUT.offset(layer, block)
+                address = p.source_memory.address + LAYOUT.offset(layer, block)
                 compute.write(address, np.full(LAYOUT.block_bytes, 16 * layer + block, dtype=np.uint8))
             push.layer_ready(layer, 2)
         committing = asyncio.create_task(push.commit(token("r")))
@@ -157,7 +159,7 @@ def _at_once() -> Event:
 async def test_abort_returns_when_the_device_reads_no_more(transport: str) -> None:
     config = only(transport, layerwise_from_bytes={transport: 0})
     async with pair(sender_config=config, receiver_config=config, source_on_device=True, target_on_device=True) as p:
-        device = fake_device(p.source_arena)
+        device = fake_device(p.source_memory)
         gate = FakeEvent()
         device.compute.wait_for(gate)
         lease = p.receiver.grant("r", [1, 2], ttl_s=30)
@@ -185,8 +187,8 @@ async def test_a_device_that_fails_fails_the_push(
 ) -> None:
     config = only(transport, layerwise_from_bytes={transport: 0})
     async with pair(sender_config=config, receiver_config=config, source_on_device=True, target_on_device=True) as p:
-        arena = p.source_arena if end == "source" else p.target_arena
-        fake_device(arena).fail_at = 2
+        memory = p.source_memory if end == "source" else p.target_memory
+        fake_device(memory).fail_at = 2
         with pytest.raises((TransferFailed, InternalError, NodeLost)):
             await hand_over(p, [4, 2, 0], [1, 2, 3], num_tokens=24)
         await p.inbox.wait(Released, "r")
@@ -196,55 +198,62 @@ async def test_a_device_that_fails_fails_the_push(
 async def test_neighbours_whose_devices_reach_each_other_take_cuda_ipc_and_others_tcp() -> None:
     async with pair(source_on_device=True, target_on_device=True) as p:
         await hand_over(p, [4], [1], num_tokens=8)
-        assert next(iter(p.sender._peers.values())).connection.wire.name == "cuda_ipc"
+        assert next(iter(p.sender._peers.values())).connection.transport.name == "cuda_ipc"
     async with pair(source_on_device=True, target_on_device=True) as p:
-        fake_device(p.source_arena).reachable_ids = ("another",)
+        fake_device(p.source_memory).reachable_ids = ("another",)
         await hand_over(p, [4], [1], num_tokens=8)
-        assert next(iter(p.sender._peers.values())).connection.wire.name == "tcp"
+        assert next(iter(p.sender._peers.values())).connection.transport.name == "tcp"
 
 
 def test_the_choice_of_transport() -> None:
     here, there = describe("a", LAYOUT), replace(describe("b", LAYOUT), host_id="elsewhere")
-    offered = ["cuda_ipc", "tcp"]
-    assert channel.choose_transport(here, here, offered, offered, can_reach_memory=True) == "cuda_ipc"
-    assert channel.choose_transport(here, here, offered, offered) == "tcp"
-    assert channel.choose_transport(here, there, offered, offered, can_reach_memory=True) == "tcp"
+    both = TransferConfig(transports=("cuda_ipc", "tcp")).by_name
+    choose = wire_codec.choose_transport
+    assert choose(here, here, [*both], both, can_reach_memory=True).name == "cuda_ipc"
+    assert choose(here, here, [*both], both).name == "tcp"
+    assert choose(here, there, [*both], both, can_reach_memory=True).name == "tcp"
     with pytest.raises(Incompatible, match="none of them connects"):
-        channel.choose_transport(here, here, ["cuda_ipc"], ["cuda_ipc"])
+        choose(here, here, ["cuda_ipc"], only("cuda_ipc").by_name)
 
 
 def test_a_transport_that_does_not_reach_the_memory_is_refused_at_the_start() -> None:
-    with make_arena(LAYOUT.total_bytes, on_device=True) as arena, pytest.raises(BadConfig, match="on a device"):
-        Sender(describe("a", LAYOUT), LAYOUT, arena, config=only("shm"))
-    with make_arena(LAYOUT.total_bytes, on_device=False) as arena, pytest.raises(BadConfig, match="in host memory"):
-        Sender(describe("a", LAYOUT), LAYOUT, arena, config=only("cuda_ipc"))
+    with make_memory(LAYOUT.total_bytes, on_device=True) as memory, pytest.raises(BadConfig, match="on a device"):
+        Sender(describe("a", LAYOUT), LAYOUT, memory, config=only("shm"))
+    with make_memory(LAYOUT.total_bytes, on_device=False) as memory, pytest.raises(BadConfig, match="in host memory"):
+        Sender(describe("a", LAYOUT), LAYOUT, memory, config=only("cuda_ipc"))
 
 
 def test_the_digest_of_a_device_is_that_of_the_same_bytes_on_the_host() -> None:
     blocks = [3, 9, 4, 5, 13]
-    with make_arena(WIDE.total_bytes, on_device=True) as arena:
-        seen = fake_device(arena).bytes_at(arena.memory.address, arena.num_bytes)
+    with make_memory(WIDE.total_bytes, on_device=True) as memory:
+        seen = fake_device(memory).bytes_at(memory.address, memory.num_bytes)
         seen[:] = np.random.default_rng(5).integers(0, 256, seen.nbytes, dtype=np.uint8)
         for num_blocks in (1, 2, 5):
-            on_device, on_host = (LayerDigests(memory, WIDE, blocks) for memory in (arena.memory, seen))
+            on_device, on_host = (LayerDigests(m, WIDE, blocks) for m in (memory, host_memory(seen)))
             for layer in range(WIDE.num_layers):
                 assert on_device.layer_digest(layer, num_blocks) == on_host.layer_digest(layer, num_blocks)
 
 
 def test_staging_is_used_again_and_never_by_two_threads() -> None:
     device = FakeDevice(max_delay_s=0.001)
-    with DeviceArena.create(1 << 20, device) as arena:
-        memory = arena.memory
+    with DeviceMemory.create(1 << 20, device) as memory:
         with memory.staging() as one, memory.staging() as other:
             assert one is not other
         with memory.staging() as again, memory.staging():
             assert again in (one, other)
-            assert memory.hash(0, [Span(0, 10)]) is not None
+            assert memory.hash(0, [[ByteRange(0, 10)]])
         num_regions = device.num_regions
         for _ in range(5):
-            memory.hash(0, [Span(0, 1 << 20)])
+            memory.hash(0, [[ByteRange(0, 1 << 20)]])
         assert device.num_regions == num_regions + 2, "one that is larger"
     device.shut_down()
+
+
+def events(gone: list[int]) -> PlaneEvents:
+    def ignore(*_: object) -> None:
+        pass
+
+    return PlaneEvents(gone.append, ignore, ignore, ignore, ignore, None)
 
 
 class _Plane:
@@ -262,7 +271,7 @@ print("closed", flush=True)
 sys.stdin.readline()
 """
 
-    def __init__(self, plane: cuda_ipc.CudaIpcReceiver, gone: list[int], process: asyncio.subprocess.Process) -> None:
+    def __init__(self, plane: cuda_ipc.CudaIpcPlane, gone: list[int], process: asyncio.subprocess.Process) -> None:
         self.plane, self.gone, self.process = plane, gone, process
 
     async def tell(self, line: bytes) -> bytes:
@@ -275,13 +284,14 @@ sys.stdin.readline()
 @pytest.fixture
 async def plane() -> object:
     device = FakeDevice()
-    memory = DeviceMemory(device, device.allocate(4096), 4096)
+    memory = DeviceMemory.create(4096, device)
     gone: list[int] = []
-    receiver = cuda_ipc.CudaIpcReceiver(memory, gone.append, lambda *_: None)
+    receiver = cuda_ipc.CudaIpcPlane(memory, events(gone))
     await receiver.start()
+    receiver.offer(1, TOKEN)
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", _Plane.SCRIPT, receiver.offer(1, TOKEN), TOKEN.hex(), stdin=pipe, stdout=pipe
+        sys.executable, "-c", _Plane.SCRIPT, receiver.endpoint, TOKEN.hex(), stdin=pipe, stdout=pipe
     )
     assert process.stdout is not None
     assert await process.stdout.readline() == b"72\n"
@@ -291,7 +301,7 @@ async def plane() -> object:
         await process.wait()
     process._transport.close()
     await receiver.close()
-    device.free(memory.address)
+    memory.close()
     device.shut_down()
 
 
@@ -320,18 +330,18 @@ async def test_a_receiver_without_a_handle_hands_nothing_over() -> None:
             raise TransferFailed("not supported here")
 
     device = Unshareable()
-    memory = DeviceMemory(device, device.allocate(4096), 4096)
+    memory = DeviceMemory.create(4096, device)
     gone: list[int] = []
-    receiver = cuda_ipc.CudaIpcReceiver(memory, gone.append, lambda *_: None)
+    receiver = cuda_ipc.CudaIpcPlane(memory, events(gone))
     await receiver.start()
+    receiver.offer(1, TOKEN)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as peer:
-        peer.connect(f"\0{receiver.offer(1, TOKEN)}")
+        peer.connect(f"\0{receiver.endpoint}")
         peer.sendall(TOKEN)
         assert await asyncio.to_thread(peer.recv, 10) == b""
     assert gone == [1]
     await receiver.close()
     memory.close()
-    device.free(memory.address)
     device.shut_down()
 
 

@@ -22,14 +22,14 @@ ENDS = ["commit", "abort", "revoke"]
 
 async def compute(p: Pair, push: object, blocks: list[int], random_: random.Random) -> None:
     """As an engine does: layer by layer, in chunks of the prompt, each announced right after it was queued."""
-    device, arena = fake_device(p.source_arena), p.source_arena
+    device, memory = fake_device(p.source_memory), p.source_memory
     done = 0
     while done < len(blocks):
         stop = random_.randint(done + 1, len(blocks))
         for layer in range(LAYOUT.num_layers):
             for i in range(done, stop):
                 data = np.frombuffer(random_.randbytes(LAYOUT.block_bytes), dtype=np.uint8)
-                device.compute.write(arena.memory.address + LAYOUT.offset(layer, blocks[i]), data)
+                device.compute.write(memory.address + LAYOUT.offset(layer, blocks[i]), data)
             await asyncio.to_thread(push.layer_ready, layer, stop)
         done = stop
 
@@ -68,8 +68,8 @@ async def one_run(transport: str, seed: int, mischief: str, end: str, *, is_laye
             assert end != "commit" or "die" in mischief
             await p.inbox.wait(Released, "r")
             p.target[:] = 0xEE
-            await asyncio.to_thread(fake_device(p.target_arena).settle)
-            await asyncio.to_thread(fake_device(p.source_arena).settle)
+            await asyncio.to_thread(fake_device(p.target_memory).settle)
+            await asyncio.to_thread(fake_device(p.source_memory).settle)
             assert (p.target == 0xEE).all(), "a write after the release"
 
 

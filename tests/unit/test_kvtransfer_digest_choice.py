@@ -7,7 +7,7 @@ from random import Random
 
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT, Pair, pair, token
+from kvtransfer_pair import LAYOUT, Pair, host_memory, pair, token
 
 from baton.types import KvLayout
 from kvtransfer.config import TransferConfig
@@ -58,11 +58,11 @@ async def test_a_damaged_transfer_is_repaired_with_a_digest_and_taken_over_witho
 def test_every_single_flipped_bit_is_found() -> None:
     memory, random = np.random.default_rng(0).integers(0, 256, WIDE.total_bytes, dtype=np.uint8), Random(1)
     num_blocks = len(BLOCK_IDS)
-    whole = LayerDigests(memory, WIDE, BLOCK_IDS).layer_digest(1, num_blocks)
+    whole = LayerDigests(host_memory(memory), WIDE, BLOCK_IDS).layer_digest(1, num_blocks)
     for _ in range(1000):
         block, offset = random.choice(BLOCK_IDS), random.randrange(WIDE.block_bytes)
         bit = 1 << random.randrange(8)
         memory[WIDE.offset(1, block) + offset] ^= bit
-        assert LayerDigests(memory, WIDE, BLOCK_IDS).layer_digest(1, num_blocks) != whole
+        assert LayerDigests(host_memory(memory), WIDE, BLOCK_IDS).layer_digest(1, num_blocks) != whole
         memory[WIDE.offset(1, block) + offset] ^= bit
-    assert LayerDigests(memory, WIDE, BLOCK_IDS).layer_digest(1, num_blocks) == whole
+    assert LayerDigests(host_memory(memory), WIDE, BLOCK_IDS).layer_digest(1, num_blocks) == whole

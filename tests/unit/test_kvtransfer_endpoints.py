@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from dataclasses import replace
 
+import grpc
+import grpc.aio
 import pytest
 from kvtransfer_pair import LAYOUT, Valve, begun, describe, pair, token, until
 
+from baton import codec
 from baton.errors import (
     BadConfig,
     Cancelled,
@@ -20,7 +24,10 @@ from baton.errors import (
     TransferFailed,
     Unavailable,
 )
+from baton.v1 import transfer_pb2, transfer_pb2_grpc
 from kvtransfer.config import TransferConfig
+from kvtransfer.digest import DIGEST_NAME
+from kvtransfer.encoding import IDENTITY, Encoding, choose_encoding
 from kvtransfer.protocol.receiver import Arrived, LeaseState, Quarantined, ReceiverConfig, Released
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.sender import Push
@@ -305,6 +312,38 @@ async def test_digest_on_one_side_only_is_refused() -> None:
         ready(push, 1)
         with pytest.raises(Incompatible, match="digest is xxh3_128/512k at decode-0 and off at prefill-0"):
             await push.commit(token("r"))
+
+
+@pytest.mark.parametrize(
+    ("offered", "there"),
+    [
+        ([], "none there"),
+        ([("fp8", "cache bytes")], "'fp8 \\(digest over cache bytes\\)' there"),
+        ([("identity", "wire bytes")], "'identity \\(digest over wire bytes\\)' there"),
+    ],
+)
+async def test_two_ends_without_a_common_encoding_refuse_each_other_by_name(
+    offered: list[tuple[str, str]], there: str
+) -> None:
+    async with pair() as p, grpc.aio.insecure_channel(p.address) as channel:
+        call = transfer_pb2_grpc.KvTransferStub(channel).Channel()
+        hello = transfer_pb2.ChannelRequest.Hello(
+            node=codec.node_to_pb(describe("prefill-9", LAYOUT)),
+            transports=["tcp"],
+            digest=DIGEST_NAME,
+            encodings=[transfer_pb2.Encoding(name=name, digest_covers=covers) for name, covers in offered],
+        )
+        await call.write(transfer_pb2.ChannelRequest(hello=hello))
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call.read()
+        assert refused.value.code() is grpc.StatusCode.FAILED_PRECONDITION
+        mine = r"identity \(digest over cache bytes\) here"
+        match = f"decode-0 and prefill-9 have no encoding of KV in common: {mine}, {there}"
+        assert re.search(match, refused.value.details() or ""), refused.value.details()
+
+
+def test_the_senders_first_common_encoding_is_taken() -> None:
+    assert choose_encoding("decode-0", "prefill-0", [Encoding("fp8", "cache bytes"), IDENTITY]) is IDENTITY
 
 
 async def test_another_host_gets_tcp() -> None:

@@ -33,7 +33,7 @@ class Receiving:
     """A receiver with lease 7 of "q" over blocks 4 and 5, and channel 1."""
 
     def __init__(self, one_sided: bool = True, ttl_s: float = 10.0) -> None:
-        self.machine = r.ReceiverMachine(r.ReceiverConfig())
+        self.machine = r.LeaseMachine(r.ReceiverConfig())
         self.now = 0.0
         self.one_sided = one_sided
         assert self.feed(r.ChannelOpened(1, "prefill-0", one_sided)) == []
@@ -250,7 +250,7 @@ class Sending:
     """A sender with push 3 of "q" towards lease 7, waiting for its channel."""
 
     def __init__(self) -> None:
-        self.machine = s.SenderMachine("decode:1", s.SenderConfig())
+        self.machine = s.PushMachine("decode:1", s.SenderConfig())
         self.now = 0.0
         assert self.feed(s.PushBegun(3, "q", 7, 1, 10.0)) == [s.Connect()]
 
@@ -443,7 +443,7 @@ def test_a_receiver_that_was_late_expires_leases_all_the_same() -> None:
 
 
 def test_a_sender_that_was_late_gives_no_push_up_for_it() -> None:
-    machine = s.SenderMachine("d:1", s.SenderConfig())
+    machine = s.PushMachine("d:1", s.SenderConfig())
     machine.handle(s.PushBegun(1, "q", 7, 3, 10.0), 0.0)
     due_s = machine.next_deadline_s
     assert due_s is not None

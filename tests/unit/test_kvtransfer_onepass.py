@@ -9,6 +9,7 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvtransfer_pair import host_memory
 
 from baton.types import KvLayout
 from kvtransfer.digest import LayerDigests
@@ -69,10 +70,11 @@ def test_a_digest_taken_while_copying_is_the_digest_of_what_lies_there(first: in
         np.random.default_rng(1).integers(0, 256, layout.total_bytes, np.uint8),
         aligned(layout.total_bytes),
     )
-    digests, n = LayerDigests(source, layout, source_ids), len(source_ids)
+    host = host_memory(source)
+    digests, n = LayerDigests(host, layout, source_ids), len(source_ids)
     pairs = list(zip(source_ids[first:], target_ids[first:], strict=True))
     copies = [Copy(layout.offset(1, s), layout.offset(1, d), layout.block_bytes) for s, d in pairs]
-    is_taken = digests.copy(1, first, n - first, copies, target)
+    is_taken = digests.copy(host, 1, first, n - first, copies, target)
     assert is_taken == (first % 8 == 0), "a range that begins inside a segment cannot be hashed by itself"
     if not is_taken:
         assert not target.any()
@@ -82,17 +84,17 @@ def test_a_digest_taken_while_copying_is_the_digest_of_what_lies_there(first: in
         moved = target[copy.dst_offset : copy.dst_offset + copy.num_bytes]
         assert np.array_equal(moved, source[copy.src_offset : copy.src_offset + copy.num_bytes])
     if first == 0:
-        assert digests.layer_digest(1, n) == LayerDigests(target, layout, target_ids).layer_digest(1, n)
+        assert digests.layer_digest(1, n) == LayerDigests(host_memory(target), layout, target_ids).layer_digest(1, n)
 
 
 def test_an_unaligned_target_or_odd_block_size_is_left_to_two_passes() -> None:
     layout = KvLayout(num_layers=1, num_blocks=4, num_kv_heads=1, head_dim=64, block_tokens=64, dtype="bfloat16")
-    source, target = np.zeros(layout.total_bytes, np.uint8), aligned(layout.total_bytes + 8)
+    source, target = host_memory(np.zeros(layout.total_bytes, np.uint8)), aligned(layout.total_bytes + 8)
     whole = [Copy(0, 0, 4 * layout.block_bytes)]
-    assert LayerDigests(source, layout, range(4)).copy(0, 0, 4, whole, target)
-    assert not LayerDigests(source, layout, range(4)).copy(0, 0, 4, whole, target[8:])
+    assert LayerDigests(source, layout, range(4)).copy(source, 0, 0, 4, whole, target)
+    assert not LayerDigests(source, layout, range(4)).copy(source, 0, 0, 4, whole, target[8:])
     odd = KvLayout(num_layers=1, num_blocks=4, num_kv_heads=1, head_dim=8, block_tokens=3, dtype="bfloat16")
-    assert not LayerDigests(source, odd, range(4)).copy(0, 0, 4, [Copy(0, 0, 4 * odd.block_bytes)], target)
+    assert not LayerDigests(source, odd, range(4)).copy(source, 0, 0, 4, [Copy(0, 0, 4 * odd.block_bytes)], target)
 
 
 def test_threads_with_successive_numbers_keep_to_different_cpus() -> None:

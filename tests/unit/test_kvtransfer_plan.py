@@ -15,14 +15,15 @@ import pytest
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kvtransfer_pair import as_bytes, host_memory
 
 from baton.errors import BadConfig, InvalidRequest
 from baton.types import KvLayout
-from kvtransfer.arena import Arena
-from kvtransfer.digest import ByteArray, LayerDigests, segment_blocks
+from kvtransfer.digest import LayerDigests
+from kvtransfer.hashing import ByteArray, segment_blocks
 from kvtransfer.host import host_id
-from kvtransfer.plan import Copy, TransferPlan, spans
-from kvtransfer.writing import as_bytes
+from kvtransfer.memory import HostMemory
+from kvtransfer.plan import BlockList, Copy, TransferPlan
 
 SMALL = KvLayout(num_layers=3, num_blocks=12, num_kv_heads=1, head_dim=2, block_tokens=1, dtype="float16")
 LARGE = KvLayout(num_layers=3, num_blocks=20, num_kv_heads=1, head_dim=2, block_tokens=1, dtype="float16")
@@ -71,7 +72,7 @@ def test_copies_in_any_pieces_move_exactly_the_blocks(lists: tuple[list[int], li
             a, b = SMALL.offset(layer, src), LARGE.offset(layer, dst)
             expected[b : b + SIZE] = source[a : a + SIZE]
     assert np.array_equal(target, expected)
-    assert sum(s.num_bytes for s in spans(SMALL, 1, src_ids, 0, len(src_ids))) == len(src_ids) * SIZE
+    assert sum(r.num_bytes for r in BlockList(SMALL, src_ids).ranges(1, 0, len(src_ids))) == len(src_ids) * SIZE
 
 
 def test_bad_block_lists_are_refused() -> None:
@@ -101,7 +102,7 @@ def expected_digest(memory: ByteArray, layer: int, block_ids: Sequence[int]) -> 
 def test_digest_does_not_depend_on_how_the_writes_were_cut(cuts: list[int], order: list[int], num_blocks: int) -> None:
     assert STEP == 4, "the lists here are made for it"
     memory = filled(SEGMENTED)
-    digests = LayerDigests(memory, SEGMENTED, BLOCK_IDS)
+    digests = LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS)
     ranges = list(itertools.pairwise(sorted({0, len(BLOCK_IDS), *cuts})))
     for i in order:
         if i < len(ranges):
@@ -114,22 +115,22 @@ def test_digest_does_not_depend_on_how_the_writes_were_cut(cuts: list[int], orde
 def test_digest_tells_a_flipped_byte_swapped_blocks_and_another_length() -> None:
     memory = filled(SEGMENTED)
     size, n = SEGMENTED.block_bytes, len(BLOCK_IDS)
-    whole = LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n)
-    assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n - 1) != whole
+    whole = LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS).layer_digest(0, n)
+    assert LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS).layer_digest(0, n - 1) != whole
     for i, j in ((0, 1), (1, 2), (3, 4), (0, n - 1), (4, 8)):
         swapped = list(BLOCK_IDS)
         swapped[i], swapped[j] = swapped[j], swapped[i]
-        assert LayerDigests(memory, SEGMENTED, swapped).layer_digest(0, n) != whole
+        assert LayerDigests(host_memory(memory), SEGMENTED, swapped).layer_digest(0, n) != whole
     for block, byte in ((BLOCK_IDS[0], 0), (BLOCK_IDS[5], size // 2), (BLOCK_IDS[-1], size - 1)):
         memory[SEGMENTED.offset(0, block) + byte] ^= 1
-        assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n) != whole
+        assert LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS).layer_digest(0, n) != whole
         memory[SEGMENTED.offset(0, block) + byte] ^= 1
-    assert LayerDigests(memory, SEGMENTED, BLOCK_IDS).layer_digest(0, n) == whole
+    assert LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS).layer_digest(0, n) == whole
 
 
 def test_a_layer_that_is_written_again_is_hashed_again() -> None:
     memory = filled(SEGMENTED)
-    digests = LayerDigests(memory, SEGMENTED, BLOCK_IDS)
+    digests = LayerDigests(host_memory(memory), SEGMENTED, BLOCK_IDS)
     n = len(BLOCK_IDS)
     digests.update(0, 0, n)
     before = digests.layer_digest(0, n)
@@ -146,36 +147,36 @@ def test_a_layer_that_is_written_again_is_hashed_again() -> None:
 def test_block_sizes_from_much_less_to_more_than_a_segment(block_tokens: int) -> None:
     layout = replace(SEGMENTED, num_blocks=5, block_tokens=block_tokens)
     memory = filled(layout)
-    one = LayerDigests(memory, layout, [4, 2, 0])
-    other = LayerDigests(memory, layout, [4, 2, 0])
+    one = LayerDigests(host_memory(memory), layout, [4, 2, 0])
+    other = LayerDigests(host_memory(memory), layout, [4, 2, 0])
     other.update(1, 0, 3)
     assert one.layer_digest(1, 3) == other.layer_digest(1, 3) != one.layer_digest(0, 3)
 
 
 def test_arena_is_shared_sealed_and_outlived_by_its_views() -> None:
-    arena = Arena.create(1 << 20, prefault_pages=True)
-    arena.buffer[:4] = b"abcd"
-    with mmap.mmap(arena.fd, arena.num_bytes) as other:
+    memory = HostMemory.create(1 << 20, prefault_pages=True)
+    memory.buffer[:4] = b"abcd"
+    with mmap.mmap(memory.fd, memory.num_bytes) as other:
         assert other[:4] == b"abcd"
         other[0:1] = b"z"
     with pytest.raises(OSError, match="not permitted"):
-        os.ftruncate(arena.fd, 0)
-    view = as_bytes(arena.buffer)
-    fd = arena.fd
-    arena.close()
-    arena.close()
+        os.ftruncate(memory.fd, 0)
+    view = as_bytes(memory)
+    fd = memory.fd
+    memory.close()
+    memory.close()
     assert view[0] == ord("z")
     with pytest.raises(OSError, match="Bad file"):
         os.fstat(fd)
 
 
 def test_arena_is_sparse_and_refuses_the_impossible() -> None:
-    with Arena.create(1 << 40) as arena:
-        arena.buffer[1 << 39] = 7
-        assert os.fstat(arena.fd).st_blocks * 512 < 1 << 22
+    with HostMemory.create(1 << 40) as memory:
+        memory.buffer[1 << 39] = 7
+        assert os.fstat(memory.fd).st_blocks * 512 < 1 << 22
     for num_bytes in (0, -1, 1 << 62):
         with pytest.raises(BadConfig):
-            Arena.create(num_bytes)
+            HostMemory.create(num_bytes)
 
 
 def test_host_id_is_equal_for_processes_of_one_host() -> None:
@@ -197,14 +198,14 @@ def test_the_pure_modules_load_neither_torch_nor_numpy_nor_grpc_nor_asyncio() ->
 
 
 def test_pages_are_taken_in_the_background_where_asked_and_closing_waits() -> None:
-    arena = Arena.create(64 << 20)
-    arena.prefault_in_background([(0, 1 << 20), (33 << 20, 34 << 20)])
-    prefaulting = arena._prefaulting
+    memory = HostMemory.create(64 << 20)
+    memory.prefault_in_background([(0, 1 << 20), (33 << 20, 34 << 20)])
+    prefaulting = memory._prefaulting
     assert prefaulting is not None
     prefaulting.join()
-    assert os.fstat(arena.fd).st_blocks * 512 == 2 << 20
-    arena.close()
-    closed_early = Arena.create(512 << 20)
+    assert os.fstat(memory.fd).st_blocks * 512 == 2 << 20
+    memory.close()
+    closed_early = HostMemory.create(512 << 20)
     closed_early.prefault_in_background([(0, 512 << 20)])
     closed_early.close()
     assert closed_early._prefaulting is not None

@@ -11,14 +11,15 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT, until
+from kvtransfer_pair import LAYOUT, host_memory, until
 
-from kvtransfer.arena import Arena
+from kvtransfer.memory import HostMemory
 from kvtransfer.protocol.messages import WrittenRange
-from kvtransfer.transports import shm, tcp
-from kvtransfer.transports.fake import Mischief
-from kvtransfer.transports.tcp_receiver import TcpReceiver
-from kvtransfer.writing import as_bytes
+from kvtransfer.transports import local_wire, shm
+from kvtransfer.transports import tcp_socket as tcp
+from kvtransfer.transports.fake import FaultPlan
+from kvtransfer.transports.interface import PlaneEvents, PlaneSite
+from kvtransfer.transports.tcp_receiver import TcpPlane
 
 TOKEN = bytes(range(32))
 SIZE = LAYOUT.block_bytes
@@ -26,9 +27,9 @@ BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF)
 
 
 class Streams:
-    """A TcpReceiver with channel 1 on offer, and raw client sockets."""
+    """A TcpPlane with channel 1 on offer, and raw client sockets."""
 
-    def __init__(self, plane: TcpReceiver, memory: np.ndarray) -> None:
+    def __init__(self, plane: TcpPlane, memory: np.ndarray) -> None:
         self.plane, self.memory = plane, memory
         self.gone: list[int] = []
         self.quiet: list[int] = []
@@ -37,7 +38,8 @@ class Streams:
         self.stray: list[tuple[int, int]] = []
         # Opened when their first frame comes.
         self.expected: dict[int, tuple[int, ...]] = {}
-        self.endpoint = plane.offer(1, TOKEN)
+        plane.offer(1, TOKEN)
+        self.endpoint = plane.endpoint
 
     async def connect(self, token: bytes = TOKEN) -> socket.socket:
         host, port = self.endpoint.split(":")
@@ -64,17 +66,15 @@ class Streams:
 async def streams() -> AsyncIterator[Streams]:
     memory = np.zeros(LAYOUT.total_bytes, dtype=np.uint8)
     made: list[Streams] = []
-    plane = TcpReceiver(
-        memory,
-        LAYOUT,
-        advertised_host="127.0.0.1",
-        listen_host="",
-        on_frame=lambda *frame: made[0].frames.append(frame),
-        on_writer_gone=lambda channel: made[0].gone.append(channel),
-        on_quiet=lambda epoch: made[0].quiet.append(epoch),
-        on_early=lambda channel, epoch: made[0].on_early(channel, epoch),
-        on_stray=lambda channel, epoch: made[0].stray.append((channel, epoch)),
+    events = PlaneEvents(
+        writer_gone=lambda channel: made[0].gone.append(channel),
+        wrote=lambda *_: None,
+        quiet=lambda epoch: made[0].quiet.append(epoch),
+        data_came=lambda channel, epoch: made[0].on_early(channel, epoch),
+        strayed=lambda channel, epoch: made[0].stray.append((channel, epoch)),
+        landed=lambda *frame: made[0].frames.append(frame),
     )
+    plane = TcpPlane(PlaneSite(host_memory(memory), LAYOUT, "127.0.0.1", "", events))
     await plane.start()
     made.append(Streams(plane, memory))
     try:
@@ -214,11 +214,17 @@ async def test_tcp_refuses_streams_without_a_live_token() -> None:
 
 async def test_shm_hands_the_arena_to_the_token_once() -> None:
     gone: list[int] = []
-    with Arena.create(4096) as arena:
+    with HostMemory.create(4096) as memory:
         hints: list[object] = []
-        plane = shm.ShmReceiver(shm.hand_over_file(arena), gone.append, lambda *hint: hints.append(hint))
+
+        def ignore(*_: object) -> None:
+            pass
+
+        events = PlaneEvents(gone.append, lambda *hint: hints.append(hint), ignore, ignore, ignore, None)
+        plane = shm.ShmPlane(memory, events)
         await plane.start()
-        name = plane.offer(1, TOKEN)
+        plane.offer(1, TOKEN)
+        name = plane.endpoint
         with contextlib.ExitStack() as stack:
             for token, is_welcome in ((b"\0" * 32, False), (TOKEN, True), (TOKEN, False)):
                 peer = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -229,7 +235,7 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
                 for fd in fds:
                     os.close(fd)
                 if is_welcome:
-                    raw = shm.HINT.pack(7, 1, 2, 2, 3, 4) + shm.HINT.pack(8, 2, 0, 1, 0, 1)
+                    raw = local_wire.HINT.pack(7, 1, 2, 2, 3, 4) + local_wire.HINT.pack(8, 2, 0, 1, 0, 1)
                     for part in (raw[:5], raw[5:]):
                         peer.sendall(part)
                         await asyncio.sleep(0.02)
@@ -268,9 +274,9 @@ def test_little_is_in_flight_between_ends_of_one_host(host: str, is_same: bool) 
 
 
 def test_mischief_is_read_and_checked() -> None:
-    found = Mischief.parse("fake:corrupt=1,seed=7,over=tcp,delay_s=0.5")
+    found = FaultPlan.parse("fake:corrupt=1,seed=7,over=tcp,delay_s=0.5")
     assert (found.corrupt, found.seed, found.over, found.delay_s) == (1, 7, "tcp", 0.5)
-    assert Mischief.parse("fake") == Mischief()
+    assert FaultPlan.parse("fake") == FaultPlan()
 
 
 @pytest.mark.parametrize("sizes", [[10], [3, 4, 5], [1] * 600])
@@ -281,7 +287,7 @@ def test_partial_sends_and_receives_lose_nothing(sizes: list[int]) -> None:
         cuts = np.cumsum([0, *sizes])
         views = [data.data[a:b] for a, b in itertools.pairwise(cuts)]
         tcp.send_all(left, views)
-        target = as_bytes(memoryview(bytearray(len(data))))
+        target = np.zeros(len(data), dtype=np.uint8)
         assert tcp.receive_all(right, [target.data[: len(data) // 2], target.data[len(data) // 2 :]])
         assert np.array_equal(target, data)
         left.shutdown(socket.SHUT_WR)

@@ -22,7 +22,9 @@ from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, Tok
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
 from kvtransfer.digest import DIGEST_NAME
+from kvtransfer.encoding import IDENTITY
 from kvtransfer.protocol.receiver import Arrived, Released
+from kvtransfer.wire_codec import encoding_to_pb
 from worker.session import SessionHost
 from worker.session_codec import Asked
 
@@ -247,7 +249,12 @@ class Liar:
                     return getattr(message, kind)
 
     async def hello(self, node: NodeDescription, digest: str) -> None:
-        hello = transfer_pb2.ChannelRequest.Hello(node=codec.node_to_pb(node), transports=["tcp"], digest=digest)
+        hello = transfer_pb2.ChannelRequest.Hello(
+            node=codec.node_to_pb(node),
+            transports=["tcp"],
+            digest=digest,
+            encodings=[encoding_to_pb(IDENTITY)],
+        )
         await self.say(hello=hello)
         await self.hear("welcome")
 

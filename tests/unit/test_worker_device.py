@@ -20,8 +20,8 @@ from engine.fake import FakeRunner, Row, expected_tokens
 from engine.kv_cache import KvCache
 from engine.runner import _allocated
 from kvtransfer.config import TRANSPORTS
+from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.fake import FakeDevice
-from kvtransfer.memory import DeviceArena
 from worker.config import WorkerConfig
 from worker.loading import Allocate, LoadedModel
 
@@ -31,11 +31,11 @@ class DeviceRunner(FakeRunner):
 
     device = "fake"
 
-    def __init__(self, arena: DeviceArena, **settings: Any) -> None:
-        assert isinstance(arena.memory.device, FakeDevice)
-        self._on = arena.memory.device
-        self._address = arena.memory.address
-        super().__init__(LAYOUT, buffer=self._on.bytes_at(self._address, arena.num_bytes).data, **settings)
+    def __init__(self, memory: DeviceMemory, **settings: Any) -> None:
+        assert isinstance(memory.device, FakeDevice)
+        self._on = memory.device
+        self._address = memory.address
+        super().__init__(LAYOUT, buffer=self._on.bytes_at(self._address, memory.num_bytes).data, **settings)
 
     def _write(self, layer: int, row: Row, tokens: Sequence[int]) -> None:
         for position, cell, count in self._runs(layer, row.block_ids, row.start, row.stop):
@@ -49,9 +49,9 @@ class DeviceRunner(FakeRunner):
 
 
 def load(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
-    arena = allocate(LAYOUT.total_bytes, "cuda:0")
-    assert isinstance(arena, DeviceArena)
-    return DeviceRunner(arena, vocab_size=1000, max_model_tokens=600)
+    memory = allocate(LAYOUT.total_bytes, "cuda:0")
+    assert isinstance(memory, DeviceMemory)
+    return DeviceRunner(memory, vocab_size=1000, max_model_tokens=600)
 
 
 @asynccontextmanager

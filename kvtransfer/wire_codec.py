@@ -1,12 +1,16 @@
-"""The control channel's words: protocol messages to protobuf and back, handshake checks, gRPC options. No lifecycle."""
+"""The control channel's messages to protobuf and back, handshake checks, gRPC options. No lifecycle."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 from baton import codec
 from baton.errors import Incompatible, InvalidRequest, quoted
 from baton.types import NodeDescription
 from baton.v1 import transfer_pb2 as pb
+from kvtransfer.encoding import Encoding
 from kvtransfer.protocol import messages as m
+from kvtransfer.transports.interface import Transport
 
 # A commit carries 16 bytes per layer and one token.
 MAX_MESSAGE_BYTES = 4 << 20
@@ -133,21 +137,28 @@ def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: 
 def choose_transport(
     mine: NodeDescription,
     theirs: NodeDescription,
-    offered: list[str],
-    supported: list[str],
+    offered: Sequence[str],
+    supported: Mapping[str, Transport],
     *,
     can_reach_memory: bool = False,
-) -> str:
+) -> Transport:
     """The first transport of the sender's list that both have and that reaches. Raises Incompatible if none does.
 
     ``can_reach_memory``: the sender's device can write to the memory of mine.
     """
-    is_neighbour = bool(mine.host_id) and mine.host_id == theirs.host_id
-    reaches = {"shm": is_neighbour, "cuda_ipc": is_neighbour and can_reach_memory}
     for name in offered:
-        if name in supported and reaches.get(name, True):
-            return name
+        transport = supported.get(name)
+        if transport is not None and transport.reaches(mine, theirs, can_reach_memory=can_reach_memory):
+            return transport
     raise Incompatible(
-        f"{theirs.node_id} offers transports {offered} from host {quoted(theirs.host_id)}, "
-        f"{mine.node_id} has {supported} on host {quoted(mine.host_id)}: none of them connects the two"
+        f"{theirs.node_id} offers transports {[*offered]} from host {quoted(theirs.host_id)}, "
+        f"{mine.node_id} has {[*supported]} on host {quoted(mine.host_id)}: none of them connects the two"
     )
+
+
+def encoding_to_pb(encoding: Encoding) -> pb.Encoding:
+    return pb.Encoding(name=encoding.name, digest_covers=encoding.digest_covers)
+
+
+def encoding_from_pb(msg: pb.Encoding) -> Encoding:
+    return Encoding(msg.name, msg.digest_covers)
