@@ -296,17 +296,21 @@ class _Peer:
     def _on_due(self, due_s: float) -> None:
         self.handle(machine.Tick(late_s=self._clock.now() - due_s))
 
+    def stop(self) -> None:
+        """React to nothing from now on: no timer is left, and no connection is opened."""
+        self._is_closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+
     async def close(self) -> None:
         """Every push must have ended before."""
+        self.stop()
         if self.connection is not None:
             self.connection.lose("the sender is closing")
         elif self._is_opening:
             for task in list(self._tasks):
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
 
 
 class Sender:
@@ -374,7 +378,9 @@ class Sender:
     def _forget_idle_peers(self) -> None:
         """Receivers that are gone for good must not pile up."""
         if len(self._peers) >= _MAX_IDLE_PEERS:
-            self._peers = {address: peer for address, peer in self._peers.items() if not peer.is_idle}
+            for peer in [peer for peer in self._peers.values() if peer.is_idle]:
+                del self._peers[peer.address]
+                peer.stop()
 
     def _make_job(self, push: Push, epoch: int, block_ids: Sequence[int], peer: _Peer) -> WriteJob:
         connection = peer.connection

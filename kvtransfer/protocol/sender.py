@@ -15,6 +15,7 @@ Begin, data and Commit are in flight together.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from enum import Enum
@@ -53,6 +54,8 @@ class SenderConfig:
     stop_timeout_s: float = 2.0
     min_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
+    # For so long after its last push a receiver's lost connection is opened again before a push asks for it.
+    keep_warm_s: float = 60.0
     heartbeat_s: float = 1.0
     max_missed_heartbeats: int = 5
 
@@ -263,6 +266,9 @@ class PushMachine:
         # Connection attempts that failed in a row, and when the next one may start.
         self._failures = 0
         self._connect_at_s: float | None = None
+        # When a lost connection is opened again unasked, and until when that makes sense.
+        self._warm_at_s: float | None = None
+        self._warm_until_s = 0.0
 
     # Read-only views for drivers and tests.
 
@@ -282,8 +288,11 @@ class PushMachine:
         deadlines = [p.deadline_s for p in self._pushes.values()]
         if self._channel is not None and not self._channel.is_dropping:
             deadlines.append(self._channel.heart.due_s)
-        if self._connect_at_s is not None and self._is_waited_for():
-            deadlines.append(self._connect_at_s)
+        if self._channel is None and not self._is_connecting:
+            if self._connect_at_s is not None and self._is_waited_for():
+                deadlines.append(self._connect_at_s)
+            if self._warm_at_s is not None:
+                deadlines.append(self._warm_at_s)
         return min(deadlines, default=None)
 
     def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:  # noqa: C901 - one case per event
@@ -330,7 +339,8 @@ class PushMachine:
         return any(p.state is PushState.WAITING for p in self._pushes.values())
 
     def _connect(self, now: float) -> list[SenderAction]:
-        if self._channel is not None or self._is_connecting or not self._is_waited_for():
+        is_due = self._warm_at_s is not None and now >= self._warm_at_s
+        if self._channel is not None or self._is_connecting or not (self._is_waited_for() or is_due):
             return []
         if self._connect_at_s is not None and now < self._connect_at_s:
             return []
@@ -339,7 +349,7 @@ class PushMachine:
 
     def _connected(self, event: Connected, now: float) -> list[SenderAction]:
         assert self._channel is None, "one connection at a time"
-        self._is_connecting, self._failures, self._connect_at_s = False, 0, None
+        self._is_connecting, self._failures, self._connect_at_s, self._warm_at_s = False, 0, None, None
         heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
         self._channel = _Channel(
             event.channel, event.node_id, event.incarnation, event.is_one_sided, heart, OrderedDict()
@@ -360,6 +370,7 @@ class PushMachine:
         backoff_s = min(self._config.min_backoff_s * 2**self._failures, self._config.max_backoff_s)
         self._failures += 1
         self._connect_at_s = now + backoff_s
+        self._keep_warm(backoff_s if error.retryable else math.inf, now)
         waiting = [p for p in self._pushes.values() if p.state is PushState.WAITING]
         return [self._finish(p, error) for p in waiting]
 
@@ -367,6 +378,7 @@ class PushMachine:
         if self._channel is None or self._channel.number != event.channel:
             return []
         self._channel = None
+        self._keep_warm(self._config.max_backoff_s, now)
         actions: list[SenderAction] = []
         error = NodeLost(f"{self._peer}: transfer channel lost: {event.reason}")
         for push in list(self._pushes.values()):
@@ -374,6 +386,11 @@ class PushMachine:
                 push.farewell = None
                 actions += self._fail(push, error, now)
         return actions + self._connect(now)
+
+    def _keep_warm(self, after_s: float, now: float) -> None:
+        """Open a connection unasked after a while, if the last push is not too long ago by then."""
+        at_s = now + after_s
+        self._warm_at_s = at_s if at_s < self._warm_until_s else None
 
     def _drop(self, reason: str) -> list[SenderAction]:
         if self._channel is None or self._channel.is_dropping:
@@ -398,6 +415,7 @@ class PushMachine:
             deadline_s=now + self._config.begin_timeout_s,
         )
         self._pushes[event.push] = push
+        self._warm_until_s = now + self._config.keep_warm_s
         if self._channel is not None and not self._channel.is_dropping:
             return self._begin(push, now)
         return self._connect(now)

@@ -384,6 +384,23 @@ async def test_a_lease_starts_one_push_only() -> None:
         await first.commit(token("r"))
 
 
+async def test_a_connection_that_breaks_between_pushes_is_there_again_for_the_next() -> None:
+    config = TransferConfig(sender=SenderConfig(max_backoff_s=0.1))
+    async with pair(sender_config=config) as p:
+
+        async def push(name: str) -> None:
+            push = p.sender.begin(p.receiver.grant(name, [1], ttl_s=30), [1], num_known_tokens=1)
+            ready(push, 1)
+            await push.commit(token(name))
+
+        await push("r")
+        (first,) = p.receiver._channels.values()
+        first.outbox.lose("for the test")
+        await until(lambda: [c for c in p.receiver._channels.values() if c is not first] != [])
+        await until(lambda: next(iter(p.sender._peers.values())).connection is not None)
+        await push("r2")
+
+
 async def test_misuse_is_refused() -> None:
     async with pair() as p:
         lease = p.receiver.grant("r", [1, 2], ttl_s=30, min_blocks=2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.errors import NodeLost, TransferFailed
+from baton.errors import Incompatible, NodeLost, TransferFailed
 from baton.types import Failure, TokenChunk
 from kvtransfer.protocol import receiver as r
 from kvtransfer.protocol import sender as s
@@ -396,6 +396,46 @@ def test_back_off_grows_and_ends() -> None:
         assert t.feed(s.Tick()) == [s.Connect()]
         t.feed(s.ConnectFailed(error))
     assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
+
+
+def test_a_lost_connection_is_opened_again_before_a_push_asks_for_it() -> None:
+    t = Sending()
+    t.begin()
+    t.commit()
+    t.hears(Ack("q", 7))
+    assert t.feed(s.ChannelLost(1, "reset")) == [], "not at once: a peer may accept and hang up again and again"
+    assert t.machine.next_deadline_s == 2.0
+    t.now = 2.0
+    assert t.feed(s.Tick()) == [s.Connect()]
+    assert t.machine.next_deadline_s is None, "a connection under way is not waited for by a timer"
+    assert t.feed(s.ConnectFailed(NodeLost("refused"))) == []
+    t.now = t.machine.next_deadline_s or 0.0
+    assert t.now == 2.05
+    assert t.feed(s.Tick()) == [s.Connect()]
+    assert t.feed(s.Connected(2, "decode-0", 2, True)) == []
+
+
+def test_a_push_does_not_wait_for_the_reopening_and_a_peer_is_not_kept_warm_for_ever() -> None:
+    t = Sending()
+    t.begin()
+    t.commit()
+    t.hears(Ack("q", 7))
+    t.feed(s.ChannelLost(1, "reset"))
+    assert t.feed(s.PushBegun(4, "r", 8, 1, 10.0)) == [s.Connect()]
+    t.feed(s.ConnectFailed(NodeLost("refused")))
+    attempts = 0
+    while t.machine.next_deadline_s is not None:
+        t.now = t.machine.next_deadline_s
+        attempts += t.feed(s.Tick()) == [s.Connect()]
+        t.feed(s.ConnectFailed(NodeLost("refused")))
+    assert 58.0 <= t.now <= 60.0, "keep_warm_s after the last push"
+    assert attempts < 40
+
+
+def test_a_receiver_that_is_incompatible_is_not_dialled_unasked() -> None:
+    t = Sending()
+    t.feed(s.ConnectFailed(Incompatible("dtype differs")))
+    assert t.machine.next_deadline_s is None
 
 
 @pytest.mark.parametrize(
