@@ -87,10 +87,13 @@ class GrpcServer:
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
 
-    def add(self, register: Callable[[Servicer, grpc.aio.Server], None], servicer: Servicer, service_name: str) -> None:
-        """``register`` is the generated ``add_XServicer_to_server``; ``service_name`` the full proto name."""
+    def add(
+        self, register: Callable[[Servicer, grpc.aio.Server], None], servicer: Servicer, service_name: str = ""
+    ) -> None:
+        """``register`` is the generated ``add_XServicer_to_server``. Without its full proto name it is not listed."""
         register(servicer, self._server)
-        self._names.append(service_name)
+        if service_name:
+            self._names.append(service_name)
 
     def bind(self, listen: str, *, advertise_host: str | None = None) -> str:
         """Bind ``host:port`` (port 0: any); returns the address to advertise. Raises BadConfig if that fails."""

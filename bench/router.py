@@ -293,13 +293,13 @@ class _Direct:
 
     @classmethod
     async def open(cls, channel: aio.Channel) -> _Direct:
-        call = node_pb2_grpc.PrefillNodeStub(channel).Session()
-        await call.write(node_pb2.PrefillSessionRequest(hello=hello("bench", 1)))
+        call = node_pb2_grpc.NodeStub(channel).Session()
+        await call.write(node_pb2.SessionRequest(hello=hello("bench", 1)))
         await call.read()
         return cls(call)
 
     async def _read(self) -> None:
-        while isinstance(message := await self._call.read(), node_pb2.PrefillSessionResponse):
+        while isinstance(message := await self._call.read(), node_pb2.SessionResponse):
             for tokens in message.tokens:
                 waiter = self._waiting.pop(tokens.sequence_id, None)
                 if waiter is not None:
@@ -311,8 +311,8 @@ class _Direct:
         )
         self._waiting[spec.sequence_id] = waiter = asyncio.get_running_loop().create_future()
         start_s = time.perf_counter()
-        run = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(spec))
-        await self._call.write(node_pb2.PrefillSessionRequest(run=run))
+        run = node_pb2.SessionRequest.Run(sequence=codec.sequence_to_pb(spec))
+        await self._call.write(node_pb2.SessionRequest(run=run))
         ended_s = await waiter
         return float(ended_s - start_s)
 

@@ -100,8 +100,6 @@ class LinkConfig:
     # Messages waiting to be sent to one node; a node that falls so far behind is broken.
     max_unsent: int = 8192
     ledger_timeout_s: float = 3.0
-    # When a node has ended one of its sessions in good order, the other may take so long to follow.
-    goodbye_timeout_s: float = 1.0
     max_message_bytes: int = 64 * 1024 * 1024
     # Nodes end a session over a longer message, and all its sequences with it: longer requests are refused.
     max_sent_bytes: int = 15 * 1024 * 1024

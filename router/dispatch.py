@@ -251,9 +251,9 @@ class Dispatcher:
         if attempt is not None:
             with self._defects.contained("sequence", attempt.sequence_id):
                 self.scheduler.release(active, self.clock.now())
-            for node_id, is_decode in ((attempt.placement.prefill_id, False), (attempt.placement.decode_id, True)):
+            for node_id in {attempt.placement.prefill_id, attempt.placement.decode_id}:
                 with self._defects.contained("sequence", attempt.sequence_id):
-                    self.nodes.send(SendCancel(node_id, attempt.sequence_id, is_decode, error.code))
+                    self.nodes.send(SendCancel(node_id, attempt.sequence_id, error.code))
         if active in self.scheduler.in_flight:
             self._end(active, active.flow.give_up(error, self.clock.now()))
 

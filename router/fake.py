@@ -39,8 +39,6 @@ from baton.types import (
 )
 from baton.v1 import common_pb2, node_pb2, node_pb2_grpc
 
-_Response = node_pb2.PrefillSessionResponse | node_pb2.DecodeSessionResponse
-
 _MASK = 2**64 - 1
 _MULTIPLIER = 6364136223846793005
 
@@ -109,18 +107,17 @@ class FakeConfig:
 
 
 class _Session:
-    """One router's stream on one phase; what a step produces leaves as one message."""
+    """One router's stream; what a step produces leaves as one message."""
 
-    def __init__(self, is_prefill: bool) -> None:
-        self.is_prefill = is_prefill
+    def __init__(self) -> None:
         # None ends it.
-        self.outbox: asyncio.Queue[_Response | None] = asyncio.Queue()
-        self._draft: _Response | None = None
+        self.outbox: asyncio.Queue[node_pb2.SessionResponse | None] = asyncio.Queue()
+        self._draft: node_pb2.SessionResponse | None = None
 
     @property
-    def draft(self) -> _Response:
+    def draft(self) -> node_pb2.SessionResponse:
         if self._draft is None:
-            self._draft = node_pb2.PrefillSessionResponse() if self.is_prefill else node_pb2.DecodeSessionResponse()
+            self._draft = node_pb2.SessionResponse()
         return self._draft
 
     def flush(self, is_muted: bool) -> None:
@@ -226,8 +223,6 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.incarnation = time.time_ns()
         self._server = aio.server(options=[("grpc.so_reuseport", 0)])
         node_pb2_grpc.add_NodeServicer_to_server(self, self._server)
-        node_pb2_grpc.add_PrefillNodeServicer_to_server(_Prefill(self), self._server)
-        node_pb2_grpc.add_DecodeNodeServicer_to_server(_Decode(self), self._server)
         port = self._server.add_insecure_port(self.address or "127.0.0.1:0")
         self.address = f"127.0.0.1:{port}"
         await self._server.start()
@@ -278,11 +273,10 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             message.finish_reason = 99  # type: ignore[assignment]
         return [message] * self._times("tokens")
 
-    def end_sessions(self, *, is_prefill: bool) -> None:
+    def end_sessions(self) -> None:
         """In good order, as a node does that leaves."""
         for session in self._sessions:
-            if session.is_prefill is is_prefill:
-                session.outbox.put_nowait(None)
+            session.outbox.put_nowait(None)
 
     def stall(self) -> None:
         """The engine makes no step; sessions and status go on, and say so."""
@@ -404,6 +398,26 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     # ── Sessions ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    async def Session(  # noqa: N802
+        self, request_iterator: AsyncIterator[node_pb2.SessionRequest], context: Any
+    ) -> AsyncIterator[node_pb2.SessionResponse]:
+        session = _Session()
+
+        async def read() -> None:
+            async for request in request_iterator:
+                match request.WhichOneof("message"):
+                    case "hello":
+                        self.open_session(session)
+                    case "run":
+                        self.on_run(session, request.run)
+                    case "reserve":
+                        self.on_reserve(session, request.reserve)
+                    case "cancel":
+                        self.on_cancel(request.cancel.sequence_id)
+
+        async for response in _pumped(self, session, asyncio.create_task(read())):
+            yield response
+
     def open_session(self, session: _Session) -> None:
         self._sessions.append(session)
         session.draft.welcome.node.CopyFrom(codec.node_to_pb(self.description))
@@ -417,7 +431,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         for live in [x for x in self._live.values() if x.session is session]:
             self._forget(live.spec.sequence_id)
 
-    def on_run(self, session: _Session, message: node_pb2.PrefillSessionRequest.Run) -> None:
+    def on_run(self, session: _Session, message: node_pb2.SessionRequest.Run) -> None:
         spec = codec.sequence_from_pb(message.sequence)
         self.last_spec = spec
         if failure := self._failure("run"):
@@ -432,7 +446,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self._work.set()
         return None
 
-    def on_reserve(self, session: _Session, message: node_pb2.DecodeSessionRequest.Reserve) -> None:
+    def on_reserve(self, session: _Session, message: node_pb2.SessionRequest.Reserve) -> None:
         spec = codec.sequence_from_pb(message.sequence)
         live = _Live(spec, session, "leased", time.monotonic())
         failure = self._failure("reserve")
@@ -440,7 +454,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             failure = Failure("NoBlocks", f"{self.node_id} has no room", True)
         if failure is not None:
             refused = node_pb2.SequenceFailed(sequence_id=spec.sequence_id, failure=codec.failure_to_pb(failure))
-            session.draft.refused.append(refused)  # type: ignore[union-attr]
+            session.draft.refused.append(refused)
             return session.flush(self._is_muted)
         live.epoch = next(self._epochs)
         self._live[spec.sequence_id] = live
@@ -452,7 +466,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         loop = asyncio.get_running_loop()
         loop.call_later(message.ttl_s, self._expire, spec.sequence_id, live.epoch)
         for _ in range(self._times("reserved")):
-            session.draft.reserved.append(codec.lease_to_pb(lease))  # type: ignore[union-attr]
+            session.draft.reserved.append(codec.lease_to_pb(lease))
         return session.flush(self._is_muted)
 
     def on_cancel(self, sequence_id: str) -> None:
@@ -517,7 +531,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     def _finish_prompt(self, live: _Live) -> None:
         spec, session = live.spec, live.session
         chunk = live.next_chunk(self.config.vocab_size, self.config.following)
-        done = node_pb2.PrefillSessionResponse.PrefillDone(
+        done = node_pb2.SessionResponse.PrefillDone(
             sequence_id=spec.sequence_id,
             queue_s=max(0.0, time.monotonic() - live.since_s - spec.num_known_tokens * self.config.prefill_token_s),
             compute_s=spec.num_known_tokens * self.config.prefill_token_s,
@@ -525,7 +539,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         )
         took_s = spec.num_known_tokens * self.config.prefill_token_s
         self._record(self.now() - took_s, spec.num_known_tokens, 0, [spec.sequence_id])
-        session.draft.prefills.extend([done] * self._times("prefill_done"))  # type: ignore[union-attr]
+        session.draft.prefills.extend([done] * self._times("prefill_done"))
         session.draft.tokens.extend(self._tokens(chunk))
         # The first token waits for nothing.
         session.flush(self._is_muted)
@@ -558,8 +572,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.timeline.transfer(
             Transfer(sequence_id, live.lease.node_id, "fake", False, report.num_bytes, began_s, began_s, ended_s)
         )
-        over = node_pb2.PrefillSessionResponse.HandedOff(sequence_id=sequence_id, report=codec.report_to_pb(report))
-        live.session.draft.handed_off.extend([over] * self._times("handed_off"))  # type: ignore[union-attr]
+        over = node_pb2.SessionResponse.HandedOff(sequence_id=sequence_id, report=codec.report_to_pb(report))
+        live.session.draft.handed_off.extend([over] * self._times("handed_off"))
         return live.session.flush(self._is_muted)
 
     def on_commit(self, lease: Lease, first: TokenChunk) -> Failure | None:
@@ -574,11 +588,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         live.state = "running"
         live.text_so_far(self.config.vocab_size).push(first.token_ids[0])
         live.num_generated += 1
-        joined = node_pb2.DecodeSessionResponse.Joined(
-            sequence_id=lease.sequence_id, wait_s=time.monotonic() - live.since_s
-        )
+        joined = node_pb2.SessionResponse.Joined(sequence_id=lease.sequence_id, wait_s=time.monotonic() - live.since_s)
         self.timeline.joined(lease.sequence_id, self.now())
-        live.session.draft.joined.extend([joined] * self._times("joined"))  # type: ignore[union-attr]
+        live.session.draft.joined.extend([joined] * self._times("joined"))
         live.session.flush(self._is_muted)
         self._work.set()
         return None
@@ -596,53 +608,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
                 self._forget(live.spec.sequence_id)
 
 
-class _Prefill(node_pb2_grpc.PrefillNodeServicer):
-    def __init__(self, node: FakeNode) -> None:
-        self._node = node
-
-    async def Session(  # type: ignore[override]  # noqa: N802
-        self, request_iterator: AsyncIterator[node_pb2.PrefillSessionRequest], context: Any
-    ) -> AsyncIterator[_Response]:
-        session = _Session(is_prefill=True)
-
-        async def read() -> None:
-            async for request in request_iterator:
-                match request.WhichOneof("message"):
-                    case "hello":
-                        self._node.open_session(session)
-                    case "run":
-                        self._node.on_run(session, request.run)
-                    case "cancel":
-                        self._node.on_cancel(request.cancel.sequence_id)
-
-        async for response in _pumped(self._node, session, asyncio.create_task(read())):
-            yield response
-
-
-class _Decode(node_pb2_grpc.DecodeNodeServicer):
-    def __init__(self, node: FakeNode) -> None:
-        self._node = node
-
-    async def Session(  # type: ignore[override]  # noqa: N802
-        self, request_iterator: AsyncIterator[node_pb2.DecodeSessionRequest], context: Any
-    ) -> AsyncIterator[_Response]:
-        session = _Session(is_prefill=False)
-
-        async def read() -> None:
-            async for request in request_iterator:
-                match request.WhichOneof("message"):
-                    case "hello":
-                        self._node.open_session(session)
-                    case "reserve":
-                        self._node.on_reserve(session, request.reserve)
-                    case "cancel":
-                        self._node.on_cancel(request.cancel.sequence_id)
-
-        async for response in _pumped(self._node, session, asyncio.create_task(read())):
-            yield response
-
-
-async def _pumped(node: FakeNode, session: _Session, reader: asyncio.Task[None]) -> AsyncIterator[_Response]:
+async def _pumped(
+    node: FakeNode, session: _Session, reader: asyncio.Task[None]
+) -> AsyncIterator[node_pb2.SessionResponse]:
     """The session's outbox, for as long as the router's side is open."""
     reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
     try:

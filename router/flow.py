@@ -477,9 +477,9 @@ class Flow:
         placement, sequence_id = self.placement, self.sequence_id
         has_run = self.phase in (Phase.PREFILLING, Phase.DECODING)
         if has_run and placement.prefill_id != lost:
-            actions.append(SendCancel(placement.prefill_id, sequence_id, False, reason))
+            actions.append(SendCancel(placement.prefill_id, sequence_id, reason))
         if not placement.is_colocated and placement.decode_id != lost:
-            actions.append(SendCancel(placement.decode_id, sequence_id, True, reason))
+            actions.append(SendCancel(placement.decode_id, sequence_id, reason))
         actions.append(Detach(sequence_id))
         return actions
 
@@ -586,7 +586,7 @@ class Flow:
         actions: list[Action] = []
         if not self.placement.is_colocated and not self._has_joined:
             # The first token was the last: the lease is not needed.
-            actions.append(SendCancel(self.placement.decode_id, self.sequence_id, True, reason))
+            actions.append(SendCancel(self.placement.decode_id, self.sequence_id, reason))
         return [*actions, PairWorked(self.placement), Detach(self.sequence_id)]
 
 

@@ -211,8 +211,6 @@ class SendRun:
 class SendCancel:
     node_id: str
     sequence_id: str
-    # On which session: the reservation lives on decode's, the run on prefill's.
-    is_decode: bool
     reason: str
 
 

@@ -1,4 +1,4 @@
-"""The messages of node sessions: commands to bytes, and node messages to events. Knows the wire's fields and no node.
+"""The messages of a node's session: commands to bytes, node messages to events. Knows the wire's fields and no node.
 
 A prompt of 100,000 tokens takes protobuf 2 ms to build, 2 ms to put into another message and 1 ms to serialize. It is
 sent once for each choice and again for each attempt, to two nodes. So it is serialized once, and each message is put
@@ -32,30 +32,25 @@ from router.flow_messages import (
     Tokens,
 )
 
-_Prefill, _Decode = node_pb2.PrefillSessionRequest, node_pb2.DecodeSessionRequest
+_Request = node_pb2.SessionRequest
 _LENGTH_DELIMITED = 2
 
 
 def encode(command: Command) -> bytes:
-    """A message of the session that `is_for_decode` names. Raises ValueError for ids that no message can hold."""
+    """A SessionRequest. Raises ValueError for ids that no message can hold."""
     match command:
         case SendReserve():
-            others = _Decode.Reserve(ttl_s=command.ttl_s, prefill_node_id=command.prefill_id).SerializeToString()
-            sequence = _nested(_Decode.Reserve.SEQUENCE_FIELD_NUMBER, *_sequence(command.spec, command.prompt))
-            return b"".join(_nested(_Decode.RESERVE_FIELD_NUMBER, *sequence, others))
+            others = _Request.Reserve(ttl_s=command.ttl_s, prefill_node_id=command.prefill_id).SerializeToString()
+            sequence = _nested(_Request.Reserve.SEQUENCE_FIELD_NUMBER, *_sequence(command.spec, command.prompt))
+            return b"".join(_nested(_Request.RESERVE_FIELD_NUMBER, *sequence, others))
         case SendRun():
             lease = None if command.lease is None else codec.lease_to_pb(command.lease)
-            others = _Prefill.Run(lease=lease).SerializeToString()
-            sequence = _nested(_Prefill.Run.SEQUENCE_FIELD_NUMBER, *_sequence(command.spec, command.prompt))
-            return b"".join(_nested(_Prefill.RUN_FIELD_NUMBER, *sequence, others))
+            others = _Request.Run(lease=lease).SerializeToString()
+            sequence = _nested(_Request.Run.SEQUENCE_FIELD_NUMBER, *_sequence(command.spec, command.prompt))
+            return b"".join(_nested(_Request.RUN_FIELD_NUMBER, *sequence, others))
         case SendCancel():
             cancel = node_pb2.Cancel(sequence_id=command.sequence_id, reason=command.reason)
-            message = _Decode(cancel=cancel) if command.is_decode else _Prefill(cancel=cancel)
-            return message.SerializeToString()
-
-
-def is_for_decode(command: Command) -> bool:
-    return command.is_decode if isinstance(command, SendCancel) else isinstance(command, SendReserve)
+            return _Request(cancel=cancel).SerializeToString()
 
 
 def _sequence(spec: SequenceSpec, prompt: Prompt) -> tuple[bytes, bytes]:
@@ -106,25 +101,19 @@ class Reader:
         self._address = address
         self._defects = defects
 
-    def prefill(self, message: node_pb2.PrefillSessionResponse) -> list[NodeEvent]:
+    def events(self, message: node_pb2.SessionResponse) -> list[NodeEvent]:
         return [
+            *self._events(message.reserved, self._reserved),
+            *self._events(message.refused, _refused),
             *self._events(message.prefills, _prefill_done),
+            *self._events(message.joined, _joined),
             *self._events(message.handed_off, _handed_off),
             # Tokens before failures: a sequence that is complete has not failed.
             *self._events(message.tokens, self._tokens),
             *self._events(message.failed, self._failed),
         ]
 
-    def decode(self, message: node_pb2.DecodeSessionResponse) -> list[NodeEvent]:
-        return [
-            *self._events(message.reserved, self._reserved),
-            *self._events(message.refused, _refused),
-            *self._events(message.joined, _joined),
-            *self._events(message.tokens, self._tokens),
-            *self._events(message.failed, self._failed),
-        ]
-
-    def status(self, message: node_pb2.PrefillSessionResponse | node_pb2.DecodeSessionResponse) -> NodeStatus | None:
+    def status(self, message: node_pb2.SessionResponse) -> NodeStatus | None:
         """None if there is none, or none that can be decoded: the previous one then stays."""
         if message.HasField("status"):
             with self._defects.contained("message", f"status of {self._node_id}"):
@@ -151,13 +140,13 @@ class Reader:
         return SequenceFailed(self._node_id, message.sequence_id, codec.failure_from_pb(message.failure))
 
 
-def _prefill_done(message: node_pb2.PrefillSessionResponse.PrefillDone) -> NodeEvent:
+def _prefill_done(message: node_pb2.SessionResponse.PrefillDone) -> NodeEvent:
     queue_s = codec.duration_from_pb("queue_s", message.queue_s)
     compute_s = codec.duration_from_pb("compute_s", message.compute_s)
     return PrefillDone(message.sequence_id, queue_s, compute_s, message.num_computed_tokens, message.num_cached_tokens)
 
 
-def _handed_off(message: node_pb2.PrefillSessionResponse.HandedOff) -> NodeEvent:
+def _handed_off(message: node_pb2.SessionResponse.HandedOff) -> NodeEvent:
     return HandedOff(message.sequence_id, codec.report_from_pb(message.report))
 
 
@@ -165,5 +154,5 @@ def _refused(message: node_pb2.SequenceFailed) -> NodeEvent:
     return Refused(message.sequence_id, codec.failure_from_pb(message.failure))
 
 
-def _joined(message: node_pb2.DecodeSessionResponse.Joined) -> NodeEvent:
+def _joined(message: node_pb2.SessionResponse.Joined) -> NodeEvent:
     return Joined(message.sequence_id, codec.duration_from_pb("wait_s", message.wait_s))

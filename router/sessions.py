@@ -1,4 +1,4 @@
-"""The connection to one node: opens its sessions, sends commands, reports events and the end of the connection.
+"""The connection to one node: opens its session, sends commands, reports events and the end of the connection.
 
 A link knows gRPC, protobuf and one address; nothing above it does. What a silence or a break means is decided by
 membership, what an event means by the dispatcher.
@@ -7,14 +7,12 @@ membership, what an event means by the dispatcher.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import grpc
-from google.protobuf.message import Message
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
@@ -29,18 +27,14 @@ from router.config import LinkConfig
 from router.flow_messages import Command, NodeEvent
 from router.turns import Turns
 
-_M = TypeVar("_M", bound=Message)
-_R = TypeVar("_R")
-
 _log = logging.getLogger("baton.router.sessions")
 
-_SERVICES = node_pb2.DESCRIPTOR.services_by_name
+_SESSION = f"/{node_pb2.DESCRIPTOR.services_by_name['Node'].full_name}/Session"
 # The quickest of so many round trips bounds the error of the clocks' offset.
 _CLOCK_TRIPS = 8
 
 # What is written is serialized already.
-PrefillCall = aio.StreamStreamCall[bytes, node_pb2.PrefillSessionResponse]
-DecodeCall = aio.StreamStreamCall[bytes, node_pb2.DecodeSessionResponse]
+Session = aio.StreamStreamCall[bytes, node_pb2.SessionResponse]
 
 
 class LinkEvents(Protocol):
@@ -52,7 +46,7 @@ class LinkEvents(Protocol):
         """Events are in the order in which they count; ``status`` is None if the message had none."""
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
-        """``is_orderly``: the node ended its sessions itself."""
+        """``is_orderly``: the node ended its session itself."""
 
 
 class _Broken(Exception):
@@ -60,7 +54,7 @@ class _Broken(Exception):
 
 
 class _Left(_Broken):
-    """The node ended a session in good order."""
+    """The node ended its session in good order."""
 
 
 class RoundTrip(NamedTuple):
@@ -97,17 +91,15 @@ class NodeLink:
         self._turns = turns
         self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
-        self._hello = hello
+        self._hello_message = hello
         self._config = config
         self._task: asyncio.Task[None] | None = None
-        self._prefill_out: asyncio.Queue[bytes] = asyncio.Queue()
-        self._decode_out: asyncio.Queue[bytes] = asyncio.Queue()
+        self._out: asyncio.Queue[bytes] = asyncio.Queue()
         self._channel: aio.Channel | None = None
 
     def dial(self) -> None:
         assert self._task is None or self._task.done(), "one connection at a time"
-        self._prefill_out = asyncio.Queue(self._config.max_unsent)
-        self._decode_out = asyncio.Queue(self._config.max_unsent)
+        self._out = asyncio.Queue(self._config.max_unsent)
         self._task = asyncio.create_task(self._run(), name=f"link {self.address}")
 
     def hang_up(self) -> None:
@@ -131,11 +123,10 @@ class NodeLink:
                 f"the request takes {len(message)} bytes, expected at most {self._config.max_sent_bytes}; shorten the "
                 "prompt, stop_token_ids or logit_bias"
             )
-        queue = self._decode_out if session_bytes.is_for_decode(command) else self._prefill_out
         try:
-            queue.put_nowait(message)
+            self._out.put_nowait(message)
         except asyncio.QueueFull:
-            raise errors.NodeLost(f"{self.address} has {queue.maxsize} messages unsent") from None
+            raise errors.NodeLost(f"{self.address} has {self._out.maxsize} messages unsent") from None
 
     async def ledger(self) -> node_pb2.LedgerResponse:
         """Raises Unavailable if the node does not answer in time."""
@@ -204,17 +195,15 @@ class NodeLink:
 
     async def _serve(self, channel: aio.Channel) -> None:
         self._channel = channel
-        prefill: PrefillCall = _session(channel, "PrefillNode", node_pb2.PrefillSessionResponse)
-        decode: DecodeCall = _session(channel, "DecodeNode", node_pb2.DecodeSessionResponse)
+        # As a stub opens it, but for what is written.
+        opened: aio.StreamStreamMultiCallable[bytes, node_pb2.SessionResponse] = channel.stream_stream(
+            _SESSION, request_serializer=None, response_deserializer=node_pb2.SessionResponse.FromString
+        )
+        session = opened()
         try:
             async with patient_timeout(self._config.connect_timeout_s):
-                await prefill.write(node_pb2.PrefillSessionRequest(hello=self._hello).SerializeToString())
-                await decode.write(node_pb2.DecodeSessionRequest(hello=self._hello).SerializeToString())
-                welcome = (await _read(prefill)).welcome
-                second = (await _read(decode)).welcome
-            if welcome.node.incarnation != second.node.incarnation:
-                raise _Broken("the two sessions were answered by different incarnations")
-            node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(second.status)
+                welcome = await self._hello(channel, session)
+            node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(welcome.status)
             # A node that listens on every interface does not know its address. The one that was dialled is handed on.
             self._events.on_welcome(
                 self.address,
@@ -227,66 +216,46 @@ class NodeLink:
             )
             reader = session_bytes.Reader(node.node_id, self.address, self._defects)
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._read_both(tasks, reader, prefill, decode))
-                tasks.create_task(self._write(prefill, self._prefill_out))
-                tasks.create_task(self._write(decode, self._decode_out))
+                tasks.create_task(self._read_all(session, reader))
+                tasks.create_task(self._write(session))
         finally:
             if self._channel is channel:  # a hung-up connection may end after its successor began
                 self._channel = None
-            prefill.cancel()
-            decode.cancel()
+            session.cancel()
 
-    async def _write(self, call: aio.StreamStreamCall[bytes, _R], queue: asyncio.Queue[bytes]) -> None:
+    async def _hello(
+        self, channel: aio.Channel, session: Session
+    ) -> node_pb2.SessionWelcome | node_pb2.DescribeResponse:
+        """The welcome; from a node whose protocol has no such session its description, which has the protocol."""
+        try:
+            await session.write(node_pb2.SessionRequest(hello=self._hello_message).SerializeToString())
+            return (await _read(session)).welcome
+        except (_Broken, aio.AioRpcError, asyncio.InvalidStateError):
+            if await session.code() is not grpc.StatusCode.UNIMPLEMENTED:
+                raise
+            return await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
+
+    async def _write(self, session: Session) -> None:
         while True:
-            await call.write(await queue.get())
+            await session.write(await self._out.get())
 
-    async def _read_both(
-        self, tasks: asyncio.TaskGroup, reader: session_bytes.Reader, prefill: PrefillCall, decode: DecodeCall
-    ) -> None:
-        """A node that leaves in good order ends both sessions: what the second still carries must not be lost."""
-        readers = [
-            tasks.create_task(self._read_prefill(prefill, reader)),
-            tasks.create_task(self._read_decode(decode, reader)),
-        ]
-        await asyncio.wait(readers, return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.wait(readers, timeout=self._config.goodbye_timeout_s)
+    async def _read_all(self, session: Session, reader: session_bytes.Reader) -> None:
+        while True:
+            message = await _read(session)
+            # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits
+            # for a later one, and the next message with it.
+            await self._turns.wait()
+            self._events.on_message(self.address, reader.events(message), reader.status(message))
+
+
+async def _read(session: Session) -> node_pb2.SessionResponse:
+    message = await session.read()
+    if isinstance(message, node_pb2.SessionResponse):
+        return message
+    code, details = await session.code(), await session.details()
+    if code is grpc.StatusCode.OK:
         raise _Left("the node left")
-
-    # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits for a
-    # later one, and the next message with it.
-
-    async def _read_prefill(self, call: PrefillCall, reader: session_bytes.Reader) -> None:
-        with contextlib.suppress(_Left):
-            while True:
-                message = await _read(call)
-                await self._turns.wait()
-                self._events.on_message(self.address, reader.prefill(message), reader.status(message))
-
-    async def _read_decode(self, call: DecodeCall, reader: session_bytes.Reader) -> None:
-        with contextlib.suppress(_Left):
-            while True:
-                message = await _read(call)
-                await self._turns.wait()
-                self._events.on_message(self.address, reader.decode(message), reader.status(message))
-
-
-def _session(channel: aio.Channel, service: str, response: type[_M]) -> aio.StreamStreamCall[bytes, _M]:
-    """As a stub opens it, but for what is written."""
-    path = f"/{_SERVICES[service].full_name}/Session"
-    opened: aio.StreamStreamMultiCallable[bytes, _M] = channel.stream_stream(
-        path, request_serializer=None, response_deserializer=response.FromString
-    )
-    return opened()
-
-
-async def _read(call: aio.StreamStreamCall[bytes, _R]) -> _R:
-    message = await call.read()
-    if message is aio.EOF:
-        code, details = await call.code(), await call.details()
-        if code is grpc.StatusCode.OK:
-            raise _Left("the node ended the session")
-        raise _Broken(f"the node ended the session: {code.name} {details}".rstrip())
-    return message  # type: ignore[return-value]
+    raise _Broken(f"the node ended the session: {code.name} {details}".rstrip())
 
 
 def _why(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+import grpc
 import grpc.aio
 
 from baton import codec
@@ -19,6 +20,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
     """``drain`` takes the grace time (0: the worker's own) and returns how long the worker stays at the most."""
 
     def __init__(self, service: NodeService, drain: Callable[[float], float], timeline: Timeline, clock: Clock) -> None:
+        self._sessions = service.sessions
         self._node = service.node
         self._status = service.status
         self._replica = service.replica
@@ -89,26 +91,18 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         # Thousands of spans: made off the loop that carries tokens.
         return await asyncio.to_thread(codec.recorded_to_pb, self._node, status.role, recorded)
 
-
-class PrefillSessions(node_pb2_grpc.PrefillNodeServicer):
-    def __init__(self, service: NodeService) -> None:
-        self._sessions = service.sessions
-
     async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
         self,
-        request_iterator: AsyncIterator[node_pb2.PrefillSessionRequest],
-        context: grpc.aio.ServicerContext[node_pb2.PrefillSessionRequest, node_pb2.PrefillSessionResponse],
+        request_iterator: AsyncIterator[node_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[node_pb2.SessionRequest, node_pb2.SessionResponse],
     ) -> None:
-        await self._sessions.serve(request_iterator, context, node_pb2.PrefillSessionResponse)
+        await self._sessions.serve(request_iterator, context)
 
 
-class DecodeSessions(node_pb2_grpc.DecodeNodeServicer):
-    def __init__(self, service: NodeService) -> None:
-        self._sessions = service.sessions
-
-    async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
-        self,
-        request_iterator: AsyncIterator[node_pb2.DecodeSessionRequest],
-        context: grpc.aio.ServicerContext[node_pb2.DecodeSessionRequest, node_pb2.DecodeSessionResponse],
-    ) -> None:
-        await self._sessions.serve(request_iterator, context, node_pb2.DecodeSessionResponse)
+def add_sessions_of_protocol_1(servicer: NodeServicer, server: grpc.aio.Server) -> None:
+    """Routers of protocol 1 open a session for each phase; their hello is refused with both versions."""
+    handler = grpc.stream_stream_rpc_method_handler(
+        servicer.Session, node_pb2.SessionRequest.FromString, node_pb2.SessionResponse.SerializeToString
+    )
+    for service in ("baton.v1.PrefillNode", "baton.v1.DecodeNode"):
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Session": handler}),))

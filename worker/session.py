@@ -9,7 +9,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import grpc.aio
 
@@ -25,8 +25,8 @@ from baton.v1 import node_pb2
 from worker import session_codec
 from worker.session_codec import Asked
 
-Requests = AsyncIterator[Any]
-Context = grpc.aio.ServicerContext[Any, Any]
+Requests = AsyncIterator[node_pb2.SessionRequest]
+Context = grpc.aio.ServicerContext[node_pb2.SessionRequest, node_pb2.SessionResponse]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,6 @@ class NodeSession:
     number: int
     router_id: str
     outbox: Outbox
-    new_response: type[Any]
 
 
 class SessionOwner(Protocol):
@@ -152,12 +151,12 @@ class SessionHost:
         for session in list(self._sessions.values()):
             session.outbox.close()
 
-    async def serve(self, requests: Requests, context: Context, new_response: type[Any]) -> None:
+    async def serve(self, requests: Requests, context: Context) -> None:
         """Run one session to its end; raises the BatonError that ended it, if one did."""
         hello = await self._hello(requests)
-        session = self._open(hello, new_response)
+        session = self._open(hello)
         try:
-            await self._write(context, self._welcome(session))
+            await self._write(context, self._welcome())
             async with asyncio.TaskGroup() as tasks:
                 receiving = tasks.create_task(self._receive(session, requests))
                 await self._send(session, context)
@@ -179,7 +178,7 @@ class SessionHost:
             ) from None
         if first.WhichOneof("message") != "hello":
             raise InvalidRequest(f"a session opened with {first.WhichOneof('message')}, expected hello")
-        hello: node_pb2.SessionHello = first.hello
+        hello = first.hello
         if hello.protocol_version != PROTOCOL_VERSION:
             raise Incompatible(
                 f"router {hello.router_id} speaks protocol {hello.protocol_version}, this node {PROTOCOL_VERSION}"
@@ -188,18 +187,18 @@ class SessionHost:
             raise InvalidRequest("router_id is empty, expected a name", param="router_id")
         return hello
 
-    def _open(self, hello: node_pb2.SessionHello, new_response: type[Any]) -> NodeSession:
+    def _open(self, hello: node_pb2.SessionHello) -> NodeSession:
         for old in list(self._sessions.values()):
-            if (old.router_id, old.new_response) == (hello.router_id, new_response):
+            if old.router_id == hello.router_id:
                 old.outbox.close(Unavailable(f"router {hello.router_id} opened a new session"))
         self._num_opened += 1
         outbox = Outbox(self._config.max_outbox_items)
-        session = NodeSession(self._num_opened, hello.router_id, outbox, new_response)
+        session = NodeSession(self._num_opened, hello.router_id, outbox)
         self._sessions[session.number] = session
         return session
 
-    def _welcome(self, session: NodeSession) -> Any:
-        response = session.new_response()
+    def _welcome(self) -> node_pb2.SessionResponse:
+        response = node_pb2.SessionResponse()
         status = status_to_pb(self._owner.status())
         response.welcome.node.CopyFrom(node_to_pb(self._owner.node))
         response.welcome.status.CopyFrom(status)
@@ -231,8 +230,8 @@ class SessionHost:
                 response.status.CopyFrom(status_to_pb(self._owner.status()))
             await self._write(context, response)
 
-    def _composed(self, session: NodeSession, messages: list[NodeMessage]) -> Any:
-        composer = session_codec.Composer(session.new_response())
+    def _composed(self, session: NodeSession, messages: list[NodeMessage]) -> node_pb2.SessionResponse:
+        composer = session_codec.Composer()
         for message in messages:
             try:
                 composer.add(message)
@@ -240,7 +239,7 @@ class SessionHost:
                 self._owner.unsendable(session.number, message, error)
         return composer.response()
 
-    async def _write(self, context: Context, response: Any) -> None:
+    async def _write(self, context: Context, response: node_pb2.SessionResponse) -> None:
         try:
             async with patient_timeout(self._config.write_timeout_s):
                 await context.write(response)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from baton import codec
 from baton.defects import Defects
 from baton.errors import InvalidRequest, quoted
 from baton.node_messages import CancelAsked, HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
 from baton.types import Lease, TokenChunk
-from baton.v1 import common_pb2
+from baton.v1 import common_pb2, node_pb2
 from decode_node.machine import ReserveAsked
 from prefill_node.machine import RunAsked
 
@@ -31,7 +29,7 @@ class Unreadable(Exception):
         return answer(self._sequence_id, failure)
 
 
-def asked_from_pb(session: int, request: Any) -> Asked:
+def asked_from_pb(session: int, request: node_pb2.SessionRequest) -> Asked:
     """Raises Unreadable for a sequence that is refused, and InvalidRequest if the router broke the protocol."""
     kind = request.WhichOneof("message")
     match kind:
@@ -59,8 +57,8 @@ def asked_from_pb(session: int, request: Any) -> Asked:
 class Composer:
     """Puts messages into one response; consecutive tokens of a sequence are merged, for routers that read slowly."""
 
-    def __init__(self, response: Any) -> None:
-        self._response = response
+    def __init__(self) -> None:
+        self._response = node_pb2.SessionResponse()
         self._tokens: dict[str, common_pb2.Tokens] = {}
         self._all_tokens: list[common_pb2.Tokens] = []
 
@@ -88,7 +86,7 @@ class Composer:
             case SequenceFailed(sequence_id, failure):
                 response.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
 
-    def response(self) -> Any:
+    def response(self) -> node_pb2.SessionResponse:
         self._response.tokens.extend(self._all_tokens)
         return self._response
 

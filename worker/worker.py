@@ -31,7 +31,7 @@ from kvtransfer.memory import Memory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from worker import departure, energy
-from worker.admin import DecodeSessions, NodeServicer, PrefillSessions
+from worker.admin import NodeServicer, add_sessions_of_protocol_1
 from worker.announce import announce, describe
 from worker.config import WorkerConfig
 from worker.health import Health
@@ -158,8 +158,7 @@ class _Worker:
         admin = NodeServicer(self._service, leaving.ask, timeline, clock)
         add = self._server.add
         add(node_pb2_grpc.add_NodeServicer_to_server, admin, "baton.v1.Node")
-        add(node_pb2_grpc.add_PrefillNodeServicer_to_server, PrefillSessions(self._service), "baton.v1.PrefillNode")
-        add(node_pb2_grpc.add_DecodeNodeServicer_to_server, DecodeSessions(self._service), "baton.v1.DecodeNode")
+        add(add_sessions_of_protocol_1, admin)
         add(transfer_pb2_grpc.add_KvTransferServicer_to_server, self._receiver, "baton.v1.KvTransfer")
 
     def _bind_metrics(self, address: str) -> tuple[MetricsServer, str]:

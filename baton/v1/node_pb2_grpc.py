@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class NodeStub(object):
-    """What every worker answers, whatever its role.
+    """What every worker serves, whatever its role.
     """
 
     def __init__(self, channel):
@@ -60,14 +60,19 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.TraceRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.TraceResponse.FromString,
                 _registered_method=True)
+        self.Session = channel.stream_stream(
+                '/baton.v1.Node/Session',
+                request_serializer=baton_dot_v1_dot_node__pb2.SessionRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.SessionResponse.FromString,
+                _registered_method=True)
 
 
 class NodeServicer(object):
-    """What every worker answers, whatever its role.
+    """What every worker serves, whatever its role.
     """
 
     def Describe(self, request, context):
-        """Who the node is and what it serves.
+        """The node's identity and what it serves.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -88,7 +93,7 @@ class NodeServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Clock(self, request, context):
-        """The node's monotonic clock: whoever asks a few times can tell how far it is from his own.
+        """The node's monotonic clock; several answers show how far it is from the caller's own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,6 +101,13 @@ class NodeServicer(object):
 
     def Trace(self, request, context):
         """What ran here lately, by that clock.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Session(self, request_iterator, context):
+        """Opens with hello and welcome, then carries every prompt, reservation and token of this router, in both phases.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -129,6 +141,11 @@ def add_NodeServicer_to_server(servicer, server):
                     request_deserializer=baton_dot_v1_dot_node__pb2.TraceRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.TraceResponse.SerializeToString,
             ),
+            'Session': grpc.stream_stream_rpc_method_handler(
+                    servicer.Session,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.SessionRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.SessionResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'baton.v1.Node', rpc_method_handlers)
@@ -138,7 +155,7 @@ def add_NodeServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Node(object):
-    """What every worker answers, whatever its role.
+    """What every worker serves, whatever its role.
     """
 
     @staticmethod
@@ -276,55 +293,6 @@ class Node(object):
             metadata,
             _registered_method=True)
 
-
-class PrefillNodeStub(object):
-    """The prompt phase. Every worker serves it.
-    """
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Session = channel.stream_stream(
-                '/baton.v1.PrefillNode/Session',
-                request_serializer=baton_dot_v1_dot_node__pb2.PrefillSessionRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_node__pb2.PrefillSessionResponse.FromString,
-                _registered_method=True)
-
-
-class PrefillNodeServicer(object):
-    """The prompt phase. Every worker serves it.
-    """
-
-    def Session(self, request_iterator, context):
-        """Opens with hello and welcome, then carries every prompt of this router.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_PrefillNodeServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Session': grpc.stream_stream_rpc_method_handler(
-                    servicer.Session,
-                    request_deserializer=baton_dot_v1_dot_node__pb2.PrefillSessionRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_node__pb2.PrefillSessionResponse.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.PrefillNode', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.PrefillNode', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class PrefillNode(object):
-    """The prompt phase. Every worker serves it.
-    """
-
     @staticmethod
     def Session(request_iterator,
             target,
@@ -339,85 +307,9 @@ class PrefillNode(object):
         return grpc.experimental.stream_stream(
             request_iterator,
             target,
-            '/baton.v1.PrefillNode/Session',
-            baton_dot_v1_dot_node__pb2.PrefillSessionRequest.SerializeToString,
-            baton_dot_v1_dot_node__pb2.PrefillSessionResponse.FromString,
-            options,
-            channel_credentials,
-            insecure,
-            call_credentials,
-            compression,
-            wait_for_ready,
-            timeout,
-            metadata,
-            _registered_method=True)
-
-
-class DecodeNodeStub(object):
-    """The token phase. Every worker serves it.
-    """
-
-    def __init__(self, channel):
-        """Constructor.
-
-        Args:
-            channel: A grpc.Channel.
-        """
-        self.Session = channel.stream_stream(
-                '/baton.v1.DecodeNode/Session',
-                request_serializer=baton_dot_v1_dot_node__pb2.DecodeSessionRequest.SerializeToString,
-                response_deserializer=baton_dot_v1_dot_node__pb2.DecodeSessionResponse.FromString,
-                _registered_method=True)
-
-
-class DecodeNodeServicer(object):
-    """The token phase. Every worker serves it.
-    """
-
-    def Session(self, request_iterator, context):
-        """Opens with hello and welcome, then carries every reservation and token of this router.
-        """
-        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
-        context.set_details('Method not implemented!')
-        raise NotImplementedError('Method not implemented!')
-
-
-def add_DecodeNodeServicer_to_server(servicer, server):
-    rpc_method_handlers = {
-            'Session': grpc.stream_stream_rpc_method_handler(
-                    servicer.Session,
-                    request_deserializer=baton_dot_v1_dot_node__pb2.DecodeSessionRequest.FromString,
-                    response_serializer=baton_dot_v1_dot_node__pb2.DecodeSessionResponse.SerializeToString,
-            ),
-    }
-    generic_handler = grpc.method_handlers_generic_handler(
-            'baton.v1.DecodeNode', rpc_method_handlers)
-    server.add_generic_rpc_handlers((generic_handler,))
-    server.add_registered_method_handlers('baton.v1.DecodeNode', rpc_method_handlers)
-
-
- # This class is part of an EXPERIMENTAL API.
-class DecodeNode(object):
-    """The token phase. Every worker serves it.
-    """
-
-    @staticmethod
-    def Session(request_iterator,
-            target,
-            options=(),
-            channel_credentials=None,
-            call_credentials=None,
-            insecure=False,
-            compression=None,
-            wait_for_ready=None,
-            timeout=None,
-            metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
-            target,
-            '/baton.v1.DecodeNode/Session',
-            baton_dot_v1_dot_node__pb2.DecodeSessionRequest.SerializeToString,
-            baton_dot_v1_dot_node__pb2.DecodeSessionResponse.FromString,
+            '/baton.v1.Node/Session',
+            baton_dot_v1_dot_node__pb2.SessionRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.SessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

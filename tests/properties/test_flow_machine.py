@@ -59,8 +59,8 @@ class FlowMachine(RuleBasedStateMachine):
         self.channels: dict[tuple[str, bool, str], deque[f.Event]] = {}
         self.reserve_requests: list[f.SendReserve] = []
         # Attempts: sequence id -> who was told to work on it, and who was told to stop.
-        self.told: dict[str, set[tuple[str, bool]]] = {}
-        self.cancelled: dict[str, set[tuple[str, bool]]] = {}
+        self.told: dict[str, set[str]] = {}
+        self.cancelled: dict[str, set[str]] = {}
         self.announced: set[str] = set()
         self.refused: set[str] = set()
         self.lost: Counter[tuple[str, str]] = Counter()
@@ -86,13 +86,13 @@ class FlowMachine(RuleBasedStateMachine):
             case f.Deliver():
                 self.delivered += action.token_ids
             case f.SendReserve():
-                self.told.setdefault(action.spec.sequence_id, set()).add((action.node_id, True))
+                self.told.setdefault(action.spec.sequence_id, set()).add(action.node_id)
                 self.reserve_requests.append(action)
             case f.SendRun():
-                self.told.setdefault(action.spec.sequence_id, set()).add((action.node_id, False))
+                self.told.setdefault(action.spec.sequence_id, set()).add(action.node_id)
                 self.node_runs(action)
             case f.SendCancel():
-                self.cancelled.setdefault(action.sequence_id, set()).add((action.node_id, action.is_decode))
+                self.cancelled.setdefault(action.sequence_id, set()).add(action.node_id)
             case f.Detach():
                 self.detached[action.sequence_id] += 1
             case f.End():
@@ -288,8 +288,8 @@ class FlowMachine(RuleBasedStateMachine):
             assert self.detached[sequence_id] == 1, f"{sequence_id} is let go exactly once"
             if sequence_id in self.announced or sequence_id in self.refused:
                 continue
-            for node_id, is_decode in who:
-                is_told = (node_id, is_decode) in self.cancelled.get(sequence_id, set())
+            for node_id in who:
+                is_told = node_id in self.cancelled.get(sequence_id, set())
                 assert is_told or self.lost[(sequence_id, node_id)], f"{node_id} still works on {sequence_id}"
 
 

@@ -15,6 +15,7 @@ from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, TransferFailed
 from baton.server import GrpcServer
+from baton.timeline import Timeline
 from baton.types import (
     KvLayout,
     Lease,
@@ -31,7 +32,7 @@ from engine.blocks import BlockPool
 from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
-from worker.admin import DecodeSessions, PrefillSessions
+from worker.admin import NodeServicer, add_sessions_of_protocol_1
 from worker.service import NodeService
 from worker.session import SessionConfig
 
@@ -173,9 +174,9 @@ class Node:
             defects=Defects(logging.getLogger("test"), clock),
             session_config=session_config,
         )
-        prefill, decode = PrefillSessions(self.service), DecodeSessions(self.service)
-        self.server.add(node_pb2_grpc.add_PrefillNodeServicer_to_server, prefill, "baton.v1.PrefillNode")
-        self.server.add(node_pb2_grpc.add_DecodeNodeServicer_to_server, decode, "baton.v1.DecodeNode")
+        admin = NodeServicer(self.service, lambda grace_s: grace_s, Timeline(), clock)
+        self.server.add(node_pb2_grpc.add_NodeServicer_to_server, admin, "baton.v1.Node")
+        self.server.add(add_sessions_of_protocol_1, admin)
 
     @property
     def num_used(self) -> int:
@@ -211,16 +212,15 @@ async def running_node(
 class Router:
     """The router's end of one session; every message is split into the items of the wanted kinds."""
 
-    def __init__(self, call: Any, request_type: Any) -> None:
+    def __init__(self, call: Any) -> None:
         self._call = call
-        self._request_type = request_type
         self.inbox: asyncio.Queue[tuple[str, Any]] = asyncio.Queue()
         self.messages: list[Any] = []
         self.statuses: list[float] = []
         self._opened = asyncio.Event()
 
     async def send(self, **message: Any) -> None:
-        await self._call.write(self._request_type(**message))
+        await self._call.write(node_pb2.SessionRequest(**message))
 
     async def hello(self, router_id: str = "r0", version: int = PROTOCOL_VERSION) -> Any:
         await self.send(
@@ -251,14 +251,14 @@ class Router:
             self._opened.set()
 
     async def run(self, sequence: SequenceSpec, lease: Lease | None = None) -> None:
-        message = node_pb2.PrefillSessionRequest.Run(sequence=codec.sequence_to_pb(sequence))
+        message = node_pb2.SessionRequest.Run(sequence=codec.sequence_to_pb(sequence))
         if lease is not None:
             message.lease.CopyFrom(codec.lease_to_pb(lease))
         await self.send(run=message)
 
     async def reserve(self, sequence: SequenceSpec, ttl_s: float = 20.0, prefill_node_id: str = "p9") -> None:
         await self.send(
-            reserve=node_pb2.DecodeSessionRequest.Reserve(
+            reserve=node_pb2.SessionRequest.Reserve(
                 sequence=codec.sequence_to_pb(sequence), ttl_s=ttl_s, prefill_node_id=prefill_node_id
             )
         )
@@ -311,14 +311,14 @@ class Router:
 
 
 @asynccontextmanager
-async def session(address: str, kind: str, *, reads: bool = True) -> AsyncIterator[Router]:
+async def session(address: str, *, reads: bool = True, path: str = "/baton.v1.Node/Session") -> AsyncIterator[Router]:
     async with grpc.aio.insecure_channel(address) as channel:
-        if kind == "prefill":
-            call = node_pb2_grpc.PrefillNodeStub(channel).Session()
-            router = Router(call, node_pb2.PrefillSessionRequest)
-        else:
-            call = node_pb2_grpc.DecodeNodeStub(channel).Session()
-            router = Router(call, node_pb2.DecodeSessionRequest)
+        call = channel.stream_stream(
+            path,
+            request_serializer=node_pb2.SessionRequest.SerializeToString,
+            response_deserializer=node_pb2.SessionResponse.FromString,
+        )()
+        router = Router(call)
         reader = asyncio.create_task(router.read()) if reads else None
         try:
             yield router

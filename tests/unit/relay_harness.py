@@ -148,8 +148,8 @@ async def pair(tmp_path: Path, **settings: Any) -> AsyncIterator[Pair]:
     async with AsyncExitStack() as stack:
         p = await stack.enter_async_context(worker(tmp_path, "p0", Role.PREFILL, **of("prefill_")))
         d = await stack.enter_async_context(worker(tmp_path, "d0", Role.DECODE, **of("decode_")))
-        to_prefill = await stack.enter_async_context(session(p.address, "prefill"))
-        to_decode = await stack.enter_async_context(session(d.address, "decode"))
+        to_prefill = await stack.enter_async_context(session(p.address))
+        to_decode = await stack.enter_async_context(session(d.address))
         await to_prefill.hello()
         await to_decode.hello()
         yield Pair(p, d, to_prefill, to_decode)

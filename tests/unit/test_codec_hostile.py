@@ -82,15 +82,15 @@ async def test_what_a_lying_node_says_makes_no_label_and_no_sum_that_is_no_numbe
         await until(lambda: dispatcher.is_ready)
         prefill, decode = (x.address for x in dispatcher.nodes.members)
         nan = float("nan")
-        done = node_pb2.PrefillSessionResponse.PrefillDone(sequence_id="s", queue_s=nan, compute_s=-1.0)
+        done = node_pb2.SessionResponse.PrefillDone(sequence_id="s", queue_s=nan, compute_s=-1.0)
         defects = Defects(logging.getLogger("test"), MonotonicClock(), dispatcher._metrics.defects.add)
         reader = Reader("prefill-0", prefill, defects)
-        dispatcher.nodes.on_message(prefill, reader.prefill(node_pb2.PrefillSessionResponse(prefills=[done])), None)
-        joined = node_pb2.DecodeSessionResponse.Joined(sequence_id="s", wait_s=nan)
+        dispatcher.nodes.on_message(prefill, reader.events(node_pb2.SessionResponse(prefills=[done])), None)
+        joined = node_pb2.SessionResponse.Joined(sequence_id="s", wait_s=nan)
         failure = pb.Failure(code="a label\nof mine", message="line\nbreak")
         refused = node_pb2.SequenceFailed(sequence_id="s\n" * 2000, failure=failure)
-        said = node_pb2.DecodeSessionResponse(joined=[joined], refused=[refused])
-        dispatcher.nodes.on_message(decode, Reader("decode-0", decode, defects).decode(said), None)
+        said = node_pb2.SessionResponse(joined=[joined], refused=[refused])
+        dispatcher.nodes.on_message(decode, Reader("decode-0", decode, defects).events(said), None)
         assert refusals(dispatcher) == {"InternalError"}
         (line,) = [x.getMessage() for x in caplog.records if "refused a reservation" in x.message]
         assert "\n" not in line

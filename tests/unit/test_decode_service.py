@@ -33,7 +33,7 @@ async def to_running(node: Node, router: Router, sequence: SequenceSpec) -> None
 
 
 async def test_reserve_arrive_and_decode_to_the_end() -> None:
-    async with running_node() as node, session(node.address, "decode") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         sequence = spec("a", 10, max_tokens=9)
         await router.reserve(sequence, ttl_s=7.0)
@@ -49,7 +49,7 @@ async def test_reserve_arrive_and_decode_to_the_end() -> None:
 
 
 async def test_the_lease_time_is_within_limits() -> None:
-    async with running_node() as node, session(node.address, "decode") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         for number, asked_s in enumerate((0.0, 5.0, 1e9)):
             await router.reserve(spec(f"s{number}"), ttl_s=asked_s)
@@ -58,7 +58,7 @@ async def test_the_lease_time_is_within_limits() -> None:
 
 
 async def test_a_full_pool_refuses_and_takes_again() -> None:
-    async with running_node(num_blocks=8) as node, session(node.address, "decode") as router:
+    async with running_node(num_blocks=8) as node, session(node.address) as router:
         await router.hello()
         await router.reserve(spec("a", 20))
         await router.next("reserved")
@@ -78,7 +78,7 @@ async def test_a_full_pool_refuses_and_takes_again() -> None:
 @pytest.mark.parametrize("leave", ["cancel", "twice", "drop"])
 @pytest.mark.parametrize("phase", ["leased", "running", "generating"])
 async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
-    async with running_node(step_delay_s=0.01) as node, session(node.address, "decode") as router:
+    async with running_node(step_delay_s=0.01) as node, session(node.address) as router:
         await router.hello()
         sequence = spec("a", 10, max_tokens=150)
         if phase == "leased":
@@ -110,7 +110,7 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
 
 
 async def test_an_expired_lease_is_told_before_its_blocks_are_free() -> None:
-    async with running_node() as node, session(node.address, "decode") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.reserve(spec("a", 10), prefill_node_id="p7")
         await router.next("reserved")
@@ -124,7 +124,7 @@ async def test_an_expired_lease_is_told_before_its_blocks_are_free() -> None:
 
 
 async def test_a_first_token_that_does_not_fit_is_refused() -> None:
-    async with running_node() as node, session(node.address, "decode") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.reserve(spec("a", 10))
         await router.next("reserved")
@@ -137,7 +137,7 @@ async def test_a_first_token_that_does_not_fit_is_refused() -> None:
 
 
 async def test_a_failed_step_is_told_and_others_go_on() -> None:
-    async with running_node(step_delay_s=0.01) as node, session(node.address, "decode") as router:
+    async with running_node(step_delay_s=0.01) as node, session(node.address) as router:
         await router.hello()
         await to_running(node, router, spec("a", 10, max_tokens=100))
         await router.next("tokens")
@@ -156,7 +156,7 @@ async def test_a_failed_step_is_told_and_others_go_on() -> None:
 
 
 async def test_preemption_under_memory_pressure_changes_no_token() -> None:
-    async with running_node(num_blocks=14) as node, session(node.address, "decode") as router:
+    async with running_node(num_blocks=14) as node, session(node.address) as router:
         await router.hello()
         sequences = [spec(f"s{n}", 9 + n, max_tokens=30) for n in range(4)]
         for sequence in sequences:

@@ -13,7 +13,7 @@ from kvtransfer_pair import Inbox, describe, pair, token
 from node_harness import LAYOUT, VOCAB, Node, Router, lease_for, running_node, session, spec
 from test_decode_service import arrive, fill, to_running
 
-from baton import codec
+from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InternalError, TransferFailed
@@ -69,7 +69,7 @@ async def tokens_of(router: Router, name: str) -> list[int]:
 )
 @pytest.mark.parametrize("max_tokens", [1, 50])
 async def test_a_token_that_cannot_be_taken_in_or_said(nonsense: Any, max_tokens: int) -> None:
-    async with running_node(step_delay_s=0.005) as node, session(node.address, "prefill") as router:
+    async with running_node(step_delay_s=0.005) as node, session(node.address) as router:
         await router.hello()
         node.runner.nonsense["bad"] = nonsense
         good = spec("good", max_tokens=60)
@@ -83,7 +83,7 @@ async def test_a_token_that_cannot_be_taken_in_or_said(nonsense: Any, max_tokens
 
 
 async def test_a_push_that_cannot_be_begun_or_told() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         node.sender.error = BOOM
         await router.run(spec("a"), lease_for("a"))
@@ -101,7 +101,7 @@ async def test_a_push_that_cannot_be_begun_or_told() -> None:
 
 
 async def test_a_lease_that_cannot_be_granted() -> None:
-    async with running_node() as node, session(node.address, "decode") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         node.receiver.error = BOOM
         await router.reserve(spec("a"))
@@ -115,7 +115,7 @@ async def test_a_lease_that_cannot_be_granted() -> None:
 
 
 async def test_a_decoded_token_that_cannot_be_said_gives_its_blocks_back() -> None:
-    async with running_node(step_delay_s=0.005) as node, session(node.address, "decode") as router:
+    async with running_node(step_delay_s=0.005) as node, session(node.address) as router:
         await router.hello()
         good = spec("good", 10, max_tokens=60)
         await to_running(node, router, good)
@@ -131,7 +131,7 @@ async def test_a_decoded_token_that_cannot_be_said_gives_its_blocks_back() -> No
 
 
 async def test_the_engine_survives_what_it_tells_others() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         node.runner.forget_error = BOOM
         for name in ("a", "b", "c"):
@@ -176,12 +176,12 @@ async def test_a_request_that_nobody_foresaw_costs_no_session() -> None:
     host = SessionHost(owner, clock=MonotonicClock(), defects=defects)
 
     async def requests() -> Any:
-        yield node_pb2.PrefillSessionRequest(hello=node_pb2.SessionHello(router_id="r", protocol_version=1))
+        yield node_pb2.SessionRequest(hello=node_pb2.SessionHello(router_id="r", protocol_version=PROTOCOL_VERSION))
         for name in ("a", "bad", "b"):
-            yield node_pb2.PrefillSessionRequest(cancel=node_pb2.Cancel(sequence_id=name))
+            yield node_pb2.SessionRequest(cancel=node_pb2.Cancel(sequence_id=name))
 
     async with asyncio.timeout(5.0):
-        await host.serve(requests(), Context(), node_pb2.PrefillSessionResponse)  # type: ignore[arg-type]
+        await host.serve(requests(), Context())  # type: ignore[arg-type]
     assert owner.heard == ["a", "bad", "b"]
     assert (owner.ended, places) == (1, ["session"])
 

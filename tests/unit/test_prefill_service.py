@@ -12,7 +12,7 @@ from engine.fake import expected_tokens
 
 
 async def test_without_a_lease_every_token_comes_from_here() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         for number in range(4):
             await router.run(spec(f"s{number}", 3 + number * 5, max_tokens=9))
@@ -35,7 +35,7 @@ async def test_without_a_lease_every_token_comes_from_here() -> None:
 
 
 async def test_logprobs_and_resumed_tokens_pass_through() -> None:
-    async with running_node(step_delay_s=0.02) as node, session(node.address, "prefill") as router:
+    async with running_node(step_delay_s=0.02) as node, session(node.address) as router:
         await router.hello()
         fresh = spec("a", 7, max_tokens=8, logprobs=2)
         whole = expected_tokens(fresh, LAYOUT, VOCAB)
@@ -50,7 +50,7 @@ async def test_logprobs_and_resumed_tokens_pass_through() -> None:
 
 
 async def test_handed_off_blocks_are_held_until_the_commit() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.run(spec("a", 9), lease_for("a"))
         tokens = await router.next("tokens")
@@ -73,7 +73,7 @@ async def test_handed_off_blocks_are_held_until_the_commit() -> None:
 async def test_the_first_token_can_end_the_request(how: str, handed_off: bool) -> None:
     first = expected_tokens(spec("a", 9), LAYOUT, VOCAB)[0]
     sequence = spec("a", 9, stop_token_ids=(first,)) if how == "stop" else spec("a", 9, max_tokens=1)
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.run(sequence, lease_for("a") if handed_off else None)
         tokens = await router.next("tokens")
@@ -93,7 +93,7 @@ async def test_the_first_token_can_end_the_request(how: str, handed_off: bool) -
 async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
     """Blocks stay until the push is quiet, then the ledger is at its baseline; nothing more is heard."""
     async with running_node(step_delay_s=0.02) as node:
-        async with session(node.address, "prefill") as router:
+        async with session(node.address) as router:
             await router.hello()
             push: SteeredPush | None = None
             if phase == "queued":
@@ -136,7 +136,7 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
 
 
 async def test_cancel_stops_a_long_prompt_within_one_chunk() -> None:
-    async with running_node(step_delay_s=0.03) as node, session(node.address, "prefill") as router:
+    async with running_node(step_delay_s=0.03) as node, session(node.address) as router:
         await router.hello()
         await router.run(spec("long", 190), lease_for("long"))
         await node.until(lambda: node.runner.num_steps >= 2)
@@ -149,7 +149,7 @@ async def test_cancel_stops_a_long_prompt_within_one_chunk() -> None:
 
 @pytest.mark.parametrize("phase", ["computing", "committing"])
 async def test_a_dead_decode_node_is_blamed_at_once(phase: str) -> None:
-    async with running_node(step_delay_s=0.02) as node, session(node.address, "prefill") as router:
+    async with running_node(step_delay_s=0.02) as node, session(node.address) as router:
         await router.hello()
         await router.run(spec("a", 9 if phase == "committing" else 150), lease_for("a"))
         async with asyncio.timeout(WAIT_S):
@@ -167,7 +167,7 @@ async def test_a_dead_decode_node_is_blamed_at_once(phase: str) -> None:
 
 
 async def test_a_push_that_cannot_begin_and_a_step_that_fails() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         node.sender.error = Incompatible("fingerprint is a here and b there")
         await router.run(spec("a"), lease_for("a"))
@@ -186,7 +186,7 @@ async def test_a_push_that_cannot_begin_and_a_step_that_fails() -> None:
 
 
 async def test_what_cannot_be_served_is_refused_and_the_session_lives() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.run(spec("long", 195, max_tokens=6))
         failed = await router.next("failed")
@@ -195,7 +195,7 @@ async def test_what_cannot_be_served_is_refused_and_the_session_lives() -> None:
         await router.run(spec("ids", 5, stop_token_ids=(VOCAB,)))
         assert (await router.next("failed")).failure.code == "InvalidRequest"
         bad = common_pb2.Sequence(sequence_id="bad", prompt_token_ids=[1])
-        await router.send(run=node_pb2.PrefillSessionRequest.Run(sequence=bad))
+        await router.send(run=node_pb2.SessionRequest.Run(sequence=bad))
         failed = await router.next("failed")
         assert (failed.sequence_id, failed.failure.code) == ("bad", "InvalidRequest")
         await router.cancel("never heard of")
@@ -204,7 +204,7 @@ async def test_what_cannot_be_served_is_refused_and_the_session_lives() -> None:
 
 
 async def test_draining_refuses_and_says_so() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         node.replica.drain()
         await router.run(spec("a"))

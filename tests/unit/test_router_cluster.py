@@ -140,8 +140,7 @@ async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dia
         member = router.dispatcher.nodes.membership.members[node.address]
         node.is_draining = True
         await until(lambda: member.state is State.DRAINING)
-        node.end_sessions(is_prefill=True)
-        node.end_sessions(is_prefill=False)
+        node.end_sessions()
         await until(lambda: member.state is State.LEFT)
         await node.die()
         await until(lambda: member.failures > 3)
@@ -515,8 +514,13 @@ async def test_the_last_tokens_of_a_node_that_leaves_are_not_lost() -> None:
         asked = asyncio.create_task(complete(router, [1, 2, 3], max_tokens=30, seed=7))
         await until(lambda: any(n.seen["joined"] for n in cluster.nodes.values()))
         leaving = next(n for n in cluster.nodes.values() if n.seen["joined"])
-        # Its two sessions do not end at the same moment: the second still carries tokens.
-        leaving.end_sessions(is_prefill=True)
+        # All tokens that it has left are under way when it says goodbye.
+        leaving.stall()
+        while leaving.status().num_running:
+            leaving._decode_step()
+        for session in leaving._sessions:
+            session.flush(is_muted=False)
+        leaving.end_sessions()
         done = await asked
         assert (done.relay.attempts, done.relay.decode_node_id) == (1, leaving.node_id)
         assert done.token_ids == expected([1, 2, 3], 7, 30)

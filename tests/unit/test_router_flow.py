@@ -106,7 +106,7 @@ def test_a_settling_answer_is_moved_by_nothing_else() -> None:
 
 def test_first_token_that_ends_it_gives_the_lease_back() -> None:
     last = prefilling().handle(tokens("p", 0, 99, finish=FinishReason.STOP), 1.0)
-    assert f.SendCancel("d", "r/0/0", True, "finished") in last
+    assert f.SendCancel("d", "r/0/0", "finished") in last
     assert last[-1] == finished(FinishReason.STOP)
 
 
@@ -120,7 +120,7 @@ def test_hole_that_stays_is_a_failure() -> None:
     flow = prefilling()
     flow.handle(tokens("d", 1, 8), 1.0)
     actions = flow.handle(f.Tick(), flow.wake_at_s)
-    assert f.SendCancel("d", "r/0/0", True, "Unavailable") in actions
+    assert f.SendCancel("d", "r/0/0", "Unavailable") in actions
     assert actions[-1] == f.Enqueue(is_rerun=True)
 
 
@@ -139,7 +139,7 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
     flow.handle(tokens("p", 0, 7), 1.0)
     actions = flow.handle(f.NodeLost("d", "killed"), 2.0)
     assert actions == [
-        f.SendCancel("p", "r/0/0", False, "NodeLost"),
+        f.SendCancel("p", "r/0/0", "NodeLost"),
         f.Detach("r/0/0"),
         f.AttemptFailed("r/0/0", FailedAttempt("p", "d", "d", "NodeLost", "node d was lost: killed", 2.0, 1.0)),
         f.Enqueue(is_rerun=True),
@@ -179,8 +179,8 @@ def test_refusals_use_up_no_attempt_and_are_not_hammered() -> None:
 
 def test_cancel_reaches_both_nodes() -> None:
     actions = prefilling().handle(f.Cancel("left"), 1.0)
-    assert f.SendCancel("p", "r/0/0", False, "left") in actions
-    assert f.SendCancel("d", "r/0/0", True, "left") in actions
+    assert f.SendCancel("p", "r/0/0", "left") in actions
+    assert f.SendCancel("d", "r/0/0", "left") in actions
 
 
 def test_attempts_run_out_with_the_last_failure() -> None:
@@ -202,7 +202,7 @@ def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_nobody() -
     assert end.outcome.error is not None
     assert (end.outcome.error.code, end.outcome.error.message) == ("BadLogits", "NaN at token 2")
     assert not any(isinstance(a, f.PairFailed | f.Enqueue) for a in actions)
-    assert f.SendCancel("d", "r/0/0", True, "BadLogits") in actions
+    assert f.SendCancel("d", "r/0/0", "BadLogits") in actions
 
 
 def test_waiting_for_any_node_has_an_end_that_a_new_node_lifts() -> None:

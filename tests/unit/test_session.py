@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_harness import WAIT_S, lease_for, running_node, session, spec
 
+from baton import PROTOCOL_VERSION
 from baton.errors import BadConfig, NoBlocks, Overloaded, Unavailable
 from baton.server import GrpcServer, rich_status
 from baton.types import FinishReason, TokenChunk
@@ -17,9 +18,8 @@ from worker.session import Outbox, SessionConfig
 from worker.session_codec import Composer
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
-async def test_hello_is_answered_with_who_and_how_busy(kind: str) -> None:
-    async with running_node() as node, session(node.address, kind) as router:
+async def test_hello_is_answered_with_who_and_how_busy() -> None:
+    async with running_node() as node, session(node.address) as router:
         welcome = await router.hello()
         assert welcome.welcome.node.node_id == "n0"
         assert welcome.welcome.node.incarnation == 5
@@ -28,7 +28,7 @@ async def test_hello_is_answered_with_who_and_how_busy(kind: str) -> None:
 
 
 async def test_status_comes_at_least_every_quarter_second_idle_and_busy() -> None:
-    async with running_node(step_delay_s=0.002) as node, session(node.address, "prefill") as router:
+    async with running_node(step_delay_s=0.002) as node, session(node.address) as router:
         await router.hello()
         await router.silence(0.7)
         await router.run(spec("a", 9, max_tokens=150))
@@ -40,10 +40,9 @@ async def test_status_comes_at_least_every_quarter_second_idle_and_busy() -> Non
         assert max(gaps) < 1.0
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
-async def test_a_session_that_opens_wrong_is_refused_with_details(kind: str) -> None:
+async def test_a_session_that_opens_wrong_is_refused_with_details() -> None:
     async with running_node() as node:
-        async with session(node.address, kind) as router:
+        async with session(node.address) as router:
             await router.cancel("a")
             code, details, trailing = await router.ended()
             assert code is grpc.StatusCode.INVALID_ARGUMENT
@@ -53,32 +52,43 @@ async def test_a_session_that_opens_wrong_is_refused_with_details(kind: str) -> 
             info = error_details_pb2.ErrorInfo()
             assert rich.details[0].Unpack(info)
             assert (info.reason, info.domain) == ("InvalidRequest", "baton")
-        async with session(node.address, kind) as router:
+        async with session(node.address) as router:
             await router.hello(version=99)
             code, details, _ = await router.ended()
             assert code is grpc.StatusCode.FAILED_PRECONDITION
-            assert "protocol 99, this node 1" in details
-        async with session(node.address, kind) as router:
+            assert f"protocol 99, this node {PROTOCOL_VERSION}" in details
+        async with session(node.address) as router:
             await router.hello(router_id="")
             assert (await router.ended())[0] is grpc.StatusCode.INVALID_ARGUMENT
-        async with session(node.address, kind) as router:
+        async with session(node.address) as router:
             await router.hello()
-            await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=1))
+            await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=PROTOCOL_VERSION))
             assert (await router.ended())[0] is grpc.StatusCode.INVALID_ARGUMENT
+
+
+@pytest.mark.parametrize("phase", ["PrefillNode", "DecodeNode"])
+async def test_a_router_of_protocol_1_is_refused_with_both_versions(phase: str) -> None:
+    """It opens a session for each phase, with the same hello."""
+    async with running_node() as node, session(node.address, path=f"/baton.v1.{phase}/Session") as router:
+        await router.hello(version=1)
+        code, details, trailing = await router.ended()
+        assert code is grpc.StatusCode.FAILED_PRECONDITION
+        assert details == f"router r0 speaks protocol 1, this node {PROTOCOL_VERSION}"
+        assert trailing["baton-error-code"] == "Incompatible"
 
 
 async def test_a_silent_caller_is_dropped() -> None:
     config = SessionConfig(hello_timeout_s=0.05)
-    async with running_node(session_config=config) as node, session(node.address, "prefill") as router:
+    async with running_node(session_config=config) as node, session(node.address) as router:
         assert (await router.ended())[0] is grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 async def test_a_router_that_reconnects_ends_its_first_session_and_what_ran_in_it() -> None:
     async with (
         running_node(step_delay_s=0.01) as node,
-        session(node.address, "prefill") as first,
-        session(node.address, "prefill") as other,
-        session(node.address, "prefill") as second,
+        session(node.address) as first,
+        session(node.address) as other,
+        session(node.address) as second,
     ):
         await first.hello("r0")
         await other.hello("r1")
@@ -95,9 +105,8 @@ async def test_a_router_that_reconnects_ends_its_first_session_and_what_ran_in_i
         await other.next("tokens")
 
 
-@pytest.mark.parametrize("kind", ["prefill", "decode"])
-async def test_goodbye_ends_the_session_in_good_order(kind: str) -> None:
-    async with running_node() as node, session(node.address, kind) as router:
+async def test_goodbye_ends_the_session_in_good_order() -> None:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router._call.done_writing()
         async with asyncio.timeout(WAIT_S):
@@ -106,8 +115,8 @@ async def test_goodbye_ends_the_session_in_good_order(kind: str) -> None:
 
 async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> None:
     config = SessionConfig(max_outbox_items=50, write_timeout_s=0.3, max_message_items=10)
-    async with running_node(session_config=config) as node, session(node.address, "prefill", reads=False) as router:
-        await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=1))
+    async with running_node(session_config=config) as node, session(node.address, reads=False) as router:
+        await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=PROTOCOL_VERSION))
         # Nothing is read: answers pile up until flow control stops the stream, then the node gives the session up. It
         # can tell nobody, for its last word would have to pass the same full stream.
         try:
@@ -122,7 +131,7 @@ async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> N
             pass
         await node.until(lambda: not node.service.sessions.numbers)
         assert node.service.num_sequences == 0
-        async with session(node.address, "prefill") as healthy:
+        async with session(node.address) as healthy:
             await healthy.hello()
             await healthy.run(spec("a", max_tokens=2))
             assert len(await healthy.tokens()) == 2
@@ -149,7 +158,7 @@ async def test_outbox_is_bounded_and_batches() -> None:
 
 
 def test_chunks_of_one_message_are_merged_by_sequence() -> None:
-    composer = Composer(node_pb2.DecodeSessionResponse())
+    composer = Composer()
     composer.add(TokenChunk("a", 0, (1,)))
     composer.add(TokenChunk("b", 5, (9,)))
     composer.add(TokenChunk("a", 1, (2,)))
@@ -162,7 +171,7 @@ def test_chunks_of_one_message_are_merged_by_sequence() -> None:
 async def test_health_reflection_and_a_taken_port() -> None:
     async with running_node() as node, grpc.aio.insecure_channel(node.address) as channel:
         health = health_pb2_grpc.HealthStub(channel)
-        for name in ("", "baton.v1.PrefillNode"):
+        for name in ("", "baton.v1.Node"):
             answer = await health.Check(health_pb2.HealthCheckRequest(service=name))
             assert answer.status == health_pb2.HealthCheckResponse.SERVING
         await node.server.set_serving(False)
@@ -177,7 +186,7 @@ async def test_health_reflection_and_a_taken_port() -> None:
 
 
 async def test_a_message_over_the_limit_is_refused() -> None:
-    async with running_node() as node, session(node.address, "prefill") as router:
+    async with running_node() as node, session(node.address) as router:
         await router.hello()
         await router.send(cancel=node_pb2.Cancel(sequence_id="x" * (17 * 1024 * 1024)))
         assert (await router.ended())[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
@@ -198,11 +207,11 @@ async def test_lease_for_another_node_needs_no_session_elsewhere() -> None:
     # Two sessions of different routers share one engine and do not disturb each other.
     async with (
         running_node() as node,
-        session(node.address, "prefill") as one,
-        session(node.address, "decode") as two,
+        session(node.address) as one,
+        session(node.address) as two,
     ):
         await one.hello("r0")
-        await two.hello("r0")
+        await two.hello("r1")
         await one.run(spec("a"), lease_for("a"))
         await two.reserve(spec("b"))
         assert (await two.next("reserved")).sequence_id == "b"

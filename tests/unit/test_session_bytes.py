@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,28 +33,25 @@ leases = st.builds(
 @given(specs, st.floats(0.1, 100), st.text())
 def test_a_reservation_reads_as_it_was_meant(spec: SequenceSpec, ttl_s: float, prefill_id: str) -> None:
     data = session_bytes.encode(SendReserve("decode-0", spec, ttl_s, prefill_id, Prompt(spec.prompt_token_ids)))
-    reserve = node_pb2.DecodeSessionRequest.Reserve(
+    reserve = node_pb2.SessionRequest.Reserve(
         sequence=codec.sequence_to_pb(spec), ttl_s=ttl_s, prefill_node_id=prefill_id
     )
-    assert node_pb2.DecodeSessionRequest.FromString(data) == node_pb2.DecodeSessionRequest(reserve=reserve)
+    assert node_pb2.SessionRequest.FromString(data) == node_pb2.SessionRequest(reserve=reserve)
 
 
 @given(specs, st.none() | leases)
 def test_a_run_reads_as_it_was_meant(spec: SequenceSpec, lease: Lease | None) -> None:
     data = session_bytes.encode(SendRun("prefill-0", spec, lease, Prompt(spec.prompt_token_ids)))
-    run = node_pb2.PrefillSessionRequest.Run(
+    run = node_pb2.SessionRequest.Run(
         sequence=codec.sequence_to_pb(spec), lease=None if lease is None else codec.lease_to_pb(lease)
     )
-    assert node_pb2.PrefillSessionRequest.FromString(data) == node_pb2.PrefillSessionRequest(run=run)
+    assert node_pb2.SessionRequest.FromString(data) == node_pb2.SessionRequest(run=run)
 
 
-@pytest.mark.parametrize("is_decode", [True, False])
-def test_a_cancellation_goes_to_the_session_that_is_named(is_decode: bool) -> None:
-    command = SendCancel("n", "r/0/0", is_decode, "the client left")
-    data = session_bytes.encode(command)
-    assert session_bytes.is_for_decode(command) is is_decode
-    kind = node_pb2.DecodeSessionRequest if is_decode else node_pb2.PrefillSessionRequest
-    assert kind.FromString(data).cancel == node_pb2.Cancel(sequence_id="r/0/0", reason="the client left")
+def test_a_cancellation_reads_as_it_was_meant() -> None:
+    data = session_bytes.encode(SendCancel("n", "r/0/0", "the client left"))
+    cancel = node_pb2.Cancel(sequence_id="r/0/0", reason="the client left")
+    assert node_pb2.SessionRequest.FromString(data) == node_pb2.SessionRequest(cancel=cancel)
 
 
 def test_many_choices_of_a_long_prompt_cost_less_than_a_few_prompts() -> None:

@@ -1,4 +1,4 @@
-"""Two whole workers and a router's two sessions: the relay, and what users of such clusters have met.
+"""Two whole workers and a router's session with each: the relay, and what users of such clusters have met.
 
 The numbers are rows of docs/failures.md: 1 silent prefill, 4-6 cancels and disconnects between phases,
 10 a stalled decode, 12 a soak against an oracle, 20 and 22 transfers that fail silently or stall, 24 ends at token one.
@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from node_harness import WAIT_S, session, spec
 from relay_harness import LAYOUT, Load, Pair, pair, worker
 
+from baton import codec
 from baton.errors import BadConfig
 from baton.server import LIVENESS
 from baton.settings import Given, build
@@ -185,27 +186,35 @@ async def test_12_soak_against_the_oracle(tmp_path: Path, transport: str) -> Non
         await relay.settled()
 
 
-async def test_mixed_load_on_one_worker_shares_one_pool(tmp_path: Path) -> None:
+async def test_one_session_carries_both_phases_of_a_mixed_worker(tmp_path: Path) -> None:
     async with (
         worker(tmp_path, "m0") as mixed,
         worker(tmp_path, "m1") as other,
-        session(mixed.address, "prefill") as p,
-        session(mixed.address, "decode") as d,
-        session(other.address, "prefill") as far,
+        session(mixed.address) as near,
+        session(other.address) as far,
     ):
-        for router in (p, d, far):
-            await router.hello()
-        stays = spec("stays", 50, max_tokens=60)
-        comes = spec("comes", 70, max_tokens=60)
-        await p.run(stays)
-        from baton import codec
-
-        await d.reserve(comes, 20.0, "m1")
-        await far.run(comes, codec.lease_from_pb(await d.next("reserved")))
+        await near.hello()
+        await far.hello()
+        stays, comes = spec("stays", 50, max_tokens=60), spec("comes", 70, max_tokens=60)
+        await near.run(stays)
+        await near.reserve(comes, 20.0, "m1")
+        found: dict[str, list[int]] = {"stays": [], "comes": []}
+        kinds: dict[str, list[str]] = {"stays": [], "comes": []}
+        num_ended = 0
+        async with asyncio.timeout(WAIT_S):
+            while num_ended < 2:
+                kind, item = await near.inbox.get()
+                kinds[item.sequence_id].append(kind)
+                if kind == "tokens":
+                    found[item.sequence_id] += item.token_ids
+                    num_ended += bool(item.finish_reason)
+                elif kind == "reserved":
+                    await far.run(comes, codec.lease_from_pb(item))
         first = list((await far.next("tokens")).token_ids)
-        await d.next("joined")
-        assert first + await d.tokens() == oracle(comes)
-        assert await p.tokens() == oracle(stays)
+        assert first + found["comes"] == oracle(comes)
+        assert found["stays"] == oracle(stays)
+        assert kinds["comes"][:3] == ["reserved", "joined", "tokens"]
+        assert "prefills" in kinds["stays"]
         await mixed.until_ledger({})
         await other.until_ledger({})
 
@@ -214,7 +223,7 @@ async def test_describe_ledger_and_health(tmp_path: Path) -> None:
     async with (
         worker(tmp_path, "p0", Role.PREFILL, step_delay_s=1.2, stall_limit_s=0.3) as p,
         grpc.aio.insecure_channel(p.address) as channel,
-        session(p.address, "prefill") as router,
+        session(p.address) as router,
     ):
         node = node_pb2_grpc.NodeStub(channel)
         health = health_pb2_grpc.HealthStub(channel)
@@ -238,7 +247,7 @@ async def test_describe_ledger_and_health(tmp_path: Path) -> None:
 
 
 async def test_stop_lets_running_sequences_end_and_refuses_new_ones(tmp_path: Path) -> None:
-    async with worker(tmp_path, "m0", step_delay_s=0.01) as mixed, session(mixed.address, "prefill") as router:
+    async with worker(tmp_path, "m0", step_delay_s=0.01) as mixed, session(mixed.address) as router:
         await router.hello()
         sequence = spec("a", 20, max_tokens=40)
         await router.run(sequence)
@@ -266,7 +275,7 @@ async def test_stop_lets_running_sequences_end_and_refuses_new_ones(tmp_path: Pa
 async def test_drain_over_the_network_ends_the_worker_and_can_be_asked_twice(tmp_path: Path) -> None:
     async with (
         worker(tmp_path, "m0", step_delay_s=0.01) as mixed,
-        session(mixed.address, "prefill") as router,
+        session(mixed.address) as router,
         grpc.aio.insecure_channel(mixed.address) as channel,
     ):
         node, health = node_pb2_grpc.NodeStub(channel), health_pb2_grpc.HealthStub(channel)
@@ -319,7 +328,7 @@ async def test_stop_while_the_model_loads_waits_for_nobody() -> None:
 async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None:
     async with (
         worker(tmp_path, "m0", step_delay_s=0.02, grace_s=0.3) as mixed,
-        session(mixed.address, "prefill") as router,
+        session(mixed.address) as router,
     ):
         await router.hello()
         await router.run(spec("a", 20, max_tokens=500))

@@ -91,8 +91,8 @@ async def test_split_equals_colocated(tmp_path: Path, model: Path, transport: st
     async with AsyncExitStack() as stack:
         p = await stack.enter_async_context(worker(tmp_path, "p0", Role.PREFILL, **settings))
         d = await stack.enter_async_context(worker(tmp_path, "d0", Role.DECODE, **settings))
-        to_prefill = await stack.enter_async_context(session(p.address, "prefill"))
-        to_decode = await stack.enter_async_context(session(d.address, "decode"))
+        to_prefill = await stack.enter_async_context(session(p.address))
+        to_decode = await stack.enter_async_context(session(d.address))
         await to_prefill.hello()
         await to_decode.hello()
         split = await Load(Pair(p, d, to_prefill, to_decode), specs, at_once=6).run()

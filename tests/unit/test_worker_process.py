@@ -28,8 +28,8 @@ async def test_2_and_13_prefill_dies_in_mid_prompt_and_decode_neither_leaks_nor_
     async with (
         worker(tmp_path, "d0", Role.DECODE) as d,
         process_worker(tmp_path, "p0", "prefill", step_delay_s=0.2) as p,
-        session(d.address, "decode") as decode,
-        session(p.address, "prefill") as prefill,
+        session(d.address) as decode,
+        session(p.address) as prefill,
     ):
         await decode.hello()
         await prefill.hello()
@@ -50,8 +50,8 @@ async def test_3_decode_dies_and_prefill_frees_its_blocks_in_seconds(tmp_path: P
     async with (
         worker(tmp_path, "p0", Role.PREFILL, step_delay_s=0.2) as p,
         process_worker(tmp_path, "d0", "decode") as d,
-        session(d.address, "decode") as decode,
-        session(p.address, "prefill") as prefill,
+        session(d.address) as decode,
+        session(p.address) as prefill,
     ):
         await decode.hello()
         await prefill.hello()
@@ -69,18 +69,18 @@ async def test_15_a_replacement_on_the_same_address_is_a_new_node(tmp_path: Path
     async with (
         worker(tmp_path, "p0", Role.PREFILL) as p,
         process_worker(tmp_path, "d0", "decode") as d,
-        session(p.address, "prefill") as prefill,
+        session(p.address) as prefill,
     ):
         await prefill.hello()
         sequence = spec("a", 40, max_tokens=5)
-        async with session(d.address, "decode") as decode:
+        async with session(d.address) as decode:
             before = (await decode.hello()).welcome.node.incarnation
             await decode.reserve(sequence, 60.0, "p0")
             stale = codec.lease_from_pb(await decode.next("reserved"))
             await d.kill()
         again = await ProcessWorker.start(tmp_path, "d0", "decode", listen=d.address)
         try:
-            async with session(again.address, "decode") as decode:
+            async with session(again.address) as decode:
                 assert (await decode.hello()).welcome.node.incarnation != before
                 await prefill.run(sequence, stale)
                 item = await prefill.until("failed")
@@ -99,7 +99,7 @@ async def test_15_a_replacement_on_the_same_address_is_a_new_node(tmp_path: Path
 async def test_sigterm_ends_the_process_with_0(tmp_path: Path) -> None:
     async with (
         process_worker(tmp_path, "m0", "mixed", step_delay_s=0.01) as m,
-        session(m.address, "prefill") as router,
+        session(m.address) as router,
     ):
         await router.hello()
         await router.run(spec("a", 20, max_tokens=100))
@@ -111,7 +111,7 @@ async def test_sigterm_ends_the_process_with_0(tmp_path: Path) -> None:
 async def test_a_second_sigterm_stops_at_once(tmp_path: Path) -> None:
     async with (
         process_worker(tmp_path, "m0", "mixed", step_delay_s=0.1) as m,
-        session(m.address, "prefill") as router,
+        session(m.address) as router,
     ):
         await router.hello()
         await router.run(spec("a", 20, max_tokens=500))
@@ -150,7 +150,7 @@ async def cli(*arguments: str) -> tuple[int | None, str]:
 async def test_baton_drain_waits_for_the_end_and_baton_health_tells_before_and_after(tmp_path: Path) -> None:
     async with (
         process_worker(tmp_path, "m0", "mixed", step_delay_s=0.01) as m,
-        session(m.address, "prefill") as router,
+        session(m.address) as router,
     ):
         await router.hello()
         assert await cli("health", m.address) == (0, "healthy\n")
