@@ -1,1 +1,1 @@
-"""The `baton` command: local clusters, workers, the router, and asking them things."""
+"""The `baton` command: local clusters, workers, the router, and requests to them."""

@@ -1,7 +1,7 @@
-"""`python -m cli` is `baton`. The launcher's children are started with this file's path and `python -P`.
+"""`python -m cli` is `baton`. The launcher starts its children with this file's path and `python -P`.
 
-First of all it puts Baton's own folder first on the path. Python has the current folder there (`-m`) or the command's;
-what lies in those is not ours, whatever it is called.
+Its first action is to put Baton's own folder first on the path. Python puts the current folder (`-m`) or the command's
+there, and modules in those must not shadow Baton's.
 """
 
 # Only what Python has loaded already: a `pathlib.py` in the current folder would still be taken for Python's.

@@ -1,4 +1,4 @@
-"""Talk to a running router from a terminal: generate, chat, status, ledger. Starts and stops nothing."""
+"""Terminal commands of a running router: generate, chat, status, ledger. Starts and stops no process."""
 
 from __future__ import annotations
 

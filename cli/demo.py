@@ -1,6 +1,6 @@
-"""`make demo`: a whole cluster, a handful of prompts through both APIs, one relay line each, and a clean end.
+"""`make demo`: starts a cluster, sends prompts through both APIs, prints a relay line for each, and stops it.
 
-Owns what is asked and how it is shown; the cluster is that of `baton up`.
+Owns the prompts and their presentation; the cluster is that of `baton up`.
 """
 
 from __future__ import annotations

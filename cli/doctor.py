@@ -1,4 +1,4 @@
-"""`baton doctor`: what is installed, what will be used, what is missing and how to get it. Changes nothing."""
+"""`baton doctor`: reports what is installed, what will be used, what is missing and how to get it. Changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ask a worker to leave and wait until it has; ask any process how it is. Starts and stops nothing itself."""
+"""Asks a worker to leave and waits until it has; asks a process for its health. Starts and stops no process itself."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What a machine has and lacks for serving, one finding each with how to mend it: `baton doctor`'s look at the system.
-
-Changes nothing.
-"""
+"""Checks this machine for serving: one finding each, with its remedy, for `baton doctor`. Changes nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `baton` command's entry: turns what went wrong into one clear line and an exit code. Knows no command itself."""
+"""The entry of the `baton` command: turns errors into one clear line and an exit code."""
 
 from __future__ import annotations
 

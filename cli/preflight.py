@@ -1,6 +1,5 @@
-"""What a command was told, looked at before anything starts: files, ports, Redis, the model. Each fault is a BadConfig
-that names the option and the cure; nothing is left behind but folders that were asked for.
-"""
+"""Checks a command's settings before anything starts: files, ports, Redis, the model. Each fault is a BadConfig that
+names the option and the remedy; nothing is left behind but the folders that were requested."""
 
 from __future__ import annotations
 

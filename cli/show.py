@@ -1,4 +1,4 @@
-"""How a cluster and its ledger look in a terminal. Asks nobody anything."""
+"""Formats a cluster's status and its ledger for the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _STATE_STYLES = {
     "lost": "red",
 }
 
-# Of a line that nobody looks at in a terminal.
+# Width of output that does not go to a terminal.
 _NO_WIDTH = 10_000
 
 

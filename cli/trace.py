@@ -1,8 +1,8 @@
-"""A cluster's recent past as a Chrome trace, to be opened in ui.perfetto.dev or chrome://tracing.
+"""Writes a cluster's recent past as a Chrome trace, for ui.perfetto.dev or chrome://tracing.
 
-Every node gets a process: its engine steps, its transfers below them with the part that was not hidden behind the
-prompt, and the writes of its threads. Nodes are put on the router's clock by an estimated offset, so what is drawn on
-two nodes may be shifted against each other by the error that the trace's metadata states; every length is one clock's.
+Every node becomes a process: its engine steps, its transfers below them with the part that was not hidden behind the
+prompt, and the writes of its threads. Nodes are put on the router's clock by an estimated offset, so rows of two nodes
+may be shifted by the error that is in the trace's metadata; every duration is measured by one clock.
 """
 
 from __future__ import annotations

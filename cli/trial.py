@@ -1,6 +1,6 @@
-"""Compiles and runs one small kernel of those that a worker would take, for `baton doctor`; says what a compiler lacks.
+"""Compiles and runs one small kernel of the kind that a worker would use, for `baton doctor`.
 
-In a process of its own: an instruction that this processor lacks, or a driver that hangs, ends nothing else.
+It runs in a process of its own: a missing instruction of the processor, or a driver that hangs, ends only that process.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is wrong with a command line, in one sentence, and what was probably meant."""
+"""Describes an error in a command line in one sentence, with a suggestion of what was probably meant."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Receive KV, generate, stream."""
+"""The token phase: receives KV, generates tokens, streams them."""

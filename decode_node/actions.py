@@ -1,4 +1,4 @@
-"""Performs DecodeMachine's actions on one replica and one receiver. Decides nothing itself."""
+"""Performs DecodeMachine's actions on one replica and one receiver."""
 
 from __future__ import annotations
 

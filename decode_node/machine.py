@@ -1,11 +1,10 @@
-"""The token phase as a pure machine: which sequence is where, and what follows from each event.
+"""The token phase as a pure machine: the state of each sequence, and the actions that follow from each event.
 
     reserve -> ASKED -> LEASED -> RUNNING -> gone
                           |
                           +--> ENDING (no writer may come back) --> gone
 
-Law: leased blocks go back only when the receiver says Released, running ones when the engine lets go of them. No I/O,
-clock or threads; ``now`` is handed in.
+Law: leased blocks are returned only when the receiver reports Released, running ones when the engine releases them.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""One model replica: token ids in, token ids and KV blocks out. Knows no network and no tokenizer."""
+"""One model replica: token ids in, token ids and KV blocks out. Has no network and no tokenizer."""

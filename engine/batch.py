@@ -1,4 +1,4 @@
-"""Turns a StepPlan into the index tensors of one forward pass. Knows no weights and computes no activations."""
+"""Turns a StepPlan into the index tensors of one forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which fields of a config.json change nothing, and why: all others are read, off, or refused by name."""
+"""The fields of a config.json that do not affect the result, with reasons. All others are read, off, or refused by
+name."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from baton.fields import Fields
 
 # Fields that do not change what the model computes, by the reason.
 _HARMLESS_BY_REASON: Mapping[str, tuple[str, ...]] = {
-    "notes of whoever saved the file, and how transformers is to run it": (
+    "notes about the file, and options for transformers itself": (
         *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version", "transformers.js_config"),
         *("_attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset"),
         *("attn_implementation", "_flash_attn_2_enabled", "_experts_implementation", "_from_model_config"),
@@ -48,7 +49,7 @@ _SHOWN = 3
 
 
 def refuse_unknown(fields: Fields, *, harmless: frozenset[str] = _HARMLESS) -> None:
-    """Raise for fields that nobody asked for, unless they are ``harmless`` or say that something is off."""
+    """Raise for fields that were never read, unless they are ``harmless`` or switch something off."""
     unknown = {key: value for key, value in fields.unread().items() if not _is_harmless(key, value, harmless)}
     if unknown:
         shown = ", ".join(f"{quoted(key)}: {quoted(value)}" for key, value in list(unknown.items())[:_SHOWN])

@@ -1,8 +1,8 @@
-"""What a step costs by its shape: floating-point operations and bytes of memory. No torch, no measurement.
+"""Computes the floating-point operations and bytes of a step from its shape. No torch, no measurement.
 
-Counted is what the model needs, whatever the kernels do: weights are read once per step, each token's KV once per
-layer, a product of [m, k] and [k, n] is 2 m k n operations. Norms, rotary embedding and sampling are left out: below
-1 % for any model of use.
+These are the needs of the model, whatever the kernels do: weights are read once per step, each token's KV once per
+layer, and a product of [m, k] and [k, n] is 2 m k n operations. Norms, rotary embedding and sampling are omitted: below
+1 % for any practical model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Whole decode steps, tokens drawn and all, recorded once per bucket of (sequences, length) and replayed.
+"""Whole decode steps, sampling included, recorded once per bucket of (sequences, length) and replayed.
 
-Owns the memory that their inputs and results lie in. Without a GPU the same steps run without being recorded. Knows no
-scheduler: who is in which row is the caller's business. One step at a time, in the order of one stream.
+Owns the memory of their inputs and results. Without a GPU the same steps run without being recorded. The caller assigns
+sequences to rows. One step at a time, in the order of one stream.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class StepMemory:
         self.token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device) if drawn is None else drawn
         # What graphs allocate while they run; the largest comes first and the others fit into what it left.
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
-        # The last copy out of ``host``, which nobody writes to before it is done.
+        # The last copy out of ``host``, which must not be written before it is done.
         self.copied = new_event(device)
 
 

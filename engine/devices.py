@@ -1,7 +1,7 @@
-"""What the engine asks of the GPUs that a process sees, and the one way to make a thread use one of them.
+"""The engine's interface to the GPUs that a process sees, and the only way to make a thread use one of them.
 
-A GPU's index is torch's: CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER have been applied to it. All of it is questions and
-calls of one line; what follows from the answers is decided elsewhere and tested on ``FakeDevices``.
+A GPU's index is torch's: CUDA_VISIBLE_DEVICES and CUDA_DEVICE_ORDER have been applied to it. Each method is one line;
+the decisions that follow from the answers are made elsewhere and tested on ``FakeDevices``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class GpuMemory(NamedTuple):
     """Of one GPU, in bytes."""
 
     total_bytes: int
-    # Whoever has the rest.
+    # The rest may belong to any process.
     free_bytes: int
     # What torch's allocator holds for this process, and the most it held since ``settle``.
     taken_bytes: int
@@ -55,7 +55,7 @@ class Devices(Protocol):
         """None: the device's memory is the machine's."""
 
     def settle(self, device: torch.device) -> None:
-        """Wait for the device, give back what nobody uses, and begin a new peak."""
+        """Wait for the device, release unused memory, and begin a new peak."""
 
     def host_memory(self) -> Memory: ...
 

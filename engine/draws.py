@@ -1,9 +1,8 @@
-"""Tells kernels on a device what they have to know to draw sequences' next tokens as engine.sampler would, and turns
-what they drew into results.
+"""Prepares the sampling parameters of sequences for kernels on a device, and converts their results.
 
-What changes the logits of a sequence (biases, bans, penalties and the tokens they count) lies on the device, in a slot
-of its tables. The device counts the token that the step before drew; whatever else a slot lacks, or has too much, is
-written anew from the sequence's tokens: so it is after a preemption, on another node, and when a slot was taken away.
+The state that changes the logits of a sequence (biases, bans, penalties and the tokens they count) is on the device, in
+a slot of its tables. The device counts the token that the previous step drew. If a slot does not hold the right tokens
+(after a preemption, on another node, or when the slot was reused), it is written again from the sequence's tokens.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Where a sequence stands in the schedule: what of it is computed, under way, still to be planned."""
+"""The scheduling state of a sequence: which tokens are computed, in a running step, or still to be planned."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A runner without a model, for tests of everything around it. Deterministic, and true to the KV it is given.
+"""A runner without a model, for tests of everything around it. Deterministic, and dependent on the KV that it reads.
 
-It writes token ids into the KV blocks, layer by layer, and draws the next token from a digest of what it reads back:
-a lost, stale or misplaced block changes the output, just as it would with a real model.
+It writes token ids into the KV blocks, layer by layer, and draws the next token from a digest of what it reads back: a
+lost, stale or misplaced block changes the output, as with a real model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""GPUs for tests without one: names and numbers that are made up, memory that is counted and not there."""
+"""Fake GPUs for tests: invented names and numbers, and memory that is counted but does not exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The KV arena as tensors. Owns no block: who may write where is the scheduler's business."""
+"""The KV arena as tensors. The scheduler decides which block is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16":
 
 
 class DeviceBuffer(Protocol):
-    """Bytes that somebody else has allocated on a GPU."""
+    """GPU memory that was allocated outside the engine."""
 
     @property
     def __cuda_array_interface__(self) -> Mapping[str, object]: ...

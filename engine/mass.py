@@ -1,8 +1,8 @@
-"""The probability of a token as a whole number: sums of such have the same bits in any order, on any machine.
+"""The probability of a token as an integer: sums have the same bits in any order, on any machine.
 
 A mass is 2^y in units of 2^-bits, rounded to nearest; y <= 0 is a logit's distance to the best one in bits. The
-polynomial is evaluated with single IEEE operations, none fused, in the dtype of y, so that every processor that keeps
-to IEEE 754 gets the same number. Kernels have the same steps (engine/kernels/triton/sampling.py).
+polynomial is evaluated with single IEEE operations, none fused, in the dtype of y, so every processor that follows IEEE
+754 gets the same number. Kernels do the same steps (engine/kernels/triton/sampling.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How much memory weights and KV cache take, how much there is, and how much of it the KV cache gets. No torch.
+"""Computes the memory of weights and KV cache, the available memory, and the cache's share of it. No torch.
 
-On a processor all is reckoned before anything is read, within every container's limit. On a GPU it is measured by who
-calls, and the sums are here.
+On a processor everything is computed before any weight is read, within every container's limit. On a GPU the caller
+measures, and this module does the sums.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from engine.config import EngineConfig, ModelConfig
 from engine.cost import CostModel
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
-# Of what weights and activations leave on a processor. Nobody else's memory is known to stay as it is, there is no way
-# back from the kernel's choice whom to kill, and the page cache keeps the model's files for the next start.
+# Share of the memory that remains on a processor after weights and activations. Other processes may grow, the kernel
+# decides which process to kill when memory is short, and the page cache keeps the model's files for the next start.
 _HOST_SHARE = 0.5
 # Python, torch and gRPC beside weights, cache and activations: about 320 MiB were resident in a worker of the demo's
 # model, files that are mapped included.
@@ -67,7 +67,7 @@ def kv_layout(model: ModelConfig, config: EngineConfig, dtype: str, *, kv_bytes:
 
 
 def shown(layout: KvLayout) -> str:
-    """The pool, in every unit that somebody counts in."""
+    """The size of the pool in blocks, tokens and bytes."""
     num_tokens = layout.num_blocks * layout.block_tokens
     size = layout.total_bytes
     if size >= 10 << 30:
@@ -95,9 +95,9 @@ def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> in
 
 
 def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtype: str, *, num_workers: int = 1) -> int:
-    """KV cache of each of ``num_workers`` on a processor if nobody said: half of what weights, activations and
-    processes leave, and no more than ``max_num_seqs`` sequences of full length can use. Raises BadConfig if that is no
-    block.
+    """KV cache of each of ``num_workers`` on a processor if no size was given: half of what remains after weights,
+    activations and processes, and at most what ``max_num_seqs`` sequences of full length can use. Raises BadConfig if
+    that is no block.
 
     Pages of the cache that are never written cost nothing, so a small load does not pay for a generous pool.
     """
@@ -124,7 +124,7 @@ class GpuUse:
 
     name: str
     total_bytes: int
-    # Before this worker loaded anything: by anybody, CUDA's own for this process included.
+    # Used before this worker loaded anything, by all processes, CUDA's own memory for this process included.
     before_bytes: int
     # Most that torch took while weights were loaded and the largest step was computed.
     peak_bytes: int
@@ -175,7 +175,7 @@ def layout_before_loading(
     num_workers: int = 1,
     is_measured: bool = False,
 ) -> KvLayout | None:
-    """The KV cache of each of ``num_workers``; None where nobody said its size and it ``is_measured``, on a GPU.
+    """The KV cache of each of ``num_workers``; None if no size was given and it ``is_measured``, on a GPU.
 
     Raises BadConfig, before anything is read, for what does not fit.
     """
@@ -234,7 +234,7 @@ def _on_the_way(root: Path, path: str, limit_name: str, usage_name: str, cache_n
     for group in (root / own, *(root / parent for parent in own.parents)):
         limit, usage = _number(group / limit_name), _number(group / usage_name)
         if limit is not None and usage is not None:
-            # Pages of files that nobody uses, such as weights that were read and packed, are given back.
+            # Unused file pages, such as weights that were read and packed, can be reclaimed.
             cache = next(
                 (int(x.split()[1]) for x in _lines(group / "memory.stat") if x.startswith(f"{cache_name} ")), 0
             )

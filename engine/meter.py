@@ -1,4 +1,4 @@
-"""What the engine thread counts and records of its steps. Children are bound early; nothing here is per token."""
+"""Counts and records the steps of the engine thread. Metrics are bound early; nothing here runs per token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformer: weights in, logits of the rows that sample out. Owns the order of operations alone."""
+"""The transformer: weights in, logits of the rows that sample out. Defines the order of operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tells transfers which blocks of a sequence are final, layer by layer, while its prompt is computed."""
+"""Reports to transfers, layer by layer, which blocks of a sequence are final while its prompt is computed."""
 
 from __future__ import annotations
 

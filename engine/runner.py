@@ -1,4 +1,4 @@
-"""One model on one device: executes step plans. Owns weights, cache and sampler; never decides what runs when."""
+"""Executes step plans of one model on one device. Owns weights, cache and sampler; the scheduler decides what runs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ class Runner:
         self._graphs = graphs
         # None: the host draws.
         self._draws = draws
-        # In which row the step launched last draws for whom.
+        # Row of each sequence whose token the latest launched step draws.
         self._drawn_rows: dict[str, int] = {}
         self._sampler = Sampler(model_config.vocab_size)
 

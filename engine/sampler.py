@@ -1,10 +1,10 @@
-"""Chooses tokens from logits. Each row is treated alone, and its random number is a function of (seed, position):
-any node can continue any request, and batch neighbours cannot matter.
+"""Samples tokens from logits. Each row is computed alone, and its random number is a function of (seed, position): any
+node can continue any request, and batch neighbours have no effect.
 
-Order: logit_bias, min_tokens, penalties, the sequence's token mask, temperature, min_p, top_k, top_p; what is left is
-drawn in the order of ids. Log-probabilities are those of the raw logits, before any of these. A row that holds a NaN or
-an infinity fails alone; so does one whose changes leave no finite best. Kernels that draw on a device do the same, bit
-for bit: probabilities are whole numbers (engine.mass), all else are IEEE's single operations.
+Order: logit_bias, min_tokens, penalties, the sequence's token mask, temperature, min_p, top_k, top_p; the rest is
+sampled in the order of ids. Log-probabilities are those of the raw logits, before any of these. A row with a NaN or an
+infinity fails alone, and so does one whose changes leave no finite best. Kernels on a device do the same, bit for bit:
+probabilities are integers (engine.mass), all else are single IEEE operations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Which files of a folder hold the weights, whether each is whole, and whether the index agrees with them. No torch."""
+"""Checks the weight files of a folder: which there are, whether each is whole, and whether the index agrees. No
+torch."""
 
 from __future__ import annotations
 

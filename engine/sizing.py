@@ -1,6 +1,6 @@
-"""Measures on a GPU what is left for the KV cache, before there is one: a trial of the largest step, and of recording.
+"""Measures on a GPU how much memory is left for the KV cache, by a trial of the largest step and of recording.
 
-Knows neither model nor runner, which the caller makes ready; the sums are ``engine/memory.py``'s.
+The caller prepares model and runner; ``engine/memory.py`` does the sums.
 """
 
 from __future__ import annotations

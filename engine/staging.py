@@ -1,4 +1,4 @@
-"""The way of host tensors to a device that is computing and back, through pinned memory, so that neither side waits."""
+"""Copies host tensors to a computing device and back through pinned memory, so that neither side waits."""
 
 from __future__ import annotations
 

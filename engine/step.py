@@ -1,4 +1,4 @@
-"""What the scheduler hands to the runner and gets back: live sequences, step plans, drawn tokens. No torch."""
+"""The data between scheduler and runner: live sequences, step plans, sampled tokens. No torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tensors of a model folder by name: which the model has, where each lies, of what shape and type. No torch.
+"""The tensors of a model folder by name: file, offset, shape and type of each. No torch.
 
 A tensor that is missing, superfluous, saved twice or of another shape is refused before any is read.
 """

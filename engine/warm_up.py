@@ -1,6 +1,6 @@
-"""The steps that a runner takes before it serves, so that no kernel is compiled in a step that somebody waits for.
+"""The steps that a runner takes before it serves, so that no kernel is compiled while a request waits.
 
-Knows which shapes of steps there can be, not what is launched for them: that is asked of the kernels.
+Knows the possible shapes of steps; the kernels list the launches for each.
 """
 
 from __future__ import annotations

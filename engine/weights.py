@@ -1,11 +1,11 @@
-"""Reads safetensors checkpoints, memory-mapped, checked name by name; knows the digest that two nodes compare.
+"""Reads safetensors checkpoints, memory-mapped and checked name by name, and computes the digest that nodes compare.
 
-Never converts, quantizes or guesses; engine/tensors refuses what is not the config's. Of tied embeddings the file
-decides, as in transformers: a head that was saved and differs is the model's.
+Never converts or quantizes; engine/tensors refuses tensors that do not match the config. For tied embeddings the file
+decides, as in transformers: a saved head that differs is used.
 
-The digest is over every byte, and made beside the loading, from the pages that it reads anyway. XXH3 with 128 bits
-tells other weights and damaged ones apart; it is no defence against files made up to collide, and who can put such
-files on a node needs no collision. Nothing is kept from one start to the next, so nothing is outdated.
+The digest covers every byte, and is computed while loading, from the pages that the load reads anyway. XXH3 with 128
+bits detects other weights and damaged ones; it does not resist files made to collide, but a person who can put such
+files on a node needs no collision. No digest is kept between starts, so none can be outdated.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Checkpoint(TensorFiles):
         return tensor
 
     def fingerprint(self, config: ModelConfig) -> str:
-        """Digest of ``config``, as ``check`` gave it, and of all weights, independent of sharding; nodes that differ in
-        it never exchange KV. Reads what nobody has asked for yet."""
+        """Digest of ``config``, as returned by ``check``, and of all weights, independent of sharding; nodes with
+        different ones never exchange KV. Reads the tensors that were not read yet."""
         digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
         for name in expected_shapes(config):
             if name not in self._digests:

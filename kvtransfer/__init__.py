@@ -1,1 +1,1 @@
-"""Move KV blocks once, whole or not at all. Knows no model."""
+"""Moves KV blocks from worker to worker, completely or not at all. Independent of the model."""

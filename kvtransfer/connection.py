@@ -1,4 +1,5 @@
-"""A sender's connection to one receiver: gRPC control channel and data wire, opened together and lost together."""
+"""A sender's connection to one receiver: gRPC control channel and data connection, opened together and lost
+together."""
 
 from __future__ import annotations
 

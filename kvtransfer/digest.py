@@ -1,7 +1,7 @@
 """The digest of a layer: xxh3_128 over the xxh3_128 of each segment, a fixed number of blocks in lease order.
 
-A segment's hash does not depend on where its blocks lie nor on how they were written, so both sides hash each one as
-soon as it is there, in any order and in any thread. Owns no memory and starts no thread.
+A segment's hash depends neither on the addresses of its blocks nor on how they were written, so both sides hash each
+one as soon as it is complete, in any order and in any thread.
 """
 
 from __future__ import annotations

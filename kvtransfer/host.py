@@ -1,4 +1,4 @@
-"""Names the memory domain a process lives in: two processes with equal ids can pass a memfd to each other."""
+"""Names the memory domain of a process: two processes with equal ids can pass a memfd to each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NETWORK_NAMESPACE = Path("/proc/self/ns/net")
 def host_id() -> str:
     """Boot id, user id and network namespace: what a shared abstract unix socket with an authenticated peer needs.
 
-    Where the kernel does not tell, the id is random, so that nobody is taken for a neighbour by mistake.
+    Where the kernel does not tell, the id is random, so that no process counts as local by mistake.
     """
     try:
         boot = _BOOT_ID.read_text().strip()

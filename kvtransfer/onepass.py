@@ -1,9 +1,8 @@
-"""xxh3_128 of every segment of a stream of bytes, in the pass that copies it: vector code compiled by LLVM at start-up.
+"""Computes xxh3_128 of every segment of a stream of bytes while copying it: vector code compiled by LLVM at start-up.
 
 Copying with ordinary stores reads the target before it is overwritten, and hashing afterwards loads everything again.
-Here each vector is loaded once, goes into the hash and past the caches to the target. One call does any number of
-segments without the GIL. Owns no memory and starts no thread. Without llvmlite there is none; callers then copy and
-hash by other means, with the same result.
+Here each vector is loaded once, hashed, and stored past the caches. One call does any number of segments without the
+GIL. Without llvmlite callers copy and hash by other means, with the same result.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which bytes go where: block lists of two caches become merged copies. Pure; knows neither memory nor wire."""
+"""Plans the copies of a transfer: block lists of two caches become merged byte ranges. Pure."""
 
 from __future__ import annotations
 

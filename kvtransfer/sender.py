@@ -34,7 +34,7 @@ class SenderObserver:
         """The receiver has taken over."""
 
     def failed(self, error: BatonError) -> None:
-        """A transfer ended without arriving, and nobody had asked for that."""
+        """A transfer failed, and not because it was cancelled."""
 
 
 class Push:

@@ -1,4 +1,4 @@
-"""Hashes what arrived, in worker threads, while the rest is still on its way, and compares it at commit."""
+"""Hashes received bytes in worker threads while the rest is on its way, and compares the hashes at commit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Verifier:
         """The layers whose digest differs. Raises InvalidRequest if there is not one digest per layer."""
         entry = self._entries.get(epoch)
         if entry is None:
-            return ()  # The lease ended while this was on its way; nobody asks any more.
+            return ()  # The lease ended meanwhile; the result is not needed.
         num_layers = self._layout.num_layers
         if len(commit.layer_digests) != num_layers or any(len(d) != DIGEST_BYTES for d in commit.layer_digests):
             raise InvalidRequest(

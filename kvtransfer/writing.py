@@ -1,7 +1,7 @@
-"""The threads' side of a push: which bytes are ready, being written, landed. Owns no protocol and no connection.
+"""The writing threads of a push: tracks which bytes are ready, being written, and landed.
 
 ``layer_ready`` comes from the engine thread and only takes a short lock; the copying happens in the lanes, threads that
-belong to a wire. What happened is told by callbacks, in whatever thread it happened.
+belong to a wire. Results are reported by callbacks, in the thread where they occur.
 """
 
 from __future__ import annotations

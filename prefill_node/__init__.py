@@ -1,1 +1,1 @@
-"""Run prompts and hand their KV off."""
+"""The prompt phase: computes prompts and hands their KV off."""

@@ -1,4 +1,4 @@
-"""Performs PrefillMachine's actions on one replica and one sender. Decides nothing itself."""
+"""Performs PrefillMachine's actions on one replica and one sender."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""The prompt phase as a pure machine: which sequence is where, and what follows from each event.
+"""The prompt phase as a pure machine: the state of each sequence, and the actions that follow from each event.
 
     run -> QUEUED -> COMPUTING -> COMMITTING -> (handed off)
               |          |            |
               +-> gone   +---> ABORTING ---> gone
 
 Without a lease a sequence is QUEUED -> STAYING and decodes here to its end. Law: the blocks of a sequence whose push
-began are released exactly once, when the push was committed or its abort has returned. No I/O, clock or threads.
+began are released exactly once, when the push was committed or its abort has returned.
 """
 
 from __future__ import annotations

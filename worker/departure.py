@@ -1,11 +1,11 @@
-"""How a worker leaves, as a pure machine: load, serve, drain, linger, close. No I/O, clock or threads.
+"""How a worker leaves, as a pure machine: load, serve, drain, linger, close.
 
     LOADING -> SERVING -> DRAINING -> LINGERING -> CLOSED
         |                     |
         +---------------------+--> CLOSED at once: the second signal, or the end of the grace time
 
-Owns no sequence: what is still here is counted elsewhere. It says when new work is refused and when the worker goes,
-and whether something is cut off by that, which the router then runs again elsewhere.
+It decides when new work is refused, when the worker exits, and whether that cuts off requests, which the router then
+runs again on other nodes. It does not track sequences; their number is an input.
 """
 
 from __future__ import annotations

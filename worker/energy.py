@@ -1,7 +1,7 @@
-"""Energy of this worker's hardware, where it can be read: NVML for its GPU, RAPL for the host's processors.
+"""Energy of this worker's hardware, if it can be read: NVML for its GPU, RAPL for the host's processors.
 
-Never estimated: a source that is not there, or that may not be read, says nothing. RAPL counts whole processor
-packages, whoever uses them: two workers on one host see the same joules.
+Nothing is estimated: an unreadable source has no value. RAPL counts whole processor packages with all their processes:
+two workers on one host see the same joules.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Drives `worker.departure`: signals and requests in, the time to leave out. Decides nothing itself."""
+"""Drives `worker.departure`: signals and requests in, the time to leave out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loads a worker's model beside the event loop, in a thread that nobody has to wait for. Knows no model itself."""
+"""Loads a worker's model in a thread beside the event loop; the process can exit without waiting for it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def cuda_device(name: str) -> Device:
 
 
 class Loading:
-    """Loads the model in a thread that nobody has to wait for, and owns the memory of its KV cache."""
+    """Loads the model in a thread that the process need not wait for, and owns the memory of its KV cache."""
 
     def __init__(self, load: Callable[[Allocate], LoadedModel], open_device: Callable[[str], Device]) -> None:
         self._open_device = open_device
@@ -100,7 +100,7 @@ class Loading:
             if not self._model.done():
                 settle(outcome)
 
-        # The loop is closed if the worker has left meanwhile: nobody wants to know any more.
+        # The loop is closed if the worker has left meanwhile: the result is not needed.
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(report)
 

@@ -1,4 +1,4 @@
-"""What a worker counts and shows at its metrics port. Reads its parts at scrape time; decides nothing."""
+"""The metrics of a worker. Its parts are read at scrape time."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ class WorkerMetrics:
         counter = self.metrics.counter
         self.defects = self.metrics.counters(
             "baton_worker_defects",
-            "Exceptions that nobody expected, by where they were caught",
+            "Unexpected exceptions, by the place that caught them",
             "where",
             preset=[(where,) for where in _DEFECTS],
         )

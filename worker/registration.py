@@ -103,7 +103,7 @@ Action = Register | Leave | Say
 
 
 class LeaseKeeper:
-    """The first registration replaces whoever held the address (a former life of it); a renewal never does."""
+    """The first registration takes the address over from an earlier incarnation; a renewal never does."""
 
     def __init__(self, config: LeaseConfig) -> None:
         self._config = config
@@ -203,7 +203,7 @@ class Registration:
                 try:
                     await self._feed(Tick())
                 except BadConfig as error:
-                    # It let us in before: somebody works on it.
+                    # Access was granted before: probably a change of credentials in progress.
                     await self._feed(Failed(error.message))
                 except Exception as error:
                     # The record must not expire under a worker that lives.

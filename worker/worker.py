@@ -51,7 +51,7 @@ Load = Callable[[WorkerConfig, Allocate], LoadedModel]
 
 def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
     """The model in ``config.model``. Raises UnsupportedModel, BadConfig. Takes seconds: call it off the event loop."""
-    # Torch takes seconds to import; nobody but a worker with a model should pay for it.
+    # Torch takes seconds to import; only a worker with a model needs it.
     from engine.runner import Runner
 
     return Runner.load(config.model, config.engine, allocate=allocate)
@@ -222,7 +222,7 @@ class _Worker:
         _log.info("%s drains: %d sequences are here", self.node.node_id, self._replica.num_sequences)
         await self._server.set_serving(False)
         async with asyncio.TaskGroup() as tasks:
-            # A Redis that does not answer holds nobody up.
+            # A Redis that does not answer delays nothing else.
             if self._registration is not None:
                 tasks.create_task(self._registration.withdraw())
             await self._service.drained()

@@ -1,1 +1,1 @@
-"""Local clusters: the processes of `baton up`, where they compute, and their restarts."""
+"""Local clusters: the processes of `baton up`, their GPUs and cores, and their restarts."""

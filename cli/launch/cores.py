@@ -1,7 +1,7 @@
-"""Which cores each worker of this machine computes on: whole cores, of one NUMA node where that is possible.
+"""Assigns cores to the workers of this machine: whole cores, of one NUMA node if possible.
 
-Memory is then local by itself: Linux gives a page from the node of the thread that touches it first, and all threads of
-a worker are on its cores. Reads sysfs; ``bind`` alone changes anything.
+Memory is then local: Linux takes a page from the node of the thread that touches it first, and all threads of a worker
+are on its cores. Reads sysfs; only ``bind`` changes anything.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What this machine has for us: cores, memory, a GPU. Honours the limits of containers. Changes nothing."""
+"""The resources of this machine: cores, memory, a GPU, within the limits of containers. Changes nothing."""
 
 from __future__ import annotations
 

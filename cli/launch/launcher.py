@@ -1,4 +1,4 @@
-"""Runs a local cluster: carries out what the supervisor decides and tells it what happened. Decides nothing itself."""
+"""Runs a local cluster: performs the supervisor's actions and reports events to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From what a person calls a model to a folder: a local one as it is, a hub id downloaded. Reads no weights."""
+"""Finds the folder of a model by its name: a local folder as it is, a hub id by download. Reads no weights."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def _download(hub_id: str) -> Path:
 
 
 def name_of(model: str) -> str:
-    """What the model is called over the API if nobody says otherwise: the hub id, or the folder's name."""
+    """The model's default name in the API: the hub id, or the folder's name."""
     folder = Path(model).expanduser()
     return folder.resolve().name if folder.exists() else model

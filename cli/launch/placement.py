@@ -1,4 +1,4 @@
-"""Where the workers of a local cluster compute: a GPU each, round robin, or a set of cores. Starts nothing."""
+"""Assigns GPUs (round robin) or sets of cores to the workers of a local cluster. Starts nothing."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _is_usable(devices: Devices, index: int) -> bool:
 
 def on_cores(wanted: str, places: Sequence[Place]) -> tuple[Place, ...]:
     """Divides the CPUs of ``wanted`` among workers on the processor. ``auto``: those of this process, and a worker
-    whose share is a single one is not bound to it; ``all``: nobody is bound. Raises BadConfig."""
+    whose share is a single CPU is not bound to it; ``all``: no worker is bound. Raises BadConfig."""
     if wanted == _ALL or places[0].is_gpu:
         threads = max(1, host.usable_cores() // len(places))
         return tuple(replace(place, threads=threads) for place in places)
@@ -86,7 +86,7 @@ def on_cores(wanted: str, places: Sequence[Place]) -> tuple[Place, ...]:
 
 
 def described(names: Sequence[str], places: Sequence[Place], utilization: float) -> Iterator[str]:
-    """What somebody who starts a cluster wants to know of it, a line each; nothing where all is as ever."""
+    """Lines about the placement for the user who starts a cluster; none if there is nothing special."""
     by_gpu: dict[str, list[str]] = {}
     for name, place in zip(names, places, strict=True):
         if place.is_gpu:

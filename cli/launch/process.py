@@ -1,4 +1,4 @@
-"""One child process of the launcher, from both sides: how it begins, its log file, its end, its last words."""
+"""One child process of the launcher: its start, its log file, its end and its last lines of output."""
 
 from __future__ import annotations
 

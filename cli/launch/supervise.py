@@ -1,10 +1,10 @@
-"""The life of a local cluster as a pure machine: what to start, stop and restart, and when. Touches no process itself.
+"""The life of a local cluster as a pure machine: what to start, stop and restart, and when.
 
-All children start together. Until every one of them is ready, the death of one ends everything; after that a worker
-that ended is started again (a drained one too: draining one after the other is a rolling restart), later each time it
-dies young, and the death of the router ends everything. A router that was told to end (SIGTERM, exit code 0) ends
-everything as well, in good order and without an error. Stopping goes router first, so that no request is cut off by a
-worker that left before it.
+All children start together. Until every one of them is ready, the death of one ends everything. After that a worker
+that ended is started again (a drained one too: draining one after the other is a rolling restart), with a delay that
+grows if it dies young, and the death of the router ends everything. A router that was told to end (SIGTERM, exit code
+0) ends everything as well, in good order and without an error. Stopping begins with the router, so that no request is
+cut off by a worker that left before it.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Supervisor:
         self._config = config
         self._children = {name: _Child(name) for name in (*workers, router)}
         self._error: str | None = None
-        # Stopping only: when patience with whoever was told to stop ends.
+        # Stopping only: the deadline of the process that was told to stop.
         self._grace_ends_at: float | None = None
         self._workers_told = False
         self._all_killed = False
@@ -180,7 +180,7 @@ class Supervisor:
         if self.phase is Phase.STOPPING:
             return self._stop_next(now)
         if child.name == self._router and end.is_clean:
-            # It ends so only when somebody told it to: a planned end, and nothing is left to do without it.
+            # A clean end means that it was told to end: a planned end, and the workers are of no use without it.
             return [Say(f"{child.name} was told to end: the workers end too"), *self._stop(None, now)]
         if self.phase is Phase.STARTING:
             return self._stop(f"{child.name} did not start: {end.message}", now)

@@ -1,1 +1,1 @@
-"""Memory that the processor does not address: the one interface to it, CUDA behind it, and a fake for tests."""
+"""Memory that the processor cannot address: an interface, CUDA behind it, and a fake for tests."""

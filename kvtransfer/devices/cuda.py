@@ -1,5 +1,5 @@
-"""A CUDA device through the driver's C interface. The only module of the package that knows torch, of which it asks the
-device's number, context and current stream. No logic: each method is one or two calls.
+"""A CUDA device through the driver's C interface. The only module of the package that uses torch, for the device's
+number, context and current stream. Each method is one or two calls.
 
 Not run on a GPU yet (docs/decisions/0006-device-memory.md).
 """
@@ -117,8 +117,8 @@ class CudaEvent:
         self._device.call("cuEventSynchronize", self._handle)
 
     def __del__(self) -> None:
-        # The driver frees it once it has come; what that says is of no use to anybody. Any thread may be the last to
-        # let go of an event, also one that has been at no device.
+        # The driver frees the event once it has occurred; an error here has no consequence. Any thread may drop the
+        # last reference, also one that never entered a device.
         if self._handle.value:
             self._device.try_("cuEventDestroy_v2", self._handle)
 

@@ -1,7 +1,7 @@
-"""A device for tests without one: its memory is out of reach, its streams run late and in threads of their own.
+"""A fake device for tests: its memory cannot be addressed, its streams run late and in threads of their own.
 
-Memory lies in memfds, so that another process opens it as it would a GPU's. Copies look at their bytes when they are
-carried out, after seeded delays, so that a wait that is missing shows as wrong bytes.
+Memory is in memfds, so that another process opens it like a GPU's. Copies read their bytes when they are carried out,
+after seeded delays, so a missing wait gives wrong bytes.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class FakeStream:
             with self._changed:
                 if is_settled():
                     return
-                # Beginning to wait for an event wakes nobody.
+                # Starting to wait for an event needs no wake-up.
                 self._changed.wait(0.001)
             assert time.monotonic() < deadline_s, "the fake device does not settle"
 

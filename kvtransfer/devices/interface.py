@@ -1,6 +1,6 @@
-"""What transfers ask of a device whose memory the processor does not address. Addresses are just integers here.
+"""The interface of transfers to a device whose memory the processor cannot address. Addresses are opaque integers.
 
-Everything above this is tested on ``FakeDevice``; only ``cuda.py`` talks to a driver.
+All code above it is tested on ``FakeDevice``; only ``cuda.py`` calls a driver.
 """
 
 from __future__ import annotations

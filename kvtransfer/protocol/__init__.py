@@ -1,1 +1,1 @@
-"""The transfer protocol as pure machines: events and the time in, actions out. No I/O, no clock, no randomness."""
+"""The transfer protocol as pure machines: events and the time in, actions out."""

@@ -1,4 +1,5 @@
-"""Decides when a silent peer is lost. Counts its own beats, so a process that was itself stalled accuses nobody."""
+"""Decides when a silent peer is lost. Counts its own heartbeats, so a process that was itself stalled does not blame
+its peer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What travels on the control channel of a (sender, receiver) pair; the meaning is in proto/baton/v1/transfer.proto."""
+"""The messages of the control channel of a (sender, receiver) pair; proto/baton/v1/transfer.proto defines their
+meaning."""
 
 from __future__ import annotations
 

@@ -451,7 +451,7 @@ class LeaseMachine:
         return []
 
     def _end(self, lease: _Lease, reason: str, now: float, *, tell: bool = True) -> list[ReceiverAction]:
-        """Stop a lease that has not arrived; releases it at once if nobody can write, else quarantines it."""
+        """Stop a lease that has not arrived; releases it at once if no writer is left, else quarantines it."""
         if lease.state in (LeaseState.ENDING, LeaseState.ARRIVING):
             # Ending already, or its owner is taking it over in this very moment and will cancel the sequence itself.
             return []
@@ -717,7 +717,7 @@ class LeaseMachine:
     # Time.
 
     def _forgive(self, late_s: float, now: float) -> None:
-        """Nobody's time is up for what waits unread in our sockets."""
+        """Move deadlines by the time in which this process was stalled and has unread messages."""
         if not (more_s := catch_up_s(late_s)):
             return
         for lease in self._leases.values():

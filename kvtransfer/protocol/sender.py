@@ -364,7 +364,7 @@ class PushMachine:
         return actions
 
     def _connect_failed(self, error: BatonError, now: float) -> list[SenderAction]:
-        """Nobody is kept waiting for the next attempt: a failed connection is news for the router."""
+        """All waiting pushes fail at once instead of waiting for the next attempt: the router must know."""
         self._is_connecting = False
         self._owed.clear()
         backoff_s = min(self._config.min_backoff_s * 2**self._failures, self._config.max_backoff_s)
@@ -557,7 +557,7 @@ class PushMachine:
     def _revoked(self, push: _Push | None, message: Revoke, now: float) -> list[SenderAction]:
         answer = Revoked(message.sequence_id, message.epoch)
         if push is None:
-            return self._send(answer)  # Over: whoever wrote has stopped.
+            return self._send(answer)  # Over: the writer has stopped.
         push.farewell = answer
         error = TransferFailed(f"{self._peer} revoked the lease of {push.sequence_id}: {message.reason}")
         return self._fail(push, error, now)
@@ -565,7 +565,7 @@ class PushMachine:
     # Time.
 
     def _forgive(self, late_s: float, now: float) -> None:
-        """Nobody's time is up for what waits unread in our sockets."""
+        """Move deadlines by the time in which this process was stalled and has unread messages."""
         if more_s := catch_up_s(late_s):
             for push in self._pushes.values():
                 push.deadline_s = max(push.deadline_s + late_s, now + more_s)

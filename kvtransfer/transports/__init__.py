@@ -1,1 +1,1 @@
-"""Ways to move bytes between two KV caches. Each knows addresses and fences, none knows the protocol."""
+"""The transports: ways to move bytes between two KV caches."""

@@ -200,7 +200,7 @@ def _say_let_go(connection: socket.socket) -> None:
 
 
 def _abandon(opening: asyncio.Future[int], device: Device, connection: socket.socket) -> None:
-    """Nobody waits for the connection any more."""
+    """The connection is not needed any more."""
     try:
         if not opening.cancelled() and opening.exception() is None:
             device.close(opening.result())
