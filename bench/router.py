@@ -5,7 +5,7 @@ is the median through one face of the router minus the median of asking a fake p
 interleaved. So it consists of the client's own call, the round trip of the reservation, and the router. The cost of the
 gRPC call itself is measured with the bare server: the same two messages, sent at once. HTTP is measured over kept
 connections, as clients use it, and over new ones. Throughput is per CPU second of the router process, so that load of
-other processes affects it little.
+other processes affects it little. Placement is measured alone (`bench.placement`), by the number of nodes.
 
     python -m bench router
 """
@@ -35,6 +35,7 @@ from baton import AsyncClient, codec
 from baton.client import Delta
 from baton.types import SamplingParams, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
+from bench import placement
 from router.config import LimitsConfig, RouterConfig
 from router.serve import serve
 from router.sessions import hello
@@ -190,7 +191,7 @@ async def _measure(folder: Path, scale: float) -> dict[str, Any]:
     with _cluster(folder, step_s=0.005) as cluster:
         streamed = [await _streamed(cluster, count, min(400, int(80_000 * scale / count) + 20)) for count in counts]
     return {"cpus": psutil.cpu_count(), "load_average": psutil.getloadavg()[0], "added_ttft": ttft, "memory": memory,
-            "sse": streamed}  # fmt: skip
+            "sse": streamed, "placement": placement.rows(scale < 1.0)}  # fmt: skip
 
 
 class _Ways:

@@ -154,7 +154,8 @@ class Dispatcher:
         """Place waiting sequences until one has to wait, if anything has changed that could make room."""
         if self.scheduler.has_news:
             self.scheduler.has_news = False
-            self._placing.run()
+            if self.scheduler.num_waiting:
+                self._placing.run()
 
     def cancel(self, sequences: Iterable[Active], reason: str) -> None:
         """Harmless for those that are over."""

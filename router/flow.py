@@ -93,7 +93,7 @@ class Flow:
     """
 
     __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_has_joined", "_internal_errors",
-                 "_is_backing_off", "_last_error", "_refusals", "_timer_s", "choice", "deadline_s", "lifeline",
+                 "_is_backing_off", "_last_error", "_refusals", "_spec", "_timer_s", "choice", "deadline_s", "lifeline",
                  "max_tokens", "outcome", "phase", "placement", "prompt", "request_id", "sampling",
                  "sequence_id", "tokens")  # fmt: skip
 
@@ -122,6 +122,8 @@ class Flow:
         self.lifeline = Lifeline(arrived_s, on_interval)
         self._config = config
         self.max_tokens = sampling.max_tokens
+        # What the nodes of the present attempt are told.
+        self._spec: SequenceSpec | None = None
         # Of the present attempt; a refused reservation uses one up as well.
         self.sequence_id = f"{request_id}/{choice}/0"
         self._attempt = 0
@@ -221,11 +223,12 @@ class Flow:
         self.placement = placement
         self._has_joined = False
         self.lifeline.placed(placement.prefill_id, placement.decode_id, now)
+        self._spec = SequenceSpec(self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens))
         if placement.is_colocated:
             return self._run(None, now)
         self.phase = Phase.RESERVING
         self._timer_s = now + self._config.reserve_timeout_s
-        return [SendReserve(placement.decode_id, self._spec(), self._ttl_s(now), placement.prefill_id, self.prompt)]
+        return [SendReserve(placement.decode_id, self._spec, self._ttl_s(now), placement.prefill_id, self.prompt)]
 
     def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
         if lease.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
@@ -235,12 +238,13 @@ class Flow:
 
     def _run(self, lease: Lease | None, now: float) -> list[Action]:
         assert self.placement is not None
+        assert self._spec is not None
         self.phase = Phase.PREFILLING
         # With a lease, its expiry bounds prompt and transfer; a node that keeps the sequence is bounded by the deadline
         # and, should it die or wedge, by membership.
         self._timer_s = None if lease is None else now + lease.ttl_s + self._config.gap_timeout_s
         self.lifeline.sent(now)
-        return [SendRun(self.placement.prefill_id, self._spec(), lease, self.prompt)]
+        return [SendRun(self.placement.prefill_id, self._spec, lease, self.prompt)]
 
     def _on_refused(self, event: Refused, now: float) -> list[Action]:
         if event.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
@@ -296,9 +300,6 @@ class Flow:
         if self.phase is Phase.QUEUED and not self._is_backing_off:
             self._timer_s = None
         return []
-
-    def _spec(self) -> SequenceSpec:
-        return SequenceSpec(self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens))
 
     def _ttl_s(self, now: float) -> float:
         return max(0.1, min(self._config.lease_ttl_s, self.deadline_s - now + 1.0))

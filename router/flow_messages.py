@@ -35,14 +35,16 @@ class Phase(Enum):
 class Prompt:
     """One prompt, shared by every choice and attempt that runs it.
 
-    ``encoded`` belongs to the session layer: a prompt of 100,000 tokens takes 5 ms to serialize, so that is done once.
+    What is encoded belongs to the session layer: a prompt of 100,000 tokens takes 5 ms to serialize, once.
     """
 
-    __slots__ = ("encoded", "token_ids")
+    __slots__ = ("encoded", "encoded_spec", "token_ids")
 
     def __init__(self, token_ids: tuple[int, ...]) -> None:
         self.token_ids = token_ids
         self.encoded: bytes | None = None
+        # The other fields of the sequence that was encoded last: a run says the same as the reservation before it.
+        self.encoded_spec: tuple[SequenceSpec, bytes] | None = None
 
 
 class OutcomeKind(Enum):

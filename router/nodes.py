@@ -150,7 +150,9 @@ class Nodes:
     # ── What membership decides ─────────────────────────────────────────────────────────────────────────────────────
 
     def _handle(self, event: Event) -> None:
-        self._carry_out(self.membership.handle(event, self._clock.now()))
+        if actions := self.membership.handle(event, self._clock.now()):
+            self._carry_out(actions)
+        self._owner.place()
 
     def _carry_out(self, actions: Sequence[Action]) -> None:
         for action in actions:
@@ -160,7 +162,6 @@ class Nodes:
             for watcher in self._watchers:
                 with self._defects.contained("watcher"):
                     watcher()
-        self._owner.place()
 
     def _perform(self, action: Action) -> None:
         match action:

@@ -7,7 +7,7 @@ together around those bytes: fields of a message may come in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
@@ -57,12 +57,14 @@ def _sequence(spec: SequenceSpec, prompt: Prompt) -> tuple[bytes, bytes]:
     """The fields of a Sequence."""
     if prompt.encoded is None:
         prompt.encoded = common_pb2.Sequence(prompt_token_ids=prompt.token_ids).SerializeToString()
-    others = common_pb2.Sequence(
-        sequence_id=spec.sequence_id,
-        generated_token_ids=spec.generated_token_ids,
-        sampling=codec.sampling_to_pb(spec.sampling),
-    )
-    return others.SerializeToString(), prompt.encoded
+    if prompt.encoded_spec is None or prompt.encoded_spec[0] is not spec:
+        others = common_pb2.Sequence(
+            sequence_id=spec.sequence_id,
+            generated_token_ids=spec.generated_token_ids,
+            sampling=codec.sampling_to_pb(spec.sampling),
+        )
+        prompt.encoded_spec = spec, others.SerializeToString()
+    return prompt.encoded_spec[1], prompt.encoded
 
 
 def _nested(field_number: int, *parts: bytes) -> tuple[bytes, ...]:
@@ -102,16 +104,16 @@ class Reader:
         self._defects = defects
 
     def events(self, message: node_pb2.SessionResponse) -> list[NodeEvent]:
-        return [
-            *self._events(message.reserved, self._reserved),
-            *self._events(message.refused, _refused),
-            *self._events(message.prefills, _prefill_done),
-            *self._events(message.joined, _joined),
-            *self._events(message.handed_off, _handed_off),
-            # Tokens before failures: a sequence that is complete has not failed.
-            *self._events(message.tokens, self._tokens),
-            *self._events(message.failed, self._failed),
-        ]
+        events: list[NodeEvent] = []
+        self._read(message.reserved, self._reserved, events)
+        self._read(message.refused, _refused, events)
+        self._read(message.prefills, _prefill_done, events)
+        self._read(message.joined, _joined, events)
+        self._read(message.handed_off, _handed_off, events)
+        # Tokens before failures: a sequence that is complete has not failed.
+        self._read(message.tokens, self._tokens, events)
+        self._read(message.failed, self._failed, events)
+        return events
 
     def status(self, message: node_pb2.SessionResponse) -> NodeStatus | None:
         """None if there is none, or none that can be decoded: the previous one then stays."""
@@ -120,14 +122,14 @@ class Reader:
                 return codec.status_from_pb(message.status)
         return None
 
-    def _events(self, items: Iterable[_ItemT], event_of: Callable[[_ItemT], NodeEvent]) -> Iterator[NodeEvent]:
+    def _read(self, items: Iterable[_ItemT], event_of: Callable[[_ItemT], NodeEvent], events: list[NodeEvent]) -> None:
         for item in items:
             try:
-                yield event_of(item)
+                events.append(event_of(item))
             except Exception as error:
                 about = errors.quoted(f"{item.sequence_id} from {self._node_id}")
                 failure = codec.failure_of(self._defects.caught("message", error, about), self._node_id)
-                yield SequenceFailed(self._node_id, item.sequence_id, failure)
+                events.append(SequenceFailed(self._node_id, item.sequence_id, failure))
 
     def _reserved(self, message: common_pb2.Lease) -> NodeEvent:
         lease = codec.lease_from_pb(message)

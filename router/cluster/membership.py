@@ -269,6 +269,8 @@ class Membership:
         if not member.is_up:
             return []
         member.heard_s = now
+        if event.status is None and member.state is State.READY:
+            return []
         if event.status is not None:
             member.status = event.status
         assert member.status is not None

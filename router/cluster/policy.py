@@ -229,8 +229,10 @@ class _Search:
         return self._in_order(Role.DECODE, (x.decode_rank for x in own), (x.decode_rank for x in mixed), threshold)
 
     def _in_order(self, role: Role, own: Iterator[Rank], mixed: Iterator[Rank], threshold: int) -> Mapping[Role, int]:
-        if not self._pools[role] or not self._pools[Role.MIXED]:
-            return {role: 0, Role.MIXED: 0}
+        if not self._pools[Role.MIXED]:
+            return {role: 0}
+        if not self._pools[role]:
+            return {Role.MIXED: 0}
         own_tokens = min(own).queue_tokens
         if own_tokens > threshold and min(mixed).queue_tokens < own_tokens:
             return {role: _LATER_TOKENS, Role.MIXED: 0}
