@@ -29,6 +29,7 @@ import numpy as np
 from baton import PROTOCOL_VERSION
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
+from bench.transfer_trips import small
 from kvtransfer.config import TransferConfig
 from kvtransfer.digest import LayerDigests
 from kvtransfer.hashing import ByteArray
@@ -374,6 +375,7 @@ async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
         "bulk": [asdict(row) for row in bulk_rows],
         "digest_cost_of_bulk": digest_cost,
         "layerwise": tails,
+        "one block over tcp": await small(3 * rounds),
     }
 
 

@@ -79,53 +79,109 @@ class BlockList:
         return [ByteRange(self.layout.offset(layer, run.src), run.num_blocks * size) for run in _merge(ids, ids)]
 
 
+class Shard(NamedTuple):
+    """A part of a model's KV: layers [layer, layer + num_layers) by KV heads [head, head + num_heads)."""
+
+    layer: int
+    num_layers: int
+    head: int
+    num_heads: int
+
+    @classmethod
+    def whole(cls, layout: KvLayout) -> Shard:
+        return cls(0, layout.num_layers, 0, layout.num_kv_heads)
+
+    def overlap(self, other: Shard) -> Shard | None:
+        """What both hold; None if nothing."""
+        layer, head = max(self.layer, other.layer), max(self.head, other.head)
+        num_layers = min(self.layer + self.num_layers, other.layer + other.num_layers) - layer
+        num_heads = min(self.head + self.num_heads, other.head + other.num_heads) - head
+        return Shard(layer, num_layers, head, num_heads) if num_layers > 0 and num_heads > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """A cache that holds one shard, and the blocks in it. ``layout`` has the shard's layers and heads."""
+
+    layout: KvLayout
+    shard: Shard
+    block_ids: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layout: KvLayout, block_ids: Sequence[int], what: str, shard: Shard | None = None) -> End:
+        """Raises InvalidRequest for blocks that are not in the cache; without ``shard`` it holds the whole model."""
+        check_block_ids(layout, block_ids, what)
+        found = shard or Shard.whole(layout)
+        assert (found.num_layers, found.num_heads) == (layout.num_layers, layout.num_kv_heads), "the layout is its own"
+        return cls(layout, found, tuple(block_ids))
+
+    def offset(self, layer: int, head: int, block: int) -> int:
+        """Where a head of the model begins in a block."""
+        within = (head - self.shard.head) * self.head_bytes
+        return self.layout.offset(layer - self.shard.layer, block) + within
+
+    @property
+    def head_bytes(self) -> int:
+        return self.layout.block_bytes // self.layout.num_kv_heads
+
+
 @dataclass(frozen=True, slots=True)
 class TransferPlan:
-    """Maps position i of a lease from source block ``src_block_ids[i]`` to target block ``dst_block_ids[i]``.
+    """Maps position i of a lease from block i of ``src`` to block i of ``dst``, as far as both hold it: ``shard``, in
+    whose layers all is said.
 
-    The layouts may differ in ``num_blocks`` only; anything else was refused at the handshake.
+    The layouts may differ in ``num_blocks``, layers and heads; anything else was refused at the handshake.
     """
 
-    src_layout: KvLayout
-    dst_layout: KvLayout
-    src_block_ids: tuple[int, ...]
-    dst_block_ids: tuple[int, ...]
+    src: End
+    dst: End
+    shard: Shard
     _runs: tuple[_Run, ...]
 
     @classmethod
-    def of(
-        cls, src_layout: KvLayout, dst_layout: KvLayout, src_block_ids: Sequence[int], dst_block_ids: Sequence[int]
-    ) -> TransferPlan:
-        assert src_layout.mismatch(dst_layout) is None, "refused at the handshake"
-        if len(src_block_ids) != len(dst_block_ids):
-            raise InvalidRequest(f"{len(src_block_ids)} source blocks for {len(dst_block_ids)} target blocks")
-        check_block_ids(src_layout, src_block_ids, "source")
-        check_block_ids(dst_layout, dst_block_ids, "target")
-        runs = tuple(_merge(src_block_ids, dst_block_ids))
-        return cls(src_layout, dst_layout, tuple(src_block_ids), tuple(dst_block_ids), runs)
+    def of(cls, src: End, dst: End) -> TransferPlan:
+        """Raises InvalidRequest if the two do not fit each other."""
+        if len(src.block_ids) != len(dst.block_ids):
+            raise InvalidRequest(f"{len(src.block_ids)} source blocks for {len(dst.block_ids)} target blocks")
+        shard = src.shard.overlap(dst.shard)
+        if shard is None:
+            raise InvalidRequest(f"source {src.shard} and target {dst.shard} have no layer and head in common")
+        assert src.head_bytes == dst.head_bytes, "refused at the handshake"
+        return cls(src, dst, shard, tuple(_merge(src.block_ids, dst.block_ids)))
 
     @property
     def num_blocks(self) -> int:
-        return len(self.src_block_ids)
+        return len(self.src.block_ids)
 
     @property
     def num_bytes(self) -> int:
         """Over all layers."""
-        return self.num_blocks * self.src_layout.block_bytes * self.src_layout.num_layers
+        return self.num_blocks * self._run_bytes * self.shard.num_layers
+
+    @property
+    def _run_bytes(self) -> int:
+        """Of one block in one layer, which lie one after the other."""
+        return self.shard.num_heads * self.src.head_bytes
+
+    @property
+    def _is_whole(self) -> bool:
+        """Blocks move whole, so that neighbours can move together."""
+        return self._run_bytes == self.src.layout.block_bytes == self.dst.layout.block_bytes
 
     def copies(self, layer: int, first: int, num_blocks: int) -> list[Copy]:
-        """Positions [first, first + num_blocks) of one layer, contiguous blocks merged into one copy."""
+        """Positions [first, first + num_blocks) of one layer of the shard, contiguous bytes merged into one copy."""
         assert 0 <= first <= first + num_blocks <= self.num_blocks, "range outside the lease"
-        size, stop = self.src_layout.block_bytes, first + num_blocks
+        size, stop, layer = self._run_bytes, first + num_blocks, self.shard.layer + layer
         found = []
         start = max(0, bisect_right(self._runs, first, key=lambda run: run.first) - 1)
         for run in itertools.islice(self._runs, start, None):
             if run.first >= stop:
                 break
             low, high = max(first, run.first), min(stop, run.first + run.num_blocks)
-            if low < high:
-                skip = low - run.first
-                src = self.src_layout.offset(layer, run.src + skip)
-                dst = self.dst_layout.offset(layer, run.dst + skip)
-                found.append(Copy(src, dst, (high - low) * size))
+            step = high - low if self._is_whole else 1
+            for position in range(low, high, max(1, step)):
+                skip = position - run.first
+                src = self.src.offset(layer, self.shard.head, run.src + skip)
+                dst = self.dst.offset(layer, self.shard.head, run.dst + skip)
+                found.append(Copy(src, dst, step * size))
         return found

@@ -114,6 +114,11 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     def add_to(self, server: grpc.aio.Server) -> None:
         transfer_pb2_grpc.add_KvTransferServicer_to_server(self, server)
 
+    @property
+    def endpoints(self) -> dict[str, str]:
+        """Where senders connect, by transport. After ``start``."""
+        return {name: plane.endpoint for name, plane in self._planes.items()}
+
     def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
         """Lease blocks to whoever computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
 

@@ -19,7 +19,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.connection import Connection
 from kvtransfer.hashing import segment_blocks
 from kvtransfer.memory import Memory
-from kvtransfer.plan import TransferPlan, check_block_ids
+from kvtransfer.plan import End, TransferPlan, check_block_ids
 from kvtransfer.protocol import sender as machine
 from kvtransfer.writing import Lanes, WriteJob, write_unit
 
@@ -400,7 +400,8 @@ class Sender:
         )
 
     def plan(self, target: KvLayout, source_blocks: Sequence[int], lease: Lease) -> TransferPlan:
-        return TransferPlan.of(self._layout, target, source_blocks, lease.block_ids[: len(source_blocks)])
+        leased = lease.block_ids[: len(source_blocks)]
+        return TransferPlan.of(End.of(self._layout, source_blocks, "source"), End.of(target, leased, "target"))
 
     async def open_connection(self, address: str) -> Connection:
         return await Connection.open(address, self._node, self._config, self._lanes, self._source)

@@ -23,15 +23,19 @@ from kvtransfer.digest import LayerDigests
 from kvtransfer.hashing import ByteArray, segment_blocks
 from kvtransfer.host import host_id
 from kvtransfer.memory import HostMemory
-from kvtransfer.plan import BlockList, Copy, TransferPlan
+from kvtransfer.plan import BlockList, Copy, End, Shard, TransferPlan
 
 SMALL = KvLayout(num_layers=3, num_blocks=12, num_kv_heads=1, head_dim=2, block_tokens=1, dtype="float16")
 LARGE = KvLayout(num_layers=3, num_blocks=20, num_kv_heads=1, head_dim=2, block_tokens=1, dtype="float16")
 SIZE = SMALL.block_bytes
 
 
+def plan_of(src_ids: list[int], dst_ids: list[int]) -> TransferPlan:
+    return TransferPlan.of(End.of(SMALL, src_ids, "source"), End.of(LARGE, dst_ids, "target"))
+
+
 def test_neighbours_merge_only_if_both_sides_are_contiguous() -> None:
-    plan = TransferPlan.of(SMALL, LARGE, [4, 5, 6, 9, 10], [0, 1, 7, 8, 9])
+    plan = plan_of([4, 5, 6, 9, 10], [0, 1, 7, 8, 9])
     assert plan.copies(0, 0, 5) == [
         Copy(4 * SIZE, 0, 2 * SIZE),
         Copy(6 * SIZE, 7 * SIZE, SIZE),
@@ -57,7 +61,7 @@ block_lists = st.integers(1, 12).flatmap(
 @given(block_lists)
 def test_copies_in_any_pieces_move_exactly_the_blocks(lists: tuple[list[int], list[int], list[int]]) -> None:
     src_ids, dst_ids, cuts = lists
-    plan = TransferPlan.of(SMALL, LARGE, src_ids, dst_ids)
+    plan = plan_of(src_ids, dst_ids)
     source = np.arange(SMALL.total_bytes, dtype=np.uint16) % 251 + 1
     target = np.zeros(LARGE.total_bytes, dtype=np.uint16)
     edges = sorted({0, len(src_ids), *cuts})
@@ -75,10 +79,64 @@ def test_copies_in_any_pieces_move_exactly_the_blocks(lists: tuple[list[int], li
     assert sum(r.num_bytes for r in BlockList(SMALL, src_ids).ranges(1, 0, len(src_ids))) == len(src_ids) * SIZE
 
 
+MODEL = KvLayout(num_layers=4, num_blocks=6, num_kv_heads=6, head_dim=2, block_tokens=1, dtype="float16")
+HEAD_BYTES = MODEL.block_bytes // MODEL.num_kv_heads
+splits = st.tuples(st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 3, 6]))
+
+
+def shards(num_stages: int, num_ranks: int) -> list[Shard]:
+    layers, heads = MODEL.num_layers // num_stages, MODEL.num_kv_heads // num_ranks
+    return [Shard(i * layers, layers, j * heads, heads) for i in range(num_stages) for j in range(num_ranks)]
+
+
+def end(shard: Shard, num_blocks: int, block_ids: list[int], what: str) -> End:
+    layout = replace(MODEL, num_layers=shard.num_layers, num_kv_heads=shard.num_heads, num_blocks=num_blocks)
+    return End.of(layout, block_ids, what, shard)
+
+
+@given(splits, splits, st.permutations(range(6)), st.permutations(range(9)), st.integers(1, 6))
+def test_plans_between_all_shards_of_two_splits_move_every_head_of_every_layer_once(
+    src_split: tuple[int, int], dst_split: tuple[int, int], src_ids: list[int], dst_ids: list[int], num_blocks: int
+) -> None:
+    """From any number of pipeline stages and tensor-parallel ranks to any other."""
+    src_ids, dst_ids = src_ids[:num_blocks], dst_ids[:num_blocks]
+
+    def name(layer: int, head: int, position: int) -> int:
+        return 1 + (layer * MODEL.num_kv_heads + head) * num_blocks + position
+
+    def filled(at: End) -> np.ndarray:
+        cache = np.zeros(at.layout.total_bytes, dtype=np.uint16)
+        for layer, head, (position, block) in itertools.product(
+            range(at.shard.layer, at.shard.layer + at.shard.num_layers),
+            range(at.shard.head, at.shard.head + at.shard.num_heads),
+            enumerate(at.block_ids),
+        ):
+            start = at.offset(layer, head, block)
+            cache[start : start + HEAD_BYTES] = name(layer, head, position)
+        return cache
+
+    sources = [end(shard, 6, src_ids, "source") for shard in shards(*src_split)]
+    for dst in (end(shard, 9, dst_ids, "target") for shard in shards(*dst_split)):
+        target, num_bytes = np.zeros(dst.layout.total_bytes, dtype=np.uint16), 0
+        for src in sources:
+            if src.shard.overlap(dst.shard) is None:
+                with pytest.raises(InvalidRequest, match="in common"):
+                    TransferPlan.of(src, dst)
+                continue
+            plan, cache = TransferPlan.of(src, dst), filled(src)
+            num_bytes += plan.num_bytes
+            for layer in range(plan.shard.num_layers):
+                for a, b, size in plan.copies(layer, 0, num_blocks):
+                    assert not target[b : b + size].any(), "written twice"
+                    target[b : b + size] = cache[a : a + size]
+        assert np.array_equal(target, filled(dst))
+        assert num_bytes == np.count_nonzero(target)
+
+
 def test_bad_block_lists_are_refused() -> None:
     for src, dst in (([1], [1, 2]), ([12], [0]), ([-1], [0]), ([0], [20]), ([1, 1], [1, 2]), ([1, 2], [3, 3])):
         with pytest.raises(InvalidRequest):
-            TransferPlan.of(SMALL, LARGE, src, dst)
+            plan_of(src, dst)
 
 
 SEGMENTED = KvLayout(num_layers=2, num_blocks=40, num_kv_heads=2, head_dim=64, block_tokens=128, dtype="float32")
