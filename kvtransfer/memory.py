@@ -112,7 +112,7 @@ class HostMemory:
         fd = os.memfd_create("baton-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, num_bytes)
-            # A peer that maps the file must never meet SIGBUS because somebody shrank it.
+            # A peer that maps the file must never get SIGBUS because the file was shrunk.
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
             mapping = mmap.mmap(fd, num_bytes)
         except (OSError, ValueError, OverflowError) as error:

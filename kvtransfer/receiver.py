@@ -1,7 +1,7 @@
 """The decode node's end of every transfer: grants leases, serves the control channel, tells what became of them.
 
-Drives LeaseMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to whoever
-gets the events.
+Drives LeaseMachine over gRPC, the data transports and the digest threads. Owns no block: the pool belongs to the
+receiver of the notices.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         return {name: plane.endpoint for name, plane in self._planes.items()}
 
     def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
-        """Lease blocks to whoever computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
+        """Lease blocks to the node that computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
 
         Raises InvalidRequest if the sequence has a live lease or a block is not ours; Unavailable when closing.
         """

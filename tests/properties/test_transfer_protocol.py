@@ -380,7 +380,7 @@ class TransferMachine(RuleBasedStateMachine):
             return
         at.connect_asked = False
         if not succeeds:
-            self.to_sender(at, s.ConnectFailed(NodeLost("nobody there")))
+            self.to_sender(at, s.ConnectFailed(NodeLost("connection refused")))
             return
         wire = Wire(self.number(), peer)
         self.wires[wire.number] = wire
@@ -570,7 +570,7 @@ class TransferMachine(RuleBasedStateMachine):
                 assert all(self.memory[layer, block] == sequence_id for layer in range(NUM_LAYERS))
 
     def teardown(self) -> None:
-        """When the disorder ends and everybody lets go, every lease and push ends by itself."""
+        """When the disorder ends and every peer lets go, every lease and push ends by itself."""
         if not hasattr(self, "receiver"):
             return
         for _ in range(200):
@@ -605,7 +605,7 @@ class TransferMachine(RuleBasedStateMachine):
         for peer in self.peers:
             if peer.connect_asked:
                 peer.connect_asked = False
-                self.to_sender(peer, s.ConnectFailed(NodeLost("nobody there")))
+                self.to_sender(peer, s.ConnectFailed(NodeLost("connection refused")))
         self.now += 5.0
         self.to_receiver(r.Tick())
         for peer in self.peers:

@@ -59,7 +59,7 @@ async def one_run(transport: str, seed: int, mischief: str, end: str, *, is_laye
             has_arrived = end != "abort"
         except BatonError:
             has_arrived = False
-        # From here on the engine may use the source's blocks again: nobody reads them.
+        # From here on the engine may use the source's blocks again: nothing reads them.
         if has_arrived:
             await p.inbox.wait(Arrived, "r")
             p.check_copied(LAYOUT, source_blocks, p.receiver._layout, lease.block_ids)

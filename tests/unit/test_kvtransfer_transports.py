@@ -246,7 +246,7 @@ async def test_shm_hands_the_arena_to_the_token_once() -> None:
         assert gone == [1], "end-of-file on the one that was let in"
         plane.offer(2, TOKEN)
         plane.drop(2)
-        assert gone == [1, 2], "nobody ever came"
+        assert gone == [1, 2], "no sender ever came"
         await plane.close()
 
 
