@@ -24,6 +24,7 @@ from cli.show import wide_console
 from cli.up import up
 from cli.usage import Commands, program
 from cli.worker import worker
+from router.config import GRPC_PORT
 
 app = typer.Typer(
     cls=Commands,
@@ -35,6 +36,7 @@ app = typer.Typer(
 
 _DAY_S = 86_400.0
 _MAX_INT32 = 2**31 - 1
+_ROUTER = f"127.0.0.1:{GRPC_PORT}"
 _CLUSTER = RegistryConfig().cluster
 _REGISTRY = {key.path: key.about for key in keys(RegistryConfig)}
 
@@ -63,7 +65,7 @@ for command in (up, worker, router):
 @app.command()
 def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
-    router: Router = "127.0.0.1:50051",
+    router: Router = _ROUTER,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = 0.0,
     top_p: TopP = None,
@@ -89,7 +91,7 @@ def generate(
 
 @app.command()
 def chat(
-    router: Router = "127.0.0.1:50051",
+    router: Router = _ROUTER,
     system: Annotated[str, typer.Option(help="The system message.")] = "",
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", "-n", min=1, max=_MAX_INT32, help=_MODELS_OWN)
@@ -111,7 +113,7 @@ def chat(
 
 @app.command()
 def status(
-    router: Router = "127.0.0.1:50051",
+    router: Router = _ROUTER,
     ledger: Annotated[bool, typer.Option("--ledger", help="Also every block owner of every node.")] = False,
     watch: Annotated[
         float | None, typer.Option(min=0.1, max=_DAY_S, callback=finite, help="Again every so many seconds.")
@@ -133,7 +135,7 @@ def trace(
         float,
         typer.Option(min=0.0, max=_DAY_S, callback=finite, help="Seconds back from now. 0: all that nodes keep."),
     ] = 10.0,
-    router: Router = "127.0.0.1:50051",
+    router: Router = _ROUTER,
     api_key: ApiKey = "",
 ) -> None:
     """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
@@ -147,7 +149,7 @@ def trace(
 @app.command("drain")
 def drain_node(
     node: Annotated[str, typer.Argument(help="Node id or host:port.")],
-    router: Router = "127.0.0.1:50051",
+    router: Router = _ROUTER,
     grace: Annotated[
         float,
         typer.Option(

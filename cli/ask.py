@@ -15,6 +15,7 @@ from baton.client import Client, Delta, Finished, Options, Prompt
 from baton.errors import InvalidRequest
 from baton.v1 import router_pb2
 from cli.show import cluster_table, ledger_tables
+from cli.usage import program
 
 _ANSWER_TIMEOUT_S = 10.0
 
@@ -44,7 +45,9 @@ def chat(client: Client, console: Console, *, system: str, show_relay: bool, **s
     ``sampling`` as in ``generate``. Raises InvalidRequest at once if the router would refuse every message.
     """
     if refusal := client.status(_ANSWER_TIMEOUT_S).chat_refusal:
-        raise InvalidRequest(f"this router serves no conversations: {refusal} (`baton generate`)")
+        raise InvalidRequest(
+            f"this router serves no conversations: {refusal} (`{program()} generate` takes any prompt)"
+        )
     conversation = [("system", system)] if system else []
     while True:
         try:

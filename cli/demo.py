@@ -25,6 +25,7 @@ from baton.types import SamplingParams
 from cli import ask
 from cli.launch import cluster
 from cli.show import seconds
+from cli.usage import program
 from demo import tasks
 
 _NUM_PREFILL = 2
@@ -78,7 +79,7 @@ def run(model: str, console: Console) -> int:
     shown = model or "demo/model"
     console.print(
         "\nAll of it has ended: no process, socket or shared memory is left. To keep a cluster running:\n"
-        f"  .venv/bin/baton up --model {shown} --prefill {_NUM_PREFILL} --decode {_NUM_DECODE}\n"
+        f"  {program()} up --model {shown} --prefill {_NUM_PREFILL} --decode {_NUM_DECODE}\n"
         "and your own model, a Hugging Face folder or hub id (Llama, Mistral, Qwen2, Qwen3):\n"
         "  make demo MODEL=Qwen/Qwen3-0.6B",
         highlight=False,

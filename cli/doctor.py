@@ -20,6 +20,7 @@ from baton.errors import BatonError
 from cli import machine, preflight, trial
 from cli.launch import cores, host, model_source
 from cli.machine import Finding
+from cli.usage import program
 
 _DISTRIBUTION = "baton-serve"
 _WORKER = "extra worker"
@@ -78,7 +79,7 @@ def report(findings: list[Finding], console: Console) -> int:
     elif any(finding.subject == _WORKER and finding.is_ok is None for finding in findings):
         console.print("this machine can run routers and clients; workers need the extra worker", highlight=False)
     else:
-        console.print("this machine can serve: try `baton demo`")
+        console.print(f"this machine can serve: try `{program()} demo`", highlight=False)
     return 1 if faults else 0
 
 

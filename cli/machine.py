@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 from baton.errors import BadConfig, BatonError
 from cli.launch import host
 from cli.launch.process import ReservedPort
+from cli.usage import program
+from router.config import GRPC_PORT, HTTP_PORT
 
 if TYPE_CHECKING:
     from engine.devices import Accelerator
@@ -136,7 +138,7 @@ def memory_sharing(huge_pages: Path = _THP) -> Iterator[Finding]:
         yield Finding(f"huge pages {what}", True if is_on else None, f"{name} is {chosen}", advice)
 
 
-def ports(http_port: int = 8000, grpc_port: int = 50051) -> Iterator[Finding]:
+def ports(http_port: int = HTTP_PORT, grpc_port: int = GRPC_PORT) -> Iterator[Finding]:
     for name, option, port in (
         ("http and metrics port", "http-port", http_port),
         ("grpc port", "grpc-port", grpc_port),
@@ -144,7 +146,7 @@ def ports(http_port: int = 8000, grpc_port: int = 50051) -> Iterator[Finding]:
         try:
             ReservedPort("127.0.0.1", port).close()
         except OSError:
-            yield Finding(name, None, f"{port} is taken", f"`baton up --{option} 0` takes any free one")
+            yield Finding(name, None, f"{port} is taken", f"`{program()} up --{option} 0` takes any free one")
         else:
             yield Finding(name, True, f"{port} is free")
 

@@ -18,6 +18,7 @@ from baton.registry import Registry, RegistryConfig
 from baton.settings import Given
 from cli.launch.host import gpus, has_card
 from cli.launch.process import ReservedPort
+from cli.usage import program
 
 if TYPE_CHECKING:
     from baton.types import KvLayout
@@ -124,7 +125,7 @@ def worker_packages() -> None:
     if missing:
         packages = ", ".join(missing)
         raise BadConfig(
-            f"workers need the extra worker ({packages} not installed); `baton doctor` says what to install"
+            f"workers need the extra worker ({packages} not installed); `{program()} doctor` says what to install"
         )
 
 

@@ -13,7 +13,7 @@ from cli import preflight
 from cli.launch import model_source
 from cli.launch.process import die_with, end_on_sigterm, log_to_stderr
 from cli.options import Options
-from router.config import RouterConfig
+from router.config import GRPC_PORT, HTTP_PORT, RouterConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,8 +21,8 @@ class RouterOptions:
     """Of the command alone."""
 
     model: str = field(metadata=setting("--model", "A Hugging Face folder or hub id.", short="-m"))
-    http: str = field(default="127.0.0.1:8000", metadata=setting("--http", "host:port of the OpenAI API."))
-    grpc: str = field(default="127.0.0.1:50051", metadata=setting("--grpc", "host:port of the gRPC API."))
+    http: str = field(default=f"127.0.0.1:{HTTP_PORT}", metadata=setting("--http", "host:port of the OpenAI API."))
+    grpc: str = field(default=f"127.0.0.1:{GRPC_PORT}", metadata=setting("--grpc", "host:port of the gRPC API."))
     die_with_parent: int = field(
         default=0, metadata=setting("--die-with-parent", least=0, is_key=False, is_hidden=True)
     )

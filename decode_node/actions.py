@@ -3,30 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-from baton.errors import BadConfig, TransferFailed
+from baton.errors import TransferFailed
 from baton.node_messages import Defect, Send
 from baton.types import Failure
 from decode_node import machine
 from engine.replica import Listener, Replica
 from kvtransfer.protocol.receiver import Arrived
 from kvtransfer.receiver import Receiver
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeConfig:
-    """How long a lease may last: what the router asks for, within these limits."""
-
-    default_ttl_s: float = 30.0
-    max_ttl_s: float = 600.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.default_ttl_s <= self.max_ttl_s:
-            raise BadConfig(
-                f"default_ttl_s is {self.default_ttl_s}, expected more than 0 and at most max_ttl_s ({self.max_ttl_s})",
-                param="default_ttl_s",
-            )
 
 
 class DecodeActions:
@@ -41,7 +25,7 @@ class DecodeActions:
         receiver: Receiver,
         feed: Callable[[machine.Event], None],
         listener: Listener,
-        config: DecodeConfig,
+        config: machine.DecodeConfig,
     ) -> None:
         self._replica = replica
         self._receiver = receiver

@@ -12,11 +12,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from baton.errors import BatonError, InvalidRequest, Overloaded, TransferFailed
+from baton.errors import BadConfig, BatonError, InvalidRequest, Overloaded, TransferFailed
 from baton.node_messages import CancelAsked, Defect, Joined, Refused, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
 from engine.schedule import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Quarantined, Released
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeConfig:
+    """How long a lease may last: what the router asks for, within these limits."""
+
+    # If the router does not say.
+    default_ttl_s: float = 30.0
+    max_ttl_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.default_ttl_s <= self.max_ttl_s:
+            raise BadConfig(
+                f"default_ttl_s is {self.default_ttl_s}, expected more than 0 and at most max_ttl_s ({self.max_ttl_s})",
+                param="default_ttl_s",
+            )
+
 
 # -- events
 

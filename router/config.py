@@ -15,6 +15,10 @@ from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
 from router.flow import FlowConfig
 
+# Of the commands. A router in another program takes any free port.
+HTTP_PORT = 8000
+GRPC_PORT = 50051
+
 
 @dataclass(frozen=True, slots=True)
 class LimitsConfig:

@@ -11,6 +11,7 @@ from baton.names import check_model_name, check_node_id
 from baton.registry import RegistryConfig
 from baton.settings import check, computed, setting
 from baton.types import Role
+from decode_node.machine import DecodeConfig
 from engine.config import EngineConfig
 from kvtransfer.config import TransferConfig
 from worker.departure import DrainConfig
@@ -66,9 +67,7 @@ class WorkerConfig:
     )
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
-    # How long a lease lasts if the router does not say, and at most.
-    lease_ttl_s: float = 30.0
-    max_lease_ttl_s: float = 600.0
+    lease: DecodeConfig = field(default_factory=DecodeConfig)
     registry: RegistryConfig = field(default_factory=RegistryConfig, metadata=setting(up_file=False))
     registration: LeaseConfig = field(default_factory=LeaseConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)

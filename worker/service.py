@@ -17,7 +17,7 @@ from baton.machine import Machine
 from baton.node_messages import CancelAsked, Defect, Joined, NodeMessage, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, NodeDescription, NodeStatus
 from decode_node import machine as decode_machine
-from decode_node.actions import DecodeActions, DecodeConfig
+from decode_node.actions import DecodeActions
 from engine.replica import Replica
 from kvtransfer.protocol.receiver import LeaseNotice
 from kvtransfer.receiver import Receiver
@@ -137,7 +137,7 @@ class NodeService:
         *,
         clock: Clock,
         defects: Defects,
-        config: DecodeConfig | None = None,
+        config: decode_machine.DecodeConfig | None = None,
         session_config: SessionConfig | None = None,
         observer: LeaseObserver | None = None,
     ) -> None:
@@ -162,7 +162,7 @@ class NodeService:
             receiver,
             feed=lambda event: self._decode.feed(event),
             listener=lambda events: self._decode.hear(events),
-            config=config or DecodeConfig(),
+            config=config or decode_machine.DecodeConfig(),
         )
         self._prefill: _Phase[prefill_machine.Event, prefill_machine.Action] = _Phase(
             "prefill", self._prefill_machine, self._prefill_actions, self._send, self._look_idle, clock, defects

@@ -22,7 +22,6 @@ from baton.server import GrpcServer
 from baton.timeline import Timeline
 from baton.types import KvLayout
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
-from decode_node.actions import DecodeConfig
 from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
@@ -150,7 +149,7 @@ class _Worker:
             self._receiver,
             clock=clock,
             defects=defects,
-            config=DecodeConfig(config.lease_ttl_s, max(config.lease_ttl_s, config.max_lease_ttl_s)),
+            config=config.lease,
             observer=metrics.leases,
         )
         self._health = Health(self._server, replica, lambda: leaving.is_draining, config.stall_limit_s, defects)

@@ -30,7 +30,7 @@ from cli.launch.supervise import SuperviseConfig
 from engine.config import EngineConfig
 from engine.devices import TorchDevices
 from engine.memory import shown
-from router.config import RouterConfig
+from router.config import GRPC_PORT, HTTP_PORT, RouterConfig
 from worker.config import WorkerConfig
 
 _PROBE_INTERVAL_S = 0.05
@@ -60,10 +60,12 @@ class ClusterOptions:
     )
     num_mixed: int = field(default=0, metadata=setting("--mixed", "Workers that do both.", least=0, most=_MAX_WORKERS))
     http_port: int = field(
-        default=8000, metadata=setting("--http-port", "Port of the OpenAI API; 0 = any free one.", least=0, most=65535)
+        default=HTTP_PORT,
+        metadata=setting("--http-port", "Port of the OpenAI API; 0 = any free one.", least=0, most=65535),
     )
     grpc_port: int = field(
-        default=50051, metadata=setting("--grpc-port", "Port of the gRPC API; 0 = any free one.", least=0, most=65535)
+        default=GRPC_PORT,
+        metadata=setting("--grpc-port", "Port of the gRPC API; 0 = any free one.", least=0, most=65535),
     )
     host: str = field(default="127.0.0.1", metadata=setting("--host", "Address to listen on."))
     ready_file: Path | None = field(
@@ -96,6 +98,7 @@ class ClusterOptions:
     )
     # If it is used, workers register there and the router finds them there; else the router gets a list.
     registry: RegistryConfig = field(default_factory=RegistryConfig)
+    supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     worker: Mapping[str, Given] = field(default_factory=dict, metadata=computed())
     router: Mapping[str, Given] = field(default_factory=dict, repr=False, metadata=computed())
 
@@ -215,7 +218,7 @@ async def up(
             log_dir=log_dir,
             environment=_environment(options),
             clock=MonotonicClock(),
-            config=SuperviseConfig(),
+            config=options.supervise,
             say=say,
             announce=announce,
         )

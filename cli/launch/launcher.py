@@ -20,6 +20,7 @@ from cli.launch.supervise import (
     Exited,
     Finish,
     Kill,
+    Phase,
     Ready,
     Say,
     Spawn,
@@ -79,10 +80,15 @@ class Launcher:
         """May be called from a signal handler of the event loop; a second call stops at once, without grace."""
         self._events.put_nowait(StopAsked())
 
+    def _on_signal(self) -> None:
+        if self._machine.phase in (Phase.STARTING, Phase.RUNNING):
+            self._say("stopping: the router ends its streams, then the workers end; Ctrl-C again kills all at once")
+        self.stop()
+
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self.stop)
+            loop.add_signal_handler(number, self._on_signal)
         try:
             async with asyncio.TaskGroup() as tasks:
                 error = await self._drive(tasks)

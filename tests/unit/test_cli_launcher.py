@@ -69,6 +69,8 @@ async def test_sigterm_stops_it(tmp_path: Path) -> None:
         tasks.create_task(cluster.launcher.run())
         await cluster.announced.get()
         os.kill(os.getpid(), signal.SIGTERM)
+    (said,) = cluster.said
+    assert said.startswith("stopping: ")
 
 
 async def test_a_child_that_fails_at_the_start_is_quoted(tmp_path: Path) -> None:

@@ -18,8 +18,10 @@ from baton.registry import RegistryConfig
 from baton.settings import Given, build, difference, flatten, keys, read_file
 from baton.types import Role
 from cli import router, up, worker
+from cli.launch import cluster
+from cli.launch.placement import Place
 from cli.main import main
-from cli.options import Options
+from cli.options import Options, under
 from cli.usage import program
 from engine.config import EngineConfig
 from engine.schedule import SchedulerConfig
@@ -28,6 +30,7 @@ from router.config import LimitsConfig, RouterConfig
 from worker.config import Peaks, WorkerConfig
 from worker.departure import DrainConfig
 
+MODEL = Path(__file__).parents[2] / "demo" / "model"
 ALL = {"up": up.OPTIONS, "worker": worker.OPTIONS, "router": router.OPTIONS}
 WORKER_KEYS = tuple(keys(WorkerConfig))
 
@@ -182,6 +185,43 @@ def test_a_process_is_told_exactly_what_differs_from_the_defaults() -> None:
     assert difference(replace(secret, limits=LimitsConfig(max_queued=2))) == {
         "router_id": "r", "registry": {"cluster": "c"}, "limits": {"max_queued": 2},
     }  # fmt: skip
+
+
+def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> None:
+    """By the command lines that it starts them with, settings without an option included."""
+    text = f"""
+        model = "{MODEL}"
+        model_name = "told"
+        registry = {{ url = "redis://:hush@h", cluster = "c" }}
+        [worker.engine]
+        num_threads = 3
+        scheduler = {{ watermark = 0.25 }}
+        [router.limits]
+        max_queued = 3
+    """
+    given = given_to(up.OPTIONS, "--config", file_with(tmp_path, text), "--max-num-seqs", "9", "--api-key", "hush")
+    options = build(cluster.ClusterOptions, given)
+    options = replace(options, worker=under("worker.", given), router=under("router.", given))
+    common = options.worker_config(MODEL)
+    started = cluster._worker(options, common, "decode-0", "decode", Place("cuda:1", gpu_workers=2), 7001, 7002)
+    line = started.program.command
+    config = build(WorkerConfig, {**given_to(worker.OPTIONS, *line[4:]), "model": Given(MODEL, "--model")})
+    assert (config.role, config.node_id, config.listen, config.metrics_port, config.model_name) == (
+        Role.DECODE, "decode-0", "127.0.0.1:7001", 7002, "told",
+    )  # fmt: skip
+    assert config.engine == EngineConfig(
+        device="cuda:1", gpu_workers=2, num_threads=3, scheduler=SchedulerConfig(watermark=0.25, max_num_seqs=9)
+    )
+    routed = options.router_config(MODEL, ["127.0.0.1:7001"])
+    line = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1).command
+    told = given_to(router.OPTIONS, *line[4:])
+    assert told["limits.max_queued"].value == 3
+    assert (told["http"].value, told["model_name"].value, told["registry.cluster"].value) == (
+        "127.0.0.1:1",
+        "told",
+        "c",
+    )
+    assert "hush" not in "".join((*line, *started.program.command)), "every user of the machine can read arguments"
 
 
 def test_every_setting_has_a_type_that_files_can_hold_and_a_default_in_its_range() -> None:

@@ -341,7 +341,7 @@ async def test_stop_cancels_what_outlives_the_grace_time(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "bad",
     [
-        {"drain.grace_s": 0.0}, {"close_s": 0.0}, {"engine.num_blocks": 0}, {"lease_ttl_s": -1.0},
+        {"drain.grace_s": 0.0}, {"close_s": 0.0}, {"engine.num_blocks": 0}, {"lease.default_ttl_s": 601.0},
         {"stall_limit_s": float("nan")}, {"registry.cluster": "no spaces"}, {"engine.scheduler.watermark": 1.0},
         {"transfer.copy_threads": 65}, {"metrics_port": 65536}, {"advertise_host": "0.0.0.0"}, {"node_id": " "},
     ],
