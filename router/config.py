@@ -59,7 +59,9 @@ class LimitsConfig:
     max_stop_chars: int = 1024
     # Longest prompt, in characters for each token of the context, where the tokenizer proves no bound itself.
     prompt_chars_per_token: int = 64
+    # Of a request that says none.
     default_timeout_s: float = 600.0
+    # The longest that a request may ask for.
     max_timeout_s: float = 3600.0
     # A client that takes no byte for so long is gone. One that takes a little now and then is only slow.
     write_timeout_s: float = 60.0
@@ -100,6 +102,7 @@ class LimitsConfig:
 
 @dataclass(frozen=True, slots=True)
 class LinkConfig:
+    # From dialling a node to its welcome.
     connect_timeout_s: float = 5.0
     # Messages waiting to be sent to one node; a node that falls so far behind is broken.
     max_unsent: int = 8192

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from baton.address import host_of, is_anywhere, parse_address
 from baton.errors import BadConfig
+from baton.metrics_server import MetricsServerConfig
 from baton.names import check_model_name, check_node_id
 from baton.registry import RegistryConfig
 from baton.settings import check, computed, setting
@@ -16,6 +17,7 @@ from engine.config import EngineConfig
 from kvtransfer.config import TransferConfig
 from worker.departure import DrainConfig
 from worker.registration import LeaseConfig
+from worker.session import SessionConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class WorkerConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     lease: DecodeConfig = field(default_factory=DecodeConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
     registry: RegistryConfig = field(default_factory=RegistryConfig, metadata=setting(up_file=False))
     registration: LeaseConfig = field(default_factory=LeaseConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)
@@ -86,6 +89,7 @@ class WorkerConfig:
             up_file=False,
         ),
     )
+    metrics_server: MetricsServerConfig = field(default_factory=MetricsServerConfig)
     peaks: Peaks = field(default_factory=Peaks)
     # Gets {node_id, role, pid, address, metrics} once all is served.
     ready_file: Path | None = field(default=None, metadata=setting(up_file=False))

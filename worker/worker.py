@@ -150,6 +150,7 @@ class _Worker:
             clock=clock,
             defects=defects,
             config=config.lease,
+            session_config=config.session,
             observer=metrics.leases,
         )
         self._health = Health(self._server, replica, lambda: leaving.is_draining, config.stall_limit_s, defects)
@@ -162,7 +163,7 @@ class _Worker:
 
     def _bind_metrics(self, address: str) -> tuple[MetricsServer, str]:
         """The server, and where others reach it (empty: nowhere)."""
-        server = MetricsServer(lambda: exposition(self._metrics.metrics))
+        server = MetricsServer(lambda: exposition(self._metrics.metrics), self._config.metrics_server)
         if self._config.metrics_port is None:
             return server, ""
         port = server.bind(self._config.listen.rpartition(":")[0], self._config.metrics_port)

@@ -224,6 +224,16 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     assert "hush" not in "".join((*line, *started.program.command)), "every user of the machine can read arguments"
 
 
+def test_every_part_of_a_process_is_reachable_by_a_file() -> None:
+    tables = {key.path.rpartition(".")[0] for options in ALL.values() for key in options.keys}
+    assert tables >= {
+        "engine", "engine.scheduler", "transfer", "transfer.sender", "transfer.receiver", "lease", "session", "drain",
+        "registration", "registry", "metrics_server", "peaks",  # of a worker
+        "limits", "link", "flow", "membership", "policy", "watch",  # of the router
+        "supervise", "worker.engine.scheduler", "worker.session", "router.limits", "router.policy",  # of `up`
+    }  # fmt: skip
+
+
 def test_every_setting_has_a_type_that_files_can_hold_and_a_default_in_its_range() -> None:
     for config, own in ((WorkerConfig, {"model": Path("m"), "role": Role.MIXED}), (RouterConfig, {"nodes": ("h:1",)})):
         default: Any = config(**own)  # type: ignore[arg-type]
