@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from baton.settings import Key  # noqa: E402
 from cli import router, up, worker  # noqa: E402
+from cli.launch.cluster import ClusterOptions  # noqa: E402
 from cli.options import Options, default_shown  # noqa: E402
 from router.config import RouterConfig  # noqa: E402
 from worker.config import WorkerConfig  # noqa: E402
@@ -50,7 +51,7 @@ def file_only(settings: Options, config: type) -> str:
     meanings = dict(_meanings(config))
     lines = ["| setting | default | |", "|---|---|---|"]
     for key in settings.keys:
-        if not key.about.flag:
+        if not key.about.flag and not key.path.startswith(("worker.", "router.")):
             default = "computed" if key.is_computed else _shown(key.default)
             lines.append(f"| `{key.path}` | {default} | {_cell(meanings.get(key.path, ''))} |")
     return "\n".join(lines)
@@ -87,6 +88,7 @@ def _cell(text: str) -> str:
 def filled(text: str) -> str:
     tables = {
         "options": options(),
+        "settings of up": file_only(up.OPTIONS, ClusterOptions),
         "settings of a worker": file_only(worker.OPTIONS, WorkerConfig),
         "settings of the router": file_only(router.OPTIONS, RouterConfig),
     }

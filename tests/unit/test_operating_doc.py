@@ -5,10 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
+import tomllib
 from pathlib import Path
 
 from baton import errors
+from baton.settings import flatten
 from baton.types import KvLayout
+from cli import router, up, worker
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs/operating.md").read_text()
@@ -27,6 +31,15 @@ def test_every_option_that_the_text_names_exists() -> None:
     named = set(re.findall(r"`[^`]*?(--[a-z][\w-]*)", TEXT))
     assert listed
     assert named <= listed | others
+
+
+def test_the_files_that_the_text_shows_are_taken() -> None:
+    shown = re.findall(r"\n((?:    .*\n)+)", TEXT)
+    files = {block.split()[1]: textwrap.dedent(block) for block in shown if block.startswith("    # ")}
+    assert files.keys() == {"worker.toml", "router.toml", "cluster.toml"}
+    for name, options in (("worker.toml", worker), ("router.toml", router), ("cluster.toml", up)):
+        table = tomllib.loads(files[name])
+        assert len(flatten(table, options.OPTIONS.keys, f"{name}: ")) >= 3
 
 
 def test_every_option_has_a_meaning() -> None:
