@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router")
+PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router", "worker")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 # What the extra `worker` brings, and what stands for it in a folder of installed packages.
 COMPUTES_WITH = ("huggingface_hub", "llvmlite", "numpy", "nvidia_ml", "pynvml", "safetensors", "torch", "transformers",

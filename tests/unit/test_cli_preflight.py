@@ -384,7 +384,7 @@ def test_nothing_tells_anybody_to_install_baton_by_name() -> None:
     files = [root / "README.md", root / "CONTRIBUTING.md", root / "Makefile", root / "deploy" / "Dockerfile"]
     for folder, kinds in (("docs", ".md"), ("deploy", ".md .yaml"), ("scripts", ".sh .py")):
         files += [path for path in (root / folder).rglob("*") if path.suffix in kinds.split()]
-    for package in ("baton", "cli", "router", "engine", "demo", "kvtransfer", "prefill_node", "decode_node"):
+    for package in ("baton", "cli", "router", "engine", "demo", "kvtransfer", "prefill_node", "decode_node", "worker"):
         files += (root / package).rglob("*.py")
     told = re.compile(r"(pip|pipx|uv|poetry)\s+(\w+\s+)*(install|add)\s+(-\S+\s+)*['\"]?baton\b")
     found = [path.name for path in files if told.search(path.read_text(encoding="utf-8"))]
