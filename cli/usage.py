@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -50,10 +51,12 @@ def _elsewhere(option: str, context: Any) -> str:
 
 def program() -> str:
     """How this command was called, for hints that are copied: `baton` by its path where it is not on PATH."""
-    called = sys.argv[0]
-    if os.path.basename(called) == "__main__.py":
-        return f"{_near(sys.executable)} -m {os.path.basename(os.path.dirname(called))}"
-    return called if os.sep not in called else _near(called)
+    python, *words = sys.orig_argv
+    script = next((i for i, word in enumerate(words) if not word.startswith("-")), 0)
+    if not words or words[:script][-1:] == ["-m"] or words[script].endswith(".py"):
+        return " ".join((_near(python), *words[: script + 1]))
+    on_path = shutil.which("baton")
+    return "baton" if on_path is not None and Path(on_path).samefile(words[script]) else _near(words[script])
 
 
 def _near(path: str) -> str:

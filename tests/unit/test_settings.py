@@ -284,13 +284,16 @@ def test_a_file_that_cannot_be_read_is_one_line(said: Callable[..., str], tmp_pa
 
 def test_hints_name_a_command_that_exists(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "env" / "bin" / "python"))
-    for called, hint in (
-        ("baton", "baton"),
-        (str(tmp_path / "env" / "bin" / "baton"), "env/bin/baton"),
-        ("/opt/env/bin/baton", "/opt/env/bin/baton"),
-        ("/checkout/cli/__main__.py", "env/bin/python -m cli"),
-        ("/checkout/baton/__main__.py", "env/bin/python -m baton"),
+    installed, python = tmp_path / "env" / "bin" / "baton", str(tmp_path / "env" / "bin" / "python")
+    installed.parent.mkdir(parents=True)
+    installed.touch(mode=0o755)
+    for path, called, hint in (
+        (installed.parent, [python, str(installed), "up"], "baton"),
+        ("/nowhere", [python, str(installed), "up", "--model", "m"], "env/bin/baton"),
+        ("/nowhere", ["/opt/python", "/opt/baton", "up"], "/opt/baton"),
+        ("/nowhere", [python, "-m", "cli", "up"], "env/bin/python -m cli"),
+        ("/nowhere", [python, "-P", "/checkout/cli/__main__.py", "up"], "env/bin/python -P /checkout/cli/__main__.py"),
     ):
-        monkeypatch.setattr(sys, "argv", [called])
+        monkeypatch.setenv("PATH", str(path))
+        monkeypatch.setattr(sys, "orig_argv", called)
         assert program() == hint
