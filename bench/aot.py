@@ -21,7 +21,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import resources
@@ -31,14 +30,13 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
 
 from bench import gpu_kernels, tune
 from bench.gpu_measure import Device, Work
 from bench.gpu_sizes import LLAMA_8B, QWEN_06B, SERVED, TINY
 from engine.kernels.interface import DRAW_DTYPES, Draws
 from engine.kernels.triton.decode_attention import decode_attention
+from engine.kernels.triton.fake_driver import SHARED_LIMIT_BYTES, FakeDriver, standing_in
 from engine.kernels.triton.gemm import linear
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
@@ -47,8 +45,6 @@ from engine.kernels.triton.sampling import TritonSampler
 from engine.kernels.triton.shared_prefix import SharedPlan, shared_decode_attention
 from engine.kernels.triton.tuning import Tuning, load, parse
 
-# Bytes of shared memory that one program may use.
-SHARED_LIMIT_BYTES = {80: 166_912, 90: 232_448}
 _COUNTED = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDL", "STL")
 
 
@@ -69,73 +65,24 @@ class Compiled:
     instructions: dict[str, int] = field(default_factory=dict)
 
 
-class _Utils:
-    """The functions that Triton calls on a driver when it loads a kernel."""
-
-    def __init__(self, arch: int, loaded: Callable[[str, bytes, int], None]) -> None:
-        self._arch = arch
-        self._loaded = loaded
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_LIMIT_BYTES[self._arch], "multiprocessor_count": 132}
-
-    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        self._loaded(name, binary, shared)
-        return 1, 1, 0, 0, 1024
-
-    def unload_module(self, module: int) -> None:
-        """Nothing to do: nothing was loaded."""
-
-
-class CompileOnlyDriver:
-    """Replaces Triton's GPU driver: a launch compiles the kernel and does nothing else."""
+class CompileOnlyDriver(FakeDriver):
+    """Replaces Triton's GPU driver: a launch compiles the kernel and does nothing else; binaries are inspected."""
 
     def __init__(self, arch: int, *, inspects: bool = True) -> None:
+        super().__init__(arch, self._inspect if inspects else None)
+        self.is_recording = False
         self.case = ""
         self.compiled: list[Compiled] = []
-        self.num_loaded = 0
-        self._inspects = inspects
-        self._arch = arch
-        self._metadata: Any = None
-        self.utils = _Utils(arch, self._load)
+        self._inspected_arch = arch
 
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._arch, 32)
-
-    def get_current_device(self) -> int:
-        # Triton caches compiled kernels by device, so each target has a number of its own.
-        return self._arch
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        self._metadata = metadata
-        return lambda *_args, **_options: None
-
-    def _load(self, name: str, binary: bytes, shared: int) -> None:
-        self.num_loaded += 1
-        if not self._inspects:
-            return
+    def _inspect(self, name: str, binary: bytes, shared_bytes: int, metadata: Any) -> None:
         registers, stack, counts = inspect_binary(binary)
         self.compiled.append(
             Compiled(
-                name, self.case, self._arch, triton.__version__, self._metadata.num_warps, self._metadata.num_stages,
-                registers, stack, shared, counts,
+                name, self.case, self._inspected_arch, triton.__version__, metadata.num_warps, metadata.num_stages,
+                registers, stack, shared_bytes, counts,
             )
         )  # fmt: skip
-
-
-@contextmanager
-def compiling(arch: int, *, inspects: bool = True) -> Iterator[CompileOnlyDriver]:
-    """Inside this context, launches on meta tensors compile for ``sm_<arch>``. Not under the interpreter."""
-    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
-    stand_in = CompileOnlyDriver(arch, inspects=inspects)
-    driver.set_active(stand_in)
-    try:
-        yield stand_in
-    finally:
-        driver._active = None  # noqa: SLF001 - reset_active() asks for a real driver
 
 
 def inspect_binary(binary: bytes) -> tuple[int, int, dict[str, int]]:
@@ -300,7 +247,7 @@ def compile_all(arch: int, *, only_fast: bool = False) -> list[tuple[Compiled, b
     text = (resources.files("engine.kernels.triton") / "tuned" / name).read_text()
     tuning = parse(json.loads(text), name)
     found: list[tuple[Compiled, bool]] = []
-    with compiling(arch) as stand_in:
+    with standing_in(CompileOnlyDriver(arch)) as stand_in:
         for case in cases(tuning):
             if only_fast and not case.is_fast:
                 continue
@@ -344,7 +291,7 @@ def ahead(
     """Compile every ``num_parts``-th work from ``part`` on."""
     works = _works_ahead(gpu, capability, num_processors, is_tuning=is_tuning)
     failed: dict[str, int] = {}
-    with compiling(capability[0] * 10 + capability[1], inspects=False) as stand_in:
+    with standing_in(CompileOnlyDriver(capability[0] * 10 + capability[1], inspects=False)) as stand_in:
         for work in itertools.islice(works, part, None, num_parts):
             for run in (work.ours, work.alone):
                 try:

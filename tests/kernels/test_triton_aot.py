@@ -47,15 +47,16 @@ def test_every_configuration_compiles_well(arch: str, tmp_path: Path) -> None:
 
 _AHEAD = """
 from bench import gpu_kernels
-from bench.aot import Meta, compiling
+from bench.aot import CompileOnlyDriver, Meta
 from bench.gpu_measure import Device
 from bench.gpu_sizes import TINY
+from engine.kernels.triton.fake_driver import standing_in
 from engine.kernels.triton.tuning import load
 
 tuning = load("A GPU", (9, 0), 132)
 ahead, real = (list(gpu_kernels.works(TINY[2], tuning, device)) for device in (Meta(), Device()))
 names = {"decode attention, blocks of 64", "product, gate and up 80 x 84", "prefill attention, contiguous", "RMSNorm"}
-with compiling(90, inspects=False) as stand_in:
+with standing_in(CompileOnlyDriver(90, inspects=False)) as stand_in:
     for made_up, work in zip(ahead, real, strict=True):
         if work.kernel not in names:
             continue

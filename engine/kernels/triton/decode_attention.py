@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.tuning import DecodeTile
 
 # Splits combined at a time. Part of the numerics: sums within a chunk are a tree, chunks are added in order.
@@ -22,7 +23,7 @@ _COMBINED = 16
 NO_WINDOW = 1 << 30
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_splits"])
+@kernel(do_not_specialize=["stride_table", "num_splits"])
 def _split_kernel(
     p_out,  # [rows, H, D]
     p_partial,  # [rows, H, num_splits, D] float32, each normalized by its own sum
@@ -95,7 +96,7 @@ def _split_kernel(
             tl.store(p_lse + b_slot, b_max * scale_log2 + tl.log2(b_sum), mask=m_group)
 
 
-@triton.jit(do_not_specialize=["num_splits"])
+@kernel(do_not_specialize=["num_splits"])
 def _combine_kernel(
     p_out,  # [rows, H, D]
     p_partial,  # [rows, H, num_splits, D] float32

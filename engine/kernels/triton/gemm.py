@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from engine.kernels.triton.language import dot, narrow
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile
 
 # Tiles of rows of x that are multiplied with W together, so that both stay in the L2 cache.
@@ -40,7 +41,7 @@ def _silu(b_x):
     return b_x / (1.0 + tl.exp(-b_x))
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _stream_kernel(
     p_out,  # [M, OUT]
     p_partial,  # [SPLITS, M, N] float32
@@ -87,7 +88,7 @@ def _stream_kernel(
         tl.store(p_out + b_to, narrow(tl.trans(b_acc), p_out.dtype.element_ty), mask=m_to)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _reduce_kernel(
     p_out,  # [M, OUT]
     p_partial,  # [SPLITS, M, N] float32
@@ -118,7 +119,7 @@ def _reduce_kernel(
     tl.store(p_out + i_row * columns + b_n, narrow(b_sum, p_out.dtype.element_ty), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["M"])
+@kernel(do_not_specialize=["M"])
 def _grid_kernel(
     p_out,  # [M, OUT]
     p_x,  # [M, K]; pointer or descriptor

@@ -11,12 +11,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.kernels.triton.launch import kernel
+
 # 8-byte words that one program copies at a time, and the number of times.
 _WORDS = 1024
 _ROUNDS = 4
 
 
-@triton.jit
+@kernel
 def _copy_kernel(
     p_cache,  # [layers, blocks, words] int64 (words of 8 bytes), layers stride_layer and blocks stride_block apart
     p_staging,  # [layers, num_ids, words]

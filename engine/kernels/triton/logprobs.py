@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import REPORT_TOP, REPORT_WORDS
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.rows import OPTIONS
 from engine.mass import COEFFICIENTS, LEAST_EXPONENT, LOG2E, REPORTED_BITS, REPORTED_TERMS
 
@@ -61,7 +62,7 @@ def _most_likely(b_value, b_id, m_value, floor, num_wanted, TOP: tl.constexpr):
     return b_top_id, b_top
 
 
-@triton.jit
+@kernel
 def _part_kernel(
     p_mass,  # [rows, CHUNKS] int64
     p_rank,  # [rows, CHUNKS] int32: number of values larger than the chosen token's
@@ -102,7 +103,7 @@ def _part_kernel(
         tl.store(p_top + b_to, b_top)
 
 
-@triton.jit
+@kernel
 def _whole_kernel(
     p_report,  # [rows, 4 + 2 * TOP] int64
     p_mass, p_rank, p_top_ids, p_top, p_logits, p_best, p_token, p_num_top,  # as above

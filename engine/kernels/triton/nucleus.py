@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.rows import (
     COUNT_MASK,
     CUT_BITS,
@@ -30,7 +31,7 @@ def _share(part, total):
     return tl.maximum(tl.minimum(wanted, total), 1)
 
 
-@triton.jit
+@kernel
 def gather_kernel(
     p_plan,  # [rows, 6] int64: kind (0 keeps all, 1 top_k, 2 top_p), values, mass above, wanted, cut, cut above or -1
     p_bounds,  # [rows, 2] float32: the values to search lie from here up, but not from there up
@@ -164,7 +165,7 @@ def _nth_equal(p_from, num_values, least, low, high, key, nth, BLOCK: tl.constex
     return place
 
 
-@triton.jit
+@kernel
 def select_kernel(
     p_floor,  # [rows, 2] int32: larger keys are kept, and of this key ids up to the second number
     p_plan, p_bounds, p_found, p_found_ids,  # as above
@@ -225,7 +226,7 @@ def select_kernel(
             tl.store(p_floor + i_row * 2 + 1, last)
 
 
-@triton.jit
+@kernel
 def kept_kernel(
     p_masses, p_floor, p_plan, p_cuts, p_values, p_places, p_changed, p_logits, p_slot, p_masked,  # as above
     p_scale, p_top_k, p_top_p, p_reach,

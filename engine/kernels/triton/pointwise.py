@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.triton.language import narrow
+from engine.kernels.triton.launch import kernel
 
 # Elements per program of silu_mul and embed.
 _COLUMNS = 1024
@@ -18,7 +19,7 @@ _COLUMNS = 1024
 _ROTATED = 4096
 
 
-@triton.jit
+@kernel
 def _rms_norm_kernel(
     p_out,  # [rows, COLUMNS]
     p_x,  # [rows, COLUMNS]; with a delta, the sum is written here
@@ -76,7 +77,7 @@ def _rms_norm(x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Te
     return out
 
 
-@triton.jit
+@kernel
 def _silu_mul_kernel(
     p_out,  # [rows, columns]
     p_gate_up,  # [rows, 2 * columns]
@@ -104,7 +105,7 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return out
 
 
-@triton.jit
+@kernel
 def _embed_kernel(
     p_out,  # [rows, columns]
     p_table,  # [vocabulary, columns]
@@ -151,7 +152,7 @@ def _norm_heads(b_first, b_second, m_normed, p_weight, b_half, m_half, HALF: tl.
     return tl.where(m_normed[:, None], b_n1, b_first), tl.where(m_normed[:, None], b_n2, b_second)
 
 
-@triton.jit
+@kernel
 def _rope_store_kernel(
     p_query,  # [rows, H, D]
     p_cache,  # [blocks, HKV, 2, BLOCK_TOKENS, D]

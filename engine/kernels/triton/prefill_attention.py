@@ -20,6 +20,7 @@ from torch import Tensor
 
 from engine.kernels.triton.decode_attention import NO_WINDOW
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.tuning import PrefillTile
 from engine.staging import to_device
 
@@ -70,7 +71,7 @@ def _attend(
     return b_acc, b_max, b_sum
 
 
-@triton.jit(do_not_specialize=["num_tiles", "stride_table"])
+@kernel(do_not_specialize=["num_tiles", "stride_table"])
 def _prefill_kernel(
     p_out,  # [rows, H, D]
     p_query,  # [rows, H, D], rows stride_query apart

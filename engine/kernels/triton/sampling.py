@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.interface import NO_TOKEN, Draws, SlotTables
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.logprobs import Reporter
 from engine.kernels.triton.nucleus import gather_kernel, kept_kernel, select_kernel
 from engine.kernels.triton.rows import (
@@ -82,7 +83,7 @@ def _penalized(b_value, b_seen, repetition, frequency, presence):
     return b_value - presence * (b_count > 0).to(tl.float32)
 
 
-@triton.jit
+@kernel
 def _change_kernel(
     p_changed,  # [rows, size] float32: rows after their changes; others are not written
     p_logits,  # [rows, size] float32, rows stride_row apart
@@ -126,7 +127,7 @@ def _change_kernel(
         tl.store(p_changed + i_row * size + b_id, b_value, mask=m_in)
 
 
-@triton.jit
+@kernel
 def _stats_kernel(
     p_values,  # [rows, 4, CHUNKS] float32: best, sum and sum of squares (roughly), best of the model's own
     p_places,  # [rows, 2, CHUNKS] int32: id of the best, number of the model's values that are not finite
@@ -163,7 +164,7 @@ def _stats_kernel(
     tl.store(p_places + CHUNKS, num_bad)
 
 
-@triton.jit
+@kernel
 def _mass_kernel(
     p_masses,  # [rows, CHUNKS] int64: of rows without top_k and top_p
     p_span,  # [rows] float32: how far the cuts reach below the best
@@ -203,7 +204,7 @@ def _mass_kernel(
                 tl.store(p_masses + i_row * CHUNKS + i_chunk, tl.sum(b_mass, 0))
 
 
-@triton.jit
+@kernel
 def _draw_kernel(
     p_token,  # [rows] int64
     p_masses, p_floor, p_values, p_places, p_changed, p_logits, p_slot, p_masked,  # as above

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from engine.kernels.triton.decode_attention import SharedPartials, decode_attention, max_splits
 from engine.kernels.triton.language import dot, load_rows, narrow, online_softmax, page_offsets
+from engine.kernels.triton.launch import kernel
 from engine.kernels.triton.tuning import DecodeTile
 from engine.staging import to_device
 
@@ -39,7 +40,7 @@ class Group:
     num_splits: int
 
 
-@triton.jit(do_not_specialize=["stride_table", "num_splits"])
+@kernel(do_not_specialize=["stride_table", "num_splits"])
 def _prefix_kernel(
     p_partial,  # [rows, H, num_splits, D] float32
     p_lse,  # [rows, H, num_splits] float32
