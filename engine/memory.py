@@ -26,6 +26,8 @@ _PROCESS_BYTES = 512 << 20
 # CUDA's own on a GPU that several workers share: what each of them has of it cannot be told while others load. About
 # what a context and the modules of kernels take.
 _CONTEXT_BYTES = 1 << 30
+# Token id, slot and a tile of attention.
+_INPUT_WORDS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,14 +86,29 @@ def weight_bytes(model: ModelConfig, dtype: str, quantization: str) -> int:
     return int(cost.layer_weight_bytes + cost.head_weight_bytes) + embedding
 
 
-def activation_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
-    """Most that a step's tensors take at once, from above: all of one layer's for every token, and the logits of every
-    sequence, in the model's dtype and twice in float32."""
+def recorded_size(most: int) -> int:
+    """Rows that a recorded step has room for: powers of two, so that a batch that grows is not recorded each time."""
+    return 1 << (most - 1).bit_length() if most else 0
+
+
+def step_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
+    """Most that the tensors of a step on a processor take, from above. A recorded step keeps them: of every token all
+    of one layer's, of every sequence the logits, in the model's dtype and twice in float32."""
     heads, kv_heads = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
     per_token = 4 * model.hidden_size + 3 * heads + 2 * kv_heads + 3 * model.intermediate_size
-    num_samples = min(config.scheduler.max_num_seqs, config.scheduler.max_batch_tokens)
+    limits = config.scheduler
+    num_tokens = recorded_size(limits.max_batch_tokens)
+    num_samples = recorded_size(min(limits.max_num_seqs, limits.max_batch_tokens))
+    num_blocks = recorded_size(limits.max_num_seqs * -(-model.max_model_tokens // config.block_tokens))
     size = DTYPE_BYTES[dtype]
-    return config.scheduler.max_batch_tokens * per_token * size + num_samples * model.vocab_size * (size + 2 * 4)
+    if config.quantization == "int8":
+        # Rows as products take them: levels of at most two bytes, and for every group a scale and a sum.
+        per_token += 3 * (model.hidden_size + heads + model.intermediate_size) // size
+    # Beside them ids, slots, tiles and the rotation, of float32.
+    inputs = num_tokens * (8 * _INPUT_WORDS + 4 * model.head_dim) + num_samples * 8 * _INPUT_WORDS + num_blocks * 8
+    # Scores of one context that is computed in pieces.
+    inputs += recorded_size(model.max_model_tokens) * (model.num_heads * 4 + 1)
+    return num_tokens * per_token * size + num_samples * model.vocab_size * (size + 2 * 4) + inputs
 
 
 def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtype: str, *, num_workers: int = 1) -> int:
@@ -102,7 +119,7 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
     Pages of the cache that are never written cost nothing, so a small load does not pay for a generous pool.
     """
     weights = weight_bytes(model, dtype, config.quantization)
-    own_bytes = weights + activation_bytes(model, config, dtype) + _PROCESS_BYTES
+    own_bytes = weights + step_bytes(model, config, dtype) + _PROCESS_BYTES
     left_bytes = memory.available_bytes - num_workers * own_bytes
     size = int(left_bytes * _HOST_SHARE / num_workers)
     per_block = block_bytes(model, config, dtype)
@@ -185,22 +202,32 @@ def layout_before_loading(
     elif not is_measured:
         size = host_kv_bytes(memory, model, config, dtype, num_workers=num_workers)
         layout = kv_layout(model, config, dtype, kv_bytes=size)
-    kv_bytes = 0 if layout is None else layout.total_bytes
-    weights = weight_bytes(model, dtype, config.quantization)
-    check_fits(memory, kv_bytes=kv_bytes, weight_bytes=weights, num_workers=num_workers)
+    check_fits(
+        memory,
+        kv_bytes=0 if layout is None else layout.total_bytes,
+        weight_bytes=weight_bytes(model, dtype, config.quantization),
+        # On a GPU it is measured as well.
+        step_bytes=0 if is_measured else step_bytes(model, config, dtype),
+        num_workers=num_workers,
+    )
     return layout
 
 
-def check_fits(memory: Memory, *, kv_bytes: int, weight_bytes: int = 0, num_workers: int = 1) -> None:
+def check_fits(
+    memory: Memory, *, kv_bytes: int, weight_bytes: int = 0, step_bytes: int = 0, num_workers: int = 1
+) -> None:
     """Raise BadConfig unless ``num_workers`` with so many bytes each fit into ``memory``."""
-    needed = num_workers * (kv_bytes + weight_bytes)
+    needed = num_workers * (kv_bytes + weight_bytes + step_bytes)
     if needed <= memory.available_bytes:
         return
-    parts = [f"{what} of {_mib(size)}" for what, size in (("a KV cache", kv_bytes), ("weights", weight_bytes)) if size]
+    sizes = ("a KV cache", kv_bytes), ("weights", weight_bytes), ("tensors of a step", step_bytes)
+    *parts, last = [f"{what} of {_mib(size)}" for what, size in sizes if size]
     workers = f"{num_workers} workers, each with " if num_workers > 1 else ""
     cure = "give a smaller --kv-mib or --num-blocks" if kv_bytes else "free memory there, or take a smaller model"
+    if step_bytes:
+        cure += ", or a smaller --max-batch-tokens"
     raise BadConfig(
-        f"{workers}{' and '.join(parts)}: {_mib(needed)} in all, expected at most "
+        f"{workers}{', '.join(parts)}{' and ' if parts else ''}{last}: {_mib(needed)} in all, expected at most "
         f"{_mib(memory.available_bytes)}, {memory.bound}; {cure}" + (", or fewer workers" if num_workers > 1 else ""),
         param="kv_bytes",
     )

@@ -15,7 +15,8 @@ from engine.batch import Batch, Span, build_batch
 from engine.config import ModelConfig, RopeConfig
 from engine.kernels.cpu import CpuKernels
 from engine.kernels.cpu.attention import query_scale
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.llvm import Emitter, Int, Isa
 from engine.kernels.interface import Kernels
 from engine.kernels.reference import ReferenceKernels
 from engine.step import Piece, Sequence, StepPlan

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from engine.config import EngineConfig
 from engine.kernels.cpu.crew import Crew, Table, crew, record_words
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.llvm import Emitter, Int, Isa
 from engine.kernels.cpu.logits import peaks_of, summarize
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Count, Program, Record, Tape

@@ -14,19 +14,25 @@ from engine.config import EngineConfig, ModelConfig
 from engine.fake_devices import FakeDevices
 from engine.memory import (
     Memory,
-    activation_bytes,
     block_bytes,
     check_fits,
     host_kv_bytes,
     kv_layout,
     of_machine,
     shown,
+    step_bytes,
     weight_bytes,
 )
 from engine.runner import Runner
 from engine.schedule import SchedulerConfig
-from tests.models import ORACLE_CASES
+from engine.warm_up import largest_step
+from tests.models import ORACLE_CASES, ModelCase
 
+STEP_CASES = (
+    ModelCase("odd-sizes", hidden=72, intermediate=100, heads=3, kv_heads=3, head_dim=24),
+    ModelCase("wide-vocabulary", hidden=32, intermediate=32, options={"vocab_size": 5000}),
+    ModelCase("wide-heads", hidden=32, intermediate=32, heads=8, kv_heads=8, head_dim=64),
+)
 CASE = next(case for case in ORACLE_CASES if case.name == "llama-gqa2-d32")
 MIB = 1 << 20
 
@@ -99,13 +105,33 @@ def test_a_cache_beyond_the_machine_is_refused_before_it_is_allocated(tmp_path: 
         Runner.load(CASE.save(tmp_path / "model"), config, allocate=allocate)
 
 
-def test_weights_count_beside_the_cache(tmp_path: Path) -> None:
+def test_weights_and_a_step_count_beside_the_cache(tmp_path: Path) -> None:
     folder, config = CASE.save(tmp_path / "model"), EngineConfig(num_blocks=4)
     model = ModelConfig.from_folder(folder)
-    need = kv_layout(model, config, "float32").total_bytes + weight_bytes(model, "float32", "none")
-    with pytest.raises(BadConfig, match="a small machine"):
+    kv, step = kv_layout(model, config, "float32").total_bytes, step_bytes(model, config, "float32")
+    need = kv + weight_bytes(model, "float32", "none") + step
+    with pytest.raises(BadConfig, match=rf"and tensors of a step of {-(-step // MIB)} MiB: .* a small machine"):
         Runner.load(folder, config, devices=FakeDevices(host=Memory(need - 1, "a small machine")))
     Runner.load(folder, config, devices=FakeDevices(host=Memory(need, "just enough")))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", ["llama-gqa2-d32", "odd-sizes", "wide-vocabulary", "wide-heads"])
+def test_a_recorded_step_keeps_no_more_than_is_counted(
+    tmp_path: Path, name: str, dtype: str, quantization: str
+) -> None:
+    """Its largest step, whose tensors stay: limits that are no powers of two, so that there is room for more rows."""
+    case = next(case for case in (*ORACLE_CASES, *STEP_CASES) if case.name == name)
+    limits = SchedulerConfig(max_batch_tokens=300, max_num_seqs=20)
+    config = EngineConfig(num_blocks=400, kernels="cpu", dtype=dtype, quantization=quantization, scheduler=limits)
+    runner = Runner.load(case.save(tmp_path / "model"), config)
+    plan = largest_step(runner.layout, max_batch_tokens=300, max_num_seqs=20, max_model_tokens=300)
+    runner.execute(plan)
+    recorder = runner._model._recorder
+    assert recorder is not None
+    counted = step_bytes(runner.model_config, config, dtype)
+    assert counted / 4 < recorder[1].num_bytes <= counted
 
 
 def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> None:
@@ -116,7 +142,7 @@ def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> Non
     model = ModelConfig.from_folder(folder)
     per_block = block_bytes(model, config, "float32")
     # For one worker, and in equal parts for several that start together.
-    own = weight_bytes(model, "float32", "none") + activation_bytes(model, config, "float32") + (512 << 20)
+    own = weight_bytes(model, "float32", "none") + step_bytes(model, config, "float32") + (512 << 20)
     for num_workers in (1, 3):
         has = Memory(num_workers * (own + 20 * per_block), "a test")
         assert host_kv_bytes(has, model, config, "float32", num_workers=num_workers) == 10 * per_block

@@ -17,6 +17,7 @@ from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.linear_int8 import CpuLinearInt8
 from engine.kernels.cpu.llvm import Isa
 from engine.kernels.cpu.logits import summarize
+from engine.kernels.cpu.long_attention import LongAttention
 from engine.kernels.cpu.onednn import OneDnnLinear, has_matrix_units, is_exact
 from engine.kernels.cpu.pointwise import rms_norm, rope_store, silu_mul, take_rows
 from engine.kernels.cpu.program import Tape
@@ -93,9 +94,20 @@ class CpuKernels:
         return self.tiled_attention(config, layout, torch.tensor(tiles), torch.tensor(block_ids), len(tiles))
 
     def tiled_attention(
-        self, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+        self,
+        config: ModelConfig,
+        layout: KvLayout,
+        tiles: Tensor,
+        block_ids: Tensor,
+        count: int,
+        long: LongAttention | None = None,
     ) -> Attention:
-        return CpuAttention(self._isa, self.tape, config, layout, tiles, block_ids, count)
+        return CpuAttention(self._isa, self.tape, config, layout, tiles, block_ids, count, long)
+
+    def long_attention(
+        self, config: ModelConfig, layout: KvLayout, tiles: Tensor, pieces: Tensor, block_ids: Tensor, room: int
+    ) -> LongAttention:
+        return LongAttention(self._isa, layout, config.group_size, tiles, pieces, block_ids, room)
 
     def summarize(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """In float32, and what ``peaks_of`` reads."""

@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from baton.types import KvLayout
 from engine.batch import Span
 from engine.config import ModelConfig
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize, per_dot
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
+
+if TYPE_CHECKING:
+    from engine.kernels.cpu.long_attention import LongAttention
 
 # Query rows of a tile: their outputs and a KV block of one head fit into the first two caches.
 _TILE_ROWS = 64
@@ -32,10 +37,19 @@ class CpuAttention:
     """Attention over tiles that were listed once, used by every layer."""
 
     def __init__(
-        self, isa: Isa, tape: Tape, config: ModelConfig, layout: KvLayout, tiles: Tensor, block_ids: Tensor, count: int
+        self,
+        isa: Isa,
+        tape: Tape,
+        config: ModelConfig,
+        layout: KvLayout,
+        tiles: Tensor,
+        block_ids: Tensor,
+        count: int,
+        long: LongAttention | None = None,
     ) -> None:
-        """tiles [at least count, 4] and block_ids as ``tiles_of`` gives them, int64."""
+        """tiles [at least count, 4] and block_ids as ``tiles_of`` gives them, int64; ``long``: those beside them."""
         self._tape = tape
+        self._long = long
         self._tiles, self._block_ids = tiles, block_ids
         self._count = count
         self._kv_heads = layout.num_kv_heads
@@ -45,8 +59,12 @@ class CpuAttention:
 
     def __call__(self, queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
         out = self._tape.empty(queries, queries.shape[1] * queries.shape[2])
-        parameters = (self._tiles, self._block_ids, queries, cache, out, window or _NO_WINDOW)
-        self._tape.run([Record(self._kernel, parameters, self._count, units=self._kv_heads)])
+        seen = window or _NO_WINDOW
+        parameters = (self._tiles, self._block_ids, queries, cache, out, seen)
+        records = [Record(self._kernel, parameters, self._count, units=self._kv_heads)]
+        if self._long is not None:
+            records += self._long.records(queries, cache, seen, out)
+        self._tape.run(records)
         return out
 
 
@@ -88,7 +106,7 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
 
     def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
         tiles, block_ids, queries, cache, out, window = parameters
-        rows = _Rows(e, dtype, head_dim, block_tokens, max_rows)
+        rows = Rows(e, dtype, head_dim, block_tokens, max_rows)
         kv_head = task % kv_heads
         row, start, num_tokens, table = (e.load_int(tiles + task // kv_heads * 32 + 8 * i) for i in range(4))
         end = start + num_tokens
@@ -130,7 +148,7 @@ def _kernel(isa: Isa, dtype: str, group: int, head_dim: int, block_tokens: int, 
     return Kernel(f"attention_{dtype}", isa, 6, build)
 
 
-class _Rows:
+class Rows:
     """Query rows of a tile with their running state, in the thread's scratch memory."""
 
     def __init__(self, e: Emitter, dtype: str, head_dim: int, block_tokens: int, max_rows: int) -> None:
@@ -141,7 +159,7 @@ class _Rows:
         self._head_dim = head_dim
         self._block_tokens = block_tokens
         self._item = itemsize(dtype)
-        self._step = per_dot(dtype)
+        self.step = per_dot(dtype)
         self._token_width = e.isa.width(block_tokens)
         self._width = e.isa.width(head_dim)
         self._queries = e.scratch(max_rows * head_dim * self._item)
@@ -155,15 +173,22 @@ class _Rows:
         for i in range(0, self._head_dim, self._width):
             query = e.load(self._dtype, source + i * self._item, self._width)
             e.store(self._dtype, query, self._queries + row * (self._head_dim * self._item) + i * self._item)
+        self.reset(row)
+
+    def reset(self, row: Int) -> None:
+        """It has met no block."""
+        e = self._e
+        for i in range(0, self._head_dim, self._width):
             e.store("float32", e.constant(0.0, self._width), self._output(row, i))
         e.store("float32", e.constant(-math.inf, 1), self._best + row * 4)
         e.store("float32", e.constant(0.0, self._token_width), self._total(row))
 
-    def finish(self, row: Int, target: Int) -> None:
+    def finish(self, row: Int, target: Int, num_vectors: int | None = None) -> None:
+        """The first vectors of the head, or all."""
         e = self._e
         total = e.lane_sum(e.load("float32", self._total(row), self._token_width))
         total = e.resize(total, self._width)
-        for i in range(0, self._head_dim, self._width):
+        for i in range(0, (num_vectors or self._head_dim // self._width) * self._width, self._width):
             e.store(self._dtype, e.load("float32", self._output(row, i), self._width) / total, target + i * self._item)
 
     def attend(self, row: Int, count: int, keys: Int, values: Int, ahead: Int, seen: tuple[Int, Int] | None) -> None:
@@ -171,17 +196,13 @@ class _Rows:
 
         While keys are read, values are prefetched; while values are read, the next keys, ``ahead``.
         """
-        scores = self._scores(row, count, keys, values)
-        decays = [self._weigh(row + i, i, scores[i], seen) for i in range(count)]
-        vectors = self._head_dim // self._width
-        for first in range(0, vectors, self._e.isa.tile_vectors):
-            self._gather(
-                row, count, values, ahead, seen, decays, range(first, min(vectors, first + self._e.isa.tile_vectors))
-            )
+        scores = self.scores(row, count, keys, values)
+        decays = [self.weigh(row + i, i, scores[i], seen) for i in range(count)]
+        self.gather(row, count, values, ahead, seen, decays, self._head_dim // self._width)
 
-    def _scores(self, row: Int, count: int, keys: Int, ahead: Int) -> list[list[Vec]]:
+    def scores(self, row: Int, count: int, keys: Int, ahead: Int) -> list[list[Vec]]:
         """[rows][vectors of tokens]."""
-        e, width, step, item = self._e, self._token_width, self._step, self._item
+        e, width, step, item = self._e, self._token_width, self.step, self._item
         scores: list[list[Vec]] = [[] for _ in range(count)]
         queries = self._queries + row * (self._head_dim * item)
         num_vectors = self._block_tokens // width
@@ -201,7 +222,12 @@ class _Rows:
                 scores[i] += loop.values[i * len(vectors) : (i + 1) * len(vectors)]
         return scores
 
-    def _weigh(self, row: Int, index: int, scores: list[Vec], seen: tuple[Int, Int] | None) -> Vec:
+    def load_scores(self, address: Int) -> list[Vec]:
+        """Of one row, as ``scores`` gave them."""
+        width = self._token_width
+        return [self._e.load("float32", address + at * 4, width) for at in range(0, self._block_tokens, width)]
+
+    def weigh(self, row: Int, index: int, scores: list[Vec], seen: tuple[Int, Int] | None) -> Vec:
         """Writes the weights of the block's tokens to scratch and updates sum and maximum; returns the factor for
         earlier results."""
         e, width = self._e, self._token_width
@@ -221,6 +247,22 @@ class _Rows:
         e.store("float32", total, self._total(row))
         return e.resize(decay, self._width)
 
+    def gather(
+        self,
+        row: Int,
+        count: int,
+        values: Int,
+        ahead: Int,
+        seen: tuple[Int, Int] | None,
+        decays: list[Vec],
+        num_vectors: int,
+    ) -> None:
+        """outputs = outputs * decay + weights . V, for the first vectors of the head, as many as registers hold at a
+        time."""
+        for first in range(0, num_vectors, self._e.isa.tile_vectors):
+            vectors = range(first, min(num_vectors, first + self._e.isa.tile_vectors))
+            self._gather(row, count, values, ahead, seen, decays, vectors)
+
     def _gather(
         self,
         row: Int,
@@ -231,8 +273,7 @@ class _Rows:
         decays: list[Vec],
         vectors: range,
     ) -> None:
-        """outputs = outputs * decay + weights . V, for some vectors of the head."""
-        e, step = self._e, self._step
+        e, step = self._e, self.step
         places = [self._output(row + i, v * self._width) for i in range(count) for v in vectors]
         decayed = [e.load("float32", place, self._width) * decays[n // len(vectors)] for n, place in enumerate(places)]
 

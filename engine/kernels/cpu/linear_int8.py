@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.kernels.cpu.linear import TASK_ROWS, row_writer
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, itemsize
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.linear import TASK_ROWS, PanelLinear, PanelTask
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, itemsize
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.pointwise import dtype_name, rows_per_task
 from engine.kernels.cpu.program import Record, Tape
@@ -30,37 +31,24 @@ _OFFSET = 128
 _PART_ELEMENTS = 1 << 18
 
 
-class CpuLinearInt8:
+class CpuLinearInt8(PanelLinear):
     """A layer ready for use; holds its own weights. 2 M N K operations, 1.03 N K bytes read."""
 
     def __init__(self, isa: Isa, tape: Tape, slabs: Slabs, weight: Tensor, bias: Tensor | None) -> None:
-        """weight [out, in], bias [out], float32, bfloat16 or float16."""
-        self._tape = tape
-        self._num_out, self._num_in = weight.shape
-        dtype, panel = dtype_name(weight), isa.lanes * isa.tile_vectors
+        super().__init__(isa, tape, weight, bias)
+        dtype = dtype_name(weight)
         self._num_groups = -(-self._num_in // GROUP)
         self._row_bytes = self._num_groups * _row_group_bytes(isa)
         self._panels = slabs.copy(_panels(isa, weight))
-        self._bias = weight.new_zeros(len(self._panels) * panel)
-        if bias is not None:
-            self._bias[: self._num_out] = bias
         self._quantize = _quantize(isa, dtype, self._num_in)
         self._product = _product(isa, dtype)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [rows, in], contiguous -> [rows, out]."""
-        out = self._tape.empty(x, self._num_out)
-        self._tape.run(self.records(x, out))
-        return out
-
     def records(self, x: Tensor, out: Tensor) -> Iterator[Record]:
-        assert x.shape[1] == self._num_in, f"{x.shape[1]} features instead of {self._num_in}"
-        assert x.is_contiguous(), "rows lie one behind the other"
         rows = self._tape.rows(x)
         quantized = self._tape.empty(x, self._row_bytes, dtype=torch.uint8)
         yield Record(self._quantize, (x, quantized, rows), rows, rows_per_task(self._num_in))
         parameters = (quantized, self._panels, self._bias, out, rows, self._num_groups, self._num_out)
-        yield Record(self._product, parameters, rows, TASK_ROWS, len(self._panels))
+        yield Record(self._product, parameters, rows, TASK_ROWS, self._num_panels)
 
 
 def _panels(isa: Isa, weight: Tensor) -> Tensor:
@@ -132,19 +120,14 @@ def _quantize(isa: Isa, dtype: str, size: int) -> Kernel:
 
 @once
 def _product(isa: Isa, dtype: str) -> Kernel:
-    width, vectors, size, step = isa.lanes, isa.tile_vectors, itemsize(dtype), isa.per_int8_dot
+    width, vectors, step = isa.lanes, isa.tile_vectors, isa.per_int8_dot
     panel = width * vectors
     panel_group, row_group, levels = panel * (4 + GROUP), _row_group_bytes(isa), GROUP * _level_bytes(isa)
 
     def build(e: Emitter, task: Int, parameters: list[Int]) -> None:
         x, weights, bias, out, num_rows, num_groups, num_out = parameters
-        row_parts = (num_rows + (TASK_ROWS - 1)) // TASK_ROWS
-        index, part = task // row_parts, task % row_parts
-        first = part * TASK_ROWS
-        weights = weights + index * num_groups * panel_group
-        bias = bias + index * (panel * size)
-        out = out + index * (panel * size)
-        write = row_writer(e, dtype, (num_out - index * panel).min(panel), panel)
+        part = PanelTask(e, dtype, task, num_rows, bias, out, num_out)
+        weights = weights + part.panel * num_groups * panel_group
 
         def tile(row: Int, num_tile_rows: int) -> None:
             """Two sets of [tile rows, vectors]: integers of the group, and float32 sums of the groups before it."""
@@ -168,11 +151,8 @@ def _product(isa: Isa, dtype: str) -> Kernel:
                         place = i * vectors + v
                         share = loop.values[place].to_float() * scale
                         groups.following.append(e.fma(share, scales[v], groups.values[place]))
-            biases = [e.load(dtype, bias + v * width * size, width) for v in range(vectors)]
-            for i in range(num_tile_rows):
-                sums = [groups.values[i * vectors + v] + biases[v] for v in range(vectors)]
-                write(sums, out + (row + i) * num_out * size)
+            part.finish(row, groups.values)
 
-        e.by_rows(first, (first + TASK_ROWS).min(num_rows), isa.tile_rows, tile)
+        part.by_rows(tile)
 
     return Kernel(f"linear_int8_{dtype}", isa, 7, build)

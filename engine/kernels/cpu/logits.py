@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.pointwise import dtype_name
 from engine.kernels.cpu.program import Record, Tape

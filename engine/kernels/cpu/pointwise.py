@@ -10,7 +10,8 @@ import math
 
 from torch import Tensor
 
-from engine.kernels.cpu.llvm import Emitter, Int, Isa, Kernel, Vec, itemsize, per_dot
+from engine.kernels.cpu.kernel import Kernel
+from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize, per_dot
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels.cpu.crew import PARAMETERS_WORD, RECORD_WORDS, TASKS_WORD, Table, crew, record_words
-from engine.kernels.cpu.llvm import Kernel
+from engine.kernels.cpu.kernel import Kernel
 
 
 class Count(IntEnum):
@@ -32,6 +32,9 @@ class Count(IntEnum):
     # Tiles of attention (attention.py) of all rows, and of the rows that sample.
     TILES = 2
     SAMPLED_TILES = 3
+    # Tiles that are many tasks (long_attention.py), and the pieces of their contexts.
+    LONG_TILES = 4
+    LONG_PIECES = 5
 
 
 class Record(NamedTuple):
@@ -130,6 +133,11 @@ class Program:
     def __len__(self) -> int:
         return len(self._words) // RECORD_WORDS
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the tensors that were taken; they are kept as long as the program."""
+        return self._blocks.num_bytes
+
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         return self._blocks.take((self._capacity[self.count], *shape), dtype)
 
@@ -157,9 +165,10 @@ class Program:
         )
 
     def run(self, counts: Mapping[Count, int], pauses: Iterable[tuple[int, Callable[[], None]]], stop: int) -> None:
-        """Run the first ``stop`` records; a pause is called when the records before its index are done."""
+        """Run the first ``stop`` records; a pause is called once the records before its number are done. Counts that
+        are not given are 0."""
         table = self._free_table()
-        values = np.array([counts[count] for count in Count], dtype=np.int64)
+        values = np.array([counts.get(count, 0) for count in Count], dtype=np.int64)
         records = table.records
         records[:] = self._template
         records[self._places] = values[self._place_counts]
@@ -187,6 +196,7 @@ class _Blocks:
     """Memory for the tensors of a program; memory without references is reused."""
 
     def __init__(self) -> None:
+        self.num_bytes = 0
         self._free: list[Tensor] = []
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -196,6 +206,7 @@ class _Blocks:
             block = self._free.pop(min(fitting, key=lambda i: len(self._free[i])))
         else:
             block = torch.empty(num_bytes, dtype=torch.uint8)
+            self.num_bytes += num_bytes
         tensor = block[:num_bytes].view(dtype).view(shape)
         weakref.finalize(tensor, self._free.append, block).atexit = False
         return tensor

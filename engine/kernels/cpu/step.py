@@ -16,9 +16,11 @@ from engine.batch import Batch
 from engine.config import ModelConfig
 from engine.kernels.cpu.attention import Tile, tables_of, tiles_of
 from engine.kernels.cpu.logits import peaks_of
+from engine.kernels.cpu.long_attention import LongAttention, Split, long_tables, split
 from engine.kernels.cpu.program import Count, Program
 from engine.kernels.interface import Attention, Logits, StepInputs
 from engine.kv_cache import KvCache
+from engine.memory import recorded_size
 
 if TYPE_CHECKING:
     from engine.kernels.cpu import CpuKernels
@@ -34,18 +36,28 @@ class StepRecorder:
         self._kernels = kernels
         self._config = config
         self._cache = cache
-        self._sizes = _Sizes(1, 1, 1)
+        self._sizes = _Sizes(1, 1, 1, 0)
+        self._most_positions = cache.layout.blocks_for(config.max_model_tokens) * cache.layout.block_tokens
         self._step: _RecordedStep | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the newest recording, kept until a larger one."""
+        return 0 if self._step is None else self._step.num_bytes
 
     def run(self, batch: Batch, cos: Tensor, sin: Tensor, on_layer: _OnLayer, order: _Order) -> Logits:
         block_ids, begins = tables_of(batch.spans)
-        sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids))
+        tiles = split(
+            tiles_of(batch.spans, begins, self._config.group_size), self._cache.layout,
+            num_heads=self._config.num_heads, num_threads=torch.get_num_threads(), most_positions=self._most_positions,
+        )  # fmt: skip
+        sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids), tiles.num_positions)
         if self._step is None or not self._sizes.hold(sizes):
             self._sizes = self._sizes.grown(sizes)
             # Free the old recording's memory first.
             self._step = None
             self._step = _RecordedStep(self._kernels, self._config, self._cache, self._sizes, order)
-        return self._step.run(batch, block_ids, begins, cos, sin, on_layer)
+        return self._step.run(batch, block_ids, begins, tiles, cos, sin, on_layer)
 
 
 class _Sizes(NamedTuple):
@@ -54,13 +66,14 @@ class _Sizes(NamedTuple):
     rows: int
     sampled: int
     blocks: int
+    # Of long contexts.
+    positions: int
 
     def hold(self, other: _Sizes) -> bool:
         return all(mine >= theirs for mine, theirs in zip(self, other, strict=True))
 
     def grown(self, other: _Sizes) -> _Sizes:
-        """Rounds up to powers of two, so that a growing batch is not recorded at each step."""
-        return _Sizes(*(max(a, 1 << (b - 1).bit_length() if b else 0) for a, b in zip(self, other, strict=True)))
+        return _Sizes(*(max(mine, recorded_size(theirs)) for mine, theirs in zip(self, other, strict=True)))
 
 
 class _Inputs(NamedTuple):
@@ -74,26 +87,34 @@ class _Inputs(NamedTuple):
     block_ids: NDArray[np.int64]
     sample_rows: NDArray[np.int64]
     sampled_tiles: NDArray[np.int64]
+    long_tiles: NDArray[np.int64]
+    long_pieces: NDArray[np.int64]
 
 
 class _RecordedStep:
     """A program and its inputs, at the addresses that the program reads."""
 
     def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache, sizes: _Sizes, order: _Order) -> None:
-        self._group_size = config.group_size
         integers = partial(torch.zeros, dtype=torch.int64)
         token_ids, slots, sample_rows = map(integers, (sizes.rows, sizes.rows, sizes.sampled))
         cos, sin = torch.empty(2, sizes.rows, config.head_dim // 2)
         tiles, sampled_tiles, block_ids = integers(sizes.rows, 4), integers(sizes.sampled, 4), integers(sizes.blocks)
+        long_tiles, long_pieces = (integers(*shape) for shape in long_tables(sizes.positions))
         self._inputs = _Inputs(
-            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles))
+            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles)),
+            *(x.numpy() for x in (long_tiles, long_pieces)),
         )
+        long = self._long = None
+        if sizes.positions:
+            long = self._long = kernels.long_attention(
+                config, cache.layout, long_tiles, long_pieces, block_ids, sizes.positions
+            )
         self._program = program = Program(sizes.rows, sizes.sampled)
         # Number of records before layer i's keys and values are written.
         self._written: list[int] = []
 
-        def attention(tiles: Tensor, count: Count) -> Attention:
-            return kernels.tiled_attention(config, cache.layout, tiles, block_ids, count)
+        def attention(tiles: Tensor, count: Count, long: LongAttention | None = None) -> Attention:
+            return kernels.tiled_attention(config, cache.layout, tiles, block_ids, count, long)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention]:
             program.count = Count.SAMPLED
@@ -103,28 +124,43 @@ class _RecordedStep:
         def on_layer(_: int) -> None:
             self._written.append(len(program))
 
-        inputs = StepInputs(token_ids, cos, sin, slots, attention(tiles, Count.TILES), on_layer, choose)
+        inputs = StepInputs(token_ids, cos, sin, slots, attention(tiles, Count.TILES, long), on_layer, choose)
         with kernels.tape.recording(program):
             self._logits, summary = kernels.summarize(order(inputs))
         self._summary = summary.numpy()
         program.seal()
 
+    @property
+    def num_bytes(self) -> int:
+        long = 0 if self._long is None else self._long.num_bytes
+        return self._program.num_bytes + sum(part.nbytes for part in self._inputs) + long
+
     def run(
-        self, batch: Batch, block_ids: list[int], begins: list[int], cos: Tensor, sin: Tensor, on_layer: _OnLayer
+        self,
+        batch: Batch,
+        block_ids: list[int],
+        begins: list[int],
+        tiles: Split,
+        cos: Tensor,
+        sin: Tensor,
+        on_layer: _OnLayer,
     ) -> Logits:
-        tiles = tiles_of(batch.spans, begins, self._group_size)
         num_rows, num_sampled = batch.num_tokens, len(batch.sample_rows)
         to = self._inputs
         to.token_ids[:num_rows], to.slots[:num_rows] = batch.token_ids.numpy(), batch.slot_mapping.numpy()
         to.cos[:num_rows], to.sin[:num_rows] = cos.numpy(), sin.numpy()
-        to.tiles[: len(tiles)], to.block_ids[: len(block_ids)] = tiles, block_ids
+        to.block_ids[: len(block_ids)] = block_ids
+        for table, rows in ((to.tiles, tiles.whole), (to.long_tiles, tiles.long), (to.long_pieces, tiles.pieces)):
+            if rows:
+                table[: len(rows)] = rows
         if num_sampled:
             to.sample_rows[:num_sampled], to.sampled_tiles[:num_sampled] = (
                 batch.sample_rows,
                 _sampled_tiles(batch, begins),
             )
         counts = {Count.ROWS: num_rows, Count.SAMPLED: num_sampled}
-        counts |= {Count.TILES: len(tiles), Count.SAMPLED_TILES: num_sampled}
+        counts |= {Count.TILES: len(tiles.whole), Count.SAMPLED_TILES: num_sampled}
+        counts |= {Count.LONG_TILES: len(tiles.long), Count.LONG_PIECES: len(tiles.pieces)}
         pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
         # Only the rows that sample need the last layer's output.
         self._program.run(counts, pauses, len(self._program) if num_sampled else self._written[-1])
