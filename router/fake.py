@@ -94,7 +94,7 @@ class FakeConfig:
     # What comes after a token, for answers that are to be known by heart; what is not here is drawn.
     following: Mapping[int, int] = field(default_factory=dict)
     model_name: str = "fake"
-    # Where its metrics would be; nobody answers there.
+    # Where its metrics would be; no server listens there.
     metrics_address: str = ""
     fingerprint: str = "fake-fingerprint"
     # Time of a decode step, and of a prompt token.
@@ -353,7 +353,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             role=self.role,
             draining=self.is_draining,
             total_blocks=self.config.num_blocks,
-            # It preempts nobody: sequences that grow overdraw the pool.
+            # It preempts no sequence: those that grow overdraw the pool.
             free_blocks=max(0, self.config.num_blocks - self.used_blocks),
             queued_prompt_tokens=sum(x.spec.num_known_tokens for x in prompts),
             num_waiting=len(prompts),
@@ -384,7 +384,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             node_id=self.node_id,
             incarnation=self.incarnation,
             total_blocks=self.config.num_blocks,
-            # It preempts nobody: sequences that grow overdraw the pool.
+            # It preempts no sequence: those that grow overdraw the pool.
             free_blocks=max(0, self.config.num_blocks - self.used_blocks),
             owners=owners,
         )
@@ -425,7 +425,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         session.flush(self._is_muted)
 
     def close_session(self, session: _Session) -> None:
-        """The router is gone, and with it everybody who waits for these sequences."""
+        """The router is gone: nothing waits for these sequences any more."""
         if session in self._sessions:
             self._sessions.remove(session)
         for live in [x for x in self._live.values() if x.session is session]:
@@ -674,7 +674,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     async with cluster:
         sys.stdout.write(json.dumps(list(cluster.addresses)) + "\n")
         sys.stdout.flush()
-        # Whoever started this process ends it by closing its input.
+        # The parent process ends this one by closing its input.
         await asyncio.to_thread(sys.stdin.read)
 
 

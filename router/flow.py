@@ -1,12 +1,12 @@
-"""The life of one generated sequence as the router owns it: a pure machine from arrival to exactly one outcome.
+"""The life of one sequence in the router: a pure machine from arrival to exactly one outcome.
 
     queued -> reserving -> prefilling -> decoding -> settling -> ended
        ^          |            |            |
        +----------+------------+------------+   a node failed: a new attempt from prompt + tokens so far
 
-Colocated attempts skip `reserving`. Whatever happens, the attempt's old sequence id is cancelled wherever it may still
-live. The machine orders tokens, it never sees text; stop strings reach it as an event. A short answer can be complete
-before prefill has reported its transfer: then the end is told after the report, or without it after a moment.
+Colocated attempts skip `reserving`. When an attempt ends, its sequence id is cancelled on every node that may still
+have it. The machine orders tokens and has no text; a stop string reaches it as an event. A short answer can be complete
+before prefill has reported its transfer: then the end waits for the report, for `report_timeout_s` at most.
 """
 
 from __future__ import annotations
@@ -462,7 +462,7 @@ class Flow:
         return actions + self._enqueue_after(self._backoff_s(self.lifeline.attempts - 3), now)
 
     def _on_make_room(self, now: float) -> list[Action]:
-        """No failure: nobody is blamed, and no attempt is used up."""
+        """No failure: no node is blamed, and no attempt is used up."""
         if self.placement is None:
             return []
         actions = self._leave("room for another client")

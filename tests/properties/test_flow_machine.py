@@ -237,7 +237,7 @@ class FlowMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.wants_placement)
     @rule(is_over=st.booleans(), now=rarely(3))
-    def nobody(self, is_over: bool, now: bool) -> None:
+    def no_node(self, is_over: bool, now: bool) -> None:
         if not now:
             return
         self.feed(f.NodeAvailable() if is_over else f.NoNodeAvailable())
@@ -248,7 +248,7 @@ class FlowMachine(RuleBasedStateMachine):
         if now:
             self.is_stopped_by_text = self.is_stopped_by_text or not self.flow.has_ended
             self.feed(f.StopText())
-            # Whoever reads has told the client that it is over.
+            # The reader has told the client that it is over.
             assert self.flow.has_ended
 
     @rule(now=rarely(40))

@@ -1,4 +1,4 @@
-"""Whatever sessions and registry say, in any order: no node goes up twice, nobody is dialled twice, nobody is stuck."""
+"""Sessions and registry report in any order: no node goes up twice, no address is dialled twice, and none is stuck."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(seconds=st.floats(0.0, 3.0), share_late=st.sampled_from([0.0, 0.0, 0.5, 1.0]))
     def wait(self, seconds: float, share_late: float) -> None:
-        """For a share of the time nobody listened."""
+        """For a share of the time the event loop did not turn."""
         self.now += seconds
         before = {a: x.state for a, x in self.machine.members.items()}
         for address in self.up.values():

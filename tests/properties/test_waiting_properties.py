@@ -1,4 +1,4 @@
-"""The router's queue by turns: nobody starves, each client is served in order, and the books balance."""
+"""The router's queue by turns: no client starves, each is served in order, and the books balance."""
 
 from __future__ import annotations
 

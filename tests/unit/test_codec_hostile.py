@@ -47,7 +47,7 @@ def test_a_logprob_is_a_number() -> None:
         codec.logprobs_from_pb(pb.PositionLogprobs(top=[nan]))
 
 
-def test_a_code_that_nobody_knows_is_an_internal_error_of_bounded_length() -> None:
+def test_an_unknown_code_is_an_internal_error_of_bounded_length() -> None:
     failure = codec.failure_from_pb(pb.Failure(code="x" * 3000, message="y" * 3000, blamed_node_id="z" * 3000))
     assert failure.code == "InternalError"
     assert failure.message.startswith("xxx")

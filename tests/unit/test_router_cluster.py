@@ -195,7 +195,7 @@ async def test_bounced_pool_recovers_by_itself() -> None:
 
 
 async def test_prefill_serves_alone_while_the_token_pool_is_gone() -> None:
-    """Role is policy: the opposite pool is borrowed. Known failure 13: a neighbour's death hurts nobody."""
+    """Role is policy: the opposite pool is borrowed. Known failure 13: a neighbour's death harms no request."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         await cluster["decode-0"].die()
         await until(lambda: sum(m.state is State.READY for m in router.dispatcher.nodes.members) == 1)
@@ -238,7 +238,7 @@ async def test_silent_node_counts_as_lost() -> None:
 
 @pytest.mark.parametrize("code", ["TransferFailed", "InternalError", "Unavailable"])
 async def test_failed_transfer_is_run_again(code: str) -> None:
-    """Known failure 20: nobody waits for a time-out."""
+    """Known failure 20: no request waits for a time-out."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         cluster["prefill-0"].fail("transfer", 1, code=code, blamed="decode-0")
         async with asyncio.timeout(1.0):
@@ -311,7 +311,7 @@ async def test_silent_prefill_costs_decode_its_lease_only() -> None:
 
 @pytest.mark.parametrize("phase", ["queued", "reserving", "prefilling", "decoding"])
 async def test_cancel_in_every_phase(phase: str) -> None:
-    """Known failure 4, 5, 6: whoever leaves, and whenever, nothing stays behind."""
+    """Known failure 4, 5, 6: whichever client leaves, and whenever, nothing stays behind."""
     config = replace(SLOW, prefill_token_s=0.05 if phase == "prefilling" else 0.0)
     async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         if phase == "queued":

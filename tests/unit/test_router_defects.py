@@ -142,7 +142,7 @@ async def test_a_node_that_talks_nonsense_of_one_sequence_keeps_its_session(time
         assert victim.flow.lifeline.attempts == 2
         assert await outcome(beside) == (expected_tokens([5], 1, 150, VOCAB), None)
         assert {x.state for x in router.dispatcher.nodes.members} == {State.READY}
-        # Chunks that were on their way when the attempt ended belong to nobody, and are counted as well.
+        # Chunks that were on their way when the attempt ended belong to no attempt, and are counted as well.
         assert defects(router).keys() == {"message"}
         await baseline(cluster)
 
@@ -175,7 +175,7 @@ async def test_an_error_says_the_same_however_many_choices_meet_it(n: int, strea
         await baseline(cluster)
 
 
-def test_of_several_errors_the_one_that_nobody_expected_is_told() -> None:
+def test_of_several_errors_the_unexpected_one_is_told() -> None:
     deep = ExceptionGroup("inner", [errors.Unavailable("on purpose"), KeyError("why")])
     group = ExceptionGroup("unhandled errors in a TaskGroup", [errors.Overloaded("on purpose, too"), deep])
     assert errors.described(group) == "KeyError: 'why'"
@@ -199,6 +199,23 @@ async def test_who_watches_may_raise() -> None:
         assert len(told) == 3
         await frozen_is_noticed(cluster, router, "prefill-0")
         assert defects(router).keys() == {"watcher", "record"}
+
+
+async def test_watchers_are_told_of_changed_states_and_not_of_every_status() -> None:
+    async with FakeCluster(FakeConfig(status_s=0.01), prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+        nodes = router.dispatcher.nodes
+
+        def states() -> list[State]:
+            return [x.state for x in nodes.members]
+
+        seen = [states()]
+        nodes.watch(lambda: seen.append(states()))
+        for _ in range(5):
+            heard_s = [x.heard_s for x in nodes.members]
+            await until(lambda before=heard_s: all(x.heard_s > s for x, s in zip(nodes.members, before, strict=True)))
+        assert all(a != b for a, b in itertools.pairwise(seen))
+        cluster["decode-0"].mute()
+        await until(lambda: State.SUSPECT in seen[-1])
 
 
 class BadLink:
@@ -263,7 +280,7 @@ async def test_whatever_ends_a_link_is_reported_once() -> None:
 
 
 class BrokenRegistry:
-    """Answers with something that nobody foresaw, then well."""
+    """Answers with something unexpected, then well."""
 
     def __init__(self) -> None:
         self.num_asked = 0
@@ -281,7 +298,7 @@ class BrokenRegistry:
     async def close(self) -> None: ...
 
 
-async def test_the_registry_is_watched_on_after_an_answer_that_nobody_foresaw() -> None:
+async def test_the_registry_is_watched_on_after_an_unexpected_answer() -> None:
     told: list[int] = []
     registry = BrokenRegistry()
     metrics = RouterMetrics(Metrics())

@@ -108,8 +108,8 @@ async def test_synchronous_client() -> None:
 
         await asyncio.to_thread(use)
         await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
-    with baton.Client("127.0.0.1:1") as nobody, pytest.raises(errors.Unavailable):
-        nobody.complete([1])
+    with baton.Client("127.0.0.1:1") as client, pytest.raises(errors.Unavailable):
+        client.complete([1])
 
 
 async def test_health_service_follows_readiness() -> None:

@@ -193,7 +193,7 @@ def test_attempts_run_out_with_the_last_failure() -> None:
     assert "2 attempts" in str(actions[-1].outcome.error)
 
 
-def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_nobody() -> None:
+def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_no_node() -> None:
     """Every node with these weights would compute the same, and three such requests would bar any pair."""
     flow = prefilling()
     actions = flow.handle(f.SequenceFailed("p", "r/0/0", Failure("BadLogits", "NaN at token 2", False)), 1.0)
@@ -225,3 +225,11 @@ def test_deadline_says_what_happened_before() -> None:
     end = flow.handle(f.Tick(), 100.0)[-1]
     assert isinstance(end, f.End)
     assert "killed" in str(end.outcome.error)
+
+
+def test_asking_for_the_demand_changes_nothing() -> None:
+    flow = prefilling()
+    flow.handle(f.SequenceFailed("p", "r/0/0", Failure("TransferFailed", "broken", True, "d")), 1.0)
+    avoid_s = FlowConfig().avoid_s
+    assert flow.demand(1.0 + avoid_s).avoid == frozenset(), "blamed long ago"
+    assert flow.demand(1.0).avoid == {"d"}

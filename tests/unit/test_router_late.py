@@ -1,4 +1,4 @@
-"""A router that stood still judges nobody for it, and a node that was only suspect is a node again."""
+"""A router that stood still blames no node for it, and a node that was only suspect is a node again."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_only_who_is_late_catches_up_and_for_a_bounded_time() -> None:
 
 @pytest.mark.parametrize("nodes", [{"prefill": 1, "decode": 1}, {"mixed": 1}], ids=["split", "mixed"])
 async def test_a_blip_of_every_node_leaves_no_timer_running_in_who_waits(nodes: dict[str, int]) -> None:
-    """Suspect and never lost: nobody comes up afterwards, and those that wait must not fail for it later."""
+    """Suspect and never lost: no node comes up afterwards, and the sequences that wait must not fail for it later."""
     config = FakeConfig(step_s=0.05, num_blocks=8, block_tokens=16)
     membership = MembershipConfig(suspect_s=0.3, lost_s=60.0)
     flow = FlowConfig(no_node_timeout_s=0.6)

@@ -52,7 +52,7 @@ def test_a_lost_node_says_why_it_was_lost_and_what_came_of_dialling_it() -> None
     assert machine.members["a:1"].reason == "again"
 
 
-def test_a_router_that_was_late_itself_counts_that_time_as_nobodys_silence() -> None:
+def test_a_router_that_was_late_itself_counts_that_time_as_no_nodes_silence() -> None:
     machine = membership()
     assert machine.handle(m.Tick(late_s=2.9), 3.0) == []
     assert machine.is_available(machine.members["a:1"])
@@ -166,7 +166,7 @@ def test_listed_nodes_are_dialled_and_unlisted_ones_forgotten_once_they_are_down
     # b never answered: it goes at once. a speaks for itself, whatever the registry says.
     assert machine.handle(listed(), 1.0) == [m.Forget("b:1")]
     assert machine.is_available(machine.members["a:1"])
-    assert machine.handle(m.Heard("b:1", None), 1.0) == [], "late words of somebody forgotten"
+    assert machine.handle(m.Heard("b:1", None), 1.0) == [], "a late event of an address that was forgotten"
     assert machine.handle(m.Broken("a:1", "left"), 1.1) == [m.NodeDown("n0", "left"), m.Forget("a:1")]
     assert machine.members == {}
 

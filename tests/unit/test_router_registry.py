@@ -148,7 +148,7 @@ async def test_17_redis_gone_disturbs_nothing_and_new_work_is_admitted(redis_ser
             redis_server.resume()
         await ask(router, 3)
         await running_load
-        # Somebody new is found again, and nobody was lost by what Redis has forgotten.
+        # A new node is found again, and none was lost by what Redis has forgotten.
         newcomer = cluster.add("decode-1", Role.DECODE)
         await newcomer.start()
         leases.append(await register(redis_server, newcomer))

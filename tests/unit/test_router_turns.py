@@ -91,7 +91,7 @@ async def test_a_newcomer_does_not_wait_for_the_one_that_was_alone() -> None:
                 done = await polite.complete([1, 2, 3], max_tokens=5, seed=0)
             assert done.relay.router_queue_s < 0.5
             assert num_of_greedy() <= left
-        # Alone again, it has all of the node without anybody asking for anything.
+        # Alone again, it has all of the node without any request that asks for it.
         await until(lambda: num_of_greedy() == 8)
         for i, answer in enumerate(await asyncio.gather(*calls), 1):
             assert answer.relay.attempts == 1
