@@ -313,10 +313,6 @@ def failure_to_pb(failure: Failure) -> pb.Failure:
     )
 
 
-def failure_of(error: errors.BatonError, blamed_node_id: str = "") -> Failure:
-    return Failure(error.code, error.message, error.retryable, blamed_node_id)
-
-
 def duration_from_pb(name: str, value_s: float) -> float:
     """Raises InvalidRequest: a NaN would stay in the sum of a histogram for as long as the process lives."""
     if not 0 <= value_s <= _MAX_DURATION_S:

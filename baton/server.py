@@ -10,7 +10,7 @@ import inspect
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import grpc
 import grpc.aio
@@ -20,14 +20,13 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
 from baton.descriptors import num_allowed, shares
 from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, described
 
 ERROR_DOMAIN = "baton"
 # A health name that stays SERVING while the process is well, also while it drains: for liveness probes.
 LIVENESS = "baton.live"
-# Trailing metadata with the error's class name, for clients that have no google.rpc types.
-ERROR_CODE_KEY = "baton-error-code"
 _DETAILS_KEY = "grpc-status-details-bin"
 # How long the end of a call waits for a peer that does not read.
 _STATUS_TIMEOUT_S = 2.0
@@ -159,13 +158,14 @@ def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) 
     return packed
 
 
-async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonError) -> None:
-    """End the call with the error's status. Raises, as grpc's abort does."""
-    await context.abort(
-        grpc.StatusCode[error.grpc_status],
-        error.message,
-        trailing_metadata=((_DETAILS_KEY, rich_status(error).SerializeToString()), (ERROR_CODE_KEY, error.code)),
-    )
+async def abort_with(context: grpc.aio.ServicerContext[Any, Any], error: BatonError) -> NoReturn:
+    """End the call with the error's status; its name, parameter and retry time are in the metadata as text as well."""
+    metadata = [(_DETAILS_KEY, rich_status(error).SerializeToString()), (ERROR_CODE_KEY, error.code)]
+    if error.param is not None:
+        metadata.append((ERROR_PARAM_KEY, error.param))
+    if error.retry_after_s is not None:
+        metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
+    await context.abort(grpc.StatusCode[error.grpc_status], error.message, trailing_metadata=tuple(metadata))
 
 
 @dataclass(frozen=True, slots=True)

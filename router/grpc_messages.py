@@ -13,10 +13,10 @@ import grpc
 from grpc import aio
 
 from baton import errors
+from baton.server import abort_with
 from baton.v1 import router_pb2
 from router.body import SMALL_BODY_BYTES
 from router.turns import Turns
-from router.wire import abort
 
 _GENERATE = f"/{router_pb2.DESCRIPTOR.services_by_name['Router'].full_name}/Generate"
 # Fields of the request with parts of their own, which cost as much.
@@ -45,7 +45,7 @@ class ParseInTurns(aio.ServerInterceptor):
         async def parsed(raw: bytes, context: Any) -> None:
             await self._turns.wait()
             if len(raw) > SMALL_BODY_BYTES and (error := self._complaint(raw)) is not None:
-                await abort(context, error)
+                await abort_with(context, error)
             await behaviour(parse(raw), context)
 
         found = grpc.unary_stream_rpc_method_handler(parsed, bytes, handler.response_serializer)

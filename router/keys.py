@@ -19,8 +19,8 @@ from grpc import aio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton import errors
+from baton.server import abort_with
 from router.openai_response import error_body
-from router.wire import abort
 
 _GUARDED_PATHS = ("/v1", "/status/data")
 
@@ -130,10 +130,10 @@ def _refusing(
     error: errors.Unauthenticated, handler: grpc.RpcMethodHandler[Any, Any]
 ) -> grpc.RpcMethodHandler[Any, Any]:
     async def refuse(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-        await abort(context, error)
+        await abort_with(context, error)
 
     async def refuse_stream(request: Any, context: aio.ServicerContext[Any, Any]) -> Any:
-        await abort(context, error)
+        await abort_with(context, error)
         yield  # makes it a stream
 
     make = grpc.unary_stream_rpc_method_handler if handler.response_streaming else grpc.unary_unary_rpc_method_handler

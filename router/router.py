@@ -14,7 +14,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
-from baton.server import LIVENESS, ErrorMappingInterceptor, ServerLimits
+from baton.server import LIVENESS, ErrorMappingInterceptor, ServerLimits, abort_with
 from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
@@ -25,7 +25,7 @@ from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard, client_of
 from router.node_admin import NodeAdmin
-from router.wire import abort, delta_to_pb, finished_to_pb, member_to_pb
+from router.wire import delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
 
@@ -57,7 +57,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             async for response in _responses(accepted):
                 await self._write(context, response)
         except errors.BatonError as error:
-            await abort(context, error)
+            await abort_with(context, error)
         finally:
             if accepted is not None:
                 self._frontend.cancel(accepted, "the client left")
@@ -165,7 +165,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         try:
             address, answer = await self._nodes.drain(request.node, request.grace_s)
         except errors.BatonError as error:
-            await abort(context, error)
+            await abort_with(context, error)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
 
     async def Trace(  # noqa: N802
@@ -179,7 +179,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             for node in await self._nodes.traces(request.last_s):
                 yield router_pb2.ClusterTraceResponse(node=node)
         except errors.BatonError as error:
-            await abort(context, error)
+            await abort_with(context, error)
 
 
 def _trace_context(context: Context) -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import os
 import random
@@ -20,6 +19,7 @@ from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.metrics import Metrics, add_process
+from baton.ready import write_json_atomically
 from baton.registry import Registry
 from baton.types import SamplingParams
 from router.cluster.membership import State
@@ -168,9 +168,7 @@ async def _write_ready_file(config: RouterConfig, router: Router) -> None:
     if config.ready_needs_nodes:
         await _all_up(router.dispatcher)
     facts = {"http": router.http, "grpc": router.grpc, "pid": os.getpid()}
-    partial = config.ready_file.with_name(config.ready_file.name + ".partial")
-    partial.write_text(json.dumps(facts) + "\n")
-    partial.replace(config.ready_file)  # never half a file
+    write_json_atomically(config.ready_file, facts)
 
 
 async def _all_up(dispatcher: Dispatcher) -> None:

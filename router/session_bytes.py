@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 from baton import codec, errors
 from baton.address import as_dialled
 from baton.defects import Defects
-from baton.types import NodeStatus, SequenceSpec
+from baton.types import Failure, NodeStatus, SequenceSpec
 from baton.v1 import common_pb2, node_pb2
 from router.flow_messages import (
     Command,
@@ -128,7 +128,7 @@ class Reader:
                 events.append(event_of(item))
             except Exception as error:
                 about = errors.quoted(f"{item.sequence_id} from {self._node_id}")
-                failure = codec.failure_of(self._defects.caught("message", error, about), self._node_id)
+                failure = Failure.of(self._defects.caught("message", error, about), self._node_id)
                 events.append(SequenceFailed(self._node_id, item.sequence_id, failure))
 
     def _reserved(self, message: common_pb2.Lease) -> NodeEvent:

@@ -1,24 +1,14 @@
-"""Converts the router's types to the messages for gRPC clients, and errors to rich gRPC statuses."""
+"""Converts the router's types to the messages for gRPC clients."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any, NoReturn
 
-import grpc
-from google.protobuf import any_pb2, duration_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc import aio
-
-from baton import codec, errors
-from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
+from baton import codec
 from baton.observe import Relay
 from baton.v1 import router_pb2
 from router.cluster.membership import Member
 from router.frontend import Ending, Part
-
-_DETAILS_KEY = "grpc-status-details-bin"
-_DOMAIN = "baton"
 
 
 def relay_to_pb(relay: Relay) -> router_pb2.Relay:
@@ -80,28 +70,3 @@ def member_to_pb(member: Member) -> router_pb2.StatusResponse.NodeState:
     if member.status is not None:
         found.status.CopyFrom(codec.status_to_pb(member.status))
     return found
-
-
-async def abort(context: aio.ServicerContext[Any, Any], error: errors.BatonError) -> NoReturn:
-    """End a call with the error's status, its name and the retry time, as metadata and as text."""
-    code = grpc.StatusCode[error.grpc_status]
-    info = error_details_pb2.ErrorInfo(reason=error.code, domain=_DOMAIN)
-    if error.param:
-        info.metadata["param"] = error.param
-    details = [_packed(info)]
-    metadata = [(ERROR_CODE_KEY, error.code)]
-    if error.param:
-        metadata.append((ERROR_PARAM_KEY, error.param))
-    if error.retry_after_s is not None:
-        delay = duration_pb2.Duration(nanos=round(error.retry_after_s * 1e9) % 10**9, seconds=int(error.retry_after_s))
-        details.append(_packed(error_details_pb2.RetryInfo(retry_delay=delay)))
-        metadata.append((RETRY_AFTER_KEY, f"{error.retry_after_s:.3f}"))
-    status = status_pb2.Status(code=code.value[0], message=error.message, details=details)
-    trailing = (*metadata, (_DETAILS_KEY, status.SerializeToString()))
-    await context.abort(code, error.message, trailing)
-
-
-def _packed(message: error_details_pb2.ErrorInfo | error_details_pb2.RetryInfo) -> any_pb2.Any:
-    packed = any_pb2.Any()
-    packed.Pack(message)
-    return packed

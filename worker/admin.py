@@ -1,4 +1,4 @@
-"""baton.v1.Node of a worker: who it is, how busy it is, who owns each of its blocks, and how to ask it to leave."""
+"""Serves baton.v1.Node: sessions, the node's description and load, the owners of its blocks, its trace, and drain."""
 
 from __future__ import annotations
 

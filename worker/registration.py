@@ -1,4 +1,4 @@
-"""Keeps a worker's record in the registry: a pure machine for the lease, and the thin driver that talks to Redis.
+"""Keeps a worker's record in the registry: a pure machine for the registration, and its driver, which talks to Redis.
 
 A registry that cannot be reached disturbs nothing: the worker goes on and tries again until it is there.
 """

@@ -20,7 +20,6 @@ from baton.metrics_server import MetricsServer
 from baton.registry import NodeRecord, Registry
 from baton.server import GrpcServer
 from baton.timeline import Timeline
-from baton.types import KvLayout
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from engine.blocks import BlockPool
 from engine.replica import Replica
@@ -35,25 +34,12 @@ from worker.announce import announce, describe
 from worker.config import WorkerConfig
 from worker.health import Health
 from worker.leaving import Leaving
-from worker.loading import Allocate, LoadedModel, Loading, cuda_device
+from worker.loading import Load, LoadedModel, Loading, cuda_device, load_model
 from worker.metrics import WorkerMetrics
 from worker.registration import Registration
 from worker.service import NodeService
 
 _log = logging.getLogger("baton.worker")
-# Fresh pages of shared memory come at 0.25 to 1.8 GB/s, 10 to 50 times slower than a copy.
-_PREFAULT_BYTES = 256 << 20
-
-
-Load = Callable[[WorkerConfig, Allocate], LoadedModel]
-
-
-def load_model(config: WorkerConfig, allocate: Allocate) -> LoadedModel:
-    """The model in ``config.model``. Raises UnsupportedModel, BadConfig. Takes seconds: call it off the event loop."""
-    # Torch takes seconds to import; only a worker with a model needs it.
-    from engine.runner import Runner
-
-    return Runner.load(config.model, config.engine, allocate=allocate)
 
 
 async def serve(
@@ -78,17 +64,10 @@ async def serve(
             if model is None:
                 _log.info("told to stop while the model was being loaded")
                 return loading.abandon()
-            loading.memory.prefault_in_background(_first_pages(model.layout))
             return await _Worker(config, model, loading.memory, leaving).run()
         finally:
             watching.cancel()
             loading.close()
-
-
-def _first_pages(layout: KvLayout) -> list[tuple[int, int]]:
-    """The leading blocks of each layer, which the pool hands out first. Not all: a generous default costs no memory."""
-    num_blocks = min(layout.num_blocks, _PREFAULT_BYTES // (layout.num_layers * layout.block_bytes))
-    return [(layout.offset(i, 0), layout.offset(i, num_blocks)) for i in range(layout.num_layers)]
 
 
 class _Worker:

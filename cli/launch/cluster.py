@@ -18,13 +18,14 @@ import grpc
 from baton.address import join_address
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
+from baton.ready import write_json_atomically
 from baton.registry import RegistryConfig
 from baton.settings import Given, build, check, computed, difference, setting
 from baton.types import Role
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from cli import preflight
 from cli.launch import cores, model_source, placement
-from cli.launch.launcher import Launcher, Program, write_json_atomically
+from cli.launch.launcher import Launcher, Program
 from cli.launch.placement import Place
 from cli.launch.supervise import SuperviseConfig
 from engine.config import EngineConfig

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
 import signal
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton.clock import Clock
-from baton.errors import BadConfig, BatonError
+from baton.errors import BatonError
 from cli.launch.process import Child
 from cli.launch.supervise import (
     Announce,
@@ -160,13 +158,3 @@ class Launcher:
     async def _probe(self, name: str, pid: int) -> None:
         await self._programs[name].probe(pid)
         self._events.put_nowait(Ready(name))
-
-
-def write_json_atomically(path: Path, content: object) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        draft.write_text(json.dumps(content, indent=2) + "\n")
-        draft.replace(path)
-    except OSError as error:
-        raise BadConfig(f"cannot write {path}: {error.strerror}") from error

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from baton.clock import MonotonicClock
-from cli.launch.launcher import ClusterFailed, Launcher, Program, write_json_atomically
+from baton.ready import write_json_atomically
+from cli.launch.launcher import ClusterFailed, Launcher, Program
 from cli.launch.process import ReservedPort
 from cli.launch.supervise import SuperviseConfig
 

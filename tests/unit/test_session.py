@@ -59,7 +59,8 @@ async def test_a_session_that_opens_wrong_is_refused_with_details() -> None:
             assert f"protocol 99, this node {PROTOCOL_VERSION}" in details
         async with session(node.address) as router:
             await router.hello(router_id="")
-            assert (await router.ended())[0] is grpc.StatusCode.INVALID_ARGUMENT
+            code, _, trailing = await router.ended()
+            assert (code, trailing["baton-error-param"]) == (grpc.StatusCode.INVALID_ARGUMENT, "router_id")
         async with session(node.address) as router:
             await router.hello()
             await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=PROTOCOL_VERSION))

@@ -13,7 +13,7 @@ from relay_harness import Load, Pair, worker
 from baton.types import Role, SamplingParams, SequenceSpec
 from engine.config import EngineConfig
 from engine.schedule import SchedulerConfig
-from worker.worker import load_model
+from worker.loading import load_model
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB = 64, 3, 4, 2, 16, 96, 200
 
