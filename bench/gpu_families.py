@@ -25,7 +25,7 @@ from bench.gpu_child import Context
 from bench.gpu_measure import Case, Device, Task
 from bench.gpu_model import WholeModel
 from bench.gpu_sizes import FAMILY_SHAPE
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.step import Piece
 from engine.step import Sequence as Running
 from engine.weights import Checkpoint

@@ -19,12 +19,12 @@ from bench.gpu_child import Context
 from bench.gpu_measure import CaptureFailedError, Case, Device, Peer, Task, Work
 from bench.gpu_sizes import LLAMA_8B, QWEN_06B, TINY, Sizes
 from engine.batch import build_batch
-from engine.config import ModelConfig, RopeConfig
 from engine.decode_graph import DecodeGraph, DecodeRow
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tuning import Tuning
 from engine.kv_cache import KvCache
 from engine.model import Model
+from engine.model_config import ModelConfig, RopeConfig
 from engine.step import Piece, StepPlan
 from engine.step import Sequence as Running
 from engine.tensors import expected_shapes

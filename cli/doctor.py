@@ -198,7 +198,7 @@ def _resources() -> Iterator[Finding]:
 
 def _model(model: str) -> Finding:
     advice = "see the README for the models that are served"
-    from engine.config import ModelConfig
+    from engine.model_config import ModelConfig
 
     try:
         folder = model_source.resolve(model)

@@ -132,7 +132,7 @@ def worker_packages() -> None:
 def model_files(folder: Path) -> None:
     """What a worker needs is there, whole, and of the shapes that config.json says. Raises UnsupportedModel; reads no
     weights."""
-    from engine.config import ModelConfig
+    from engine.model_config import ModelConfig
     from engine.shards import weight_files
     from engine.tensors import TensorFiles
 
@@ -181,8 +181,8 @@ def has_gpu() -> bool:
 def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout:
     """The KV cache of each of ``num_workers`` on this machine's processors, which together have the memory for it.
     Raises BadConfig with both numbers."""
-    from engine.config import ModelConfig
     from engine.memory import layout_before_loading, of_machine
+    from engine.model_config import ModelConfig
 
     model = ModelConfig.from_folder(folder)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype

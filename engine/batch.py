@@ -16,7 +16,7 @@ from engine.step import Piece, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class Rows:
     """The rows of one piece: row ``row + i`` is the token at position ``start + i``."""
 
     row: int
@@ -38,16 +38,17 @@ class Batch:
     prompt_lengths: Tensor  # [num_tokens] int64
     # Where a token's keys and values go, block * block_tokens + offset, [num_tokens] int64.
     slot_mapping: Tensor
-    spans: tuple[Span, ...]
+    # Of the plan's pieces, in their order.
+    pieces: tuple[Rows, ...]
     # Rows whose logits are wanted, in the order of the pieces that sample.
     sample_rows: tuple[int, ...]
 
 
-def sampling_spans(batch: Batch) -> tuple[Span, ...]:
-    """Spans of the single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
+def sampling_pieces(batch: Batch) -> tuple[Rows, ...]:
+    """The single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
     wanted = set(batch.sample_rows)
-    spans = [s for s in batch.spans if s.row + s.num_tokens - 1 in wanted]
-    return tuple(replace(s, row=i, start=s.start + s.num_tokens - 1, num_tokens=1) for i, s in enumerate(spans))
+    found = [p for p in batch.pieces if p.row + p.num_tokens - 1 in wanted]
+    return tuple(replace(p, row=i, start=p.start + p.num_tokens - 1, num_tokens=1) for i, p in enumerate(found))
 
 
 def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
@@ -60,17 +61,17 @@ def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
 def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] | None = None) -> Batch:
     """In NumPy: before a short step, every operation of torch's on a few numbers shows."""
     token_ids: list[int] = []
-    spans: list[Span] = []
+    rows: list[Rows] = []
     sample_rows: list[int] = []
     for piece in plan.pieces:
         row = len(token_ids)
         token_ids += token_ids_of(piece, drawn_rows or {})
-        spans.append(_span(piece, row, layout))
+        rows.append(_rows_of(piece, row, layout))
         if piece.samples:
             sample_rows.append(row + piece.num_tokens - 1)
-    counts = [s.num_tokens for s in spans]
+    counts = [r.num_tokens for r in rows]
     # Of a row, its position less its number.
-    offsets = np.array([s.start - s.row for s in spans]).repeat(counts)
+    offsets = np.array([r.start - r.row for r in rows]).repeat(counts)
     positions = offsets + np.arange(len(token_ids))
     return Batch(
         num_tokens=len(token_ids),
@@ -79,13 +80,13 @@ def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] 
         prompt_lengths=torch.from_numpy(
             np.array([len(p.sequence.spec.prompt_token_ids) for p in plan.pieces]).repeat(counts)
         ),
-        slot_mapping=torch.from_numpy(_slot_mapping(spans, counts, positions, layout.block_tokens)),
-        spans=tuple(spans),
+        slot_mapping=torch.from_numpy(_slot_mapping(rows, counts, positions, layout.block_tokens)),
+        pieces=tuple(rows),
         sample_rows=tuple(sample_rows),
     )
 
 
-def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
+def _rows_of(piece: Piece, row: int, layout: KvLayout) -> Rows:
     sequence, end = piece.sequence, piece.end
     num_blocks = layout.blocks_for(end)
     assert piece.num_tokens > 0, "a piece computes at least one token"
@@ -94,16 +95,16 @@ def _span(piece: Piece, row: int, layout: KvLayout) -> Span:
     )
     assert num_blocks <= len(sequence.block_ids), "a piece's tokens have blocks"
     block_ids = tuple(sequence.block_ids[:num_blocks])
-    return Span(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
+    return Rows(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
 
 
 def _slot_mapping(
-    spans: list[Span], counts: list[int], positions: NDArray[np.int64], block_tokens: int
+    rows: list[Rows], counts: list[int], positions: NDArray[np.int64], block_tokens: int
 ) -> NDArray[np.int64]:
     tables: list[int] = []
     begins: list[int] = []
-    for span in spans:
+    for piece in rows:
         begins.append(len(tables))
-        tables += span.block_ids
+        tables += piece.block_ids
     blocks = np.array(tables)[np.array(begins).repeat(counts) + positions // block_tokens]
     return blocks * block_tokens + positions % block_tokens

@@ -44,7 +44,7 @@ _FACTORS = frozenset({
     "embedding_multiplier", "residual_multiplier", "logits_scaling", "logit_scale", "scale_emb", "rotary_pct",
     "rope_scaling_factor",
 })  # fmt: skip
-# A message that is too long loses its end, which says what to do.
+# Long messages are cut at the end, where the advice stands.
 _SHOWN = 3
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from baton.types import DTYPE_BYTES
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.step import Piece, StepPlan
 
 # Of 8-bit weights, with the float32 scale of each group (kernels/int8.py).

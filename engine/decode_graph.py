@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.config import ModelConfig
 from engine.kernels.interface import DRAW_DTYPES, PLAIN_DRAW, DeviceKernels, DeviceSampler, Draws
 from engine.kv_cache import KvCache
 from engine.model import Model
+from engine.model_config import ModelConfig
 from engine.staging import new_event
 
 _log = logging.getLogger(__name__)

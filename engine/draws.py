@@ -65,7 +65,7 @@ def _column(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
 
 
 class Prepared(NamedTuple):
-    """``columns`` on the host, and sequences that get no token whatever is drawn for them."""
+    """``columns`` on the host, and sequences that get no token even if one is drawn for them."""
 
     columns: Draws
     failed: dict[str, Exception]
@@ -82,9 +82,9 @@ class _Slot:
 
 
 class DeviceDraws:
-    """A device's sampler, what it draws, and who has its slots, of which there are as many as a step has rows.
+    """A device's sampler, the tokens it draws, and its slots by sequence: as many as a step has rows.
 
-    Called by who launches steps, in their order. What it writes is queued behind the steps that were launched before.
+    Called when steps are launched, in their order. Its writes are queued behind the steps launched before.
     """
 
     def __init__(self, sampler: DeviceSampler) -> None:

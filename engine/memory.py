@@ -13,8 +13,9 @@ from pathlib import Path, PurePosixPath
 
 from baton.errors import BadConfig
 from baton.types import DTYPE_BYTES, KvLayout
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.cost import CostModel
+from engine.model_config import ModelConfig
 
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 # Share of the memory that remains on a processor after weights and activations. Other processes may grow, the kernel

@@ -106,7 +106,7 @@ class EngineMeter:
 
 
 class TakenStep(NamedTuple):
-    """A step that is over. The plan's pieces say what they did whatever has become of their sequences."""
+    """A step that is over. The plan's pieces still say what was computed when their sequences have changed."""
 
     plan: StepPlan
     has_failed: bool

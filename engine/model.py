@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch, sampling_spans
-from engine.config import ModelConfig
+from engine.batch import Batch, sampling_pieces
 from engine.kernels.interface import Attention, Kernels, Linear, Logits, Recorder, RecordingKernels, StepInputs
 from engine.kv_cache import KvCache
+from engine.model_config import ModelConfig
 from engine.rope import RopeTable
 from engine.staging import to_device
 from engine.weights import Checkpoint
@@ -68,13 +68,13 @@ class Model:
         kernels, device = self._kernels, self._kernels.device
         cos, sin = (to_device(part, device) for part in self._rope.rows(batch.positions, batch.prompt_lengths))
         slots, token_ids = to_device(batch.slot_mapping, device), to_device(batch.token_ids, device)
-        attention = kernels.attention(self._config, layout, batch.spans)
+        attention = kernels.attention(self._config, layout, batch.pieces)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention] | None:
             if not batch.sample_rows:
                 return None
             rows = to_device(torch.tensor(batch.sample_rows), device)
-            return x[rows], q[rows], kernels.attention(self._config, layout, sampling_spans(batch))
+            return x[rows], q[rows], kernels.attention(self._config, layout, sampling_pieces(batch))
 
         logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
         return Logits(torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float())

@@ -13,7 +13,7 @@ from collections import OrderedDict
 import torch
 from torch import Tensor
 
-from engine.config import RopeConfig
+from engine.model_config import RopeConfig
 
 # Cosines are made for whole tiles of positions, so that a position's bits do not depend on its neighbours.
 _TILE = 256

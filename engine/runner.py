@@ -14,7 +14,7 @@ from torch import Tensor
 from baton.errors import BadConfig
 from baton.types import KvLayout, ModelDescription
 from engine.batch import build_batch, token_ids_of
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow, graph_shapes
 from engine.devices import Devices, GpuMemory, TorchDevices
@@ -24,6 +24,7 @@ from engine.kernels.interface import DeviceKernels, Draws, Kernels, Logits, Peak
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
 from engine.memory import Memory, gpu_kv_bytes, kv_layout, layout_before_loading, shown
 from engine.model import Model
+from engine.model_config import ModelConfig
 from engine.sampler import Sampler
 from engine.sizing import measure
 from engine.staging import new_event, to_device, to_host
@@ -63,7 +64,7 @@ class DeviceDrawn:
     # Rows whose log-probabilities are reported, and the reports of all up to the last of them, on the host.
     reported: tuple[int, ...]
     reports: Tensor
-    # Sequences that get no token, whatever was drawn.
+    # Sequences that get no token, even if one was drawn.
     failed: Mapping[str, Exception]
     # None: nothing runs beside the host.
     done: torch.cuda.Event | None
@@ -153,7 +154,7 @@ class Runner:
         before = devices.gpu_memory(device)
         model_config = ModelConfig.from_folder(folder)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
-        # Before anything is read: a machine that runs out of memory kills, and not always the one who took it.
+        # Before anything is read: a machine out of memory kills processes, not always the one that used most.
         name = _shown(device, devices)
         memory = devices.host_memory() if before is None else Memory(before.free_bytes, f"what is free on {name}")
         layout = layout_before_loading(model_config, config, dtype, memory, is_measured=before is not None)
@@ -214,8 +215,8 @@ class Runner:
     def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> Launched:
         """Begin a step. ``on_layer(i)`` is called in this thread once layer i's keys and values are all written.
 
-        On a GPU they are written once the stream that is this thread's current one has come to where it is now: who
-        reads them from elsewhere records an event on it in the call, and waits for that.
+        On a GPU that call says that the writing is queued on this thread's current stream: a reader on another stream
+        records an event on this one during the call, and waits for it.
         """
         assert plan.pieces, "a step has at least one piece"
         # Nothing is in its row if this step fails.

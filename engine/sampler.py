@@ -79,7 +79,7 @@ class Sampler:
                     raise bad_logits(sequence)
                 sampled = self._sample_row(logits[row], sequence, token_ids[row])
             except Exception as error:
-                # Whatever it is: the other rows are other sequences.
+                # Of any kind: the other rows are other sequences.
                 result.failed[sequence.sequence_id] = error
             else:
                 result.sampled[sequence.sequence_id] = sampled

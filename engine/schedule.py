@@ -1,4 +1,4 @@
-"""Machine-level scheduler: which tokens of which sequences the next step computes, and who gets KV blocks.
+"""Machine-level scheduler: which tokens of which sequences the next step computes, and which sequences get KV blocks.
 
 Pure: no threads, clock, torch or I/O. The cycle is schedule -> (the runner computes) -> apply | fail; cancel, hold,
 resume, release, reserve and join may come in between, and blocks that a running step reads or writes go back only when

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from baton.errors import UnsupportedModel
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.shards import check_map, named, open_weights, weight_files
 
 # As safetensors calls them.

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.tensors import EMBEDDING, HEAD, TensorFiles, expected_shapes
 
 

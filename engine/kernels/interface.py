@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, KvLayout
-from engine.batch import Batch, Span
-from engine.config import ModelConfig
+from engine.batch import Batch, Rows
 from engine.kv_cache import KvCache
+from engine.model_config import ModelConfig
 
 
 class Linear(Protocol):
@@ -94,7 +94,7 @@ class Kernels(Protocol):
         """``silu_mul`` of ``linear``; may be one pass without the rounding in between."""
         ...
 
-    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention: ...
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention: ...
 
 
 class Peaks(NamedTuple):

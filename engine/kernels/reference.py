@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton.types import KvLayout
-from engine.batch import Span
-from engine.config import ModelConfig
+from engine.batch import Rows
 from engine.kernels.int8 import MODE, quantized, quantized_rows
 from engine.kernels.interface import Attention, Linear
+from engine.model_config import ModelConfig
 
 # torch's product gives a row the same bits for any batch only if the number of rows is a multiple of this.
 _ROW_MULTIPLE = 8
@@ -84,11 +84,11 @@ class ReferenceKernels:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
-    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
         def apply(queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
             out = torch.zeros_like(queries)
-            for span in spans:
-                _attend_span(queries, cache, window, span, out)
+            for piece in pieces:
+                _attend_piece(queries, cache, window, piece, out)
             return out.flatten(1)
 
         return apply
@@ -117,13 +117,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _attend_span(queries: Tensor, cache: Tensor, window: int | None, span: Span, out: Tensor) -> None:
+def _attend_piece(queries: Tensor, cache: Tensor, window: int | None, piece: Rows, out: Tensor) -> None:
     """softmax(q K^T) V per token, in float32; q comes scaled."""
     heads, head_dim = cache.shape[1], cache.shape[4]
-    blocks = cache[list(span.block_ids)]  # [blocks, heads, 2, block_tokens, head_dim]
+    blocks = cache[list(piece.block_ids)]  # [blocks, heads, 2, block_tokens, head_dim]
     keys, values = blocks.permute(2, 1, 0, 3, 4).flatten(2, 3).float()
-    for i in range(span.num_tokens):
-        position, row = span.start + i, span.row + i
+    for i in range(piece.num_tokens):
+        position, row = piece.start + i, piece.row + i
         first = 0 if window is None else max(0, position + 1 - window)
         grouped = queries[row].float().view(heads, -1, head_dim)
         scores = torch.einsum("hgd,hnd->hgn", grouped, keys[:, first : position + 1])

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout, SamplingParams, SequenceSpec
-from engine.batch import Batch, Span, build_batch
-from engine.config import ModelConfig, RopeConfig
+from engine.batch import Batch, Rows, build_batch
 from engine.kernels.cpu import CpuKernels
 from engine.kernels.cpu.attention import query_scale
 from engine.kernels.cpu.kernel import Kernel
 from engine.kernels.cpu.llvm import Emitter, Int, Isa
 from engine.kernels.interface import Kernels
 from engine.kernels.reference import ReferenceKernels
+from engine.model_config import ModelConfig, RopeConfig
 from engine.step import Piece, Sequence, StepPlan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -80,11 +80,11 @@ def filled_cache(kernels: Kernels, config: ModelConfig, layout: KvLayout, batch:
     generator = torch.Generator().manual_seed(7)
     shape = (layout.num_blocks, layout.num_kv_heads, 2, layout.block_tokens, layout.head_dim)
     cache = torch.full(shape, float("nan"), dtype=dtype)
-    for span in batch.spans:
-        end = span.start + span.num_tokens
+    for piece in batch.pieces:
+        end = piece.start + piece.num_tokens
         qkv = torch.randn(end, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim, generator=generator)
         still = torch.ones(end, config.head_dim // 2), torch.zeros(end, config.head_dim // 2)
-        where = slots(range(end), span.block_ids, layout.block_tokens)
+        where = slots(range(end), piece.block_ids, layout.block_tokens)
         kernels.rope_store(qkv.to(dtype), None, 0.0, *still, cache, where)
     return cache
 
@@ -138,7 +138,7 @@ def test_attention_equals_the_reference(isa: str, heads: tuple[int, int, int], d
         torch.manual_seed(1)
         cache = filled_cache(kernels, config, layout, batch)
         queries = scaled_queries(kernels, config, batch.num_tokens, layout)
-        results.append(kernels.attention(config, layout, batch.spans)(queries, cache, window))
+        results.append(kernels.attention(config, layout, batch.pieces)(queries, cache, window))
     assert torch.isfinite(results[0]).all()
     assert close(*results)
 
@@ -155,7 +155,7 @@ def test_attention_over_blocks_of_other_sizes(dtype: str, block_tokens: int) -> 
         torch.manual_seed(1)
         cache = filled_cache(kernels, config, layout, batch)
         queries = scaled_queries(kernels, config, batch.num_tokens, layout)
-        results.append(kernels.attention(config, layout, batch.spans)(queries, cache, 90))
+        results.append(kernels.attention(config, layout, batch.pieces)(queries, cache, 90))
     assert close(*results)
 
 
@@ -170,15 +170,15 @@ def test_attention_of_a_token_has_the_same_bits_however_it_is_cut(
     whole = batch_of([(0, 200)], layout)
     cache = filled_cache(cpu, config, layout, whole)
     queries = scaled_queries(cpu, config, 200, layout)
-    expected = cpu.attention(config, layout, whole.spans)(queries, cache, window)
-    block_ids = whole.spans[0].block_ids
+    expected = cpu.attention(config, layout, whole.pieces)(queries, cache, window)
+    block_ids = whole.pieces[0].block_ids
     for size in (1, 2, 7, 64, 150):
-        spans = tuple(Span(at, at, min(size, 200 - at), block_ids) for at in range(0, 200, size))
-        assert torch.equal(cpu.attention(config, layout, spans)(queries, cache, window), expected)
-        for span in spans[:: max(1, len(spans) // 5)]:
-            part = queries[span.row : span.row + span.num_tokens].clone()
-            alone = cpu.attention(config, layout, (dataclasses.replace(span, row=0),))(part, cache, window)
-            assert torch.equal(alone, expected[span.row : span.row + span.num_tokens])
+        pieces = tuple(Rows(at, at, min(size, 200 - at), block_ids) for at in range(0, 200, size))
+        assert torch.equal(cpu.attention(config, layout, pieces)(queries, cache, window), expected)
+        for piece in pieces[:: max(1, len(pieces) // 5)]:
+            part = queries[piece.row : piece.row + piece.num_tokens].clone()
+            alone = cpu.attention(config, layout, (dataclasses.replace(piece, row=0),))(part, cache, window)
+            assert torch.equal(alone, expected[piece.row : piece.row + piece.num_tokens])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

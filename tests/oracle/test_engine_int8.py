@@ -13,7 +13,7 @@ from torch import Tensor
 from baton import PROTOCOL_VERSION
 from baton.errors import BadConfig, Incompatible
 from baton.types import NodeDescription, NodeStatus, Role
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.cost import CostModel
 from engine.devices import Accelerator
 from engine.fake_devices import FakeDevices
@@ -21,6 +21,7 @@ from engine.kernels import select_kernels
 from engine.kernels.cpu.linear_int8 import CpuLinearInt8
 from engine.kernels.int8 import GROUP
 from engine.memory import weight_bytes
+from engine.model_config import ModelConfig
 from engine.runner import Runner
 from kvtransfer.wire_codec import check_compatible
 from router.cluster import membership as m

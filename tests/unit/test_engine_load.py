@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from baton.errors import BadConfig, UnsupportedModel
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.kernels.cpu import attention, linear, llvm, pointwise
+from engine.model_config import ModelConfig
 from engine.runner import Runner
 from engine.weights import Checkpoint, fingerprint
 from tests.engine_driver import Driver, random_prompt, spec

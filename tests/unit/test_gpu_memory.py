@@ -13,12 +13,13 @@ from torch import Tensor
 
 from baton.errors import BadConfig
 from baton.types import KvLayout
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.decode_graph import graph_shapes
 from engine.fake_devices import FakeDevices, FakeGpuMemory
 from engine.kernels.interface import Attention, LaunchShapes, Linear
 from engine.kernels.reference import ReferenceKernels
 from engine.memory import GpuUse, gpu_kv_bytes, kv_layout, weight_bytes
+from engine.model_config import ModelConfig
 from engine.runner import Runner
 from engine.schedule import SchedulerConfig
 from tests.device_sampler import BestSampler

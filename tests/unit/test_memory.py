@@ -10,7 +10,7 @@ import pytest
 
 from baton.errors import BadConfig
 from baton.types import KvLayout
-from engine.config import EngineConfig, ModelConfig
+from engine.config import EngineConfig
 from engine.fake_devices import FakeDevices
 from engine.memory import (
     Memory,
@@ -23,6 +23,7 @@ from engine.memory import (
     step_bytes,
     weight_bytes,
 )
+from engine.model_config import ModelConfig
 from engine.runner import Runner
 from engine.schedule import SchedulerConfig
 from engine.warm_up import largest_step

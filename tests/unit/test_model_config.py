@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton.errors import UnsupportedModel
-from engine.config import ModelConfig
+from engine.model_config import ModelConfig
 from engine.rope import inverse_frequencies
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from baton.prefix import HASH_BYTES, PrefixScheme, RopeRegimes
 from baton.types import KvLayout
-from engine.config import RopeConfig
+from engine.model_config import RopeConfig
 from engine.rope import RopeTable
 
 LAYOUT = KvLayout(2, 100, 2, 8, 16, "float32")

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Span
-from engine.config import ModelConfig
+from engine.batch import Rows
 from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.linear_int8 import CpuLinearInt8
@@ -26,6 +25,7 @@ from engine.kernels.cpu.step import StepRecorder
 from engine.kernels.int8 import MODE
 from engine.kernels.interface import Attention, Linear, Recorder
 from engine.kv_cache import KvCache
+from engine.model_config import ModelConfig
 
 
 class CpuKernels:
@@ -88,9 +88,9 @@ class CpuKernels:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
-    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
-        block_ids, begins = tables_of(spans)
-        tiles = tiles_of(spans, begins, config.group_size)
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
+        block_ids, begins = tables_of(pieces)
+        tiles = tiles_of(pieces, begins, config.group_size)
         return self.tiled_attention(config, layout, torch.tensor(tiles), torch.tensor(block_ids), len(tiles))
 
     def tiled_attention(

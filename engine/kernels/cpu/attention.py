@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Span
-from engine.config import ModelConfig
+from engine.batch import Rows
 from engine.kernels.cpu.kernel import Kernel
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize, per_dot
 from engine.kernels.cpu.once import once
 from engine.kernels.cpu.program import Record, Tape
+from engine.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from engine.kernels.cpu.long_attention import LongAttention
@@ -77,23 +77,23 @@ def query_scale(head_dim: int) -> float:
 Tile = tuple[int, int, int, int]
 
 
-def tables_of(spans: tuple[Span, ...]) -> tuple[list[int], list[int]]:
-    """Block ids of all spans, and where those of each span begin."""
+def tables_of(pieces: tuple[Rows, ...]) -> tuple[list[int], list[int]]:
+    """Block ids of all pieces, and where those of each piece begin."""
     block_ids: list[int] = []
     begins: list[int] = []
-    for span in spans:
+    for piece in pieces:
         begins.append(len(block_ids))
-        block_ids += span.block_ids
+        block_ids += piece.block_ids
     return block_ids, begins
 
 
-def tiles_of(spans: tuple[Span, ...], begins: list[int], group_size: int) -> list[Tile]:
+def tiles_of(pieces: tuple[Rows, ...], begins: list[int], group_size: int) -> list[Tile]:
     """The tiles, longest context first, so that threads finish at about the same time."""
     most = max(1, _TILE_ROWS // group_size)
     tiles = [
-        (span.row + at, span.start + at, min(most, span.num_tokens - at), begin)
-        for span, begin in zip(spans, begins, strict=True)
-        for at in range(0, span.num_tokens, most)
+        (piece.row + at, piece.start + at, min(most, piece.num_tokens - at), begin)
+        for piece, begin in zip(pieces, begins, strict=True)
+        for at in range(0, piece.num_tokens, most)
     ]
     return sorted(tiles, key=lambda tile: -tile[1])
 

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.config import ModelConfig
 from engine.kernels.cpu.attention import Tile, tables_of, tiles_of
 from engine.kernels.cpu.logits import peaks_of
 from engine.kernels.cpu.long_attention import LongAttention, Split, long_tables, split
@@ -21,6 +20,7 @@ from engine.kernels.cpu.program import Count, Program
 from engine.kernels.interface import Attention, Logits, StepInputs
 from engine.kv_cache import KvCache
 from engine.memory import recorded_size
+from engine.model_config import ModelConfig
 
 if TYPE_CHECKING:
     from engine.kernels.cpu import CpuKernels
@@ -46,9 +46,9 @@ class StepRecorder:
         return 0 if self._step is None else self._step.num_bytes
 
     def run(self, batch: Batch, cos: Tensor, sin: Tensor, on_layer: _OnLayer, order: _Order) -> Logits:
-        block_ids, begins = tables_of(batch.spans)
+        block_ids, begins = tables_of(batch.pieces)
         tiles = split(
-            tiles_of(batch.spans, begins, self._config.group_size), self._cache.layout,
+            tiles_of(batch.pieces, begins, self._config.group_size), self._cache.layout,
             num_heads=self._config.num_heads, num_threads=torch.get_num_threads(), most_positions=self._most_positions,
         )  # fmt: skip
         sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids), tiles.num_positions)
@@ -168,8 +168,10 @@ class _RecordedStep:
 
 
 def _sampled_tiles(batch: Batch, begins: list[int]) -> list[Tile]:
-    """A tile for the last token of every span that samples, in rows numbered as ``sample_rows`` orders them."""
+    """A tile for the last token of every piece that samples, in rows numbered as ``sample_rows`` orders them."""
     wanted = set(batch.sample_rows)
-    lasts = ((span.row + span.num_tokens - 1, span, begin) for span, begin in zip(batch.spans, begins, strict=True))
-    chosen = [(span.start + span.num_tokens - 1, begin) for last, span, begin in lasts if last in wanted]
+    lasts = (
+        (piece.row + piece.num_tokens - 1, piece, begin) for piece, begin in zip(batch.pieces, begins, strict=True)
+    )
+    chosen = [(piece.start + piece.num_tokens - 1, begin) for last, piece, begin in lasts if last in wanted]
     return [(i, position, 1, begin) for i, (position, begin) in enumerate(chosen)]

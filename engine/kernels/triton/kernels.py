@@ -18,8 +18,7 @@ from torch import Tensor
 
 from baton.errors import BadConfig
 from baton.types import KvLayout
-from engine.batch import Span
-from engine.config import ModelConfig
+from engine.batch import Rows
 from engine.cost import CostModel
 from engine.devices import Devices, seen_gpus
 from engine.kernels.interface import Attention, LaunchShapes, Linear
@@ -41,6 +40,7 @@ from engine.kernels.triton.shared_prefix import (
 )
 from engine.kernels.triton.tuning import DecodeTile, GemmPlan, Tuning, load
 from engine.kv_cache import TORCH_DTYPES
+from engine.model_config import ModelConfig
 from engine.staging import to_device
 
 
@@ -118,9 +118,9 @@ class TritonKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(gate_up)
 
-    def attention(self, config: ModelConfig, layout: KvLayout, spans: tuple[Span, ...]) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
         return TritonAttention(
-            config, layout, spans, self._tuning, self.device, can_share_prefixes=not self._is_batch_invariant
+            config, layout, pieces, self._tuning, self.device, can_share_prefixes=not self._is_batch_invariant
         )
 
     def device_decode(
@@ -243,7 +243,7 @@ class TritonAttention:
         self,
         config: ModelConfig,
         layout: KvLayout,
-        spans: Sequence[Span],
+        pieces: Sequence[Rows],
         tuning: Tuning,
         device: torch.device,
         *,
@@ -254,14 +254,14 @@ class TritonAttention:
         self._device = device
         self._dtype = TORCH_DTYPES[layout.dtype]
         self._scale_log2 = math.log2(math.e) / math.sqrt(config.head_dim)
-        self._tables = _block_tables(spans, device)
-        self._chunks, listed = _by_phase(spans)
+        self._tables = _block_tables(pieces, device)
+        self._chunks, listed = _by_phase(pieces)
         self._decodes = _decodes_on(device, self._chunks, listed) if listed else None
         self._tile = tuning.decode_tile(config.head_dim, self._dtype)
         self._prefixes: SharedPlan | None = None
         if can_share_prefixes and listed and None in config.windows:
             table_rows = [sequence for _, sequence, _ in listed]
-            tables = [spans[sequence].block_ids for sequence in table_rows]
+            tables = [pieces[sequence].block_ids for sequence in table_rows]
             groups, _ = _shared(tables, [length for *_, length in listed], config, layout, self._tile)
             if groups:
                 rows = rows_per_tile(config.group_size, self._tile)
@@ -303,23 +303,23 @@ class TritonAttention:
             out[rows.rows] = found
 
 
-def _block_tables(spans: Sequence[Span], device: torch.device) -> Tensor:
-    """[spans, longest] int32; missing entries are never read."""
-    table = np.zeros((len(spans), max(len(span.block_ids) for span in spans)), dtype=np.int32)
-    for i, span in enumerate(spans):
-        table[i, : len(span.block_ids)] = span.block_ids
+def _block_tables(pieces: Sequence[Rows], device: torch.device) -> Tensor:
+    """[pieces, longest] int32; missing entries are never read."""
+    table = np.zeros((len(pieces), max(len(piece.block_ids) for piece in pieces)), dtype=np.int32)
+    for i, piece in enumerate(pieces):
+        table[i, : len(piece.block_ids)] = piece.block_ids
     return to_device(torch.from_numpy(table), device)
 
 
-def _by_phase(spans: Sequence[Span]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
-    """Chunks of prompts, and of generated tokens (row, span, positions that it sees)."""
+def _by_phase(pieces: Sequence[Rows]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
+    """Chunks of prompts, and of generated tokens (row, piece, positions that it sees)."""
     chunks: list[Chunk] = []
     rows: list[tuple[int, int, int]] = []
-    for i, span in enumerate(spans):
-        prompt = min(span.num_tokens, max(0, span.num_prompt_tokens - span.start))
+    for i, piece in enumerate(pieces):
+        prompt = min(piece.num_tokens, max(0, piece.num_prompt_tokens - piece.start))
         if prompt:
-            chunks.append(Chunk(span.row, span.start, prompt, i))
-        rows += [(span.row + j, i, span.start + j + 1) for j in range(prompt, span.num_tokens)]
+            chunks.append(Chunk(piece.row, piece.start, prompt, i))
+        rows += [(piece.row + j, i, piece.start + j + 1) for j in range(prompt, piece.num_tokens)]
     return chunks, rows
 
 
