@@ -16,7 +16,7 @@ from engine.step import Piece, StepPlan
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class PieceRows:
     """The rows of one piece: row ``row + i`` is the token at position ``start + i``."""
 
     row: int
@@ -39,12 +39,12 @@ class Batch:
     # Where a token's keys and values go, block * block_tokens + offset, [num_tokens] int64.
     slot_mapping: Tensor
     # Of the plan's pieces, in their order.
-    pieces: tuple[Rows, ...]
-    # Rows whose logits are wanted, in the order of the pieces that sample.
+    pieces: tuple[PieceRows, ...]
+    # PieceRows whose logits are wanted, in the order of the pieces that sample.
     sample_rows: tuple[int, ...]
 
 
-def sampling_pieces(batch: Batch) -> tuple[Rows, ...]:
+def sampling_pieces(batch: Batch) -> tuple[PieceRows, ...]:
     """The single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
     wanted = set(batch.sample_rows)
     found = [p for p in batch.pieces if p.row + p.num_tokens - 1 in wanted]
@@ -61,7 +61,7 @@ def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
 def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] | None = None) -> Batch:
     """In NumPy: before a short step, every operation of torch's on a few numbers shows."""
     token_ids: list[int] = []
-    rows: list[Rows] = []
+    rows: list[PieceRows] = []
     sample_rows: list[int] = []
     for piece in plan.pieces:
         row = len(token_ids)
@@ -86,7 +86,7 @@ def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] 
     )
 
 
-def _rows_of(piece: Piece, row: int, layout: KvLayout) -> Rows:
+def _rows_of(piece: Piece, row: int, layout: KvLayout) -> PieceRows:
     sequence, end = piece.sequence, piece.end
     num_blocks = layout.blocks_for(end)
     assert piece.num_tokens > 0, "a piece computes at least one token"
@@ -95,11 +95,11 @@ def _rows_of(piece: Piece, row: int, layout: KvLayout) -> Rows:
     )
     assert num_blocks <= len(sequence.block_ids), "a piece's tokens have blocks"
     block_ids = tuple(sequence.block_ids[:num_blocks])
-    return Rows(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
+    return PieceRows(row, piece.start, piece.num_tokens, block_ids, len(sequence.spec.prompt_token_ids))
 
 
 def _slot_mapping(
-    rows: list[Rows], counts: list[int], positions: NDArray[np.int64], block_tokens: int
+    rows: list[PieceRows], counts: list[int], positions: NDArray[np.int64], block_tokens: int
 ) -> NDArray[np.int64]:
     tables: list[int] = []
     begins: list[int] = []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.types import MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, KvLayout
-from engine.batch import Batch, Rows
+from engine.batch import Batch, PieceRows
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig
 
@@ -54,7 +54,7 @@ class Kernels(Protocol):
         ...
 
     def embed(self, table: Tensor, token_ids: Tensor, drawn: Tensor | None) -> Tensor:
-        """Rows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` no id is negative.
+        """PieceRows of ``table``. A negative id ~i stands for ``drawn[i]``; without ``drawn`` no id is negative.
 
         If ``drawn[i]`` is negative, no token was drawn, and any row of the table may be returned.
         """
@@ -94,7 +94,7 @@ class Kernels(Protocol):
         """``silu_mul`` of ``linear``; may be one pass without the rounding in between."""
         ...
 
-    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention: ...
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[PieceRows, ...]) -> Attention: ...
 
 
 class Peaks(NamedTuple):

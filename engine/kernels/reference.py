@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from baton.types import KvLayout
-from engine.batch import Rows
+from engine.batch import PieceRows
 from engine.kernels.int8 import MODE, quantized, quantized_rows
 from engine.kernels.interface import Attention, Linear
 from engine.model_config import ModelConfig
@@ -84,7 +84,7 @@ class ReferenceKernels:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
-    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[PieceRows, ...]) -> Attention:
         def apply(queries: Tensor, cache: Tensor, window: int | None) -> Tensor:
             out = torch.zeros_like(queries)
             for piece in pieces:
@@ -117,7 +117,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _attend_piece(queries: Tensor, cache: Tensor, window: int | None, piece: Rows, out: Tensor) -> None:
+def _attend_piece(queries: Tensor, cache: Tensor, window: int | None, piece: PieceRows, out: Tensor) -> None:
     """softmax(q K^T) V per token, in float32; q comes scaled."""
     heads, head_dim = cache.shape[1], cache.shape[4]
     blocks = cache[list(piece.block_ids)]  # [blocks, heads, 2, block_tokens, head_dim]

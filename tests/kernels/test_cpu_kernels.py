@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout, SamplingParams, SequenceSpec
-from engine.batch import Batch, Rows, build_batch
+from engine.batch import Batch, PieceRows, build_batch
 from engine.kernels.cpu import CpuKernels
 from engine.kernels.cpu.attention import query_scale
 from engine.kernels.cpu.kernel import Kernel
@@ -173,7 +173,7 @@ def test_attention_of_a_token_has_the_same_bits_however_it_is_cut(
     expected = cpu.attention(config, layout, whole.pieces)(queries, cache, window)
     block_ids = whole.pieces[0].block_ids
     for size in (1, 2, 7, 64, 150):
-        pieces = tuple(Rows(at, at, min(size, 200 - at), block_ids) for at in range(0, 200, size))
+        pieces = tuple(PieceRows(at, at, min(size, 200 - at), block_ids) for at in range(0, 200, size))
         assert torch.equal(cpu.attention(config, layout, pieces)(queries, cache, window), expected)
         for piece in pieces[:: max(1, len(pieces) // 5)]:
             part = queries[piece.row : piece.row + piece.num_tokens].clone()

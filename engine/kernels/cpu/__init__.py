@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Rows
+from engine.batch import PieceRows
 from engine.kernels.cpu.attention import CpuAttention, query_scale, tables_of, tiles_of
 from engine.kernels.cpu.linear import CpuLinear
 from engine.kernels.cpu.linear_int8 import CpuLinearInt8
@@ -88,7 +88,7 @@ class CpuKernels:
         linear = self.linear(weight, bias)
         return lambda x: self.silu_mul(linear(x))
 
-    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[PieceRows, ...]) -> Attention:
         block_ids, begins = tables_of(pieces)
         tiles = tiles_of(pieces, begins, config.group_size)
         return self.tiled_attention(config, layout, torch.tensor(tiles), torch.tensor(block_ids), len(tiles))

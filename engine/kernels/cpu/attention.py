@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Rows
+from engine.batch import PieceRows
 from engine.kernels.cpu.kernel import Kernel
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize, per_dot
 from engine.kernels.cpu.once import once
@@ -77,7 +77,7 @@ def query_scale(head_dim: int) -> float:
 Tile = tuple[int, int, int, int]
 
 
-def tables_of(pieces: tuple[Rows, ...]) -> tuple[list[int], list[int]]:
+def tables_of(pieces: tuple[PieceRows, ...]) -> tuple[list[int], list[int]]:
     """Block ids of all pieces, and where those of each piece begin."""
     block_ids: list[int] = []
     begins: list[int] = []
@@ -87,7 +87,7 @@ def tables_of(pieces: tuple[Rows, ...]) -> tuple[list[int], list[int]]:
     return block_ids, begins
 
 
-def tiles_of(pieces: tuple[Rows, ...], begins: list[int], group_size: int) -> list[Tile]:
+def tiles_of(pieces: tuple[PieceRows, ...], begins: list[int], group_size: int) -> list[Tile]:
     """The tiles, longest context first, so that threads finish at about the same time."""
     most = max(1, _TILE_ROWS // group_size)
     tiles = [

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from baton.errors import BadConfig
 from baton.types import KvLayout
-from engine.batch import Rows
+from engine.batch import PieceRows
 from engine.cost import CostModel
 from engine.devices import Devices, seen_gpus
 from engine.kernels.interface import Attention, LaunchShapes, Linear
@@ -118,7 +118,7 @@ class TritonKernels:
     def silu_mul(self, gate_up: Tensor) -> Tensor:
         return silu_mul(gate_up)
 
-    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[Rows, ...]) -> Attention:
+    def attention(self, config: ModelConfig, layout: KvLayout, pieces: tuple[PieceRows, ...]) -> Attention:
         return TritonAttention(
             config, layout, pieces, self._tuning, self.device, can_share_prefixes=not self._is_batch_invariant
         )
@@ -217,7 +217,7 @@ def _token_bytes(layout: KvLayout) -> int:
 def _shared(
     tables: Sequence[Sequence[int]], lengths: Sequence[int], config: ModelConfig, layout: KvLayout, tile: DecodeTile
 ) -> tuple[list[Group], int]:
-    """Rows that share prefixes, and the bytes of a layer that need not be read; none if it does not pay."""
+    """PieceRows that share prefixes, and the bytes of a layer that need not be read; none if it does not pay."""
     tile_rows = rows_per_tile(config.group_size, tile)
     groups = find_groups(tables, lengths, layout.block_tokens, tile.split_tokens, tile_rows)
     saved = saved_bytes(groups, _token_bytes(layout), tile.split_tokens, tile_rows)
@@ -226,7 +226,7 @@ def _shared(
 
 @dataclass(frozen=True, slots=True)
 class _Decodes:
-    """Rows that hold generated tokens."""
+    """PieceRows that hold generated tokens."""
 
     rows: Tensor  # [decodes] int64
     table_rows: Tensor  # [decodes] int32
@@ -243,7 +243,7 @@ class TritonAttention:
         self,
         config: ModelConfig,
         layout: KvLayout,
-        pieces: Sequence[Rows],
+        pieces: Sequence[PieceRows],
         tuning: Tuning,
         device: torch.device,
         *,
@@ -303,7 +303,7 @@ class TritonAttention:
             out[rows.rows] = found
 
 
-def _block_tables(pieces: Sequence[Rows], device: torch.device) -> Tensor:
+def _block_tables(pieces: Sequence[PieceRows], device: torch.device) -> Tensor:
     """[pieces, longest] int32; missing entries are never read."""
     table = np.zeros((len(pieces), max(len(piece.block_ids) for piece in pieces)), dtype=np.int32)
     for i, piece in enumerate(pieces):
@@ -311,7 +311,7 @@ def _block_tables(pieces: Sequence[Rows], device: torch.device) -> Tensor:
     return to_device(torch.from_numpy(table), device)
 
 
-def _by_phase(pieces: Sequence[Rows]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
+def _by_phase(pieces: Sequence[PieceRows]) -> tuple[list[Chunk], list[tuple[int, int, int]]]:
     """Chunks of prompts, and of generated tokens (row, piece, positions that it sees)."""
     chunks: list[Chunk] = []
     rows: list[tuple[int, int, int]] = []
