@@ -99,6 +99,13 @@ class Shard(NamedTuple):
         return Shard(layer, num_layers, head, num_heads) if num_layers > 0 and num_heads > 0 else None
 
 
+class _Place(NamedTuple):
+    # Where block 0 of the first layer begins, and from there to the next layer and the next block.
+    base: int
+    layer_bytes: int
+    block_bytes: int
+
+
 @dataclass(frozen=True, slots=True)
 class End:
     """A cache that holds one shard, and the blocks in it. ``layout`` has the shard's layers and heads."""
@@ -120,6 +127,11 @@ class End:
         within = (head - self.shard.head) * self.head_bytes
         return self.layout.offset(layer - self.shard.layer, block) + within
 
+    def place(self, shard: Shard) -> _Place:
+        """Of a part of the shard that it holds."""
+        base = self.offset(shard.layer, shard.head, 0)
+        return _Place(base, self.layout.num_blocks * self.layout.block_bytes, self.layout.block_bytes)
+
     @property
     def head_bytes(self) -> int:
         return self.layout.block_bytes // self.layout.num_kv_heads
@@ -136,6 +148,9 @@ class TransferPlan:
     src: End
     dst: End
     shard: Shard
+    # Of one block in one layer, which lie one after the other.
+    run_bytes: int
+    _places: tuple[_Place, _Place]
     _runs: tuple[_Run, ...]
 
     @classmethod
@@ -147,7 +162,9 @@ class TransferPlan:
         if shard is None:
             raise InvalidRequest(f"source {src.shard} and target {dst.shard} have no layer and head in common")
         assert src.head_bytes == dst.head_bytes, "refused at the handshake"
-        return cls(src, dst, shard, tuple(_merge(src.block_ids, dst.block_ids)))
+        places = src.place(shard), dst.place(shard)
+        runs = tuple(_merge(src.block_ids, dst.block_ids))
+        return cls(src, dst, shard, shard.num_heads * src.head_bytes, places, runs)
 
     @property
     def num_blocks(self) -> int:
@@ -156,32 +173,24 @@ class TransferPlan:
     @property
     def num_bytes(self) -> int:
         """Over all layers."""
-        return self.num_blocks * self._run_bytes * self.shard.num_layers
-
-    @property
-    def _run_bytes(self) -> int:
-        """Of one block in one layer, which lie one after the other."""
-        return self.shard.num_heads * self.src.head_bytes
-
-    @property
-    def _is_whole(self) -> bool:
-        """Blocks move whole, so that neighbours can move together."""
-        return self._run_bytes == self.src.layout.block_bytes == self.dst.layout.block_bytes
+        return self.num_blocks * self.run_bytes * self.shard.num_layers
 
     def copies(self, layer: int, first: int, num_blocks: int) -> list[Copy]:
         """Positions [first, first + num_blocks) of one layer of the shard, contiguous bytes merged into one copy."""
         assert 0 <= first <= first + num_blocks <= self.num_blocks, "range outside the lease"
-        size, stop, layer = self._run_bytes, first + num_blocks, self.shard.layer + layer
+        size, stop, (src, dst) = self.run_bytes, first + num_blocks, self._places
+        src_at, dst_at = src.base + layer * src.layer_bytes, dst.base + layer * dst.layer_bytes
+        # Blocks that move whole move together with their neighbours.
+        is_whole = src.block_bytes == dst.block_bytes == size
         found = []
         start = max(0, bisect_right(self._runs, first, key=lambda run: run.first) - 1)
         for run in itertools.islice(self._runs, start, None):
             if run.first >= stop:
                 break
             low, high = max(first, run.first), min(stop, run.first + run.num_blocks)
-            step = high - low if self._is_whole else 1
-            for position in range(low, high, max(1, step)):
-                skip = position - run.first
-                src = self.src.offset(layer, self.shard.head, run.src + skip)
-                dst = self.dst.offset(layer, self.shard.head, run.dst + skip)
-                found.append(Copy(src, dst, step * size))
+            step = max(1, high - low) if is_whole else 1
+            for position in range(low, high, step):
+                i = position - run.first
+                there, here = src_at + (run.src + i) * src.block_bytes, dst_at + (run.dst + i) * dst.block_bytes
+                found.append(Copy(there, here, step * size))
         return found
