@@ -252,7 +252,7 @@ class Dispatcher:
         if attempt is not None:
             with self._defects.contained("sequence", attempt.sequence_id):
                 self.scheduler.release(active, self.clock.now())
-            for node_id in {attempt.placement.prefill_id, attempt.placement.decode_id}:
+            for node_id in attempt.placement.node_ids:
                 with self._defects.contained("sequence", attempt.sequence_id):
                     self.nodes.send(SendCancel(node_id, attempt.sequence_id, error.code))
         if active in self.scheduler.in_flight:

@@ -104,7 +104,7 @@ def choose(
     pools: Pools, demand: Demand, breakers: PairBreakers, now: float, config: PolicyConfig
 ) -> Decision | Obstacle:
     """Both nodes of a request and why these, or why it must wait."""
-    if not len(pools):
+    if not pools:
         return Obstacle.NO_NODE
     pair = None
     if demand.avoid:
