@@ -602,7 +602,7 @@ class Lease(_message.Message):
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     TTL_S_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
-    """Whom the blocks are for."""
+    """The sequence that the blocks are for."""
     epoch: _builtins.int
     """Distinguishes this lease from every other one granted by the same incarnation."""
     node_id: _builtins.str
