@@ -1,5 +1,5 @@
 # The same verbs by hand and in CI. Everything lives in .venv; PYTHON= and CUDA= are explained in scripts/setup.sh.
-.PHONY: setup check test test-long demo bench tune proto proto-check
+.PHONY: setup check test test-long test-bounds demo bench tune proto proto-check
 .NOTPARALLEL:
 BIN := .venv/bin
 # A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
@@ -30,6 +30,11 @@ endif
 
 test-long: setup
 	$(PYTEST) -m long $(ARGS)
+
+# The oldest and newest versions that pyproject.toml allows; NAME=triton for the other one.
+NAME ?= llvmlite
+test-bounds: setup
+	@bash scripts/bounds.sh $(NAME)
 
 demo: setup
 	@$(BIN)/python -m cli demo $(if $(MODEL),--model "$(MODEL)")
