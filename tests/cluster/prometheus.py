@@ -69,7 +69,7 @@ def running_prometheus(folder: Path, *routers: str) -> Iterator[Prometheus]:
     (folder / "rules").mkdir(parents=True)
     (folder / "prometheus.yml").write_text(yaml.safe_dump(_configured(routers)))
     for path in RULES:
-        # Nobody waits a minute in a test.
+        # A test does not wait a minute.
         (folder / "rules" / path.name).write_text(re.sub(r"for: \w+", "for: 2s", path.read_text()))
     port = _free_port()
     command = [

@@ -24,7 +24,7 @@ ALERT_TIMEOUT_S = 60.0
 
 
 class Processes:
-    """Processes of a cluster that nobody starts again."""
+    """Processes of a cluster that are not restarted."""
 
     def __init__(self, folder: Path, model: Path, registry: str) -> None:
         self._folder = folder
@@ -102,7 +102,7 @@ def test_a_node_that_dies_for_good_is_missed_and_a_drained_one_is_not(processes:
         assert alert["annotations"]["summary"] == "nodes missing from the pool mixed of west: 1"
         assert alert["labels"].items() >= {"cluster": "west", "model_name": "m", "pool": "mixed"}.items()
         assert alert["annotations"]["runbook_url"].endswith("://baton.example/docs/runbook.md#batonnodemissing")
-        # One loss, seen twice; and somebody is left.
+        # One loss, seen twice; and one node is left.
         assert not prometheus.firing() & {"BatonNodesLost", "BatonPoolStarved", "BatonNotReady", "BatonNoRouter"}
 
         _lose_the_routers(processes, prometheus)

@@ -47,7 +47,7 @@ async def survives(cluster: Cluster, roles: Sequence[str]) -> None:
         assert [a.text for a in answers] == [a.text for a in undisturbed], f"kill {kill}"
         num_reruns += sum(a.relay["attempts"] - 1 for a in answers)
         await asyncio.to_thread(cluster.wait_baseline)
-    # Had nothing run again, the kills would have hit nobody and this test would have shown nothing.
+    # Had nothing run again, the kills would have hit no request and this test would have shown nothing.
     assert num_reruns > 0
 
 

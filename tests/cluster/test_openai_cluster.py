@@ -112,4 +112,4 @@ def test_a_cluster_with_api_keys_starts_and_asks_for_them(shared_cluster: StartC
     with client_of(cluster.http) as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
     arguments = Path(f"/proc/{cluster.router_pid}/cmdline").read_text()
-    assert not [key for key in KEYS if key in arguments], "a key is nobody else's business"
+    assert not [key for key in KEYS if key in arguments], "a key must not be in arguments"

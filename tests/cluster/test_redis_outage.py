@@ -65,7 +65,7 @@ async def outage(cluster: Cluster, server: RedisServer, seconds: float) -> int:
     rounds += await load_for(cluster, jobs, 1.0) + await running
     assert_same(rounds, undisturbed)
     assert [a.relay["attempts"] for answers in rounds for a in answers] == [1] * len(rounds) * len(jobs)
-    # Nobody was restarted or lost, and everybody registers again.
+    # No node was restarted or lost, and all of them register again.
     assert {n.node.node_id: n.node.incarnation for n in cluster.status().nodes} == before
     await until_registered(server, len(before))
     await asyncio.to_thread(cluster.wait_baseline)

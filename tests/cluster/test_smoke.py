@@ -120,7 +120,7 @@ def test_mixed_workers_answer_right(shared_cluster: StartCluster, demo_model: Pa
     cluster.wait_baseline()
 
 
-# In every run workers are killed by test_death, where the others answer meanwhile; here nobody is left.
+# In every run workers are killed by test_death, where the others answer meanwhile; here no worker is left.
 @pytest.mark.long
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_a_killed_worker_comes_back_and_works(start_cluster: StartCluster, demo_model: Path, victim: str) -> None:

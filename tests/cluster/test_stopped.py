@@ -1,4 +1,4 @@
-"""SIGSTOP of the router, and of every worker at once: who was late accuses nobody, and who is back is used."""
+"""SIGSTOP of the router, and of every worker at once: a stalled process blames no peer, and is used again afterwards."""
 
 from __future__ import annotations
 

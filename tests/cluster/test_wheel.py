@@ -56,7 +56,7 @@ class Installed:
 
 
 def environment() -> dict[str, str]:
-    """Of somebody who has installed Baton and no checkout."""
+    """As a user who has installed Baton and has no checkout."""
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "BATON_API_KEY", "COLUMNS")}
 
 

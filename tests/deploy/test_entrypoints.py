@@ -29,7 +29,7 @@ STAGES = {stage.name: stage for stage in parse_dockerfile(DEPLOY / "Dockerfile")
 
 
 # Root of a test becomes nobody, on a read-only tree with one folder of its own. It may still read what is root's alone,
-# such as the interpreter, which in an image everybody may read.
+# such as the interpreter, which in an image every user may read.
 CONFINE = """
 set -e
 mount --bind "$1" "$1"
@@ -41,7 +41,7 @@ exec setpriv --reuid=10001 --regid=10001 --clear-groups --no-new-privs \\
 
 
 def confined(scratch: Path, command: list[str]) -> list[str]:
-    """Unchanged for who is not root: then the user is nobody special already."""
+    """Unchanged for who is not root: then the user has no special rights already."""
     if os.getuid() != 0:
         return command
     return ["unshare", "--mount", "sh", "-c", CONFINE, "sh", str(scratch), *command]
@@ -55,7 +55,7 @@ def scratch() -> Iterator[Path]:
         probe = confined(Path(name), ["sh", "-c", f"touch {name}/mine && ! touch {ROOT}/not-mine"])
         done = subprocess.run(probe, capture_output=True, text=True, timeout=20, check=False)
         if os.getuid() == 0 and done.returncode != 0:
-            pytest.skip(f"root cannot become somebody else here: {done.stderr.strip()}")
+            pytest.skip(f"root cannot become another user here: {done.stderr.strip()}")
         yield Path(name)
 
 

@@ -30,7 +30,7 @@ COMPONENTS = ("external-redis", "images", "nvidia", "prometheus-operator")
 OTHERS = ("model", "monitoring", "examples/own")
 FOLDERS = ("base", *(f"overlays/{o}" for o in OVERLAYS), *(f"components/{c}" for c in COMPONENTS), *OTHERS)
 WORKERS = ("prefill", "decode")
-# Metrics that somebody has to export for the pools to grow and shrink; docs and dashboards have the same names.
+# Metrics that must be exported for the pools to grow and shrink; docs and dashboards have the same names.
 METRICS = {"baton_prefill_queue_tokens", "baton_kv_blocks", "baton_tbt_seconds"}
 # What closing a worker may take after its grace time, and `baton drain` waits for it.
 CLOSING_S = 10
@@ -496,7 +496,7 @@ def test_network_policies_let_through_what_has_to_talk(overlay: str) -> None:
 
 
 def _check_names_and_spans(policies: list[dict[str, Any]], labels: dict[str, dict[str, str]]) -> None:
-    """Names are resolved by whoever does it, also a cache on the machine; spans go to the collector of `monitoring`."""
+    """Names are resolved by any resolver, also a cache on the machine; spans go to the collector of `monitoring`."""
 
     def goes_out(name: str, protocol: str, port: int) -> list[Any]:
         """Where to; None: anywhere."""

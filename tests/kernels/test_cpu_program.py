@@ -99,7 +99,7 @@ def test_a_table_is_in_use_while_a_helper_says_so() -> None:
     team._num_helpers = 1
     team._slots[0] = table.address
     assert not team.is_free(table)
-    # A helper that is still inside: the memory stays, whoever else lets go of it.
+    # A helper that is still inside: the memory stays, even if all other references are gone.
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -254,7 +254,7 @@ OLMO = """{{ bos_token }}{% for message in messages %}{% if message['role'] == '
 {%- if not loop.last %}{{ message['content'] + eos_token + '\n' }}{% else %}{{ message['content'] + eos_token }}{% endif %}
 {%- endif %}{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}"""
 
-# Marks what the assistant says, and sets a variable inside that nobody sees outside.
+# Marks what the assistant says, and sets a variable inside that is not visible outside.
 GENERATION_BLOCKS = """{% set seen = 'outside' %}{% for message in messages %}
 {% if message.role == 'assistant' %}<|im_start|>assistant
 {% generation %}{% set seen = 'inside' %}{{ message.content }}{{ seen }}<|im_end|>{% endgeneration %}{{ seen }}

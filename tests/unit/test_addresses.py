@@ -78,7 +78,7 @@ async def test_kv_moves_between_nodes_that_listen_everywhere(tmp_path: Path) -> 
             assert done.relay.attempts == 1
             assert done.relay.transfer is not None
             assert done.relay.transfer.transport == "tcp"
-            # Neither the lease nor the endpoint of the data sent anybody to 0.0.0.0, which is himself.
+            # Neither the lease nor the endpoint of the data sent a peer to 0.0.0.0, which is the peer itself.
             assert ("127.0.0.3", int(ports[1])) in dialled()
             assert not {("127.0.0.1", int(port)) for port in ports} & dialled()
             data = {where for where in dialled() if where[0] == "127.0.0.3"} - {("127.0.0.3", int(ports[1]))}

@@ -122,7 +122,7 @@ def test_processor_time_is_that_of_descendants_in_groups_of_their_own_too():
             while Usage().family_s(parent.pid) < 0.5:
                 assert time.monotonic() < deadline
                 time.sleep(0.05)
-            # To anybody else it is one of the others.
+            # For every other measurement it is one of the others.
             stranger = Others.between(before, Usage(), 1 << 30, 1.0)
             assert stranger.busiest
             assert stranger.cores >= 0.3

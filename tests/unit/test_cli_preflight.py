@@ -363,7 +363,7 @@ def test_sigterm_ends_a_start_where_exceptions_are_ignored_too() -> None:
 
 class _Unread(ask.Console):
     def input(self, *arguments: object, **settings: object) -> str:  # type: ignore[override]
-        raise AssertionError("nobody should be asked for a message")
+        raise AssertionError("no message should be asked for")
 
 
 def test_the_current_folder_is_not_where_baton_comes_from(tmp_path: Path) -> None:
@@ -378,8 +378,8 @@ def test_the_current_folder_is_not_where_baton_comes_from(tmp_path: Path) -> Non
     assert done.stderr.startswith("error: BadConfig: --log-dir: cannot write '/proc/x'")
 
 
-def test_nothing_tells_anybody_to_install_baton_by_name() -> None:
-    """It is in no index, where anybody could take the name (docs/decisions/0008-names.md, which says so)."""
+def test_nothing_tells_users_to_install_baton_by_name() -> None:
+    """It is in no index, where any stranger could take the name (docs/decisions/0008-names.md, which says so)."""
     root = Path(__file__).resolve().parents[2]
     files = [root / "README.md", root / "CONTRIBUTING.md", root / "Makefile", root / "deploy" / "Dockerfile"]
     for folder, kinds in (("docs", ".md"), ("deploy", ".md .yaml"), ("scripts", ".sh .py")):

@@ -67,7 +67,7 @@ def test_without_a_topology_every_cpu_is_a_core(tmp_path: Path) -> None:
         # Successive workers, which are of one pool, are on different nodes.
         (4, ["0-1,8-9", "4-5,12-13", "2-3,10-11", "6-7,14-15"]),
         (8, ["0,8", "4,12", "1,9", "5,13", "2,10", "6,14", "3,11", "7,15"]),
-        # More than cores: those of a node have all of it, none has a thread of a core whose other one is somebody's.
+        # More than cores: those of a node have all of it, none has a thread of a core whose other one is assigned.
         (10, ["0-3,8-11", "4-7,12-15"] * 5),
     ],
 )

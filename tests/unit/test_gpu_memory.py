@@ -158,7 +158,7 @@ def kv(use: GpuUse, num_workers: int = 1, utilization: float = 0.9) -> int:
 def test_a_worker_alone_counts_what_others_have() -> None:
     # 90 of 100, less others and CUDA, what is taken beside torch, the peak and recorded steps.
     assert kv(USE) == (90 - 5 - 2 - 30 - 1) * GIB
-    # No more than is there: somebody has come meanwhile.
+    # No more than is there: another process has come meanwhile.
     assert kv(replace(USE, free_bytes=20 * GIB)) == (20 - (30 + 1 - 20)) * GIB
 
 

@@ -243,7 +243,7 @@ async def test_old_and_odd_requests_that_are_right(folder: Path) -> None:
     async with served(folder) as (router, _):
         assert (await asked(router, b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
         wire = await Wire.open(router)
-        # A body that nobody asked for, then more requests in one go.
+        # A body without a purpose, then more requests in one go.
         wire.send(get("/health", "Content-Length: 3") + b"abc" + get("/health") * 3)
         for _ in range(4):
             assert (await wire.answer())[::2] == (200, b'{"status":"ok"}')

@@ -155,7 +155,7 @@ def test_without_a_size_the_cache_is_half_of_what_is_left(tmp_path: Path) -> Non
 
 
 def test_a_cache_is_no_larger_than_its_sequences(tmp_path: Path) -> None:
-    """Whatever memory there is: nobody could use the rest."""
+    """Whatever memory there is: the rest could not be used."""
     model = ModelConfig.from_folder(CASE.save(tmp_path / "model"))
     config = EngineConfig(scheduler=SchedulerConfig(max_num_seqs=3))
     assert model.max_model_tokens % config.block_tokens == 0

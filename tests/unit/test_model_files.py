@@ -105,8 +105,8 @@ except UnsupportedModel as error:
     ],
 )
 def test_permission_denied_says_whose_and_which_mode(name: str, mode: int, cure: str) -> None:
-    """In a process of somebody who is not let in; root would read everything."""
-    # Not below pytest's folders, which let nobody else in.
+    """In a process without access; root would read everything."""
+    # Not below pytest's folders, which only their owner may enter.
     with tempfile.TemporaryDirectory() as above:
         Path(above).chmod(0o755)
         folder = CASE.save(Path(above) / "outer" / "model")

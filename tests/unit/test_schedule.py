@@ -127,7 +127,7 @@ def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> N
         s.cancel("a", 0.0)
     events = s.fail(first, InternalError("boom"), 0.0) if how == "fail" else land(s, first, 9)
     assert len(events) == (1 if how == "cancel" else 2)
-    # Its blocks stay until the second step is over; nobody gets them before.
+    # Its blocks stay until the second step is over; no sequence gets them before.
     assert s._entries["a"].num_flights == 1
     assert s.pool.num_held == 4
     third, _ = s.schedule(0.0)

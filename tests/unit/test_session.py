@@ -119,7 +119,7 @@ async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> N
     async with running_node(session_config=config) as node, session(node.address, reads=False) as router:
         await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=PROTOCOL_VERSION))
         # Nothing is read: answers pile up until flow control stops the stream, then the node gives the session up. It
-        # can tell nobody, for its last word would have to pass the same full stream.
+        # cannot report it, for its last message would have to pass the same full stream.
         try:
             async with asyncio.timeout(5.0):
                 for number in range(3000):

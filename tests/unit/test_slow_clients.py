@@ -122,7 +122,7 @@ async def test_a_grpc_client_that_takes_nothing_is_given_up(
             await until(lambda: len(ended) == 12, timeout_s=60)
             assert any(isinstance(e.outcome.error, errors.ClientTooSlow) for e in ended)
         else:
-            # All of it fits into the stream's limit; whoever would write it is let go.
+            # All of it fits into the stream's limit; the task that would write it is released.
             await until(lambda: "took nothing for 1 s and is given up" in caplog.text, timeout_s=60)
             await until(lambda: router.dispatcher.backlog.num_bytes == 0, timeout_s=30)
         for call in calls:

@@ -314,7 +314,7 @@ async def test_stop_while_the_model_loads_waits_for_nobody() -> None:
         memory = allocate(4096)
         may_end.wait(WAIT_S)
         memory[0] = 1  # its memory is there for as long as it may write
-        raise BadConfig("nobody hears this any more")
+        raise BadConfig("this is not heard any more")
 
     task = asyncio.create_task(serve(WorkerConfig(model=Path("fake"), role=Role.MIXED), load=load, stop=stop))
     await asyncio.sleep(0.05)

@@ -113,7 +113,7 @@ def test_steps_that_overlap_give_the_same_tokens(tmp_path: Path, max_graph_seqs:
     ]
     (alone, _), (overlapped, num_fed) = (_serve(Counting(runner, o), [plain, changed]) for o in (False, True))
     assert alone == overlapped
-    # All of them: nobody waits for the host.
+    # All of them: no step waits for the host.
     assert num_fed > 15
 
 
