@@ -1,4 +1,4 @@
-"""SIGSTOP of the router, and of every worker at once: a stalled process blames no peer, and is used again afterwards."""
+"""SIGSTOP of the router, and of every worker at once: a stalled process blames no peer, and is used again."""
 
 from __future__ import annotations
 
