@@ -12,7 +12,7 @@ import grpc.aio
 import pytest
 from kvtransfer_pair import LAYOUT, Valve, begun, describe, pair, token, until
 
-from baton import codec
+from baton import PROTOCOL_VERSION, codec
 from baton.errors import (
     BadConfig,
     Cancelled,
@@ -291,7 +291,7 @@ async def test_a_refused_take_over_fails_the_commit_and_releases_the_blocks() ->
 @pytest.mark.parametrize(
     ("alter", "message"),
     [
-        ({"protocol_version": 99}, "protocol_version is 1 at decode-0 and 99 at prefill-0"),
+        ({"protocol_version": 99}, f"protocol_version is {PROTOCOL_VERSION} at decode-0 and 99 at prefill-0"),
         ({"model": replace(describe("x", LAYOUT).model, fingerprint="other")}, "fingerprint is fingerprint-1 .* other"),
         ({"kv_layout": replace(LAYOUT, block_tokens=16)}, "block_tokens is 8 here and 16 there"),
         ({"kv_layout": replace(LAYOUT, dtype="float16")}, "dtype is float32 here and float16 there"),
