@@ -66,7 +66,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path, name: str, 
     )  # fmt: skip
     for lengths in ((1004,), (1500, 1003)):
         alone = decoded(runner, 1, lengths)
-        divided = decoded(runner, 9, lengths)
+        divided = decoded(runner, 16, lengths)
         assert runner._model._recorder is not None
         assert runner._model._recorder[1]._sizes.positions >= 1024
         assert all(torch.equal(one, other) for one, other in zip(alone, divided, strict=True))
@@ -83,12 +83,12 @@ def test_only_idle_threads_divide_a_context() -> None:
         return len(found.whole)
 
     one = [(0, 5000, 1, 0)]
-    assert whole(one, 2) == 1, "two KV heads for two threads"
-    assert whole(one, 3) == 0
-    assert whole([(0, 5000, 3, 0)], 3) == 1, "several tokens"
-    assert whole([(0, 1007, 1, 0)], 3) == 1, "a short context"
-    assert whole([(0, 1008, 1, 0)], 3) == 0
+    assert whole(one, 7) == 1, "two KV heads, fewer than four threads each"
+    assert whole(one, 8) == 0
+    assert whole([(0, 5000, 3, 0)], 8) == 1, "several tokens"
+    assert whole([(0, 1007, 1, 0)], 8) == 1, "a short context"
+    assert whole([(0, 1008, 1, 0)], 8) == 0
     two = [(0, 5000, 1, 0), (1, 3000, 1, 313)]
-    assert whole(two, 5) == 0
-    assert whole(two, 5, most_positions=5008) == 1, "beyond the memory for it"
-    assert whole(two, 4) == 2
+    assert whole(two, 16) == 0
+    assert whole(two, 16, most_positions=5008) == 1, "beyond the memory for it"
+    assert whole(two, 15) == 2

@@ -23,6 +23,9 @@ from engine.kernels.cpu.program import Count, Record
 
 # Shorter contexts stay whole: two steps of all threads more cost more than they bring.
 _LEAST_TOKENS = 1024
+# Fewer threads than this for each task do not divide it: the work grows by a sixth, and a thread that waits for a core
+# delays the others. On two threads of a busy machine nothing was gained.
+_LEAST_THREADS_PER_TASK = 4
 # Positions of a task: tens of microseconds.
 _PIECE_TOKENS = 512
 # Parts of a head's columns.
@@ -43,7 +46,7 @@ class Split(NamedTuple):
 
 def split(tiles: list[Tile], layout: KvLayout, *, num_heads: int, num_threads: int, most_positions: int) -> Split:
     """Long tiles of one token where threads would be idle, together of at most ``most_positions``."""
-    if len(tiles) * layout.num_kv_heads >= num_threads:
+    if len(tiles) * layout.num_kv_heads * _LEAST_THREADS_PER_TASK > num_threads:
         return Split(tiles, [], [], 0)
     whole: list[Tile] = []
     long: list[tuple[int, ...]] = []
