@@ -49,7 +49,7 @@ _MAX_REMEMBERED = 1024
 class ReceiverConfig:
     # Commits of one transfer that may fail their digest before the failure is final.
     max_attempts: int = 3
-    # How long a writer may take to answer Revoke before its channel is dropped.
+    # How long a writer may take to answer Revoke, and what it has under way to end, before its channel is dropped.
     revoke_timeout_s: float = 2.0
     heartbeat_s: float = 1.0
     max_missed_heartbeats: int = 5
@@ -325,8 +325,8 @@ class _Lease:
     # Why it is over, and whether its writer said so.
     reason: str = ""
     is_given_back: bool = False
-    # When an unanswered Revoke costs the peer its channel.
-    revoke_deadline_s: float | None = None
+    # When a write that has not ended costs the peer its channel.
+    stop_deadline_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -379,8 +379,8 @@ class LeaseMachine:
         for lease in self._leases.values():
             if lease.state in _WAITS_FOR_PEER:
                 deadlines.append(lease.deadline_s)
-            elif lease.revoke_deadline_s is not None:
-                deadlines.append(lease.revoke_deadline_s)
+            elif lease.stop_deadline_s is not None:
+                deadlines.append(lease.stop_deadline_s)
         return min(deadlines, default=None)
 
     def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:  # noqa: C901 - one case per event
@@ -460,12 +460,14 @@ class LeaseMachine:
         lease.state, lease.reason = LeaseState.ENDING, reason
         if was is LeaseState.WRITING and tell:
             actions += self._send(lease, Revoke(lease.sequence_id, lease.epoch, reason))
-            lease.revoke_deadline_s = now + self._config.revoke_timeout_s
         elif was in (LeaseState.FILLING, LeaseState.VERIFYING) and tell:
             actions += self._nack(lease, TransferFailed(f"lease of {lease.sequence_id} is over: {reason}"))
         if was in (LeaseState.WRITING, LeaseState.FILLING):
             actions.append(self._close_epoch(lease))
         if not (lease.is_writer_quiet and lease.is_epoch_quiet):
+            # Whatever the peer has said: half a frame of its may be all that ever comes.
+            if self._is_live(lease.channel):
+                lease.stop_deadline_s = now + self._config.revoke_timeout_s
             actions.append(Quarantined(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
         return actions + self._settle(lease)
 
@@ -493,9 +495,12 @@ class LeaseMachine:
         assert lease.channel is not None
         return CloseEpoch(lease.channel, lease.epoch, after_bytes)
 
+    def _is_live(self, channel_id: int | None) -> bool:
+        channel = None if channel_id is None else self._channels.get(channel_id)
+        return channel is not None and not channel.is_lost
+
     def _send(self, lease: _Lease, message: ReceiverMessage) -> list[ReceiverAction]:
-        channel = None if lease.channel is None else self._channels.get(lease.channel)
-        if channel is None or channel.is_lost:
+        if not self._is_live(lease.channel):
             return []
         assert lease.channel is not None
         return [Send(lease.channel, message)]
@@ -517,7 +522,7 @@ class LeaseMachine:
             # What is being verified is complete and its writer is quiet: it may still arrive.
             if lease.state is LeaseState.WRITING:
                 actions += self._end(lease, f"channel to {channel.peer} lost: {event.reason}", now, tell=False)
-            lease.revoke_deadline_s = None
+            lease.stop_deadline_s = None
         if channel.is_writer_gone:
             del self._channels[event.channel]
         return actions
@@ -659,7 +664,6 @@ class LeaseMachine:
     def _stopped(self, lease: _Lease, reason: str, now: float) -> list[ReceiverAction]:
         """The peer has stopped writing and will not write again."""
         lease.is_writer_quiet = True
-        lease.revoke_deadline_s = None
         if lease.state is LeaseState.ENDING:
             return self._settle(lease)
         return self._end(lease, reason, now, tell=False)
@@ -722,18 +726,18 @@ class LeaseMachine:
             return
         for lease in self._leases.values():
             lease.deadline_s = max(lease.deadline_s + late_s, now + more_s)
-            if lease.revoke_deadline_s is not None:
-                lease.revoke_deadline_s = max(lease.revoke_deadline_s + late_s, now + more_s)
+            if lease.stop_deadline_s is not None:
+                lease.stop_deadline_s = max(lease.stop_deadline_s + late_s, now + more_s)
 
     def _tick(self, now: float) -> list[ReceiverAction]:
         actions: list[ReceiverAction] = []
         for lease in list(self._leases.values()):
             if lease.state in _WAITS_FOR_PEER and now >= lease.deadline_s:
                 actions += self._end(lease, "lease expired", now)
-            elif lease.revoke_deadline_s is not None and now >= lease.revoke_deadline_s:
-                lease.revoke_deadline_s = None
+            elif lease.stop_deadline_s is not None and now >= lease.stop_deadline_s:
+                lease.stop_deadline_s = None
                 assert lease.channel is not None
-                actions.append(DropChannel(lease.channel, f"{lease.sequence_id}: Revoke was not answered"))
+                actions.append(DropChannel(lease.channel, f"a write into {lease.sequence_id} did not stop"))
         for channel_id, channel in self._channels.items():
             pulse = Pulse.QUIET if channel.is_lost else channel.heart.beat(now)
             if pulse is Pulse.BEAT:

@@ -150,9 +150,16 @@ class TcpPlane:
 
     # Fences. Event loop, except where said.
 
+    @property
+    def num_epochs(self) -> int:
+        """Epochs that are open, or closed with bytes under way."""
+        with self._lock:
+            return len(self._epochs)
+
     def open_epoch(self, channel: int, epoch: int, block_ids: Sequence[int]) -> None:
         with self._lock:
-            self._epochs[epoch] = _Epoch(channel, BlockList(self._site.layout, block_ids))
+            if channel in self._channels:  # Else its last stream has just ended.
+                self._epochs[epoch] = _Epoch(channel, BlockList(self._site.layout, block_ids))
 
     def close_epoch(self, channel: int, epoch: int, after_bytes: int) -> bool:
         with self._lock:
@@ -219,11 +226,17 @@ class TcpPlane:
             streams.is_dropped = True
             is_gone = streams.num_threads == 0
             if is_gone:
-                del self._channels[channel]
+                self._forget(channel)
             for connection in streams.sockets:
                 break_off(connection)
         if is_gone:
             self._events.writer_gone(channel)
+
+    def _forget(self, channel: int) -> None:
+        """With the lock held, and no thread left: what the channel may write into is not closed any more."""
+        del self._channels[channel]
+        for epoch in [epoch for epoch, found in self._epochs.items() if found.channel == channel]:
+            del self._epochs[epoch]
 
     # Stream threads.
 
@@ -248,7 +261,7 @@ class TcpPlane:
                 break_off(other)
             is_gone = streams.num_threads == 0
             if is_gone:
-                del self._channels[channel]
+                self._forget(channel)
             self._threads.discard(threading.current_thread())
         connection.close()
         if is_gone:

@@ -128,7 +128,7 @@ def test_a_one_sided_writer_must_speak_before_blocks_are_released(last_word: obj
     ]
     assert t.feed(r.EpochQuiet(7)) == []
     t.now = 3.0
-    assert r.DropChannel(1, "q: Revoke was not answered") in t.feed(r.Tick())
+    assert r.DropChannel(1, "a write into q did not stop") in t.feed(r.Tick())
     assert t.machine.num_leases == 1, "no time-out frees blocks that a live writer can reach"
     assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Released("q", 7, "cancelled")]
 
@@ -160,6 +160,30 @@ def test_a_two_sided_lease_ends_when_this_process_is_quiet() -> None:
     t.begin()
     t.feed(r.RevokeAsked("q", "cancelled"))
     assert t.feed(r.EpochQuiet(7))[-1] == r.Released("q", 7, "cancelled")
+
+
+@pytest.mark.parametrize("has_committed", [True, False])
+@pytest.mark.parametrize("end", [Abort("q", 7, "x"), r.RevokeAsked("q", "cancelled"), r.Malformed(1, "q", 7, "stray")])
+def test_a_peer_whose_last_frame_stays_half_sent_is_dropped(has_committed: bool, end: object) -> None:
+    """It lives, its heart beats, and it has said all it had to say: its blocks must not stay quarantined for ever."""
+    t = Receiving(one_sided=False)
+    t.begin()
+    if has_committed:
+        t.hears(commit(num_sent_bytes=64))
+    told = t.hears(end) if isinstance(end, Abort) else t.feed(end)  # type: ignore[arg-type]
+    assert any(isinstance(action, r.Quarantined) for action in told)
+    t.hears(Revoked("q", 7))
+    t.now = 1.0
+    while t.machine.next_deadline_s is not None and t.machine.next_deadline_s <= 5.0:
+        t.now = t.machine.next_deadline_s
+        t.hears(Heartbeat())
+        if r.DropChannel(1, "a write into q did not stop") in t.feed(r.Tick()):
+            break
+    assert t.now == 2.0
+    t.feed(r.ChannelLost(1, "dropped"))
+    assert isinstance(t.feed(r.EpochQuiet(7))[-1], r.Released)
+    assert t.feed(r.WriterGone(1)) == []
+    assert t.machine.next_deadline_s is None
 
 
 def test_a_commit_that_overtakes_its_data_waits_for_all_of_it() -> None:

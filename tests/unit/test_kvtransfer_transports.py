@@ -142,6 +142,21 @@ async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
             assert (s.quiet, s.gone) == ([9, 10], [1])
 
 
+async def test_tcp_remembers_no_epoch_of_a_channel_that_is_gone() -> None:
+    async with streams() as s:
+        s.plane.offer(2, b"2" * 32)
+        s.plane.open_epoch(2, 8, (2, 3))
+        with await s.connect() as stream:
+            s.plane.open_epoch(1, 9, (0, 1))
+            s.send(stream, 9, 0, 1, 0, 1, payload=b"x" * SIZE)
+            await until(lambda: bool(s.frames))
+        await until(lambda: s.gone == [1])
+        s.plane.drop(2)
+        assert s.gone == [1, 2]
+        s.plane.open_epoch(1, 10, (0, 1))
+        assert s.plane.num_epochs == 0
+
+
 async def test_tcp_takes_a_commits_bytes_from_all_streams_and_then_no_more() -> None:
     """The commit was read first: its bytes are on two streams, or not sent yet."""
     async with streams() as s:
