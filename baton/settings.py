@@ -25,6 +25,7 @@ _T = TypeVar("_T")
 _METADATA = "setting"
 # A file of every setting has 10 KB.
 _MAX_FILE_BYTES = 1 << 20
+_MAX_WHOLE = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +82,8 @@ class Key:
     default: object
     # The default is made when the process starts.
     is_computed: bool = False
+    # As in ``repr`` of the dataclass: no message shows the value.
+    is_secret: bool = False
 
     @property
     def option(self) -> str:
@@ -110,7 +113,7 @@ def keys(config: type, prefix: str = "") -> Iterator[Key]:
                 yield key if about.up_file else replace(key, about=replace(key.about, up_file=False))
         else:
             is_computed = field.default_factory is not MISSING
-            yield Key(path, hints[field.name], about, _default(field), is_computed)
+            yield Key(path, hints[field.name], about, _default(field), is_computed, is_secret=not field.repr)
 
 
 def _default(field: Any) -> object:
@@ -145,11 +148,15 @@ def flatten(table: Mapping[str, object], known: Sequence[Key], source: str) -> d
     by_path = {key.path: key for key in known if key.about.is_key}
     tables = {path.rpartition(".")[0] for path in by_path}
     tables |= {name[:i] for name in tables for i, letter in enumerate(name) if letter == "."}
+    tables.discard("")
     found: dict[str, Given] = {}
 
     def walk(table: Mapping[str, object], prefix: str) -> None:
         for name, value in table.items():
             path = prefix + name
+            if "." in name:
+                expected = "names without a dot, in tables or joined by dots without quotes"
+                raise BadConfig(f"{source}the name {quoted(name)} has a dot in it, expected {expected}")
             if path in by_path:
                 found[path] = Given(_typed(by_path[path], value, source + path), source + path)
             elif path not in tables:
@@ -159,7 +166,9 @@ def flatten(table: Mapping[str, object], known: Sequence[Key], source: str) -> d
             elif isinstance(value, dict):
                 walk(value, f"{path}.")
             else:
-                raise BadConfig(f"{source}{path} is {quoted(value)}, expected a table, [{path}]", param=path)
+                is_secret = any(key.is_secret for x, key in by_path.items() if x.startswith(f"{path}."))
+                shown = _shown(value, is_secret=is_secret)
+                raise BadConfig(f"{source}{path} is {shown}, expected a table, [{path}]", param=path)
 
     walk(table, "")
     return found
@@ -180,6 +189,10 @@ def _beside(path: str, known: Sequence[str]) -> set[str]:
     return {x.removeprefix(prefix).partition(".")[0] for x in known if x.startswith(prefix) and x != prefix[:-1]} - {""}
 
 
+def _shown(value: object, *, is_secret: bool) -> str:
+    return "(hidden)" if is_secret else quoted(value)
+
+
 def _typed(key: Key, value: object, source: str) -> object:
     kind = key.type
     if get_origin(kind) in (Union, types.UnionType):
@@ -192,8 +205,9 @@ def _typed(key: Key, value: object, source: str) -> object:
         make, expected = kind, " or ".join(item.value for item in kind)
     try:
         return make(value)
-    except ValueError:
-        raise BadConfig(f"{source} is {quoted(value)}, expected {expected}", param=key.path) from None
+    except (ValueError, OverflowError):
+        shown = _shown(value, is_secret=key.is_secret)
+        raise BadConfig(f"{source} is {shown}, expected {expected}", param=key.path) from None
 
 
 def _is(*kinds: type) -> Callable[[object], Any]:
@@ -250,7 +264,9 @@ def build(config: type[_T], given: Mapping[str, Given], prefix: str = "") -> _T:
     except BadConfig as error:
         source = given.get(f"{prefix}{error.param}")
         if source is None:
-            raise
+            # What was given made a default wrong. Inside a table the key has the table's name too.
+            message = error.message if not error.message.startswith(f"{error.param} ") else f"{prefix}{error.message}"
+            raise BadConfig(message, param=error.param) from error
         rest = error.message.removeprefix(f"{error.param} ")
         joint = " " if rest != error.message else ": "
         raise BadConfig(f"{source.source}{joint}{rest}", param=error.param) from error
@@ -265,8 +281,9 @@ def check(config: Any, prefix: str = "") -> None:
         elif isinstance(value, str) and about.choices:
             _expect(value in about.choices, name, value, " or ".join(about.choices))
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            expected = range_of(about)
-            _expect(math.isfinite(value) and _is_within(value / about.unit, about), name, value, expected)
+            # No float has such a whole number, and no counter counts so far.
+            _expect(not isinstance(value, int) or abs(value) <= _MAX_WHOLE, name, value, "less than 2^63")
+            _expect(math.isfinite(value) and _is_within(value / about.unit, about), name, value, range_of(about))
 
 
 def _is_within(value: float, about: Setting) -> bool:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+# A comparison takes time with the product of both lengths; no name that exists is longer.
+_MAX_LETTERS = 100
+
 
 def meant(word: str, known: Iterable[str]) -> str:
     """ " (did you mean ...?)" with the known names that one slip for every three letters turns into ``word``, or ""."""
     bare = word.lstrip("-")
+    if len(bare) > _MAX_LETTERS:
+        return ""
     distances = {name: _distance(bare, name.lstrip("-")) for name in known if name.startswith("-") == (word[:1] == "-")}
     nearest = min(distances.values(), default=0)
     if nearest > max(1, len(bare) // 3):

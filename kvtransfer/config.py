@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from baton.errors import BadConfig
+from baton.errors import BadConfig, quoted
 from baton.settings import check, computed, setting
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.sender import SenderConfig
@@ -16,6 +16,8 @@ from kvtransfer.transports.table import TRANSPORTS, transport_name, transport_of
 
 if TYPE_CHECKING:
     from kvtransfer.transports.interface import Transport
+
+_MAX_KIB = 2**31 - 1
 
 
 def _default_threads(at_least: int) -> int:
@@ -29,9 +31,9 @@ def _transports(text: str) -> tuple[str, ...]:
 
 def _layerwise_from(text: str) -> Mapping[str, int]:
     """Of KiB for all transports."""
-    if re.fullmatch(r"-1|[0-9]{1,9}", text) is None:
-        raise ValueError("expected -1, or KiB: a whole number of up to 9 digits")
-    kib = int(text)
+    kib = int(text) if re.fullmatch(r"-1|[0-9]{1,10}", text) else None
+    if kib is None or kib > _MAX_KIB:
+        raise ValueError(f"expected -1, or KiB: a whole number up to {_MAX_KIB}")
     return {} if kib < 0 else dict.fromkeys(TRANSPORTS, kib << 10)
 
 
@@ -89,6 +91,13 @@ class TransferConfig:
             raise BadConfig(message, param="transports")
         for spec in self.transports:
             transport_name(spec)
+        for name, num_bytes in self.layerwise_from_bytes.items():
+            if name not in TRANSPORTS or not 0 <= num_bytes < 2**63:
+                expected = f"bytes by transport ({', '.join(TRANSPORTS)}), 0 or more and less than 2^63"
+                raise BadConfig(
+                    f"layerwise_from_bytes has {quoted(name)} = {quoted(num_bytes)}, expected {expected}",
+                    param="layerwise_from_bytes",
+                )
         check(self)
 
     def over(self, *, on_device: bool) -> TransferConfig:

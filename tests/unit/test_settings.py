@@ -26,6 +26,7 @@ from cli.usage import program
 from engine.config import EngineConfig
 from engine.schedule import SchedulerConfig
 from kvtransfer.config import TransferConfig
+from kvtransfer.transports.table import TRANSPORTS
 from router.config import LimitsConfig, RouterConfig
 from worker.config import Peaks, WorkerConfig
 from worker.departure import DrainConfig
@@ -110,6 +111,10 @@ def test_every_option_without_being_given_leaves_the_default(command: str) -> No
         ("[transfer]\nlayerwise_from_bytes = 3", "expected a table of whole numbers"),
         ('role = "boss"', "role is 'boss', expected prefill or decode or mixed"),
         ("ready_file = 1", "ready_file is 1, expected a path"),
+        ("'engine.block_tokens' = 16", "the name 'engine.block_tokens' has a dot in it, expected names without a dot"),
+        ("'' = 3", "unknown setting '', expected one of"),
+        (f"close_s = {10**400}", "close_s is an integer of about 401 digits, expected a number"),
+        ("x" * 500_000 + " = 1", "(500000 characters), expected one of"),
         ("[engine]\nblock_tokens = 1\nblock_tokens = 2", "no TOML: Cannot overwrite a value (at "),
         ("= 3", "no TOML: Invalid statement (at line 1, column 1)"),
         ("x = " + "[" * 2000, "no TOML"),
@@ -136,13 +141,55 @@ def test_a_wrong_file_is_refused_by_name(tmp_path: Path, text: str, said: str) -
         ('[registry]\nurl = "http://h"', "registry.url is 'http://h', expected redis://"),
         ("[transfer.sender]\nheartbeat_s = 0", "transfer.sender.heartbeat_s is 0.0, expected a positive number"),
         ('listen = "here"', "listen is 'here', expected host:port"),
+        (f"[engine]\nblock_tokens = {10**400}", "engine.block_tokens is an integer of about 401 digits, expected less"),
+        ("[engine.scheduler]\nmax_waiting = 0x" + "f" * 5000, "engine.scheduler.max_waiting is an integer of about"),
+        ("[transfer]\nlayerwise_from_bytes = { bogus = 5 }", "transfer.layerwise_from_bytes has 'bogus' = 5, expected"),
+        ("[transfer]\nlayerwise_from_bytes = { tcp = -5 }", "transfer.layerwise_from_bytes has 'tcp' = -5, expected"),
+        (
+            "[transfer.layerwise_from_bytes]\ntcp = 0x" + "f" * 5000,
+            "transfer.layerwise_from_bytes has 'tcp' = an integ",
+        ),
     ],
+    ids=lambda text: text[:40].replace("\n", " "),
 )
 def test_a_value_out_of_range_is_refused_with_its_key_and_its_file(tmp_path: Path, text: str, said: str) -> None:
     file = file_with(tmp_path, 'role = "mixed"\n' + text)
     with pytest.raises(BadConfig) as refused:
         worker_config(read_file(Path(file), "--config", WORKER_KEYS))
     assert refused.value.message.startswith(f"{file}: {said}")
+
+
+def test_a_default_that_a_given_value_makes_wrong_is_named_with_its_table(tmp_path: Path) -> None:
+    file = file_with(tmp_path, 'role = "mixed"\n[lease]\nmax_ttl_s = 1')
+    with pytest.raises(BadConfig, match=r"^lease\.default_ttl_s is 30\.0, expected more than 0 and at most max_ttl_s"):
+        worker_config(read_file(Path(file), "--config", WORKER_KEYS))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'api_keys = "hush"',
+        'api_keys = [1, "hush"]',
+        'api_keys = { first = "hush" }',
+        'registry = "redis://:hush@h"',
+        'registry = { url = ["redis://:hush@h"] }',
+    ],
+)
+def test_no_error_shows_a_secret(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadConfig, match=r" is \(hidden\), expected ") as refused:
+        read_file(Path(file_with(tmp_path, text)), "--config", tuple(keys(RouterConfig)))
+    assert "hush" not in refused.value.message
+
+
+def test_layerwise_from_kib_takes_the_whole_range() -> None:
+    own = ("--model", "m", "--role", "mixed", "--layerwise-from-kib")
+    for kib, num_bytes in (("0", 0), ("2147483647", (2**31 - 1) << 10)):
+        found = worker_config(given_to(worker.OPTIONS, *own, kib)).transfer.layerwise_from_bytes
+        assert found == dict.fromkeys(TRANSPORTS, num_bytes)
+    assert worker_config(given_to(worker.OPTIONS, *own, "-1")).transfer.layerwise_from_bytes == {}
+    for kib in ("-2", "2147483648", "x", ""):
+        with pytest.raises(BadConfig, match=r"^--layerwise-from-kib is '.*', expected -1, or KiB"):
+            given_to(worker.OPTIONS, *own, kib)
 
 
 def test_what_an_option_gave_is_refused_by_the_options_name() -> None:
