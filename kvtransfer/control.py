@@ -48,9 +48,12 @@ class Outbox(Generic[T]):
             reading.cancel()
             with contextlib.suppress(asyncio.QueueFull):
                 self._queue.put_nowait(None)
-            await asyncio.wait({writing}, timeout=last_write_timeout_s)
-            writing.cancel()
-            results = await asyncio.gather(reading, writing, return_exceptions=True)
+            try:
+                await asyncio.wait({writing}, timeout=last_write_timeout_s)
+            finally:
+                # A cancellation may come here as well: neither task outlives it, and no exception is left unread.
+                writing.cancel()
+                results = await asyncio.gather(reading, writing, return_exceptions=True)
         return list(results)
 
     async def _write(self, write: Callable[[T], Coroutine[Any, Any, None]]) -> None:
