@@ -25,6 +25,7 @@ class Entry:
     __slots__ = (
         "arrived_s",
         "hands_off",
+        "is_overtaken",
         "is_prefilled",
         "is_released",
         "num_computed_total",
@@ -50,6 +51,8 @@ class Entry:
         self.num_flights = 0
         self.num_underway = 0
         self.num_unknown = 0
+        # The pieces under way will be dropped. They still read and write its blocks.
+        self.is_overtaken = False
         # Has drawn a token here, or came with one: it decodes.
         self.is_prefilled = False
         # No reader outside has the blocks.
@@ -106,8 +109,18 @@ class Entry:
 
     def land(self, piece: Piece) -> None:
         self.num_flights -= 1
-        self.num_underway -= piece.num_tokens
-        self.num_unknown -= piece.samples
+        if not self.is_overtaken:
+            self.num_underway -= piece.num_tokens
+            self.num_unknown -= piece.samples
+        elif not self.num_flights:
+            self.is_overtaken = False
+
+    def overtake(self) -> None:
+        """A step drew several tokens: what was planned ahead of it starts in the wrong place."""
+        if self.num_flights:
+            self.is_overtaken = True
+            self.num_underway = 0
+            self.num_unknown = 0
 
 
 def in_order(entry: Entry) -> tuple[int, int]:

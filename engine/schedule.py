@@ -569,6 +569,8 @@ class Scheduler:
 
     def _advance(self, entry: Entry, drawn: TokenChunk, now: float) -> Output:
         chunk = self._append(entry.sequence, drawn)
+        if len(chunk.token_ids) > 1:
+            entry.overtake()
         times = None
         if not entry.is_prefilled:
             assert entry.started_s is not None
@@ -636,8 +638,9 @@ class Scheduler:
 
 
 def _decodes_next(entry: Entry) -> bool:
-    """One whose mask waits for the host sits out the step that is planned ahead: the others need not wait with it."""
-    return entry.is_decoding and not entry.is_ending and not entry.needs_host
+    """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
+    ahead: the others need not wait with it."""
+    return entry.is_decoding and not (entry.is_ending or entry.needs_host or entry.is_overtaken)
 
 
 def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:

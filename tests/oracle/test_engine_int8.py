@@ -143,10 +143,10 @@ def test_weights_take_what_is_reckoned(folder: Path) -> None:
 
 
 def test_kernels_of_gpus_refuse_it_by_name() -> None:
-    with pytest.raises(BadConfig, match=r"engine.quantization is 'int8', expected none with kernels triton: .*GPU yet"):
+    with pytest.raises(BadConfig, match=r"quantization is 'int8', expected none with kernels triton: .*GPU yet"):
         EngineConfig(kernels="triton", quantization="int8")
     hopper = FakeDevices([Accelerator("NVIDIA H200", (9, 0))])
     with pytest.raises(BadConfig, match=r"quantization is int8, which kernels triton do not have.*not on a GPU yet"):
         select_kernels("auto", quantization="int8", devices=hopper)
-    with pytest.raises(BadConfig, match=r"engine.quantization is 'int4', expected none or int8"):
+    with pytest.raises(BadConfig, match=r"quantization is 'int4', expected none or int8"):
         EngineConfig(quantization="int4")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from baton.errors import BadConfig, UnsupportedModel
 from engine.config import EngineConfig
-from engine.kernels.cpu import attention, linear, llvm, pointwise
+from engine.kernels.cpu import attention, linear, pointwise
+from engine.kernels.cpu.kernel import Kernel
 from engine.model_config import ModelConfig
 from engine.runner import Runner
 from engine.weights import Checkpoint, fingerprint
@@ -242,13 +243,13 @@ def test_one_changed_weight_changes_the_fingerprint(tmp_path: Path) -> None:
 def test_no_kernel_is_compiled_after_loading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A second of compilation in the first requests would be a second of their TTFT."""
     compiled: list[str] = []
-    compile_kernel = llvm.Kernel.__init__
+    compile_kernel = Kernel.__init__
 
-    def count(self: llvm.Kernel, name: str, *rest: Any) -> None:
+    def count(self: Kernel, name: str, *rest: Any) -> None:
         compiled.append(name)
         compile_kernel(self, name, *rest)
 
-    monkeypatch.setattr(llvm.Kernel, "__init__", count)
+    monkeypatch.setattr(Kernel, "__init__", count)
     for cached in (attention._kernel, linear._kernel, pointwise._rms_norm, pointwise._silu_mul, pointwise._rope_store):
         cached.forget_all()
     driver = Driver(Runner.load(folder, CONFIG))

@@ -356,6 +356,8 @@ def test_a_step_ahead_of_a_sample_of_several_tokens_is_dropped() -> None:
     s.add(spec("a", 5, max_tokens=8), hands_off=False, now=0.0)
     first, ahead = launch(s), launch(s)
     s.apply(first, StepResult({"a": chunk_of(first.pieces[0], (5, 6))}), 0.0)
+    # Planned behind a piece that will be dropped, each next one would be dropped as well.
+    assert s.schedule(0.0) == (None, [])
     assert s.apply(ahead, StepResult({"a": TokenChunk("a", 1, (6,))}), 0.0) == []
     s.check()
     assert shape(launch(s)) == [("a", 6, 1, True)]
