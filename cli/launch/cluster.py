@@ -20,7 +20,7 @@ from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.ready import write_json_atomically
 from baton.registry import RegistryConfig
-from baton.settings import Given, build, check, computed, difference, setting
+from baton.settings import Given, build, check, computed, difference, keys, setting
 from baton.types import Role
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from cli import preflight
@@ -279,12 +279,14 @@ def placed(engine: EngineConfig, place: Place) -> EngineConfig:
 
 
 def _environment(options: ClusterOptions) -> dict[str, str]:
-    """For every child: without the API keys, which the router alone has a use for.
+    """For every child: without the variables of settings, which hold what an option may have overruled here, and
+    without the API keys, which the router alone has a use for.
 
     What is secret or may hold a password goes this way too: every user of this machine can read arguments.
     """
     told = {"BATON_REGISTRY": options.registry.url, "BATON_CLUSTER": options.registry.cluster}
-    ours = {name: value for name, value in os.environ.items() if name != _API_KEY}
+    decided = {key.about.variable for config in (WorkerConfig, RouterConfig) for key in keys(config)}
+    ours = {name: value for name, value in os.environ.items() if name not in decided}
     return {**ours, **told, "PYTHONUNBUFFERED": "1"}
 
 

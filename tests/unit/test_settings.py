@@ -271,6 +271,24 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     assert "hush" not in "".join((*line, *started.program.command)), "every user of the machine can read arguments"
 
 
+def test_an_option_of_up_wins_over_a_variable_in_its_children_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BATON_OTEL", "0")
+    monkeypatch.setenv("BATON_API_KEY", "variable")
+    given = given_to(up.OPTIONS, "--model", str(MODEL), "--otel", "--api-key", "option")
+    options = build(cluster.ClusterOptions, given)
+    options = replace(options, router=under("router.", given))
+    routed = options.router_config(MODEL, ["127.0.0.1:7001"])
+    program = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1)
+    environment = cluster._environment(options)
+    assert not {"BATON_OTEL", "BATON_API_KEY"} & set(environment)
+    for name in ("BATON_OTEL", "BATON_API_KEY"):
+        monkeypatch.delenv(name)
+    for name, value in {**environment, **program.environment}.items():
+        monkeypatch.setenv(name, value)
+    config = build(RouterConfig, given_to(router.OPTIONS, *program.command[4:]))
+    assert (config.otel, config.api_keys) == (True, ("option",))
+
+
 def test_every_part_of_a_process_is_reachable_by_a_file() -> None:
     tables = {key.path.rpartition(".")[0] for options in ALL.values() for key in options.keys}
     assert tables >= {
