@@ -21,7 +21,7 @@ class Rank(NamedTuple):
     node_id: str
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Assigned:
     # Where it counts: a node that was lost and is up again knows nothing of it. None: the node was lost before.
     prefill: NodeLoad | None

@@ -189,3 +189,21 @@ def test_full_node_is_left_alone_until_its_next_status() -> None:
     assert d0.free_blocks == 0
     loads.status("d0", status)
     assert d0.free_blocks == 100
+
+
+def test_two_sequences_of_one_length_are_two_promises() -> None:
+    loads = Loads()
+    status = NodeStatus(Role.DECODE, total_blocks=100, free_blocks=100)
+    loads.add_node(description("p0", Role.PREFILL), NodeStatus(Role.PREFILL, total_blocks=100, free_blocks=100))
+    d0 = loads.add_node(description("d0", Role.DECODE), status)
+    for sequence_id in ("first", "second"):
+        loads.assign(sequence_id, "p0", "d0", 100)
+        loads.confirm(sequence_id)
+        loads.prefilled(sequence_id)
+    loads.release("second")
+    loads.status("d0", NodeStatus(Role.DECODE, total_blocks=100, free_blocks=93))
+    loads.check()
+    loads.assign("third", "p0", "d0", 100)
+    loads.release("first")
+    loads.check()
+    assert d0.free_blocks == 93 - 7, "what is left is the promise to the third"
