@@ -40,6 +40,8 @@ from kvtransfer.verify import Verifier
 
 _HELLO_TIMEOUT_S = 5.0
 _LAST_WRITE_TIMEOUT_S = 1.0
+# Of an epoch. Over tcp a lease is opened by its epoch alone, if data overtakes Begin: no other peer must guess it.
+_NUM_RANDOM_BITS = 32
 
 
 class _Channel:
@@ -83,7 +85,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         # Planes of channels whose writer is not known gone yet, lost ones included.
         self._writers: dict[int, DataPlane] = {}
         self._next_channel = 1
-        self._next_epoch = 1
+        self._num_granted = 0
         # Commits whose bytes were not the ones that were sent.
         self.num_digest_failures = 0
         self._notices: deque[machine.LeaseNotice] = deque()
@@ -127,11 +129,11 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
         check_block_ids(self._layout, block_ids, "leased")
-        epoch = self._next_epoch
+        epoch = self._num_granted + 1 << _NUM_RANDOM_BITS | secrets.randbits(_NUM_RANDOM_BITS)
         granted = machine.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks)
         self._act_all(self._machine.handle(granted, self._clock.now()))
         self._arm_timer()
-        self._next_epoch += 1
+        self._num_granted += 1
         node = self._node
         return Lease(sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import threading
 from dataclasses import replace
@@ -370,6 +371,15 @@ async def test_an_unreachable_receiver_is_told_at_once() -> None:
             ready(push, 1)
             with pytest.raises(NodeLost):
                 await push.commit(token("r"))
+
+
+async def test_a_peer_cannot_tell_the_epoch_of_another_lease_from_its_own() -> None:
+    """Data that overtakes Begin opens the lease of its epoch: a peer that counts on from its own would take others'."""
+    async with pair(receiver_config=only("tcp")) as p:
+        epochs = [p.receiver.grant(f"r{n}", [n % 8], 30.0).epoch for n in range(64)]
+        steps = {after - before for before, after in itertools.pairwise(epochs)}
+        assert min(steps) > 0, "new for each lease"
+        assert len(steps) > 60
 
 
 async def test_a_lease_starts_one_push_only() -> None:
