@@ -210,7 +210,7 @@ async def test_a_notice_that_raises_keeps_no_other_back() -> None:
         await inbox.wait(Released, "b")
         lease = p.receiver.grant("c", [3], ttl_s=0.1)
         await inbox.wait(Released, "c")
-        assert lease.epoch == 3
+        assert lease.epoch >> 32 == 3, "the third lease, and none was lost on the way"
 
 
 async def test_one_push_that_cannot_be_sent_fails_alone() -> None:
