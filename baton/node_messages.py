@@ -1,4 +1,7 @@
-"""What a node tells a router about its sequences, and the events and actions that both machines of a node share."""
+"""What a node tells a router about its sequences, and the events and actions that both machines of a node share.
+
+Node and router use the same types: `worker/session_codec.py` and `router/session_bytes.py` convert them.
+"""
 
 from __future__ import annotations
 

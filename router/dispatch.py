@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Sequence
 from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.types import SamplingParams
+from baton.node_messages import NodeMessage, PrefillDone, Refused
+from baton.types import Lease, SamplingParams
 from router.active import Active
 from router.cluster.policy import Obstacle
 from router.cluster.scheduler import Scheduler
@@ -32,9 +33,9 @@ from router.flow_messages import (
     End,
     Enqueue,
     Event,
+    FromNode,
     MakeRoom,
     NodeAvailable,
-    NodeEvent,
     NodeFull,
     NodeLost,
     NoNodeAvailable,
@@ -42,10 +43,7 @@ from router.flow_messages import (
     PairFailed,
     PairWorked,
     Placed,
-    PrefillDone,
     Prompt,
-    Refused,
-    Reserved,
     SendCancel,
     SendReserve,
     SendRun,
@@ -183,18 +181,18 @@ class Dispatcher:
 
     # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def on_node_events(self, node_id: str, events: Sequence[NodeEvent]) -> None:
-        for event in events:
-            match event:
+    def on_node_messages(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
+        for message in messages:
+            match message:
                 case PrefillDone():
-                    self.scheduler.prefilled(event.sequence_id)
-                case Reserved():
-                    self.scheduler.confirmed(event.sequence_id)
+                    self.scheduler.prefilled(message.sequence_id)
+                case Lease():
+                    self.scheduler.confirmed(message.sequence_id)
                 case Refused():
-                    self.records.reservation_refused(node_id, event.sequence_id, event.failure)
-            active = self.scheduler.item(event.sequence_id)
+                    self.records.reservation_refused(node_id, message.sequence_id, message.failure)
+            active = self.scheduler.item(message.sequence_id)
             if active is not None:  # else it is over
-                self._feed(active, event)
+                self._feed(active, FromNode(node_id, message))
 
     def on_node_down(self, node_id: str, reason: str) -> None:
         lost = NodeLost(node_id, reason)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton import errors
+from baton.node_messages import HandedOff, Joined, PrefillDone, Refused, SequenceFailed
 from baton.observe import Lifeline
 from baton.types import (
     FinishReason,
@@ -36,8 +37,7 @@ from router.flow_messages import (
     End,
     Enqueue,
     Event,
-    HandedOff,
-    Joined,
+    FromNode,
     MakeRoom,
     NodeAvailable,
     NodeFull,
@@ -49,17 +49,12 @@ from router.flow_messages import (
     PairWorked,
     Phase,
     Placed,
-    PrefillDone,
     Prompt,
-    Refused,
-    Reserved,
     SendCancel,
     SendReserve,
     SendRun,
-    SequenceFailed,
     StopText,
     Tick,
-    Tokens,
 )
 
 
@@ -175,26 +170,13 @@ class Flow:
         if self.phase is Phase.SETTLING:
             return self._settle(event, now)
         match event:
-            case Tokens():
-                return self._on_tokens(event.node_id, event.chunk, now)
+            case FromNode():
+                return self._on_message(event, now)
             case Begin():
                 self.lifeline.queued(now)
                 return [Enqueue(is_rerun=False)]
             case Placed():
                 return self._on_placed(event.placement, now)
-            case Reserved():
-                return self._on_reserved(event.lease, now)
-            case Refused():
-                return self._on_refused(event, now)
-            case PrefillDone():
-                self._on_prefill_done(event)
-                return []
-            case Joined():
-                return self._on_joined(event, now)
-            case HandedOff():
-                return self._on_handed_off(event, now)
-            case SequenceFailed():
-                return self._on_sequence_failed(event, now)
             case NodeLost():
                 return self._on_node_lost(event, now)
             case NoNodeAvailable():
@@ -215,6 +197,27 @@ class Flow:
             case Tick():
                 return self._on_tick(now)
 
+    def _on_message(self, event: FromNode, now: float) -> list[Action]:
+        node_id, message = event.node_id, event.message
+        if message.sequence_id != self.sequence_id or self.placement is None:
+            return []  # About an attempt that is over.
+        match message:
+            case TokenChunk():
+                return self._on_tokens(node_id, message, self.placement, now)
+            case Lease():
+                return self._on_reserved(message, now)
+            case Refused():
+                return self._on_refused(message, self.placement, now)
+            case PrefillDone():
+                self.lifeline.prefilled(message.queue_s, message.compute_s, message.num_cached_tokens)
+            case Joined():
+                return self._on_joined(message, self.placement, now)
+            case HandedOff():
+                self.lifeline.transferred(message.report, now)
+            case SequenceFailed():
+                return self._on_sequence_failed(node_id, message, self.placement, now)
+        return []
+
     # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_placed(self, placement: Placement, now: float) -> list[Action]:
@@ -231,7 +234,7 @@ class Flow:
         return [SendReserve(placement.decode_id, self._spec, self._ttl_s(now), placement.prefill_id, self.prompt)]
 
     def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
-        if lease.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
+        if self.phase is not Phase.RESERVING:
             return []
         self.lifeline.leased(now)
         return self._run(lease, now)
@@ -246,14 +249,13 @@ class Flow:
         self.lifeline.sent(now)
         return [SendRun(self.placement.prefill_id, self._spec, lease, self.prompt)]
 
-    def _on_refused(self, event: Refused, now: float) -> list[Action]:
-        if event.sequence_id != self.sequence_id or self.phase is not Phase.RESERVING:
+    def _on_refused(self, message: Refused, placement: Placement, now: float) -> list[Action]:
+        if self.phase is not Phase.RESERVING:
             return []
-        assert self.placement is not None
-        error = errors.from_code(event.failure.code, event.failure.message)
+        error = errors.from_code(message.failure.code, message.failure.message)
         if isinstance(error, errors.InvalidRequest):
             return self._finish(Outcome(OutcomeKind.REJECTED, error=error), now, "refused")
-        return self._look_elsewhere(self.placement.decode_id, error, now)
+        return self._look_elsewhere(placement.decode_id, error, now)
 
     def _look_elsewhere(self, full_node_id: str, error: errors.BatonError, now: float) -> list[Action]:
         """A node has no room. That is no failure and uses up no attempt; waiting is bounded by the deadline."""
@@ -306,10 +308,10 @@ class Flow:
 
     # ── Progress ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _on_tokens(self, node_id: str, chunk: TokenChunk, now: float) -> list[Action]:
-        if chunk.sequence_id != self.sequence_id or self.placement is None or self.phase is Phase.RESERVING:
+    def _on_tokens(self, node_id: str, chunk: TokenChunk, placement: Placement, now: float) -> list[Action]:
+        if self.phase is Phase.RESERVING:
             return []
-        if not self.placement.is_colocated and node_id == self.placement.decode_id:
+        if not placement.is_colocated and node_id == placement.decode_id:
             self._has_joined = True
         if chunk.finish_reason is not None:
             self._end = (chunk.index + len(chunk.token_ids), chunk.finish_reason)
@@ -386,31 +388,22 @@ class Flow:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.tokens) >= self.max_tokens else None
 
-    def _on_prefill_done(self, event: PrefillDone) -> None:
-        if event.sequence_id == self.sequence_id:
-            self.lifeline.prefilled(event.queue_s, event.compute_s, event.num_cached_tokens)
-
-    def _on_joined(self, event: Joined, now: float) -> list[Action]:
-        if event.sequence_id != self.sequence_id or self.placement is None or self._has_joined:
+    def _on_joined(self, message: Joined, placement: Placement, now: float) -> list[Action]:
+        if self._has_joined:
             return []
         self._has_joined = True
-        self.lifeline.joined(event.wait_s, now)
+        self.lifeline.joined(message.wait_s, now)
         self._timer_s = now + (self._config.token_timeout_s if self.tokens else self._config.gap_timeout_s)
-        return [PairWorked(self.placement)]
-
-    def _on_handed_off(self, event: HandedOff, now: float) -> list[Action]:
-        if event.sequence_id == self.sequence_id:
-            self.lifeline.transferred(event.report, now)
-        return []
+        return [PairWorked(placement)]
 
     # ── Failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _on_sequence_failed(self, event: SequenceFailed, now: float) -> list[Action]:
-        if event.sequence_id != self.sequence_id or self.placement is None:
-            return []
-        failure = event.failure
+    def _on_sequence_failed(
+        self, node_id: str, message: SequenceFailed, placement: Placement, now: float
+    ) -> list[Action]:  # fmt: skip
+        failure = message.failure
         error = errors.from_code(failure.code, failure.message)
-        is_past_prefill = self._has_joined and event.node_id == self.placement.prefill_id != self.placement.decode_id
+        is_past_prefill = self._has_joined and node_id == placement.prefill_id != placement.decode_id
         if is_past_prefill and self._has_first_token:
             return []  # Decode has the sequence; what prefill has to say about it is history.
         if isinstance(error, errors.InvalidRequest):
@@ -423,8 +416,8 @@ class Flow:
             if self._internal_errors >= self._config.max_internal_errors:
                 return self._fail(error, now)
         if isinstance(error, errors.Overloaded | errors.Draining) and self.phase is Phase.PREFILLING:
-            return self._look_elsewhere(event.node_id, error, now)
-        return self._rerun(error, failure.blamed_node_id or event.node_id, now)
+            return self._look_elsewhere(node_id, error, now)
+        return self._rerun(error, failure.blamed_node_id or node_id, now)
 
     @property
     def _has_first_token(self) -> bool:
@@ -561,11 +554,11 @@ class Flow:
         assert self.placement is not None
         assert self.outcome is not None
         match event:
-            case HandedOff() if event.sequence_id == self.sequence_id:
-                self.lifeline.transferred(event.report, now)
-            case NodeLost() if event.node_id == self.placement.prefill_id:
+            case FromNode(_, HandedOff() as message) if message.sequence_id == self.sequence_id:
+                self.lifeline.transferred(message.report, now)
+            case FromNode(_, SequenceFailed() as message) if message.sequence_id == self.sequence_id:
                 pass
-            case SequenceFailed() if event.sequence_id == self.sequence_id:
+            case NodeLost() if event.node_id == self.placement.prefill_id:
                 pass
             case Cancel() | Abandon() | StopText():
                 pass

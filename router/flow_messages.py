@@ -1,6 +1,6 @@
 """Events that a sequence's flow takes, actions that it asks for, and its outcomes.
 
-Sessions decode nodes' messages into events and encode commands; the dispatcher feeds events and carries actions out.
+The dispatcher feeds events and carries actions out. What nodes say is in `baton/node_messages.py`.
 """
 
 from __future__ import annotations
@@ -9,16 +9,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton import errors
+from baton.node_messages import NodeMessage
 from baton.observe import FailedAttempt
-from baton.types import (
-    Failure,
-    FinishReason,
-    Lease,
-    PositionLogprobs,
-    SequenceSpec,
-    TokenChunk,
-    TransferReport,
-)
+from baton.types import FinishReason, Lease, PositionLogprobs, SequenceSpec
 from router.cluster.policy import Placement
 
 
@@ -87,58 +80,11 @@ class NodeAvailable:
 
 
 @dataclass(frozen=True, slots=True)
-class Reserved:
-    lease: Lease
+class FromNode:
+    """A message of a node, about one of the sequence's attempts."""
 
-    @property
-    def sequence_id(self) -> str:
-        return self.lease.sequence_id
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """The decode node did not grant a lease."""
-
-    sequence_id: str
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
     node_id: str
-    chunk: TokenChunk
-
-    @property
-    def sequence_id(self) -> str:
-        return self.chunk.sequence_id
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillDone:
-    sequence_id: str
-    queue_s: float
-    compute_s: float
-    num_computed_tokens: int
-    num_cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Joined:
-    sequence_id: str
-    wait_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class HandedOff:
-    sequence_id: str
-    report: TransferReport
-
-
-@dataclass(frozen=True, slots=True)
-class SequenceFailed:
-    node_id: str
-    sequence_id: str
-    failure: Failure
+    message: NodeMessage
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,10 +120,8 @@ class Tick:
     """Time has passed `wake_at_s`."""
 
 
-# Events that nodes send; each has a ``sequence_id``.
-NodeEvent = Reserved | Refused | Tokens | PrefillDone | Joined | HandedOff | SequenceFailed
 Event = (
-    NodeEvent | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | Cancel | Abandon | StopText | MakeRoom
+    FromNode | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | Cancel | Abandon | StopText | MakeRoom
     | Tick
 )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
+from baton.node_messages import NodeMessage
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus
 from router.cluster.membership import (
@@ -36,7 +37,7 @@ from router.cluster.membership import (
 )
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
-from router.flow_messages import Command, NodeEvent
+from router.flow_messages import Command
 from router.metrics import RouterMetrics
 from router.sessions import LinkEvents, NodeLink
 
@@ -49,7 +50,7 @@ _TICK_S = 0.1
 class NodesOwner(Protocol):
     """What the nodes report to."""
 
-    def on_node_events(self, node_id: str, events: Sequence[NodeEvent]) -> None: ...
+    def on_node_messages(self, node_id: str, messages: Sequence[NodeMessage]) -> None: ...
 
     def on_node_down(self, node_id: str, reason: str) -> None: ...
 
@@ -122,11 +123,11 @@ class Nodes:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self._handle(Welcomed(address, node, status))
 
-    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
+    def on_messages(self, address: str, messages: Sequence[NodeMessage], status: NodeStatus | None) -> None:
         member = self.membership.members.get(address)
         if member is None or not member.is_up or member.node is None:
             return
-        self._owner.on_node_events(member.node.node_id, events)
+        self._owner.on_node_messages(member.node.node_id, messages)
         if status is not None:
             self._scheduler.node_status(member.node.node_id, status)
         self._handle(Heard(address, status))

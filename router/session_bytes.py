@@ -1,4 +1,4 @@
-"""The messages of a node's session: commands to bytes, node messages to events. Knows the wire's fields and no node.
+"""The messages of a node's session: commands to bytes, bytes to node messages. Knows the wire's fields and no node.
 
 A prompt of 100,000 tokens takes protobuf 2 ms to build, 2 ms to put into another message and 1 ms to serialize. It is
 sent once for each choice and again for each attempt, to two nodes. So it is serialized once, and each message is put
@@ -14,23 +14,10 @@ from typing import Protocol, TypeVar
 from baton import codec, errors
 from baton.address import as_dialled
 from baton.defects import Defects
-from baton.types import Failure, NodeStatus, SequenceSpec
+from baton.node_messages import HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
+from baton.types import Failure, Lease, NodeStatus, SequenceSpec
 from baton.v1 import common_pb2, node_pb2
-from router.flow_messages import (
-    Command,
-    HandedOff,
-    Joined,
-    NodeEvent,
-    PrefillDone,
-    Prompt,
-    Refused,
-    Reserved,
-    SendCancel,
-    SendReserve,
-    SendRun,
-    SequenceFailed,
-    Tokens,
-)
+from router.flow_messages import Command, Prompt, SendCancel, SendReserve, SendRun
 
 _Request = node_pb2.SessionRequest
 _LENGTH_DELIMITED = 2
@@ -103,58 +90,59 @@ class Reader:
         self._address = address
         self._defects = defects
 
-    def events(self, message: node_pb2.SessionResponse) -> list[NodeEvent]:
-        events: list[NodeEvent] = []
-        self._read(message.reserved, self._reserved, events)
-        self._read(message.refused, _refused, events)
-        self._read(message.prefills, _prefill_done, events)
-        self._read(message.joined, _joined, events)
-        self._read(message.handed_off, _handed_off, events)
+    def messages(self, response: node_pb2.SessionResponse) -> list[NodeMessage]:
+        """In the order in which they count."""
+        found: list[NodeMessage] = []
+        self._read(response.reserved, self._reserved, found)
+        self._read(response.refused, _refused, found)
+        self._read(response.prefills, _prefill_done, found)
+        self._read(response.joined, _joined, found)
+        self._read(response.handed_off, _handed_off, found)
         # Tokens before failures: a sequence that is complete has not failed.
-        self._read(message.tokens, self._tokens, events)
-        self._read(message.failed, self._failed, events)
-        return events
+        self._read(response.tokens, codec.tokens_from_pb, found)
+        self._read(response.failed, _failed, found)
+        return found
 
-    def status(self, message: node_pb2.SessionResponse) -> NodeStatus | None:
+    def status(self, response: node_pb2.SessionResponse) -> NodeStatus | None:
         """None if there is none, or none that can be decoded: the previous one then stays."""
-        if message.HasField("status"):
+        if response.HasField("status"):
             with self._defects.contained("message", f"status of {self._node_id}"):
-                return codec.status_from_pb(message.status)
+                return codec.status_from_pb(response.status)
         return None
 
-    def _read(self, items: Iterable[_ItemT], event_of: Callable[[_ItemT], NodeEvent], events: list[NodeEvent]) -> None:
+    def _read(
+        self, items: Iterable[_ItemT], message_of: Callable[[_ItemT], NodeMessage], found: list[NodeMessage]
+    ) -> None:  # fmt: skip
         for item in items:
             try:
-                events.append(event_of(item))
+                found.append(message_of(item))
             except Exception as error:
                 about = errors.quoted(f"{item.sequence_id} from {self._node_id}")
                 failure = Failure.of(self._defects.caught("message", error, about), self._node_id)
-                events.append(SequenceFailed(self._node_id, item.sequence_id, failure))
+                found.append(SequenceFailed(item.sequence_id, failure))
 
-    def _reserved(self, message: common_pb2.Lease) -> NodeEvent:
-        lease = codec.lease_from_pb(message)
-        return Reserved(replace(lease, address=as_dialled(lease.address, self._address)))
-
-    def _tokens(self, message: common_pb2.Tokens) -> NodeEvent:
-        return Tokens(self._node_id, codec.tokens_from_pb(message))
-
-    def _failed(self, message: node_pb2.SequenceFailed) -> NodeEvent:
-        return SequenceFailed(self._node_id, message.sequence_id, codec.failure_from_pb(message.failure))
+    def _reserved(self, item: common_pb2.Lease) -> Lease:
+        lease = codec.lease_from_pb(item)
+        return replace(lease, address=as_dialled(lease.address, self._address))
 
 
-def _prefill_done(message: node_pb2.SessionResponse.PrefillDone) -> NodeEvent:
-    queue_s = codec.duration_from_pb("queue_s", message.queue_s)
-    compute_s = codec.duration_from_pb("compute_s", message.compute_s)
-    return PrefillDone(message.sequence_id, queue_s, compute_s, message.num_computed_tokens, message.num_cached_tokens)
+def _refused(item: node_pb2.SequenceFailed) -> Refused:
+    return Refused(item.sequence_id, codec.failure_from_pb(item.failure))
 
 
-def _handed_off(message: node_pb2.SessionResponse.HandedOff) -> NodeEvent:
-    return HandedOff(message.sequence_id, codec.report_from_pb(message.report))
+def _prefill_done(item: node_pb2.SessionResponse.PrefillDone) -> PrefillDone:
+    queue_s = codec.duration_from_pb("queue_s", item.queue_s)
+    compute_s = codec.duration_from_pb("compute_s", item.compute_s)
+    return PrefillDone(item.sequence_id, queue_s, compute_s, item.num_computed_tokens, item.num_cached_tokens)
 
 
-def _refused(message: node_pb2.SequenceFailed) -> NodeEvent:
-    return Refused(message.sequence_id, codec.failure_from_pb(message.failure))
+def _joined(item: node_pb2.SessionResponse.Joined) -> Joined:
+    return Joined(item.sequence_id, codec.duration_from_pb("wait_s", item.wait_s))
 
 
-def _joined(message: node_pb2.SessionResponse.Joined) -> NodeEvent:
-    return Joined(message.sequence_id, codec.duration_from_pb("wait_s", message.wait_s))
+def _handed_off(item: node_pb2.SessionResponse.HandedOff) -> HandedOff:
+    return HandedOff(item.sequence_id, codec.report_from_pb(item.report))
+
+
+def _failed(item: node_pb2.SequenceFailed) -> SequenceFailed:
+    return SequenceFailed(item.sequence_id, codec.failure_from_pb(item.failure))

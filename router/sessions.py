@@ -19,12 +19,13 @@ from baton import PROTOCOL_VERSION, codec, errors
 from baton.address import as_dialled
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.node_messages import NodeMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router import session_bytes
 from router.config import LinkConfig
-from router.flow_messages import Command, NodeEvent
+from router.flow_messages import Command
 from router.turns import Turns
 
 _log = logging.getLogger("baton.router.sessions")
@@ -42,8 +43,8 @@ class LinkEvents(Protocol):
 
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None: ...
 
-    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
-        """Events are in the order in which they count; ``status`` is None if the message had none."""
+    def on_messages(self, address: str, messages: Sequence[NodeMessage], status: NodeStatus | None) -> None:
+        """Messages are in the order in which they count; ``status`` is None if there was none with them."""
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
         """``is_orderly``: the node ended its session itself."""
@@ -241,11 +242,11 @@ class NodeLink:
 
     async def _read_all(self, session: Session, reader: session_bytes.Reader) -> None:
         while True:
-            message = await _read(session)
+            response = await _read(session)
             # A hundred nodes may speak at once, each of many sequences: what does not fit into a turn of the loop waits
-            # for a later one, and the next message with it.
+            # for a later one, and the next response with it.
             await self._turns.wait()
-            self._events.on_message(self.address, reader.events(message), reader.status(message))
+            self._events.on_messages(self.address, reader.messages(response), reader.status(response))
 
 
 async def _read(session: Session) -> node_pb2.SessionResponse:

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from baton.node_messages import HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
 from router.cluster.policy import Placement
@@ -56,7 +57,7 @@ class FlowMachine(RuleBasedStateMachine):
         self.ends: list[f.Outcome] = []
         self.wants_placement = False
         self.is_stopped_by_text = False
-        self.channels: dict[tuple[str, bool, str], deque[f.Event]] = {}
+        self.channels: dict[tuple[str, bool, str], deque[NodeMessage]] = {}
         self.reserve_requests: list[f.SendReserve] = []
         # Attempts: sequence id -> who was told to work on it, and who was told to stop.
         self.told: dict[str, set[str]] = {}
@@ -103,8 +104,8 @@ class FlowMachine(RuleBasedStateMachine):
 
     # ── The nodes' part ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def say(self, node_id: str, is_decode: bool, sequence_id: str, *events: f.Event) -> None:
-        self.channels.setdefault((node_id, is_decode, sequence_id), deque()).extend(events)
+    def say(self, node_id: str, is_decode: bool, sequence_id: str, *messages: NodeMessage) -> None:
+        self.channels.setdefault((node_id, is_decode, sequence_id), deque()).extend(messages)
 
     def chunk(self, spec: SequenceSpec, start: int, end: int) -> TokenChunk:
         reason = self.reason if end == len(self.answer) else None
@@ -117,18 +118,18 @@ class FlowMachine(RuleBasedStateMachine):
         assert list(spec.generated_token_ids) == self.answer[:start], "a rerun starts from the right tokens"
         assert start < len(self.answer), "a whole answer is not run again"
         sequence_id = spec.sequence_id
-        first = f.Tokens(node_id, self.chunk(spec, start, start + 1))
-        self.say(node_id, False, sequence_id, f.PrefillDone(sequence_id, 0.0, 0.1, 3, 0), first)
+        first = self.chunk(spec, start, start + 1)
+        self.say(node_id, False, sequence_id, PrefillDone(sequence_id, 0.0, 0.1, 3), first)
         rest = [(i, min(i + 2, len(self.answer))) for i in range(start + 1, len(self.answer), 2)]
         if action.lease is None:
-            self.say(node_id, False, sequence_id, *[f.Tokens(node_id, self.chunk(spec, a, b)) for a, b in rest])
+            self.say(node_id, False, sequence_id, *[self.chunk(spec, a, b) for a, b in rest])
             return
         if not rest:
             return
         decode_id = action.lease.node_id
-        self.say(node_id, False, sequence_id, f.HandedOff(sequence_id, REPORT))
-        tokens = [f.Tokens(decode_id, self.chunk(spec, a, b)) for a, b in rest]
-        self.say(decode_id, True, sequence_id, f.Joined(sequence_id, 0.1), *tokens)
+        self.say(node_id, False, sequence_id, HandedOff(sequence_id, REPORT))
+        tokens = [self.chunk(spec, a, b) for a, b in rest]
+        self.say(decode_id, True, sequence_id, Joined(sequence_id, 0.1), *tokens)
 
     # ── Rules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -146,10 +147,10 @@ class FlowMachine(RuleBasedStateMachine):
         sequence_id = request.spec.sequence_id
         if answer == "grant":
             lease = Lease(sequence_id, 1, request.node_id, 1, "a:1", (0,), request.ttl_s)
-            self.say(request.node_id, True, sequence_id, f.Reserved(lease))
+            self.say(request.node_id, True, sequence_id, lease)
         elif answer == "refuse":
             self.refused.add(sequence_id)
-            self.say(request.node_id, True, sequence_id, f.Refused(sequence_id, Failure("NoBlocks", "full", True)))
+            self.say(request.node_id, True, sequence_id, Refused(sequence_id, Failure("NoBlocks", "full", True)))
 
     @precondition(lambda self: any(self.channels.values()))
     @rule(data=st.data(), hows=st.lists(st.sampled_from(HOWS), min_size=1, max_size=6))
@@ -160,17 +161,15 @@ class FlowMachine(RuleBasedStateMachine):
 
     def deliver_one(self, data: st.DataObject, how: str) -> None:
         key = data.draw(st.sampled_from(sorted(k for k, v in self.channels.items() if v)))
-        event = self.channels[key].popleft()
+        message = self.channels[key].popleft()
         if how == "never":
             return
         if (
-            isinstance(event, f.Tokens)
-            and event.chunk.finish_reason
-            and event.chunk.sequence_id == self.flow.sequence_id
-        ):
-            self.announced.add(event.chunk.sequence_id)
+            isinstance(message, TokenChunk) and message.finish_reason and message.sequence_id == self.flow.sequence_id
+        ):  # fmt: skip
+            self.announced.add(message.sequence_id)
         for _ in range(2 if how == "twice" else 1):
-            self.feed(event)
+            self.feed(f.FromNode(key[0], message))
 
     @precondition(lambda self: self.flow.placement is not None)
     @rule(
@@ -190,7 +189,7 @@ class FlowMachine(RuleBasedStateMachine):
         failure = Failure(code, "scripted", True, other if blames else "")
         # Who reports a failure has let go already.
         self.lost[(self.flow.sequence_id, node_id)] += 1
-        self.feed(f.SequenceFailed(node_id, self.flow.sequence_id, failure))
+        self.feed(f.FromNode(node_id, SequenceFailed(self.flow.sequence_id, failure)))
 
     @rule(node_id=st.sampled_from(NODES), now=rarely(6))
     def node_dies(self, node_id: str, now: bool) -> None:

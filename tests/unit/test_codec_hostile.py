@@ -85,12 +85,12 @@ async def test_what_a_lying_node_says_makes_no_label_and_no_sum_that_is_no_numbe
         done = node_pb2.SessionResponse.PrefillDone(sequence_id="s", queue_s=nan, compute_s=-1.0)
         defects = Defects(logging.getLogger("test"), MonotonicClock(), dispatcher._metrics.defects.add)
         reader = Reader("prefill-0", prefill, defects)
-        dispatcher.nodes.on_message(prefill, reader.events(node_pb2.SessionResponse(prefills=[done])), None)
+        dispatcher.nodes.on_messages(prefill, reader.messages(node_pb2.SessionResponse(prefills=[done])), None)
         joined = node_pb2.SessionResponse.Joined(sequence_id="s", wait_s=nan)
         failure = pb.Failure(code="a label\nof mine", message="line\nbreak")
         refused = node_pb2.SequenceFailed(sequence_id="s\n" * 2000, failure=failure)
         said = node_pb2.SessionResponse(joined=[joined], refused=[refused])
-        dispatcher.nodes.on_message(decode, Reader("decode-0", decode, defects).events(said), None)
+        dispatcher.nodes.on_messages(decode, Reader("decode-0", decode, defects).messages(said), None)
         assert refusals(dispatcher) == {"InternalError"}
         (line,) = [x.getMessage() for x in caplog.records if "refused a reservation" in x.message]
         assert "\n" not in line

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from baton.metrics import Metrics
+from baton.node_messages import NodeMessage
 from baton.observe import Lifeline
 from baton.types import FinishReason, NodeDescription, NodeStatus, PositionLogprobs, SamplingParams, TokenLogprob
 from baton.v1 import common_pb2, router_pb2
@@ -27,7 +28,7 @@ from router.cluster.policy import Decision, Demand, Placement, Reason, choose
 from router.cluster.pools import Pools
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.flow_messages import NodeEvent, Outcome, OutcomeKind, Phase, Prompt
+from router.flow_messages import Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
 from router.http import HttpFace
 from router.openai_whole import WholeAnswer
@@ -295,7 +296,7 @@ class Heard:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self.num_welcomed += 1
 
-    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
+    def on_messages(self, address: str, messages: Sequence[NodeMessage], status: NodeStatus | None) -> None:
         self.in_turn[self._counter.num_turns] = self.in_turn.get(self._counter.num_turns, 0) + 1
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:

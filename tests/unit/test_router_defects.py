@@ -17,6 +17,7 @@ from baton.client import Completion
 from baton.clock import MonotonicClock
 from baton.defects import Defects, LogLimit
 from baton.metrics import Metrics
+from baton.node_messages import NodeMessage
 from baton.registry import NodeRecord
 from baton.types import NodeDescription, NodeStatus, SamplingParams
 from router.active import Active
@@ -24,7 +25,7 @@ from router.cluster.membership import State
 from router.config import LinkConfig, RouterConfig, WatchConfig
 from router.dispatch import Dispatcher
 from router.fake import FakeCluster, FakeConfig, expected_tokens
-from router.flow_messages import NodeEvent, Prompt
+from router.flow_messages import Prompt
 from router.metrics import RouterMetrics
 from router.records import Ended
 from router.registry import RegistryWatch
@@ -255,7 +256,7 @@ class Events:
     def on_welcome(self, address: str, node: NodeDescription, status: NodeStatus) -> None:
         self.num_welcomes += 1
 
-    def on_message(self, address: str, events: Sequence[NodeEvent], status: NodeStatus | None) -> None:
+    def on_messages(self, address: str, messages: Sequence[NodeMessage], status: NodeStatus | None) -> None:
         raise ValueError("a reader's defect")
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:

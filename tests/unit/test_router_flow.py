@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from baton.node_messages import HandedOff, Joined, Refused, SequenceFailed
 from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
@@ -32,14 +33,26 @@ def lease(attempt: int = 0) -> Lease:
     return Lease(f"r/0/{attempt}", 1, "d", 1, "a:1", (0,), 60.0)
 
 
-def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishReason | None = None) -> f.Tokens:
-    return f.Tokens(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
+def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishReason | None = None) -> f.FromNode:
+    return f.FromNode(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
+
+
+def joined() -> f.FromNode:
+    return f.FromNode("d", Joined("r/0/0", 0.1))
+
+
+def handed_off(attempt: int = 0) -> f.FromNode:
+    return f.FromNode("p", HandedOff(f"r/0/{attempt}", REPORT))
+
+
+def failed(node: str, failure: Failure) -> f.FromNode:
+    return f.FromNode(node, SequenceFailed("r/0/0", failure))
 
 
 def prefilling(**config: float) -> Flow:
     flow = begin(**config)  # type: ignore[arg-type]
     flow.handle(f.Placed(SPLIT), 0.0)
-    flow.handle(f.Reserved(lease()), 0.0)
+    flow.handle(f.FromNode("d", lease()), 0.0)
     return flow
 
 
@@ -50,12 +63,12 @@ def finished(reason: FinishReason) -> f.End:
 def test_split_life() -> None:
     flow = begin()
     assert flow.handle(f.Placed(SPLIT), 1.0) == [f.SendReserve("d", spec(flow), 60.0, "p", PROMPT)]
-    assert flow.handle(f.Reserved(lease()), 1.0) == [f.SendRun("p", spec(flow), lease(), PROMPT)]
+    assert flow.handle(f.FromNode("d", lease()), 1.0) == [f.SendRun("p", spec(flow), lease(), PROMPT)]
     assert flow.handle(tokens("p", 0, 7), 2.0) == [f.Deliver((7,), ())]
     assert flow.phase is f.Phase.DECODING
-    assert flow.handle(f.Joined("r/0/0", 0.1), 2.0) == [f.PairWorked(SPLIT)]
+    assert flow.handle(joined(), 2.0) == [f.PairWorked(SPLIT)]
     assert flow.handle(tokens("d", 1, 8, 9), 3.0) == [f.Deliver((8, 9), ())]
-    assert flow.handle(f.HandedOff("r/0/0", REPORT), 3.0) == []
+    assert flow.handle(handed_off(), 3.0) == []
     last = flow.handle(tokens("d", 3, 10, finish=FinishReason.LENGTH), 4.0)
     assert last == [f.Deliver((10,), ()), f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
     assert flow.handle(tokens("d", 4, 11), 5.0) == []
@@ -72,7 +85,7 @@ def settling() -> Flow:
 @pytest.mark.parametrize(
     ("event", "at_s"),
     [
-        (f.HandedOff("r/0/0", REPORT), 1.6),
+        (handed_off(), 1.6),
         (f.NodeLost("p", "died"), 1.6),
         (f.Cancel("client left"), 1.6),
         (f.StopText(), 1.6),
@@ -84,13 +97,13 @@ def test_a_whole_answer_ends_with_the_transfer_report_or_without(event: f.Event,
     flow = settling()
     assert flow.handle(event, at_s) == [f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
     relay = flow.lifeline.relay()
-    assert relay.transfer == (REPORT if isinstance(event, f.HandedOff) else None)
+    assert relay.transfer == (REPORT if event == handed_off() else None)
     assert relay.e2e_s == 1.5
 
 
 def test_a_stop_string_waits_for_no_report_beside_an_end_that_came_too_early() -> None:
     flow = prefilling()
-    flow.handle(f.Joined("r/0/0", 0.1), 0.5)
+    flow.handle(joined(), 0.5)
     flow.handle(tokens("p", 0, 7), 1.0)
     assert flow.handle(tokens("d", 2, 9, 10, finish=FinishReason.LENGTH), 1.5) == []
     assert flow.handle(f.StopText(), 1.6)[-1] == finished(FinishReason.STOP)
@@ -99,7 +112,7 @@ def test_a_stop_string_waits_for_no_report_beside_an_end_that_came_too_early() -
 
 def test_a_settling_answer_is_moved_by_nothing_else() -> None:
     flow = settling()
-    for event in (f.NodeLost("d", "died"), f.Tick(), f.HandedOff("r/0/1", REPORT), tokens("d", 4, 11)):
+    for event in (f.NodeLost("d", "died"), f.Tick(), handed_off(attempt=1), tokens("d", 4, 11)):
         assert flow.handle(event, 1.55) == []
     assert flow.outcome == f.Outcome(f.OutcomeKind.FINISHED, FinishReason.LENGTH)
 
@@ -154,14 +167,14 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
 def test_prefill_lost_after_the_handover_does_not_matter() -> None:
     flow = prefilling()
     flow.handle(tokens("p", 0, 7), 1.0)
-    flow.handle(f.Joined("r/0/0", 0.1), 1.0)
+    flow.handle(joined(), 1.0)
     assert flow.handle(f.NodeLost("p", "killed"), 2.0) == []
     assert flow.phase is f.Phase.DECODING
 
 
 def test_prefill_lost_with_the_first_token_is_run_again() -> None:
     flow = prefilling()
-    flow.handle(f.Joined("r/0/0", 0.1), 1.0)
+    flow.handle(joined(), 1.0)
     assert flow.handle(f.NodeLost("p", "killed"), 2.0)[-1] == f.Enqueue(is_rerun=True)
 
 
@@ -169,7 +182,7 @@ def test_refusals_use_up_no_attempt_and_are_not_hammered() -> None:
     flow = begin()
     for i in range(6):
         flow.handle(f.Placed(SPLIT), 1.0)
-        actions = flow.handle(f.Refused(flow.sequence_id, Failure("NoBlocks", "full", True)), 1.0)
+        actions = flow.handle(f.FromNode("d", Refused(flow.sequence_id, Failure("NoBlocks", "full", True))), 1.0)
         assert f.NodeFull("d") in actions
         if i >= 2:
             assert f.Enqueue(is_rerun=True) not in actions, "later ones wait first"
@@ -196,7 +209,7 @@ def test_attempts_run_out_with_the_last_failure() -> None:
 def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_no_node() -> None:
     """Every node with these weights would compute the same, and three such requests would bar any pair."""
     flow = prefilling()
-    actions = flow.handle(f.SequenceFailed("p", "r/0/0", Failure("BadLogits", "NaN at token 2", False)), 1.0)
+    actions = flow.handle(failed("p", Failure("BadLogits", "NaN at token 2", False)), 1.0)
     end = actions[-1]
     assert isinstance(end, f.End)
     assert end.outcome.error is not None
@@ -229,7 +242,7 @@ def test_deadline_says_what_happened_before() -> None:
 
 def test_asking_for_the_demand_changes_nothing() -> None:
     flow = prefilling()
-    flow.handle(f.SequenceFailed("p", "r/0/0", Failure("TransferFailed", "broken", True, "d")), 1.0)
+    flow.handle(failed("p", Failure("TransferFailed", "broken", True, "d")), 1.0)
     avoid_s = FlowConfig().avoid_s
     assert flow.demand(1.0 + avoid_s).avoid == frozenset(), "blamed long ago"
     assert flow.demand(1.0).avoid == {"d"}
