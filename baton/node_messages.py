@@ -1,13 +1,51 @@
-"""What a node tells a router about its sequences, and the events and actions that both machines of a node share.
+"""The messages of a session, and the events and actions that both machines of a node share.
 
-Node and router use the same types: `worker/session_codec.py` and `router/session_bytes.py` convert them.
+Router and node use the same types: `router/session_bytes.py` and `worker/session_codec.py` convert them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Failure, Lease, TokenChunk, TransferReport
+from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
+
+# -- messages from a router to a node
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Compute the prompt; with a lease push its KV there, without one generate the tokens here."""
+
+    spec: SequenceSpec
+    lease: Lease | None
+
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """Lease blocks for the sequence to the prefill node; answered by the Lease or by Refused."""
+
+    spec: SequenceSpec
+    ttl_s: float
+    prefill_node_id: str
+
+    @property
+    def sequence_id(self) -> str:
+        return self.spec.sequence_id
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """End the sequence in whatever phase it is; an unknown one is ignored."""
+
+    sequence_id: str
+    reason: str
+
+
+RouterMessage = Run | Reserve | Cancel
 
 # -- messages from a node to a router; a granted reservation is its Lease, new tokens are their TokenChunk
 
@@ -62,10 +100,15 @@ NodeMessage = Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | 
 
 
 @dataclass(frozen=True, slots=True)
-class CancelAsked:
+class FromRouter:
+    """Both machines get every message; each handles those of its phase."""
+
     session: int
-    sequence_id: str
-    reason: str
+    message: RouterMessage
+
+    @property
+    def sequence_id(self) -> str:
+        return self.message.sequence_id
 
 
 @dataclass(frozen=True, slots=True)

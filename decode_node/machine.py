@@ -13,7 +13,19 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton.errors import BadConfig, BatonError, InvalidRequest, Overloaded, TransferFailed
-from baton.node_messages import CancelAsked, Defect, Joined, Refused, Send, SequenceFailed, SessionLost
+from baton.node_messages import (
+    Cancel,
+    Defect,
+    FromRouter,
+    Joined,
+    Refused,
+    Reserve,
+    RouterMessage,
+    Run,
+    Send,
+    SequenceFailed,
+    SessionLost,
+)
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
 from engine.schedule import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Quarantined, Released
@@ -36,18 +48,6 @@ class DecodeConfig:
 
 
 # -- events
-
-
-@dataclass(frozen=True, slots=True)
-class ReserveAsked:
-    session: int
-    spec: SequenceSpec
-    ttl_s: float
-    prefill_node_id: str
-
-    @property
-    def sequence_id(self) -> str:
-        return self.spec.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ class JoinRefused:
 
 
 Event = (
-    ReserveAsked
-    | CancelAsked
+    FromRouter
     | SessionLost
     | Granted
     | GrantRefused
@@ -175,14 +174,11 @@ class DecodeMachine:
 
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 - one table of transitions
         match event:
-            case ReserveAsked():
-                return self._reserve(event)
+            case FromRouter(session, message):
+                return self._received(session, message)
             case SessionLost(session):
                 mine = [name for name, relay in self._relays.items() if relay.session == session]
                 return [action for name in mine for action in self._stop(name, "the router's session was lost")]
-            case CancelAsked(session, sequence_id, reason):
-                relay = self._relays.get(sequence_id)
-                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
             case Granted(lease):
                 return self._granted(lease, now)
             case Arrived():
@@ -221,14 +217,24 @@ class DecodeMachine:
         relay = self._relays.get(sequence_id)
         return None if relay is None else relay.phase
 
-    def _reserve(self, event: ReserveAsked) -> list[Action]:
-        sequence_id = event.sequence_id
+    def _received(self, session: int, message: RouterMessage) -> list[Action]:
+        match message:
+            case Reserve():
+                return self._reserve(session, message)
+            case Cancel(sequence_id, reason):
+                relay = self._relays.get(sequence_id)
+                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
+            case Run():
+                return []
+
+    def _reserve(self, session: int, message: Reserve) -> list[Action]:
+        sequence_id = message.sequence_id
         try:
-            self._check_reserve(sequence_id, event.prefill_node_id)
+            self._check_reserve(sequence_id, message.prefill_node_id)
         except BatonError as error:
-            return [Send(event.session, Refused(sequence_id, Failure.of(error)))]
-        self._relays[sequence_id] = _Relay(event.session, event.prefill_node_id)
-        return [Grant(event.spec, event.ttl_s)]
+            return [Send(session, Refused(sequence_id, Failure.of(error)))]
+        self._relays[sequence_id] = _Relay(session, message.prefill_node_id)
+        return [Grant(message.spec, message.ttl_s)]
 
     def _check_reserve(self, sequence_id: str, prefill_node_id: str) -> None:
         if sequence_id in self._relays:

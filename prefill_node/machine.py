@@ -14,22 +14,23 @@ from dataclasses import dataclass, replace
 from enum import Enum
 
 from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded
-from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
+from baton.node_messages import (
+    Cancel,
+    Defect,
+    FromRouter,
+    HandedOff,
+    PrefillDone,
+    Reserve,
+    RouterMessage,
+    Run,
+    Send,
+    SequenceFailed,
+    SessionLost,
+)
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
 from engine.schedule import Failed, Handoff, Output, Started
 
 # -- events
-
-
-@dataclass(frozen=True, slots=True)
-class RunAsked:
-    session: int
-    spec: SequenceSpec
-    lease: Lease | None
-
-    @property
-    def sequence_id(self) -> str:
-        return self.spec.sequence_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +73,7 @@ class PushAborted:
 
 
 Event = (
-    RunAsked
-    | CancelAsked
+    FromRouter
     | SessionLost
     | SubmitRefused
     | PushRefused
@@ -170,14 +170,11 @@ class PrefillMachine:
 
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 - one table of transitions
         match event:
-            case RunAsked():
-                return self._run(event)
+            case FromRouter(session, message):
+                return self._received(session, message)
             case SessionLost(session):
                 mine = [name for name, relay in self._relays.items() if relay.session == session]
                 return [action for name in mine for action in self._stop(name, "the router's session was lost")]
-            case CancelAsked(session, sequence_id, reason):
-                relay = self._relays.get(sequence_id)
-                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
         relay = self._relays.get(event.sequence_id)
         if relay is None:
             return []
@@ -216,14 +213,24 @@ class PrefillMachine:
         relay = self._relays.get(sequence_id)
         return None if relay is None else relay.phase
 
-    def _run(self, event: RunAsked) -> list[Action]:
-        sequence_id = event.spec.sequence_id
+    def _received(self, session: int, message: RouterMessage) -> list[Action]:
+        match message:
+            case Run():
+                return self._run(session, message)
+            case Cancel(sequence_id, reason):
+                relay = self._relays.get(sequence_id)
+                return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
+            case Reserve():
+                return []
+
+    def _run(self, session: int, message: Run) -> list[Action]:
+        sequence_id = message.sequence_id
         try:
-            self._check_run(sequence_id, event.lease)
+            self._check_run(sequence_id, message.lease)
         except BatonError as error:
-            return [Send(event.session, SequenceFailed(sequence_id, Failure.of(error)))]
-        self._relays[sequence_id] = _Relay(event.session, event.lease, event.spec.num_known_tokens)
-        return [Submit(event.spec, hands_off=event.lease is not None)]
+            return [Send(session, SequenceFailed(sequence_id, Failure.of(error)))]
+        self._relays[sequence_id] = _Relay(session, message.lease, message.spec.num_known_tokens)
+        return [Submit(message.spec, hands_off=message.lease is not None)]
 
     def _check_run(self, sequence_id: str, lease: Lease | None) -> None:
         if sequence_id in self._relays:

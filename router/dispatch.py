@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.node_messages import NodeMessage, PrefillDone, Refused
+from baton.node_messages import Cancel, NodeMessage, PrefillDone, Refused
 from baton.types import Lease, SamplingParams
 from router.active import Active
 from router.cluster.policy import Obstacle
@@ -27,7 +27,7 @@ from router.flow_messages import (
     Action,
     AttemptFailed,
     Begin,
-    Cancel,
+    ClientCancelled,
     Deliver,
     Detach,
     End,
@@ -44,11 +44,9 @@ from router.flow_messages import (
     PairWorked,
     Placed,
     Prompt,
-    SendCancel,
-    SendReserve,
-    SendRun,
     StopText,
     Tick,
+    ToNode,
 )
 from router.metrics import RouterMetrics
 from router.nodes import Nodes
@@ -160,7 +158,7 @@ class Dispatcher:
         for active in sequences:
             if not active.flow.has_ended:
                 self._metrics.cancellations.add(active.flow.phase.value)
-                self._feed(active, Cancel(reason))
+                self._feed(active, ClientCancelled(reason))
             active.stream.drop()
         # When all are gone: else the first ones' room would be given to the last ones.
         self.place()
@@ -252,7 +250,8 @@ class Dispatcher:
                 self.scheduler.release(active, self.clock.now())
             for node_id in attempt.placement.node_ids:
                 with self._defects.contained("sequence", attempt.sequence_id):
-                    self.nodes.send(SendCancel(node_id, attempt.sequence_id, error.code))
+                    cancel = Cancel(attempt.sequence_id, error.code)
+                    self.nodes.send(ToNode(node_id, cancel, active.flow.prompt))
         if active in self.scheduler.in_flight:
             self._end(active, active.flow.give_up(error, self.clock.now()))
 
@@ -265,7 +264,7 @@ class Dispatcher:
                 active.stream.push(action.token_ids, action.logprobs)
                 if active.stream.complaint is not None:
                     asyncio.get_running_loop().call_soon(self._give_up_reader, active)
-            case SendReserve() | SendRun() | SendCancel():
+            case ToNode():
                 self.nodes.send(action)
             case Enqueue():
                 (scheduler.rerun if action.is_rerun else scheduler.arrive)(active, self.clock.now())

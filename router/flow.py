@@ -15,7 +15,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton import errors
-from baton.node_messages import HandedOff, Joined, PrefillDone, Refused, SequenceFailed
+from baton.node_messages import (
+    Cancel,
+    HandedOff,
+    Joined,
+    PrefillDone,
+    Refused,
+    Reserve,
+    RouterMessage,
+    Run,
+    SequenceFailed,
+)
 from baton.observe import Lifeline
 from baton.types import (
     FinishReason,
@@ -31,7 +41,7 @@ from router.flow_messages import (
     Action,
     AttemptFailed,
     Begin,
-    Cancel,
+    ClientCancelled,
     Deliver,
     Detach,
     End,
@@ -50,11 +60,9 @@ from router.flow_messages import (
     Phase,
     Placed,
     Prompt,
-    SendCancel,
-    SendReserve,
-    SendRun,
     StopText,
     Tick,
+    ToNode,
 )
 
 
@@ -183,7 +191,7 @@ class Flow:
                 return self._on_no_node(now)
             case NodeAvailable():
                 return self._on_node_available()
-            case Cancel():
+            case ClientCancelled():
                 error: errors.BatonError = errors.Cancelled(event.reason)
                 return self._finish(Outcome(OutcomeKind.CANCELLED, error=error), now, event.reason)
             case Abandon():
@@ -196,6 +204,9 @@ class Flow:
                 return self._on_make_room(now)
             case Tick():
                 return self._on_tick(now)
+
+    def _to(self, node_id: str, message: RouterMessage) -> ToNode:
+        return ToNode(node_id, message, self.prompt)
 
     def _on_message(self, event: FromNode, now: float) -> list[Action]:
         node_id, message = event.node_id, event.message
@@ -231,7 +242,7 @@ class Flow:
             return self._run(None, now)
         self.phase = Phase.RESERVING
         self._timer_s = now + self._config.reserve_timeout_s
-        return [SendReserve(placement.decode_id, self._spec, self._ttl_s(now), placement.prefill_id, self.prompt)]
+        return [self._to(placement.decode_id, Reserve(self._spec, self._ttl_s(now), placement.prefill_id))]
 
     def _on_reserved(self, lease: Lease, now: float) -> list[Action]:
         if self.phase is not Phase.RESERVING:
@@ -247,7 +258,7 @@ class Flow:
         # and, should it die or wedge, by membership.
         self._timer_s = None if lease is None else now + lease.ttl_s + self._config.gap_timeout_s
         self.lifeline.sent(now)
-        return [SendRun(self.placement.prefill_id, self._spec, lease, self.prompt)]
+        return [self._to(self.placement.prefill_id, Run(self._spec, lease))]
 
     def _on_refused(self, message: Refused, placement: Placement, now: float) -> list[Action]:
         if self.phase is not Phase.RESERVING:
@@ -471,9 +482,9 @@ class Flow:
         placement, sequence_id = self.placement, self.sequence_id
         has_run = self.phase in (Phase.PREFILLING, Phase.DECODING)
         if has_run and placement.prefill_id != lost:
-            actions.append(SendCancel(placement.prefill_id, sequence_id, reason))
+            actions.append(self._to(placement.prefill_id, Cancel(sequence_id, reason)))
         if not placement.is_colocated and placement.decode_id != lost:
-            actions.append(SendCancel(placement.decode_id, sequence_id, reason))
+            actions.append(self._to(placement.decode_id, Cancel(sequence_id, reason)))
         actions.append(Detach(sequence_id))
         return actions
 
@@ -560,7 +571,7 @@ class Flow:
                 pass
             case NodeLost() if event.node_id == self.placement.prefill_id:
                 pass
-            case Cancel() | Abandon() | StopText():
+            case ClientCancelled() | Abandon() | StopText():
                 pass
             case Tick() if now >= self.wake_at_s:
                 pass
@@ -580,7 +591,7 @@ class Flow:
         actions: list[Action] = []
         if not self.placement.is_colocated and not self._has_joined:
             # The first token was the last: the lease is not needed.
-            actions.append(SendCancel(self.placement.decode_id, self.sequence_id, reason))
+            actions.append(self._to(self.placement.decode_id, Cancel(self.sequence_id, reason)))
         return [*actions, PairWorked(self.placement), Detach(self.sequence_id)]
 
 

@@ -1,6 +1,7 @@
 """Events that a sequence's flow takes, actions that it asks for, and its outcomes.
 
-The dispatcher feeds events and carries actions out. What nodes say is in `baton/node_messages.py`.
+The dispatcher feeds events and carries actions out. The messages between router and node are in
+`baton/node_messages.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton import errors
-from baton.node_messages import NodeMessage
+from baton.node_messages import NodeMessage, RouterMessage
 from baton.observe import FailedAttempt
-from baton.types import FinishReason, Lease, PositionLogprobs, SequenceSpec
+from baton.types import FinishReason, PositionLogprobs, SequenceSpec
 from router.cluster.policy import Placement
 
 
@@ -94,7 +95,7 @@ class NodeLost:
 
 
 @dataclass(frozen=True, slots=True)
-class Cancel:
+class ClientCancelled:
     reason: str
 
 
@@ -121,8 +122,8 @@ class Tick:
 
 
 Event = (
-    FromNode | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | Cancel | Abandon | StopText | MakeRoom
-    | Tick
+    FromNode | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | ClientCancelled | Abandon | StopText
+    | MakeRoom | Tick
 )  # fmt: skip
 
 
@@ -137,27 +138,11 @@ class Enqueue:
 
 
 @dataclass(frozen=True, slots=True)
-class SendReserve:
+class ToNode:
     node_id: str
-    spec: SequenceSpec
-    ttl_s: float
-    prefill_id: str
+    message: RouterMessage
+    # Of the message's sequence.
     prompt: Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class SendRun:
-    node_id: str
-    spec: SequenceSpec
-    lease: Lease | None
-    prompt: Prompt
-
-
-@dataclass(frozen=True, slots=True)
-class SendCancel:
-    node_id: str
-    sequence_id: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +186,4 @@ class End:
     outcome: Outcome
 
 
-# Actions that are messages to a node.
-Command = SendReserve | SendRun | SendCancel
-Action = Command | Enqueue | Deliver | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End
+Action = ToNode | Enqueue | Deliver | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End

@@ -1,4 +1,4 @@
-"""The connections to the nodes: carries out what `cluster.membership` decides, and sends commands.
+"""The connections to the nodes: carries out what `cluster.membership` decides, and sends messages.
 
 Everything here but `close` runs on the event loop and never waits.
 """
@@ -37,7 +37,7 @@ from router.cluster.membership import (
 )
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
-from router.flow_messages import Command
+from router.flow_messages import ToNode
 from router.metrics import RouterMetrics
 from router.sessions import LinkEvents, NodeLink
 
@@ -105,14 +105,14 @@ class Nodes:
             for link in self.links.values():
                 tasks.create_task(link.close())
 
-    def send(self, command: Command) -> None:
-        """A node that is down is sent nothing. Raises if the command cannot be encoded or is too long for a node."""
-        member = self.membership.member_of(command.node_id)
+    def send(self, action: ToNode) -> None:
+        """A node that is down is sent nothing. Raises if the message cannot be encoded or is too long for a node."""
+        member = self.membership.member_of(action.node_id)
         if member is None:
             return
         link = self.links[member.address]
         try:
-            link.send(command)
+            link.send(action.message, action.prompt)
         except errors.NodeLost as error:
             # A node that takes no messages is lost. Told later: a flow is in the middle of its actions.
             link.hang_up()

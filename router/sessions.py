@@ -1,7 +1,7 @@
-"""The connection to one node: opens its session, sends commands, reports events and the end of the connection.
+"""The connection to one node: opens its session, sends messages, reports answers and the end of the connection.
 
 A link knows gRPC, protobuf and one address; nothing above it does. What a silence or a break means is decided by
-membership, what an event means by the dispatcher.
+membership, what a message means by the dispatcher.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from baton import PROTOCOL_VERSION, codec, errors
 from baton.address import as_dialled
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
-from baton.node_messages import NodeMessage
+from baton.node_messages import NodeMessage, RouterMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router import session_bytes
 from router.config import LinkConfig
-from router.flow_messages import Command
+from router.flow_messages import Prompt
 from router.turns import Turns
 
 _log = logging.getLogger("baton.router.sessions")
@@ -115,17 +115,17 @@ class NodeLink:
             task.cancel()
             await asyncio.wait([task], timeout=2.0)
 
-    def send(self, command: Command) -> None:
-        """Raises InvalidRequest for a command that is too long for a node, NodeLost if too much waits to be sent."""
-        message = session_bytes.encode(command)
-        if len(message) > self._config.max_sent_bytes:
+    def send(self, message: RouterMessage, prompt: Prompt) -> None:
+        """Raises InvalidRequest for a message that is too long for a node, NodeLost if too much waits to be sent."""
+        encoded = session_bytes.encode(message, prompt)
+        if len(encoded) > self._config.max_sent_bytes:
             # The node would end the session, and with it all sequences there.
             raise errors.InvalidRequest(
-                f"the request takes {len(message)} bytes, expected at most {self._config.max_sent_bytes}; shorten the "
+                f"the request takes {len(encoded)} bytes, expected at most {self._config.max_sent_bytes}; shorten the "
                 "prompt, stop_token_ids or logit_bias"
             )
         try:
-            self._out.put_nowait(message)
+            self._out.put_nowait(encoded)
         except asyncio.QueueFull:
             raise errors.NodeLost(f"{self.address} has {self._out.maxsize} messages unsent") from None
 

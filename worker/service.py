@@ -14,7 +14,7 @@ from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import quoted
 from baton.machine import Machine
-from baton.node_messages import CancelAsked, Defect, Joined, NodeMessage, Send, SequenceFailed, SessionLost
+from baton.node_messages import Defect, FromRouter, Joined, NodeMessage, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, NodeDescription, NodeStatus
 from decode_node import machine as decode_machine
 from decode_node.actions import DecodeActions
@@ -197,15 +197,9 @@ class NodeService:
 
     # -- for the sessions
 
-    def received(self, asked: prefill_machine.RunAsked | decode_machine.ReserveAsked | CancelAsked) -> None:
-        match asked:
-            case prefill_machine.RunAsked():
-                self._prefill.feed(asked)
-            case decode_machine.ReserveAsked():
-                self._decode.feed(asked)
-            case CancelAsked():
-                self._prefill.feed(asked)
-                self._decode.feed(asked)
+    def received(self, event: FromRouter) -> None:
+        self._prefill.feed(event)
+        self._decode.feed(event)
 
     def closed(self, session: int) -> None:
         self._prefill.feed(SessionLost(session))

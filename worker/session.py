@@ -18,12 +18,11 @@ from baton.clock import Clock
 from baton.codec import node_to_pb, status_to_pb
 from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable, leaves_of
-from baton.node_messages import NodeMessage
+from baton.node_messages import FromRouter, NodeMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2
 from worker import session_codec
-from worker.session_codec import Asked
 
 Requests = AsyncIterator[node_pb2.SessionRequest]
 Context = grpc.aio.ServicerContext[node_pb2.SessionRequest, node_pb2.SessionResponse]
@@ -108,7 +107,7 @@ class SessionOwner(Protocol):
 
     def status(self) -> NodeStatus: ...
 
-    def received(self, asked: Asked) -> None: ...
+    def received(self, event: FromRouter) -> None: ...
 
     def closed(self, session: int) -> None:
         """Exactly once per session: nothing sent to it will arrive any more."""
@@ -208,12 +207,12 @@ class SessionHost:
     async def _receive(self, session: NodeSession, requests: Requests) -> None:
         async for request in requests:
             try:
-                asked = session_codec.asked_from_pb(session.number, request)
+                message = session_codec.message_from_pb(request)
             except session_codec.Unreadable as unreadable:
                 session.outbox.put(unreadable.refusal(self._defects))
                 continue
             with self._defects.contained("session", f"from router {session.router_id}"):
-                self._owner.received(asked)
+                self._owner.received(FromRouter(session.number, message))
         # The router said goodbye.
         session.outbox.close()
 

@@ -1,17 +1,24 @@
-"""What sessions carry, from and to protobuf: requests become events of the node's machines, messages a response."""
+"""What sessions carry, from and to protobuf: a request becomes a message of the router, messages become a response."""
 
 from __future__ import annotations
 
 from baton import codec
 from baton.defects import Defects
 from baton.errors import InvalidRequest, quoted
-from baton.node_messages import CancelAsked, HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
+from baton.node_messages import (
+    Cancel,
+    HandedOff,
+    Joined,
+    NodeMessage,
+    PrefillDone,
+    Refused,
+    Reserve,
+    RouterMessage,
+    Run,
+    SequenceFailed,
+)
 from baton.types import Lease, TokenChunk
 from baton.v1 import common_pb2, node_pb2
-from decode_node.machine import ReserveAsked
-from prefill_node.machine import RunAsked
-
-Asked = RunAsked | ReserveAsked | CancelAsked
 
 
 class Unreadable(Exception):
@@ -29,7 +36,7 @@ class Unreadable(Exception):
         return answer(self._sequence_id, failure)
 
 
-def asked_from_pb(session: int, request: node_pb2.SessionRequest) -> Asked:
+def message_from_pb(request: node_pb2.SessionRequest) -> RouterMessage:
     """Raises Unreadable for a sequence that is refused, and InvalidRequest if the router broke the protocol."""
     kind = request.WhichOneof("message")
     match kind:
@@ -40,16 +47,16 @@ def asked_from_pb(session: int, request: node_pb2.SessionRequest) -> Asked:
                 lease = codec.lease_from_pb(run.lease) if run.HasField("lease") else None
             except Exception as error:
                 raise Unreadable(run.sequence.sequence_id, error, is_reservation=False) from error
-            return RunAsked(session, spec, lease)
+            return Run(spec, lease)
         case "reserve":
             reserve = request.reserve
             try:
                 spec = codec.sequence_from_pb(reserve.sequence)
             except Exception as error:
                 raise Unreadable(reserve.sequence.sequence_id, error, is_reservation=True) from error
-            return ReserveAsked(session, spec, reserve.ttl_s, reserve.prefill_node_id)
+            return Reserve(spec, reserve.ttl_s, reserve.prefill_node_id)
         case "cancel":
-            return CancelAsked(session, request.cancel.sequence_id, request.cancel.reason)
+            return Cancel(request.cancel.sequence_id, request.cancel.reason)
         case _:
             raise InvalidRequest(f"a session carries {kind} after its hello, expected run, reserve or cancel")
 

@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from baton.node_messages import CancelAsked, Refused, Send, SequenceFailed, SessionLost
+from baton.node_messages import Cancel, FromRouter, Refused, Reserve, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node import machine as m
 from engine.schedule import Failed, Output
@@ -99,7 +99,7 @@ class DecodeWorld(RuleBasedStateMachine):
         self.worlds[name] = World(session)
         self.grants = grants
         spec = SequenceSpec(name, (1, 2), SamplingParams(seed=0, max_tokens=9))
-        self.feed(m.ReserveAsked(session, spec, 9.0, "p0"))
+        self.feed(FromRouter(session, Reserve(spec, 9.0, "p0")))
 
     @precondition(lambda self: self.names("leased"))
     @rule(data=st.data(), joins=st.booleans())
@@ -153,7 +153,7 @@ class DecodeWorld(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.worlds)))
         if self.worlds[name].session == session:
             self.worlds[name].is_silent = True
-        self.feed(CancelAsked(session, name, "left"))
+        self.feed(FromRouter(session, Cancel(name, "left")))
 
     @rule(session=SESSIONS)
     def lose_session(self, session: int) -> None:

@@ -8,7 +8,17 @@ import hypothesis.strategies as st
 from hypothesis import settings
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from baton.node_messages import HandedOff, Joined, NodeMessage, PrefillDone, Refused, SequenceFailed
+from baton.node_messages import (
+    Cancel,
+    HandedOff,
+    Joined,
+    NodeMessage,
+    PrefillDone,
+    Refused,
+    Reserve,
+    Run,
+    SequenceFailed,
+)
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
 from router.cluster.policy import Placement
@@ -58,7 +68,8 @@ class FlowMachine(RuleBasedStateMachine):
         self.wants_placement = False
         self.is_stopped_by_text = False
         self.channels: dict[tuple[str, bool, str], deque[NodeMessage]] = {}
-        self.reserve_requests: list[f.SendReserve] = []
+        # With the node that each went to.
+        self.reservations: list[tuple[str, Reserve]] = []
         # Attempts: sequence id -> who was told to work on it, and who was told to stop.
         self.told: dict[str, set[str]] = {}
         self.cancelled: dict[str, set[str]] = {}
@@ -86,14 +97,14 @@ class FlowMachine(RuleBasedStateMachine):
                 self.wants_placement = True
             case f.Deliver():
                 self.delivered += action.token_ids
-            case f.SendReserve():
-                self.told.setdefault(action.spec.sequence_id, set()).add(action.node_id)
-                self.reserve_requests.append(action)
-            case f.SendRun():
-                self.told.setdefault(action.spec.sequence_id, set()).add(action.node_id)
-                self.node_runs(action)
-            case f.SendCancel():
-                self.cancelled.setdefault(action.sequence_id, set()).add(action.node_id)
+            case f.ToNode(node_id, Reserve() as message):
+                self.told.setdefault(message.sequence_id, set()).add(node_id)
+                self.reservations.append((node_id, message))
+            case f.ToNode(node_id, Run() as message):
+                self.told.setdefault(message.sequence_id, set()).add(node_id)
+                self.node_runs(node_id, message)
+            case f.ToNode(node_id, Cancel(sequence_id)):
+                self.cancelled.setdefault(sequence_id, set()).add(node_id)
             case f.Detach():
                 self.detached[action.sequence_id] += 1
             case f.End():
@@ -111,9 +122,9 @@ class FlowMachine(RuleBasedStateMachine):
         reason = self.reason if end == len(self.answer) else None
         return TokenChunk(spec.sequence_id, start, tuple(self.answer[start:end]), (), reason)
 
-    def node_runs(self, action: f.SendRun) -> None:
+    def node_runs(self, node_id: str, message: Run) -> None:
         """Everything a healthy node would say from here on; rules deliver, drop and delay it."""
-        spec, node_id = action.spec, action.node_id
+        spec = message.spec
         start = len(spec.generated_token_ids)
         assert list(spec.generated_token_ids) == self.answer[:start], "a rerun starts from the right tokens"
         assert start < len(self.answer), "a whole answer is not run again"
@@ -121,12 +132,12 @@ class FlowMachine(RuleBasedStateMachine):
         first = self.chunk(spec, start, start + 1)
         self.say(node_id, False, sequence_id, PrefillDone(sequence_id, 0.0, 0.1, 3), first)
         rest = [(i, min(i + 2, len(self.answer))) for i in range(start + 1, len(self.answer), 2)]
-        if action.lease is None:
+        if message.lease is None:
             self.say(node_id, False, sequence_id, *[self.chunk(spec, a, b) for a, b in rest])
             return
         if not rest:
             return
-        decode_id = action.lease.node_id
+        decode_id = message.lease.node_id
         self.say(node_id, False, sequence_id, HandedOff(sequence_id, REPORT))
         tokens = [self.chunk(spec, a, b) for a, b in rest]
         self.say(decode_id, True, sequence_id, Joined(sequence_id, 0.1), *tokens)
@@ -140,17 +151,17 @@ class FlowMachine(RuleBasedStateMachine):
         self.told.setdefault(self.flow.sequence_id, set())
         self.feed(f.Placed(Placement(prefill, decode)))
 
-    @precondition(lambda self: self.reserve_requests)
+    @precondition(lambda self: self.reservations)
     @rule(data=st.data(), answer=st.sampled_from(["grant", "grant", "refuse", "silence"]))
     def answer_reserve(self, data: st.DataObject, answer: str) -> None:
-        request = self.reserve_requests.pop(data.draw(st.integers(0, len(self.reserve_requests) - 1)))
-        sequence_id = request.spec.sequence_id
+        node_id, request = self.reservations.pop(data.draw(st.integers(0, len(self.reservations) - 1)))
+        sequence_id = request.sequence_id
         if answer == "grant":
-            lease = Lease(sequence_id, 1, request.node_id, 1, "a:1", (0,), request.ttl_s)
-            self.say(request.node_id, True, sequence_id, lease)
+            lease = Lease(sequence_id, 1, node_id, 1, "a:1", (0,), request.ttl_s)
+            self.say(node_id, True, sequence_id, lease)
         elif answer == "refuse":
             self.refused.add(sequence_id)
-            self.say(request.node_id, True, sequence_id, Refused(sequence_id, Failure("NoBlocks", "full", True)))
+            self.say(node_id, True, sequence_id, Refused(sequence_id, Failure("NoBlocks", "full", True)))
 
     @precondition(lambda self: any(self.channels.values()))
     @rule(data=st.data(), hows=st.lists(st.sampled_from(HOWS), min_size=1, max_size=6))
@@ -197,7 +208,7 @@ class FlowMachine(RuleBasedStateMachine):
             return
         for key in [k for k in self.channels if k[0] == node_id]:
             del self.channels[key]
-        self.reserve_requests = [r for r in self.reserve_requests if r.node_id != node_id]
+        self.reservations = [(n, request) for n, request in self.reservations if n != node_id]
         for sequence_id in self.told:
             self.lost[(sequence_id, node_id)] += 1
         self.feed(f.NodeLost(node_id, "killed"))
@@ -229,7 +240,7 @@ class FlowMachine(RuleBasedStateMachine):
         for how in hows:
             if self.wants_placement:
                 self.place(data.draw(st.sampled_from(NODES)), data.draw(st.sampled_from(NODES)))
-            elif self.reserve_requests:
+            elif self.reservations:
                 self.answer_reserve(data, "grant")
             elif any(self.channels.values()):
                 self.deliver_one(data, how)
@@ -253,7 +264,7 @@ class FlowMachine(RuleBasedStateMachine):
     @rule(now=rarely(40))
     def cancel(self, now: bool) -> None:
         if now:
-            self.feed(f.Cancel("client left"))
+            self.feed(f.ClientCancelled("client left"))
 
     # ── What must hold ──────────────────────────────────────────────────────────────────────────────────────────────
 

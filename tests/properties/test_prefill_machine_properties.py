@@ -8,7 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from baton.node_messages import CancelAsked, HandedOff, Send, SequenceFailed, SessionLost
+from baton.node_messages import Cancel, FromRouter, HandedOff, Run, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node import machine as m
@@ -90,7 +90,7 @@ class PrefillWorld(RuleBasedStateMachine):
         spec = SequenceSpec(name, (1, 2), SamplingParams(seed=0, max_tokens=9))
         lease = Lease(name, 1, "d0", 1, "h:1", (0,), 9.0) if has_lease else None
         self.worlds[name] = World(session, has_lease=has_lease)
-        self.feed(m.RunAsked(session, spec, lease))
+        self.feed(FromRouter(session, Run(spec, lease)))
         if is_refused:
             self.worlds[name].engine = "ended"
             self.feed(m.SubmitRefused(name, BOOM))
@@ -158,7 +158,7 @@ class PrefillWorld(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.worlds)))
         if self.worlds[name].session == session:
             self.worlds[name].is_silent = True
-        self.feed(CancelAsked(session, name, "left"))
+        self.feed(FromRouter(session, Cancel(name, "left")))
 
     @rule(session=SESSIONS)
     def lose_session(self, session: int) -> None:

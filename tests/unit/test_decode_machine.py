@@ -2,7 +2,16 @@
 
 import pytest
 
-from baton.node_messages import CancelAsked, Joined, Refused, Send, SequenceFailed, SessionLost
+from baton.node_messages import (
+    Cancel,
+    FromRouter,
+    Joined,
+    Refused,
+    Reserve,
+    Send,
+    SequenceFailed,
+    SessionLost,
+)
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node.machine import (
     Action,
@@ -16,7 +25,6 @@ from decode_node.machine import (
     Phase,
     Quarantine,
     RejectArrival,
-    ReserveAsked,
     ReturnBlocks,
     RevokeLease,
     StopCompute,
@@ -32,9 +40,9 @@ SECOND = TokenChunk(ID, 1, (43,))
 LAST = TokenChunk(ID, 2, (44,), finish_reason=FinishReason.LENGTH)
 BOOM = Failure("InternalError", "boom", retryable=False)
 
-ASK = ReserveAsked(1, SPEC, 10.0, "p0")
+ASK = FromRouter(1, Reserve(SPEC, 10.0, "p0"))
 ARRIVED = Arrived(ID, 5, FIRST)
-CANCEL = CancelAsked(1, ID, "client left")
+CANCEL = FromRouter(1, Cancel(ID, "client left"))
 LEASED: list[Event] = [ASK, Granted(LEASE)]
 RUNNING: list[Event] = [*LEASED, ARRIVED]
 ENDING: list[Event] = [*LEASED, CANCEL]
@@ -76,7 +84,7 @@ def test_the_whole_relay() -> None:
     ],
 )
 def test_cancel_in_every_phase(
-    way: list[Event], expected: str, then: list[Event], stop: CancelAsked | SessionLost
+    way: list[Event], expected: str, then: list[Event], stop: FromRouter | SessionLost
 ) -> None:
     machine = after(*way)
     actions = machine.handle(stop, 1.0)
@@ -143,16 +151,16 @@ def test_no_blocks_is_a_refusal_and_leaves_nothing() -> None:
 
 def test_an_id_in_use_and_a_prefill_on_the_same_node_are_refused() -> None:
     machine = after(*RUNNING)
-    (refused,) = machine.handle(ReserveAsked(2, SPEC, 1.0, "p1"), 0.0)
+    (refused,) = machine.handle(FromRouter(2, Reserve(SPEC, 1.0, "p1")), 0.0)
     assert isinstance(refused, Send)
     assert (refused.session, failure_in(refused, Refused).code) == (2, "Overloaded")
     assert machine.phase_of(ID) is Phase.RUNNING
-    (same,) = DecodeMachine("d0").handle(ReserveAsked(1, SPEC, 1.0, "d0"), 0.0)
+    (same,) = DecodeMachine("d0").handle(FromRouter(1, Reserve(SPEC, 1.0, "d0")), 0.0)
     assert failure_in(same, Refused).code == "InvalidRequest"
 
 
 def test_sessions_do_not_reach_into_each_other() -> None:
     machine = after(*RUNNING)
-    actions: list[Action] = machine.handle(SessionLost(2), 0.0) + machine.handle(CancelAsked(2, ID, ""), 0.0)
+    actions: list[Action] = machine.handle(SessionLost(2), 0.0) + machine.handle(FromRouter(2, Cancel(ID, "")), 0.0)
     assert actions == []
     assert machine.phase_of(ID) is Phase.RUNNING

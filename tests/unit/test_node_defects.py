@@ -17,7 +17,7 @@ from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, InternalError, TransferFailed
-from baton.node_messages import NodeMessage
+from baton.node_messages import FromRouter, NodeMessage
 from baton.types import NodeDescription, NodeStatus, PositionLogprobs, Role, TokenChunk, TokenLogprob
 from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
@@ -26,7 +26,6 @@ from kvtransfer.encoding import IDENTITY
 from kvtransfer.protocol.receiver import Arrived, Released
 from kvtransfer.wire_codec import encoding_to_pb
 from worker.session import SessionHost
-from worker.session_codec import Asked
 
 BOOM = RuntimeError("boom")
 # No field of a message holds the rank.
@@ -153,9 +152,9 @@ class RaisingOwner:
     def status(self) -> NodeStatus:
         return NodeStatus(Role.MIXED, False, 1, 1, 0, 0, 0, 0)
 
-    def received(self, asked: Asked) -> None:
-        self.heard.append(asked.sequence_id)
-        if asked.sequence_id == "bad":
+    def received(self, event: FromRouter) -> None:
+        self.heard.append(event.sequence_id)
+        if event.sequence_id == "bad":
             raise BOOM
 
     def closed(self, session: int) -> None:

@@ -2,7 +2,17 @@
 
 import pytest
 
-from baton.node_messages import CancelAsked, Defect, HandedOff, PrefillDone, Send, SequenceFailed, SessionLost
+from baton.node_messages import (
+    Cancel,
+    Defect,
+    FromRouter,
+    HandedOff,
+    PrefillDone,
+    Run,
+    Send,
+    SequenceFailed,
+    SessionLost,
+)
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node.machine import (
@@ -18,7 +28,6 @@ from prefill_node.machine import (
     PushFailed,
     PushRefused,
     ReleaseBlocks,
-    RunAsked,
     StopCompute,
     Submit,
     SubmitRefused,
@@ -36,17 +45,17 @@ BLAMED = Failure("NodeLost", "d0 is gone", retryable=True, blamed_node_id="d0")
 BOOM = Failure("InternalError", "boom", retryable=False)
 ID = SPEC.sequence_id
 
-RUN = RunAsked(1, SPEC, LEASE)
+RUN = FromRouter(1, Run(SPEC, LEASE))
 STARTED = Started(ID, (3, 4))
 TOKEN = Output(ID, FIRST, TIMES)
 HANDOFF = Handoff(ID, FIRST, (3, 4))
-CANCEL = CancelAsked(1, ID, "client left")
+CANCEL = FromRouter(1, Cancel(ID, "client left"))
 # The way to each phase.
 QUEUED: list[Event] = [RUN]
 COMPUTING: list[Event] = [*QUEUED, STARTED]
 COMMITTING: list[Event] = [*COMPUTING, TOKEN, HANDOFF]
 ABORTING: list[Event] = [*COMPUTING, CANCEL]
-STAYING: list[Event] = [RunAsked(1, SPEC, None)]
+STAYING: list[Event] = [FromRouter(1, Run(SPEC, None))]
 
 
 def after(*events: Event) -> PrefillMachine:
@@ -77,7 +86,7 @@ def test_the_first_token_ends_the_request_and_nothing_is_committed() -> None:
 
 def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
     machine = PrefillMachine("p0")
-    assert machine.handle(RunAsked(1, SPEC, None), 0.0) == [Submit(SPEC, hands_off=False)]
+    assert machine.handle(FromRouter(1, Run(SPEC, None)), 0.0) == [Submit(SPEC, hands_off=False)]
     assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
     last = TokenChunk(ID, 2, (43,), finish_reason=FinishReason.LENGTH)
     assert machine.handle(Output(ID, last), 0.0) == [Send(1, last)]
@@ -100,7 +109,7 @@ def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
     ],
 )
 def test_cancel_in_every_phase(
-    way: list[Event], expected: list[Action | str], then: list[Event], stop: CancelAsked | SessionLost
+    way: list[Event], expected: list[Action | str], then: list[Event], stop: FromRouter | SessionLost
 ) -> None:
     machine = after(*way)
     actions = machine.handle(stop, 0.0)
@@ -115,7 +124,7 @@ def test_cancel_in_every_phase(
 
 def test_cancel_counts_only_in_the_session_that_runs_it() -> None:
     machine = after(*COMPUTING)
-    assert machine.handle(CancelAsked(2, ID, "not yours"), 0.0) == []
+    assert machine.handle(FromRouter(2, Cancel(ID, "not yours")), 0.0) == []
     assert machine.handle(SessionLost(2), 0.0) == []
     assert machine.phase_of(ID) is Phase.COMPUTING
 
@@ -170,7 +179,7 @@ def test_the_engine_refuses() -> None:
 
 def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
     machine = after(*COMPUTING)
-    (refused,) = machine.handle(RunAsked(2, SPEC, LEASE), 0.0)
+    (refused,) = machine.handle(FromRouter(2, Run(SPEC, LEASE)), 0.0)
     assert isinstance(refused, Send)
     assert isinstance(refused.message, SequenceFailed)
     failure = refused.message.failure
@@ -183,7 +192,7 @@ def test_an_id_in_use_is_refused_and_the_first_goes_on() -> None:
 )
 def test_a_lease_that_makes_no_sense_is_refused(lease: Lease) -> None:
     machine = PrefillMachine("p0")
-    (refused,) = machine.handle(RunAsked(1, SPEC, lease), 0.0)
+    (refused,) = machine.handle(FromRouter(1, Run(SPEC, lease)), 0.0)
     assert isinstance(refused, Send)
     assert isinstance(refused.message, SequenceFailed)
     assert refused.message.failure.code == "InvalidRequest"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.node_messages import HandedOff, Joined, Refused, SequenceFailed
+from baton.node_messages import Cancel, HandedOff, Joined, Refused, Reserve, RouterMessage, Run, SequenceFailed
 from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
@@ -37,6 +37,10 @@ def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishRea
     return f.FromNode(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
 
 
+def to(node_id: str, message: RouterMessage) -> f.ToNode:
+    return f.ToNode(node_id, message, PROMPT)
+
+
 def joined() -> f.FromNode:
     return f.FromNode("d", Joined("r/0/0", 0.1))
 
@@ -62,8 +66,8 @@ def finished(reason: FinishReason) -> f.End:
 
 def test_split_life() -> None:
     flow = begin()
-    assert flow.handle(f.Placed(SPLIT), 1.0) == [f.SendReserve("d", spec(flow), 60.0, "p", PROMPT)]
-    assert flow.handle(f.FromNode("d", lease()), 1.0) == [f.SendRun("p", spec(flow), lease(), PROMPT)]
+    assert flow.handle(f.Placed(SPLIT), 1.0) == [to("d", Reserve(spec(flow), 60.0, "p"))]
+    assert flow.handle(f.FromNode("d", lease()), 1.0) == [to("p", Run(spec(flow), lease()))]
     assert flow.handle(tokens("p", 0, 7), 2.0) == [f.Deliver((7,), ())]
     assert flow.phase is f.Phase.DECODING
     assert flow.handle(joined(), 2.0) == [f.PairWorked(SPLIT)]
@@ -87,7 +91,7 @@ def settling() -> Flow:
     [
         (handed_off(), 1.6),
         (f.NodeLost("p", "died"), 1.6),
-        (f.Cancel("client left"), 1.6),
+        (f.ClientCancelled("client left"), 1.6),
         (f.StopText(), 1.6),
         (f.Tick(), 1.5 + FlowConfig().report_timeout_s),
     ],
@@ -119,7 +123,7 @@ def test_a_settling_answer_is_moved_by_nothing_else() -> None:
 
 def test_first_token_that_ends_it_gives_the_lease_back() -> None:
     last = prefilling().handle(tokens("p", 0, 99, finish=FinishReason.STOP), 1.0)
-    assert f.SendCancel("d", "r/0/0", "finished") in last
+    assert to("d", Cancel("r/0/0", "finished")) in last
     assert last[-1] == finished(FinishReason.STOP)
 
 
@@ -133,7 +137,7 @@ def test_hole_that_stays_is_a_failure() -> None:
     flow = prefilling()
     flow.handle(tokens("d", 1, 8), 1.0)
     actions = flow.handle(f.Tick(), flow.wake_at_s)
-    assert f.SendCancel("d", "r/0/0", "Unavailable") in actions
+    assert to("d", Cancel("r/0/0", "Unavailable")) in actions
     assert actions[-1] == f.Enqueue(is_rerun=True)
 
 
@@ -152,14 +156,14 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
     flow.handle(tokens("p", 0, 7), 1.0)
     actions = flow.handle(f.NodeLost("d", "killed"), 2.0)
     assert actions == [
-        f.SendCancel("p", "r/0/0", "NodeLost"),
+        to("p", Cancel("r/0/0", "NodeLost")),
         f.Detach("r/0/0"),
         f.AttemptFailed("r/0/0", FailedAttempt("p", "d", "d", "NodeLost", "node d was lost: killed", 2.0, 1.0)),
         f.Enqueue(is_rerun=True),
     ]
     assert flow.demand(2.0).avoid == {"d"}
     again = flow.handle(f.Placed(Placement("p", "p")), 2.0)
-    assert again == [f.SendRun("p", spec(flow, 1, (7,)), None, PROMPT)]
+    assert again == [to("p", Run(spec(flow, 1, (7,)), None))]
     assert flow.handle(tokens("d", 1, 8), 2.0) == [], "the old attempt is history"
     assert flow.handle(tokens("p", 1, 8, attempt=1), 3.0) == [f.Deliver((8,), ())]
 
@@ -191,9 +195,9 @@ def test_refusals_use_up_no_attempt_and_are_not_hammered() -> None:
 
 
 def test_cancel_reaches_both_nodes() -> None:
-    actions = prefilling().handle(f.Cancel("left"), 1.0)
-    assert f.SendCancel("p", "r/0/0", "left") in actions
-    assert f.SendCancel("d", "r/0/0", "left") in actions
+    actions = prefilling().handle(f.ClientCancelled("left"), 1.0)
+    assert to("p", Cancel("r/0/0", "left")) in actions
+    assert to("d", Cancel("r/0/0", "left")) in actions
 
 
 def test_attempts_run_out_with_the_last_failure() -> None:
@@ -215,7 +219,7 @@ def test_logits_that_are_not_finite_end_the_request_at_once_and_blame_no_node() 
     assert end.outcome.error is not None
     assert (end.outcome.error.code, end.outcome.error.message) == ("BadLogits", "NaN at token 2")
     assert not any(isinstance(a, f.PairFailed | f.Enqueue) for a in actions)
-    assert f.SendCancel("d", "r/0/0", "BadLogits") in actions
+    assert to("d", Cancel("r/0/0", "BadLogits")) in actions
 
 
 def test_waiting_for_any_node_has_an_end_that_a_new_node_lifts() -> None:

@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import codec
+from baton.node_messages import Cancel, Reserve, Run
 from baton.types import Lease, SamplingParams, SequenceSpec
 from baton.v1 import node_pb2
 from router import session_bytes
-from router.flow_messages import Prompt, SendCancel, SendReserve, SendRun
+from router.flow_messages import Prompt
 
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=300).map(tuple)
 samplings = st.builds(
@@ -32,7 +33,7 @@ leases = st.builds(
 
 @given(specs, st.floats(0.1, 100), st.text())
 def test_a_reservation_reads_as_it_was_meant(spec: SequenceSpec, ttl_s: float, prefill_id: str) -> None:
-    data = session_bytes.encode(SendReserve("decode-0", spec, ttl_s, prefill_id, Prompt(spec.prompt_token_ids)))
+    data = session_bytes.encode(Reserve(spec, ttl_s, prefill_id), Prompt(spec.prompt_token_ids))
     reserve = node_pb2.SessionRequest.Reserve(
         sequence=codec.sequence_to_pb(spec), ttl_s=ttl_s, prefill_node_id=prefill_id
     )
@@ -41,7 +42,7 @@ def test_a_reservation_reads_as_it_was_meant(spec: SequenceSpec, ttl_s: float, p
 
 @given(specs, st.none() | leases)
 def test_a_run_reads_as_it_was_meant(spec: SequenceSpec, lease: Lease | None) -> None:
-    data = session_bytes.encode(SendRun("prefill-0", spec, lease, Prompt(spec.prompt_token_ids)))
+    data = session_bytes.encode(Run(spec, lease), Prompt(spec.prompt_token_ids))
     run = node_pb2.SessionRequest.Run(
         sequence=codec.sequence_to_pb(spec), lease=None if lease is None else codec.lease_to_pb(lease)
     )
@@ -49,7 +50,7 @@ def test_a_run_reads_as_it_was_meant(spec: SequenceSpec, lease: Lease | None) ->
 
 
 def test_a_cancellation_reads_as_it_was_meant() -> None:
-    data = session_bytes.encode(SendCancel("n", "r/0/0", "the client left"))
+    data = session_bytes.encode(Cancel("r/0/0", "the client left"), Prompt((1,)))
     cancel = node_pb2.Cancel(sequence_id="r/0/0", reason="the client left")
     assert node_pb2.SessionRequest.FromString(data) == node_pb2.SessionRequest(cancel=cancel)
 
@@ -58,12 +59,12 @@ def test_many_choices_of_a_long_prompt_cost_less_than_a_few_prompts() -> None:
     spec = SequenceSpec("r/0/0", tuple(range(100, 100_100)), SamplingParams(max_tokens=1, seed=1))
     prompt = Prompt(spec.prompt_token_ids)
     first_s, others_s = time.thread_time(), 0.0
-    session_bytes.encode(SendRun("n", spec, None, prompt))
+    session_bytes.encode(Run(spec, None), prompt)
     first_s = time.thread_time() - first_s
     for number in range(1, 129):
         started_s = time.thread_time()
         other = replace(spec, sequence_id=f"r/{number}/0")
-        session_bytes.encode(SendRun("n", other, None, prompt))
+        session_bytes.encode(Run(other, None), prompt)
         others_s += time.thread_time() - started_s
     # It was 300 times as much.
     assert others_s < 40 * first_s
