@@ -1,11 +1,12 @@
-"""A time limit that does not count time in which this process itself was stalled and could not read."""
+"""Time limits that do not count time in which this process itself was stalled and could not read."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from types import TracebackType
 
-from baton.clock import catch_up_s
+from baton.clock import MonotonicClock, catch_up_s
 
 
 class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
@@ -39,3 +40,16 @@ class patient_timeout:  # noqa: N801 - used as asyncio.timeout is
             self._arm(more_s)
         else:
             self._limit.reschedule(now)
+
+
+def patient_wait(event: threading.Event, limit_s: float) -> bool:
+    """As ``event.wait``, but a thread that is woken late gives the other threads time to set the event. From any thread
+    but the event loop's."""
+    clock = MonotonicClock()
+    while True:
+        due_s = clock.now() + limit_s
+        if event.wait(limit_s):
+            return True
+        limit_s = catch_up_s(clock.now() - due_s)
+        if not limit_s:
+            return False

@@ -36,7 +36,7 @@ from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id, keep_apart
 from kvtransfer.memory import HostMemory
 from kvtransfer.plan import Copy
-from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transports.tcp_socket import receive_all, send_all

@@ -9,7 +9,7 @@ from baton.node_messages import Defect, Send
 from baton.types import Failure
 from decode_node import machine
 from engine.replica import Listener, Replica
-from kvtransfer.protocol.receiver import Arrived
+from kvtransfer.protocol.receiver_events import Arrived
 from kvtransfer.receiver import Receiver
 
 

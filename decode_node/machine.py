@@ -28,7 +28,7 @@ from baton.node_messages import (
 )
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
 from engine.schedule import Failed, Handoff, Output, Started
-from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released
 
 
 @dataclass(frozen=True, slots=True)

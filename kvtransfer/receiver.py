@@ -19,7 +19,9 @@ from baton import codec
 from baton.address import host_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.driver import Driver
 from baton.errors import BatonError, InvalidRequest, Unavailable
+from baton.machine import Tick
 from baton.patience import patient_timeout
 from baton.types import KvLayout, Lease, NodeDescription
 from baton.v1 import transfer_pb2 as pb
@@ -33,7 +35,8 @@ from kvtransfer.hashing import segment_blocks
 from kvtransfer.memory import Memory
 from kvtransfer.plan import check_block_ids
 from kvtransfer.protocol import messages
-from kvtransfer.protocol import receiver as machine
+from kvtransfer.protocol import receiver_events as events
+from kvtransfer.protocol.receiver import LeaseMachine
 from kvtransfer.transports.interface import DataPlane, PlaneEvents, PlaneSite
 from kvtransfer.transports.local_plane import TOKEN_BYTES
 from kvtransfer.verify import Verifier
@@ -63,7 +66,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         layout: KvLayout,
         memory: Memory,
         *,
-        on_event: Callable[[machine.LeaseNotice], None],
+        on_event: Callable[[events.LeaseNotice], None],
         config: TransferConfig | None = None,
         clock: Clock | None = None,
         defects: Defects | None = None,
@@ -76,7 +79,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._clock = clock or MonotonicClock()
         self._defects = defects or Defects(logging.getLogger(__name__), self._clock)
         self._on_event = on_event
-        self._machine = machine.LeaseMachine(self._config.receiver)
+        self._machine = LeaseMachine(self._config.receiver)
+        self._driver: Driver[events.ReceiverEvent, events.ReceiverAction] = Driver(
+            self._machine, self._perform, self._clock, on_error=self._on_error, tick=Tick
+        )
         self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
         self._transports = self._config.by_name
         site = PlaneSite(memory, layout, host_of(node.address), self._config.tcp_listen_host, self._plane_events())
@@ -88,9 +94,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._num_granted = 0
         # Commits whose bytes were not the ones that were sent.
         self.num_digest_failures = 0
-        self._notices: deque[machine.LeaseNotice] = deque()
+        self._notices: deque[events.LeaseNotice] = deque()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._timer: asyncio.TimerHandle | None = None
         self._is_closing = False
         self._has_changed = asyncio.Event()
 
@@ -98,8 +103,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         return PlaneEvents(
             writer_gone=self._writer_gone,
             wrote=self._wrote,
-            quiet=lambda epoch: self._handle(machine.EpochQuiet(epoch)),
-            data_came=lambda channel, epoch: self._handle(machine.DataCame(channel, epoch)),
+            quiet=lambda epoch: self._driver.feed(events.EpochQuiet(epoch)),
+            data_came=lambda channel, epoch: self._driver.feed(events.DataCame(channel, epoch)),
             strayed=self._strayed,
             landed=self._verifier.digest_here if self._config.digest else None,
         )
@@ -130,16 +135,15 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise Unavailable(f"{self._node.node_id} is shutting down")
         check_block_ids(self._layout, block_ids, "leased")
         epoch = self._num_granted + 1 << _NUM_RANDOM_BITS | secrets.randbits(_NUM_RANDOM_BITS)
-        granted = machine.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks)
-        self._act_all(self._machine.handle(granted, self._clock.now()))
-        self._arm_timer()
+        granted = events.Granted(sequence_id, epoch, tuple(block_ids), ttl_s, min_blocks)
+        self._driver.feed(granted)
         self._num_granted += 1
         node = self._node
         return Lease(sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s)
 
     def revoke(self, sequence_id: str, reason: str) -> None:
         """End the lease of a sequence that has not arrived; Released follows, maybe after Quarantined. Else nothing."""
-        self._handle(machine.RevokeAsked(sequence_id, reason))
+        self._driver.feed(events.RevokeAsked(sequence_id, reason))
 
     async def close(self, deadline_s: float = 5.0) -> None:
         """End all leases, wait for their writers up to the deadline, close every channel and connection. Once."""
@@ -147,7 +151,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             return
         self._is_closing = True
         for sequence_id in self._machine.sequence_ids:
-            self._handle(machine.RevokeAsked(sequence_id, "the node is shutting down"))
+            self._driver.feed(events.RevokeAsked(sequence_id, "the node is shutting down"))
         try:
             async with asyncio.timeout(deadline_s):
                 await self._until(lambda: not self._machine.num_leases)
@@ -156,8 +160,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 await self._until(lambda: not self._writers and not self._channels)
         except TimeoutError:
             logging.getLogger(__name__).warning("closing with %d writers not known gone", len(self._writers))
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -172,54 +175,43 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
 
     # The machine and its actions.
 
-    def _handle(self, event: machine.ReceiverEvent) -> None:
-        try:
-            self._act_all(self._machine.handle(event, self._clock.now()))
-        except Exception as error:
-            self._defects.caught("lease", error, type(event).__name__)
-        finally:
-            # Whatever was raised: other leases have deadlines, and channels their heartbeats.
-            self._arm_timer()
-            self._has_changed.set()
+    def _on_error(self, about: events.ReceiverEvent | events.ReceiverAction, error: Exception) -> None:
+        if isinstance(about, events.Granted):
+            raise error  # To the owner of the pool: nothing was granted.
+        defect = self._defects.caught("lease", error, type(about).__name__)
+        # One lease ends, the channel and all others on it go on. Told later: the machine's actions come first.
+        epoch = getattr(getattr(about, "message", about), "epoch", 0)
+        sequence_id = self._machine.sequence_of(epoch)
+        if sequence_id is not None:
+            self._soon(events.RevokeAsked(sequence_id, defect.message))
 
-    def _act_all(self, actions: Sequence[machine.ReceiverAction]) -> None:
-        for action in actions:
-            try:
-                self._act(action)
-            except Exception as error:
-                defect = self._defects.caught("lease", error, type(action).__name__)
-                # One lease ends, the channel and all others on it go on.
-                about = action.message if isinstance(action, machine.Send) else action
-                sequence_id = self._machine.sequence_of(getattr(about, "epoch", 0))
-                if sequence_id is not None:
-                    self._soon(machine.RevokeAsked(sequence_id, defect.message))
-
-    def _act(self, action: machine.ReceiverAction) -> None:  # noqa: C901 - one case per action
+    def _perform(self, action: events.ReceiverAction) -> None:  # noqa: C901 - one case per action
+        self._has_changed.set()
         match action:
-            case machine.Send():
+            case events.Send():
                 self._send(action.channel, action.message)
-            case machine.OpenEpoch():
+            case events.OpenEpoch():
                 self._verifier.open(action.epoch, action.block_ids)
                 self._writers[action.channel].open_epoch(action.channel, action.epoch, action.block_ids)
-            case machine.CloseEpoch():
+            case events.CloseEpoch():
                 plane = self._writers.get(action.channel)
                 if plane is None or plane.close_epoch(action.channel, action.epoch, action.after_bytes):
-                    self._soon(machine.EpochQuiet(action.epoch))
-            case machine.Digest():
+                    self._soon(events.EpochQuiet(action.epoch))
+            case events.Digest():
                 if self._config.digest:
                     self._verifier.digest(action.epoch, action.ranges)
-            case machine.Verify():
+            case events.Verify():
                 self._spawn(self._verify(action))
-            case machine.ForgetDigests():
+            case events.ForgetDigests():
                 self._verifier.forget(action.epoch, action.layers)
-            case machine.Arrived() | machine.Quarantined() | machine.Released():
+            case events.Arrived() | events.Quarantined() | events.Released():
                 self._notices.append(action)
                 asyncio.get_running_loop().call_soon(self._deliver)
-            case machine.DropChannel():
+            case events.DropChannel():
                 self._channels[action.channel].outbox.lose(action.reason)
 
-    def _soon(self, event: machine.ReceiverEvent) -> None:
-        asyncio.get_running_loop().call_soon(self._handle, event)
+    def _soon(self, event: events.ReceiverEvent) -> None:
+        asyncio.get_running_loop().call_soon(self._driver.feed, event)
 
     def _spawn(self, work: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -231,20 +223,20 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         if found is not None:  # Else lost in this very moment; ChannelLost is on its way to the machine.
             found.outbox.put(wire_codec.response_to_pb(message))
 
-    async def _verify(self, action: machine.Verify) -> None:
+    async def _verify(self, action: events.Verify) -> None:
         epoch, commit = action.epoch, action.commit
         try:
             damaged = await self._verifier.verify(epoch, commit) if self._config.digest else ()
         except Exception as error:  # a defect of ours must not leave the lease hanging
             failure = self._defects.failure("lease", error, "verifying")
-            self._handle(machine.VerifyFailed(epoch, commit.attempt, failure))
+            self._driver.feed(events.VerifyFailed(epoch, commit.attempt, failure))
         else:
             self.num_digest_failures += bool(damaged)
-            self._handle(machine.Verified(epoch, commit.attempt, damaged))
+            self._driver.feed(events.Verified(epoch, commit.attempt, damaged))
 
     def _deliver(self) -> None:
         notice = self._notices.popleft()
-        if not isinstance(notice, machine.Arrived):
+        if not isinstance(notice, events.Arrived):
             with self._defects.contained("lease", notice.sequence_id):
                 self._on_event(notice)
             return
@@ -252,37 +244,28 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             self._on_event(notice)
         except Exception as error:  # the sender must hear of it, whatever it is
             failure = self._defects.failure("lease", error, f"taking over {notice.sequence_id}")
-            self._handle(machine.TakeOverRefused(notice.epoch, failure))
+            self._driver.feed(events.TakeOverRefused(notice.epoch, failure))
         else:
-            self._handle(machine.TakenOver(notice.epoch))
-
-    def _arm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due_s = self._machine.next_deadline_s
-        if due_s is not None:
-            delay_s = max(0.0, due_s - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_due, due_s)
-
-    def _on_due(self, due_s: float) -> None:
-        self._handle(machine.Tick(late_s=self._clock.now() - due_s))
+            self._driver.feed(events.TakenOver(notice.epoch))
 
     def _wrote(self, channel: int, epoch: int, attempt: int, ranges: Sequence[messages.WrittenRange]) -> None:
-        self._handle(machine.Wrote(channel, epoch, attempt, tuple(ranges)))
+        self._driver.feed(events.Wrote(channel, epoch, attempt, tuple(ranges)))
 
     def _strayed(self, channel: int, epoch: int) -> None:
         sequence_id = self._machine.sequence_of(epoch)
         if sequence_id is not None:
-            self._handle(machine.Malformed(channel, sequence_id, epoch, "a data frame reached outside of its lease"))
+            self._driver.feed(
+                events.Malformed(channel, sequence_id, epoch, "a data frame reached outside of its lease")
+            )
 
     def _writer_gone(self, channel: int) -> None:
         if self._writers.pop(channel, None) is None:
             return
+        self._has_changed.set()
         found = self._channels.get(channel)
         if found is not None:
             found.outbox.lose("its data connection is closed")
-        self._handle(machine.WriterGone(channel))
+        self._driver.feed(events.WriterGone(channel))
 
     # gRPC.
 
@@ -299,7 +282,8 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise
         finally:
             del self._channels[channel.number]
-            self._handle(machine.ChannelLost(channel.number, reason))
+            self._has_changed.set()
+            self._driver.feed(events.ChannelLost(channel.number, reason))
             plane = self._writers.get(channel.number)
             if plane is not None:
                 plane.drop(channel.number)
@@ -344,7 +328,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         channel.outbox.put(pb.ChannelResponse(welcome=welcome))
         self._channels[channel.number] = channel
         self._writers[channel.number] = plane
-        self._handle(machine.ChannelOpened(channel.number, peer.node_id, transport.is_one_sided))
+        self._driver.feed(events.ChannelOpened(channel.number, peer.node_id, transport.is_one_sided))
         return channel
 
     async def _run_channel(
@@ -375,6 +359,6 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                     raise
                 commit = request.commit
                 self._defects.caught("lease", error, f"a commit of {channel.peer.node_id}")
-                self._handle(machine.Malformed(channel.number, commit.sequence_id, commit.epoch, error.message))
+                self._driver.feed(events.Malformed(channel.number, commit.sequence_id, commit.epoch, error.message))
             else:
-                self._handle(machine.Received(channel.number, message))
+                self._driver.feed(events.Received(channel.number, message))

@@ -12,7 +12,9 @@ from collections.abc import Callable, Coroutine, Sequence
 
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.driver import Driver
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
+from baton.machine import Tick
 from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
 from kvtransfer.config import TransferConfig
@@ -20,7 +22,8 @@ from kvtransfer.connection import Connection
 from kvtransfer.hashing import segment_blocks
 from kvtransfer.memory import Memory
 from kvtransfer.plan import End, TransferPlan, check_block_ids
-from kvtransfer.protocol import sender as machine
+from kvtransfer.protocol import sender_events as events
+from kvtransfer.protocol.sender import PushMachine
 from kvtransfer.writing import Lanes, WriteJob, write_unit
 
 # Receivers remembered without a connection, for their back-off.
@@ -89,7 +92,7 @@ class Push:
         unready = self._job.first_unready_layer
         if unready is not None:
             raise InternalError(f"{self.sequence_id}: commit before layer {unready} was ready")
-        self._peer.handle(machine.CommitAsked(self._number, first_token))
+        self._peer.handle(events.CommitAsked(self._number, first_token))
         error = await asyncio.shield(self._outcome)
         if error is not None:
             raise error
@@ -120,7 +123,7 @@ class Push:
 
     async def abort(self, reason: str) -> None:
         """Give the lease back. When this returns no write is under way: the source blocks may be freed."""
-        self._peer.handle(machine.AbortAsked(self._number, reason))
+        self._peer.handle(events.AbortAsked(self._number, reason))
         await asyncio.shield(self._outcome)
 
     def add_failure_callback(self, callback: Callable[[BatonError], None]) -> None:
@@ -159,20 +162,20 @@ class Push:
         self._loop.call_soon_threadsafe(self._drained, attempt)
 
     def _drained(self, attempt: int) -> None:
-        event: machine.SenderEvent
+        event: events.SenderEvent
         try:
             job = self._job
-            event = machine.Drained(self._number, attempt, job.num_blocks, job.layer_digests(), job.num_sent_bytes)
+            event = events.Drained(self._number, attempt, job.num_blocks, job.layer_digests(), job.num_sent_bytes)
         except Exception as error:
             defect = self._peer.defects.caught("transfer", error, f"digests of {self.sequence_id}")
-            event = machine.WriteFailed(self._number, defect)
+            event = events.WriteFailed(self._number, defect)
         self._peer.handle(event)
 
     def on_stopped(self) -> None:
-        self._loop.call_soon_threadsafe(self._peer.handle, machine.Stopped(self._number))
+        self._loop.call_soon_threadsafe(self._peer.handle, events.Stopped(self._number))
 
     def on_failed(self, error: BatonError) -> None:
-        self._loop.call_soon_threadsafe(self._peer.handle, machine.WriteFailed(self._number, error))
+        self._loop.call_soon_threadsafe(self._peer.handle, events.WriteFailed(self._number, error))
 
 
 class _Peer:
@@ -185,48 +188,33 @@ class _Peer:
         self._sender = sender
         self.timeline = sender.timeline
         self.defects = sender.defects
-        self._clock = clock
-        self._machine = machine.PushMachine(address, config.sender)
-        self._timer: asyncio.TimerHandle | None = None
+        self._driver: Driver[events.SenderEvent, events.SenderAction] = Driver(
+            PushMachine(address, config.sender), self._perform, clock, on_error=self._on_error, tick=Tick
+        )
         self._next_channel = 1
         self._is_opening = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
-    def handle(self, event: machine.SenderEvent) -> None:
-        if self._is_closed:
-            return
-        try:
-            for action in self._machine.handle(event, self._clock.now()):
-                self._act_or_fail(action)
-        except Exception as error:
-            self.defects.caught("transfer", error, f"{type(event).__name__} of {self.address}")
-        finally:
-            # Whatever was raised: other pushes have deadlines, and the channel its heartbeat.
-            self._arm_timer()
+    def handle(self, event: events.SenderEvent) -> None:
+        if not self._is_closed:
+            self._driver.feed(event)
 
-    def _act_or_fail(self, action: machine.SenderAction) -> None:
-        try:
-            self._act(action)
-        except Exception as error:
-            known = error
-            if not isinstance(known, BatonError):
-                known = self.defects.caught("transfer", error, f"{type(action).__name__} to {self.address}")
-            # One push fails, the connection and all others on it go on. Told later: the machine's actions come first.
-            number = self._push_of(action)
-            if number in self.pushes:
-                asyncio.get_running_loop().call_soon(self.handle, machine.WriteFailed(number, known))
+    def _on_error(self, about: events.SenderEvent | events.SenderAction, error: Exception) -> None:
+        known = error
+        if not isinstance(known, BatonError):
+            known = self.defects.caught("transfer", error, f"{type(about).__name__} of {self.address}")
+        # One push fails, the connection and all others on it go on. Told later: the machine's actions come first.
+        number = self._push_of(about)
+        if number in self.pushes and not isinstance(about, events.WriteFailed):
+            asyncio.get_running_loop().call_soon(self.handle, events.WriteFailed(number, known))
 
-    def _push_of(self, action: machine.SenderAction) -> int:
-        """The push that an action is about; 0 if it is about none."""
-        match action:
-            case machine.Send():
-                epoch = getattr(action.message, "epoch", 0)
-                return next((n for n, (_, _, lease) in self.pushes.items() if lease.epoch == epoch), 0)
-            case machine.Connect() | machine.DropChannel():
-                return 0
-            case _:
-                return action.push
+    def _push_of(self, about: events.SenderEvent | events.SenderAction) -> int:
+        """The push that an event or action is about; 0 if it is about none."""
+        if isinstance(about, events.Send | events.Received):
+            epoch = getattr(about.message, "epoch", 0)
+            return next((n for n, (_, _, lease) in self.pushes.items() if lease.epoch == epoch), 0)
+        return getattr(about, "push", 0)
 
     @property
     def is_idle(self) -> bool:
@@ -234,26 +222,26 @@ class _Peer:
 
     def begin(self, push: Push, number: int, source_blocks: Sequence[int], lease: Lease) -> None:
         self.pushes[number] = (push, source_blocks, lease)
-        self.handle(machine.PushBegun(number, lease.sequence_id, lease.epoch, lease.incarnation, lease.ttl_s))
+        self.handle(events.PushBegun(number, lease.sequence_id, lease.epoch, lease.incarnation, lease.ttl_s))
 
-    def _act(self, action: machine.SenderAction) -> None:
+    def _perform(self, action: events.SenderAction) -> None:
         match action:
-            case machine.Connect():
+            case events.Connect():
                 self._spawn(self._connect())
-            case machine.Send():
+            case events.Send():
                 if self.connection is not None:
                     self.connection.send(action.message)
-            case machine.StartWriting():
+            case events.StartWriting():
                 push, source_blocks, lease = self.pushes[action.push]
                 assert self.connection is not None
                 push.start(self.connection, lambda target: self._sender.plan(target, source_blocks, lease))
-            case machine.Drain():
+            case events.Drain():
                 self.pushes[action.push][0].drain(action.attempt, action.rewrite_layers)
-            case machine.StopWriting():
+            case events.StopWriting():
                 self.pushes[action.push][0].stop()
-            case machine.Finish():
+            case events.Finish():
                 self.pushes.pop(action.push)[0].finish(action.error)
-            case machine.DropChannel():
+            case events.DropChannel():
                 if self.connection is not None:
                     self.connection.lose(action.reason)
 
@@ -267,40 +255,27 @@ class _Peer:
         try:
             connection = await self._sender.open_connection(self.address)
         except BatonError as error:
-            self.handle(machine.ConnectFailed(error))
+            self.handle(events.ConnectFailed(error))
             return
         except Exception as error:  # a defect of ours must not leave pushes waiting
-            self.handle(machine.ConnectFailed(self.defects.caught("transfer", error, f"connecting to {self.address}")))
+            self.handle(events.ConnectFailed(self.defects.caught("transfer", error, f"connecting to {self.address}")))
             return
         finally:
             self._is_opening = False
         number, self._next_channel = self._next_channel, self._next_channel + 1
         self.connection = connection
         node = connection.node
-        self.handle(machine.Connected(number, node.node_id, node.incarnation, connection.transport.is_one_sided))
-        reason = await connection.run(lambda message: self.handle(machine.Received(number, message)))
+        self.handle(events.Connected(number, node.node_id, node.incarnation, connection.transport.is_one_sided))
+        reason = await connection.run(lambda message: self.handle(events.Received(number, message)))
         # Pushes stop first, then the wire is closed: the receiver takes its closing for our last write.
         self.connection = None
-        self.handle(machine.ChannelLost(number, reason))
+        self.handle(events.ChannelLost(number, reason))
         await connection.close()
-
-    def _arm_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        due_s = self._machine.next_deadline_s
-        if due_s is not None:
-            delay_s = max(0.0, due_s - self._clock.now())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._on_due, due_s)
-
-    def _on_due(self, due_s: float) -> None:
-        self.handle(machine.Tick(late_s=self._clock.now() - due_s))
 
     def stop(self) -> None:
         """React to nothing from now on: no timer is left, and no connection is opened."""
         self._is_closed = True
-        if self._timer is not None:
-            self._timer.cancel()
+        self._driver.close()
 
     async def close(self) -> None:
         """Every push must have ended before."""

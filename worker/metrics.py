@@ -12,7 +12,7 @@ from engine.blocks import BlockState
 from engine.cost import CostModel
 from engine.meter import EngineMeter
 from engine.replica import Replica
-from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import SenderObserver
 from worker.config import Peaks

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.errors import BadConfig, Unavailable
+from baton.driver import Driver
+from baton.errors import Unavailable
+from baton.machine import Tick
 from baton.registry import NodeRecord, Registry
 from baton.settings import check, setting
 
@@ -71,11 +73,6 @@ class Withdraw:
     pass
 
 
-@dataclass(frozen=True, slots=True)
-class Tick:
-    pass
-
-
 Event = Begin | Accepted | Superseded | Failed | Withdraw | Tick
 
 # -- actions
@@ -112,7 +109,7 @@ class LeaseKeeper:
         self._failures = 0
         self._failing_since_s = 0.0
         # When to send Tick; None while an answer is awaited, and when it is over.
-        self.due_at_s: float | None = None
+        self.wake_at_s: float | None = None
 
     def handle(self, event: Event, now: float) -> list[Action]:
         if self._is_over:
@@ -121,28 +118,28 @@ class LeaseKeeper:
             case Begin():
                 return self._register()
             case Tick():
-                return self._register() if self.due_at_s is not None and now >= self.due_at_s else []
+                return self._register() if self.wake_at_s is not None and now >= self.wake_at_s else []
             case Accepted():
                 return self._accepted(now)
             case Failed(reason):
                 return self._failed(reason, now)
             case Superseded(incarnation):
-                self._is_over, self.due_at_s = True, None
+                self._is_over, self.wake_at_s = True, None
                 message = (
                     f"incarnation {incarnation} is registered at this worker's address: two workers advertise one "
                     "address; this one is not registered any more, give each its own --listen or --advertise"
                 )
                 return [Say(logging.ERROR, message)]
             case Withdraw():
-                self._is_over, self.due_at_s = True, None
+                self._is_over, self.wake_at_s = True, None
                 return [Leave()]
 
     def _register(self) -> list[Action]:
-        self.due_at_s = None
+        self.wake_at_s = None
         return [Register(takes_over=not self._has_been_accepted)]
 
     def _accepted(self, now: float) -> list[Action]:
-        self.due_at_s = now + self._config.renew_s
+        self.wake_at_s = now + self._config.renew_s
         failures, self._failures = self._failures, 0
         is_first, self._has_been_accepted = not self._has_been_accepted, True
         if failures:
@@ -151,7 +148,7 @@ class LeaseKeeper:
 
     def _failed(self, reason: str, now: float) -> list[Action]:
         wait_s = self._config.backoff_base_s * 2.0 ** min(self._failures, 16)
-        self.due_at_s = now + min(wait_s, self._config.renew_s)
+        self.wake_at_s = now + min(wait_s, self._config.renew_s)
         self._failures += 1
         if self._failures > 1:
             return []
@@ -160,7 +157,7 @@ class LeaseKeeper:
 
 
 class Registration:
-    """Drives a LeaseKeeper over a Registry, in one task. ``withdraw`` never raises and is bounded in time."""
+    """Drives a LeaseKeeper over a Registry, one call at a time. ``withdraw`` never raises and is bounded in time."""
 
     def __init__(
         self,
@@ -173,64 +170,65 @@ class Registration:
         self._defects = defects or Defects(_log, clock)
         self._registry = registry
         self._record = record
-        self._config = config
-        self._clock = clock
-        self._machine = LeaseKeeper(config)
-        self._withdrawing = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+        self._ttl_s = config.ttl_s
+        self._driver: Driver[Event, Action] = Driver(
+            LeaseKeeper(config), self._perform, clock, on_error=self._on_error, tick=Tick
+        )
+        # The call of the registry that is under way, or was the last one.
+        self._call: asyncio.Task[None] | None = None
+        self._is_starting = True
 
     async def start(self) -> None:
         """Returns after the first attempt, whatever came of it. Raises BadConfig if Redis does not let us in."""
-        await self._feed(Begin())
-        self._task = asyncio.create_task(self._run(), name="registration")
+        self._driver.feed(Begin())
+        assert self._call is not None
+        await self._call
+        self._is_starting = False
 
     async def withdraw(self) -> None:
-        self._withdrawing.set()
-        if self._task is not None:
-            await asyncio.wait([self._task])
+        await self._settled()  # A registration under way would write the record again.
+        self._driver.feed(Withdraw())
+        await self._settled()
+        self._driver.close()
 
     async def close(self) -> None:
         await self.withdraw()
         await self._registry.close()
 
-    async def _run(self) -> None:
-        while not self._withdrawing.is_set():
-            due_at_s = self._machine.due_at_s
-            try:
-                async with asyncio.timeout(None if due_at_s is None else max(0.0, due_at_s - self._clock.now())):
-                    await self._withdrawing.wait()
-            except TimeoutError:
-                try:
-                    await self._feed(Tick())
-                except BadConfig as error:
-                    # Access was granted before: probably a change of credentials in progress.
-                    await self._feed(Failed(error.message))
-                except Exception as error:
-                    # The record must not expire under a worker that lives.
-                    await self._feed(Failed(self._defects.caught("registration", error).message))
-        await self._feed(Withdraw())
+    async def _settled(self) -> None:
+        if self._call is not None:
+            await asyncio.wait([self._call])
 
-    async def _feed(self, event: Event) -> None:
-        queue = [event]
-        while queue:
-            for action in self._machine.handle(queue.pop(0), self._clock.now()):
-                match action:
-                    case Register(takes_over):
-                        queue.append(await self._register(takes_over))
-                    case Leave():
-                        await self._leave()
-                    case Say(level, message):
-                        _log.log(level, "%s: %s", self._record.node_id, message)
+    def _perform(self, action: Action) -> None:
+        match action:
+            case Register(takes_over):
+                self._call = asyncio.get_running_loop().create_task(self._register(takes_over), name="registration")
+            case Leave():
+                self._call = asyncio.get_running_loop().create_task(self._leave(), name="registration")
+            case Say(level, message):
+                _log.log(level, "%s: %s", self._record.node_id, message)
 
-    async def _register(self, takes_over: bool) -> Event:
+    def _on_error(self, about: Event | Action, error: Exception) -> None:
+        defect = self._defects.caught("registration", error, type(about).__name__)
+        if not isinstance(about, Failed):  # The record must not expire under a worker that lives.
+            asyncio.get_running_loop().call_soon(self._driver.feed, Failed(defect.message))
+
+    async def _register(self, takes_over: bool) -> None:
+        event: Event
         try:
-            holder = await self._registry.register(self._record, self._config.ttl_s, takes_over=takes_over)
-        except Unavailable as error:
-            return Failed(error.message)
-        return Accepted() if holder is None else Superseded(holder)
+            holder = await self._registry.register(self._record, self._ttl_s, takes_over=takes_over)
+        except Exception as error:
+            # Later on BadConfig means that credentials are being changed: access was granted before.
+            if self._is_starting and not isinstance(error, Unavailable):
+                raise
+            event = Failed(self._defects.failure("registration", error).message)
+        else:
+            event = Accepted() if holder is None else Superseded(holder)
+        self._driver.feed(event)
 
     async def _leave(self) -> None:
         try:
             await self._registry.leave(self._record)
-        except (Unavailable, BadConfig) as error:
-            _log.warning("%s: the record stays until it expires: %s", self._record.node_id, error.message)
+        except Exception as error:
+            failure = self._defects.failure("registration", error)
+            _log.warning("%s: the record stays until it expires: %s", self._record.node_id, failure.message)

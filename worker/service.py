@@ -19,7 +19,7 @@ from baton.types import Failure, Lease, NodeDescription, NodeStatus
 from decode_node import machine as decode_machine
 from decode_node.actions import DecodeActions
 from engine.replica import Replica
-from kvtransfer.protocol.receiver import LeaseNotice
+from kvtransfer.protocol.receiver_events import LeaseNotice
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from prefill_node import machine as prefill_machine

@@ -19,26 +19,38 @@ A two-sided peer sends Begin, data and Commit without waiting for an answer. Its
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from enum import Enum
+from dataclasses import dataclass
 
 from baton.clock import catch_up_s
 from baton.errors import BatonError, InvalidRequest, TransferFailed
-from baton.types import Failure, TokenChunk
+from baton.machine import Tick
+from baton.types import Failure
+from kvtransfer.protocol.lease import HeldLease, LeaseState, PeerChannel
 from kvtransfer.protocol.liveness import Heart, Pulse
-from kvtransfer.protocol.messages import (
-    Abort,
-    Ack,
-    Begin,
-    Begun,
-    Commit,
-    Heartbeat,
-    Nack,
-    ReceiverMessage,
-    Revoke,
-    Revoked,
-    SenderMessage,
-    WrittenRange,
+from kvtransfer.protocol.messages import Abort, Ack, Begin, Begun, Commit, Heartbeat, Nack, Revoked, SenderMessage
+from kvtransfer.protocol.receiver_events import (
+    Arrived,
+    ChannelLost,
+    ChannelOpened,
+    DataCame,
+    Digest,
+    DropChannel,
+    EpochQuiet,
+    ForgetDigests,
+    Granted,
+    Malformed,
+    Received,
+    ReceiverAction,
+    ReceiverEvent,
+    RevokeAsked,
+    Send,
+    TakenOver,
+    TakeOverRefused,
+    Verified,
+    Verify,
+    VerifyFailed,
+    WriterGone,
+    Wrote,
 )
 
 # Arrived leases remembered so that a duplicate Commit is acknowledged again instead of refused.
@@ -55,300 +67,16 @@ class ReceiverConfig:
     max_missed_heartbeats: int = 5
 
 
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    """The owner of the pool leases blocks. ``epoch`` is new in this incarnation."""
-
-    sequence_id: str
-    epoch: int
-    block_ids: tuple[int, ...]
-    ttl_s: float
-    # A commit of fewer blocks is refused.
-    min_blocks: int = 1
-
-
-@dataclass(frozen=True, slots=True)
-class RevokeAsked:
-    sequence_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelOpened:
-    channel: int
-    peer: str
-    # The peer writes into our memory by itself.
-    is_one_sided: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelLost:
-    channel: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class WriterGone:
-    """Nothing that was opened for this channel can write any more."""
-
-    channel: int
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    channel: int
-    message: SenderMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Malformed:
-    """The peer said something about a lease that cannot be read."""
-
-    channel: int
-    sequence_id: str
-    epoch: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Wrote:
-    """A hint of a one-sided writer, which may be lost: these blocks hold what the attempt's commit will cover."""
-
-    channel: int
-    epoch: int
-    attempt: int
-    ranges: tuple[WrittenRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class DataCame:
-    """Data of a two-sided peer for an epoch that is not open: it may have overtaken its Begin."""
-
-    channel: int
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class EpochQuiet:
-    """After CloseEpoch: no write of this process into the epoch's blocks is under way, and none will follow."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Verified:
-    epoch: int
-    attempt: int
-    damaged_layers: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyFailed:
-    epoch: int
-    attempt: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class TakenOver:
-    """The owner of the pool has accepted the sequence: the blocks are its own now."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class TakeOverRefused:
-    epoch: int
-    failure: Failure
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """``late_s`` after it was due: for so long this process may have read nothing."""
-
-    late_s: float = 0.0
-
-
-ReceiverEvent = (
-    Granted
-    | RevokeAsked
-    | ChannelOpened
-    | ChannelLost
-    | WriterGone
-    | Received
-    | Malformed
-    | Wrote
-    | DataCame
-    | EpochQuiet
-    | Verified
-    | VerifyFailed
-    | TakenOver
-    | TakeOverRefused
-    | Tick
-)
-
-
-# --- actions ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    channel: int
-    message: ReceiverMessage
-
-
-@dataclass(frozen=True, slots=True)
-class OpenEpoch:
-    """From now on data for this epoch may be written into these blocks, if it comes from this channel."""
-
-    channel: int
-    epoch: int
-    block_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class CloseEpoch:
-    """Refuse data beyond the first ``after_bytes`` since OpenEpoch; answer EpochQuiet once those are written and no
-    other is being written. A second CloseEpoch replaces the first."""
-
-    channel: int
-    epoch: int
-    after_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """Start hashing these blocks, they hold their final bytes."""
-
-    epoch: int
-    ranges: tuple[WrittenRange, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Verify:
-    """Compare the blocks with the commit's digests; answer Verified or VerifyFailed."""
-
-    epoch: int
-    commit: Commit
-
-
-@dataclass(frozen=True, slots=True)
-class ForgetDigests:
-    """These layers are written again; all layers if None, and the epoch is over."""
-
-    epoch: int
-    layers: tuple[int, ...] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """The sequence's KV is here and verified; the owner of the pool takes its blocks over, or raises.
-
-    Answer TakenOver, or TakeOverRefused: the sender is then told so and Released follows.
-    """
-
-    sequence_id: str
-    epoch: int
-    first_token: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """The lease is over, but a writer may still reach its blocks: keep them until Released."""
-
-    sequence_id: str
-    epoch: int
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Released:
-    """The lease is over without arrival and no writer can reach its blocks any more."""
-
-    sequence_id: str
-    epoch: int
-    reason: str
-    # By its writer, who tells the router itself why.
-    is_given_back: bool = False
-
-
-# What the owner of the pool hears of its leases, from the machine to the owner's own.
-LeaseNotice = Arrived | Quarantined | Released
-
-
-@dataclass(frozen=True, slots=True)
-class DropChannel:
-    channel: int
-    reason: str
-
-
-ReceiverAction = Send | OpenEpoch | CloseEpoch | Digest | Verify | ForgetDigests | LeaseNotice | DropChannel
-
-
-# --- machine ----------------------------------------------------------------------------------------------------------
-
-
-class LeaseState(Enum):
-    GRANTED = "granted"
-    WRITING = "writing"
-    FILLING = "filling"
-    VERIFYING = "verifying"
-    ARRIVING = "arriving"
-    ENDING = "ending"
-
-
-# What the peer has to bring about, before the lease's deadline.
-_WAITS_FOR_PEER = frozenset({LeaseState.GRANTED, LeaseState.WRITING, LeaseState.FILLING})
-
-
-@dataclass(slots=True)
-class _Lease:
-    sequence_id: str
-    epoch: int
-    block_ids: tuple[int, ...]
-    min_blocks: int
-    deadline_s: float
-    state: LeaseState = LeaseState.GRANTED
-    channel: int | None = None
-    # The commit that is expected next, or being verified.
-    attempt: int = 1
-    commit: Commit | None = None
-    # The peer does not write now and will not unless we ask it to.
-    is_writer_quiet: bool = True
-    # No write of this process into the blocks is under way.
-    is_epoch_quiet: bool = True
-    # Why it is over, and whether its writer said so.
-    reason: str = ""
-    is_given_back: bool = False
-    # When a write that has not ended costs the peer its channel.
-    stop_deadline_s: float | None = None
-
-
-@dataclass(slots=True)
-class _Channel:
-    peer: str
-    is_one_sided: bool
-    heart: Heart
-    is_lost: bool = False
-    is_writer_gone: bool = False
-    epochs: set[int] = field(default_factory=set)
-
-
 class LeaseMachine:
-    """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
+    """``handle(event, now) -> actions``; ``wake_at_s`` says when Tick is due."""
 
     def __init__(self, config: ReceiverConfig) -> None:
         self._config = config
-        self._leases: dict[int, _Lease] = {}
+        self._leases: dict[int, HeldLease] = {}
         self._epoch_of: dict[str, int] = {}
-        self._channels: dict[int, _Channel] = {}
+        self._channels: dict[int, PeerChannel] = {}
         # Epochs of leases that arrived, with the channel they came through, oldest first.
-        self._arrived: OrderedDict[int, int | None] = OrderedDict()
+        self._arrived: OrderedDict[int, int] = OrderedDict()
 
     # Read-only views for drivers, ledgers and tests.
 
@@ -374,13 +102,9 @@ class LeaseMachine:
         return len(self._channels)
 
     @property
-    def next_deadline_s(self) -> float | None:
+    def wake_at_s(self) -> float | None:
         deadlines = [c.heart.due_s for c in self._channels.values() if not c.is_lost]
-        for lease in self._leases.values():
-            if lease.state in _WAITS_FOR_PEER:
-                deadlines.append(lease.deadline_s)
-            elif lease.stop_deadline_s is not None:
-                deadlines.append(lease.stop_deadline_s)
+        deadlines += [due_s for lease in self._leases.values() if (due_s := lease.wake_at_s) is not None]
         return min(deadlines, default=None)
 
     def handle(self, event: ReceiverEvent, now: float) -> list[ReceiverAction]:  # noqa: C901 - one case per event
@@ -400,7 +124,7 @@ class LeaseMachine:
                 return [] if epoch is None else self._end(self._leases[epoch], event.reason, now)
             case ChannelOpened():
                 heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
-                self._channels[event.channel] = _Channel(event.peer, event.is_one_sided, heart)
+                self._channels[event.channel] = PeerChannel(event.channel, event.peer, event.is_one_sided, heart)
                 return []
             case ChannelLost():
                 return self._channel_lost(event, now)
@@ -410,12 +134,10 @@ class LeaseMachine:
                 return self._epoch_quiet(event.epoch)
             case Verified():
                 return self._verified(event, now)
-            case VerifyFailed():
-                return self._verify_failed(event, now)
+            case VerifyFailed() | TakeOverRefused():
+                return self._refused(event, now)
             case TakenOver():
                 return self._taken_over(event.epoch)
-            case TakeOverRefused():
-                return self._take_over_refused(event, now)
             case Tick():
                 self._forgive(event.late_s, now)
                 return self._tick(now)
@@ -425,18 +147,10 @@ class LeaseMachine:
         assert len(self._epoch_of) == len(self._leases)
         for epoch, lease in self._leases.items():
             assert lease.epoch == epoch == self._epoch_of[lease.sequence_id]
-            if lease.state is LeaseState.GRANTED:
-                assert (lease.channel, lease.is_writer_quiet) == (None, True)
-            else:
-                assert lease.channel is not None
-            if lease.state in (LeaseState.FILLING, LeaseState.VERIFYING, LeaseState.ARRIVING):
-                assert lease.is_writer_quiet
-                assert lease.commit is not None
-                assert lease.is_epoch_quiet == (lease.state is not LeaseState.FILLING)
-            if lease.state is LeaseState.ENDING:
-                assert not (lease.is_writer_quiet and lease.is_epoch_quiet), "a settled lease must be released"
-            if lease.channel in self._channels:
-                assert epoch in self._channels[lease.channel].epochs
+            lease.check()
+        for number, channel in self._channels.items():
+            assert channel.number == number
+            assert all(self._leases[epoch].channel is channel for epoch in channel.epochs)
 
     # Grants and ends.
 
@@ -444,70 +158,30 @@ class LeaseMachine:
         if event.sequence_id in self._epoch_of:
             raise InvalidRequest(f"{event.sequence_id} has a lease already; a new attempt needs a new sequence id")
         assert event.epoch not in self._leases, "epochs are given once"
-        self._leases[event.epoch] = _Lease(
+        self._leases[event.epoch] = HeldLease(
             event.sequence_id, event.epoch, event.block_ids, event.min_blocks, now + event.ttl_s
         )
         self._epoch_of[event.sequence_id] = event.epoch
         return []
 
-    def _end(self, lease: _Lease, reason: str, now: float, *, tell: bool = True) -> list[ReceiverAction]:
+    def _end(self, lease: HeldLease, reason: str, now: float, *, tell: bool = True) -> list[ReceiverAction]:
         """Stop a lease that has not arrived; releases it at once if no writer is left, else quarantines it."""
         if lease.state in (LeaseState.ENDING, LeaseState.ARRIVING):
             # Ending already, or its owner is taking it over in this very moment and will cancel the sequence itself.
             return []
-        actions: list[ReceiverAction] = []
-        was = lease.state
-        lease.state, lease.reason = LeaseState.ENDING, reason
-        if was is LeaseState.WRITING and tell:
-            actions += self._send(lease, Revoke(lease.sequence_id, lease.epoch, reason))
-        elif was in (LeaseState.FILLING, LeaseState.VERIFYING) and tell:
-            actions += self._nack(lease, TransferFailed(f"lease of {lease.sequence_id} is over: {reason}"))
-        if was in (LeaseState.WRITING, LeaseState.FILLING):
-            actions.append(self._close_epoch(lease))
-        if not (lease.is_writer_quiet and lease.is_epoch_quiet):
-            # Whatever the peer has said: half a frame of its may be all that ever comes.
-            if self._is_live(lease.channel):
-                lease.stop_deadline_s = now + self._config.revoke_timeout_s
-            actions.append(Quarantined(lease.sequence_id, lease.epoch, reason, lease.is_given_back))
-        return actions + self._settle(lease)
+        return lease.end(reason, now + self._config.revoke_timeout_s, tell=tell) + self._settle(lease)
 
-    def _settle(self, lease: _Lease) -> list[ReceiverAction]:
-        if lease.state is not LeaseState.ENDING or not (lease.is_writer_quiet and lease.is_epoch_quiet):
+    def _settle(self, lease: HeldLease) -> list[ReceiverAction]:
+        if lease.state is not LeaseState.ENDING or not lease.is_quiet:
             return []
         self._forget(lease)
-        over = Released(lease.sequence_id, lease.epoch, lease.reason, lease.is_given_back)
-        return [ForgetDigests(lease.epoch, None), over]
+        return [ForgetDigests(lease.epoch, None), lease.released()]
 
-    def _forget(self, lease: _Lease) -> None:
+    def _forget(self, lease: HeldLease) -> None:
         del self._leases[lease.epoch]
         del self._epoch_of[lease.sequence_id]
-        if lease.channel in self._channels:
-            self._channels[lease.channel].epochs.discard(lease.epoch)
-
-    def _open_epoch(self, lease: _Lease) -> ReceiverAction:
-        assert lease.channel is not None
-        lease.is_epoch_quiet = False
-        # A two-sided peer never writes: what reaches our memory is what this process puts there.
-        lease.is_writer_quiet = not self._channels[lease.channel].is_one_sided
-        return OpenEpoch(lease.channel, lease.epoch, lease.block_ids)
-
-    def _close_epoch(self, lease: _Lease, *, after_bytes: int = 0) -> ReceiverAction:
-        assert lease.channel is not None
-        return CloseEpoch(lease.channel, lease.epoch, after_bytes)
-
-    def _is_live(self, channel_id: int | None) -> bool:
-        channel = None if channel_id is None else self._channels.get(channel_id)
-        return channel is not None and not channel.is_lost
-
-    def _send(self, lease: _Lease, message: ReceiverMessage) -> list[ReceiverAction]:
-        if not self._is_live(lease.channel):
-            return []
-        assert lease.channel is not None
-        return [Send(lease.channel, message)]
-
-    def _nack(self, lease: _Lease, error: BatonError) -> list[ReceiverAction]:
-        failure = Failure.of(error)
-        return self._send(lease, Nack(lease.sequence_id, lease.epoch, lease.attempt, failure))
+        if lease.channel is not None:
+            lease.channel.epochs.discard(lease.epoch)
 
     # Channels.
 
@@ -527,8 +201,8 @@ class LeaseMachine:
             del self._channels[event.channel]
         return actions
 
-    def _writer_gone(self, channel_id: int, now: float) -> list[ReceiverAction]:
-        channel = self._channels.get(channel_id)
+    def _writer_gone(self, number: int, now: float) -> list[ReceiverAction]:
+        channel = self._channels.get(number)
         if channel is None:
             return []
         channel.is_writer_gone = True
@@ -543,12 +217,12 @@ class LeaseMachine:
             else:
                 actions += self._settle(lease)
         if channel.is_lost:
-            del self._channels[channel_id]
+            del self._channels[number]
         return actions
 
     def _wrote(self, event: Wrote) -> list[ReceiverAction]:
         lease = self._leases.get(event.epoch)
-        if lease is None or lease.channel != event.channel:
+        if lease is None or lease.channel is None or lease.channel.number != event.channel:
             return []
         is_current = lease.state is LeaseState.WRITING and event.attempt == lease.attempt
         return [Digest(lease.epoch, event.ranges)] if is_current else []
@@ -560,7 +234,7 @@ class LeaseMachine:
             return []
         channel.heart.heard()
         lease = self._leases.get(event.epoch)
-        if lease is None or lease.channel != event.channel or lease.sequence_id != event.sequence_id:
+        if lease is None or lease.channel is not channel or lease.sequence_id != event.sequence_id:
             return []
         return self._end(lease, f"{channel.peer}: {event.reason}", now)
 
@@ -577,8 +251,8 @@ class LeaseMachine:
 
     # Messages of the peer.
 
-    def _received(self, channel_id: int, message: SenderMessage, now: float) -> list[ReceiverAction]:
-        channel = self._channels.get(channel_id)
+    def _received(self, number: int, message: SenderMessage, now: float) -> list[ReceiverAction]:
+        channel = self._channels.get(number)
         if channel is None or channel.is_lost:
             return []
         channel.heart.heard()
@@ -588,16 +262,16 @@ class LeaseMachine:
         if lease is not None and lease.sequence_id != message.sequence_id:
             lease = None
         if isinstance(message, Begin):
-            return self._begin(channel_id, message, lease)
+            return self._begin(channel, message, lease)
         if isinstance(message, Abort) and lease is not None and lease.state is LeaseState.GRANTED:
             # Given back by who was to write, before it began.
             lease.is_given_back = True
             return self._end(lease, f"aborted by {channel.peer}: {message.reason}", now)
-        if lease is None or lease.channel != channel_id:
-            return self._unknown(channel_id, message)
+        if lease is None or lease.channel is not channel:
+            return self._unknown(channel, message)
         return self._said(lease, message, channel.peer, now)
 
-    def _said(self, lease: _Lease, message: Commit | Abort | Revoked, peer: str, now: float) -> list[ReceiverAction]:
+    def _said(self, lease: HeldLease, message: Commit | Abort | Revoked, peer: str, now: float) -> list[ReceiverAction]:
         """The lease's own writer speaks."""
         match message:
             case Commit():
@@ -608,25 +282,19 @@ class LeaseMachine:
             case Revoked():
                 return self._stopped(lease, lease.reason or f"given back by {peer}", now)
 
-    def _begin(self, channel_id: int, message: Begin, lease: _Lease | None) -> list[ReceiverAction]:
-        if lease is not None and lease.channel == channel_id:
+    def _begin(self, channel: PeerChannel, message: Begin, lease: HeldLease | None) -> list[ReceiverAction]:
+        if lease is not None and lease.channel is channel:
             return []  # A duplicate, or its data came first. Begun is said once: it can never start a second writer.
-        if self._channels[channel_id].is_writer_gone:
+        if channel.is_writer_gone:
             return []  # Its connection is broken, the channel will follow.
         if lease is None or lease.state is not LeaseState.GRANTED:
             what = "is not live here" if lease is None else "belongs to another channel"
             error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} {what}; reserve again")
-            failure = Failure.of(error)
-            return [Send(channel_id, Nack(message.sequence_id, message.epoch, 0, failure))]
-        opened = self._bind(lease, channel_id)
-        if not self._channels[channel_id].is_one_sided:
+            return [_nack(channel, message, 0, error)]
+        opened = lease.bind(channel)
+        if not channel.is_one_sided:
             return [opened]  # Its sender does not wait: this process is the fence.
-        return [opened, Send(channel_id, Begun(lease.sequence_id, lease.epoch))]
-
-    def _bind(self, lease: _Lease, channel_id: int) -> ReceiverAction:
-        lease.state, lease.channel = LeaseState.WRITING, channel_id
-        self._channels[channel_id].epochs.add(lease.epoch)
-        return self._open_epoch(lease)
+        return [opened, Send(channel.number, Begun(lease.sequence_id, lease.epoch))]
 
     def _data_came(self, event: DataCame) -> list[ReceiverAction]:
         lease, channel = self._leases.get(event.epoch), self._channels.get(event.channel)
@@ -634,19 +302,18 @@ class LeaseMachine:
             return []
         if channel is None or channel.is_lost or channel.is_writer_gone or channel.is_one_sided:
             return []
-        return [self._bind(lease, event.channel)]
+        return [lease.bind(channel)]
 
-    def _unknown(self, channel_id: int, message: SenderMessage) -> list[ReceiverAction]:
+    def _unknown(self, channel: PeerChannel, message: Commit | Abort | Revoked) -> list[ReceiverAction]:
         """A message for a lease that is over, or not this peer's. Only a Commit waits for an answer."""
         if not isinstance(message, Commit):
             return []
-        if self._arrived.get(message.epoch) == channel_id:
-            return [Send(channel_id, Ack(message.sequence_id, message.epoch))]
+        if self._arrived.get(message.epoch) == channel.number:
+            return [Send(channel.number, Ack(message.sequence_id, message.epoch))]
         error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} is over")
-        failure = Failure.of(error)
-        return [Send(channel_id, Nack(message.sequence_id, message.epoch, message.attempt, failure))]
+        return [_nack(channel, message, message.attempt, error)]
 
-    def _commit(self, lease: _Lease, commit: Commit, now: float) -> list[ReceiverAction]:
+    def _commit(self, lease: HeldLease, commit: Commit, now: float) -> list[ReceiverAction]:
         if commit.attempt != lease.attempt or lease.state not in (LeaseState.WRITING, LeaseState.ENDING):
             return []  # Late or duplicate.
         lease.is_writer_quiet = True
@@ -657,11 +324,11 @@ class LeaseMachine:
             error = InvalidRequest(
                 f"{commit.num_blocks} blocks committed, expected {lease.min_blocks} to {len(lease.block_ids)}"
             )
-            return self._nack(lease, error) + self._end(lease, error.message, now, tell=False)
+            return lease.nack(Failure.of(error)) + self._end(lease, error.message, now, tell=False)
         lease.state, lease.commit = LeaseState.FILLING, commit
-        return [self._close_epoch(lease, after_bytes=commit.num_sent_bytes)]
+        return [lease.close(after_bytes=commit.num_sent_bytes)]
 
-    def _stopped(self, lease: _Lease, reason: str, now: float) -> list[ReceiverAction]:
+    def _stopped(self, lease: HeldLease, reason: str, now: float) -> list[ReceiverAction]:
         """The peer has stopped writing and will not write again."""
         lease.is_writer_quiet = True
         if lease.state is LeaseState.ENDING:
@@ -680,68 +347,67 @@ class LeaseMachine:
             lease.state = LeaseState.ARRIVING
             return [Arrived(lease.sequence_id, lease.epoch, lease.commit.first_token)]
         what = f"digest of layers {list(event.damaged_layers)} differs in attempt {lease.attempt}"
-        channel = self._channels.get(lease.channel)
         can_repeat = lease.attempt < self._config.max_attempts and now < lease.deadline_s
-        if channel is None or channel.is_lost or channel.is_writer_gone or not can_repeat:
+        if lease.channel.is_lost or lease.channel.is_writer_gone or not can_repeat:
             error = TransferFailed(f"{lease.sequence_id}: {what}, giving up")
-            return [*self._nack(lease, error), *self._end(lease, what, now, tell=False)]
-        failure = Failure.of(TransferFailed(what))
-        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, failure, event.damaged_layers)
+            return lease.nack(Failure.of(error)) + self._end(lease, what, now, tell=False)
+        nack = lease.nack(Failure.of(TransferFailed(what)), event.damaged_layers)
         lease.attempt += 1
         lease.state, lease.commit = LeaseState.WRITING, None
-        forget = ForgetDigests(lease.epoch, event.damaged_layers)
-        return [forget, self._open_epoch(lease), Send(lease.channel, nack)]
+        return [ForgetDigests(lease.epoch, event.damaged_layers), lease.open(), *nack]
 
-    def _verify_failed(self, event: VerifyFailed, now: float) -> list[ReceiverAction]:
+    def _refused(self, event: VerifyFailed | TakeOverRefused, now: float) -> list[ReceiverAction]:
+        """What came is complete, but cannot be verified, or is not taken over."""
         lease = self._leases.get(event.epoch)
-        if lease is None or lease.state is not LeaseState.VERIFYING or event.attempt != lease.attempt:
+        if lease is None:
             return []
-        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, event.failure)
-        return self._send(lease, nack) + self._end(lease, event.failure.message, now, tell=False)
+        if isinstance(event, VerifyFailed):
+            is_awaited = lease.state is LeaseState.VERIFYING and event.attempt == lease.attempt
+        else:
+            is_awaited = lease.state is LeaseState.ARRIVING
+        if not is_awaited:
+            return []
+        lease.state = LeaseState.VERIFYING
+        return lease.nack(event.failure) + self._end(lease, event.failure.message, now, tell=False)
 
     def _taken_over(self, epoch: int) -> list[ReceiverAction]:
         lease = self._leases.get(epoch)
         if lease is None or lease.state is not LeaseState.ARRIVING:
             return []
-        actions = self._send(lease, Ack(lease.sequence_id, epoch))
+        assert lease.channel is not None
         self._forget(lease)
-        self._arrived[epoch] = lease.channel
+        self._arrived[epoch] = lease.channel.number
         if len(self._arrived) > _MAX_REMEMBERED:
             self._arrived.popitem(last=False)
-        return [ForgetDigests(epoch, None), *actions]
-
-    def _take_over_refused(self, event: TakeOverRefused, now: float) -> list[ReceiverAction]:
-        lease = self._leases.get(event.epoch)
-        if lease is None or lease.state is not LeaseState.ARRIVING:
-            return []
-        nack = Nack(lease.sequence_id, lease.epoch, lease.attempt, event.failure)
-        lease.state = LeaseState.VERIFYING
-        return self._send(lease, nack) + self._end(lease, event.failure.message, now, tell=False)
+        return [ForgetDigests(epoch, None), *lease.send(Ack(lease.sequence_id, epoch))]
 
     # Time.
 
     def _forgive(self, late_s: float, now: float) -> None:
         """Move deadlines by the time in which this process was stalled and has unread messages."""
-        if not (more_s := catch_up_s(late_s)):
-            return
-        for lease in self._leases.values():
-            lease.deadline_s = max(lease.deadline_s + late_s, now + more_s)
-            if lease.stop_deadline_s is not None:
-                lease.stop_deadline_s = max(lease.stop_deadline_s + late_s, now + more_s)
+        if more_s := catch_up_s(late_s):
+            for lease in self._leases.values():
+                lease.forgive(late_s, now + more_s)
 
     def _tick(self, now: float) -> list[ReceiverAction]:
         actions: list[ReceiverAction] = []
         for lease in list(self._leases.values()):
-            if lease.state in _WAITS_FOR_PEER and now >= lease.deadline_s:
+            if lease.waits_for_peer and now >= lease.deadline_s:
                 actions += self._end(lease, "lease expired", now)
             elif lease.stop_deadline_s is not None and now >= lease.stop_deadline_s:
                 lease.stop_deadline_s = None
                 assert lease.channel is not None
-                actions.append(DropChannel(lease.channel, f"a write into {lease.sequence_id} did not stop"))
-        for channel_id, channel in self._channels.items():
+                reason = f"a write into {lease.sequence_id} did not stop"
+                actions.append(DropChannel(lease.channel.number, reason))
+        for number, channel in self._channels.items():
             pulse = Pulse.QUIET if channel.is_lost else channel.heart.beat(now)
             if pulse is Pulse.BEAT:
-                actions.append(Send(channel_id, Heartbeat()))
+                actions.append(Send(number, Heartbeat()))
             elif pulse is Pulse.LOST:
-                actions.append(DropChannel(channel_id, f"{channel.peer} was silent"))
+                actions.append(DropChannel(number, f"{channel.peer} was silent"))
         return actions
+
+
+def _nack(channel: PeerChannel, message: Begin | Commit, attempt: int, error: BatonError) -> ReceiverAction:
+    """To a message about a lease that is not the peer's."""
+    return Send(channel.number, Nack(message.sequence_id, message.epoch, attempt, Failure.of(error)))

@@ -15,13 +15,13 @@ Begin, data and Commit are in flight together.
 
 from __future__ import annotations
 
-import math
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
 from enum import Enum
 
 from baton.clock import catch_up_s
 from baton.errors import BatonError, Cancelled, Incompatible, NodeLost, TransferFailed, from_code
+from baton.machine import Tick
 from baton.types import TokenChunk
 from kvtransfer.protocol.liveness import Heart, Pulse
 from kvtransfer.protocol.messages import (
@@ -37,9 +37,33 @@ from kvtransfer.protocol.messages import (
     Revoked,
     SenderMessage,
 )
+from kvtransfer.protocol.redial import Redial
+from kvtransfer.protocol.sender_events import (
+    AbortAsked,
+    ChannelLost,
+    CommitAsked,
+    Connect,
+    Connected,
+    ConnectFailed,
+    Drain,
+    Drained,
+    DropChannel,
+    Finish,
+    PushBegun,
+    Received,
+    Send,
+    SenderAction,
+    SenderEvent,
+    StartWriting,
+    Stopped,
+    StopWriting,
+    WriteFailed,
+)
 
 # Epochs used on a channel that are remembered: a lease starts one push, ever.
 _MAX_REMEMBERED = 65536
+# Leases to be given back that are remembered without a channel; what is forgotten expires.
+_MAX_OWED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,162 +84,6 @@ class SenderConfig:
     max_missed_heartbeats: int = 5
 
 
-# --- events -----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PushBegun:
-    """A push was asked for. ``push`` is a number that its owner never uses twice."""
-
-    push: int
-    sequence_id: str
-    epoch: int
-    incarnation: int
-    ttl_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class CommitAsked:
-    push: int
-    first_token: TokenChunk
-
-
-@dataclass(frozen=True, slots=True)
-class AbortAsked:
-    push: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Connected:
-    channel: int
-    node_id: str
-    incarnation: int
-    # This process writes into the receiver's memory by itself.
-    is_one_sided: bool
-
-
-@dataclass(frozen=True, slots=True)
-class ConnectFailed:
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class ChannelLost:
-    channel: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Received:
-    channel: int
-    message: ReceiverMessage
-
-
-@dataclass(frozen=True, slots=True)
-class Drained:
-    """Every byte of the attempt is where it belongs, or on its way there, and the source is not being read."""
-
-    push: int
-    attempt: int
-    num_blocks: int
-    layer_digests: tuple[bytes, ...]
-    # On its way there: of this attempt, by a two-sided data connection.
-    num_sent_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class WriteFailed:
-    push: int
-    error: BatonError
-
-
-@dataclass(frozen=True, slots=True)
-class Stopped:
-    """After StopWriting: no write is under way and none will follow."""
-
-    push: int
-
-
-@dataclass(frozen=True, slots=True)
-class Tick:
-    """``late_s`` after it was due: for so long this process may have read nothing."""
-
-    late_s: float = 0.0
-
-
-SenderEvent = (
-    PushBegun
-    | CommitAsked
-    | AbortAsked
-    | Connected
-    | ConnectFailed
-    | ChannelLost
-    | Received
-    | Drained
-    | WriteFailed
-    | Stopped
-    | Tick
-)
-
-
-# --- actions ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Connect:
-    """Answer Connected or ConnectFailed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    channel: int
-    message: SenderMessage
-
-
-@dataclass(frozen=True, slots=True)
-class StartWriting:
-    push: int
-
-
-@dataclass(frozen=True, slots=True)
-class Drain:
-    """Write what is left (the given layers once more, if any), answer Drained."""
-
-    push: int
-    attempt: int
-    rewrite_layers: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StopWriting:
-    """Begin no further write; answer Stopped when none is under way."""
-
-    push: int
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The push is over; without an error the receiver has taken the sequence over."""
-
-    push: int
-    error: BatonError | None
-
-
-@dataclass(frozen=True, slots=True)
-class DropChannel:
-    """Close channel and data connection; answer ChannelLost."""
-
-    channel: int
-    reason: str
-
-
-SenderAction = Connect | Send | StartWriting | Drain | StopWriting | Finish | DropChannel
-
-
-# --- machine ----------------------------------------------------------------------------------------------------------
-
-
 class PushState(Enum):
     WAITING = "waiting"
     BEGINNING = "beginning"
@@ -234,11 +102,13 @@ class _Push:
     ttl_s: float
     deadline_s: float
     state: PushState = PushState.WAITING
+    # The channel on which it began.
+    channel: int | None = None
     attempt: int = 1
     first_token: TokenChunk | None = None
     # Why it is stopping, and what the receiver is told then.
     error: BatonError | None = None
-    farewell: SenderMessage | None = None
+    farewell: Abort | Revoked | None = None
 
 
 @dataclass(slots=True)
@@ -248,27 +118,32 @@ class _Channel:
     incarnation: int
     is_one_sided: bool
     heart: Heart
-    used_epochs: OrderedDict[int, None]
+    used_epochs: OrderedDict[int, None] = field(default_factory=OrderedDict)
     is_dropping: bool = False
+
+    def use(self, epoch: int) -> bool:
+        """False if the lease was used on this channel before."""
+        if epoch in self.used_epochs:
+            return False
+        self.used_epochs[epoch] = None
+        if len(self.used_epochs) > _MAX_REMEMBERED:
+            self.used_epochs.popitem(last=False)
+        return True
 
 
 class PushMachine:
-    """``handle(event, now) -> actions``; ``next_deadline_s`` says when Tick is due."""
+    """``handle(event, now) -> actions``; ``wake_at_s`` says when Tick is due."""
 
     def __init__(self, peer: str, config: SenderConfig) -> None:
         self._peer = peer
         self._config = config
         self._pushes: dict[int, _Push] = {}
         self._channel: _Channel | None = None
-        # Said as soon as there is a channel: leases of pushes that were aborted while they waited for one.
-        self._owed: list[tuple[int, Abort]] = []
         self._is_connecting = False
-        # Connection attempts that failed in a row, and when the next one may start.
-        self._failures = 0
-        self._connect_at_s: float | None = None
-        # When a lost connection is opened again unasked, and until when that makes sense.
-        self._warm_at_s: float | None = None
-        self._warm_until_s = 0.0
+        self._redial = Redial(config.min_backoff_s, config.max_backoff_s, config.keep_warm_s)
+        # With the incarnation that granted the lease, said as soon as there is a channel: aborts of pushes whose Begin
+        # was not sent, or went into a channel that broke and may not have reached the receiver.
+        self._owed: deque[tuple[int, Abort]] = deque(maxlen=_MAX_OWED)
 
     # Read-only views for drivers and tests.
 
@@ -284,15 +159,13 @@ class PushMachine:
         return len(self._pushes)
 
     @property
-    def next_deadline_s(self) -> float | None:
+    def wake_at_s(self) -> float | None:
         deadlines = [p.deadline_s for p in self._pushes.values()]
         if self._channel is not None and not self._channel.is_dropping:
             deadlines.append(self._channel.heart.due_s)
         if self._channel is None and not self._is_connecting:
-            if self._connect_at_s is not None and self._is_waited_for():
-                deadlines.append(self._connect_at_s)
-            if self._warm_at_s is not None:
-                deadlines.append(self._warm_at_s)
+            due_s = self._redial.due_s(is_waited_for=self._is_waited_for)
+            deadlines += [] if due_s is None else [due_s]
         return min(deadlines, default=None)
 
     def handle(self, event: SenderEvent, now: float) -> list[SenderAction]:  # noqa: C901 - one case per event
@@ -310,7 +183,7 @@ class PushMachine:
             case WriteFailed():
                 return self._on(event.push, event.error, now, say_abort=True)
             case Stopped():
-                return self._stopped(event.push)
+                return self._stopped(event.push, now)
             case Connected():
                 return self._connected(event, now)
             case ConnectFailed():
@@ -335,29 +208,25 @@ class PushMachine:
 
     # Channel.
 
+    @property
     def _is_waited_for(self) -> bool:
-        return any(p.state is PushState.WAITING for p in self._pushes.values())
+        return bool(self._owed) or any(p.state is PushState.WAITING for p in self._pushes.values())
 
     def _connect(self, now: float) -> list[SenderAction]:
-        is_due = self._warm_at_s is not None and now >= self._warm_at_s
-        if self._channel is not None or self._is_connecting or not (self._is_waited_for() or is_due):
+        if self._channel is not None or self._is_connecting:
             return []
-        if self._connect_at_s is not None and now < self._connect_at_s:
+        if not self._redial.is_due(now, is_waited_for=self._is_waited_for):
             return []
         self._is_connecting = True
         return [Connect()]
 
     def _connected(self, event: Connected, now: float) -> list[SenderAction]:
         assert self._channel is None, "one connection at a time"
-        self._is_connecting, self._failures, self._connect_at_s, self._warm_at_s = False, 0, None, None
+        self._is_connecting = False
+        self._redial.connected()
         heart = Heart(self._config.heartbeat_s, self._config.max_missed_heartbeats, now)
-        self._channel = _Channel(
-            event.channel, event.node_id, event.incarnation, event.is_one_sided, heart, OrderedDict()
-        )
-        actions: list[SenderAction] = []
-        for incarnation, abort in self._owed:
-            actions += self._send(abort) if incarnation == event.incarnation else []
-        self._owed.clear()
+        self._channel = _Channel(event.channel, event.node_id, event.incarnation, event.is_one_sided, heart)
+        actions = self._give_back()
         for push in list(self._pushes.values()):
             if push.state is PushState.WAITING:
                 actions += self._begin(push, now)
@@ -367,30 +236,34 @@ class PushMachine:
         """All waiting pushes fail at once instead of waiting for the next attempt: the router must know."""
         self._is_connecting = False
         self._owed.clear()
-        backoff_s = min(self._config.min_backoff_s * 2**self._failures, self._config.max_backoff_s)
-        self._failures += 1
-        self._connect_at_s = now + backoff_s
-        self._keep_warm(backoff_s if error.retryable else math.inf, now)
+        self._redial.failed(now, can_repeat=error.retryable)
         waiting = [p for p in self._pushes.values() if p.state is PushState.WAITING]
         return [self._finish(p, error) for p in waiting]
 
     def _channel_lost(self, event: ChannelLost, now: float) -> list[SenderAction]:
-        if self._channel is None or self._channel.number != event.channel:
+        channel = self._channel
+        if channel is None or channel.number != event.channel:
             return []
         self._channel = None
-        self._keep_warm(self._config.max_backoff_s, now)
+        self._redial.lost(now)
         actions: list[SenderAction] = []
         error = NodeLost(f"{self._peer}: transfer channel lost: {event.reason}")
         for push in list(self._pushes.values()):
-            if push.state is not PushState.WAITING:
-                push.farewell = None
+            if push.channel == channel.number:
+                # Where Begun was heard, the receiver ends the lease with the channel.
+                is_heard = channel.is_one_sided and push.state is not PushState.BEGINNING
+                push.farewell = None if is_heard else Abort(push.sequence_id, push.epoch, error.message)
                 actions += self._fail(push, error, now)
         return actions + self._connect(now)
 
-    def _keep_warm(self, after_s: float, now: float) -> None:
-        """Open a connection unasked after a while, if the last push is not too long ago by then."""
-        at_s = now + after_s
-        self._warm_at_s = at_s if at_s < self._warm_until_s else None
+    def _give_back(self) -> list[SenderAction]:
+        """Leases whose receiver may still wait for a Begin."""
+        channel = self._channel
+        if channel is None or channel.is_dropping:
+            return []
+        aborts = [abort for incarnation, abort in self._owed if incarnation == channel.incarnation]
+        self._owed.clear()
+        return [Send(channel.number, abort) for abort in aborts if channel.use(abort.epoch)]
 
     def _drop(self, reason: str) -> list[SenderAction]:
         if self._channel is None or self._channel.is_dropping:
@@ -406,37 +279,28 @@ class PushMachine:
     # Life of a push.
 
     def _push_begun(self, event: PushBegun, now: float) -> list[SenderAction]:
-        push = _Push(
-            event.push,
-            event.sequence_id,
-            event.epoch,
-            event.incarnation,
-            event.ttl_s,
-            deadline_s=now + self._config.begin_timeout_s,
-        )
+        deadline_s = now + self._config.begin_timeout_s
+        push = _Push(event.push, event.sequence_id, event.epoch, event.incarnation, event.ttl_s, deadline_s)
         self._pushes[event.push] = push
-        self._warm_until_s = now + self._config.keep_warm_s
+        self._redial.pushed(now)
         if self._channel is not None and not self._channel.is_dropping:
             return self._begin(push, now)
         return self._connect(now)
 
     def _begin(self, push: _Push, now: float) -> list[SenderAction]:
-        assert self._channel is not None
-        if push.incarnation != self._channel.incarnation:
+        channel = self._channel
+        assert channel is not None
+        if push.incarnation != channel.incarnation:
             error: BatonError = NodeLost(
                 f"lease of {push.sequence_id} was granted by incarnation {push.incarnation} of "
-                f"{self._channel.node_id}, which is now {self._channel.incarnation}"
+                f"{channel.node_id}, which is now {channel.incarnation}"
             )
             return [self._finish(push, error)]
-        used = self._channel.used_epochs
-        if push.epoch in used:
+        if not channel.use(push.epoch):
             return [self._finish(push, TransferFailed(f"lease {push.epoch} of {push.sequence_id} was used before"))]
-        used[push.epoch] = None
-        if len(used) > _MAX_REMEMBERED:
-            used.popitem(last=False)
-        push.state = PushState.BEGINNING
+        push.state, push.channel = PushState.BEGINNING, channel.number
         begin = self._send(Begin(push.sequence_id, push.epoch))
-        return begin if self._channel.is_one_sided else begin + self._begun(push, now)
+        return begin if channel.is_one_sided else begin + self._begun(push, now)
 
     def _commit_asked(self, event: CommitAsked, now: float) -> list[SenderAction]:
         push = self._pushes.get(event.push)
@@ -476,11 +340,7 @@ class PushMachine:
         if push is None or push.state is PushState.STOPPING:
             return []
         if say_abort:
-            abort = Abort(push.sequence_id, push.epoch, error.message)
-            if push.state is not PushState.WAITING:
-                push.farewell = abort
-            elif self._is_connecting:
-                self._owed.append((push.incarnation, abort))
+            push.farewell = Abort(push.sequence_id, push.epoch, error.message)
         return self._fail(push, error, now)
 
     def _fail(self, push: _Push, error: BatonError, now: float) -> list[SenderAction]:
@@ -492,15 +352,22 @@ class PushMachine:
             push.state = PushState.STOPPING
             push.deadline_s = now + self._config.stop_timeout_s
             return [StopWriting(push.number)]
-        return self._part(push)
+        return self._part(push, now)
 
-    def _part(self, push: _Push) -> list[SenderAction]:
-        actions = [] if push.farewell is None else self._send(push.farewell)
-        return [*actions, self._finish(push, push.error)]
+    def _part(self, push: _Push, now: float) -> list[SenderAction]:
+        """Say its last word, on its own channel or, if it gives a lease back, on the next one."""
+        actions: list[SenderAction] = []
+        channel, word = self._channel, push.farewell
+        if channel is not None and channel.number == push.channel and not channel.is_dropping:
+            actions += [] if word is None else self._send(word)
+        elif isinstance(word, Abort):
+            self._owed.append((push.incarnation, word))
+            actions += self._give_back()
+        return [*actions, self._finish(push, push.error), *self._connect(now)]
 
-    def _stopped(self, number: int) -> list[SenderAction]:
+    def _stopped(self, number: int, now: float) -> list[SenderAction]:
         push = self._pushes.get(number)
-        return [] if push is None or push.state is not PushState.STOPPING else self._part(push)
+        return [] if push is None or push.state is not PushState.STOPPING else self._part(push, now)
 
     def _finish(self, push: _Push, error: BatonError | None) -> SenderAction:
         del self._pushes[push.number]

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.errors import BatonError, TransferFailed
+from baton.patience import patient_timeout
 from baton.types import NodeDescription
 from kvtransfer.device_memory import DeviceMemory
 from kvtransfer.devices.interface import HANDLE_BYTES, Device
@@ -176,7 +177,7 @@ class CudaIpcWire(LocalWire):
             # Nothing is queued any more, so that what follows is true all the same.
             logging.getLogger(__name__).warning("cannot close the receiver's memory: %s", error.message)
         try:
-            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            async with patient_timeout(_CLOSE_TIMEOUT_S):
                 # Hints may fill the buffer; without this word the receiver waits for the end of our process.
                 await asyncio.get_running_loop().sock_sendall(self._connection, _LET_GO)
         except (OSError, TimeoutError):

@@ -16,6 +16,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from baton.patience import patient_timeout
 from kvtransfer.protocol.messages import WrittenRange
 from kvtransfer.transports.interface import PlaneEvents
 from kvtransfer.transports.local_wire import HINT
@@ -93,7 +94,7 @@ class LocalPlane(ABC):
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            async with patient_timeout(_HELLO_TIMEOUT_S):
                 token = await loop.sock_recv(connection, TOKEN_BYTES)
         except (TimeoutError, OSError):
             token = b""

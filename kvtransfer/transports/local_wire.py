@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from baton.errors import TransferFailed
+from baton.patience import patient_wait
 from kvtransfer.writing import Lanes, Unit
 
 # epoch, attempt, layer, num_layers, first, num_blocks: "these were written", in the host's byte order.
@@ -132,7 +133,7 @@ class LocalWire(ABC):
             if self._num_inside == 0:
                 self._is_empty.set()
         asyncio.get_running_loop().remove_reader(self._connection)
-        if self._is_empty.is_set() or await asyncio.to_thread(self._is_empty.wait, _LEAVE_TIMEOUT_S):
+        if self._is_empty.is_set() or await asyncio.to_thread(patient_wait, self._is_empty, _LEAVE_TIMEOUT_S):
             return True
         _log.error("a thread has been writing into a peer's memory for %s s; it stays open", _LEAVE_TIMEOUT_S)
         return False

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.errors import BatonError, TransferFailed
+from baton.patience import patient_timeout, patient_wait
 from kvtransfer.host import keep_apart
 from kvtransfer.plan import Area, BlockList
 from kvtransfer.transports.interface import PlaneSite
@@ -26,8 +27,6 @@ _SCRATCH_BYTES = 256 << 10
 _HELLO_TIMEOUT_S = 5.0
 # A pause after an accept that failed; out of descriptors it would fail again at once.
 _ACCEPT_AGAIN_S = 0.1
-# How long a stream waits for the event loop to say whether an epoch is open; the stream is given up then.
-_OPEN_TIMEOUT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -61,7 +60,9 @@ class TcpPlane:
     Methods on the event loop.
     """
 
-    def __init__(self, site: PlaneSite) -> None:
+    def __init__(self, site: PlaneSite, *, open_timeout_s: float = 10.0) -> None:
+        """A stream is given up if the event loop does not say in that time whether an epoch is open."""
+        self._open_timeout_s = open_timeout_s
         self._site = site
         self._events = site.events
         self._listen_host = site.listen_host or site.advertised_host.strip("[]")
@@ -116,7 +117,7 @@ class TcpPlane:
         loop = asyncio.get_running_loop()
         raw = bytearray()
         try:
-            async with asyncio.timeout(_HELLO_TIMEOUT_S):
+            async with patient_timeout(_HELLO_TIMEOUT_S):
                 while len(raw) < PREAMBLE.size:
                     part = await loop.sock_recv(connection, PREAMBLE.size - len(raw))
                     if not part:
@@ -201,8 +202,8 @@ class TcpPlane:
                 is_answered.set()
 
         self._tell(ask)
-        if not is_answered.wait(_OPEN_TIMEOUT_S):
-            raise TransferFailed(f"the event loop did not answer in {_OPEN_TIMEOUT_S} s")
+        if not patient_wait(is_answered, self._open_timeout_s):
+            raise TransferFailed(f"the event loop did not answer in {self._open_timeout_s} s")
 
     def _leave(self, epoch: int, num_bytes: int) -> None:
         """Stream thread: so many bytes of the frame were written."""

@@ -12,7 +12,7 @@ from baton.node_messages import Cancel, FromRouter, Refused, Reserve, Send, Sequ
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node import machine as m
 from engine.schedule import Failed, Output
-from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 
 BOOM = Failure("InternalError", "boom", retryable=False)
 FULL = Failure("NoBlocks", "full", retryable=True)

@@ -14,10 +14,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from baton.errors import InternalError, NodeLost
+from baton.machine import Tick
 from baton.types import Failure, TokenChunk
-from kvtransfer.protocol import receiver as r
-from kvtransfer.protocol import sender as s
+from kvtransfer.protocol import receiver_events as r
+from kvtransfer.protocol import sender_events as s
 from kvtransfer.protocol.messages import ReceiverMessage, SenderMessage
+from kvtransfer.protocol.receiver import LeaseMachine, ReceiverConfig
+from kvtransfer.protocol.sender import PushMachine, SenderConfig
 from kvtransfer.transports.fake import Link
 
 NUM_LAYERS = 2
@@ -80,7 +83,7 @@ class Wire:
 class Peer:
     def __init__(self, number: int, one_sided: bool) -> None:
         self.number, self.one_sided = number, one_sided
-        self.machine = s.PushMachine(f"decode via {number}", s.SenderConfig(heartbeat_s=0.9))
+        self.machine = PushMachine(f"decode via {number}", SenderConfig(heartbeat_s=0.9))
         self.writers: dict[int, Writer] = {}
         self.wire: Wire | None = None
         self.connect_asked = False
@@ -91,7 +94,7 @@ class TransferMachine(RuleBasedStateMachine):
     @initialize(one_sided=st.tuples(st.booleans(), st.booleans()))
     def start(self, one_sided: tuple[bool, bool]) -> None:
         self.now = 0.0
-        self.receiver = r.LeaseMachine(r.ReceiverConfig(max_attempts=2, heartbeat_s=1.0))
+        self.receiver = LeaseMachine(ReceiverConfig(max_attempts=2, heartbeat_s=1.0))
         self.peers = [Peer(i, kind) for i, kind in enumerate(one_sided)]
         self.wires: dict[int, Wire] = {}
         self.next_number = 1
@@ -467,14 +470,14 @@ class TransferMachine(RuleBasedStateMachine):
 
     def channel_of(self, epoch: int) -> int | None:
         lease = self.receiver._leases.get(epoch)
-        return None if lease is None else lease.channel
+        return None if lease is None or lease.channel is None else lease.channel.number
 
     @rule(seconds=st.sampled_from([0.1, 1.0, 4.0, 40.0]))
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
-        self.to_receiver(r.Tick())
+        self.to_receiver(Tick())
         for peer in self.peers:
-            self.to_sender(peer, s.Tick())
+            self.to_sender(peer, Tick())
 
     @rule(steps=st.lists(STEPS, max_size=12))
     def runs_smoothly(self, steps: list[str]) -> None:
@@ -607,9 +610,9 @@ class TransferMachine(RuleBasedStateMachine):
                 peer.connect_asked = False
                 self.to_sender(peer, s.ConnectFailed(NodeLost("connection refused")))
         self.now += 5.0
-        self.to_receiver(r.Tick())
+        self.to_receiver(Tick())
         for peer in self.peers:
-            self.to_sender(peer, s.Tick())
+            self.to_sender(peer, Tick())
         for wire in self.wires.values():
             if wire.lost_at_receiver and not wire.lost_at_sender:
                 self.lose_at_sender(self.peers[wire.peer])

@@ -20,7 +20,7 @@ from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id
 from kvtransfer.memory import HostMemory, Memory
-from kvtransfer.protocol.receiver import Arrived, LeaseNotice
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Push, Sender
 

@@ -30,7 +30,7 @@ from decode_node.machine import (
     StopCompute,
 )
 from engine.schedule import Failed, Output
-from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 
 SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4))
 ID = SPEC.sequence_id

@@ -8,7 +8,7 @@ from node_harness import LAYOUT, VOCAB, Node, Router, running_node, session, spe
 from baton.errors import InvalidRequest, TransferFailed
 from baton.types import SequenceSpec, TokenChunk
 from engine.fake import expected_tokens
-from kvtransfer.protocol.receiver import Arrived, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 
 
 def fill(node: Node, sequence: SequenceSpec) -> TokenChunk:

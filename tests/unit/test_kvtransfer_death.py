@@ -19,7 +19,9 @@ from kvtransfer_pair import LAYOUT, describe, make_memory, pair, token, until
 from baton.errors import NodeLost, TransferFailed
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import LeaseState, Quarantined, ReceiverConfig, Released
+from kvtransfer.protocol.lease import LeaseState
+from kvtransfer.protocol.receiver import ReceiverConfig
+from kvtransfer.protocol.receiver_events import Quarantined, Released
 from kvtransfer.sender import Push, Sender
 
 WAYS = [("shm", "host"), ("tcp", "host"), ("tcp", "device"), ("cuda_ipc", "device")]
@@ -161,3 +163,12 @@ async def test_a_restarted_receiver_on_the_same_port_is_another_node(transport: 
             fresh = await receiver.lease()
             assert fresh.incarnation == 2
             assert (await begin(sender, fresh).commit(token("seq1"))).transport == transport
+
+
+async def test_a_stream_of_a_process_that_was_stopped_waits_for_its_event_loop_once_more() -> None:
+    async with child("stopped") as stopped:
+        # Stopped by itself; asyncio's watcher is told of the end alone.
+        await asyncio.to_thread(os.waitid, os.P_PID, stopped.process.pid, os.WSTOPPED | os.WNOWAIT)
+        await asyncio.sleep(3.0)
+        stopped.process.send_signal(signal.SIGCONT)
+        assert await stopped.read() == {"gone": [], "landed": [9]}

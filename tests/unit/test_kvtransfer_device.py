@@ -21,7 +21,7 @@ from kvtransfer.devices.fake import FakeDevice, FakeEvent, FakeStream
 from kvtransfer.devices.interface import Event
 from kvtransfer.digest import LayerDigests
 from kvtransfer.plan import ByteRange
-from kvtransfer.protocol.receiver import Arrived, Released
+from kvtransfer.protocol.receiver_events import Arrived, Released
 from kvtransfer.sender import Sender
 from kvtransfer.transports import cuda_ipc
 from kvtransfer.transports.interface import PlaneEvents

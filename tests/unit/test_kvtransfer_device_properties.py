@@ -14,7 +14,7 @@ from kvtransfer_pair import LAYOUT, Pair, fake_device, pair, token
 
 from baton.errors import BatonError
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver import Arrived, Released
+from kvtransfer.protocol.receiver_events import Arrived, Released
 
 MISCHIEF = ["", "corrupt=1", "corrupt=1,drop=1", "reorder=1", "delay_s=0.004", "die=3", "die=1"]
 ENDS = ["commit", "abort", "revoke"]

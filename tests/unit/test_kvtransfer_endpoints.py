@@ -29,7 +29,9 @@ from baton.v1 import transfer_pb2, transfer_pb2_grpc
 from kvtransfer.config import TransferConfig
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.encoding import IDENTITY, Encoding, choose_encoding
-from kvtransfer.protocol.receiver import Arrived, LeaseState, Quarantined, ReceiverConfig, Released
+from kvtransfer.protocol.lease import LeaseState
+from kvtransfer.protocol.receiver import ReceiverConfig
+from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.sender import Push
 

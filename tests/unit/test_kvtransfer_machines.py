@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 
 from baton.errors import Incompatible, NodeLost, TransferFailed
+from baton.machine import Tick
 from baton.types import Failure, TokenChunk
-from kvtransfer.protocol import receiver as r
-from kvtransfer.protocol import sender as s
+from kvtransfer.protocol import receiver_events as r
+from kvtransfer.protocol import sender_events as s
+from kvtransfer.protocol.lease import LeaseState
 from kvtransfer.protocol.messages import (
     Abort,
     Ack,
@@ -20,6 +22,8 @@ from kvtransfer.protocol.messages import (
     Revoked,
     WrittenRange,
 )
+from kvtransfer.protocol.receiver import LeaseMachine, ReceiverConfig
+from kvtransfer.protocol.sender import PushMachine, SenderConfig
 
 TOKEN = TokenChunk("q", 0, (5,))
 DAMAGE = Failure("TransferFailed", "digest of layers [1] differs in attempt 1", True)
@@ -33,7 +37,7 @@ class Receiving:
     """A receiver with lease 7 of "q" over blocks 4 and 5, and channel 1."""
 
     def __init__(self, one_sided: bool = True, ttl_s: float = 10.0) -> None:
-        self.machine = r.LeaseMachine(r.ReceiverConfig())
+        self.machine = LeaseMachine(ReceiverConfig())
         self.now = 0.0
         self.one_sided = one_sided
         assert self.feed(r.ChannelOpened(1, "prefill-0", one_sided)) == []
@@ -114,7 +118,7 @@ def test_a_channel_without_data_connection_begins_nothing() -> None:
     t = Receiving()
     assert t.feed(r.WriterGone(1)) == []
     assert t.hears(Begin("q", 7)) == []
-    assert t.machine.state("q") is r.LeaseState.GRANTED
+    assert t.machine.state("q") is LeaseState.GRANTED
 
 
 @pytest.mark.parametrize("last_word", [Revoked("q", 7), Abort("q", 7, "x"), commit()])
@@ -128,7 +132,7 @@ def test_a_one_sided_writer_must_speak_before_blocks_are_released(last_word: obj
     ]
     assert t.feed(r.EpochQuiet(7)) == []
     t.now = 3.0
-    assert r.DropChannel(1, "a write into q did not stop") in t.feed(r.Tick())
+    assert r.DropChannel(1, "a write into q did not stop") in t.feed(Tick())
     assert t.machine.num_leases == 1, "no time-out frees blocks that a live writer can reach"
     assert t.hears(last_word) == [r.ForgetDigests(7, None), r.Released("q", 7, "cancelled")]
 
@@ -174,23 +178,23 @@ def test_a_peer_whose_last_frame_stays_half_sent_is_dropped(has_committed: bool,
     assert any(isinstance(action, r.Quarantined) for action in told)
     t.hears(Revoked("q", 7))
     t.now = 1.0
-    while t.machine.next_deadline_s is not None and t.machine.next_deadline_s <= 5.0:
-        t.now = t.machine.next_deadline_s
+    while t.machine.wake_at_s is not None and t.machine.wake_at_s <= 5.0:
+        t.now = t.machine.wake_at_s
         t.hears(Heartbeat())
-        if r.DropChannel(1, "a write into q did not stop") in t.feed(r.Tick()):
+        if r.DropChannel(1, "a write into q did not stop") in t.feed(Tick()):
             break
     assert t.now == 2.0
     t.feed(r.ChannelLost(1, "dropped"))
     assert isinstance(t.feed(r.EpochQuiet(7))[-1], r.Released)
     assert t.feed(r.WriterGone(1)) == []
-    assert t.machine.next_deadline_s is None
+    assert t.machine.wake_at_s is None
 
 
 def test_a_commit_that_overtakes_its_data_waits_for_all_of_it() -> None:
     t = Receiving(one_sided=False)
     t.begin()
     assert t.hears(commit(num_sent_bytes=64)) == [r.CloseEpoch(1, 7, 64)]
-    assert t.machine.state("q") is r.LeaseState.FILLING
+    assert t.machine.state("q") is LeaseState.FILLING
     assert t.hears(commit(num_sent_bytes=64)) == [], "a duplicate"
     assert t.feed(r.EpochQuiet(7)) == [r.Verify(7, commit(num_sent_bytes=64))]
     assert t.feed(r.Verified(7, 1, (1,)))[1] == r.OpenEpoch(1, 7, (4, 5))
@@ -198,15 +202,15 @@ def test_a_commit_that_overtakes_its_data_waits_for_all_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "event", [r.RevokeAsked("q", "cancelled"), r.WriterGone(1), r.Malformed(1, "q", 7, "stray"), r.Tick()]
+    "event", [r.RevokeAsked("q", "cancelled"), r.WriterGone(1), r.Malformed(1, "q", 7, "stray"), Tick()]
 )
 def test_a_commit_whose_data_does_not_come_is_refused_and_its_epoch_closed_first(event: r.ReceiverEvent) -> None:
     t = Receiving(one_sided=False, ttl_s=2.0)
     t.begin()
     t.hears(commit(num_sent_bytes=64))
     t.now = 2.0
-    assert t.machine.next_deadline_s is not None
-    assert t.machine.next_deadline_s <= 2.0, "a commit is waited for no longer than the lease lives"
+    assert t.machine.wake_at_s is not None
+    assert t.machine.wake_at_s <= 2.0, "a commit is waited for no longer than the lease lives"
     actions = [a for a in t.feed(event) if a != r.Send(1, Heartbeat())]
     assert [type(a) for a in actions] == [r.Send, r.CloseEpoch, r.Quarantined]
     assert isinstance(actions[0].message, Nack)
@@ -255,7 +259,7 @@ def test_what_was_committed_before_the_channel_broke_still_arrives() -> None:
     assert t.feed(r.ChannelLost(1, "reset")) == []
     assert t.feed(r.WriterGone(1)) == []
     t.now = 100.0
-    assert t.feed(r.Tick()) == [], "done and late is done"
+    assert t.feed(Tick()) == [], "done and late is done"
     assert t.feed(r.Verified(7, 1, ())) == [r.Arrived("q", 7, TOKEN)]
     assert t.feed(r.TakenOver(7)) == [r.ForgetDigests(7, None)]
 
@@ -263,10 +267,10 @@ def test_what_was_committed_before_the_channel_broke_still_arrives() -> None:
 def test_a_silent_peer_is_dropped_but_not_by_a_receiver_that_slept() -> None:
     t = Receiving(ttl_s=1e6)
     t.now = 1000.0
-    assert t.feed(r.Tick()) == [r.Send(1, Heartbeat())], "one late tick of ours is one missed beat"
+    assert t.feed(Tick()) == [r.Send(1, Heartbeat())], "one late tick of ours is one missed beat"
     for _ in range(5):
         t.now += 1.0
-        actions = t.feed(r.Tick())
+        actions = t.feed(Tick())
     assert actions == [r.DropChannel(1, "prefill-0 was silent")]
 
 
@@ -274,7 +278,7 @@ class Sending:
     """A sender with push 3 of "q" towards lease 7, waiting for its channel."""
 
     def __init__(self) -> None:
-        self.machine = s.PushMachine("decode:1", s.SenderConfig())
+        self.machine = PushMachine("decode:1", SenderConfig())
         self.now = 0.0
         assert self.feed(s.PushBegun(3, "q", 7, 1, 10.0)) == [s.Connect()]
 
@@ -387,7 +391,7 @@ def test_a_write_that_does_not_stop_costs_the_connection() -> None:
     t.begin()
     t.feed(s.AbortAsked(3, "cancelled"))
     t.now = 2.0
-    assert s.DropChannel(1, "a write of q did not stop") in t.feed(s.Tick())
+    assert s.DropChannel(1, "a write of q did not stop") in t.feed(Tick())
     assert t.feed(s.ChannelLost(1, "dropped")) == []
     assert [type(a) for a in t.feed(s.Stopped(3))] == [s.Finish]
 
@@ -396,6 +400,48 @@ def test_an_aborted_wait_gives_the_lease_back_when_the_channel_comes() -> None:
     t = Sending()
     assert [type(a) for a in t.feed(s.AbortAsked(3, "cancelled"))] == [s.Finish]
     assert t.feed(s.Connected(1, "decode-0", 1, True)) == [s.Send(1, Abort("q", 7, "q: cancelled"))]
+
+
+def test_an_abort_while_its_channel_is_being_dropped_gives_the_lease_back_on_the_next_one() -> None:
+    t = Sending()
+    t.begin()
+    t.feed(s.AbortAsked(3, "cancelled"))
+    t.now = 2.0
+    assert s.DropChannel(1, "a write of q did not stop") in t.feed(Tick())
+    assert t.feed(s.PushBegun(4, "r", 8, 1, 10.0)) == []
+    assert [type(a) for a in t.feed(s.AbortAsked(4, "cancelled"))] == [s.Finish], "nothing is waited for"
+    assert t.feed(s.ChannelLost(1, "dropped")) == [s.Connect()]
+    assert t.feed(s.Connected(2, "decode-0", 1, True)) == [s.Send(2, Abort("r", 8, "r: cancelled"))]
+
+
+def test_a_lease_whose_begin_may_be_lost_with_its_channel_is_given_back_on_the_next_one() -> None:
+    t = two_sided()
+    assert t.feed(s.ChannelLost(1, "reset")) == [s.StopWriting(3)]
+    assert [type(a) for a in t.feed(s.Stopped(3))] == [s.Finish, s.Connect]
+    (told,) = t.feed(s.Connected(2, "decode-0", 1, False))
+    assert told == s.Send(2, Abort("q", 7, "decode:1: transfer channel lost: reset"))
+    (finish,) = t.feed(s.PushBegun(4, "q", 7, 1, 10.0))
+    assert isinstance(finish, s.Finish), "the lease is given back: no other push begins with it"
+
+
+def test_only_who_granted_a_lease_gets_it_back_and_only_if_it_can_be_reached() -> None:
+    for connects in (True, False):
+        t = Sending()
+        t.feed(s.Connected(1, "decode-0", 1, True))
+        assert [type(a) for a in t.feed(s.ChannelLost(1, "reset"))] == [s.Finish, s.Connect], "Begun was not heard"
+        if not connects:
+            t.feed(s.ConnectFailed(NodeLost("refused")))
+            t.now = t.machine.wake_at_s or 0.0
+            assert t.feed(Tick()) == [s.Connect()]
+        assert t.feed(s.Connected(2, "decode-0", 2 if connects else 1, True)) == []
+
+
+def test_a_receiver_that_was_away_for_long_is_dialled_all_the_same() -> None:
+    t = Sending()
+    for push in range(4, 1200):
+        t.feed(s.ConnectFailed(NodeLost("refused")))
+        t.now += 2.0
+        assert t.feed(s.PushBegun(push, "q", push, 1, 10.0)) == [s.Connect()]
 
 
 def test_a_lease_is_used_once_on_a_channel() -> None:
@@ -413,11 +459,11 @@ def test_back_off_grows_and_ends() -> None:
     waits = []
     for push in range(4, 12):
         assert t.feed(s.PushBegun(push, "q", push, 1, 10.0)) == []
-        due_s = t.machine.next_deadline_s
+        due_s = t.machine.wake_at_s
         assert due_s is not None
         waits.append(due_s - t.now)
         t.now = due_s
-        assert t.feed(s.Tick()) == [s.Connect()]
+        assert t.feed(Tick()) == [s.Connect()]
         t.feed(s.ConnectFailed(error))
     assert waits == pytest.approx([0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 2.0, 2.0])
 
@@ -428,14 +474,14 @@ def test_a_lost_connection_is_opened_again_before_a_push_asks_for_it() -> None:
     t.commit()
     t.hears(Ack("q", 7))
     assert t.feed(s.ChannelLost(1, "reset")) == [], "not at once: a peer may accept and hang up again and again"
-    assert t.machine.next_deadline_s == 2.0
+    assert t.machine.wake_at_s == 2.0
     t.now = 2.0
-    assert t.feed(s.Tick()) == [s.Connect()]
-    assert t.machine.next_deadline_s is None, "a connection under way is not waited for by a timer"
+    assert t.feed(Tick()) == [s.Connect()]
+    assert t.machine.wake_at_s is None, "a connection under way is not waited for by a timer"
     assert t.feed(s.ConnectFailed(NodeLost("refused"))) == []
-    t.now = t.machine.next_deadline_s or 0.0
+    t.now = t.machine.wake_at_s or 0.0
     assert t.now == 2.05
-    assert t.feed(s.Tick()) == [s.Connect()]
+    assert t.feed(Tick()) == [s.Connect()]
     assert t.feed(s.Connected(2, "decode-0", 2, True)) == []
 
 
@@ -448,9 +494,9 @@ def test_a_push_does_not_wait_for_the_reopening_and_a_peer_is_not_kept_warm_for_
     assert t.feed(s.PushBegun(4, "r", 8, 1, 10.0)) == [s.Connect()]
     t.feed(s.ConnectFailed(NodeLost("refused")))
     attempts = 0
-    while t.machine.next_deadline_s is not None:
-        t.now = t.machine.next_deadline_s
-        attempts += t.feed(s.Tick()) == [s.Connect()]
+    while t.machine.wake_at_s is not None:
+        t.now = t.machine.wake_at_s
+        attempts += t.feed(Tick()) == [s.Connect()]
         t.feed(s.ConnectFailed(NodeLost("refused")))
     assert 58.0 <= t.now <= 60.0, "keep_warm_s after the last push"
     assert attempts < 40
@@ -459,7 +505,7 @@ def test_a_push_does_not_wait_for_the_reopening_and_a_peer_is_not_kept_warm_for_
 def test_a_receiver_that_is_incompatible_is_not_dialled_unasked() -> None:
     t = Sending()
     t.feed(s.ConnectFailed(Incompatible("dtype differs")))
-    assert t.machine.next_deadline_s is None
+    assert t.machine.wake_at_s is None
 
 
 @pytest.mark.parametrize(
@@ -480,7 +526,7 @@ def test_every_wait_has_a_deadline(reach: int, waited_for: str) -> None:
     for _ in range(60):
         t.now += 1.0
         t.hears(Heartbeat())
-        for action in t.feed(s.Tick()):
+        for action in t.feed(Tick()):
             if isinstance(action, s.StopWriting):
                 finished += [a for a in t.feed(s.Stopped(3)) if isinstance(a, s.Finish)]
             elif isinstance(action, s.Finish):
@@ -493,7 +539,7 @@ def test_a_receiver_that_was_late_itself_lets_a_commit_in_that_waited_unread() -
     t = Receiving(ttl_s=10.0)
     t.begin()
     t.now = 13.0
-    assert not any(isinstance(x, r.Quarantined | r.Released) for x in t.feed(r.Tick(late_s=3.0)))
+    assert not any(isinstance(x, r.Quarantined | r.Released) for x in t.feed(Tick(late_s=3.0)))
     t.verify()
     assert t.feed(r.Verified(7, 1, ())) == [r.Arrived("q", 7, TOKEN)]
 
@@ -501,17 +547,17 @@ def test_a_receiver_that_was_late_itself_lets_a_commit_in_that_waited_unread() -
 def test_a_receiver_that_was_late_expires_leases_all_the_same() -> None:
     t = Receiving(ttl_s=10.0)
     t.now = 13.0
-    t.feed(r.Tick(late_s=3.0))
+    t.feed(Tick(late_s=3.0))
     t.now = 14.1
-    assert r.Released("q", 7, "lease expired") in t.feed(r.Tick(late_s=0.01))
+    assert r.Released("q", 7, "lease expired") in t.feed(Tick(late_s=0.01))
 
 
 def test_a_sender_that_was_late_gives_no_push_up_for_it() -> None:
-    machine = s.PushMachine("d:1", s.SenderConfig())
+    machine = PushMachine("d:1", SenderConfig())
     machine.handle(s.PushBegun(1, "q", 7, 3, 10.0), 0.0)
-    due_s = machine.next_deadline_s
+    due_s = machine.wake_at_s
     assert due_s is not None
-    actions = machine.handle(s.Tick(late_s=60.0), due_s + 60.0)
+    actions = machine.handle(Tick(late_s=60.0), due_s + 60.0)
     assert not any(isinstance(x, s.Finish) for x in actions)
-    actions = machine.handle(s.Tick(late_s=0.01), due_s + 60.0 + 60.1)
+    actions = machine.handle(Tick(late_s=0.01), due_s + 60.0 + 60.1)
     assert any(isinstance(x, s.Finish) for x in actions)

@@ -23,7 +23,7 @@ from baton.v1 import common_pb2, node_pb2, transfer_pb2, transfer_pb2_grpc
 from engine.fake import expected_tokens
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.encoding import IDENTITY
-from kvtransfer.protocol.receiver import Arrived, Released
+from kvtransfer.protocol.receiver_events import Arrived, Released
 from kvtransfer.wire_codec import encoding_to_pb
 from worker.session import SessionHost
 

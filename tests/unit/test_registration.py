@@ -10,6 +10,7 @@ import pytest
 
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
+from baton.machine import Tick
 from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.types import Role
 from tests.redis_server import RedisServer
@@ -22,14 +23,14 @@ RECORD = NodeRecord("decode-0", "10.0.0.1:50052", 5, Role.DECODE, "abc")
 def test_it_registers_and_renews_three_times_a_lease() -> None:
     machine = r.LeaseKeeper(CONFIG)
     assert machine.handle(r.Begin(), 0.0) == [r.Register(takes_over=True)]
-    assert machine.handle(r.Tick(), 5.0) == [], "an answer is awaited"
+    assert machine.handle(Tick(), 5.0) == [], "an answer is awaited"
     assert machine.handle(r.Accepted(), 0.1) == [r.Say(logging.INFO, "registered")]
-    assert machine.due_at_s == pytest.approx(3.1)
-    assert machine.handle(r.Tick(), 3.0) == []
-    assert machine.handle(r.Tick(), 3.1) == [r.Register(takes_over=False)]
+    assert machine.wake_at_s == pytest.approx(3.1)
+    assert machine.handle(Tick(), 3.0) == []
+    assert machine.handle(Tick(), 3.1) == [r.Register(takes_over=False)]
     assert machine.handle(r.Accepted(), 3.2) == []
     assert machine.handle(r.Withdraw(), 4.0) == [r.Leave()]
-    assert machine.handle(r.Tick(), 99.0) == []
+    assert machine.handle(Tick(), 99.0) == []
 
 
 def test_a_registry_that_is_gone_is_told_once_and_tried_ever_less_often_but_within_a_renewal() -> None:
@@ -39,14 +40,14 @@ def test_a_registry_that_is_gone_is_told_once_and_tried_ever_less_often_but_with
     assert isinstance(said, r.Say)
     now, gaps = 0.0, []
     for _ in range(10):
-        assert machine.due_at_s is not None
-        gaps.append(machine.due_at_s - now)
-        now = machine.due_at_s
-        assert machine.handle(r.Tick(), now) == [r.Register(takes_over=True)], "it was never accepted"
+        assert machine.wake_at_s is not None
+        gaps.append(machine.wake_at_s - now)
+        now = machine.wake_at_s
+        assert machine.handle(Tick(), now) == [r.Register(takes_over=True)], "it was never accepted"
         assert machine.handle(r.Failed("refused"), now) == []
     assert gaps[0] == pytest.approx(0.1)
     assert gaps[-1] == pytest.approx(3.0)
-    machine.handle(r.Tick(), now + 3.0)
+    machine.handle(Tick(), now + 3.0)
     (again,) = machine.handle(r.Accepted(), now + 3.0)
     assert isinstance(again, r.Say)
     assert f"{now + 3.0:.1f} s" in again.message
@@ -56,11 +57,11 @@ def test_who_was_replaced_stays_away() -> None:
     machine = r.LeaseKeeper(CONFIG)
     machine.handle(r.Begin(), 0.0)
     machine.handle(r.Accepted(), 0.0)
-    machine.handle(r.Tick(), 3.0)
+    machine.handle(Tick(), 3.0)
     (said,) = machine.handle(r.Superseded(77), 3.1)
     assert isinstance(said, r.Say)
     assert (said.level, "77" in said.message) == (logging.ERROR, True)
-    assert machine.due_at_s is None
+    assert machine.wake_at_s is None
     assert machine.handle(r.Withdraw(), 4.0) == [], "the record is another's"
 
 

@@ -38,13 +38,9 @@ async def register(server: RedisServer, node: FakeNode, ttl_s: float = 0.6) -> R
 
 async def fall_silent(registration: Registration) -> None:
     """It renews no more, and takes nothing back: as if its process had been killed."""
-    task = registration._task
-    assert task is not None
+    registration._driver.close()
     async with asyncio.timeout(5):
-        while not task.done():
-            # More than once: a redis-py (8.1) that waits for an answer can lose a cancellation.
-            task.cancel()
-            await asyncio.wait([task], timeout=0.1)
+        await registration._settled()
 
 
 @asynccontextmanager
