@@ -90,7 +90,7 @@ def _check_sums(prometheus: Prometheus) -> None:
     (stages,) = numbers(prometheus.query("sum(baton_ttft_stage_seconds_sum)"))
     assert stages == pytest.approx(ttft)
     (total,) = numbers(prometheus.query('sum(baton_kv_blocks{node="decode-0"})'))
-    (free,) = numbers(prometheus.query('baton_kv_blocks{node="decode-0", state="free"}'))
+    (free,) = numbers(prometheus.query('sum(baton_kv_blocks{node="decode-0", state=~"free|cached"})'))
     assert 0 < free <= total
     busy = numbers(prometheus.query("baton:engine_busy:ratio"))
     assert all(0 <= share <= 1.2 for share in busy)

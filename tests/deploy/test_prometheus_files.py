@@ -87,6 +87,13 @@ def test_what_every_router_sees_is_not_summed_over_routers(query: Query) -> None
         assert ONCE.search(before) or before.endswith("unless on () group(last_over_time("), before
 
 
+def test_cached_blocks_count_as_free_wherever_used_ones_are_meant() -> None:
+    adapter = (DEPLOY / "kubernetes" / "examples" / "prometheus-adapter.yaml").read_text()
+    texts = [query.expr for query in QUERIES] + [adapter]
+    excluded = [found for text in texts for found in re.findall(r'state!~?"([^"]*)"', text) if "free" in found]
+    assert set(excluded) == {"free|cached"}
+
+
 @pytest.mark.parametrize("query", rule_queries(), ids=lambda query: query.where)
 def test_rules_tell_clusters_and_models_apart(query: Query) -> None:
     for labels in re.findall(r"\b(?:sum|min|max|count|group) by \(([^)]*)\)", query.expr):
