@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from baton.types import SamplingParams, SequenceSpec
-from bench.cases import relative_error
 from bench.gpu_cases import tuning_for
 from bench.gpu_child import Context
 from bench.gpu_measure import Case, Device, Task
 from bench.gpu_model import WholeModel
 from bench.gpu_sizes import FAMILY_SHAPE
+from engine.kernels.cases import relative_error
 from engine.model_config import ModelConfig
 from engine.step import Piece
 from engine.step import Sequence as Running

@@ -18,9 +18,9 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench import gpu_sampling
-from bench.cases import TOLERANCE, PagedSequences, generator_on
 from bench.gpu_measure import Device, Peer, Work
 from bench.gpu_sizes import Sizes
+from engine.kernels.cases import TOLERANCE, PagedSequences, generator_on
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.gemm import linear, probe
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.cases import relative_error
+from engine.kernels.cases import relative_error
 
 NOT_MEASURED = "not measured on a GPU"
 _ROUNDS = 5

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from baton.types import SamplingParams, SequenceSpec
-from bench.cases import generator_on
 from bench.gpu_measure import Device, Peer, Work
 from engine.draws import DeviceDraws
+from engine.kernels.cases import generator_on
 from engine.kernels.interface import REPORT_TOP, Draws
 from engine.kernels.triton.sampling import TritonSampler
 from engine.mass import reported_mass

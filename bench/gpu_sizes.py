@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from bench.cases import Shape
+from engine.kernels.cases import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ python=.venv/bin/python
 case "${1:-}" in
   # What LLVM compiles, on the host's vectors and on others: a part of the tests, for CI's time.
   llvmlite) tests=(tests/kernels/test_cpu_{kernels,int8,long}.py -k "not narrow and not float16 and not heads") ;;
-  triton) tests=(tests/kernels/test_triton_launch.py tests/kernels/test_triton_aot.py) ;;
+  triton) tests=(tests/kernels/test_triton_launch.py tests/unit/bench/test_aot.py) ;;
   *) echo "usage: scripts/bounds.sh llvmlite|triton; got '${*:-nothing}'" >&2; exit 2 ;;
 esac
 name="$1"

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import demo
-from tests.redis_server import RedisServer
+from tests.support.redis_server import RedisServer
 
 # Before torch is imported. Tests use small tensors: a second thread saves nothing, and on a busy machine every parallel
 # loop would wait for it. Tests about threads ask torch for more.

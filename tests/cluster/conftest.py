@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.harness import Cluster, StartCluster, starter
+from tests.support.cluster import Cluster, StartCluster, starter
 
 # A limit against hanging: on a machine with other work a restart alone takes half a minute.
 _LONG_TIMEOUT_S = 900

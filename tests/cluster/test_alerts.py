@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.prometheus import Prometheus, numbers, running_prometheus
-from tests.cluster.test_prometheus import filled_in
-from tests.deploy.prometheus import IS_INSTALLED, panel_queries
-from tests.redis_server import RedisServer
+from tests.support.prometheus_files import IS_INSTALLED, filled_in, panel_queries
+from tests.support.prometheus_server import Prometheus, numbers, running_prometheus
+from tests.support.redis_server import RedisServer
 
 pytestmark = [pytest.mark.skipif(not IS_INSTALLED, reason="prometheus is not installed"), pytest.mark.timeout(300)]
 START_TIMEOUT_S = 90.0

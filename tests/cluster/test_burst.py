@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from demo.tasks import mixed_prompts
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Job, run_all
+from tests.support.cluster import StartCluster
+from tests.support.load import Job, run_all
 
 
 @pytest.mark.parametrize("transport", ["shm", pytest.param("tcp", marks=pytest.mark.long)])

@@ -12,13 +12,11 @@ from pathlib import Path
 import pytest
 
 from baton.client import Client
-from tests.cluster.harness import Cluster, StartCluster
+from tests.support.cluster import KEYS, WITH_KEYS, Cluster, StartCluster
+from tests.support.root import ROOT
 
-DOCUMENT = Path(__file__).parents[2] / "docs/clients.md"
+DOCUMENT = ROOT / "docs/clients.md"
 EXAMPLE_TIMEOUT_S = 30.0
-# The document's, and another.
-KEYS = ("secret", "key-of-somebody")
-WITH_KEYS = ("--api-key", KEYS[0], "--api-key", KEYS[1])
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n(?:```text\n(.*?)^```\n)?", re.MULTILINE | re.DOTALL)
 
 

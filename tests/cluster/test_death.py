@@ -9,18 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from demo.tasks import mixed_prompts
-from tests.cluster.harness import Cluster, StartCluster
-from tests.cluster.load import Answer, Job, run_all
+from tests.support.cluster import Cluster, StartCluster
+from tests.support.load import Answer, Job, mixed_jobs, run_all
 
 CONCURRENCY = 16
-
-
-def load(count: int) -> list[Job]:
-    """Half greedy, half sampled with a seed; prompts of every length, answers of 24 to 132 tokens."""
-    tasks = mixed_prompts(seed=11, count=count)
-    sampled = {"temperature": 0.9, "top_p": 0.95, "seed": 5, "ignore_eos": True}
-    return [Job(t.prompt, 24 + 12 * (i % 10), sampled if i % 2 else {"ignore_eos": True}) for i, t in enumerate(tasks)]
 
 
 async def kill_under_load(cluster: Cluster, role: str, jobs: list[Job], after_s: float, which: int) -> list[Answer]:
@@ -36,7 +28,7 @@ async def kill_under_load(cluster: Cluster, role: str, jobs: list[Job], after_s:
 async def survives(cluster: Cluster, roles: Sequence[str]) -> None:
     """Deaths of these roles, one after the other."""
     rng = random.Random("/".join(roles))
-    jobs = load(48)
+    jobs = mixed_jobs(48)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     assert [a.error for a in undisturbed] == [None] * len(jobs)
     num_reruns = 0

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 import baton
-from tests.cluster.harness import Cluster, StartCluster
-from tests.cluster.load import Answer, Job, run_all
-from tests.cluster.test_death import load
+from tests.support.cluster import Cluster, StartCluster
+from tests.support.load import Answer, Job, mixed_jobs, run_all
 
 CONCURRENCY = 12
 
@@ -37,7 +36,7 @@ def assert_same(answers: list[Answer], undisturbed: list[Answer]) -> None:
 async def test_draining_each_node_in_turn_under_load_fails_nothing(
     start_cluster: StartCluster, demo_model: Path
 ) -> None:
-    jobs = load(24)
+    jobs = mixed_jobs(24)
     cluster = start_cluster(demo_model, prefill=2, decode=2)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     stop = asyncio.Event()
@@ -63,7 +62,7 @@ async def test_draining_each_node_in_turn_under_load_fails_nothing(
 async def test_a_second_sigterm_cuts_off_and_the_router_runs_the_rest_elsewhere(
     shared_cluster: StartCluster, demo_model: Path, role: str
 ) -> None:
-    jobs = load(48)
+    jobs = mixed_jobs(48)
     cluster = shared_cluster(demo_model, prefill=2, decode=2)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     running = asyncio.create_task(run_all(cluster.http, jobs, CONCURRENCY))

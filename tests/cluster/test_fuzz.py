@@ -19,8 +19,8 @@ import pytest
 
 from baton.v1 import router_pb2
 from demo.tasks import recall_prompts
-from tests.cluster.harness import Cluster, StartCluster
-from tests.cluster.load import Job, run_all
+from tests.support.cluster import Cluster, StartCluster
+from tests.support.load import Job, run_all
 
 _log = logging.getLogger(__name__)
 

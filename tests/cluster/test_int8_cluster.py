@@ -9,9 +9,9 @@ from transformers import AutoTokenizer
 from demo.tasks import recall_prompts
 from engine.config import EngineConfig
 from engine.runner import Runner
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Job, run_all
-from tests.engine_driver import Driver, spec
+from tests.support.cluster import StartCluster
+from tests.support.engine_driver import Driver, spec
+from tests.support.load import Job, run_all
 
 NUM_PROMPTS = 16
 MIN_ACCURACY = 0.9

@@ -8,9 +8,8 @@ import openai
 import pytest
 
 from demo.tasks import recall_prompts
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Job, run_all
-from tests.cluster.test_clients_doc import KEYS, WITH_KEYS
+from tests.support.cluster import KEYS, WITH_KEYS, StartCluster
+from tests.support.load import Job, run_all
 
 MODEL = "model"
 TIMEOUT_S = 60.0

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Job, run_all
-from tests.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
+from tests.support.cluster import StartCluster, layerwise_from_kib
+from tests.support.load import Job, run_all
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
+from tests.support.oracle import expected_tokens
 
-BLOCK_TOKENS = 64
 MAX_TOKENS = 12
 # Either side of every kind of border: the first block's, later ones', and of the switch to layer-wise push below.
 LENGTHS = (1, 2, 3, 62, 63, 64, 65, 127, 128, 129, 200, 255, 256, 257, 320, 511, 512, 513, 767, 1000, 1279, 1280, 1500)
@@ -32,22 +29,6 @@ def prompts(case: ModelCase) -> list[list[int]]:
     return [[rng.randrange(VOCAB_SIZE) for _ in range(length)] for length in LENGTHS if length <= limit]
 
 
-def oracle(model: transformers.GenerationMixin, prompt: Sequence[int]) -> list[int]:
-    """What transformers generates from the prompt alone."""
-    ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        # With its own guess of the mask, generate would take every token 0 of the prompt for padding.
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=MAX_TOKENS, do_sample=False, pad_token_id=0
-        )
-    return list(map(int, out[0, len(prompt) :]))
-
-
-def layerwise_from_kib(case: ModelCase, num_blocks: int = LAYERWISE_FROM_BLOCKS) -> int:
-    per_token = case.layers * case.kv_heads * case.head_dim * 2 * 4
-    return num_blocks * BLOCK_TOKENS * per_token >> 10
-
-
 async def split_equals_oracle(start_cluster: StartCluster, case: ModelCase, transport: str, folder: Path) -> None:
     case.save(folder)
     asked = prompts(case)
@@ -57,14 +38,14 @@ async def split_equals_oracle(start_cluster: StartCluster, case: ModelCase, tran
         decode=1,
         transport=transport,
         dtype="float32",
-        arguments=("--layerwise-from-kib", str(layerwise_from_kib(case))),
+        arguments=("--layerwise-from-kib", str(layerwise_from_kib(case, LAYERWISE_FROM_BLOCKS))),
     )
     answers = await run_all(cluster.http, [Job(p, MAX_TOKENS, {"ignore_eos": True}) for p in asked], concurrency=8)
     cluster.wait_baseline()
     assert [a.error for a in answers] == [None] * len(asked)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, answer in zip(asked, answers, strict=True):
-        assert answer.token_ids == oracle(model, prompt), f"{case.name}, {len(prompt)} prompt tokens"
+    expected = expected_tokens(folder, case, asked, MAX_TOKENS)
+    for prompt, answer, tokens in zip(asked, answers, expected, strict=True):
+        assert answer.token_ids == tokens, f"{case.name}, {len(prompt)} prompt tokens"
         assert answer.relay["prefill_node_id"] != answer.relay["decode_node_id"]
     how = {a.relay["transfer"]["layerwise"] for a in answers if a.relay["transfer"]}
     assert how == {False, True}

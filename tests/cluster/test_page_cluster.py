@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.chromium import Browser
-from tests.cluster.harness import StartCluster
-from tests.cluster.test_smoke import ask_all, recall
+from tests.support.chromium import Browser
+from tests.support.cluster import StartCluster
+from tests.support.recall import ask_all, recall
 
 
 def test_the_page_shows_the_cluster_and_what_ran(start_cluster: StartCluster, demo_model: Path, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.harness import Cluster, StartCluster
-from tests.cluster.load import Job, run_all
-from tests.cluster.prometheus import Prometheus, describe, numbers, running_prometheus
-from tests.deploy.prometheus import IS_INSTALLED, Query, alerts, panel_queries, rule_queries
-from tests.deploy.support import ROOT
+from tests.support.cluster import Cluster, StartCluster
+from tests.support.load import Job, run_all
+from tests.support.prometheus_files import IS_INSTALLED, Query, alerts, filled_in, panel_queries, rule_queries
+from tests.support.prometheus_server import Prometheus, describe, numbers, running_prometheus
+from tests.support.root import ROOT
 
 pytestmark = [pytest.mark.skipif(not IS_INSTALLED, reason="prometheus is not installed")]
 MODEL = ROOT / "demo" / "model"
@@ -48,11 +48,6 @@ class Traffic:
     def __exit__(self, *_: object) -> None:
         self._is_over.set()
         self._thread.join()
-
-
-def filled_in(query: Query) -> str:
-    everything = re.sub(r"\$(cluster|model|pool|node)\b", ".*", query.expr)
-    return everything.replace("$__rate_interval", "15s").replace("[1m]", "[15s]")
 
 
 def missing(prometheus: Prometheus, queries: list[Query]) -> list[Query]:

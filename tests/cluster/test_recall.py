@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from demo.tasks import Task, recall_prompts
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Answer, Job, run_all
+from tests.support.cluster import StartCluster
+from tests.support.load import Answer, Job, run_all
 
 CONCURRENCY = 16
 MIN_ACCURACY = 0.95

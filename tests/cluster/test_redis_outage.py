@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 
 from baton.registry import Registry, RegistryConfig
-from tests.cluster.harness import Cluster, starter
-from tests.cluster.load import Answer, Job, run_all
-from tests.cluster.test_death import load
-from tests.redis_server import RedisServer
+from tests.support.cluster import Cluster, starter
+from tests.support.load import Answer, Job, mixed_jobs, run_all
+from tests.support.redis_server import RedisServer
 
 CONCURRENCY = 8
 
@@ -54,7 +53,7 @@ def assert_same(rounds: list[list[Answer]], undisturbed: list[Answer]) -> None:
 
 async def outage(cluster: Cluster, server: RedisServer, seconds: float) -> int:
     """Redis gone under load, also while a request is asked for; the number of requests that went well."""
-    jobs = load(16)
+    jobs = mixed_jobs(16)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     before = {n.node.node_id: n.node.incarnation for n in cluster.status().nodes}
     running = asyncio.create_task(load_for(cluster, jobs, 1.0))
@@ -98,7 +97,7 @@ async def test_17_redis_gone_for_minutes(cluster: Cluster, server: RedisServer, 
 async def test_nodes_come_back_on_the_same_address_while_redis_is_there_and_while_it_is_gone(
     cluster: Cluster, server: RedisServer
 ) -> None:
-    jobs = load(16)
+    jobs = mixed_jobs(16)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
     for node_id in ("decode-0", "prefill-1"):
         running = asyncio.create_task(load_for(cluster, jobs, 0.0))

@@ -8,43 +8,14 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
 import pytest
 
-from baton.v1 import common_pb2, router_pb2
 from demo import tasks
-from tests.cluster.harness import CALL_TIMEOUT_S, STOP_TIMEOUT_S, Cluster, StartCluster
-
-REQUEST_TIMEOUT_S = 60.0
-CONCURRENT = 8
-
-
-def recall(seed: int, count: int) -> list[tasks.Task]:
-    """Of lengths at which the demo model itself makes no mistake."""
-    return tasks.recall_prompts(seed, count, num_pairs=(20, 150), num_questions=(1, 6))
-
-
-def ask(cluster: Cluster, task: tasks.Task) -> tuple[str, router_pb2.GenerateResponse.Finished]:
-    sampling = common_pb2.SamplingParams(temperature=0, max_tokens=task.num_output_tokens + 4)
-    request = router_pb2.GenerateRequest(prompt=task.prompt, sampling=sampling, timeout_s=REQUEST_TIMEOUT_S)
-    text, finished = "", router_pb2.GenerateResponse.Finished()
-    for response in cluster.stub().Generate(request):
-        text += response.delta.text
-        if response.HasField("finished"):
-            finished = response.finished
-    return text, finished
-
-
-def ask_all(cluster: Cluster, prompts: list[tasks.Task]) -> list[router_pb2.GenerateResponse.Finished]:
-    """All right, or the test fails."""
-    with ThreadPoolExecutor(CONCURRENT) as pool:
-        answers = list(pool.map(lambda task: ask(cluster, task), prompts))
-    wrong = [(t.kind, text, t.expected) for (text, _), t in zip(answers, prompts, strict=True) if not t.accepts(text)]
-    assert not wrong
-    return [finished for _, finished in answers]
+from tests.support.cluster import CALL_TIMEOUT_S, STOP_TIMEOUT_S, StartCluster
+from tests.support.recall import REQUEST_TIMEOUT_S, ask_all, baton, recall
 
 
 @pytest.mark.parametrize(("asked", "transport"), [("auto", "shm"), ("tcp", "tcp")])
@@ -74,21 +45,6 @@ def test_http_answers_too(shared_cluster: StartCluster, demo_model: Path) -> Non
     request = urllib.request.Request(f"{cluster.http}/v1/completions", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
         assert task.accepts(json.load(response)["choices"][0]["text"])
-
-
-def baton(*arguments: str, stdin: str = "") -> str:
-    """The standard output of a command that must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cli", *arguments],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        timeout=REQUEST_TIMEOUT_S,
-        check=False,
-        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
 
 
 def test_commands_talk_to_a_running_cluster(shared_cluster: StartCluster, demo_model: Path) -> None:

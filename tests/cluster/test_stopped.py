@@ -8,8 +8,8 @@ import signal
 import time
 from pathlib import Path
 
-from tests.cluster.harness import Cluster, StartCluster
-from tests.cluster.load import Job, run_all
+from tests.support.cluster import Cluster, StartCluster
+from tests.support.load import Job, run_all
 
 STOPPED_S = 3.0
 

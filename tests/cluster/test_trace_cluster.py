@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from cli.trace import overlap_shares
-from tests import trace_reader
-from tests.cluster.harness import StartCluster
-from tests.cluster.test_smoke import ask_all, baton, recall
+from tests.support import trace_reader
+from tests.support.cluster import StartCluster
+from tests.support.recall import ask_all, baton, recall
 
 
 # Over tcp a trace is written by the same code; what is sent over it, test_smoke counts.

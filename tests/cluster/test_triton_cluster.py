@@ -6,13 +6,11 @@ import random
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
-from tests.cluster.harness import StartCluster
-from tests.cluster.load import Job, run_all
-from tests.cluster.test_oracle import MAX_TOKENS, layerwise_from_kib, oracle
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.cluster import StartCluster, layerwise_from_kib
+from tests.support.load import Job, run_all
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.oracle import expected_tokens
 
 pytest.importorskip("triton", reason="triton is only for Linux")
 NEW_TOKENS = 4
@@ -43,9 +41,9 @@ async def test_split_tokens_equal_transformers(
     answers = await run_all(cluster.http, [Job(p, NEW_TOKENS, {"ignore_eos": True}) for p in prompts], concurrency=4)
     cluster.wait_baseline()
     assert [a.error for a in answers] == [None] * len(prompts)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer.token_ids == oracle(model, prompt)[: NEW_TOKENS - MAX_TOKENS], f"{len(prompt)} prompt tokens"
+    expected = expected_tokens(folder, case, prompts, NEW_TOKENS)
+    for prompt, answer, tokens in zip(prompts, answers, expected, strict=True):
+        assert answer.token_ids == tokens, f"{len(prompt)} prompt tokens"
         assert answer.relay["prefill_node_id"] != answer.relay["decode_node_id"]
     assert {a.relay["transfer"]["layerwise"] for a in answers if a.relay["transfer"]} == {False, True}
     assert all(node.node.kernels.startswith("triton-") for node in cluster.status().nodes)

@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.support.root import ROOT
+
 PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router", "worker")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 # What the extra `worker` brings, and what stands for it in a folder of installed packages.

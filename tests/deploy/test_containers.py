@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.support import (
+from tests.support.deploy_files import (
     DEPLOY,
-    ROOT,
     Stage,
     UsageError,
     accept,
@@ -24,6 +23,7 @@ from tests.deploy.support import (
     parse_dockerfile,
     validate,
 )
+from tests.support.root import ROOT
 
 ARGUMENTS, STAGES = parse_dockerfile(DEPLOY / "Dockerfile")
 NAMES = [stage.name for stage in STAGES]

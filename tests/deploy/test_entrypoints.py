@@ -19,8 +19,9 @@ import httpx
 import pytest
 
 from cli.launch.process import ReservedPort
-from tests.deploy.support import DEPLOY, ROOT, interpolate, load_yaml, parse_dockerfile
-from tests.redis_server import RedisServer
+from tests.support.deploy_files import DEPLOY, interpolate, load_yaml, parse_dockerfile
+from tests.support.redis_server import RedisServer
+from tests.support.root import ROOT
 
 UID = 10001
 START_TIMEOUT_S = 60.0

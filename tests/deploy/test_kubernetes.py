@@ -20,8 +20,9 @@ import pytest
 import yaml
 
 from baton import __version__
-from tests.deploy.prometheus import IS_INSTALLED
-from tests.deploy.support import DEPLOY, ROOT, accept
+from tests.support.deploy_files import DEPLOY, accept
+from tests.support.prometheus_files import IS_INSTALLED
+from tests.support.root import ROOT
 
 KUBERNETES = DEPLOY / "kubernetes"
 OVERLAYS = ("cpu", "nvidia", "rdma")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deploy.prometheus import (
+from tests.support.deploy_files import DEPLOY, load_yaml
+from tests.support.prometheus_files import (
     DASHBOARDS,
     IS_INSTALLED,
     PROMETHEUS,
@@ -19,7 +20,7 @@ from tests.deploy.prometheus import (
     rule_queries,
     rules,
 )
-from tests.deploy.support import DEPLOY, ROOT, load_yaml
+from tests.support.root import ROOT
 
 needs_promtool = pytest.mark.skipif(not IS_INSTALLED, reason="promtool is not installed")
 RUNBOOK = ROOT / "docs" / "runbook.md"

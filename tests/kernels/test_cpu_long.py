@@ -18,8 +18,8 @@ from engine.kernels.cpu import CpuKernels
 from engine.kernels.cpu.llvm import Isa
 from engine.kernels.cpu.long_attention import long_tables, split
 from engine.runner import Runner
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 HOST = Isa.of_host()
 AVX2 = Isa("avx2", "haswell", "+avx2,+fma,+f16c", 8, 6, 2, has_bf16_dot=False, has_vnni=False)

@@ -12,8 +12,8 @@ from engine.devices import TorchDevices
 from engine.kernels.cpu import CpuKernels, onednn
 from engine.kernels.reference import ReferenceKernels
 from engine.runner import Runner
-from tests.engine_driver import Crowd, Driver, random_prompt, spec
-from tests.models import VOCAB_SIZE, ModelCase
+from tests.support.engine_driver import Crowd, Driver, random_prompt, spec
+from tests.support.models import VOCAB_SIZE, ModelCase
 
 pytestmark = pytest.mark.skipif(not onednn.is_exact(), reason="torch has no oneDNN here, or its rows see each other")
 

@@ -28,8 +28,8 @@ from engine.kernels.cpu.slabs import Slabs
 from engine.runner import Runner
 from engine.step import StepPlan
 from kvtransfer.memory import HostMemory
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 HOST = Isa.of_host()
 
@@ -185,8 +185,8 @@ from pathlib import Path
 import torch
 from engine.config import EngineConfig
 from engine.runner import Runner
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import VOCAB_SIZE
 
 def generate(folder):
     runner = Runner.load(Path(folder), EngineConfig(kernels="cpu", dtype="float32", num_blocks=64, block_tokens=16))

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,8 +22,6 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 from engine.kernels.triton.fake_driver import FakeDriver, standing_in  # noqa: E402
 from engine.kernels.triton.launch import Kernel, look_inside  # noqa: E402
-
-ROOT = Path(__file__).parents[2]
 
 
 @triton.jit(do_not_specialize=["n_free"])
@@ -178,45 +173,3 @@ def test_where_tritons_inside_is_unknown_launches_are_its_own(
 def test_constants_come_last_and_by_name(fake: FakeDriver) -> None:
     with pytest.raises(AssertionError, match="by name"):
         Kernel(small)[1,](meta(torch.float32, 0), None, 2, 3, 0.5, 5, HAS_MAYBE=False)
-
-
-_SERVED = """
-import torch
-from bench import gpu_kernels
-from bench.aot import Meta
-from bench.gpu_sizes import TINY
-from engine.kernels.triton.fake_driver import FakeDriver, standing_in
-from engine.kernels.triton.tuning import load
-
-def shown(argument):
-    base = getattr(argument, "base", argument)
-    blocks = getattr(argument, "block_shape", None)
-    return (base.dtype, base.shape, base.stride(), blocks) if isinstance(base, torch.Tensor) else argument
-
-names = {"prefill attention, blocks of 64", "product, gate and up 80 x 84", "add and RMSNorm", "SwiGLU",
-         "RoPE and KV write", "embedding", "blocks out", "decode attention, blocks of 64"}
-with standing_in(FakeDriver(90)) as fake:
-    for work in gpu_kernels.works(TINY[2], load("A GPU", (9, 0), 132), Meta()):
-        if work.kernel not in names:
-            continue
-        names.remove(work.kernel)
-        arguments = work.make(0)
-        runs = []
-        for _ in range(3):
-            fake.launches.clear()
-            work.ours(arguments)
-            runs.append([(l.binary, l.grid, l.stream, [shown(a) for a in l.arguments]) for l in fake.launches])
-            quick = sum(all(hook is None for hook in l.hooks) for l in fake.launches)
-        assert runs[0] == runs[1] == runs[2], work.kernel
-        assert quick == len(runs[2]) > 0, work.kernel
-        print(work.kernel, quick)
-assert not names, names
-"""
-
-
-def test_what_serving_launches_is_launched_alike_and_quickly() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", _SERVED], cwd=ROOT, capture_output=True, text=True, timeout=110, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 8

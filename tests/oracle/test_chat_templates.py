@@ -16,7 +16,7 @@ from tokenizers import AddedToken, models
 from baton.errors import InvalidRequest
 from router.chat import ChatMessage, ChatTemplate
 from router.model_files import load_tokenizer_facts
-from tests.oracle.chat_templates import TEMPLATES
+from tests.support.chat_templates import TEMPLATES
 
 Conversation = list[dict[str, Any]]
 CONVERSATIONS: dict[str, Conversation] = {

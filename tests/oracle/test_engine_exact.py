@@ -11,8 +11,8 @@ import torch
 from engine.config import EngineConfig
 from engine.runner import Runner
 from engine.step import StepPlan
-from tests.engine_driver import Crowd, Driver, Run, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
+from tests.support.engine_driver import Crowd, Driver, Run, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
 
 # Wide enough that torch splits products and loops between threads; ratios that need padded rows; a window.
 CASES = (

@@ -25,8 +25,8 @@ from engine.model_config import ModelConfig
 from engine.runner import Runner
 from kvtransfer.wire_codec import check_compatible
 from router.cluster import membership as m
-from tests.engine_driver import Crowd, Driver, Run, random_prompt, spec
-from tests.models import VOCAB_SIZE, ModelCase
+from tests.support.engine_driver import Crowd, Driver, Run, random_prompt, spec
+from tests.support.models import VOCAB_SIZE, ModelCase
 
 # Inputs of two groups and a part of one.
 CASE = ModelCase("int8", family="Qwen2", heads=6, kv_heads=2, head_dim=24, hidden=256, intermediate=330)

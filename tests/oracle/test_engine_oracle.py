@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-import transformers
 
 from engine.config import EngineConfig
 from engine.runner import Runner
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.oracle import expected_tokens
 
 NEW_TOKENS = 6
 BLOCK = 64
@@ -24,22 +23,6 @@ def prompt_lengths(index: int) -> list[int]:
     return [*edges, 3 * BLOCK - 3, (300, 517, 401, 777, 1024, 640, 1200, 1500)[index % 8]]
 
 
-def expected_tokens(folder: Path, case: ModelCase, prompts: list[tuple[int, ...]]) -> list[list[int]]:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokens = []
-    for prompt in prompts:
-        if case.is_length_dependent:
-            # transformers keeps the longest length seen in the module; a request must not depend on earlier ones.
-            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ids = torch.tensor([prompt])
-        with torch.inference_mode():
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW_TOKENS, pad_token_id=0
-            )
-        tokens.append(out[0, len(prompt) :].tolist())
-    return tokens
-
-
 @pytest.mark.parametrize("index", range(len(ORACLE_CASES)), ids=[case.name for case in ORACLE_CASES])
 def test_greedy_tokens_equal_transformers(index: int, tmp_path: Path) -> None:
     case = ORACLE_CASES[index]
@@ -48,7 +31,7 @@ def test_greedy_tokens_equal_transformers(index: int, tmp_path: Path) -> None:
     driver = Driver(Runner.load(folder, EngineConfig(dtype="float32", num_blocks=40)))
     chunk = (1 << 30, 100, 64, 256)[index % 4]
     found = [driver.generate(spec("r", p, max_tokens=NEW_TOKENS), chunk=chunk).token_ids for p in prompts]
-    assert found == expected_tokens(folder, case, prompts)
+    assert found == expected_tokens(folder, case, prompts, NEW_TOKENS)
 
 
 @pytest.mark.parametrize("name", ["llama-gqa4-d64", "mistral-window-40", "qwen2-dynamic", "qwen3-longrope"])
@@ -58,14 +41,14 @@ def test_reference_kernels_equal_transformers(name: str, tmp_path: Path) -> None
     prompts = [random_prompt(length, VOCAB_SIZE) for length in (1, 65, 270)]
     driver = Driver(Runner.load(folder, EngineConfig(dtype="float32", num_blocks=40, kernels="reference")))
     found = [driver.generate(spec("r", p, max_tokens=NEW_TOKENS)).token_ids for p in prompts]
-    assert found == expected_tokens(folder, case, prompts)
+    assert found == expected_tokens(folder, case, prompts, NEW_TOKENS)
 
 
 def test_block_size_does_not_change_tokens(tmp_path: Path) -> None:
     case = ORACLE_CASES[1]
     folder = case.save(tmp_path / case.name)
     prompts = [random_prompt(length, VOCAB_SIZE) for length in (1, 15, 16, 17, 130)]
-    expected = expected_tokens(folder, case, prompts)
+    expected = expected_tokens(folder, case, prompts, NEW_TOKENS)
     for block_tokens in (16, 32, 128):
         config = EngineConfig(dtype="float32", num_blocks=40, block_tokens=block_tokens)
         driver = Driver(Runner.load(folder, config))

@@ -16,8 +16,8 @@ from baton.errors import UnsupportedModel
 from engine.config import EngineConfig
 from engine.runner import Runner
 from engine.weights import fingerprint
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 CASE = next(case for case in ORACLE_CASES if case.name == "llama-gqa2-d32")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.kernels.device import DEVICE, IS_INTERPRETED
+from tests.support.kernel_device import DEVICE, IS_INTERPRETED
 
 # Whole models say themselves where their tensors lie.
 _WHOLE = ("test_model", "test_runner", "test_shared_runner", "test_tune", "test_warm_up")

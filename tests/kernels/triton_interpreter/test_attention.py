@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from bench.cases import TOLERANCE, PagedSequences, Shape, relative_error
+from engine.kernels.cases import TOLERANCE, PagedSequences, Shape, relative_error
 from engine.kernels.triton.decode_attention import decode_attention, max_splits
 from engine.kernels.triton.prefill_attention import (
     Chunk,
@@ -17,7 +17,7 @@ from engine.kernels.triton.prefill_attention import (
     tiles_on,
 )
 from engine.kernels.triton.tuning import DecodeTile, PrefillTile
-from tests.kernels.device import DEVICE
+from tests.support.kernel_device import DEVICE
 
 DECODE = DecodeTile(split_tokens=64, block_n=32, num_warps=4, num_stages=2)
 PREFILL = PrefillTile(block_m=32, block_n=32, num_warps=4, num_stages=2)

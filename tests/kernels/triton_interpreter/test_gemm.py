@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import torch
 
-from bench.cases import TOLERANCE, relative_error
+from engine.kernels.cases import TOLERANCE, relative_error
 from engine.kernels.triton.gemm import _grid_kernel, _stream_kernel, linear, probe
 from engine.kernels.triton.kernels import TritonKernels
 from engine.kernels.triton.tuning import GemmPlan, GridTile, StreamTile, load
-from tests.kernels.device import DEVICE
+from tests.support.kernel_device import DEVICE
 
 PLAN = GemmPlan(
     splits=1,

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.cases import TOLERANCE
+from engine.kernels.cases import TOLERANCE
 from engine.kernels.triton.kv_copy import gather_blocks, scatter_blocks
 
 

@@ -9,9 +9,9 @@ import torch
 
 from engine.config import EngineConfig
 from engine.runner import Runner
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
-from tests.oracle.test_engine_oracle import expected_tokens
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.oracle import expected_tokens
 
 # A window; head norms. Group sizes and head_dims are the kernels' own tests.
 CASES = ("mistral-window-40", "qwen3-llama3")
@@ -24,7 +24,7 @@ def test_greedy_tokens_equal_transformers(name: str, tmp_path: Path) -> None:
     prompts = [random_prompt(length, VOCAB_SIZE) for length in (1, 65)]
     driver = Driver(Runner.load(folder, EngineConfig(dtype="float32", num_blocks=20, kernels="triton")))
     found = [driver.generate(spec("r", p, max_tokens=3), chunk=40).token_ids for p in prompts]
-    assert found == [tokens[:3] for tokens in expected_tokens(folder, case, prompts)]
+    assert found == expected_tokens(folder, case, prompts, 3)
 
 
 def test_logits_do_not_depend_on_batch_chunks_or_a_re_run(tmp_path: Path) -> None:

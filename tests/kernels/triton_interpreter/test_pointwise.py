@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from bench.cases import TOLERANCE, relative_error
+from engine.kernels.cases import TOLERANCE, relative_error
 from engine.kernels.reference import ReferenceKernels
 from engine.kernels.triton.pointwise import add_rms_norm, embed, rms_norm, rope_store, silu_mul
 

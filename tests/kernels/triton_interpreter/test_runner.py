@@ -22,9 +22,9 @@ from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
 from engine.step import StepPlan
-from tests import bad_logits
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support import bad_logits
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 
 def test_a_step_recorded_or_not_is_the_same_step(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bench.cases import TOLERANCE, PagedSequences, Shape, relative_error
+from engine.kernels.cases import TOLERANCE, PagedSequences, Shape, relative_error
 from engine.kernels.triton.decode_attention import decode_attention
 from engine.kernels.triton.shared_prefix import (
     Group,
@@ -17,7 +17,7 @@ from engine.kernels.triton.shared_prefix import (
     shared_decode_attention,
 )
 from engine.kernels.triton.tuning import DecodeTile
-from tests.kernels.device import DEVICE
+from tests.support.kernel_device import DEVICE
 
 TILE = DecodeTile(split_tokens=32, block_n=16, num_warps=4, num_stages=2, prefix_block_m=16)
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import TOLERANCE, relative_error
 from engine.config import EngineConfig
+from engine.kernels.cases import TOLERANCE, relative_error
 from engine.kernels.triton import kernels as kernels_module
 from engine.runner import Runner
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 CONFIG = EngineConfig(dtype="float32", block_tokens=16, num_blocks=40, kernels="triton", max_graph_seqs=4)
 

@@ -15,7 +15,7 @@ from bench.gpu_measure import Device
 from bench.gpu_rows import Rows
 from bench.tune import Paths, Tuner, entry, thresholds
 from engine.kernels.triton.tuning import parse
-from tests.unit.test_triton_tuning import data
+from tests.support.tuning_files import data
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ from engine.config import EngineConfig
 from engine.kernels.triton import decode_attention, gemm, pointwise, prefill_attention, sampling, shared_prefix
 from engine.runner import Runner
 from engine.schedule import SchedulerConfig
-from tests.engine_driver import Driver, random_prompt, spec
-from tests.models import ORACLE_CASES, VOCAB_SIZE
+from tests.support.engine_driver import Driver, random_prompt, spec
+from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 
 MODULES = (decode_attention, gemm, pointwise, prefill_attention, sampling, shared_prefix)
 

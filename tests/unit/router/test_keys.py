@@ -1,0 +1,93 @@
+"""API keys over both faces: who has none or a wrong one sees 401 or UNAUTHENTICATED, and nothing else of the API."""
+
+from __future__ import annotations
+
+import grpc
+import httpx
+import openai
+import pytest
+from grpc import aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+import baton
+from baton import errors
+from baton.registry import RegistryConfig
+from router.config import RouterConfig
+from router.fake import FakeCluster
+from tests.support.router import router_beside
+
+KEYS = ("first-key", "second-key")
+BODY = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 2}
+
+
+@pytest.mark.parametrize("key", KEYS)
+async def test_every_key_opens_both_faces(key: str) -> None:
+    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, api_keys=KEYS) as router:
+        assert router.grpc is not None
+        async with openai.AsyncOpenAI(base_url=f"{router.http}/v1", api_key=key, max_retries=0) as client:
+            assert [m.id async for m in client.models.list()] == ["fake"]
+        async with baton.AsyncClient(router.grpc, api_key=key) as typed:
+            assert len((await typed.complete([1, 2, 3], max_tokens=2)).token_ids) == 2
+            assert len((await typed.status()).nodes) == 1
+            assert (await typed.drain("mixed-0")).drain.node_id == "mixed-0"
+
+
+@pytest.mark.parametrize(
+    "header",
+    [None, "", "Bearer", "Bearer first-ke", "Bearer first-key2", "Basic first-key", "first-key", "Bearer ü"],
+)
+async def test_http_without_a_right_key_is_401_in_the_shape_of_openai(header: str | None) -> None:
+    headers = {} if header is None else {b"authorization": header.encode()}
+    async with (
+        FakeCluster(mixed=1) as cluster,
+        router_beside(cluster, api_keys=KEYS) as router,
+        httpx.AsyncClient(base_url=router.http or "") as client,
+    ):
+        for method, path in (("POST", "/v1/completions"), ("POST", "/v1/chat/completions"), ("GET", "/v1/models"),
+                             ("GET", "/v1/nothing"), ("GET", "/v1")):  # fmt: skip
+            body = BODY if method == "POST" else None
+            answer = await client.request(method, path, json=body, headers=headers)  # type: ignore[arg-type]
+            assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer"), path
+            error = answer.json()["error"]
+            assert (error["code"], error["type"]) == ("invalid_api_key", "invalid_request_error")
+            assert "first-key" not in error["message"]
+        for path in ("/health", "/ready", "/metrics"):
+            assert (await client.get(path, headers=headers)).status_code == 200  # type: ignore[arg-type]
+        assert (await client.get("/v12")).status_code == 404, "not an API path"
+        assert router.dispatcher.scheduler.num_in_flight == 0
+
+
+async def test_the_sdk_raises_its_own_error() -> None:
+    async with (
+        FakeCluster(mixed=1) as cluster,
+        router_beside(cluster, api_keys=KEYS) as router,
+        openai.AsyncOpenAI(base_url=f"{router.http}/v1", api_key="wrong", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.AuthenticationError, match="API key"):
+            await client.models.list()
+
+
+@pytest.mark.parametrize("key", ["", "wrong"])
+async def test_grpc_without_a_right_key_is_unauthenticated_but_healthy(key: str) -> None:
+    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, api_keys=KEYS) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc, api_key=key) as client:
+            for call in (client.complete([1, 2, 3], max_tokens=2), client.status(), client.ledger(), client.drain("x")):
+                with pytest.raises(errors.Unauthenticated, match="API key"):
+                    await call
+        async with aio.insecure_channel(router.grpc) as channel:
+            answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+            assert answer.status == health_pb2.HealthCheckResponse.SERVING
+            unknown = channel.unary_unary("/baton.v1.Router/Nothing")
+            with pytest.raises(aio.AioRpcError) as refused:
+                await unknown(b"")
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+        assert router.dispatcher.scheduler.num_in_flight == 0
+
+
+@pytest.mark.parametrize("bad", ["", "a b", "a\n", "ü"])
+def test_bad_keys_stop_the_start_and_are_not_shown(bad: str) -> None:
+    with pytest.raises(errors.BadConfig, match="hidden"):
+        RouterConfig(nodes=("h:1",), api_keys=("s3cret", bad))
+    registry = RegistryConfig("redis://:s3cret@h:1")
+    assert "s3cret" not in repr(RouterConfig(registry=registry, api_keys=("s3cret",)))
