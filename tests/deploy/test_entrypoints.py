@@ -183,7 +183,7 @@ def test_a_worker_serves_on_a_cpu_where_there_is_no_triton() -> None:
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('triton', 'transformers'))); from pathlib import Path; "
         "import worker.worker, cli.doctor; from engine.config import EngineConfig; from engine.runner import Runner; "
-        "from tests.engine_driver import Driver, spec; "
+        "from tests.support.engine_driver import Driver, spec; "
         "assert 'kernels triton' not in [f.subject for f in cli.doctor.examine()]; "
         f"runner = Runner.load(Path({str(ROOT / 'demo' / 'model')!r}), EngineConfig(num_blocks=8)); "
         "print(runner.kernels, len(Driver(runner).generate(spec('a', (5, 6, 7), max_tokens=4)).token_ids))"

@@ -12,8 +12,10 @@ TESTS = ROOT / "tests"
 NO_PACKAGES = {"docs", "proto"}
 # The only test of `bench` that has to run under Triton's interpreter.
 TESTS_OF_BENCH = ("unit/bench/", "support/bench/", "kernels/triton_interpreter/test_tune.py")
-# Also in the programs that tests write out as strings.
-_IMPORT = re.compile(r"^\s*(?:from|import) ((?:tests|bench)\b[\w.]*)(?: import (.*))?", re.MULTILINE)
+# Also in the programs that tests write as strings.
+_IMPORT = re.compile(
+    r"""(?:^|[;"'])[ ]*(?:from|import) ((?:tests|bench)\b[\w.]*)(?: import ([^;"'\n]*))?""", re.MULTILINE
+)
 
 
 def imports(text: str) -> list[str]:
@@ -38,7 +40,7 @@ def wrong_imports(path: str, text: str) -> list[str]:
 def test_wrong_imports_are_found() -> None:
     for text in ("from tests.unit.engine.test_a import b", "from tests import cluster", "import tests.unit"):
         assert wrong_imports("unit/engine/test_b.py", text), text
-    for text in ("from bench import tune", '_CODE = """\nimport bench\n"""'):
+    for text in ("from bench import tune", 'run("import sys; import bench")', '_CODE = """\nimport bench\n"""'):
         assert wrong_imports("kernels/test_b.py", text), text
     for text in ("from tests.support.node import spec", "from tests.support import a, b", "from benchmarks import x"):
         assert wrong_imports("kernels/test_b.py", text) == [], text
@@ -55,7 +57,7 @@ def test_helpers_are_in_support_and_tests_beside_it() -> None:
     for path in TESTS.rglob("*.py"):
         is_test = path.name.startswith("test_")
         is_support = path.is_relative_to(TESTS / "support")
-        assert path.name == "conftest.py" or is_test != is_support, path
+        assert path.name in ("conftest.py", "__init__.py") or is_test != is_support, path
 
 
 def test_unit_and_property_tests_are_in_the_folders_of_the_packages() -> None:
