@@ -16,7 +16,9 @@ from baton.types import (
     NodeDescription,
     NodeStatus,
     PositionLogprobs,
+    PrefixCaching,
     Role,
+    RopeRegimes,
     SamplingParams,
     SequenceSpec,
     TokenChunk,
@@ -108,6 +110,7 @@ def sequence_from_pb(msg: pb.Sequence) -> SequenceSpec:
         prompt_token_ids=tuple(msg.prompt_token_ids),
         generated_token_ids=tuple(msg.generated_token_ids),
         sampling=sampling_from_pb(msg.sampling),
+        cache_salt=msg.cache_salt,
     )
 
 
@@ -117,6 +120,7 @@ def sequence_to_pb(spec: SequenceSpec) -> pb.Sequence:
         prompt_token_ids=spec.prompt_token_ids,
         generated_token_ids=spec.generated_token_ids,
         sampling=sampling_to_pb(spec.sampling),
+        cache_salt=spec.cache_salt,
     )
 
 
@@ -206,6 +210,7 @@ def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
         kernels=msg.kernels,
         software_version=msg.software_version,
         metrics_address=msg.metrics_address,
+        prefix_cache=_caching_from_pb(msg.prefix_cache) if msg.HasField("prefix_cache") else None,
     )
 
 
@@ -233,7 +238,19 @@ def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
         kernels=node.kernels,
         software_version=node.software_version,
         metrics_address=node.metrics_address,
+        prefix_cache=None if node.prefix_cache is None else _caching_to_pb(node.prefix_cache),
     )
+
+
+def _caching_from_pb(msg: pb.PrefixCaching) -> PrefixCaching:
+    rope = RopeRegimes(msg.rope.limit, msg.rope.is_each_its_own) if msg.HasField("rope") else None
+    return PrefixCaching(msg.phases_agree, rope)
+
+
+def _caching_to_pb(caching: PrefixCaching) -> pb.PrefixCaching:
+    rope = caching.rope
+    regimes = None if rope is None else pb.RopeRegimes(limit=rope.limit, is_each_its_own=rope.is_each_its_own)
+    return pb.PrefixCaching(phases_agree=caching.phases_agree, rope=regimes)
 
 
 def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
@@ -252,6 +269,7 @@ def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
         leased_blocks=msg.leased_blocks,
         running_blocks=msg.running_blocks,
         quarantined_blocks=msg.quarantined_blocks,
+        cached_blocks=msg.cached_blocks,
     )
 
 
@@ -271,6 +289,7 @@ def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
         leased_blocks=status.leased_blocks,
         running_blocks=status.running_blocks,
         quarantined_blocks=status.quarantined_blocks,
+        cached_blocks=status.cached_blocks,
     )
 
 
@@ -283,6 +302,7 @@ def lease_from_pb(msg: pb.Lease) -> Lease:
         address=msg.address,
         block_ids=tuple(msg.block_ids),
         ttl_s=msg.ttl_s,
+        num_cached_blocks=msg.num_cached_blocks,
     )
 
 
@@ -295,6 +315,7 @@ def lease_to_pb(lease: Lease) -> pb.Lease:
         address=lease.address,
         block_ids=lease.block_ids,
         ttl_s=lease.ttl_s,
+        num_cached_blocks=lease.num_cached_blocks,
     )
 
 

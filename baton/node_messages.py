@@ -94,7 +94,26 @@ class SequenceFailed:
     failure: Failure
 
 
-NodeMessage = Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed
+@dataclass(frozen=True, slots=True)
+class CacheChanged:
+    """Blocks that the node finds by hash from now on, and those that it finds no more; about no sequence.
+
+    A hash is named by its key, see baton.prefix.key_of. ``number`` counts the changes of the node's cache up to these.
+    """
+
+    number: int
+    stored: tuple[int, ...]
+    dropped: tuple[int, ...] = ()
+    # ``stored`` is all that the node has; what was known of it before is void.
+    is_snapshot: bool = False
+
+    @property
+    def sequence_id(self) -> str:
+        """Empty: it is about no sequence."""
+        return ""
+
+
+NodeMessage = Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | CacheChanged
 
 # -- events and actions of both machines; a session's number is unique in the node's process
 

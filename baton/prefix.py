@@ -18,51 +18,35 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
-from baton.types import KvLayout
+from baton.types import KvLayout, NodeDescription, PrefixCaching
 
 HASH_BYTES = 16
+KEY_BYTES = 8
 # Changed with anything below that changes a hash.
 _VERSION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class RopeRegimes:
-    """Rotary frequencies that depend on the prompt's length: equal for all lengths up to ``limit``.
-
-    Beyond it every length has its own (dynamic scaling), or all have the same (longrope).
-    """
-
-    limit: int
-    is_each_its_own: bool
-
-    def of(self, num_prompt_tokens: int) -> int:
-        """Equal numbers mean equal frequencies."""
-        if num_prompt_tokens <= self.limit:
-            return 0
-        return num_prompt_tokens if self.is_each_its_own else 1
-
-
-@dataclass(frozen=True, slots=True)
 class PrefixScheme:
-    """What a node's hashes depend on besides the tokens. Nodes with equal schemes give equal hashes.
-
-    ``phases_agree``: the kernels compute a token's KV with the same bits in a prompt and as a generated token. Where
-    they do not, a block that holds the KV of generated tokens never serves as a block of a prompt.
-    """
+    """What a node's hashes depend on besides the tokens. Nodes with equal schemes give equal hashes."""
 
     fingerprint: str
     kernels: str
     layout: KvLayout
-    phases_agree: bool
-    # None: frequencies do not depend on the prompt's length.
-    rope: RopeRegimes | None = None
+    caching: PrefixCaching
+
+    @classmethod
+    def of(cls, node: NodeDescription) -> PrefixScheme | None:
+        """None if the node has no prefix cache."""
+        caching = node.prefix_cache
+        return None if caching is None else cls(node.model.fingerprint, node.kernels, node.kv_layout, caching)
 
     def seed(self, num_prompt_tokens: int, salt: bytes = b"") -> bytes:
         """What the chain of a prompt of this length begins with; see ``block_hashes``."""
-        layout, regime = self.layout, 0 if self.rope is None else self.rope.of(num_prompt_tokens)
+        layout, regime = self.layout, self._regime(num_prompt_tokens)
         fields = (
             *(_VERSION, self.fingerprint, self.kernels, layout.num_layers, layout.num_kv_heads, layout.head_dim),
-            *(layout.block_tokens, layout.dtype, self.phases_agree, regime, salt),
+            *(layout.block_tokens, layout.dtype, self.caching.phases_agree, regime, salt),
         )
         digest = blake2b(digest_size=HASH_BYTES)
         for field in fields:
@@ -70,6 +54,9 @@ class PrefixScheme:
             # With its length, so that no two lists of fields give the same bytes.
             digest.update(len(data).to_bytes(8, "little") + data)
         return digest.digest()
+
+    def _regime(self, num_prompt_tokens: int) -> int:
+        return 0 if self.caching.rope is None else self.caching.rope.of(num_prompt_tokens)
 
     def block_hashes(
         self,
@@ -90,7 +77,7 @@ class PrefixScheme:
         data = memoryview(_as_uint32(token_ids[first:stop])).cast("B")
         hashes = list(known)
         for start in range(first, stop, size):
-            num_prompt = size if self.phases_agree else min(max(num_prompt_tokens - start, 0), size)
+            num_prompt = size if self.caching.phases_agree else min(max(num_prompt_tokens - start, 0), size)
             at = 4 * (start - first)
             digest = blake2b(parent, digest_size=HASH_BYTES)
             digest.update(num_prompt.to_bytes(4, "little"))
@@ -98,6 +85,11 @@ class PrefixScheme:
             parent = digest.digest()
             hashes.append(parent)
         return hashes
+
+
+def key_of(block_hash: bytes) -> int:
+    """A short name for use where a mistake costs time only: routers guess by it which node has a block."""
+    return int.from_bytes(block_hash[:KEY_BYTES], "little")
 
 
 def _as_uint32(token_ids: Sequence[int]) -> array[int]:

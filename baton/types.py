@@ -21,6 +21,8 @@ MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
 MAX_LEASE_S = 86_400.0
+# What tells tenants apart is a digest.
+MAX_CACHE_SALT_BYTES = 64
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -146,12 +148,16 @@ class SequenceSpec:
     prompt_token_ids: tuple[int, ...]
     sampling: SamplingParams
     generated_token_ids: tuple[int, ...] = ()
+    # Only sequences of one salt share KV blocks.
+    cache_salt: bytes = b""
 
     def __post_init__(self) -> None:
         _check(bool(self.sequence_id), "sequence_id", self.sequence_id, "a non-empty string")
         _check(len(self.prompt_token_ids) > 0, "prompt", "empty", "at least one token")
         _check(self.sampling.max_tokens is not None, "max_tokens", None, "a resolved number")
         _check(self.sampling.seed is not None, "seed", None, "a resolved number")
+        expected = f"at most {MAX_CACHE_SALT_BYTES} bytes"
+        _check(len(self.cache_salt) <= MAX_CACHE_SALT_BYTES, "cache_salt", f"{len(self.cache_salt)} bytes", expected)
 
     @property
     def num_known_tokens(self) -> int:
@@ -250,6 +256,36 @@ class ModelDescription:
 
 
 @dataclass(frozen=True, slots=True)
+class RopeRegimes:
+    """Rotary frequencies that depend on the prompt's length: equal for all lengths up to ``limit``.
+
+    Beyond it every length has its own (dynamic scaling), or all have the same (longrope).
+    """
+
+    limit: int
+    is_each_its_own: bool
+
+    def of(self, num_prompt_tokens: int) -> int:
+        """Equal numbers mean equal frequencies."""
+        if num_prompt_tokens <= self.limit:
+            return 0
+        return num_prompt_tokens if self.is_each_its_own else 1
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixCaching:
+    """What the hashes of a node's prefix cache depend on besides model, kernels and KV layout.
+
+    ``phases_agree``: the kernels compute a token's KV with the same bits in a prompt and as a generated token. Where
+    they do not, a block that holds the KV of generated tokens never serves as a block of a prompt.
+    """
+
+    phases_agree: bool
+    # None: frequencies do not depend on the prompt's length.
+    rope: RopeRegimes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class NodeDescription:
     """Who a node is; ``incarnation`` names one life of the process, ``host_id`` is equal where memory can be shared."""
 
@@ -269,6 +305,8 @@ class NodeDescription:
     software_version: str
     # host:port of its metrics; empty without.
     metrics_address: str = ""
+    # None: it keeps no blocks for prompts that begin alike.
+    prefix_cache: PrefixCaching | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,11 +328,17 @@ class NodeStatus:
     leased_blocks: int = 0
     running_blocks: int = 0
     quarantined_blocks: int = 0
+    # Held by no sequence; part of the free ones.
+    cached_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """Decode blocks reserved for one sequence; ``ttl_s`` counts from the grant, by the decode node's clock."""
+    """Decode blocks reserved for one sequence; ``ttl_s`` counts from the grant, by the decode node's clock.
+
+    ``block_ids`` are those that the prefill node fills, behind ``num_cached_blocks`` leading ones that the decode node
+    holds already. What others share is not named here, so no writer outside can reach it.
+    """
 
     sequence_id: str
     epoch: int
@@ -303,6 +347,7 @@ class Lease:
     address: str
     block_ids: tuple[int, ...]
     ttl_s: float
+    num_cached_blocks: int = 0
 
     def __post_init__(self) -> None:
         # A lease without an end would keep its blocks for ever.

@@ -13,8 +13,7 @@ from typing import Any
 from baton.errors import quoted
 from baton.fields import Fields
 from baton.files import read_object
-from baton.prefix import RopeRegimes
-from baton.types import DTYPE_BYTES
+from baton.types import DTYPE_BYTES, RopeRegimes
 from engine.config_keys import refuse_unknown
 
 _SILU = ("silu", "swish")

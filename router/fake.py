@@ -392,6 +392,9 @@ class FakeNode(node_pb2_grpc.NodeServicer):
     async def Clock(self, request: node_pb2.ClockRequest, context: Any) -> node_pb2.ClockResponse:  # noqa: N802
         return node_pb2.ClockResponse(now_s=self.now())
 
+    async def Cache(self, request: node_pb2.CacheRequest, context: Any) -> node_pb2.CacheResponse:  # noqa: N802
+        return node_pb2.CacheResponse(node_id=self.node_id)
+
     async def Trace(self, request: node_pb2.TraceRequest, context: Any) -> node_pb2.TraceResponse:  # noqa: N802
         recorded = self.timeline.since(self.now() - codec.last_s_from_pb(request.last_s))
         return codec.recorded_to_pb(self.description, self.role, recorded)

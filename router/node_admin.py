@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TypeVar
 
 from baton import errors
 from baton.clock import Clock
@@ -11,6 +12,7 @@ from baton.v1 import node_pb2, router_pb2
 from router.cluster.membership import Membership
 from router.sessions import NodeLink
 
+_AnswerT = TypeVar("_AnswerT", node_pb2.LedgerResponse, node_pb2.CacheResponse)
 NodeTrace = router_pb2.ClusterTraceResponse.NodeTrace
 
 
@@ -22,12 +24,21 @@ class NodeAdmin:
 
     async def ledgers(self) -> tuple[list[node_pb2.LedgerResponse], dict[str, str]]:
         """The present ledger of every node, and by address the reasons of those that did not answer."""
-        found: list[node_pb2.LedgerResponse] = []
+        return await self._of_all(lambda link: link.ledger())
+
+    async def caches(self, *, drop: bool) -> tuple[list[node_pb2.CacheResponse], dict[str, str]]:
+        """The prefix cache of every node, likewise; ``drop``: each forgets its blocks first."""
+        return await self._of_all(lambda link: link.cache(drop=drop))
+
+    async def _of_all(
+        self, question: Callable[[NodeLink], Awaitable[_AnswerT]]
+    ) -> tuple[list[_AnswerT], dict[str, str]]:
+        found: list[_AnswerT] = []
         unreachable: dict[str, str] = {}
 
         async def ask(address: str, link: NodeLink) -> None:
             try:
-                found.append(await link.ledger())
+                found.append(await question(link))
             except errors.BatonError as error:
                 unreachable[address] = error.message
 

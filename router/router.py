@@ -1,4 +1,4 @@
-"""The gRPC face of the router: baton.v1.Router with Generate, Status, Ledger, Drain and Trace, and health and
+"""The gRPC face of the router: baton.v1.Router with Generate, Status, Ledger, Cache, Drain and Trace, and health and
 reflection."""
 
 from __future__ import annotations
@@ -156,6 +156,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> router_pb2.ClusterLedgerResponse:
         nodes, unreachable = await self._nodes.ledgers()
         return router_pb2.ClusterLedgerResponse(nodes=nodes, unreachable=unreachable)
+
+    async def Cache(  # noqa: N802
+        self,
+        request: router_pb2.ClusterCacheRequest,
+        context: Context,
+    ) -> router_pb2.ClusterCacheResponse:
+        nodes, unreachable = await self._nodes.caches(drop=request.drop)
+        return router_pb2.ClusterCacheResponse(nodes=nodes, unreachable=unreachable)
 
     async def Drain(  # noqa: N802
         self,

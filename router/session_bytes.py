@@ -58,6 +58,7 @@ def _sequence(spec: SequenceSpec, prompt: Prompt) -> tuple[bytes, bytes]:
             sequence_id=spec.sequence_id,
             generated_token_ids=spec.generated_token_ids,
             sampling=codec.sampling_to_pb(spec.sampling),
+            cache_salt=spec.cache_salt,
         )
         prompt.encoded_spec = spec, others.SerializeToString()
     return prompt.encoded_spec[1], prompt.encoded

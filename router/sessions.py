@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple, Protocol
 
@@ -129,46 +130,45 @@ class NodeLink:
         except asyncio.QueueFull:
             raise errors.NodeLost(f"{self.address} has {self._out.maxsize} messages unsent") from None
 
+    # Each of these raises Unavailable if the node does not answer in time.
+
     async def ledger(self) -> node_pb2.LedgerResponse:
-        """Raises Unavailable if the node does not answer in time."""
-        if self._channel is None:
-            raise errors.Unavailable(f"{self.address} is not connected")
-        try:
-            return await node_pb2_grpc.NodeStub(self._channel).Ledger(
-                node_pb2.LedgerRequest(), timeout=self._config.ledger_timeout_s
-            )
-        except aio.AioRpcError as error:
-            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+        with self._asking() as stub:
+            return await stub.Ledger(node_pb2.LedgerRequest(), timeout=self._config.ledger_timeout_s)
+
+    async def cache(self, *, drop: bool) -> node_pb2.CacheResponse:
+        """The node's prefix cache; ``drop``: it forgets its blocks first."""
+        with self._asking() as stub:
+            return await stub.Cache(node_pb2.CacheRequest(drop=drop), timeout=self._config.ledger_timeout_s)
 
     async def drain(self, grace_s: float) -> node_pb2.DrainResponse:
-        """Ask the node to leave. Raises Unavailable if it does not answer in time."""
-        if self._channel is None:
-            raise errors.Unavailable(f"{self.address} is not connected")
-        try:
-            return await node_pb2_grpc.NodeStub(self._channel).Drain(
-                node_pb2.DrainRequest(grace_s=grace_s), timeout=self._config.ledger_timeout_s
-            )
-        except aio.AioRpcError as error:
-            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
+        """Ask the node to leave."""
+        with self._asking() as stub:
+            return await stub.Drain(node_pb2.DrainRequest(grace_s=grace_s), timeout=self._config.ledger_timeout_s)
 
     async def trace(self, last_s: float, clock: Clock) -> router_pb2.ClusterTraceResponse.NodeTrace:
-        """What the node did lately, and how far its clock is from ours. Raises Unavailable."""
-        if self._channel is None:
-            raise errors.Unavailable(f"{self.address} is not connected")
-        stub, timeout_s = node_pb2_grpc.NodeStub(self._channel), self._config.ledger_timeout_s
+        """What the node did lately, and how far its clock is from ours."""
+        timeout_s = self._config.ledger_timeout_s
         trips: list[RoundTrip] = []
-        try:
+        with self._asking() as stub:
             for _ in range(_CLOCK_TRIPS):
                 asked_s = clock.now()
                 there_s = (await stub.Clock(node_pb2.ClockRequest(), timeout=timeout_s)).now_s
                 trips.append(RoundTrip(asked_s, there_s, clock.now()))
             found = await stub.Trace(node_pb2.TraceRequest(last_s=last_s), timeout=timeout_s)
-        except aio.AioRpcError as error:
-            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
         best = min(trips, key=lambda trip: trip.error_s)
         return router_pb2.ClusterTraceResponse.NodeTrace(
             clock_offset_s=best.offset_s, clock_error_s=best.error_s, trace=found
         )
+
+    @contextmanager
+    def _asking(self) -> Iterator[node_pb2_grpc.NodeAsyncStub]:
+        if self._channel is None:
+            raise errors.Unavailable(f"{self.address} is not connected")
+        try:
+            yield node_pb2_grpc.NodeStub(self._channel)
+        except aio.AioRpcError as error:
+            raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
 
     async def _run(self) -> None:
         reason, is_orderly = "the connection ended", False

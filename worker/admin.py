@@ -50,6 +50,14 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             grace_s=grace_s,
         )
 
+    async def Cache(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.CacheRequest,
+        context: grpc.aio.ServicerContext[node_pb2.CacheRequest, node_pb2.CacheResponse],
+    ) -> node_pb2.CacheResponse:
+        # No sequence shares blocks yet.
+        return node_pb2.CacheResponse(node_id=self._node.node_id, incarnation=self._node.incarnation)
+
     async def Ledger(  # noqa: N802 - the name in the proto
         self,
         request: node_pb2.LedgerRequest,

@@ -6,6 +6,7 @@ from baton import codec
 from baton.defects import Defects
 from baton.errors import InvalidRequest, quoted
 from baton.node_messages import (
+    CacheChanged,
     Cancel,
     HandedOff,
     Joined,
@@ -17,6 +18,7 @@ from baton.node_messages import (
     Run,
     SequenceFailed,
 )
+from baton.prefix import KEY_BYTES
 from baton.types import Lease, TokenChunk
 from baton.v1 import common_pb2, node_pb2
 
@@ -90,12 +92,22 @@ class Composer:
                 response.joined.add(sequence_id=sequence_id, wait_s=wait_s)
             case HandedOff(sequence_id, report):
                 response.handed_off.add(sequence_id=sequence_id, report=codec.report_to_pb(report))
+            case CacheChanged():
+                self._cache(message)
             case SequenceFailed(sequence_id, failure):
                 response.failed.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
 
     def response(self) -> node_pb2.SessionResponse:
         self._response.tokens.extend(self._all_tokens)
         return self._response
+
+    def _cache(self, message: CacheChanged) -> None:
+        change = self._response.cache
+        assert not change.number, "changes are put together before"
+        change.number = message.number
+        change.stored = _key_bytes(message.stored)
+        change.dropped = _key_bytes(message.dropped)
+        change.is_snapshot = message.is_snapshot
 
     def _add_tokens(self, chunk: TokenChunk) -> None:
         known = self._tokens.get(chunk.sequence_id)
@@ -106,3 +118,7 @@ class Composer:
         known.token_ids.extend(chunk.token_ids)
         known.logprobs.extend(codec.logprobs_to_pb(position) for position in chunk.logprobs)
         known.finish_reason = codec.finish_to_pb(chunk.finish_reason)
+
+
+def _key_bytes(keys: tuple[int, ...]) -> bytes:
+    return b"".join(key.to_bytes(KEY_BYTES, "little") for key in keys)

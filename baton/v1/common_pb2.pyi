@@ -214,8 +214,11 @@ class Sequence(_message.Message):
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Unique per attempt: "<request_id>/<choice>/<attempt>"."""
+    cache_salt: _builtins.bytes
+    """Only sequences of one salt share KV blocks; at most 64 bytes."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, special tokens included."""
@@ -237,10 +240,11 @@ class Sequence(_message.Message):
         prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        cache_salt: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generated_token_ids", b"generated_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "generated_token_ids", b"generated_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -431,6 +435,60 @@ class ModelDescription(_message.Message):
 Global___ModelDescription: _TypeAlias = ModelDescription  # noqa: Y015
 
 @_typing.final
+class RopeRegimes(_message.Message):
+    """Rotary frequencies that depend on the prompt's length: equal for all lengths up to limit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIMIT_FIELD_NUMBER: _builtins.int
+    IS_EACH_ITS_OWN_FIELD_NUMBER: _builtins.int
+    limit: _builtins.int
+    """Prompt tokens."""
+    is_each_its_own: _builtins.bool
+    """Beyond the limit every length has its own frequencies; else all have the same."""
+    def __init__(
+        self,
+        *,
+        limit: _builtins.int = ...,
+        is_each_its_own: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_each_its_own", b"is_each_its_own", "limit", b"limit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RopeRegimes: _TypeAlias = RopeRegimes  # noqa: Y015
+
+@_typing.final
+class PrefixCaching(_message.Message):
+    """What the hashes of a node's prefix cache depend on besides model, kernels and KV layout."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PHASES_AGREE_FIELD_NUMBER: _builtins.int
+    ROPE_FIELD_NUMBER: _builtins.int
+    phases_agree: _builtins.bool
+    """A token's KV has the same bits whether it was computed in a prompt or generated."""
+    @_builtins.property
+    def rope(self) -> Global___RopeRegimes:
+        """Absent: frequencies do not depend on the prompt's length."""
+
+    def __init__(
+        self,
+        *,
+        phases_agree: _builtins.bool = ...,
+        rope: Global___RopeRegimes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["rope", b"rope"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["phases_agree", b"phases_agree", "rope", b"rope"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PrefixCaching: _TypeAlias = PrefixCaching  # noqa: Y015
+
+@_typing.final
 class NodeDescription(_message.Message):
     """Who a node is; fixed for one life of its process, but for its role."""
 
@@ -451,6 +509,7 @@ class NodeDescription(_message.Message):
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     KERNELS_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Unique in the cluster."""
     incarnation: _builtins.int
@@ -487,6 +546,10 @@ class NodeDescription(_message.Message):
     def transports(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """KV transports the node can use, best first."""
 
+    @_builtins.property
+    def prefix_cache(self) -> Global___PrefixCaching:
+        """Absent: the node keeps no blocks for prompts that begin alike."""
+
     def __init__(
         self,
         *,
@@ -505,10 +568,11 @@ class NodeDescription(_message.Message):
         software_version: _builtins.str = ...,
         kernels: _builtins.str = ...,
         metrics_address: _builtins.str = ...,
+        prefix_cache: Global___PrefixCaching | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "model", b"model"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "model", b"model", "prefix_cache", b"prefix_cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "prefix_cache", b"prefix_cache", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -534,6 +598,7 @@ class NodeStatus(_message.Message):
     LEASED_BLOCKS_FIELD_NUMBER: _builtins.int
     RUNNING_BLOCKS_FIELD_NUMBER: _builtins.int
     QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
     """What the node is used for now."""
     draining: _builtins.bool
@@ -541,7 +606,7 @@ class NodeStatus(_message.Message):
     total_blocks: _builtins.int
     """KV blocks in the pool."""
     free_blocks: _builtins.int
-    """KV blocks without an owner."""
+    """KV blocks that no sequence holds."""
     queued_prompt_tokens: _builtins.int
     """Prompt tokens accepted and not yet computed."""
     num_waiting: _builtins.int
@@ -562,6 +627,8 @@ class NodeStatus(_message.Message):
     """Of sequences that decode."""
     quarantined_blocks: _builtins.int
     """Of ended leases that a writer might still reach."""
+    cached_blocks: _builtins.int
+    """Kept for prompts that begin alike and held by no sequence; part of free_blocks."""
     def __init__(
         self,
         *,
@@ -579,10 +646,11 @@ class NodeStatus(_message.Message):
         leased_blocks: _builtins.int = ...,
         running_blocks: _builtins.int = ...,
         quarantined_blocks: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["draining", b"draining", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "draining", b"draining", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -601,6 +669,7 @@ class Lease(_message.Message):
     ADDRESS_FIELD_NUMBER: _builtins.int
     BLOCK_IDS_FIELD_NUMBER: _builtins.int
     TTL_S_FIELD_NUMBER: _builtins.int
+    NUM_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """The sequence that the blocks are for."""
     epoch: _builtins.int
@@ -613,9 +682,11 @@ class Lease(_message.Message):
     """host:port of baton.v1.KvTransfer on the decode node."""
     ttl_s: _builtins.float
     """Seconds the lease lasts from the moment it was granted, by the decode node's clock."""
+    num_cached_blocks: _builtins.int
+    """Leading blocks of the sequence that the decode node holds already; block_ids follow them."""
     @_builtins.property
     def block_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Blocks of the decode node's pool, in the order of the sequence's positions."""
+        """Blocks of the decode node's pool that are to be filled, in the order of the sequence's positions."""
 
     def __init__(
         self,
@@ -627,10 +698,11 @@ class Lease(_message.Message):
         address: _builtins.str = ...,
         block_ids: _abc.Iterable[_builtins.int] | None = ...,
         ttl_s: _builtins.float = ...,
+        num_cached_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_ids", b"block_ids", "epoch", b"epoch", "incarnation", b"incarnation", "node_id", b"node_id", "sequence_id", b"sequence_id", "ttl_s", b"ttl_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "block_ids", b"block_ids", "epoch", b"epoch", "incarnation", b"incarnation", "node_id", b"node_id", "num_cached_blocks", b"num_cached_blocks", "sequence_id", b"sequence_id", "ttl_s", b"ttl_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

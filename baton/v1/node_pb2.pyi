@@ -165,6 +165,98 @@ class LedgerResponse(_message.Message):
 Global___LedgerResponse: _TypeAlias = LedgerResponse  # noqa: Y015
 
 @_typing.final
+class CacheRequest(_message.Message):
+    """Asks about the prefix cache."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DROP_FIELD_NUMBER: _builtins.int
+    drop: _builtins.bool
+    """Forget all blocks first: none is found any more. Those that sequences hold stay theirs."""
+    def __init__(
+        self,
+        *,
+        drop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop", b"drop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheRequest: _TypeAlias = CacheRequest  # noqa: Y015
+
+@_typing.final
+class CacheResponse(_message.Message):
+    """The prefix cache of one node. Counters are of this life of the process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    IS_ON_FIELD_NUMBER: _builtins.int
+    TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
+    KNOWN_BLOCKS_FIELD_NUMBER: _builtins.int
+    CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    QUERY_TOKENS_FIELD_NUMBER: _builtins.int
+    HIT_TOKENS_FIELD_NUMBER: _builtins.int
+    STORED_BLOCKS_FIELD_NUMBER: _builtins.int
+    EVICTED_BLOCKS_FIELD_NUMBER: _builtins.int
+    CORRUPT_BLOCKS_FIELD_NUMBER: _builtins.int
+    DROPPED_BLOCKS_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node that answers."""
+    incarnation: _builtins.int
+    """The life of its process."""
+    is_on: _builtins.bool
+    """Whether the node keeps blocks at all; if not, the rest is 0."""
+    total_blocks: _builtins.int
+    """KV blocks in the pool."""
+    known_blocks: _builtins.int
+    """Blocks that are found by their content, whether a sequence holds them or not."""
+    cached_blocks: _builtins.int
+    """Those of them that no sequence holds."""
+    max_cached_blocks: _builtins.int
+    """The most blocks that may be kept without a sequence."""
+    query_tokens: _builtins.int
+    """Known tokens of sequences that were looked up."""
+    hit_tokens: _builtins.int
+    """Tokens of these whose KV was found."""
+    stored_blocks: _builtins.int
+    """Blocks that became known."""
+    evicted_blocks: _builtins.int
+    """Blocks that were given up because others needed the room, or the bound."""
+    corrupt_blocks: _builtins.int
+    """Blocks whose bytes had changed when they were checked, and that were not used."""
+    dropped_blocks: _builtins.int
+    """Blocks forgotten by this call."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        is_on: _builtins.bool = ...,
+        total_blocks: _builtins.int = ...,
+        known_blocks: _builtins.int = ...,
+        cached_blocks: _builtins.int = ...,
+        max_cached_blocks: _builtins.int = ...,
+        query_tokens: _builtins.int = ...,
+        hit_tokens: _builtins.int = ...,
+        stored_blocks: _builtins.int = ...,
+        evicted_blocks: _builtins.int = ...,
+        corrupt_blocks: _builtins.int = ...,
+        dropped_blocks: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "corrupt_blocks", b"corrupt_blocks", "dropped_blocks", b"dropped_blocks", "evicted_blocks", b"evicted_blocks", "hit_tokens", b"hit_tokens", "incarnation", b"incarnation", "is_on", b"is_on", "known_blocks", b"known_blocks", "max_cached_blocks", b"max_cached_blocks", "node_id", b"node_id", "query_tokens", b"query_tokens", "stored_blocks", b"stored_blocks", "total_blocks", b"total_blocks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CacheResponse: _TypeAlias = CacheResponse  # noqa: Y015
+
+@_typing.final
 class DrainRequest(_message.Message):
     """Asks a node to leave."""
 
@@ -714,6 +806,38 @@ class SessionResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     @_typing.final
+    class CacheChange(_message.Message):
+        """Each block is named by the first 8 bytes of its hash; keys stand one after the other."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        NUMBER_FIELD_NUMBER: _builtins.int
+        STORED_FIELD_NUMBER: _builtins.int
+        DROPPED_FIELD_NUMBER: _builtins.int
+        IS_SNAPSHOT_FIELD_NUMBER: _builtins.int
+        number: _builtins.int
+        """Changes of the node's cache so far, these included."""
+        stored: _builtins.bytes
+        """Blocks that are found from now on."""
+        dropped: _builtins.bytes
+        """Blocks that are found no more."""
+        is_snapshot: _builtins.bool
+        """stored is all that the node has; what was known of it before is void."""
+        def __init__(
+            self,
+            *,
+            number: _builtins.int = ...,
+            stored: _builtins.bytes = ...,
+            dropped: _builtins.bytes = ...,
+            is_snapshot: _builtins.bool = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "is_snapshot", b"is_snapshot", "number", b"number", "stored", b"stored"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class PrefillDone(_message.Message):
         """Sent together with the first token."""
 
@@ -808,6 +932,7 @@ class SessionResponse(_message.Message):
     HANDED_OFF_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
+    CACHE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___SessionWelcome:
         """Set in the first message only."""
@@ -844,6 +969,10 @@ class SessionResponse(_message.Message):
     def status(self) -> _common_pb2.NodeStatus:
         """The node's load, when it changed or was silent for a while."""
 
+    @_builtins.property
+    def cache(self) -> Global___SessionResponse.CacheChange:
+        """What the node's prefix cache has gained and lost before all else in this message."""
+
     def __init__(
         self,
         *,
@@ -856,10 +985,11 @@ class SessionResponse(_message.Message):
         handed_off: _abc.Iterable[Global___SessionResponse.HandedOff] | None = ...,
         failed: _abc.Iterable[Global___SequenceFailed] | None = ...,
         status: _common_pb2.NodeStatus | None = ...,
+        cache: Global___SessionResponse.CacheChange | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "status", b"status", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "prefills", b"prefills", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "prefills", b"prefills", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -45,6 +45,11 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.LedgerRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.LedgerResponse.FromString,
                 _registered_method=True)
+        self.Cache = channel.unary_unary(
+                '/baton.v1.Node/Cache',
+                request_serializer=baton_dot_v1_dot_node__pb2.CacheRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.CacheResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/baton.v1.Node/Drain',
                 request_serializer=baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
@@ -80,6 +85,13 @@ class NodeServicer(object):
 
     def Ledger(self, request, context):
         """Every KV block and its owner, right now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Cache(self, request, context):
+        """What the node keeps for prompts that begin alike; can drop it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +137,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Ledger,
                     request_deserializer=baton_dot_v1_dot_node__pb2.LedgerRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.LedgerResponse.SerializeToString,
+            ),
+            'Cache': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cache,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.CacheRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.CacheResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -202,6 +219,33 @@ class Node(object):
             '/baton.v1.Node/Ledger',
             baton_dot_v1_dot_node__pb2.LedgerRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.LedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/Cache',
+            baton_dot_v1_dot_node__pb2.CacheRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.CacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,8 @@ class NodeStub:
     """The node's identity and what it serves."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_node_pb2.LedgerRequest, _node_pb2.LedgerResponse]
     """Every KV block and its owner, right now."""
+    Cache: _grpc.UnaryUnaryMultiCallable[_node_pb2.CacheRequest, _node_pb2.CacheResponse]
+    """What the node keeps for prompts that begin alike; can drop it."""
     Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
     Clock: _grpc.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]
@@ -57,6 +59,8 @@ class NodeAsyncStub(NodeStub):
     """The node's identity and what it serves."""
     Ledger: _aio.UnaryUnaryMultiCallable[_node_pb2.LedgerRequest, _node_pb2.LedgerResponse]  # type: ignore[assignment]
     """Every KV block and its owner, right now."""
+    Cache: _aio.UnaryUnaryMultiCallable[_node_pb2.CacheRequest, _node_pb2.CacheResponse]  # type: ignore[assignment]
+    """What the node keeps for prompts that begin alike; can drop it."""
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]  # type: ignore[assignment]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
     Clock: _aio.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]  # type: ignore[assignment]
@@ -84,6 +88,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.LedgerResponse, _abc.Awaitable[_node_pb2.LedgerResponse]]:
         """Every KV block and its owner, right now."""
+
+    @_abc_1.abstractmethod
+    def Cache(
+        self,
+        request: _node_pb2.CacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.CacheResponse, _abc.Awaitable[_node_pb2.CacheResponse]]:
+        """What the node keeps for prompts that begin alike; can drop it."""
 
     @_abc_1.abstractmethod
     def Drain(

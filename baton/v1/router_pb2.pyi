@@ -110,6 +110,7 @@ class GenerateRequest(_message.Message):
     INCLUDE_STOP_IN_OUTPUT_FIELD_NUMBER: _builtins.int
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_IN_PROMPT_FIELD_NUMBER: _builtins.int
+    CACHE_SALT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the router if empty. Letters, digits, '.', '_', '-' and ':'; at most 128."""
     model: _builtins.str
@@ -122,6 +123,8 @@ class GenerateRequest(_message.Message):
     """Seconds until the request fails with DEADLINE_EXCEEDED. 0: the router's default."""
     skip_special_tokens_in_prompt: _builtins.bool
     """Do not prepend the tokenizer's special tokens (beginning of sequence) to a prompt given as text."""
+    cache_salt: _builtins.str
+    """Only requests of one salt share the KV of prompts that begin alike; at most 256 bytes."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""
@@ -151,10 +154,11 @@ class GenerateRequest(_message.Message):
         include_stop_in_output: _builtins.bool = ...,
         timeout_s: _builtins.float = ...,
         skip_special_tokens_in_prompt: _builtins.bool = ...,
+        cache_salt: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "stop", b"stop", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "stop", b"stop", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -667,6 +671,78 @@ class ClusterLedgerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterLedgerResponse: _TypeAlias = ClusterLedgerResponse  # noqa: Y015
+
+@_typing.final
+class ClusterCacheRequest(_message.Message):
+    """Asks about all prefix caches."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DROP_FIELD_NUMBER: _builtins.int
+    drop: _builtins.bool
+    """Every node forgets its blocks first."""
+    def __init__(
+        self,
+        *,
+        drop: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop", b"drop"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterCacheRequest: _TypeAlias = ClusterCacheRequest  # noqa: Y015
+
+@_typing.final
+class ClusterCacheResponse(_message.Message):
+    """One answer per node that answered."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class UnreachableEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    NODES_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[_node_pb2.CacheResponse]:
+        """Those that answered."""
+
+    @_builtins.property
+    def unreachable(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Nodes that did not answer, with the reason."""
+
+    def __init__(
+        self,
+        *,
+        nodes: _abc.Iterable[_node_pb2.CacheResponse] | None = ...,
+        unreachable: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nodes", b"nodes", "unreachable", b"unreachable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClusterCacheResponse: _TypeAlias = ClusterCacheResponse  # noqa: Y015
 
 @_typing.final
 class ClusterTraceRequest(_message.Message):

@@ -50,6 +50,11 @@ class RouterStub(object):
                 request_serializer=baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.FromString,
                 _registered_method=True)
+        self.Cache = channel.unary_unary(
+                '/baton.v1.Router/Cache',
+                request_serializer=baton_dot_v1_dot_router__pb2.ClusterCacheRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_router__pb2.ClusterCacheResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/baton.v1.Router/Drain',
                 request_serializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
@@ -88,6 +93,13 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Cache(self, request, context):
+        """The prefix caches of all nodes, asked for now; can drop them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left".
         """
@@ -119,6 +131,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Ledger,
                     request_deserializer=baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.FromString,
                     response_serializer=baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.SerializeToString,
+            ),
+            'Cache': grpc.unary_unary_rpc_method_handler(
+                    servicer.Cache,
+                    request_deserializer=baton_dot_v1_dot_router__pb2.ClusterCacheRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_router__pb2.ClusterCacheResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -213,6 +230,33 @@ class Router(object):
             '/baton.v1.Router/Ledger',
             baton_dot_v1_dot_router__pb2.ClusterLedgerRequest.SerializeToString,
             baton_dot_v1_dot_router__pb2.ClusterLedgerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Cache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Router/Cache',
+            baton_dot_v1_dot_router__pb2.ClusterCacheRequest.SerializeToString,
+            baton_dot_v1_dot_router__pb2.ClusterCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,8 @@ class RouterStub:
     """The cluster as the router sees it."""
     Ledger: _grpc.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]
     """The block ledgers of all nodes, asked for now."""
+    Cache: _grpc.UnaryUnaryMultiCallable[_router_pb2.ClusterCacheRequest, _router_pb2.ClusterCacheResponse]
+    """The prefix caches of all nodes, asked for now; can drop them."""
     Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
     Trace: _grpc.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]
@@ -59,6 +61,8 @@ class RouterAsyncStub(RouterStub):
     """The cluster as the router sees it."""
     Ledger: _aio.UnaryUnaryMultiCallable[_router_pb2.ClusterLedgerRequest, _router_pb2.ClusterLedgerResponse]  # type: ignore[assignment]
     """The block ledgers of all nodes, asked for now."""
+    Cache: _aio.UnaryUnaryMultiCallable[_router_pb2.ClusterCacheRequest, _router_pb2.ClusterCacheResponse]  # type: ignore[assignment]
+    """The prefix caches of all nodes, asked for now; can drop them."""
     Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
     Trace: _aio.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]  # type: ignore[assignment]
@@ -92,6 +96,14 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.ClusterLedgerResponse, _abc.Awaitable[_router_pb2.ClusterLedgerResponse]]:
         """The block ledgers of all nodes, asked for now."""
+
+    @_abc_1.abstractmethod
+    def Cache(
+        self,
+        request: _router_pb2.ClusterCacheRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.ClusterCacheResponse, _abc.Awaitable[_router_pb2.ClusterCacheResponse]]:
+        """The prefix caches of all nodes, asked for now; can drop them."""
 
     @_abc_1.abstractmethod
     def Drain(

@@ -10,14 +10,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.prefix import HASH_BYTES, PrefixScheme, RopeRegimes
-from baton.types import KvLayout
+from baton.prefix import HASH_BYTES, PrefixScheme
+from baton.types import KvLayout, PrefixCaching, RopeRegimes
 from engine.model_config import RopeConfig
 from engine.rope import RopeTable
 
 LAYOUT = KvLayout(2, 100, 2, 8, 16, "float32")
-SCHEME = PrefixScheme("f" * 8, "cpu-avx2", LAYOUT, phases_agree=True)
-APART = replace(SCHEME, phases_agree=False)
+SCHEME = PrefixScheme("f" * 8, "cpu-avx2", LAYOUT, PrefixCaching(phases_agree=True))
+APART = replace(SCHEME, caching=PrefixCaching(phases_agree=False))
 TOKENS = tuple(range(1000, 1040))
 
 
@@ -58,7 +58,7 @@ def test_a_token_changes_its_block_and_all_behind_it(at: int, token: int) -> Non
     [
         replace(SCHEME, fingerprint="f" * 9),
         replace(SCHEME, kernels="cpu-avx512"),
-        replace(SCHEME, phases_agree=False),
+        APART,
         *(replace(SCHEME, layout=replace(LAYOUT, **{name: 1})) for name in ("num_layers", "num_kv_heads", "head_dim")),
         replace(SCHEME, layout=replace(LAYOUT, dtype="bfloat16")),
         # The same characters, one field further.
@@ -87,8 +87,8 @@ def test_generated_tokens_are_no_prefix_of_a_prompt_where_phases_differ() -> Non
 
 
 def test_a_prefix_is_of_one_rope_regime() -> None:
-    dynamic = replace(SCHEME, rope=RopeRegimes(32, is_each_its_own=True))
-    longrope = replace(SCHEME, rope=RopeRegimes(32, is_each_its_own=False))
+    dynamic = replace(SCHEME, caching=PrefixCaching(True, RopeRegimes(32, is_each_its_own=True)))
+    longrope = replace(SCHEME, caching=PrefixCaching(True, RopeRegimes(32, is_each_its_own=False)))
     lengths = (1, 32, 33, 40)
     assert len({dynamic.seed(n) for n in lengths}) == 3
     assert len({longrope.seed(n) for n in lengths}) == 2
