@@ -24,7 +24,10 @@ from bench import measure
 
 # Each module has ``run(quick: bool) -> dict``. A list of flat mappings in the result is printed as a table, a mapping
 # as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
-BENCHES = ("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session")
+BENCHES = (
+    *("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session"),
+    "prefix_placement",
+)
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -89,7 +89,7 @@ def _samples(scheduler: Scheduler[_Item], num_samples: int) -> tuple[list[float]
         decision = scheduler.decide(item, 0.5)
         decided_s = time.perf_counter()
         assert isinstance(decision, Decision)
-        scheduler.assign(item, decision.placement, _NUM_TOKENS, 0.5)
+        scheduler.assign(item, decision, _NUM_TOKENS, 0.5)
         whole.append(time.perf_counter() - start_s)
         decisions.append(decided_s - decide_s)
         scheduler.prefilled(item.sequence_id)

@@ -15,7 +15,8 @@ from router.stream import TokenStream
 class Active:
     """Compared by identity. It is what the scheduler places."""
 
-    __slots__ = ("_patient_until_s", "_timer", "_timer_s", "client", "fingerprint", "flow", "origin", "stream")
+    __slots__ = ("_patient_until_s", "_timer", "_timer_s", "client", "fingerprint", "flow", "is_leading", "origin",
+                 "stream")  # fmt: skip
 
     def __init__(self, flow: Flow, stream: TokenStream, origin: Origin, client: str) -> None:
         self.flow = flow
@@ -23,6 +24,8 @@ class Active:
         self.origin = origin
         # The client that its turns are counted for.
         self.client = client
+        # Other choices of its prompt may wait for what it leaves at the nodes.
+        self.is_leading = flow.prompt.num_choices > 1
         # The model that its tokens come from: no other model may continue it. Empty before the first token.
         self.fingerprint = ""
         self._timer: asyncio.TimerHandle | None = None

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Sequence
 from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.node_messages import Cancel, NodeMessage, PrefillDone, Refused
+from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
 from baton.types import Lease, SamplingParams
 from router.active import Active
 from router.cluster.policy import Obstacle
@@ -40,6 +40,7 @@ from router.flow_messages import (
     NodeLost,
     NoNodeAvailable,
     Outcome,
+    OutcomeKind,
     PairFailed,
     PairWorked,
     Placed,
@@ -182,8 +183,13 @@ class Dispatcher:
     def on_node_messages(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
         for message in messages:
             match message:
+                case CacheChanged():
+                    self.scheduler.cache_changed(node_id, message)
                 case PrefillDone():
                     self.scheduler.prefilled(message.sequence_id)
+                    self.scheduler.rates.computed(node_id, message.num_computed_tokens, message.compute_s)
+                case HandedOff(_, report):
+                    self.scheduler.rates.moved(report.num_bytes, report.exposed_s)
                 case Lease():
                     self.scheduler.confirmed(message.sequence_id)
                 case Refused():
@@ -212,6 +218,7 @@ class Dispatcher:
     def on_tick(self) -> None:
         """Time alone can make room: a client is alone by now, a breaker half open, a node no longer avoided."""
         self.scheduler.has_news = True
+        self.scheduler.prefix_index.sweep()
         self.place()
         waiting = self.scheduler.next(self.clock.now())
         if waiting is not None:
@@ -226,6 +233,9 @@ class Dispatcher:
             for action in active.flow.handle(event, now):
                 self._perform(active, action)
             active.arm(now, self._on_timer)
+            if active.is_leading and active.flow.has_shared:
+                active.is_leading = False
+                self.scheduler.has_shared(active, now)
         except Exception as error:
             self._fail(active, error)
 
@@ -267,7 +277,11 @@ class Dispatcher:
             case ToNode():
                 self.nodes.send(action)
             case Enqueue():
-                (scheduler.rerun if action.is_rerun else scheduler.arrive)(active, self.clock.now())
+                if action.is_rerun:
+                    scheduler.rerun(active, self.clock.now())
+                else:
+                    prompt = active.flow.prompt
+                    scheduler.arrive(active, self.clock.now(), prompt if prompt.num_choices > 1 else None)
                 if self._is_without_nodes:
                     self._feed(active, NoNodeAvailable())
             case Detach():
@@ -289,6 +303,8 @@ class Dispatcher:
         if not self.scheduler.num_in_flight:
             self._idle.set()
         relay = active.flow.lifeline.relay()
+        if outcome.kind is OutcomeKind.FINISHED:
+            self.scheduler.generated(relay.decode_node_id, relay.num_tokens, relay.tbt_mean_s)
         active.stream.end(outcome, relay)
         self.records.ended(active.flow, outcome, relay, active.origin)
 
@@ -326,6 +342,6 @@ class Dispatcher:
         # Sent before anything is booked for it: what cannot be sent takes no room.
         for action in active.flow.handle(Placed(decision.placement), now):
             self._perform(active, action)
-        self.scheduler.assign(active, decision.placement, active.flow.num_known_tokens, now)
+        self.scheduler.assign(active, decision, active.flow.num_known_tokens, now)
         active.arm(now, self._on_timer)
         return True

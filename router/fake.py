@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +31,7 @@ from baton.types import (
     NodeDescription,
     NodeStatus,
     PositionLogprobs,
+    PrefixCaching,
     Role,
     SequenceSpec,
     TokenChunk,
@@ -102,6 +103,8 @@ class FakeConfig:
     prefill_token_s: float = 0.0
     transfer_s: float = 0.0
     status_s: float = 0.05
+    # It says that it keeps blocks; what they are is the test's to tell (`FakeNode.tell_cache`).
+    has_prefix_cache: bool = False
     # What its clock shows beyond ours.
     clock_skew_s: float = 0.0
 
@@ -208,6 +211,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
 
     def _reset(self) -> None:
         self._live: dict[str, _Live] = {}
+        self._cache_number = 0
         self._sessions: list[_Session] = []
         self._work = asyncio.Event()
         self._unstalled = asyncio.Event()
@@ -278,6 +282,16 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         for session in self._sessions:
             session.outbox.put_nowait(None)
 
+    def tell_cache(self, stored: Iterable[int], dropped: Iterable[int] = (), *, is_snapshot: bool = False) -> None:
+        """Keys of blocks that it has from now on, and has no more."""
+        self._cache_number += 1
+        for session in self._sessions:
+            change = session.draft.cache
+            change.number, change.is_snapshot = self._cache_number, is_snapshot
+            change.stored = b"".join(key.to_bytes(8, "little") for key in stored)
+            change.dropped = b"".join(key.to_bytes(8, "little") for key in dropped)
+            session.flush(self._is_muted)
+
     def stall(self) -> None:
         """The engine makes no step; sessions and status go on, and say so."""
         self._unstalled.clear()
@@ -328,6 +342,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             kernels="none",
             software_version="fake",
             metrics_address=c.metrics_address,
+            prefix_cache=PrefixCaching(phases_agree=True) if c.has_prefix_cache else None,
         )
 
     @property

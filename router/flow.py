@@ -162,6 +162,14 @@ class Flow:
         return self.phase is Phase.DECODING and not self._is_settled
 
     @property
+    def has_shared(self) -> bool:
+        """Nodes have all blocks of the prompt from it, or it is over."""
+        if self.placement is None:
+            return self.phase is Phase.ENDED
+        is_here = self.placement.is_colocated and self.phase is Phase.DECODING
+        return is_here or self._has_joined or self.phase is Phase.ENDED
+
+    @property
     def num_known_tokens(self) -> int:
         return len(self.prompt.token_ids) + len(self.tokens)
 
@@ -170,6 +178,7 @@ class Flow:
             num_known_tokens=self.num_known_tokens,
             is_single_token=self.max_tokens - len(self.tokens) == 1,
             avoid=frozenset(n for n, until_s in self._avoid.items() if until_s > now) if self._avoid else (),
+            prompt=self.prompt,
         )
 
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 (a flat table)
@@ -237,7 +246,9 @@ class Flow:
         self.placement = placement
         self._has_joined = False
         self.lifeline.placed(placement.prefill_id, placement.decode_id, now)
-        self._spec = SequenceSpec(self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens))
+        self._spec = SequenceSpec(
+            self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens), self.prompt.cache_salt
+        )
         if placement.is_colocated:
             return self._run(None, now)
         self.phase = Phase.RESERVING

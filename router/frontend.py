@@ -295,7 +295,7 @@ class Frontend:
         actives: list[Active] = []
         try:
             for token_ids, sampling in zip(prompts, resolved, strict=True):
-                prompt = Prompt(token_ids)
+                prompt = Prompt(token_ids, num_choices=request.n)
                 for i in range(request.n):
                     actives.append(
                         self._dispatcher.submit(

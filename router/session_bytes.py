@@ -7,6 +7,7 @@ together around those bytes: fields of a message may come in any order.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Protocol, TypeVar
@@ -15,6 +16,7 @@ from baton import codec, errors
 from baton.address import as_dialled
 from baton.defects import Defects
 from baton.node_messages import (
+    CacheChanged,
     Cancel,
     HandedOff,
     Joined,
@@ -26,6 +28,7 @@ from baton.node_messages import (
     Run,
     SequenceFailed,
 )
+from baton.prefix import KEY_BYTES
 from baton.types import Failure, Lease, NodeStatus, SequenceSpec
 from baton.v1 import common_pb2, node_pb2
 from router.flow_messages import Prompt
@@ -103,6 +106,8 @@ class Reader:
     def messages(self, response: node_pb2.SessionResponse) -> list[NodeMessage]:
         """In the order in which they count."""
         found: list[NodeMessage] = []
+        if response.HasField("cache"):
+            found.append(self._cache_changed(response.cache))
         self._read(response.reserved, self._reserved, found)
         self._read(response.refused, _refused, found)
         self._read(response.prefills, _prefill_done, found)
@@ -131,9 +136,22 @@ class Reader:
                 failure = Failure.of(self._defects.caught("message", error, about), self._node_id)
                 found.append(SequenceFailed(item.sequence_id, failure))
 
+    def _cache_changed(self, item: node_pb2.SessionResponse.CacheChange) -> CacheChanged:
+        with self._defects.contained("message", f"cache of {self._node_id}"):
+            return CacheChanged(item.number, _keys(item.stored), _keys(item.dropped), item.is_snapshot)
+        # Nothing that was known before is certain.
+        return CacheChanged(item.number, (), is_snapshot=True)
+
     def _reserved(self, item: common_pb2.Lease) -> Lease:
         lease = codec.lease_from_pb(item)
         return replace(lease, address=as_dialled(lease.address, self._address))
+
+
+def _keys(data: bytes) -> tuple[int, ...]:
+    num_keys, rest = divmod(len(data), KEY_BYTES)
+    if rest:
+        raise errors.InvalidRequest(f"keys take {len(data)} bytes, expected a multiple of {KEY_BYTES}")
+    return struct.unpack(f"<{num_keys}Q", data)
 
 
 def _refused(item: node_pb2.SequenceFailed) -> Refused:

@@ -16,3 +16,13 @@ class PolicyConfig:
     breaker_failures: int = 2
     breaker_open_s: float = 1.0
     breaker_max_open_s: float = 30.0
+    # KV blocks that the router knows of, one for each node that has it. At about 100 bytes a block, this is room for a
+    # thousand nodes of 10,000 blocks. Blocks beyond it are not seen: such a hit is not sought, but still used.
+    max_known_blocks: int = 12_000_000
+    # What work costs until it has been measured: a prompt's token, a byte of KV that is moved and not hidden behind the
+    # prompt, and what a token in a node's running sequences adds to each of its steps.
+    prompt_token_s: float = 1e-4
+    move_byte_s: float = 1e-10
+    kv_token_s: float = 1e-7
+    # Tokens that a sequence is expected to generate, until some have ended.
+    output_tokens: int = 128

@@ -26,6 +26,8 @@ class _Assigned:
     # Where it counts: a node that was lost and is up again knows nothing of it. None: the node was lost before.
     prefill: NodeLoad | None
     decode: NodeLoad | None
+    # To be computed for it, and known when it began.
+    num_prompt_tokens: int
     num_tokens: int
     # Still in the prompt phase.
     is_prompt: bool = True
@@ -48,18 +50,23 @@ class NodeLoad:
         "is_full",
         "node",
         "node_id",
+        "pending_decode_tokens",
         "pending_prompt_tokens",
         "promised_blocks",
         "prompt_rank",
         "prompt_tokens",
         "status",
+        "token_bytes",
     )
 
     def __init__(self, node: NodeDescription, status: NodeStatus) -> None:
         self.node = node
         self.node_id = node.node_id
         self.status = status
-        # Tokens of our own sequences in each phase.
+        layout = node.kv_layout
+        # KV of one token.
+        self.token_bytes = layout.num_layers * layout.block_bytes // layout.block_tokens
+        # Tokens of our own sequences: those to be computed, and those known of all that will be decoded here.
         self.prompt_tokens = 0
         self.decode_tokens = 0
         # Tokens beyond our own in the last status.
@@ -74,13 +81,13 @@ class NodeLoad:
 
     def update(self) -> None:
         self.pending_prompt_tokens = self.prompt_tokens + self.foreign_prompt
-        pending_decode_tokens = self.decode_tokens + self.foreign_decode
-        pending_tokens = self.pending_prompt_tokens + pending_decode_tokens
+        self.pending_decode_tokens = self.decode_tokens + self.foreign_decode
+        pending_tokens = self.pending_prompt_tokens + self.pending_decode_tokens
         # A node of a phase's own pool is judged by that phase's queue, another one by all that it has to do.
         is_prefill, is_decode = self.role is Role.PREFILL, self.role is Role.DECODE
         num_taken_blocks = -self.free_blocks
         prompt_queue = self.pending_prompt_tokens if is_prefill else pending_tokens
-        decode_queue = pending_decode_tokens if is_decode else pending_tokens
+        decode_queue = self.pending_decode_tokens if is_decode else pending_tokens
         self.prompt_rank = Rank(prompt_queue, num_taken_blocks, self.node_id)
         self.decode_rank = Rank(decode_queue, num_taken_blocks, self.node_id)
         # Tokens of a new sequence for which there is room.
@@ -134,16 +141,27 @@ class Loads:
             load.is_full = True
             load.update()
 
-    def assign(self, sequence_id: str, prefill_id: str, decode_id: str, num_known_tokens: int) -> None:
+    def assign(
+        self,
+        sequence_id: str,
+        prefill_id: str,
+        decode_id: str,
+        num_known_tokens: int,
+        *,
+        num_prefill_hit: int = 0,
+        num_decode_hit: int = 0,
+    ) -> None:
+        """``num_prefill_hit``, ``num_decode_hit``: known tokens whose KV the nodes hold, to be neither computed nor
+        given room."""
         prefill, decode = self._nodes.get(prefill_id), self._nodes.get(decode_id)
-        assigned = _Assigned(prefill, decode, num_known_tokens)
+        assigned = _Assigned(prefill, decode, num_known_tokens - num_prefill_hit, num_known_tokens)
         self._assigned[sequence_id] = assigned
         if prefill is not None:
-            prefill.prompt_tokens += num_known_tokens
+            prefill.prompt_tokens += assigned.num_prompt_tokens
             prefill.update()
         if decode is not None:
             decode.decode_tokens += num_known_tokens
-            assigned.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1)
+            assigned.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1 - num_decode_hit)
             decode.promised_blocks += assigned.num_promised_blocks
             decode.update()
 
@@ -163,7 +181,7 @@ class Loads:
             return
         assigned.is_prompt = False
         if load := assigned.prefill:
-            load.prompt_tokens = max(0, load.prompt_tokens - assigned.num_tokens)
+            load.prompt_tokens = max(0, load.prompt_tokens - assigned.num_prompt_tokens)
             load.update()
 
     def release(self, sequence_id: str) -> None:
@@ -190,7 +208,7 @@ class Loads:
             assert load.promised_blocks == sum(a.num_promised_blocks for a in mine), node_id
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
             prompts = [a for a in self._assigned.values() if a.is_prompt and a.prefill is load]
-            assert load.prompt_tokens == sum(a.num_tokens for a in prompts), node_id
+            assert load.prompt_tokens == sum(a.num_prompt_tokens for a in prompts), node_id
             ready = load.prompt_rank, load.decode_rank, load.free_tokens
             load.update()
             assert ready == (load.prompt_rank, load.decode_rank, load.free_tokens), node_id

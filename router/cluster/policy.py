@@ -6,6 +6,9 @@ Rules, after Splitwise (section IV.A), applied when a request arrives:
 2. Overflow: a pool whose shortest queue is longer than a threshold comes after the mixed nodes if one of these has less
    to do. A node without room, or with too many prompts pending, is no candidate; mixed nodes come next.
 3. Borrow: if the pool of a phase and the mixed nodes are gone, the other pool runs that phase.
+4. Prefix: of the pool that rule 2 takes, a node that holds leading blocks of the prompt runs the phase if all of it
+   then takes less time (`costs`) than on the node of rule 1. Where a decode node holds more of the prompt than that
+   prefill node, and the whole request takes less time there, it runs there altogether.
 
 A rule is a term of a node's cost; the node with the least sum runs the phase. Prompt and tokens are looked at apart:
 the best decode node is the same whichever node runs the prompt, except where a breaker is open.
@@ -13,19 +16,34 @@ the best decode node is the same whichever node runs the prompt, except where a 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from operator import attrgetter
+from typing import NamedTuple, Protocol
 
+from baton.prefix import PrefixScheme
 from baton.types import Role
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
-from router.cluster.load import Rank
+from router.cluster.costs import Costs
+from router.cluster.load import NodeLoad, Rank
 from router.cluster.pools import Pools
 
+_PROMPT_RANK: Callable[[NodeLoad], Rank] = attrgetter("prompt_rank")
+_DECODE_RANK: Callable[[NodeLoad], Rank] = attrgetter("decode_rank")
+# The first of these nodes that has room for so many tokens and is not blocked.
+_Least = Callable[[Iterable[NodeLoad], int, Collection[str]], NodeLoad | None]
 # More than any queue: a pool with this term comes after all nodes of one without it.
 _LATER_TOKENS = 1 << 60
+
+
+class Keyed(Protocol):
+    """A prompt, as far as placement is concerned."""
+
+    def keys(self, scheme: PrefixScheme) -> Sequence[int]:
+        """Of its full blocks; see baton.prefix.key_of."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +54,8 @@ class Demand:
     is_single_token: bool = False
     # Nodes blamed by this request's earlier attempts: used only if there is no other.
     avoid: Collection[str] = ()
+    # None: no node is sought for what it holds.
+    prompt: Keyed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +94,17 @@ class Reason(Enum):
     SINGLE_TOKEN = "single_token"  # noqa: S105 - not that kind of token
     # The pool that a phase needs is gone; another one does its work.
     BORROWED = "borrowed"
+    # A decode node does all of it, as it holds more of the prompt than the prompt pool.
+    PREFIX = "prefix"
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     placement: Placement
     reason: Reason
+    # Leading tokens that need not be computed, and those that need no room and no move on the decode node.
+    num_prefill_hit: int = 0
+    num_decode_hit: int = 0
 
 
 class Cost(NamedTuple):
@@ -95,35 +120,49 @@ class Cost(NamedTuple):
 
 
 class _Best(NamedTuple):
-    node_id: str
-    role: Role
+    node: NodeLoad
     cost: Cost
+    # Leading tokens of the request that the node holds.
+    num_hit: int = 0
 
 
 def choose(
-    pools: Pools, demand: Demand, breakers: PairBreakers, now: float, config: PolicyConfig
+    pools: Pools,
+    demand: Demand,
+    breakers: PairBreakers,
+    now: float,
+    config: PolicyConfig,
+    costs: Costs | None = None,
 ) -> Decision | Obstacle:
-    """Both nodes of a request and why these, or why it must wait."""
+    """Both nodes of a request and why these, or why it must wait. ``costs``: some nodes hold a part of it."""
     if not pools:
         return Obstacle.NO_NODE
     pair = None
     if demand.avoid:
-        pair = _Search(pools.without(demand.avoid), demand, breakers, now, config).pair()
-    pair = pair or _Search(pools, demand, breakers, now, config).pair()
+        pair = _Search(pools.without(demand.avoid), demand, breakers, now, config, costs).pair()
+    pair = pair or _Search(pools, demand, breakers, now, config, costs).pair()
     if pair is None:
         return Obstacle.NO_ROOM
     prefill, decode = pair
-    return Decision(Placement(prefill.node_id, decode.node_id), _reason(prefill, decode, pools, demand))
+    num_prefill_hit = 0 if costs is None else costs.prompt_hit(prefill.num_hit)
+    return Decision(
+        Placement(prefill.node.node_id, decode.node.node_id),
+        _reason(prefill.node.role, decode.node.role, pools, demand),
+        num_prefill_hit,
+        num_prefill_hit if prefill.node is decode.node else decode.num_hit,
+    )
 
 
-def _reason(prefill: _Best, decode: _Best, pools: Pools, demand: Demand) -> Reason:
-    if prefill.role is Role.MIXED:
+def _reason(prefill: Role, decode: Role, pools: Pools, demand: Demand) -> Reason:
+    if prefill is Role.MIXED:
         return Reason.OVERFLOW if pools[Role.PREFILL] else Reason.MIXED
-    if decode.role is Role.MIXED:
+    if decode is Role.MIXED:
         return Reason.OVERFLOW if pools[Role.DECODE] else Reason.MIXED
-    if prefill.role is Role.PREFILL and decode.role is Role.DECODE:
+    if prefill is Role.PREFILL and decode is Role.DECODE:
         return Reason.POOLS
-    return Reason.SINGLE_TOKEN if prefill.role is Role.PREFILL and demand.is_single_token else Reason.BORROWED
+    if prefill is Role.PREFILL:
+        return Reason.SINGLE_TOKEN if demand.is_single_token else Reason.BORROWED
+    return Reason.PREFIX if pools[Role.PREFILL] or pools[Role.MIXED] else Reason.BORROWED
 
 
 class _Search:
@@ -136,18 +175,28 @@ class _Search:
         breakers: PairBreakers,
         now: float,
         config: PolicyConfig,
+        costs: Costs | None,
     ) -> None:
         self._pools = pools
         self._num_tokens = demand.num_known_tokens + 1
         self._breakers = breakers
         self._now = now
         self._config = config
+        self._costs = costs
         has_token_pool = bool(pools[Role.DECODE] or pools[Role.MIXED])
         # Whether a sequence that the prompt pool computes is decoded there too.
         self._stays_in_prompt_pool = demand.is_single_token or not has_token_pool
         self._decode = None if self._stays_in_prompt_pool else self._best_decode({})
 
     def pair(self) -> tuple[_Best, _Best] | None:
+        """The best prefill and decode node, or a decode node for both."""
+        pair = self._split()
+        if pair is None or self._costs is None or pair[0].node is pair[1].node:
+            return pair
+        here = self._here(*pair, self._costs)
+        return pair if here is None else (here, here)
+
+    def _split(self) -> tuple[_Best, _Best] | None:
         """The best prefill node that has a path to a decode node, and the best such decode node.
 
         A path is blocked while its breaker is open. If all are blocked, the one that reopens first is taken.
@@ -155,65 +204,118 @@ class _Search:
         soonest: tuple[float, _Best, _Best] | None = None
         blocked: set[str] = set()
         while (prefill := self._best_prefill(blocked)) is not None:
-            open_of = self._breakers.open_of(prefill.node_id, self._now)
-            decode = prefill if self._stays(prefill.role) else self._decode
+            open_of = self._breakers.open_of(prefill.node.node_id, self._now)
+            decode = prefill if self._stays(prefill.node.role) else self._decode
             assert decode is not None
-            if decode.node_id not in open_of:
+            if decode.node.node_id not in open_of:
                 return prefill, decode
             if decode is not prefill:
                 if (other := self._best_decode(open_of)) is not None:
                     return prefill, other
-                decode = self._soonest_decode(open_of)
-            blocked.add(prefill.node_id)
-            reopens_at_s = open_of[decode.node_id]
+                decode = self._soonest_decode(open_of, decode)
+            blocked.add(prefill.node.node_id)
+            reopens_at_s = open_of[decode.node.node_id]
             if soonest is None or reopens_at_s < soonest[0]:
                 soonest = reopens_at_s, prefill, decode
         return None if soonest is None else soonest[1:]
+
+    def _here(self, prefill: _Best, decode: _Best, costs: Costs) -> _Best | None:
+        """A decode node that holds more of the prompt than ``prefill``, and does all of it sooner than the two."""
+        split_s = costs.prompt_s(prefill.node, prefill.num_hit, stays=False)
+        split_s += costs.decode_s(decode.node, decode.num_hit)
+        limit = self._config.max_pending_prompt_tokens
+        candidates = [
+            (costs.here_s(best.node, best.num_hit), best.node.decode_rank, best)
+            for best in self._near(Role.DECODE, 0, self._least_decode, {})
+            if best.num_hit > prefill.num_hit and best.node.pending_prompt_tokens < limit
+        ]
+        if not candidates:
+            return None
+        here_s, _, best = min(candidates, key=lambda candidate: candidate[:2])
+        return best if here_s < split_s else None
 
     def _stays(self, role: Role) -> bool:
         return role is not Role.PREFILL or self._stays_in_prompt_pool
 
     def _best_prefill(self, blocked: Collection[str]) -> _Best | None:
         found: _Best | None = None
-        # A prompt longer than the limit still runs, on a node that has nothing else to compute.
-        limit = self._config.max_pending_prompt_tokens
+        near: list[_Best] = []
         for role, later_tokens in self._prompt_pools().items():
             stays = self._stays(role)
             if not stays and self._decode is None:
                 continue
-            num_tokens = self._num_tokens if stays else 0
-            ranks = (
-                node.prompt_rank
-                for node in self._pools[role]
-                if node.pending_prompt_tokens < limit
-                and (not stays or node.free_tokens >= num_tokens)
-                and node.node_id not in blocked
-            )
-            found = _cheaper(found, min(ranks, default=None), role, later_tokens)
-        return found
+            least = self._least_staying_prompt if stays else self._least_prompt
+            found = _cheaper(found, least(self._pools[role], self._num_tokens, blocked), _PROMPT_RANK, later_tokens)
+            near += self._near(role, later_tokens, least, blocked)
+        return self._nearest(found, near, self._prompt_s)
 
     def _best_decode(self, blocked: Collection[str]) -> _Best | None:
         """For a prompt that ran in the prompt pool."""
         found: _Best | None = None
+        near: list[_Best] = []
         for role, later_tokens in self._token_pools().items():
-            ranks = (
-                node.decode_rank
-                for node in self._pools[role]
-                if node.free_tokens >= self._num_tokens and node.node_id not in blocked
-            )
-            found = _cheaper(found, min(ranks, default=None), role, later_tokens)
-        return found
+            least = self._least_decode(self._pools[role], self._num_tokens, blocked)
+            found = _cheaper(found, least, _DECODE_RANK, later_tokens)
+            near += self._near(role, later_tokens, self._least_decode, blocked)
+        return self._nearest(found, near, self._decode_s)
 
-    def _soonest_decode(self, open_of: Mapping[str, float]) -> _Best:
-        """All paths of a prefill node are blocked: the decode node of the one that reopens first."""
-        candidates = (
-            (open_of[node.node_id], later_tokens, node.decode_rank, node.role)
+    def _least_prompt(self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]) -> NodeLoad | None:
+        """For a prompt that is handed over."""
+        # A prompt longer than the limit still runs, on a node that has nothing else to compute.
+        limit = self._config.max_pending_prompt_tokens
+        able = (node for node in nodes if node.pending_prompt_tokens < limit and node.node_id not in blocked)
+        return min(able, key=_PROMPT_RANK, default=None)
+
+    def _least_staying_prompt(
+        self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]
+    ) -> NodeLoad | None:
+        """For one that stays: there has to be room for ``num_tokens``."""
+        return self._least_prompt((node for node in nodes if node.free_tokens >= num_tokens), num_tokens, blocked)
+
+    def _least_decode(self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]) -> NodeLoad | None:
+        able = (node for node in nodes if node.free_tokens >= num_tokens and node.node_id not in blocked)
+        return min(able, key=_DECODE_RANK, default=None)
+
+    def _near(self, role: Role, later_tokens: int, least: _Least, blocked: Collection[str]) -> Iterator[_Best]:
+        """Of the nodes that hold equally much of the request, the one that comes first otherwise."""
+        costs = self._costs
+        for hit in () if costs is None else costs.hits:
+            assert costs is not None
+            num_hit = costs.tokens_of(hit)
+            node = least(self._pools.among(role, hit.node_ids), self._num_tokens - num_hit, blocked)
+            if node is not None:
+                yield _Best(node, Cost(0, later_tokens), num_hit)
+
+    def _nearest(self, found: _Best | None, near: list[_Best], seconds: Callable[[_Best], float]) -> _Best | None:
+        """``found``, or one of ``near`` that takes less time and comes no later."""
+        if not near or self._costs is None:
+            return found
+        if found is not None:
+            num_hit = self._costs.num_hit(found.node.node_id)
+            near.insert(0, _Best(found.node, Cost(0, found.cost.later_tokens), num_hit))
+        # Of equal ones the first: the pool's own choice.
+        return min(near, key=lambda best: (best.cost.later_tokens, seconds(best)))
+
+    def _prompt_s(self, best: _Best) -> float:
+        assert self._costs is not None
+        return self._costs.prompt_s(best.node, best.num_hit, stays=self._stays(best.node.role))
+
+    def _decode_s(self, best: _Best) -> float:
+        assert self._costs is not None
+        return self._costs.decode_s(best.node, best.num_hit)
+
+    def _soonest_decode(self, open_of: Mapping[str, float], best: _Best) -> _Best:
+        """All paths of a prefill node are blocked: the decode node of the one that reopens first. ``best`` is one."""
+        candidates = [
+            (open_of[node.node_id], later_tokens, node.decode_rank, node)
             for role, later_tokens in self._token_pools().items()
             for node in self._pools[role]
             if node.free_tokens >= self._num_tokens
-        )
-        _, later_tokens, rank, role = min(candidates, key=lambda candidate: candidate[:3])
-        return _Best(rank.node_id, role, Cost(rank.queue_tokens, later_tokens))
+        ]
+        if not candidates:  # there is room for what ``best`` does not hold, and nowhere for all
+            return best
+        _, later_tokens, rank, node = min(candidates, key=lambda candidate: candidate[:3])
+        return _Best(node, Cost(rank.queue_tokens, later_tokens))
 
     def _prompt_pools(self) -> Mapping[Role, int]:
         """The pools that may run the prompt, each with the term that orders it."""
@@ -239,11 +341,11 @@ class _Search:
         return {role: 0, Role.MIXED: _LATER_TOKENS}
 
 
-def _cheaper(found: _Best | None, rank: Rank | None, role: Role, later_tokens: int) -> _Best | None:
-    """``found``, or the node of this rank if it costs less."""
-    if rank is None:
+def _cheaper(
+    found: _Best | None, node: NodeLoad | None, rank_of: Callable[[NodeLoad], Rank], later_tokens: int
+) -> _Best | None:
+    """``found``, or this node if it costs less."""
+    if node is None:
         return found
-    cost = Cost(rank.queue_tokens, later_tokens)
-    return (
-        found if found is not None and found.cost.total_tokens <= cost.total_tokens else _Best(rank.node_id, role, cost)
-    )
+    cost = Cost(rank_of(node).queue_tokens, later_tokens)
+    return found if found is not None and found.cost.total_tokens <= cost.total_tokens else _Best(node, cost)

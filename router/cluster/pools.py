@@ -5,7 +5,7 @@ A node has a home pool, which its description names, and an acting role, which i
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 from baton.types import Role
 from router.cluster.load import NodeLoad
@@ -23,6 +23,11 @@ class Pools:
 
     def __getitem__(self, role: Role) -> Collection[NodeLoad]:
         return self._acting[role].values()
+
+    def among(self, role: Role, node_ids: Collection[str]) -> Iterator[NodeLoad]:
+        """Those of the role that are named."""
+        pool = self._acting[role]
+        return (pool[node_id] for node_id in node_ids if node_id in pool)
 
     @property
     def num_generating(self) -> int:

@@ -9,15 +9,22 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from baton import errors
+from baton.node_messages import CacheChanged
+from baton.prefix import PrefixScheme
 from baton.types import NodeDescription, NodeStatus
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
+from router.cluster.costs import Costs
 from router.cluster.load import Loads, NodeLoad
-from router.cluster.policy import Decision, Demand, Obstacle, Placement, choose
+from router.cluster.policy import Decision, Demand, Keyed, Obstacle, Placement, choose
 from router.cluster.pools import Pools
+from router.cluster.prefix_index import PrefixIndex
+from router.cluster.rates import Rates
+from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
 
 _MIN_RETRY_AFTER_S = 1.0
@@ -78,7 +85,12 @@ class Scheduler(Generic[ItemT]):
         self._pools = Pools()
         self._loads = Loads()
         self._breakers = PairBreakers(policy)
+        self.prefix_index = PrefixIndex(policy.max_known_blocks)
+        self.rates = Rates(policy)
+        # Of the nodes that keep blocks, which are all of one model; None if no node does.
+        self.prefix_scheme: PrefixScheme | None = None
         self._line: Waiting[ItemT] = Waiting(alone_s=limits.client_alone_s)
+        self._siblings: Siblings[ItemT] = Siblings()
         self._in_flight: dict[ItemT, None] = {}
         self._num_in_flight_of: Counter[str] = Counter()
         # Attempts on the nodes, oldest first.
@@ -94,6 +106,10 @@ class Scheduler(Generic[ItemT]):
 
     def node_up(self, node: NodeDescription, status: NodeStatus, is_available: bool, now: float) -> None:
         self._loads.add_node(node, status)
+        scheme, known = PrefixScheme.of(node), self.prefix_scheme
+        # Prompts keep the keys of one scheme: it changes only with the model, not with every node's number of blocks.
+        if scheme is not None and (known is None or known.seed(1) != scheme.seed(1)):
+            self.prefix_scheme = scheme
         self.node_changed(node.node_id, is_available, now)
 
     def node_changed(self, node_id: str, is_available: bool, now: float) -> None:
@@ -117,10 +133,17 @@ class Scheduler(Generic[ItemT]):
         if node_id in self._pools:
             self._pools.put(node)  # it may act in another role now
 
+    def cache_changed(self, node_id: str, change: CacheChanged) -> None:
+        """What the node's prefix cache holds from now on."""
+        if self._loads.node(node_id) is not None:
+            self.prefix_index.change(node_id, change)
+
     def node_down(self, node_id: str, now: float) -> list[str]:
         """The node is lost or has left; returns the sequence ids of the attempts that it had."""
         self._loads.remove_node(node_id)
         self._breakers.forget(node_id)
+        self.prefix_index.forget(node_id)
+        self.rates.forget(node_id)
         self.node_changed(node_id, False, now)
         return [self._attempts[item].sequence_id for item in self._on_node.get(node_id, ())]
 
@@ -146,7 +169,7 @@ class Scheduler(Generic[ItemT]):
         if self._down_since_s is not None and now - self._down_since_s > limits.refuse_after_s:
             raise errors.Unavailable("no node is available; try again later", retry_after_s=2.0)
         for total, own, limit, what in (
-            (len(self._line), self._line.num_waiting_of(client), limits.max_queued, "waiting"),
+            (self.num_waiting, self._num_waiting_of(client), limits.max_queued, "waiting"),
             (len(self._in_flight), self._num_in_flight_of[client], limits.max_active, "in flight"),
         ):
             share = max(1, int(limit * limits.max_client_share))
@@ -172,12 +195,24 @@ class Scheduler(Generic[ItemT]):
         """The client has something here, or had lately."""
         return self._line.was_here(client, now)
 
-    def arrive(self, item: ItemT, now: float) -> None:
-        """It is in flight from now on, and waits."""
+    def _num_waiting_of(self, client: str) -> int:
+        return self._line.num_waiting_of(client) + self._siblings.num_waiting_of(client)
+
+    def arrive(self, item: ItemT, now: float, prompt: Keyed | None = None) -> None:
+        """It is in flight from now on, and waits. ``prompt``: there are more items of this one; the first of them goes
+        ahead if that spares the others the prompt's computation."""
         self._in_flight[item] = None
         self._num_in_flight_of[item.client] += 1
-        self._line.put(item, now)
-        self.has_news = True
+        scheme = self.prefix_scheme
+        if prompt is None or scheme is None or not prompt.keys(scheme) or not self._siblings.arrive(item, prompt):
+            self._line.put(item, now)
+            self.has_news = True
+
+    def has_shared(self, item: ItemT, now: float) -> None:
+        """The nodes have the blocks of its prompt: those that waited for that are next."""
+        for sibling in self._siblings.let_go(item):
+            self._line.put(sibling, now)
+            self.has_news = True
 
     def rerun(self, item: ItemT, now: float) -> None:
         """It waits again, before all that its client has in the line."""
@@ -189,6 +224,9 @@ class Scheduler(Generic[ItemT]):
         if item in self._line:
             self._line.remove(item)
             self.has_news = True
+        elif item in self._siblings:
+            self._siblings.remove(item)
+        self.has_shared(item, now)
         del self._in_flight[item]
         self._num_in_flight_of[item.client] -= 1
         if not self._num_in_flight_of[item.client]:
@@ -201,7 +239,16 @@ class Scheduler(Generic[ItemT]):
         return self._line.next(self._max_client_running, now)
 
     def decide(self, item: ItemT, now: float) -> Decision | Obstacle:
-        return choose(self._pools, item.demand(now), self._breakers, now, self._policy)
+        demand = item.demand(now)
+        return choose(self._pools, demand, self._breakers, now, self._policy, self._costs(demand))
+
+    def _costs(self, demand: Demand) -> Costs | None:
+        """None if no node holds anything of it."""
+        scheme = self.prefix_scheme
+        if demand.prompt is None or scheme is None or not self.prefix_index:
+            return None
+        hits = self.prefix_index.hits(demand.prompt.keys(scheme))
+        return Costs(self.rates, hits, demand.num_known_tokens, scheme.layout.block_tokens) if hits else None
 
     @property
     def _max_client_running(self) -> int:
@@ -209,14 +256,18 @@ class Scheduler(Generic[ItemT]):
 
     # ── Attempts ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def assign(self, item: ItemT, placement: Placement, num_known_tokens: int, now: float) -> None:
+    def assign(self, item: ItemT, decision: Decision, num_known_tokens: int, now: float) -> None:
         """The waiting sequence runs on these nodes."""
+        placement = decision.placement
         self._line.started(item)
         attempt = self._attempts[item] = Attempt(item.sequence_id, placement)
         self._by_sequence[attempt.sequence_id] = item
         for node_id in placement.node_ids:
             self._on_node.setdefault(node_id, {})[item] = None
-        self._loads.assign(attempt.sequence_id, placement.prefill_id, placement.decode_id, num_known_tokens)
+        self._loads.assign(
+            attempt.sequence_id, placement.prefill_id, placement.decode_id, num_known_tokens,
+            num_prefill_hit=decision.num_prefill_hit, num_decode_hit=decision.num_decode_hit,
+        )  # fmt: skip
         self._breakers.used(placement.prefill_id, placement.decode_id, now)
 
     def release(self, item: ItemT, now: float) -> None:
@@ -241,6 +292,13 @@ class Scheduler(Generic[ItemT]):
     def prefilled(self, sequence_id: str) -> None:
         self._loads.prefilled(sequence_id)
         self.has_news = True
+
+    def generated(self, node_id: str, num_tokens: int, token_s: float) -> None:
+        """A sequence has ended that this node generated, with so long between two tokens."""
+        node = self._loads.node(node_id)
+        if node is not None:
+            num_beside = max(node.status.running_tokens, node.pending_decode_tokens)
+            self.rates.generated(node_id, num_tokens, token_s, num_beside)
 
     def node_full(self, node_id: str) -> None:
         """It refused a reservation, whatever its last status said."""
@@ -279,11 +337,11 @@ class Scheduler(Generic[ItemT]):
 
     @property
     def waiting(self) -> Iterator[ItemT]:
-        return iter(self._line)
+        return chain(self._line, self._siblings)
 
     @property
     def num_waiting(self) -> int:
-        return len(self._line)
+        return len(self._line) + len(self._siblings)
 
     def num_running_of(self, client: str) -> int:
         return self._line.num_running_of(client)
@@ -299,10 +357,12 @@ class Scheduler(Generic[ItemT]):
         """The books balance; for tests."""
         self._loads.check()
         self._line.check()
+        self._siblings.check()
         assert self._loads.num_assigned == len(self._attempts) == len(self._by_sequence)
-        assert set(self._line) <= set(self._in_flight)
+        assert set(self.waiting) <= set(self._in_flight)
+        assert not set(self._line) & set(self._siblings)
         assert set(self._attempts) <= set(self._in_flight)
-        assert not set(self._line) & set(self._attempts)
+        assert not set(self.waiting) & set(self._attempts)
         running = Counter(item.client for item in self._attempts)
         assert all(self._line.num_running_of(client) == num for client, num in running.items())
         for client in self._num_in_flight_of:

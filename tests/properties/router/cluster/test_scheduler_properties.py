@@ -1,4 +1,6 @@
-"""The scheduler under arrivals, placements, ends, refusals and nodes that come and go: its books balance throughout."""
+"""The scheduler under arrivals, placements, ends, refusals, prefix hits and nodes that come and go: its books balance
+throughout, and of several choices of a prompt only the first runs until nodes have the prompt's blocks.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from baton.errors import Overloaded, Unavailable
-from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
+from baton.node_messages import CacheChanged
+from baton.prefix import PrefixScheme, key_of
+from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, PrefixCaching, Role
 from router.cluster.config import PolicyConfig
 from router.cluster.policy import Decision, Demand, Obstacle
 from router.cluster.scheduler import Scheduler
@@ -30,10 +34,22 @@ class Limits:
 
 
 @dataclass(eq=False)
+class Prompt:
+    token_ids: tuple[int, ...]
+
+    def keys(self, scheme: PrefixScheme) -> list[int]:
+        return [key_of(value) for value in scheme.block_hashes(self.token_ids, len(self.token_ids))]
+
+
+# Two that begin alike, one without a full block.
+PROMPTS = [Prompt((7,) * 32 + (8,) * 8), Prompt((7,) * 35), Prompt((9,) * 12)]
+
+
+@dataclass(eq=False)
 class Item:
     client: str
     number: int
-    num_known_tokens: int
+    prompt: Prompt
     has_tokens: bool = False
     num_attempts: int = 0
     avoid: set[str] = field(default_factory=set)
@@ -42,8 +58,12 @@ class Item:
     def sequence_id(self) -> str:
         return f"{self.number}/{self.num_attempts}"
 
+    @property
+    def num_known_tokens(self) -> int:
+        return len(self.prompt.token_ids)
+
     def demand(self, now: float) -> Demand:
-        return Demand(self.num_known_tokens, avoid=self.avoid)
+        return Demand(self.num_known_tokens, avoid=self.avoid, prompt=self.prompt)
 
 
 def description(node_id: str) -> NodeDescription:
@@ -51,7 +71,14 @@ def description(node_id: str) -> NodeDescription:
     return NodeDescription(
         node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(1, NUM_BLOCKS, 1, 8, BLOCK_TOKENS, "float32"), 1, 1, "h", (), "cpu", "none", "0",
+        prefix_cache=PrefixCaching(phases_agree=True),
     )  # fmt: skip
+
+
+def keys_of(prompt: Prompt) -> list[int]:
+    scheme = PrefixScheme.of(description("p0"))
+    assert scheme is not None
+    return prompt.keys(scheme)
 
 
 class Cluster(RuleBasedStateMachine):
@@ -61,6 +88,8 @@ class Cluster(RuleBasedStateMachine):
         self.scheduler: Scheduler[Item] = Scheduler(Limits(), PolicyConfig(), self.now)
         self.num_made = 0
         self.waiting: set[Item] = set()
+        # By a leader that has not shared, those that wait for it.
+        self.behind: dict[Item, set[Item]] = {}
         self.running: set[Item] = set()
         self.available: set[str] = set()
         self.up: set[str] = set()
@@ -101,30 +130,61 @@ class Cluster(RuleBasedStateMachine):
         self.scheduler.node_status(node_id, status)
         assert not self.scheduler.has_news, "a status that repeats the one before changes nothing"
 
-    @rule(client=st.sampled_from(CLIENTS), num_tokens=st.integers(1, 40))
-    def arrive(self, client: str, num_tokens: int) -> None:
+    @precondition(lambda self: self.up)
+    @rule(data=st.data(), prompt=st.sampled_from(PROMPTS), is_snapshot=st.booleans())
+    def cache_changes(self, data: st.DataObject, prompt: Prompt, is_snapshot: bool) -> None:
+        node_id = data.draw(st.sampled_from(sorted(self.up)))
+        stored = data.draw(st.lists(st.sampled_from([*keys_of(prompt), 1, 2]), unique=True))
+        dropped = tuple(data.draw(st.lists(st.sampled_from([*keys_of(prompt), 1, 2]), unique=True)))
+        self.scheduler.cache_changed(node_id, CacheChanged(1, tuple(stored), dropped, is_snapshot))
+
+    @rule(client=st.sampled_from(CLIENTS), prompt=st.sampled_from(PROMPTS), num_choices=st.integers(1, 3))
+    def arrive(self, client: str, prompt: Prompt, num_choices: int) -> None:
         try:
-            self.scheduler.check_capacity(1, client, self.now)
+            self.scheduler.check_capacity(num_choices, client, self.now)
         except (Overloaded, Unavailable):
             return
-        self.num_made += 1
-        item = Item(client, self.num_made, num_tokens)
-        self.scheduler.arrive(item, self.now)
-        self.waiting.add(item)
+        prompt = Prompt(prompt.token_ids)
+        leader = None
+        for _ in range(num_choices):
+            self.num_made += 1
+            item = Item(client, self.num_made, prompt)
+            self.scheduler.arrive(item, self.now, prompt if num_choices > 1 else None)
+            self.waiting.add(item)
+            if leader is not None:
+                self.behind[leader].add(item)
+            elif num_choices > 1 and self.scheduler.prefix_scheme is not None and keys_of(prompt):
+                leader = item
+                self.behind[leader] = set()
+
+    @rule(data=st.data())
+    def shares(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from([*sorted(self.running, key=lambda x: x.number), None]))
+        if item is not None:
+            self.scheduler.has_shared(item, self.now)
+            self.behind.pop(item, None)
 
     @rule()
     def place(self) -> None:
         while (item := self.scheduler.next(self.now)) is not None:
             assert item in self.waiting
+            assert not any(item in behind for behind in self.behind.values()), "it waits for another one"
             decision = self.scheduler.decide(item, self.now)
             if isinstance(decision, Obstacle):
                 assert (decision is Obstacle.NO_NODE) == (not self.available)
                 break
             assert set(decision.placement.node_ids) <= self.available
+            index, placement = self.scheduler.prefix_index, decision.placement
+            for node_id, num_hit in (
+                (placement.prefill_id, decision.num_prefill_hit), (placement.decode_id, decision.num_decode_hit),
+            ):  # fmt: skip
+                leading = keys_of(item.prompt)[: num_hit // BLOCK_TOKENS]
+                assert all(node_id in index.holders_of(key) for key in leading), "it holds what is counted on"
+            assert decision.num_prefill_hit < item.num_known_tokens
             self.assign(item, decision)
 
     def assign(self, item: Item, decision: Decision) -> None:
-        self.scheduler.assign(item, decision.placement, item.num_known_tokens, self.now)
+        self.scheduler.assign(item, decision, item.num_known_tokens, self.now)
         assert self.scheduler.item(item.sequence_id) is item
         self.waiting.discard(item)
         self.running.add(item)
@@ -170,6 +230,9 @@ class Cluster(RuleBasedStateMachine):
         self.scheduler.depart(item, self.now)
         self.running.discard(item)
         self.waiting.discard(item)
+        self.behind.pop(item, None)
+        for behind in self.behind.values():
+            behind.discard(item)
 
     @rule(client=st.sampled_from(CLIENTS), is_passing=st.booleans())
     def make_room(self, client: str, is_passing: bool) -> None:
@@ -186,10 +249,14 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def books_balance(self) -> None:
         self.scheduler.check()
+        assert {x for x in NODES if self.scheduler.prefix_index.num_blocks_of(x)} <= self.up
         assert set(self.scheduler.waiting) == self.waiting
         assert set(self.scheduler.in_flight) == self.waiting | self.running
         assert self.scheduler.num_in_flight <= Limits.max_active + Limits.max_active // 2
         assert self.scheduler.is_available == bool(self.available)
+
+    def teardown(self) -> None:
+        self.scheduler.prefix_index.check()
 
 
 Cluster.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
@@ -200,15 +267,15 @@ def test_a_planner_drives_the_same_scheduler_without_a_loop_or_a_clock() -> None
     scheduler: Scheduler[Item] = Scheduler(Limits(), PolicyConfig(), 0.0)
     for node_id in ("p0", "d0"):
         scheduler.node_up(description(node_id), NodeStatus(NODES[node_id], free_blocks=NUM_BLOCKS), True, 0.0)
-    items = [Item("a", i, 40) for i in range(4)]
-    for item in items:
-        scheduler.arrive(item, 0.0)
+    items = [Item("a", i, PROMPTS[0]) for i in range(4)]
+    for each in items:
+        scheduler.arrive(each, 0.0)
     placed = []
     while (item := scheduler.next(1.0)) is not None:
         decision = scheduler.decide(item, 1.0)
         if isinstance(decision, Obstacle):
             break
-        scheduler.assign(item, decision.placement, item.num_known_tokens, 1.0)
+        scheduler.assign(item, decision, item.num_known_tokens, 1.0)
         placed.append(item)
     assert placed == items[:2], "three blocks each, of eight"
     assert decision is Obstacle.NO_ROOM
