@@ -126,10 +126,20 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         """Where senders connect, by transport. After ``start``."""
         return {name: plane.endpoint for name, plane in self._planes.items()}
 
-    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+    def grant(
+        self,
+        sequence_id: str,
+        block_ids: Sequence[int],
+        ttl_s: float,
+        *,
+        min_blocks: int = 1,
+        num_cached_blocks: int = 0,
+    ) -> Lease:
         """Lease blocks to the node that computes the sequence. A commit of fewer than ``min_blocks`` blocks is refused.
 
-        Raises InvalidRequest if the sequence has a live lease or a block is not ours; Unavailable when closing.
+        ``num_cached_blocks``: blocks of the sequence that are here already and lie before the leased ones. The writer
+        is told how many, but no message and no frame can name one. Raises InvalidRequest if the sequence has a live
+        lease or a block is not ours; Unavailable when closing.
         """
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
@@ -139,7 +149,9 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         self._driver.feed(granted)
         self._num_granted += 1
         node = self._node
-        return Lease(sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s)
+        return Lease(
+            sequence_id, epoch, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s, num_cached_blocks
+        )
 
     def revoke(self, sequence_id: str, reason: str) -> None:
         """End the lease of a sequence that has not arrived; Released follows, maybe after Quarantined. Else nothing."""

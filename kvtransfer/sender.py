@@ -60,6 +60,8 @@ class Push:
         self._loop = asyncio.get_running_loop()
         # Set once: None if the receiver took over, else the error.
         self._outcome: asyncio.Future[BatonError | None] = self._loop.create_future()
+        # Blocks of the sequence before the lease's first: they are not pushed.
+        self._num_skipped = lease.num_cached_blocks
         # When bytes could first be written: the lease is begun and a layer is ready.
         self._started_s: float | None = None
         self._first_ready_s: float | None = None
@@ -77,7 +79,10 @@ class Push:
         return self._job.is_layerwise
 
     def layer_ready(self, layer: int, num_blocks: int) -> None:
-        """The first ``num_blocks`` source blocks of this layer hold final bytes. From any thread; never blocks."""
+        """The sequence's first ``num_blocks`` blocks hold final bytes in this layer. From any thread; never blocks."""
+        num_blocks -= self._num_skipped
+        if num_blocks <= 0:
+            return
         if self._first_ready_s is None:
             self._first_ready_s = self._clock.now()
         self._job.layer_ready(layer, num_blocks)
@@ -85,8 +90,8 @@ class Push:
     async def commit(self, first_token: TokenChunk) -> TransferReport:
         """Push what is left and hand the sequence over; when this returns or raises, the source blocks are free.
 
-        Call it after the last ``layer_ready``. Raises TransferFailed, Incompatible or NodeLost. If it is cancelled,
-        call ``abort`` before the blocks are freed.
+        Call it after the last ``layer_ready``. If the receiver has all blocks, the first token alone is sent. Raises
+        TransferFailed, Incompatible or NodeLost. If it is cancelled, call ``abort`` before the blocks are freed.
         """
         asked_s = self._clock.now()
         unready = self._job.first_unready_layer
@@ -99,9 +104,11 @@ class Push:
         now = self._clock.now()
         plan = self._job.plan
         assert plan is not None
-        assert self._started_s is not None
-        assert self._first_ready_s is not None
-        started_s = min(asked_s, max(self._started_s, self._first_ready_s)) if self.layerwise else asked_s
+        started_s = asked_s
+        if self.layerwise:
+            assert self._started_s is not None
+            assert self._first_ready_s is not None
+            started_s = min(asked_s, max(self._started_s, self._first_ready_s))
         self._peer.timeline.transfer(
             Transfer(
                 self.sequence_id, self._lease.node_id, self._transport, self.layerwise, plan.num_bytes, started_s,
@@ -325,19 +332,21 @@ class Sender:
             self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
-        """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease.
+        """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease: all
+        blocks behind those that the receiver has.
 
         Connects if need be; nothing is waited for. Raises InvalidRequest if blocks and lease do not fit the tokens.
         """
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
-        num_blocks = self._layout.blocks_for(num_known_tokens)
-        if not 0 < num_blocks <= min(len(source_blocks), len(lease.block_ids)):
+        num_blocks, num_cached = self._layout.blocks_for(num_known_tokens), lease.num_cached_blocks
+        num_target = num_cached + len(lease.block_ids)
+        if not 0 < num_blocks <= min(len(source_blocks), num_target) or num_cached > num_blocks:
             raise InvalidRequest(
                 f"{lease.sequence_id}: {num_known_tokens} tokens need {num_blocks} blocks, there are "
-                f"{len(source_blocks)} source and {len(lease.block_ids)} leased blocks"
+                f"{len(source_blocks)} source blocks, and {num_cached} cached and {len(lease.block_ids)} leased ones"
             )
-        blocks = tuple(source_blocks[:num_blocks])
+        blocks = tuple(source_blocks[num_cached:num_blocks])
         check_block_ids(self._layout, blocks, "source")
         peer = self._peers.get(lease.address)
         if peer is None:
@@ -367,7 +376,7 @@ class Sender:
             self._layout,
             block_ids,
             epoch,
-            is_layerwise=num_bytes >= layerwise_from_bytes,
+            is_layerwise=num_bytes >= max(1, layerwise_from_bytes),
             has_digest=self._config.digest,
             listener=push,
             sequence_id=push.sequence_id,

@@ -217,7 +217,7 @@ class TransferMachine(RuleBasedStateMachine):
     # Leases.
 
     @precondition(lambda self: NUM_BLOCKS - len(self.owner) > 0)
-    @rule(num=st.integers(1, 2), ttl_s=st.sampled_from([0.5, 3.0, 100.0]))
+    @rule(num=st.integers(0, 2), ttl_s=st.sampled_from([0.5, 3.0, 100.0]))
     def grant(self, num: int, ttl_s: float) -> None:
         free = [b for b in range(NUM_BLOCKS) if b not in self.owner][:num]
         epoch = self.number()
@@ -226,7 +226,7 @@ class TransferMachine(RuleBasedStateMachine):
             self.owner[block] = sequence_id
         self.leases[sequence_id] = (epoch, tuple(free))
         self.unused.append(sequence_id)
-        self.to_receiver(r.Granted(sequence_id, epoch, tuple(free), ttl_s))
+        self.to_receiver(r.Granted(sequence_id, epoch, tuple(free), ttl_s, min_blocks=len(free)))
 
     @precondition(lambda self: self.leases)
     @rule(index=INDEX)
