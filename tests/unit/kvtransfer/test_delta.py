@@ -14,7 +14,6 @@ from dataclasses import replace
 import grpc.aio
 import numpy as np
 import pytest
-from kvtransfer_pair import LAYOUT, Pair, describe, pair, token, until
 
 from baton import codec
 from baton.errors import InvalidRequest, TransferFailed
@@ -28,6 +27,7 @@ from kvtransfer.protocol.receiver_events import Arrived, Released
 from kvtransfer.sender import Push
 from kvtransfer.transports import tcp_socket as tcp
 from kvtransfer.wire_codec import encoding_to_pb
+from tests.support.transfer import LAYOUT, Pair, describe, pair, token, until
 
 # Two blocks are one segment of a digest: what is skipped shifts where segments begin.
 LARGE = KvLayout(num_layers=2, num_blocks=16, num_kv_heads=2, head_dim=256, block_tokens=64, dtype="float32")
