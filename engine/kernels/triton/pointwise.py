@@ -5,6 +5,9 @@ Reductions run over one row inside one program, so a row's bits depend on that r
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -204,6 +207,32 @@ def _rope_store_kernel(
         tl.store(p_to + HALF, narrow(tl.where(is_value[:, None], b_second, b_r2), element), mask=m_kv)
 
 
+class _RopeShape(NamedTuple):
+    """What of a launch depends on the model alone."""
+
+    num_heads: int
+    # Along the heads.
+    num_programs: int
+    constants: dict[str, int]
+
+
+@functools.cache
+def _rope_shape(num_all_heads: int, num_kv_heads: int, head_dim: int, block_tokens: int) -> _RopeShape:
+    """``num_all_heads``: of queries, keys and values."""
+    block_half = triton.next_power_of_2(head_dim // 2)
+    block_h = min(triton.next_power_of_2(num_all_heads), max(1, _ROTATED // (2 * block_half)))
+    num_heads = num_all_heads - 2 * num_kv_heads
+    constants = {
+        "H": num_heads,
+        "HKV": num_kv_heads,
+        "HALF": head_dim // 2,
+        "BLOCK_TOKENS": block_tokens,
+        "BLOCK_H": block_h,
+        "BLOCK_HALF": block_half,
+    }
+    return _RopeShape(num_heads, triton.cdiv(num_all_heads, block_h), constants)
+
+
 def rope_store(
     qkv: Tensor,
     norms: tuple[Tensor, Tensor] | None,
@@ -219,31 +248,14 @@ def rope_store(
     block * block_tokens + offset, negative for padding.
     """
     assert qkv.is_contiguous()
-    rows = len(qkv)
-    num_kv_heads, block_tokens, head_dim = cache.shape[1], cache.shape[3], cache.shape[4]
-    heads = qkv.shape[1] // head_dim
-    query = qkv.new_empty(rows, heads - 2 * num_kv_heads, head_dim)
-    block_half = triton.next_power_of_2(head_dim // 2)
-    block_h = min(triton.next_power_of_2(heads), max(1, _ROTATED // (2 * block_half)))
+    rows, width = qkv.shape
+    _, num_kv_heads, _, block_tokens, head_dim = cache.shape
+    shape = _rope_shape(width // head_dim, num_kv_heads, head_dim, block_tokens)
+    query = qkv.new_empty(rows, shape.num_heads, head_dim)
     if rows:
-        _rope_store_kernel[(rows, triton.cdiv(heads, block_h))](
-            query,
-            cache,
-            qkv,
-            cos,
-            sin,
-            None if norms is None else norms[0],
-            None if norms is None else norms[1],
-            slot_mapping,
-            eps,
-            cache.stride(0),
-            H=heads - 2 * num_kv_heads,
-            HKV=num_kv_heads,
-            HALF=head_dim // 2,
-            BLOCK_TOKENS=block_tokens,
-            BLOCK_H=block_h,
-            BLOCK_HALF=block_half,
-            HAS_NORM=norms is not None,
-            num_warps=4,
-        )
+        query_norm, key_norm = (None, None) if norms is None else norms
+        _rope_store_kernel[rows, shape.num_programs](
+            query, cache, qkv, cos, sin, query_norm, key_norm, slot_mapping, eps, cache.stride(0),
+            **shape.constants, HAS_NORM=norms is not None, num_warps=4,
+        )  # fmt: skip
     return query
