@@ -113,6 +113,7 @@ class Options:
     request_id: str = ""
     model: str = ""
     skip_special_tokens_in_prompt: bool = False
+    cache_salt: str = ""
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -153,6 +154,14 @@ class Client:
     def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
             return self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise _error(error) from error
+
+    def cache(self, *, drop: bool = False, timeout_s: float = 10.0) -> router_pb2.ClusterCacheResponse:
+        """The prefix caches of all nodes; ``drop``: each forgets all of its blocks first."""
+        request = router_pb2.ClusterCacheRequest(drop=drop)
+        try:
+            return self._stub.Cache(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _error(error) from error
 
@@ -218,6 +227,14 @@ class AsyncClient:
             return await self._stub.Ledger(
                 router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata
             )
+        except aio.AioRpcError as error:
+            raise _error(error) from error
+
+    async def cache(self, *, drop: bool = False, timeout_s: float = 10.0) -> router_pb2.ClusterCacheResponse:
+        """As `Client.cache`."""
+        request = router_pb2.ClusterCacheRequest(drop=drop)
+        try:
+            return await self._stub.Cache(request, timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise _error(error) from error
 
@@ -297,6 +314,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
         include_stop_in_output=options.include_stop_in_output,
         timeout_s=options.timeout_s,
         skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
+        cache_salt=options.cache_salt,
     )
     _set_input(request, prompt)
     return request

@@ -151,6 +151,16 @@ class RouterConfig:
             variable="BATON_API_KEY",
         ),
     )
+    # A tenant that can hit another's blocks can tell by the time what the other's prompts begin with.
+    prefix_cache_scope: str = field(
+        default="auto",
+        metadata=setting(
+            "--prefix-cache-scope",
+            "key: only requests of one API key share the KV of prompts that begin alike. all: requests of all keys do. "
+            "auto: key where there are API keys, else all.",
+            choices=("auto", "key", "all"),
+        ),
+    )
     # The end-of-sequence ids of generation_config.json count in any case.
     generation_config: str = field(
         default="auto",
@@ -204,11 +214,20 @@ class RouterConfig:
                 raise BadConfig(f"nodes has {address} {count} times, expected it once", param="nodes")
         is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
         _expect(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
+        if self.prefix_cache_scope == "key":
+            _expect(
+                bool(self.api_keys), "prefix_cache_scope", "key", "API keys beside it (--api-key), else auto or all"
+            )
         _expect(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
         if self.model_folder is not None:
             _expect(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
         _expect(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
                 f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
+
+    @property
+    def shares_between_keys(self) -> bool:
+        """Whether prompts of different API keys may share KV."""
+        return self.prefix_cache_scope == "all" or not self.api_keys
 
 
 def _expect(ok: bool, name: str, value: object, expected: str) -> None:

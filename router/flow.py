@@ -229,7 +229,9 @@ class Flow:
             case Refused():
                 return self._on_refused(message, self.placement, now)
             case PrefillDone():
-                self.lifeline.prefilled(message.queue_s, message.compute_s, message.num_cached_tokens)
+                # After the first tokens an attempt begins with more than the prompt.
+                num_cached = min(message.num_cached_tokens, len(self.prompt.token_ids))
+                self.lifeline.prefilled(message.queue_s, message.compute_s, num_cached)
             case Joined():
                 return self._on_joined(message, self.placement, now)
             case HandedOff():

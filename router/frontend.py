@@ -19,6 +19,7 @@ from baton.observe import Relay
 from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
 from router.active import Active
 from router.chat import ChatMessage, ChatTemplate
+from router.clients import cache_salt
 from router.config import LimitsConfig
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
@@ -33,6 +34,8 @@ from router.turns import Turns
 
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
+# As long as a random one needs to be, and more.
+_MAX_CACHE_SALT_CHARS = 256
 # Shorter prompts are rendered and tokenized on the event loop: passing them to a thread costs more.
 _INLINE_CHARS = 4096
 # Cost of a message in a template, in characters of text.
@@ -63,7 +66,7 @@ Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
 class Caller:
     """The client. Untrusted."""
 
-    # The client for the turns of the queue: `router.keys.client_of`.
+    # The client for the turns of the queue and the prefix cache: `router.clients.client_of`.
     client: str = ""
     # W3C Trace Context, as received.
     traceparent: str = ""
@@ -83,6 +86,8 @@ class GenerationRequest:
     n: int = 1
     stops: tuple[str, ...] = ()
     include_stop: bool = False
+    # Only requests of one salt share the KV of prompts that begin alike.
+    cache_salt: str = ""
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     # Without max_tokens, chat may use the rest of the context and a completion gets 16.
@@ -204,8 +209,9 @@ class Accepted:
 class Frontend:
     def __init__(
         self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_name: str | None,
-        limits: LimitsConfig, rng: random.Random,
+        limits: LimitsConfig, rng: random.Random, shares_between_keys: bool = True,
     ) -> None:  # fmt: skip
+        """``shares_between_keys``: prompts of all API keys may share KV; else each key is a tenant of its own."""
         self._dispatcher = dispatcher
         self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
@@ -217,6 +223,7 @@ class Frontend:
         self._model_name = model_name
         self._limits = limits
         self._rng = rng
+        self._shares_between_keys = shares_between_keys
         self._chat = None
         if tokenizer is not None and tokenizer.facts.chat_template is not None:
             self._chat = ChatTemplate(tokenizer.facts.chat_template, tokenizer.facts.special_tokens)
@@ -273,6 +280,7 @@ class Frontend:
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
+        salt = self._cache_salt(request)
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
         self._check_sampling_ids(request.sampling)
@@ -295,7 +303,7 @@ class Frontend:
         actives: list[Active] = []
         try:
             for token_ids, sampling in zip(prompts, resolved, strict=True):
-                prompt = Prompt(token_ids, num_choices=request.n)
+                prompt = Prompt(token_ids, salt, request.n)
                 for i in range(request.n):
                     actives.append(
                         self._dispatcher.submit(
@@ -365,6 +373,14 @@ class Frontend:
                     f"a stop string has {len(stop)} characters, expected 1 to {self._limits.max_stop_chars}",
                     param="stop",
                 )
+
+    def _cache_salt(self, request: GenerationRequest) -> bytes:
+        if len(request.cache_salt) > _MAX_CACHE_SALT_CHARS:
+            raise errors.InvalidRequest(
+                f"cache_salt has {len(request.cache_salt)} characters, expected at most {_MAX_CACHE_SALT_CHARS}",
+                param="cache_salt",
+            )
+        return cache_salt("" if self._shares_between_keys else request.caller.client, request.cache_salt)
 
     # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

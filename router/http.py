@@ -24,10 +24,10 @@ from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
+from router.clients import authorization_of, client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Caller, Frontend, GenerationRequest
-from router.keys import client_of
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import error_body, error_event
 from router.openai_whole import WholeAnswer
@@ -65,8 +65,7 @@ class HttpFace:
 
     def _client_of(self, scope: Scope) -> str:
         address = scope["client"][0] if scope["client"] else ""
-        said = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-        return client_of(address, said.decode("latin-1"), has_keys=self._has_keys)
+        return client_of(address, authorization_of(scope), has_keys=self._has_keys)
 
     async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream: _EventStream | None = None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import json
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -20,6 +19,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton import errors
 from baton.server import abort_with
+from router.clients import authorization_of, key_in
 from router.openai_response import error_body
 
 _GUARDED_PATHS = ("/v1", "/status/data")
@@ -34,17 +34,16 @@ class ApiKeys:
     def __bool__(self) -> bool:
         return bool(self._digests)
 
-    def check(self, authorization: bytes | None) -> None:
+    def check(self, authorization: bytes) -> None:
         """Raises Unauthenticated unless the header's value is `Bearer` and one of the keys."""
-        if authorization is None:
+        if not authorization:
             raise errors.Unauthenticated(
                 "no API key was given, expected the header 'Authorization: Bearer KEY' (BATON_API_KEY for `baton`)"
             )
-        scheme, _, key = authorization.partition(b" ")
-        asked = _digest(key.strip())
+        asked = _digest(key_in(authorization))
         # Every key is compared, so that the time does not depend on the key.
         matches = [hmac.compare_digest(asked, digest) for digest in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
+        if not any(matches):
             raise errors.Unauthenticated(
                 "the API key is not one of this router's, expected 'Authorization: Bearer KEY'"
             )
@@ -52,21 +51,6 @@ class ApiKeys:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-def client_of(address: str, authorization: str, *, has_keys: bool) -> str:
-    """The client, for the turns of the queue: the key if there are keys, else the address; for IPv6 the network,
-    since one machine has many addresses. An unchecked key is ignored."""
-    if has_keys:
-        return f"key {_digest(authorization.encode()).hex()[:16]}"
-    if ":" not in address:
-        return address
-    try:
-        found = ipaddress.IPv6Address(address)
-    except ValueError:
-        return address
-    # A dual-stack socket reports IPv4 addresses as IPv6, all of them in one network.
-    return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
 
 
 class HttpGuard:
@@ -80,7 +64,7 @@ class HttpGuard:
         # Browsers send preflight requests without a key.
         if scope["type"] == "http" and scope["method"] != "OPTIONS" and _is_guarded(scope["path"]):
             try:
-                self._keys.check(dict(scope["headers"]).get(b"authorization"))
+                self._keys.check(authorization_of(scope))
             except errors.Unauthenticated as error:
                 await _refuse(error, send)
                 return
@@ -118,7 +102,7 @@ class GrpcGuard(aio.ServerInterceptor):
         if handler is None or not handler_call_details.method.startswith(self._prefix):
             return handler
         metadata: dict[str, str | bytes] = dict(handler_call_details.invocation_metadata or ())
-        said = metadata.get("authorization")
+        said = metadata.get("authorization", b"")
         try:
             self._keys.check(said.encode() if isinstance(said, str) else said)
         except errors.Unauthenticated as error:

@@ -41,7 +41,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "guided_decoding_backend": ((), _NO_GUIDE),
     "guided_whitespace_pattern": ((), _NO_GUIDE),
     "repetition_detection": ((), "no repetition is looked for"),
-    "cache_salt": ((), "no cache is shared between requests"),
     "kv_transfer_params": (({},), "the router chooses the nodes"),
     "vllm_xargs": (({},), "there are no such arguments"),
     "mm_processor_kwargs": (({},), _TEXT_ONLY),

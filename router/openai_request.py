@@ -72,6 +72,7 @@ class _Common(_Strict):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     request_id: str | None = None
+    cache_salt: str | None = None
     priority: int | None = None
     # Extensions of Baton: seconds until the request fails, and the relay with the answer.
     timeout: float | None = None
@@ -132,6 +133,10 @@ class _Common(_Strict):
         is_chat: bool, echo: bool = False,
     ) -> GenerationRequest:  # fmt: skip
         self._refuse("priority", "requests are served first come, first served")
+        if self.cache_salt == "":
+            raise InvalidRequest(
+                "cache_salt is empty, expected null or a text that is hard to guess", param="cache_salt"
+            )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
         return GenerationRequest(
@@ -143,6 +148,7 @@ class _Common(_Strict):
             n=1 if self.n is None else self.n,
             stops=self.stops,
             include_stop=bool(self.include_stop_str_in_output),
+            cache_salt=self.cache_salt or "",
             skip_special_tokens=self.skip_special_tokens is not False,
             # A chat template writes the special tokens itself.
             add_special_tokens=bool(self.add_special_tokens) if is_chat else self.add_special_tokens is not False,

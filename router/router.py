@@ -18,12 +18,13 @@ from baton.server import LIVENESS, ErrorMappingInterceptor, ServerLimits, abort_
 from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
+from router.clients import client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Accepted, Caller, Conversation, Ending, Frontend, GenerationRequest
 from router.grpc_messages import ParseInTurns
 from router.history import History
-from router.keys import ApiKeys, GrpcGuard, client_of
+from router.keys import ApiKeys, GrpcGuard
 from router.node_admin import NodeAdmin
 from router.wire import delta_to_pb, finished_to_pb, member_to_pb
 
@@ -96,6 +97,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             request_id=request.request_id,
             stops=tuple(request.stop),
             include_stop=request.include_stop_in_output,
+            cache_salt=request.cache_salt,
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),
@@ -106,7 +108,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         # ipv4:127.0.0.1:50000 or ipv6:[::1]:50000, with the brackets as %5B and %5D.
         address = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
         said = dict(context.invocation_metadata() or ()).get("authorization", "")
-        return client_of(address, str(said), has_keys=bool(self._config.api_keys))
+        return client_of(address, str(said).encode(), has_keys=bool(self._config.api_keys))
 
     def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
         """Runs before anything is copied out of the message: its lists may have millions of items."""

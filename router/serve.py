@@ -100,7 +100,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
-        rng=random.SystemRandom(),
+        rng=random.SystemRandom(), shares_between_keys=config.shares_between_keys,
     )  # fmt: skip
     history = History(dispatcher)
     if spans is not None:

@@ -124,7 +124,7 @@ class GenerateRequest(_message.Message):
     skip_special_tokens_in_prompt: _builtins.bool
     """Do not prepend the tokenizer's special tokens (beginning of sequence) to a prompt given as text."""
     cache_salt: _builtins.str
-    """Only requests of one salt share the KV of prompts that begin alike; at most 256 bytes."""
+    """Only requests of one salt share the KV of prompts that begin alike; at most 256 characters."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""

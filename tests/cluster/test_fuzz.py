@@ -44,7 +44,15 @@ COMMON = (
     *("max_tokens", "temperature", "top_p", "n", "stream", "stop", "seed", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "top_k", "min_p", "repetition_penalty", "min_tokens", "ignore_eos", "stop_token_ids", "priority"),
     *("timeout", "metadata", "user", "request_id", "skip_special_tokens", "stream_options", "model", "return_relay"),
-    *("prompt_logprobs", "length_penalty", "truncate_prompt_tokens", "best_of", "logprobs", "service_tier"),
+    *(
+        "prompt_logprobs",
+        "length_penalty",
+        "truncate_prompt_tokens",
+        "best_of",
+        "logprobs",
+        "service_tier",
+        "cache_salt",
+    ),
 )
 COMPLETION = ("prompt", "echo", "suffix")
 CHAT = ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")

@@ -70,6 +70,16 @@ def test_a_node_has_a_name_that_logs_and_labels_can_carry(name: str) -> None:
         codec.node_from_pb(node)
 
 
+def test_a_salt_has_the_length_of_a_digest_at_most() -> None:
+    sampling = pb.SamplingParams(max_tokens=1, seed=1)
+    sequence = pb.Sequence(sequence_id="s", prompt_token_ids=[1], sampling=sampling, cache_salt=bytes(64))
+    assert codec.sequence_from_pb(sequence).cache_salt == bytes(64)
+    sequence.cache_salt = bytes(65)
+    with pytest.raises(InvalidRequest, match="cache_salt is '65 bytes', expected at most 64 bytes") as refused:
+        codec.sequence_from_pb(sequence)
+    assert refused.value.param == "cache_salt"
+
+
 def refusals(dispatcher: Dispatcher) -> set[str]:
     return {code for (code,), child in dispatcher._metrics.reservation_refusals.children.items() if child.value}
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from baton.node_messages import Cancel, HandedOff, Joined, Refused, Reserve, RouterMessage, Run, SequenceFailed
+from baton.node_messages import (
+    Cancel,
+    HandedOff,
+    Joined,
+    PrefillDone,
+    Refused,
+    Reserve,
+    RouterMessage,
+    Run,
+    SequenceFailed,
+)
 from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
@@ -62,6 +72,14 @@ def prefilling(**config: float) -> Flow:
 
 def finished(reason: FinishReason) -> f.End:
     return f.End(f.Outcome(f.OutcomeKind.FINISHED, reason))
+
+
+def test_of_a_prompt_no_more_is_cached_than_it_has() -> None:
+    """A rerun begins with the tokens so far as well, and a node may say anything."""
+    flow = prefilling()
+    flow.handle(tokens("p", 0, 7), 1.0)
+    flow.handle(f.FromNode("p", PrefillDone("r/0/0", 0.1, 0.2, 0, 4_000_000_000)), 1.0)
+    assert flow.lifeline.relay().num_cached_tokens == 2
 
 
 def test_split_life() -> None:

@@ -30,6 +30,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"structural_tag": None},
     {"prompt_embeds": None},
     {"cache_salt": None},
+    {"cache_salt": "x"},
     {"kv_transfer_params": None},
     {"vllm_xargs": {}},
     {"mm_processor_kwargs": {}},
@@ -84,7 +85,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format.type"),
     ({"response_format": {}}, "response_format.type"),
     ({"response_format": "text/plain"}, "response_format.type"),
-    ({"cache_salt": "x"}, "cache_salt"),
+    ({"cache_salt": ""}, "cache_salt"),
+    ({"cache_salt": 1}, "cache_salt"),
 ]
 REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     *REFUSED,

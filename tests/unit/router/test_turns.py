@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 import baton
+from router.clients import client_of
 from router.config import LimitsConfig
 from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Phase
-from router.keys import client_of
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, until
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048, step_s=0.01)
@@ -21,13 +21,13 @@ CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048, step_s=0.01)
 @pytest.mark.parametrize(
     ("first", "second", "is_same"),
     [
-        (("10.0.0.1", ""), ("10.0.0.1", "Bearer other"), True),
-        (("10.0.0.1", ""), ("10.0.0.2", ""), False),
-        (("2001:db8::1", ""), ("2001:db8::ffff", ""), True),
-        (("2001:db8::1", ""), ("2001:db8:0:1::1", ""), False),
+        (("10.0.0.1", b""), ("10.0.0.1", b"Bearer other"), True),
+        (("10.0.0.1", b""), ("10.0.0.2", b""), False),
+        (("2001:db8::1", b""), ("2001:db8::ffff", b""), True),
+        (("2001:db8::1", b""), ("2001:db8:0:1::1", b""), False),
         # A socket for both families.
-        (("::ffff:10.0.0.1", ""), ("::ffff:10.0.0.2", ""), False),
-        (("::ffff:10.0.0.1", ""), ("10.0.0.1", ""), True),
+        (("::ffff:10.0.0.1", b""), ("::ffff:10.0.0.2", b""), False),
+        (("::ffff:10.0.0.1", b""), ("10.0.0.1", b""), True),
     ],
 )
 def test_without_keys_the_address_says_who_asks(first: Any, second: Any, is_same: bool) -> None:
@@ -35,9 +35,10 @@ def test_without_keys_the_address_says_who_asks(first: Any, second: Any, is_same
 
 
 def test_with_keys_the_key_says_it_and_is_not_shown() -> None:
-    one = client_of("10.0.0.1", "Bearer secret", has_keys=True)
-    assert one == client_of("10.0.0.2", "Bearer secret", has_keys=True)
-    assert one != client_of("10.0.0.1", "Bearer other", has_keys=True)
+    one = client_of("10.0.0.1", b"Bearer secret", has_keys=True)
+    assert one == client_of("10.0.0.2", b"Bearer secret", has_keys=True)
+    assert one == client_of("10.0.0.1", b"bearer  secret ", has_keys=True), "the key, however it is spelled out"
+    assert one != client_of("10.0.0.1", b"Bearer other", has_keys=True)
     assert "secret" not in one
 
 

@@ -1,0 +1,46 @@
+"""Tells clients apart, by their API keys or addresses: for the turns of the queue, and for the prefix cache."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+
+from starlette.types import Scope
+
+
+def key_in(authorization: bytes) -> bytes:
+    """The key in `Bearer KEY`; empty, which is never a key, in anything else."""
+    scheme, _, key = authorization.partition(b" ")
+    return key.strip() if scheme.lower() == b"bearer" else b""
+
+
+def authorization_of(scope: Scope) -> bytes:
+    """The header that counts if there are several: the same for the check of the key as for `client_of`."""
+    return next((value for name, value in reversed(scope["headers"]) if name == b"authorization"), b"")
+
+
+def client_of(address: str, authorization: bytes, *, has_keys: bool) -> str:
+    """The client, for the turns of the queue and for the prefix cache: the key if there are keys, else the address; for
+    IPv6 the network, since one machine has many addresses. An unchecked key is ignored."""
+    if has_keys:
+        return f"key {hashlib.sha256(key_in(authorization)).hexdigest()[:32]}"
+    if ":" not in address:
+        return address
+    try:
+        found = ipaddress.IPv6Address(address)
+    except ValueError:
+        return address
+    # A dual-stack socket reports IPv4 addresses as IPv6, all of them in one network.
+    return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
+
+
+def cache_salt(tenant: str, asked: str) -> bytes:
+    """What keeps the KV blocks of a tenant's requests apart from all others, and within the tenant those of the salt
+    that was asked for. Empty if both are: such requests share blocks with each other."""
+    if not tenant and not asked:
+        return b""
+    digest = hashlib.blake2b(digest_size=32)
+    for part in (tenant.encode(), asked.encode()):
+        # With its length, so that no two pairs give the same bytes.
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.digest()
