@@ -80,6 +80,7 @@ class Relay:
     tbt_max_s: float
     attempts: int
     num_tokens: int = 0
+    # Tokens of the prompt whose KV a node had already.
     num_cached_tokens: int = 0
     transfer: TransferReport | None = None
     # Chat template, tokenizer and checks: arrival to the router's queue.
@@ -127,6 +128,8 @@ class Relay:
             f"queue {_ms(self.router_queue_s + self.prefill_queue_s)}",
             f"prefill {_ms(self.prefill_s)}",
         ]
+        if self.num_cached_tokens:
+            parts[-1] += f" ({self.num_cached_tokens} tokens cached)"
         if self.transfer is not None:
             moved = (
                 f"transfer {_ms(self.transfer.exposed_s)} ({_size(self.transfer.num_bytes)} {self.transfer.transport}"

@@ -56,6 +56,9 @@ Registry = Annotated[
 ClusterName = Annotated[
     str, typer.Option("--cluster", envvar=_REGISTRY["cluster"].variable, help=_REGISTRY["cluster"].help)
 ]
+CacheSalt = Annotated[
+    str, typer.Option(help="Only requests of the same salt share the KV of prompts that begin alike.")
+]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
 
 for command in (up, worker, router):
@@ -74,14 +77,16 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="Ends the text; may be given more than once.")] = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on to --max-tokens.")] = False,
     relay: Relay = False,
+    cache_salt: CacheSalt = "",
     api_key: ApiKey = "",
 ) -> None:
     """Continue a text, as it comes."""
     console = Console()
     text = _standard_input() if prompt == "-" else prompt
+    options = Options(stop=tuple(stop or ()), cache_salt=cache_salt)
     with _client(router, api_key) as client:
         finished = ask.generate(
-            client, text, Options(stop=tuple(stop or ())), lambda part: ask.write_raw(console, part),
+            client, text, options, lambda part: ask.write_raw(console, part),
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens, ignore_eos=ignore_eos,
         )  # fmt: skip
     console.print()
@@ -101,12 +106,13 @@ def chat(
     top_k: TopK = None,
     seed: Seed = None,
     relay: Relay = False,
+    cache_salt: CacheSalt = "",
     api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
     with _client(router, api_key) as client:
         ask.chat(
-            client, Console(), system=system, show_relay=relay,
+            client, Console(), Options(cache_salt=cache_salt), system=system, show_relay=relay,
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens,
         )  # fmt: skip
 
@@ -124,6 +130,19 @@ def status(
     """Show nodes, roles, queues and blocks of a running cluster."""
     with _client(router, api_key) as client, contextlib.suppress(KeyboardInterrupt):
         ask.show_status(client, wide_console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
+
+
+@app.command("cache")
+def prefix_caches(
+    drop: Annotated[bool, typer.Option("--drop", help="Have every node forget all of its blocks first.")] = False,
+    router: Router = _ROUTER,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+    api_key: ApiKey = "",
+) -> None:
+    """Show the prefix cache of every node, or drop them; exit code 1 if a node did not answer."""
+    with _client(router, api_key) as client:
+        has_all = ask.show_caches(client, wide_console(), drop=drop, as_json=as_json)
+    raise typer.Exit(0 if has_all else 1)
 
 
 @app.command()

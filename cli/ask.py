@@ -1,4 +1,4 @@
-"""Terminal commands of a running router: generate, chat, status, ledger. Starts and stops no process."""
+"""Terminal commands of a running router: generate, chat, status, ledger, cache. Starts and stops no process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable
 from contextlib import closing
 
 from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
 from baton.client import Client, Delta, Finished, Options, Prompt
 from baton.errors import InvalidRequest
-from baton.v1 import router_pb2
-from cli.show import cluster_table, ledger_tables
+from cli.show import cache_table, cluster_table, ledger_tables
 from cli.usage import program
 
 _ANSWER_TIMEOUT_S = 10.0
@@ -39,7 +39,9 @@ def generate(
     return finished
 
 
-def chat(client: Client, console: Console, *, system: str, show_relay: bool, **sampling: object) -> None:
+def chat(
+    client: Client, console: Console, options: Options, *, system: str, show_relay: bool, **sampling: object
+) -> None:  # fmt: skip
     """Reads lines until end of input. Ctrl-C during an answer ends that answer, which stays in the conversation.
 
     ``sampling`` as in ``generate``. Raises InvalidRequest at once if the router would refuse every message.
@@ -65,7 +67,7 @@ def chat(client: Client, console: Console, *, system: str, show_relay: bool, **s
             write_raw(console, text)
 
         try:
-            finished = generate(client, conversation, Options(), write, **sampling)
+            finished = generate(client, conversation, options, write, **sampling)
             console.print()
             if show_relay:
                 print_relay(console, finished)
@@ -103,13 +105,14 @@ def show_status(client: Client, console: Console, *, with_ledger: bool, as_json:
 
 
 def _as_dict(client: Client, with_ledger: bool) -> dict[str, object]:
-    def plain(message: router_pb2.StatusResponse | router_pb2.ClusterLedgerResponse) -> dict[str, object]:
-        return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
-
-    found = plain(client.status(_ANSWER_TIMEOUT_S))
+    found = _plain(client.status(_ANSWER_TIMEOUT_S))
     if with_ledger:
-        found["ledger"] = plain(client.ledger(_ANSWER_TIMEOUT_S))
+        found["ledger"] = _plain(client.ledger(_ANSWER_TIMEOUT_S))
     return found
+
+
+def _plain(message: Message) -> dict[str, object]:
+    return MessageToDict(message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
 
 
 def _as_tables(client: Client, with_ledger: bool) -> RenderableType:
@@ -117,3 +120,13 @@ def _as_tables(client: Client, with_ledger: bool) -> RenderableType:
     if with_ledger:
         shown += ledger_tables(client.ledger(_ANSWER_TIMEOUT_S))
     return Group(*shown)
+
+
+def show_caches(client: Client, console: Console, *, drop: bool, as_json: bool) -> bool:
+    """Whether every node answered, and so has dropped its cache if that was asked for."""
+    caches = client.cache(drop=drop, timeout_s=_ANSWER_TIMEOUT_S)
+    if as_json:
+        write_raw(console, json.dumps(_plain(caches)) + "\n")
+    else:
+        console.print(cache_table(caches, has_dropped=drop))
+    return not caches.unreachable

@@ -1,11 +1,11 @@
-"""Formats a cluster's status and its ledger for the terminal."""
+"""Formats a cluster's status, its ledger and its prefix caches for the terminal."""
 
 from __future__ import annotations
 
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TextIO, cast
 
 from rich.console import Console, Group, RenderableType
@@ -115,8 +115,12 @@ def ledger_tables(ledger: router_pb2.ClusterLedgerResponse) -> Iterable[Renderab
     """Every block of every node and who owns it; a node whose sums do not match is called out."""
     for node in ledger.nodes:
         yield from _ledger_of(node)
-    for node_id, reason in sorted(ledger.unreachable.items()):
-        yield Text(f"{node_id} did not answer: {reason}", style="red")
+    yield from _silent(ledger.unreachable)
+
+
+def _silent(unreachable: Mapping[str, str]) -> Iterable[RenderableType]:
+    for address, reason in sorted(unreachable.items()):
+        yield Text(f"{address} did not answer: {reason}", style="red")
 
 
 def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[RenderableType]:
@@ -132,3 +136,39 @@ def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[RenderableType]:
         yield _titled(title, table)
     if unowned := node.total_blocks - node.free_blocks - owned:
         yield Text(f"{node.node_id}: {unowned} blocks have no owner, which is a defect", style="red")
+
+
+def cache_table(caches: router_pb2.ClusterCacheResponse, *, has_dropped: bool) -> RenderableType:
+    """Fits 80 columns. Blocks that are known by their content, of the whole pool, and those of them that no sequence
+    uses, of as many as may be; since each worker's start, tokens that were asked for and blocks."""
+    right = ("known", "unused", "asked", "hits", "stored", "evicted")
+    table = _table(("node",), (*right, "dropped") if has_dropped else right)
+    for node in caches.nodes:
+        if not node.is_on:
+            table.add_row(node.node_id, "off")
+            continue
+        table.add_row(
+            node.node_id,
+            f"{node.known_blocks}/{node.total_blocks}",
+            f"{node.cached_blocks}/{node.max_cached_blocks}",
+            str(node.query_tokens),
+            share(node.hit_tokens, node.query_tokens),
+            str(node.stored_blocks),
+            str(node.evicted_blocks),
+            *((str(node.dropped_blocks),) if has_dropped else ()),
+        )
+    found, asked = sum(x.hit_tokens for x in caches.nodes), sum(x.query_tokens for x in caches.nodes)
+    title = f"prefix cache · {share(found, asked)} of {asked} tokens found"
+    if has_dropped:
+        title += f" · {sum(x.dropped_blocks for x in caches.nodes)} blocks dropped"
+    corrupt = [
+        Text(f"{x.node_id}: the bytes of {x.corrupt_blocks} blocks had changed, and they were not used", style="red")
+        for x in caches.nodes
+        if x.corrupt_blocks
+    ]
+    return Group(_titled(title, table), *corrupt, *_silent(caches.unreachable))
+
+
+def share(part: int, whole: int) -> str:
+    """In percent; a dash of nothing."""
+    return f"{100 * part / whole:.1f} %" if whole else "-"

@@ -92,6 +92,8 @@ class FakeConfig:
     max_model_tokens: int = 4096
     num_blocks: int = 1024
     block_tokens: int = 16
+    # Its prefix cache has so many leading blocks of every prompt. They count as no used blocks.
+    num_cached_blocks: int = 0
     # What comes after a token, for answers that are to be known by heart; what is not here is drawn.
     following: Mapping[int, int] = field(default_factory=dict)
     model_name: str = "fake"
@@ -196,6 +198,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         self.seen: Counter[str] = Counter()
         # What it was asked last, as a node gets it.
         self.last_spec: SequenceSpec | None = None
+        self.num_cached_blocks = config.num_cached_blocks
         self._cluster = cluster
         self._epochs = itertools.count(1)
         self._server: aio.Server | None = None
@@ -357,6 +360,11 @@ class FakeNode(node_pb2_grpc.NodeServicer):
         known = len(live.spec.prompt_token_ids) + live.num_generated
         return -(-(known + 1) // self.config.block_tokens)
 
+    def _num_cached_tokens(self, spec: SequenceSpec) -> int:
+        """Of the prompt; its last token is computed in any case."""
+        num_full = (len(spec.prompt_token_ids) - 1) // self.config.block_tokens
+        return min(self.num_cached_blocks, num_full) * self.config.block_tokens
+
     def _blocks_in(self, state: str) -> int:
         return sum(self._blocks(x) for x in self._live.values() if x.state == state)
 
@@ -375,6 +383,7 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             num_running=len(running),
             running_tokens=sum(len(x.spec.prompt_token_ids) + x.num_generated for x in running),
             stalled_s=stalled_s,
+            cached_blocks=self.num_cached_blocks,
             **{f"{s}_blocks": self._blocks_in(s) for s in ("prompt", "sending", "leased", "running")},
         )
 
@@ -404,11 +413,23 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             owners=owners,
         )
 
+    async def Cache(self, request: node_pb2.CacheRequest, context: Any) -> node_pb2.CacheResponse:  # noqa: N802
+        num_dropped, self.num_cached_blocks = (
+            (self.num_cached_blocks, 0) if request.drop else (0, self.num_cached_blocks)
+        )
+        return node_pb2.CacheResponse(
+            node_id=self.node_id,
+            incarnation=self.incarnation,
+            is_on=self.config.num_cached_blocks > 0,
+            total_blocks=self.config.num_blocks,
+            known_blocks=self.num_cached_blocks,
+            cached_blocks=self.num_cached_blocks,
+            max_cached_blocks=self.config.num_blocks,
+            dropped_blocks=num_dropped,
+        )
+
     async def Clock(self, request: node_pb2.ClockRequest, context: Any) -> node_pb2.ClockResponse:  # noqa: N802
         return node_pb2.ClockResponse(now_s=self.now())
-
-    async def Cache(self, request: node_pb2.CacheRequest, context: Any) -> node_pb2.CacheResponse:  # noqa: N802
-        return node_pb2.CacheResponse(node_id=self.node_id)
 
     async def Trace(self, request: node_pb2.TraceRequest, context: Any) -> node_pb2.TraceResponse:  # noqa: N802
         recorded = self.timeline.since(self.now() - codec.last_s_from_pb(request.last_s))
@@ -553,7 +574,8 @@ class FakeNode(node_pb2_grpc.NodeServicer):
             sequence_id=spec.sequence_id,
             queue_s=max(0.0, time.monotonic() - live.since_s - spec.num_known_tokens * self.config.prefill_token_s),
             compute_s=spec.num_known_tokens * self.config.prefill_token_s,
-            num_computed_tokens=spec.num_known_tokens,
+            num_computed_tokens=spec.num_known_tokens - self._num_cached_tokens(spec),
+            num_cached_tokens=self._num_cached_tokens(spec),
         )
         took_s = spec.num_known_tokens * self.config.prefill_token_s
         self._record(self.now() - took_s, spec.num_known_tokens, 0, [spec.sequence_id])

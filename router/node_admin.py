@@ -1,4 +1,4 @@
-"""What operators ask of all nodes through the router: ledgers, traces, and that a node drains."""
+"""What operators ask of the nodes through the router: ledgers, prefix caches, traces, and that a node drains."""
 
 from __future__ import annotations
 

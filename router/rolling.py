@@ -44,14 +44,22 @@ class Histogram:
 class Slice:
     """The sequences that ended in one slice of time."""
 
-    __slots__ = ("num_requests", "num_tokens", "number", "tbt", "ttft")
+    __slots__ = ("num_cached_tokens", "num_prompt_tokens", "num_requests", "num_tokens", "number", "tbt", "ttft")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.num_requests = 0
         self.num_tokens = 0
+        # Of the sequences that got a token.
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
         self.ttft = Histogram()
         self.tbt = Histogram()
+
+    @property
+    def cached_share(self) -> float | None:
+        """Of prompt tokens; None without any."""
+        return self.num_cached_tokens / self.num_prompt_tokens if self.num_prompt_tokens else None
 
 
 class Window:

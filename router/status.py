@@ -35,7 +35,7 @@ _MAX_IN_FLIGHT = 40
 _MAX_NODES = 1000
 _MAX_AGE_S = 0.9
 _STAGES = ("queue", "prefill", "transfer", "decode")
-_LEDGER = ("prompt", "sending", "leased", "running", "quarantined")
+_LEDGER = ("prompt", "sending", "leased", "running", "quarantined", "cached")
 # No content from other hosts, no inline scripts, no framing.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; base-uri 'none'; "
@@ -95,6 +95,9 @@ class StatusPage:
         here = self._window.current(self._dispatcher.clock.now())
         here.num_requests += 1
         here.num_tokens += relay.num_tokens
+        if relay.num_tokens:
+            here.num_prompt_tokens += ended.num_prompt_tokens
+            here.num_cached_tokens += relay.num_cached_tokens
         if relay.num_tokens:
             here.ttft.add(relay.ttft_s)
         if relay.num_tokens > 1:
@@ -167,7 +170,7 @@ def _load(status: NodeStatus) -> dict[str, Any]:
         "num_running": status.num_running,
         "queued_prompt_tokens": status.queued_prompt_tokens,
         "running_tokens": status.running_tokens,
-        "blocks": {"total": status.total_blocks, "free": status.free_blocks}
+        "blocks": {"total": status.total_blocks, "free": status.free_blocks - status.cached_blocks}
         | {name: getattr(status, f"{name}_blocks") for name in _LEDGER},
     }
 
@@ -231,6 +234,7 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
         "prefill": relay.prefill_node_id,
         "decode": relay.decode_node_id,
         "num_prompt_tokens": ended.num_prompt_tokens,
+        "num_cached_tokens": relay.num_cached_tokens,
         "num_tokens": relay.num_tokens,
         "attempts": relay.attempts,
         "ttft_s": _round(relay.ttft_s),
@@ -267,6 +271,7 @@ def _series(slices: Sequence[Slice | None], slice_s: float) -> dict[str, Any]:
         "tbt_p50_s": quantiles("tbt", 0.5),
         "tbt_p95_s": quantiles("tbt", 0.95),
         "tokens_per_s": [0 if x is None else _round(x.num_tokens / slice_s) for x in slices],
+        "cached_share": [None if x is None else _rounded(x.cached_share) for x in slices],
         "requests_per_s": [0 if x is None else _round(x.num_requests / slice_s) for x in slices],
     }
 

@@ -4,7 +4,7 @@
 
 const POLL_MS = 1000;
 const TIMEOUT_MS = 5000;
-const LEDGER = ["prompt", "sending", "leased", "running", "quarantined"];
+const LEDGER = ["prompt", "sending", "leased", "running", "quarantined", "cached"];
 // A symbol beside the colour, for readers who cannot tell colours apart.
 const STATES = {
   ready: ["good", "● ready"], connecting: ["warn", "◌ connecting"], suspect: ["warn", "▲ suspect"],
@@ -21,6 +21,7 @@ const SERIES = [
   { title: "Time between tokens", lines: { p50: "tbt_p50_s", p95: "tbt_p95_s" }, show: seconds },
   { title: "Tokens a second", lines: { rate: "tokens_per_s" }, show: count },
   { title: "Requests a second", lines: { rate: "requests_per_s" }, show: count },
+  { title: "Cached prompt tokens", lines: { rate: "cached_share" }, show: percent },
 ];
 
 const $ = (id) => document.getElementById(id);
@@ -47,6 +48,10 @@ function count(value) {
   if (value >= 1e6) return `${three(value / 1e6)} M`;
   if (value >= 1e4) return `${three(value / 1e3)} k`;
   return Number.isInteger(value) ? String(value) : three(value);
+}
+
+function percent(value) {
+  return `${(100 * value).toFixed(0)} %`;
 }
 
 // The router's wall clock in the reader's time zone.
@@ -126,7 +131,8 @@ function kvBar(blocks) {
     part.style.width = `${(100 * blocks[state]) / blocks.total}%`;
     bar.append(part);
   }
-  const share = blocks.total ? (100 * (blocks.total - blocks.free)) / blocks.total : 0;
+  // Cached blocks are given to sequences that need them.
+  const share = blocks.total ? (100 * (blocks.total - blocks.free - blocks.cached)) / blocks.total : 0;
   const text = share > 0 && share < 1 ? "<1" : share.toFixed(0);
   return element("div", "kv", bar, element("span", "", `${text} % of ${count(blocks.total)}`));
 }
@@ -219,11 +225,16 @@ function recentCells(request) {
   if (request.attempts > 1) cells[1].append(element("span", "soft", ` ${request.attempts} attempts`));
   const hasToken = request.num_tokens > 0;
   return [...cells, relayNames(request),
-    cell("number", `${count(request.num_prompt_tokens)} + ${count(request.num_tokens)}`),
+    cell("number", ...tokens(request)),
     cell("number", hasToken ? seconds(request.ttft_s) : "–"),
     cell("number", request.num_tokens > 1 ? seconds(request.tbt_s) : "–"),
     cell("number", seconds(request.e2e_s)),
     cell("bar-cell", lifeline(request, hasToken))];
+}
+
+function tokens(request) {
+  const sum = `${count(request.num_prompt_tokens)} + ${count(request.num_tokens)}`;
+  return request.num_cached_tokens ? [element("span", "soft", `${count(request.num_cached_tokens)} cached, `), sum] : [sum];
 }
 
 function lifeline(request, hasToken) {

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from baton.address import parse_address
-from baton.client import Client
+from baton.client import Client, Options
 from baton.errors import BadConfig, InvalidRequest
 from cli import ask, preflight
 from cli.main import main
@@ -316,7 +316,7 @@ async def test_chat_says_at_once_that_there_is_no_template() -> None:
 
         def talk(address: str) -> None:
             with Client(address) as client:
-                ask.chat(client, _Unread(), system="", show_relay=False)
+                ask.chat(client, _Unread(), Options(), system="", show_relay=False)
 
         with pytest.raises(InvalidRequest, match=r"serves no conversations: .*tokenizer"):
             await asyncio.to_thread(talk, router.grpc)

@@ -1,4 +1,4 @@
-"""What `baton status` prints."""
+"""What `baton status` and `baton cache` print."""
 
 from __future__ import annotations
 
@@ -106,6 +106,32 @@ def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
     assert "bad: 2 blocks have no owner" in text
     assert "good: " not in text
     assert "gone did not answer: deadline exceeded" in text
+
+
+def test_caches_fit_a_narrow_terminal_and_say_what_is_off_corrupt_or_silent() -> None:
+    nodes = [
+        node_pb2.CacheResponse(
+            node_id=f"prefill-{i}", is_on=True, total_blocks=4096, known_blocks=1500, cached_blocks=1234,
+            max_cached_blocks=4096, query_tokens=4000, hit_tokens=1000 * i, stored_blocks=2000, evicted_blocks=500,
+            corrupt_blocks=i, dropped_blocks=7,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    nodes.append(node_pb2.CacheResponse(node_id="plain", total_blocks=10))
+    caches = router_pb2.ClusterCacheResponse(nodes=nodes, unreachable={"gone:1": "deadline exceeded"})
+    title, head, *lines = printed(show.cache_table(caches, has_dropped=True)).splitlines()
+    assert title.strip() == "prefix cache · 12.5 % of 8000 tokens found · 14 blocks dropped"
+    assert [" ".join(line.split()) for line in (head, *lines)] == [
+        "node known unused asked hits stored evicted dropped",
+        "prefill-0 1500/4096 1234/4096 4000 0.0 % 2000 500 7",
+        "prefill-1 1500/4096 1234/4096 4000 25.0 % 2000 500 7",
+        "plain off",
+        "prefill-1: the bytes of 1 blocks had changed, and they were not used",
+        "gone:1 did not answer: deadline exceeded",
+    ]
+    text = printed(show.cache_table(router_pb2.ClusterCacheResponse(nodes=nodes[2:]), has_dropped=False))
+    assert "prefix cache · - of 0 tokens found" in text
+    assert "dropped" not in text
 
 
 def test_durations_have_the_unit_that_fits() -> None:

@@ -161,8 +161,8 @@ def test_relay_line_reads_like_one() -> None:
     assert relay.num_cached_tokens == 7
     assert relay.tbt_mean_s == pytest.approx(0.05 / 3)
     assert relay.line() == (
-        "p0 -> d0 | queue 3.0 ms | prefill 30.0 ms | transfer 2.0 ms (3.0 MiB shm, layer-wise) | TTFT 50.0 ms | "
-        "TBT 16.7 ms (max 40.0 ms) | E2E 110.0 ms | 4 tokens"
+        "p0 -> d0 | queue 3.0 ms | prefill 30.0 ms (7 tokens cached) | transfer 2.0 ms (3.0 MiB shm, layer-wise) | "
+        "TTFT 50.0 ms | TBT 16.7 ms (max 40.0 ms) | E2E 110.0 ms | 4 tokens"
     )
 
 

@@ -234,6 +234,21 @@ async def text(browser: Browser, selector: str) -> str:
     return found
 
 
+async def test_browser_shows_what_is_cached(browser: Browser) -> None:
+    async with FakeCluster(FakeConfig(num_cached_blocks=2), mixed=1) as cluster, router_beside(cluster) as router:
+        async with baton.AsyncClient(router.grpc or "") as client:
+            await client.complete([*range(2, 42)], max_tokens=1)
+        await to_thread(browser.open, f"{router.http}/status")
+        await to_thread(browser.wait_until, "/32 cached, 40 [+] 1/.test(document.querySelector('#recent').innerText)")
+        bar = "document.querySelector('#nodes .bar').getAttribute('aria-label')"
+        await to_thread(browser.wait_until, f"{bar} === '2 cached, 1022 free of 1024 blocks'")
+        assert await to_thread(browser.evaluate, "document.querySelectorAll('#nodes .kv-cached').length") == 1
+        assert "0 % of 1024" in await text(browser, "#nodes"), "cached blocks are not in use"
+        share = r"/Cached prompt tokens\s+80 %/.test(document.querySelectorAll('#series figure')[4].innerText)"
+        await to_thread(browser.wait_until, share)
+        assert browser.complaints == []
+
+
 async def test_browser_shows_names_as_text(browser: Browser) -> None:
     async with FakeCluster(FakeConfig(model_name=EVIL)) as cluster:
         await cluster.add(EVIL, Role.MIXED).start()
