@@ -143,11 +143,11 @@ def choose(
     pair = pair or _Search(pools, demand, breakers, now, config, costs).pair()
     if pair is None:
         return Obstacle.NO_ROOM
-    prefill, decode = pair
+    prefill, decode, is_for_prefix = pair
     num_prefill_hit = 0 if costs is None else costs.prompt_hit(prefill.num_hit)
     return Decision(
         Placement(prefill.node.node_id, decode.node.node_id),
-        _reason(prefill.node.role, decode.node.role, pools, demand),
+        Reason.PREFIX if is_for_prefix else _reason(prefill.node.role, decode.node.role, pools, demand),
         num_prefill_hit,
         num_prefill_hit if prefill.node is decode.node else decode.num_hit,
     )
@@ -160,9 +160,7 @@ def _reason(prefill: Role, decode: Role, pools: Pools, demand: Demand) -> Reason
         return Reason.OVERFLOW if pools[Role.DECODE] else Reason.MIXED
     if prefill is Role.PREFILL and decode is Role.DECODE:
         return Reason.POOLS
-    if prefill is Role.PREFILL:
-        return Reason.SINGLE_TOKEN if demand.is_single_token else Reason.BORROWED
-    return Reason.PREFIX if pools[Role.PREFILL] or pools[Role.MIXED] else Reason.BORROWED
+    return Reason.SINGLE_TOKEN if prefill is Role.PREFILL and demand.is_single_token else Reason.BORROWED
 
 
 class _Search:
@@ -188,13 +186,17 @@ class _Search:
         self._stays_in_prompt_pool = demand.is_single_token or not has_token_pool
         self._decode = None if self._stays_in_prompt_pool else self._best_decode({})
 
-    def pair(self) -> tuple[_Best, _Best] | None:
-        """The best prefill and decode node, or a decode node for both."""
+    def pair(self) -> tuple[_Best, _Best, bool] | None:
+        """The best prefill and decode node; or a decode node for both, and True."""
         pair = self._split()
-        if pair is None or self._costs is None or pair[0].node is pair[1].node:
-            return pair
-        here = self._here(*pair, self._costs)
-        return pair if here is None else (here, here)
+        if pair is None:
+            return None
+        prefill, decode = pair
+        if self._costs is not None and prefill.node is not decode.node:
+            here = self._here(prefill, decode, self._costs)
+            if here is not None:
+                return here, here, True
+        return prefill, decode, False
 
     def _split(self) -> tuple[_Best, _Best] | None:
         """The best prefill node that has a path to a decode node, and the best such decode node.

@@ -89,6 +89,12 @@ def test_the_next_turn_runs_where_the_answer_lies_unless_many_generate_there() -
     assert busy.num_decode_hit == 70 * BLOCK_TOKENS
 
 
+def test_a_decode_node_that_takes_over_for_blamed_ones_is_borrowed_and_not_sought() -> None:
+    found = decide(P0, D0, demand=Demand(NUM_TOKENS, avoid={"p0"}), d0=70)
+    assert found.placement == Placement("d0", "d0")
+    assert found.reason is Reason.BORROWED
+
+
 def test_a_single_token_looks_for_a_prefill_node_that_holds_the_prompt() -> None:
     found = decide(P0, P1, D0, demand=Demand(NUM_TOKENS, is_single_token=True), p1=10, d0=9)
     assert found.placement == Placement("p1", "p1")
