@@ -13,6 +13,7 @@ from baton.observe import Relay
 from baton.types import FinishReason, Role
 from router.cluster.membership import Member, State
 from router.cluster.policy import Reason
+from router.cluster.prefix_index import PrefixIndex
 from router.flow_messages import Outcome, OutcomeKind, Phase
 
 # Finer in the range of decode steps.
@@ -158,6 +159,17 @@ class RouterMetrics:
         self._metrics.gauge("baton_ready", "1 if requests can be served", lambda: float(is_ready()))
         if self._has_vllm_names:
             self._add_vllm_names(phases, members)
+
+    def add_index(self, index: PrefixIndex) -> None:
+        self._metrics.gauge(
+            "baton_known_blocks",
+            "Cached blocks that the router knows of, one for each node that has it",
+            lambda: float(index.num_blocks),
+        )
+        help_text = "Cached blocks that nodes reported beyond the bound of those that the router knows"
+        self._metrics.add(
+            Family("baton_ignored_blocks", "counter", help_text, (), lambda: {(): float(index.num_ignored)})
+        )
 
     def _add_vllm_names(self, phases: Callable[[], Mapping[Phase, int]], members: Callable[[], list[Member]]) -> None:
         """After https://docs.vllm.ai/en/latest/design/metrics.html, with our buckets."""

@@ -10,6 +10,7 @@ from engine.cost import CostModel
 from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
+from router.cluster.prefix_index import PrefixIndex
 from router.metrics import RouterMetrics
 from tests.support.root import ROOT
 from worker.config import Peaks
@@ -72,7 +73,9 @@ def written() -> Facts:
 def test_every_metric_is_documented_and_every_documented_one_is_there() -> None:
     router = Metrics()
     add_process(router, "router")
-    RouterMetrics(router, has_vllm_names=True).add_state(dict, list, lambda: True)
+    counted = RouterMetrics(router, has_vllm_names=True)
+    counted.add_state(dict, list, lambda: True)
+    counted.add_index(PrefixIndex(1))
     code = exposed(router) | exposed(worker_metrics([Meter()], COST, Peaks(1.0, 1.0)))
     docs = written()
     assert set(docs) - set(code) == set(), "documented, but not in the code"
