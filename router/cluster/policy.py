@@ -16,7 +16,7 @@ the best decode node is the same whichever node runs the prompt, except where a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from operator import attrgetter
@@ -41,8 +41,8 @@ _LATER_TOKENS = 1 << 60
 class Keyed(Protocol):
     """A prompt, as far as placement is concerned."""
 
-    def keys(self, scheme: PrefixScheme) -> Sequence[int]:
-        """Of its full blocks; see baton.prefix.key_of."""
+    def keys(self, scheme: PrefixScheme) -> Iterable[int]:
+        """Of its full blocks; see baton.prefix.key_of. Only as many are computed as are taken."""
         ...
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from baton.node_messages import CacheChanged
@@ -127,20 +127,23 @@ class PrefixIndex:
             for key in [key for key, number in shard.items() if not self._sets[number].mask]:
                 self._leave(self._sets[shard.pop(key)])
 
-    def hits(self, keys: Sequence[int]) -> list[Hit]:
-        """The nodes that hold leading blocks of this chain, those with most first."""
+    def hits(self, keys: Iterable[int]) -> list[Hit]:
+        """The nodes that hold leading blocks of this chain, those with most first. Asks for one key more than are held,
+        at most."""
         found: list[Hit] = []
-        shards, sets, alive = self._shards, self._sets, -1
-        for num_blocks, key in enumerate(keys):
+        shards, sets, alive, num_blocks = self._shards, self._sets, -1, 0
+        for num_before, key in enumerate(keys):
             number = shards[key % _NUM_SHARDS].get(key)
             mask = 0 if number is None else sets[number].mask
-            if num_blocks and (ended := alive & ~mask):
-                found.append(Hit(num_blocks, self._node_ids(ended)))
+            if num_before and (ended := alive & ~mask):
+                found.append(Hit(num_before, self._node_ids(ended)))
             alive &= mask
             if not alive:
                 break
-        if keys and alive:
-            found.append(Hit(len(keys), self._node_ids(alive)))
+            num_blocks = num_before + 1
+        else:
+            if num_blocks:
+                found.append(Hit(num_blocks, self._node_ids(alive)))
         found.reverse()
         return found
 

@@ -204,7 +204,8 @@ class Scheduler(Generic[ItemT]):
         self._in_flight[item] = None
         self._num_in_flight_of[item.client] += 1
         scheme = self.prefix_scheme
-        if prompt is None or scheme is None or not prompt.keys(scheme) or not self._siblings.arrive(item, prompt):
+        has_blocks = prompt is not None and scheme is not None and any(True for _ in prompt.keys(scheme))
+        if prompt is None or not has_blocks or not self._siblings.arrive(item, prompt):
             self._line.put(item, now)
             self.has_news = True
 

@@ -12,6 +12,7 @@ from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme, key_of
 from baton.types import SamplingParams
 from router.active import Active
+from router.cluster.prefix_index import PrefixIndex
 from router.fake import FakeCluster, FakeConfig, FakeNode, expected_tokens
 from router.flow_messages import OutcomeKind, Phase, Prompt
 from router.serve import Router
@@ -191,6 +192,21 @@ async def test_a_node_that_holds_the_prompt_gets_it() -> None:
         await until(lambda: index.num_blocks_of("prefill-1") == 1)
         await node.die()
         await until(lambda: not index)
+
+
+def test_a_prompt_is_hashed_no_further_than_a_node_holds_it() -> None:
+    scheme = PrefixScheme.of(FakeCluster(CONFIG, prefill=1)["prefill-0"].description)
+    assert scheme is not None
+    tokens = tuple(range(1000))
+    expected = [key_of(value) for value in scheme.block_hashes(tokens, len(tokens), salt=b"tenant")]
+    prompt, index = Prompt(tokens, cache_salt=b"tenant"), PrefixIndex(max_blocks=100)
+    assert not index.hits(prompt.keys(scheme))
+    assert len(prompt._keys) == 8
+    index.change("p", CacheChanged(1, tuple(expected[:20]), is_snapshot=True))
+    assert [hit.num_blocks for hit in index.hits(prompt.keys(scheme))] == [20]
+    assert len(prompt._keys) == 32
+    assert list(prompt.keys(scheme)) == expected
+    assert list(Prompt(tokens).keys(scheme)) != expected, "another salt"
 
 
 async def test_a_garbled_change_makes_a_nodes_blocks_unknown() -> None:
