@@ -21,10 +21,12 @@ from bench import observability_cluster
 from bench.measure import Samples
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.events import EngineEvent, Output
 from engine.meter import EngineMeter
 from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
-from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan, StepResult
 from router.flow_messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics

@@ -68,10 +68,13 @@ class DecodeActions:
     def _grant(self, action: machine.Grant) -> None:
         sequence_id, spec = action.sequence_id, action.spec
         ttl_s = min(action.ttl_s, self._config.max_ttl_s) if action.ttl_s > 0 else self._config.default_ttl_s
-        block_ids = self._replica.reserve(spec)
+        reserved = self._replica.reserve(spec)
+        num_cached = reserved.num_cached_blocks
         try:
-            min_blocks = self._replica.blocks_for(spec.num_known_tokens)
-            lease = self._receiver.grant(sequence_id, block_ids, ttl_s, min_blocks=min_blocks)
+            min_blocks = self._replica.blocks_for(spec.num_known_tokens) - num_cached
+            lease = self._receiver.grant(
+                sequence_id, reserved.block_ids, ttl_s, min_blocks=min_blocks, num_cached_blocks=num_cached
+            )
         except Exception:
             self._replica.return_lease(sequence_id)
             raise

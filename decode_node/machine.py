@@ -27,7 +27,7 @@ from baton.node_messages import (
     SessionLost,
 )
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk
-from engine.schedule import Failed, Handoff, Output, Started
+from engine.events import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released
 
 

@@ -4,7 +4,8 @@ the caller passes ``now`` and holds the lock.
 A block is free, cached (its content has a hash, no sequence holds it) or held. Law (``check``): free + cached + held ==
 total, and a block's references are exactly the holdings that list it.
 
-A block gets a hash once its content is final, and only a block with a hash is shared. A writer outside this process is
+A block gets a hash once its content is final, and only a block with a hash becomes shared; ``forget`` takes the hash
+from a block that sequences go on sharing. A writer outside this process is
 given new blocks alone, and those get no hash while it may write to them. Hence the rule for quarantine: a quarantined
 holding keeps its references, its shared blocks go on serving the other holdings, and none of its blocks gets a hash any
 more, so that only verified content is ever found by hash.
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton.errors import NoBlocks, Overloaded
+from engine.known import KnownBlocks
 
 
 class BlockState(Enum):
@@ -66,21 +68,24 @@ class _Holding:
 class BlockPool:
     """A fixed number of blocks. The lowest free ids are given first, which keeps the used range dense.
 
-    When the free blocks run out cached ones are evicted, least recently used first.
+    When the free blocks run out, or more than ``max_cached`` are cached, cached ones are evicted, least recently used
+    first.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, *, max_cached: int | None = None) -> None:
         assert num_blocks > 0, "a pool has at least one block"
         self.num_blocks = num_blocks
+        self.max_cached = num_blocks if max_cached is None else max_cached
+        self.num_evicted = 0
         # Heap of free ids.
         self._free = list(range(num_blocks))
         # Oldest first.
         self._holdings: dict[str, _Holding] = {}
-        # Of blocks whose content has a hash, both ways. A block without a hash has one holder.
-        self._hashes: dict[int, bytes] = {}
-        self._by_hash: dict[bytes, int] = {}
-        # Of blocks with a hash: how many holdings list them; those that none lists, least recently used first.
+        # Those whose content has a hash.
+        self.known = KnownBlocks()
+        # How many holdings list a block that has, or had, a hash; any other has one holder.
         self._references: dict[int, int] = {}
+        # With a hash and listed by none, least recently used first.
         self._cached: OrderedDict[int, None] = OrderedDict()
         # References beyond the first of each block.
         self._num_extra = 0
@@ -146,6 +151,14 @@ class BlockPool:
     def state_of(self, owner: str) -> BlockState:
         return self._holdings[owner].state
 
+    def num_taken(self, count: int, shared: Sequence[int]) -> int:
+        """Of the available blocks, those that a sequence of ``count`` blocks takes if it begins with ``shared``."""
+        return count - len(shared) + sum(block in self._cached for block in shared)
+
+    def is_shared(self, block: int) -> bool:
+        """Found by hash, or listed by several holdings: its content must not change."""
+        return block in self.known or self._references.get(block, 1) > 1
+
     def free(self, owner: str) -> int:
         """End the owner's references; returns how many. The caller knows that no reader or writer is left.
 
@@ -161,6 +174,8 @@ class BlockPool:
                     self._unrefer(block)
         for block in own:
             heapq.heappush(self._free, block)
+        while len(self._cached) > self.max_cached:
+            self._evict_one()
         return len(block_ids)
 
     # -- content
@@ -168,28 +183,38 @@ class BlockPool:
     def cache(self, owner: str, index: int, content_hash: bytes) -> bool:
         """The owner's block ``index`` is final and holds ``content_hash``: ``lookup`` finds it from now on.
 
-        False if another block is found by that hash already; this one then stays the owner's alone.
+        False if a block is found by that hash already; another one then stays the owner's alone.
         """
         holding = self._holdings[owner]
         assert holding.state not in _WRITTEN_FROM_OUTSIDE, "content that may still be written to has no hash"
+        if self.known.find(content_hash) is not None:
+            return False
         block = holding.block_ids[index]
-        if content_hash in self._by_hash:
-            return self._by_hash[content_hash] == block
-        assert block not in self._hashes, "the content of a block with a hash does not change"
-        self._by_hash[content_hash] = block
-        self._hashes[block] = content_hash
-        self._references[block] = 1
+        self.known.add(block, content_hash)
+        self._references.setdefault(block, 1)
         return True
 
     def lookup(self, content_hashes: Iterable[bytes]) -> list[int]:
         """Blocks of the longest known beginning of a chain of hashes, held or cached; to be shared by ``allocate``."""
         found: list[int] = []
         for content_hash in content_hashes:
-            block = self._by_hash.get(content_hash)
+            block = self.known.find(content_hash)
             if block is None:
                 break
             found.append(block)
         return found
+
+    def forget(self, blocks: Iterable[int]) -> int:
+        """Find these by hash no more, also where a sequence holds them; returns how many were found until now."""
+        count = 0
+        for block in blocks:
+            if block in self.known:
+                count += 1
+                self.known.remove(block)
+                if block in self._cached:
+                    del self._cached[block]
+                    heapq.heappush(self._free, block)
+        return count
 
     # -- the ledger
 
@@ -219,8 +244,12 @@ class BlockPool:
         seen = sorted([*self._free, *self._cached, *listed])
         assert seen == list(range(self.num_blocks)), "a block was lost or has two owners"
         assert {block: self._references.get(block, 1) for block in listed} == listed, "references are not the holdings"
-        assert self._hashes.keys() == self._references.keys() | self._cached.keys(), "shared or cached without a hash"
-        assert self._by_hash == {value: block for block, value in self._hashes.items()}, "a hash names another block"
+        self.known.check()
+        assert {*self.known} - self._cached.keys() <= self._references.keys(), (
+            "found by hash, but neither held nor cached"
+        )
+        assert self._cached.keys() <= {*self.known}, "cached without a hash"
+        assert len(self._cached) <= self.max_cached, "more is cached than may be"
         assert self._num_extra == listed.total() - len(listed), "the extra references are miscounted"
         assert self._num_extra == listed.total() - self.num_held, "a block counts twice"
 
@@ -249,9 +278,13 @@ class BlockPool:
         """Make ``count`` blocks free."""
         self._refuse_too_many(owner, count, self.num_available)
         while len(self._free) < count:
-            block, _ = self._cached.popitem(last=False)
-            del self._by_hash[self._hashes.pop(block)]
-            heapq.heappush(self._free, block)
+            self._evict_one()
+
+    def _evict_one(self) -> None:
+        block, _ = self._cached.popitem(last=False)
+        self.known.remove(block)
+        self.num_evicted += 1
+        heapq.heappush(self._free, block)
 
     def _refuse_too_many(self, owner: str, count: int, num_available: int) -> None:
         if count > num_available:
@@ -259,7 +292,7 @@ class BlockPool:
 
     def _share(self, owner: str, count: int, shared: Sequence[int]) -> None:
         """Refer to ``shared`` if ``count`` blocks are there beside them."""
-        assert all(block in self._hashes for block in shared), "only a block with a hash is shared"
+        assert all(block in self.known for block in shared), "only a block with a hash is shared"
         self._refuse_too_many(owner, count, self.num_available - sum(block in self._cached for block in shared))
         for block in shared:
             if block in self._cached:
@@ -273,7 +306,10 @@ class BlockPool:
         references = self._references[block]
         if references == 1:
             del self._references[block]
-            self._cached[block] = None
+            if block in self.known:
+                self._cached[block] = None
+            else:
+                heapq.heappush(self._free, block)
         else:
             self._references[block] = references - 1
             self._num_extra -= 1

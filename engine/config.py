@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from baton.errors import BadConfig
 from baton.settings import check, setting
 from baton.types import DTYPE_BYTES
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 
 # The processor's attention is compiled for a block's length, in a time that grows with its square: 0.2 s for 64 tokens,
 # 0.6 s for 256, 1.8 s for 512, a minute for 4096.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
-from baton.types import SequenceSpec
 from engine.step import Piece, Sequence
 
 
@@ -19,6 +19,18 @@ class Phase(Enum):
     ENDED = 4
 
 
+class Leader(NamedTuple):
+    """Another sequence that is computing what this one lacks."""
+
+    entry: Entry
+    # Leading blocks that both have in common.
+    num_common: int
+
+    @property
+    def is_computing(self) -> bool:
+        return self.entry.phase is Phase.ACTIVE and self.entry.num_stored < self.num_common
+
+
 class Entry:
     """One sequence as the scheduler sees it. Plans board and land; all else the scheduler writes itself."""
 
@@ -28,9 +40,12 @@ class Entry:
         "is_overtaken",
         "is_prefilled",
         "is_released",
+        "leader",
+        "num_cached_tokens",
         "num_computed_total",
         "num_flights",
         "num_preemptions",
+        "num_stored",
         "num_underway",
         "num_unknown",
         "order",
@@ -39,8 +54,8 @@ class Entry:
         "started_s",
     )
 
-    def __init__(self, spec: SequenceSpec, *, order: tuple[int, int], now: float) -> None:
-        self.sequence = Sequence(spec)
+    def __init__(self, sequence: Sequence, *, order: tuple[int, int], now: float) -> None:
+        self.sequence = sequence
         # It stops at the next place between two tokens, see ``can_hand_off``.
         self.hands_off = False
         # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
@@ -60,6 +75,12 @@ class Entry:
         self.arrived_s = now
         self.started_s: float | None = None
         self.num_computed_total = 0
+        # Tokens whose KV was there when it started; before that, when it came.
+        self.num_cached_tokens = 0
+        # Leading blocks that the prefix cache has been told of, or was asked for.
+        self.num_stored = 0
+        # While it waits: it starts when this one has what both begin with.
+        self.leader: Leader | None = None
 
     @property
     def sequence_id(self) -> str:
@@ -68,6 +89,11 @@ class Entry:
     @property
     def num_remaining(self) -> int:
         return len(self.sequence.token_ids) - self.sequence.num_computed
+
+    @property
+    def num_expected(self) -> int:
+        """Tokens that remain to be computed, as far as one can tell before it starts."""
+        return self.num_remaining - (self.num_cached_tokens if self.started_s is None else 0)
 
     @property
     def start(self) -> int:

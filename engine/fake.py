@@ -18,6 +18,7 @@ from baton.types import (
     KvLayout,
     ModelDescription,
     PositionLogprobs,
+    PrefixCaching,
     SamplingParams,
     SequenceSpec,
     TokenChunk,
@@ -76,6 +77,7 @@ class FakeRunner:
     kernels = "fake"
     # What a step costs is not known.
     cost = None
+    prefix_caching = PrefixCaching(phases_agree=True)
 
     def __init__(
         self,

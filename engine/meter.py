@@ -9,7 +9,7 @@ from baton.errors import BadLogits
 from baton.metrics import LATENCY_BUCKETS_S, Counter, Metrics
 from baton.timeline import Timeline
 from engine.cost import CostModel
-from engine.schedule import EngineEvent, Failed, Output
+from engine.events import EngineEvent, Failed, Output
 from engine.step import StepPlan
 
 _STEP_BUCKETS_S = (

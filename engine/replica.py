@@ -18,12 +18,16 @@ from typing import Protocol
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.errors import BatonError, Draining, InternalError, described
+from baton.node_messages import CacheChanged
 from baton.timeline import Timeline
 from baton.types import NodeStatus, Role, SequenceSpec, TokenChunk
 from engine.blocks import BlockState, OwnerEntry
+from engine.events import EngineEvent, Handoff, Started
+from engine.known import CacheFeed
 from engine.meter import EngineMeter, StepBook, TakenStep
+from engine.prefix_cache import CacheStats
 from engine.progress import Final, LayerProgress, LayerSink
-from engine.schedule import EngineEvent, Handoff, Scheduler, final_blocks
+from engine.schedule import Reserved, Scheduler, final_blocks
 from engine.step import StepPlan, StepResult
 
 # Upper bound on an idle wait.
@@ -191,7 +195,7 @@ class Replica:
 
     # -- leases
 
-    def reserve(self, spec: SequenceSpec) -> list[int]:
+    def reserve(self, spec: SequenceSpec) -> Reserved:
         """Blocks for a sequence that another node computes. Raises as Scheduler.reserve, and Draining."""
         with self._changed:
             self._refuse_draining()
@@ -219,6 +223,32 @@ class Replica:
             self._timeline.joined(sequence_id, now)
             self._listeners[sequence_id] = listener
             self._woken()
+
+    # -- the prefix cache
+
+    def follow_cache(self) -> CacheFeed:
+        """What ``take_cache_changes`` takes from, until ``unfollow_cache``."""
+        with self._changed:
+            return self._scheduler.pool.known.follow()
+
+    def unfollow_cache(self, feed: CacheFeed) -> None:
+        with self._changed:
+            self._scheduler.pool.known.unfollow(feed)
+
+    def take_cache_changes(self, feed: CacheFeed, most: int = 1 << 16) -> CacheChanged | None:
+        """Up to ``most`` keys that this follower was not told of, in the first call of all that is found; None if there
+        are none. What a step stored can be taken before its events arrive."""
+        with self._changed:
+            return feed.take(self._scheduler.pool.known.number, most)
+
+    def drop_cache(self) -> int:
+        """Find no block any more that is there now; returns how many were found. Sequences keep those they hold."""
+        with self._changed:
+            return self._scheduler.prefix_cache.drop()
+
+    def cache_stats(self) -> CacheStats:
+        with self._changed:
+            return self._scheduler.prefix_cache.stats()
 
     # -- questions
 
@@ -256,6 +286,7 @@ class Replica:
                 leased_blocks=owned[BlockState.LEASED],
                 running_blocks=owned[BlockState.RUNNING],
                 quarantined_blocks=owned[BlockState.QUARANTINED],
+                cached_blocks=owned[BlockState.CACHED],
             )
 
     def leased_tokens(self) -> int:
@@ -388,8 +419,10 @@ class Replica:
             self._to_forget.append(sequence_id)
 
     def _address(self, events: list[EngineEvent]) -> list[tuple[Listener, list[EngineEvent]]]:
-        """The events of a step by listener; the sinks of sequences that were handed over are told all first."""
+        """The events of a step by listener; sinks are told first of all blocks of sequences that were handed over, and
+        of those that were there when one started."""
         self._progress.step_done((e.sequence_id, len(e.block_ids)) for e in events if isinstance(e, Handoff))
+        self._progress.step_done((e.sequence_id, e.num_cached_blocks) for e in events if isinstance(e, Started))
         mail: dict[Listener, list[EngineEvent]] = {}
         for event in events:
             listener = self._listeners.get(event.sequence_id)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from baton.errors import BadConfig
-from baton.types import KvLayout, ModelDescription
+from baton.types import KvLayout, ModelDescription, PrefixCaching
 from engine.batch import build_batch, token_ids_of
 from engine.config import EngineConfig
 from engine.cost import CostModel
@@ -108,6 +108,7 @@ class Runner:
         self.layout = cache.layout
         self.kernels = kernels.name
         self.device = str(kernels.device)
+        self.prefix_caching = PrefixCaching(kernels.phases_agree, model_config.rope.regimes)
         self.cost = CostModel.of(model_config, cache.layout.dtype, kernels.quantization)
         self._kernels = kernels
         self._devices = devices

@@ -13,116 +13,44 @@ Order: every decoding sequence is in every step, then prompts first come, first 
 budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
 exhausted the youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was
 preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim.
+
+With a prefix cache a sequence begins behind the blocks that are found for it (``engine/prefix_cache.py``); a prompt
+whose next block is just being computed for another sequence waits for it, and lets those behind it pass.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
-from baton.errors import (
-    BadConfig,
-    BatonError,
-    InternalError,
-    InvalidRequest,
-    NoBlocks,
-    Overloaded,
-    PromptTooLong,
-    described,
-)
-from baton.settings import check, computed, setting
+from baton.errors import BadLogits, BatonError, InternalError, NoBlocks, Overloaded, described
+from baton.prefix import PrefixScheme
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
+from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Phase, in_order
+from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
+from engine.prefix_cache import PrefixCache
+from engine.scheduler_config import SchedulerConfig
 from engine.step import Piece, Sequence, StepPlan, StepResult
 
 
 @dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of one replica. The first three are the model's; see ``of_model``."""
+class Reserved:
+    """Blocks for a sequence that another node computes."""
 
-    block_tokens: int = field(default=64, metadata=computed())
-    max_model_tokens: int = field(default=4096, metadata=computed())
-    # Token ids are smaller.
-    vocab_size: int = field(default=2**31, metadata=computed())
-    max_batch_tokens: int = field(
-        default=2048,
-        metadata=setting("--max-batch-tokens", "Prompt tokens computed in one engine step.", least=1, most=1 << 24),
-    )
-    max_num_seqs: int = field(
-        default=256,
-        metadata=setting("--max-num-seqs", "Sequences that run at once on a worker.", least=1, most=1 << 16),
-    )
-    # Sequences that wait for their first step; one more is refused.
-    max_waiting: int = field(default=1024, metadata=setting(least=1))
-    # A sequence that lost its blocks so often starts again only with blocks for its whole life.
-    max_preemptions: int = field(default=3, metadata=setting(least=1))
-    # Share of the blocks that admissions leave free for sequences to grow.
-    watermark: float = field(default=0.01, metadata=setting(least=0))
-
-    def __post_init__(self) -> None:
-        check(self)
-        if self.watermark >= 1:
-            raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
-
-    def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int) -> SchedulerConfig:
-        return replace(self, block_tokens=block_tokens, max_model_tokens=max_model_tokens, vocab_size=vocab_size)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTimes:
-    """How the prompt went: waiting for its first chunk, then computing until the token was drawn."""
-
-    queue_s: float
-    compute_s: float
-    num_computed_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Started:
-    """A sequence that is to be handed over has all its blocks; its first chunk is in the step that begins now."""
-
-    sequence_id: str
+    # Its leading blocks that are here already. Others may share them: their ids stay here.
+    num_cached_blocks: int
+    # Those behind them, which that node fills.
     block_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """New tokens; ``prefill`` is set with the first one."""
-
-    sequence_id: str
-    chunk: TokenChunk
-    prefill: PrefillTimes | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Handoff:
-    """The sequence stopped between two tokens; its blocks stay until ``release``, or ``resume`` lets it go on here.
-
-    ``tokens``: all that were generated here or came with ``join``. Another node that has the blocks and the tokens goes
-    on with the same token ids.
-    """
-
-    sequence_id: str
-    tokens: TokenChunk
-    # These hold the KV of all tokens but the last, and do not change any more.
-    block_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The step this sequence was in went wrong, or its own token did; it will get no more."""
-
-    sequence_id: str
-    failure: Failure
-
-
-EngineEvent = Started | Output | Handoff | Failed
+class _Lease:
+    sequence: Sequence
+    num_cached_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +64,17 @@ class Load:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, pool: BlockPool) -> None:
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        pool: BlockPool,
+        scheme: PrefixScheme | None = None,
+        digest_of: Callable[[int], bytes] | None = None,
+    ) -> None:
+        """``scheme``: how blocks are found by their content, None: never. ``digest_of`` as in PrefixCache."""
         self.config = config
         self.pool = pool
+        self.prefix_cache = PrefixCache(pool, scheme, config.block_tokens, digest_of)
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
         # One slot of every step is left to prompts where there are two: a full decode batch must not lock them out.
         self._max_residents = max(1, min(config.max_num_seqs, config.max_batch_tokens) - 1)
@@ -149,7 +85,7 @@ class Scheduler:
         # Told to stop since the last step was scheduled.
         self._to_hold: list[Entry] = []
         # Blocks are allocated, bytes are to come.
-        self._leases: dict[str, SequenceSpec] = {}
+        self._leases: dict[str, _Lease] = {}
         self._num_ordered = 0
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
@@ -159,67 +95,37 @@ class Scheduler:
 
     # -- arrivals and departures
 
-    def validate(self, spec: SequenceSpec) -> None:
-        """Raise for a sequence that can never run here: PromptTooLong, InvalidRequest."""
-        total = spec.max_total_tokens
-        if total > self.config.max_model_tokens:
-            raise PromptTooLong(
-                f"{len(spec.prompt_token_ids)} prompt tokens + max_tokens {spec.sampling.max_tokens} = {total}, "
-                f"expected at most {self.config.max_model_tokens}, the context of the model",
-                param="prompt",
-            )
-        if self.config.blocks_for(total) > self.pool.num_blocks:
-            raise PromptTooLong(
-                f"{total} tokens need {self.config.blocks_for(total)} KV blocks of {self.config.block_tokens} tokens, "
-                f"this node has {self.pool.num_blocks}",
-                param="prompt",
-            )
-        assert spec.sampling.max_tokens is not None
-        if len(spec.generated_token_ids) >= spec.sampling.max_tokens:
-            raise InvalidRequest(
-                f"{len(spec.generated_token_ids)} tokens were generated already, expected fewer than max_tokens "
-                f"{spec.sampling.max_tokens}",
-                param="generated_token_ids",
-            )
-        self._validate_ids("prompt_token_ids", spec.prompt_token_ids)
-        self._validate_ids("generated_token_ids", spec.generated_token_ids)
-        self._validate_ids("stop_token_ids", spec.sampling.stop_token_ids)
-        self._validate_ids("logit_bias", tuple(spec.sampling.logit_bias))
-
-    def _validate_ids(self, name: str, ids: tuple[int, ...]) -> None:
-        """One id out of range would fail the step for every sequence in it."""
-        if ids and not 0 <= min(ids) <= max(ids) < self.config.vocab_size:
-            raise InvalidRequest(
-                f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {self.config.vocab_size - 1}", param=name
-            )
-
     def add(self, spec: SequenceSpec, *, hands_off: bool, now: float) -> None:
         """Queue a prompt; ``hands_off``: and ``hold`` it.
 
         Raises PromptTooLong, InvalidRequest, Overloaded (queue full, or the id is still in use).
         """
-        self.validate(spec)
+        check_spec(spec, self.config, self.pool.num_blocks)
         self._refuse_known(spec.sequence_id)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
-        entry = Entry(spec, order=self._next_order(), now=now)
+        entry = Entry(Sequence(spec), order=self._next_order(), now=now)
+        entry.num_cached_tokens = len(self.prefix_cache.find(entry.sequence, draws=True)) * self.config.block_tokens
         self._entries[spec.sequence_id] = entry
         insort(self._waiting, entry, key=in_order)
         if hands_off:
             self.hold(spec.sequence_id)
 
-    def reserve(self, spec: SequenceSpec, now: float) -> list[int]:
+    def reserve(self, spec: SequenceSpec, now: float) -> Reserved:
         """Blocks for a sequence that is computed elsewhere: its known tokens and the first new one.
 
         Raises PromptTooLong, InvalidRequest, NoBlocks, Overloaded.
         """
-        self.validate(spec)
+        check_spec(spec, self.config, self.pool.num_blocks)
         self._refuse_known(spec.sequence_id)
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
-        need = self.config.blocks_for(spec.num_known_tokens + 1)
+        sequence = Sequence(spec)
+        found = self.prefix_cache.find(sequence, draws=False)
+        count = self.config.blocks_for(spec.num_known_tokens + 1)
+        need = self.pool.num_taken(count, found)
         # Nothing overtakes a prompt that waits for memory.
-        spare = self.pool.num_available - (self._blocks_to_start(self._waiting[0]) if self._waiting else 0)
+        spare = self.pool.num_available - sum(self._blocks_taken(entry) for entry in self._waiting[:1])
         if self.pool.num_held:
             spare -= self._watermark_blocks
         if need > spare:
@@ -227,9 +133,10 @@ class Scheduler:
                 f"{spec.sequence_id} needs {need} KV blocks, {self.pool.num_available} of {self.pool.num_blocks} are "
                 f"free and {max(spare, 0)} of them to be had"
             )
-        block_ids = self.pool.allocate(spec.sequence_id, need, BlockState.LEASED, now)
-        self._leases[spec.sequence_id] = spec
-        return list(block_ids)
+        blocks = self.pool.allocate(spec.sequence_id, count - len(found), BlockState.LEASED, now, shared=found)
+        self.prefix_cache.count(spec.num_known_tokens, len(found))
+        self._leases[spec.sequence_id] = _Lease(sequence, len(found))
+        return Reserved(len(found), tuple(blocks[len(found) :]))
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
@@ -247,14 +154,15 @@ class Scheduler:
         ``tokens`` may begin with generated ones that the lease's sequence has already. Raises InvalidRequest if they do
         not continue the sequence, InternalError without a lease.
         """
-        spec = self._leases.get(sequence_id)
-        if spec is None:
+        lease = self._leases.get(sequence_id)
+        if lease is None:
             raise InternalError(f"{sequence_id} arrived without a lease")
-        token_ids = self._joined_ids(spec, tokens)
+        seq = lease.sequence
+        token_ids = joined_ids(seq.spec, tokens, self.config, len(self.pool.block_ids(sequence_id)))
         del self._leases[sequence_id]
         self.pool.move(sequence_id, BlockState.RUNNING, now)
-        entry = Entry(spec, order=self._next_order(), now=now)
-        seq = entry.sequence
+        entry = Entry(seq, order=self._next_order(), now=now)
+        entry.num_stored = lease.num_cached_blocks
         seq.block_ids = self.pool.block_ids(sequence_id)
         seq.token_ids += token_ids
         seq.num_computed = len(seq.token_ids) - 1
@@ -262,29 +170,7 @@ class Scheduler:
         entry.is_prefilled = True
         self._entries[sequence_id] = entry
         insort(self._active, entry, key=in_order)
-
-    def _joined_ids(self, spec: SequenceSpec, tokens: TokenChunk) -> tuple[int, ...]:
-        """The ids of ``tokens`` behind those that ``spec`` has."""
-        known, max_tokens = spec.generated_token_ids, spec.sampling.max_tokens
-        overlap = known[tokens.index :]
-        token_ids = tokens.token_ids[len(overlap) :]
-        assert max_tokens is not None
-        continues = tokens.index <= len(known) and tokens.token_ids[: len(overlap)] == overlap and token_ids
-        if not continues or tokens.finish_reason is not None or len(known) + len(token_ids) >= max_tokens:
-            raise InvalidRequest(
-                f"{spec.sequence_id} arrived with {len(tokens.token_ids)} tokens at index {tokens.index} "
-                f"(finish {tokens.finish_reason}), expected unfinished tokens that continue the {len(known)} generated "
-                f"ones, and less than max_tokens {max_tokens} of both"
-            )
-        self._validate_ids("token_ids", token_ids)
-        num_blocks = len(self.pool.block_ids(spec.sequence_id))
-        need = self.config.blocks_for(spec.num_known_tokens + len(token_ids) - 1)
-        if need > num_blocks:
-            raise InvalidRequest(
-                f"{spec.sequence_id} arrived with {len(token_ids)} new tokens, whose KV needs {need} blocks, expected "
-                f"at most the {num_blocks} leased ones"
-            )
-        return token_ids
+        self.prefix_cache.store(entry)
 
     def cancel(self, sequence_id: str, now: float) -> None:
         """Compute the sequence no further. Its blocks go back unless it is to be released; unknown ids are ignored."""
@@ -385,7 +271,7 @@ class Scheduler:
     @property
     def leased_tokens(self) -> int:
         """Known tokens of the leases whose bytes are to come."""
-        return sum(spec.num_known_tokens for spec in self._leases.values())
+        return sum(lease.sequence.spec.num_known_tokens for lease in self._leases.values())
 
     def take_gone(self) -> list[str]:
         """Sequences that left since the last call: the runner may forget them."""
@@ -401,7 +287,7 @@ class Scheduler:
         prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is Phase.WAITING]
         decoding = [e for e in self._active if e.is_prefilled]
         return Load(
-            queued_prompt_tokens=sum(e.num_remaining for e in prompts),
+            queued_prompt_tokens=sum(e.num_expected for e in prompts),
             num_waiting=len(prompts),
             num_running=len(decoding),
             running_tokens=sum(e.sequence.num_computed for e in decoding),
@@ -420,8 +306,14 @@ class Scheduler:
             assert (entry.phase is Phase.WAITING) == (entry in self._waiting)
             assert (entry.phase is Phase.ACTIVE) == (entry in self._active)
             assert entry.phase is not Phase.HELD or (not entry.num_flights and not entry.is_released)
+            assert entry.num_stored <= seq.num_computed // self.config.block_tokens
             if seq.block_ids:
                 assert seq.block_ids is self.pool.block_ids(seq.sequence_id), "two lists of one sequence's blocks"
+                to_write = seq.block_ids[seq.num_computed // self.config.block_tokens :]
+                assert not any(self.pool.is_shared(block) for block in to_write), "a shared block may be written to"
+        for name, lease in self._leases.items():
+            to_fill = self.pool.block_ids(name)[lease.num_cached_blocks :]
+            assert not any(self.pool.is_shared(block) for block in to_fill), "a writer outside reaches a shared block"
         assert self._num_residents() <= self._max_residents
 
     # -- inside
@@ -442,14 +334,19 @@ class Scheduler:
             return self.config.blocks_for(entry.sequence.spec.max_total_tokens)
         return self.config.blocks_for(len(entry.sequence.token_ids))
 
-    def _can_start(self, entry: Entry) -> bool:
+    def _blocks_taken(self, entry: Entry) -> int:
+        """Of the available blocks, those that it would take if it started now."""
+        found = self.prefix_cache.find(entry.sequence, draws=True)
+        return self.pool.num_taken(self._blocks_to_start(entry), found)
+
+    def _can_start(self, entry: Entry, found: list[int]) -> bool:
         spare = self.pool.num_available
         if not entry.hands_off:
             if self._num_residents() >= self._max_residents:
                 return False
             if self.pool.num_held and entry.num_preemptions < self.config.max_preemptions:
                 spare -= self._watermark_blocks
-        return self._blocks_to_start(entry) <= spare
+        return self.pool.num_taken(self._blocks_to_start(entry), found) <= spare
 
     def _can_plan_ahead(self) -> bool:
         """Whether every sequence that decodes next has blocks without preempting one."""
@@ -496,6 +393,7 @@ class Scheduler:
         self.pool.free(entry.sequence_id)
         entry.sequence.block_ids = ()
         entry.sequence.num_computed = 0
+        entry.num_stored = 0
         entry.phase = Phase.WAITING
         entry.num_preemptions += 1
         self.num_preempted += 1
@@ -512,23 +410,37 @@ class Scheduler:
                 budget -= piece.num_tokens
                 slots -= 1
                 yield piece
-        while budget > 0 and slots > 0 and self._waiting and self._can_start(self._waiting[0]):
-            entry = self._start(self._waiting.pop(0), now)
+        for entry in list(self._waiting):
+            if budget <= 0 or slots <= 0:
+                return
+            if entry.leader is not None and entry.leader.is_computing:
+                continue
+            found = self.prefix_cache.find(entry.sequence, draws=True)
+            entry.leader = self.prefix_cache.leader(entry, len(found), self._active)
+            if entry.leader is not None:
+                continue
+            if not self._can_start(entry, found):
+                return
+            self._start(entry, found, now)
             if entry.hands_off:
-                events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids)))
+                events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids), len(found)))
             piece = self._chunk(entry, budget)
             budget -= piece.num_tokens
             slots -= 1
             yield piece
 
-    def _start(self, entry: Entry, now: float) -> Entry:
-        need = self._blocks_to_start(entry)
-        entry.sequence.block_ids = self.pool.allocate(entry.sequence_id, need, BlockState.PROMPT, now)
-        entry.phase = Phase.ACTIVE
+    def _start(self, entry: Entry, found: list[int], now: float) -> None:
+        seq, count = entry.sequence, self._blocks_to_start(entry) - len(found)
+        seq.block_ids = self.pool.allocate(entry.sequence_id, count, BlockState.PROMPT, now, shared=found)
+        seq.num_computed = len(found) * self.config.block_tokens
+        entry.num_stored = len(found)
         if entry.started_s is None:
             entry.started_s = now
+            entry.num_cached_tokens = seq.num_computed
+            self.prefix_cache.count(len(seq.token_ids), len(found))
+        self._waiting.remove(entry)
+        entry.phase = Phase.ACTIVE
         insort(self._active, entry, key=in_order)
-        return entry
 
     def _chunk(self, entry: Entry, budget: int) -> Piece:
         start = entry.start
@@ -551,6 +463,7 @@ class Scheduler:
         entry.sequence.num_computed += piece.num_tokens
         entry.num_computed_total += piece.num_tokens
         if not piece.samples:
+            self.prefix_cache.store(entry)
             return
         # What the runner drew for one sequence, or failed to draw, changes no other.
         try:
@@ -571,11 +484,14 @@ class Scheduler:
         chunk = self._append(entry.sequence, drawn)
         if len(chunk.token_ids) > 1:
             entry.overtake()
+        self.prefix_cache.store(entry)
         times = None
         if not entry.is_prefilled:
             assert entry.started_s is not None
             queue_s = entry.started_s - entry.arrived_s
-            times = PrefillTimes(queue_s, now - entry.started_s, entry.num_computed_total)
+            times = PrefillTimes(
+                queue_s, now - entry.started_s, entry.num_computed_total, entry.num_cached_tokens
+            )  # fmt: skip
             entry.is_prefilled = True
         if chunk.finish_reason is not None:
             self._retire(entry, now)
@@ -615,6 +531,9 @@ class Scheduler:
         return Handoff(seq.sequence_id, tokens, tuple(seq.block_ids[:num_blocks]))
 
     def _failed(self, entry: Entry, error: BatonError, now: float) -> Failed:
+        if isinstance(error, BadLogits):
+            # No other sequence is to read the KV that led to them.
+            self.pool.forget(entry.sequence.block_ids)
         self._retire(entry, now)
         return Failed(entry.sequence_id, Failure.of(error))
 

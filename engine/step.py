@@ -24,7 +24,7 @@ class Sequence:
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
 
-    __slots__ = ("block_ids", "num_computed", "spec", "token_ids", "token_mask")
+    __slots__ = ("block_hashes", "block_ids", "num_computed", "spec", "token_ids", "token_mask")
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
@@ -32,6 +32,8 @@ class Sequence:
         self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.generated_token_ids]
         # Block i holds the KV of positions [i * block_tokens, (i + 1) * block_tokens). The pool's own list, not a copy.
         self.block_ids: Seq[int] = ()
+        # Of the leading full blocks of the known tokens, as far as they were asked for; see PrefixCache.
+        self.block_hashes: Seq[bytes] = ()
         # Tokens whose KV is in the blocks.
         self.num_computed = 0
         # None allows all. The host has to know a token before it can tell the mask behind it.

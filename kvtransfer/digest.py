@@ -20,6 +20,13 @@ DIGEST_NAME = "xxh3_128/512k"
 DIGEST_BYTES = 16
 
 
+def block_digest(memory: Memory, layout: KvLayout, block_id: int) -> bytes:
+    """Of a block's bytes in all layers."""
+    parts = [ByteRange(layout.offset(layer, block_id), layout.block_bytes) for layer in range(layout.num_layers)]
+    (value,) = memory.hash(0, [parts])
+    return bytes(value)
+
+
 class LayerDigests:
     """Hashes of the segments of one transfer at one end. Any thread may hash any part at any time.
 

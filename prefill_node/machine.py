@@ -28,7 +28,7 @@ from baton.node_messages import (
     SessionLost,
 )
 from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Handoff, Output, Started
+from engine.events import Failed, Handoff, Output, Started
 
 # -- events
 
@@ -257,7 +257,9 @@ class PrefillMachine:
         actions: list[Action] = []
         if event.prefill is not None:
             times = event.prefill
-            done = PrefillDone(sequence_id, times.queue_s, times.compute_s, times.num_computed_tokens)
+            done = PrefillDone(
+                sequence_id, times.queue_s, times.compute_s, times.num_computed_tokens, times.num_cached_tokens
+            )  # fmt: skip
             actions.append(Send(relay.session, done))
         # Last, for it may be the end of the sequence.
         actions.append(Send(relay.session, event.chunk))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from baton.errors import InternalError
-from baton.types import KvLayout, ModelDescription
+from baton.types import KvLayout, ModelDescription, PrefixCaching
 from engine.cost import CostModel
 from engine.replica import RunnerLike
 from kvtransfer.device_memory import DeviceMemory
@@ -36,6 +36,9 @@ class LoadedModel(RunnerLike, Protocol):
 
     @property
     def kernels(self) -> str: ...
+
+    @property
+    def prefix_caching(self) -> PrefixCaching: ...
 
     @property
     def cost(self) -> CostModel | None: ...

@@ -11,6 +11,7 @@ from baton.types import Lease, NodeDescription, NodeStatus, TransferReport
 from engine.blocks import BlockState
 from engine.cost import CostModel
 from engine.meter import EngineMeter
+from engine.prefix_cache import CacheStats
 from engine.replica import Replica
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from kvtransfer.receiver import Receiver
@@ -177,6 +178,22 @@ class WorkerMetrics:
             lambda: receiver.num_digest_failures,
         )
         self._add_ledger(replica)
+        self._add_prefix_cache(replica)
+
+    def _add_prefix_cache(self, replica: Replica) -> None:
+        def counting(name: str, help_text: str, value: Callable[[CacheStats], int]) -> None:
+            self.metrics.counting(f"baton_prefix_cache_{name}", help_text, lambda: value(replica.cache_stats()))
+
+        counting("query_tokens", "Known tokens of sequences that began or were reserved for", lambda s: s.query_tokens)
+        counting("hit_tokens", "Of these, tokens whose KV was there", lambda s: s.hit_tokens)
+        counting("stored_blocks", "Blocks that were found by their content from then on", lambda s: s.stored_blocks)
+        counting("evicted_blocks", "Blocks given up for others, or because of the limit", lambda s: s.evicted_blocks)
+        counting("corrupt", "Blocks whose bytes had changed, which were computed anew", lambda s: s.corrupt_blocks)
+        self.metrics.gauge(
+            "baton_prefix_cache_known_blocks",
+            "KV blocks that are found by their content, held by sequences or not",
+            lambda: float(replica.cache_stats().known_blocks),
+        )
 
     def _add_ledger(self, replica: Replica) -> None:
         def by_state() -> Mapping[Labels, float]:

@@ -17,14 +17,17 @@ from baton.defects import Defects
 from baton.errors import InternalError, described
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
+from baton.prefix import PrefixScheme
 from baton.registry import NodeRecord, Registry
 from baton.server import GrpcServer
 from baton.timeline import Timeline
+from baton.types import NodeDescription
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from engine.blocks import BlockPool
 from engine.replica import Replica
-from engine.schedule import Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
 from kvtransfer.devices.interface import Device
+from kvtransfer.digest import block_digest
 from kvtransfer.memory import Memory
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -93,7 +96,7 @@ class _Worker:
         defects = self._defects = Defects(_log, clock, count)
         replica = self._replica = Replica(
             model,
-            Scheduler(_scheduler_config(config, model), BlockPool(layout.num_blocks)),
+            _scheduler(config, model, node, memory),
             num_layers=layout.num_layers,
             clock=clock,
             on_fatal=self._from_dying_engine,
@@ -232,9 +235,13 @@ class _Worker:
         self._leaving.feed(departure.EngineDied())
 
 
-def _scheduler_config(config: WorkerConfig, model: LoadedModel) -> SchedulerConfig:
-    return config.engine.scheduler.of_model(
-        block_tokens=model.layout.block_tokens,
+def _scheduler(config: WorkerConfig, model: LoadedModel, node: NodeDescription, memory: Memory) -> Scheduler:
+    layout = model.layout
+    limits = config.engine.scheduler.of_model(
+        block_tokens=layout.block_tokens,
         max_model_tokens=model.description.max_model_tokens,
         vocab_size=model.description.vocab_size,
     )
+    pool = BlockPool(layout.num_blocks, max_cached=int(limits.max_cached_share * layout.num_blocks))
+    digest_of = functools.partial(block_digest, memory, layout) if limits.verifies_cache else None
+    return Scheduler(limits, pool, PrefixScheme.of(node), digest_of)

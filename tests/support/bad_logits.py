@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from baton.clock import MonotonicClock
 from baton.types import SequenceSpec
 from engine.blocks import BlockPool
+from engine.events import EngineEvent, Failed, Output
 from engine.replica import Replica, RunnerLike
 from engine.runner import Runner
-from engine.schedule import EngineEvent, Failed, Output, Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from tests.support.engine_driver import random_prompt, spec
 from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 

@@ -118,14 +118,15 @@ class Cluster:
         return self.stub().Ledger(router_pb2.ClusterLedgerRequest(), timeout=CALL_TIMEOUT_S)
 
     def wait_baseline(self, deadline_s: float = 10.0) -> None:
-        """Until every node answers and every block of every node is free."""
+        """Until every node answers and every block of every node is free, or kept for prompts that begin alike."""
 
         def is_baseline() -> bool:
             found = self.ledger()
             return (
                 not found.unreachable
                 and len(found.nodes) == len(self.nodes)
-                and all(n.free_blocks == n.total_blocks and not n.owners for n in found.nodes)
+                and all(owner.state == "cached" for node in found.nodes for owner in node.owners)
+                and all(n.free_blocks + sum(o.num_blocks for o in n.owners) == n.total_blocks for n in found.nodes)
             )
 
         try:

@@ -31,7 +31,8 @@ from baton.v1 import node_pb2, node_pb2_grpc
 from engine.blocks import BlockPool
 from engine.fake import FakeRunner, expected_tokens
 from engine.replica import Replica
-from engine.schedule import Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from kvtransfer.protocol.receiver_events import Arrived
 from worker.admin import NodeServicer, add_sessions_of_protocol_1
 from worker.service import NodeService

@@ -18,7 +18,7 @@ from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.config import EngineConfig
 from engine.fake import FakeRunner
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from kvtransfer.config import TransferConfig
 from tests.support.node import WAIT_S, Router, session
 from tests.support.root import ROOT
@@ -55,10 +55,11 @@ class Worker:
     stop: asyncio.Event
 
     async def ledger(self) -> dict[str, str]:
+        """State by owner; cached blocks have none."""
         async with grpc.aio.insecure_channel(self.address) as channel:
             answer = await node_pb2_grpc.NodeStub(channel).Ledger(node_pb2.LedgerRequest())
         assert answer.free_blocks + sum(o.num_blocks for o in answer.owners) == answer.total_blocks
-        return {owner.owner: owner.state for owner in answer.owners}
+        return {owner.owner: owner.state for owner in answer.owners if owner.state != "cached"}
 
     async def until_ledger(self, expected: dict[str, str], timeout_s: float = WAIT_S) -> None:
         async with asyncio.timeout(timeout_s):
@@ -124,7 +125,7 @@ class Pair:
         assert (await self.decode.next("joined")).sequence_id == sequence.sequence_id
         tokens += await self.decode.tokens()
         report = await self.prefill.next("handed_off")
-        assert report.report.num_blocks == LAYOUT.blocks_for(sequence.num_known_tokens)
+        assert report.report.num_blocks == LAYOUT.blocks_for(sequence.num_known_tokens) - lease.num_cached_blocks
         return tokens
 
     def forget(self) -> None:

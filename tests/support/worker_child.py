@@ -11,7 +11,7 @@ from pathlib import Path
 
 from baton.types import Role
 from engine.config import EngineConfig
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from kvtransfer.config import TransferConfig
 from tests.support.relay import fake_load
 from worker.config import WorkerConfig

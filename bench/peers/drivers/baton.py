@@ -10,8 +10,10 @@ from baton.types import SamplingParams, SequenceSpec
 from bench.peers.drivers.protocol import MAX_BATCH_TOKENS, MAX_MODEL_TOKENS, MAX_SEQUENCES, Start, serve
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.events import EngineEvent, Output
 from engine.runner import Runner
-from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 
 
 class Baton:

@@ -16,11 +16,13 @@ from baton.clock import MonotonicClock
 from baton.types import SequenceSpec
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
+from engine.events import EngineEvent, Output
 from engine.fake_devices import FakeDevices, FakeGpuMemory
 from engine.replica import Replica, StepUnderway
 from engine.runner import Runner
 from engine.sampler import Sampler
-from engine.schedule import EngineEvent, Output, Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 from tests.support import bad_logits
 from tests.support.engine_driver import Driver, random_prompt, spec

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.config import EngineConfig
 from engine.kernels.triton import decode_attention, gemm, pointwise, prefill_attention, sampling, shared_prefix
 from engine.runner import Runner
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from tests.support.engine_driver import Driver, random_prompt, spec
 from tests.support.models import ORACLE_CASES, VOCAB_SIZE
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 from baton.node_messages import Cancel, FromRouter, Refused, Reserve, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node import machine as m
-from engine.schedule import Failed, Output
+from engine.events import Failed, Output
 from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 
 BOOM = Failure("InternalError", "boom", retryable=False)

@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
 from baton.node_messages import Cancel, FromRouter, HandedOff, Run, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
+from engine.events import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node import machine as m
 
 BOOM = Failure("InternalError", "boom", retryable=False)

@@ -15,9 +15,9 @@ from baton.metrics_server import MetricsServer, MetricsServerConfig
 from baton.timeline import Timeline
 from baton.types import Failure, SamplingParams, SequenceSpec
 from engine.cost import CostModel
+from engine.events import Failed
 from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.model_config import ModelConfig, RopeConfig
-from engine.schedule import Failed
 from engine.step import Piece, Sequence, StepPlan
 from worker import energy
 

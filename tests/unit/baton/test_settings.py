@@ -24,7 +24,7 @@ from cli.main import main
 from cli.options import Options, under
 from cli.usage import program
 from engine.config import EngineConfig
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from kvtransfer.config import TransferConfig
 from kvtransfer.transports.table import TRANSPORTS
 from router.config import LimitsConfig, RouterConfig
@@ -324,7 +324,7 @@ def test_a_default_stands_in_one_place() -> None:
         for path in (ROOT / folder).rglob("*.py")
         if "2048" in path.read_text() and "max_batch_tokens" in path.read_text()
     ]
-    assert found == ["schedule.py"]
+    assert found == ["scheduler_config.py"]
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ from decode_node.machine import (
     RevokeLease,
     StopCompute,
 )
-from engine.schedule import Failed, Output
+from engine.events import Failed, Output
 from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
 
 SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4))

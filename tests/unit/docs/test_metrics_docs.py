@@ -9,7 +9,8 @@ from engine.blocks import BlockPool
 from engine.cost import CostModel
 from engine.fake import FakeRunner
 from engine.replica import Replica
-from engine.schedule import Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from router.cluster.prefix_index import PrefixIndex
 from router.metrics import RouterMetrics
 from tests.support.root import ROOT

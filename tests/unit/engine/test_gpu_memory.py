@@ -21,7 +21,7 @@ from engine.kernels.reference import ReferenceKernels
 from engine.memory import GpuUse, gpu_kv_bytes, kv_layout, weight_bytes
 from engine.model_config import ModelConfig
 from engine.runner import Runner
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from tests.support.device_sampler import BestSampler
 from tests.support.models import ORACLE_CASES
 

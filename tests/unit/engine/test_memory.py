@@ -25,7 +25,7 @@ from engine.memory import (
 )
 from engine.model_config import ModelConfig
 from engine.runner import Runner
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from engine.warm_up import largest_step
 from tests.support.models import ORACLE_CASES, ModelCase
 

@@ -7,13 +7,18 @@ import pytest
 
 from baton.clock import MonotonicClock
 from baton.errors import Draining
-from baton.types import FinishReason, KvLayout, Role, SamplingParams, SequenceSpec, TokenChunk
+from baton.node_messages import CacheChanged
+from baton.prefix import PrefixScheme, key_of
+from baton.types import FinishReason, KvLayout, PrefixCaching, Role, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool
+from engine.events import EngineEvent, Failed, Handoff, Output, Started
 from engine.fake import FakeRunner, expected_tokens
 from engine.replica import Replica
-from engine.schedule import EngineEvent, Failed, Handoff, Output, Scheduler, SchedulerConfig, Started
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 
 LAYOUT = KvLayout(3, 64, 1, 1, 4, "float32")
+SCHEME = PrefixScheme("fake", "fake", LAYOUT, PrefixCaching(phases_agree=True))
 WAIT_S = 10.0
 
 
@@ -72,7 +77,11 @@ class Recorder:
 
 @contextmanager
 def replica(
-    gate: Gate | None = None, *, max_batch_tokens: int = 16, overlaps: bool = False
+    gate: Gate | None = None,
+    *,
+    max_batch_tokens: int = 16,
+    overlaps: bool = False,
+    scheme: PrefixScheme | None = None,
 ) -> Iterator[tuple[Replica, FakeRunner]]:
     runner = (
         FakeRunner(LAYOUT, overlaps=overlaps)
@@ -82,7 +91,7 @@ def replica(
     config = SchedulerConfig(block_tokens=4, max_batch_tokens=max_batch_tokens, max_num_seqs=8, max_model_tokens=200)
     engine = Replica(
         runner,
-        Scheduler(config, BlockPool(LAYOUT.num_blocks)),
+        Scheduler(config, BlockPool(LAYOUT.num_blocks), scheme),
         num_layers=LAYOUT.num_layers,
         clock=MonotonicClock(),
     )
@@ -282,7 +291,7 @@ def test_lease_join_and_decode() -> None:
     inbox = Inbox()
     with replica() as (engine, runner):
         s = spec("a", 6)
-        blocks = engine.reserve(s)
+        blocks = engine.reserve(s).block_ids
         engine.set_epoch("a", 5)
         assert engine.ledger()[2][0].epoch == 5
         for layer in range(LAYOUT.num_layers):
@@ -291,6 +300,76 @@ def test_lease_join_and_decode() -> None:
         expected = expected_tokens(s, LAYOUT)
         engine.join("a", TokenChunk("a", 0, (expected[0],)), inbox.listen)
         assert inbox.tokens() == expected[1:]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_equal_prompts_at_once_yield_what_one_alone_does_and_are_computed_once(overlaps: bool) -> None:
+    inbox, gate = Inbox(), Gate()
+    with replica(gate, overlaps=overlaps, scheme=SCHEME) as (engine, _):
+        specs = [spec(f"s{i}", 9, max_tokens=8) for i in range(6)]
+        for s in specs:
+            engine.submit(s, hands_off=False, listener=inbox.listen)
+        gate.opened.release(10_000)
+        found: dict[str, list[int]] = {s.sequence_id: [] for s in specs}
+        while any(len(tokens) < 8 for tokens in found.values()):
+            event = inbox.next()
+            assert isinstance(event, Output)
+            found[event.sequence_id] += event.chunk.token_ids
+        assert found == {s.sequence_id: expected_tokens(s, LAYOUT) for s in specs}
+        # Of the others' prompts the last token alone.
+        assert engine.stats().num_tokens == 9 + 5 * 1 + 6 * 7
+        assert engine.cache_stats().hit_tokens == 5 * 8
+        status = engine.status(Role.MIXED)
+        assert (status.free_blocks, status.cached_blocks) == (64, 4)
+        assert (engine.drop_cache(), engine.status(Role.MIXED).cached_blocks) == (4, 0)
+
+
+def test_blocks_that_were_there_are_told_before_the_first_step_is_over() -> None:
+    inbox, gate, recorder = Inbox(), Gate(), Recorder()
+    with replica(gate, scheme=SCHEME) as (engine, _):
+        engine.submit(spec("a", 9, max_tokens=1), hands_off=False, listener=inbox.listen)
+        gate.opened.release(LAYOUT.num_layers)
+        inbox.tokens()
+        for _ in range(LAYOUT.num_layers):
+            gate.wait()
+        engine.submit(spec("b", 11), hands_off=True, listener=inbox.listen)
+        gate.wait()
+        assert inbox.next() == Started("b", (0, 1, 2), 2)
+        engine.attach("b", recorder)
+        assert recorder.told == [(layer, 2) for layer in range(LAYOUT.num_layers)]
+        gate.opened.release(10_000)
+        assert [type(inbox.next()) for _ in range(2)] == [Output, Handoff]
+        assert recorder.told[LAYOUT.num_layers :] == [(layer, 3) for layer in range(LAYOUT.num_layers)]
+        engine.release("b")
+
+
+def test_followers_of_the_cache_know_what_is_found_before_the_tokens_are_told() -> None:
+    inbox = Inbox()
+    with replica(scheme=SCHEME) as (engine, _):
+        feed = engine.follow_cache()
+        assert engine.take_cache_changes(feed) == CacheChanged(0, (), (), is_snapshot=True)
+        assert engine.take_cache_changes(feed) is None
+        s = spec("a", 9, max_tokens=1)
+        taken: list[CacheChanged | None] = []
+
+        def listen(events: list[EngineEvent]) -> None:
+            taken.append(engine.take_cache_changes(feed))
+            inbox.listen(events)
+
+        engine.submit(s, hands_off=False, listener=listen)
+        inbox.tokens()
+        keys = {key_of(value) for value in SCHEME.block_hashes(s.prompt_token_ids, 9)}
+        (change,) = taken
+        assert change is not None
+        assert (change.number, {*change.stored}, change.dropped, change.is_snapshot) == (2, keys, (), False)
+        late = engine.take_cache_changes(engine.follow_cache(), 1)
+        assert late is not None
+        assert (late.is_snapshot, len(late.stored)) == (True, 1)
+        engine.drop_cache()
+        dropped = engine.take_cache_changes(feed)
+        assert dropped is not None
+        assert ({*dropped.dropped}, dropped.number) == (keys, 4)
+        engine.unfollow_cache(feed)
 
 
 @pytest.mark.parametrize("overlaps", [False, True])

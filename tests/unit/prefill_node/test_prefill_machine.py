@@ -14,7 +14,7 @@ from baton.node_messages import (
     SessionLost,
 )
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
-from engine.schedule import Failed, Handoff, Output, PrefillTimes, Started
+from engine.events import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node.machine import (
     AbortPush,
     Action,

@@ -10,7 +10,7 @@ import pytest
 
 from baton.types import Role, SamplingParams, SequenceSpec
 from engine.config import EngineConfig
-from engine.schedule import SchedulerConfig
+from engine.scheduler_config import SchedulerConfig
 from tests.support.node import session
 from tests.support.relay import Load, Pair, worker
 from worker.loading import load_model

@@ -20,7 +20,9 @@ from baton.server import LIVENESS
 from baton.settings import Given, build
 from baton.types import Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
+from engine.config import EngineConfig
 from engine.fake import expected_tokens
+from engine.scheduler_config import SchedulerConfig
 from tests.support.node import WAIT_S, session, spec
 from tests.support.relay import LAYOUT, Load, Pair, pair, worker
 from worker.config import WorkerConfig
@@ -49,6 +51,35 @@ async def test_resumed_sequences_give_the_rest_of_the_same_tokens(tmp_path: Path
         for done in (1, 8, 18):
             again = SequenceSpec(f"r/0/{done + 1}", fresh.prompt_token_ids, fresh.sampling, tuple(whole[:done]))
             assert await relay.relay(again) == whole[done:]
+        await relay.settled()
+
+
+async def test_what_decode_holds_is_not_moved_and_what_prefill_holds_is_not_computed(tmp_path: Path) -> None:
+    """Turns of a conversation over one pair, the last two of one prompt."""
+    size = LAYOUT.block_tokens
+    limits = SchedulerConfig(max_batch_tokens=64, max_num_seqs=16, verifies_cache=True)
+    async with pair(tmp_path, engine=EngineConfig(scheduler=limits)) as relay:
+        known: tuple[int, ...] = ()
+        cached: list[int] = []
+        for turn in range(4):
+            prompt = (*known, *(100 + 50 * turn + i for i in range(40 if turn < 3 else 0)))
+            sequence = SequenceSpec(f"turn{turn}", prompt, spec("a", 1, max_tokens=20).sampling)
+            lease = await relay.reserve(sequence)
+            cached.append(lease.num_cached_blocks)
+            assert len(lease.block_ids) == LAYOUT.blocks_for(len(prompt) + 1) - lease.num_cached_blocks
+            await relay.prefill.run(sequence, lease)
+            tokens = list((await relay.prefill.next("tokens")).token_ids)
+            done = await relay.prefill.next("prefills")
+            assert done.num_cached_tokens + done.num_computed_tokens == len(prompt)
+            # The answer lies on the decode node alone.
+            assert done.num_cached_tokens == (0, 40 // size * size, 100 // size * size, 159 // size * size)[turn]
+            await relay.decode.next("joined")
+            tokens += await relay.decode.tokens()
+            assert tokens == oracle(sequence)
+            report = (await relay.prefill.next("handed_off")).report
+            assert report.num_blocks == LAYOUT.blocks_for(len(prompt)) - lease.num_cached_blocks
+            known = prompt if turn == 2 else (*prompt, *tokens)
+        assert cached == [0, 59 // size, 119 // size, 160 // size]
         await relay.settled()
 
 

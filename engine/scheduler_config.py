@@ -1,0 +1,71 @@
+"""The limits of one replica's scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+from baton.errors import BadConfig
+from baton.settings import check, computed, setting
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one replica. The first three are the model's; see ``of_model``."""
+
+    block_tokens: int = field(default=64, metadata=computed())
+    max_model_tokens: int = field(default=4096, metadata=computed())
+    # Token ids are smaller.
+    vocab_size: int = field(default=2**31, metadata=computed())
+    max_batch_tokens: int = field(
+        default=2048,
+        metadata=setting("--max-batch-tokens", "Prompt tokens computed in one engine step.", least=1, most=1 << 24),
+    )
+    max_num_seqs: int = field(
+        default=256,
+        metadata=setting("--max-num-seqs", "Sequences that run at once on a worker.", least=1, most=1 << 16),
+    )
+    # Sequences that wait for their first step; one more is refused.
+    max_waiting: int = field(default=1024, metadata=setting(least=1))
+    # A sequence that lost its blocks so often starts again only with blocks for its whole life.
+    max_preemptions: int = field(default=3, metadata=setting(least=1))
+    # Share of the blocks that admissions leave free for sequences to grow.
+    watermark: float = field(default=0.01, metadata=setting(least=0))
+    has_prefix_cache: bool = field(
+        default=True,
+        metadata=setting(
+            "--prefix-cache",
+            "Keep KV blocks of sequences that ended, so that prompts that begin alike are neither computed nor moved "
+            "twice. Same tokens on and off.",
+            choices=("on", "off"),
+        ),
+    )
+    max_cached_share: float = field(
+        default=1.0,
+        metadata=setting(
+            "--prefix-cache-share",
+            "Share of the KV blocks that may be kept while no sequence holds them. Sequences that need the room get "
+            "it anyway.",
+            least=0,
+            most=1.0,
+        ),
+    )
+    verifies_cache: bool = field(
+        default=False,
+        metadata=setting(
+            "--verify-cache",
+            "Keep a digest of each block in the prefix cache and compare it when the block is found; one that differs "
+            "is computed anew. Takes a millisecond per few MB.",
+            choices=("on", "off"),
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.watermark >= 1:
+            raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
+
+    def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int) -> SchedulerConfig:
+        return replace(self, block_tokens=block_tokens, max_model_tokens=max_model_tokens, vocab_size=vocab_size)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
