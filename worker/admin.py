@@ -1,9 +1,11 @@
-"""Serves baton.v1.Node: sessions, the node's description and load, the owners of its blocks, its trace, and drain."""
+"""Serves baton.v1.Node: sessions, the node's description and load, the owners of its blocks, its prefix cache, its
+trace, and drain."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict
 
 import grpc
 import grpc.aio
@@ -50,14 +52,6 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             grace_s=grace_s,
         )
 
-    async def Cache(  # noqa: N802 - the name in the proto
-        self,
-        request: node_pb2.CacheRequest,
-        context: grpc.aio.ServicerContext[node_pb2.CacheRequest, node_pb2.CacheResponse],
-    ) -> node_pb2.CacheResponse:
-        # No sequence shares blocks yet.
-        return node_pb2.CacheResponse(node_id=self._node.node_id, incarnation=self._node.incarnation)
-
     async def Ledger(  # noqa: N802 - the name in the proto
         self,
         request: node_pb2.LedgerRequest,
@@ -79,6 +73,19 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
                 )
                 for line in owners
             ],
+        )
+
+    async def Cache(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.CacheRequest,
+        context: grpc.aio.ServicerContext[node_pb2.CacheRequest, node_pb2.CacheResponse],
+    ) -> node_pb2.CacheResponse:
+        num_dropped = self._replica.drop_cache() if request.drop else 0
+        return node_pb2.CacheResponse(
+            node_id=self._node.node_id,
+            incarnation=self._node.incarnation,
+            dropped_blocks=num_dropped,
+            **asdict(self._replica.cache_stats()),
         )
 
     async def Clock(  # noqa: N802 - the name in the proto

@@ -26,7 +26,7 @@ def test_the_settings_are_those_of_the_command_line() -> None:
 def test_every_option_that_the_text_names_exists() -> None:
     listed = set(re.findall(r"^\| `(--[\w-]+)` \|", TEXT, re.MULTILINE))
     # Of commands that are not in the tables, and of a script.
-    others = {"--json", "--ledger", "--live", "--mixed", "--docs-url", "--config"}
+    others = {"--json", "--ledger", "--live", "--mixed", "--docs-url", "--config", "--drop"}
     named = set(re.findall(r"`[^`]*?(--[a-z][\w-]*)", TEXT))
     assert listed
     assert named <= listed | others
