@@ -14,10 +14,11 @@ from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import quoted
 from baton.machine import Machine
-from baton.node_messages import Defect, FromRouter, Joined, NodeMessage, Send, SequenceFailed, SessionLost
+from baton.node_messages import CacheChanged, Defect, FromRouter, Joined, NodeMessage, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, NodeDescription, NodeStatus
 from decode_node import machine as decode_machine
 from decode_node.actions import DecodeActions
+from engine.known import CacheFeed
 from engine.replica import Replica
 from kvtransfer.protocol.receiver_events import LeaseNotice
 from kvtransfer.receiver import Receiver
@@ -146,6 +147,8 @@ class NodeService:
         self.sessions = SessionHost(self, clock=clock, config=session_config, defects=defects)
         self._defects = defects
         self._observer = observer or LeaseObserver()
+        # By session, what its router was not told of the prefix cache.
+        self._cache_feeds: dict[int, CacheFeed] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self._prefill_machine = prefill_machine.PrefillMachine(node.node_id)
@@ -201,7 +204,18 @@ class NodeService:
         self._prefill.feed(event)
         self._decode.feed(event)
 
+    def cache_changes(self, session: int, most: int) -> CacheChanged | None:
+        if self.node.prefix_cache is None:
+            return None
+        feed = self._cache_feeds.get(session)
+        if feed is None:
+            feed = self._cache_feeds[session] = self.replica.follow_cache()
+        return self.replica.take_cache_changes(feed, most)
+
     def closed(self, session: int) -> None:
+        feed = self._cache_feeds.pop(session, None)
+        if feed is not None:
+            self.replica.unfollow_cache(feed)
         self._prefill.feed(SessionLost(session))
         self._decode.feed(SessionLost(session))
 

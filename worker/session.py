@@ -18,7 +18,7 @@ from baton.clock import Clock
 from baton.codec import node_to_pb, status_to_pb
 from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable, leaves_of
-from baton.node_messages import FromRouter, NodeMessage
+from baton.node_messages import CacheChanged, FromRouter, NodeMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus
 from baton.v1 import node_pb2
@@ -38,6 +38,8 @@ class SessionConfig:
     write_timeout_s: float = 10.0
     max_outbox_items: int = 65_536
     max_message_items: int = 2_048
+    # Blocks of the prefix cache that one message names; a router takes in so many in 4 ms.
+    max_cache_keys: int = 2_048
 
 
 class Outbox:
@@ -111,6 +113,10 @@ class SessionOwner(Protocol):
 
     def closed(self, session: int) -> None:
         """Exactly once per session: nothing sent to it will arrive any more."""
+
+    def cache_changes(self, session: int, most: int) -> CacheChanged | None:
+        """Up to ``most`` blocks that the session was not told of, in the first calls all that there are; None if it
+        knows all."""
 
     def unsendable(self, session: int, message: NodeMessage, error: Exception) -> None:
         """No response can hold the message; the others under way are sent."""
@@ -218,12 +224,18 @@ class SessionHost:
 
     async def _send(self, session: NodeSession, context: Context) -> None:
         config, told_s = self._config, self._clock.now()
+        # A router places by what the node has: what it has at the beginning goes at once, in as many messages as it
+        # takes, and what changes goes along with the messages of the step that changed it, or with the next status.
+        has_more = True
         while True:
-            due_s = max(0.0, told_s + config.status_interval_s - self._clock.now())
+            due_s = 0.0 if has_more else max(0.0, told_s + config.status_interval_s - self._clock.now())
             messages = await session.outbox.take(config.max_message_items, due_s)
             if messages is None:
                 return
-            response = self._composed(session, messages)
+            # Asked after the messages were taken: a router never hears of a sequence before the blocks that it left.
+            change = self._owner.cache_changes(session.number, config.max_cache_keys)
+            has_more = change is not None and len(change.stored) + len(change.dropped) == config.max_cache_keys
+            response = self._composed(session, messages if change is None else [change, *messages])
             if not messages or self._clock.now() - told_s >= config.status_interval_s / 2:
                 told_s = self._clock.now()
                 response.status.CopyFrom(status_to_pb(self._owner.status()))

@@ -14,6 +14,7 @@ from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BatonError, TransferFailed
+from baton.prefix import PrefixScheme
 from baton.server import GrpcServer
 from baton.timeline import Timeline
 from baton.types import (
@@ -117,12 +118,20 @@ class SteeredReceiver:
         self.ttls_s: list[float] = []
         self.error: Exception | None = None
 
-    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+    def grant(
+        self,
+        sequence_id: str,
+        block_ids: Sequence[int],
+        ttl_s: float,
+        *,
+        min_blocks: int = 1,
+        num_cached_blocks: int = 0,
+    ) -> Lease:
         if self.error is not None:
             raise self.error
         self.ttls_s.append(ttl_s)
         epoch = len(self.ttls_s)
-        lease = Lease(sequence_id, epoch, "n0", 5, "127.0.0.1:1", tuple(block_ids), ttl_s)
+        lease = Lease(sequence_id, epoch, "n0", 5, "127.0.0.1:1", tuple(block_ids), ttl_s, num_cached_blocks)
         self.leases[sequence_id] = lease
         return lease
 
@@ -131,7 +140,9 @@ class SteeredReceiver:
 
 
 class Node:
-    def __init__(self, step_delay_s: float, session_config: SessionConfig, num_blocks: int) -> None:
+    def __init__(
+        self, step_delay_s: float, session_config: SessionConfig, num_blocks: int, has_prefix_cache: bool
+    ) -> None:
         clock = MonotonicClock()
         layout = KvLayout(LAYOUT.num_layers, num_blocks, 1, 1, LAYOUT.block_tokens, "float32")
         self.runner = FakeRunner(layout, vocab_size=VOCAB, step_delay_s=step_delay_s)
@@ -142,9 +153,6 @@ class Node:
             max_batch_tokens=16,
             max_num_seqs=8,
             watermark=0.0,
-        )
-        self.replica = Replica(
-            self.runner, Scheduler(config, BlockPool(num_blocks)), num_layers=layout.num_layers, clock=clock
         )
         self.sender = SteeredSender()
         self.receiver = SteeredReceiver()
@@ -166,7 +174,10 @@ class Node:
             "cpu",
             "fake",
             "0",
+            prefix_cache=self.runner.prefix_caching if has_prefix_cache else None,
         )
+        scheduler = Scheduler(config, BlockPool(num_blocks), PrefixScheme.of(self.description))
+        self.replica = Replica(self.runner, scheduler, num_layers=layout.num_layers, clock=clock)
         self.service = NodeService(
             self.description,
             self.replica,
@@ -197,9 +208,13 @@ class Node:
 
 @asynccontextmanager
 async def running_node(
-    *, step_delay_s: float = 0.0, session_config: SessionConfig | None = None, num_blocks: int = 64
+    *,
+    step_delay_s: float = 0.0,
+    session_config: SessionConfig | None = None,
+    num_blocks: int = 64,
+    has_prefix_cache: bool = False,
 ) -> AsyncIterator[Node]:
-    node = Node(step_delay_s, session_config or SessionConfig(), num_blocks)
+    node = Node(step_delay_s, session_config or SessionConfig(), num_blocks, has_prefix_cache)
     node.replica.start()
     await node.server.start()
     try:
@@ -244,6 +259,8 @@ class Router:
                 for field, value in message.ListFields():
                     if field.name == "status":
                         self.statuses.append(asyncio.get_running_loop().time())
+                    elif field.name == "cache":
+                        self.inbox.put_nowait(("cache", value))
                     elif field.name != "welcome":
                         for item in value:
                             self.inbox.put_nowait((field.name, item))

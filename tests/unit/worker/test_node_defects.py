@@ -171,6 +171,9 @@ class RaisingOwner:
     def closed(self, session: int) -> None:
         self.ended += 1
 
+    def cache_changes(self, session: int, most: int) -> None:
+        return None
+
     def unsendable(self, session: int, message: NodeMessage, error: Exception) -> None:
         raise AssertionError("nothing is sent")
 
