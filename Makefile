@@ -7,6 +7,7 @@ MODEL ?=
 # Extra arguments for pytest, as in `make test ARGS="-k shm -x"`; then all in one process.
 ARGS ?=
 PYTEST := $(BIN)/python -m pytest
+PROCESSES := $(shell expr 2 \* $$(nproc))
 
 setup:
 	@bash scripts/setup.sh
@@ -19,10 +20,10 @@ check: setup
 	bash scripts/stubs.sh check
 	bash scripts/proto_check.sh
 
-# In a process per CPU, but for what needs the machine to itself.
+# In two processes per CPU, as many tests wait for a clock; but for what needs the machine to itself.
 test: setup
 ifeq ($(strip $(ARGS)),)
-	$(PYTEST) -m "not long and not alone" -n logical --maxprocesses 8 --dist worksteal -q
+	$(PYTEST) -m "not long and not alone" -n $(PROCESSES) --maxprocesses 8 --dist worksteal -q
 	$(PYTEST) -m "not long and alone"
 else
 	$(PYTEST) -m "not long" $(ARGS)

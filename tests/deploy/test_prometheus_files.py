@@ -1,6 +1,7 @@
 """Prometheus' and Grafana's files: valid, about metrics that exist, every alert tested and explained."""
 
 import json
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -29,7 +30,11 @@ QUERIES = [*panel_queries(), *rule_queries()]
 
 
 def promtool(*arguments: str, folder: Path = PROMETHEUS) -> None:
-    done = subprocess.run(["promtool", *arguments], cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    # Each group of rules has a database of its own: collecting garbage rarely saves a quarter of the time.
+    env = os.environ | {"GOGC": "800"}
+    done = subprocess.run(
+        ["promtool", *arguments], cwd=folder, env=env, capture_output=True, text=True, timeout=110, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 

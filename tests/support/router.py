@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +14,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from router.cluster.membership import State
-from router.config import LimitsConfig, RouterConfig
+from router.config import RouterConfig
 from router.fake import FakeCluster
-from router.flow import FlowConfig
 from router.serve import Router, running
 
 CORPUS = [
@@ -55,20 +54,37 @@ def write_model_folder(folder: Path, *, chat_template: str | None = CHAT_TEMPLAT
     return folder
 
 
-def quick(config: RouterConfig) -> RouterConfig:
-    """Timeouts as tests like them."""
+def patient(config: RouterConfig) -> RouterConfig:
+    """Short pauses. What counts as silence is the router's default: a busy machine is not taken for a dead node."""
     return replace(
         config,
         limits=replace(config.limits, drain_s=0.2),
-        flow=replace(config.flow, reserve_timeout_s=0.5, gap_timeout_s=0.3, backoff_base_s=0.01, no_node_timeout_s=5.0),
-        membership=replace(config.membership, suspect_s=0.3, lost_s=0.6, redial_max_s=0.2, refused_redial_s=0.3),
+        flow=replace(config.flow, backoff_base_s=0.01),
+        membership=replace(config.membership, redial_max_s=0.2, refused_redial_s=0.3),
+    )
+
+
+def quick(config: RouterConfig) -> RouterConfig:
+    """For tests that wait for a node to be found silent."""
+    config = patient(config)
+    return replace(
+        config,
+        flow=replace(config.flow, reserve_timeout_s=0.5, gap_timeout_s=0.3, no_node_timeout_s=5.0),
+        membership=replace(config.membership, suspect_s=0.3, lost_s=0.6),
     )
 
 
 @asynccontextmanager
-async def router_beside(cluster: FakeCluster, /, *, all_up: bool = True, **settings: Any) -> AsyncIterator[Router]:
+async def router_beside(
+    cluster: FakeCluster,
+    /,
+    *,
+    all_up: bool = True,
+    timing: Callable[[RouterConfig], RouterConfig] = patient,
+    **settings: Any,
+) -> AsyncIterator[Router]:
     """A router that sees every node of the cluster; afterwards its books balance."""
-    config = quick(RouterConfig(nodes=cluster.addresses, **settings))
+    config = timing(RouterConfig(nodes=cluster.addresses, **settings))
     async with running(config) as router:
         if all_up:
             await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
@@ -87,6 +103,3 @@ async def until(condition: Any, timeout_s: float = 5.0) -> None:
 async def baseline(cluster: FakeCluster, timeout_s: float = 3.0) -> None:
     """Every live node has all of its blocks back."""
     await until(lambda: all(n.is_down or n.used_blocks == 0 for n in cluster.nodes.values()), timeout_s)
-
-
-__all__ = ["FlowConfig", "LimitsConfig", "baseline", "quick", "router_beside", "until", "write_model_folder"]

@@ -32,7 +32,7 @@ from router.registry import RegistryWatch
 from router.serve import Router
 from router.sessions import NodeLink, hello
 from router.turns import Turns
-from tests.support.router import baseline, router_beside, until
+from tests.support.router import baseline, quick, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
 # No protobuf field holds it: encoding it raises a ValueError.
@@ -82,7 +82,7 @@ async def test_what_cannot_be_encoded_fails_alone_also_when_it_waited_behind_a_f
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = FakeConfig(step_s=0.01, num_blocks=16, block_tokens=16)
-    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         # Two fill the token pool, so that the third and all behind it wait for them.
         first = [submit(router, [i] * 100, max_tokens=20) for i in (1, 2)]
         poisoned = submit(router, [POISON] * 100)
@@ -103,7 +103,7 @@ async def test_what_cannot_be_encoded_fails_alone_also_when_it_waited_behind_a_f
 
 
 async def test_an_immediate_placement_that_cannot_be_encoded_books_nothing() -> None:
-    async with FakeCluster(mixed=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, timing=quick) as router:
         for _ in range(5):
             assert isinstance((await outcome(submit(router, [POISON])))[1], errors.InternalError)
         router.dispatcher.scheduler.check()
@@ -114,7 +114,7 @@ async def test_an_immediate_placement_that_cannot_be_encoded_books_nothing() -> 
 
 async def test_a_request_too_long_for_a_nodes_session_is_refused_by_itself() -> None:
     link = LinkConfig(max_sent_bytes=2000)
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, link=link) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick, link=link) as router:
         beside = submit(router, [5], max_tokens=200)
         _, error = await outcome(submit(router, [300] * 1500))
         assert isinstance(error, errors.InvalidRequest)
@@ -127,7 +127,7 @@ async def test_a_request_too_long_for_a_nodes_session_is_refused_by_itself() -> 
 async def test_a_node_that_talks_nonsense_of_one_sequence_keeps_its_session(times: int) -> None:
     """Once, another node makes good for it; always, it is the outcome. Others go on all the while."""
     config = FakeConfig(step_s=0.005)
-    async with FakeCluster(config, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(config, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         beside = submit(router, [5], max_tokens=150)
         await until(lambda: len(beside.flow.tokens) > 1)
         assert beside.flow.placement is not None
@@ -149,7 +149,7 @@ async def test_a_node_that_talks_nonsense_of_one_sequence_keeps_its_session(time
 
 
 async def test_nonsense_from_every_node_ends_as_an_internal_error() -> None:
-    async with FakeCluster(mixed=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(mixed=2) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.garble(1000)
         _, error = await outcome(submit(router, [6]))
@@ -164,7 +164,7 @@ async def test_nonsense_from_every_node_ends_as_an_internal_error() -> None:
 async def test_an_error_says_the_same_however_many_choices_meet_it(n: int, stream: bool) -> None:
     async with (
         FakeCluster(mixed=2) as cluster,
-        router_beside(cluster) as router,
+        router_beside(cluster, timing=quick) as router,
         httpx.AsyncClient(base_url=router.http or "") as client,
     ):
         for node in cluster.nodes.values():
@@ -189,7 +189,7 @@ async def test_who_watches_may_raise() -> None:
         raise RuntimeError("a watcher's defect")
 
     told: list[Ended] = []
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         router.dispatcher.nodes.watch(raises)
         router.dispatcher.records.watch(raises)
         router.dispatcher.records.watch(told.append)
@@ -203,7 +203,10 @@ async def test_who_watches_may_raise() -> None:
 
 
 async def test_watchers_are_told_of_changed_states_and_not_of_every_status() -> None:
-    async with FakeCluster(FakeConfig(status_s=0.01), prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with (
+        FakeCluster(FakeConfig(status_s=0.01), prefill=1, decode=1) as cluster,
+        router_beside(cluster, timing=quick) as router,
+    ):
         nodes = router.dispatcher.nodes
 
         def states() -> list[State]:

@@ -36,7 +36,7 @@ from router.serve import Router
 from router.sessions import NodeLink, hello
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
-from tests.support.router import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
+from tests.support.router import VOCAB_SIZE, baseline, quick, router_beside, until, write_model_folder
 
 # So short that every piece of work has to wait for the next turn.
 NO_TIME_S = 1e-9
@@ -244,7 +244,7 @@ async def test_who_leaves_with_all_choices_has_none_of_them_placed_on_the_way() 
 
 
 async def test_all_that_wait_hear_that_no_node_is_available_once_and_when_one_is() -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.mute()
         await until(lambda: all(m.state is State.SUSPECT for m in router.dispatcher.nodes.members))
@@ -262,7 +262,7 @@ async def test_what_ran_on_a_lost_node_is_told_over_many_turns_and_ends_well() -
     limits = LimitsConfig(max_turn_s=NO_TIME_S, max_client_running=100)
     async with (
         FakeCluster(config, prefill=1, decode=2) as cluster,
-        router_beside(cluster, limits=limits) as router,
+        router_beside(cluster, timing=quick, limits=limits) as router,
     ):
         sequences = submit(router, 40, max_tokens=60)
         await until(lambda: all(x.flow.phase is Phase.DECODING for x in sequences), timeout_s=20)

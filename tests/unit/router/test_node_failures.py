@@ -20,7 +20,7 @@ from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.openai_response import relay_json
 from router.serve import Router
 from router.wire import member_to_pb
-from tests.support.router import baseline, router_beside, until
+from tests.support.router import baseline, quick, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
 SLOW = FakeConfig(step_s=0.01)
@@ -49,7 +49,7 @@ async def many(router: Router, count: int, max_tokens: int = 20) -> list[Complet
 
 
 async def test_split_request_runs_over_both_pools() -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         done = await complete(router, [1, 2, 3], max_tokens=10, seed=7)
         assert done.token_ids == expected([1, 2, 3], 7, 10)
         assert done.finish_reason is FinishReason.LENGTH
@@ -60,7 +60,7 @@ async def test_split_request_runs_over_both_pools() -> None:
 
 
 async def test_all_mixed_cluster_moves_no_bytes() -> None:
-    async with FakeCluster(mixed=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(mixed=2) as cluster, router_beside(cluster, timing=quick) as router:
         done = [x for x in await many(router, 8) if isinstance(x, Completion)]
         assert len(done) == 8
         assert all(x.relay.prefill_node_id == x.relay.decode_node_id and x.relay.transfer is None for x in done)
@@ -69,7 +69,7 @@ async def test_all_mixed_cluster_moves_no_bytes() -> None:
 
 
 async def test_burst_spreads_over_both_pools() -> None:
-    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         done = [x for x in await many(router, 8) if isinstance(x, Completion)]
         for side in ("prefill_node_id", "decode_node_id"):
             nodes = [getattr(x.relay, side) for x in done]
@@ -79,7 +79,7 @@ async def test_burst_spreads_over_both_pools() -> None:
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 async def test_killed_node_is_not_seen_by_clients(victim: str) -> None:
     config = replace(SLOW, prefill_token_s=0.005)
-    async with FakeCluster(config, prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(config, prefill=2, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         running = asyncio.create_task(many(router, 16))
         await asyncio.sleep(0.1)
         await cluster[victim].die()
@@ -93,7 +93,7 @@ async def test_a_failed_attempt_says_why_and_its_pause_is_what_the_client_saw(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """In the log, in the relay of both faces, and in the histogram."""
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         assert router.grpc is not None
         clock = asyncio.get_running_loop().time
         came_s: list[float] = []
@@ -127,7 +127,7 @@ async def test_a_failed_attempt_says_why_and_its_pause_is_what_the_client_saw(
 
 
 async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplog: pytest.LogCaptureFixture) -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["prefill-0"].fail("transfer", times=30, code="TransferFailed")
         done = await many(router, 30)
         assert all(isinstance(x, Completion) for x in done)
@@ -135,7 +135,7 @@ async def test_the_reasons_of_a_node_that_fails_everything_are_a_few_lines(caplo
 
 
 async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dialled_in_vain() -> None:
-    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         node = cluster["decode-1"]
         member = router.dispatcher.nodes.membership.members[node.address]
         node.is_draining = True
@@ -150,7 +150,7 @@ async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dia
 
 
 async def test_rerun_starts_from_the_tokens_so_far() -> None:
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             token_ids: list[int] = []
@@ -165,7 +165,7 @@ async def test_rerun_starts_from_the_tokens_so_far() -> None:
 
 async def test_node_restarted_on_its_port_is_used_again() -> None:
     """Known failure 15: a new incarnation at the old address."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         for node_id in ("decode-0", "prefill-0"):
             before = cluster[node_id].incarnation
             await cluster[node_id].die()
@@ -180,7 +180,7 @@ async def test_node_restarted_on_its_port_is_used_again() -> None:
 
 async def test_bounced_pool_recovers_by_itself() -> None:
     """Known failure 16: the whole token pool goes and comes back under load."""
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         running = asyncio.create_task(many(router, 8, max_tokens=40))
         await asyncio.sleep(0.1)
         for node_id in ("decode-0", "decode-1"):
@@ -196,7 +196,7 @@ async def test_bounced_pool_recovers_by_itself() -> None:
 
 async def test_prefill_serves_alone_while_the_token_pool_is_gone() -> None:
     """Role is policy: the opposite pool is borrowed. Known failure 13: a neighbour's death harms no request."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         await cluster["decode-0"].die()
         await until(lambda: sum(m.state is State.READY for m in router.dispatcher.nodes.members) == 1)
         assert router.dispatcher.is_ready
@@ -210,7 +210,7 @@ async def test_prefill_serves_alone_while_the_token_pool_is_gone() -> None:
 async def test_all_nodes_gone_is_said_quickly_and_heals() -> None:
     async with FakeCluster(prefill=1, decode=1) as cluster:
         limits = LimitsConfig(refuse_after_s=0.1)
-        async with router_beside(cluster, limits=limits) as router:
+        async with router_beside(cluster, timing=quick, limits=limits) as router:
             for node in cluster.nodes.values():
                 await node.die()
             await until(lambda: not router.dispatcher.is_ready)
@@ -226,7 +226,7 @@ async def test_all_nodes_gone_is_said_quickly_and_heals() -> None:
 
 
 async def test_silent_node_counts_as_lost() -> None:
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         running = asyncio.create_task(many(router, 6, max_tokens=30))
         await asyncio.sleep(0.1)
         cluster["decode-0"].mute()
@@ -239,7 +239,7 @@ async def test_silent_node_counts_as_lost() -> None:
 @pytest.mark.parametrize("code", ["TransferFailed", "InternalError", "Unavailable"])
 async def test_failed_transfer_is_run_again(code: str) -> None:
     """Known failure 20: no request waits for a time-out."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["prefill-0"].fail("transfer", 1, code=code, blamed="decode-0")
         async with asyncio.timeout(1.0):
             done = await complete(router, [1, 2], max_tokens=8, seed=2)
@@ -250,7 +250,7 @@ async def test_failed_transfer_is_run_again(code: str) -> None:
 
 async def test_pair_heals_after_transient_failures() -> None:
     """Known failure 14: failures shut no pair out for good, not even the only one."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["prefill-0"].fail("transfer", 4, code="TransferFailed", blamed="decode-0")
         # While decode is avoided, prefill keeps the sequence; the next requests try the pair again.
         for _ in range(4):
@@ -260,7 +260,7 @@ async def test_pair_heals_after_transient_failures() -> None:
 
 
 async def test_broken_pair_is_avoided_where_others_work() -> None:
-    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["decode-0"].fail("decode", 2, code="TransferFailed")
         done = await many(router, 6)
         assert all(isinstance(x, Completion) for x in done)
@@ -268,7 +268,7 @@ async def test_broken_pair_is_avoided_where_others_work() -> None:
 
 
 async def test_poisonous_request_does_not_run_for_ever() -> None:
-    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.fail("run", 99, code="InternalError")
         with pytest.raises(errors.InternalError):
@@ -277,7 +277,7 @@ async def test_poisonous_request_does_not_run_for_ever() -> None:
 
 
 async def test_refused_reservation_goes_to_the_next_node() -> None:
-    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["decode-0"].fail("reserve", 1, code="NoBlocks")
         cluster["decode-1"].fail("reserve", 1, code="NoBlocks")
         done = await complete(router, [1, 2, 3], max_tokens=6, seed=1)
@@ -289,7 +289,7 @@ async def test_refused_reservation_goes_to_the_next_node() -> None:
 @pytest.mark.parametrize("how", ["drop", "duplicate"])
 async def test_lost_and_repeated_messages(what: str, how: str) -> None:
     config = FakeConfig(status_s=0.05)
-    async with FakeCluster(config, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(config, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             if what == "commit" and how == "drop":
                 continue  # found by the lease's expiry, below
@@ -301,7 +301,7 @@ async def test_lost_and_repeated_messages(what: str, how: str) -> None:
 
 async def test_silent_prefill_costs_decode_its_lease_only() -> None:
     """Known failure 1, the router's share: a commit that never comes ends with the lease and the request runs again."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         # The request's own time bounds the lease.
         cluster["prefill-0"].drop("commit")
         with pytest.raises(errors.DeadlineExceeded):
@@ -313,7 +313,7 @@ async def test_silent_prefill_costs_decode_its_lease_only() -> None:
 async def test_cancel_in_every_phase(phase: str) -> None:
     """Known failure 4, 5, 6: whichever client leaves, and whenever, nothing stays behind."""
     config = replace(SLOW, prefill_token_s=0.05 if phase == "prefilling" else 0.0)
-    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         if phase == "queued":
             for node in cluster.nodes.values():
                 node.is_draining = True
@@ -332,7 +332,7 @@ async def test_cancel_in_every_phase(phase: str) -> None:
 
 
 async def test_many_cancels_leave_nothing() -> None:
-    async with FakeCluster(SLOW, prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=2, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
 
@@ -354,7 +354,7 @@ async def test_end_at_the_first_token() -> None:
     """Known failure 24: max_tokens=1 and a stop id as the first token, split and colocated; no lease stays."""
     first = expected([9], 1, 1)[0]
     for pools in ({"prefill": 1, "decode": 1}, {"mixed": 1}):
-        async with FakeCluster(**pools) as cluster, router_beside(cluster) as router:
+        async with FakeCluster(**pools) as cluster, router_beside(cluster, timing=quick) as router:
             one = await complete(router, [9], max_tokens=1, seed=1)
             assert (one.token_ids, one.finish_reason) == ((first,), FinishReason.LENGTH)
             stopped = await complete(router, [9], max_tokens=50, seed=1, stop_token_ids=(first,))
@@ -367,7 +367,10 @@ async def test_full_cluster_queues_then_refuses() -> None:
     """Two sequences fit; others wait for room, and beyond the queue's limit they are refused with a time to return."""
     config = replace(SLOW, num_blocks=8)
     limits = LimitsConfig(max_queued=4)
-    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, limits=limits) as router:
+    async with (
+        FakeCluster(config, prefill=1, decode=1) as cluster,
+        router_beside(cluster, timing=quick, limits=limits) as router,
+    ):
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             prompt = list(range(40))
@@ -383,7 +386,7 @@ async def test_full_cluster_queues_then_refuses() -> None:
 
 
 async def test_deadline_ends_a_waiting_request() -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.stall()
         with pytest.raises(errors.DeadlineExceeded):
@@ -395,7 +398,7 @@ async def test_deadline_ends_a_waiting_request() -> None:
 
 async def test_wedged_engine_makes_the_router_unready() -> None:
     """Known failure 8: sessions and status go on, but no step is finished."""
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.stall()
             node._stalled_since_s = 0.0
@@ -411,7 +414,7 @@ async def test_different_model_is_refused_with_both_values(caplog: pytest.LogCap
 
 
 async def _odd_one_out(cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -> None:
-    async with router_beside(cluster, all_up=False) as router:
+    async with router_beside(cluster, timing=quick, all_up=False) as router:
         await until(lambda: sum(m.state is State.READY for m in router.dispatcher.nodes.members) == 2)
         await cluster["odd"].start()
         await until(lambda: any(m.state is State.REFUSED for m in router.dispatcher.nodes.members))
@@ -425,7 +428,7 @@ async def _odd_one_out(cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -
 
 
 async def test_draining_node_gets_no_new_work() -> None:
-    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["decode-0"].is_draining = True
         await until(lambda: any(m.state is State.DRAINING for m in router.dispatcher.nodes.members))
         done = [x for x in await many(router, 4) if isinstance(x, Completion)]
@@ -433,7 +436,7 @@ async def test_draining_node_gets_no_new_work() -> None:
 
 
 async def test_ledger_and_status() -> None:
-    async with FakeCluster(SLOW, prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             async with aclosing(client.generate([1, 2], max_tokens=500, seed=1)) as parts:
@@ -450,7 +453,7 @@ async def test_ledger_and_status() -> None:
 
 
 async def test_bad_requests_say_what_is_wrong() -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         cases: list[tuple[Any, dict[str, Any], type[errors.BatonError], str]] = [
             ([], {}, errors.InvalidRequest, "prompt"),
             ([VOCAB], {}, errors.InvalidRequest, "prompt"),
@@ -474,7 +477,7 @@ async def test_bad_requests_say_what_is_wrong() -> None:
 
 
 async def test_seeds_are_drawn_and_requests_with_one_agree() -> None:
-    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         seeded = [await complete(router, [3], sampling=SamplingParams(seed=5, max_tokens=8)) for _ in range(2)]
         assert seeded[0].token_ids == seeded[1].token_ids
         drawn = [await complete(router, [3], max_tokens=8) for _ in range(2)]
@@ -482,7 +485,7 @@ async def test_seeds_are_drawn_and_requests_with_one_agree() -> None:
 
 
 async def test_a_draining_node_gets_nothing_new_and_loses_nothing() -> None:
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         assert router.grpc is not None
         async with baton.AsyncClient(router.grpc) as client:
             running = [asyncio.create_task(client.complete([1, 2, i], max_tokens=60, seed=i)) for i in range(6)]
@@ -501,7 +504,7 @@ async def test_a_draining_node_gets_nothing_new_and_loses_nothing() -> None:
 
 
 async def test_a_node_that_refuses_because_it_drains_costs_no_attempt() -> None:
-    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(prefill=2, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         cluster["prefill-0"].fail("run", 20, code="Draining")
         cluster["decode-0"].fail("reserve", 20, code="Draining")
         done = await many(router, 8)
@@ -510,7 +513,7 @@ async def test_a_node_that_refuses_because_it_drains_costs_no_attempt() -> None:
 
 
 async def test_the_last_tokens_of_a_node_that_leaves_are_not_lost() -> None:
-    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster) as router:
+    async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         asked = asyncio.create_task(complete(router, [1, 2, 3], max_tokens=30, seed=7))
         await until(lambda: any(n.seen["joined"] for n in cluster.nodes.values()))
         leaving = next(n for n in cluster.nodes.values() if n.seen["joined"])

@@ -21,8 +21,6 @@ from tests.support.redis_server import RedisServer
 from tests.support.router import quick, until
 from worker.registration import LeaseConfig, Registration
 
-pytestmark = pytest.mark.alone
-
 VOCAB = FakeConfig().vocab_size
 SLOW = FakeConfig(step_s=0.005)
 

@@ -24,8 +24,6 @@ from router.serve import Router
 from tests.support.chromium import Browser
 from tests.support.router import router_beside, until
 
-pytestmark = pytest.mark.alone
-
 SLOW = FakeConfig(step_s=0.01, transfer_s=0.01)
 # Without spaces: no node may have one in its name.
 EVIL = "<img/src=x/onerror=document.title='owned'>\"'&"

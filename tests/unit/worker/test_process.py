@@ -11,7 +11,6 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
-import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton import codec
@@ -20,8 +19,6 @@ from engine.fake import expected_tokens
 from tests.support.node import session, spec
 from tests.support.relay import CHILD, LAYOUT, ProcessWorker, process_worker, worker
 from tests.support.root import ROOT
-
-pytestmark = pytest.mark.alone
 
 
 async def test_2_and_13_prefill_dies_in_mid_prompt_and_decode_neither_leaks_nor_sickens(tmp_path: Path) -> None:
