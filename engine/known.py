@@ -4,9 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import NamedTuple
 
 from baton.node_messages import CacheChanged
 from baton.prefix import key_of
+
+
+class Untold(NamedTuple):
+    """What a follower is to be told next."""
+
+    number: int
+    # By hash, whether it is found.
+    changed: dict[bytes, bool]
+    is_snapshot: bool
+
+    def message(self) -> CacheChanged:
+        stored = tuple(key_of(value) for value, is_found in self.changed.items() if is_found)
+        dropped = tuple(key_of(value) for value, is_found in self.changed.items() if not is_found)
+        return CacheChanged(self.number, stored, dropped, self.is_snapshot)
 
 
 class CacheFeed:
@@ -28,15 +43,13 @@ class CacheFeed:
         if self._untold.pop(content_hash, None) is None:
             self._untold[content_hash] = is_found
 
-    def take(self, number: int, most: int) -> CacheChanged | None:
+    def take(self, number: int, most: int) -> Untold | None:
         """Up to ``most`` changes, ``number`` being that of the newest of all; None if the follower knows all."""
         if self._is_begun and not self._untold:
             return None
         is_snapshot, self._is_begun = not self._is_begun, True
         taken = {value: self._untold.pop(value) for value in list(islice(self._untold, most))}
-        stored = tuple(key_of(value) for value, is_found in taken.items() if is_found)
-        dropped = tuple(key_of(value) for value, is_found in taken.items() if not is_found)
-        return CacheChanged(number, stored, dropped, is_snapshot)
+        return Untold(number, taken, is_snapshot)
 
 
 class KnownBlocks:

@@ -40,10 +40,11 @@ class CachedMachine(SchedulerMachine):
 
     @rule(most=st.integers(1, 4))
     def follow(self, most: int) -> None:
-        change = self.feed.take(self.pool.known.number, most)
-        if change is None:
+        untold = self.feed.take(self.pool.known.number, most)
+        if untold is None:
             assert self.told == {key_of(value) for value in self.hashes()}
             return
+        change = untold.message()
         assert len(change.stored) + len(change.dropped) <= most
         assert not change.is_snapshot or not self.told, "once, at first"
         assert not self.told & {*change.stored}

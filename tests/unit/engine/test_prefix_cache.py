@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from baton.errors import BadLogits, InternalError
+from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme
 from baton.types import KvLayout, PrefixCaching, RopeRegimes, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool, BlockState
@@ -330,23 +331,27 @@ def test_a_follower_hears_of_all_in_parts_and_then_of_the_sum_of_changes() -> No
     s = scheduler()
     finish(s, spec("a", 21, max_tokens=1))
     feed = s.pool.known.follow()
-    first, second = feed.take(5, 3), feed.take(5, 3)
+
+    def take(number: int, most: int = 9) -> CacheChanged | None:
+        untold = feed.take(number, most)
+        return None if untold is None else untold.message()
+
+    first, second = take(5, 3), take(5, 3)
     assert first is not None
     assert second is not None
     assert (first.is_snapshot, second.is_snapshot, len(first.stored), len(second.stored)) == (True, False, 3, 2)
-    assert feed.take(5, 3) is None
+    assert take(5) is None
     keys = {*first.stored, *second.stored}
     s.prefix_cache.drop()
     finish(s, spec("a", 21, max_tokens=1))
-    assert feed.take(15, 9) is None, "in sum nothing has changed"
+    assert take(15) is None, "in sum nothing has changed"
     s.prefix_cache.drop()
-    change = feed.take(20, 9)
+    change = take(20)
     assert change is not None
     assert ({*change.dropped}, change.stored, change.is_snapshot, change.number) == (keys, (), False, 20)
     s.pool.known.unfollow(feed)
     s.pool.known.unfollow(feed)
     finish(s, spec("a", 21, max_tokens=1))
-    assert feed.take(25, 9) is None
-    empty = scheduler().pool.known.follow().take(0, 9)
-    assert empty is not None
-    assert (empty.is_snapshot, empty.stored) == (True, ()), "all there is, nothing"
+    assert take(25) is None
+    feed = scheduler().pool.known.follow()
+    assert take(0) == CacheChanged(0, (), (), is_snapshot=True), "all there is, nothing"

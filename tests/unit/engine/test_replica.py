@@ -347,13 +347,13 @@ def test_followers_of_the_cache_know_what_is_found_before_the_tokens_are_told() 
     inbox = Inbox()
     with replica(scheme=SCHEME) as (engine, _):
         feed = engine.follow_cache()
-        assert engine.take_cache_changes(feed) == CacheChanged(0, (), (), is_snapshot=True)
-        assert engine.take_cache_changes(feed) is None
+        assert engine.take_cache_changes(feed, 99) == CacheChanged(0, (), (), is_snapshot=True)
+        assert engine.take_cache_changes(feed, 99) is None
         s = spec("a", 9, max_tokens=1)
         taken: list[CacheChanged | None] = []
 
         def listen(events: list[EngineEvent]) -> None:
-            taken.append(engine.take_cache_changes(feed))
+            taken.append(engine.take_cache_changes(feed, 99))
             inbox.listen(events)
 
         engine.submit(s, hands_off=False, listener=listen)
@@ -366,7 +366,7 @@ def test_followers_of_the_cache_know_what_is_found_before_the_tokens_are_told() 
         assert late is not None
         assert (late.is_snapshot, len(late.stored)) == (True, 1)
         engine.drop_cache()
-        dropped = engine.take_cache_changes(feed)
+        dropped = engine.take_cache_changes(feed, 99)
         assert dropped is not None
         assert ({*dropped.dropped}, dropped.number) == (keys, 4)
         engine.unfollow_cache(feed)

@@ -10,7 +10,7 @@ import pytest
 
 from baton.types import KvLayout
 from kvtransfer.config import TransferConfig
-from kvtransfer.digest import LayerDigests
+from kvtransfer.digest import LayerDigests, block_digest
 from tests.support.transfer import LAYOUT, Pair, host_memory, pair, token
 
 # 8 KiB a block: 64 make a segment.
@@ -66,3 +66,16 @@ def test_every_single_flipped_bit_is_found() -> None:
         assert LayerDigests(host_memory(memory), WIDE, BLOCK_IDS).layer_digest(1, num_blocks) != whole
         memory[WIDE.offset(1, block) + offset] ^= bit
     assert LayerDigests(host_memory(memory), WIDE, BLOCK_IDS).layer_digest(1, num_blocks) == whole
+
+
+def test_the_digest_of_a_block_is_over_all_its_layers_and_nothing_else() -> None:
+    memory = np.random.default_rng(0).integers(0, 256, WIDE.total_bytes, dtype=np.uint8)
+    before = [block_digest(host_memory(memory), WIDE, block) for block in range(WIDE.num_blocks)]
+    assert len(set(before)) == WIDE.num_blocks
+    for layer in range(WIDE.num_layers):
+        for offset in (0, WIDE.block_bytes - 1):
+            at = WIDE.offset(layer, 5) + offset
+            memory[at] ^= 1
+            after = [block_digest(host_memory(memory), WIDE, block) for block in range(WIDE.num_blocks)]
+            assert [block for block in range(WIDE.num_blocks) if after[block] != before[block]] == [5]
+            memory[at] ^= 1

@@ -83,6 +83,20 @@ async def test_what_decode_holds_is_not_moved_and_what_prefill_holds_is_not_comp
         await relay.settled()
 
 
+async def test_without_a_prefix_cache_all_is_computed_and_moved_again(tmp_path: Path) -> None:
+    limits = SchedulerConfig(max_batch_tokens=64, max_num_seqs=16, has_prefix_cache=False)
+    async with pair(tmp_path, engine=EngineConfig(scheduler=limits)) as relay:
+        for number in range(2):
+            assert await relay.relay(spec(f"s{number}", 40)) == oracle(spec("a", 40))
+        await relay.settled()
+        for worker_ in (relay.prefill_worker, relay.decode_worker):
+            async with grpc.aio.insecure_channel(worker_.address) as channel:
+                stub = node_pb2_grpc.NodeStub(channel)
+                assert not (await stub.Describe(node_pb2.DescribeRequest())).node.HasField("prefix_cache")
+                ledger = await stub.Ledger(node_pb2.LedgerRequest())
+                assert (ledger.free_blocks, list(ledger.owners)) == (ledger.total_blocks, [])
+
+
 @pytest.mark.parametrize("how", ["stop", "length"])
 async def test_24_the_first_token_ends_the_request_and_decode_gets_its_blocks_back(tmp_path: Path, how: str) -> None:
     first = oracle(spec("a", 40))[0]
