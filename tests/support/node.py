@@ -259,9 +259,7 @@ class Router:
                 for field, value in message.ListFields():
                     if field.name == "status":
                         self.statuses.append(asyncio.get_running_loop().time())
-                    elif field.name == "cache":
-                        self.inbox.put_nowait(("cache", value))
-                    elif field.name != "welcome":
+                    elif field.name not in ("welcome", "cache"):
                         for item in value:
                             self.inbox.put_nowait((field.name, item))
         except grpc.aio.AioRpcError:
