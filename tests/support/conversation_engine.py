@@ -18,8 +18,10 @@ from baton.errors import NoBlocks, Overloaded
 from baton.prefix import PrefixScheme
 from baton.types import SequenceSpec, TokenChunk
 from engine.blocks import BlockPool
+from engine.events import EngineEvent, Failed, Handoff, Output
 from engine.runner import Runner
-from engine.schedule import EngineEvent, Failed, Handoff, Output, Reserved, Scheduler, SchedulerConfig
+from engine.schedule import Reserved, Scheduler
+from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 
 
