@@ -338,6 +338,8 @@ class Dispatcher:
         if isinstance(decision, Obstacle):
             self._metrics.placement_waits.add(decision.name.lower())
             return False
+        if active.flow.prompt.num_choices > 1 and self.scheduler.waits_for_sibling(active, decision, now):
+            return True
         self._metrics.placements.add(decision.reason.value)
         # Sent before anything is booked for it: what cannot be sent takes no room.
         for action in active.flow.handle(Placed(decision.placement), now):

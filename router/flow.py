@@ -163,11 +163,13 @@ class Flow:
 
     @property
     def has_shared(self) -> bool:
-        """Nodes have all blocks of the prompt from it, or it is over."""
-        if self.placement is None:
+        """Its nodes have all blocks of the prompt and have said so, or it is over.
+
+        A decode node may say so before the prefill node's first token is here, which comes with what that node holds.
+        """
+        if self.placement is None or self.phase is Phase.ENDED:
             return self.phase is Phase.ENDED
-        is_here = self.placement.is_colocated and self.phase is Phase.DECODING
-        return is_here or self._has_joined or self.phase is Phase.ENDED
+        return self.phase in (Phase.DECODING, Phase.SETTLING) and self._is_settled
 
     @property
     def num_known_tokens(self) -> int:

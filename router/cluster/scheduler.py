@@ -215,6 +215,19 @@ class Scheduler(Generic[ItemT]):
             self._line.put(sibling, now)
             self.has_news = True
 
+    def waits_for_sibling(self, item: ItemT, decision: Decision, now: float) -> bool:
+        """Whether the waiting item leaves the line, as another choice of its prompt brings the blocks that it lacks to
+        the same decode node."""
+        scheme = self.prefix_scheme
+        # All that a node could hold of a prompt that it runs: its last token is computed in any case.
+        num_before_last = item.demand(now).num_known_tokens - 1
+        if scheme is None or decision.num_decode_hit > num_before_last - scheme.layout.block_tokens:
+            return False
+        waits = self._siblings.sets_out(item, decision.placement.decode_id)
+        if waits:
+            self._line.remove(item)
+        return waits
+
     def rerun(self, item: ItemT, now: float) -> None:
         """It waits again, before all that its client has in the line."""
         self._line.put(item, now, is_first=True)
@@ -284,6 +297,8 @@ class Scheduler(Generic[ItemT]):
                 del self._on_node[node_id]
         self._line.ended(item.client, now)
         self._loads.release(attempt.sequence_id)
+        for sibling in self._siblings.turned_back(item):
+            self._line.put(sibling, now, is_first=True)
         self.has_news = True
 
     def confirmed(self, sequence_id: str) -> None:

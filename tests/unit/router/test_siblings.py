@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -78,6 +79,47 @@ async def test_all_follow_once_the_first_has_joined_and_before_it_ends() -> None
         await until(lambda: all(phase is Phase.DECODING for phase in phases(others)))
         assert not first.flow.has_ended
         router.dispatcher.cancel([first, *others], "enough")
+
+
+async def test_the_others_wait_for_what_the_prefill_node_says_too() -> None:
+    """The decode node's word may be here before the prefill node's first token, and what that node holds."""
+    async with split() as (cluster, router):
+        for node_id in ("prefill-0", "prefill-1"):
+            cluster[node_id].drop("tokens", 1)
+        first, *others = submit(router)
+        await until(lambda: first.flow._has_joined)
+        assert phases(others) == [Phase.QUEUED] * 2
+        await all_right([first, *others])
+
+
+async def test_a_decode_node_gets_the_prompt_from_one_choice_at_a_time() -> None:
+    """No node has said that it holds anything here: each choice would bring the blocks again."""
+    async with split(FakeConfig(vocab_size=VOCAB_SIZE, has_prefix_cache=True, transfer_s=0.1)) as (cluster, router):
+        actives = submit(router, num_choices=6, max_tokens=8)
+        decodes = [node for node_id, node in cluster.nodes.items() if node_id.startswith("decode")]
+        most = 0
+        while not all(active.flow.has_ended for active in actives):
+            most = max(most, *(sum(live.state == "leased" for live in node._live.values()) for node in decodes))
+            router.dispatcher.scheduler.check()
+            await asyncio.sleep(0.01)
+        assert most == 1
+        await all_right(actives)
+        assert {active.flow.lifeline.relay().decode_node_id for active in actives} == {"decode-0", "decode-1"}
+
+
+async def test_choices_go_together_to_a_node_that_holds_the_prompt() -> None:
+    async with split(FakeConfig(vocab_size=VOCAB_SIZE, has_prefix_cache=True, transfer_s=1.0)) as (cluster, router):
+        scheme = PrefixScheme.of(cluster["decode-0"].description)
+        assert scheme is not None
+        keys = [key_of(value) for value in scheme.block_hashes(TOKENS, len(TOKENS))]
+        for node in cluster.nodes.values():
+            node.tell_cache(keys, is_snapshot=True)
+        await until(lambda: router.dispatcher.scheduler.prefix_index.num_blocks == 8)
+        first, *others = submit(router, num_choices=5, max_tokens=8)
+        await until(lambda: first.flow.lifeline.is_transfer_known)
+        await until(lambda: Phase.QUEUED not in phases(others))
+        assert not any(other.flow.lifeline.is_transfer_known for other in others)
+        await all_right([first, *others])
 
 
 async def test_a_first_choice_that_stays_on_its_node_lets_the_others_follow_with_its_first_token() -> None:

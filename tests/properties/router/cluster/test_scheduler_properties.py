@@ -181,6 +181,12 @@ class Cluster(RuleBasedStateMachine):
                 leading = keys_of(item.prompt)[: num_hit // BLOCK_TOKENS]
                 assert all(node_id in index.holders_of(key) for key in leading), "it holds what is counted on"
             assert decision.num_prefill_hit < item.num_known_tokens
+            if self.scheduler.waits_for_sibling(item, decision, self.now):
+                bringing = [
+                    x for x in self.running if x.prompt is item.prompt and placement.decode_id in self.nodes_of(x)
+                ]
+                assert bringing, "nothing brings the blocks"
+                continue
             self.assign(item, decision)
 
     def assign(self, item: Item, decision: Decision) -> None:
@@ -225,7 +231,9 @@ class Cluster(RuleBasedStateMachine):
     @precondition(lambda self: self.running or self.waiting)
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
-        item = data.draw(st.sampled_from(sorted(self.running | self.waiting, key=lambda x: x.number)))
+        self.end_of(data.draw(st.sampled_from(sorted(self.running | self.waiting, key=lambda x: x.number))))
+
+    def end_of(self, item: Item) -> None:
         self.scheduler.release(item, self.now)
         self.scheduler.depart(item, self.now)
         self.running.discard(item)
@@ -256,7 +264,15 @@ class Cluster(RuleBasedStateMachine):
         assert self.scheduler.is_available == bool(self.available)
 
     def teardown(self) -> None:
+        """When all is over that runs, everything that waits gets its turn."""
         self.scheduler.prefix_index.check()
+        self.now += Limits.client_alone_s
+        for item in list(self.running):
+            self.end_of(item)
+        while (item := self.scheduler.next(self.now)) is not None:
+            self.end_of(item)
+        assert not self.waiting, "forgotten"
+        self.books_balance()
 
 
 Cluster.TestCase.settings = settings(max_examples=100, stateful_step_count=40)
