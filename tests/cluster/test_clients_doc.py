@@ -75,6 +75,9 @@ def test_examples_do_what_the_document_says(shared_cluster: StartCluster, demo_m
             output = example.run(cluster)
             assert example.matches(output), f"line {example.line}: expected\n{example.output}\nfound\n{output}"
     with Client(cluster.grpc, api_key=KEYS[0]) as client:
-        cluster.wait_until(lambda: not any(n.owners for n in client.ledger().nodes), "baseline", deadline_s=10)
+        cluster.wait_until(
+            lambda: all(owner.state == "cached" for node in client.ledger().nodes for owner in node.owners),
+            "baseline", deadline_s=10,
+        )  # fmt: skip
     if not has_curl:
         pytest.skip("the examples for the shell need curl")
