@@ -51,7 +51,7 @@ class Row:
         )  # fmt: skip
 
 
-class _Computed:
+class Computed:
     """A step of a FakeRunner; computed already, or when its result is asked for."""
 
     __slots__ = ("_compute", "_result")
@@ -108,7 +108,7 @@ class FakeRunner:
         # Of them, launched while another one was under way, and pieces whose token the host did not know.
         self.num_overlapped = 0
         self.num_fed = 0
-        self._queue: deque[_Computed] = deque()
+        self._queue: deque[Computed] = deque()
         # What the newest computed step drew, as far as a device could.
         self._drawn: dict[str, int] = {}
         # Raised by the next launch, once; and by the next step that is computed, where that is later.
@@ -124,20 +124,20 @@ class FakeRunner:
     def execute(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> StepResult:
         return self.launch(plan, on_layer).result()
 
-    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> _Computed:
+    def launch(self, plan: StepPlan, on_layer: Callable[[int], None] | None = None) -> Computed:
         error, self.next_error = self.next_error, None
         if error is not None:
             raise error
         self.num_steps += 1
         rows = [Row.of(p) for p in plan.pieces]
         if not self.overlaps:
-            step = _Computed(lambda: self._compute(rows, on_layer))
+            step = Computed(lambda: self._compute(rows, on_layer))
             step.result()
             return step
         assert len(self._queue) < 2, "two steps are under way already"
         self.num_overlapped += len(self._queue)
         self.num_fed += sum(p.token_is_on_device for p in plan.pieces)
-        step = _Computed(lambda: self._compute_next(rows))
+        step = Computed(lambda: self._compute_next(rows))
         self._queue.append(step)
         for layer in range(self.layout.num_layers if on_layer is not None else 0):
             assert on_layer is not None

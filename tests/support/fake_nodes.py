@@ -1,0 +1,249 @@
+"""Fake nodes whose failures are scripted: what fails, what is lost or repeated on the way to the router, who hangs."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from baton import errors
+from baton.node_messages import Cancel, FromRouter, HandedOff, Joined, NodeMessage, PrefillDone, Send
+from baton.types import Lease, PositionLogprobs, Role, SequenceSpec, TokenChunk
+from baton.v1 import node_pb2
+from engine.fake import Row
+from engine.replica import Listener, Replica
+from engine.schedule import Scheduler
+from worker import fake
+from worker.admin import NodeServicer
+from worker.fake import FakeConfig, PacedRunner, Push, expected_tokens
+from worker.service import NodeService
+
+_NAMES: Mapping[type[NodeMessage], str] = {
+    Lease: "reserved", TokenChunk: "tokens", PrefillDone: "prefill_done", Joined: "joined", HandedOff: "handed_off",
+}  # fmt: skip
+
+
+class Script:
+    """What is to go wrong on a node from now on, and what it has said and been asked."""
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._fail: dict[str, list[errors.BatonError]] = {}
+        self._drop: Counter[str] = Counter()
+        self._duplicate: Counter[str] = Counter()
+        self.num_garbled = 0
+        # Messages, by name; "cancel" is one that came.
+        self.seen: Counter[str] = Counter()
+        self.last_spec: SequenceSpec | None = None
+        # By the node's clock; what it claims while it makes no steps.
+        self.stalled_since_s: float | None = None
+        # Cleared: nothing is said any more, and connections stay open.
+        self.speaks = asyncio.Event()
+        self.speaks.set()
+
+    def fail(self, what: str, times: int = 1, code: str = "NoBlocks") -> None:
+        """``what``: "reserve", "run", "transfer" or "join"."""
+        error = errors.from_code(code, f"scripted failure of {what} at {self._node_id}")
+        self._fail.setdefault(what, []).extend([error] * times)
+
+    def drop(self, what: str, times: int = 1) -> None:
+        """``what``: "reserved", "tokens", "prefill_done", "handed_off", "joined" or "commit"."""
+        self._drop[what] += times
+
+    def duplicate(self, what: str, times: int = 1) -> None:
+        self._duplicate[what] += times
+
+    def garble(self, times: int = 1) -> None:
+        """Chunks of tokens whose finish reason does not exist."""
+        self.num_garbled += times
+
+    def failure(self, what: str) -> errors.BatonError | None:
+        planned = self._fail.get(what)
+        return planned.pop(0) if planned else None
+
+    def raise_failure(self, what: str) -> None:
+        error = self.failure(what)
+        if error is not None:
+            raise error
+
+    def times(self, what: str) -> int:
+        """How often to send a message of this kind."""
+        self.seen[what] += 1
+        if self._drop[what] > 0:
+            self._drop[what] -= 1
+            return 0
+        if self._duplicate[what] > 0:
+            self._duplicate[what] -= 1
+            return 2
+        return 1
+
+
+class _Runner(PacedRunner):
+    def __init__(self, config: FakeConfig, memory: memoryview, following: Mapping[int, int]) -> None:
+        super().__init__(config, memory)
+        self._following = following
+
+    def _draw_one(self, row: Row) -> tuple[int, PositionLogprobs | None]:
+        token_id, report = super()._draw_one(row)
+        if self._following:
+            *_, (_, cell, count) = self._runs(0, row.block_ids, 0, row.stop)
+            token_id = self._following.get(self._cells[cell + count - 1] - 1, token_id)
+        return token_id, report
+
+
+class _Replica(Replica):
+    script: Script
+
+    @property
+    def stalled_s(self) -> float:
+        since_s = self.script.stalled_since_s
+        return super().stalled_s if since_s is None else self._clock.now() - since_s
+
+    def submit(self, spec: SequenceSpec, *, hands_off: bool, listener: Listener) -> None:
+        self.script.last_spec = spec
+        self.script.raise_failure("run")
+        super().submit(spec, hands_off=hands_off, listener=listener)
+
+    def reserve(self, spec: SequenceSpec) -> list[int]:
+        self.script.raise_failure("reserve")
+        return super().reserve(spec)
+
+    def join(self, sequence_id: str, tokens: TokenChunk, listener: Listener) -> None:
+        self.script.raise_failure("join")
+        super().join(sequence_id, tokens, listener)
+
+
+class _Service(NodeService):
+    script: Script
+
+    def received(self, event: FromRouter) -> None:
+        if isinstance(event.message, Cancel):
+            self.script.seen["cancel"] += 1
+        super().received(event)
+
+    def _send(self, action: Send) -> None:
+        name = _NAMES.get(type(action.message))
+        for _ in range(1 if name is None else self.script.times(name)):
+            super()._send(action)
+
+
+class _Context:
+    """A session's context, as far as a session uses it."""
+
+    def __init__(self, context: Any, script: Script) -> None:
+        self._context = context
+        self._script = script
+
+    async def write(self, response: node_pb2.SessionResponse) -> None:
+        for tokens in response.tokens[: self._script.num_garbled]:
+            self._script.num_garbled -= 1
+            tokens.finish_reason = 99  # type: ignore[assignment]
+        await self._script.speaks.wait()
+        await self._context.write(response)
+
+
+class _Servicer(NodeServicer):
+    script: Script
+
+    async def Session(self, request_iterator: AsyncIterator[node_pb2.SessionRequest], context: Any) -> None:  # noqa: N802
+        await super().Session(request_iterator, _Context(context, self.script))  # type: ignore[arg-type]
+
+
+class FakeNode(fake.FakeNode):
+    replica_type = _Replica
+    service_type = _Service
+    servicer_type = _Servicer
+
+    def __init__(
+        self,
+        node_id: str,
+        role: Role,
+        cluster: fake.FakeCluster,
+        config: FakeConfig,
+        following: Mapping[int, int] | None = None,
+    ) -> None:
+        """``following``: what comes after a token, for answers that are to be known by heart; else it is drawn."""
+        self.script = Script(node_id)
+        self._following = following or {}
+        super().__init__(node_id, role, cluster, config)
+
+    # ── What is to go wrong ─────────────────────────────────────────────────────────────────────────────────────────
+
+    def fail(self, what: str, times: int = 1, code: str = "NoBlocks") -> None:
+        self.script.fail(what, times, code)
+
+    def drop(self, what: str, times: int = 1) -> None:
+        self.script.drop(what, times)
+
+    def duplicate(self, what: str, times: int = 1) -> None:
+        self.script.duplicate(what, times)
+
+    def garble(self, times: int = 1) -> None:
+        self.script.garble(times)
+
+    def end_sessions(self) -> None:
+        """In good order, as a node does that leaves."""
+        self.service.sessions.close()
+
+    def stall(self) -> None:
+        """The engine makes no step; sessions and status go on, and say so."""
+        self.runner.hold()
+        self.script.stalled_since_s = self.clock.now()
+
+    def mute(self) -> None:
+        """The process hangs: connections stay open and nothing is said any more."""
+        self.script.speaks.clear()
+
+    def resume(self) -> None:
+        self.script.speaks.set()
+        self.script.stalled_since_s = None
+        self.runner.resume()
+
+    async def die(self) -> None:
+        self.script.speaks.set()
+        await super().die()
+
+    # ── How the parts are made ──────────────────────────────────────────────────────────────────────────────────────
+
+    def new_runner(self) -> PacedRunner:
+        return _Runner(self.config, self.memory, self._following)
+
+    def new_replica(self, scheduler: Scheduler) -> Replica:
+        return _scripted(super().new_replica(scheduler), self.script)
+
+    def new_service(self, sender: fake.Sender, receiver: fake.Receiver) -> NodeService:
+        return _scripted(super().new_service(sender, receiver), self.script)
+
+    def new_servicer(self) -> NodeServicer:
+        return _scripted(super().new_servicer(), self.script)
+
+    def deliver(self, push: Push, first_token: TokenChunk) -> None:
+        error = self.script.failure("transfer")
+        if error is not None:
+            push.end(error)
+        elif self.script.times("commit"):
+            super().deliver(push, first_token)
+
+
+def _scripted(part: Any, script: Script) -> Any:
+    part.script = script
+    return part
+
+
+class FakeCluster(fake.FakeCluster):
+    nodes: dict[str, FakeNode]  # type: ignore[assignment]
+
+    def __init__(self, config: FakeConfig | None = None, *, following: Mapping[int, int] | None = None,
+                 **pools: int) -> None:  # fmt: skip
+        self._following = following
+        super().__init__(config, **pools)
+
+    def new_node(self, node_id: str, role: Role, config: FakeConfig) -> FakeNode:
+        return FakeNode(node_id, role, self, config, self._following)
+
+    def __getitem__(self, node_id: str) -> FakeNode:
+        return self.nodes[node_id]
+
+
+__all__ = ["FakeCluster", "FakeConfig", "FakeNode", "Script", "expected_tokens"]
