@@ -142,7 +142,7 @@ class _Cluster:
 
 @contextmanager
 def _cluster(folder: Path, step_s: float) -> Iterator[_Cluster]:
-    fake = ("router.fake", "--prefill", "2", "--decode", "2", "--step-s", str(step_s), "--vocab-size", str(_VOCAB_SIZE))
+    fake = ("worker.fake", "--prefill", "2", "--decode", "2", "--step-s", str(step_s), "--vocab-size", str(_VOCAB_SIZE))
     with _process(*fake) as nodes, _process("bench.router", "--bare") as bare:
         assert nodes.stdout is not None
         assert bare.stdout is not None

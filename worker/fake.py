@@ -39,7 +39,7 @@ from engine.blocks import BlockPool
 from engine.replica import Replica
 from engine.schedule import Scheduler, SchedulerConfig
 from engine.step import StepPlan
-from kvtransfer.protocol.receiver import Arrived, LeaseNotice, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from worker.admin import NodeServicer
 from worker.service import NodeService
 from worker.session import SessionConfig
@@ -182,7 +182,7 @@ class Sender:
         self._node = node
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
-        return Push(self._node, lease, source_blocks)
+        return Push(self._node, lease, source_blocks[lease.num_cached_blocks :])
 
 
 class Receiver:
@@ -194,12 +194,21 @@ class Receiver:
         self._num_granted = 0
         self._leases: dict[str, tuple[Lease, asyncio.TimerHandle]] = {}
 
-    def grant(self, sequence_id: str, block_ids: Sequence[int], ttl_s: float, *, min_blocks: int = 1) -> Lease:
+    def grant(
+        self,
+        sequence_id: str,
+        block_ids: Sequence[int],
+        ttl_s: float,
+        *,
+        min_blocks: int = 1,
+        num_cached_blocks: int = 0,
+    ) -> Lease:
         self._num_granted += 1
         node = self._node
         lease = Lease(
-            sequence_id, self._num_granted, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s
-        )
+            sequence_id, self._num_granted, node.node_id, node.incarnation, node.address, tuple(block_ids), ttl_s,
+            num_cached_blocks,
+        )  # fmt: skip
         expiry = asyncio.get_running_loop().call_later(ttl_s, self.end, lease, "the lease expired")
         self._leases[sequence_id] = lease, expiry
         return lease
@@ -316,8 +325,9 @@ class FakeNode:
         server, self._server = self._server, None
         if server is None:
             return
-        self.runner.end()
         await server.stop(0.0)
+        # Not before: it would end all sequences at once, and tell.
+        self.runner.end()
         await self.service.close(_DEATH_S)
         await asyncio.to_thread(self.replica.stop, _DEATH_S)
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton import errors
-from baton.node_messages import Cancel, FromRouter, HandedOff, Joined, NodeMessage, PrefillDone, Send
-from baton.types import Lease, PositionLogprobs, Role, SequenceSpec, TokenChunk
+from baton.node_messages import CacheChanged, Cancel, FromRouter, HandedOff, Joined, NodeMessage, PrefillDone, Send
+from baton.types import (
+    Lease,
+    NodeDescription,
+    NodeStatus,
+    PositionLogprobs,
+    PrefixCaching,
+    Role,
+    SequenceSpec,
+    TokenChunk,
+)
 from baton.v1 import node_pb2
 from engine.fake import Row
 from engine.replica import Listener, Replica
 from engine.schedule import Scheduler
 from worker import fake
 from worker.admin import NodeServicer
-from worker.fake import FakeConfig, PacedRunner, Push, expected_tokens
+from worker.fake import PacedRunner, Push, expected_tokens
 from worker.service import NodeService
 
 _NAMES: Mapping[type[NodeMessage], str] = {
@@ -24,15 +34,29 @@ _NAMES: Mapping[type[NodeMessage], str] = {
 }  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class FakeConfig(fake.FakeConfig):
+    # What comes after a token, for answers that are to be known by heart; what is not here is drawn.
+    following: Mapping[int, int] = field(default_factory=dict)
+    # It says that it keeps blocks; what they are is the test's to tell (`FakeNode.tell_cache`).
+    has_prefix_cache: bool = False
+    # It says that its cache has so many leading blocks of every prompt. They count as no used blocks.
+    num_cached_blocks: int = 0
+
+
 class Script:
     """What is to go wrong on a node from now on, and what it has said and been asked."""
 
-    def __init__(self, node_id: str) -> None:
+    def __init__(self, node_id: str, config: FakeConfig) -> None:
         self._node_id = node_id
+        self._block_tokens = config.block_tokens
+        self.num_cached_blocks = config.num_cached_blocks
+        self.has_cache = config.num_cached_blocks > 0
         self._fail: dict[str, list[errors.BatonError]] = {}
         self._drop: Counter[str] = Counter()
         self._duplicate: Counter[str] = Counter()
         self.num_garbled = 0
+        self.garbles_cache = False
         # Messages, by name; "cancel" is one that came.
         self.seen: Counter[str] = Counter()
         self.last_spec: SequenceSpec | None = None
@@ -67,6 +91,19 @@ class Script:
         if error is not None:
             raise error
 
+    def forget(self) -> None:
+        """Nothing more goes wrong."""
+        self._fail.clear()
+        self._drop.clear()
+        self._duplicate.clear()
+
+    def cached(self, done: PrefillDone) -> PrefillDone:
+        """As if leading blocks of the prompt had been in the cache; its last token is computed in any case."""
+        num_full = (done.num_computed_tokens - 1) // self._block_tokens
+        num_cached = min(self.num_cached_blocks, num_full) * self._block_tokens
+        num_computed = done.num_computed_tokens - num_cached
+        return replace(done, num_computed_tokens=num_computed, num_cached_tokens=num_cached)
+
     def times(self, what: str) -> int:
         """How often to send a message of this kind."""
         self.seen[what] += 1
@@ -80,15 +117,18 @@ class Script:
 
 
 class _Runner(PacedRunner):
-    def __init__(self, config: FakeConfig, memory: memoryview, following: Mapping[int, int]) -> None:
+    def __init__(self, config: FakeConfig, memory: memoryview) -> None:
         super().__init__(config, memory)
-        self._following = following
+        self._following = config.following
 
     def _draw_one(self, row: Row) -> tuple[int, PositionLogprobs | None]:
         token_id, report = super()._draw_one(row)
         if self._following:
             *_, (_, cell, count) = self._runs(0, row.block_ids, 0, row.stop)
             token_id = self._following.get(self._cells[cell + count - 1] - 1, token_id)
+        if report is not None:
+            top = tuple(replace(x, token_id=(token_id + i) % self.vocab_size) for i, x in enumerate(report.top))
+            report = replace(report, chosen=replace(report.chosen, token_id=token_id), top=top)
         return token_id, report
 
 
@@ -99,6 +139,9 @@ class _Replica(Replica):
     def stalled_s(self) -> float:
         since_s = self.script.stalled_since_s
         return super().stalled_s if since_s is None else self._clock.now() - since_s
+
+    def status(self, role: Role) -> NodeStatus:
+        return replace(super().status(role), cached_blocks=self.script.num_cached_blocks)
 
     def submit(self, spec: SequenceSpec, *, hands_off: bool, listener: Listener) -> None:
         self.script.last_spec = spec
@@ -123,6 +166,8 @@ class _Service(NodeService):
         super().received(event)
 
     def _send(self, action: Send) -> None:
+        if isinstance(action.message, PrefillDone):
+            action = replace(action, message=self.script.cached(action.message))
         name = _NAMES.get(type(action.message))
         for _ in range(1 if name is None else self.script.times(name)):
             super()._send(action)
@@ -139,6 +184,8 @@ class _Context:
         for tokens in response.tokens[: self._script.num_garbled]:
             self._script.num_garbled -= 1
             tokens.finish_reason = 99  # type: ignore[assignment]
+        if response.HasField("cache") and self._script.garbles_cache:
+            response.cache.stored = b"123"
         await self._script.speaks.wait()
         await self._context.write(response)
 
@@ -149,24 +196,40 @@ class _Servicer(NodeServicer):
     async def Session(self, request_iterator: AsyncIterator[node_pb2.SessionRequest], context: Any) -> None:  # noqa: N802
         await super().Session(request_iterator, _Context(context, self.script))  # type: ignore[arg-type]
 
+    async def Cache(self, request: node_pb2.CacheRequest, context: Any) -> node_pb2.CacheResponse:  # noqa: N802
+        script, node = self.script, self._node
+        known, dropped = script.num_cached_blocks, 0
+        if request.drop:
+            script.num_cached_blocks, known, dropped = 0, 0, known
+        num_blocks = node.kv_layout.num_blocks
+        return node_pb2.CacheResponse(
+            node_id=node.node_id,
+            incarnation=node.incarnation,
+            is_on=script.has_cache,
+            total_blocks=num_blocks,
+            known_blocks=known,
+            cached_blocks=known,
+            max_cached_blocks=num_blocks,
+            dropped_blocks=dropped,
+        )
+
 
 class FakeNode(fake.FakeNode):
     replica_type = _Replica
     service_type = _Service
     servicer_type = _Servicer
 
-    def __init__(
-        self,
-        node_id: str,
-        role: Role,
-        cluster: fake.FakeCluster,
-        config: FakeConfig,
-        following: Mapping[int, int] | None = None,
-    ) -> None:
-        """``following``: what comes after a token, for answers that are to be known by heart; else it is drawn."""
-        self.script = Script(node_id)
-        self._following = following or {}
+    config: FakeConfig
+
+    def __init__(self, node_id: str, role: Role, cluster: fake.FakeCluster, config: FakeConfig) -> None:
+        self.script = Script(node_id, config)
+        self._cache_number = 0
         super().__init__(node_id, role, cluster, config)
+
+    @property
+    def description(self) -> NodeDescription:
+        caching = PrefixCaching(phases_agree=True) if self.config.has_prefix_cache else None
+        return replace(super().description, prefix_cache=caching)
 
     # ── What is to go wrong ─────────────────────────────────────────────────────────────────────────────────────────
 
@@ -185,6 +248,13 @@ class FakeNode(fake.FakeNode):
     def end_sessions(self) -> None:
         """In good order, as a node does that leaves."""
         self.service.sessions.close()
+
+    def tell_cache(self, stored: Iterable[int], dropped: Iterable[int] = (), *, is_snapshot: bool = False) -> None:
+        """Keys of blocks that it has from now on, and has no more."""
+        self._cache_number += 1
+        change = CacheChanged(self._cache_number, tuple(stored), tuple(dropped), is_snapshot)
+        for number in self.service.sessions.numbers:
+            self.service.sessions.put(number, change)
 
     def stall(self) -> None:
         """The engine makes no step; sessions and status go on, and say so."""
@@ -207,7 +277,7 @@ class FakeNode(fake.FakeNode):
     # ── How the parts are made ──────────────────────────────────────────────────────────────────────────────────────
 
     def new_runner(self) -> PacedRunner:
-        return _Runner(self.config, self.memory, self._following)
+        return _Runner(self.config, self.memory)
 
     def new_replica(self, scheduler: Scheduler) -> Replica:
         return _scripted(super().new_replica(scheduler), self.script)
@@ -232,18 +302,11 @@ def _scripted(part: Any, script: Script) -> Any:
 
 
 class FakeCluster(fake.FakeCluster):
-    nodes: dict[str, FakeNode]  # type: ignore[assignment]
+    def __init__(self, config: FakeConfig | None = None, **pools: int) -> None:
+        super().__init__(config or FakeConfig(), **pools)
 
-    def __init__(self, config: FakeConfig | None = None, *, following: Mapping[int, int] | None = None,
-                 **pools: int) -> None:  # fmt: skip
-        self._following = following
-        super().__init__(config, **pools)
-
-    def new_node(self, node_id: str, role: Role, config: FakeConfig) -> FakeNode:
-        return FakeNode(node_id, role, self, config, self._following)
-
-    def __getitem__(self, node_id: str) -> FakeNode:
-        return self.nodes[node_id]
+    def new_node(self, node_id: str, role: Role, config: Any) -> FakeNode:
+        return FakeNode(node_id, role, self, config)
 
 
 __all__ = ["FakeCluster", "FakeConfig", "FakeNode", "Script", "expected_tokens"]

@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig
 from router.serve import Router
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import VOCAB_SIZE, baseline, router_beside
 
 QUICK = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)

@@ -15,8 +15,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from router.cluster.membership import State
 from router.config import RouterConfig
-from router.fake import FakeCluster
 from router.serve import Router, running
+from tests.support.fake_nodes import FakeCluster
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog",

@@ -23,7 +23,7 @@ from baton.errors import BadConfig, InvalidRequest
 from cli import ask, preflight
 from cli.main import main
 from demo import model as _model  # the folder, as a package without code
-from router.fake import FakeCluster
+from tests.support.fake_nodes import FakeCluster
 from tests.support.root import ROOT
 from tests.support.router import router_beside
 

@@ -19,12 +19,12 @@ from baton.errors import BadConfig
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from cli.app import app
 from router.config import RouterConfig
-from router.fake import FakeCluster, FakeConfig
 from router.flow import FlowConfig
 from router.model_files import load_facts
 from router.openai_logprobs import LogprobWriter
 from router.text import TextStream
 from router.tokenizer import Tokenizer
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside
 from tests.support.text_tokenizers import KINDS, llama
 
@@ -79,7 +79,7 @@ class Served:
     @property
     def sampling(self) -> SamplingParams:
         """What a node was asked for last."""
-        spec = self.cluster.nodes["prefill-0"].last_spec
+        spec = self.cluster.nodes["prefill-0"].script.last_spec
         assert spec is not None
         return spec.sampling
 

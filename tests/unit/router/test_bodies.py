@@ -17,10 +17,10 @@ from baton import errors
 from router.body import BodyReader, TooLarge, check_structure
 from router.chat import ChatMessage, ChatTemplate
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig
 from router.offload import Offload
 from router.serve import Router
 from router.tokenizer import Tokenizer
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import VOCAB_SIZE, router_beside, write_model_folder
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)

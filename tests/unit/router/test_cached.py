@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 import baton
-from router.fake import FakeCluster, FakeConfig
 from router.serve import Router
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import VOCAB_SIZE, router_beside, until, write_model_folder
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, num_cached_blocks=2)

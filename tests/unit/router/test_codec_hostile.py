@@ -16,8 +16,8 @@ from baton.types import Role
 from baton.v1 import common_pb2 as pb
 from baton.v1 import node_pb2
 from router.dispatch import Dispatcher
-from router.fake import FakeCluster
 from router.session_bytes import Reader
+from tests.support.fake_nodes import FakeCluster
 from tests.support.router import router_beside, until
 
 ROLE = pb.ROLE_DECODE

@@ -24,7 +24,6 @@ from router.active import Active
 from router.cluster.membership import State
 from router.config import LinkConfig, RouterConfig, WatchConfig
 from router.dispatch import Dispatcher
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Prompt
 from router.metrics import RouterMetrics
 from router.records import Ended
@@ -32,6 +31,7 @@ from router.registry import RegistryWatch
 from router.serve import Router
 from router.sessions import NodeLink, hello
 from router.turns import Turns
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import baseline, quick, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -109,7 +109,7 @@ async def test_an_immediate_placement_that_cannot_be_encoded_books_nothing() -> 
         router.dispatcher.scheduler.check()
         assert router.dispatcher.scheduler.num_running_of("") == 0, "its client has all of its share"
         assert (await outcome(submit(router, [1])))[0] == expected_tokens([1], 1, 10, VOCAB)
-        assert cluster["mixed-0"].seen["cancel"] == 0, "no node ever heard of them"
+        assert cluster["mixed-0"].script.seen["cancel"] == 0, "no node ever heard of them"
 
 
 async def test_a_request_too_long_for_a_nodes_session_is_refused_by_itself() -> None:

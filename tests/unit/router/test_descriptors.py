@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from baton import descriptors
-from router.fake import FakeCluster, FakeConfig
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 
 ROUTER = """
 import asyncio, logging, resource, sys

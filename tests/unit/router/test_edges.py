@@ -22,12 +22,12 @@ from baton.observe import Lifeline
 from baton.server import LIVENESS
 from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow import FlowConfig
 from router.flow_messages import Outcome, OutcomeKind
 from router.http_server import listen
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import router_beside, until
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from router.fake import FakeConfig
 from router.http_server import Connection
 from router.serve import Router
+from tests.support.fake_nodes import FakeConfig
 from tests.support.http_wire import Wire, asked, get, parsed, post, served
 from tests.support.router import VOCAB_SIZE, until, write_model_folder
 

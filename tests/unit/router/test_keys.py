@@ -13,7 +13,7 @@ import baton
 from baton import errors
 from baton.registry import RegistryConfig
 from router.config import RouterConfig
-from router.fake import FakeCluster
+from tests.support.fake_nodes import FakeCluster
 from tests.support.router import router_beside
 
 KEYS = ("first-key", "second-key")

@@ -19,9 +19,9 @@ from baton.clock import catch_up_s
 from baton.patience import patient_timeout
 from router.cluster.membership import MembershipConfig, State
 from router.config import RouterConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow import FlowConfig
 from router.serve import Router, running
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import baseline, until
 
 pytestmark = pytest.mark.alone
@@ -44,7 +44,7 @@ def child(*arguments: str) -> Iterator[Callable[[], bytes]]:
 @asynccontextmanager
 async def router_beside_processes(flow: FlowConfig, membership: MembershipConfig) -> AsyncIterator[Router]:
     """Nodes in a process of their own: they go on while the router's loop stands still."""
-    with child("-m", "router.fake", "--prefill", "1", "--decode", "1", "--step-s", "0.01") as first_line:
+    with child("-m", "worker.fake", "--prefill", "1", "--decode", "1", "--step-s", "0.01") as first_line:
         addresses = json.loads(await asyncio.to_thread(first_line))
         config = RouterConfig(nodes=tuple(addresses), flow=flow, membership=membership)
         async with running(config) as router:

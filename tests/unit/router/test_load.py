@@ -10,8 +10,8 @@ import pytest
 
 from router.cluster.membership import State
 from router.config import RouterConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.serve import Router, running
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, until, write_model_folder
 
 NUM_STREAMS = 1000

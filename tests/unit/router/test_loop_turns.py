@@ -27,7 +27,6 @@ from router.cluster.membership import State
 from router.cluster.policy import Decision, Demand, Placement, Reason, choose
 from router.cluster.pools import Pools
 from router.config import LimitsConfig, LinkConfig, RouterConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
 from router.http import HttpFace
@@ -36,6 +35,7 @@ from router.serve import Router
 from router.sessions import NodeLink, hello
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, quick, router_beside, until, write_model_folder
 
 # So short that every piece of work has to wait for the next turn.
@@ -305,7 +305,7 @@ class Heard:
 
 async def test_what_many_nodes_say_at_once_is_heard_over_many_turns() -> None:
     nodes = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "router.fake", "--prefill", "15", "--decode", "15",
+        sys.executable, "-m", "worker.fake", "--prefill", "15", "--decode", "15",
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
     assert nodes.stdin is not None

@@ -15,8 +15,8 @@ from baton.metrics import Metrics, add_process, exposition
 from baton.registry import RegistryConfig
 from router.cluster.membership import State
 from router.config import RouterConfig
-from router.fake import FakeCluster, FakeConfig
 from router.serve import Router
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside, until
 
 
@@ -57,7 +57,7 @@ async def test_nodes_that_leave_as_they_said_are_told_from_lost_ones() -> None:
         router_beside(cluster) as router,
     ):
         states = [State.DRAINING, State.LEFT]
-        cluster["decode-0"].is_draining = True
+        cluster["decode-0"].drain(0.0)
         await until(lambda: states[0] in [m.state for m in router.dispatcher.nodes.members])
         await cluster["decode-0"].die()
         await until(lambda: states[1] in [m.state for m in router.dispatcher.nodes.members])

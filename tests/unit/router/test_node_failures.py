@@ -16,10 +16,10 @@ from baton.client import Accepted, Completion, Delta, Finished, Options
 from baton.types import FinishReason, Role, SamplingParams
 from router.cluster.membership import State
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.openai_response import relay_json
 from router.serve import Router
 from router.wire import member_to_pb
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import baseline, quick, router_beside, until
 
 VOCAB = FakeConfig().vocab_size
@@ -138,7 +138,7 @@ async def test_after_a_planned_drain_the_status_says_so_while_its_address_is_dia
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         node = cluster["decode-1"]
         member = router.dispatcher.nodes.membership.members[node.address]
-        node.is_draining = True
+        node.drain(0.0)
         await until(lambda: member.state is State.DRAINING)
         node.end_sessions()
         await until(lambda: member.state is State.LEFT)
@@ -240,7 +240,7 @@ async def test_silent_node_counts_as_lost() -> None:
 async def test_failed_transfer_is_run_again(code: str) -> None:
     """Known failure 20: no request waits for a time-out."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
-        cluster["prefill-0"].fail("transfer", 1, code=code, blamed="decode-0")
+        cluster["prefill-0"].fail("transfer", 1, code=code)
         async with asyncio.timeout(1.0):
             done = await complete(router, [1, 2], max_tokens=8, seed=2)
         assert done.token_ids == expected([1, 2], 2, 8)
@@ -251,7 +251,7 @@ async def test_failed_transfer_is_run_again(code: str) -> None:
 async def test_pair_heals_after_transient_failures() -> None:
     """Known failure 14: failures shut no pair out for good, not even the only one."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
-        cluster["prefill-0"].fail("transfer", 4, code="TransferFailed", blamed="decode-0")
+        cluster["prefill-0"].fail("transfer", 4, code="TransferFailed")
         # While decode is avoided, prefill keeps the sequence; the next requests try the pair again.
         for _ in range(4):
             assert (await complete(router, [1], max_tokens=4, seed=1)).relay.attempts == 2
@@ -261,7 +261,7 @@ async def test_pair_heals_after_transient_failures() -> None:
 
 async def test_broken_pair_is_avoided_where_others_work() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
-        cluster["decode-0"].fail("decode", 2, code="TransferFailed")
+        cluster["decode-0"].fail("join", 2, code="TransferFailed")
         done = await many(router, 6)
         assert all(isinstance(x, Completion) for x in done)
         await baseline(cluster)
@@ -316,7 +316,7 @@ async def test_cancel_in_every_phase(phase: str) -> None:
     async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         if phase == "queued":
             for node in cluster.nodes.values():
-                node.is_draining = True
+                node.drain(0.0)
             await until(lambda: not router.dispatcher.is_ready)
         if phase == "reserving":
             cluster["decode-0"].drop("reserved")
@@ -401,7 +401,7 @@ async def test_wedged_engine_makes_the_router_unready() -> None:
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, timing=quick) as router:
         for node in cluster.nodes.values():
             node.stall()
-            node._stalled_since_s = 0.0
+            node.script.stalled_since_s = 0.0
         await until(lambda: not router.dispatcher.is_ready)
 
 
@@ -429,7 +429,7 @@ async def _odd_one_out(cluster: FakeCluster, caplog: pytest.LogCaptureFixture) -
 
 async def test_draining_node_gets_no_new_work() -> None:
     async with FakeCluster(prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
-        cluster["decode-0"].is_draining = True
+        cluster["decode-0"].drain(0.0)
         await until(lambda: any(m.state is State.DRAINING for m in router.dispatcher.nodes.members))
         done = [x for x in await many(router, 4) if isinstance(x, Completion)]
         assert {x.relay.decode_node_id for x in done} == {"decode-1"}
@@ -441,7 +441,7 @@ async def test_ledger_and_status() -> None:
         async with baton.AsyncClient(router.grpc) as client:
             async with aclosing(client.generate([1, 2], max_tokens=500, seed=1)) as parts:
                 async for part in parts:
-                    if isinstance(part, Delta) and len(cluster["decode-0"]._live) == 1:
+                    if isinstance(part, Delta) and cluster["decode-0"].used_blocks:
                         break
                 ledger = await client.ledger()
                 owners = {n.node_id: [(o.state, o.num_blocks) for o in n.owners] for n in ledger.nodes}
@@ -515,15 +515,14 @@ async def test_a_node_that_refuses_because_it_drains_costs_no_attempt() -> None:
 async def test_the_last_tokens_of_a_node_that_leaves_are_not_lost() -> None:
     async with FakeCluster(SLOW, prefill=1, decode=2) as cluster, router_beside(cluster, timing=quick) as router:
         asked = asyncio.create_task(complete(router, [1, 2, 3], max_tokens=30, seed=7))
-        await until(lambda: any(n.seen["joined"] for n in cluster.nodes.values()))
-        leaving = next(n for n in cluster.nodes.values() if n.seen["joined"])
+        await until(lambda: any(n.script.seen["joined"] for n in cluster.nodes.values()))
+        leaving = next(n for n in cluster.nodes.values() if n.script.seen["joined"])
         # All tokens that it has left are under way when it says goodbye.
-        leaving.stall()
-        while leaving.status().num_running:
-            leaving._decode_step()
-        for session in leaving._sessions:
-            session.flush(is_muted=False)
+        leaving.mute()
+        leaving.runner.step_s = 0.0
+        await until(lambda: not leaving.status().num_running)
         leaving.end_sessions()
+        leaving.resume()
         done = await asked
         assert (done.relay.attempts, done.relay.decode_node_id) == (1, leaving.node_id)
         assert done.token_ids == expected([1, 2, 3], 7, 30)

@@ -10,7 +10,7 @@ import grpc
 from baton import PROTOCOL_VERSION
 from baton.types import NodeDescription, Role
 from router.cluster.membership import State
-from router.fake import FakeCluster, FakeNode
+from tests.support.fake_nodes import FakeCluster, FakeNode
 from tests.support.router import router_beside, until
 
 

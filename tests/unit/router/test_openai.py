@@ -15,9 +15,9 @@ import openai
 import pytest
 
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.serve import Router
 from router.tokenizer import Tokenizer
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)
@@ -300,6 +300,9 @@ async def test_deadline_before_the_first_token_is_408(folder: Path) -> None:
         for stream in (False, True):
             got = await client.post("/v1/completions", json={"prompt": "x", "timeout": 0.2, "stream": stream})
             assert (got.status_code, got.json()["error"]["code"]) == (408, "deadline_exceeded")
+        for node in cluster.nodes.values():
+            # A step that is under way keeps its blocks.
+            node.resume()
 
 
 async def test_error_in_mid_stream_is_an_event_without_done(folder: Path) -> None:

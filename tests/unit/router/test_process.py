@@ -10,8 +10,8 @@ from pathlib import Path
 import httpx
 
 from router.config import RouterConfig
-from router.fake import FakeCluster
 from router.serve import serve
+from tests.support.fake_nodes import FakeCluster
 from tests.support.router import until
 
 

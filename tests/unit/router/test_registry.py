@@ -15,8 +15,8 @@ from baton.registry import NodeRecord, Registry, RegistryConfig
 from baton.types import Role
 from router.cluster.membership import State
 from router.config import RouterConfig, WatchConfig
-from router.fake import FakeCluster, FakeConfig, FakeNode, expected_tokens
 from router.serve import Router, running
+from tests.support.fake_nodes import FakeCluster, FakeConfig, FakeNode, expected_tokens
 from tests.support.redis_server import RedisServer
 from tests.support.router import quick, until
 from worker.registration import LeaseConfig, Registration
@@ -107,6 +107,7 @@ async def test_a_new_incarnation_replaces_a_session_that_still_looks_alive(redis
         old = node.incarnation
         # Its host vanished without closing a connection, and a new life of it registers.
         node.incarnation += 1
+        node.service.node = node.description
         second = await register(redis_server, node)
         await until(
             lambda: [x.node.incarnation for x in router.dispatcher.nodes.members if x.is_up and x.node] == [old + 1]

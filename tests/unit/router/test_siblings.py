@@ -14,9 +14,9 @@ from baton.prefix import PrefixScheme, key_of
 from baton.types import SamplingParams
 from router.active import Active
 from router.cluster.prefix_index import PrefixIndex
-from router.fake import FakeCluster, FakeConfig, FakeNode, expected_tokens
 from router.flow_messages import OutcomeKind, Phase, Prompt
 from router.serve import Router
+from tests.support.fake_nodes import FakeCluster, FakeConfig, FakeNode, expected_tokens
 from tests.support.router import router_beside, until
 
 VOCAB_SIZE = 512
@@ -68,7 +68,7 @@ async def test_the_others_wait_until_the_first_has_joined() -> None:
         assert router.dispatcher.scheduler.num_waiting == 2
         router.dispatcher.scheduler.check()
         for node in cluster.nodes.values():
-            node._drop.clear()
+            node.script.forget()
         router.dispatcher.cancel([first], "enough")
         await all_right([first, *others], skipped=1)
 
@@ -164,13 +164,13 @@ async def test_the_others_follow_however_the_first_ends(ends: Callable[[Router, 
 async def test_the_others_follow_a_first_choice_that_fails_or_is_refused() -> None:
     async with split() as (cluster, router):
         for node in cluster.nodes.values():
-            node.fail("run", 1, code="BadLogits", retryable=False)
+            node.fail("run", 1, code="BadLogits")
         first, *others = submit(router, num_choices=2)
         await until(lambda: first.flow.has_ended)
         assert first.flow.outcome is not None
         assert first.flow.outcome.kind is OutcomeKind.FAILED
         for node in cluster.nodes.values():
-            node._fail.clear()
+            node.script.forget()
         await all_right(others)
 
 
@@ -256,10 +256,8 @@ async def test_a_garbled_change_makes_a_nodes_blocks_unknown() -> None:
         index, node = router.dispatcher.scheduler.prefix_index, cluster["prefill-0"]
         node.tell_cache([1, 2, 3], is_snapshot=True)
         await until(lambda: index.num_blocks_of("prefill-0") == 3)
-        for session in node._sessions:
-            session.draft.cache.number = 9
-            session.draft.cache.stored = b"123"
-            session.flush(is_muted=False)
+        node.script.garbles_cache = True
+        node.tell_cache([4])
         await until(lambda: not index)
         router.dispatcher.scheduler.cache_changed("nobody", CacheChanged(1, (1,), is_snapshot=True))
         assert not index

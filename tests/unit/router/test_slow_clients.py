@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from baton import errors
 from baton.types import PositionLogprobs, TokenLogprob
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
-from router.fake import FakeConfig
 from router.stream import Backlog, Pacer, TokenStream
 from router.turns import Turns
+from tests.support.fake_nodes import FakeConfig
 from tests.support.http_wire import Wire, asked, post, served
 from tests.support.router import VOCAB_SIZE, until, write_model_folder
 

@@ -24,10 +24,10 @@ from opentelemetry.trace import SpanKind, StatusCode
 from baton import errors
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.config import RouterConfig
-from router.fake import FakeCluster, FakeConfig
 from router.serve import Router, running
 from router.span_export import ReportingExporter
 from router.spans import Spans
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import quick, until
 
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"

@@ -17,11 +17,11 @@ import pytest
 import baton
 from baton.observe import Lifeline
 from baton.types import Role, TransferReport
-from router.fake import FakeCluster, FakeConfig
 from router.history import stages
 from router.rolling import Histogram, Window
 from router.serve import Router
 from tests.support.chromium import Browser
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside, until
 
 SLOW = FakeConfig(step_s=0.01, transfer_s=0.01)

@@ -13,7 +13,7 @@ from baton import errors
 from baton.types import MAX_CACHE_SALT_BYTES
 from router.clients import cache_salt
 from router.config import RouterConfig
-from router.fake import FakeCluster
+from tests.support.fake_nodes import FakeCluster
 from tests.support.router import router_beside
 
 KEYS = ("first-key", "second-key")
@@ -36,14 +36,14 @@ async def salts_of(cluster: FakeCluster, router: Any, requests: list[tuple[str, 
         for key, salt in requests:
             async with baton.AsyncClient(router.grpc, api_key=key) as client:
                 await client.complete(PROMPT, max_tokens=1, cache_salt=salt)
-            assert node.last_spec is not None
-            by_grpc = node.last_spec.cache_salt
+            assert node.script.last_spec is not None
+            by_grpc = node.script.last_spec.cache_salt
             body: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 1} | ({"cache_salt": salt} if salt else {})
             # Other spellings of the same header are the same tenant.
             headers = {"authorization": f"bearer   {key}"} if key else {}
             answer = await http.post("/v1/completions", json=body, headers=headers)
             assert answer.status_code == 200, answer.text
-            assert node.last_spec.cache_salt == by_grpc
+            assert node.script.last_spec.cache_salt == by_grpc
             found.append(by_grpc)
     return found
 
@@ -87,7 +87,7 @@ async def test_a_second_header_cannot_make_another_tenant() -> None:
         headers = [("authorization", "Bearer guessed"), ("authorization", f"Bearer {KEYS[1]}")]
         answer = await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 1}, headers=headers)
         assert answer.status_code == 200
-        spec = cluster["mixed-0"].last_spec
+        spec = cluster["mixed-0"].script.last_spec
         assert spec is not None
         assert spec.cache_salt == expected
         refused = await http.post("/v1/completions", json={"prompt": PROMPT}, headers=headers[::-1])

@@ -15,10 +15,10 @@ from baton import errors
 from baton.timeline import Timeline, Transfer, Write
 from baton.v1 import router_pb2
 from cli.trace import document_of, overlap_shares, write
-from router.fake import FakeCluster, FakeConfig
 from router.serve import Router
 from router.sessions import RoundTrip
 from tests.support import trace_reader
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside, until
 
 SLOW = FakeConfig(step_s=0.005, prefill_token_s=0.002, transfer_s=0.01)

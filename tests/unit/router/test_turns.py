@@ -11,8 +11,8 @@ import pytest
 import baton
 from router.clients import client_of
 from router.config import LimitsConfig
-from router.fake import FakeCluster, FakeConfig, expected_tokens
 from router.flow_messages import Phase
+from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, until
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048, step_s=0.01)
