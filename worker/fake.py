@@ -37,7 +37,8 @@ from baton.v1 import node_pb2_grpc
 from engine import fake
 from engine.blocks import BlockPool
 from engine.replica import Replica
-from engine.schedule import Scheduler, SchedulerConfig
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from worker.admin import NodeServicer
