@@ -21,6 +21,7 @@ from baton.types import (
     TokenChunk,
 )
 from baton.v1 import node_pb2
+from engine.blocks import BlockState
 from engine.fake import Row
 from engine.replica import Listener, Replica
 from engine.schedule import Scheduler
@@ -230,6 +231,11 @@ class FakeNode(fake.FakeNode):
     def description(self) -> NodeDescription:
         caching = PrefixCaching(phases_agree=True) if self.config.has_prefix_cache else None
         return replace(super().description, prefix_cache=caching)
+
+    @property
+    def num_leased(self) -> int:
+        """Sequences that are computed elsewhere and have not arrived."""
+        return sum(line.state is BlockState.LEASED for line in self.replica.ledger()[2])
 
     # ── What is to go wrong ─────────────────────────────────────────────────────────────────────────────────────────
 

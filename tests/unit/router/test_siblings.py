@@ -99,7 +99,7 @@ async def test_a_decode_node_gets_the_prompt_from_one_choice_at_a_time() -> None
         decodes = [node for node_id, node in cluster.nodes.items() if node_id.startswith("decode")]
         most = 0
         while not all(active.flow.has_ended for active in actives):
-            most = max(most, *(sum(live.state == "leased" for live in node._live.values()) for node in decodes))
+            most = max(most, *(node.num_leased for node in decodes))
             router.dispatcher.scheduler.check()
             await asyncio.sleep(0.01)
         assert most == 1
