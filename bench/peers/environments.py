@@ -104,9 +104,8 @@ def environment(recipe: Recipe, envs: Path, log_dir: Path) -> Environment:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = log_dir / f"{recipe.name}-install.log"
     made = Environment(folder)
-    has_pip = recipe.torch or recipe.alone or recipe.packages
-    run([sys.executable, "-m", "venv", *([] if has_pip else ["--without-pip"]), str(folder)], log, 120.0)
-    pip = [str(made.python), "-m", "pip", "install"]
+    run([sys.executable, "-m", "venv", "--without-pip", str(folder)], log, 120.0)
+    pip = [sys.executable, "-m", "pip", "--python", str(made.python), "install"]
     if recipe.torch:
         run([*pip, _TORCH], log, recipe.limit_s)
     if recipe.alone:

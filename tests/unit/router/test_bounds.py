@@ -83,8 +83,11 @@ def body_of(path: str, name: str, value: Any) -> bytes:
     body |= {"prompt": "the"} if path == "completions" else {"messages": [{"role": "user", "content": "the"}]}
     if name == "top_logprobs":
         body["logprobs"] = True
-    if name in ("max_completion_tokens", "min_tokens"):
+    if name == "max_completion_tokens":
         del body["max_tokens"]
+    if name == "min_tokens":
+        # More than any value that is taken; what a chat is given by default fills the context.
+        body["max_tokens"] = 32
     return json.dumps(body | {name: value}).encode()
 
 
