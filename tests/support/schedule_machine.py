@@ -62,6 +62,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.num_made = 0
+        self.begin()
+
+    def begin(self) -> None:
+        """A node without sequences."""
         self.pool = BlockPool(NUM_BLOCKS, max_cached=self.max_cached)
         digest_of = self.bytes_of if self.is_verified else None
         self.scheduler = Scheduler(CONFIG, self.pool, self.scheme, digest_of)
@@ -79,7 +84,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_cached: dict[str, int] = {}
         self.flights: list[Flight] = []
         self.now = 0.0
-        self.num_made = 0
 
     def prompt(self, num_prompt: int) -> tuple[int, ...]:
         return tuple((self.num_made * 7 + i) % VOCAB for i in range(num_prompt))

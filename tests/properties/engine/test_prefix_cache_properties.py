@@ -11,6 +11,7 @@ from hypothesis.stateful import invariant, precondition, rule
 from baton.prefix import PrefixScheme, key_of
 from baton.types import PrefixCaching
 from engine.blocks import BlockState
+from router.cluster.prefix_index import PrefixIndex
 from tests.support.schedule_machine import BLOCK_TOKENS, LAYOUT, VOCAB, SchedulerMachine
 
 
@@ -19,6 +20,11 @@ class CachedMachine(SchedulerMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        # A router's, told the same.
+        self.index = PrefixIndex(max_blocks=100)
+
+    def begin(self) -> None:
+        super().begin()
         self.feed = self.pool.known.follow()
         self.told: set[int] = set()
         # By hash, the block that is found by it, with its bytes.
@@ -32,6 +38,7 @@ class CachedMachine(SchedulerMachine):
             return turns[:30]
         return tuple((self.num_made % 2 * 7 + i) % VOCAB for i in range(num_prompt))
 
+    @precondition(lambda self: self.num_made % 8 == 3)
     @rule()
     def drop(self) -> None:
         num_known = len(self.pool.known)
@@ -45,11 +52,23 @@ class CachedMachine(SchedulerMachine):
             assert self.told == {key_of(value) for value in self.hashes()}
             return
         change = untold.message()
+        self.index.change("n0", change)
         assert len(change.stored) + len(change.dropped) <= most
         assert not change.is_snapshot or not self.told, "once, at first"
         assert not self.told & {*change.stored}
         assert self.told >= {*change.dropped}
         self.told = self.told - {*change.dropped} | {*change.stored}
+        assert self.index.num_blocks_of("n0") == len(self.told)
+        assert all(bool(self.index.hits([key])) == (key in self.told) for key in {*change.stored, *change.dropped})
+
+    # Rarely: what comes before is to be met again.
+    @precondition(lambda self: self.num_made % 8 == 7)
+    @rule()
+    def die(self) -> None:
+        """The node's process, with all its sequences and blocks; the next one begins empty, behind a new session."""
+        self.begin()
+        self.index.forget("n0")
+        assert not self.index
 
     def hashes(self) -> dict[bytes, int]:
         return self.pool.known._blocks
@@ -94,8 +113,8 @@ class PhasesApartMachine(CachedOverlapMachine):
 class VerifiedMachine(CachedMachine):
     is_verified = True
 
-    def __init__(self) -> None:
-        super().__init__()
+    def begin(self) -> None:
+        super().begin()
         self.num_damaged = 0
 
     @precondition(lambda self: self.pool.num_cached)
