@@ -118,7 +118,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def add(
         self, num_prompt: int, max_tokens: int, num_generated: int, hands_off: bool, stops: bool, kind: int
     ) -> None:
-        spec = self.spec(num_prompt, max_tokens, num_generated, stops, kind)
+        self.submit(self.spec(num_prompt, max_tokens, num_generated, stops, kind), hands_off)
+
+    @rule(num_prompt=st.integers(1, 9))
+    def add_some_that_grow(self, num_prompt: int) -> None:
+        """More than there is room for in the end."""
+        for more in range(3):
+            self.submit(self.spec(num_prompt + more, 18, 0, stops=False), hands_off=False)
+
+    def submit(self, spec: SequenceSpec, hands_off: bool) -> None:
         try:
             self.scheduler.add(spec, hands_off=hands_off, now=self.now)
         except Overloaded:
@@ -276,6 +284,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def apply(self) -> None:
         flight = self.flights.pop(0)
         self.absorb(self.scheduler.apply(flight.plan, flight.underway.result(), self.now))
+
+    @rule(count=st.integers(2, 12))
+    def run(self, count: int) -> None:
+        """Several steps."""
+        for _ in range(count):
+            if len(self.flights) <= self.overlaps:
+                self.schedule()
+            if self.flights:
+                self.apply()
 
     @precondition(lambda self: self.flights)
     @rule()

@@ -29,6 +29,8 @@ class CachedMachine(SchedulerMachine):
         self.told: set[int] = set()
         # By hash, the block that is found by it, with its bytes.
         self.found: dict[bytes, tuple[int, bytes]] = {}
+        # Hashes of blocks that were damaged; after that they have the right bytes again.
+        self.damaged: set[bytes] = set()
 
     def prompt(self, num_prompt: int) -> tuple[int, ...]:
         """One of two beginnings, or what a sequence has said so far and more."""
@@ -77,6 +79,8 @@ class CachedMachine(SchedulerMachine):
     def what_is_found_never_changes(self) -> None:
         now = {value: (block, self.bytes_of(block)) for value, block in self.hashes().items()}
         for value, was in self.found.items():
+            if value in self.damaged:
+                continue
             assert now.get(value, was)[0] != was[0] or now.get(value, was) == was, "a known block was written to"
         self.found = now
 
@@ -124,7 +128,7 @@ class VerifiedMachine(CachedMachine):
         block = data.draw(st.sampled_from(sorted(self.pool._cached)))
         layer = data.draw(st.integers(0, LAYOUT.num_layers - 1))
         self.runner._cells[LAYOUT.offset(layer, block) // 4 + data.draw(st.integers(0, BLOCK_TOKENS - 1))] += 1
-        self.found = {}
+        self.damaged |= {value for value, known in self.hashes().items() if known == block}
         self.num_damaged += 1
 
     @invariant()
@@ -157,12 +161,12 @@ def test_a_damaged_block_is_dropped_and_computed_anew() -> None:
 
 
 TestCached = CachedMachine.TestCase
-TestCached.settings = settings(max_examples=60, stateful_step_count=60)
+TestCached.settings = settings(max_examples=40, stateful_step_count=60)
 TestCachedOverlap = CachedOverlapMachine.TestCase
-TestCachedOverlap.settings = settings(max_examples=60, stateful_step_count=60)
+TestCachedOverlap.settings = settings(max_examples=40, stateful_step_count=60)
 TestCachedDrafting = CachedDraftingMachine.TestCase
-TestCachedDrafting.settings = settings(max_examples=40, stateful_step_count=60)
+TestCachedDrafting.settings = settings(max_examples=30, stateful_step_count=60)
 TestPhasesApart = PhasesApartMachine.TestCase
-TestPhasesApart.settings = settings(max_examples=30, stateful_step_count=60)
+TestPhasesApart.settings = settings(max_examples=20, stateful_step_count=60)
 TestVerified = VerifiedMachine.TestCase
-TestVerified.settings = settings(max_examples=40, stateful_step_count=60)
+TestVerified.settings = settings(max_examples=30, stateful_step_count=60)
