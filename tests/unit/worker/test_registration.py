@@ -76,6 +76,66 @@ def registration(server: RedisServer, record: NodeRecord = RECORD, ttl_s: float 
     return r.Registration(registry, record, r.LeaseConfig(ttl_s), MonotonicClock())
 
 
+class ScriptedRegistry:
+    """Answers each registration as told; keeps what it was asked."""
+
+    def __init__(self, *answers: Exception | asyncio.Event | None) -> None:
+        self.asked: list[str] = []
+        self._answers = list(answers)
+
+    async def register(self, record: NodeRecord, ttl_s: float, *, takes_over: bool) -> int | None:
+        self.asked.append("take over" if takes_over else "renew")
+        answer = self._answers.pop(0) if self._answers else None
+        if isinstance(answer, asyncio.Event):
+            await answer.wait()
+        elif answer is not None:
+            raise answer
+        return None
+
+    async def leave(self, record: NodeRecord) -> None:
+        self.asked.append("leave")
+
+    async def close(self) -> None:
+        self.asked.append("close")
+
+
+def scripted(registry: ScriptedRegistry) -> r.Registration:
+    return r.Registration(registry, RECORD, r.LeaseConfig(0.15), MonotonicClock())  # type: ignore[arg-type]
+
+
+async def test_a_defect_or_refused_access_later_on_does_not_end_the_registration(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "baton.worker.registry")
+    registry = ScriptedRegistry(None, RuntimeError("planted"), BadConfig("does not let us in"), None)
+    mine = scripted(registry)
+    await mine.start()
+    async with asyncio.timeout(10):
+        while len(registry.asked) < 6:  # noqa: ASYNC110 - what the timer brings about
+            await asyncio.sleep(0.01)
+    await mine.close()
+    assert registry.asked[:6] == ["take over", *["renew"] * 5]
+    assert registry.asked[-2:] == ["leave", "close"]
+    assert "defect in registration" in caplog.text
+    assert "registered again" in caplog.text
+
+
+async def test_a_record_under_way_is_taken_back_after_it_was_written() -> None:
+    is_written = asyncio.Event()
+    registry = ScriptedRegistry(None, is_written)
+    mine = scripted(registry)
+    await mine.start()
+    async with asyncio.timeout(10):
+        while len(registry.asked) < 2:  # noqa: ASYNC110 - what the timer brings about
+            await asyncio.sleep(0.01)
+    withdrawing = [asyncio.create_task(mine.withdraw()) for _ in range(2)]
+    await asyncio.sleep(0.05)
+    assert registry.asked == ["take over", "renew"]
+    is_written.set()
+    await asyncio.gather(*withdrawing)
+    assert registry.asked == ["take over", "renew", "leave"]
+
+
 async def listed(server: RedisServer) -> list[NodeRecord]:
     registry = Registry(RegistryConfig(server.url))
     try:
