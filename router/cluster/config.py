@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from baton.settings import setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,8 +19,9 @@ class PolicyConfig:
     breaker_open_s: float = 1.0
     breaker_max_open_s: float = 30.0
     # KV blocks that the router knows of, one for each node that has it. At about 100 bytes a block, this is room for a
-    # thousand nodes of 10,000 blocks. Blocks beyond it are not seen: such a hit is not sought, but still used.
-    max_known_blocks: int = 12_000_000
+    # thousand nodes of 10,000 blocks. Blocks beyond it are not seen: such a hit is not sought, but still used. 0:
+    # places by load alone.
+    max_known_blocks: int = field(default=12_000_000, metadata=setting(least=0))
     # What work costs until it has been measured: a prompt's token, a byte of KV that is moved and not hidden behind the
     # prompt, and what a token in a node's running sequences adds to each of its steps.
     prompt_token_s: float = 1e-4
