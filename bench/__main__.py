@@ -26,7 +26,7 @@ from bench import measure
 # as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
 BENCHES = (
     *("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session"),
-    "prefix_placement",
+    *("prefix", "prefix_placement"),
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 

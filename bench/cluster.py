@@ -30,6 +30,8 @@ from bench import model as bench_model
 from bench.measure import BandwidthProbe, Samples
 
 PROMPT_TOKENS = 1000
+# For benches that send a prompt again and want it computed again.
+NO_PREFIX_CACHE = ("--prefix-cache", "off")
 _START_TIMEOUT_S = 300.0
 _STOP_TIMEOUT_S = 30.0
 _REQUEST_TIMEOUT_S = 120.0
@@ -45,6 +47,9 @@ class Timing:
     gaps_s: tuple[float, ...]
     router_ttft_s: float
     transfer: TransferReport | None
+    prefill_node_id: str
+    decode_node_id: str
+    num_cached_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +58,8 @@ class Cluster:
     stub: router_pb2_grpc.RouterAsyncStub
     nodes: tuple[str, ...]
     http: str
+    # host:port of each worker's metrics.
+    metrics: tuple[str, ...]
 
 
 @contextlib.asynccontextmanager
@@ -60,15 +67,16 @@ async def cluster(name: str, options: Sequence[str], folder: Path, run_dir: Path
     """Starts ``baton up`` with these options, waits until it is ready, and stops all its processes at the end."""
     ready_file = run_dir / f"{name}.json"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    command = [sys.executable, "-m", "cli", "up", "--model", str(folder), *options, "--threads", str(threads)]
-    command += ["--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready_file), "--kv-mib", "1024"]
+    command = [sys.executable, "-m", "cli", "up", "--model", str(folder), "--threads", str(threads)]
+    command += ["--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready_file), "--kv-mib", "1024", *options]
     log_path = run_dir / f"{name}.log"
     process = _start(command, log_path)
     try:
         ready = await asyncio.to_thread(_await_ready, process, ready_file, log_path)
         async with grpc.aio.insecure_channel(ready["grpc"]) as channel:
             nodes = tuple(f"{node['id']} ({node['role']})" for node in ready["nodes"])
-            yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, ready["http"])
+            metrics = tuple(node["metrics"] for node in ready["nodes"])
+            yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, ready["http"], metrics)
     finally:
         process.terminate()
         await asyncio.to_thread(_await_end, process)
@@ -139,6 +147,9 @@ async def ask(where: Cluster, prompt: Sequence[int], num_output: int) -> Timing:
             exposed_s=transfer.exposed_s,
             retransmits=transfer.retransmits,
         ),
+        prefill_node_id=finished.relay.prefill_node_id,
+        decode_node_id=finished.relay.decode_node_id,
+        num_cached_tokens=finished.usage.cached_tokens,
     )
 
 

@@ -98,12 +98,12 @@ def _run(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
 
 async def _measure(work: _Work, *, is_gpu: bool) -> dict[str, Any]:
     # Imported here: it needs packages that may just have been installed.
-    from bench.cluster import ask, cluster, compare, summary
+    from bench.cluster import NO_PREFIX_CACHE, ask, cluster, compare, summary
 
     rng, folder = Random(0), work.folder()
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     prompts = [[rng.randrange(1, vocab_size) for _ in range(length)] for length in work.lengths]
-    common = ("--kernels", "triton", "--dtype", work.dtype, *(_GPU_OPTIONS if is_gpu else ()))
+    common = ("--kernels", "triton", "--dtype", work.dtype, *NO_PREFIX_CACHE, *(_GPU_OPTIONS if is_gpu else ()))
     async with contextlib.AsyncExitStack() as stack:
         run_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="baton-bench-")))
 

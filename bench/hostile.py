@@ -39,7 +39,7 @@ import psutil
 
 import demo
 from baton.v1 import router_pb2, router_pb2_grpc
-from bench.cluster import Cluster, cluster
+from bench.cluster import NO_PREFIX_CACHE, Cluster, cluster
 from bench.measure import Samples
 from demo.tasks import recall_prompts
 
@@ -246,7 +246,8 @@ class _Watcher:
 
 async def _measure(window_s: float) -> dict[str, Any]:
     folder = Path(demo.__file__).parent / "model"
-    options = ["--prefill", "1", "--decode", "1", "--mixed", "0"]
+    # The streams send their prompts again and again.
+    options = ["--prefill", "1", "--decode", "1", "--mixed", "0", *NO_PREFIX_CACHE]
     with tempfile.TemporaryDirectory() as run_dir:
         async with cluster("hostile", options, folder, Path(run_dir)) as where:
             return await asyncio.to_thread(_watch, where, Path(run_dir), window_s)

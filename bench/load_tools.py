@@ -36,7 +36,7 @@ from rich.console import Console
 
 from bench import measure
 from bench.__main__ import RESULTS, show
-from bench.cluster import cluster
+from bench.cluster import NO_PREFIX_CACHE, cluster
 
 _TOOL_TIMEOUT_S = 300.0
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -288,7 +288,8 @@ async def _measure(args: argparse.Namespace, load: Load) -> list[dict[str, Any]]
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="baton-load-tools-") as name:
         folder = Path(name)
-        async with cluster("load-tools", ("--prefill", "2", "--decode", "2"), _MODEL, folder) as running:
+        options = ("--prefill", "2", "--decode", "2", *NO_PREFIX_CACHE)
+        async with cluster("load-tools", options, _MODEL, folder) as running:
             tap = Tap(running.http, folder)
             url = tap.url
             tools: dict[str, Callable[[], tuple[Figures, float]]] = {

@@ -37,6 +37,8 @@ import httpx
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from bench import model as bench_model
 from bench import switchable
+from bench.cluster import NO_PREFIX_CACHE
+from bench.measure import percent_more
 
 _DEMO = Path(__file__).resolve().parents[1] / "demo" / "model"
 _START_TIMEOUT_S = 120.0
@@ -197,7 +199,18 @@ async def _cluster(folder: Path, kv_mib: int) -> AsyncIterator[_Cluster]:
         workers = {
             role: start(
                 role,
-                *("worker", "--role", role, "--node-id", role, "--threads", "1", "--kv-mib", str(kv_mib)),
+                *(
+                    "worker",
+                    "--role",
+                    role,
+                    "--node-id",
+                    role,
+                    "--threads",
+                    "1",
+                    "--kv-mib",
+                    str(kv_mib),
+                    *NO_PREFIX_CACHE,
+                ),
                 stdout=subprocess.PIPE,
             )
             for role in ("prefill", "decode")
@@ -265,14 +278,6 @@ def _end(process: subprocess.Popen[str]) -> None:
         process.wait()
     if process.stdout is not None:
         process.stdout.close()
-
-
-def percent_more(on: Sequence[float], off: Sequence[float]) -> tuple[float, float, float]:
-    """Median of the paired ratios less one, with its 95 % bootstrap interval, in per cent."""
-    ratios = [100 * (a / b - 1) for a, b in zip(on, off, strict=True)]
-    rng = Random(0)
-    medians = sorted(statistics.median(rng.choices(ratios, k=len(ratios))) for _ in range(2000))
-    return statistics.median(ratios), medians[50], medians[1949]
 
 
 async def _measure(folder: Path, load: Load, seconds: dict[str, float], kv_mib: int) -> dict[str, Any]:

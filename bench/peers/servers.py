@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 
+from bench.cluster import NO_PREFIX_CACHE
 from bench.peers.book import Book
 from bench.peers.cells import Probes, between, regime
 from bench.peers.child import Child, Failed, Others, Usage
@@ -63,7 +64,7 @@ def baton_plans(model: Path, run_dir: Path, num_threads: int) -> list[Plan]:
     plans = []
     for i, (name, roles, threads) in enumerate(shapes):
         ready = run_dir / f"baton-{i}.json"
-        options = (*roles, "--threads", str(threads), "--kv-mib", str(_KV_MIB), "--dtype", "bfloat16")
+        options = (*roles, "--threads", str(threads), "--kv-mib", str(_KV_MIB), "--dtype", "bfloat16", *NO_PREFIX_CACHE)
         command = (
             *(sys.executable, "-m", "cli", "up", "--model", str(model), *options),
             *("--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready)),
