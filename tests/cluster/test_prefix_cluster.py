@@ -13,7 +13,8 @@ from random import Random
 import pytest
 
 import baton
-from tests.support.cluster import Cluster, StartCluster, layerwise_from_kib
+from baton.types import DTYPE_BYTES
+from tests.support.cluster import Cluster, Node, StartCluster, layerwise_from_kib
 from tests.support.conversations import Book, Conversation, Shape
 from tests.support.models import ORACLE_CASES, VOCAB_SIZE, ModelCase
 from tests.support.talks import Talked, assert_same, talk
@@ -63,12 +64,16 @@ async def test_conversations_are_the_same_with_the_cache(
     await asyncio.to_thread(cluster.wait_baseline)
 
 
-async def kill_in_the_middle(cluster: Cluster, asked: Sequence[Conversation], victim: str, after_s: float) -> Talked:
-    running = asyncio.create_task(talk(cluster.http, asked))
-    await asyncio.sleep(after_s)
-    dead = cluster.kill(victim)
-    answers = await running
-    await asyncio.to_thread(cluster.wait_back, dead)
+async def kill_in_the_middle(cluster: Cluster, asked: Sequence[Conversation], victim: str, when: int) -> Talked:
+    """When so many turns are answered."""
+    dead: list[Node] = []
+
+    def on_answer(num_answered: int) -> None:
+        if num_answered == when:
+            dead.append(cluster.kill(victim))
+
+    answers = await talk(cluster.http, asked, on_answer=on_answer)
+    await asyncio.to_thread(cluster.wait_back, dead[0])
     return answers
 
 
@@ -76,9 +81,14 @@ async def survives(start: StartCluster, model: Path, cluster: Cluster, victims: 
     rng = Random("/".join(victims))
     asked = demo_talks(12, "deaths")
     expected = await without_cache(start, model, asked)
+    num_reruns = 0
     for victim in victims:
-        assert_same(await kill_in_the_middle(cluster, asked, victim, rng.uniform(0.1, 1.5)), expected)
+        when = rng.randint(1, sum(len(conversation.turns) for conversation in asked) // 2)
+        answers = await kill_in_the_middle(cluster, asked, victim, when)
+        assert_same(answers, expected)
+        num_reruns += answers.num_reruns
         await asyncio.to_thread(cluster.wait_baseline)
+    assert num_reruns > 0, "the kills hit no request: nothing was tested"
 
 
 async def test_conversations_survive_the_death_of_a_worker(shared_cluster: StartCluster, demo_model: Path) -> None:
@@ -134,12 +144,19 @@ async def test_conversations_of_every_model_split_over_two_nodes(
     without = start_cluster(folder, prefill=0, decode=0, mixed=1, dtype=dtype, arguments=(*OFF, *SMALL_BLOCKS))
     expected = await talk(without.http, asked)
     # Pools that are too small for all of them: sequences are preempted and refused, cached blocks evicted.
-    arguments = (*SMALL_BLOCKS, "--num-blocks", "120", "--layerwise-from-kib", str(layerwise_from_kib(case, 2)))
+    few = ("--kv-mib", str(mib_of(case, dtype, 120)))
+    arguments = (*SMALL_BLOCKS, *few, "--layerwise-from-kib", str(layerwise_from_kib(case, 2)))
     cluster = start_cluster(folder, prefill=1, decode=1, transport=transport, dtype=dtype, arguments=arguments)
     answers = await talk(cluster.http, asked)
     assert_same(answers, expected)
     assert answers.num_cached_tokens > 0
     await asyncio.to_thread(cluster.wait_baseline)
+
+
+def mib_of(case: ModelCase, dtype: str, num_blocks: int) -> int:
+    """The KV of so many blocks of 16 tokens, rounded up."""
+    block_bytes = case.layers * case.kv_heads * case.head_dim * 2 * 16 * DTYPE_BYTES[dtype]
+    return -(-num_blocks * block_bytes >> 20)
 
 
 def model_talks(case: ModelCase) -> list[Conversation]:

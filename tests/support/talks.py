@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,22 +25,34 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Talked:
-    """All answers, and the prompt tokens that they took, those that were found in a cache among them."""
+    """All answers, the prompt tokens that they took, those that were found in a cache among them, and attempts that
+    failed."""
 
     choices: dict[Key, Choice]
     num_prompt_tokens: int
     num_cached_tokens: int
+    num_reruns: int
 
 
-async def talk(base_url: str, talks: Sequence[Conversation], concurrency: int = 12) -> Talked:
-    """Every turn is asked once the one that it continues is answered. Raises if one fails."""
+async def talk(
+    base_url: str,
+    talks: Sequence[Conversation],
+    concurrency: int = 12,
+    on_answer: Callable[[int], None] = lambda num_answered: None,
+) -> Talked:
+    """Every turn is asked once the one that it continues is answered. Raises if one fails.
+
+    ``on_answer`` is told after each answer how many there are.
+    """
     usages: list[Mapping[str, Any]] = []
+    num_reruns = 0
     choices: dict[Key, Choice] = {}
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=base_url, timeout=REQUEST_TIMEOUT_S) as client:
         model = (await client.get("/v1/models")).json()["data"][0]["id"]
 
         async def one(conversation: Conversation, turn: int, answered: Mapping[int, asyncio.Event]) -> None:
+            nonlocal num_reruns
             parent = conversation.turns[turn].parent
             if parent is not None:
                 await answered[parent].wait()
@@ -48,12 +60,14 @@ async def talk(base_url: str, talks: Sequence[Conversation], concurrency: int = 
                 prompt = conversation.prompt(turn, {key: choice.token_ids for key, choice in choices.items()})
                 answer = await _ask(client, _body(model, conversation, turn, prompt))
             usages.append(answer["usage"])
+            num_reruns += sum(relay["attempts"] - 1 for relay in answer["baton"]["relays"])
             for choice in answer["choices"]:
                 key = (conversation.number, turn, choice["index"])
                 choices[key] = Choice(
                     tuple(choice["token_ids"]), choice["text"], choice["finish_reason"], choice["logprobs"]
                 )
             answered[turn].set()
+            on_answer(len(usages))
 
         async with asyncio.TaskGroup() as group:
             for conversation in talks:
@@ -64,6 +78,7 @@ async def talk(base_url: str, talks: Sequence[Conversation], concurrency: int = 
         choices,
         sum(usage["prompt_tokens"] for usage in usages),
         sum(usage["prompt_tokens_details"]["cached_tokens"] for usage in usages),
+        num_reruns,
     )
 
 
@@ -77,6 +92,7 @@ def _body(model: str, conversation: Conversation, turn: int, prompt: Sequence[in
         "max_tokens": asked.max_tokens,
         "ignore_eos": True,
         "return_token_ids": True,
+        "return_relay": True,
         **asked.sampling,
         "logit_bias": {str(token_id): bias for token_id, bias in biases.items()},
     }
