@@ -1,6 +1,7 @@
 """A real Prometheus scrapes a real cluster under load: every panel and rule finds data, and an alert really fires."""
 
 import asyncio
+import itertools
 import os
 import re
 import signal
@@ -27,7 +28,7 @@ QUIET = re.compile("^({})$|: annotation ".format("|".join((*MISSED, *(alert["ale
 
 
 class Traffic:
-    """Prompts of all lengths until the test has seen enough."""
+    """Prompts of all lengths, known and new ones, until the test has seen enough."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._url = cluster.http
@@ -36,8 +37,11 @@ class Traffic:
         self.num_failed = 0
 
     def _main(self) -> None:
-        while not self._is_over.is_set():
-            jobs = [Job([1 + i] * (10 + 150 * (i % 4)), 24) for i in range(12)]
+        for number in itertools.count(1):
+            if self._is_over.is_set():
+                return
+            # Every other prompt is new. The rest is found in the prefix caches, and little of it is moved.
+            jobs = [Job([1 + number % 2000 * (i % 2)] + [1 + i] * (10 + 150 * (i // 2 % 4)), 24) for i in range(12)]
             answers = asyncio.run(run_all(self._url, jobs, concurrency=6))
             self.num_failed += sum(not answer.is_complete for answer in answers)
 

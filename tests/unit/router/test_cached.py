@@ -22,7 +22,7 @@ def total(router: Router, name: str) -> float:
     return {"queries": router.metrics.prompt_tokens, "hits": router.metrics.cached_tokens}[name].value
 
 
-async def test_cached_tokens_in_the_usage_of_every_kind_of_answer(tmp_path: Path) -> None:
+async def test_26_cached_tokens_in_the_usage_of_every_kind_of_answer(tmp_path: Path) -> None:
     folder = write_model_folder(tmp_path / "tiny")
     async with (
         FakeCluster(CONFIG, prefill=1, decode=1) as cluster,
