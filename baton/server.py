@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar, cast
 
@@ -53,6 +53,8 @@ class ServerLimits:
     # A silent peer is pinged, and dropped if it does not answer.
     keepalive_s: float = 5.0
     keepalive_timeout_s: float = 5.0
+    # A peer without calls that pings more often is dropped; gRPC's own default.
+    least_ping_interval_s: float = 300.0
 
     def options(self) -> list[tuple[str, int]]:
         return [
@@ -70,6 +72,7 @@ class ServerLimits:
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.http2.max_pings_without_data", 0),
             ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+            ("grpc.http2.min_recv_ping_interval_without_data_ms", int(self.least_ping_interval_s * 1000)),
             # Else two processes on one port would silently share its connections.
             ("grpc.so_reuseport", 0),
         ]
@@ -78,10 +81,21 @@ class ServerLimits:
 class GrpcServer:
     """One grpc.aio server: ``bind`` it, add servicers, ``start``, and ``stop`` with a deadline."""
 
-    def __init__(self, limits: ServerLimits | None = None, on_malformed: Callable[[], None] = lambda: None) -> None:
-        """``on_malformed`` is called for every message that cannot be parsed."""
+    def __init__(
+        self,
+        limits: ServerLimits | None = None,
+        on_malformed: Callable[[], None] = lambda: None,
+        *,
+        guards: Sequence[grpc.aio.ServerInterceptor] = (),
+        parsers: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
+        """``on_malformed`` is called for every message that cannot be parsed.
+
+        ``guards`` see a call first, before its message is parsed; ``parsers`` see it last, and their errors are mapped.
+        """
         self._server = grpc.aio.server(
-            options=(limits or ServerLimits()).options(), interceptors=[ErrorMappingInterceptor(on_malformed)]
+            options=(limits or ServerLimits()).options(),
+            interceptors=[*guards, ErrorMappingInterceptor(on_malformed), *parsers],
         )
         self._health = health.aio.HealthServicer()
         self._names: list[str] = []
@@ -94,28 +108,29 @@ class GrpcServer:
         if service_name:
             self._names.append(service_name)
 
-    def bind(self, listen: str, *, advertise_host: str | None = None) -> str:
-        """Bind ``host:port`` (port 0: any); returns the address to advertise. Raises BadConfig if that fails."""
+    def bind(self, listen: str, *, advertise_host: str | None = None, param: str = "listen") -> str:
+        """Bind ``host:port`` (port 0: any); returns the address to advertise. Raises BadConfig if that fails, with the
+        name of the setting that it comes from."""
         host, colon, port = listen.rpartition(":")
         if not colon or not port.isdigit():
-            raise BadConfig(f"listen address is {listen!r}, expected host:port", param="listen")
+            raise BadConfig(f"listen address is {listen!r}, expected host:port", param=param)
         try:
             bound = self._server.add_insecure_port(listen)
         except RuntimeError as error:
-            raise BadConfig(f"cannot listen on {listen}: {error}", param="listen") from error
+            raise BadConfig(f"cannot listen on {listen}: {error}", param=param) from error
         if bound == 0:
-            raise BadConfig(f"cannot listen on {listen}: the address is taken or not ours", param="listen")
+            raise BadConfig(f"cannot listen on {listen}: the address is taken or not ours", param=param)
         return f"{advertise_host or host}:{bound}"
 
-    async def start(self) -> None:
-        """Serve what was added, with health and reflection."""
+    async def start(self, *, is_serving: bool = True) -> None:
+        """Serve what was added, with health and reflection. ``is_serving``: as for ``set_serving``."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection(
             (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
         )
         await self._server.start()
         await self.set_live(True)
-        await self.set_serving(True)
+        await self.set_serving(is_serving)
 
     async def set_serving(self, is_serving: bool) -> None:
         """Readiness: health of the whole server ("") and of every service added."""

@@ -7,9 +7,9 @@ from itertools import islice
 
 from baton.observe import Relay
 from baton.v1 import router_pb2
+from router.client_codec import relay_to_pb
 from router.dispatch import Dispatcher
 from router.records import Ended
-from router.wire import relay_to_pb
 
 _MAX_ENDED = 1024
 

@@ -26,14 +26,14 @@ from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
+from router.grpc_face import GrpcFace
 from router.history import History
-from router.http import HttpFace
+from router.http_face import HttpFace
 from router.http_server import ConnectionLimits, HttpServer
 from router.keys import ApiKeys, HttpGuard
 from router.metrics import RouterMetrics
 from router.model_files import ModelFacts, load_facts, stated
 from router.registry import RegistryWatch
-from router.router import GrpcFace
 from router.sessions import NodeLink, hello
 from router.spans import Spans
 from router.status import StatusPage

@@ -23,6 +23,7 @@ panel belong to a task's number.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -39,7 +40,7 @@ from engine.kernels.cpu.slabs import Slabs
 TASK_ROWS = 384
 
 
-class PanelLinear:
+class PanelLinear(ABC):
     """What layers have in common whose weights lie in panels; each adds how, and the records of its products."""
 
     def __init__(self, isa: Isa, tape: Tape, weight: Tensor, bias: Tensor | None) -> None:
@@ -60,8 +61,9 @@ class PanelLinear:
         self._tape.run(self.records(x, out))
         return out
 
+    @abstractmethod
     def records(self, x: Tensor, out: Tensor) -> Iterator[Record]:
-        raise NotImplementedError
+        """The calls that compute x [rows, in] -> out [rows, out]."""
 
 
 class CpuLinear(PanelLinear):

@@ -29,7 +29,7 @@ from router.cluster.pools import Pools
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.flow_messages import Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
-from router.http import HttpFace
+from router.http_face import HttpFace
 from router.openai_whole import WholeAnswer
 from router.serve import Router
 from router.sessions import NodeLink, hello

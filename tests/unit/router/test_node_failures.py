@@ -14,11 +14,11 @@ import baton
 from baton import errors
 from baton.client import Accepted, Completion, Delta, Finished, Options
 from baton.types import FinishReason, Role, SamplingParams
+from router.client_codec import member_to_pb
 from router.cluster.membership import State
 from router.config import LimitsConfig
 from router.openai_response import relay_json
 from router.serve import Router
-from router.wire import member_to_pb
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import baseline, quick, router_beside, until
 

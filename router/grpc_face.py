@@ -1,5 +1,4 @@
-"""The gRPC face of the router: baton.v1.Router with Generate, Status, Ledger, Cache, Drain and Trace, and health and
-reflection."""
+"""The gRPC face of the router: baton.v1.Router with Generate, Status, Ledger, Cache, Drain and Trace."""
 
 from __future__ import annotations
 
@@ -10,14 +9,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from grpc import aio
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
 from baton import codec, errors
-from baton.server import LIVENESS, ErrorMappingInterceptor, ServerLimits, abort_with
+from baton.server import GrpcServer, ServerLimits
 from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
+from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
 from router.clients import client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
@@ -26,7 +24,6 @@ from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard
 from router.node_admin import NodeAdmin
-from router.wire import delta_to_pb, finished_to_pb, member_to_pb
 
 _log = logging.getLogger("baton.router")
 
@@ -57,8 +54,6 @@ class RouterService(router_pb2_grpc.RouterServicer):
             # Written here, not yielded, so that a client that does not read for too long is given up.
             async for response in _responses(accepted):
                 await self._write(context, response)
-        except errors.BatonError as error:
-            await abort_with(context, error)
         finally:
             if accepted is not None:
                 self._frontend.cancel(accepted, "the client left")
@@ -172,10 +167,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         request: router_pb2.DrainNodeRequest,
         context: Context,
     ) -> router_pb2.DrainNodeResponse:
-        try:
-            address, answer = await self._nodes.drain(request.node, request.grace_s)
-        except errors.BatonError as error:
-            await abort_with(context, error)
+        address, answer = await self._nodes.drain(request.node, request.grace_s)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
 
     async def Trace(  # noqa: N802
@@ -183,13 +175,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
         request: router_pb2.ClusterTraceRequest,
         context: Context,
     ) -> AsyncIterator[router_pb2.ClusterTraceResponse]:
-        try:
-            last_s = codec.last_s_from_pb(request.last_s)
-            yield self._history.trace(self._config.router_id, self._dispatcher.clock.now(), last_s)
-            for node in await self._nodes.traces(request.last_s):
-                yield router_pb2.ClusterTraceResponse(node=node)
-        except errors.BatonError as error:
-            await abort_with(context, error)
+        last_s = codec.last_s_from_pb(request.last_s)
+        yield self._history.trace(self._config.router_id, self._dispatcher.clock.now(), last_s)
+        for node in await self._nodes.traces(request.last_s):
+            yield router_pb2.ClusterTraceResponse(node=node)
 
 
 def _trace_context(context: Context) -> dict[str, str]:
@@ -220,7 +209,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
 
 
 class GrpcFace:
-    """The gRPC server of the router. Health of "" is the process's own; that of the service, whether it can serve."""
+    """The gRPC server of the router. Health of "" and of the service says whether it can serve requests."""
 
     def __init__(
         self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History,
@@ -228,55 +217,43 @@ class GrpcFace:
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
-        # Half of the limit for JSON: there are no escapes, and ids are short.
-        limit = frontend.max_request_bytes // 2
         keys = ApiKeys(config.api_keys)
-        # The first interceptor is the outermost: a call without a key is refused as such, whatever its message.
-        guards = [
-            *([GrpcGuard(SERVICE_NAME, keys)] if keys else []),
-            ErrorMappingInterceptor(on_malformed),
-            # Conversations are bounded as over HTTP; other parts are far smaller.
-            ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers),
-        ]
-        limits = ServerLimits(max_message_bytes=limit, keepalive_s=20.0, keepalive_timeout_s=20.0)
-        self._server = aio.server(
-            interceptors=guards,
-            options=[*limits.options(), ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000)],
+        limits = ServerLimits(
+            # Half of the limit for JSON: there are no escapes, and ids are short.
+            max_message_bytes=frontend.max_request_bytes // 2,
+            keepalive_s=20.0,
+            keepalive_timeout_s=20.0,
+            least_ping_interval_s=5.0,
         )
-        router_pb2_grpc.add_RouterServicer_to_server(RouterService(frontend, dispatcher, config, history), self._server)
-        self._health = health.aio.HealthServicer()
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        names = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
-        reflection.enable_server_reflection(names, self._server)
-        self._was_ready: bool | None = None
+        self._server = GrpcServer(
+            limits,
+            on_malformed,
+            # A call without a key is refused as such, whatever its message.
+            guards=[GrpcGuard(SERVICE_NAME, keys)] if keys else [],
+            # Conversations are bounded as over HTTP; other parts are far smaller.
+            parsers=[ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers)],
+        )
+        service = RouterService(frontend, dispatcher, config, history)
+        self._server.add(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)
+        self._was_ready = False
         self._updates: set[asyncio.Task[None]] = set()
 
     async def start(self) -> str:
         """Returns host:port. Raises BadConfig if it cannot be bound."""
-        assert self._config.grpc_port is not None
         asked = f"{self._config.grpc_host}:{self._config.grpc_port}"
-        try:
-            port = self._server.add_insecure_port(asked)
-        except RuntimeError as error:
-            raise errors.BadConfig(f"cannot listen on {asked}: {error}", param="grpc_port") from error
-        await self._server.start()
-        await self._health.set(LIVENESS, health_pb2.HealthCheckResponse.SERVING)
-        await self._set_ready(self._dispatcher.is_ready)
+        address = self._server.bind(asked, param="grpc_port")
+        self._was_ready = self._dispatcher.is_ready
+        await self._server.start(is_serving=self._was_ready)
         self._dispatcher.nodes.watch(self._on_change)
-        return f"{self._config.grpc_host}:{port}"
+        self._on_change()
+        return address
 
     def _on_change(self) -> None:
         if self._dispatcher.is_ready is not self._was_ready:
-            task = asyncio.create_task(self._set_ready(self._dispatcher.is_ready))
+            self._was_ready = self._dispatcher.is_ready
+            task = asyncio.create_task(self._server.set_serving(self._was_ready))
             self._updates.add(task)
             task.add_done_callback(self._updates.discard)
 
-    async def _set_ready(self, is_ready: bool) -> None:
-        self._was_ready = is_ready
-        served = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for name in ("", SERVICE_NAME):
-            await self._health.set(name, served)
-
     async def stop(self) -> None:
-        await self._health.enter_graceful_shutdown()
-        await self._server.stop(grace=0.5)
+        await self._server.stop(0.5)
