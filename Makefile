@@ -20,11 +20,11 @@ check: setup
 	bash scripts/stubs.sh check
 	bash scripts/proto_check.sh
 
-# In two processes per CPU, as many tests wait for a clock; then what is many processes itself, two at a time.
+# In two processes per CPU, as many tests wait for a clock; but for what needs the machine to itself.
 test: setup
 ifeq ($(strip $(ARGS)),)
 	$(PYTEST) -m "not long and not alone" -n $(PROCESSES) --maxprocesses 8 --dist worksteal -q
-	$(PYTEST) -m "not long and alone" -n 2 --dist loadgroup -q
+	$(PYTEST) -m "not long and alone"
 else
 	$(PYTEST) -m "not long" $(ARGS)
 endif

@@ -16,13 +16,11 @@ from tests.support.cluster import Cluster, StartCluster, starter
 _LONG_TIMEOUT_S = 900
 
 
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
-    """A cluster is a machine's worth of processes: two at a time. Tests that share clusters are in one process."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A cluster is a machine's worth of processes."""
     for item in items:
         if item.path.is_relative_to(Path(__file__).parent):
             item.add_marker(pytest.mark.alone)
-            if "shared_cluster" in item.fixturenames:
-                item.add_marker(pytest.mark.xdist_group("shared_cluster"))
             if item.get_closest_marker("long") and not item.get_closest_marker("timeout"):
                 item.add_marker(pytest.mark.timeout(_LONG_TIMEOUT_S))
 

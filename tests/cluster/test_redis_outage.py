@@ -16,8 +16,6 @@ from tests.support.cluster import Cluster, starter
 from tests.support.load import Answer, Job, mixed_jobs, run_all
 from tests.support.redis_server import RedisServer
 
-# One cluster for all.
-pytestmark = pytest.mark.xdist_group("redis_outage")
 CONCURRENCY = 8
 
 

@@ -24,8 +24,6 @@ FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 COMPUTES_WITH = ("huggingface_hub", "llvmlite", "numpy", "nvidia_ml", "pynvml", "safetensors", "torch", "transformers",
                  "triton", "xxhash")  # fmt: skip
 NAMESAKES = ("engine", "router", "cli", "baton", "typing", "torch", "demo")
-# One wheel for all.
-pytestmark = pytest.mark.xdist_group("wheel")
 LIMIT_S = 100.0
 SETUP_LIMIT_S = 60.0
 

@@ -46,10 +46,10 @@ def run(names: Sequence[str], test_limit_s: float, limit_s: float) -> None:
 
 # Several files in a process: to start one and to import torch and triton takes longer than most files. Two of them, so
 # that they run beside each other.
-@pytest.mark.timeout(4 * SHORT_LIMIT_S + 40)
+@pytest.mark.timeout(LONG_LIMIT_S + 40)
 @pytest.mark.parametrize("names", [SHORT[::2], SHORT[1::2]], ids=" ".join)
 def test_kernels(names: list[str]) -> None:
-    run(names, SHORT_LIMIT_S, 4 * SHORT_LIMIT_S)
+    run(names, SHORT_LIMIT_S, LONG_LIMIT_S)
 
 
 @pytest.mark.long
