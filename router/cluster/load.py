@@ -41,6 +41,7 @@ class NodeLoad:
     change of a count."""
 
     __slots__ = (
+        "cached_tokens",
         "confirmed",
         "decode_rank",
         "decode_tokens",
@@ -91,7 +92,14 @@ class NodeLoad:
         self.prompt_rank = Rank(prompt_queue, num_taken_blocks, self.node_id)
         self.decode_rank = Rank(decode_queue, num_taken_blocks, self.node_id)
         # Tokens of a new sequence for which there is room.
-        self.free_tokens = self.free_blocks * self.node.kv_layout.block_tokens
+        block_tokens = self.node.kv_layout.block_tokens
+        self.free_tokens = self.free_blocks * block_tokens
+        # Of these, tokens whose KV is kept while no sequence holds it: a new one that begins with it takes its room.
+        self.cached_tokens = self.status.cached_blocks * block_tokens
+
+    def surely_has_room(self, num_tokens: int, num_hit: int) -> bool:
+        """For a new sequence whose first ``num_hit`` tokens are here, even if no other sequence has these in use."""
+        return self.free_tokens >= num_tokens - max(0, num_hit - self.cached_tokens)
 
     @property
     def role(self) -> Role:

@@ -124,6 +124,8 @@ class _Best(NamedTuple):
     cost: Cost
     # Leading tokens of the request that the node holds.
     num_hit: int = 0
+    # Else there is room only if other sequences have these tokens in use.
+    surely_has_room: bool = True
 
 
 def choose(
@@ -229,7 +231,7 @@ class _Search:
         candidates = [
             (costs.here_s(best.node, best.num_hit), best.node.decode_rank, best)
             for best in self._near(Role.DECODE, 0, self._least_decode, {})
-            if best.num_hit > prefill.num_hit and best.node.pending_prompt_tokens < limit
+            if best.surely_has_room and best.num_hit > prefill.num_hit and best.node.pending_prompt_tokens < limit
         ]
         if not candidates:
             return None
@@ -248,7 +250,7 @@ class _Search:
                 continue
             least = self._least_staying_prompt if stays else self._least_prompt
             found = _cheaper(found, least(self._pools[role], self._num_tokens, blocked), _PROMPT_RANK, later_tokens)
-            near += self._near(role, later_tokens, least, blocked)
+            near += self._near(role, later_tokens, least, blocked, needs_room=stays)
         return self._nearest(found, near, self._prompt_s)
 
     def _best_decode(self, blocked: Collection[str]) -> _Best | None:
@@ -278,15 +280,22 @@ class _Search:
         able = (node for node in nodes if node.free_tokens >= num_tokens and node.node_id not in blocked)
         return min(able, key=_DECODE_RANK, default=None)
 
-    def _near(self, role: Role, later_tokens: int, least: _Least, blocked: Collection[str]) -> Iterator[_Best]:
+    def _near(
+        self, role: Role, later_tokens: int, least: _Least, blocked: Collection[str], *, needs_room: bool = True
+    ) -> Iterator[_Best]:
         """Of the nodes that hold equally much of the request, the one that comes first otherwise."""
         costs = self._costs
         for hit in () if costs is None else costs.hits:
             assert costs is not None
             num_hit = costs.tokens_of(hit)
-            node = least(self._pools.among(role, hit.node_ids), self._num_tokens - num_hit, blocked)
-            if node is not None:
-                yield _Best(node, Cost(0, later_tokens), num_hit)
+            nodes = list(self._pools.among(role, hit.node_ids))
+            sure = [x for x in nodes if x.surely_has_room(self._num_tokens, num_hit)] if needs_room else nodes
+            # It is not known which of a node's blocks are in use: where all have little room, one of them is asked.
+            for group in (sure, nodes):
+                node = least(group, self._num_tokens - num_hit, blocked)
+                if node is not None:
+                    yield _Best(node, Cost(0, later_tokens), num_hit, surely_has_room=group is sure)
+                    break
 
     def _nearest(self, found: _Best | None, near: list[_Best], seconds: Callable[[_Best], float]) -> _Best | None:
         """``found``, or one of ``near`` that takes less time and comes no later."""
@@ -296,7 +305,7 @@ class _Search:
             num_hit = self._costs.num_hit(found.node.node_id)
             near.insert(0, _Best(found.node, Cost(0, found.cost.later_tokens), num_hit))
         # Of equal ones the first: the pool's own choice.
-        return min(near, key=lambda best: (best.cost.later_tokens, seconds(best)))
+        return min(near, key=lambda best: (not best.surely_has_room, best.cost.later_tokens, seconds(best)))
 
     def _prompt_s(self, best: _Best) -> float:
         assert self._costs is not None

@@ -21,15 +21,18 @@ BLOCK_TOKENS = 16
 NUM_TOKENS = 1201
 
 
-def node(node_id: str, prompt: int = 0, decode: int = 0, free: int = 1000, num_running: int = 0) -> NodeLoad:
+def node(
+    node_id: str, prompt: int = 0, decode: int = 0, free: int = 1000, num_running: int = 0, cached: int = 0
+) -> NodeLoad:
     role = ROLES[node_id[0]]
     description = NodeDescription(
         node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(32, 1000, 8, 128, BLOCK_TOKENS, "bfloat16"), 1, 1, "h", (), "cpu", "none", "0",
     )  # fmt: skip
     status = NodeStatus(
-        role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free, num_running=num_running
-    )
+        role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free, num_running=num_running,
+        cached_blocks=cached,
+    )  # fmt: skip
     return NodeLoad(description, status)
 
 
@@ -110,6 +113,22 @@ def test_mixed_nodes_that_hold_the_prompt_come_first_among_them() -> None:
 def test_room_is_needed_for_what_a_node_does_not_hold() -> None:
     assert decide(P0, node("d0", free=2), p0=74, d0=74).placement.decode_id == "d0", "two blocks beside 74"
     assert decide(P0, node("d0", free=1), D1, p0=74, d0=74).placement.decode_id == "d1"
+
+
+def test_what_a_node_holds_takes_its_room_where_no_sequence_has_it_in_use() -> None:
+    """Of 76 blocks 40 are to be had, which are the very ones that would be found."""
+    assert decide(M0, node("m1", free=40, cached=40), m1=40).placement.decode_id == "m0"
+    assert decide(P0, P1, D0, node("d1", free=40, cached=40), p1=40, d1=40).placement == Placement("p1", "d0")
+    assert decide(P0, D0, node("d1", free=40, cached=40), d1=40).placement == Placement("p0", "d0")
+    in_use = node("m1", free=40, cached=2)
+    assert decide(M0, in_use, m1=40).placement.decode_id == "m1", "36 more, beside 38 that others have in use"
+    assert decide(M0, node("m1", free=40, cached=4), m1=40).placement.decode_id == "m1"
+    assert decide(M0, node("m1", free=40, cached=5), m1=40).placement.decode_id == "m0"
+
+
+def test_where_no_other_has_room_a_node_is_asked_whose_sequences_may_have_it_in_use() -> None:
+    assert decide(node("m0", free=70), node("m1", free=40, cached=40), m1=40).placement.decode_id == "m1"
+    assert decide(P0, node("d0", free=40, cached=40), p0=40, d0=40).placement == Placement("p0", "d0")
 
 
 def test_blocked_paths_and_blamed_nodes_are_not_taken_for_a_hit() -> None:
