@@ -45,7 +45,7 @@ class PrefixCache:
         block_tokens: int,
         digest_of: Callable[[int], bytes] | None = None,
     ) -> None:
-        """``digest_of`` a block's bytes: taken when the block gets its hash, and compared when it is found."""
+        """``digest_of`` a block's bytes: taken when the block gets its hash, and compared when it is used."""
         self._pool = pool
         self._scheme = scheme
         self._block_tokens = block_tokens
@@ -60,8 +60,19 @@ class PrefixCache:
         """Leading blocks of its known tokens that are there; if it ``draws`` a token here, at least the last known one
         is left to be computed."""
         most = (len(sequence.token_ids) - draws) // self._block_tokens
-        found = self._pool.lookup(islice(self._hashes(sequence), most))
-        return found if self._digest_of is None else self._intact(found, self._digest_of)
+        return self._pool.lookup(islice(self._hashes(sequence), most))
+
+    def intact(self, found: list[int]) -> list[int]:
+        """Of blocks that are about to be used, those before the first whose bytes have changed: that one is found no
+        more. It reads all of them, unlike ``find``, which is asked again and again while a sequence waits."""
+        digest_of = self._digest_of
+        for index, block in enumerate(() if digest_of is None else found):
+            assert digest_of is not None
+            if digest_of(block) != self._digests[block]:
+                self._pool.forget([block])
+                self._num_corrupt += 1
+                return found[:index]
+        return found
 
     def count(self, num_tokens: int, num_found: int) -> None:
         """Note that a sequence with so many known tokens begins behind ``num_found`` blocks."""
@@ -120,15 +131,6 @@ class PrefixCache:
                 sequence.token_ids, len(spec.prompt_token_ids), salt=spec.cache_salt, known=known
             )
         return sequence.block_hashes
-
-    def _intact(self, found: list[int], digest_of: Callable[[int], bytes]) -> list[int]:
-        """Those before the first whose bytes have changed, which is found no more."""
-        for index, block in enumerate(found):
-            if digest_of(block) != self._digests[block]:
-                self._pool.forget([block])
-                self._num_corrupt += 1
-                return found[:index]
-        return found
 
 
 def _num_common(ours: Sequence[bytes], theirs: Sequence[bytes]) -> int:

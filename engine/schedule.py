@@ -121,18 +121,11 @@ class Scheduler:
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = Sequence(spec)
-        found = self.prefix_cache.find(sequence, draws=False)
         count = self.config.blocks_for(spec.num_known_tokens + 1)
-        need = self.pool.num_taken(count, found)
-        # Nothing overtakes a prompt that waits for memory.
-        spare = self.pool.num_available - sum(self._blocks_taken(entry) for entry in self._waiting[:1])
-        if self.pool.num_held:
-            spare -= self._watermark_blocks
-        if need > spare:
-            raise NoBlocks(
-                f"{spec.sequence_id} needs {need} KV blocks, {self.pool.num_available} of {self.pool.num_blocks} are "
-                f"free and {max(spare, 0)} of them to be had"
-            )
+        found = self.prefix_cache.find(sequence, draws=False)
+        self._refuse_lease_without_room(spec.sequence_id, count, found)
+        found = self.prefix_cache.intact(found)
+        self._refuse_lease_without_room(spec.sequence_id, count, found)
         blocks = self.pool.allocate(spec.sequence_id, count - len(found), BlockState.LEASED, now, shared=found)
         self.prefix_cache.count(spec.num_known_tokens, len(found))
         self._leases[spec.sequence_id] = _Lease(sequence, len(found))
@@ -339,6 +332,18 @@ class Scheduler:
         found = self.prefix_cache.find(entry.sequence, draws=True)
         return self.pool.num_taken(self._blocks_to_start(entry), found)
 
+    def _refuse_lease_without_room(self, sequence_id: str, count: int, found: list[int]) -> None:
+        need = self.pool.num_taken(count, found)
+        # Nothing overtakes a prompt that waits for memory.
+        spare = self.pool.num_available - sum(self._blocks_taken(entry) for entry in self._waiting[:1])
+        if self.pool.num_held:
+            spare -= self._watermark_blocks
+        if need > spare:
+            raise NoBlocks(
+                f"{sequence_id} needs {need} KV blocks, {self.pool.num_available} of {self.pool.num_blocks} are "
+                f"free and {max(spare, 0)} of them to be had"
+            )
+
     def _can_start(self, entry: Entry, found: list[int]) -> bool:
         spare = self.pool.num_available
         if not entry.hands_off:
@@ -420,6 +425,9 @@ class Scheduler:
             if entry.leader is not None:
                 continue
             if not self._can_start(entry, found):
+                return
+            num_found, found = len(found), self.prefix_cache.intact(found)
+            if len(found) < num_found and not self._can_start(entry, found):
                 return
             self._start(entry, found, now)
             if entry.hands_off:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from baton.errors import BadLogits, InternalError
+from baton.errors import BadLogits, InternalError, NoBlocks
 from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme
 from baton.types import KvLayout, PrefixCaching, RopeRegimes, SamplingParams, SequenceSpec, TokenChunk
@@ -325,6 +325,32 @@ def test_drop_forgets_what_is_held_too() -> None:
     s.cancel("c", 0.0)
     s.check()
     assert s.pool.num_cached == 2
+
+
+def test_bytes_are_checked_when_blocks_are_used_and_not_while_a_prompt_waits() -> None:
+    """A digest of a long prompt's KV takes longer than a step, and the engine's lock is held meanwhile."""
+    digested: list[int] = []
+
+    def digest_of(block: int) -> bytes:
+        digested.append(block)
+        return b""
+
+    config = scheduler(max_model_tokens=32).config
+    s = Scheduler(config, BlockPool(8), SCHEME, digest_of)
+    finish(s, spec("before", 9, max_tokens=1))
+    assert digested == [0, 1], "when they became known"
+    s.add(spec("long", (1, 2, 3, 4, 5), max_tokens=20), hands_off=False, now=0.0)
+    step(s)
+    digested.clear()
+    s.add(spec("waits", 28, max_tokens=1), hands_off=False, now=0.0)
+    for _ in range(2):
+        assert [name for name, *_ in step(s)] == ["long"]
+        with pytest.raises(NoBlocks):
+            s.reserve(spec("refused", 28, max_tokens=4), 0.0)
+    assert digested == []
+    s.cancel("long", 0.0)
+    assert step(s) == [("waits", 8, 16)]
+    assert digested[:2] == [0, 1], "once, and then those that have become known"
 
 
 def test_a_follower_hears_of_all_in_parts_and_then_of_the_sum_of_changes() -> None:
