@@ -9,7 +9,8 @@ A call that ends early (``close`` on the iterator, a break out of the loop) canc
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
 from typing import Self
@@ -42,6 +43,9 @@ _CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
 }
+
+# What gRPC itself says, on either side, of messages and metadata over its limits: no later try fits better.
+_SIZE_REFUSALS = ("message larger than max", "metadata size exceeds")
 
 # Text, token ids, or chat messages as (role, content).
 Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
@@ -168,9 +172,7 @@ class Client:
     def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """Ask a node, by id or address, to finish its requests and exit; returns once it has agreed."""
         try:
-            return self._stub.Drain(
-                router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s, metadata=self._metadata
-            )
+            return self._stub.Drain(_drain_request(node, grace_s), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise _error(error) from error
 
@@ -241,9 +243,7 @@ class AsyncClient:
     async def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """As `Client.drain`."""
         try:
-            return await self._stub.Drain(
-                router_pb2.DrainNodeRequest(node=node, grace_s=grace_s), timeout=timeout_s, metadata=self._metadata
-            )
+            return await self._stub.Drain(_drain_request(node, grace_s), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise _error(error) from error
 
@@ -295,6 +295,8 @@ def _failure_from_pb(message: router_pb2.Relay.FailedAttempt) -> FailedAttempt:
 
 
 def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise errors.InvalidRequest("the API key has other characters than printable ASCII", param="api_key")
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
 
 
@@ -306,18 +308,33 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
     for name in DEFAULTED_SAMPLING:
         if not is_whole and name not in settings:
             sampling.ClearField(name)
-    request = router_pb2.GenerateRequest(
-        request_id=options.request_id,
-        model=options.model,
-        sampling=sampling,
-        stop=options.stop,
-        include_stop_in_output=options.include_stop_in_output,
-        timeout_s=options.timeout_s,
-        skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
-        cache_salt=options.cache_salt,
-    )
-    _set_input(request, prompt)
+    with _sendable():
+        request = router_pb2.GenerateRequest(
+            request_id=options.request_id,
+            model=options.model,
+            sampling=sampling,
+            stop=options.stop,
+            include_stop_in_output=options.include_stop_in_output,
+            timeout_s=options.timeout_s,
+            skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
+            cache_salt=options.cache_salt,
+        )
+        _set_input(request, prompt)
     return request
+
+
+def _drain_request(node: str, grace_s: float) -> router_pb2.DrainNodeRequest:
+    with _sendable():
+        return router_pb2.DrainNodeRequest(node=node, grace_s=grace_s)
+
+
+@contextmanager
+def _sendable() -> Iterator[None]:
+    """Text may have halves of surrogate pairs: Python's form of a command line's bytes that are not UTF-8."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise errors.InvalidRequest(f"a text of the request cannot be sent as UTF-8: {error.reason}") from None
 
 
 def _merged(options: Options, settings: Mapping[str, object]) -> Options:
@@ -399,6 +416,8 @@ def _error(error: grpc.RpcError) -> errors.BatonError:
     message = error.details() or error.code().name
     if ERROR_CODE_KEY in metadata:
         found = errors.from_code(metadata[ERROR_CODE_KEY], message)
+    elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and any(words in message for words in _SIZE_REFUSALS):
+        found = errors.InvalidRequest(message)
     else:
         found = _CODE_TO_ERROR.get(error.code(), errors.InternalError)(message)
     found.param = metadata.get(ERROR_PARAM_KEY)
