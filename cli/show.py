@@ -23,6 +23,9 @@ _STATE_STYLES = {
     "lost": "red",
 }
 
+# The state of blocks that no sequence holds, in the ledger.
+_CACHED = "cached"
+
 # Width of output that does not go to a terminal.
 _NO_WIDTH = 10_000
 
@@ -125,14 +128,19 @@ def _silent(unreachable: Mapping[str, str]) -> Iterable[RenderableType]:
 
 def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[RenderableType]:
     owned = sum(owner.num_blocks for owner in node.owners)
-    title = f"{node.node_id} · {node.free_blocks} of {node.total_blocks} blocks free"
+    cached = sum(owner.num_blocks for owner in node.owners if owner.state == _CACHED)
+    # As in the table of the cluster, where cached blocks are free too.
+    title = f"{node.node_id} · {node.free_blocks + cached} of {node.total_blocks} blocks free"
+    if cached:
+        title += f", {cached} of them cached"
     if not node.owners:
         yield Text(f"{title}, no owners", style="bold")
     else:
         table = _table(("owner", "state"), ("blocks", "epoch", "age"))
         for owner in sorted(node.owners, key=lambda o: -o.age_s):
             epoch = str(owner.epoch) if owner.epoch else ""
-            table.add_row(owner.owner, owner.state, str(owner.num_blocks), epoch, seconds(owner.age_s))
+            age = "" if owner.state == _CACHED else seconds(owner.age_s)
+            table.add_row(owner.owner, owner.state, str(owner.num_blocks), epoch, age)
         yield _titled(title, table)
     if unowned := node.total_blocks - node.free_blocks - owned:
         yield Text(f"{node.node_id}: {unowned} blocks have no owner, which is a defect", style="red")

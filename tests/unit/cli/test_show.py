@@ -108,6 +108,15 @@ def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
     assert "gone did not answer: deadline exceeded" in text
 
 
+def test_the_ledger_counts_cached_blocks_as_free_like_the_table_of_the_cluster() -> None:
+    held = node_pb2.LedgerResponse.Owner(owner="r1/0/0", state="running", num_blocks=7, age_s=0.25)
+    cached = node_pb2.LedgerResponse.Owner(owner="prefix cache", state="cached", num_blocks=290)
+    node = node_pb2.LedgerResponse(node_id="decode-0", total_blocks=300, free_blocks=3, owners=[held, cached])
+    text = printed(*show.ledger_tables(router_pb2.ClusterLedgerResponse(nodes=[node])))
+    assert "decode-0 · 293 of 300 blocks free, 290 of them cached" in text
+    assert re.search(r"^prefix cache +cached +290 *$", text, re.MULTILINE), "no age: every block has its own"
+
+
 def test_caches_fit_a_narrow_terminal_and_say_what_is_off_corrupt_or_silent() -> None:
     nodes = [
         node_pb2.CacheResponse(
