@@ -161,6 +161,8 @@ class Scheduler:
         seq.num_computed = len(seq.token_ids) - 1
         entry.phase = Phase.ACTIVE
         entry.is_prefilled = True
+        # It was counted when its blocks were reserved: what it finds after a preemption is no hit.
+        entry.started_s = now
         self._entries[sequence_id] = entry
         insort(self._active, entry, key=in_order)
         self.prefix_cache.store(entry)

@@ -238,6 +238,26 @@ def test_cached_blocks_are_room_but_not_for_the_one_that_finds_them() -> None:
     s.check()
 
 
+@pytest.mark.parametrize("comes_by_lease", [False, True])
+def test_what_a_preempted_sequence_finds_again_is_no_hit(comes_by_lease: bool) -> None:
+    """Else prompts that have nothing in common get a share of their tokens from the cache, by its figures."""
+    s = scheduler(num_blocks=8, max_batch_tokens=32)
+    sequences = [spec("a", (1,) * 9, max_tokens=16), spec("b", (2,) * 9, max_tokens=16)]
+    for sequence in sequences:
+        if comes_by_lease:
+            assert s.reserve(sequence, 0.0).num_cached_blocks == 0
+            s.join(sequence.sequence_id, TokenChunk(sequence.sequence_id, 0, (3,)), 0.0)
+        else:
+            s.add(sequence, hands_off=False, now=0.0)
+    starts = []
+    while s.num_sequences:
+        starts += [start for _, start, num_tokens in step(s, 3) if num_tokens > 1]
+    assert s.num_preempted > 0
+    assert max(starts) > 0, "it begins behind blocks of its own that are still there"
+    stats = s.prefix_cache.stats()
+    assert (stats.query_tokens, stats.hit_tokens) == (18, 0)
+
+
 def test_a_preempted_sequence_finds_its_blocks_again() -> None:
     s = scheduler(num_blocks=5)
     s.add(spec("a", 6, max_tokens=9), hands_off=False, now=0.0)
