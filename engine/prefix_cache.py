@@ -104,9 +104,9 @@ class PrefixCache:
                 self._digests[block] = self._digest_of(block)
         entry.num_stored = num_full
 
-    def drop(self) -> int:
-        """Find nothing of all that is there; returns how many blocks were found until now."""
-        return self._pool.forget(list(self._pool.known))
+    def drop(self, blocks: Iterable[int] | None = None) -> int:
+        """Find none of these any more, or nothing of all that is there; returns how many were found until now."""
+        return self._pool.forget(list(self._pool.known) if blocks is None else blocks)
 
     def stats(self) -> CacheStats:
         pool = self._pool

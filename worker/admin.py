@@ -80,7 +80,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         request: node_pb2.CacheRequest,
         context: grpc.aio.ServicerContext[node_pb2.CacheRequest, node_pb2.CacheResponse],
     ) -> node_pb2.CacheResponse:
-        num_dropped = self._replica.drop_cache() if request.drop else 0
+        num_dropped = await asyncio.to_thread(self._replica.drop_cache) if request.drop else 0
         return node_pb2.CacheResponse(
             node_id=self._node.node_id,
             incarnation=self._node.incarnation,

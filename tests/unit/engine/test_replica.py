@@ -1,6 +1,6 @@
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -10,7 +10,7 @@ from baton.errors import Draining
 from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme, key_of
 from baton.types import FinishReason, KvLayout, PrefixCaching, Role, SamplingParams, SequenceSpec, TokenChunk
-from engine.blocks import BlockPool
+from engine.blocks import BlockPool, BlockState
 from engine.events import EngineEvent, Failed, Handoff, Output, Started
 from engine.fake import FakeRunner, expected_tokens
 from engine.replica import Replica
@@ -370,6 +370,32 @@ def test_followers_of_the_cache_know_what_is_found_before_the_tokens_are_told() 
         assert dropped is not None
         assert ({*dropped.dropped}, dropped.number) == (keys, 4)
         engine.unfollow_cache(feed)
+
+
+class CountedPool(BlockPool):
+    """Notes how many blocks are forgotten at once."""
+
+    def __init__(self, num_blocks: int) -> None:
+        super().__init__(num_blocks)
+        self.forgotten: list[int] = []
+
+    def forget(self, blocks: Iterable[int]) -> int:
+        self.forgotten.append(super().forget(blocks))
+        return self.forgotten[-1]
+
+
+def test_a_large_cache_is_dropped_in_parts_between_which_steps_go_on() -> None:
+    pool, num_blocks = CountedPool(5000), 5000
+    pool.allocate("s", num_blocks, BlockState.PROMPT, 0.0)
+    for index in range(num_blocks):
+        pool.cache("s", index, index.to_bytes(16, "little"))
+    pool.free("s")
+    scheduler = Scheduler(SchedulerConfig(block_tokens=4, max_model_tokens=200), pool, SCHEME)
+    engine = Replica(FakeRunner(LAYOUT), scheduler, num_layers=LAYOUT.num_layers, clock=MonotonicClock())
+    assert engine.drop_cache() == num_blocks
+    assert pool.num_free == num_blocks
+    assert sum(pool.forgotten) == num_blocks
+    assert max(pool.forgotten) <= 2048, "the engine's lock is held for milliseconds"
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
