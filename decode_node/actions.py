@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from baton.errors import TransferFailed
-from baton.node_messages import Defect, Send
+from baton.node_messages import Defect, Reserve, Send
 from baton.types import Failure
 from decode_node import machine
 from engine.replica import Listener, Replica
@@ -36,7 +36,7 @@ class DecodeActions:
     def perform(self, action: machine.Action) -> None:
         """Any action but Send."""
         match action:
-            case machine.Grant():
+            case Reserve():
                 self._grant(action)
             case machine.Join(sequence_id, first_token):
                 self._replica.join(sequence_id, first_token, self._listener)
@@ -56,7 +56,7 @@ class DecodeActions:
     def answer(self, about: machine.Event | machine.Action, failure: Failure) -> machine.Event | None:
         """The event that says that handling or performing ``about`` raised; None if the machine knows."""
         match about:
-            case machine.Grant():
+            case Reserve():
                 return machine.GrantRefused(about.sequence_id, failure)
             case machine.Join():
                 return machine.JoinRefused(about.sequence_id, failure)
@@ -65,9 +65,9 @@ class DecodeActions:
             case _:
                 return Defect(about.sequence_id, failure)
 
-    def _grant(self, action: machine.Grant) -> None:
-        sequence_id, spec = action.sequence_id, action.spec
-        ttl_s = min(action.ttl_s, self._config.max_ttl_s) if action.ttl_s > 0 else self._config.default_ttl_s
+    def _grant(self, message: Reserve) -> None:
+        sequence_id, spec = message.sequence_id, message.spec
+        ttl_s = min(message.ttl_s, self._config.max_ttl_s) if message.ttl_s > 0 else self._config.default_ttl_s
         reserved = self._replica.reserve(spec)
         num_cached = reserved.num_cached_blocks
         try:

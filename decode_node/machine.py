@@ -26,7 +26,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, SequenceSpec, TokenChunk
+from baton.types import Failure, Lease, TokenChunk
 from engine.events import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released
 
@@ -87,19 +87,7 @@ Event = (
     | Failed
 )
 
-# -- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """Reserve blocks and lease them out; answer with Granted or GrantRefused."""
-
-    spec: SequenceSpec
-    ttl_s: float
-
-    @property
-    def sequence_id(self) -> str:
-        return self.spec.sequence_id
+# -- actions; an accepted Reserve is its own: lease blocks out, and answer with Granted or GrantRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +129,7 @@ class StopCompute:
     sequence_id: str
 
 
-Action = Grant | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | Send
+Action = Reserve | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | Send
 
 
 class Phase(Enum):
@@ -234,7 +222,7 @@ class DecodeMachine:
         except BatonError as error:
             return [Send(session, Refused(sequence_id, Failure.of(error)))]
         self._relays[sequence_id] = _Relay(session, message.prefill_node_id)
-        return [Grant(message.spec, message.ttl_s)]
+        return [message]
 
     def _check_reserve(self, sequence_id: str, prefill_node_id: str) -> None:
         if sequence_id in self._relays:

@@ -8,7 +8,7 @@ from typing import Any
 
 from baton.defects import Defects
 from baton.errors import BatonError
-from baton.node_messages import Defect, Send
+from baton.node_messages import Defect, Run, Send
 from baton.types import Failure, TokenChunk
 from engine.replica import Listener, Replica
 from kvtransfer.sender import Push, Sender
@@ -40,8 +40,8 @@ class PrefillActions:
     def perform(self, action: machine.Action) -> None:
         """Any action but Send."""
         match action:
-            case machine.Submit(spec, hands_off):
-                self._replica.submit(spec, hands_off=hands_off, listener=self._listener)
+            case Run(spec, lease):
+                self._replica.submit(spec, hands_off=lease is not None, listener=self._listener)
             case machine.BeginPush():
                 self._begin(action)
             case machine.CommitPush(sequence_id, first_token):
@@ -59,7 +59,7 @@ class PrefillActions:
     def answer(self, about: machine.Event | machine.Action, failure: Failure) -> machine.Event:
         """The event that says that handling or performing ``about`` raised."""
         match about:
-            case machine.Submit():
+            case Run():
                 return machine.SubmitRefused(about.sequence_id, failure)
             case machine.BeginPush() if about.sequence_id not in self._pushes:
                 return machine.PushRefused(about.sequence_id, failure)

@@ -27,7 +27,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
+from baton.types import Failure, Lease, TokenChunk, TransferReport
 from engine.events import Failed, Handoff, Output, Started
 
 # -- events
@@ -87,17 +87,7 @@ Event = (
     | Failed
 )
 
-# -- actions
-
-
-@dataclass(frozen=True, slots=True)
-class Submit:
-    spec: SequenceSpec
-    hands_off: bool
-
-    @property
-    def sequence_id(self) -> str:
-        return self.spec.sequence_id
+# -- actions; an accepted Run is its own: submit the sequence to the engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +124,7 @@ class ReleaseBlocks:
     sequence_id: str
 
 
-Action = Submit | BeginPush | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
+Action = Run | BeginPush | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
 
 
 class Phase(Enum):
@@ -230,7 +220,7 @@ class PrefillMachine:
         except BatonError as error:
             return [Send(session, SequenceFailed(sequence_id, Failure.of(error)))]
         self._relays[sequence_id] = _Relay(session, message.lease, message.spec.num_known_tokens)
-        return [Submit(message.spec, hands_off=message.lease is not None)]
+        return [message]
 
     def _check_run(self, sequence_id: str, lease: Lease | None) -> None:
         if sequence_id in self._relays:

@@ -35,7 +35,7 @@ class DecodeWorld(RuleBasedStateMachine):
         self.machine = m.DecodeMachine("d0")
         self.worlds: dict[str, World] = {}
         self.now = 0.0
-        # What the engine answers next to Grant and Join.
+        # What the engine answers next to Reserve and Join.
         self.grants = True
         self.joins = True
         self.was_rejected = False
@@ -52,7 +52,7 @@ class DecodeWorld(RuleBasedStateMachine):
     def perform(self, action: m.Action) -> bool:
         """False if the driver would have raised."""
         match action:
-            case m.Grant(spec):
+            case Reserve(spec):
                 name = spec.sequence_id
                 if self.grants:
                     self.worlds[name].blocks = "leased"

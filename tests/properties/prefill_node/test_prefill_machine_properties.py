@@ -70,7 +70,7 @@ class PrefillWorld(RuleBasedStateMachine):
                 world.engine = "ended"
                 world.num_releases += 1
                 assert world.num_releases == 1, "released twice"
-            case m.Submit():
+            case Run():
                 pass
             case _:
                 self.hear(self.worlds[name], action)

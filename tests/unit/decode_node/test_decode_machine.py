@@ -17,7 +17,6 @@ from decode_node.machine import (
     Action,
     DecodeMachine,
     Event,
-    Grant,
     Granted,
     GrantRefused,
     Join,
@@ -63,7 +62,7 @@ def failure_in(action: Action, kind: type[Refused | SequenceFailed] = SequenceFa
 
 def test_the_whole_relay() -> None:
     machine = DecodeMachine("d0")
-    assert machine.handle(ASK, 1.0) == [Grant(SPEC, 10.0)]
+    assert machine.handle(ASK, 1.0) == [ASK.message]
     assert machine.handle(Granted(LEASE), 1.0) == [Send(1, LEASE)]
     assert machine.handle(ARRIVED, 3.5) == [Join(ID, FIRST), Send(1, Joined(ID, 2.5))]
     assert machine.handle(Output(ID, SECOND), 4.0) == [Send(1, SECOND)]

@@ -29,7 +29,6 @@ from prefill_node.machine import (
     PushRefused,
     ReleaseBlocks,
     StopCompute,
-    Submit,
     SubmitRefused,
 )
 
@@ -67,7 +66,7 @@ def after(*events: Event) -> PrefillMachine:
 
 def test_the_whole_relay() -> None:
     machine = PrefillMachine("p0")
-    assert machine.handle(RUN, 0.0) == [Submit(SPEC, hands_off=True)]
+    assert machine.handle(RUN, 0.0) == [Run(SPEC, LEASE)]
     assert machine.handle(STARTED, 0.0) == [BeginPush(ID, LEASE, (3, 4), 4)]
     assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
     assert machine.handle(HANDOFF, 0.0) == [CommitPush(ID, FIRST)]
@@ -86,7 +85,7 @@ def test_the_first_token_ends_the_request_and_nothing_is_committed() -> None:
 
 def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
     machine = PrefillMachine("p0")
-    assert machine.handle(FromRouter(1, Run(SPEC, None)), 0.0) == [Submit(SPEC, hands_off=False)]
+    assert machine.handle(FromRouter(1, Run(SPEC, None)), 0.0) == [Run(SPEC, None)]
     assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
     last = TokenChunk(ID, 2, (43,), finish_reason=FinishReason.LENGTH)
     assert machine.handle(Output(ID, last), 0.0) == [Send(1, last)]
