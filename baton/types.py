@@ -197,6 +197,11 @@ class TokenChunk:
     finish_reason: FinishReason | None = None
 
 
+def blocks_for(num_tokens: int, block_tokens: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-num_tokens // block_tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class KvLayout:
     """Geometry of a KV cache: bytes are [num_layers, num_blocks] of [num_kv_heads, 2 (K, V), block_tokens, head_dim].
@@ -231,8 +236,7 @@ class KvLayout:
         return (layer * self.num_blocks + block) * self.block_bytes
 
     def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold this many tokens."""
-        return -(-num_tokens // self.block_tokens)
+        return blocks_for(num_tokens, self.block_tokens)
 
     def mismatch(self, other: KvLayout) -> str | None:
         """What makes two caches unable to exchange blocks, with both values; None if nothing does.

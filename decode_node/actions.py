@@ -66,15 +66,14 @@ class DecodeActions:
                 return Defect(about.sequence_id, failure)
 
     def _grant(self, message: Reserve) -> None:
-        sequence_id, spec = message.sequence_id, message.spec
+        sequence_id = message.sequence_id
         ttl_s = min(message.ttl_s, self._config.max_ttl_s) if message.ttl_s > 0 else self._config.default_ttl_s
-        reserved = self._replica.reserve(spec)
-        num_cached = reserved.num_cached_blocks
+        reserved = self._replica.reserve(message.spec)
         try:
-            min_blocks = self._replica.blocks_for(spec.num_known_tokens) - num_cached
             lease = self._receiver.grant(
-                sequence_id, reserved.block_ids, ttl_s, min_blocks=min_blocks, num_cached_blocks=num_cached
-            )
+                sequence_id, reserved.block_ids, ttl_s,
+                min_blocks=reserved.min_filled_blocks, num_cached_blocks=reserved.num_cached_blocks,
+            )  # fmt: skip
         except Exception:
             self._replica.return_lease(sequence_id)
             raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.errors import InvalidRequest, PromptTooLong
-from baton.types import SequenceSpec, TokenChunk
+from baton.types import SequenceSpec, TokenChunk, blocks_for
 from engine.scheduler_config import SchedulerConfig
 
 
@@ -16,10 +16,9 @@ def check_spec(spec: SequenceSpec, limits: SchedulerConfig, num_blocks: int) -> 
             f"expected at most {limits.max_model_tokens}, the context of the model",
             param="prompt",
         )
-    if limits.blocks_for(total) > num_blocks:
+    if (need := blocks_for(total, limits.block_tokens)) > num_blocks:
         raise PromptTooLong(
-            f"{total} tokens need {limits.blocks_for(total)} KV blocks of {limits.block_tokens} tokens, "
-            f"this node has {num_blocks}",
+            f"{total} tokens need {need} KV blocks of {limits.block_tokens} tokens, this node has {num_blocks}",
             param="prompt",
         )
     assert spec.sampling.max_tokens is not None
@@ -49,7 +48,7 @@ def joined_ids(spec: SequenceSpec, tokens: TokenChunk, limits: SchedulerConfig, 
             f"ones, and less than max_tokens {max_tokens} of both"
         )
     _check_ids("token_ids", token_ids, limits)
-    need = limits.blocks_for(spec.num_known_tokens + len(token_ids) - 1)
+    need = blocks_for(spec.num_known_tokens + len(token_ids) - 1, limits.block_tokens)
     if need > num_blocks:
         raise InvalidRequest(
             f"{spec.sequence_id} arrived with {len(token_ids)} new tokens, whose KV needs {need} blocks, expected "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from baton.errors import BadConfig
-from baton.types import DTYPE_BYTES, KvLayout
+from baton.types import DTYPE_BYTES, KvLayout, blocks_for
 from engine.config import EngineConfig
 from engine.cost import CostModel
 from engine.model_config import ModelConfig
@@ -100,7 +100,7 @@ def step_bytes(model: ModelConfig, config: EngineConfig, dtype: str) -> int:
     limits = config.scheduler
     num_tokens = recorded_size(limits.max_batch_tokens)
     num_samples = recorded_size(min(limits.max_num_seqs, limits.max_batch_tokens))
-    num_blocks = recorded_size(limits.max_num_seqs * -(-model.max_model_tokens // config.block_tokens))
+    num_blocks = recorded_size(limits.max_num_seqs * blocks_for(model.max_model_tokens, config.block_tokens))
     size = DTYPE_BYTES[dtype]
     if config.quantization == "int8":
         # Rows as products take them: levels of at most two bytes, and for every group a scale and a sum.
@@ -132,7 +132,7 @@ def host_kv_bytes(memory: Memory, model: ModelConfig, config: EngineConfig, dtyp
             "--max-batch-tokens, fewer workers, or the size of the cache with --kv-mib",
             param="kv_bytes",
         )
-    most_blocks = config.scheduler.max_num_seqs * -(-model.max_model_tokens // config.block_tokens)
+    most_blocks = config.scheduler.max_num_seqs * blocks_for(model.max_model_tokens, config.block_tokens)
     return min(size, most_blocks * per_block)
 
 

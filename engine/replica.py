@@ -263,10 +263,6 @@ class Replica:
 
     # -- questions
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold this many tokens."""
-        return self._scheduler.config.blocks_for(num_tokens)
-
     @property
     def num_sequences(self) -> int:
         with self._changed:

@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import BadLogits, BatonError, InternalError, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
-from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk
+from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk, blocks_for
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Phase, in_order
@@ -45,6 +45,8 @@ class Reserved:
     num_cached_blocks: int
     # Those behind them, which that node fills.
     block_ids: tuple[int, ...]
+    # How many of these it fills at least: all that the known tokens need.
+    min_filled_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ class Scheduler:
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = Sequence(spec)
-        count = self.config.blocks_for(spec.num_known_tokens + 1)
+        count = blocks_for(spec.num_known_tokens + 1, self.config.block_tokens)
         found = self.prefix_cache.find(sequence, draws=False)
         self._refuse_lease_without_room(spec.sequence_id, count, found)
         found = self.prefix_cache.intact(found)
@@ -129,7 +131,8 @@ class Scheduler:
         blocks = self.pool.allocate(spec.sequence_id, count - len(found), BlockState.LEASED, now, shared=found)
         self.prefix_cache.count(spec.num_known_tokens, len(found))
         self._leases[spec.sequence_id] = _Lease(sequence, len(found))
-        return Reserved(len(found), tuple(blocks[len(found) :]))
+        num_known = blocks_for(spec.num_known_tokens, self.config.block_tokens)
+        return Reserved(len(found), tuple(blocks[len(found) :]), num_known - len(found))
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
@@ -326,8 +329,8 @@ class Scheduler:
 
     def _blocks_to_start(self, entry: Entry) -> int:
         if entry.num_preemptions >= self.config.max_preemptions:
-            return self.config.blocks_for(entry.sequence.spec.max_total_tokens)
-        return self.config.blocks_for(len(entry.sequence.token_ids))
+            return blocks_for(entry.sequence.spec.max_total_tokens, self.config.block_tokens)
+        return blocks_for(len(entry.sequence.token_ids), self.config.block_tokens)
 
     def _blocks_taken(self, entry: Entry) -> int:
         """Of the available blocks, those that it would take if it started now."""
@@ -371,7 +374,7 @@ class Scheduler:
         return pieces
 
     def _blocks_to_grow(self, entry: Entry) -> int:
-        return max(0, self.config.blocks_for(entry.start + 1) - len(entry.sequence.block_ids))
+        return max(0, blocks_for(entry.start + 1, self.config.block_tokens) - len(entry.sequence.block_ids))
 
     def _grow(self, entry: Entry) -> bool:
         """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
@@ -537,7 +540,7 @@ class Scheduler:
         self.pool.move(seq.sequence_id, BlockState.SENDING, now)
         num_known = len(spec.generated_token_ids)
         tokens = TokenChunk(seq.sequence_id, num_known, tuple(seq.token_ids[spec.num_known_tokens :]))
-        num_blocks = self.config.blocks_for(seq.num_computed)
+        num_blocks = blocks_for(seq.num_computed, self.config.block_tokens)
         return Handoff(seq.sequence_id, tokens, tuple(seq.block_ids[:num_blocks]))
 
     def _failed(self, entry: Entry, error: BatonError, now: float) -> Failed:
@@ -575,7 +578,7 @@ def _decodes_next(entry: Entry) -> bool:
 def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:
     """Leading blocks that hold their last bytes once ``num_computed`` tokens of the known ones are computed."""
     if num_computed >= sequence.spec.num_known_tokens:
-        return -(-sequence.spec.num_known_tokens // block_tokens)
+        return blocks_for(sequence.spec.num_known_tokens, block_tokens)
     return num_computed // block_tokens
 
 

@@ -66,6 +66,3 @@ class SchedulerConfig:
 
     def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int) -> SchedulerConfig:
         return replace(self, block_tokens=block_tokens, max_model_tokens=max_model_tokens, vocab_size=vocab_size)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_tokens)

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.errors import InternalError, Overloaded
 from baton.prefix import PrefixScheme
-from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk
+from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk, blocks_for
 from engine.blocks import BlockPool, BlockState
 from engine.events import EngineEvent, Failed, Handoff, Output, Started
 from engine.fake import FakeRunner, expected_tokens
@@ -146,7 +146,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             reserved = self.scheduler.reserve(spec, self.now)
         except Overloaded:
             return False
-        count = CONFIG.blocks_for(spec.num_known_tokens + 1)
+        count = blocks_for(spec.num_known_tokens + 1, BLOCK_TOKENS)
         assert reserved.num_cached_blocks + len(reserved.block_ids) == count
         assert reserved.num_cached_blocks <= spec.num_known_tokens // BLOCK_TOKENS
         assert not set(reserved.block_ids) & self.blocks_in_flight()

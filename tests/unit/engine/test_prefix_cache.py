@@ -195,12 +195,12 @@ def test_an_answer_is_found_by_the_next_turn_where_phases_agree(phases_agree: bo
 
 def test_reserve_shares_all_full_blocks_and_names_those_to_be_filled() -> None:
     s = scheduler()
-    assert s.reserve(spec("a", 8), 0.0) == Reserved(0, (0, 1, 2))
+    assert s.reserve(spec("a", 8), 0.0) == Reserved(0, (0, 1, 2), 2)
     s.check()
     assert len(s.pool.known) == 0, "what a writer may still reach is not found"
     s.join("a", TokenChunk("a", 0, (5,)), 0.0)
-    assert s.reserve(spec("b", 8), 0.0) == Reserved(2, (3,))
-    assert s.reserve(spec("c", 7), 0.0) == Reserved(1, (4,))
+    assert s.reserve(spec("b", 8), 0.0) == Reserved(2, (3,), 0)
+    assert s.reserve(spec("c", 7), 0.0) == Reserved(1, (4,), 1)
     assert s.pool.num_held == 5
     assert s.pool.blocks_by_state()[BlockState.LEASED] == 2
     s.quarantine("b", 0.0)
@@ -220,7 +220,7 @@ def test_leases_need_no_room_for_what_is_shared() -> None:
     s = scheduler(num_blocks=6)
     s.reserve(spec("a", 16), 0.0)
     s.join("a", TokenChunk("a", 0, (5,)), 0.0)
-    assert s.reserve(spec("b", 16), 0.0) == Reserved(4, (5,))
+    assert s.reserve(spec("b", 16), 0.0) == Reserved(4, (5,), 0)
     assert s.pool.num_available == 0
 
 

@@ -413,7 +413,7 @@ def test_hold_then_attach_then_resume(overlaps: bool) -> None:
             found += event.chunk.token_ids
         assert isinstance(event, Handoff)
         assert event.tokens.token_ids == tuple(found)
-        assert len(event.block_ids) == engine.blocks_for(9 + len(found) - 1)
+        assert len(event.block_ids) == LAYOUT.blocks_for(9 + len(found) - 1)
         engine.attach("a", recorder)
         assert recorder.told == [(layer, len(event.block_ids)) for layer in range(LAYOUT.num_layers)]
         engine.resume("a")

@@ -443,7 +443,7 @@ def test_refusals_name_both_values() -> None:
 
 def test_lease_then_join_decodes_from_the_first_token() -> None:
     s = scheduler()
-    assert s.reserve(spec("a", 8, max_tokens=3), 0.0) == Reserved(0, (0, 1, 2)), "known tokens and one more"
+    assert s.reserve(spec("a", 8, max_tokens=3), 0.0) == Reserved(0, (0, 1, 2), 2), "known tokens and one more"
     assert step(s)[0] == []
     s.join("a", TokenChunk("a", 0, (5,)), 0.0)
     assert s.pool.state_of("a") is BlockState.RUNNING
