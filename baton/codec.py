@@ -197,7 +197,6 @@ def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
     return NodeDescription(
         node_id=msg.node_id,
         incarnation=msg.incarnation,
-        role=role_from_pb(msg.role),
         home_role=role_from_pb(msg.home_role),
         address=msg.address,
         model=ModelDescription(m.name, m.fingerprint, m.dtype, m.max_model_tokens, m.vocab_size),
@@ -219,7 +218,7 @@ def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
     return pb.NodeDescription(
         node_id=node.node_id,
         incarnation=node.incarnation,
-        role=role_to_pb(node.role),
+        role=role_to_pb(node.home_role),
         home_role=role_to_pb(node.home_role),
         address=node.address,
         model=pb.ModelDescription(

@@ -295,7 +295,7 @@ class NodeDescription:
 
     node_id: str
     incarnation: int
-    role: Role
+    # The role that it acts in is in its NodeStatus.
     home_role: Role
     address: str
     model: ModelDescription

@@ -74,7 +74,7 @@ def _scheduler(num_nodes: int) -> Scheduler[_Item]:
 def _node(node_id: str, role: Role) -> NodeDescription:
     model = ModelDescription("bench", "bench", "float32", 1 << 20, 512)
     layout = KvLayout(1, _NUM_BLOCKS, 1, 8, 16, "float32")
-    return NodeDescription(node_id, 1, role, role, "a:1", model, layout, 1, 1, "h", (), "none", "none", "0")
+    return NodeDescription(node_id, 1, role, "a:1", model, layout, 1, 1, "h", (), "none", "none", "0")
 
 
 def _samples(scheduler: Scheduler[_Item], num_samples: int) -> tuple[list[float], list[float]]:

@@ -125,7 +125,7 @@ def _description(node_id: str, role: Role, num_blocks: int = NUM_BLOCKS) -> Node
     model = ModelDescription("bench", "bench", "bfloat16", 1 << 20, 512)
     layout = KvLayout(32, num_blocks, 8, 128, BLOCK_TOKENS, "bfloat16")
     return NodeDescription(
-        node_id, 1, role, role, "a:1", model, layout, 1, 1, "h", (), "none", "none", "0",
+        node_id, 1, role, "a:1", model, layout, 1, 1, "h", (), "none", "none", "0",
         prefix_cache=PrefixCaching(phases_agree=True),
     )  # fmt: skip
 
@@ -221,7 +221,7 @@ class _Node:
         running_tokens = sum(self.running.values())
         used = sum(-(-tokens // BLOCK_TOKENS) for tokens in self.running.values())
         return NodeStatus(
-            self.description.role, total_blocks=NUM_BLOCKS, free_blocks=NUM_BLOCKS - used,
+            self.description.home_role, total_blocks=NUM_BLOCKS, free_blocks=NUM_BLOCKS - used,
             queued_prompt_tokens=sum(self.queued.values()), num_running=len(self.running),
             running_tokens=running_tokens,
         )  # fmt: skip

@@ -63,7 +63,6 @@ def describe(name: str, address: str) -> NodeDescription:
     return NodeDescription(
         node_id=name.replace(", ", "-").replace(" ", "-"),
         incarnation=1,
-        role=Role.MIXED,
         home_role=Role.MIXED,
         address=address,
         model=ModelDescription("bench", "bench", LAYOUT.dtype, 32768, 32000),

@@ -75,7 +75,6 @@ def _describe(node_id: str, address: str) -> NodeDescription:
     return NodeDescription(
         node_id=node_id,
         incarnation=1,
-        role=Role.MIXED,
         home_role=Role.MIXED,
         address=address,
         model=ModelDescription("bench", "bench", LAYOUT.dtype, 32768, 32000),

@@ -174,7 +174,7 @@ class Nodes:
                 self.links.pop(action.address).hang_up()
             case NodeUp():
                 node = action.node
-                _log.info("node %s (%s, %s) is up at %s", node.node_id, node.role.value, node.device, node.address)
+                _log.info("node %s (%s, %s) is up at %s", node.node_id, node.home_role.value, node.device, node.address)
                 self._scheduler.node_up(node, action.status, self._is_available(node.node_id), self._clock.now())
             case NodeChanged():
                 self._scheduler.node_changed(action.node_id, self._is_available(action.node_id), self._clock.now())

@@ -26,7 +26,6 @@ def describe(
     return NodeDescription(
         node_id=config.node_id or f"{config.role.value}-{where}",
         incarnation=secrets.randbits(63) | 1,
-        role=config.role,
         home_role=config.role,
         address=address,
         model=replace(model.description, name=config.model_name) if config.model_name else model.description,
@@ -45,7 +44,7 @@ def describe(
 
 def announce(node: NodeDescription, config: WorkerConfig) -> None:
     """To ``ready_file`` and ``ready_fd``, once everything is served."""
-    facts = {"node_id": node.node_id, "role": node.role.value, "pid": node.pid, "address": node.address}
+    facts = {"node_id": node.node_id, "role": node.home_role.value, "pid": node.pid, "address": node.address}
     facts["metrics"] = node.metrics_address
     if config.ready_file is not None:
         write_json_atomically(config.ready_file, facts)

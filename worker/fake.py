@@ -346,7 +346,6 @@ class FakeNode:
         return NodeDescription(
             node_id=self.node_id,
             incarnation=self.incarnation,
-            role=self.role,
             home_role=self.role,
             address=self.address,
             model=ModelDescription(c.model_name, c.fingerprint, "float32", c.max_model_tokens, c.vocab_size),

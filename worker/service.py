@@ -175,7 +175,7 @@ class NodeService:
         )
 
     def status(self) -> NodeStatus:
-        return self.replica.status(self.node.role)
+        return self.replica.status(self.node.home_role)
 
     @property
     def num_sequences(self) -> int:

@@ -490,7 +490,7 @@ Global___PrefixCaching: _TypeAlias = PrefixCaching  # noqa: Y015
 
 @_typing.final
 class NodeDescription(_message.Message):
-    """Who a node is; fixed for one life of its process, but for its role."""
+    """Who a node is; fixed for one life of its process."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -515,7 +515,7 @@ class NodeDescription(_message.Message):
     incarnation: _builtins.int
     """Identifies one life of the process: a restarted node is a new node."""
     role: Global___Role.ValueType
-    """What the node is used for now."""
+    """Equal to home_role: what the node is used for now is NodeStatus.role."""
     home_role: Global___Role.ValueType
     """The pool the node returns to after it was borrowed."""
     address: _builtins.str

@@ -90,7 +90,6 @@ def node(runner: Runner, node_id: str) -> NodeDescription:
     return NodeDescription(
         node_id=node_id,
         incarnation=1,
-        role=Role.MIXED,
         home_role=Role.MIXED,
         address=f"{node_id}:1",
         model=runner.description,

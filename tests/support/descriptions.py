@@ -7,6 +7,6 @@ from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus,
 
 STATUS = NodeStatus(Role.DECODE)
 NODE = NodeDescription(
-    "n0", 1, Role.DECODE, Role.DECODE, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+    "n0", 1, Role.DECODE, "a:1", ModelDescription("m", "f", "float32", 100, 10),
     KvLayout(1, 100, 1, 8, 16, "float32"), PROTOCOL_VERSION, 1, "h", (), "cpu", "none", "0",
 )  # fmt: skip

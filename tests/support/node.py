@@ -163,7 +163,6 @@ class Node:
             "n0",
             5,
             Role.MIXED,
-            Role.MIXED,
             self.address,
             model,
             layout,

@@ -31,7 +31,6 @@ def describe(node_id: str, layout: KvLayout, address: str = "", incarnation: int
     return NodeDescription(
         node_id=node_id,
         incarnation=incarnation,
-        role=Role.MIXED,
         home_role=Role.MIXED,
         address=address,
         model=ModelDescription("demo", "fingerprint-1", layout.dtype, 4096, 1000),

@@ -42,7 +42,7 @@ class NoReceiver:
 def node() -> NodeDescription:
     model = ModelDescription("m", "f", "float32", 100, 10)
     return NodeDescription(
-        "n0", 1, Role.MIXED, Role.DECODE, "h:1", model, LAYOUT, PROTOCOL_VERSION, 1, "h", ("shm",), "cpu", "k", "0"
+        "n0", 1, Role.DECODE, "h:1", model, LAYOUT, PROTOCOL_VERSION, 1, "h", ("shm",), "cpu", "k", "0"
     )
 
 

@@ -37,7 +37,7 @@ _QUEUES = st.sampled_from([0, 0, 100, 101, 5_000, 9_000, 20_000, 70_000])
 
 def node(node_id: str, role: Role, prompt: int = 0, decode: int = 0, free: int = MANY_BLOCKS) -> NodeLoad:
     description = NodeDescription(
-        node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        node_id, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(4, MANY_BLOCKS, 8, 128, BLOCK_TOKENS, "bfloat16"), 1, 1, "h", (), "cpu", "none", "0",
     )  # fmt: skip
     status = NodeStatus(role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free)

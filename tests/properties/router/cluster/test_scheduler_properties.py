@@ -69,7 +69,7 @@ class Item:
 def description(node_id: str) -> NodeDescription:
     role = NODES[node_id]
     return NodeDescription(
-        node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        node_id, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(1, NUM_BLOCKS, 1, 8, BLOCK_TOKENS, "float32"), 1, 1, "h", (), "cpu", "none", "0",
         prefix_cache=PrefixCaching(phases_agree=True),
     )  # fmt: skip

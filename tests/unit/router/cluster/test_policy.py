@@ -18,7 +18,7 @@ ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
 
 def description(node_id: str, role: Role) -> NodeDescription:
     return NodeDescription(
-        node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        node_id, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(1, 100, 1, 8, 16, "float32"), 1, 1, "h", (), "cpu", "none", "0",
     )  # fmt: skip
 

@@ -26,7 +26,7 @@ def node(
 ) -> NodeLoad:
     role = ROLES[node_id[0]]
     description = NodeDescription(
-        node_id, 1, role, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        node_id, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(32, 1000, 8, 128, BLOCK_TOKENS, "bfloat16"), 1, 1, "h", (), "cpu", "none", "0",
     )  # fmt: skip
     status = NodeStatus(
