@@ -16,7 +16,7 @@ from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
-from baton.types import Lease, SamplingParams
+from baton.types import Lease, SamplingParams, TokenChunk
 from router.active import Active
 from router.cluster.policy import Obstacle
 from router.cluster.scheduler import Scheduler
@@ -28,7 +28,6 @@ from router.flow_messages import (
     AttemptFailed,
     Begin,
     ClientCancelled,
-    Deliver,
     Detach,
     End,
     Enqueue,
@@ -268,7 +267,7 @@ class Dispatcher:
     def _perform(self, active: Active, action: Action) -> None:  # noqa: C901 (a flat table)
         scheduler = self.scheduler
         match action:
-            case Deliver():
+            case TokenChunk():
                 if not active.fingerprint and self.nodes.membership.reference is not None:
                     active.fingerprint = self.nodes.membership.reference.model.fingerprint
                 active.stream.push(action.token_ids, action.logprobs)

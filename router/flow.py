@@ -42,7 +42,6 @@ from router.flow_messages import (
     AttemptFailed,
     Begin,
     ClientCancelled,
-    Deliver,
     Detach,
     End,
     Enqueue,
@@ -348,7 +347,8 @@ class Flow:
             return self._defect("tokens beyond max_tokens", now) if len(self._early) > self.max_tokens else []
         if chunk.index == len(self.tokens) and not self._early:  # nearly always
             self.tokens += chunk.token_ids
-            return self._after_tokens(chunk.token_ids, chunk.logprobs, now)
+            return self._after_tokens(chunk, now)
+        num_before = len(self.tokens)
         new_ids: list[int] = []
         logprobs: list[PositionLogprobs] = []
         next_chunk: TokenChunk | None = chunk
@@ -356,7 +356,7 @@ class Flow:
             if not self._take(next_chunk, new_ids, logprobs):
                 return self._defect(f"token at {next_chunk.index} came twice with different values", now)
             next_chunk = self._next_early()
-        return self._after_tokens(tuple(new_ids), tuple(logprobs), now)
+        return self._after_tokens(TokenChunk(self.sequence_id, num_before, tuple(new_ids), tuple(logprobs)), now)
 
     def _take(self, chunk: TokenChunk, new_ids: list[int], logprobs: list[PositionLogprobs]) -> bool:
         """Append what is new in a chunk that leaves no hole; False if what is old differs."""
@@ -379,19 +379,17 @@ class Flow:
         index = min(self._early)
         return self._early.pop(index) if index <= len(self.tokens) else None
 
-    def _after_tokens(
-        self, new_ids: tuple[int, ...], logprobs: tuple[PositionLogprobs, ...], now: float
-    ) -> list[Action]:  # fmt: skip
+    def _after_tokens(self, new: TokenChunk, now: float) -> list[Action]:
         num_tokens = len(self.tokens)
         if num_tokens > self.max_tokens or (self._end is not None and num_tokens > self._end[0]):
             return self._defect("tokens beyond the end of the sequence", now)
         actions: list[Action] = []
-        if new_ids:
+        if new.token_ids:
             if self.phase is Phase.PREFILLING:
                 self.phase = Phase.DECODING
                 self._refusals = 0
-            self.lifeline.tokens(len(new_ids), now)
-            actions.append(Deliver(new_ids, logprobs))
+            self.lifeline.tokens(len(new.token_ids), now)
+            actions.append(new)
         if self._early:
             self._timer_s = now + self._config.gap_timeout_s
         elif self._is_settled:

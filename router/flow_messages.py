@@ -14,7 +14,7 @@ from baton import errors
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
-from baton.types import FinishReason, PositionLogprobs, SequenceSpec
+from baton.types import FinishReason, SequenceSpec, TokenChunk
 from router.cluster.policy import Placement
 
 # Blocks of a prompt that are hashed at first; then as many as there are.
@@ -173,12 +173,6 @@ class ToNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Deliver:
-    token_ids: tuple[int, ...]
-    logprobs: tuple[PositionLogprobs, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Detach:
     """The attempt is over: nothing that still arrives under its sequence id matters."""
 
@@ -213,4 +207,5 @@ class End:
     outcome: Outcome
 
 
-Action = ToNode | Enqueue | Deliver | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End
+# New tokens for the reader are their TokenChunk; how the sequence ends is said by the Outcome.
+Action = ToNode | Enqueue | TokenChunk | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End

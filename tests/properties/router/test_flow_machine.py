@@ -95,7 +95,7 @@ class FlowMachine(RuleBasedStateMachine):
             case f.Enqueue():
                 assert not self.wants_placement
                 self.wants_placement = True
-            case f.Deliver():
+            case TokenChunk():
                 self.delivered += action.token_ids
             case f.ToNode(node_id, Reserve() as message):
                 self.told.setdefault(message.sequence_id, set()).add(node_id)

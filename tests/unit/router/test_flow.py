@@ -43,8 +43,12 @@ def lease(attempt: int = 0) -> Lease:
     return Lease(f"r/0/{attempt}", 1, "d", 1, "a:1", (0,), 60.0)
 
 
+def chunk(index: int, *ids: int, attempt: int = 0, finish: FinishReason | None = None) -> TokenChunk:
+    return TokenChunk(f"r/0/{attempt}", index, ids, (), finish)
+
+
 def tokens(node: str, index: int, *ids: int, attempt: int = 0, finish: FinishReason | None = None) -> f.FromNode:
-    return f.FromNode(node, TokenChunk(f"r/0/{attempt}", index, ids, (), finish))
+    return f.FromNode(node, chunk(index, *ids, attempt=attempt, finish=finish))
 
 
 def to(node_id: str, message: RouterMessage) -> f.ToNode:
@@ -86,20 +90,26 @@ def test_split_life() -> None:
     flow = begin()
     assert flow.handle(f.Placed(SPLIT), 1.0) == [to("d", Reserve(spec(flow), 60.0, "p"))]
     assert flow.handle(f.FromNode("d", lease()), 1.0) == [to("p", Run(spec(flow), lease()))]
-    assert flow.handle(tokens("p", 0, 7), 2.0) == [f.Deliver((7,), ())]
+    assert flow.handle(tokens("p", 0, 7), 2.0) == [chunk(0, 7)]
     assert flow.phase is f.Phase.DECODING
     assert flow.handle(joined(), 2.0) == [f.PairWorked(SPLIT)]
-    assert flow.handle(tokens("d", 1, 8, 9), 3.0) == [f.Deliver((8, 9), ())]
+    assert flow.handle(tokens("d", 1, 8, 9), 3.0) == [chunk(1, 8, 9)]
     assert flow.handle(handed_off(), 3.0) == []
     last = flow.handle(tokens("d", 3, 10, finish=FinishReason.LENGTH), 4.0)
-    assert last == [f.Deliver((10,), ()), f.PairWorked(SPLIT), f.Detach("r/0/0"), finished(FinishReason.LENGTH)]
+    assert last == [
+        chunk(3, 10, finish=FinishReason.LENGTH),
+        f.PairWorked(SPLIT),
+        f.Detach("r/0/0"),
+        finished(FinishReason.LENGTH),
+    ]
     assert flow.handle(tokens("d", 4, 11), 5.0) == []
 
 
 def settling() -> Flow:
     flow = prefilling()
     flow.handle(tokens("p", 0, 7), 1.0)
-    assert flow.handle(tokens("d", 1, 8, 9, 10, finish=FinishReason.LENGTH), 1.5) == [f.Deliver((8, 9, 10), ())]
+    last = chunk(1, 8, 9, 10, finish=FinishReason.LENGTH)
+    assert flow.handle(f.FromNode("d", last), 1.5) == [last]
     assert flow.phase is f.Phase.SETTLING
     return flow
 
@@ -148,7 +158,7 @@ def test_first_token_that_ends_it_gives_the_lease_back() -> None:
 def test_decode_may_overtake_the_first_token() -> None:
     flow = prefilling()
     assert flow.handle(tokens("d", 1, 8), 1.0) == []
-    assert flow.handle(tokens("p", 0, 7), 1.1) == [f.Deliver((7, 8), ())]
+    assert flow.handle(tokens("p", 0, 7), 1.1) == [chunk(0, 7, 8)]
 
 
 def test_hole_that_stays_is_a_failure() -> None:
@@ -183,7 +193,7 @@ def test_decode_lost_runs_again_from_the_tokens_so_far() -> None:
     again = flow.handle(f.Placed(Placement("p", "p")), 2.0)
     assert again == [to("p", Run(spec(flow, 1, (7,)), None))]
     assert flow.handle(tokens("d", 1, 8), 2.0) == [], "the old attempt is history"
-    assert flow.handle(tokens("p", 1, 8, attempt=1), 3.0) == [f.Deliver((8,), ())]
+    assert flow.handle(tokens("p", 1, 8, attempt=1), 3.0) == [chunk(1, 8, attempt=1)]
 
 
 def test_prefill_lost_after_the_handover_does_not_matter() -> None:
