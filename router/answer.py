@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from baton import errors
-from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest, Part
+from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest
 from router.openai_logprobs import LogprobWriter
 from router.openai_request import ChatBody, CompletionBody
 from router.openai_response import DONE, ChoiceWriter, Envelope, relay_json, usage
 from router.openai_whole import Json, PromptJson, WholeAnswer, prompt_json
+from router.text import Part
 
 
 class Choice:

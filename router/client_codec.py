@@ -8,7 +8,8 @@ from baton import codec
 from baton.observe import Relay
 from baton.v1 import router_pb2
 from router.cluster.membership import Member
-from router.frontend import Ending, Part
+from router.frontend import Ending
+from router.text import Part
 
 
 def relay_to_pb(relay: Relay) -> router_pb2.Relay:

@@ -28,7 +28,7 @@ from router.model_files import ModelFacts
 from router.offload import Offload
 from router.records import Origin
 from router.stream import Backlog
-from router.text import TextDelta, TextStream
+from router.text import Part, TextStream
 from router.tokenizer import Tokenizer, require
 from router.turns import Turns
 
@@ -102,17 +102,6 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """New output of one choice. Text lags behind token ids where it may still change."""
-
-    text: str
-    token_ids: list[int]
-    logprobs: list[PositionLogprobs]
-    # With log-probabilities: the text that each token added, before text was held back or cut at stop strings.
-    token_texts: list[str]
-
-
-@dataclass(frozen=True, slots=True)
 class Ending:
     """The successful end of one choice."""
 
@@ -167,17 +156,16 @@ class Generation:
         return part
 
     def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs]) -> Part:
-        delta = self._text.push(token_ids)
-        if delta.stop is None and self._active.flow.is_complete:
-            delta = _closed(delta, self._text.flush())
-        token_ids, logprobs = token_ids[: delta.num_tokens], logprobs[: delta.num_tokens]
-        self._num_tokens += len(token_ids)
-        if token_ids:
-            self._last_id = token_ids[-1]
-        if delta.stop is not None:
+        part = self._text.push(token_ids, logprobs)
+        if part.stop is None and self._active.flow.is_complete:
+            part = _closed(part, self._text.flush())
+        self._num_tokens += len(part.token_ids)
+        if part.token_ids:
+            self._last_id = part.token_ids[-1]
+        if part.stop is not None:
             self._dispatcher.stop_text(self._active)
-            self._end(FinishReason.STOP, delta.stop)
-        return Part(delta.text, token_ids, logprobs, delta.token_texts)
+            self._end(FinishReason.STOP, part.stop)
+        return part
 
     def _finish(self, outcome: Outcome) -> None:
         assert outcome.finish_reason is not None
@@ -548,12 +536,12 @@ class Frontend:
         return asked_s
 
 
-def _closed(delta: TextDelta, rest: TextDelta) -> TextDelta:
-    """The text with its incomplete end, which belongs to the last token."""
-    texts = delta.token_texts
+def _closed(part: Part, rest: Part) -> Part:
+    """With its incomplete end, which belongs to the last token."""
+    texts = part.token_texts
     if texts:
         texts = [*texts[:-1], texts[-1] + "".join(rest.token_texts)]
-    return TextDelta(delta.text + rest.text, delta.num_tokens, rest.stop, texts)
+    return replace(part, text=part.text + rest.text, token_texts=texts, stop=rest.stop)
 
 
 def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:

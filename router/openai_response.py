@@ -12,9 +12,10 @@ from typing import Any
 
 from baton import errors
 from baton.observe import Relay
-from router.frontend import Ending, Part
+from router.frontend import Ending
 from router.openai_logprobs import LogprobWriter
 from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice
+from router.text import Part
 
 _OPENAI_CODES = {
     "Unauthenticated": "invalid_api_key",

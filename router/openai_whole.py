@@ -11,8 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from router.frontend import Ending, Part
+from router.frontend import Ending
 from router.openai_logprobs import LogprobWriter
+from router.text import Part
 from router.turns import Turns
 
 # Bytes per write.

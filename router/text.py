@@ -7,8 +7,10 @@ acts on a stop string that it finds.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
+from baton.types import PositionLogprobs
 from router.tokenizer import CONTEXT, PieceReader, Tokenizer, Utf8
 
 _MAX_CHARACTER_BYTES = 4
@@ -152,13 +154,18 @@ def _overlap(text: str, stop: str) -> int:
     return 0
 
 
-class TextDelta(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Part:
+    """New output of one choice. Text lags behind token ids where it may still change."""
+
     text: str
-    # Number of pushed tokens that belong to the output (all, unless a stop string ended it).
-    num_tokens: int
-    stop: str | None
-    # The text that each of them added, held or cut by stop strings or not; empty unless requested.
-    token_texts: list[str]
+    # Without those behind the one that completed a stop string.
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[PositionLogprobs] = ()
+    # If requested: the text that each token added, before text was held back or cut at stop strings.
+    token_texts: Sequence[str] = ()
+    # The stop string that ended the output.
+    stop: str | None = None
 
 
 class TextStream:
@@ -188,11 +195,11 @@ class TextStream:
         self._num_exempt_tokens = min_tokens
         self._wants_token_texts = wants_token_texts
 
-    def push(self, token_ids: Sequence[int]) -> TextDelta:
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[PositionLogprobs] = ()) -> Part:
         if self._detokenizer is None:
-            return TextDelta("", len(token_ids), None, [""] * len(token_ids) if self._wants_token_texts else [])
+            return Part("", token_ids, logprobs, [""] * len(token_ids) if self._wants_token_texts else ())
         if self._finder is None and not self._wants_token_texts:
-            return TextDelta(self._decode(self._detokenizer, token_ids), len(token_ids), None, [])
+            return Part(self._decode(self._detokenizer, token_ids), token_ids, logprobs)
         # Token by token, to find the text of each and the one that completed the stop string.
         out, token_texts = [], []
         stop: str | None = None
@@ -205,18 +212,20 @@ class TextStream:
             out.append(text)
             if stop is not None:
                 break
-        return TextDelta("".join(out), len(token_texts), stop, token_texts if self._wants_token_texts else [])
+        count = len(token_texts)
+        texts = token_texts if self._wants_token_texts else ()
+        return Part("".join(out), token_ids[:count], logprobs[:count], texts, stop)
 
-    def flush(self) -> TextDelta:
+    def flush(self) -> Part:
         """At the end incomplete characters and held text are returned; they may even complete a stop string."""
         if self._detokenizer is None:
-            return TextDelta("", 0, None, [])
+            return Part("")
         rest = self._detokenizer.flush()
-        token_texts = [rest] if self._wants_token_texts and rest else []
+        token_texts = [rest] if self._wants_token_texts and rest else ()
         if self._finder is None:
-            return TextDelta(rest, 0, None, token_texts)
+            return Part(rest, token_texts=token_texts)
         text, stop = self._finder.push(rest, is_exempt=self._num_exempt_tokens >= 0)
-        return TextDelta(text if stop is not None else text + self._finder.flush(), 0, stop, token_texts)
+        return Part(text if stop is not None else text + self._finder.flush(), token_texts=token_texts, stop=stop)
 
     def _decode(self, detokenizer: Detokenizer, token_ids: Sequence[int]) -> str:
         if self._hidden and not self._hidden.isdisjoint(token_ids):

@@ -56,9 +56,9 @@ def streamed(stream: TextStream, ids: Sequence[int], sizes: Sequence[int]) -> tu
     """The whole text, and what each token added to it."""
     texts, added, at = [], [], 0
     for size in [*sizes, len(ids)]:
-        delta = stream.push(ids[at : at + size])
-        texts.append(delta.text)
-        added += delta.token_texts
+        part = stream.push(ids[at : at + size])
+        texts.append(part.text)
+        added += part.token_texts
         at += size
     rest = stream.flush()
     return "".join([*texts, rest.text]), [*added, *rest.token_texts]

@@ -185,11 +185,11 @@ def test_no_stop_string_ends_within_min_tokens(
         stream = TextStream(Tokenizer(INNER), prompt_token_ids=[A], stops=stops, min_tokens=min_tokens)
         ids, text, num_tokens, stop = [THE, JAM, DOT], "", 0, None
         for size in sizes:
-            delta = stream.push(ids[:size])
+            part = stream.push(ids[:size])
             ids = ids[size:]
-            text += delta.text
-            num_tokens += delta.num_tokens
-            stop = delta.stop
+            text += part.text
+            num_tokens += len(part.token_ids)
+            stop = part.stop
             if stop is not None:
                 break
         else:

@@ -103,9 +103,9 @@ def test_stop_string_over_token_borders_and_its_token_count(tokenizer: Tokenizer
     ids = list(tokenizer.encode("alpha STOP beta", add_special_tokens=False))
     for include, expected in ((False, "alpha "), (True, "alpha STOP")):
         stream = TextStream(tokenizer, stops=["STOP"], include_stop=include)
-        delta = stream.push(ids)
-        assert (delta.text, delta.stop) == (expected, "STOP")
-        assert tokenizer.decode(ids[: delta.num_tokens], skip_special_tokens=True) == "alpha STOP"
+        part = stream.push(ids)
+        assert (part.text, part.stop) == (expected, "STOP")
+        assert tokenizer.decode(part.token_ids, skip_special_tokens=True) == "alpha STOP"
 
 
 def test_stop_tokens_are_no_text(tokenizer: Tokenizer) -> None:
