@@ -288,8 +288,11 @@ class _Search:
         for hit in () if costs is None else costs.hits:
             assert costs is not None
             num_hit = costs.tokens_of(hit)
-            nodes = list(self._pools.among(role, hit.node_ids))
-            sure = [x for x in nodes if x.surely_has_room(self._num_tokens, num_hit)] if needs_room else nodes
+            sure = nodes = list(self._pools.among(role, hit.node_ids))
+            if needs_room:
+                # The first question is the cheaper one, and nearly always enough.
+                most = self._num_tokens
+                sure = [x for x in nodes if x.free_tokens >= most or x.surely_has_room(most, num_hit)]
             # It is not known which of a node's blocks are in use: where all have little room, one of them is asked.
             for group in (sure, nodes):
                 node = least(group, self._num_tokens - num_hit, blocked)
