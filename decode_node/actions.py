@@ -77,5 +77,5 @@ class DecodeActions:
         except Exception:
             self._replica.return_lease(sequence_id)
             raise
-        self._feed(machine.Granted(lease))
+        self._feed(lease)
         self._replica.set_epoch(sequence_id, lease.epoch)

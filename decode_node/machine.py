@@ -47,16 +47,7 @@ class DecodeConfig:
             )
 
 
-# -- events
-
-
-@dataclass(frozen=True, slots=True)
-class Granted:
-    lease: Lease
-
-    @property
-    def sequence_id(self) -> str:
-        return self.lease.sequence_id
+# -- events; what was granted is its Lease
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +67,7 @@ class JoinRefused:
 Event = (
     FromRouter
     | SessionLost
-    | Granted
+    | Lease
     | GrantRefused
     | LeaseNotice
     | JoinRefused
@@ -87,7 +78,7 @@ Event = (
     | Failed
 )
 
-# -- actions; an accepted Reserve is its own: lease blocks out, and answer with Granted or GrantRefused
+# -- actions; an accepted Reserve is its own: lease blocks out, and answer with the Lease or GrantRefused
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +158,8 @@ class DecodeMachine:
             case SessionLost(session):
                 mine = [name for name, relay in self._relays.items() if relay.session == session]
                 return [action for name in mine for action in self._stop(name, "the router's session was lost")]
-            case Granted(lease):
-                return self._granted(lease, now)
+            case Lease():
+                return self._granted(event, now)
             case Arrived():
                 return self._arrived(event, now)
         relay = self._relays.get(event.sequence_id)

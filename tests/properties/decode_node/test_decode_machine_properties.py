@@ -56,7 +56,7 @@ class DecodeWorld(RuleBasedStateMachine):
                 name = spec.sequence_id
                 if self.grants:
                     self.worlds[name].blocks = "leased"
-                    self.feed(m.Granted(Lease(name, 1, "d0", 1, "h:1", (0,), 9.0)))
+                    self.feed(Lease(name, 1, "d0", 1, "h:1", (0,), 9.0))
                 else:
                     self.feed(m.GrantRefused(name, FULL))
             case m.Join(name):

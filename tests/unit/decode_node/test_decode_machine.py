@@ -17,7 +17,6 @@ from decode_node.machine import (
     Action,
     DecodeMachine,
     Event,
-    Granted,
     GrantRefused,
     Join,
     JoinRefused,
@@ -42,7 +41,7 @@ BOOM = Failure("InternalError", "boom", retryable=False)
 ASK = FromRouter(1, Reserve(SPEC, 10.0, "p0"))
 ARRIVED = Arrived(ID, 5, FIRST)
 CANCEL = FromRouter(1, Cancel(ID, "client left"))
-LEASED: list[Event] = [ASK, Granted(LEASE)]
+LEASED: list[Event] = [ASK, LEASE]
 RUNNING: list[Event] = [*LEASED, ARRIVED]
 ENDING: list[Event] = [*LEASED, CANCEL]
 
@@ -63,7 +62,7 @@ def failure_in(action: Action, kind: type[Refused | SequenceFailed] = SequenceFa
 def test_the_whole_relay() -> None:
     machine = DecodeMachine("d0")
     assert machine.handle(ASK, 1.0) == [ASK.message]
-    assert machine.handle(Granted(LEASE), 1.0) == [Send(1, LEASE)]
+    assert machine.handle(LEASE, 1.0) == [Send(1, LEASE)]
     assert machine.handle(ARRIVED, 3.5) == [Join(ID, FIRST), Send(1, Joined(ID, 2.5))]
     assert machine.handle(Output(ID, SECOND), 4.0) == [Send(1, SECOND)]
     assert machine.handle(Output(ID, LAST), 5.0) == [Send(1, LAST)]
