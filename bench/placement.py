@@ -14,7 +14,8 @@ from typing import Any
 
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
 from router.cluster.config import PolicyConfig
-from router.cluster.policy import Decision, Demand, Placement
+from router.cluster.load import Placement
+from router.cluster.policy import Decision, Demand
 from router.cluster.scheduler import Scheduler
 from router.config import LimitsConfig
 

@@ -35,7 +35,8 @@ from baton.types import (
     SequenceSpec,
     TokenChunk,
 )
-from router.cluster.policy import Demand, Placement
+from router.cluster.load import Placement
+from router.cluster.policy import Demand
 from router.flow_messages import (
     Abandon,
     Action,

@@ -15,7 +15,7 @@ from baton.node_messages import NodeMessage, RouterMessage
 from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
 from baton.types import FinishReason, SequenceSpec, TokenChunk
-from router.cluster.policy import Placement
+from router.cluster.load import Placement
 
 # Blocks of a prompt that are hashed at first; then as many as there are.
 _FIRST_HASHED = 8

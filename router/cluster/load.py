@@ -21,8 +21,28 @@ class Rank(NamedTuple):
     node_id: str
 
 
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """The nodes of an attempt. Equal ids mean colocated: the node keeps the sequence and no byte moves."""
+
+    prefill_id: str
+    decode_id: str
+
+    @property
+    def is_colocated(self) -> bool:
+        return self.prefill_id == self.decode_id
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        return (self.prefill_id,) if self.is_colocated else (self.prefill_id, self.decode_id)
+
+
 @dataclass(slots=True, eq=False)
-class _Assigned:
+class Attempt:
+    """One run of a sequence on its nodes, and what it counts for there."""
+
+    sequence_id: str
+    placement: Placement
     # Where it counts: a node that was lost and is up again knows nothing of it. None: the node was lost before.
     prefill: NodeLoad | None
     decode: NodeLoad | None
@@ -75,7 +95,7 @@ class NodeLoad:
         self.foreign_decode = status.running_tokens
         self.promised_blocks = 0
         # Promises that the node has acknowledged and that the next status will show as used blocks.
-        self.confirmed: list[_Assigned] = []
+        self.confirmed: list[Attempt] = []
         # It refused a reservation; nothing more is asked until its next status.
         self.is_full = False
         self.update()
@@ -117,7 +137,7 @@ class Loads:
 
     def __init__(self) -> None:
         self._nodes: dict[str, NodeLoad] = {}
-        self._assigned: dict[str, _Assigned] = {}
+        self._attempts: dict[str, Attempt] = {}
 
     def add_node(self, node: NodeDescription, status: NodeStatus) -> NodeLoad:
         load = self._nodes[node.node_id] = NodeLoad(node, status)
@@ -138,9 +158,9 @@ class Loads:
         load.foreign_prompt = max(0, status.queued_prompt_tokens - load.prompt_tokens)
         load.foreign_decode = max(0, status.running_tokens - load.decode_tokens)
         load.is_full = False
-        for assigned in load.confirmed:
-            load.promised_blocks -= assigned.num_promised_blocks
-            assigned.num_promised_blocks = 0
+        for attempt in load.confirmed:
+            load.promised_blocks -= attempt.num_promised_blocks
+            attempt.num_promised_blocks = 0
         load.confirmed.clear()
         load.update()
 
@@ -152,70 +172,71 @@ class Loads:
     def assign(
         self,
         sequence_id: str,
-        prefill_id: str,
-        decode_id: str,
+        placement: Placement,
         num_known_tokens: int,
         *,
         num_prefill_hit: int = 0,
         num_decode_hit: int = 0,
-    ) -> None:
+    ) -> Attempt:
         """``num_prefill_hit``, ``num_decode_hit``: known tokens whose KV the nodes hold, to be neither computed nor
         given room."""
-        prefill, decode = self._nodes.get(prefill_id), self._nodes.get(decode_id)
-        assigned = _Assigned(prefill, decode, num_known_tokens - num_prefill_hit, num_known_tokens)
-        self._assigned[sequence_id] = assigned
+        prefill, decode = self._nodes.get(placement.prefill_id), self._nodes.get(placement.decode_id)
+        num_prompt_tokens = num_known_tokens - num_prefill_hit
+        attempt = Attempt(sequence_id, placement, prefill, decode, num_prompt_tokens, num_known_tokens)
+        self._attempts[sequence_id] = attempt
         if prefill is not None:
-            prefill.prompt_tokens += assigned.num_prompt_tokens
+            prefill.prompt_tokens += attempt.num_prompt_tokens
             prefill.update()
         if decode is not None:
             decode.decode_tokens += num_known_tokens
-            assigned.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1 - num_decode_hit)
-            decode.promised_blocks += assigned.num_promised_blocks
+            attempt.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1 - num_decode_hit)
+            decode.promised_blocks += attempt.num_promised_blocks
             decode.update()
+        return attempt
 
     def confirm(self, sequence_id: str) -> None:
         """The decode node holds the blocks now: its next status shows them."""
-        assigned = self._assigned.get(sequence_id)
-        if assigned is None or assigned.is_confirmed:
+        attempt = self._attempts.get(sequence_id)
+        if attempt is None or attempt.is_confirmed:
             return
-        assigned.is_confirmed = True
-        if load := assigned.decode:
-            load.confirmed.append(assigned)
+        attempt.is_confirmed = True
+        if load := attempt.decode:
+            load.confirmed.append(attempt)
 
     def prefilled(self, sequence_id: str) -> None:
         """The prompt phase is over."""
-        assigned = self._assigned.get(sequence_id)
-        if assigned is None or not assigned.is_prompt:
+        attempt = self._attempts.get(sequence_id)
+        if attempt is None or not attempt.is_prompt:
             return
-        assigned.is_prompt = False
-        if load := assigned.prefill:
-            load.prompt_tokens = max(0, load.prompt_tokens - assigned.num_prompt_tokens)
+        attempt.is_prompt = False
+        if load := attempt.prefill:
+            load.prompt_tokens = max(0, load.prompt_tokens - attempt.num_prompt_tokens)
             load.update()
 
     def release(self, sequence_id: str) -> None:
         """The attempt is over on both nodes."""
         self.prefilled(sequence_id)
-        assigned = self._assigned.pop(sequence_id, None)
-        if assigned is None:
+        attempt = self._attempts.pop(sequence_id, None)
+        if attempt is None:
             return
-        if load := assigned.decode:
-            load.decode_tokens = max(0, load.decode_tokens - assigned.num_tokens)
-            load.promised_blocks = max(0, load.promised_blocks - assigned.num_promised_blocks)
-            if assigned in load.confirmed:
-                load.confirmed.remove(assigned)
+        if load := attempt.decode:
+            load.decode_tokens = max(0, load.decode_tokens - attempt.num_tokens)
+            load.promised_blocks = max(0, load.promised_blocks - attempt.num_promised_blocks)
+            if attempt in load.confirmed:
+                load.confirmed.remove(attempt)
             load.update()
 
     @property
     def num_assigned(self) -> int:
-        return len(self._assigned)
+        return len(self._attempts)
 
     def check(self) -> None:
         """Conservation: own counts are the sums over the assigned sequences."""
         for node_id, load in self._nodes.items():
-            mine = [a for a in self._assigned.values() if a.decode is load]
+            mine = [a for a in self._attempts.values() if a.decode is load]
             assert load.promised_blocks == sum(a.num_promised_blocks for a in mine), node_id
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
-            prompts = [a for a in self._assigned.values() if a.is_prompt and a.prefill is load]
+            prompts = [a for a in self._attempts.values() if a.is_prompt and a.prefill is load]
             assert load.prompt_tokens == sum(a.num_prompt_tokens for a in prompts), node_id
             ready = load.prompt_rank, load.decode_rank, load.free_tokens
             load.update()

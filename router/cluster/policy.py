@@ -27,7 +27,7 @@ from baton.types import Role
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
-from router.cluster.load import NodeLoad, Rank
+from router.cluster.load import NodeLoad, Placement, Rank
 from router.cluster.pools import Pools
 
 _PROMPT_RANK: Callable[[NodeLoad], Rank] = attrgetter("prompt_rank")
@@ -56,22 +56,6 @@ class Demand:
     avoid: Collection[str] = ()
     # None: no node is sought for what it holds.
     prompt: Keyed | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Placement:
-    """Equal ids mean colocated: the node keeps the sequence and no byte moves."""
-
-    prefill_id: str
-    decode_id: str
-
-    @property
-    def is_colocated(self) -> bool:
-        return self.prefill_id == self.decode_id
-
-    @property
-    def node_ids(self) -> tuple[str, ...]:
-        return (self.prefill_id,) if self.is_colocated else (self.prefill_id, self.decode_id)
 
 
 class Obstacle(Enum):

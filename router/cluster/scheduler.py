@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Collection, Iterator
 from itertools import chain
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from baton import errors
 from baton.node_messages import CacheChanged
@@ -19,8 +19,8 @@ from baton.types import NodeDescription, NodeStatus
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
-from router.cluster.load import Loads, NodeLoad
-from router.cluster.policy import Decision, Demand, Keyed, Obstacle, Placement, choose
+from router.cluster.load import Attempt, Loads, NodeLoad, Placement
+from router.cluster.policy import Decision, Demand, Keyed, Obstacle, choose
 from router.cluster.pools import Pools
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.rates import Rates
@@ -67,13 +67,6 @@ class Item(Protocol):
 
 
 ItemT = TypeVar("ItemT", bound=Item)
-
-
-class Attempt(NamedTuple):
-    """One run of a sequence on its nodes."""
-
-    sequence_id: str
-    placement: Placement
 
 
 class Scheduler(Generic[ItemT]):
@@ -274,12 +267,11 @@ class Scheduler(Generic[ItemT]):
         """The waiting sequence runs on these nodes."""
         placement = decision.placement
         self._line.started(item)
-        attempt = self._attempts[item] = Attempt(item.sequence_id, placement)
-        self._by_sequence[attempt.sequence_id] = item
+        self._by_sequence[item.sequence_id] = item
         for node_id in placement.node_ids:
             self._on_node.setdefault(node_id, {})[item] = None
-        self._loads.assign(
-            attempt.sequence_id, placement.prefill_id, placement.decode_id, num_known_tokens,
+        self._attempts[item] = self._loads.assign(
+            item.sequence_id, placement, num_known_tokens,
             num_prefill_hit=decision.num_prefill_hit, num_decode_hit=decision.num_decode_hit,
         )  # fmt: skip
         self._breakers.used(placement.prefill_id, placement.decode_id, now)

@@ -21,7 +21,7 @@ from baton.node_messages import (
 )
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
-from router.cluster.policy import Placement
+from router.cluster.load import Placement
 from router.flow import Flow, FlowConfig
 
 NODES = ("p0", "p1", "d0", "d1")

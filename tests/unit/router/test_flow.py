@@ -18,7 +18,7 @@ from baton.node_messages import (
 from baton.observe import FailedAttempt
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
-from router.cluster.policy import Placement
+from router.cluster.load import Placement
 from router.flow import Flow, FlowConfig
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))

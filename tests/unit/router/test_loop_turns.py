@@ -22,9 +22,9 @@ from baton.v1 import common_pb2, router_pb2
 from router.active import Active
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
-from router.cluster.load import Loads, NodeLoad
+from router.cluster.load import Loads, NodeLoad, Placement
 from router.cluster.membership import State
-from router.cluster.policy import Decision, Demand, Placement, Reason, choose
+from router.cluster.policy import Decision, Demand, Reason, choose
 from router.cluster.pools import Pools
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.flow_messages import Outcome, OutcomeKind, Phase, Prompt
@@ -376,10 +376,10 @@ def test_a_node_that_is_back_owes_nothing_to_what_its_predecessor_had() -> None:
     node = FakeCluster(mixed=1)["mixed-0"]
     loads = Loads()
     loads.add_node(node.description, node.status())
-    loads.assign("a", "mixed-0", "mixed-0", 100)
+    loads.assign("a", Placement("mixed-0", "mixed-0"), 100)
     loads.remove_node("mixed-0")
     loads.add_node(node.description, node.status())
-    loads.assign("b", "mixed-0", "mixed-0", 30)
+    loads.assign("b", Placement("mixed-0", "mixed-0"), 30)
     loads.check()
     loads.release("a")
     loads.check()

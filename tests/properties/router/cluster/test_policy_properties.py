@@ -11,8 +11,8 @@ from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus,
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
-from router.cluster.load import NodeLoad
-from router.cluster.policy import Decision, Demand, Obstacle, Placement, Reason, choose
+from router.cluster.load import NodeLoad, Placement
+from router.cluster.policy import Decision, Demand, Obstacle, Reason, choose
 from router.cluster.pools import Pools
 from router.cluster.prefix_index import Hit
 from router.cluster.rates import Rates

@@ -7,8 +7,8 @@ import pytest
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
-from router.cluster.load import Loads, NodeLoad
-from router.cluster.policy import Decision, Demand, Obstacle, Placement, Reason, choose
+from router.cluster.load import Loads, NodeLoad, Placement
+from router.cluster.policy import Decision, Demand, Obstacle, Reason, choose
 from router.cluster.pools import Pools
 
 CONFIG = PolicyConfig()
@@ -165,7 +165,7 @@ def test_books_count_what_was_sent_since_the_status() -> None:
     loads = Loads()
     p0 = loads.add_node(description("p0", Role.PREFILL), NodeStatus(Role.PREFILL, total_blocks=100, free_blocks=100))
     d0 = loads.add_node(description("d0", Role.DECODE), NodeStatus(Role.DECODE, total_blocks=100, free_blocks=100))
-    loads.assign("s", "p0", "d0", 100)
+    loads.assign("s", Placement("p0", "d0"), 100)
     assert p0.pending_prompt_tokens == 100
     assert d0.free_blocks == 93
     loads.confirm("s")
@@ -197,13 +197,13 @@ def test_two_sequences_of_one_length_are_two_promises() -> None:
     loads.add_node(description("p0", Role.PREFILL), NodeStatus(Role.PREFILL, total_blocks=100, free_blocks=100))
     d0 = loads.add_node(description("d0", Role.DECODE), status)
     for sequence_id in ("first", "second"):
-        loads.assign(sequence_id, "p0", "d0", 100)
+        loads.assign(sequence_id, Placement("p0", "d0"), 100)
         loads.confirm(sequence_id)
         loads.prefilled(sequence_id)
     loads.release("second")
     loads.status("d0", NodeStatus(Role.DECODE, total_blocks=100, free_blocks=93))
     loads.check()
-    loads.assign("third", "p0", "d0", 100)
+    loads.assign("third", Placement("p0", "d0"), 100)
     loads.release("first")
     loads.check()
     assert d0.free_blocks == 93 - 7, "what is left is the promise to the third"

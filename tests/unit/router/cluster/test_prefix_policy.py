@@ -8,8 +8,8 @@ from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus,
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
-from router.cluster.load import Loads, NodeLoad
-from router.cluster.policy import Decision, Demand, Placement, Reason, choose
+from router.cluster.load import Loads, NodeLoad, Placement
+from router.cluster.policy import Decision, Demand, Reason, choose
 from router.cluster.pools import Pools
 from router.cluster.prefix_index import Hit
 from router.cluster.rates import Line, Rates
@@ -146,7 +146,7 @@ def test_books_count_what_has_to_be_computed_and_stored() -> None:
     loads = Loads()
     p0 = loads.add_node(P0.node, NodeStatus(Role.PREFILL, total_blocks=100, free_blocks=100))
     d0 = loads.add_node(D0.node, NodeStatus(Role.DECODE, total_blocks=100, free_blocks=100))
-    loads.assign("s", "p0", "d0", NUM_TOKENS, num_prefill_hit=800, num_decode_hit=1184)
+    loads.assign("s", Placement("p0", "d0"), NUM_TOKENS, num_prefill_hit=800, num_decode_hit=1184)
     assert p0.pending_prompt_tokens == NUM_TOKENS - 800
     assert d0.decode_rank.queue_tokens == NUM_TOKENS, "it generates beside all of its KV"
     assert d0.free_blocks == 98, "of 76 blocks 74 are there"
