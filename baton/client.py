@@ -330,11 +330,14 @@ def _drain_request(node: str, grace_s: float) -> router_pb2.DrainNodeRequest:
 
 @contextmanager
 def _sendable() -> Iterator[None]:
-    """Text may have halves of surrogate pairs: Python's form of a command line's bytes that are not UTF-8."""
+    """What a message cannot hold is the caller's mistake: a wrong type, a token id below 0, or text with halves of
+    surrogate pairs, Python's form of a command line's bytes that are not UTF-8."""
     try:
         yield
     except UnicodeEncodeError as error:
-        raise errors.InvalidRequest(f"a text of the request cannot be sent as UTF-8: {error.reason}") from None
+        raise errors.InvalidRequest(f"a text of the request cannot be sent as UTF-8: {error.reason}") from error
+    except (TypeError, ValueError) as error:
+        raise errors.InvalidRequest(f"the request has a value of a wrong type or size: {error}") from error
 
 
 def _merged(options: Options, settings: Mapping[str, object]) -> Options:

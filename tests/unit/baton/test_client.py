@@ -41,6 +41,28 @@ def test_text_that_is_not_unicode_is_refused_in_every_field(prompt: Any, setting
         asyncio.run(ask())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "settings"),
+    [
+        ([-1], {}),
+        ([2**32], {}),
+        ([1.5], {}),
+        (None, {}),
+        ([("user", 1)], {}),
+        ("x", {"cache_salt": 1}),
+        ("x", {"cache_salt": ["a"]}),
+        ("x", {"timeout_s": "soon"}),
+        ("x", {"stop": [1]}),
+    ],
+)
+def test_what_a_message_cannot_hold_is_refused(prompt: Any, settings: dict[str, Any]) -> None:
+    with (
+        baton.Client("127.0.0.1:1") as client,
+        pytest.raises(errors.InvalidRequest, match="the request has a value of a wrong type or size: "),
+    ):
+        client.complete(prompt, **settings)
+
+
 def test_a_node_name_that_is_not_unicode_is_no_node() -> None:
     async def ask() -> None:
         async with baton.AsyncClient("127.0.0.1:1") as client:
