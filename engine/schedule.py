@@ -50,12 +50,6 @@ class Reserved:
 
 
 @dataclass(frozen=True, slots=True)
-class _Lease:
-    sequence: Sequence
-    num_cached_blocks: int
-
-
-@dataclass(frozen=True, slots=True)
 class Load:
     """What the scheduler holds, in the words of NodeStatus."""
 
@@ -86,8 +80,8 @@ class Scheduler:
         self._active: list[Entry] = []
         # Told to stop since the last step was scheduled.
         self._to_hold: list[Entry] = []
-        # Blocks are allocated, bytes are to come.
-        self._leases: dict[str, _Lease] = {}
+        # Blocks are allocated; the bytes behind the computed tokens are to come.
+        self._leases: dict[str, Sequence] = {}
         self._num_ordered = 0
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
@@ -128,11 +122,13 @@ class Scheduler:
         self._refuse_lease_without_room(spec.sequence_id, count, found)
         found = self.prefix_cache.intact(found)
         self._refuse_lease_without_room(spec.sequence_id, count, found)
-        blocks = self.pool.allocate(spec.sequence_id, count - len(found), BlockState.LEASED, now, shared=found)
+        num_new = count - len(found)
+        sequence.block_ids = self.pool.allocate(spec.sequence_id, num_new, BlockState.LEASED, now, shared=found)
+        sequence.num_computed = len(found) * self.config.block_tokens
         self.prefix_cache.count(spec.num_known_tokens, len(found))
-        self._leases[spec.sequence_id] = _Lease(sequence, len(found))
+        self._leases[spec.sequence_id] = sequence
         num_known = blocks_for(spec.num_known_tokens, self.config.block_tokens)
-        return Reserved(len(found), tuple(blocks[len(found) :]), num_known - len(found))
+        return Reserved(len(found), tuple(sequence.block_ids[len(found) :]), num_known - len(found))
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
@@ -150,16 +146,14 @@ class Scheduler:
         ``tokens`` may begin with generated ones that the lease's sequence has already. Raises InvalidRequest if they do
         not continue the sequence, InternalError without a lease.
         """
-        lease = self._leases.get(sequence_id)
-        if lease is None:
+        seq = self._leases.get(sequence_id)
+        if seq is None:
             raise InternalError(f"{sequence_id} arrived without a lease")
-        seq = lease.sequence
-        token_ids = joined_ids(seq.spec, tokens, self.config, len(self.pool.block_ids(sequence_id)))
+        token_ids = joined_ids(seq.spec, tokens, self.config, len(seq.block_ids))
         del self._leases[sequence_id]
         self.pool.move(sequence_id, BlockState.RUNNING, now)
         entry = Entry(seq, order=self._next_order(), now=now)
-        entry.num_stored = lease.num_cached_blocks
-        seq.block_ids = self.pool.block_ids(sequence_id)
+        entry.num_stored = seq.num_computed // self.config.block_tokens
         seq.token_ids += token_ids
         seq.num_computed = len(seq.token_ids) - 1
         entry.phase = Phase.ACTIVE
@@ -269,7 +263,7 @@ class Scheduler:
     @property
     def leased_tokens(self) -> int:
         """Known tokens of the leases whose bytes are to come."""
-        return sum(lease.sequence.spec.num_known_tokens for lease in self._leases.values())
+        return sum(seq.spec.num_known_tokens for seq in self._leases.values())
 
     def take_gone(self) -> list[str]:
         """Sequences that left since the last call: the runner may forget them."""
@@ -309,8 +303,8 @@ class Scheduler:
                 assert seq.block_ids is self.pool.block_ids(seq.sequence_id), "two lists of one sequence's blocks"
                 to_write = seq.block_ids[seq.num_computed // self.config.block_tokens :]
                 assert not any(self.pool.is_shared(block) for block in to_write), "a shared block may be written to"
-        for name, lease in self._leases.items():
-            to_fill = self.pool.block_ids(name)[lease.num_cached_blocks :]
+        for name, seq in self._leases.items():
+            to_fill = self.pool.block_ids(name)[seq.num_computed // self.config.block_tokens :]
             assert not any(self.pool.is_shared(block) for block in to_fill), "a writer outside reaches a shared block"
         assert self._num_residents() <= self._max_residents
 

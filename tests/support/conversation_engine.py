@@ -243,7 +243,7 @@ class Split:
     def _arrive(self, sent: _Sent) -> None:
         handoff, reserved = sent.handoff, sent.reserved
         size = self.prefill.runner.layout.block_tokens
-        spec = self.decode.scheduler._leases[handoff.sequence_id].sequence.spec
+        spec = self.decode.scheduler._leases[handoff.sequence_id].spec
         num_blocks = -(-spec.num_known_tokens // size)
         source = list(handoff.block_ids[reserved.num_cached_blocks : num_blocks])
         target = list(reserved.block_ids[: len(source)])
