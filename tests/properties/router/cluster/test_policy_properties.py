@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
 from router.cluster.breakers import PairBreakers
@@ -26,21 +26,27 @@ MANY_BLOCKS = 10_000
 def nodes(draw: st.DrawFn, free: st.SearchStrategy[int]) -> list[NodeLoad]:
     roles = draw(st.lists(st.sampled_from(Role), min_size=1, max_size=8))
     return [
-        node(f"{role.value[0]}{number}", role, draw(_QUEUES), draw(_QUEUES), draw(free))
+        node(f"{role.value[0]}{number}", role, draw(_QUEUES), draw(_QUEUES), draw(free), draw(_CACHED))
         for number, role in enumerate(roles)
     ]
 
 
 # Often equal, and about as often beyond the limits as not.
 _QUEUES = st.sampled_from([0, 0, 100, 101, 5_000, 9_000, 20_000, 70_000])
+_CACHED = st.sampled_from([0, 3, 11, 1 << 20])
 
 
-def node(node_id: str, role: Role, prompt: int = 0, decode: int = 0, free: int = MANY_BLOCKS) -> NodeLoad:
+def node(
+    node_id: str, role: Role, prompt: int = 0, decode: int = 0, free: int = MANY_BLOCKS, cached: int = 0
+) -> NodeLoad:
+    """Of the ``free`` blocks so many are ``cached``, at most."""
     description = NodeDescription(
         node_id, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
         KvLayout(4, MANY_BLOCKS, 8, 128, BLOCK_TOKENS, "bfloat16"), 1, 1, "h", (), "cpu", "none", "0",
     )  # fmt: skip
-    status = NodeStatus(role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free)
+    status = NodeStatus(
+        role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free, cached_blocks=min(cached, free)
+    )
     return NodeLoad(description, status)
 
 
@@ -117,10 +123,11 @@ def test_where_all_hold_the_same_the_shortest_queue_decides(found: list[NodeLoad
         assert decision.num_prefill_hit == min(num_blocks, 7) * BLOCK_TOKENS, "the last token is computed"
 
 
+@settings(max_examples=400)
 @given(nodes(_FREE), st.data())
 def test_no_node_is_taken_that_takes_longer_than_the_shortest_queue(found: list[NodeLoad], data: st.DataObject) -> None:
     num_tokens = 400
-    hits = {x.node_id: data.draw(st.sampled_from([0, 0, 1, 12, 25]), label=x.node_id) for x in found}
+    hits = {x.node_id: data.draw(st.sampled_from([0, 0, 1, 12, 25, 25]), label=x.node_id) for x in found}
     costs = costs_of(hits, num_tokens)
     decision = decide(found, Demand(num_tokens), costs)
     plain = by_the_shortest_queue(found, num_tokens)
@@ -132,6 +139,9 @@ def test_no_node_is_taken_that_takes_longer_than_the_shortest_queue(found: list[
     for x, num_hit in ((prefill, decision.num_prefill_hit), (decode, decision.num_decode_hit)):
         assert num_hit == min(hits[x.node_id] * BLOCK_TOKENS, num_hit), "it holds what is counted on"
     assert decode.free_tokens >= num_tokens + 1 - decision.num_decode_hit
+    if plain is not None:
+        num_in_use = max(0, costs.num_hit(decode.node_id) - decode.cached_tokens)
+        assert decode.free_tokens >= num_tokens + 1 - num_in_use, "where a node has room, no other one is tried"
     assert prefill.pending_prompt_tokens < CONFIG.max_pending_prompt_tokens
     if plain is None or decision.reason not in (Reason.POOLS, Reason.PREFIX):
         return
