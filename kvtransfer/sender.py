@@ -199,7 +199,8 @@ class _Peer:
             PushMachine(address, config.sender), self._perform, clock, on_error=self._on_error, tick=Tick
         )
         self._next_channel = 1
-        self._is_opening = False
+        # Opens the connection, or is about to.
+        self._opening: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._is_closed = False
 
@@ -234,7 +235,7 @@ class _Peer:
     def _perform(self, action: events.SenderAction) -> None:
         match action:
             case events.Connect():
-                self._spawn(self._connect())
+                self._opening = self._spawn(self._connect())
             case events.Send():
                 if self.connection is not None:
                     self.connection.send(action.message)
@@ -252,13 +253,13 @@ class _Peer:
                 if self.connection is not None:
                     self.connection.lose(action.reason)
 
-    def _spawn(self, work: Coroutine[object, object, None]) -> None:
+    def _spawn(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     async def _connect(self) -> None:
-        self._is_opening = True
         try:
             connection = await self._sender.open_connection(self.address)
         except BatonError as error:
@@ -268,7 +269,7 @@ class _Peer:
             self.handle(events.ConnectFailed(self.defects.caught("transfer", error, f"connecting to {self.address}")))
             return
         finally:
-            self._is_opening = False
+            self._opening = None
         number, self._next_channel = self._next_channel, self._next_channel + 1
         self.connection = connection
         node = connection.node
@@ -289,9 +290,9 @@ class _Peer:
         self.stop()
         if self.connection is not None:
             self.connection.lose("the sender is closing")
-        elif self._is_opening:
-            for task in list(self._tasks):
-                task.cancel()
+        elif self._opening is not None:
+            # That one alone: another may be closing the connection before, whose sockets would stay open.
+            self._opening.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 

@@ -484,3 +484,31 @@ def test_bad_settings_stop_the_start() -> None:
     ):
         with pytest.raises(BadConfig):
             TransferConfig(**bad)
+
+
+async def test_a_sender_that_closes_while_it_connects_again_leaves_no_socket() -> None:
+    async with pair(sender_config=only("tcp"), receiver_config=only("tcp")) as p:
+        lease = p.receiver.grant("r", [1], ttl_s=30)
+        push = p.sender.begin(lease, [4], num_known_tokens=8)
+        ready(push, 1)
+        await push.commit(token("r"))
+        (peer,) = p.sender._peers.values()
+        wire = peer.connection.wire
+        join, may_end = wire._lanes.join, threading.Event()
+        wire._lanes.join = lambda timeout_s: may_end.wait(timeout_s) and join(timeout_s)
+
+        async def open_connection(address: str) -> None:
+            await asyncio.Event().wait()
+
+        p.sender.open_connection = open_connection
+        peer.connection.lose("for the test")
+        await until(lambda: peer.connection is None)
+        other = p.sender.begin(p.receiver.grant("s", [2], ttl_s=30), [5], num_known_tokens=8)
+        await until(lambda: peer._opening is not None)
+        await other.abort("it is over")
+        peer.stop()
+        closing = asyncio.create_task(peer.close())
+        await asyncio.sleep(0)
+        may_end.set()
+        await closing
+        assert [stream.fileno() for stream in wire._streams] == [-1] * len(wire._streams)
