@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from baton.client import AsyncClient, Client
 
 __version__ = "0.1.0"
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 __all__ = ["PROTOCOL_VERSION", "AsyncClient", "Client", "__version__"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from math import isnan
 
 from baton import errors
@@ -21,6 +22,7 @@ from baton.types import (
     RopeRegimes,
     SamplingParams,
     SequenceSpec,
+    StepTimes,
     TokenChunk,
     TokenLogprob,
     TransferReport,
@@ -111,6 +113,7 @@ def sequence_from_pb(msg: pb.Sequence) -> SequenceSpec:
         generated_token_ids=tuple(msg.generated_token_ids),
         sampling=sampling_from_pb(msg.sampling),
         cache_salt=msg.cache_salt,
+        priority=msg.priority,
     )
 
 
@@ -121,6 +124,7 @@ def sequence_to_pb(spec: SequenceSpec) -> pb.Sequence:
         generated_token_ids=spec.generated_token_ids,
         sampling=sampling_to_pb(spec.sampling),
         cache_salt=spec.cache_salt,
+        priority=spec.priority,
     )
 
 
@@ -210,6 +214,7 @@ def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
         software_version=msg.software_version,
         metrics_address=msg.metrics_address,
         prefix_cache=_caching_from_pb(msg.prefix_cache) if msg.HasField("prefix_cache") else None,
+        tbt_target_s=duration_from_pb("tbt_target_s", msg.tbt_target_s) or None,
     )
 
 
@@ -238,6 +243,7 @@ def node_to_pb(node: NodeDescription) -> pb.NodeDescription:
         software_version=node.software_version,
         metrics_address=node.metrics_address,
         prefix_cache=None if node.prefix_cache is None else _caching_to_pb(node.prefix_cache),
+        tbt_target_s=node.tbt_target_s or 0.0,
     )
 
 
@@ -269,6 +275,18 @@ def status_from_pb(msg: pb.NodeStatus) -> NodeStatus:
         running_blocks=msg.running_blocks,
         quarantined_blocks=msg.quarantined_blocks,
         cached_blocks=msg.cached_blocks,
+        home=role_from_pb(msg.home_role) if msg.home_role else None,
+        is_pinned=msg.is_pinned,
+        step_times=_step_times_from_pb(msg.step_times) if msg.HasField("step_times") else None,
+    )
+
+
+def _step_times_from_pb(msg: pb.StepTimes) -> StepTimes:
+    return StepTimes(
+        base_s=duration_from_pb("base_s", msg.base_s),
+        prompt_token_s=duration_from_pb("prompt_token_s", msg.prompt_token_s),
+        sequence_s=duration_from_pb("sequence_s", msg.sequence_s),
+        kv_token_s=duration_from_pb("kv_token_s", msg.kv_token_s),
     )
 
 
@@ -289,6 +307,9 @@ def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
         running_blocks=status.running_blocks,
         quarantined_blocks=status.quarantined_blocks,
         cached_blocks=status.cached_blocks,
+        home_role=pb.Role.ROLE_UNSPECIFIED if status.home is None else role_to_pb(status.home),
+        is_pinned=status.is_pinned,
+        step_times=None if status.step_times is None else pb.StepTimes(**asdict(status.step_times)),
     )
 
 

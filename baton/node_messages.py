@@ -31,6 +31,8 @@ class Reserve:
     spec: SequenceSpec
     ttl_s: float
     prefill_node_id: str
+    # Tokens that it may generate elsewhere before its KV arrives: room for these is leased as well.
+    num_headroom_tokens: int = 0
 
     @property
     def sequence_id(self) -> str:
@@ -45,7 +47,15 @@ class Cancel:
     reason: str
 
 
-RouterMessage = Run | Reserve | Cancel
+@dataclass(frozen=True, slots=True)
+class Migrate:
+    """Move a sequence that decodes here into the lease while it generates; answered by HandedOff or NotMigrated."""
+
+    sequence_id: str
+    lease: Lease
+
+
+RouterMessage = Run | Reserve | Migrate | Cancel
 
 # -- messages from a node to a router; a granted reservation is its Lease, new tokens are their TokenChunk
 
@@ -95,6 +105,14 @@ class SequenceFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class NotMigrated:
+    """The sequence was to move, and goes on here."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class CacheChanged:
     """Blocks that the node finds by hash from now on, and those that it finds no more; about no sequence.
 
@@ -113,7 +131,9 @@ class CacheChanged:
         return ""
 
 
-NodeMessage = Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | CacheChanged
+NodeMessage = (
+    Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | NotMigrated | CacheChanged
+)  # fmt: skip
 
 # -- events and actions of both machines; a session's number is unique in the node's process
 

@@ -23,6 +23,10 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_LEASE_S = 86_400.0
 # What tells tenants apart is a digest.
 MAX_CACHE_SALT_BYTES = 64
+# Of a request; smaller numbers come first, as in vLLM.
+MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
+# Of a bound that a client asks for.
+MAX_SLO_S = 86_400.0
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -150,8 +154,11 @@ class SequenceSpec:
     generated_token_ids: tuple[int, ...] = ()
     # Only sequences of one salt share KV blocks.
     cache_salt: bytes = b""
+    # Of two that wait the smaller one comes first; of two that need the same room the larger one yields.
+    priority: int = 0
 
     def __post_init__(self) -> None:
+        _check_int("priority", self.priority, MIN_PRIORITY, MAX_PRIORITY)
         _check(bool(self.sequence_id), "sequence_id", self.sequence_id, "a non-empty string")
         _check(len(self.prompt_token_ids) > 0, "prompt", "empty", "at least one token")
         _check(self.sampling.max_tokens is not None, "max_tokens", None, "a resolved number")
@@ -169,6 +176,26 @@ class SequenceSpec:
         """Upper bound on prompt + output tokens over the whole life of the request."""
         assert self.sampling.max_tokens is not None
         return len(self.prompt_token_ids) + self.sampling.max_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """Service-level objective of a request; None: no bound. Raises InvalidRequest for a bound that is not positive."""
+
+    # From arrival to the first token.
+    ttft_s: float | None = None
+    # The mean time between two tokens.
+    tbt_s: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, bound_s in (("slo_ttft", self.ttft_s), ("slo_tbt", self.tbt_s)):
+            if bound_s is not None:
+                is_good = type(bound_s) in (int, float) and 0 < bound_s <= MAX_SLO_S
+                _check(is_good, name, bound_s, f"more than 0 and at most {MAX_SLO_S:g} s")
+
+    @property
+    def is_empty(self) -> bool:
+        return self.ttft_s is None and self.tbt_s is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,7 +322,7 @@ class NodeDescription:
 
     node_id: str
     incarnation: int
-    # The role that it acts in is in its NodeStatus.
+    # The pool that it started in; the one that it belongs to now and the role that it acts in are in its NodeStatus.
     home_role: Role
     address: str
     model: ModelDescription
@@ -311,12 +338,33 @@ class NodeDescription:
     metrics_address: str = ""
     # None: it keeps no blocks for prompts that begin alike.
     prefix_cache: PrefixCaching | None = None
+    # While it decodes, the node computes only so much of prompts that a step takes this long; None: no bound.
+    tbt_target_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Time of an engine step, measured by the node: a line through its newest steps.
+
+    ``base_s`` + ``prompt_token_s`` for each prompt token + ``sequence_s`` for each sequence that decodes +
+    ``kv_token_s`` for each token in the KV of those.
+    """
+
+    base_s: float
+    prompt_token_s: float
+    sequence_s: float
+    kv_token_s: float
+
+    def step_s(self, num_prompt_tokens: int, num_decoding: int, num_kv_tokens: int) -> float:
+        tokens_s = num_prompt_tokens * self.prompt_token_s + num_kv_tokens * self.kv_token_s
+        return self.base_s + tokens_s + num_decoding * self.sequence_s
 
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:
     """Load of a node, as the cluster-level scheduler sees it."""
 
+    # The pool whose work it takes now: its home pool, or mixed while it also has the other pool's work.
     role: Role
     draining: bool = False
     total_blocks: int = 0
@@ -334,6 +382,16 @@ class NodeStatus:
     quarantined_blocks: int = 0
     # Held by no sequence; part of the free ones.
     cached_blocks: int = 0
+    # The pool that it belongs to; None: that of ``role``.
+    home: Role | None = None
+    # An operator has set its role: no scheduler changes it.
+    is_pinned: bool = False
+    # None until enough steps were measured.
+    step_times: StepTimes | None = None
+
+    @property
+    def home_role(self) -> Role:
+        return self.home or self.role
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from baton.node_messages import (
     Defect,
     FromRouter,
     Joined,
+    Migrate,
     Refused,
     Reserve,
     RouterMessage,
@@ -203,7 +204,7 @@ class DecodeMachine:
             case Cancel(sequence_id, reason):
                 relay = self._relays.get(sequence_id)
                 return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
-            case Run():
+            case Run() | Migrate():
                 return []
 
     def _reserve(self, session: int, message: Reserve) -> list[Action]:

@@ -19,6 +19,7 @@ from baton.node_messages import (
     Defect,
     FromRouter,
     HandedOff,
+    Migrate,
     PrefillDone,
     Reserve,
     RouterMessage,
@@ -210,7 +211,7 @@ class PrefillMachine:
             case Cancel(sequence_id, reason):
                 relay = self._relays.get(sequence_id)
                 return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
-            case Reserve():
+            case Reserve() | Migrate():
                 return []
 
     def _run(self, session: int, message: Run) -> list[Action]:

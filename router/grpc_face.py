@@ -170,6 +170,15 @@ class RouterService(router_pb2_grpc.RouterServicer):
         address, answer = await self._nodes.drain(request.node, request.grace_s)
         return router_pb2.DrainNodeResponse(drain=answer, address=address)
 
+    async def SetRole(  # noqa: N802
+        self,
+        request: router_pb2.SetNodeRoleRequest,
+        context: Context,
+    ) -> router_pb2.SetNodeRoleResponse:
+        role = codec.role_from_pb(request.role) if request.role else None
+        address, answer = await self._nodes.set_role(request.node, role)
+        return router_pb2.SetNodeRoleResponse(role=answer, address=address)
+
     async def Trace(  # noqa: N802
         self,
         request: router_pb2.ClusterTraceRequest,

@@ -1,4 +1,4 @@
-"""What operators ask of the nodes through the router: ledgers, prefix caches, traces, and that a node drains."""
+"""What operators ask of the nodes through the router: ledgers, prefix caches, traces, roles, and that a node drains."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from baton import errors
 from baton.clock import Clock
+from baton.types import Role
 from baton.v1 import node_pb2, router_pb2
 from router.cluster.membership import Membership
 from router.sessions import NodeLink
@@ -64,6 +65,15 @@ class NodeAdmin:
 
     async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:
         """Ask a node, by id or address, to leave; its address and answer. Raises UnknownNode, Unavailable."""
+        address = self._address_of(node)
+        return address, await self._links[address].drain(grace_s)
+
+    async def set_role(self, node: str, role: Role | None) -> tuple[str, node_pb2.SetRoleResponse]:
+        """Put a node, by id or address, into another pool, None: the one that it started in. As `drain`."""
+        address = self._address_of(node)
+        return address, await self._links[address].set_role(role)
+
+    def _address_of(self, node: str) -> str:
         members = self._membership.members
         member = self._membership.member_of(node) or members.get(node)
         if member is None:
@@ -71,4 +81,4 @@ class NodeAdmin:
             raise errors.UnknownNode(
                 f"no node {errors.quoted(node)} is up, expected one of {known} or an address", param="node"
             )
-        return member.address, await self._links[member.address].drain(grace_s)
+        return member.address

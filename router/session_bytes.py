@@ -20,7 +20,9 @@ from baton.node_messages import (
     Cancel,
     HandedOff,
     Joined,
+    Migrate,
     NodeMessage,
+    NotMigrated,
     PrefillDone,
     Refused,
     Reserve,
@@ -40,14 +42,19 @@ _LENGTH_DELIMITED = 2
 def encode(message: RouterMessage, prompt: Prompt) -> bytes:
     """A SessionRequest; ``prompt`` is its sequence's. Raises ValueError for ids that no message can hold."""
     match message:
-        case Reserve(spec, ttl_s, prefill_node_id):
-            others = _Request.Reserve(ttl_s=ttl_s, prefill_node_id=prefill_node_id).SerializeToString()
+        case Reserve(spec, ttl_s, prefill_node_id, num_headroom_tokens):
+            others = _Request.Reserve(
+                ttl_s=ttl_s, prefill_node_id=prefill_node_id, num_headroom_tokens=num_headroom_tokens
+            ).SerializeToString()
             sequence = _nested(_Request.Reserve.SEQUENCE_FIELD_NUMBER, *_sequence(spec, prompt))
             return b"".join(_nested(_Request.RESERVE_FIELD_NUMBER, *sequence, others))
         case Run(spec, lease):
             others = _Request.Run(lease=None if lease is None else codec.lease_to_pb(lease)).SerializeToString()
             sequence = _nested(_Request.Run.SEQUENCE_FIELD_NUMBER, *_sequence(spec, prompt))
             return b"".join(_nested(_Request.RUN_FIELD_NUMBER, *sequence, others))
+        case Migrate(sequence_id, lease):
+            migrate = node_pb2.Migrate(sequence_id=sequence_id, lease=codec.lease_to_pb(lease))
+            return _Request(migrate=migrate).SerializeToString()
         case Cancel(sequence_id, reason):
             return _Request(cancel=node_pb2.Cancel(sequence_id=sequence_id, reason=reason)).SerializeToString()
 
@@ -62,6 +69,7 @@ def _sequence(spec: SequenceSpec, prompt: Prompt) -> tuple[bytes, bytes]:
             generated_token_ids=spec.generated_token_ids,
             sampling=codec.sampling_to_pb(spec.sampling),
             cache_salt=spec.cache_salt,
+            priority=spec.priority,
         )
         prompt.encoded_spec = spec, others.SerializeToString()
     return prompt.encoded_spec[1], prompt.encoded
@@ -115,6 +123,7 @@ class Reader:
         self._read(response.handed_off, _handed_off, found)
         # Tokens before failures: a sequence that is complete has not failed.
         self._read(response.tokens, codec.tokens_from_pb, found)
+        self._read(response.not_migrated, _not_migrated, found)
         self._read(response.failed, _failed, found)
         return found
 
@@ -170,6 +179,10 @@ def _joined(item: node_pb2.SessionResponse.Joined) -> Joined:
 
 def _handed_off(item: node_pb2.SessionResponse.HandedOff) -> HandedOff:
     return HandedOff(item.sequence_id, codec.report_from_pb(item.report))
+
+
+def _not_migrated(item: node_pb2.SequenceFailed) -> NotMigrated:
+    return NotMigrated(item.sequence_id, codec.failure_from_pb(item.failure))
 
 
 def _failed(item: node_pb2.SequenceFailed) -> SequenceFailed:

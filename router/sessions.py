@@ -22,7 +22,7 @@ from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.patience import patient_timeout
-from baton.types import NodeDescription, NodeStatus
+from baton.types import NodeDescription, NodeStatus, Role
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2
 from router import session_bytes
 from router.config import LinkConfig
@@ -145,6 +145,16 @@ class NodeLink:
         """Ask the node to leave."""
         with self._asking() as stub:
             return await stub.Drain(node_pb2.DrainRequest(grace_s=grace_s), timeout=self._config.ledger_timeout_s)
+
+    async def set_role(self, role: Role | None, expected: Role | None = None) -> node_pb2.SetRoleResponse:
+        """Put the node into another pool, None: the one that it started in. ``expected``: as in the proto."""
+        request = node_pb2.SetRoleRequest()
+        if role is not None:
+            request.role = codec.role_to_pb(role)
+        if expected is not None:
+            request.expected_role = codec.role_to_pb(expected)
+        with self._asking() as stub:
+            return await stub.SetRole(request, timeout=self._config.ledger_timeout_s)
 
     async def trace(self, last_s: float, clock: Clock) -> router_pb2.ClusterTraceResponse.NodeTrace:
         """What the node did lately, and how far its clock is from ours."""

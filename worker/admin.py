@@ -52,6 +52,13 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
             grace_s=grace_s,
         )
 
+    async def SetRole(  # noqa: N802 - the name in the proto
+        self,
+        request: node_pb2.SetRoleRequest,
+        context: grpc.aio.ServicerContext[node_pb2.SetRoleRequest, node_pb2.SetRoleResponse],
+    ) -> node_pb2.SetRoleResponse:
+        raise InvalidRequest(f"{self._node.node_id} keeps the role that it started with", param="role")
+
     async def Ledger(  # noqa: N802 - the name in the proto
         self,
         request: node_pb2.LedgerRequest,

@@ -10,7 +10,9 @@ from baton.node_messages import (
     Cancel,
     HandedOff,
     Joined,
+    Migrate,
     NodeMessage,
+    NotMigrated,
     PrefillDone,
     Refused,
     Reserve,
@@ -24,18 +26,19 @@ from baton.v1 import common_pb2, node_pb2
 
 
 class Unreadable(Exception):
-    """A run or reservation that cannot be read; the session goes on."""
+    """A run, reservation or migration that cannot be read; the session goes on."""
 
-    def __init__(self, sequence_id: str, cause: Exception, *, is_reservation: bool) -> None:
+    def __init__(
+        self, sequence_id: str, cause: Exception, answer: type[Refused | SequenceFailed | NotMigrated]
+    ) -> None:
         super().__init__(str(cause))
         self._sequence_id = sequence_id
         self._cause = cause
-        self._is_reservation = is_reservation
+        self._answer = answer
 
     def refusal(self, defects: Defects) -> NodeMessage:
         failure = defects.failure("session", self._cause, quoted(self._sequence_id))
-        answer = Refused if self._is_reservation else SequenceFailed
-        return answer(self._sequence_id, failure)
+        return self._answer(self._sequence_id, failure)
 
 
 def message_from_pb(request: node_pb2.SessionRequest) -> RouterMessage:
@@ -48,19 +51,25 @@ def message_from_pb(request: node_pb2.SessionRequest) -> RouterMessage:
                 spec = codec.sequence_from_pb(run.sequence)
                 lease = codec.lease_from_pb(run.lease) if run.HasField("lease") else None
             except Exception as error:
-                raise Unreadable(run.sequence.sequence_id, error, is_reservation=False) from error
+                raise Unreadable(run.sequence.sequence_id, error, SequenceFailed) from error
             return Run(spec, lease)
         case "reserve":
             reserve = request.reserve
             try:
                 spec = codec.sequence_from_pb(reserve.sequence)
             except Exception as error:
-                raise Unreadable(reserve.sequence.sequence_id, error, is_reservation=True) from error
-            return Reserve(spec, reserve.ttl_s, reserve.prefill_node_id)
+                raise Unreadable(reserve.sequence.sequence_id, error, Refused) from error
+            return Reserve(spec, reserve.ttl_s, reserve.prefill_node_id, reserve.num_headroom_tokens)
+        case "migrate":
+            migrate = request.migrate
+            try:
+                return Migrate(migrate.sequence_id, codec.lease_from_pb(migrate.lease))
+            except Exception as error:
+                raise Unreadable(migrate.sequence_id, error, NotMigrated) from error
         case "cancel":
             return Cancel(request.cancel.sequence_id, request.cancel.reason)
         case _:
-            raise InvalidRequest(f"a session carries {kind} after its hello, expected run, reserve or cancel")
+            raise InvalidRequest(f"a session carries {kind} after its hello, expected run, reserve, migrate or cancel")
 
 
 class Composer:
@@ -92,6 +101,8 @@ class Composer:
                 response.joined.add(sequence_id=sequence_id, wait_s=wait_s)
             case HandedOff(sequence_id, report):
                 response.handed_off.add(sequence_id=sequence_id, report=codec.report_to_pb(report))
+            case NotMigrated(sequence_id, failure):
+                response.not_migrated.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
             case CacheChanged():
                 self._cache(message)
             case SequenceFailed(sequence_id, failure):

@@ -215,10 +215,13 @@ class Sequence(_message.Message):
     GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     sequence_id: _builtins.str
     """Unique per attempt: "<request_id>/<choice>/<attempt>"."""
     cache_salt: _builtins.bytes
     """Only sequences of one salt share KV blocks; at most 64 bytes."""
+    priority: _builtins.int
+    """Of two that wait the smaller one comes first; of two that need the same room the larger one yields."""
     @_builtins.property
     def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt, special tokens included."""
@@ -241,10 +244,11 @@ class Sequence(_message.Message):
         generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___SamplingParams | None = ...,
         cache_salt: _builtins.bytes = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "generated_token_ids", b"generated_token_ids", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "generated_token_ids", b"generated_token_ids", "priority", b"priority", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "sequence_id", b"sequence_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -510,6 +514,7 @@ class NodeDescription(_message.Message):
     KERNELS_FIELD_NUMBER: _builtins.int
     METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
     PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    TBT_TARGET_S_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """Unique in the cluster."""
     incarnation: _builtins.int
@@ -517,7 +522,7 @@ class NodeDescription(_message.Message):
     role: Global___Role.ValueType
     """Equal to home_role: what the node is used for now is NodeStatus.role."""
     home_role: Global___Role.ValueType
-    """The pool the node returns to after it was borrowed."""
+    """The pool that the node started in; the one that it belongs to now is NodeStatus.home_role."""
     address: _builtins.str
     """host:port of the node's gRPC services."""
     protocol_version: _builtins.int
@@ -534,6 +539,8 @@ class NodeDescription(_message.Message):
     """Name of the kernels. Part of what must agree, as other kernels may round differently."""
     metrics_address: _builtins.str
     """host:port where GET /metrics is answered over HTTP; empty without."""
+    tbt_target_s: _builtins.float
+    """While it decodes, the node computes only so much of prompts that a step takes so many seconds. 0: no bound."""
     @_builtins.property
     def model(self) -> Global___ModelDescription:
         """What it serves."""
@@ -569,14 +576,51 @@ class NodeDescription(_message.Message):
         kernels: _builtins.str = ...,
         metrics_address: _builtins.str = ...,
         prefix_cache: Global___PrefixCaching | None = ...,
+        tbt_target_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["kv_layout", b"kv_layout", "model", b"model", "prefix_cache", b"prefix_cache"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "prefix_cache", b"prefix_cache", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "transports", b"transports"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "home_role", b"home_role", "host_id", b"host_id", "incarnation", b"incarnation", "kernels", b"kernels", "kv_layout", b"kv_layout", "metrics_address", b"metrics_address", "model", b"model", "node_id", b"node_id", "pid", b"pid", "prefix_cache", b"prefix_cache", "protocol_version", b"protocol_version", "role", b"role", "software_version", b"software_version", "tbt_target_s", b"tbt_target_s", "transports", b"transports"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeDescription: _TypeAlias = NodeDescription  # noqa: Y015
+
+@_typing.final
+class StepTimes(_message.Message):
+    """Time of an engine step, measured by the node: base_s + prompt_token_s for each prompt token + sequence_s for each
+    sequence that decodes + kv_token_s for each token in the KV of those.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BASE_S_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKEN_S_FIELD_NUMBER: _builtins.int
+    SEQUENCE_S_FIELD_NUMBER: _builtins.int
+    KV_TOKEN_S_FIELD_NUMBER: _builtins.int
+    base_s: _builtins.float
+    """Seconds of a step whatever is in it."""
+    prompt_token_s: _builtins.float
+    """Seconds for each prompt token."""
+    sequence_s: _builtins.float
+    """Seconds for each sequence that decodes."""
+    kv_token_s: _builtins.float
+    """Seconds for each token in the KV of those."""
+    def __init__(
+        self,
+        *,
+        base_s: _builtins.float = ...,
+        prompt_token_s: _builtins.float = ...,
+        sequence_s: _builtins.float = ...,
+        kv_token_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["base_s", b"base_s", "kv_token_s", b"kv_token_s", "prompt_token_s", b"prompt_token_s", "sequence_s", b"sequence_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StepTimes: _TypeAlias = StepTimes  # noqa: Y015
 
 @_typing.final
 class NodeStatus(_message.Message):
@@ -599,8 +643,11 @@ class NodeStatus(_message.Message):
     RUNNING_BLOCKS_FIELD_NUMBER: _builtins.int
     QUARANTINED_BLOCKS_FIELD_NUMBER: _builtins.int
     CACHED_BLOCKS_FIELD_NUMBER: _builtins.int
+    HOME_ROLE_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
+    STEP_TIMES_FIELD_NUMBER: _builtins.int
     role: Global___Role.ValueType
-    """What the node is used for now."""
+    """The pool whose work the node takes now: its home pool, or mixed while it also has the other pool's work."""
     draining: _builtins.bool
     """The node takes nothing new and will leave."""
     total_blocks: _builtins.int
@@ -629,6 +676,14 @@ class NodeStatus(_message.Message):
     """Of ended leases that a writer might still reach."""
     cached_blocks: _builtins.int
     """Kept for prompts that begin alike and held by no sequence; part of free_blocks."""
+    home_role: Global___Role.ValueType
+    """The pool that the node belongs to. Unspecified: that of role."""
+    is_pinned: _builtins.bool
+    """An operator has set the role: no scheduler changes it."""
+    @_builtins.property
+    def step_times(self) -> Global___StepTimes:
+        """Absent until enough steps were measured."""
+
     def __init__(
         self,
         *,
@@ -647,10 +702,13 @@ class NodeStatus(_message.Message):
         running_blocks: _builtins.int = ...,
         quarantined_blocks: _builtins.int = ...,
         cached_blocks: _builtins.int = ...,
+        home_role: Global___Role.ValueType = ...,
+        is_pinned: _builtins.bool = ...,
+        step_times: Global___StepTimes | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["step_times", b"step_times"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "draining", b"draining", "free_blocks", b"free_blocks", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_blocks", b"cached_blocks", "draining", b"draining", "free_blocks", b"free_blocks", "home_role", b"home_role", "is_pinned", b"is_pinned", "leased_blocks", b"leased_blocks", "num_running", b"num_running", "num_waiting", b"num_waiting", "prompt_blocks", b"prompt_blocks", "quarantined_blocks", b"quarantined_blocks", "queued_prompt_tokens", b"queued_prompt_tokens", "role", b"role", "running_blocks", b"running_blocks", "running_tokens", b"running_tokens", "sending_blocks", b"sending_blocks", "stalled_s", b"stalled_s", "step_times", b"step_times", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

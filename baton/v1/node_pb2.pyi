@@ -257,6 +257,76 @@ class CacheResponse(_message.Message):
 Global___CacheResponse: _TypeAlias = CacheResponse  # noqa: Y015
 
 @_typing.final
+class SetRoleRequest(_message.Message):
+    """Asks a node to belong to another pool."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    EXPECTED_ROLE_FIELD_NUMBER: _builtins.int
+    role: _common_pb2.Role.ValueType
+    """Its home role from now on. Unspecified: the one that it started with, and schedulers may change it again."""
+    expected_role: _common_pb2.Role.ValueType
+    """Of a scheduler: the home role that its decision was based on. The node refuses if it has another one, was set by an
+    operator, or has changed too short a time ago. Unspecified: an operator asks, who is always obeyed.
+    """
+    def __init__(
+        self,
+        *,
+        role: _common_pb2.Role.ValueType = ...,
+        expected_role: _common_pb2.Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_role", b"expected_role", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRoleRequest: _TypeAlias = SetRoleRequest  # noqa: Y015
+
+@_typing.final
+class SetRoleResponse(_message.Message):
+    """The roles of the node after a change."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_ID_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    PREVIOUS_ROLE_FIELD_NUMBER: _builtins.int
+    HOME_ROLE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    IS_PINNED_FIELD_NUMBER: _builtins.int
+    node_id: _builtins.str
+    """The node that answers."""
+    incarnation: _builtins.int
+    """The life of its process."""
+    previous_role: _common_pb2.Role.ValueType
+    """The pool that it belonged to before."""
+    home_role: _common_pb2.Role.ValueType
+    """The pool that it belongs to."""
+    role: _common_pb2.Role.ValueType
+    """What it acts as: mixed while it still has the other pool's work."""
+    is_pinned: _builtins.bool
+    """No scheduler changes the role."""
+    def __init__(
+        self,
+        *,
+        node_id: _builtins.str = ...,
+        incarnation: _builtins.int = ...,
+        previous_role: _common_pb2.Role.ValueType = ...,
+        home_role: _common_pb2.Role.ValueType = ...,
+        role: _common_pb2.Role.ValueType = ...,
+        is_pinned: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["home_role", b"home_role", "incarnation", b"incarnation", "is_pinned", b"is_pinned", "node_id", b"node_id", "previous_role", b"previous_role", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRoleResponse: _TypeAlias = SetRoleResponse  # noqa: Y015
+
+@_typing.final
 class DrainRequest(_message.Message):
     """Asks a node to leave."""
 
@@ -668,6 +738,36 @@ class Cancel(_message.Message):
 Global___Cancel: _TypeAlias = Cancel  # noqa: Y015
 
 @_typing.final
+class Migrate(_message.Message):
+    """Move a sequence that decodes here into a lease while it generates: full blocks first, then it stops for the rest. If the
+    move fails, it goes on here.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+    LEASE_FIELD_NUMBER: _builtins.int
+    sequence_id: _builtins.str
+    """The sequence that is meant."""
+    @_builtins.property
+    def lease(self) -> _common_pb2.Lease:
+        """Where its KV is to go; granted by the node that it moves to."""
+
+    def __init__(
+        self,
+        *,
+        sequence_id: _builtins.str = ...,
+        lease: _common_pb2.Lease | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease", b"lease", "sequence_id", b"sequence_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Migrate: _TypeAlias = Migrate  # noqa: Y015
+
+@_typing.final
 class SequenceFailed(_message.Message):
     """A sequence has ended here without being finished."""
 
@@ -740,10 +840,13 @@ class SessionRequest(_message.Message):
         SEQUENCE_FIELD_NUMBER: _builtins.int
         TTL_S_FIELD_NUMBER: _builtins.int
         PREFILL_NODE_ID_FIELD_NUMBER: _builtins.int
+        NUM_HEADROOM_TOKENS_FIELD_NUMBER: _builtins.int
         ttl_s: _builtins.float
         """Lease lifetime asked for; the node may grant less."""
         prefill_node_id: _builtins.str
         """The node that will write the blocks."""
+        num_headroom_tokens: _builtins.int
+        """Tokens that the sequence may generate elsewhere before its KV arrives: room for these is leased as well."""
         @_builtins.property
         def sequence(self) -> _common_pb2.Sequence:
             """The sequence that will come; its lengths say how many blocks it needs."""
@@ -754,10 +857,11 @@ class SessionRequest(_message.Message):
             sequence: _common_pb2.Sequence | None = ...,
             ttl_s: _builtins.float = ...,
             prefill_node_id: _builtins.str = ...,
+            num_headroom_tokens: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["sequence", b"sequence"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["prefill_node_id", b"prefill_node_id", "sequence", b"sequence", "ttl_s", b"ttl_s"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["num_headroom_tokens", b"num_headroom_tokens", "prefill_node_id", b"prefill_node_id", "sequence", b"sequence", "ttl_s", b"ttl_s"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -765,6 +869,7 @@ class SessionRequest(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     RESERVE_FIELD_NUMBER: _builtins.int
+    MIGRATE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___SessionHello:
         """Opens the session."""
@@ -781,6 +886,10 @@ class SessionRequest(_message.Message):
     def reserve(self) -> Global___SessionRequest.Reserve:
         """Blocks that are needed."""
 
+    @_builtins.property
+    def migrate(self) -> Global___Migrate:
+        """A sequence to move to another node."""
+
     def __init__(
         self,
         *,
@@ -788,12 +897,13 @@ class SessionRequest(_message.Message):
         run: Global___SessionRequest.Run | None = ...,
         cancel: Global___Cancel | None = ...,
         reserve: Global___SessionRequest.Reserve | None = ...,
+        migrate: Global___Migrate | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run", b"run"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "migrate", b"migrate", "reserve", b"reserve", "run", b"run"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "reserve", b"reserve", "run", b"run"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel", b"cancel", "hello", b"hello", "message", b"message", "migrate", b"migrate", "reserve", b"reserve", "run", b"run"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel", "reserve"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "run", "cancel", "reserve", "migrate"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -933,6 +1043,7 @@ class SessionResponse(_message.Message):
     FAILED_FIELD_NUMBER: _builtins.int
     STATUS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
+    NOT_MIGRATED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___SessionWelcome:
         """Set in the first message only."""
@@ -973,6 +1084,10 @@ class SessionResponse(_message.Message):
     def cache(self) -> Global___SessionResponse.CacheChange:
         """What the node's prefix cache has gained and lost before all else in this message."""
 
+    @_builtins.property
+    def not_migrated(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
+        """Sequences that were to move and go on here."""
+
     def __init__(
         self,
         *,
@@ -986,10 +1101,11 @@ class SessionResponse(_message.Message):
         failed: _abc.Iterable[Global___SequenceFailed] | None = ...,
         status: _common_pb2.NodeStatus | None = ...,
         cache: Global___SessionResponse.CacheChange | None = ...,
+        not_migrated: _abc.Iterable[Global___SequenceFailed] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "status", b"status", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "prefills", b"prefills", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "not_migrated", b"not_migrated", "prefills", b"prefills", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class NodeStub(object):
                 request_serializer=baton_dot_v1_dot_node__pb2.CacheRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_node__pb2.CacheResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/baton.v1.Node/SetRole',
+                request_serializer=baton_dot_v1_dot_node__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_node__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/baton.v1.Node/Drain',
                 request_serializer=baton_dot_v1_dot_node__pb2.DrainRequest.SerializeToString,
@@ -92,6 +97,13 @@ class NodeServicer(object):
 
     def Cache(self, request, context):
         """What the node keeps for prompts that begin alike; can drop it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetRole(self, request, context):
+        """Put the node into another pool; what is here goes on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -142,6 +154,11 @@ def add_NodeServicer_to_server(servicer, server):
                     servicer.Cache,
                     request_deserializer=baton_dot_v1_dot_node__pb2.CacheRequest.FromString,
                     response_serializer=baton_dot_v1_dot_node__pb2.CacheResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=baton_dot_v1_dot_node__pb2.SetRoleRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_node__pb2.SetRoleResponse.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -246,6 +263,33 @@ class Node(object):
             '/baton.v1.Node/Cache',
             baton_dot_v1_dot_node__pb2.CacheRequest.SerializeToString,
             baton_dot_v1_dot_node__pb2.CacheResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Node/SetRole',
+            baton_dot_v1_dot_node__pb2.SetRoleRequest.SerializeToString,
+            baton_dot_v1_dot_node__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

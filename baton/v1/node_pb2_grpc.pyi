@@ -41,6 +41,8 @@ class NodeStub:
     """Every KV block and its owner, right now."""
     Cache: _grpc.UnaryUnaryMultiCallable[_node_pb2.CacheRequest, _node_pb2.CacheResponse]
     """What the node keeps for prompts that begin alike; can drop it."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_node_pb2.SetRoleRequest, _node_pb2.SetRoleResponse]
+    """Put the node into another pool; what is here goes on."""
     Drain: _grpc.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
     Clock: _grpc.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]
@@ -61,6 +63,8 @@ class NodeAsyncStub(NodeStub):
     """Every KV block and its owner, right now."""
     Cache: _aio.UnaryUnaryMultiCallable[_node_pb2.CacheRequest, _node_pb2.CacheResponse]  # type: ignore[assignment]
     """What the node keeps for prompts that begin alike; can drop it."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_node_pb2.SetRoleRequest, _node_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """Put the node into another pool; what is here goes on."""
     Drain: _aio.UnaryUnaryMultiCallable[_node_pb2.DrainRequest, _node_pb2.DrainResponse]  # type: ignore[assignment]
     """Take nothing new, let what is here end, then leave. Answers at once; asked again, it can only shorten the grace."""
     Clock: _aio.UnaryUnaryMultiCallable[_node_pb2.ClockRequest, _node_pb2.ClockResponse]  # type: ignore[assignment]
@@ -96,6 +100,14 @@ class NodeServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_node_pb2.CacheResponse, _abc.Awaitable[_node_pb2.CacheResponse]]:
         """What the node keeps for prompts that begin alike; can drop it."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _node_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_node_pb2.SetRoleResponse, _abc.Awaitable[_node_pb2.SetRoleResponse]]:
+        """Put the node into another pool; what is here goes on."""
 
     @_abc_1.abstractmethod
     def Drain(

@@ -111,6 +111,9 @@ class GenerateRequest(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _builtins.int
     SKIP_SPECIAL_TOKENS_IN_PROMPT_FIELD_NUMBER: _builtins.int
     CACHE_SALT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    SLO_TBT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the router if empty. Letters, digits, '.', '_', '-' and ':'; at most 128."""
     model: _builtins.str
@@ -125,6 +128,12 @@ class GenerateRequest(_message.Message):
     """Do not prepend the tokenizer's special tokens (beginning of sequence) to a prompt given as text."""
     cache_salt: _builtins.str
     """Only requests of one salt share the KV of prompts that begin alike; at most 256 characters."""
+    priority: _builtins.int
+    """Of a client's waiting requests the smaller number comes first; above 0 it may be refused to keep others' objectives."""
+    slo_ttft_s: _builtins.float
+    """Seconds from arrival to the first token that the caller can accept. 0: the router's setting."""
+    slo_tbt_s: _builtins.float
+    """Mean seconds between two tokens that the caller can accept. 0: the router's setting."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""
@@ -155,10 +164,13 @@ class GenerateRequest(_message.Message):
         timeout_s: _builtins.float = ...,
         skip_special_tokens_in_prompt: _builtins.bool = ...,
         cache_salt: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        slo_ttft_s: _builtins.float = ...,
+        slo_tbt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "stop", b"stop", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -905,6 +917,60 @@ class ClusterTraceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ClusterTraceResponse: _TypeAlias = ClusterTraceResponse  # noqa: Y015
+
+@_typing.final
+class SetNodeRoleRequest(_message.Message):
+    """Names the node that is to change its role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Node id, or host:port."""
+    role: _common_pb2.Role.ValueType
+    """Its role from now on. Unspecified: schedulers decide again."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        role: _common_pb2.Role.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetNodeRoleRequest: _TypeAlias = SetNodeRoleRequest  # noqa: Y015
+
+@_typing.final
+class SetNodeRoleResponse(_message.Message):
+    """The node has changed its role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of the node."""
+    @_builtins.property
+    def role(self) -> _node_pb2.SetRoleResponse:
+        """What the node said."""
+
+    def __init__(
+        self,
+        *,
+        role: _node_pb2.SetRoleResponse | None = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["role", b"role"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetNodeRoleResponse: _TypeAlias = SetNodeRoleResponse  # noqa: Y015
 
 @_typing.final
 class DrainNodeRequest(_message.Message):

@@ -60,6 +60,11 @@ class RouterStub(object):
                 request_serializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
                 response_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/baton.v1.Router/SetRole',
+                request_serializer=baton_dot_v1_dot_router__pb2.SetNodeRoleRequest.SerializeToString,
+                response_deserializer=baton_dot_v1_dot_router__pb2.SetNodeRoleResponse.FromString,
+                _registered_method=True)
         self.Trace = channel.unary_stream(
                 '/baton.v1.Router/Trace',
                 request_serializer=baton_dot_v1_dot_router__pb2.ClusterTraceRequest.SerializeToString,
@@ -107,6 +112,13 @@ class RouterServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """Put a node into another pool.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Trace(self, request, context):
         """What the router and every node did lately: first the router's part, then a message per node.
         """
@@ -141,6 +153,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=baton_dot_v1_dot_router__pb2.DrainNodeRequest.FromString,
                     response_serializer=baton_dot_v1_dot_router__pb2.DrainNodeResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=baton_dot_v1_dot_router__pb2.SetNodeRoleRequest.FromString,
+                    response_serializer=baton_dot_v1_dot_router__pb2.SetNodeRoleResponse.SerializeToString,
             ),
             'Trace': grpc.unary_stream_rpc_method_handler(
                     servicer.Trace,
@@ -284,6 +301,33 @@ class Router(object):
             '/baton.v1.Router/Drain',
             baton_dot_v1_dot_router__pb2.DrainNodeRequest.SerializeToString,
             baton_dot_v1_dot_router__pb2.DrainNodeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Router/SetRole',
+            baton_dot_v1_dot_router__pb2.SetNodeRoleRequest.SerializeToString,
+            baton_dot_v1_dot_router__pb2.SetNodeRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -45,6 +45,8 @@ class RouterStub:
     """The prefix caches of all nodes, asked for now; can drop them."""
     Drain: _grpc.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
+    SetRole: _grpc.UnaryUnaryMultiCallable[_router_pb2.SetNodeRoleRequest, _router_pb2.SetNodeRoleResponse]
+    """Put a node into another pool."""
     Trace: _grpc.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]
     """What the router and every node did lately: first the router's part, then a message per node."""
 
@@ -65,6 +67,8 @@ class RouterAsyncStub(RouterStub):
     """The prefix caches of all nodes, asked for now; can drop them."""
     Drain: _aio.UnaryUnaryMultiCallable[_router_pb2.DrainNodeRequest, _router_pb2.DrainNodeResponse]  # type: ignore[assignment]
     """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
+    SetRole: _aio.UnaryUnaryMultiCallable[_router_pb2.SetNodeRoleRequest, _router_pb2.SetNodeRoleResponse]  # type: ignore[assignment]
+    """Put a node into another pool."""
     Trace: _aio.UnaryStreamMultiCallable[_router_pb2.ClusterTraceRequest, _router_pb2.ClusterTraceResponse]  # type: ignore[assignment]
     """What the router and every node did lately: first the router's part, then a message per node."""
 
@@ -112,6 +116,14 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_router_pb2.DrainNodeResponse, _abc.Awaitable[_router_pb2.DrainNodeResponse]]:
         """Ask a node to drain and leave. Answers as soon as the node has agreed; Status shows "draining", then "left"."""
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _router_pb2.SetNodeRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_router_pb2.SetNodeRoleResponse, _abc.Awaitable[_router_pb2.SetNodeRoleResponse]]:
+        """Put a node into another pool."""
 
     @_abc_1.abstractmethod
     def Trace(
