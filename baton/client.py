@@ -118,6 +118,7 @@ class Options:
     model: str = ""
     skip_special_tokens_in_prompt: bool = False
     cache_salt: str = ""
+    priority: int = 0
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -318,6 +319,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             timeout_s=options.timeout_s,
             skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
             cache_salt=options.cache_salt,
+            priority=options.priority,
         )
         _set_input(request, prompt)
     return request

@@ -17,6 +17,7 @@ from baton.client import Client, Options
 from baton.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from baton.registry import RegistryConfig
 from baton.settings import keys
+from baton.types import MAX_PRIORITY, MIN_PRIORITY
 from cli import ask, preflight
 from cli.options import finite, path, plain
 from cli.router import router
@@ -59,6 +60,12 @@ ClusterName = Annotated[
 CacheSalt = Annotated[
     str, typer.Option(help="Only requests of the same salt share the KV of prompts that begin alike.")
 ]
+Priority = Annotated[
+    int,
+    typer.Option(
+        min=MIN_PRIORITY, max=MAX_PRIORITY, help="Of a client's waiting requests the smaller number is first."
+    ),
+]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
 
 for command in (up, worker, router):
@@ -78,12 +85,13 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on to --max-tokens.")] = False,
     relay: Relay = False,
     cache_salt: CacheSalt = "",
+    priority: Priority = 0,
     api_key: ApiKey = "",
 ) -> None:
     """Continue a text, as it comes."""
     console = Console()
     text = _standard_input() if prompt == "-" else prompt
-    options = Options(stop=tuple(stop or ()), cache_salt=cache_salt)
+    options = Options(stop=tuple(stop or ()), cache_salt=cache_salt, priority=priority)
     with _client(router, api_key) as client:
         finished = ask.generate(
             client, text, options, lambda part: ask.write_raw(console, part),
@@ -107,12 +115,13 @@ def chat(
     seed: Seed = None,
     relay: Relay = False,
     cache_salt: CacheSalt = "",
+    priority: Priority = 0,
     api_key: ApiKey = "",
 ) -> None:
     """Talk to the model; an empty line is ignored, Ctrl-C ends an answer, Ctrl-D ends the talk."""
     with _client(router, api_key) as client:
         ask.chat(
-            client, Console(), Options(cache_salt=cache_salt), system=system, show_relay=relay,
+            client, Console(), Options(cache_salt=cache_salt, priority=priority), system=system, show_relay=relay,
             temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, max_tokens=max_tokens,
         )  # fmt: skip
 

@@ -131,12 +131,13 @@ class Dispatcher:
         deadline_s: float,
         origin: Origin = _NO_ORIGIN,
         client: str = "",
+        priority: int = 0,
     ) -> Active:
         """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
         stops reading."""
         flow = Flow(
             request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s,
-            config=self._flow_config, on_interval=self._metrics.tbt.observe,
+            config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority,
         )  # fmt: skip
         active = Active(flow, TokenStream(self._pacer, self.backlog), origin, client)
         self._idle.clear()

@@ -97,7 +97,7 @@ class Flow:
 
     __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_has_joined", "_internal_errors",
                  "_is_backing_off", "_last_error", "_refusals", "_spec", "_timer_s", "choice", "deadline_s", "lifeline",
-                 "max_tokens", "outcome", "phase", "placement", "prompt", "request_id", "sampling",
+                 "max_tokens", "outcome", "phase", "placement", "priority", "prompt", "request_id", "sampling",
                  "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
@@ -111,6 +111,7 @@ class Flow:
         deadline_s: float,
         config: FlowConfig,
         on_interval: Callable[[float, int], None] | None = None,
+        priority: int = 0,
     ) -> None:
         assert sampling.max_tokens is not None
         self.request_id = request_id
@@ -118,6 +119,7 @@ class Flow:
         self.prompt = prompt
         self.sampling = sampling
         self.deadline_s = deadline_s
+        self.priority = priority
         self.phase = Phase.QUEUED
         self.tokens: list[int] = []
         self.placement: Placement | None = None
@@ -181,6 +183,7 @@ class Flow:
             is_single_token=self.max_tokens - len(self.tokens) == 1,
             avoid=frozenset(n for n, until_s in self._avoid.items() if until_s > now) if self._avoid else (),
             prompt=self.prompt,
+            priority=self.priority,
         )
 
     def handle(self, event: Event, now: float) -> list[Action]:  # noqa: C901 (a flat table)
@@ -251,8 +254,9 @@ class Flow:
         self._has_joined = False
         self.lifeline.placed(placement.prefill_id, placement.decode_id, now)
         self._spec = SequenceSpec(
-            self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens), self.prompt.cache_salt
-        )
+            self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens), self.prompt.cache_salt,
+            self.priority,
+        )  # fmt: skip
         if placement.is_colocated:
             return self._run(None, now)
         self.phase = Phase.RESERVING

@@ -16,7 +16,15 @@ from typing import Any
 from baton import errors
 from baton.errors import quoted
 from baton.observe import Relay
-from baton.types import MAX_REQUEST_ID_CHARS, MAX_SEED, FinishReason, PositionLogprobs, SamplingParams
+from baton.types import (
+    MAX_PRIORITY,
+    MAX_REQUEST_ID_CHARS,
+    MAX_SEED,
+    MIN_PRIORITY,
+    FinishReason,
+    PositionLogprobs,
+    SamplingParams,
+)
 from router.active import Active
 from router.chat import ChatMessage, ChatTemplate
 from router.clients import cache_salt
@@ -88,6 +96,8 @@ class GenerationRequest:
     include_stop: bool = False
     # Only requests of one salt share the KV of prompts that begin alike.
     cache_salt: str = ""
+    # Of a client's waiting requests the smaller number comes first.
+    priority: int = 0
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     # Without max_tokens, chat may use the rest of the context and a completion gets 16.
@@ -268,6 +278,7 @@ class Frontend:
         self._check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
+        _check_priority(request.priority)
         salt = self._cache_salt(request)
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
@@ -297,6 +308,7 @@ class Frontend:
                         self._dispatcher.submit(
                             request_id, len(actives), prompt, _choice_sampling(sampling, i), arrived_s=arrived_s,
                             deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
+                            priority=request.priority,
                         )
                     )  # fmt: skip
             self._dispatcher.place()
@@ -534,6 +546,15 @@ class Frontend:
                 param="timeout",
             )
         return asked_s
+
+
+def _check_priority(priority: int) -> None:
+    if not MIN_PRIORITY <= priority <= MAX_PRIORITY:
+        raise errors.InvalidRequest(
+            f"priority is {quoted(priority)}, expected {MIN_PRIORITY} to {MAX_PRIORITY} (the smaller number comes "
+            "first)",
+            param="priority",
+        )
 
 
 def _closed(part: Part, rest: Part) -> Part:

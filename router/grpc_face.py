@@ -93,6 +93,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             stops=tuple(request.stop),
             include_stop=request.include_stop_in_output,
             cache_salt=request.cache_salt,
+            priority=request.priority,
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),

@@ -132,7 +132,6 @@ class _Common(_Strict):
         self, prompts: Prompts, sampling: SamplingParams, caller: Caller, *, max_tokens_param: str = "max_tokens",
         is_chat: bool, echo: bool = False,
     ) -> GenerationRequest:  # fmt: skip
-        self._refuse("priority", "requests are served first come, first served")
         if self.cache_salt == "":
             raise InvalidRequest(
                 "cache_salt is empty, expected null or a text that is hard to guess", param="cache_salt"
@@ -149,6 +148,7 @@ class _Common(_Strict):
             stops=self.stops,
             include_stop=bool(self.include_stop_str_in_output),
             cache_salt=self.cache_salt or "",
+            priority=self.priority or 0,
             skip_special_tokens=self.skip_special_tokens is not False,
             # A chat template writes the special tokens itself.
             add_special_tokens=bool(self.add_special_tokens) if is_chat else self.add_special_tokens is not False,

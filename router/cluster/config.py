@@ -14,6 +14,8 @@ class PolicyConfig:
     overflow_decode_tokens: int = 65536
     # No further prompt is sent to a node with this many pending; it waits in the router and can still go elsewhere.
     max_pending_prompt_tokens: int = 16384
+    # A waiting sequence is passed over for better priorities of its client for so long at most.
+    max_priority_wait_s: float = 30.0
     # Consecutive transfer failures that open a pair's breaker, and how long it stays open (doubling up to the maximum).
     breaker_failures: int = 2
     breaker_open_s: float = 1.0

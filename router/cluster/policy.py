@@ -56,6 +56,8 @@ class Demand:
     avoid: Collection[str] = ()
     # None: no node is sought for what it holds.
     prompt: Keyed | None = None
+    # Of a client's waiting sequences the smaller number comes first.
+    priority: int = 0
 
 
 class Obstacle(Enum):

@@ -82,7 +82,9 @@ class Scheduler(Generic[ItemT]):
         self.rates = Rates(policy)
         # Of the nodes that keep blocks, which are all of one model; None if no node does.
         self.prefix_scheme: PrefixScheme | None = None
-        self._line: Waiting[ItemT] = Waiting(alone_s=limits.client_alone_s)
+        self._line: Waiting[ItemT] = Waiting(
+            alone_s=limits.client_alone_s, max_priority_wait_s=policy.max_priority_wait_s
+        )
         self._siblings: Siblings[ItemT] = Siblings()
         self._in_flight: dict[ItemT, None] = {}
         self._num_in_flight_of: Counter[str] = Counter()
@@ -199,14 +201,16 @@ class Scheduler(Generic[ItemT]):
         scheme = self.prefix_scheme
         has_blocks = prompt is not None and scheme is not None and any(True for _ in prompt.keys(scheme))
         if prompt is None or not has_blocks or not self._siblings.arrive(item, prompt):
-            self._line.put(item, now)
-            self.has_news = True
+            self._put(item, now)
 
     def has_shared(self, item: ItemT, now: float) -> None:
         """The nodes have the blocks of its prompt: those that waited for that are next."""
         for sibling in self._siblings.let_go(item):
-            self._line.put(sibling, now)
-            self.has_news = True
+            self._put(sibling, now)
+
+    def _put(self, item: ItemT, now: float) -> None:
+        self._line.put(item, item.demand(now).priority, now)
+        self.has_news = True
 
     def waits_for_sibling(self, item: ItemT, decision: Decision, now: float) -> bool:
         """Whether the waiting item leaves the line, as another choice of its prompt brings the blocks that it lacks to
@@ -223,7 +227,7 @@ class Scheduler(Generic[ItemT]):
 
     def rerun(self, item: ItemT, now: float) -> None:
         """It waits again, before all that its client has in the line."""
-        self._line.put(item, now, is_first=True)
+        self._line.put_first(item, now)
         self.has_news = True
 
     def depart(self, item: ItemT, now: float) -> None:
@@ -290,7 +294,7 @@ class Scheduler(Generic[ItemT]):
         self._line.ended(item.client, now)
         self._loads.release(attempt.sequence_id)
         for sibling in self._siblings.turned_back(item):
-            self._line.put(sibling, now, is_first=True)
+            self._line.put_first(sibling, now)
         self.has_news = True
 
     def confirmed(self, sequence_id: str) -> None:

@@ -1,4 +1,5 @@
-"""The waiting line: clients take turns, and the sequences of each are placed in the order they came. Pure.
+"""The waiting line: clients take turns, and the sequences of each are placed by priority, equal ones in the order they
+came. Pure.
 
 While several clients have work, none of them has all nodes: a batch that is full of one client's sequences makes every
 step slow for all clients, in whatever order they wait.
@@ -7,6 +8,7 @@ step slow for all clients, in whatever order they wait.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, insort
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Generic, Protocol, TypeVar
@@ -20,16 +22,82 @@ class _Waiting(Protocol):
 ItemT = TypeVar("ItemT", bound=_Waiting)
 
 
+class _Queue(Generic[ItemT]):
+    """What one client has waiting.
+
+    Invariant: every item is in ``_again``, or in ``_came`` and under its priority in ``_of``.
+    """
+
+    __slots__ = ("_again", "_came", "_of", "_priorities")
+
+    def __init__(self) -> None:
+        # Items that have run already, the first one first.
+        self._again: OrderedDict[ItemT, None] = OrderedDict()
+        # All others with their priority and when they came, the oldest first.
+        self._came: OrderedDict[ItemT, tuple[int, float]] = OrderedDict()
+        # The same by priority, and their priorities, the best first. A client may use a thousand.
+        self._of: dict[int, OrderedDict[ItemT, None]] = {}
+        self._priorities: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._again) + len(self._came)
+
+    def __iter__(self) -> Iterator[ItemT]:
+        yield from self._again
+        for priority in self._priorities:
+            yield from self._of[priority]
+
+    def __contains__(self, item: object) -> bool:
+        return item in self._again or item in self._came
+
+    def put(self, item: ItemT, priority: int, now: float) -> None:
+        self._came[item] = priority, now
+        if priority not in self._of:
+            self._of[priority] = OrderedDict()
+            insort(self._priorities, priority)
+        self._of[priority][item] = None
+
+    def put_first(self, item: ItemT) -> None:
+        self._again[item] = None
+        self._again.move_to_end(item, last=False)
+
+    def remove(self, item: ItemT) -> None:
+        if item in self._again:
+            del self._again[item]
+            return
+        priority, _ = self._came.pop(item)
+        del self._of[priority][item]
+        if not self._of[priority]:
+            del self._of[priority]
+            del self._priorities[bisect_left(self._priorities, priority)]
+
+    def head(self, long_ago_s: float) -> ItemT:
+        """The next one: what ran already, else what came before ``long_ago_s``, else the best priority's first."""
+        if self._again:
+            return next(iter(self._again))
+        oldest, (_, came_s) = next(iter(self._came.items()))
+        return oldest if came_s <= long_ago_s else next(iter(self._of[self._priorities[0]]))
+
+    def check(self) -> None:
+        assert len(self)
+        assert sorted(self._of) == self._priorities
+        assert all(self._of.values())
+        by_priority = {item: priority for priority, items in self._of.items() for item in items}
+        assert by_priority == {item: priority for item, (priority, _) in self._came.items()}
+
+
 class Waiting(Generic[ItemT]):
     """A queue by turns. ``started`` and ``ended`` tell it what the nodes have of each client.
 
     Invariant: every client with something waiting is in ``_queues`` once, next turn first.
     """
 
-    def __init__(self, *, alone_s: float) -> None:
+    def __init__(self, *, alone_s: float, max_priority_wait_s: float) -> None:
         # A client is alone when no other has had anything here for so long.
         self._alone_s = alone_s
-        self._queues: OrderedDict[str, OrderedDict[ItemT, None]] = OrderedDict()
+        # A sequence is passed over for better priorities for so long at most.
+        self._max_priority_wait_s = max_priority_wait_s
+        self._queues: OrderedDict[str, _Queue[ItemT]] = OrderedDict()
         self._num_running: dict[str, int] = {}
         self._num_waiting = 0
         # The two clients that had something here last, and when.
@@ -51,21 +119,25 @@ class Waiting(Generic[ItemT]):
     def num_running_of(self, client: str) -> int:
         return self._num_running.get(client, 0)
 
-    def put(self, item: ItemT, now: float, *, is_first: bool = False) -> None:
-        """``is_first``: it has run already, and goes before all that its client has here."""
-        self._seen(item.client, now)
-        queue = self._queues.setdefault(item.client, OrderedDict())
-        queue[item] = None
-        if is_first:
-            queue.move_to_end(item, last=False)
-            self._queues.move_to_end(item.client, last=False)
+    def put(self, item: ItemT, priority: int, now: float) -> None:
+        self._queue(item.client, now).put(item, priority, now)
+
+    def put_first(self, item: ItemT, now: float) -> None:
+        """It has run already, and goes before all that its client has here."""
+        self._queue(item.client, now).put_first(item)
+        self._queues.move_to_end(item.client, last=False)
+
+    def _queue(self, client: str, now: float) -> _Queue[ItemT]:
+        """For one more."""
+        self._seen(client, now)
         self._num_waiting += 1
+        return self._queues.setdefault(client, _Queue())
 
     def remove(self, item: ItemT) -> None:
         queue = self._queues[item.client]
-        del queue[item]
+        queue.remove(item)
         self._num_waiting -= 1
-        if not queue:
+        if not len(queue):
             del self._queues[item.client]
 
     def next(self, max_running: int, now: float) -> ItemT | None:
@@ -73,7 +145,7 @@ class Waiting(Generic[ItemT]):
         over, unless no other client has anything here."""
         for client, queue in self._queues.items():
             if self._num_running.get(client, 0) < max_running or self.is_alone(client, now):
-                return next(iter(queue))
+                return queue.head(now - self._max_priority_wait_s)
         return None
 
     def started(self, item: ItemT) -> None:
@@ -112,7 +184,8 @@ class Waiting(Generic[ItemT]):
 
     def check(self) -> None:
         assert self._num_waiting == sum(len(q) for q in self._queues.values())
-        assert all(self._queues.values())
+        for queue in self._queues.values():
+            queue.check()
         assert all(n > 0 for n in self._num_running.values())
 
     def _seen(self, client: str, now: float) -> None:

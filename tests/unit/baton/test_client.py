@@ -50,6 +50,8 @@ def test_text_that_is_not_unicode_is_refused_in_every_field(prompt: Any, setting
         (None, {}),
         ([("user", 1)], {}),
         ("x", {"cache_salt": 1}),
+        ("x", {"priority": 2**31}),
+        ("x", {"priority": 0.5}),
         ("x", {"cache_salt": ["a"]}),
         ("x", {"timeout_s": "soon"}),
         ("x", {"stop": [1]}),

@@ -55,7 +55,7 @@ COMMON: dict[str, Callable[[Any], bool]] = {
     "max_tokens": is_int(1, ROOM),
     "min_tokens": is_int(0, ROOM),
     "n": is_int(1, 128),
-    "priority": is_int(0, 0),
+    "priority": is_int(-1_000_000, 1_000_000),
     "timeout": lambda v: is_number(0, 3600)(v) and v > 0,
 }
 BY_PATH: dict[str, dict[str, Callable[[Any], bool]]] = {

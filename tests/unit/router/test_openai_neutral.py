@@ -37,6 +37,7 @@ NEUTRAL: list[dict[str, Any]] = [
     {"response_format": None},
     {"response_format": {"type": "text"}},
     {"best_of": 1},
+    {"priority": None},
     {"priority": 0},
     {"suffix": ""},
     *[{f"guided_{x}": None} for x in ("json", "regex", "choice", "grammar", "decoding_backend", "whitespace_pattern")],

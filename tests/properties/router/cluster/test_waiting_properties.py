@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from router.cluster.waiting import Waiting
 
 MAX_RUNNING = 3
+MAX_WAIT_S = 30.0
 CLIENTS = ("a", "b", "c")
 
 
@@ -23,23 +24,29 @@ class Item:
 class Turns(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
-        self.waiting: Waiting[Item] = Waiting(alone_s=10.0)
+        self.waiting: Waiting[Item] = Waiting(alone_s=10.0, max_priority_wait_s=MAX_WAIT_S)
         self.now = 0.0
         self.num_made = 0
-        # What should be there: by client, in order.
+        # Whether it has run already (-1), its priority, and when it came.
+        self.came: dict[Item, tuple[int, int, float]] = {}
+        # What should be there: by client, in order of coming.
         self.queued: dict[str, list[Item]] = {client: [] for client in CLIENTS}
         self.running: dict[str, int] = dict.fromkeys(CLIENTS, 0)
         # How often others were served since a client's head could have been.
         self.passed_over: dict[str, int] = dict.fromkeys(CLIENTS, 0)
 
-    @rule(client=st.sampled_from(CLIENTS), is_first=st.booleans())
-    def put(self, client: str, is_first: bool) -> None:
+    @rule(client=st.sampled_from(CLIENTS), priority=st.integers(-2, 2), is_first=st.booleans())
+    def put(self, client: str, priority: int, is_first: bool) -> None:
         self.num_made += 1
         item = Item(client, self.num_made)
-        self.waiting.put(item, self.now, is_first=is_first)
-        self.queued[client].insert(0 if is_first else len(self.queued[client]), item)
+        self.came[item] = -1 if is_first else 0, priority, self.now
         if is_first:  # a rerun has a right of its own
+            self.waiting.put_first(item, self.now)
+            self.queued[client].insert(0, item)
             self.passed_over = dict.fromkeys(CLIENTS, 0)
+        else:
+            self.waiting.put(item, priority, self.now)
+            self.queued[client].append(item)
 
     @rule(seconds=st.floats(0, 20))
     def wait(self, seconds: float) -> None:
@@ -52,11 +59,11 @@ class Turns(RuleBasedStateMachine):
         if item is None:
             assert not able
             return
-        assert item == self.queued[item.client][0]
+        assert item == self.head_of(item.client)
         others = [c for c in CLIENTS if c != item.client and (self.queued[c] or self.running[c])]
         assert item.client in able or not any(self.running[c] for c in others)
         self.waiting.started(item)
-        self.queued[item.client].pop(0)
+        self.queued[item.client].remove(item)
         self.running[item.client] += 1
         for client in CLIENTS:
             if client == item.client or client not in able:
@@ -64,6 +71,13 @@ class Turns(RuleBasedStateMachine):
             else:
                 self.passed_over[client] += 1
                 assert self.passed_over[client] < len(CLIENTS), "a client that could run was passed over twice"
+
+    def head_of(self, client: str) -> Item:
+        """What ran already, then what has waited for too long, then the best priority; each in the order it came."""
+        here = self.queued[client]
+        late = [i for i in here if self.came[i][0] == 0 and self.came[i][2] <= self.now - MAX_WAIT_S]
+        again = [i for i in here if self.came[i][0] == -1]
+        return (again or late or sorted(here, key=lambda i: self.came[i][1]))[0]
 
     @precondition(lambda self: any(self.running.values()))
     @rule(data=st.data())
@@ -93,15 +107,15 @@ TestTurns = Turns.TestCase
 
 @given(st.integers(1, 50))
 def test_one_client_alone_has_everything_and_shares_when_another_comes(num: int) -> None:
-    waiting: Waiting[Item] = Waiting(alone_s=10.0)
+    waiting: Waiting[Item] = Waiting(alone_s=10.0, max_priority_wait_s=MAX_WAIT_S)
     for i in range(num + 20):
-        waiting.put(Item("greedy", i), 0.0)
+        waiting.put(Item("greedy", i), 0, 0.0)
     for i in range(num):
         item = waiting.next(MAX_RUNNING, 0.0)
         assert item == Item("greedy", i)
         waiting.started(item)
     assert waiting.crowding("greedy", MAX_RUNNING) == ("", 0)
-    waiting.put(Item("polite", 0), 1.0)
+    waiting.put(Item("polite", 0), 0, 1.0)
     assert waiting.crowding("polite", MAX_RUNNING) == ("greedy", max(0, num - MAX_RUNNING))
     started = []
     while (item := waiting.next(MAX_RUNNING, 1.0)) is not None:
@@ -113,3 +127,21 @@ def test_one_client_alone_has_everything_and_shares_when_another_comes(num: int)
     for _ in range(num):
         waiting.ended("greedy", 2.0)
     assert waiting.next(MAX_RUNNING, 11.0 + 2.0) is not None
+
+
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=20), st.integers(1, 5))
+def test_nothing_is_passed_over_for_better_priorities_for_longer_than_the_bound(ours: list[int], every_s: int) -> None:
+    """Better ones come for ever, one for each that starts."""
+    waiting: Waiting[Item] = Waiting(alone_s=10.0, max_priority_wait_s=MAX_WAIT_S)
+    for i, priority in enumerate(ours):
+        waiting.put(Item("a", i), priority, 0.0)
+    now, left = 0.0, set(range(len(ours)))
+    while left:
+        waiting.put(Item("a", 1000), -9, now) if Item("a", 1000) not in waiting else None
+        item = waiting.next(1 << 20, now)
+        assert item is not None
+        waiting.started(item)
+        left.discard(item.number)
+        now += every_s
+        # Once it is late, an item waits for those that came before it, and for none that came after.
+        assert now <= MAX_WAIT_S + every_s * (len(ours) + 1)
