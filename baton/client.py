@@ -142,7 +142,7 @@ class Client:
             for message in call:
                 yield _part(message)
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
         finally:
             call.cancel()
 
@@ -154,13 +154,13 @@ class Client:
         try:
             return self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
             return self._stub.Ledger(router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     def cache(self, *, drop: bool = False, timeout_s: float = 10.0) -> router_pb2.ClusterCacheResponse:
         """The prefix caches of all nodes; ``drop``: each forgets all of its blocks first."""
@@ -168,14 +168,14 @@ class Client:
         try:
             return self._stub.Cache(request, timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """Ask a node, by id or address, to finish its requests and exit; returns once it has agreed."""
         try:
             return self._stub.Drain(_drain_request(node, grace_s), timeout=timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
         """The recorded activity of the last seconds (0: all that is kept), the router's part first."""
@@ -183,7 +183,7 @@ class Client:
         try:
             return list(self._stub.Trace(request, timeout=timeout_s, metadata=self._metadata))
         except grpc.RpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     def close(self) -> None:
         self._channel.close()
@@ -212,7 +212,7 @@ class AsyncClient:
             async for message in call:
                 yield _part(message)
         except aio.AioRpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
         finally:
             call.cancel()
 
@@ -223,7 +223,7 @@ class AsyncClient:
         try:
             return await self._stub.Status(router_pb2.StatusRequest(), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     async def ledger(self, timeout_s: float = 10.0) -> router_pb2.ClusterLedgerResponse:
         try:
@@ -231,7 +231,7 @@ class AsyncClient:
                 router_pb2.ClusterLedgerRequest(), timeout=timeout_s, metadata=self._metadata
             )
         except aio.AioRpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     async def cache(self, *, drop: bool = False, timeout_s: float = 10.0) -> router_pb2.ClusterCacheResponse:
         """As `Client.cache`."""
@@ -239,14 +239,14 @@ class AsyncClient:
         try:
             return await self._stub.Cache(request, timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     async def drain(self, node: str, grace_s: float = 0.0, timeout_s: float = 10.0) -> router_pb2.DrainNodeResponse:
         """As `Client.drain`."""
         try:
             return await self._stub.Drain(_drain_request(node, grace_s), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
-            raise _error(error) from error
+            raise error_of(error) from error
 
     async def close(self) -> None:
         await self._channel.close()
@@ -412,8 +412,8 @@ def _collect(parts: Sequence[Part]) -> Completion:
     )
 
 
-def _error(error: grpc.RpcError) -> errors.BatonError:
-    """The error that the router raised; for a status from elsewhere the nearest one."""
+def error_of(error: grpc.RpcError) -> errors.BatonError:
+    """The error that the other process raised; for a status from elsewhere the nearest one."""
     if not isinstance(error, grpc.Call | aio.AioRpcError):
         return errors.Unavailable(str(error))
     trailing = error.trailing_metadata() or ()

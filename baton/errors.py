@@ -12,6 +12,7 @@ BatonError
 │   ├── Draining          the node refuses new work, it is about to leave     UNAVAILABLE         503   retryable
 │   ├── NodeLost          a node died or its session broke                    UNAVAILABLE         503   retryable
 │   └── TransferFailed    KV did not arrive                                   UNAVAILABLE         503   retryable
+├── Conflict              no longer as the caller's decision assumed         ABORTED             409   retryable
 ├── Incompatible          fingerprint, layout, dtype or version differ        FAILED_PRECONDITION 409
 ├── DeadlineExceeded      the request's time is up                            DEADLINE_EXCEEDED   408
 ├── Cancelled             the client left                                     CANCELLED           499
@@ -109,6 +110,12 @@ class NodeLost(Unavailable):
 
 class TransferFailed(Unavailable):
     pass
+
+
+class Conflict(BatonError):
+    grpc_status = "ABORTED"
+    http_status = 409
+    retryable = True
 
 
 class Incompatible(BatonError):

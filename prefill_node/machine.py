@@ -140,13 +140,15 @@ class Phase(Enum):
 
 
 class _Relay:
-    __slots__ = ("lease", "num_known_tokens", "phase", "session")
+    __slots__ = ("is_prompt", "lease", "num_known_tokens", "phase", "session")
 
     def __init__(self, session: int, lease: Lease | None, num_known_tokens: int) -> None:
         self.session = session
         self.lease = lease
         self.num_known_tokens = num_known_tokens
         self.phase = Phase.STAYING if lease is None else Phase.QUEUED
+        # Nothing was generated yet.
+        self.is_prompt = True
 
 
 class PrefillMachine:
@@ -200,6 +202,16 @@ class PrefillMachine:
     def num_sequences(self) -> int:
         return len(self._relays)
 
+    @property
+    def has_prompts(self) -> bool:
+        """Prompts that are not computed to their end."""
+        return any(relay.is_prompt for relay in self._relays.values())
+
+    @property
+    def has_decodes(self) -> bool:
+        """Sequences that stay and have their first token."""
+        return any(relay.phase is Phase.STAYING and not relay.is_prompt for relay in self._relays.values())
+
     def phase_of(self, sequence_id: str) -> Phase | None:
         relay = self._relays.get(sequence_id)
         return None if relay is None else relay.phase
@@ -245,6 +257,7 @@ class PrefillMachine:
         if relay.phase not in (Phase.COMPUTING, Phase.STAYING):
             return []
         sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
+        relay.is_prompt = False
         actions: list[Action] = []
         if event.prefill is not None:
             times = event.prefill

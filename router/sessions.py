@@ -18,6 +18,7 @@ from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
 from baton.address import as_dialled
+from baton.client import ERROR_CODE_KEY, error_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.node_messages import NodeMessage, RouterMessage
@@ -130,7 +131,7 @@ class NodeLink:
         except asyncio.QueueFull:
             raise errors.NodeLost(f"{self.address} has {self._out.maxsize} messages unsent") from None
 
-    # Each of these raises Unavailable if the node does not answer in time.
+    # Each of these raises Unavailable if the node does not answer in time, and what the node refuses it with.
 
     async def ledger(self) -> node_pb2.LedgerResponse:
         with self._asking() as stub:
@@ -178,6 +179,9 @@ class NodeLink:
         try:
             yield node_pb2_grpc.NodeStub(self._channel)
         except aio.AioRpcError as error:
+            if ERROR_CODE_KEY in (error.trailing_metadata() or ()):
+                # The node answers, with a refusal of its own.
+                raise error_of(error) from error
             raise errors.Unavailable(f"{self.address}: {error.code().name} {error.details()}") from error
 
     async def _run(self) -> None:

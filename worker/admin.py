@@ -1,5 +1,5 @@
 """Serves baton.v1.Node: sessions, the node's description and load, the owners of its blocks, its prefix cache, its
-trace, and drain."""
+trace, drain, and changes of its role."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         self._sessions = service.sessions
         self._node = service.node
         self._status = service.status
+        self._set_role = service.set_role
         self._replica = service.replica
         self._drain = drain
         self._timeline = timeline
@@ -57,7 +58,18 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         request: node_pb2.SetRoleRequest,
         context: grpc.aio.ServicerContext[node_pb2.SetRoleRequest, node_pb2.SetRoleResponse],
     ) -> node_pb2.SetRoleResponse:
-        raise InvalidRequest(f"{self._node.node_id} keeps the role that it started with", param="role")
+        before = self._status().home_role
+        asked, expected = (codec.role_from_pb(x) if x else None for x in (request.role, request.expected_role))
+        self._set_role(asked, expected)
+        status = self._status()
+        return node_pb2.SetRoleResponse(
+            node_id=self._node.node_id,
+            incarnation=self._node.incarnation,
+            previous_role=codec.role_to_pb(before),
+            home_role=codec.role_to_pb(status.home_role),
+            role=codec.role_to_pb(status.role),
+            is_pinned=status.is_pinned,
+        )
 
     async def Ledger(  # noqa: N802 - the name in the proto
         self,

@@ -17,6 +17,7 @@ from engine.config import EngineConfig
 from kvtransfer.config import TransferConfig
 from worker.departure import DrainConfig
 from worker.registration import LeaseConfig
+from worker.roles import RolesConfig
 from worker.session import SessionConfig
 
 
@@ -73,6 +74,7 @@ class WorkerConfig:
     session: SessionConfig = field(default_factory=SessionConfig)
     registry: RegistryConfig = field(default_factory=RegistryConfig, metadata=setting(up_file=False))
     registration: LeaseConfig = field(default_factory=LeaseConfig)
+    roles: RolesConfig = field(default_factory=RolesConfig)
     drain: DrainConfig = field(default_factory=DrainConfig)
     # How long closing may take after that.
     close_s: float = 3.0

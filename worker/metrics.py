@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from baton.errors import BatonError
 from baton.metrics import LATENCY_BUCKETS_S, Counter, Histogram, Labels, Metrics, add_process
 from baton.node_messages import Joined
-from baton.types import Lease, NodeDescription, NodeStatus, TransferReport
+from baton.types import Lease, NodeDescription, NodeStatus, Role, TransferReport
 from engine.blocks import BlockState
 from engine.cost import CostModel
 from engine.meter import EngineMeter
@@ -18,6 +18,7 @@ from kvtransfer.receiver import Receiver
 from kvtransfer.sender import SenderObserver
 from worker.config import Peaks
 from worker.energy import EnergySource
+from worker.roles import Reason, RoleChanged
 from worker.service import LeaseObserver
 
 _TRANSFER_BUCKETS_S = (
@@ -114,6 +115,29 @@ class _LeaseMeter(LeaseObserver):
                 self._released.add()
 
 
+class _RoleMeter:
+    """Changes of this node's roles."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        away = [(role, Role.MIXED) for role in (Role.PREFILL, Role.DECODE)]
+        moves = [(before, after) for before in Role for after in Role if before is not after]
+        pairs = {
+            Reason.BORROWED: away,
+            Reason.RETURNED: [(mixed, home) for home, mixed in away],
+            Reason.SCHEDULER: moves,
+            Reason.OPERATOR: moves,
+        }
+        self._changes = metrics.counters(
+            "baton_role_changes",
+            "Changes of the acting role (borrowed, returned) and of the home role (scheduler, operator)",
+            *("from", "to", "reason"),
+            preset=[(a.value, b.value, reason.value) for reason, found in pairs.items() for a, b in found],
+        )
+
+    def changed(self, change: RoleChanged) -> None:
+        self._changes.add(change.before.value, change.after.value, change.reason.value)
+
+
 class WorkerMetrics:
     """Made before the worker's parts, which it watches once they are there."""
 
@@ -125,9 +149,16 @@ class WorkerMetrics:
         peaks: Peaks,
         energy: Sequence[EnergySource],
     ) -> None:
+        self._home: Callable[[], Role] = lambda: node.home_role
         # A process has one of each, so that they cost no series; queries need no joins.
         self.metrics = Metrics(
-            {"cluster": cluster, "model_name": node.model.name, "node": node.node_id, "pool": node.home_role.value}
+            {
+                "cluster": cluster,
+                "model_name": node.model.name,
+                "node": node.node_id,
+                # With the home role it changes: what the node counts from then on counts for the other pool.
+                "pool": lambda: self._home().value,
+            }
         )
         add_process(self.metrics, "worker")
         self.engine = EngineMeter(self.metrics, cost)
@@ -141,6 +172,7 @@ class WorkerMetrics:
         )
         self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
         self.leases = _LeaseMeter(self.metrics)
+        self.roles = _RoleMeter(self.metrics)
         self._add_info(node)
         self._add_peaks(peaks)
         for source in energy:
@@ -153,6 +185,7 @@ class WorkerMetrics:
         status: Callable[[], NodeStatus],
         is_draining: Callable[[], bool],
     ) -> None:
+        self._home = lambda: status().home_role
         gauge, counting = self.metrics.gauge, self.metrics.counting
         gauge(
             "baton_prefill_queue_tokens",
@@ -177,8 +210,19 @@ class WorkerMetrics:
             "Commits refused because bytes had changed on their way here",
             lambda: receiver.num_digest_failures,
         )
+        self._add_roles(status)
         self._add_ledger(replica)
         self._add_prefix_cache(replica)
+
+    def _add_roles(self, status: Callable[[], NodeStatus]) -> None:
+        def acting() -> Mapping[Labels, float]:
+            now = status().role
+            return {(role.value,): float(role is now) for role in Role}
+
+        about = "1 for the role that the node acts in, else 0"
+        self.metrics.gauges("baton_node_role", about, ("role",), acting)
+        pinned = "1 while an operator has set its home role"
+        self.metrics.gauge("baton_node_pinned", pinned, lambda: float(status().is_pinned))
 
     def _add_prefix_cache(self, replica: Replica) -> None:
         def counting(name: str, help_text: str, value: Callable[[CacheStats], int]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from baton.clock import Clock
 from baton.defects import Defects
@@ -16,6 +16,7 @@ from baton.errors import Unavailable
 from baton.machine import Tick
 from baton.registry import NodeRecord, Registry
 from baton.settings import check, setting
+from baton.types import Role
 
 _log = logging.getLogger("baton.worker.registry")
 
@@ -177,6 +178,10 @@ class Registration:
         # The call of the registry that is under way, or was the last one.
         self._call: asyncio.Task[None] | None = None
         self._is_starting = True
+
+    def change_home(self, role: Role) -> None:
+        """The record has this home role from its next renewal on."""
+        self._record = replace(self._record, home_role=role)
 
     async def start(self) -> None:
         """Returns after the first attempt, whatever came of it. Raises BadConfig if Redis does not let us in."""

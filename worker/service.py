@@ -6,16 +6,18 @@ A sequence whose handling raises fails by itself: no session, step or other sequ
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import quoted
-from baton.machine import Machine
+from baton.machine import Machine, Tick
 from baton.node_messages import CacheChanged, Defect, FromRouter, Joined, NodeMessage, Send, SequenceFailed, SessionLost
-from baton.types import Failure, Lease, NodeDescription, NodeStatus
+from baton.types import Failure, Lease, NodeDescription, NodeStatus, Role
 from decode_node import machine as decode_machine
 from decode_node.actions import DecodeActions
 from engine.known import CacheFeed
@@ -25,7 +27,10 @@ from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from prefill_node import machine as prefill_machine
 from prefill_node.actions import PrefillActions
+from worker import roles
 from worker.session import SessionConfig, SessionHost
+
+_log = logging.getLogger("baton.worker")
 
 
 class _About(Protocol):
@@ -141,12 +146,18 @@ class NodeService:
         config: decode_machine.DecodeConfig | None = None,
         session_config: SessionConfig | None = None,
         observer: LeaseObserver | None = None,
+        roles_config: roles.RolesConfig | None = None,
+        on_role: Callable[[roles.RoleChanged], None] = lambda change: None,
     ) -> None:
+        """``on_role`` is called after every change of a role."""
         self.node = node
         self.replica = replica
         self.sessions = SessionHost(self, clock=clock, config=session_config, defects=defects)
         self._defects = defects
         self._observer = observer or LeaseObserver()
+        self._on_role = on_role
+        self.roles = roles.Roles(node.home_role, roles_config or roles.RolesConfig())
+        self._roles: Driver[roles.Event, roles.RoleChanged] = Driver(self.roles, self._role_changed, clock, tick=Tick)
         # By session, what its router was not told of the prefix cache.
         self._cache_feeds: dict[int, CacheFeed] = {}
         self._is_idle = asyncio.Event()
@@ -168,14 +179,20 @@ class NodeService:
             config=config or decode_machine.DecodeConfig(),
         )
         self._prefill: _Phase[prefill_machine.Event, prefill_machine.Action] = _Phase(
-            "prefill", self._prefill_machine, self._prefill_actions, self._send, self._look_idle, clock, defects
+            "prefill", self._prefill_machine, self._prefill_actions, self._send, self._on_fed, clock, defects
         )
         self._decode: _Phase[decode_machine.Event, decode_machine.Action] = _Phase(
-            "decode", self._decode_machine, decode_actions, self._send, self._look_idle, clock, defects
+            "decode", self._decode_machine, decode_actions, self._send, self._on_fed, clock, defects
         )
 
     def status(self) -> NodeStatus:
-        return self.replica.status(self.node.home_role)
+        mine = self.roles
+        return replace(self.replica.status(mine.acting), home=mine.home, is_pinned=mine.is_pinned)
+
+    def set_role(self, role: Role | None, expected: Role | None) -> None:
+        """As roles.SetRole. Raises Conflict, InvalidRequest."""
+        self._roles.feed(roles.SetRole(role, expected))
+        self.sessions.tell_status()
 
     @property
     def num_sequences(self) -> int:
@@ -187,6 +204,7 @@ class NodeService:
 
     async def close(self, timeout_s: float) -> bool:
         """End all sessions: sequences are cancelled, leases revoked, pushes awaited; False if some did not end."""
+        self._roles.close()
         self.sessions.close()
         for number in self.sessions.numbers:
             self.closed(number)
@@ -237,8 +255,19 @@ class NodeService:
             with self._defects.contained("record"):
                 self._observer.told(message)
 
-    def _look_idle(self) -> None:
+    def _on_fed(self) -> None:
+        prompts, decodes = self._prefill_machine, self._decode_machine
+        self._roles.feed(
+            roles.Work(has_prompts=prompts.has_prompts, has_decodes=decodes.num_sequences > 0 or prompts.has_decodes)
+        )
         if self.num_sequences:
             self._is_idle.clear()
         else:
             self._is_idle.set()
+
+    def _role_changed(self, change: roles.RoleChanged) -> None:
+        before, after = change.before.value, change.after.value
+        _log.info("%s changes from %s to %s: %s", self.node.node_id, before, after, change.reason.value)
+        self.sessions.tell_status()
+        with self._defects.contained("record"):
+            self._on_role(change)

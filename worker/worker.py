@@ -40,6 +40,7 @@ from worker.leaving import Leaving
 from worker.loading import Load, LoadedModel, Loading, cuda_device, load_model
 from worker.metrics import WorkerMetrics
 from worker.registration import Registration
+from worker.roles import RoleChanged
 from worker.service import NodeService
 
 _log = logging.getLogger("baton.worker")
@@ -134,6 +135,8 @@ class _Worker:
             config=config.lease,
             session_config=config.session,
             observer=metrics.leases,
+            roles_config=config.roles,
+            on_role=self._role_changed,
         )
         self._health = Health(self._server, replica, lambda: leaving.is_draining, config.stall_limit_s, defects)
         metrics.watch(replica, self._receiver, self._service.status, lambda: leaving.is_draining)
@@ -225,6 +228,11 @@ class _Worker:
             return True
         _log.error("the engine's last step did not end in %s s", limit_s)
         return False
+
+    def _role_changed(self, change: RoleChanged) -> None:
+        self._metrics.roles.changed(change)
+        if self._registration is not None:
+            self._registration.change_home(self._service.roles.home)
 
     def _from_dying_engine(self, error: BaseException) -> None:
         """Called in the engine thread."""

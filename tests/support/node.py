@@ -36,6 +36,7 @@ from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
 from kvtransfer.protocol.receiver_events import Arrived
 from worker.admin import NodeServicer, add_sessions_of_protocol_1
+from worker.roles import RolesConfig
 from worker.service import NodeService
 from worker.session import SessionConfig
 
@@ -141,7 +142,13 @@ class SteeredReceiver:
 
 class Node:
     def __init__(
-        self, step_delay_s: float, session_config: SessionConfig, num_blocks: int, has_prefix_cache: bool
+        self,
+        step_delay_s: float,
+        session_config: SessionConfig,
+        num_blocks: int,
+        has_prefix_cache: bool,
+        role: Role,
+        roles_config: RolesConfig | None,
     ) -> None:
         clock = MonotonicClock()
         layout = KvLayout(LAYOUT.num_layers, num_blocks, 1, 1, LAYOUT.block_tokens, "float32")
@@ -162,7 +169,7 @@ class Node:
         self.description = NodeDescription(
             "n0",
             5,
-            Role.MIXED,
+            role,
             self.address,
             model,
             layout,
@@ -185,6 +192,7 @@ class Node:
             clock=clock,
             defects=Defects(logging.getLogger("test"), clock),
             session_config=session_config,
+            roles_config=roles_config,
         )
         admin = NodeServicer(self.service, lambda grace_s: grace_s, Timeline(), clock)
         self.server.add(node_pb2_grpc.add_NodeServicer_to_server, admin, "baton.v1.Node")
@@ -212,8 +220,11 @@ async def running_node(
     session_config: SessionConfig | None = None,
     num_blocks: int = 64,
     has_prefix_cache: bool = False,
+    role: Role = Role.MIXED,
+    roles_config: RolesConfig | None = None,
 ) -> AsyncIterator[Node]:
-    node = Node(step_delay_s, session_config or SessionConfig(), num_blocks, has_prefix_cache)
+    session_config = session_config or SessionConfig()
+    node = Node(step_delay_s, session_config, num_blocks, has_prefix_cache, role, roles_config)
     node.replica.start()
     await node.server.start()
     try:

@@ -154,6 +154,17 @@ async def test_the_lease_is_renewed_and_the_record_leaves_with_the_worker(redis_
     await mine.close()
 
 
+async def test_the_record_has_the_new_home_role_from_the_next_renewal_on(redis_server: RedisServer) -> None:
+    mine = registration(redis_server)
+    await mine.start()
+    mine.change_home(Role.MIXED)
+    async with asyncio.timeout(5):
+        while await listed(redis_server) != [replace(RECORD, home_role=Role.MIXED)]:  # noqa: ASYNC110 - its renewal
+            await asyncio.sleep(0.02)
+    await mine.close()
+    assert redis_server.keys() == []
+
+
 async def test_it_starts_without_redis_and_comes_back_after_redis_forgot_everything(redis_server: RedisServer) -> None:
     redis_server.kill()
     mine = registration(redis_server)
