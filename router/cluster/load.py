@@ -123,8 +123,8 @@ class NodeLoad:
 
     @property
     def role(self) -> Role:
-        """The role that it acts in."""
-        return self.status.role
+        """The pool that it belongs to; it takes that pool's work as well while it acts as mixed."""
+        return self.status.home_role
 
     @property
     def free_blocks(self) -> int:
