@@ -130,6 +130,8 @@ class Replica:
         # The engine thread's own: steps that were launched, oldest first, and when the last one was over.
         self._flights: deque[_Flight] = deque()
         self._landed_s = 0.0
+        # And when it last had nothing to do.
+        self._idle_s = 0.0
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
 
     # -- life
@@ -294,6 +296,7 @@ class Replica:
                 running_blocks=owned[BlockState.RUNNING],
                 quarantined_blocks=owned[BlockState.QUARANTINED],
                 cached_blocks=owned[BlockState.CACHED],
+                step_times=self._scheduler.measured.told,
             )
 
     def leased_tokens(self) -> int:
@@ -321,6 +324,7 @@ class Replica:
     def _main(self) -> None:
         try:
             self._runner.enter_thread()
+            self._idle_s = self._clock.now()
             while self._turn():
                 pass
         except BaseException as error:
@@ -343,6 +347,7 @@ class Replica:
                     self._busy_since_s = None
                     self._book.settle()
                     self._changed.wait(_MAX_IDLE_S)
+                    self._idle_s = self._clock.now()
                     return True
                 self._busy_since_s = self._clock.now()
         _deliver(deliveries)
@@ -386,6 +391,8 @@ class Replica:
             failure = _failure_of(error, plan)
         # A step that was launched early began when the one before it was over.
         began_s, ended_s = max(flight.launched_s, self._landed_s), self._clock.now()
+        # What a stream waits from token to token: scheduling and delivery included.
+        turn_s = ended_s - max(self._landed_s, self._idle_s)
         self._landed_s = ended_s
         with self._changed:
             if result is None:
@@ -395,6 +402,7 @@ class Replica:
             else:
                 self._progress.step_done(flight.finals)
                 events = self._scheduler.apply(plan, result, self._clock.now())
+                self._scheduler.measured.add(plan.shape, turn_s)
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
             self._busy_since_s = self._clock.now()

@@ -10,9 +10,11 @@ tokens, is dropped from it, and one whose next token the host has to know first 
 order they were scheduled.
 
 Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
-budget. A prompt starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is
-exhausted the youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was
-preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim.
+budget. With ``tbt_target_s`` a step that decodes, or that a leased sequence may come to wait for, has only so much of
+prompts as is predicted to fit into that time, by the steps that were measured (``engine/step_times.py``). A prompt
+starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is exhausted the
+youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was preempted
+``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim.
 
 With a prefix cache a sequence begins behind the blocks that are found for it (``engine/prefix_cache.py``); a prompt
 whose next block is just being computed for another sequence waits for it, and lets those behind it pass.
@@ -34,7 +36,9 @@ from engine.entry import Entry, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
-from engine.step import Piece, Sequence, StepPlan, StepResult
+from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape
+from engine.step_budget import StepBudget
+from engine.step_times import MeasuredSteps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +75,8 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.prefix_cache = PrefixCache(pool, scheme, config.block_tokens, digest_of)
+        # The engine thread adds the steps that it ran.
+        self.measured = MeasuredSteps()
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
         # One slot of every step is left to prompts where there are two: a full decode batch must not lock them out.
         self._max_residents = max(1, min(config.max_num_seqs, config.max_batch_tokens) - 1)
@@ -83,6 +89,8 @@ class Scheduler:
         # Blocks are allocated; the bytes behind the computed tokens are to come.
         self._leases: dict[str, Sequence] = {}
         self._num_ordered = 0
+        # Whether a sequence that decodes is not in the newest plan, because its next token had to be known first.
+        self._sat_out = False
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         self._gone: list[str] = []
@@ -219,12 +227,14 @@ class Scheduler:
         if self._plans and not self._can_plan_ahead():
             return None, events
         pieces = self._decode_pieces()
-        pieces += self._prompt_pieces(len(pieces), events, now)
+        decoding = StepShape(num_decoding=len(pieces), num_kv_tokens=sum([p.end for p in pieces]))
+        budget = StepBudget(self.config, self.measured, decoding, self._limit_s(decoding))
+        pieces += self._prompt_pieces(budget, events, now)
         if not pieces:
             return None, events
         for piece in pieces:
             self._entries[piece.sequence.sequence_id].board(piece)
-        plan = StepPlan(tuple(pieces))
+        plan = StepPlan(tuple(pieces), budget.shape)
         self._plans.append(plan)
         return plan, events
 
@@ -405,17 +415,27 @@ class Scheduler:
             entry.order = self._next_order(rank=0)
         insort(self._waiting, entry, key=in_order)
 
-    def _prompt_pieces(self, num_decoding: int, events: list[EngineEvent], now: float) -> Iterator[Piece]:
-        budget = self.config.max_batch_tokens - num_decoding
-        slots = self.config.max_num_seqs - num_decoding
-        for entry in list(self._active):
-            if budget > 0 and slots > 0 and not entry.is_decoding:
-                piece = self._chunk(entry, budget)
-                budget -= piece.num_tokens
-                slots -= 1
-                yield piece
+    def _limit_s(self, decoding: StepShape) -> float | None:
+        """How long the step may take, None: no sequence waits for its next token.
+
+        One that waits for the host is in every second step only: its gap is two of them.
+        """
+        target_s = self.config.tbt_target_s
+        if target_s is None:
+            return None
+        sat_out, self._sat_out = self._sat_out, any(_sits_out(entry) for entry in self._active)
+        if not (decoding.num_decoding or self._sat_out or self._leases):
+            return None
+        return target_s / 2 if sat_out or self._sat_out else target_s
+
+    def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
+        for entry in [e for e in self._active if not e.is_decoding]:
+            count = budget.fitting(entry.start, entry.num_unplanned)
+            if not count:
+                return
+            yield budget.take(entry, count)
         for entry in list(self._waiting):
-            if budget <= 0 or slots <= 0:
+            if not budget.fitting(0, self.config.max_model_tokens):
                 return
             if entry.leader is not None and entry.leader.is_computing:
                 continue
@@ -423,7 +443,9 @@ class Scheduler:
             entry.leader = self.prefix_cache.leader(entry, len(found), self._active)
             if entry.leader is not None:
                 continue
-            if not self._can_start(entry, found):
+            num_known = len(entry.sequence.token_ids)
+            start = len(found) * self.config.block_tokens
+            if not budget.fitting(start, num_known - start) or not self._can_start(entry, found):
                 return
             num_found, found = len(found), self.prefix_cache.intact(found)
             if len(found) < num_found and not self._can_start(entry, found):
@@ -431,10 +453,7 @@ class Scheduler:
             self._start(entry, found, now)
             if entry.hands_off:
                 events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids), len(found)))
-            piece = self._chunk(entry, budget)
-            budget -= piece.num_tokens
-            slots -= 1
-            yield piece
+            yield budget.take(entry, max(1, budget.fitting(entry.start, entry.num_unplanned)))
 
     def _start(self, entry: Entry, found: list[int], now: float) -> None:
         seq, count = entry.sequence, self._blocks_to_start(entry) - len(found)
@@ -448,15 +467,6 @@ class Scheduler:
         self._waiting.remove(entry)
         entry.phase = Phase.ACTIVE
         insort(self._active, entry, key=in_order)
-
-    def _chunk(self, entry: Entry, budget: int) -> Piece:
-        start = entry.start
-        count = min(entry.num_unplanned, budget)
-        if count < entry.num_unplanned:
-            # End on a block boundary where there is one: whole tiles compute faster and can be pushed at once.
-            ragged = (start + count) % self.config.block_tokens
-            count -= ragged if ragged < count else 0
-        return Piece(entry.sequence, start, count, samples=count == entry.num_unplanned)
 
     def _land(self, plan: StepPlan) -> Iterator[tuple[Entry, Piece]]:
         assert self._plans, "no step is under way"
@@ -566,7 +576,11 @@ class Scheduler:
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
-    return entry.is_decoding and not (entry.is_ending or entry.needs_host or entry.is_overtaken)
+    return entry.is_decoding and not entry.is_ending and not _sits_out(entry)
+
+
+def _sits_out(entry: Entry) -> bool:
+    return entry.is_decoding and (entry.needs_host or entry.is_overtaken)
 
 
 def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:

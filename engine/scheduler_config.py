@@ -24,6 +24,20 @@ class SchedulerConfig:
         default=256,
         metadata=setting("--max-num-seqs", "Sequences that run at once on a worker.", least=1, most=1 << 16),
     )
+    tbt_target_s: float | None = field(
+        default=None,
+        metadata=setting(
+            "--tbt-target-ms",
+            "While a worker decodes, it computes only so much of prompts that a step is predicted to take so many "
+            "milliseconds: the gap between two tokens of a stream. Prompts take longer then. 0: no bound.",
+            unit=1e-3,
+            none=0,
+            most=600_000,
+        ),
+    )
+    # Prompt tokens that a step computes at least, if any wait, whatever --tbt-target-ms says: prompts make progress.
+    # Fewer would take almost as long, as kernels work on tiles of rows.
+    min_chunk_tokens: int = field(default=16, metadata=setting(least=1))
     # Sequences that wait for their first step; one more is refused.
     max_waiting: int = field(default=1024, metadata=setting(least=1))
     # A sequence that lost its blocks so often starts again only with blocks for its whole life.

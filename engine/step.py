@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from baton.types import PositionLogprobs, SamplingParams, SequenceSpec, TokenChunk
 
@@ -71,11 +71,38 @@ class Piece:
         return self.start == len(self.sequence.token_ids)
 
 
+class StepShape(NamedTuple):
+    """What decides how long a step takes."""
+
+    num_prompt_tokens: int = 0
+    # (query, key) pairs of these.
+    num_prompt_pairs: int = 0
+    # Sequences that decode, and the tokens in their KV.
+    num_decoding: int = 0
+    num_kv_tokens: int = 0
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.num_prompt_tokens or self.num_decoding)
+
+    def with_prompt(self, start: int, num_tokens: int) -> StepShape:
+        """And ``num_tokens`` of a prompt, from position ``start`` on."""
+        num_pairs = num_tokens * start + num_tokens * (num_tokens + 1) // 2
+        return self._replace(
+            num_prompt_tokens=self.num_prompt_tokens + num_tokens, num_prompt_pairs=self.num_prompt_pairs + num_pairs
+        )
+
+
+NO_SHAPE = StepShape()
+
+
 @dataclass(frozen=True, slots=True)
 class StepPlan:
     """One engine step. Pieces of different sequences are independent; their order never changes a result."""
 
     pieces: tuple[Piece, ...]
+    # Empty for a plan that is not measured.
+    shape: StepShape = NO_SHAPE
 
     @property
     def num_tokens(self) -> int:

@@ -39,6 +39,7 @@ def describe(
         software_version=__version__,
         metrics_address=metrics_address,
         prefix_cache=model.prefix_caching if config.engine.scheduler.has_prefix_cache else None,
+        tbt_target_s=config.engine.scheduler.tbt_target_s,
     )
 
 

@@ -59,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     scheme: PrefixScheme | None = None
     max_cached: int | None = None
     is_verified = False
+    config = CONFIG
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +70,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A node without sequences."""
         self.pool = BlockPool(NUM_BLOCKS, max_cached=self.max_cached)
         digest_of = self.bytes_of if self.is_verified else None
-        self.scheduler = Scheduler(CONFIG, self.pool, self.scheme, digest_of)
+        self.scheduler = Scheduler(self.config, self.pool, self.scheme, digest_of)
         self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps, max_drawn=self.max_drawn)
         self.specs: dict[str, SequenceSpec] = {}
         self.tokens: dict[str, list[int]] = {}
@@ -284,6 +285,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def apply(self) -> None:
         flight = self.flights.pop(0)
         self.absorb(self.scheduler.apply(flight.plan, flight.underway.result(), self.now))
+        self.scheduler.measured.add(flight.plan.shape, self.seconds(flight.plan))
+
+    def seconds(self, plan: StepPlan) -> float:
+        """How long a step takes."""
+        return 1.0 + plan.num_tokens
 
     @rule(count=st.integers(2, 12))
     def run(self, count: int) -> None:

@@ -1,5 +1,7 @@
 """The laws of schedule_machine without a prefix cache."""
 
+from dataclasses import replace
+
 from hypothesis import settings
 
 from baton.errors import PromptTooLong
@@ -21,6 +23,12 @@ class DraftingOverlapMachine(OverlapMachine):
     max_drawn = 3
 
 
+class TargetMachine(OverlapMachine):
+    """Steps that decode are to be about four prompt tokens long."""
+
+    config = replace(CONFIG, tbt_target_s=9.0, min_chunk_tokens=1)
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=60)
 TestOverlap = OverlapMachine.TestCase
@@ -29,6 +37,8 @@ TestDrafting = DraftingMachine.TestCase
 TestDrafting.settings = settings(max_examples=40, stateful_step_count=60)
 TestDraftingOverlap = DraftingOverlapMachine.TestCase
 TestDraftingOverlap.settings = settings(max_examples=40, stateful_step_count=60)
+TestTarget = TargetMachine.TestCase
+TestTarget.settings = settings(max_examples=80, stateful_step_count=60)
 
 
 def test_what_never_fits_is_refused_at_once() -> None:

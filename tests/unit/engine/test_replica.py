@@ -1,5 +1,6 @@
 import queue
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -270,6 +271,22 @@ def test_stalled_grows_while_a_step_hangs_and_is_zero_when_idle() -> None:
         assert engine.status(Role.MIXED).stalled_s >= first + 0.02
         gate.opened.release(1000)
         assert inbox.tokens() == expected_tokens(spec("a", max_tokens=1), LAYOUT)
+
+
+def test_steps_are_measured_from_token_to_token_and_told() -> None:
+    with replica() as (engine, runner):
+        inbox = Inbox()
+        assert engine.status(Role.MIXED).step_times is None
+        runner.step_delay_s = 0.02
+        # The time between them is no step's.
+        for name in ("a", "b"):
+            engine.submit(spec(name, max_tokens=20), hands_off=False, listener=inbox.listen)
+            inbox.tokens()
+            time.sleep(0.2)
+        told = engine.status(Role.MIXED).step_times
+        assert told is not None
+        # A bound above as well: the clock of a loaded machine is late, but not by ten times.
+        assert 0.019 < told.step_s(0, 1, 20) < 0.19
 
 
 def test_waiting_for_memory_is_not_a_stall() -> None:

@@ -97,6 +97,19 @@ async def test_without_a_prefix_cache_all_is_computed_and_moved_again(tmp_path: 
                 assert (ledger.free_blocks, list(ledger.owners)) == (ledger.total_blocks, [])
 
 
+async def test_a_target_for_gaps_is_told_with_step_times_and_changes_no_token(tmp_path: Path) -> None:
+    # Below the time of any step: while one decodes, prompts are computed in the smallest chunks.
+    limits = SchedulerConfig(max_batch_tokens=64, max_num_seqs=16, tbt_target_s=1e-6, min_chunk_tokens=3)
+    async with pair(tmp_path, engine=EngineConfig(scheduler=limits)) as relay:
+        for number in range(4):
+            sequence = spec(f"s{number}", 40 + number)
+            assert await relay.relay(sequence) == oracle(sequence)
+        async with grpc.aio.insecure_channel(relay.decode_worker.address) as channel:
+            described = await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
+        assert described.node.tbt_target_s == 1e-6
+        assert described.status.step_times.base_s > 0
+
+
 @pytest.mark.parametrize("how", ["stop", "length"])
 async def test_24_the_first_token_ends_the_request_and_decode_gets_its_blocks_back(tmp_path: Path, how: str) -> None:
     first = oracle(spec("a", 40))[0]
