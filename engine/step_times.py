@@ -18,7 +18,7 @@ _MEMORY_STEPS = 128
 # kinds are forgotten. One step counts as twice or half its prediction at most.
 _NEWEST_STEPS = 16
 _CHANGED_SHARE = 0.25
-# The line is fitted anew after so many steps: it takes 20 us, a step is added in 4. The first steps count one by one.
+# The line is fitted anew after so many steps: it takes 20 us, a step is added in 4. The first ones are fitted one by one.
 _FIT_EVERY = 32
 _MIN_STEPS = 4
 # A coefficient that the newest steps say nothing of (as that of sequences, if it is always 8 that decode) stays near
@@ -47,7 +47,6 @@ class MeasuredSteps:
         self._moments = [[0.0] * len(_PAIRS) for _ in range(3)]
         self._coefficients: tuple[float, ...] = (0.0,) * _NUM_FEATURES
         self._num_steps = 0
-        self._num_unfitted = 0
         self._most_prompt_tokens = 0
         # Time of the newest steps, in those predicted, less 1.
         self._change = 0.0
@@ -68,8 +67,7 @@ class MeasuredSteps:
         ]  # fmt: skip
         self._most_prompt_tokens = max(self._most_prompt_tokens, shape.num_prompt_tokens)
         self._num_steps += 1
-        self._num_unfitted += 1
-        if self._num_unfitted >= min(_FIT_EVERY, self._num_steps):
+        if self._num_steps < _FIT_EVERY or self._num_steps % _FIT_EVERY == 0:
             self._fit()
 
     def step_s(self, shape: StepShape) -> float:
@@ -115,7 +113,6 @@ class MeasuredSteps:
             self._moments = [[m * (1 - 1 / _NEWEST_STEPS) for m in moments] for moments in self._moments]
 
     def _fit(self) -> None:
-        self._num_unfitted = 0
         moments = [sum(parts) for parts in zip(*self._moments, strict=True)]
         products = [[moments[_PLACES[i, j]] for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)]
         values = [moments[_PLACES[i, _NUM_FEATURES]] for i in range(_NUM_FEATURES)]

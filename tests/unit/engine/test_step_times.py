@@ -68,7 +68,12 @@ def test_what_the_kv_before_a_prompt_token_costs_is_told_with_it() -> None:
 
 def test_nothing_is_told_before_some_steps_and_no_coefficient_is_negative() -> None:
     steps = MeasuredSteps()
-    assert steps.told is None
+    for at in range(4):
+        assert steps.told is None
+        steps.add(StepShape().with_prompt(0, 10 + at), 0.05)
+    assert steps.told is not None
+    assert steps.told.step_s(12, 0, 0) == pytest.approx(0.05, rel=0.1)
+    steps = MeasuredSteps()
     # Fewer sequences took longer.
     for at in range(40):
         num = 1 + at % 4
