@@ -18,7 +18,7 @@ _MEMORY_STEPS = 128
 # kinds are forgotten. One step counts as twice or half its prediction at most.
 _NEWEST_STEPS = 16
 _CHANGED_SHARE = 0.25
-# The line is fitted anew after so many steps: it takes 20 us, a step is added in 4. The first ones are fitted one by one.
+# The line is fitted anew after so many steps, and after each of the first ones: it takes 20 us, a step is added in 4.
 _FIT_EVERY = 32
 _MIN_STEPS = 4
 # A coefficient that the newest steps say nothing of (as that of sequences, if it is always 8 that decode) stays near
