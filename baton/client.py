@@ -20,7 +20,7 @@ from grpc import aio
 
 from baton import codec, errors
 from baton.observe import FailedAttempt, Relay, Stamp
-from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, SamplingParams
+from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 
 # Trailing metadata: which error of baton.errors ended a call.
@@ -119,6 +119,8 @@ class Options:
     skip_special_tokens_in_prompt: bool = False
     cache_salt: str = ""
     priority: int = 0
+    slo_ttft_s: float = 0.0
+    slo_tbt_s: float = 0.0
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -285,6 +287,7 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         recovery_s=message.recovery_s,
         stamps=tuple(Stamp(stamp.name, stamp.at_s) for stamp in message.stamps),
         failures=tuple(_failure_from_pb(failure) for failure in message.failures),
+        slo=Slo(message.slo_ttft_s or None, message.slo_tbt_s or None),
     )
 
 
@@ -320,6 +323,8 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             skip_special_tokens_in_prompt=options.skip_special_tokens_in_prompt,
             cache_salt=options.cache_salt,
             priority=options.priority,
+            slo_ttft_s=options.slo_ttft_s,
+            slo_tbt_s=options.slo_tbt_s,
         )
         _set_input(request, prompt)
     return request

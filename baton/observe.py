@@ -7,12 +7,12 @@ never subtracted. This module has no clock and no output of its own.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from baton.errors import shortened
-from baton.types import TransferReport
+from baton.types import NO_SLO, Slo, TransferReport
 
 _MAX_FAILURES = 8
 _MAX_MESSAGE_CHARS = 300
@@ -104,6 +104,7 @@ class Relay:
     stamps: tuple[Stamp, ...] = ()
     # The last few failed attempts, oldest first; ``attempts`` counts all.
     failures: tuple[FailedAttempt, ...] = ()
+    slo: Slo = NO_SLO
 
     @property
     def ttft_stages(self) -> tuple[Stage, ...]:
@@ -117,6 +118,17 @@ class Relay:
             Stage("prefill", self.prefill_s),
             Stage("network", self.network_s),
         )
+
+    @property
+    def objectives(self) -> Mapping[str, bool]:
+        """Which of the objectives "ttft" and "tbt" were met. Without those that the request has not, and those that it
+        ended too early for."""
+        found = {}
+        if self.slo.ttft_s is not None and (self.num_tokens or self.e2e_s > self.slo.ttft_s):
+            found["ttft"] = self.num_tokens > 0 and self.ttft_s <= self.slo.ttft_s
+        if self.slo.tbt_s is not None and self.num_tokens > 1:
+            found["tbt"] = self.tbt_mean_s <= self.slo.tbt_s
+        return found
 
     def line(self) -> str:
         """One line for people and logs."""
@@ -144,6 +156,9 @@ class Relay:
         if self.attempts > 1:
             why = f" (the last failed by {self.failures[-1].code})" if self.failures else ""
             parts.append(f"{self.attempts} attempts{why}")
+        if objectives := self.objectives:
+            missed = " and ".join(name.upper() for name, is_met in objectives.items() if not is_met)
+            parts.append(f"SLO missed by {missed}" if missed else "SLO met")
         return " | ".join(parts)
 
 
@@ -170,10 +185,13 @@ class Lifeline:
     __slots__ = ("_alive_s", "_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failures", "_first_sent_s",
                  "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_num_tokens",
                  "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_sent_s", "_tbt_max_s",
-                 "_transfer", "arrived_s", "attempts")  # fmt: skip
+                 "_transfer", "arrived_s", "attempts", "slo")  # fmt: skip
 
-    def __init__(self, arrived_s: float, on_interval: Callable[[float, int], None] | None = None) -> None:
+    def __init__(
+        self, arrived_s: float, on_interval: Callable[[float, int], None] | None = None, slo: Slo = NO_SLO
+    ) -> None:
         self.arrived_s = arrived_s
+        self.slo = slo
         self.attempts = 1
         self._on_interval = on_interval
         self._queued_s = arrived_s
@@ -325,6 +343,7 @@ class Lifeline:
             recovery_s=self._recovery_s,
             stamps=self._stamps(),
             failures=tuple(self._failures),
+            slo=self.slo,
         )
 
     def _parts(self, first_s: float) -> _Parts:

@@ -180,7 +180,7 @@ class SequenceSpec:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """Service-level objective of a request; None: no bound. Raises InvalidRequest for a bound that is not positive."""
+    """Service-level objectives of a request; None: no bound. Raises InvalidRequest for a bound that is not positive."""
 
     # From arrival to the first token.
     ttft_s: float | None = None
@@ -188,14 +188,25 @@ class Slo:
     tbt_s: float | None = None
 
     def __post_init__(self) -> None:
-        for name, bound_s in (("slo_ttft", self.ttft_s), ("slo_tbt", self.tbt_s)):
+        for name, bound_s in (("slo_ttft_s", self.ttft_s), ("slo_tbt_s", self.tbt_s)):
             if bound_s is not None:
                 is_good = type(bound_s) in (int, float) and 0 < bound_s <= MAX_SLO_S
-                _check(is_good, name, bound_s, f"more than 0 and at most {MAX_SLO_S:g} s")
+                _check(is_good, name, bound_s, f"more than 0 and at most {MAX_SLO_S:g}")
 
     @property
-    def is_empty(self) -> bool:
-        return self.ttft_s is None and self.tbt_s is None
+    def names(self) -> tuple[str, ...]:
+        """Of the bounds that it has."""
+        bounds = {"ttft": self.ttft_s, "tbt": self.tbt_s}
+        return tuple(name for name, bound_s in bounds.items() if bound_s is not None)
+
+    def over(self, others: Slo) -> Slo:
+        """With the bounds of ``others`` where it has none."""
+        return Slo(
+            others.ttft_s if self.ttft_s is None else self.ttft_s, others.tbt_s if self.tbt_s is None else self.tbt_s
+        )
+
+
+NO_SLO = Slo()
 
 
 @dataclass(frozen=True, slots=True)

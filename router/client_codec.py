@@ -34,6 +34,8 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
         lease_wait_s=relay.lease_wait_s,
         recovery_s=relay.recovery_s,
         stamps=[router_pb2.Relay.Stamp(name=name, at_s=at_s) for name, at_s in relay.stamps],
+        slo_ttft_s=relay.slo.ttft_s or 0.0,
+        slo_tbt_s=relay.slo.tbt_s or 0.0,
         failures=[router_pb2.Relay.FailedAttempt(**asdict(failure)) for failure in relay.failures],
     )
 

@@ -11,6 +11,7 @@ from baton.errors import BadConfig, quoted
 from baton.names import check_model_name
 from baton.registry import RegistryConfig
 from baton.settings import check, computed, setting
+from baton.types import MAX_SLO_S, Slo
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
 from router.flow import FlowConfig
@@ -113,6 +114,36 @@ class LinkConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SloConfig:
+    """What a request is to be served within that says nothing itself."""
+
+    ttft_s: float | None = field(
+        default=None,
+        metadata=setting(
+            "--slo-ttft-ms",
+            "Objective for the time to the first token, of requests without one of their own. 0: none.",
+            unit=1e-3,
+            none=0,
+            most=MAX_SLO_S * 1e3,
+        ),
+    )
+    tbt_s: float | None = field(
+        default=None,
+        metadata=setting(
+            "--slo-tbt-ms",
+            "Objective for the mean time between two tokens, of requests without one of their own. 0: none.",
+            unit=1e-3,
+            none=0,
+            most=MAX_SLO_S * 1e3,
+        ),
+    )
+
+    @property
+    def default(self) -> Slo:
+        return Slo(self.ttft_s, self.tbt_s)
+
+
+@dataclass(frozen=True, slots=True)
 class WatchConfig:
     # The registry is asked so often, beside whenever it announces a change.
     poll_s: float = 1.0
@@ -198,6 +229,7 @@ class RouterConfig:
     membership: MembershipConfig = field(default_factory=MembershipConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    slo: SloConfig = field(default_factory=SloConfig)
 
     def __post_init__(self) -> None:
         check(self)

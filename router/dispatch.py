@@ -16,7 +16,7 @@ from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
 from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
-from baton.types import Lease, SamplingParams, TokenChunk
+from baton.types import NO_SLO, Lease, SamplingParams, Slo, TokenChunk
 from router.active import Active
 from router.cluster.policy import Obstacle
 from router.cluster.scheduler import Scheduler
@@ -132,12 +132,13 @@ class Dispatcher:
         origin: Origin = _NO_ORIGIN,
         client: str = "",
         priority: int = 0,
+        slo: Slo = NO_SLO,
     ) -> Active:
         """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
         stops reading."""
         flow = Flow(
             request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s,
-            config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority,
+            config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority, slo=slo,
         )  # fmt: skip
         active = Active(flow, TokenStream(self._pacer, self.backlog), origin, client)
         self._idle.clear()

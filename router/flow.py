@@ -28,11 +28,13 @@ from baton.node_messages import (
 )
 from baton.observe import Lifeline
 from baton.types import (
+    NO_SLO,
     FinishReason,
     Lease,
     PositionLogprobs,
     SamplingParams,
     SequenceSpec,
+    Slo,
     TokenChunk,
 )
 from router.cluster.load import Placement
@@ -112,6 +114,7 @@ class Flow:
         config: FlowConfig,
         on_interval: Callable[[float, int], None] | None = None,
         priority: int = 0,
+        slo: Slo = NO_SLO,
     ) -> None:
         assert sampling.max_tokens is not None
         self.request_id = request_id
@@ -124,7 +127,7 @@ class Flow:
         self.tokens: list[int] = []
         self.placement: Placement | None = None
         self.outcome: Outcome | None = None
-        self.lifeline = Lifeline(arrived_s, on_interval)
+        self.lifeline = Lifeline(arrived_s, on_interval, slo)
         self._config = config
         self.max_tokens = sampling.max_tokens
         # What the nodes of the present attempt are told.

@@ -21,9 +21,11 @@ from baton.types import (
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
     MIN_PRIORITY,
+    NO_SLO,
     FinishReason,
     PositionLogprobs,
     SamplingParams,
+    Slo,
 )
 from router.active import Active
 from router.chat import ChatMessage, ChatTemplate
@@ -98,6 +100,8 @@ class GenerationRequest:
     cache_salt: str = ""
     # Of a client's waiting requests the smaller number comes first.
     priority: int = 0
+    # Where it has no bound, the router's counts.
+    slo: Slo = NO_SLO
     skip_special_tokens: bool = True
     add_special_tokens: bool = True
     # Without max_tokens, chat may use the rest of the context and a completion gets 16.
@@ -207,9 +211,10 @@ class Accepted:
 class Frontend:
     def __init__(
         self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_name: str | None,
-        limits: LimitsConfig, rng: random.Random, shares_between_keys: bool = True,
+        limits: LimitsConfig, rng: random.Random, shares_between_keys: bool = True, slo: Slo = NO_SLO,
     ) -> None:  # fmt: skip
-        """``shares_between_keys``: prompts of all API keys may share KV; else each key is a tenant of its own."""
+        """``shares_between_keys``: prompts of all API keys may share KV; else each key is a tenant of its own.
+        ``slo``: of requests that say nothing."""
         self._dispatcher = dispatcher
         self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
@@ -222,6 +227,7 @@ class Frontend:
         self._limits = limits
         self._rng = rng
         self._shares_between_keys = shares_between_keys
+        self._slo = slo
         self._chat = None
         if tokenizer is not None and tokenizer.facts.chat_template is not None:
             self._chat = ChatTemplate(tokenizer.facts.chat_template, tokenizer.facts.special_tokens)
@@ -297,7 +303,7 @@ class Frontend:
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
-        caller = request.caller
+        caller, slo = request.caller, request.slo.over(self._slo)
         origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)
         actives: list[Active] = []
         try:
@@ -308,7 +314,7 @@ class Frontend:
                         self._dispatcher.submit(
                             request_id, len(actives), prompt, _choice_sampling(sampling, i), arrived_s=arrived_s,
                             deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
-                            priority=request.priority,
+                            priority=request.priority, slo=slo,
                         )
                     )  # fmt: skip
             self._dispatcher.place()

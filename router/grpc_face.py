@@ -12,7 +12,7 @@ from grpc import aio
 
 from baton import codec, errors
 from baton.server import GrpcServer, ServerLimits
-from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS
+from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 from router.chat import ChatMessage
 from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
@@ -94,6 +94,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             include_stop=request.include_stop_in_output,
             cache_salt=request.cache_salt,
             priority=request.priority,
+            slo=Slo(request.slo_ttft_s or None, request.slo_tbt_s or None),
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
             timeout_s=self._timeout_s(request, context),

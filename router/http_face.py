@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -22,6 +24,7 @@ from baton import errors
 from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
+from baton.types import MAX_SLO_S, Slo
 from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.clients import authorization_of, client_of
@@ -39,6 +42,9 @@ _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}
 _TRACE_HEADERS = (b"traceparent", b"tracestate")
 # W3C Trace Context requires at least 512 characters of tracestate.
 _MAX_TRACE_BYTES = 512
+# Milliseconds, as inference gateways send them.
+_SLO_HEADERS = {b"x-slo-ttft-ms": "ttft_s", b"x-slo-tpot-ms": "tbt_s"}
+_MILLISECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
 _COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 
 
@@ -117,13 +123,13 @@ class HttpFace:
 
     async def _asked(self, scope: Scope, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
         kind: type[CompletionBody] | type[ChatBody] = CompletionBody if scope["path"] == _COMPLETIONS else ChatBody
-        caller = Caller(self._client_of(scope), **_trace_of(scope))
+        caller, slo = Caller(self._client_of(scope), **_trace_of(scope)), _slo_of(scope)
 
         def work() -> tuple[CompletionBody | ChatBody, GenerationRequest]:
             if len(content) > SMALL_BODY_BYTES:
                 check_structure(content, self._limits, self._frontend.max_model_tokens)
             body = parse(kind, content)
-            return body, body.request(caller)
+            return body, replace(body.request(caller), slo=slo)
 
         if len(content) > SMALL_BODY_BYTES:
             return await self._frontend.offload.run(work)
@@ -137,6 +143,20 @@ def _trace_of(scope: Scope) -> dict[str, str]:
     if b"traceparent" not in found:
         return {}
     return {name.decode(): value.decode("latin-1") for name, value in found.items()}
+
+
+def _slo_of(scope: Scope) -> Slo:
+    """The objectives in the request's head. Raises InvalidRequest with the header's name."""
+    found: dict[str, float] = {}
+    for name, value in scope["headers"]:
+        if name in _SLO_HEADERS:
+            ms = float(value) if _MILLISECONDS.fullmatch(value) else 0.0
+            if not 0 < ms <= MAX_SLO_S * 1e3:
+                header, expected = name.decode(), f"milliseconds, more than 0 and at most {MAX_SLO_S * 1e3:g}"
+                said = quoted(value.decode("latin-1"))
+                raise errors.InvalidRequest(f"the header {header} is {said}, expected {expected}", param=header)
+            found[_SLO_HEADERS[name]] = ms / 1e3
+    return Slo(**found)
 
 
 class _EventStream:

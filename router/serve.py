@@ -102,6 +102,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
         rng=random.SystemRandom(), shares_between_keys=config.shares_between_keys,
+        slo=config.slo.default,
     )  # fmt: skip
     history = History(dispatcher)
     if spans is not None:

@@ -155,6 +155,8 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         found["gen_ai.request.top_k"] = sampling.top_k
     if sampling.seed is not None and sampling.seed < 1 << 63:
         found["gen_ai.request.seed"] = sampling.seed
+    if objectives := relay.objectives:
+        found["baton.slo_met"] = all(objectives.values())
     if relay.num_tokens:
         found["gen_ai.response.time_to_first_chunk"] = relay.ttft_s
     if ended.outcome.finish_reason is not None:

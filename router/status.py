@@ -241,6 +241,7 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
         "tbt_s": _round(relay.tbt_mean_s),
         "tbt_max_s": _round(relay.tbt_max_s),
         "e2e_s": _round(relay.e2e_s),
+        "missed": [name for name, is_met in relay.objectives.items() if not is_met],
         "stages": [[name, _round(start_s), _round(length_s)] for name, start_s, length_s in stages(relay)],
         "transfer": _transfer(relay),
     }

@@ -441,6 +441,8 @@ class Relay(_message.Message):
     RECOVERY_S_FIELD_NUMBER: _builtins.int
     STAMPS_FIELD_NUMBER: _builtins.int
     FAILURES_FIELD_NUMBER: _builtins.int
+    SLO_TTFT_S_FIELD_NUMBER: _builtins.int
+    SLO_TBT_S_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
     """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
@@ -479,6 +481,10 @@ class Relay(_message.Message):
     """Pauses that failures made: from the last sign of life of what failed (the token before, else the dispatch) to the
     next token.
     """
+    slo_ttft_s: _builtins.float
+    """The request's objective for ttft_s. 0: none."""
+    slo_tbt_s: _builtins.float
+    """The request's objective for tbt_mean_s. 0: none."""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferReport:
         """Absent if no KV was moved."""
@@ -515,10 +521,12 @@ class Relay(_message.Message):
         recovery_s: _builtins.float = ...,
         stamps: _abc.Iterable[Global___Relay.Stamp] | None = ...,
         failures: _abc.Iterable[Global___Relay.FailedAttempt] | None = ...,
+        slo_ttft_s: _builtins.float = ...,
+        slo_tbt_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "failures", b"failures", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "failures", b"failures", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -226,10 +226,17 @@ function recentCells(request) {
   const hasToken = request.num_tokens > 0;
   return [...cells, relayNames(request),
     cell("number", ...tokens(request)),
-    cell("number", hasToken ? seconds(request.ttft_s) : "–"),
-    cell("number", request.num_tokens > 1 ? seconds(request.tbt_s) : "–"),
+    objectiveCell(request, "ttft", hasToken ? seconds(request.ttft_s) : "–"),
+    objectiveCell(request, "tbt", request.num_tokens > 1 ? seconds(request.tbt_s) : "–"),
     cell("number", seconds(request.e2e_s)),
     cell("bar-cell", lifeline(request, hasToken))];
+}
+
+function objectiveCell(request, objective, text) {
+  const isMissed = request.missed.includes(objective);
+  const made = cell(isMissed ? "number warn" : "number", isMissed ? `▲ ${text}` : text);
+  if (isMissed) made.title = "beyond the request's objective";
+  return made;
 }
 
 function tokens(request) {

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.observe import Lifeline
-from baton.types import TransferReport
+from baton.types import Slo, TransferReport
 
 REPORT = TransferReport("shm", True, 4096, 1, 0.02, 0.005)
 
@@ -175,3 +175,29 @@ def test_the_time_to_the_first_token_is_the_sum_of_its_stages_whatever_happens(
     assert math.isclose(sum(s.duration_s for s in relay.ttft_stages), relay.ttft_s, abs_tol=1e-9)
     times = [stamp.at_s for stamp in relay.stamps]
     assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("slo", "token_times_s", "ended_s", "objectives", "last_words"),
+    [
+        (Slo(), (1.0, 2.0), 2.0, {}, "2 tokens"),
+        (Slo(1.0, 1.0), (1.0, 2.0), 2.0, {"ttft": True, "tbt": True}, "SLO met"),
+        (Slo(0.9, 1.0), (1.0, 2.0), 2.0, {"ttft": False, "tbt": True}, "SLO missed by TTFT"),
+        (Slo(0.9, 0.9), (1.0, 2.0), 2.0, {"ttft": False, "tbt": False}, "SLO missed by TTFT and TBT"),
+        # The mean counts: one long gap among short ones is no miss.
+        (Slo(tbt_s=1.0), (1.0, 1.1, 3.0), 3.0, {"tbt": True}, "SLO met"),
+        (Slo(1.0, 1.0), (1.0,), 9.0, {"ttft": True}, "SLO met"),
+        # It ended before its time was up, and after.
+        (Slo(1.0, 1.0), (), 0.5, {}, "0 tokens"),
+        (Slo(1.0, 1.0), (), 1.5, {"ttft": False}, "SLO missed by TTFT"),
+    ],
+)
+def test_objectives_are_judged_by_what_the_sequence_came_to(
+    slo: Slo, token_times_s: tuple[float, ...], ended_s: float, objectives: dict[str, bool], last_words: str
+) -> None:
+    life = Lifeline(10.0, slo=slo)
+    for at_s in token_times_s:
+        life.tokens(1, 10.0 + at_s)
+    life.ended(10.0 + ended_s)
+    assert life.relay().objectives == objectives
+    assert life.relay().line().rpartition(" | ")[2] == last_words
