@@ -20,7 +20,7 @@ from grpc import aio
 
 from baton import codec, errors
 from baton.observe import FailedAttempt, Relay, Stamp
-from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, SamplingParams, Slo
+from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 
 # Trailing metadata: which error of baton.errors ended a call.
@@ -179,6 +179,14 @@ class Client:
         except grpc.RpcError as error:
             raise error_of(error) from error
 
+    def set_role(self, node: str, role: Role | None, timeout_s: float = 10.0) -> router_pb2.SetNodeRoleResponse:
+        """Put a node, by id or address, into a pool, and let no scheduler move it; None: into the one that it started
+        in, and let them."""
+        try:
+            return self._stub.SetRole(_role_request(node, role), timeout=timeout_s, metadata=self._metadata)
+        except grpc.RpcError as error:
+            raise error_of(error) from error
+
     def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
         """The recorded activity of the last seconds (0: all that is kept), the router's part first."""
         request = router_pb2.ClusterTraceRequest(last_s=last_s)
@@ -247,6 +255,13 @@ class AsyncClient:
         """As `Client.drain`."""
         try:
             return await self._stub.Drain(_drain_request(node, grace_s), timeout=timeout_s, metadata=self._metadata)
+        except aio.AioRpcError as error:
+            raise error_of(error) from error
+
+    async def set_role(self, node: str, role: Role | None, timeout_s: float = 10.0) -> router_pb2.SetNodeRoleResponse:
+        """As `Client.set_role`."""
+        try:
+            return await self._stub.SetRole(_role_request(node, role), timeout=timeout_s, metadata=self._metadata)
         except aio.AioRpcError as error:
             raise error_of(error) from error
 
@@ -333,6 +348,14 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
 def _drain_request(node: str, grace_s: float) -> router_pb2.DrainNodeRequest:
     with _sendable():
         return router_pb2.DrainNodeRequest(node=node, grace_s=grace_s)
+
+
+def _role_request(node: str, role: Role | None) -> router_pb2.SetNodeRoleRequest:
+    with _sendable():
+        request = router_pb2.SetNodeRoleRequest(node=node)
+    if role is not None:
+        request.role = codec.role_to_pb(role)
+    return request
 
 
 @contextmanager

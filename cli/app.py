@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -17,11 +18,11 @@ from baton.client import Client, Options
 from baton.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from baton.registry import RegistryConfig
 from baton.settings import keys
-from baton.types import MAX_PRIORITY, MIN_PRIORITY
+from baton.types import MAX_PRIORITY, MIN_PRIORITY, Role
 from cli import ask, preflight
 from cli.options import finite, path, plain
 from cli.router import router
-from cli.show import wide_console
+from cli.show import role_change, wide_console
 from cli.up import up
 from cli.usage import Commands, program
 from cli.worker import worker
@@ -70,6 +71,13 @@ ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, h
 
 for command in (up, worker, router):
     app.command()(command)
+
+
+class AskedRole(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+    MIXED = "mixed"
+    AUTO = "auto"
 
 
 @app.command()
@@ -201,6 +209,22 @@ def drain_node(
         return
     with _client(router, api_key) as client:
         draining.drain(client, node, grace, console, waits=wait)
+
+
+@app.command("role")
+def set_role(
+    node: Annotated[str, typer.Argument(help="Node id or host:port.")],
+    role: Annotated[
+        AskedRole,
+        typer.Argument(help="The pool that it belongs to from now on; auto: where it started or schedulers put it."),
+    ],
+    router: Router = _ROUTER,
+    api_key: ApiKey = "",
+) -> None:
+    """Put a worker into another pool without a restart; what it has goes on, and no request fails."""
+    with _client(router, api_key) as client:
+        answer = client.set_role(node, None if role is AskedRole.AUTO else Role(role.value)).role
+    Console(soft_wrap=True).print(role_change(answer), markup=False, highlight=False)
 
 
 @app.command()

@@ -26,6 +26,12 @@ _STATE_STYLES = {
 # The state of blocks that no sequence holds, in the ledger.
 _CACHED = "cached"
 
+# Behind the home pool of a node.
+_ROLE_MARKS = {
+    "*": "* acts as mixed: has work of the other pool",
+    "!": "! was put there by `baton role`: schedulers leave it there",
+}
+
 # Width of output that does not go to a terminal.
 _NO_WIDTH = 10_000
 
@@ -89,15 +95,13 @@ def cluster_table(status: router_pb2.StatusResponse) -> RenderableType:
         title += f" · {dtype}{where}, kernels {kernels}"
     # Where there are several, each node says which.
     device_column = ("device",) if len(devices) > 1 else ()
+    marks = "".join(_roles(node.status) for node in status.nodes)
     table = _table(("node", "role", "state", "address", *device_column, "pid"), ("queued", "active", "free blocks"))
     for node in status.nodes:
         load = node.status
-        is_borrowed = load.role != node.node.home_role
-        if is_borrowed:
-            table.caption, table.caption_justify = "* borrowed from another pool", "left"
         table.add_row(
             node.node.node_id,
-            _role(load.role) + ("*" if is_borrowed else ""),
+            _roles(load),
             Text(node.state, style=_STATE_STYLES.get(node.state, "")),
             node.node.address,
             *((node.node.device,) if device_column else ()),
@@ -106,7 +110,28 @@ def cluster_table(status: router_pb2.StatusResponse) -> RenderableType:
             str(load.num_running),
             f"{load.free_blocks}/{load.total_blocks}",
         )
+    notes = [about for mark, about in _ROLE_MARKS.items() if mark in marks]
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     return _titled(title, table)
+
+
+def _roles(status: common_pb2.NodeStatus) -> str:
+    """The home pool, and what is particular about it."""
+    home = status.home_role or status.role
+    return _role(home) + ("*" if status.role != home else "") + ("!" if status.is_pinned else "")
+
+
+def role_change(answer: node_pb2.SetRoleResponse) -> str:
+    """What `baton role` says."""
+    home, before = _role(answer.home_role), _role(answer.previous_role)
+    text = (
+        f"{answer.node_id} was in the pool {before} and is in {home} now"
+        if home != before
+        else (f"{answer.node_id} stays in the pool {home}")
+    )
+    if answer.role != answer.home_role:
+        text += f"; it acts as {_role(answer.role)} until it has no work of the other pool"
+    return text + ("; schedulers leave it there" if answer.is_pinned else "; schedulers may move it")
 
 
 # A table's own title would be broken to the table's width.

@@ -85,6 +85,9 @@ class RouterMetrics:
         self.node_drains = counters(
             "baton_node_drains", "Nodes that left as they had said, by pool", "pool", preset=pools
         )
+        self.node_moves = counters(
+            "baton_node_moves", "Nodes that left for another pool, by the pool that they left", "pool", preset=pools
+        )
         self.defects = counters(
             "baton_defects",
             "Unexpected exceptions, by the place that caught them",
@@ -241,8 +244,8 @@ def _nodes(members: list[Member]) -> Mapping[Labels, float]:
     """Every pool and state, zeros included: an alert must be able to see an empty pool."""
     found: dict[Labels, float] = {(pool.value, state.value): 0.0 for pool in Role for state in State}
     for member in members:
-        if member.node is not None:
-            found[(member.node.home_role.value, member.state.value)] += 1
+        if member.home_role is not None:
+            found[(member.home_role.value, member.state.value)] += 1
     # The pool of a node that never answered is unknown.
-    found[("unknown", State.CONNECTING.value)] = float(sum(m.node is None for m in members))
+    found[("unknown", State.CONNECTING.value)] = float(sum(m.home_role is None for m in members))
     return found

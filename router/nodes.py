@@ -129,8 +129,15 @@ class Nodes:
             return
         self._owner.on_node_messages(member.node.node_id, messages)
         if status is not None:
+            self._note_move(member, status)
             self._scheduler.node_status(member.node.node_id, status)
         self._handle(Heard(address, status))
+
+    def _note_move(self, member: Member, status: NodeStatus) -> None:
+        before, after = member.home_role, status.home_role
+        if before is not None and before is not after:
+            _log.info("node at %s has left the pool %s for %s", member.address, before.value, after.value)
+            self._metrics.node_moves.add(before.value)
 
     def on_broken(self, address: str, reason: str, is_orderly: bool = False) -> None:
         self._handle(Broken(address, reason, is_orderly))
@@ -174,7 +181,8 @@ class Nodes:
                 self.links.pop(action.address).hang_up()
             case NodeUp():
                 node = action.node
-                _log.info("node %s (%s, %s) is up at %s", node.node_id, node.home_role.value, node.device, node.address)
+                role = action.status.home_role.value
+                _log.info("node %s (%s, %s) is up at %s", node.node_id, role, node.device, node.address)
                 self._scheduler.node_up(node, action.status, self._is_available(node.node_id), self._clock.now())
             case NodeChanged():
                 self._scheduler.node_changed(action.node_id, self._is_available(action.node_id), self._clock.now())
@@ -207,5 +215,5 @@ class Nodes:
         load = self._scheduler.node(action.node_id)
         if load is not None:
             counter = self._metrics.node_drains if load.status.draining else self._metrics.node_losses
-            counter.add(load.node.home_role.value)
+            counter.add(load.status.home_role.value)
         self._owner.on_node_down(action.node_id, action.reason)

@@ -156,11 +156,11 @@ def _node(member: Member, now: float) -> dict[str, Any]:
         "state": member.state.value,
         "reason": "" if member.state is State.READY else member.reason,
         "device": node.device if node else "",
-        "home": node.home_role.value if node else "",
+        "home": member.home_role.value if member.home_role else "",
     }
     if status is not None and member.is_up:
-        found |= _load(status) | {"role": status.role.value, "silent_s": _round(now - member.heard_s)}
-        found["stalled_s"] = _round(status.stalled_s)
+        found |= _load(status) | {"role": status.role.value, "is_pinned": status.is_pinned}
+        found |= {"silent_s": _round(now - member.heard_s), "stalled_s": _round(status.stalled_s)}
     return found
 
 
@@ -176,26 +176,23 @@ def _load(status: NodeStatus) -> dict[str, Any]:
 
 
 def _pools(members: Sequence[Member]) -> list[dict[str, Any]]:
-    """One entry for each role that has a node, by its present role; lost nodes count in their home role."""
+    """One entry for each role that is the home of a node."""
     pools: list[dict[str, Any]] = []
     for role in Role:
-        mine = [x for x in members if _role(x) is role]
+        mine = [x for x in members if x.home_role is role]
         if not mine:
             continue
-        loads = [_load(x.status) for x in mine if x.is_up and x.status is not None]
+        statuses = [x.status for x in mine if x.is_up and x.status is not None]
+        loads = [_load(status) for status in statuses]
         pool: dict[str, Any] = {"role": role.value, "num_nodes": len(mine)}
         pool["num_ready"] = sum(x.state is State.READY for x in mine)
+        # They also have work of the other pool.
+        pool["num_borrowed"] = sum(status.role is not role for status in statuses)
         for name in ("num_waiting", "num_running", "queued_prompt_tokens", "running_tokens"):
             pool[name] = sum(load[name] for load in loads)
         pool["blocks"] = {k: sum(load["blocks"][k] for load in loads) for k in ("total", "free", *_LEDGER)}
         pools.append(pool)
     return pools
-
-
-def _role(member: Member) -> Role | None:
-    if member.is_up and member.status is not None:
-        return member.status.role
-    return member.node.home_role if member.node is not None else None
 
 
 # ── Requests ────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton import PROTOCOL_VERSION
 from baton.defects import Defects
@@ -42,6 +42,7 @@ from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from worker.admin import NodeServicer
+from worker.roles import RolesConfig
 from worker.service import NodeService
 from worker.session import SessionConfig
 
@@ -66,6 +67,7 @@ class FakeConfig:
     status_s: float = 0.05
     # What its clock shows beyond ours.
     clock_skew_s: float = 0.0
+    roles: RolesConfig = field(default_factory=RolesConfig)
 
     @property
     def layout(self) -> KvLayout:
@@ -293,6 +295,7 @@ class FakeNode:
             clock=self.clock,
             defects=Defects(logging.getLogger("baton.worker.fake"), self.clock),
             session_config=SessionConfig(status_interval_s=self.config.status_s),
+            roles_config=self.config.roles,
         )
 
     def new_servicer(self) -> NodeServicer:

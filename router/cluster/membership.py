@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from baton import PROTOCOL_VERSION
-from baton.types import NodeDescription, NodeStatus
+from baton.types import NodeDescription, NodeStatus, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,6 +175,11 @@ class Member:
         self.reason = ""
         # Why it was lost; what came of dialling it since then stands behind it in `reason`.
         self.lost_reason = ""
+
+    @property
+    def home_role(self) -> Role | None:
+        """The pool that it belongs to, or did when it was last heard; None if it never was."""
+        return None if self.status is None else self.status.home_role
 
     @property
     def is_up(self) -> bool:

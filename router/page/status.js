@@ -169,7 +169,8 @@ function drawRelay(stages) {
 function drawPools(pools) {
   rows($("pools"), pools, (pool) => pool.role, (pool) => [
     heading(pool.role),
-    cell(pool.num_ready < pool.num_nodes ? "warn" : "", `${pool.num_ready} of ${pool.num_nodes}`),
+    cell(pool.num_ready < pool.num_nodes ? "warn" : "",
+      `${pool.num_ready} of ${pool.num_nodes}${pool.num_borrowed ? `, ${pool.num_borrowed} borrowed` : ""}`),
     cell("number", count(pool.num_waiting)),
     cell("number", count(pool.queued_prompt_tokens)),
     cell("number", count(pool.num_running)),
@@ -181,7 +182,7 @@ function drawPools(pools) {
 function drawNodes(data) {
   const filter = $("node-filter").value;
   const shown = data.nodes.filter((node) =>
-    !filter || (filter === "unwell" ? node.state !== "ready" : (node.role || node.home) === filter));
+    !filter || (filter === "unwell" ? node.state !== "ready" : node.home === filter));
   const unwell = data.nodes.filter((node) => node.state !== "ready").length;
   const hidden = data.num_nodes - shown.length;
   $("node-count").textContent = `${data.num_nodes}${unwell ? `, ${unwell} not ready` : ""}${hidden ? `, ${hidden} not shown` : ""}`;
@@ -204,7 +205,8 @@ function nodeCells(node) {
   if (reason) state.append(element("span", "reason", reason));
   const first = heading(name(node.id || node.address));
   first.title = [node.address, node.device].filter(Boolean).join(", ");
-  const role = node.role && node.role !== node.home ? `${node.role} (home: ${node.home})` : node.role || node.home || "–";
+  const home = node.is_pinned ? `${node.home}, set by hand` : node.home || "–";
+  const role = node.role && node.role !== node.home ? `${home}, acts as ${node.role}` : home;
   if (!node.blocks) return [first, cell("", role), state, cell("number", "–"), cell("number", "–"), cell("bar-cell soft", "–")];
   return [first, cell("", role), state, cell("number", count(node.num_waiting)), cell("number", count(node.num_running)),
     cell("bar-cell", kvBar(node.blocks))];

@@ -40,15 +40,37 @@ def node(node_id: str, role: common_pb2.Role.ValueType, state: str) -> router_pb
 def test_status_fits_a_narrow_terminal() -> None:
     nodes = [
         node("prefill-0", common_pb2.Role.ROLE_PREFILL, "ready"),
-        node("prefill-1", common_pb2.Role.ROLE_DECODE, "lost"),
+        node("prefill-1", common_pb2.Role.ROLE_MIXED, "lost"),
+        node("prefill-2", common_pb2.Role.ROLE_DECODE, "ready"),
+        node("prefill-3", common_pb2.Role.ROLE_MIXED, "ready"),
     ]
+    nodes[1].status.home_role = common_pb2.Role.ROLE_PREFILL
+    nodes[2].status.home_role, nodes[2].status.is_pinned = common_pb2.Role.ROLE_DECODE, True
+    nodes[3].status.home_role, nodes[3].status.is_pinned = common_pb2.Role.ROLE_DECODE, True
     text = printed(show.cluster_table(router_pb2.StatusResponse(model="tiny", num_running=3, nodes=nodes)))
     assert "tiny · 3 running, 0 queued at the router · bfloat16 on cpu, kernels cpu" in " ".join(text.split())
     assert "60/100" in text
     assert "127.0.0.1:40000" in text
-    assert "decode*" in text
-    assert "* borrowed" in text
-    assert all(line in text for line in ("prefill-0 ", "prefill-1 "))
+    # Where they belong now, not where they started.
+    for name, role in (("prefill-0", "prefill"), ("prefill-1", "prefill*"), ("prefill-2", "decode!")):
+        assert re.search(rf"^{name} +{re.escape(role)} +\w", text, re.MULTILINE), text
+    assert re.search(r"^prefill-3 +decode\*! +ready", text, re.MULTILINE), text
+    assert "* acts as mixed: has work of the other pool" in text
+    assert "! was put there by `baton role`" in text
+    plain = printed(show.cluster_table(router_pb2.StatusResponse(model="tiny", nodes=nodes[:1])))
+    assert "acts as" not in plain
+    assert "baton role" not in plain
+
+
+def test_a_change_of_role_says_what_was_what_is_and_who_may_change_it() -> None:
+    prefill, decode, mixed = common_pb2.ROLE_PREFILL, common_pb2.ROLE_DECODE, common_pb2.ROLE_MIXED
+    answer = node_pb2.SetRoleResponse(node_id="n", previous_role=decode, home_role=prefill, role=mixed, is_pinned=True)
+    assert show.role_change(answer) == (
+        "n was in the pool decode and is in prefill now; it acts as mixed until it has no work of the other pool; "
+        "schedulers leave it there"
+    )
+    answer = node_pb2.SetRoleResponse(node_id="n", previous_role=decode, home_role=decode, role=decode)
+    assert show.role_change(answer) == "n stays in the pool decode; schedulers may move it"
 
 
 def test_workers_on_several_devices_each_say_which() -> None:

@@ -89,7 +89,8 @@ def test_names_follow_the_rules() -> None:
         assert name.startswith(("baton_", "vllm:", "process_"))
         assert (kind == "counter") == name.endswith("_total")
         assert not set(labels) & {"cluster", "model_name", "node"}, "these are on all series of a process"
-        assert "pool" not in labels or name in ("baton_nodes", "baton_node_losses_total", "baton_node_drains_total")
+        ends = [f"baton_node_{how}_total" for how in ("losses", "drains", "moves")]
+        assert "pool" not in labels or name in ("baton_nodes", *ends)
 
 
 def test_what_is_not_known_is_absent() -> None:
