@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench import measure
+from loadgen import machine
 
 # Each module has ``run(quick: bool) -> dict``. A list of flat mappings in the result is printed as a table, a mapping
 # as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
@@ -85,7 +86,7 @@ def main() -> None:
         "quick": args.quick,
         "commit": measure.commit(),
         "machine": measure.machine(),
-        "versions": measure.versions(),
+        "versions": machine.versions(),
         "results": {},
     }
     for name in wanted:

@@ -27,7 +27,8 @@ import grpc
 from baton.types import TransferReport
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from bench import model as bench_model
-from bench.measure import BandwidthProbe, Samples
+from bench.measure import BandwidthProbe
+from loadgen.samples import Samples
 
 PROMPT_TOKENS = 1000
 # For benches that send a prompt again and want it computed again.

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from baton.types import DTYPE_BYTES, SamplingParams, SequenceSpec
 from bench import model as bench_model
-from bench.measure import BandwidthProbe, Samples, ratio
+from bench.measure import BandwidthProbe, ratio
 from engine.config import EngineConfig
 from engine.runner import Runner
 from engine.step import Piece, Sequence, StepPlan
+from loadgen.samples import Samples
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,6 +26,7 @@ from typing import BinaryIO
 from bench import kernel_table, measure
 from bench.gpu_rows import SPOILED, Rows, is_bad, results, under_way
 from bench.gpu_stages import STAGES, Clock, Stage, planned_lines, shares
+from loadgen import machine
 
 ROOT = Path(__file__).resolve().parents[1]
 _END_S = 10.0
@@ -240,7 +241,7 @@ def main() -> int:
     rows = Rows(options.out.resolve())
     rows.add(
         "run", argv=sys.argv[1:], minutes=options.minutes, commit=options.commit or measure.commit(),
-        source=kernel_table.source_digest(), versions=measure.versions(), is_interpreted=is_interpreted,
+        source=kernel_table.source_digest(), versions=machine.versions(), is_interpreted=is_interpreted,
         is_tiny=options.tiny,
     )  # fmt: skip
     told = Options(

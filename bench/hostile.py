@@ -40,8 +40,8 @@ import psutil
 import demo
 from baton.v1 import router_pb2, router_pb2_grpc
 from bench.cluster import NO_PREFIX_CACHE, Cluster, cluster
-from bench.measure import Samples
 from demo.tasks import recall_prompts
+from loadgen.samples import Samples
 
 _NUM_STREAMS = 16
 _HEALTH_EVERY_S = 0.02

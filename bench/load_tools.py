@@ -37,6 +37,7 @@ from rich.console import Console
 from bench import measure
 from bench.__main__ import RESULTS, show
 from bench.cluster import NO_PREFIX_CACHE, cluster
+from loadgen import machine
 
 _TOOL_TIMEOUT_S = 300.0
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"
@@ -342,7 +343,7 @@ def main() -> None:
         "date": started.isoformat(timespec="seconds"),
         "commit": measure.commit(),
         "machine": measure.machine(),
-        "versions": measure.versions(),
+        "versions": machine.versions(),
         "results": {"load_tools": result},
     }
     path = args.out / f"load-tools-{started.strftime('%Y-%m-%dT%H%M%SZ')}.json"

@@ -1,20 +1,18 @@
-"""Shared by all benches: the memory-bandwidth probe, medians, facts about the machine."""
+"""Shared by all benches: the memory-bandwidth probe, ratios, facts about the machine."""
 
 from __future__ import annotations
 
 import mmap
-import os
-import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 
-_PACKAGES = ("baton-serve", "torch", "transformers", "grpcio", "protobuf", "numpy")
+import loadgen.machine
+from loadgen.samples import Samples
+
 _PROBE_BYTES = 256 * 2**20  # larger than any cache
 
 
@@ -41,31 +39,6 @@ class BandwidthProbe:
         return _PROBE_BYTES / (time.perf_counter() - started) / 1e9
 
 
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Repeated measurements of one figure."""
-
-    values: tuple[float, ...]
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Samples:
-        return cls(tuple(values))
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.values)
-
-    def percentile(self, share: float) -> float:
-        """The percentile by the nearest-rank method."""
-        ordered = sorted(self.values)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-    @property
-    def spread(self) -> float:
-        """(largest - smallest) / median, a measure of the noise."""
-        return (max(self.values) - min(self.values)) / self.median
-
-
 def ratio(ours: Samples, theirs: Samples) -> float:
     """Median of ours / theirs over neighbouring samples, which were taken under the same conditions."""
     return statistics.median(a / b for a, b in zip(ours.values, theirs.values, strict=True))
@@ -81,24 +54,7 @@ def percent_more(on: Sequence[float], off: Sequence[float]) -> tuple[float, floa
 
 def machine() -> dict[str, object]:
     """The facts that decide whether two result files are comparable."""
-    return {
-        "cpu": _cpu_name(),
-        "num_cpus": len(os.sched_getaffinity(0)),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "gpus": _gpu_names(),
-        "platform": platform.platform(),
-        "load_average": round(os.getloadavg()[0], 2),
-    }
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    return {**loadgen.machine.machine(), "gpus": _gpu_names()}
 
 
 def commit() -> str:
@@ -110,13 +66,6 @@ def commit() -> str:
     except FileNotFoundError:
         return ""
     return done.stdout.strip()
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
 
 
 def _gpu_names() -> list[str]:

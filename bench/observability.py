@@ -18,7 +18,6 @@ from baton.metrics import Metrics, exposition
 from baton.observe import Lifeline
 from baton.types import FinishReason, SamplingParams, SequenceSpec, TransferReport
 from bench import observability_cluster
-from bench.measure import Samples
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.events import EngineEvent, Output
@@ -28,6 +27,7 @@ from engine.runner import Runner
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan, StepResult
+from loadgen.samples import Samples
 from router.flow_messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 

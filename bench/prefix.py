@@ -23,8 +23,9 @@ from typing import Any
 
 from bench import model as bench_model
 from bench.cluster import NO_PREFIX_CACHE, Cluster, cluster
-from bench.measure import Samples, percent_more
+from bench.measure import percent_more
 from bench.prefix_load import DEMO, Choices, Groups, Round, Talks, Unique, choices, grouped, talk, unique
+from loadgen.samples import Samples
 
 ON, OFF = ("--prefix-cache", "on"), NO_PREFIX_CACHE
 # A router that remembers no block places by load alone.

@@ -19,13 +19,14 @@ from torch import Tensor
 from baton.types import SamplingParams, SequenceSpec
 from bench import model as bench_model
 from bench.engine import BATCHES, PREFILL_TOKENS, Ours, prompts_of
-from bench.measure import BandwidthProbe, Samples, ratio
+from bench.measure import BandwidthProbe, ratio
 from demo import MODEL_DIR
 from demo.evaluate import evaluate, held_out
 from demo.tasks import Task
 from engine.config import EngineConfig
 from engine.runner import Runner
 from engine.step import Piece, Sequence, StepPlan
+from loadgen.samples import Samples
 
 _NUM_TOKENS = 64
 _DTYPE = "bfloat16"

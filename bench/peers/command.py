@@ -19,7 +19,8 @@ from bench.peers import engines, report, servers
 from bench.peers.book import Book, read
 from bench.peers.cells import CELLS, QUICK_CELLS, Probes, processor
 from bench.peers.environments import RECIPES, Unavailable, converted, environment
-from bench.peers.load import LOADS, QUICK_LOADS
+from bench.peers.loads import LOADS, QUICK_LOADS
+from loadgen import machine
 
 _ABOUT = "Other engines and servers beside ours: makes what is missing, measures in rounds, prints tables, saves JSON."
 _START_SERVER_S = 240.0
@@ -104,7 +105,7 @@ def _measure(args: argparse.Namespace, cores: list[int], book: Book) -> None:
     print(f"logs: {log_dir}", flush=True)
     book.write(
         "machine", commit=facts.commit(), machine=facts.machine(), processor=processor(), cores=cores, model=model.name,
-        versions=facts.versions(), quick=args.quick, date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=machine.versions(), quick=args.quick, date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
     # All of them before the first measurement: an installation would disturb it.
     args.peers = _prepare(args, model, log_dir, book)

@@ -6,8 +6,8 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.measure import Samples
 from bench.peers.servers import VLLM
+from loadgen.samples import Samples
 
 OURS = "baton"
 Rows = Sequence[Mapping[str, Any]]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -21,7 +22,10 @@ from bench.peers.child import Child, Failed, Others, Usage
 from bench.peers.drivers.protocol import MAX_BATCH_TOKENS, MAX_MODEL_TOKENS
 from bench.peers.engines import vllm_env
 from bench.peers.environments import RECIPES, Unavailable, driver_env, environment
-from bench.peers.load import Load, run
+from loadgen.client import Asking
+from loadgen.client import Server as Address
+from loadgen.load import Load, closed, same_size
+from loadgen.run import Outcome, run
 
 _KV_MIB = 1024
 _LOOK_EVERY_S = 0.5
@@ -115,9 +119,7 @@ def start(plan: Plan, log_dir: Path, limit_s: float, book: Book) -> Server | Non
         log = log_dir / f"server-{plan.name.replace(' ', '-').replace(',', '')}.log"
         child = Child(plan.command, log, plan.env, has_pipes=False)
         url = _await(plan, child, began_s + limit_s)
-        warm = asyncio.run(
-            run(Load("warm-up", 64, 2, streams=2, output_tokens=8, limit_s=limit_s), url, plan.model, "w")
-        )
+        warm = _run(closed("warm-up", same_size(2, 64, 8), 2, limit_s), url, plan.model, "w")
         if failed := [answer.error for answer in warm.answers if answer.error] or (
             [] if warm.answers else ["no answer"]
         ):
@@ -172,14 +174,14 @@ def _sample(server: Server, load: Load, number: int, probes: Probes, book: Book)
     if server.plan.can_pause:
         server.child.resume()
     try:
-        outcome = asyncio.run(run(load, server.url, server.plan.model, f"{load.name}/{number}"))
+        outcome = _run(load, server.url, server.plan.model, f"{load.name}/{number}")
     finally:
         if server.plan.can_pause:
             server.child.pause()
     elapsed_s, mine_s = time.monotonic() - began_s, time.process_time() - mine_s
     others = Others.between(usage, Usage(), server.child.group, elapsed_s)
     beside = between(before, probes.read())
-    figures = outcome.figures()
+    figures = _figures(outcome)
     book.write(
         "load", load=load.name, round=number, who=server.name, read_gb_s=beside.read_gb_s, gflop_s=beside.gflop_s,
         regime=regime(beside.read_gb_s), others_cores=max(0.0, others.cores - mine_s / elapsed_s),
@@ -193,3 +195,22 @@ def _sample(server: Server, load: Load, number: int, probes: Probes, book: Book)
     )
     if not figures["requests"]:
         raise Failed(f"no request was answered whole{told}{cut}")
+
+
+def _run(load: Load, url: str, model: str, seed: str) -> Outcome:
+    return asyncio.run(run(load, Address.parse(url), Asking(model, {}, {}), seed))
+
+
+def _figures(outcome: Outcome) -> dict[str, Any]:
+    """Of a row; its samples are pooled over rounds."""
+    errors = [answer.error for answer in outcome.answers if answer.error is not None]
+    return {
+        "requests": len(outcome.whole),
+        "errors": len(errors),
+        "cut": outcome.num_cut,
+        "first_error": errors[0] if errors else None,
+        "wall_s": outcome.wall_s,
+        "tokens_s": sum(len(answer.stamps_s) for answer in outcome.whole) / outcome.wall_s,
+        "ttft_s": [round(answer.ttft_s, 4) for answer in outcome.whole],
+        "gaps_ms": [round(gap * 1e3, 2) for answer in outcome.whole for gap in answer.gaps_s],
+    }

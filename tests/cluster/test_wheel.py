@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -18,7 +19,8 @@ import pytest
 
 from tests.support.root import ROOT
 
-PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "prefill_node", "router", "worker")
+PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "loadgen", "prefill_node", "router",
+            "worker")  # fmt: skip
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 # What the extra `worker` brings, and what stands for it in a folder of installed packages.
 COMPUTES_WITH = ("huggingface_hub", "llvmlite", "numpy", "nvidia_ml", "pynvml", "safetensors", "torch", "transformers",
@@ -137,6 +139,11 @@ def test_a_cluster_runs_its_own_code_and_ends_with_its_router(
     title = status.stdout.splitlines()[0]
     assert title.startswith("model · 0 running"), status.stderr
     assert "kernels cpu" in title, "a pipe has no width to be cut to"
+    http = next(line for line in said if line.startswith("ready: ")).split(" at ")[1].split("/v1")[0]
+    load = ("--trace", "code", "--rate", "20", "--requests", "3", "--max-prompt", "16", "--max-output", "4")
+    bench = installed.run("baton", "bench", "serve", "--url", http, "--api-key", "hush", *load, "-o", "load.json")
+    assert bench.returncode == 0, bench.stderr
+    assert json.loads((installed.folder / "load.json").read_text())["figures"][0]["whole"] == 3, bench.stdout
     users = installed.run("python", "-c", "import router")
     assert "router of the current folder" in users.stderr
 

@@ -19,7 +19,7 @@ from bench.peers.cells import CELLS, Cell, Reading, prompts, regime
 from bench.peers.child import Child, Failed, Others, Usage
 from bench.peers.drivers.gguf_converter import gguf_name, interleaved
 from bench.peers.environments import Recipe, Unavailable, environment, wanted
-from bench.peers.load import Load
+from loadgen.load import closed, poisson, same_size
 from tests.support.bench.contestant import contestant
 from tests.support.root import ROOT
 
@@ -286,7 +286,10 @@ def plan(tmp_path: Path, name: str, wrong: str) -> servers.Plan:
     )
 
 
-LOADS = (Load("closed", 8, 6, streams=3, output_tokens=5), Load("open", 8, 4, rate=200.0, output_tokens=5))
+LOADS = (
+    closed("closed", same_size(6, 8, 5), 3, 180.0),
+    poisson("open", same_size(4, 8, 5), 200.0, 180.0, "0"),
+)
 
 
 def test_servers_get_the_same_load_and_one_that_fails_costs_its_own_rows(tmp_path, book):
@@ -303,7 +306,7 @@ def test_servers_get_the_same_load_and_one_that_fails_costs_its_own_rows(tmp_pat
     rows = {(r["who"], r["load"], r["round"]): r for r in book.rows if r["kind"] == "load"}
     assert len(rows) == 3 * 2 * 2
     for (who, load, _), row in rows.items():
-        expected = next(one.num_requests for one in LOADS if one.name == load)
+        expected = next(len(one.requests) for one in LOADS if one.name == load)
         assert row["requests"] + row["errors"] == expected
         assert row["errors"] == (expected // 2 if who == "half" else 0)
         assert len(row["gaps_ms"]) == 4 * row["requests"]
@@ -325,7 +328,7 @@ def test_a_load_is_cut_at_its_limit_and_says_so(tmp_path, book):
     server = servers.Server(slow, Child(slow.command, tmp_path / "log", {}, has_pipes=False), "")
     try:
         server.url = servers._await(slow, server.child, time.monotonic() + 60)
-        servers.measure([Load("cut", 8, 3, streams=2, limit_s=0.5)], left := [server], 1, SteadyProbes(), book)
+        servers.measure([closed("cut", same_size(3, 8, 64), 2, 0.5)], left := [server], 1, SteadyProbes(), book)
     finally:
         server.child.end()
     assert left == []

@@ -384,7 +384,18 @@ def test_nothing_tells_users_to_install_baton_by_name() -> None:
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "Makefile", ROOT / "deploy" / "Dockerfile"]
     for folder, kinds in (("docs", ".md"), ("deploy", ".md .yaml"), ("scripts", ".sh .py")):
         files += [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds.split()]
-    for package in ("baton", "cli", "router", "engine", "demo", "kvtransfer", "prefill_node", "decode_node", "worker"):
+    for package in (
+        "baton",
+        "cli",
+        "router",
+        "engine",
+        "demo",
+        "kvtransfer",
+        "prefill_node",
+        "decode_node",
+        "worker",
+        "loadgen",
+    ):
         files += (ROOT / package).rglob("*.py")
     told = re.compile(r"(pip|pipx|uv|poetry)\s+(\w+\s+)*(install|add)\s+(-\S+\s+)*['\"]?baton\b")
     found = [path.name for path in files if told.search(path.read_text(encoding="utf-8"))]

@@ -1,0 +1,120 @@
+"""`baton bench serve`: sends load to a running server and reports latency and goodput."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cli import preflight
+from cli.options import finite, path
+from cli.show import wide_console
+from cli.usage import Commands
+
+app = typer.Typer(cls=Commands, help="Measure a running server.")
+
+_MAX_ROUNDS = 1000
+_MAX_TOKENS = 1_000_000
+
+
+@app.callback()
+def _bench() -> None:
+    """Typer would take the only command for the whole app."""
+
+
+@app.command()
+def serve(
+    url: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]URL", help="A server to measure; repeat it to measure several in turn."),
+    ] = None,
+    model: Annotated[str, typer.Option("--model", "-m", help="Default: the first that the server lists.")] = "",
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="code|conv|FILE",
+            help="Sizes and arrivals of a trace: Azure's coding or conversation service, or a CSV file.",
+        ),
+    ] = "",
+    trace_from: Annotated[
+        float, typer.Option(min=0.0, callback=finite, help="Begin at this second of the trace.")
+    ] = 0.0,
+    prompt_scale: Annotated[
+        float, typer.Option(min=1e-4, max=1e3, callback=finite, help="Factor on a trace's prompt lengths.")
+    ] = 1.0,
+    output_scale: Annotated[
+        float, typer.Option(min=1e-4, max=1e3, callback=finite, help="Factor on a trace's output lengths.")
+    ] = 1.0,
+    max_prompt: Annotated[
+        int, typer.Option(min=1, max=_MAX_TOKENS, help="Longer prompts of a trace are cut to this.")
+    ] = _MAX_TOKENS,
+    max_output: Annotated[
+        int, typer.Option(min=1, max=_MAX_TOKENS, help="Longer outputs of a trace are cut to this.")
+    ] = _MAX_TOKENS,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, max=_MAX_TOKENS, help="Without a trace: tokens of every prompt.")
+    ] = 512,
+    output_tokens: Annotated[
+        int, typer.Option(min=1, max=_MAX_TOKENS, help="Without a trace: tokens of every output.")
+    ] = 64,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Open loop: mean requests per second. Repeat it for several loads.")
+    ] = None,
+    streams: Annotated[
+        list[int] | None, typer.Option(help="Closed loop: requests in flight. Repeat it for several loads.")
+    ] = None,
+    poisson: Annotated[bool, typer.Option("--poisson", help="With a trace: its sizes, but Poisson arrivals.")] = False,
+    requests: Annotated[int, typer.Option(min=1, max=_MAX_TOKENS, help="Requests of each load.")] = 100,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.001, callback=finite, help="Open loops last this long.")
+    ] = None,
+    limit: Annotated[
+        float,
+        typer.Option(
+            min=0.0, callback=finite, help="Seconds after the last request is due until open requests are cut off."
+        ),
+    ] = 300.0,
+    rounds: Annotated[int, typer.Option(min=1, max=_MAX_ROUNDS, help="Times that every load is run.")] = 1,
+    seed: Annotated[str, typer.Option(help="Of prompts and Poisson arrivals.")] = "0",
+    slo_ttft_ms: Annotated[
+        float | None, typer.Option(min=0.0, callback=finite, help="Goodput counts requests whose TTFT is within it.")
+    ] = None,
+    slo_tbt_ms: Annotated[
+        float | None, typer.Option(min=0.0, callback=finite, help="And whose mean time between tokens is within it.")
+    ] = None,
+    alone: Annotated[bool, typer.Option(help="Measure single requests first; the nine SLOs compare with them.")] = True,
+    header: Annotated[
+        list[str] | None, typer.Option(metavar="NAME:VALUE", help="Of every request, such as x-slo-ttft-ms:500.")
+    ] = None,
+    extra: Annotated[
+        str, typer.Option(metavar="JSON", help="Fields of every request's body; null takes out one of ours.")
+    ] = "{}",
+    api_key: Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the servers'.")] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", parser=path, metavar="FILE", help="JSON: figures and every request."),
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help="CSV: a line for each request.")] = None,
+) -> None:
+    """Send requests to OpenAI-compatible servers by a trace, at a rate or in a closed loop; report latency."""
+    for file, option in ((output, "--output"), (csv, "--csv")):
+        if file is not None:
+            preflight.writable_file(file, option)
+    from loadgen.job import Job, extra_of, headers_of, perform
+    from loadgen.objectives import Limits
+    from loadgen.plan import Plan
+    from loadgen.traces import Scale
+
+    scale = Scale(prompt_scale, output_scale, max_prompt, max_output)
+    plan = Plan(
+        trace=trace, trace_from_s=trace_from, scale=scale, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        rates=tuple(rate or ()), streams=tuple(streams or ()), is_poisson=poisson, num_requests=requests,
+        seconds=seconds, limit_s=limit, seed=seed,
+    )  # fmt: skip
+    limits = Limits(*(None if ms is None else ms / 1e3 for ms in (slo_ttft_ms, slo_tbt_ms)))
+    job = Job(
+        urls=tuple(url or ()), plan=plan, model=model, headers=headers_of(header or (), api_key),
+        extra=extra_of(extra), rounds=rounds, limits=limits, has_alone=alone,
+    )  # fmt: skip
+    perform(job, wide_console(), output, csv)

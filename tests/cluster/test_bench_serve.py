@@ -1,0 +1,41 @@
+"""`baton bench serve` against a cluster: all requests answered, figures of both sides agree, nothing left behind."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.support.cluster import StartCluster
+from tests.support.recall import baton
+
+
+def test_a_trace_is_replayed_and_the_cluster_counted_the_same(
+    shared_cluster: StartCluster, demo_model: Path, tmp_path: Path
+) -> None:
+    cluster = shared_cluster(demo_model, prefill=1, decode=1)
+    output, rows = tmp_path / "out.json", tmp_path / "out.csv"
+    load = ("--trace", "conv", "--rate", "20", "--requests", "10", "--max-prompt", "40", "--max-output", "6")
+    baton(
+        *("bench", "serve", "--url", f"split={cluster.http}", *load, "--streams", "2", "--rounds", "2"),
+        *("--slo-ttft-ms", "60000", "-o", str(output), "--csv", str(rows)),
+    )
+    record = json.loads(output.read_text())
+    assert [(run["load"], run["round"]) for run in record["runs"]] == [
+        (load, number) for number in (0, 1) for load in ("conv 20/s", "conv 2 streams")
+    ]
+    for run in record["runs"]:
+        assert (run["whole"], run["errors"], run["cut"]) == (10, 0, 0), run["first_error"]
+        assert run["goodput_requests_s"] == pytest.approx(run["requests_s"])
+        sent = run["requests_sent"]
+        counted = run["counted"]
+        assert counted["baton_requests_total{code=,outcome=finished}"] == 10
+        assert counted["baton_generated_tokens_total"] == sum(request["output_tokens"] for request in sent)
+        assert counted["baton_prompt_tokens_total"] == sum(request["prompt_tokens"] for request in sent)
+        assert sum(v for key, v in counted.items() if key.startswith("baton_transfer_bytes_total")) > 0
+        assert all(len(request["gaps_ms"]) == request["output_tokens"] - 1 for request in sent)
+    assert len(record["figures"][0]["nine"]) == 9
+    assert len(list(csv.DictReader(rows.read_text().splitlines()))) == 40
+    cluster.wait_baseline()
