@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from engine.step import Piece, Sequence
 
+# (rank, priority, number): smaller goes first.
+Order = tuple[int, int, int]
+
 
 class Phase(Enum):
     # Wants blocks.
@@ -36,6 +39,7 @@ class Entry:
 
     __slots__ = (
         "arrived_s",
+        "came_s",
         "hands_off",
         "is_overtaken",
         "is_prefilled",
@@ -54,11 +58,12 @@ class Entry:
         "started_s",
     )
 
-    def __init__(self, sequence: Sequence, *, order: tuple[int, int], now: float) -> None:
+    def __init__(self, sequence: Sequence, *, order: Order, now: float) -> None:
         self.sequence = sequence
         # It stops at the next place between two tokens, see ``can_hand_off``.
         self.hands_off = False
-        # Smaller is older. The first number is 0 for sequences that were preempted too often, else 1.
+        # The rank is 0, and the priority too, for sequences that were preempted too often or whose prompt waited too
+        # long, else 1. The number rises in the order they came.
         self.order = order
         self.phase = Phase.WAITING
         self.num_preemptions = 0
@@ -73,6 +78,8 @@ class Entry:
         # No reader outside has the blocks.
         self.is_released = True
         self.arrived_s = now
+        # The same, or when it was last preempted: since then it waits for its prompt to be computed.
+        self.came_s = now
         self.started_s: float | None = None
         self.num_computed_total = 0
         # Tokens whose KV was there when it started; before that, when it came.
@@ -149,5 +156,5 @@ class Entry:
             self.num_unknown = 0
 
 
-def in_order(entry: Entry) -> tuple[int, int]:
+def in_order(entry: Entry) -> Order:
     return entry.order

@@ -9,19 +9,23 @@ computes what the first one leaves certain; a sequence that then turns out to ha
 tokens, is dropped from it, and one whose next token the host has to know first is not in it. Steps are applied in the
 order they were scheduled.
 
-Order: every decoding sequence is in every step, then prompts first come, first served, in chunks up to the token
-budget. With ``tbt_target_s`` a step that decodes, or that a leased sequence may come to wait for, has only so much of
+Order: every decoding sequence that has room for its next token is in every step, then prompts by priority, first come,
+first served, in chunks up to the token budget. A prompt that came ``max_prompt_wait_s`` ago goes before all that did
+not. With ``tbt_target_s`` a step that decodes, or that a leased sequence may come to wait for, has only so much of
 prompts as is predicted to fit into that time, by the steps that were measured (``engine/step_times.py``). A prompt
 starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is exhausted the
-youngest sequence is preempted: its blocks are dropped and its tokens computed again later. One that was preempted
-``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim.
+youngest sequence of the worst priority is preempted: its blocks are dropped and its tokens computed again later. One
+that was preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then
+never a victim.
 
 With a prefix cache a sequence begins behind the blocks that are found for it (``engine/prefix_cache.py``); a prompt
-whose next block is just being computed for another sequence waits for it, and lets those behind it pass.
+whose next block is just being computed for another sequence waits for it, lends it its place, and lets those behind it
+pass.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -32,7 +36,7 @@ from baton.prefix import PrefixScheme
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk, blocks_for
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
-from engine.entry import Entry, Phase, in_order
+from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
@@ -89,6 +93,8 @@ class Scheduler:
         # Blocks are allocated; the bytes behind the computed tokens are to come.
         self._leases: dict[str, Sequence] = {}
         self._num_ordered = 0
+        # No prompt becomes overdue before.
+        self._next_overdue_s = -math.inf
         # Whether a sequence that decodes is not in the newest plan, because its next token had to be known first.
         self._sat_out = False
         # Plans under way, oldest first.
@@ -108,7 +114,7 @@ class Scheduler:
         self._refuse_known(spec.sequence_id)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
-        entry = Entry(Sequence(spec), order=self._next_order(), now=now)
+        entry = Entry(Sequence(spec), order=self._next_order(spec), now=now)
         entry.num_cached_tokens = len(self.prefix_cache.find(entry.sequence, draws=True)) * self.config.block_tokens
         self._entries[spec.sequence_id] = entry
         insort(self._waiting, entry, key=in_order)
@@ -160,7 +166,7 @@ class Scheduler:
         token_ids = joined_ids(seq.spec, tokens, self.config, len(seq.block_ids))
         del self._leases[sequence_id]
         self.pool.move(sequence_id, BlockState.RUNNING, now)
-        entry = Entry(seq, order=self._next_order(), now=now)
+        entry = Entry(seq, order=self._next_order(seq.spec), now=now)
         entry.num_stored = seq.num_computed // self.config.block_tokens
         seq.token_ids += token_ids
         seq.num_computed = len(seq.token_ids) - 1
@@ -204,7 +210,7 @@ class Scheduler:
         insort(self._active, entry, key=in_order)
         self.pool.move(sequence_id, BlockState.RUNNING, now)
         if self._num_residents() > self._max_residents:
-            self._preempt(entry)
+            self._preempt(entry, now)
 
     def release(self, sequence_id: str, now: float) -> None:
         """No reader outside has the blocks any more: stop computing if need be and take them back. Idempotent."""
@@ -226,7 +232,8 @@ class Scheduler:
         events: list[EngineEvent] = [self._hand_off(entry, now) for entry in to_hold if entry.can_hand_off]
         if self._plans and not self._can_plan_ahead():
             return None, events
-        pieces = self._decode_pieces()
+        self._move_up_overdue(now)
+        pieces = self._decode_pieces(now)
         decoding = StepShape(num_decoding=len(pieces), num_kv_tokens=sum([p.end for p in pieces]))
         budget = StepBudget(self.config, self.measured, decoding, self._limit_s(decoding))
         pieces += self._prompt_pieces(budget, events, now)
@@ -324,9 +331,9 @@ class Scheduler:
         if sequence_id in self._entries or sequence_id in self._leases:
             raise Overloaded(f"{sequence_id} is still in use on this node, expected a new sequence id")
 
-    def _next_order(self, rank: int = 1) -> tuple[int, int]:
+    def _next_order(self, spec: SequenceSpec) -> Order:
         self._num_ordered += 1
-        return rank, self._num_ordered
+        return 1, spec.priority, self._num_ordered
 
     def _num_residents(self) -> int:
         return len(self._leases) + sum(not e.hands_off for e in self._active)
@@ -369,31 +376,31 @@ class Scheduler:
             <= self.pool.num_available
         )
 
-    def _decode_pieces(self) -> list[Piece]:
+    def _decode_pieces(self, now: float) -> list[Piece]:
         pieces = []
         for entry in list(self._active):
             # A younger one may have been preempted for an older one just now.
-            if entry.phase is Phase.ACTIVE and _decodes_next(entry) and self._grow(entry):
+            if entry.phase is Phase.ACTIVE and _decodes_next(entry) and self._grow(entry, now):
                 pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
         return pieces
 
     def _blocks_to_grow(self, entry: Entry) -> int:
         return max(0, blocks_for(entry.start + 1, self.config.block_tokens) - len(entry.sequence.block_ids))
 
-    def _grow(self, entry: Entry) -> bool:
-        """Make sure the next token's KV has room, at the expense of younger sequences; False if it must wait."""
+    def _grow(self, entry: Entry, now: float) -> bool:
+        """Make sure the next token's KV has room, at the expense of sequences behind it; False if it must wait."""
         seq = entry.sequence
         need = self._blocks_to_grow(entry)
         while need > self.pool.num_available:
-            victim = self._youngest_victim(entry.order)
+            victim = self._last_victim(entry.order)
             if victim is None:
                 return False
-            self._preempt(victim)
+            self._preempt(victim, now)
         if need > 0:
             self.pool.grow(seq.sequence_id, need)
         return True
 
-    def _youngest_victim(self, order: tuple[int, int]) -> Entry | None:
+    def _last_victim(self, order: Order) -> Entry | None:
         for entry in reversed(self._active):
             if entry.order <= order:
                 return None
@@ -401,7 +408,7 @@ class Scheduler:
                 return entry
         return None
 
-    def _preempt(self, entry: Entry) -> None:
+    def _preempt(self, entry: Entry, now: float) -> None:
         assert not entry.num_flights, "a running step keeps its blocks"
         self._active.remove(entry)
         self.pool.free(entry.sequence_id)
@@ -409,11 +416,30 @@ class Scheduler:
         entry.sequence.num_computed = 0
         entry.num_stored = 0
         entry.phase = Phase.WAITING
+        entry.came_s = now
         entry.num_preemptions += 1
         self.num_preempted += 1
         if entry.num_preemptions >= self.config.max_preemptions:
-            entry.order = self._next_order(rank=0)
+            self._num_ordered += 1
+            entry.order = (0, 0, self._num_ordered)
         insort(self._waiting, entry, key=in_order)
+
+    def _move_up_overdue(self, now: float) -> None:
+        """Prompts that came too long ago go before all that did not, in the order they came."""
+        if now < self._next_overdue_s:
+            return
+        max_wait_s = self.config.max_prompt_wait_s
+        came_s = [now]
+        for line in (self._waiting, self._active):
+            for entry in [e for e in line if e.order[0] and not e.is_decoding]:
+                if now - entry.came_s >= max_wait_s:
+                    line.remove(entry)
+                    entry.order = (0, 0, entry.order[2])
+                    insort(line, entry, key=in_order)
+                else:
+                    came_s.append(entry.came_s)
+        # Not in every step: the bound is kept to a sixteenth.
+        self._next_overdue_s = max(min(came_s) + max_wait_s, now + max_wait_s / 16)
 
     def _limit_s(self, decoding: StepShape) -> float | None:
         """How long the step may take, None: no sequence waits for its next token.
@@ -429,33 +455,40 @@ class Scheduler:
         return target_s / 2 if sat_out or self._sat_out else target_s
 
     def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
-        for entry in [e for e in self._active if not e.is_decoding]:
-            count = budget.fitting(entry.start, entry.num_unplanned)
-            if not count:
-                return
-            yield budget.take(entry, count)
+        begun = [e for e in self._active if not e.is_decoding]
         for entry in list(self._waiting):
-            if not budget.fitting(0, self.config.max_model_tokens):
+            while begun and begun[0].order < entry.order and not budget.is_full:
+                yield budget.take(begun.pop(0))
+            if budget.is_full:
                 return
-            if entry.leader is not None and entry.leader.is_computing:
-                continue
-            found = self.prefix_cache.find(entry.sequence, draws=True)
-            entry.leader = self.prefix_cache.leader(entry, len(found), self._active)
-            if entry.leader is not None:
-                continue
-            num_known = len(entry.sequence.token_ids)
-            start = len(found) * self.config.block_tokens
-            if not budget.fitting(start, num_known - start) or not self._can_start(entry, found):
+            found = self._found(entry)
+            if found is not None:
+                if not self._start(entry, found, events, now):
+                    break
+                yield budget.take(entry)
+            elif entry.leader is not None and entry.leader.entry in begun:
+                begun.remove(entry.leader.entry)
+                yield budget.take(entry.leader.entry)
+        for entry in begun:
+            if budget.is_full:
                 return
-            num_found, found = len(found), self.prefix_cache.intact(found)
-            if len(found) < num_found and not self._can_start(entry, found):
-                return
-            self._start(entry, found, now)
-            if entry.hands_off:
-                events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids), len(found)))
-            yield budget.take(entry, max(1, budget.fitting(entry.start, entry.num_unplanned)))
+            yield budget.take(entry)
 
-    def _start(self, entry: Entry, found: list[int], now: float) -> None:
+    def _found(self, entry: Entry) -> list[int] | None:
+        """The blocks that it begins with; None while its leader is computing the next one."""
+        if entry.leader is not None and entry.leader.is_computing:
+            return None
+        found = self.prefix_cache.find(entry.sequence, draws=True)
+        entry.leader = self.prefix_cache.leader(entry, len(found), self._active)
+        return found if entry.leader is None else None
+
+    def _start(self, entry: Entry, found: list[int], events: list[EngineEvent], now: float) -> bool:
+        """Give it the blocks of its known tokens, if there is room for them."""
+        if not self._can_start(entry, found):
+            return False
+        num_found, found = len(found), self.prefix_cache.intact(found)
+        if len(found) < num_found and not self._can_start(entry, found):
+            return False
         seq, count = entry.sequence, self._blocks_to_start(entry) - len(found)
         seq.block_ids = self.pool.allocate(entry.sequence_id, count, BlockState.PROMPT, now, shared=found)
         seq.num_computed = len(found) * self.config.block_tokens
@@ -467,6 +500,9 @@ class Scheduler:
         self._waiting.remove(entry)
         entry.phase = Phase.ACTIVE
         insort(self._active, entry, key=in_order)
+        if entry.hands_off:
+            events.append(Started(entry.sequence_id, tuple(entry.sequence.block_ids), len(found)))
+        return True
 
     def _land(self, plan: StepPlan) -> Iterator[tuple[Entry, Piece]]:
         assert self._plans, "no step is under way"

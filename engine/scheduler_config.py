@@ -38,6 +38,9 @@ class SchedulerConfig:
     # Prompt tokens that a step computes at least, if any wait, whatever --tbt-target-ms says: prompts make progress.
     # Fewer would take almost as long, as kernels work on tiles of rows.
     min_chunk_tokens: int = field(default=16, metadata=setting(least=1))
+    # A prompt that came longer ago is computed before those of a better priority that did not: prompts of the worst
+    # priority are delayed, but for no longer than a client waits.
+    max_prompt_wait_s: float = 10.0
     # Sequences that wait for their first step; one more is refused.
     max_waiting: int = field(default=1024, metadata=setting(least=1))
     # A sequence that lost its blocks so often starts again only with blocks for its whole life.

@@ -12,6 +12,8 @@ from engine.step_times import MeasuredSteps
 
 # A chunk ends on a block boundary if that costs at most one part in so many of it: whole blocks can be pushed at once.
 _MAX_LOSS = 4
+# Else on whole tiles of rows of the kernels.
+_TILE = 8
 
 
 class StepBudget:
@@ -26,33 +28,35 @@ class StepBudget:
         self._num_tokens = config.max_batch_tokens - decoding.num_decoding
         self._num_slots = config.max_num_seqs - decoding.num_decoding
 
-    def fitting(self, start: int, num_tokens: int) -> int:
-        """Of a prompt that lacks ``num_tokens`` from position ``start`` on, how many this step computes; 0: it is full.
+    @property
+    def is_full(self) -> bool:
+        """Nothing more goes in. A step that has no prompt yet takes some, however long it is."""
+        if self._num_tokens <= 0 or self._num_slots <= 0:
+            return True
+        if self._limit_s is None or not self.shape.num_prompt_tokens:
+            return False
+        return self._fitting(self._limit_s, 0) < self._config.min_chunk_tokens
 
-        A step that has no prompt yet takes some, however long it is.
-        """
-        if self._num_slots <= 0:
-            return 0
-        count = min(num_tokens, self._num_tokens)
-        if self._limit_s is not None and count > 0:
-            least = min(count, self._config.min_chunk_tokens)
-            fitting = self._measured.fitting_tokens(self._limit_s, self.shape, start)
-            if fitting < least:
-                return 0 if self.shape.num_prompt_tokens else least
-            count = min(count, fitting)
-        return count if count == num_tokens else self._rounded(start, count)
-
-    def take(self, entry: Entry, num_tokens: int) -> Piece:
-        piece = Piece(entry.sequence, entry.start, num_tokens, samples=num_tokens == entry.num_unplanned)
-        self.shape = self.shape.with_prompt(piece.start, num_tokens)
-        self._num_tokens -= num_tokens
+    def take(self, entry: Entry) -> Piece:
+        """The next chunk of a prompt, if the step is not full."""
+        start, wanted = entry.start, entry.num_unplanned
+        count = min(wanted, self._num_tokens)
+        if self._limit_s is not None:
+            count = min(count, max(self._fitting(self._limit_s, start), self._config.min_chunk_tokens))
+        if count < wanted:
+            count = self._rounded(start, count)
+        piece = Piece(entry.sequence, start, count, samples=count == wanted)
+        self.shape = self.shape.with_prompt(start, count)
+        self._num_tokens -= count
         self._num_slots -= 1
         return piece
+
+    def _fitting(self, limit_s: float, start: int) -> int:
+        return self._measured.fitting_tokens(limit_s, self.shape, start)
 
     def _rounded(self, start: int, count: int) -> int:
         """Down to a block boundary, else to whole tiles of rows."""
         ragged = (start + count) % self._config.block_tokens
         if ragged < count and (self._limit_s is None or ragged * _MAX_LOSS <= count):
             return count - ragged
-        tile = self._config.min_chunk_tokens
-        return count - count % tile if self._limit_s is not None and count > tile else count
+        return count - count % _TILE if self._limit_s is not None and count > _TILE else count

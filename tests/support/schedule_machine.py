@@ -106,7 +106,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         fresh = SequenceSpec(f"s{self.num_made}", prompt, sampling)
         resumed = expected_tokens(fresh, LAYOUT, VOCAB)[:-1][:num_generated]
-        return SequenceSpec(fresh.sequence_id, prompt, sampling, tuple(resumed))
+        return SequenceSpec(fresh.sequence_id, prompt, sampling, tuple(resumed), priority=self.priority())
+
+    def priority(self) -> int:
+        """Of the sequence that is made."""
+        return 0
 
     @rule(
         num_prompt=st.integers(1, 30),

@@ -29,6 +29,15 @@ class TargetMachine(OverlapMachine):
     config = replace(CONFIG, tbt_target_s=9.0, min_chunk_tokens=1)
 
 
+class PriorityMachine(OverlapMachine):
+    """Under memory pressure, and in a time in which prompts become overdue."""
+
+    config = replace(CONFIG, max_prompt_wait_s=6.0)
+
+    def priority(self) -> int:
+        return self.num_made * 7 % 5 - 2
+
+
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=80, stateful_step_count=60)
 TestOverlap = OverlapMachine.TestCase
@@ -39,6 +48,8 @@ TestDraftingOverlap = DraftingOverlapMachine.TestCase
 TestDraftingOverlap.settings = settings(max_examples=40, stateful_step_count=60)
 TestTarget = TargetMachine.TestCase
 TestTarget.settings = settings(max_examples=80, stateful_step_count=60)
+TestPriority = PriorityMachine.TestCase
+TestPriority.settings = settings(max_examples=80, stateful_step_count=60)
 
 
 def test_what_never_fits_is_refused_at_once() -> None:
