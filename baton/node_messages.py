@@ -161,6 +161,18 @@ class SessionLost:
 
 
 @dataclass(frozen=True, slots=True)
+class LetGo:
+    """A running sequence is to move: the decode machine lets go of it, and the prefill machine has it from now on."""
+
+    session: int
+    message: Migrate
+
+    @property
+    def sequence_id(self) -> str:
+        return self.message.sequence_id
+
+
+@dataclass(frozen=True, slots=True)
 class Defect:
     """An exception was raised while the sequence was handled: it ends on this node, in whatever phase it is."""
 

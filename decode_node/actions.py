@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from baton.errors import TransferFailed
-from baton.node_messages import Defect, Reserve, Send
+from baton.node_messages import Defect, LetGo, Reserve, Send
 from baton.types import Failure
 from decode_node import machine
 from engine.replica import Listener, Replica
@@ -14,7 +14,8 @@ from kvtransfer.receiver import Receiver
 
 
 class DecodeActions:
-    """All calls come from one event loop. ``feed`` takes the events that actions lead to, ``listener`` the engine's."""
+    """All calls come from one event loop. ``feed`` takes the events that actions lead to, ``listener`` the engine's,
+    and ``let_go`` the sequences that are to move."""
 
     # What these raise is also the answer to an Arrived: the receiver does not acknowledge it.
     raised: tuple[type, ...] = (Arrived, machine.Join, machine.RejectArrival)
@@ -25,12 +26,14 @@ class DecodeActions:
         receiver: Receiver,
         feed: Callable[[machine.Event], None],
         listener: Listener,
+        let_go: Callable[[LetGo], None],
         config: machine.DecodeConfig,
     ) -> None:
         self._replica = replica
         self._receiver = receiver
         self._feed = feed
         self._listener = listener
+        self._let_go = let_go
         self._config = config
 
     def perform(self, action: machine.Action) -> None:
@@ -50,6 +53,8 @@ class DecodeActions:
                 self._replica.return_lease(sequence_id)
             case machine.StopCompute(sequence_id):
                 self._replica.cancel(sequence_id)
+            case LetGo():
+                self._let_go(action)
             case Send():
                 raise AssertionError("messages are sent by the service")
 
@@ -68,7 +73,7 @@ class DecodeActions:
     def _grant(self, message: Reserve) -> None:
         sequence_id = message.sequence_id
         ttl_s = min(message.ttl_s, self._config.max_ttl_s) if message.ttl_s > 0 else self._config.default_ttl_s
-        reserved = self._replica.reserve(message.spec)
+        reserved = self._replica.reserve(message.spec, message.num_headroom_tokens)
         try:
             lease = self._receiver.grant(
                 sequence_id, reserved.block_ids, ttl_s,

@@ -1,6 +1,6 @@
 """The token phase as a pure machine: the state of each sequence, and the actions that follow from each event.
 
-    reserve -> ASKED -> LEASED -> RUNNING -> gone
+    reserve -> ASKED -> LEASED -> RUNNING -> gone, also to the prefill machine, which moves it to another node
                           |
                           +--> ENDING (no writer may come back) --> gone
 
@@ -18,6 +18,7 @@ from baton.node_messages import (
     Defect,
     FromRouter,
     Joined,
+    LetGo,
     Migrate,
     Refused,
     Reserve,
@@ -121,7 +122,7 @@ class StopCompute:
     sequence_id: str
 
 
-Action = Reserve | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | Send
+Action = Reserve | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | LetGo | Send
 
 
 class Phase(Enum):
@@ -204,8 +205,17 @@ class DecodeMachine:
             case Cancel(sequence_id, reason):
                 relay = self._relays.get(sequence_id)
                 return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
-            case Run() | Migrate():
+            case Migrate():
+                return self._let_go(session, message)
+            case Run():
                 return []
+
+    def _let_go(self, session: int, message: Migrate) -> list[Action]:
+        relay = self._relays.get(message.sequence_id)
+        if relay is None or relay.session != session or relay.phase is not Phase.RUNNING:
+            return []
+        del self._relays[message.sequence_id]
+        return [LetGo(session, message)]
 
     def _reserve(self, session: int, message: Reserve) -> list[Action]:
         sequence_id = message.sequence_id

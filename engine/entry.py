@@ -126,6 +126,17 @@ class Entry:
         return self.num_unknown > 0 and self.sequence.num_generated + self.num_unknown == max_tokens
 
     @property
+    def can_lend(self) -> bool:
+        """It decodes, with the KV of all tokens but the newest, and has no reader outside."""
+        is_whole = self.is_prefilled and self.num_remaining == 1 and not self.is_overtaken
+        return is_whole and self.phase is Phase.ACTIVE and self.is_released
+
+    @property
+    def is_lent(self) -> bool:
+        """A reader outside has the blocks while it goes on here."""
+        return self.phase is Phase.ACTIVE and not self.is_released and not self.hands_off
+
+    @property
     def can_hand_off(self) -> bool:
         """It is to stop, the KV of all tokens but the newest is there, and no step reads or writes its blocks."""
         return self.hands_off and self.phase is Phase.ACTIVE and not self.num_flights and self.is_decoding

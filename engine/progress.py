@@ -1,4 +1,4 @@
-"""Reports to transfers, layer by layer, which blocks of a sequence are final while its prompt is computed."""
+"""Reports to transfers, layer by layer, which blocks of a sequence are final while it is computed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Final = tuple[str, int]
 class _Watched:
     __slots__ = ("num_final", "sink", "told")
 
-    def __init__(self, num_layers: int) -> None:
+    def __init__(self, num_layers: int, num_final: int) -> None:
         self.sink: LayerSink | None = None
         # In all layers, steps under way left out.
-        self.num_final = 0
+        self.num_final = num_final
         # By layer: what the sink was told.
         self.told = [0] * num_layers
 
@@ -45,10 +45,13 @@ class LayerProgress:
         self._lock = threading.Lock()
         self._watched: dict[str, _Watched] = {}
 
-    def watch(self, sequence_id: str) -> None:
-        """A sink may be attached to the sequence from now on. To be called before it is computed, or while it is."""
+    def watch(self, sequence_id: str, num_final: int = 0) -> None:
+        """A sink may be attached to the sequence from now on. To be called before it is computed, or while it is.
+
+        ``num_final``: its leading blocks that are final.
+        """
         with self._lock:
-            self._watched[sequence_id] = _Watched(self._num_layers)
+            self._watched[sequence_id] = _Watched(self._num_layers, num_final)
 
     def forget(self, sequence_id: str) -> None:
         with self._lock:

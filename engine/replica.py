@@ -166,6 +166,14 @@ class Replica:
                 self._progress.watch(spec.sequence_id)
             self._woken()
 
+    def lend(self, sequence_id: str, num_blocks: int) -> tuple[int, ...]:
+        """The blocks of a sequence that decodes, to be read while it goes on; ``attach`` tells of those that become
+        full. As Scheduler.lend."""
+        with self._changed:
+            block_ids = self._scheduler.lend(sequence_id, num_blocks)
+            self._progress.watch(sequence_id, self._scheduler.full_blocks(sequence_id))
+            return block_ids
+
     def hold(self, sequence_id: str) -> None:
         """Stop the sequence between two tokens and keep its blocks: Handoff follows. As Scheduler.hold."""
         with self._changed:
@@ -175,14 +183,14 @@ class Replica:
             self._woken()
 
     def resume(self, sequence_id: str) -> None:
-        """After Handoff: go on here. As Scheduler.resume."""
+        """After Handoff, or ``lend``: go on here. As Scheduler.resume."""
         with self._changed:
             self._scheduler.resume(sequence_id, self._clock.now())
             self._progress.forget(sequence_id)
             self._woken()
 
     def attach(self, sequence_id: str, sink: LayerSink) -> None:
-        """Tell ``sink`` about the final blocks of a sequence that is, or will be, held; those there are at once."""
+        """Tell ``sink`` about the final blocks of a sequence that is lent or is to be held; those there are at once."""
         self._progress.attach(sequence_id, sink)
 
     def release(self, sequence_id: str) -> None:
@@ -199,11 +207,11 @@ class Replica:
 
     # -- leases
 
-    def reserve(self, spec: SequenceSpec) -> Reserved:
+    def reserve(self, spec: SequenceSpec, num_headroom_tokens: int = 0) -> Reserved:
         """Blocks for a sequence that another node computes. Raises as Scheduler.reserve, and Draining."""
         with self._changed:
             self._refuse_draining()
-            return self._scheduler.reserve(spec, self._clock.now())
+            return self._scheduler.reserve(spec, self._clock.now(), num_headroom_tokens)
 
     def set_epoch(self, sequence_id: str, epoch: int) -> None:
         """Note a lease's epoch in the ledger."""
@@ -403,6 +411,7 @@ class Replica:
                 self._progress.step_done(flight.finals)
                 events = self._scheduler.apply(plan, result, self._clock.now())
                 self._scheduler.measured.add(plan.shape, turn_s)
+                self._progress.step_done(self._full_blocks(plan))
             self._num_steps += 1
             self._num_tokens += plan.num_tokens
             self._busy_since_s = self._clock.now()
@@ -426,6 +435,10 @@ class Replica:
     def _woken(self) -> None:
         self._collect_gone()
         self._changed.notify()
+
+    def _full_blocks(self, plan: StepPlan) -> list[Final]:
+        names = [p.sequence.sequence_id for p in plan.pieces]
+        return [(name, self._scheduler.full_blocks(name)) for name in names if self._progress.is_watched(name)]
 
     def _collect_gone(self) -> None:
         for sequence_id in self._scheduler.take_gone():

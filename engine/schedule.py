@@ -15,8 +15,8 @@ not. With ``tbt_target_s`` a step that decodes, or that a leased sequence may co
 prompts as is predicted to fit into that time, by the steps that were measured (``engine/step_times.py``). A prompt
 starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is exhausted the
 youngest sequence of the worst priority is preempted: its blocks are dropped and its tokens computed again later. One
-that was preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then
-never a victim.
+that was preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a
+victim; nor is one whose blocks have a reader outside (``lend``), which is going to another node.
 
 With a prefix cache a sequence begins behind the blocks that are found for it (``engine/prefix_cache.py``); a prompt
 whose next block is just being computed for another sequence waits for it, lends it its place, and lets those behind it
@@ -121,8 +121,9 @@ class Scheduler:
         if hands_off:
             self.hold(spec.sequence_id)
 
-    def reserve(self, spec: SequenceSpec, now: float) -> Reserved:
-        """Blocks for a sequence that is computed elsewhere: its known tokens and the first new one.
+    def reserve(self, spec: SequenceSpec, now: float, num_headroom_tokens: int = 0) -> Reserved:
+        """Blocks for a sequence that is computed elsewhere: its known tokens, the first new one, and
+        ``num_headroom_tokens`` that it may generate there meanwhile.
 
         Raises PromptTooLong, InvalidRequest, NoBlocks, Overloaded.
         """
@@ -131,7 +132,8 @@ class Scheduler:
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = Sequence(spec)
-        count = blocks_for(spec.num_known_tokens + 1, self.config.block_tokens)
+        num_tokens = min(spec.num_known_tokens + 1 + num_headroom_tokens, spec.max_total_tokens)
+        count = blocks_for(num_tokens, self.config.block_tokens)
         found = self.prefix_cache.find(sequence, draws=False)
         self._refuse_lease_without_room(spec.sequence_id, count, found)
         found = self.prefix_cache.intact(found)
@@ -184,6 +186,23 @@ class Scheduler:
         if entry is not None and entry.phase is not Phase.ENDED:
             self._retire(entry, now)
 
+    def lend(self, sequence_id: str, num_blocks: int) -> tuple[int, ...]:
+        """A reader outside has the blocks of a sequence that decodes, which goes on; ``release`` or ``resume`` ends
+        that.
+
+        Returns the blocks: up to ``num_blocks`` with those that it may fill meanwhile, as far as others do not need
+        them at once. Until then it is not preempted. Raises Overloaded if it does not decode now, or is lent already.
+        """
+        entry = self._entries.get(sequence_id)
+        if entry is None or not entry.can_lend:
+            raise Overloaded(f"{sequence_id} does not decode on this node now; try again later")
+        spare = self.pool.num_available - len(self._active)
+        more = min(num_blocks - len(entry.sequence.block_ids), spare)
+        if more > 0:
+            self.pool.grow(sequence_id, more)
+        entry.is_released = False
+        return tuple(entry.sequence.block_ids)
+
     def hold(self, sequence_id: str) -> None:
         """Stop between two tokens: a prompt when its first token is drawn, one that decodes after the steps under way.
 
@@ -197,11 +216,14 @@ class Scheduler:
             self._to_hold.append(entry)
 
     def resume(self, sequence_id: str, now: float) -> None:
-        """After Handoff: go on here, with no reader outside any more. Raises InternalError if there was no Handoff.
+        """After Handoff, or ``lend`` without ``hold``: go on here, with no reader outside any more. Else InternalError.
 
         Where all slots of decoding sequences are taken it gives its blocks back and is computed again in its turn.
         """
         entry = self._entries.get(sequence_id)
+        if entry is not None and entry.is_lent:
+            entry.is_released = True
+            return
         if entry is None or entry.phase is not Phase.HELD:
             raise InternalError(f"{sequence_id} is not held on this node, expected a sequence that was handed over")
         entry.hands_off = False
@@ -271,6 +293,14 @@ class Scheduler:
         return events
 
     # -- questions
+
+    def full_blocks(self, sequence_id: str) -> int:
+        """Leading blocks of a sequence that are full and are written no more."""
+        entry = self._entries.get(sequence_id)
+        # Pieces that will be dropped still write to its blocks.
+        if entry is None or entry.is_overtaken:
+            return 0
+        return entry.sequence.num_computed // self.config.block_tokens
 
     @property
     def num_sequences(self) -> int:
@@ -404,12 +434,13 @@ class Scheduler:
         for entry in reversed(self._active):
             if entry.order <= order:
                 return None
-            if not entry.hands_off and entry.num_preemptions < self.config.max_preemptions:
+            if entry.is_released and entry.num_preemptions < self.config.max_preemptions:
                 return entry
         return None
 
     def _preempt(self, entry: Entry, now: float) -> None:
         assert not entry.num_flights, "a running step keeps its blocks"
+        assert entry.is_released, "a reader outside keeps its blocks"
         self._active.remove(entry)
         self.pool.free(entry.sequence_id)
         entry.sequence.block_ids = ()

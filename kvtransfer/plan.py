@@ -170,10 +170,9 @@ class TransferPlan:
     def num_blocks(self) -> int:
         return len(self.src.block_ids)
 
-    @property
-    def num_bytes(self) -> int:
-        """Over all layers."""
-        return self.num_blocks * self.run_bytes * self.shard.num_layers
+    def bytes_of(self, num_blocks: int) -> int:
+        """Of so many blocks, over all layers."""
+        return num_blocks * self.run_bytes * self.shard.num_layers
 
     def copies(self, layer: int, first: int, num_blocks: int) -> list[Copy]:
         """Positions [first, first + num_blocks) of one layer of the shard, contiguous bytes merged into one copy."""

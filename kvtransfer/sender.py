@@ -67,6 +67,7 @@ class Push:
         self._first_ready_s: float | None = None
         self._num_rewritten_layers = 0
         self._transport = ""
+        self._on_caught_up: Callable[[], None] = lambda: None
         self._job = job_of(self)
 
     @property
@@ -87,13 +88,23 @@ class Push:
             self._first_ready_s = self._clock.now()
         self._job.layer_ready(layer, num_blocks)
 
-    async def commit(self, first_token: TokenChunk) -> TransferReport:
+    def call_when_caught_up(self, callback: Callable[[], None]) -> None:
+        """Of a sequence that goes on meanwhile: called once, on the event loop, when little is left to be pushed, or
+        the lease is nearly full. Then it is time to stop the sequence and commit."""
+        self._on_caught_up = callback
+        self._job.catch_up()
+
+    async def commit(self, first_token: TokenChunk, num_blocks: int | None = None) -> TransferReport:
         """Push what is left and hand the sequence over; when this returns or raises, the source blocks are free.
 
-        Call it after the last ``layer_ready``. If the receiver has all blocks, the first token alone is sent. Raises
-        TransferFailed, Incompatible or NodeLost. If it is cancelled, call ``abort`` before the blocks are freed.
+        ``num_blocks`` of the sequence hold its KV; None: all that were to be pushed. Call it after the last
+        ``layer_ready``. If the receiver has all blocks, the first token alone is sent. Raises TransferFailed,
+        Incompatible or NodeLost; InvalidRequest for more blocks than there is room for, and InternalError: call
+        ``abort`` then, as after a cancellation, before the blocks are freed.
         """
         asked_s = self._clock.now()
+        if num_blocks is not None:
+            self._job.end_at(num_blocks - self._num_skipped)
         unready = self._job.first_unready_layer
         if unready is not None:
             raise InternalError(f"{self.sequence_id}: commit before layer {unready} was ready")
@@ -102,24 +113,23 @@ class Push:
         if error is not None:
             raise error
         now = self._clock.now()
-        plan = self._job.plan
+        plan, num_pushed = self._job.plan, self._job.num_blocks
         assert plan is not None
-        started_s = asked_s
-        if self.layerwise:
+        num_bytes, started_s = plan.bytes_of(num_pushed), asked_s
+        if self.layerwise and self._first_ready_s is not None:
             assert self._started_s is not None
-            assert self._first_ready_s is not None
             started_s = min(asked_s, max(self._started_s, self._first_ready_s))
         self._peer.timeline.transfer(
             Transfer(
-                self.sequence_id, self._lease.node_id, self._transport, self.layerwise, plan.num_bytes, started_s,
+                self.sequence_id, self._lease.node_id, self._transport, self.layerwise, num_bytes, started_s,
                 asked_s, now,
             )
         )  # fmt: skip
         report = TransferReport(
             transport=self._transport,
             layerwise=self.layerwise,
-            num_bytes=plan.num_bytes,
-            num_blocks=plan.num_blocks,
+            num_bytes=num_bytes,
+            num_blocks=num_pushed,
             total_s=now - started_s,
             exposed_s=now - asked_s,
             retransmits=self._num_rewritten_layers,
@@ -177,6 +187,9 @@ class Push:
             defect = self._peer.defects.caught("transfer", error, f"digests of {self.sequence_id}")
             event = events.WriteFailed(self._number, defect)
         self._peer.handle(event)
+
+    def on_caught_up(self) -> None:
+        self._loop.call_soon_threadsafe(self._on_caught_up)
 
     def on_stopped(self) -> None:
         self._loop.call_soon_threadsafe(self._peer.handle, events.Stopped(self._number))
@@ -332,16 +345,21 @@ class Sender:
         if any(transport.is_one_sided for transport in self._config.by_name.values()):
             self._lanes = Lanes("baton-kv-copy", self._config.copy_threads, write_unit, self._clock)
 
-    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
+    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int | None) -> Push:
         """Start to push the KV of ``num_known_tokens`` tokens, held in ``source_blocks`` in order, into a lease: all
-        blocks behind those that the receiver has.
+        blocks behind those that the receiver has. None: the sequence goes on meanwhile; as many blocks as both have
+        are pushed as they become full, and the commit says how many.
 
         Connects if need be; nothing is waited for. Raises InvalidRequest if blocks and lease do not fit the tokens.
         """
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
-        num_blocks, num_cached = self._layout.blocks_for(num_known_tokens), lease.num_cached_blocks
+        num_cached = lease.num_cached_blocks
         num_target = num_cached + len(lease.block_ids)
+        goes_on = num_known_tokens is None
+        num_blocks = min(len(source_blocks), num_target)
+        if num_known_tokens is not None:
+            num_blocks = self._layout.blocks_for(num_known_tokens)
         if not 0 < num_blocks <= min(len(source_blocks), num_target) or num_cached > num_blocks:
             raise InvalidRequest(
                 f"{lease.sequence_id}: {num_known_tokens} tokens need {num_blocks} blocks, there are "
@@ -355,8 +373,9 @@ class Sender:
             peer = self._peers[lease.address] = _Peer(lease.address, self, self._config, self._clock)
         number, self._next_push = self._next_push, self._next_push + 1
         push = Push(
-            number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer), self._clock, self._observer
-        )
+            number, lease, peer, lambda p: self._make_job(p, lease.epoch, blocks, peer, goes_on), self._clock,
+            self._observer,
+        )  # fmt: skip
         peer.begin(push, number, blocks, lease)
         return push
 
@@ -367,7 +386,9 @@ class Sender:
                 del self._peers[peer.address]
                 peer.stop()
 
-    def _make_job(self, push: Push, epoch: int, block_ids: Sequence[int], peer: _Peer) -> WriteJob:
+    def _make_job(
+        self, push: Push, epoch: int, block_ids: Sequence[int], peer: _Peer, goes_on: bool
+    ) -> WriteJob:  # fmt: skip
         connection = peer.connection
         transport = next(iter(self._config.by_name.values())) if connection is None else connection.transport
         layerwise_from_bytes = self._config.layerwise_from_bytes.get(transport.name, transport.layerwise_from_bytes)
@@ -377,7 +398,7 @@ class Sender:
             self._layout,
             block_ids,
             epoch,
-            is_layerwise=num_bytes >= max(1, layerwise_from_bytes),
+            is_layerwise=goes_on or num_bytes >= max(1, layerwise_from_bytes),
             has_digest=self._config.digest,
             listener=push,
             sequence_id=push.sequence_id,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from baton.clock import Clock, MonotonicClock
-from baton.errors import BatonError, InternalError, described
+from baton.errors import BatonError, InternalError, InvalidRequest, described
 from baton.timeline import Timeline, Write
 from baton.types import KvLayout
 from kvtransfer.devices.interface import Event
@@ -123,9 +123,14 @@ class WriteJobListener(Protocol):
 
     def on_failed(self, error: BatonError) -> None: ...
 
+    def on_caught_up(self) -> None: ...
+
 
 class WriteJob:
-    """The bytes of one push. Invariant: after ``on_stopped`` or ``on_drained`` no lane touches source or target."""
+    """The bytes of one push. Invariant: after ``on_stopped`` or ``on_drained`` no lane touches source or target.
+
+    ``num_blocks`` may be more than there is to push in the end: ``end_at`` says how many that are.
+    """
 
     def __init__(
         self,
@@ -171,6 +176,8 @@ class WriteJob:
         self._is_draining = False
         self._is_stopping = False
         self._has_failed = False
+        # ``on_caught_up`` is still to come.
+        self._is_catching_up = False
 
     # Engine thread.
 
@@ -186,6 +193,9 @@ class WriteJob:
             if not self.is_layerwise:
                 return
             self._submit_ready([layer])
+            has_caught_up = self._take_caught_up()
+        if has_caught_up:
+            self._listener.on_caught_up()
 
     @property
     def first_unready_layer(self) -> int | None:
@@ -199,6 +209,27 @@ class WriteJob:
             self.wire, self.plan = wire, plan
             if self.is_layerwise:
                 self._submit_ready(range(self.num_layers))
+            has_caught_up = self._take_caught_up()
+        if has_caught_up:
+            self._listener.on_caught_up()
+
+    def catch_up(self) -> None:
+        """Say once, with ``on_caught_up``, that all blocks that are ready are written, or all but one ready."""
+        with self._lock:
+            self._is_catching_up = True
+            has_caught_up = self._take_caught_up()
+        if has_caught_up:
+            self._listener.on_caught_up()
+
+    def end_at(self, num_blocks: int) -> None:
+        """So many blocks are all that there is to push. Raises InvalidRequest if they are more than were planned."""
+        with self._lock:
+            if num_blocks > self.num_blocks:
+                raise InvalidRequest(
+                    f"{self._sequence_id} has {num_blocks} blocks to push, expected at most the {self.num_blocks} that "
+                    "were there, or leased, when its push began"
+                )
+            self.num_blocks = num_blocks
 
     def drain(self, attempt: int, rewrite_layers: Sequence[int]) -> None:
         with self._lock:
@@ -248,10 +279,13 @@ class WriteJob:
             self._num_sent_bytes += num_sent_bytes
             is_stopped = self._is_stopping and self._num_entered == 0
             attempt, is_drained = self._attempt, self._take_drained()
+            has_caught_up = self._take_caught_up()
         if is_stopped:
             self._listener.on_stopped()
         elif is_drained:
             self._listener.on_drained(attempt)
+        elif has_caught_up:
+            self._listener.on_caught_up()
 
     def send(self, area: Area, send: Send) -> None:
         """Give source bytes to ``send``, in order, and digest them."""
@@ -317,6 +351,14 @@ class WriteJob:
         if self._num_unwritten:
             return False
         self._is_draining = False
+        return True
+
+    def _take_caught_up(self) -> bool:
+        if not self._is_catching_up or self.wire is None or self._is_stopping or self._has_failed:
+            return False
+        if self._num_unwritten and min(self._ready) + 1 < self.num_blocks:
+            return False
+        self._is_catching_up = False
         return True
 
     def _submit_ready(self, layers: Iterable[int]) -> None:

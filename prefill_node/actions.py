@@ -7,9 +7,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from baton.defects import Defects
-from baton.errors import BatonError
 from baton.node_messages import Defect, Run, Send
-from baton.types import Failure, TokenChunk
+from baton.types import Failure
 from engine.replica import Listener, Replica
 from kvtransfer.sender import Push, Sender
 from prefill_node import machine
@@ -37,15 +36,22 @@ class PrefillActions:
         self._pushes: dict[str, Push] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def perform(self, action: machine.Action) -> None:
+    def perform(self, action: machine.Action) -> None:  # noqa: C901 - one case per action
         """Any action but Send."""
         match action:
             case Run(spec, lease):
                 self._replica.submit(spec, hands_off=lease is not None, listener=self._listener)
             case machine.BeginPush():
                 self._begin(action)
-            case machine.CommitPush(sequence_id, first_token):
-                self._spawn(self._commit(sequence_id, self._pushes[sequence_id], first_token))
+            case machine.BeginMove():
+                self._begin_move(action)
+            case machine.HoldCompute(sequence_id):
+                self._replica.hold(sequence_id)
+            case machine.Resume(sequence_id):
+                self._pushes.pop(sequence_id, None)
+                self._replica.resume(sequence_id)
+            case machine.CommitPush():
+                self._spawn(self._commit(action, self._pushes[action.sequence_id]))
             case machine.AbortPush(sequence_id, reason):
                 self._spawn(self._abort(sequence_id, self._pushes[sequence_id], reason))
             case machine.StopCompute(sequence_id):
@@ -63,6 +69,8 @@ class PrefillActions:
                 return machine.SubmitRefused(about.sequence_id, failure)
             case machine.BeginPush() if about.sequence_id not in self._pushes:
                 return machine.PushRefused(about.sequence_id, failure)
+            case machine.BeginMove() if about.sequence_id not in self._pushes:
+                return machine.MoveRefused(about.sequence_id, failure)
             case _:
                 return Defect(about.sequence_id, failure)
 
@@ -78,26 +86,45 @@ class PrefillActions:
 
     def _begin(self, action: machine.BeginPush) -> None:
         push = self._sender.begin(action.lease, action.block_ids, num_known_tokens=action.num_known_tokens)
-        self._pushes[action.sequence_id] = push
-        push.add_failure_callback(lambda error: self._push_failed(action.sequence_id, push, error))
-        self._replica.attach(action.sequence_id, push)
+        self._attach(action.sequence_id, push)
 
-    def _push_failed(self, sequence_id: str, push: Push, error: BatonError) -> None:
-        if self._pushes.get(sequence_id) is push:
-            self._feed(machine.PushFailed(sequence_id, Failure.of(error)))
-
-    async def _commit(self, sequence_id: str, push: Push, first_token: TokenChunk) -> None:
+    def _begin_move(self, action: machine.BeginMove) -> None:
+        sequence_id, lease = action.sequence_id, action.lease
+        block_ids = self._replica.lend(sequence_id, lease.num_cached_blocks + len(lease.block_ids))
         try:
-            report = await push.commit(first_token)
+            push = self._sender.begin(lease, block_ids, num_known_tokens=None)
+        except Exception:
+            self._replica.resume(sequence_id)
+            raise
+        self._attach(sequence_id, push)
+        push.call_when_caught_up(lambda: self._tell(push, machine.PushCaughtUp(sequence_id)))
+
+    def _attach(self, sequence_id: str, push: Push) -> None:
+        self._pushes[sequence_id] = push
+        push.add_failure_callback(
+            lambda error: self._tell(push, machine.PushFailed(sequence_id, Failure.of(error)))
+        )  # fmt: skip
+        self._replica.attach(sequence_id, push)
+
+    def _tell(self, push: Push, event: machine.Event) -> None:
+        """What became of a push, unless its sequence has gone on without it."""
+        if self._pushes.get(event.sequence_id) is push:
+            self._feed(event)
+
+    async def _commit(self, action: machine.CommitPush, push: Push) -> None:
+        sequence_id = action.sequence_id
+        try:
+            report = await push.commit(action.tokens, action.num_blocks)
         except Exception as error:
-            self._feed(machine.PushFailed(sequence_id, self._defects.failure("prefill", error, sequence_id)))
+            failure = self._defects.failure("prefill", error, sequence_id)
+            self._tell(push, machine.PushFailed(sequence_id, failure))
         else:
-            self._feed(machine.PushCommitted(sequence_id, report))
+            self._tell(push, machine.PushCommitted(sequence_id, report))
 
     async def _abort(self, sequence_id: str, push: Push, reason: str) -> None:
         # Should abort break its word and raise, the blocks stay held: better lost than overwritten while being read.
         await push.abort(reason)
-        self._feed(machine.PushAborted(sequence_id))
+        self._tell(push, machine.PushAborted(sequence_id))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -1,11 +1,20 @@
-"""The prompt phase as a pure machine: the state of each sequence, and the actions that follow from each event.
+"""The prompt phase, and moves of running sequences, as a pure machine: the state of each sequence, and the actions that
+follow from each event.
 
     run -> QUEUED -> COMPUTING -> COMMITTING -> (handed off)
               |          |            |
               +-> gone   +---> ABORTING ---> gone
 
-Without a lease a sequence is QUEUED -> STAYING and decodes here to its end. Law: the blocks of a sequence whose push
-began are released exactly once, when the push was committed or its abort has returned.
+Without a lease a sequence is STAYING and decodes here, to its end or until it is to move; one that decodes here after a
+transfer (decode_node) comes when it is to move:
+
+    STAYING --migrate--> MIGRATING -> HOLDING -> COMMITTING -> (handed off)
+       ^                     |           |            |
+       '---- not migrated ---+- RETURNING <-----------'     its end, a cancel: ABORTING, as above
+
+It goes on generating while it is MIGRATING, and its tokens are sent whatever becomes of the move. Law: the blocks of a
+sequence whose push began are released, or taken back, exactly once: when the push was committed or its abort has
+returned.
 """
 
 from __future__ import annotations
@@ -19,7 +28,9 @@ from baton.node_messages import (
     Defect,
     FromRouter,
     HandedOff,
+    LetGo,
     Migrate,
+    NotMigrated,
     PrefillDone,
     Reserve,
     RouterMessage,
@@ -51,6 +62,21 @@ class PushRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveRefused:
+    """A move could not even begin: nothing was lent."""
+
+    sequence_id: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class PushCaughtUp:
+    """Of a sequence that goes on: little of it is left to be pushed, or its lease is nearly full."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PushCommitted:
     """Decode has acknowledged."""
 
@@ -76,8 +102,11 @@ class PushAborted:
 Event = (
     FromRouter
     | SessionLost
+    | LetGo
     | SubmitRefused
     | PushRefused
+    | MoveRefused
+    | PushCaughtUp
     | PushCommitted
     | PushFailed
     | PushAborted
@@ -100,9 +129,33 @@ class BeginPush:
 
 
 @dataclass(frozen=True, slots=True)
+class BeginMove:
+    """Lend the blocks of a sequence that decodes here, and push them into the lease while it goes on."""
+
+    sequence_id: str
+    lease: Lease
+
+
+@dataclass(frozen=True, slots=True)
+class HoldCompute:
+    """Stop it between two tokens; answered by Handoff, unless it ends before."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """It goes on here, and nothing outside reads its blocks."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class CommitPush:
     sequence_id: str
-    first_token: TokenChunk
+    tokens: TokenChunk
+    # These hold its KV.
+    num_blocks: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +178,9 @@ class ReleaseBlocks:
     sequence_id: str
 
 
-Action = Run | BeginPush | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
+Action = (
+    Run | BeginPush | BeginMove | HoldCompute | Resume | CommitPush | AbortPush | StopCompute | ReleaseBlocks | Send
+)  # fmt: skip
 
 
 class Phase(Enum):
@@ -137,10 +192,26 @@ class Phase(Enum):
     ABORTING = "aborting"
     # Decodes here.
     STAYING = "staying"
+    # Its full blocks are pushed while it decodes.
+    MIGRATING = "migrating"
+    # Told to stop between two tokens.
+    HOLDING = "holding"
+    # Its move has failed; it goes on here once nothing reads its blocks and, if it was told to stop, it has stopped.
+    RETURNING = "returning"
 
 
 class _Relay:
-    __slots__ = ("is_prompt", "lease", "num_known_tokens", "phase", "session")
+    __slots__ = (
+        "failure",
+        "is_abort_due",
+        "is_handoff_due",
+        "is_moving",
+        "is_prompt",
+        "lease",
+        "num_known_tokens",
+        "phase",
+        "session",
+    )
 
     def __init__(self, session: int, lease: Lease | None, num_known_tokens: int) -> None:
         self.session = session
@@ -149,6 +220,17 @@ class _Relay:
         self.phase = Phase.STAYING if lease is None else Phase.QUEUED
         # Nothing was generated yet.
         self.is_prompt = True
+        # It decoded here before its push began.
+        self.is_moving = False
+        # RETURNING: why, and what it waits for.
+        self.failure: Failure | None = None
+        self.is_abort_due = False
+        self.is_handoff_due = False
+
+    @property
+    def is_decoding(self) -> bool:
+        """Its tokens are those of a sequence that decodes here."""
+        return self.phase in (Phase.STAYING, Phase.MIGRATING, Phase.HOLDING, Phase.RETURNING)
 
 
 class PrefillMachine:
@@ -168,6 +250,11 @@ class PrefillMachine:
             case SessionLost(session):
                 mine = [name for name, relay in self._relays.items() if relay.session == session]
                 return [action for name in mine for action in self._stop(name, "the router's session was lost")]
+            case LetGo(session, message):
+                assert message.sequence_id not in self._relays, "a sequence belongs to one machine"
+                relay = self._relays[message.sequence_id] = _Relay(session, None, 0)
+                relay.is_prompt = False
+                return self._migrate(session, message)
         relay = self._relays.get(event.sequence_id)
         if relay is None:
             return []
@@ -179,11 +266,16 @@ class PrefillMachine:
                 return self._started(relay, sequence_id, block_ids)
             case Output():
                 return self._output(relay, event)
-            case Handoff(sequence_id, tokens):
-                if relay.phase is not Phase.COMPUTING:
+            case Handoff():
+                return self._handed_over(relay, event)
+            case PushCaughtUp(sequence_id):
+                if relay.phase is not Phase.MIGRATING:
                     return []
-                relay.phase = Phase.COMMITTING
-                return [CommitPush(sequence_id, tokens)]
+                relay.phase = Phase.HOLDING
+                return [HoldCompute(sequence_id)]
+            case MoveRefused(sequence_id, failure):
+                relay.phase, relay.is_moving = Phase.STAYING, False
+                return [Send(relay.session, NotMigrated(sequence_id, self._blame(failure, relay)))]
             case Failed(sequence_id, failure) | Defect(sequence_id, failure):
                 return self._fail(relay, sequence_id, failure)
             case PushRefused(sequence_id, failure):
@@ -191,12 +283,12 @@ class PrefillMachine:
                 relay.phase = Phase.QUEUED
                 return self._fail(relay, sequence_id, self._blame(failure, relay))
             case PushFailed(sequence_id, failure):
-                return self._fail(relay, sequence_id, self._blame(failure, relay))
+                return self._push_failed(relay, sequence_id, self._blame(failure, relay))
             case PushCommitted(sequence_id, report):
                 return self._committed(relay, sequence_id, report)
             case PushAborted(sequence_id):
-                del self._relays[sequence_id]
-                return [ReleaseBlocks(sequence_id)]
+                relay.is_abort_due = False
+                return self._returned(relay, sequence_id) if relay.phase is Phase.RETURNING else self._gone(sequence_id)
 
     @property
     def num_sequences(self) -> int:
@@ -209,8 +301,11 @@ class PrefillMachine:
 
     @property
     def has_decodes(self) -> bool:
-        """Sequences that stay and have their first token."""
-        return any(relay.phase is Phase.STAYING and not relay.is_prompt for relay in self._relays.values())
+        """Sequences that decode here."""
+        return any(relay.is_decoding and not relay.is_prompt for relay in self._relays.values())
+
+    def has(self, sequence_id: str) -> bool:
+        return sequence_id in self._relays
 
     def phase_of(self, sequence_id: str) -> Phase | None:
         relay = self._relays.get(sequence_id)
@@ -223,7 +318,9 @@ class PrefillMachine:
             case Cancel(sequence_id, reason):
                 relay = self._relays.get(sequence_id)
                 return self._stop(sequence_id, reason) if relay is not None and relay.session == session else []
-            case Reserve() | Migrate():
+            case Migrate():
+                return self._migrate(session, message)
+            case Reserve():
                 return []
 
     def _run(self, session: int, message: Run) -> list[Action]:
@@ -235,11 +332,27 @@ class PrefillMachine:
         self._relays[sequence_id] = _Relay(session, message.lease, message.spec.num_known_tokens)
         return [message]
 
+    def _migrate(self, session: int, message: Migrate) -> list[Action]:
+        sequence_id, lease = message.sequence_id, message.lease
+        relay = self._relays.get(sequence_id)
+        if relay is None or relay.session != session or relay.phase is Phase.ABORTING:
+            return []
+        try:
+            self._check_lease(sequence_id, lease)
+            if relay.phase is not Phase.STAYING:
+                raise Overloaded(f"{sequence_id} is {relay.phase.value} on {self._node_id}, expected one that decodes")
+        except BatonError as error:
+            return [Send(session, NotMigrated(sequence_id, Failure.of(error)))]
+        relay.phase, relay.lease, relay.is_moving = Phase.MIGRATING, lease, True
+        return [BeginMove(sequence_id, lease)]
+
     def _check_run(self, sequence_id: str, lease: Lease | None) -> None:
         if sequence_id in self._relays:
             raise Overloaded(f"{sequence_id} is still in use on {self._node_id}")
-        if lease is None:
-            return
+        if lease is not None:
+            self._check_lease(sequence_id, lease)
+
+    def _check_lease(self, sequence_id: str, lease: Lease) -> None:
         if lease.sequence_id != sequence_id:
             raise InvalidRequest(f"the lease is for {lease.sequence_id}, expected {sequence_id}", param="lease")
         if lease.node_id == self._node_id:
@@ -254,7 +367,7 @@ class PrefillMachine:
         return [BeginPush(sequence_id, relay.lease, block_ids, relay.num_known_tokens)]
 
     def _output(self, relay: _Relay, event: Output) -> list[Action]:
-        if relay.phase not in (Phase.COMPUTING, Phase.STAYING):
+        if relay.phase is not Phase.COMPUTING and not relay.is_decoding:
             return []
         sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
         relay.is_prompt = False
@@ -267,13 +380,59 @@ class PrefillMachine:
             actions.append(Send(relay.session, done))
         # Last, for it may be the end of the sequence.
         actions.append(Send(relay.session, event.chunk))
-        if relay.phase is Phase.STAYING:
-            if is_last:
+        return [*actions, *self._ended(relay, sequence_id)] if is_last else actions
+
+    def _ended(self, relay: _Relay, sequence_id: str) -> list[Action]:
+        """The token that was sent is its last."""
+        match relay.phase:
+            case Phase.STAYING:
                 del self._relays[sequence_id]
-        elif is_last:
-            relay.phase = Phase.ABORTING
-            actions.append(AbortPush(sequence_id, "the first token ended the request"))
-        return actions
+                return []
+            case Phase.RETURNING:
+                return self._leave_returning(relay, sequence_id)
+            case _:
+                relay.phase = Phase.ABORTING
+                return [AbortPush(sequence_id, "the sequence has ended where it was")]
+
+    def _handed_over(self, relay: _Relay, event: Handoff) -> list[Action]:
+        sequence_id = event.sequence_id
+        if relay.phase is Phase.RETURNING:
+            relay.is_handoff_due = False
+            return self._returned(relay, sequence_id)
+        if relay.phase not in (Phase.COMPUTING, Phase.HOLDING):
+            return []
+        relay.is_handoff_due = False
+        relay.phase = Phase.COMMITTING
+        return [CommitPush(sequence_id, event.tokens, len(event.block_ids))]
+
+    def _push_failed(self, relay: _Relay, sequence_id: str, failure: Failure) -> list[Action]:
+        """One that was to move goes on here, any other fails. A failure of a commit may be told twice."""
+        if relay.phase not in (Phase.COMPUTING, Phase.COMMITTING, Phase.MIGRATING, Phase.HOLDING):
+            return []
+        if not relay.is_moving:
+            return self._fail(relay, sequence_id, failure)
+        relay.is_handoff_due = relay.phase is Phase.HOLDING
+        relay.is_abort_due = True
+        relay.phase, relay.failure = Phase.RETURNING, failure
+        return [AbortPush(sequence_id, failure.message)]
+
+    def _returned(self, relay: _Relay, sequence_id: str) -> list[Action]:
+        if relay.is_abort_due or relay.is_handoff_due:
+            return []
+        assert relay.failure is not None
+        relay.phase, relay.is_moving = Phase.STAYING, False
+        return [Resume(sequence_id), Send(relay.session, NotMigrated(sequence_id, relay.failure))]
+
+    def _leave_returning(self, relay: _Relay, sequence_id: str) -> list[Action]:
+        """It does not go on: its blocks wait for the abort alone."""
+        if not relay.is_abort_due:
+            return self._gone(sequence_id)
+        relay.phase = Phase.ABORTING
+        return [StopCompute(sequence_id)]
+
+    def _gone(self, sequence_id: str) -> list[Action]:
+        del self._relays[sequence_id]
+        return [ReleaseBlocks(sequence_id)]
 
     def _committed(self, relay: _Relay, sequence_id: str, report: TransferReport) -> list[Action]:
         # Also when it was cancelled meanwhile: the acknowledgement says that no reader is left.
@@ -292,9 +451,10 @@ class PrefillMachine:
         relay = self._relays[sequence_id]
         match relay.phase:
             case Phase.QUEUED | Phase.STAYING:
-                del self._relays[sequence_id]
-                return [ReleaseBlocks(sequence_id)]
-            case Phase.COMPUTING:
+                return self._gone(sequence_id)
+            case Phase.RETURNING:
+                return self._leave_returning(relay, sequence_id)
+            case Phase.COMPUTING | Phase.MIGRATING | Phase.HOLDING:
                 relay.phase = Phase.ABORTING
                 return [StopCompute(sequence_id), AbortPush(sequence_id, reason)]
             case Phase.COMMITTING:

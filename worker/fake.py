@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from baton import PROTOCOL_VERSION
 from baton.defects import Defects
-from baton.errors import BatonError, TransferFailed, described
+from baton.errors import BatonError, InvalidRequest, TransferFailed, described
 from baton.server import GrpcServer
 from baton.timeline import Timeline, Transfer
 from baton.types import (
@@ -153,11 +153,17 @@ class Push:
 
         self._outcome.add_done_callback(on_done)
 
+    def call_when_caught_up(self, callback: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_soon(callback)
+
     def end(self, error: BatonError | None) -> None:
         if not self._outcome.done():
             self._outcome.set_result(error)
 
-    async def commit(self, first_token: TokenChunk) -> TransferReport:
+    async def commit(self, first_token: TokenChunk, num_blocks: int) -> TransferReport:
+        room = self.lease.num_cached_blocks + min(len(self.block_ids), len(self.lease.block_ids))
+        if num_blocks > room:
+            raise InvalidRequest(f"{num_blocks} blocks to push, expected at most {room}")
         node, loop = self.node, asyncio.get_running_loop()
         asked_s, transfer_s = node.clock.now(), node.config.transfer_s
         loop.call_later(transfer_s, self._deliver, first_token)
@@ -184,7 +190,7 @@ class Sender:
     def __init__(self, node: FakeNode) -> None:
         self._node = node
 
-    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> Push:
+    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int | None) -> Push:
         return Push(self._node, lease, source_blocks[lease.num_cached_blocks :])
 
 

@@ -20,6 +20,7 @@ from baton.node_messages import CacheChanged, Defect, FromRouter, Joined, NodeMe
 from baton.types import Failure, Lease, NodeDescription, NodeStatus, Role
 from decode_node import machine as decode_machine
 from decode_node.actions import DecodeActions
+from engine.events import EngineEvent
 from engine.known import CacheFeed
 from engine.replica import Replica
 from kvtransfer.protocol.receiver_events import LeaseNotice
@@ -84,7 +85,6 @@ class _Phase(Generic[Event, Action]):
         self._send = send
         self._on_fed = on_fed
         self._defects = defects
-        self._loop = asyncio.get_running_loop()
         self._actions = actions
         self._driver: Driver[Event | Defect, Action] = Driver(machine, self._perform, clock, on_error=self._on_error)
         # Sequences that are being failed because something raised.
@@ -100,10 +100,6 @@ class _Phase(Generic[Event, Action]):
     def fail(self, sequence_id: str, failure: Failure) -> None:
         """End the sequence here, in whatever phase it is; an unknown one is ignored."""
         self._fail(Defect(sequence_id, failure))
-
-    def hear(self, events: Sequence[Event]) -> None:
-        """Called in the engine thread, with the events of one step."""
-        self._loop.call_soon_threadsafe(self.feed, *events)
 
     def _perform(self, action: Action) -> None:
         if isinstance(action, Send):
@@ -162,20 +158,22 @@ class NodeService:
         self._cache_feeds: dict[int, CacheFeed] = {}
         self._is_idle = asyncio.Event()
         self._is_idle.set()
+        self._loop = asyncio.get_running_loop()
         self._prefill_machine = prefill_machine.PrefillMachine(node.node_id)
         self._decode_machine = decode_machine.DecodeMachine(node.node_id)
         self._prefill_actions = PrefillActions(
             replica,
             sender,
             feed=lambda event: self._prefill.feed(event),
-            listener=lambda events: self._prefill.hear(events),
+            listener=self._hear,
             defects=defects,
         )
         decode_actions = DecodeActions(
             replica,
             receiver,
             feed=lambda event: self._decode.feed(event),
-            listener=lambda events: self._decode.hear(events),
+            listener=self._hear,
+            let_go=lambda event: self._prefill.feed(event),
             config=config or decode_machine.DecodeConfig(),
         )
         self._prefill: _Phase[prefill_machine.Event, prefill_machine.Action] = _Phase(
@@ -245,6 +243,18 @@ class NodeService:
         self._decode.fail(sequence_id, failure)
         if not isinstance(message, SequenceFailed):
             self.sessions.put(session, SequenceFailed(sequence_id, failure))
+
+    # -- from the engine
+
+    def _hear(self, events: Sequence[EngineEvent]) -> None:
+        """Called in the engine thread, with the events of one step."""
+        self._loop.call_soon_threadsafe(self._heard, events)
+
+    def _heard(self, events: Sequence[EngineEvent]) -> None:
+        """To the machine that has the sequence now: it may have changed hands since the engine spoke."""
+        has = self._prefill_machine.has
+        self._prefill.feed(*[event for event in events if has(event.sequence_id)])
+        self._decode.feed(*[event for event in events if not has(event.sequence_id)])
 
     # -- from the phases
 

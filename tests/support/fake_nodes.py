@@ -24,7 +24,7 @@ from baton.v1 import node_pb2
 from engine.blocks import BlockState
 from engine.fake import Row
 from engine.replica import Listener, Replica
-from engine.schedule import Scheduler
+from engine.schedule import Reserved, Scheduler
 from worker import fake
 from worker.admin import NodeServicer
 from worker.fake import PacedRunner, Push, expected_tokens
@@ -149,9 +149,9 @@ class _Replica(Replica):
         self.script.raise_failure("run")
         super().submit(spec, hands_off=hands_off, listener=listener)
 
-    def reserve(self, spec: SequenceSpec) -> list[int]:
+    def reserve(self, spec: SequenceSpec, num_headroom_tokens: int = 0) -> Reserved:
         self.script.raise_failure("reserve")
-        return super().reserve(spec)
+        return super().reserve(spec, num_headroom_tokens)
 
     def join(self, sequence_id: str, tokens: TokenChunk, listener: Listener) -> None:
         self.script.raise_failure("join")

@@ -68,13 +68,20 @@ class SteeredPush:
         # Abort returns once this is set.
         self.quiet = asyncio.Event()
         self.quiet.set()
+        self.num_committed = 0
+        # Of a sequence that moves: says that it is time to stop it.
+        self.caught_up: Callable[[], None] = lambda: None
 
     def layer_ready(self, layer: int, num_blocks: int) -> None:
         if self.layer_error is not None:
             raise self.layer_error
         self.told.append((layer, num_blocks))
 
-    async def commit(self, first_token: TokenChunk) -> TransferReport:
+    def call_when_caught_up(self, callback: Callable[[], None]) -> None:
+        self.caught_up = callback
+
+    async def commit(self, first_token: TokenChunk, num_blocks: int) -> TransferReport:
+        self.num_committed = num_blocks
         self.committed.set_result(first_token)
         error = await asyncio.shield(self.outcome)
         if error is not None:
@@ -103,7 +110,7 @@ class SteeredSender:
         self.error: Exception | None = None
         self.layer_error: Exception | None = None
 
-    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int) -> SteeredPush:
+    def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int | None) -> SteeredPush:
         if self.error is not None:
             raise self.error
         push = self.pushes[lease.sequence_id] = SteeredPush(tuple(source_blocks))

@@ -2,10 +2,11 @@
 pressure.
 
 What holds whatever the order: blocks are conserved; every sequence that is not cancelled or failed yields exactly the
-tokens of the oracle, once each and in order, also when it is held at any moment and then resumed or handed over; a plan
-keeps to its limits; no block of a running step is handed out; and when arrivals stop, everything comes to an end with
-all blocks free. All of it one step at a time, or with a second step planned and launched while one runs on a device
-that computes as late as it may (``overlaps``); with one token per sample, or with several (``max_drawn``).
+tokens of the oracle, once each and in order, also when it is held at any moment and then resumed or handed over; blocks
+that are lent stay, and those of them that are said to be full hold what they should; a plan keeps to its limits; no
+block of a running step is handed out; and when arrivals stop, everything comes to an end with all blocks free. All of
+it one step at a time, or with a second step planned and launched while one runs on a device that computes as late as it
+may (``overlaps``); with one token per sample, or with several (``max_drawn``).
 """
 
 from collections.abc import Sequence
@@ -80,6 +81,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.hands_off: set[str] = set()
         # Of them, those that stopped: to be released, resumed or handed over.
         self.held: set[str] = set()
+        # Blocks that are read while their sequence goes on, or is held after that.
+        self.lent: dict[str, tuple[int, ...]] = {}
         self.leased: set[str] = set()
         # Of them, leading blocks that were there.
         self.num_cached: dict[str, int] = {}
@@ -140,18 +143,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         if hands_off:
             self.hands_off.add(spec.sequence_id)
 
-    @rule(num_prompt=st.integers(1, 30), max_tokens=st.integers(2, 18))
-    def reserve(self, num_prompt: int, max_tokens: int) -> None:
+    @rule(num_prompt=st.integers(1, 30), max_tokens=st.integers(2, 18), num_headroom=st.integers(0, 9))
+    def reserve(self, num_prompt: int, max_tokens: int, num_headroom: int) -> None:
         spec = self.spec(num_prompt, max_tokens, 0, stops=False)
-        self.lease(spec)
+        self.lease(spec, num_headroom)
 
-    def lease(self, spec: SequenceSpec) -> bool:
+    def lease(self, spec: SequenceSpec, num_headroom: int) -> bool:
         """Whether blocks were reserved for it."""
         try:
-            reserved = self.scheduler.reserve(spec, self.now)
+            reserved = self.scheduler.reserve(spec, self.now, num_headroom)
         except Overloaded:
             return False
-        count = blocks_for(spec.num_known_tokens + 1, BLOCK_TOKENS)
+        count = blocks_for(min(spec.num_known_tokens + 1 + num_headroom, spec.max_total_tokens), BLOCK_TOKENS)
         assert reserved.num_cached_blocks + len(reserved.block_ids) == count
         assert reserved.num_cached_blocks <= spec.num_known_tokens // BLOCK_TOKENS
         assert not set(reserved.block_ids) & self.blocks_in_flight()
@@ -215,6 +218,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.hold(name)
         self.hands_off.add(name)
 
+    @precondition(lambda self: self.open - self.leased)
+    @rule(data=st.data(), num_blocks=st.integers(0, 9))
+    def lend(self, data: st.DataObject, num_blocks: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.open - self.leased)))
+        before = len(self.pool.block_ids(name)) if name in self.pool else 0
+        try:
+            blocks = self.scheduler.lend(name, num_blocks)
+        except Overloaded:
+            return
+        assert before <= len(blocks) <= max(before, num_blocks)
+        self.lent[name] = blocks
+        self.hands_off.add(name)
+
+    @precondition(lambda self: self.open & self.lent.keys())
+    @rule(data=st.data())
+    def take_back(self, data: st.DataObject) -> None:
+        """It goes on here, and was not told to stop."""
+        name = data.draw(st.sampled_from(sorted(self.open & self.lent.keys())))
+        if not self.scheduler._entries[name].hands_off:
+            self.scheduler.resume(name, self.now)
+            self.hands_off.remove(name)
+            del self.lent[name]
+
     @precondition(lambda self: self.held)
     @rule(data=st.data())
     def resume(self, data: st.DataObject) -> None:
@@ -222,18 +248,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.resume(name, self.now)
         self.held.remove(name)
         self.hands_off.remove(name)
+        self.lent.pop(name, None)
         self.open.add(name)
 
     @precondition(lambda self: self.held)
-    @rule(data=st.data(), num_unknown=st.integers(1, 9))
-    def hand_over(self, data: st.DataObject, num_unknown: int) -> None:
+    @rule(data=st.data(), num_unknown=st.integers(1, 9), num_headroom=st.integers(0, 9))
+    def hand_over(self, data: st.DataObject, num_unknown: int, num_headroom: int) -> None:
         """Another node goes on; here the other node is this one. All but ``num_unknown`` tokens it knows already."""
         name = data.draw(st.sampled_from(sorted(self.held)))
         spec, tokens = self.specs[name], self.tokens[name]
         self.num_made += 1
         known = tuple(tokens[: max(0, len(tokens) - num_unknown)])
         other = SequenceSpec(f"s{self.num_made}", spec.prompt_token_ids, spec.sampling, known)
-        if not self.lease(other):
+        if not self.lease(other, num_headroom):
             return
         blocks = self.pool.block_ids(other.sequence_id)
         if len(blocks) * BLOCK_TOKENS < len(spec.prompt_token_ids) + len(tokens) - 1:
@@ -252,6 +279,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.cancel(name, self.now)
         if name in self.hands_off and name in self.pool and data.draw(st.booleans()):
             self.hands_off.remove(name)
+            self.lent.pop(name, None)
             self.scheduler.release(name, self.now)
 
     @precondition(lambda self: any(name in self.pool and name not in self.open for name in self.hands_off))
@@ -260,6 +288,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         held = sorted(name for name in self.hands_off if name in self.pool and name not in self.open)
         self.hands_off.remove(name := data.draw(st.sampled_from(held)))
         self.held.discard(name)
+        self.lent.pop(name, None)
         if data.draw(st.booleans()):
             self.scheduler.cancel(name, self.now)
         self.scheduler.release(name, self.now)
@@ -342,12 +371,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open.remove(name)
         self.held.add(name)
 
+    def read(self, name: str, blocks: tuple[int, ...]) -> None:
+        """As the reader outside does, while it goes on."""
+        assert tuple(self.pool.block_ids(name)[: len(blocks)]) == blocks, "a block was taken from its reader"
+        if name in self.open:
+            known = [*self.specs[name].prompt_token_ids, *self.tokens[name]]
+            for i in range(min(len(blocks), self.scheduler.full_blocks(name))):
+                for layer in range(LAYOUT.num_layers):
+                    cell = LAYOUT.offset(layer, blocks[i]) // 4
+                    tokens = known[i * BLOCK_TOKENS : (i + 1) * BLOCK_TOKENS]
+                    assert list(self.runner._cells[cell : cell + BLOCK_TOKENS]) == [t + 1 + layer for t in tokens]
+
     def blocks_in_flight(self) -> set[int]:
         return {b for flight in self.flights for blocks in flight.blocks.values() for b in blocks}
 
     @invariant()
     def consistent(self) -> None:
         self.scheduler.check()
+        for name, blocks in self.lent.items():
+            self.read(name, blocks)
         for flight in self.flights:
             for owner, blocks in flight.blocks.items():
                 assert set(blocks) <= set(self.pool.block_ids(owner)), "a block of a running step was given back"
@@ -360,6 +402,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(1000):
             for name in sorted(self.hands_off - self.open):
                 self.scheduler.release(name, self.now)
+                self.lent.pop(name, None)
             self.held.clear()
             if len(self.flights) <= self.overlaps:
                 self.schedule()

@@ -1,14 +1,15 @@
 """DecodeMachine with an engine, a receiver and routers that do things in any order.
 
 What holds: leased blocks are returned exactly once, and only when the receiver says that no writer is left; running
-sequences are stopped or end by themselves; the router hears at most one end per sequence and nothing after it.
+sequences are stopped, end by themselves or go to the prefill machine, which is then the only one that knows them; the
+router hears at most one end per sequence and nothing after it.
 """
 
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
 
-from baton.node_messages import Cancel, FromRouter, Refused, Reserve, Send, SequenceFailed, SessionLost
+from baton.node_messages import Cancel, FromRouter, LetGo, Migrate, Refused, Reserve, Send, SequenceFailed, SessionLost
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk
 from decode_node import machine as m
 from engine.events import Failed, Output
@@ -49,7 +50,7 @@ class DecodeWorld(RuleBasedStateMachine):
             if not self.perform(action):
                 break
 
-    def perform(self, action: m.Action) -> bool:
+    def perform(self, action: m.Action) -> bool:  # noqa: C901 - one case per action
         """False if the driver would have raised."""
         match action:
             case Reserve(spec):
@@ -77,6 +78,12 @@ class DecodeWorld(RuleBasedStateMachine):
             case m.ReturnBlocks(name):
                 assert self.worlds[name].blocks == "free to return"
                 self.worlds[name].blocks = "over"
+            case LetGo(session):
+                world = self.worlds[action.sequence_id]
+                assert world.blocks == "running"
+                assert world.session == session
+                # The other machine's: from here nothing more is heard of it, and it is left alone.
+                world.blocks, world.is_silent = "over", True
             case m.StopCompute(name):
                 assert self.worlds[name].blocks == "running"
                 self.worlds[name].blocks = "over"
@@ -146,6 +153,15 @@ class DecodeWorld(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(self.names("running")))
         self.worlds[name].blocks = "over"
         self.feed(Failed(name, BOOM))
+
+    @precondition(lambda self: self.worlds)
+    @rule(data=st.data(), session=SESSIONS)
+    def migrate(self, data: st.DataObject, session: int) -> None:
+        name = data.draw(st.sampled_from(sorted(self.worlds)))
+        world = self.worlds[name]
+        is_let_go = world.blocks == "running" and world.session == session
+        self.feed(FromRouter(session, Migrate(name, Lease(name, 2, "d1", 1, "h:2", (0,), 9.0))))
+        assert (self.machine.phase_of(name) is None) or not is_let_go
 
     @precondition(lambda self: self.worlds)
     @rule(data=st.data(), session=SESSIONS)

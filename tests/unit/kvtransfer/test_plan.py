@@ -46,7 +46,7 @@ def test_neighbours_merge_only_if_both_sides_are_contiguous() -> None:
         Copy((24 + 6) * SIZE, (40 + 7) * SIZE, SIZE),
     ]
     assert plan.copies(1, 2, 0) == []
-    assert plan.num_bytes == 5 * 3 * SIZE
+    assert plan.bytes_of(plan.num_blocks) == 5 * 3 * SIZE
 
 
 block_lists = st.integers(1, 12).flatmap(
@@ -124,7 +124,7 @@ def test_plans_between_all_shards_of_two_splits_move_every_head_of_every_layer_o
                     TransferPlan.of(src, dst)
                 continue
             plan, cache = TransferPlan.of(src, dst), filled(src)
-            num_bytes += plan.num_bytes
+            num_bytes += plan.bytes_of(plan.num_blocks)
             for layer in range(plan.shard.num_layers):
                 for a, b, size in plan.copies(layer, 0, num_blocks):
                     assert not target[b : b + size].any(), "written twice"

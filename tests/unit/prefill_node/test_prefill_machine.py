@@ -1,5 +1,7 @@
 """Feed events, assert actions: every phase, with a cancel, a lost session and a death in each."""
 
+from dataclasses import replace
+
 import pytest
 
 from baton.node_messages import (
@@ -7,6 +9,9 @@ from baton.node_messages import (
     Defect,
     FromRouter,
     HandedOff,
+    LetGo,
+    Migrate,
+    NotMigrated,
     PrefillDone,
     Run,
     Send,
@@ -18,16 +23,21 @@ from engine.events import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node.machine import (
     AbortPush,
     Action,
+    BeginMove,
     BeginPush,
     CommitPush,
     Event,
+    HoldCompute,
+    MoveRefused,
     Phase,
     PrefillMachine,
     PushAborted,
+    PushCaughtUp,
     PushCommitted,
     PushFailed,
     PushRefused,
     ReleaseBlocks,
+    Resume,
     StopCompute,
     SubmitRefused,
 )
@@ -55,6 +65,15 @@ COMPUTING: list[Event] = [*QUEUED, STARTED]
 COMMITTING: list[Event] = [*COMPUTING, TOKEN, HANDOFF]
 ABORTING: list[Event] = [*COMPUTING, CANCEL]
 STAYING: list[Event] = [FromRouter(1, Run(SPEC, None))]
+MIGRATE = Migrate(ID, LEASE)
+MIGRATING: list[Event] = [*STAYING, TOKEN, FromRouter(1, MIGRATE)]
+HOLDING: list[Event] = [*MIGRATING, PushCaughtUp(ID)]
+MOVING: list[Event] = [*HOLDING, HANDOFF]
+RETURNING: list[Event] = [*MIGRATING, PushFailed(ID, LOST)]
+RETURNING_HELD: list[Event] = [*HOLDING, PushFailed(ID, LOST)]
+NEXT = Output(ID, TokenChunk(ID, 2, (43,)))
+LAST = Output(ID, TokenChunk(ID, 2, (43,), finish_reason=FinishReason.LENGTH))
+STAYS = Send(1, NotMigrated(ID, BLAMED))
 
 
 def after(*events: Event) -> PrefillMachine:
@@ -69,7 +88,7 @@ def test_the_whole_relay() -> None:
     assert machine.handle(RUN, 0.0) == [Run(SPEC, LEASE)]
     assert machine.handle(STARTED, 0.0) == [BeginPush(ID, LEASE, (3, 4), 4)]
     assert machine.handle(TOKEN, 0.0) == [Send(1, DONE), Send(1, FIRST)]
-    assert machine.handle(HANDOFF, 0.0) == [CommitPush(ID, FIRST)]
+    assert machine.handle(HANDOFF, 0.0) == [CommitPush(ID, FIRST, 2)]
     assert machine.handle(PushCommitted(ID, REPORT), 0.0) == [ReleaseBlocks(ID), Send(1, HandedOff(ID, REPORT))]
     assert machine.num_sequences == 0
 
@@ -99,6 +118,16 @@ def test_without_a_lease_it_stays_and_decodes_to_its_end() -> None:
         (QUEUED, [ReleaseBlocks(ID)], []),
         (STAYING, [ReleaseBlocks(ID)], []),
         ([*STAYING, TOKEN], [ReleaseBlocks(ID)], []),
+        (MIGRATING, [StopCompute(ID), "abort"], [PushAborted(ID)]),
+        (HOLDING, [StopCompute(ID), "abort"], [PushAborted(ID)]),
+        (HOLDING, [StopCompute(ID), "abort"], [HANDOFF, PushAborted(ID)]),
+        (MOVING, ["abort"], [PushAborted(ID)]),
+        (MOVING, ["abort"], [PushCommitted(ID, REPORT), PushAborted(ID)]),
+        (MOVING, ["abort"], [PushFailed(ID, LOST), PushAborted(ID)]),
+        (RETURNING, [StopCompute(ID)], [PushAborted(ID)]),
+        (RETURNING_HELD, [StopCompute(ID)], [HANDOFF, PushAborted(ID)]),
+        ([*RETURNING_HELD, PushAborted(ID)], [ReleaseBlocks(ID)], []),
+        ([*RETURNING, PushAborted(ID)], [ReleaseBlocks(ID)], []),
         (COMPUTING, [StopCompute(ID), "abort"], [PushAborted(ID)]),
         (COMMITTING, ["abort"], [PushAborted(ID)]),
         (COMMITTING, ["abort"], [PushCommitted(ID, REPORT)]),
@@ -196,3 +225,95 @@ def test_a_lease_that_makes_no_sense_is_refused(lease: Lease) -> None:
     assert isinstance(refused.message, SequenceFailed)
     assert refused.message.failure.code == "InvalidRequest"
     assert machine.num_sequences == 0
+
+
+@pytest.mark.parametrize("way", [[*STAYING, TOKEN], [TOKEN]])
+def test_a_move_pushes_while_tokens_go_on_then_stops_it_and_hands_it_over(way: list[Event]) -> None:
+    """Of a sequence that stays here, and of one that decode lets go of."""
+    came_with_transfer = way == [TOKEN]
+    machine = after(*way)
+    asked = LetGo(1, MIGRATE) if came_with_transfer else FromRouter(1, MIGRATE)
+    assert machine.handle(asked, 0.0) == [BeginMove(ID, LEASE)]
+    assert machine.handle(NEXT, 0.0) == [Send(1, NEXT.chunk)]
+    assert machine.handle(PushCaughtUp(ID), 0.0) == [HoldCompute(ID)]
+    assert machine.handle(PushCaughtUp(ID), 0.0) == []
+    assert machine.handle(NEXT, 0.0) == [Send(1, NEXT.chunk)], "a step that was under way"
+    assert machine.handle(HANDOFF, 0.0) == [CommitPush(ID, FIRST, 2)]
+    assert machine.handle(PushCommitted(ID, REPORT), 0.0) == [ReleaseBlocks(ID), Send(1, HandedOff(ID, REPORT))]
+    assert machine.num_sequences == 0
+
+
+@pytest.mark.parametrize(
+    ("way", "then"),
+    [
+        (MIGRATING, [PushAborted(ID)]),
+        (HOLDING, [PushAborted(ID), HANDOFF]),
+        (HOLDING, [HANDOFF, PushAborted(ID)]),
+        (HOLDING, [NEXT, HANDOFF, PushAborted(ID)]),
+        (MOVING, [PushAborted(ID)]),
+    ],
+)
+def test_a_move_that_breaks_leaves_it_running_here(way: list[Event], then: list[Event]) -> None:
+    machine = after(*way)
+    (abort,) = machine.handle(PushFailed(ID, LOST), 0.0)
+    assert isinstance(abort, AbortPush)
+    *before, last = then
+    for event in before:
+        assert machine.handle(event, 0.0) == ([Send(1, event.chunk)] if isinstance(event, Output) else [])
+    assert machine.handle(last, 0.0) == [Resume(ID), STAYS], "not before nothing reads it, and the engine has stopped"
+    assert machine.handle(NEXT, 0.0) == [Send(1, NEXT.chunk)]
+    assert machine.handle(PushFailed(ID, LOST), 0.0) == [], "late"
+    assert machine.handle(FromRouter(1, MIGRATE), 0.0) == [BeginMove(ID, LEASE)], "it may be tried again"
+
+
+@pytest.mark.parametrize("way", [MIGRATING, HOLDING, RETURNING, RETURNING_HELD])
+def test_it_ends_in_the_middle_of_a_move(way: list[Event]) -> None:
+    machine = after(*way)
+    actions = machine.handle(LAST, 0.0)
+    assert actions[0] == Send(1, LAST.chunk)
+    assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
+    assert machine.num_sequences == 0
+
+
+def test_it_ends_when_only_its_stop_was_awaited() -> None:
+    machine = after(*RETURNING_HELD, PushAborted(ID))
+    assert machine.handle(LAST, 0.0) == [Send(1, LAST.chunk), ReleaseBlocks(ID)]
+
+
+def test_a_move_that_cannot_begin_changes_nothing() -> None:
+    machine = after(*MIGRATING)
+    full = Failure("Overloaded", "preempted", retryable=True)
+    assert machine.handle(MoveRefused(ID, full), 0.0) == [Send(1, NotMigrated(ID, replace(full, blamed_node_id="d0")))]
+    assert machine.phase_of(ID) is Phase.STAYING
+
+
+@pytest.mark.parametrize(("way", "is_moving"), [(QUEUED, False), (COMPUTING, False), (MIGRATING, True), (MOVING, True)])
+def test_one_that_does_not_decode_or_moves_already_is_not_moved(way: list[Event], is_moving: bool) -> None:
+    machine = after(*way)
+    phase = machine.phase_of(ID)
+    (refused,) = machine.handle(FromRouter(1, MIGRATE), 0.0)
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, NotMigrated)
+    assert refused.message.failure.code == "Overloaded"
+    assert machine.phase_of(ID) is phase
+    assert machine.handle(FromRouter(2, MIGRATE), 0.0) == [], "not this router's"
+
+
+@pytest.mark.parametrize(
+    "lease", [Lease("other", 5, "d0", 7, "h:1", (0, 1), 1.0), Lease(ID, 5, "p0", 7, "h:1", (0, 1), 1.0)]
+)
+def test_a_move_into_a_lease_that_makes_no_sense_is_refused(lease: Lease) -> None:
+    machine = after(*STAYING, TOKEN)
+    (refused,) = machine.handle(FromRouter(1, Migrate(ID, lease)), 0.0)
+    assert isinstance(refused, Send)
+    assert isinstance(refused.message, NotMigrated)
+    assert refused.message.failure.code == "InvalidRequest"
+    assert machine.phase_of(ID) is Phase.STAYING
+
+
+def test_the_engine_fails_in_the_middle_of_a_move() -> None:
+    for way in (MIGRATING, HOLDING, MOVING, RETURNING, RETURNING_HELD):
+        machine = after(*way)
+        assert Send(1, SequenceFailed(ID, BOOM)) in machine.handle(Failed(ID, BOOM), 0.0)
+        assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
+        assert machine.num_sequences == 0
