@@ -213,13 +213,13 @@ class _Relay:
         "session",
     )
 
-    def __init__(self, session: int, lease: Lease | None, num_known_tokens: int) -> None:
+    def __init__(self, session: int, lease: Lease | None, num_known_tokens: int, *, is_prompt: bool = True) -> None:
         self.session = session
         self.lease = lease
         self.num_known_tokens = num_known_tokens
         self.phase = Phase.STAYING if lease is None else Phase.QUEUED
         # Nothing was generated yet.
-        self.is_prompt = True
+        self.is_prompt = is_prompt
         # It decoded here before its push began.
         self.is_moving = False
         # RETURNING: why, and what it waits for.
@@ -252,8 +252,7 @@ class PrefillMachine:
                 return [action for name in mine for action in self._stop(name, "the router's session was lost")]
             case LetGo(session, message):
                 assert message.sequence_id not in self._relays, "a sequence belongs to one machine"
-                relay = self._relays[message.sequence_id] = _Relay(session, None, 0)
-                relay.is_prompt = False
+                self._relays[message.sequence_id] = _Relay(session, None, 0, is_prompt=False)
                 return self._migrate(session, message)
         relay = self._relays.get(event.sequence_id)
         if relay is None:
