@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from baton.errors import shortened
 from baton.types import NO_SLO, Slo, TransferReport
 
 _MAX_FAILURES = 8
+_MAX_MOVES = 8
 _MAX_MESSAGE_CHARS = 300
 
 
@@ -57,6 +58,21 @@ class FailedAttempt:
             f"an attempt on {nodes} failed after {_ms(self.at_s)} ({_ms(self.silent_s)} without a sign of life), held "
             f"against {self.blamed_node_id}: {self.code}: {self.message}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """A running sequence went on at another node."""
+
+    source_node_id: str
+    target_node_id: str
+    reason: str
+    # Since the request's arrival.
+    at_s: float
+    # From the last token of the one node to the first of the other, as the router saw them; 0 if none followed.
+    pause_s: float
+    # As the source said; 0 if it did not.
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +121,8 @@ class Relay:
     # The last few failed attempts, oldest first; ``attempts`` counts all.
     failures: tuple[FailedAttempt, ...] = ()
     slo: Slo = NO_SLO
+    # The last few moves, oldest first; the node that decodes is the target of the newest.
+    moves: tuple[Moved, ...] = ()
 
     @property
     def ttft_stages(self) -> tuple[Stage, ...]:
@@ -135,6 +153,9 @@ class Relay:
         nodes = self.prefill_node_id
         if self.decode_node_id != self.prefill_node_id:
             nodes += f" -> {self.decode_node_id}"
+        if self.moves:
+            pauses = ", ".join(_ms(move.pause_s) for move in self.moves)
+            nodes += f" (moved from {self.moves[-1].source_node_id}, {self.moves[-1].reason}; pauses {pauses})"
         parts = [
             nodes or "no node",
             f"queue {_ms(self.router_queue_s + self.prefill_queue_s)}",
@@ -183,9 +204,10 @@ class Lifeline:
     """
 
     __slots__ = ("_alive_s", "_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failures", "_first_sent_s",
-                 "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_num_tokens",
+                 "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_moves",
+                 "_num_tokens",
                  "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_sent_s", "_tbt_max_s",
-                 "_transfer", "arrived_s", "attempts", "slo")  # fmt: skip
+                 "_transfer", "arrived_s", "attempts", "is_pausing", "slo")  # fmt: skip
 
     def __init__(
         self, arrived_s: float, on_interval: Callable[[float, int], None] | None = None, slo: Slo = NO_SLO
@@ -217,6 +239,9 @@ class Lifeline:
         self._lease_wait_s = 0.0
         self._cached_tokens: int | None = None
         self._transfer: TransferReport | None = None
+        self._moves: deque[Moved] = deque(maxlen=_MAX_MOVES)
+        # The newest move's first token is still to come.
+        self.is_pausing = False
 
     def queued(self, now: float) -> None:
         """Tokenized, checked and admitted: waits for a pair of nodes."""
@@ -254,6 +279,21 @@ class Lifeline:
 
     def transferred(self, report: TransferReport, now: float) -> None:
         self._transfer, self._handed_off_s = report, now
+
+    def moved(self, source_id: str, target_id: str, reason: str, now: float) -> None:
+        """It goes on at another node."""
+        self._decode_id = target_id
+        self._moves.append(Moved(source_id, target_id, reason, now - self.arrived_s, 0.0, 0))
+        self.is_pausing = True
+
+    def went_on(self, now: float) -> None:
+        """The first token of the newest move's target."""
+        self.is_pausing = False
+        self._moves[-1] = replace(self._moves[-1], pause_s=now - self._last_token_s)
+
+    def move_reported(self, report: TransferReport) -> None:
+        """What the source of the newest move says of it."""
+        self._moves[-1] = replace(self._moves[-1], num_bytes=report.num_bytes)
 
     @property
     def is_transfer_known(self) -> bool:
@@ -302,6 +342,7 @@ class Lifeline:
             self._alive_s = self._last_sign_s(now)
         self._transfer = self._handed_off_s = self._joined_s = None
         self._lease_wait_s = 0.0
+        self.is_pausing = False
         if self._first_token_s is None:
             self._attempt = _Attempt(now)
         self._sent_s = None
@@ -344,6 +385,7 @@ class Lifeline:
             stamps=self._stamps(),
             failures=tuple(self._failures),
             slo=self.slo,
+            moves=tuple(self._moves),
         )
 
     def _parts(self, first_s: float) -> _Parts:

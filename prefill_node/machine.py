@@ -391,7 +391,7 @@ class PrefillMachine:
                 return self._leave_returning(relay, sequence_id)
             case _:
                 relay.phase = Phase.ABORTING
-                return [AbortPush(sequence_id, "the sequence has ended where it was")]
+                return [AbortPush(sequence_id, "its last token ended the request")]
 
     def _handed_over(self, relay: _Relay, event: Handoff) -> list[Action]:
         sequence_id = event.sequence_id

@@ -6,7 +6,8 @@
 
 Colocated attempts skip `reserving`. When an attempt ends, its sequence id is cancelled on every node that may still
 have it. The machine orders tokens and has no text; a stop string reaches it as an event. A short answer can be complete
-before prefill has reported its transfer: then the end waits for the report, for `report_timeout_s` at most.
+before prefill has reported its transfer: then the end waits for the report, for `report_timeout_s` at most. A sequence
+that decodes may move to another node meanwhile (`router/flow_move.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from baton.node_messages import (
     Cancel,
     HandedOff,
     Joined,
+    Migrate,
+    NodeMessage,
+    NotMigrated,
     PrefillDone,
     Refused,
     Reserve,
@@ -51,6 +55,8 @@ from router.flow_messages import (
     Event,
     FromNode,
     MakeRoom,
+    MoveOver,
+    MoveTo,
     NodeAvailable,
     NodeFull,
     NodeLost,
@@ -66,6 +72,7 @@ from router.flow_messages import (
     Tick,
     ToNode,
 )
+from router.flow_move import Move, MoveOutcome, MovePhase
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +91,9 @@ class FlowConfig:
     gap_timeout_s: float = 2.0
     # How long a complete answer waits to hear from prefill how its transfer went.
     report_timeout_s: float = 0.2
+    # How long after its lease has expired the source of a move may take to say what became of it: a node waits 30 s for
+    # an acknowledgement, and a few more for writes to end.
+    move_answer_s: float = 45.0
     # A decoding sequence that brings no token for so long is run again elsewhere.
     token_timeout_s: float = 60.0
     # A sequence waits this long for any node to be available.
@@ -97,10 +107,10 @@ class Flow:
     its tokens is delivered exactly once and in order, and End is the last action.
     """
 
-    __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_has_joined", "_internal_errors",
-                 "_is_backing_off", "_last_error", "_refusals", "_spec", "_timer_s", "choice", "deadline_s", "lifeline",
-                 "max_tokens", "outcome", "phase", "placement", "priority", "prompt", "request_id", "sampling",
-                 "sequence_id", "tokens")  # fmt: skip
+    __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_end_node_id", "_has_joined", "_internal_errors",
+                 "_is_backing_off", "_last_error", "_move", "_refusals", "_spec", "_timer_s", "choice", "deadline_s",
+                 "lifeline", "max_tokens", "outcome", "phase", "placement", "priority", "prompt", "request_id",
+                 "sampling", "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -141,7 +151,9 @@ class Flow:
         self._early: dict[int, TokenChunk] = {}
         # Number of tokens at the end, and why, once a node has said so.
         self._end: tuple[int, FinishReason] | None = None
+        self._end_node_id = ""
         self._has_joined = False
+        self._move: Move | None = None
         # When the present wait is over; None while only the deadline counts.
         self._timer_s: float | None = None
         self._is_backing_off = False
@@ -150,7 +162,8 @@ class Flow:
 
     @property
     def wake_at_s(self) -> float:
-        return self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
+        wake_at_s = self.deadline_s if self._timer_s is None else min(self.deadline_s, self._timer_s)
+        return wake_at_s if self._move is None else min(wake_at_s, self._move.due_s)
 
     @property
     def is_complete(self) -> bool:
@@ -165,6 +178,21 @@ class Flow:
     def is_handing_over(self) -> bool:
         """The first token is out, and decode has not said that it has the sequence."""
         return self.phase is Phase.DECODING and not self._is_settled
+
+    @property
+    def can_move(self) -> bool:
+        """It decodes where it is to stay, nothing waits behind a hole, and more than one token is to come."""
+        is_whole = self.phase is Phase.DECODING and self._is_settled and not self._early and self._end is None
+        return is_whole and self._move is None and self.max_tokens - len(self.tokens) > 1
+
+    @property
+    def holders(self) -> tuple[str, ...]:
+        """Nodes that may have something of the present attempt."""
+        placed = () if self.placement is None else self.placement.node_ids
+        return placed if self._move is None else (*placed, *self._move.node_ids)
+
+    def moves_from(self, node_id: str) -> bool:
+        return self._move is not None and self._move.source_id == node_id
 
     @property
     def has_shared(self) -> bool:
@@ -219,6 +247,8 @@ class Flow:
                 return self._finish(outcome, now, "stop string", may_settle=False)
             case MakeRoom():
                 return self._on_make_room(now)
+            case MoveTo():
+                return self._on_move(event, now)
             case Tick():
                 return self._on_tick(now)
 
@@ -229,23 +259,32 @@ class Flow:
         node_id, message = event.node_id, event.message
         if message.sequence_id != self.sequence_id or self.placement is None:
             return []  # About an attempt that is over.
+        if self._move is not None and node_id in self._move.node_ids:
+            found = self._on_move_message(self._move, node_id, message, now)
+            if found is not None:
+                return found
+        if node_id not in self.placement.node_ids and not self.moves_from(node_id):
+            return []  # A node that it has left, or was to move to.
+        return self._take_message(node_id, message, self.placement, now)
+
+    def _take_message(self, node_id: str, message: NodeMessage, placement: Placement, now: float) -> list[Action]:
         match message:
             case TokenChunk():
-                return self._on_tokens(node_id, message, self.placement, now)
+                return self._on_tokens(node_id, message, placement, now)
             case Lease():
                 return self._on_reserved(message, now)
             case Refused():
-                return self._on_refused(message, self.placement, now)
+                return self._on_refused(message, placement, now)
             case PrefillDone():
                 # After the first tokens an attempt begins with more than the prompt.
                 num_cached = min(message.num_cached_tokens, len(self.prompt.token_ids))
                 self.lifeline.prefilled(message.queue_s, message.compute_s, num_cached)
             case Joined():
-                return self._on_joined(message, self.placement, now)
+                return self._on_joined(message, placement, now)
             case HandedOff():
                 self.lifeline.transferred(message.report, now)
             case SequenceFailed():
-                return self._on_sequence_failed(node_id, message, self.placement, now)
+                return self._on_sequence_failed(node_id, message, placement, now)
         return []
 
     # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -309,6 +348,7 @@ class Flow:
         self._timer_s = None
         self._early.clear()
         self._end = None
+        self._end_node_id = ""
         self._attempt += 1
         self.sequence_id = f"{self.request_id}/{self.choice}/{self._attempt}"
 
@@ -346,8 +386,11 @@ class Flow:
             return []
         if not placement.is_colocated and node_id == placement.decode_id:
             self._has_joined = True
+        if self.lifeline.is_pausing and node_id == placement.decode_id:
+            self.lifeline.went_on(now)
         if chunk.finish_reason is not None:
             self._end = (chunk.index + len(chunk.token_ids), chunk.finish_reason)
+            self._end_node_id = node_id
         if chunk.index > len(self.tokens):
             if not self._early:
                 self._timer_s = now + self._config.gap_timeout_s
@@ -428,6 +471,98 @@ class Flow:
         self._timer_s = now + (self._config.token_timeout_s if self.tokens else self._config.gap_timeout_s)
         return [PairWorked(placement)]
 
+    # ── Moves ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _on_move(self, event: MoveTo, now: float) -> list[Action]:
+        if not self.can_move or self.placement is None or event.target_id == self.placement.decode_id:
+            return []
+        source_id = self.placement.decode_id
+        self._move = Move(source_id, event.target_id, event.reason, now + self._config.reserve_timeout_s)
+        # The KV of all tokens but the newest is there; a target that knows all but that gets one new token at least.
+        spec = SequenceSpec(
+            self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens[:-1]), self.prompt.cache_salt,
+            self.priority,
+        )  # fmt: skip
+        return [self._to(event.target_id, Reserve(spec, self._ttl_s(now), source_id, event.num_headroom_tokens))]
+
+    def _on_move_message(self, move: Move, node_id: str, message: NodeMessage, now: float) -> list[Action] | None:
+        """Of the source or the target; None: as if it did not move."""
+        is_target, phase = node_id == move.target_id, move.phase
+        match message:
+            case Lease() if is_target and phase is MovePhase.ASKED:
+                move.phase, move.due_s = MovePhase.SENT, now + message.ttl_s + self._config.move_answer_s
+                return [self._to(move.source_id, Migrate(self.sequence_id, message))]
+            case Refused() if is_target and phase is MovePhase.ASKED:
+                return self._end_move(MoveOutcome.REFUSED)
+            case Joined() | TokenChunk() if is_target and phase is MovePhase.SENT:
+                actions = self._moved(move, now)
+                return (
+                    actions
+                    if isinstance(message, Joined)
+                    else [*actions, *self._on_tokens(node_id, message, self.placement, now)]
+                )
+            case HandedOff(_, report) if not is_target and phase is not MovePhase.ASKED:
+                actions = self._moved(move, now) if phase is MovePhase.SENT else []
+                self.lifeline.move_reported(report)
+                self._move = None
+                return [*actions, *self._lost_with(move, now)]
+            case NotMigrated() if not is_target and phase is MovePhase.SENT:
+                return self._end_move(MoveOutcome.FAILED)
+            case NotMigrated() | SequenceFailed() if not is_target and phase is MovePhase.LEAVING:
+                # The target has it. A source that was not told so goes on.
+                self._move = None
+                goes_on = isinstance(message, NotMigrated)
+                return [self._to(node_id, Cancel(self.sequence_id, "it has moved"))] if goes_on else []
+            case TokenChunk() | HandedOff():
+                return None
+        is_current = is_target == (phase is MovePhase.LEAVING)
+        return None if is_current else []
+
+    def _moved(self, move: Move, now: float) -> list[Action]:
+        """It is the target's from now on, as if it had always been there."""
+        move.phase, move.due_s = MovePhase.LEAVING, now + self._config.move_answer_s
+        self.placement = Placement(move.target_id, move.target_id)
+        self.lifeline.moved(move.source_id, move.target_id, move.reason.value, now)
+        if not self._early:
+            self._timer_s = now + self._config.token_timeout_s
+        return [MoveOver(move.source_id, move.target_id, move.reason, MoveOutcome.MOVED)]
+
+    def _lost_with(self, move: Move, now: float) -> list[Action]:
+        """The source has handed it over to a node that is lost by now."""
+        if not move.is_target_lost:
+            return []
+        error = errors.NodeLost(f"node {move.target_id} was lost when the sequence had just moved there")
+        return self._rerun(error, move.target_id, now, lost=move.target_id)
+
+    def _end_move(self, outcome: MoveOutcome) -> list[Action]:
+        """The sequence stays at its source, or is over everywhere."""
+        move, self._move = self._move, None
+        if move is None:
+            return []
+        actions: list[Action] = []
+        other_id = move.source_id if move.phase is MovePhase.LEAVING else move.target_id
+        if not move.is_target_lost or other_id != move.target_id:
+            actions.append(self._to(other_id, Cancel(self.sequence_id, f"its move was {outcome.value}")))
+        if move.phase is not MovePhase.LEAVING:
+            actions.append(MoveOver(move.source_id, move.target_id, move.reason, outcome))
+        return actions
+
+    def _on_move_due(self, move: Move, now: float) -> list[Action]:
+        if move.phase is not MovePhase.SENT:
+            return self._end_move(MoveOutcome.REFUSED)
+        error = errors.Unavailable(f"node {move.source_id} did not say what became of a move to {move.target_id}")
+        return self._rerun(error, move.source_id, now)
+
+    def _on_move_node_lost(self, move: Move, node_id: str) -> list[Action] | None:
+        """None: as if it did not move."""
+        if node_id == move.target_id and move.phase is not MovePhase.LEAVING:
+            move.is_target_lost = True
+            return self._end_move(MoveOutcome.REFUSED) if move.phase is MovePhase.ASKED else []
+        if node_id == move.source_id and move.phase is MovePhase.LEAVING:
+            self._move = None
+            return []
+        return None
+
     # ── Failure ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _on_sequence_failed(
@@ -457,6 +592,10 @@ class Flow:
         return self.phase is Phase.DECODING and not self._early
 
     def _on_node_lost(self, event: NodeLost, now: float) -> list[Action]:
+        if self._move is not None:
+            found = self._on_move_node_lost(self._move, event.node_id)
+            if found is not None:
+                return found
         if self.placement is None or event.node_id not in (self.placement.prefill_id, self.placement.decode_id):
             return []
         is_decode = event.node_id == self.placement.decode_id
@@ -499,7 +638,9 @@ class Flow:
         """Cancel the attempt wherever it may live and stop listening to it."""
         if self.placement is None:
             return []
-        actions: list[Action] = []
+        if self._move is not None and self._move.target_id == lost:
+            self._move.is_target_lost = True
+        actions = self._end_move(MoveOutcome.ENDED)
         placement, sequence_id = self.placement, self.sequence_id
         has_run = self.phase in (Phase.PREFILLING, Phase.DECODING)
         if has_run and placement.prefill_id != lost:
@@ -515,6 +656,8 @@ class Flow:
             waited = f"{now - self.lifeline.arrived_s:.1f} s, {len(self.tokens)} tokens"
             last = f"; last failure: {self._last_error.message}" if self._last_error else ""
             return self._fail(errors.DeadlineExceeded(f"the request's time is up after {waited}{last}"), now)
+        if self._move is not None and now >= self._move.due_s:
+            return self._on_move_due(self._move, now)
         if self._timer_s is None or now < self._timer_s:
             return []
         self._timer_s = None
@@ -609,9 +752,9 @@ class Flow:
         is_announced = outcome.kind is OutcomeKind.FINISHED and self._end is not None
         if not is_announced:
             return self._leave(reason)
-        actions: list[Action] = []
-        if not self.placement.is_colocated and not self._has_joined:
-            # The first token was the last: the lease is not needed.
+        actions = self._end_move(MoveOutcome.ENDED)
+        if self.placement.decode_id != self._end_node_id:
+            # The first token was the last, and the lease is not needed; or the source of a move was the first to end.
             actions.append(self._to(self.placement.decode_id, Cancel(self.sequence_id, reason)))
         return [*actions, PairWorked(self.placement), Detach(self.sequence_id)]
 

@@ -16,6 +16,7 @@ from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
 from baton.types import FinishReason, SequenceSpec, TokenChunk
 from router.cluster.load import Placement
+from router.flow_move import MoveOutcome, MoveReason
 
 # Blocks of a prompt that are hashed at first; then as many as there are.
 _FIRST_HASHED = 8
@@ -144,13 +145,23 @@ class MakeRoom:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveTo:
+    """Go on at another node, without a break; ignored if the sequence cannot move now (`Flow.can_move`)."""
+
+    target_id: str
+    reason: MoveReason
+    # That it may generate until it has moved.
+    num_headroom_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Tick:
     """Time has passed `wake_at_s`."""
 
 
 Event = (
     FromNode | Begin | Placed | NoNodeAvailable | NodeAvailable | NodeLost | ClientCancelled | Abandon | StopText
-    | MakeRoom | Tick
+    | MakeRoom | MoveTo | Tick
 )  # fmt: skip
 
 
@@ -188,6 +199,16 @@ class AttemptFailed:
 
 
 @dataclass(frozen=True, slots=True)
+class MoveOver:
+    """Exactly one for each MoveTo that was not ignored."""
+
+    source_id: str
+    target_id: str
+    reason: MoveReason
+    outcome: MoveOutcome
+
+
+@dataclass(frozen=True, slots=True)
 class NodeFull:
     node_id: str
 
@@ -208,4 +229,6 @@ class End:
 
 
 # New tokens for the reader are their TokenChunk; how the sequence ends is said by the Outcome.
-Action = ToNode | Enqueue | TokenChunk | Detach | AttemptFailed | NodeFull | PairFailed | PairWorked | End
+Action = (
+    ToNode | Enqueue | TokenChunk | Detach | AttemptFailed | MoveOver | NodeFull | PairFailed | PairWorked | End
+)  # fmt: skip

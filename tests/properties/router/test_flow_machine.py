@@ -1,4 +1,5 @@
-"""The request flow against nodes that grant, refuse, fail, die, repeat themselves, fall silent and speak too late."""
+"""The request flow against nodes that grant, refuse, move, fail, die, repeat themselves, fall silent and speak too
+late."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ from baton.node_messages import (
     Cancel,
     HandedOff,
     Joined,
+    Migrate,
     NodeMessage,
+    NotMigrated,
     PrefillDone,
     Refused,
     Reserve,
@@ -23,6 +26,7 @@ from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSp
 from router import flow_messages as f
 from router.cluster.load import Placement
 from router.flow import Flow, FlowConfig
+from router.flow_move import MoveOutcome, MoveReason
 
 NODES = ("p0", "p1", "d0", "d1")
 STOP_ID = 99
@@ -73,7 +77,13 @@ class FlowMachine(RuleBasedStateMachine):
         # Attempts: sequence id -> who was told to work on it, and who was told to stop.
         self.told: dict[str, set[str]] = {}
         self.cancelled: dict[str, set[str]] = {}
-        self.announced: set[str] = set()
+        # By whom.
+        self.announced: dict[str, str] = {}
+        # Sources and targets of moves, by attempt; how moves ended; what the next one comes to.
+        self.movers: dict[str, set[str]] = {}
+        self.num_moves = 0
+        self.outcomes: list[MoveOutcome] = []
+        self.move_plan = ("moves", 0)
         self.refused: set[str] = set()
         self.lost: Counter[tuple[str, str]] = Counter()
         self.detached: Counter[str] = Counter()
@@ -90,7 +100,7 @@ class FlowMachine(RuleBasedStateMachine):
                 assert i == len(actions) - 1, "End is the last action"
             self.perform(action)
 
-    def perform(self, action: f.Action) -> None:
+    def perform(self, action: f.Action) -> None:  # noqa: C901 - one case per action
         match action:
             case f.Enqueue():
                 assert not self.wants_placement
@@ -103,6 +113,10 @@ class FlowMachine(RuleBasedStateMachine):
             case f.ToNode(node_id, Run() as message):
                 self.told.setdefault(message.sequence_id, set()).add(node_id)
                 self.node_runs(node_id, message)
+            case f.ToNode(node_id, Migrate() as message):
+                self.node_moves(node_id, message)
+            case f.MoveOver():
+                self.outcomes.append(action.outcome)
             case f.ToNode(node_id, Cancel(sequence_id)):
                 self.cancelled.setdefault(sequence_id, set()).add(node_id)
             case f.Detach():
@@ -142,6 +156,32 @@ class FlowMachine(RuleBasedStateMachine):
         tokens = [self.chunk(spec, a, b) for a, b in rest]
         self.say(decode_id, True, sequence_id, Joined(sequence_id, 0.1), *tokens)
 
+    def node_moves(self, source_id: str, message: Migrate) -> None:
+        """What is still to come from the source is cut somewhere, and the target says the rest. Or it fails; or it
+        comes about and the source does not hear of it."""
+        what, cut = self.move_plan
+        sequence_id, target_id = message.sequence_id, message.lease.node_id
+        keys = [k for k, v in self.channels.items() if k[0] == source_id and k[2] == sequence_id and v]
+        said = self.channels[keys[-1]] if keys else deque()
+        stay = [m for m in said if not isinstance(m, TokenChunk)]
+        chunks = [m for m in said if isinstance(m, TokenChunk)]
+        # The last chunk, if there is one, is drawn by whoever ends it.
+        cut = min(cut, max(0, len(chunks) - 1))
+        if not chunks:
+            # It has ended, or what it said was lost: there is nothing to move, and no answer.
+            return
+        said.clear()
+        joins = [Joined(sequence_id, 0.1), *chunks[cut:]]
+        if what == "moves":
+            said.extend([*stay, *chunks[:cut], HandedOff(sequence_id, REPORT)])
+            self.lost[(sequence_id, source_id)] += 1
+            self.say(target_id, True, sequence_id, *joins)
+            return
+        unmoved = NotMigrated(sequence_id, Failure("NodeLost", "scripted", True))
+        said.extend([*stay, *chunks[:cut], unmoved, *chunks[cut:]])
+        if what == "both":
+            self.say(target_id, True, sequence_id, *joins)
+
     # ── Rules ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     @precondition(lambda self: self.wants_placement)
@@ -160,7 +200,10 @@ class FlowMachine(RuleBasedStateMachine):
             lease = Lease(sequence_id, 1, node_id, 1, "a:1", (0,), request.ttl_s)
             self.say(node_id, True, sequence_id, lease)
         elif answer == "refuse":
-            self.refused.add(sequence_id)
+            if node_id in self.movers.get(sequence_id, ()):
+                self.lost[(sequence_id, node_id)] += 1
+            else:
+                self.refused.add(sequence_id)
             self.say(node_id, True, sequence_id, Refused(sequence_id, Failure("NoBlocks", "full", True)))
 
     @precondition(lambda self: any(self.channels.values()))
@@ -178,7 +221,7 @@ class FlowMachine(RuleBasedStateMachine):
         if (
             isinstance(message, TokenChunk) and message.finish_reason and message.sequence_id == self.flow.sequence_id
         ):  # fmt: skip
-            self.announced.add(message.sequence_id)
+            self.announced.setdefault(message.sequence_id, key[0])
         for _ in range(2 if how == "twice" else 1):
             self.feed(f.FromNode(key[0], message))
 
@@ -201,6 +244,19 @@ class FlowMachine(RuleBasedStateMachine):
         # Who reports a failure has let go already.
         self.lost[(self.flow.sequence_id, node_id)] += 1
         self.feed(f.FromNode(node_id, SequenceFailed(self.flow.sequence_id, failure)))
+
+    @precondition(lambda self: self.flow.can_move)
+    @rule(goal=st.sampled_from(NODES), what=st.sampled_from(["moves", "moves", "fails", "both"]), cut=st.integers(0, 4))
+    def move(self, goal: str, what: str, cut: int) -> None:
+        assert self.flow.placement is not None
+        source = self.flow.placement.decode_id
+        if goal == source:
+            return
+        self.num_moves += 1
+        self.move_plan = what, cut
+        self.movers.setdefault(self.flow.sequence_id, set()).update((source, goal))
+        self.feed(f.MoveTo(goal, MoveReason.BALANCE, 3))
+        assert not self.flow.can_move
 
     @rule(node_id=st.sampled_from(NODES), now=rarely(6))
     def node_dies(self, node_id: str, now: bool) -> None:
@@ -242,6 +298,8 @@ class FlowMachine(RuleBasedStateMachine):
                 self.place(data.draw(st.sampled_from(NODES)), data.draw(st.sampled_from(NODES)))
             elif self.reservations:
                 self.answer_reserve(data, "grant")
+            elif self.flow.can_move and how == "twice":
+                self.move(data.draw(st.sampled_from(NODES)), "moves", 1)
             elif any(self.channels.values()):
                 self.deliver_one(data, how)
 
@@ -294,9 +352,13 @@ class FlowMachine(RuleBasedStateMachine):
         self.now = max(self.now, self.flow.deadline_s)
         self.feed(f.Tick())
         assert len(self.ends) == 1, "the deadline ends everything"
+        assert len(self.outcomes) == self.num_moves, "each move is over, once"
         for sequence_id, who in self.told.items():
             assert self.detached[sequence_id] == 1, f"{sequence_id} is let go exactly once"
-            if sequence_id in self.announced or sequence_id in self.refused:
+            if sequence_id in self.announced:
+                # Those of a move that did not announce it may go on.
+                who = self.movers.get(sequence_id, set()) - {self.announced[sequence_id]}
+            elif sequence_id in self.refused:
                 continue
             for node_id in who:
                 is_told = node_id in self.cancelled.get(sequence_id, set())
