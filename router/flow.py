@@ -494,13 +494,11 @@ class Flow:
                 return [self._to(move.source_id, Migrate(self.sequence_id, message))]
             case Refused() if is_target and phase is MovePhase.ASKED:
                 return self._end_move(MoveOutcome.REFUSED)
-            case Joined() | TokenChunk() if is_target and phase is MovePhase.SENT:
-                actions = self._moved(move, now)
-                return (
-                    actions
-                    if isinstance(message, Joined)
-                    else [*actions, *self._on_tokens(node_id, message, self.placement, now)]
-                )
+            case Joined() if is_target and phase is MovePhase.SENT:
+                return self._moved(move, now)
+            case TokenChunk() if is_target and phase is MovePhase.SENT:
+                actions, there = self._moved(move, now), Placement(node_id, node_id)
+                return [*actions, *self._on_tokens(node_id, message, there, now)]
             case HandedOff(_, report) if not is_target and phase is not MovePhase.ASKED:
                 actions = self._moved(move, now) if phase is MovePhase.SENT else []
                 self.lifeline.move_reported(report)
@@ -521,11 +519,16 @@ class Flow:
     def _moved(self, move: Move, now: float) -> list[Action]:
         """It is the target's from now on, as if it had always been there."""
         move.phase, move.due_s = MovePhase.LEAVING, now + self._config.move_answer_s
+        actions: list[Action] = [MoveOver(move.source_id, move.target_id, move.reason, MoveOutcome.MOVED)]
+        prefill_id = "" if self.placement is None else self.placement.prefill_id
+        if prefill_id not in move.node_ids and not self.lifeline.is_transfer_known:
+            # It is left behind, and has not said that it let go.
+            actions.append(self._to(prefill_id, Cancel(self.sequence_id, "it has moved on")))
         self.placement = Placement(move.target_id, move.target_id)
         self.lifeline.moved(move.source_id, move.target_id, move.reason.value, now)
         if not self._early:
             self._timer_s = now + self._config.token_timeout_s
-        return [MoveOver(move.source_id, move.target_id, move.reason, MoveOutcome.MOVED)]
+        return actions
 
     def _lost_with(self, move: Move, now: float) -> list[Action]:
         """The source has handed it over to a node that is lost by now."""

@@ -222,6 +222,9 @@ class FlowMachine(RuleBasedStateMachine):
             isinstance(message, TokenChunk) and message.finish_reason and message.sequence_id == self.flow.sequence_id
         ):  # fmt: skip
             self.announced.setdefault(message.sequence_id, key[0])
+        if isinstance(message, HandedOff) and message.sequence_id == self.flow.sequence_id:
+            # It has let go and said so.
+            self.lost[(message.sequence_id, key[0])] += 1
         for _ in range(2 if how == "twice" else 1):
             self.feed(f.FromNode(key[0], message))
 
