@@ -7,7 +7,9 @@ BatonError
 │   └── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
 ├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
-│   └── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
+│   ├── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
+│   └── TooLate           the first token would miss the request's objective  RESOURCE_EXHAUSTED  429   retryable
+│       └── Shed          the same, refused before others for its priority    RESOURCE_EXHAUSTED  429   retryable
 ├── Unavailable           no node can serve it at present                     UNAVAILABLE         503   retryable
 │   ├── Draining          the node refuses new work, it is about to leave     UNAVAILABLE         503   retryable
 │   ├── NodeLost          a node died or its session broke                    UNAVAILABLE         503   retryable
@@ -90,6 +92,14 @@ class Overloaded(BatonError):
 
 
 class NoBlocks(Overloaded):
+    pass
+
+
+class TooLate(Overloaded):
+    pass
+
+
+class Shed(TooLate):
     pass
 
 

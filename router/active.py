@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 from baton.clock import catch_up_s
+from router.cluster.admission import Prediction
 from router.cluster.policy import Demand
 from router.flow import Flow
 from router.records import Origin
@@ -16,14 +17,18 @@ class Active:
     """Compared by identity. It is what the scheduler places."""
 
     __slots__ = ("_patient_until_s", "_timer", "_timer_s", "client", "fingerprint", "flow", "is_leading", "origin",
-                 "stream")  # fmt: skip
+                 "prediction", "stream")  # fmt: skip
 
-    def __init__(self, flow: Flow, stream: TokenStream, origin: Origin, client: str) -> None:
+    def __init__(
+        self, flow: Flow, stream: TokenStream, origin: Origin, client: str, prediction: Prediction | None = None
+    ) -> None:
         self.flow = flow
         self.stream = stream
         self.origin = origin
         # The client that its turns are counted for.
         self.client = client
+        # Of its time to the first token, until that is known.
+        self.prediction = prediction
         # Other choices of its prompt may wait for what it leaves at the nodes.
         self.is_leading = flow.prompt.num_choices > 1
         # The model that its tokens come from: no other model may continue it. Empty before the first token.

@@ -18,7 +18,8 @@ from baton.defects import Defects
 from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
 from baton.types import NO_SLO, Lease, SamplingParams, Slo, TokenChunk
 from router.active import Active
-from router.cluster.policy import Obstacle
+from router.cluster.admission import Prediction
+from router.cluster.policy import Demand, Obstacle
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
 from router.flow import Flow
@@ -74,6 +75,7 @@ class Dispatcher:
         self.clock = clock
         self.scheduler: Scheduler[Active] = Scheduler(limits, config.policy, clock.now())
         self._flow_config = config.flow
+        self._policy = config.policy
         self._metrics = metrics
         self._defects = Defects(_log, clock, metrics.defects.add)
         self.records = Records(metrics, clock, self._defects)
@@ -120,6 +122,22 @@ class Dispatcher:
             raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
         self.scheduler.check_capacity(num_sequences, client, self.clock.now())
 
+    def predict(
+        self, prompts: Sequence[Demand], objective_s: float | None, client: str, arrived_s: float
+    ) -> Prediction | None:
+        """When the first token of a request will come; None if it has no objective for that. Raises TooLate if it would
+        miss it, unless a node has nothing to do: so a wrong prediction is found out."""
+        if objective_s is None or not self.scheduler.is_available:
+            return None
+        now = self.clock.now()
+        found = self.scheduler.predict(prompts, client, now - arrived_s, now)
+        try:
+            found.check(objective_s, is_sheddable=prompts[0].priority > 0, config=self._policy)
+        except errors.TooLate:
+            if not self.scheduler.has_idle_node:
+                raise
+        return found
+
     def submit(
         self,
         request_id: str,
@@ -133,6 +151,7 @@ class Dispatcher:
         client: str = "",
         priority: int = 0,
         slo: Slo = NO_SLO,
+        prediction: Prediction | None = None,
     ) -> Active:
         """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
         stops reading."""
@@ -140,7 +159,7 @@ class Dispatcher:
             request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s,
             config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority, slo=slo,
         )  # fmt: skip
-        active = Active(flow, TokenStream(self._pacer, self.backlog), origin, client)
+        active = Active(flow, TokenStream(self._pacer, self.backlog), origin, client, prediction)
         self._idle.clear()
         is_passing = not self.scheduler.was_here(client, self.clock.now())
         self._feed(active, Begin())
@@ -187,6 +206,7 @@ class Dispatcher:
                 case CacheChanged():
                     self.scheduler.cache_changed(node_id, message)
                 case PrefillDone():
+                    self._observe_prediction(message.sequence_id)
                     self.scheduler.prefilled(message.sequence_id)
                     self.scheduler.rates.computed(node_id, message.num_computed_tokens, message.compute_s)
                 case HandedOff(_, report):
@@ -198,6 +218,17 @@ class Dispatcher:
             active = self.scheduler.item(message.sequence_id)
             if active is not None:  # else it is over
                 self._feed(active, FromNode(node_id, message))
+
+    def _observe_prediction(self, sequence_id: str) -> None:
+        """Its prompt is computed, and its first token is here as well."""
+        active = self.scheduler.item(sequence_id)
+        if active is None or active.prediction is None:
+            return
+        prediction, active.prediction = active.prediction, None
+        if active.flow.lifeline.attempts == 1:
+            ttft_s = self.clock.now() - active.flow.lifeline.arrived_s
+            self.scheduler.turned_out(prediction, ttft_s)
+            self._metrics.observe_prediction(prediction.ttft_s, ttft_s)
 
     def on_node_down(self, node_id: str, reason: str) -> None:
         lost = NodeLost(node_id, reason)

@@ -30,6 +30,8 @@ from baton.types import (
 from router.active import Active
 from router.chat import ChatMessage, ChatTemplate
 from router.clients import cache_salt
+from router.cluster.admission import Prediction
+from router.cluster.policy import Demand
 from router.config import LimitsConfig
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
@@ -289,7 +291,11 @@ class Frontend:
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
         self._check_sampling_ids(request.sampling)
+        slo = request.slo.over(self._slo)
         self._dispatcher.check_capacity(num_choices, request.caller.client)
+        # Before the work of tokenizing: a text has one token at least.
+        known = [Demand(len(p) if isinstance(p, tuple) else 1, priority=request.priority) for p in request.prompts]
+        self._predict(request, slo, known, arrived_s)
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
@@ -303,18 +309,21 @@ class Frontend:
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
-        caller, slo = request.caller, request.slo.over(self._slo)
+        shared = [Prompt(token_ids, salt, request.n) for token_ids in prompts]
+        demands = [Demand(len(p.token_ids), prompt=p, priority=request.priority) for p in shared]
+        prediction = self._predict(request, slo, demands, arrived_s)
+        caller = request.caller
         origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)
         actives: list[Active] = []
         try:
-            for token_ids, sampling in zip(prompts, resolved, strict=True):
-                prompt = Prompt(token_ids, salt, request.n)
+            for prompt, sampling in zip(shared, resolved, strict=True):
                 for i in range(request.n):
                     actives.append(
                         self._dispatcher.submit(
                             request_id, len(actives), prompt, _choice_sampling(sampling, i), arrived_s=arrived_s,
                             deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
                             priority=request.priority, slo=slo,
+                            prediction=None if actives or len(shared) > 1 else prediction,
                         )
                     )  # fmt: skip
             self._dispatcher.place()
@@ -325,6 +334,14 @@ class Frontend:
             raise
         generations = [self._generation(request, active) for active in actives]
         return Accepted(request_id, self.model_name, arrived_s, echoes, generations)
+
+    def _predict(
+        self, request: GenerationRequest, slo: Slo, prompts: Sequence[Demand], arrived_s: float
+    ) -> Prediction | None:
+        """Raises TooLate for a request that would miss its objective, or make others miss the router's."""
+        bounds = [slo.ttft_s, self._slo.ttft_s if request.priority > 0 else None]
+        objective_s = min((bound_s for bound_s in bounds if bound_s is not None), default=None)
+        return self._dispatcher.predict(prompts, objective_s, request.caller.client, arrived_s)
 
     def cancel(self, accepted: Accepted, reason: str) -> None:
         """No effect for choices that are over."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -285,7 +286,7 @@ class _Routes:
 
 
 def _error_response(error: errors.BatonError) -> Response:
-    headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, round(error.retry_after_s)))}
+    headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
     return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
 
 

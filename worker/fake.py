@@ -65,6 +65,8 @@ class FakeConfig:
     prefill_token_s: float = 0.0
     transfer_s: float = 0.0
     status_s: float = 0.05
+    # Prompt tokens of one step.
+    max_batch_tokens: int = 1 << 16
     # What its clock shows beyond ours.
     clock_skew_s: float = 0.0
     roles: RolesConfig = field(default_factory=RolesConfig)
@@ -77,7 +79,7 @@ class FakeConfig:
     def scheduler(self) -> SchedulerConfig:
         return SchedulerConfig(
             block_tokens=self.block_tokens, max_model_tokens=self.max_model_tokens, vocab_size=self.vocab_size,
-            max_batch_tokens=1 << 16, max_num_seqs=1 << 12, max_waiting=1 << 14, watermark=0.0,
+            max_batch_tokens=self.max_batch_tokens, max_num_seqs=1 << 12, max_waiting=1 << 14, watermark=0.0,
         )  # fmt: skip
 
 

@@ -16,6 +16,10 @@ class PolicyConfig:
     max_pending_prompt_tokens: int = 16384
     # A waiting sequence is passed over for better priorities of its client for so long at most.
     max_priority_wait_s: float = 30.0
+    # A request is refused if its first token is predicted later than this share of its objective: predictions are no
+    # better than that. Sheddable ones (priority above 0) leave more of it to the others.
+    admitted_share: float = field(default=0.9, metadata=setting(most=1))
+    sheddable_share: float = field(default=0.5, metadata=setting(most=1))
     # Consecutive transfer failures that open a pair's breaker, and how long it stays open (doubling up to the maximum).
     breaker_failures: int = 2
     breaker_open_s: float = 1.0

@@ -7,15 +7,17 @@ over; then it departs, or waits again.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from baton import errors
 from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme
-from baton.types import NodeDescription, NodeStatus
+from baton.types import NodeDescription, NodeStatus, Role
+from router.cluster.admission import Correction, Pace, Prediction, retry_after_s
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
@@ -27,8 +29,6 @@ from router.cluster.rates import Rates
 from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
 
-_MIN_RETRY_AFTER_S = 1.0
-_MAX_RETRY_AFTER_S = 30.0
 # The pace of the cluster is that of so many newest ends.
 _NUM_ENDS = 64
 
@@ -86,6 +86,8 @@ class Scheduler(Generic[ItemT]):
             alone_s=limits.client_alone_s, max_priority_wait_s=policy.max_priority_wait_s
         )
         self._siblings: Siblings[ItemT] = Siblings()
+        self._pace = Pace()
+        self._correction = Correction()
         self._in_flight: dict[ItemT, None] = {}
         self._num_in_flight_of: Counter[str] = Counter()
         # Attempts on the nodes, oldest first.
@@ -182,9 +184,27 @@ class Scheduler(Generic[ItemT]):
     def _retry_after_s(self, now: float) -> float:
         """How long the present line takes at the present pace."""
         if len(self._ended_at_s) < 2:
-            return _MIN_RETRY_AFTER_S
+            return retry_after_s(0.0)
         pace = len(self._ended_at_s) / max(now - self._ended_at_s[0], 1e-3)
-        return min(max(_MIN_RETRY_AFTER_S, len(self._line) / pace), _MAX_RETRY_AFTER_S)
+        return retry_after_s(len(self._line) / pace)
+
+    def predict(self, prompts: Sequence[Demand], client: str, waited_s: float, now: float) -> Prediction:
+        """The time to the first token of a request of these prompts that came ``waited_s`` ago."""
+        longest = max(prompts, key=lambda prompt: prompt.num_known_tokens)
+        line_s = self._pace.wait_s(self._line.num_ahead(client, longest.priority), now)
+        return self._correction.prediction(waited_s + line_s + self.predicted_ttft_s(longest, now))
+
+    def turned_out(self, prediction: Prediction, ttft_s: float) -> None:
+        self._correction.turned_out(prediction, ttft_s)
+
+    @property
+    def has_idle_node(self) -> bool:
+        """A prompt would begin at once, whatever is predicted."""
+        return not len(self._line) and any(not node.pending_prompt_tokens for node in self._for_prompts)
+
+    @property
+    def _for_prompts(self) -> Sequence[NodeLoad]:
+        return (*self._pools[Role.PREFILL], *self._pools[Role.MIXED]) or tuple(self._pools[Role.DECODE])
 
     def was_here(self, client: str, now: float) -> bool:
         """The client has something here, or had lately."""
@@ -223,6 +243,7 @@ class Scheduler(Generic[ItemT]):
         waits = self._siblings.sets_out(item, decision.placement.decode_id)
         if waits:
             self._line.remove(item)
+            self._pace.left(len(self._line))
         return waits
 
     def rerun(self, item: ItemT, now: float) -> None:
@@ -234,6 +255,7 @@ class Scheduler(Generic[ItemT]):
         """It is over. Its attempt has been released."""
         if item in self._line:
             self._line.remove(item)
+            self._pace.left(len(self._line))
             self.has_news = True
         elif item in self._siblings:
             self._siblings.remove(item)
@@ -253,6 +275,17 @@ class Scheduler(Generic[ItemT]):
         demand = item.demand(now)
         return choose(self._pools, demand, self._breakers, now, self._policy, self._costs(demand))
 
+    def predicted_ttft_s(self, demand: Demand, now: float) -> float:
+        """From now to its first token, if it were placed at once: the line is not counted. Infinite without a node."""
+        costs = self._costs(demand)
+
+        def seconds(node: NodeLoad) -> float:
+            num_hit = 0 if costs is None else costs.prompt_hit(costs.num_hit(node.node_id))
+            num_tokens = node.pending_prompt_tokens + demand.num_known_tokens - num_hit
+            return num_tokens * self.rates.prompt_token_s(node.node_id)
+
+        return min(map(seconds, self._for_prompts), default=math.inf)
+
     def _costs(self, demand: Demand) -> Costs | None:
         """None if no node holds anything of it."""
         scheme = self.prefix_scheme
@@ -271,6 +304,7 @@ class Scheduler(Generic[ItemT]):
         """The waiting sequence runs on these nodes."""
         placement = decision.placement
         self._line.started(item)
+        self._pace.started(len(self._line), now)
         self._by_sequence[item.sequence_id] = item
         for node_id in placement.node_ids:
             self._on_node.setdefault(node_id, {})[item] = None

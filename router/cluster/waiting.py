@@ -78,6 +78,10 @@ class _Queue(Generic[ItemT]):
         oldest, (_, came_s) = next(iter(self._came.items()))
         return oldest if came_s <= long_ago_s else next(iter(self._of[self._priorities[0]]))
 
+    def num_before(self, priority: int) -> int:
+        """How many would be before a new one."""
+        return len(self._again) + sum(len(items) for of, items in self._of.items() if of <= priority)
+
     def check(self) -> None:
         assert len(self)
         assert sorted(self._of) == self._priorities
@@ -118,6 +122,12 @@ class Waiting(Generic[ItemT]):
 
     def num_running_of(self, client: str) -> int:
         return self._num_running.get(client, 0)
+
+    def num_ahead(self, client: str, priority: int) -> int:
+        """How many leave before a new one would, as clients take turns."""
+        queue = self._queues.get(client)
+        own = 0 if queue is None else queue.num_before(priority)
+        return own + sum(min(len(q), own + 1) for other, q in self._queues.items() if other != client)
 
     def put(self, item: ItemT, priority: int, now: float) -> None:
         self._queue(item.client, now).put(item, priority, now)

@@ -1,0 +1,103 @@
+"""Whether a request can have its first token in time: what cannot is refused at its arrival, not after a wait. Pure.
+
+A prediction is the wait in the line, by the pace at which it has moved, plus queue and prompt on a node
+(`Scheduler.predicted_ttft_s`). It is corrected by what became of earlier predictions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from baton import errors
+from router.cluster.config import PolicyConfig
+
+# Sightings that count: each new one takes so much from those before.
+_KEPT = 0.95
+# A correction beyond these is a fault of something else.
+_LEAST_SLOPE, _MOST_SLOPE = 0.5, 4.0
+_MIN_RETRY_AFTER_S = 1.0
+_MAX_RETRY_AFTER_S = 30.0
+_WHY_SHED = " (more is left to requests of priority 0 and better)"
+
+
+def retry_after_s(expected_s: float) -> float:
+    """What a refused client is told, if it is expected to be served after so long."""
+    return min(max(_MIN_RETRY_AFTER_S, expected_s), _MAX_RETRY_AFTER_S)
+
+
+class Pace:
+    """Seconds between two sequences that leave the line, measured while more of them wait."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+        self._num_started = 0.0
+        # The last start after which the line was not empty.
+        self._since_s: float | None = None
+
+    def started(self, num_left: int, now: float) -> None:
+        """One has left the line, which has ``num_left`` now."""
+        if self._since_s is not None:
+            self._seconds = self._seconds * _KEPT + now - self._since_s
+            self._num_started = self._num_started * _KEPT + 1
+        self._since_s = now if num_left else None
+
+    def left(self, num_left: int) -> None:
+        """One has left the line without being started."""
+        if not num_left:
+            self._since_s = None
+
+    def wait_s(self, num_ahead: int, now: float) -> float:
+        """Until so many have left; 0 if nothing was measured."""
+        if not num_ahead or not self._num_started:
+            return 0.0
+        open_s = 0.0 if self._since_s is None else now - self._since_s
+        each_s = self._seconds / self._num_started
+        # A line that stands still is slower than it was.
+        return num_ahead * max(each_s, (self._seconds + open_s) / (self._num_started + 1))
+
+
+class Prediction(NamedTuple):
+    """Of a time to the first token, from arrival."""
+
+    # As computed, and corrected by what became of earlier ones.
+    computed_s: float
+    ttft_s: float
+
+    def check(self, objective_s: float, *, is_sheddable: bool, config: PolicyConfig) -> None:
+        """Raises TooLate if the objective would be missed. Sheddable requests leave a share of it to the others, so
+        they are refused first."""
+        bound_s = objective_s * (config.sheddable_share if is_sheddable else config.admitted_share)
+        if self.ttft_s <= bound_s:
+            return
+        kind = errors.Shed if is_sheddable else errors.TooLate
+        which = f"{bound_s / objective_s:.0%} of the" if is_sheddable else "the"
+        raise kind(
+            f"the first token is predicted in {self.ttft_s:.3g} s, too late for {which} objective of {objective_s:.3g} "
+            f"s{_WHY_SHED if is_sheddable else ''}; try again later, or with a longer one (slo_ttft_s, x-slo-ttft-ms)",
+            retry_after_s=retry_after_s(self.ttft_s - bound_s),
+        )
+
+
+class Correction:
+    """Real times to the first token by computed ones: a line through the newest."""
+
+    def __init__(self) -> None:
+        self._slope = 1.0
+        self._offset_s = 0.0
+        # By weight: sightings, computed times, real times, computed times squared, computed times real times. At first
+        # one that was right at nothing, and one at a second.
+        self._sums = [2.0, 1.0, 1.0, 1.0, 1.0]
+
+    def prediction(self, computed_s: float) -> Prediction:
+        return Prediction(computed_s, max(0.0, self._offset_s + self._slope * computed_s))
+
+    def turned_out(self, prediction: Prediction, real_s: float) -> None:
+        computed_s = prediction.computed_s
+        seen = (1.0, computed_s, real_s, computed_s * computed_s, computed_s * real_s)
+        self._sums = [before * _KEPT + new for before, new in zip(self._sums, seen, strict=True)]
+        count, computed, real, squares, products = self._sums
+        spread = count * squares - computed * computed
+        if spread > 1e-6 * count * count:
+            slope = (count * products - computed * real) / spread
+            self._slope = min(max(slope, _LEAST_SLOPE), _MOST_SLOPE)
+        self._offset_s = (real - self._slope * computed) / count
