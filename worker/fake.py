@@ -42,7 +42,7 @@ from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
 from worker.admin import NodeServicer
-from worker.roles import RolesConfig
+from worker.roles import RoleChanged, RolesConfig
 from worker.service import NodeService
 from worker.session import SessionConfig
 
@@ -269,6 +269,8 @@ class FakeNode:
         self.config = config
         self.clock = _SkewedClock(config.clock_skew_s)
         self.timeline = Timeline()
+        # Of all its lives.
+        self.role_changes: list[RoleChanged] = []
         self.address = ""
         self.incarnation = 0
         self._cluster = cluster
@@ -304,6 +306,7 @@ class FakeNode:
             defects=Defects(logging.getLogger("baton.worker.fake"), self.clock),
             session_config=SessionConfig(status_interval_s=self.config.status_s),
             roles_config=self.config.roles,
+            on_role=self.role_changes.append,
         )
 
     def new_servicer(self) -> NodeServicer:
