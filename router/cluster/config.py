@@ -9,11 +9,34 @@ from baton.settings import setting
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
-    # A pool whose shortest queue is longer than this overflows to a mixed node with a shorter one.
-    overflow_prompt_tokens: int = 8192
-    overflow_decode_tokens: int = 65536
-    # No further prompt is sent to a node with this many pending; it waits in the router and can still go elsewhere.
-    max_pending_prompt_tokens: int = 16384
+    disaggregation: str = field(
+        default="auto",
+        metadata=setting(
+            "--disaggregation",
+            "auto: a request runs on two nodes, or whole on one where that is predicted to be better for it and for "
+            "those that it would disturb. always: on two wherever both pools have a node. never: whole on one.",
+            choices=("auto", "always", "never"),
+        ),
+    )
+    # A request leaves the pools (for a mixed node, or to run whole on one) if that is predicted to save more than so
+    # many seconds and to take less than this share of the time: predictions are no better than that, and an idle
+    # cluster goes on splitting.
+    leave_saving_s: float = 0.1
+    leave_share: float = field(default=0.9, metadata=setting(most=1))
+    # A prefill node keeps what it computed only if a step of the decode node would take so many times as long as an
+    # empty one (a batch of 64 about doubles it): tokens that are generated beside prompts come with long gaps.
+    crowded_factor: float = field(default=2.0, metadata=setting(least=1))
+    # What a second by which other sequences' tokens come later counts on a node that keeps their gaps within its
+    # target, and in their own seconds elsewhere: a gap that the operator allows harms little.
+    bounded_gap_weight: float = field(default=0.25, metadata=setting(least=0, most=1))
+    # If the shortest queue of prompts is predicted to take longer, a node of the other pool helps, whatever it disturbs
+    # there: about as long as people wait for a first word without a complaint.
+    borrow_after_s: float = 2.0
+    # Nodes that a pool keeps for its own work: borrowing and changes of home pools leave as many.
+    min_pool_nodes: int = 1
+    # No further prompt is sent to a node whose prompts take longer; it waits in the router and can still go elsewhere.
+    # Long enough that what a full pool costs shows in its queue.
+    max_prompt_wait_s: float = 10.0
     # A waiting sequence is passed over for better priorities of its client for so long at most.
     max_priority_wait_s: float = 30.0
     # A request is refused if its first token is predicted later than this share of its objective: predictions are no

@@ -2,23 +2,21 @@
 
 The router knows its own sequences exactly; a status adds what other routers put there. So the load of a node is the
 router's own count plus what the last status showed beyond the own count at that moment, and a burst between two
-statuses spreads.
+statuses spreads. What the counts mean in seconds follows from the node's step times.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from baton.types import NodeDescription, NodeStatus, Role
+from router.cluster.rates import Rates
 
-
-class Rank(NamedTuple):
-    """Order of the nodes of one pool for one phase: the shortest queue, then the most free blocks, then the id."""
-
-    queue_tokens: int
-    num_taken_blocks: int
-    node_id: str
+# Of a node's time that its prompts get at least, while it keeps the gaps of what decodes within its target.
+_LEAST_PROMPT_SHARE = 0.1
+# How fast the share of statuses in which a node had prompts follows: over about 25 s.
+_BUSY_STEP = 0.01
+_MOST_BUSY_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,41 +59,65 @@ class NodeLoad:
     change of a count."""
 
     __slots__ = (
+        "_rates",
+        "busy_share",
         "cached_tokens",
         "confirmed",
-        "decode_rank",
         "decode_tokens",
         "foreign_decode",
         "foreign_prompt",
+        "foreign_sequences",
         "free_tokens",
+        "is_crowded",
         "is_full",
         "node",
         "node_id",
+        "num_decoding",
+        "num_sequences",
         "pending_decode_tokens",
         "pending_prompt_tokens",
         "promised_blocks",
-        "prompt_rank",
+        "prompt_cost_s",
+        "prompt_token_s",
         "prompt_tokens",
+        "prompt_wait_s",
+        "rank",
         "status",
+        "times",
         "token_bytes",
+        "token_kv_s",
+        "token_s",
     )
 
-    def __init__(self, node: NodeDescription, status: NodeStatus) -> None:
+    def __init__(self, node: NodeDescription, status: NodeStatus, rates: Rates) -> None:
         self.node = node
         self.node_id = node.node_id
-        self.status = status
+        self._rates = rates
         layout = node.kv_layout
         # KV of one token.
         self.token_bytes = layout.num_layers * layout.block_bytes // layout.block_tokens
         # Tokens of our own sequences: those to be computed, and those known of all that will be decoded here.
         self.prompt_tokens = 0
         self.decode_tokens = 0
-        # Tokens beyond our own in the last status.
-        self.foreign_prompt = status.queued_prompt_tokens
-        self.foreign_decode = status.running_tokens
+        # Our own sequences that will be decoded here, and those of them whose prompt is computed.
+        self.num_sequences = 0
+        self.num_decoding = 0
+        # Of its time, with prompts to compute.
+        self.busy_share = 0.0
         self.promised_blocks = 0
         # Promises that the node has acknowledged and that the next status will show as used blocks.
         self.confirmed: list[Attempt] = []
+        self.hear(status)
+
+    def hear(self, status: NodeStatus) -> None:
+        """Its newest status."""
+        self.status = status
+        self.times = self._rates.step_times(self.node_id, status.step_times)
+        self.busy_share += ((status.queued_prompt_tokens > 0) - self.busy_share) * _BUSY_STEP
+        # What is there beyond our own.
+        self.foreign_prompt = max(0, status.queued_prompt_tokens - self.prompt_tokens)
+        self.foreign_decode = max(0, status.running_tokens - self.decode_tokens)
+        self.foreign_sequences = max(0, status.num_running - self.num_decoding)
         # It refused a reservation; nothing more is asked until its next status.
         self.is_full = False
         self.update()
@@ -103,19 +125,40 @@ class NodeLoad:
     def update(self) -> None:
         self.pending_prompt_tokens = self.prompt_tokens + self.foreign_prompt
         self.pending_decode_tokens = self.decode_tokens + self.foreign_decode
-        pending_tokens = self.pending_prompt_tokens + self.pending_decode_tokens
-        # A node of a phase's own pool is judged by that phase's queue, another one by all that it has to do.
-        is_prefill, is_decode = self.role is Role.PREFILL, self.role is Role.DECODE
-        num_taken_blocks = -self.free_blocks
-        prompt_queue = self.pending_prompt_tokens if is_prefill else pending_tokens
-        decode_queue = self.pending_decode_tokens if is_decode else pending_tokens
-        self.prompt_rank = Rank(prompt_queue, num_taken_blocks, self.node_id)
-        self.decode_rank = Rank(decode_queue, num_taken_blocks, self.node_id)
+        self._update_seconds()
+        # Of two nodes that take equally long the one with the smaller rank is taken.
+        self.rank = (-self.free_blocks, self.node_id)
         # Tokens of a new sequence for which there is room.
         block_tokens = self.node.kv_layout.block_tokens
         self.free_tokens = self.free_blocks * block_tokens
         # Of these, tokens whose KV is kept while no sequence holds it: a new one that begins with it takes its room.
         self.cached_tokens = self.status.cached_blocks * block_tokens
+
+    def _update_seconds(self) -> None:
+        times, target_s, config = self.times, self.node.tbt_target_s, self._rates.config
+        num_running = self.num_decoding + self.foreign_sequences
+        num_sequences = self.num_sequences + self.foreign_sequences
+        # With all that is and will be here.
+        step_s = times.step_s(0, num_sequences, self.pending_decode_tokens)
+        self.is_crowded = 0 < times.base_s * config.crowded_factor < step_s
+        # Beside prompts, tokens come at the target's pace or not at all.
+        busy_share = min(self.busy_share, _MOST_BUSY_SHARE)
+        busy_steps = 0.0 if target_s is None else busy_share * min(1.0, step_s / target_s)
+        # Each token of a new sequence takes a step, and makes it longer for the others: so much whatever it is, and so
+        # much for each token of its KV.
+        self.token_s = step_s / (1 - busy_share + busy_steps) + (num_sequences + 1) * times.sequence_s
+        self.token_kv_s = (num_sequences + 1) * times.kv_token_s
+        # Beside decodes, a node with a target computes prompts in what they leave of it.
+        share, gap_weight = 1.0, 1.0
+        if target_s is not None:
+            gap_weight = config.bounded_gap_weight
+            if num_running:
+                num_kv_tokens = self.pending_decode_tokens * num_running // max(num_running, num_sequences)
+                share = max(_LEAST_PROMPT_SHARE, 1 - times.step_s(0, num_running, num_kv_tokens) / target_s)
+        # Until a further prompt begins; for each of its tokens, alone and with what those that decode wait for it.
+        self.prompt_token_s = times.prompt_token_s / share
+        self.prompt_wait_s = self.pending_prompt_tokens * self.prompt_token_s
+        self.prompt_cost_s = self.prompt_token_s + gap_weight * num_running * times.prompt_token_s
 
     def surely_has_room(self, num_tokens: int, num_hit: int) -> bool:
         """For a new sequence whose first ``num_hit`` tokens are here, even if no other sequence has these in use."""
@@ -123,7 +166,12 @@ class NodeLoad:
 
     @property
     def role(self) -> Role:
-        """The pool that it belongs to; it takes that pool's work as well while it acts as mixed."""
+        """What it acts as: mixed while it also has the other pool's work."""
+        return self.status.role
+
+    @property
+    def home_role(self) -> Role:
+        """The pool that it belongs to."""
         return self.status.home_role
 
     @property
@@ -135,12 +183,13 @@ class NodeLoad:
 class Loads:
     """Invariant: with no sequence assigned, every own count and promise is zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, rates: Rates) -> None:
+        self._rates = rates
         self._nodes: dict[str, NodeLoad] = {}
         self._attempts: dict[str, Attempt] = {}
 
     def add_node(self, node: NodeDescription, status: NodeStatus) -> NodeLoad:
-        load = self._nodes[node.node_id] = NodeLoad(node, status)
+        load = self._nodes[node.node_id] = NodeLoad(node, status, self._rates)
         return load
 
     def remove_node(self, node_id: str) -> NodeLoad | None:
@@ -154,15 +203,11 @@ class Loads:
         load = self._nodes.get(node_id)
         if load is None:
             return
-        load.status = status
-        load.foreign_prompt = max(0, status.queued_prompt_tokens - load.prompt_tokens)
-        load.foreign_decode = max(0, status.running_tokens - load.decode_tokens)
-        load.is_full = False
         for attempt in load.confirmed:
             load.promised_blocks -= attempt.num_promised_blocks
             attempt.num_promised_blocks = 0
         load.confirmed.clear()
-        load.update()
+        load.hear(status)
 
     def full(self, node_id: str) -> None:
         if load := self._nodes.get(node_id):
@@ -189,6 +234,7 @@ class Loads:
             prefill.update()
         if decode is not None:
             decode.decode_tokens += num_known_tokens
+            decode.num_sequences += 1
             attempt.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1 - num_decode_hit)
             decode.promised_blocks += attempt.num_promised_blocks
             decode.update()
@@ -212,6 +258,9 @@ class Loads:
         if load := attempt.prefill:
             load.prompt_tokens = max(0, load.prompt_tokens - attempt.num_prompt_tokens)
             load.update()
+        if load := attempt.decode:
+            load.num_decoding += 1
+            load.update()
 
     def release(self, sequence_id: str) -> None:
         """The attempt is over on both nodes."""
@@ -221,6 +270,8 @@ class Loads:
             return
         if load := attempt.decode:
             load.decode_tokens = max(0, load.decode_tokens - attempt.num_tokens)
+            load.num_sequences -= 1
+            load.num_decoding -= 1
             load.promised_blocks = max(0, load.promised_blocks - attempt.num_promised_blocks)
             if attempt in load.confirmed:
                 load.confirmed.remove(attempt)
@@ -238,6 +289,8 @@ class Loads:
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
             prompts = [a for a in self._attempts.values() if a.is_prompt and a.prefill is load]
             assert load.prompt_tokens == sum(a.num_prompt_tokens for a in prompts), node_id
-            ready = load.prompt_rank, load.decode_rank, load.free_tokens
+            assert load.num_sequences == len(mine), node_id
+            assert load.num_decoding == sum(not a.is_prompt for a in mine), node_id
+            ready = load.prompt_wait_s, load.token_s, load.rank, load.free_tokens
             load.update()
-            assert ready == (load.prompt_rank, load.decode_rank, load.free_tokens), node_id
+            assert ready == (load.prompt_wait_s, load.token_s, load.rank, load.free_tokens), node_id

@@ -1,41 +1,40 @@
 """The cluster-level scheduler: which node runs the prompt and which generates the tokens. Pure.
 
-Rules, after Splitwise (section IV.A), applied when a request arrives:
+Rules, after Splitwise (section IV.A) and what came since, applied when a request arrives. All compare predicted seconds
+(`costs`): of the request itself, and of what it adds to others.
 
-1. Join the shortest queue: of the prompt pool for the prompt, of the token pool for the tokens.
-2. Overflow: a pool whose shortest queue is longer than a threshold comes after the mixed nodes if one of these has less
-   to do. A node without room, or with too many prompts pending, is no candidate; mixed nodes come next.
-3. Borrow: if the pool of a phase and the mixed nodes are gone, the other pool runs that phase.
-4. Prefix: of the pool that rule 2 takes, a node that holds leading blocks of the prompt runs the phase if all of it
-   then takes less time (`costs`) than on the node of rule 1. Where a decode node holds more of the prompt than that
-   prefill node, and the whole request takes less time there, it runs there altogether.
+1. Pools: of the prompt pool the node where the prompt is ready first, of the token pool the one where all tokens
+   together are ready first. A node without room, or whose prompts take too long already, is no candidate.
+2. Overflow: a mixed node does all of it, or generates the tokens, if that saves much. Mixed nodes alone do all of it.
+3. Whole: a node of the token pool does all of it, or one of the prompt pool if the token pool is crowded, if that saves
+   much. `--disaggregation` turns this off, or makes it the rule.
+4. Prefix: the same if the node of the token pool holds more of the prompt than the prompt pool's; here all that is
+   saved counts. In each rule, what nodes hold of the prompt need be neither computed nor moved.
+5. Borrow: if the queue of the prompt pool is too long or a pool has no room, a node of the other pool does all of it,
+   whatever it disturbs, while enough nodes of its pool do their own work alone. If a pool is gone, the other one works.
 
-A rule is a term of a node's cost; the node with the least sum runs the phase. Prompt and tokens are looked at apart:
-the best decode node is the same whichever node runs the prompt, except where a breaker is open.
+Prompt and tokens are looked at apart: the best decode node is the same whichever node runs the prompt, except where a
+breaker is open. No list of nodes is sorted and no pair of nodes is made.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from operator import attrgetter
 from typing import NamedTuple, Protocol
 
 from baton.prefix import PrefixScheme
 from baton.types import Role
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
-from router.cluster.costs import Costs
-from router.cluster.load import NodeLoad, Placement, Rank
+from router.cluster.costs import Costs, Work
+from router.cluster.load import NodeLoad, Placement
 from router.cluster.pools import Pools
 
-_PROMPT_RANK: Callable[[NodeLoad], Rank] = attrgetter("prompt_rank")
-_DECODE_RANK: Callable[[NodeLoad], Rank] = attrgetter("decode_rank")
-# The first of these nodes that has room for so many tokens and is not blocked.
-_Least = Callable[[Iterable[NodeLoad], int, Collection[str]], NodeLoad | None]
-# More than any queue: a pool with this term comes after all nodes of one without it.
-_LATER_TOKENS = 1 << 60
+# Less than any node has: no room is needed.
+_NO_ROOM = -(1 << 62)
 
 
 class Keyed(Protocol):
@@ -78,7 +77,9 @@ class Reason(Enum):
     MIXED = "mixed"
     # One token completes it: there is nothing to hand over.
     SINGLE_TOKEN = "single_token"  # noqa: S105 - not that kind of token
-    # The pool that a phase needs is gone; another one does its work.
+    # One node of a pool does all of it, which takes less time than two.
+    WHOLE = "whole"
+    # The pool that a phase needs is gone, full or too far behind; the other one does its work.
     BORROWED = "borrowed"
     # A decode node does all of it, as it holds more of the prompt than the prompt pool.
     PREFIX = "prefix"
@@ -93,66 +94,60 @@ class Decision:
     num_decode_hit: int = 0
 
 
-class Cost(NamedTuple):
-    """Cost of a phase on a node, in tokens that other sequences have to compute before or beside it."""
-
-    queue_tokens: int
-    # The phase has another pool that comes first.
-    later_tokens: int
-
-    @property
-    def total_tokens(self) -> int:
-        return self.queue_tokens + self.later_tokens
-
-
 class _Best(NamedTuple):
+    """A node for a phase."""
+
     node: NodeLoad
-    cost: Cost
+    seconds: float
     # Leading tokens of the request that the node holds.
     num_hit: int = 0
     # Else there is room only if other sequences have these tokens in use.
     surely_has_room: bool = True
 
 
+class _Option(NamedTuple):
+    """Nodes for the request."""
+
+    prefill: _Best
+    decode: _Best
+    seconds: float
+    reason: Reason
+    # The breaker between them is open.
+    is_blocked: bool = False
+
+
+class _Phase(NamedTuple):
+    """What is sought: what it needs of a node that holds so many tokens of it, and which nodes can do it."""
+
+    work: Callable[[int], Work]
+    needs_room: bool
+    max_wait_s: float
+
+
 def choose(
-    pools: Pools,
-    demand: Demand,
-    breakers: PairBreakers,
-    now: float,
-    config: PolicyConfig,
-    costs: Costs | None = None,
+    pools: Pools, demand: Demand, breakers: PairBreakers, now: float, config: PolicyConfig, costs: Costs
 ) -> Decision | Obstacle:
-    """Both nodes of a request and why these, or why it must wait. ``costs``: some nodes hold a part of it."""
+    """Both nodes of a request and why these, or why it must wait."""
     if not pools:
         return Obstacle.NO_NODE
-    pair = None
+    option = None
     if demand.avoid:
-        pair = _Search(pools.without(demand.avoid), demand, breakers, now, config, costs).pair()
-    pair = pair or _Search(pools, demand, breakers, now, config, costs).pair()
-    if pair is None:
+        option = _Search(pools.without(demand.avoid), demand, breakers, now, config, costs).option()
+    option = option or _Search(pools, demand, breakers, now, config, costs).option()
+    if option is None:
         return Obstacle.NO_ROOM
-    prefill, decode, is_for_prefix = pair
-    num_prefill_hit = 0 if costs is None else costs.prompt_hit(prefill.num_hit)
+    prefill, decode = option.prefill, option.decode
+    num_prefill_hit = costs.prompt_hit(prefill.num_hit)
     return Decision(
         Placement(prefill.node.node_id, decode.node.node_id),
-        Reason.PREFIX if is_for_prefix else _reason(prefill.node.role, decode.node.role, pools, demand),
+        option.reason,
         num_prefill_hit,
         num_prefill_hit if prefill.node is decode.node else decode.num_hit,
     )
 
 
-def _reason(prefill: Role, decode: Role, pools: Pools, demand: Demand) -> Reason:
-    if prefill is Role.MIXED:
-        return Reason.OVERFLOW if pools[Role.PREFILL] else Reason.MIXED
-    if decode is Role.MIXED:
-        return Reason.OVERFLOW if pools[Role.DECODE] else Reason.MIXED
-    if prefill is Role.PREFILL and decode is Role.DECODE:
-        return Reason.POOLS
-    return Reason.SINGLE_TOKEN if prefill is Role.PREFILL and demand.is_single_token else Reason.BORROWED
-
-
 class _Search:
-    """One look at the nodes for one request. No list of nodes is sorted and no pair of nodes is made."""
+    """One look at the nodes for one request."""
 
     def __init__(
         self,
@@ -161,191 +156,189 @@ class _Search:
         breakers: PairBreakers,
         now: float,
         config: PolicyConfig,
-        costs: Costs | None,
+        costs: Costs,
     ) -> None:
         self._pools = pools
+        self._demand = demand
         self._num_tokens = demand.num_known_tokens + 1
         self._breakers = breakers
         self._now = now
         self._config = config
         self._costs = costs
-        has_token_pool = bool(pools[Role.DECODE] or pools[Role.MIXED])
-        # Whether a sequence that the prompt pool computes is decoded there too.
-        self._stays_in_prompt_pool = demand.is_single_token or not has_token_pool
-        self._decode = None if self._stays_in_prompt_pool else self._best_decode({})
+        # A prompt that is longer than the limit still runs where no other one waits.
+        self._prompt = _Phase(costs.prompt, False, config.max_prompt_wait_s)
+        self._decode = _Phase(costs.tokens, True, math.inf)
+        self._whole = _Phase(costs.whole, True, config.max_prompt_wait_s)
 
-    def pair(self) -> tuple[_Best, _Best, bool] | None:
-        """The best prefill and decode node; or a decode node for both, and True."""
-        pair = self._split()
-        if pair is None:
-            return None
-        prefill, decode = pair
-        if self._costs is not None and prefill.node is not decode.node:
-            here = self._here(prefill, decode, self._costs)
-            if here is not None:
-                return here, here, True
-        return prefill, decode, False
+    def option(self) -> _Option | None:
+        mode = self._config.disaggregation
+        if mode == "never":
+            return self._whole_in(*Role)
+        found = self._with_mixed(self._split())
+        if found is None and not self._pools[Role.PREFILL] and not self._pools[Role.MIXED]:
+            return _on_one(self._best(Role.DECODE, self._whole), Reason.BORROWED)
+        if mode == "always":
+            return found
+        return self._borrowed(found if found is None else self._or_whole(found))
 
-    def _split(self) -> tuple[_Best, _Best] | None:
-        """The best prefill node that has a path to a decode node, and the best such decode node.
+    # ── The pools ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _split(self) -> _Option | None:
+        """The best node of the prompt pool that has a path to a decode node, and the best such decode node.
 
         A path is blocked while its breaker is open. If all are blocked, the one that reopens first is taken.
         """
+        has_token_pool = bool(self._pools[Role.DECODE] or self._pools[Role.MIXED])
+        if self._demand.is_single_token or not has_token_pool:
+            reason = Reason.SINGLE_TOKEN if self._demand.is_single_token else Reason.BORROWED
+            return _on_one(self._best(Role.PREFILL, self._whole), reason)
+        first = self._tokens(())
         soonest: tuple[float, _Best, _Best] | None = None
         blocked: set[str] = set()
-        while (prefill := self._best_prefill(blocked)) is not None:
+        while first is not None and (prefill := self._best(Role.PREFILL, self._prompt, blocked)) is not None:
             open_of = self._breakers.open_of(prefill.node.node_id, self._now)
-            decode = prefill if self._stays(prefill.node.role) else self._decode
-            assert decode is not None
-            if decode.node.node_id not in open_of:
-                return prefill, decode
-            if decode is not prefill:
-                if (other := self._best_decode(open_of)) is not None:
-                    return prefill, other
-                decode = self._soonest_decode(open_of, decode)
+            decode = first if first.node.node_id not in open_of else self._tokens(open_of)
+            if decode is not None:
+                return self._pair(prefill, decode)
             blocked.add(prefill.node.node_id)
-            reopens_at_s = open_of[decode.node.node_id]
+            reopening = self._soonest(open_of, first)
+            reopens_at_s = open_of[reopening.node.node_id]
             if soonest is None or reopens_at_s < soonest[0]:
-                soonest = reopens_at_s, prefill, decode
-        return None if soonest is None else soonest[1:]
+                soonest = reopens_at_s, prefill, reopening
+        return None if soonest is None else self._pair(*soonest[1:])._replace(is_blocked=True)
 
-    def _here(self, prefill: _Best, decode: _Best, costs: Costs) -> _Best | None:
-        """A decode node that holds more of the prompt than ``prefill``, and does all of it sooner than the two."""
-        split_s = costs.prompt_s(prefill.node, prefill.num_hit, stays=False)
-        split_s += costs.decode_s(decode.node, decode.num_hit)
-        limit = self._config.max_pending_prompt_tokens
+    def _tokens(self, blocked: Collection[str]) -> _Best | None:
+        """For a prompt that the prompt pool computes."""
+        own = self._best(Role.DECODE, self._decode, blocked)
+        mixed = self._best(Role.MIXED, self._decode, blocked)
+        if own is None or mixed is None:
+            return own or mixed
+        return mixed if self._is_much_better(mixed, own) else own
+
+    def _soonest(self, open_of: Mapping[str, float], first: _Best) -> _Best:
+        """All paths of a prefill node are blocked: the decode node of the one that reopens first. ``first`` is one."""
         candidates = [
-            (costs.here_s(best.node, best.num_hit), best.node.decode_rank, best)
-            for best in self._near(Role.DECODE, 0, self._least_decode, {})
-            if best.surely_has_room and best.num_hit > prefill.num_hit and best.node.pending_prompt_tokens < limit
-        ]
-        if not candidates:
-            return None
-        here_s, _, best = min(candidates, key=lambda candidate: candidate[:2])
-        return best if here_s < split_s else None
-
-    def _stays(self, role: Role) -> bool:
-        return role is not Role.PREFILL or self._stays_in_prompt_pool
-
-    def _best_prefill(self, blocked: Collection[str]) -> _Best | None:
-        found: _Best | None = None
-        near: list[_Best] = []
-        for role, later_tokens in self._prompt_pools().items():
-            stays = self._stays(role)
-            if not stays and self._decode is None:
-                continue
-            least = self._least_staying_prompt if stays else self._least_prompt
-            found = _cheaper(found, least(self._pools[role], self._num_tokens, blocked), _PROMPT_RANK, later_tokens)
-            near += self._near(role, later_tokens, least, blocked, needs_room=stays)
-        return self._nearest(found, near, self._prompt_s)
-
-    def _best_decode(self, blocked: Collection[str]) -> _Best | None:
-        """For a prompt that ran in the prompt pool."""
-        found: _Best | None = None
-        near: list[_Best] = []
-        for role, later_tokens in self._token_pools().items():
-            least = self._least_decode(self._pools[role], self._num_tokens, blocked)
-            found = _cheaper(found, least, _DECODE_RANK, later_tokens)
-            near += self._near(role, later_tokens, self._least_decode, blocked)
-        return self._nearest(found, near, self._decode_s)
-
-    def _least_prompt(self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]) -> NodeLoad | None:
-        """For a prompt that is handed over."""
-        # A prompt longer than the limit still runs, on a node that has nothing else to compute.
-        limit = self._config.max_pending_prompt_tokens
-        able = (node for node in nodes if node.pending_prompt_tokens < limit and node.node_id not in blocked)
-        return min(able, key=_PROMPT_RANK, default=None)
-
-    def _least_staying_prompt(
-        self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]
-    ) -> NodeLoad | None:
-        """For one that stays: there has to be room for ``num_tokens``."""
-        return self._least_prompt((node for node in nodes if node.free_tokens >= num_tokens), num_tokens, blocked)
-
-    def _least_decode(self, nodes: Iterable[NodeLoad], num_tokens: int, blocked: Collection[str]) -> NodeLoad | None:
-        able = (node for node in nodes if node.free_tokens >= num_tokens and node.node_id not in blocked)
-        return min(able, key=_DECODE_RANK, default=None)
-
-    def _near(
-        self, role: Role, later_tokens: int, least: _Least, blocked: Collection[str], *, needs_room: bool = True
-    ) -> Iterator[_Best]:
-        """Of the nodes that hold equally much of the request, the one that comes first otherwise."""
-        costs = self._costs
-        for hit in () if costs is None else costs.hits:
-            assert costs is not None
-            num_hit = costs.tokens_of(hit)
-            sure = nodes = list(self._pools.among(role, hit.node_ids))
-            if needs_room:
-                # The first question is the cheaper one, and nearly always enough.
-                most = self._num_tokens
-                sure = [x for x in nodes if x.free_tokens >= most or x.surely_has_room(most, num_hit)]
-            # It is not known which of a node's blocks are in use: where all have little room, one of them is asked.
-            for group in (sure, nodes):
-                node = least(group, self._num_tokens - num_hit, blocked)
-                if node is not None:
-                    yield _Best(node, Cost(0, later_tokens), num_hit, surely_has_room=group is sure)
-                    break
-
-    def _nearest(self, found: _Best | None, near: list[_Best], seconds: Callable[[_Best], float]) -> _Best | None:
-        """``found``, or one of ``near`` that takes less time and comes no later."""
-        if not near or self._costs is None:
-            return found
-        if found is not None:
-            num_hit = self._costs.num_hit(found.node.node_id)
-            near.insert(0, _Best(found.node, Cost(0, found.cost.later_tokens), num_hit))
-        # Of equal ones the first: the pool's own choice.
-        return min(near, key=lambda best: (not best.surely_has_room, best.cost.later_tokens, seconds(best)))
-
-    def _prompt_s(self, best: _Best) -> float:
-        assert self._costs is not None
-        return self._costs.prompt_s(best.node, best.num_hit, stays=self._stays(best.node.role))
-
-    def _decode_s(self, best: _Best) -> float:
-        assert self._costs is not None
-        return self._costs.decode_s(best.node, best.num_hit)
-
-    def _soonest_decode(self, open_of: Mapping[str, float], best: _Best) -> _Best:
-        """All paths of a prefill node are blocked: the decode node of the one that reopens first. ``best`` is one."""
-        candidates = [
-            (open_of[node.node_id], later_tokens, node.decode_rank, node)
-            for role, later_tokens in self._token_pools().items()
+            (open_of[node.node_id], role is Role.MIXED, node.rank, node)
+            for role in (Role.DECODE, Role.MIXED)
             for node in self._pools[role]
             if node.free_tokens >= self._num_tokens
         ]
-        if not candidates:  # there is room for what ``best`` does not hold, and nowhere for all
+        if not candidates:  # there is room for what ``first`` does not hold, and nowhere for all
+            return first
+        node = min(candidates, key=lambda candidate: candidate[:3])[3]
+        return self._as_best(node, self._decode.work(0).seconds(node), self._decode, 0)
+
+    def _pair(self, prefill: _Best, decode: _Best) -> _Option:
+        reason = Reason.POOLS
+        if decode.node.home_role is Role.MIXED:
+            reason = Reason.OVERFLOW if self._pools[Role.DECODE] else Reason.MIXED
+        return _Option(prefill, decode, prefill.seconds + decode.seconds, reason)
+
+    def _with_mixed(self, split: _Option | None) -> _Option | None:
+        """``split``, or a mixed node that does all of it."""
+        reason = Reason.OVERFLOW if self._pools[Role.PREFILL] else Reason.MIXED
+        mixed = _on_one(self._best(Role.MIXED, self._whole), reason)
+        if split is None or mixed is None:
+            return split or mixed
+        if split.is_blocked:
+            return mixed
+        own = split.decode._replace(seconds=split.seconds)
+        return mixed if self._is_much_better(mixed.decode, own) else split
+
+    # ── Leaving the pools ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def _or_whole(self, found: _Option) -> _Option:
+        """``found``, or one node of a pool for all of it."""
+        least_s = self._costs.least_s(found.prefill.node, found.decode.node)
+        if not self._costs.hits and found.seconds - least_s <= self._config.leave_saving_s:
+            return found  # no node can save as much
+        roles = (Role.DECODE, Role.PREFILL) if found.decode.node.is_crowded else (Role.DECODE,)
+        whole = self._whole_in(*roles)
+        if whole is None or not whole.prefill.surely_has_room:
+            return found
+        if whole.prefill.node.home_role is Role.DECODE and whole.prefill.num_hit > found.prefill.num_hit:
+            return whole._replace(reason=Reason.PREFIX) if whole.seconds < found.seconds else found
+        return whole if self._is_much_less(whole.seconds, found.seconds) else found
+
+    def _whole_in(self, *roles: Role) -> _Option | None:
+        options = [_on_one(self._best(role, self._whole), Reason.WHOLE) for role in roles]
+        able = [option for option in options if option is not None]
+        return min(able, key=lambda option: (not option.prefill.surely_has_room, option.seconds), default=None)
+
+    def _borrowed(self, found: _Option | None) -> _Option | None:
+        """``found``, or a node that a pool lends."""
+        config, costs = self._config, self._costs
+        if found is not None and found.prefill.node.prompt_wait_s <= config.borrow_after_s:
+            return found
+        candidates = [
+            (costs.ttft_s(node, 0), node.rank, node)
+            for role in (Role.DECODE, Role.PREFILL)
+            for node in self._pools.to_lend(role, config.min_pool_nodes)
+            if node.free_tokens >= self._num_tokens and node.prompt_wait_s < config.max_prompt_wait_s
+        ]
+        ttft_s, _, node = min(candidates, key=lambda candidate: candidate[:2], default=(math.inf, None, None))
+        if node is None or (found is not None and not self._is_much_less(ttft_s, self._ttft_s(found))):
+            return found
+        num_hit = costs.num_hit(node.node_id)
+        return _on_one(_Best(node, costs.whole(num_hit).seconds(node), num_hit), Reason.BORROWED)
+
+    def _ttft_s(self, found: _Option) -> float:
+        return self._costs.ttft_s(found.prefill.node, found.prefill.num_hit)
+
+    def _is_much_better(self, other: _Best, own: _Best) -> bool:
+        if other.surely_has_room is not own.surely_has_room:
+            return other.surely_has_room
+        return self._is_much_less(other.seconds, own.seconds)
+
+    def _is_much_less(self, seconds: float, than_s: float) -> bool:
+        config = self._config
+        return than_s - seconds > config.leave_saving_s and seconds < config.leave_share * than_s
+
+    # ── The nodes of one pool ───────────────────────────────────────────────────────────────────────────────────────
+
+    def _best(self, role: Role, phase: _Phase, blocked: Collection[str] = ()) -> _Best | None:
+        """The node of the pool where the phase takes least time, of those that surely have room if there are any."""
+        own = self._least(self._pools[role], phase, 0, blocked, self._num_tokens)
+        if not self._costs.hits:
+            return own
+        found = [own]
+        for hit in self._costs.hits:
+            found += self._near(role, self._costs.tokens_of(hit), hit.node_ids, phase, blocked)
+        able = [best for best in found if best is not None]
+        # Of equal ones the first: the pool's own choice.
+        best = min(able, key=lambda best: (not best.surely_has_room, best.seconds), default=None)
+        if best is None or best.num_hit:
             return best
-        _, later_tokens, rank, node = min(candidates, key=lambda candidate: candidate[:3])
-        return _Best(node, Cost(rank.queue_tokens, later_tokens))
+        return best._replace(num_hit=self._costs.num_hit(best.node.node_id))
 
-    def _prompt_pools(self) -> Mapping[Role, int]:
-        """The pools that may run the prompt, each with the term that orders it."""
-        own, mixed = self._pools[Role.PREFILL], self._pools[Role.MIXED]
-        if not own and not mixed:
-            return {Role.DECODE: 0}
-        threshold = self._config.overflow_prompt_tokens
-        return self._in_order(Role.PREFILL, (x.prompt_rank for x in own), (x.prompt_rank for x in mixed), threshold)
+    def _near(
+        self, role: Role, num_hit: int, node_ids: Collection[str], phase: _Phase, blocked: Collection[str]
+    ) -> Iterator[_Best]:
+        """Of the nodes that hold equally much of the request, the one where the phase takes least time."""
+        nodes = list(self._pools.among(role, node_ids))
+        # The first question is the cheaper one, and nearly always enough.
+        most = self._num_tokens
+        sure = nodes
+        if phase.needs_room:
+            sure = [x for x in nodes if x.free_tokens >= most or x.surely_has_room(most, num_hit)]
+        # It is not known which of a node's blocks are in use: where all have little room, one of them is asked.
+        for group in (sure, nodes):
+            best = self._least(group, phase, num_hit, blocked, most - num_hit)
+            if best is not None:
+                yield best._replace(surely_has_room=group is sure)
+                break
 
-    def _token_pools(self) -> Mapping[Role, int]:
-        own, mixed = self._pools[Role.DECODE], self._pools[Role.MIXED]
-        threshold = self._config.overflow_decode_tokens
-        return self._in_order(Role.DECODE, (x.decode_rank for x in own), (x.decode_rank for x in mixed), threshold)
+    def _least(
+        self, nodes: Collection[NodeLoad], phase: _Phase, num_hit: int, blocked: Collection[str], num_room_tokens: int
+    ) -> _Best | None:
+        work = phase.work(num_hit)
+        found = work.least(nodes, num_room_tokens if phase.needs_room else _NO_ROOM, phase.max_wait_s, blocked)
+        return None if found is None else self._as_best(found[0], found[1], phase, num_hit)
 
-    def _in_order(self, role: Role, own: Iterator[Rank], mixed: Iterator[Rank], threshold: int) -> Mapping[Role, int]:
-        if not self._pools[Role.MIXED]:
-            return {role: 0}
-        if not self._pools[role]:
-            return {Role.MIXED: 0}
-        own_tokens = min(own).queue_tokens
-        if own_tokens > threshold and min(mixed).queue_tokens < own_tokens:
-            return {role: _LATER_TOKENS, Role.MIXED: 0}
-        return {role: 0, Role.MIXED: _LATER_TOKENS}
+    def _as_best(self, node: NodeLoad, seconds: float, phase: _Phase, num_hit: int) -> _Best:
+        move_s = self._costs.move_s(node, num_hit) if phase is self._decode else 0.0
+        return _Best(node, seconds + move_s, num_hit)
 
 
-def _cheaper(
-    found: _Best | None, node: NodeLoad | None, rank_of: Callable[[NodeLoad], Rank], later_tokens: int
-) -> _Best | None:
-    """``found``, or this node if it costs less."""
-    if node is None:
-        return found
-    cost = Cost(rank_of(node).queue_tokens, later_tokens)
-    return found if found is not None and found.cost.total_tokens <= cost.total_tokens else _Best(node, cost)
+def _on_one(best: _Best | None, reason: Reason) -> _Option | None:
+    return None if best is None else _Option(best, best, best.seconds, reason)

@@ -1,6 +1,6 @@
-"""The nodes that take new work, by the role that they act in. Pure.
+"""The nodes that take new work, by the pool that they belong to. Pure.
 
-A node has a home pool, which its description names, and an acting role, which its status names; today they are equal.
+A node acts in the role of its home pool, or as mixed while it also has the other pool's work; its status says both.
 """
 
 from __future__ import annotations
@@ -13,40 +13,56 @@ from router.cluster.load import NodeLoad
 
 class Pools:
     def __init__(self) -> None:
-        self._acting: dict[Role, dict[str, NodeLoad]] = {role: {} for role in Role}
+        self._home: dict[Role, dict[str, NodeLoad]] = {role: {} for role in Role}
+        # Those that also have the other pool's work, by name.
+        self._away: dict[Role, dict[str, NodeLoad]] = {role: {} for role in Role}
 
     def __len__(self) -> int:
-        return sum(map(len, self._acting.values()))
+        return sum(map(len, self._home.values()))
 
     def __contains__(self, node_id: str) -> bool:
-        return any(node_id in pool for pool in self._acting.values())
+        return any(node_id in pool for pool in self._home.values())
 
     def __getitem__(self, role: Role) -> Collection[NodeLoad]:
-        return self._acting[role].values()
+        """The nodes whose home pool it is."""
+        return self._home[role].values()
 
     def among(self, role: Role, node_ids: Collection[str]) -> Iterator[NodeLoad]:
-        """Those of the role that are named."""
-        pool = self._acting[role]
+        """Those of the pool that are named."""
+        pool = self._home[role]
         return (pool[node_id] for node_id in node_ids if node_id in pool)
+
+    def to_lend(self, role: Role, min_nodes: int) -> Collection[NodeLoad]:
+        """Those that may do the other pool's work while ``min_nodes`` do their own pool's alone. A node that is away
+        already takes nothing more from its pool."""
+        num_at_home = len(self._home[role]) - len(self._away[role])
+        if num_at_home > min_nodes:
+            return self._home[role].values()
+        return self._away[role].values() if num_at_home == min_nodes else ()
 
     @property
     def num_generating(self) -> int:
         """Nodes that generate tokens: where there is no other node, those of the prompt pool do."""
-        return len(self._acting[Role.DECODE]) + len(self._acting[Role.MIXED]) or len(self._acting[Role.PREFILL])
+        return len(self._home[Role.DECODE]) + len(self._home[Role.MIXED]) or len(self._home[Role.PREFILL])
 
     def put(self, node: NodeLoad) -> None:
-        """The node takes new work, in the role of its last status."""
-        if node.node_id not in self._acting[node.role]:
+        """The node takes new work, in the roles of its last status."""
+        if node.node_id not in self._home[node.home_role]:
             self.remove(node.node_id)
-        self._acting[node.role][node.node_id] = node
+        self._home[node.home_role][node.node_id] = node
+        if node.role is node.home_role:
+            self._away[node.home_role].pop(node.node_id, None)
+        else:
+            self._away[node.home_role][node.node_id] = node
 
     def remove(self, node_id: str) -> None:
         """The node takes no new work."""
-        for pool in self._acting.values():
+        for pool in (*self._home.values(), *self._away.values()):
             pool.pop(node_id, None)
 
     def without(self, node_ids: Collection[str]) -> Pools:
         others = Pools()
-        for role, pool in self._acting.items():
-            others._acting[role] = {node_id: node for node_id, node in pool.items() if node_id not in node_ids}
+        for mine, theirs in ((self._home, others._home), (self._away, others._away)):
+            for role, pool in mine.items():
+                theirs[role] = {node_id: node for node_id, node in pool.items() if node_id not in node_ids}
         return others

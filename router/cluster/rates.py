@@ -1,12 +1,14 @@
-"""What work costs in seconds, learned from what nodes report: computing a prompt token, moving a byte of KV, and having
-KV beside which tokens are generated. Pure.
+"""What work costs in seconds, learned from what nodes report: computing a prompt token, moving a byte of KV, and
+generating a token beside others. Pure.
 
-Each is the slope of a line through what was seen, the newest counting most, as every step, prompt and transfer also has
-a part that does not depend on its size. Until something was seen, and where sizes say nothing yet, a setting counts.
+A node that measures its steps tells them. Until it does, its rates are slopes of lines through what was seen of its
+requests, the newest counting most, as every step, prompt and transfer also has a part that does not depend on its size.
+Where nothing was seen, what is known of other nodes counts, and at first a setting.
 """
 
 from __future__ import annotations
 
+from baton.types import StepTimes
 from router.cluster.config import PolicyConfig
 
 # Sightings that count: each new one takes so much from those before.
@@ -44,11 +46,26 @@ class Line:
             self._slope = max(self._least, ((count + 1.0) * products - sizes * times) / spread)
 
 
+class _Mean:
+    """Of what nodes tell; the newest count most."""
+
+    __slots__ = ("value",)
+
+    def __init__(self) -> None:
+        self.value = 0.0
+
+    def see(self, value: float) -> None:
+        if value > 0:
+            self.value += (value - self.value) * (1 - _KEPT) if self.value else value
+
+
 class Rates:
     """Seconds for each unit of work, of a node if it is known and else of all."""
 
     def __init__(self, config: PolicyConfig) -> None:
-        self._config = config
+        self.config = config
+        # Of the nodes that tell their step times; the base of those that decode.
+        self._told_base, self._told_prompt, self._told_sequence, self._told_kv = (_Mean() for _ in range(4))
         self._prompt = Line(config.prompt_token_s)
         self._kv = Line(config.kv_token_s)
         self._move = Line(config.move_byte_s)
@@ -74,9 +91,35 @@ class Rates:
         """That a sequence will generate."""
         return self._num_output_tokens
 
+    def step_times(self, node_id: str, told: StepTimes | None) -> StepTimes:
+        """Of a node's steps. A node does not know what it has not done: for that, others' times count."""
+        base_s = prompt_token_s = sequence_s = kv_token_s = 0.0
+        if told is not None:
+            base_s, prompt_token_s = told.base_s, told.prompt_token_s
+            sequence_s, kv_token_s = told.sequence_s, told.kv_token_s
+        has_decoded = sequence_s > 0 or kv_token_s > 0
+        self._told_prompt.see(prompt_token_s)
+        if has_decoded:
+            self._told_base.see(base_s)
+            self._told_sequence.see(sequence_s)
+            self._told_kv.see(kv_token_s)
+        else:
+            base_s = max(base_s, self._told_base.value)
+        return StepTimes(
+            base_s,
+            prompt_token_s or self._guess(self._prompt_of.get(node_id), self._told_prompt, self._prompt),
+            sequence_s or self._told_sequence.value,
+            kv_token_s or self._guess(self._kv_of.get(node_id), self._told_kv, self._kv),
+        )
+
+    @staticmethod
+    def _guess(own: Line | None, told: _Mean, every: Line) -> float:
+        """Of a node that has not told it: what was seen there, then what others tell, then what was seen of others."""
+        return own.slope if own is not None and own.num_seen >= _MIN_SEEN else told.value or every.slope
+
     def computed(self, node_id: str, num_tokens: int, seconds: float) -> None:
         """A prompt's part that was not there."""
-        self._see(self._prompt_of, self._prompt, self._config.prompt_token_s, node_id, num_tokens, seconds)
+        self._see(self._prompt_of, self._prompt, self.config.prompt_token_s, node_id, num_tokens, seconds)
 
     def moved(self, num_bytes: int, exposed_s: float) -> None:
         if num_bytes > 0:
@@ -86,7 +129,7 @@ class Rates:
         """A sequence has ended: its tokens, the time between two of them, and the tokens that ran beside it."""
         self._num_output_tokens += (num_tokens - self._num_output_tokens) * (1 - _KEPT)
         if token_s > 0:
-            self._see(self._kv_of, self._kv, self._config.kv_token_s, node_id, num_beside, token_s)
+            self._see(self._kv_of, self._kv, self.config.kv_token_s, node_id, num_beside, token_s)
 
     def forget(self, node_id: str) -> None:
         self._prompt_of.pop(node_id, None)

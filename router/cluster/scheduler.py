@@ -24,7 +24,7 @@ from router.cluster.costs import Costs
 from router.cluster.load import Attempt, Loads, NodeLoad, Placement
 from router.cluster.policy import Decision, Demand, Keyed, Obstacle, choose
 from router.cluster.pools import Pools
-from router.cluster.prefix_index import PrefixIndex
+from router.cluster.prefix_index import Hit, PrefixIndex
 from router.cluster.rates import Rates
 from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
@@ -76,10 +76,10 @@ class Scheduler(Generic[ItemT]):
         self._limits = limits
         self._policy = policy
         self._pools = Pools()
-        self._loads = Loads()
+        self.rates = Rates(policy)
+        self._loads = Loads(self.rates)
         self._breakers = PairBreakers(policy)
         self.prefix_index = PrefixIndex(policy.max_known_blocks)
-        self.rates = Rates(policy)
         # Of the nodes that keep blocks, which are all of one model; None if no node does.
         self.prefix_scheme: PrefixScheme | None = None
         self._line: Waiting[ItemT] = Waiting(
@@ -123,9 +123,9 @@ class Scheduler(Generic[ItemT]):
         node = self._loads.node(node_id)
         if node is None:
             return
-        before = node.role, node.prompt_rank, node.decode_rank, node.free_tokens
+        before = node.role, node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens
         self._loads.status(node_id, status)
-        if before != (node.role, node.prompt_rank, node.decode_rank, node.free_tokens):
+        if before != (node.role, node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens):
             self.has_news = True
         if node_id in self._pools:
             self._pools.put(node)  # it may act in another role now
@@ -273,26 +273,32 @@ class Scheduler(Generic[ItemT]):
 
     def decide(self, item: ItemT, now: float) -> Decision | Obstacle:
         demand = item.demand(now)
-        return choose(self._pools, demand, self._breakers, now, self._policy, self._costs(demand))
+        return self._choose(demand, self._costs(demand), now)
 
     def predicted_ttft_s(self, demand: Demand, now: float) -> float:
         """From now to its first token, if it were placed at once: the line is not counted. Infinite without a node."""
         costs = self._costs(demand)
+        decision = self._choose(demand, costs, now)
+        if isinstance(decision, Decision):
+            node = self._loads.node(decision.placement.prefill_id)
+            assert node is not None
+            return costs.ttft_s(node, decision.num_prefill_hit)
+        # It waits for the node that has room first, most likely the one with the least to do.
+        return min((costs.ttft_s(node, 0) for node in self._for_prompts), default=math.inf)
 
-        def seconds(node: NodeLoad) -> float:
-            num_hit = 0 if costs is None else costs.prompt_hit(costs.num_hit(node.node_id))
-            num_tokens = node.pending_prompt_tokens + demand.num_known_tokens - num_hit
-            return num_tokens * self.rates.prompt_token_s(node.node_id)
+    def _choose(self, demand: Demand, costs: Costs, now: float) -> Decision | Obstacle:
+        return choose(self._pools, demand, self._breakers, now, self._policy, costs)
 
-        return min(map(seconds, self._for_prompts), default=math.inf)
-
-    def _costs(self, demand: Demand) -> Costs | None:
-        """None if no node holds anything of it."""
+    def _costs(self, demand: Demand) -> Costs:
         scheme = self.prefix_scheme
-        if demand.prompt is None or scheme is None or not self.prefix_index:
-            return None
-        hits = self.prefix_index.hits(demand.prompt.keys(scheme))
-        return Costs(self.rates, hits, demand.num_known_tokens, scheme.layout.block_tokens) if hits else None
+        hits: list[Hit] = []
+        if demand.prompt is not None and scheme is not None and self.prefix_index:
+            hits = self.prefix_index.hits(demand.prompt.keys(scheme))
+        block_tokens = 1 if scheme is None else scheme.layout.block_tokens
+        return Costs(
+            self.rates, demand.num_known_tokens, is_single_token=demand.is_single_token, hits=hits,
+            block_tokens=block_tokens,
+        )  # fmt: skip
 
     @property
     def _max_client_running(self) -> int:

@@ -22,10 +22,12 @@ from baton.v1 import common_pb2, router_pb2
 from router.active import Active
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
+from router.cluster.costs import Costs
 from router.cluster.load import Loads, NodeLoad, Placement
 from router.cluster.membership import State
 from router.cluster.policy import Decision, Demand, Reason, choose
 from router.cluster.pools import Pools
+from router.cluster.rates import Rates
 from router.config import LimitsConfig, LinkConfig, RouterConfig
 from router.flow_messages import Outcome, OutcomeKind, Phase, Prompt
 from router.grpc_messages import overfull
@@ -343,12 +345,12 @@ def test_of_ten_thousand_pairs_only_those_of_the_best_prefill_node_are_looked_at
     pools, config = Pools(), PolicyConfig()
     cluster = FakeCluster(FakeConfig(num_blocks=100), prefill=100, decode=100)
     for node in cluster.nodes.values():
-        pools.put(NodeLoad(node.description, node.status()))
+        pools.put(NodeLoad(node.description, node.status(), Rates(config)))
     looks = Looks(config)
     for decode in ("decode-0", "decode-1"):
         for _ in range(config.breaker_failures):
             looks.failed("prefill-0", decode, 0.0)
-    decision = choose(pools, Demand(10), looks, 0.5, config)
+    decision = choose(pools, Demand(10), looks, 0.5, config, Costs(Rates(config), 10))
     assert decision == Decision(Placement("prefill-0", "decode-10"), Reason.POOLS), "10 comes before 2 as a name"
     assert looks.num_looks == 1
 
@@ -374,7 +376,7 @@ def test_parts_of_a_message_are_counted_before_it_is_parsed() -> None:
 
 def test_a_node_that_is_back_owes_nothing_to_what_its_predecessor_had() -> None:
     node = FakeCluster(mixed=1)["mixed-0"]
-    loads = Loads()
+    loads = Loads(Rates(PolicyConfig()))
     loads.add_node(node.description, node.status())
     loads.assign("a", Placement("mixed-0", "mixed-0"), 100)
     loads.remove_node("mixed-0")
@@ -385,4 +387,4 @@ def test_a_node_that_is_back_owes_nothing_to_what_its_predecessor_had() -> None:
     loads.check()
     load = loads.node("mixed-0")
     assert load is not None
-    assert load.decode_rank.queue_tokens == 60, "30 of the prompt, 30 to decode"
+    assert (load.pending_prompt_tokens, load.pending_decode_tokens) == (30, 30)

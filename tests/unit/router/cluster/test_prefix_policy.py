@@ -33,7 +33,7 @@ def node(
         role, queued_prompt_tokens=prompt, running_tokens=decode, free_blocks=free, num_running=num_running,
         cached_blocks=cached,
     )  # fmt: skip
-    return NodeLoad(description, status)
+    return NodeLoad(description, status, Rates(CONFIG))
 
 
 def decide(
@@ -45,7 +45,7 @@ def decide(
         pools.put(each)
     levels = [Hit(num, frozenset(x for x in hits if hits[x] == num)) for num in sorted({*hits.values()}, reverse=True)]
     demand = demand or Demand(NUM_TOKENS)
-    costs = Costs(Rates(CONFIG), levels, demand.num_known_tokens, BLOCK_TOKENS)
+    costs = Costs(Rates(CONFIG), demand.num_known_tokens, hits=levels, block_tokens=BLOCK_TOKENS)
     found = choose(pools, demand, breakers or PairBreakers(CONFIG), 0.0, CONFIG, costs)
     assert isinstance(found, Decision)
     return found
@@ -88,8 +88,7 @@ def test_the_next_turn_runs_where_the_answer_lies_unless_many_generate_there() -
     assert found.reason is Reason.PREFIX
     assert (found.num_prefill_hit, found.num_decode_hit) == (70 * BLOCK_TOKENS, 70 * BLOCK_TOKENS)
     busy = decide(P0, node("d0", num_running=8), D1, p0=40, d0=70)
-    assert busy.placement == Placement("p0", "d0"), "eight sequences would wait for 81 tokens each"
-    assert busy.num_decode_hit == 70 * BLOCK_TOKENS
+    assert busy.placement == Placement("p0", "d1"), "eight sequences would wait for 81 tokens each, and for its KV"
 
 
 def test_a_decode_node_that_takes_over_for_blamed_ones_is_borrowed_and_not_sought() -> None:
@@ -107,7 +106,9 @@ def test_mixed_nodes_that_hold_the_prompt_come_first_among_them() -> None:
     found = decide(M0, M1, m1=70)
     assert found.placement == Placement("m1", "m1")
     assert (found.num_prefill_hit, found.num_decode_hit) == (70 * BLOCK_TOKENS, 70 * BLOCK_TOKENS)
-    assert decide(P0, D0, M1, m1=70).placement == Placement("p0", "d0"), "a mixed node helps a pool that is behind"
+    assert decide(P0, D0, M1, m1=40).placement == Placement("p0", "d0"), "a mixed node helps where that saves much"
+    found = decide(P0, D0, M1, m1=70)
+    assert (found.placement, found.reason) == (Placement("m1", "m1"), Reason.OVERFLOW), "0.11 s"
 
 
 def test_room_is_needed_for_what_a_node_does_not_hold() -> None:
@@ -143,12 +144,12 @@ def test_blocked_paths_and_blamed_nodes_are_not_taken_for_a_hit() -> None:
 
 
 def test_books_count_what_has_to_be_computed_and_stored() -> None:
-    loads = Loads()
+    loads = Loads(Rates(CONFIG))
     p0 = loads.add_node(P0.node, NodeStatus(Role.PREFILL, total_blocks=100, free_blocks=100))
     d0 = loads.add_node(D0.node, NodeStatus(Role.DECODE, total_blocks=100, free_blocks=100))
     loads.assign("s", Placement("p0", "d0"), NUM_TOKENS, num_prefill_hit=800, num_decode_hit=1184)
     assert p0.pending_prompt_tokens == NUM_TOKENS - 800
-    assert d0.decode_rank.queue_tokens == NUM_TOKENS, "it generates beside all of its KV"
+    assert d0.pending_decode_tokens == NUM_TOKENS, "it generates beside all of its KV"
     assert d0.free_blocks == 98, "of 76 blocks 74 are there"
     loads.check()
     loads.prefilled("s")
