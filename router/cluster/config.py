@@ -21,7 +21,7 @@ class PolicyConfig:
     # A request leaves the pools (for a mixed node, or to run whole on one) if that is predicted to save more than so
     # many seconds and to take less than this share of the time: predictions are no better than that, and an idle
     # cluster goes on splitting.
-    leave_saving_s: float = 0.1
+    leave_saving_s: float = 0.2
     leave_share: float = field(default=0.9, metadata=setting(most=1))
     # A prefill node keeps what it computed only if a step of the decode node would take so many times as long as an
     # empty one (a batch of 64 about doubles it): tokens that are generated beside prompts come with long gaps.

@@ -70,6 +70,7 @@ class NodeLoad:
         "free_tokens",
         "is_crowded",
         "is_full",
+        "is_measured",
         "node",
         "node_id",
         "num_decoding",
@@ -113,6 +114,7 @@ class NodeLoad:
         """Its newest status."""
         self.status = status
         self.times = self._rates.step_times(self.node_id, status.step_times)
+        self.is_measured = status.step_times is not None or self._rates.has_seen(self.node_id)
         self.busy_share += ((status.queued_prompt_tokens > 0) - self.busy_share) * _BUSY_STEP
         # What is there beyond our own.
         self.foreign_prompt = max(0, status.queued_prompt_tokens - self.prompt_tokens)

@@ -248,7 +248,9 @@ class _Search:
     # ── Leaving the pools ───────────────────────────────────────────────────────────────────────────────────────────
 
     def _or_whole(self, found: _Option) -> _Option:
-        """``found``, or one node of a pool for all of it."""
+        """``found``, or one node of a pool for all of it. Where no time was measured yet, nothing is left for it."""
+        if not found.prefill.node.is_measured and not self._costs.hits:
+            return found
         least_s = self._costs.least_s(found.prefill.node, found.decode.node)
         if not self._costs.hits and found.seconds - least_s <= self._config.leave_saving_s:
             return found  # no node can save as much

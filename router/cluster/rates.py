@@ -112,6 +112,11 @@ class Rates:
             kv_token_s or self._guess(self._kv_of.get(node_id), self._told_kv, self._kv),
         )
 
+    def has_seen(self, node_id: str) -> bool:
+        """Prompts of this node, often enough for a rate of its own."""
+        own = self._prompt_of.get(node_id)
+        return own is not None and own.num_seen >= _MIN_SEEN
+
     @staticmethod
     def _guess(own: Line | None, told: _Mean, every: Line) -> float:
         """Of a node that has not told it: what was seen there, then what others tell, then what was seen of others."""

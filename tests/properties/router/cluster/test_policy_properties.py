@@ -131,7 +131,8 @@ def test_the_pools_are_left_for_what_saves_much_and_for_nothing_else(
     if decision.reason is Reason.POOLS:
         assert taken_s <= split_s * (1 + 1e-9)
         for node_id, whole_s in every.whole_s.items():
-            if roles[node_id] is not Role.PREFILL:
+            is_measured = {x.node_id: x for x in found}[decision.placement.prefill_id].is_measured
+            if roles[node_id] is Role.MIXED or (roles[node_id] is Role.DECODE and is_measured):
                 assert not (taken_s - whole_s > CONFIG.leave_saving_s + 1e-9 and whole_s < CONFIG.leave_share * taken_s)
     elif decision.reason is Reason.PREFIX:
         assert taken_s < split_s
