@@ -155,7 +155,9 @@ def _ledger_of(node: node_pb2.LedgerResponse) -> Iterable[RenderableType]:
     owned = sum(owner.num_blocks for owner in node.owners)
     cached = sum(owner.num_blocks for owner in node.owners if owner.state == _CACHED)
     # As in the table of the cluster, where cached blocks are free too.
-    title = f"{node.node_id} · {node.free_blocks + cached} of {node.total_blocks} blocks free"
+    home, acting = _role(node.home_role), _role(node.role)
+    roles = home if acting == home else f"{home}, acts as {acting}"
+    title = f"{node.node_id} ({roles}) · {node.free_blocks + cached} of {node.total_blocks} blocks free"
     if cached:
         title += f", {cached} of them cached"
     if not node.owners:

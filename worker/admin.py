@@ -25,6 +25,7 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         self._sessions = service.sessions
         self._node = service.node
         self._status = service.status
+        self._roles = service.roles
         self._set_role = service.set_role
         self._replica = service.replica
         self._drain = drain
@@ -58,17 +59,17 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         request: node_pb2.SetRoleRequest,
         context: grpc.aio.ServicerContext[node_pb2.SetRoleRequest, node_pb2.SetRoleResponse],
     ) -> node_pb2.SetRoleResponse:
-        before = self._status().home_role
+        roles = self._roles
+        before = roles.home
         asked, expected = (codec.role_from_pb(x) if x else None for x in (request.role, request.expected_role))
         self._set_role(asked, expected)
-        status = self._status()
         return node_pb2.SetRoleResponse(
             node_id=self._node.node_id,
             incarnation=self._node.incarnation,
             previous_role=codec.role_to_pb(before),
-            home_role=codec.role_to_pb(status.home_role),
-            role=codec.role_to_pb(status.role),
-            is_pinned=status.is_pinned,
+            home_role=codec.role_to_pb(roles.home),
+            role=codec.role_to_pb(roles.acting),
+            is_pinned=roles.is_pinned,
         )
 
     async def Ledger(  # noqa: N802 - the name in the proto
@@ -77,7 +78,10 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         context: grpc.aio.ServicerContext[node_pb2.LedgerRequest, node_pb2.LedgerResponse],
     ) -> node_pb2.LedgerResponse:
         total, free, owners = self._replica.ledger()
+        roles = self._roles
         return node_pb2.LedgerResponse(
+            role=codec.role_to_pb(roles.acting),
+            home_role=codec.role_to_pb(roles.home),
             node_id=self._node.node_id,
             incarnation=self._node.incarnation,
             total_blocks=total,
@@ -121,9 +125,8 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
     ) -> node_pb2.TraceResponse:
         last_s = codec.last_s_from_pb(request.last_s)
         recorded = self._timeline.since(self._clock.now() - last_s)
-        status = self._status()
         # Thousands of spans: made off the loop that carries tokens.
-        return await asyncio.to_thread(codec.recorded_to_pb, self._node, status.role, recorded)
+        return await asyncio.to_thread(codec.recorded_to_pb, self._node, self._roles.acting, recorded)
 
     async def Session(  # type: ignore[override]  # noqa: N802 - the proto's name; grpc.aio's reader-writer style
         self,

@@ -276,8 +276,10 @@ class NodeService:
             self._is_idle.set()
 
     def _role_changed(self, change: roles.RoleChanged) -> None:
-        before, after = change.before.value, change.after.value
-        _log.info("%s changes from %s to %s: %s", self.node.node_id, before, after, change.reason.value)
+        before, after, reason = change.before.value, change.after.value, change.reason
+        is_home = reason in (roles.Reason.OPERATOR, roles.Reason.SCHEDULER)
+        what = f"is in the pool {after} now (before: {before})" if is_home else f"acts as {after} (before: {before})"
+        _log.info("%s %s: %s", self.node.node_id, what, reason.value)
         self.sessions.tell_status()
         with self._defects.contained("record"):
             self._on_role(change)

@@ -135,6 +135,8 @@ class LedgerResponse(_message.Message):
     TOTAL_BLOCKS_FIELD_NUMBER: _builtins.int
     FREE_BLOCKS_FIELD_NUMBER: _builtins.int
     OWNERS_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    HOME_ROLE_FIELD_NUMBER: _builtins.int
     node_id: _builtins.str
     """The node that answers."""
     incarnation: _builtins.int
@@ -143,6 +145,10 @@ class LedgerResponse(_message.Message):
     """KV blocks in the pool."""
     free_blocks: _builtins.int
     """KV blocks without an owner."""
+    role: _common_pb2.Role.ValueType
+    """What the node acts as."""
+    home_role: _common_pb2.Role.ValueType
+    """The pool that it belongs to."""
     @_builtins.property
     def owners(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerResponse.Owner]:
         """All owners of blocks."""
@@ -155,10 +161,12 @@ class LedgerResponse(_message.Message):
         total_blocks: _builtins.int = ...,
         free_blocks: _builtins.int = ...,
         owners: _abc.Iterable[Global___LedgerResponse.Owner] | None = ...,
+        role: _common_pb2.Role.ValueType = ...,
+        home_role: _common_pb2.Role.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_blocks", b"free_blocks", "incarnation", b"incarnation", "node_id", b"node_id", "owners", b"owners", "total_blocks", b"total_blocks"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["free_blocks", b"free_blocks", "home_role", b"home_role", "incarnation", b"incarnation", "node_id", b"node_id", "owners", b"owners", "role", b"role", "total_blocks", b"total_blocks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -115,8 +115,21 @@ def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
     owner = node_pb2.LedgerResponse.Owner(owner="r1/0/0", state="leased", num_blocks=7, epoch=3, age_s=0.25)
     ledger = router_pb2.ClusterLedgerResponse(
         nodes=[
-            node_pb2.LedgerResponse(node_id="good", total_blocks=10, free_blocks=3, owners=[owner]),
-            node_pb2.LedgerResponse(node_id="idle", total_blocks=10, free_blocks=10),
+            node_pb2.LedgerResponse(
+                node_id="good",
+                total_blocks=10,
+                free_blocks=3,
+                owners=[owner],
+                home_role=common_pb2.ROLE_DECODE,
+                role=common_pb2.ROLE_MIXED,
+            ),
+            node_pb2.LedgerResponse(
+                node_id="idle",
+                total_blocks=10,
+                free_blocks=10,
+                home_role=common_pb2.ROLE_PREFILL,
+                role=common_pb2.ROLE_PREFILL,
+            ),
             node_pb2.LedgerResponse(node_id="bad", total_blocks=10, free_blocks=1, owners=[owner]),
         ],
         unreachable={"gone": "deadline exceeded"},
@@ -124,7 +137,8 @@ def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
     text = printed(*show.ledger_tables(ledger))
     assert "r1/0/0" in text
     assert "250 ms" in text
-    assert "idle · 10 of 10 blocks free, no owners" in text
+    assert "idle (prefill) · 10 of 10 blocks free, no owners" in text
+    assert "good (decode, acts as mixed) · 3 of 10 blocks free" in text
     assert "bad: 2 blocks have no owner" in text
     assert "good: " not in text
     assert "gone did not answer: deadline exceeded" in text
@@ -133,9 +147,12 @@ def test_ledger_shows_owners_and_calls_out_what_has_none() -> None:
 def test_the_ledger_counts_cached_blocks_as_free_like_the_table_of_the_cluster() -> None:
     held = node_pb2.LedgerResponse.Owner(owner="r1/0/0", state="running", num_blocks=7, age_s=0.25)
     cached = node_pb2.LedgerResponse.Owner(owner="prefix cache", state="cached", num_blocks=290)
-    node = node_pb2.LedgerResponse(node_id="decode-0", total_blocks=300, free_blocks=3, owners=[held, cached])
+    node = node_pb2.LedgerResponse(
+        node_id="decode-0", total_blocks=300, free_blocks=3, owners=[held, cached],
+        home_role=common_pb2.ROLE_DECODE, role=common_pb2.ROLE_DECODE,
+    )  # fmt: skip
     text = printed(*show.ledger_tables(router_pb2.ClusterLedgerResponse(nodes=[node])))
-    assert "decode-0 · 293 of 300 blocks free, 290 of them cached" in text
+    assert "decode-0 (decode) · 293 of 300 blocks free, 290 of them cached" in text
     assert re.search(r"^prefix cache +cached +290 *$", text, re.MULTILINE), "no age: every block has its own"
 
 

@@ -247,6 +247,30 @@ async def test_browser_shows_what_is_cached(browser: Browser) -> None:
         assert browser.complaints == []
 
 
+async def test_browser_shows_home_and_acting_roles(browser: Browser) -> None:
+    async with (
+        FakeCluster(prefill=1, decode=1) as cluster,
+        router_beside(cluster) as router,
+        baton.AsyncClient(router.grpc or "") as client,
+    ):
+        await client.set_role("prefill-0", Role.DECODE)
+        await to_thread(browser.open, f"{router.http}/status")
+        shown = "document.querySelector('#{}').innerText"
+        await to_thread(browser.wait_until, rf"/decode\s+2 of 2\s/.test({shown.format('pools')})")
+        await to_thread(browser.wait_until, rf"/prefill-0\s+decode, set by hand\s/.test({shown.format('nodes')})")
+        assert re.search(r"decode-0\s+decode\s", await text(browser, "#nodes"))
+        for node in cluster.nodes.values():
+            node.runner.hold()
+        # No node is left whose work prompts are.
+        running = asyncio.create_task(client.complete([1, 2], max_tokens=2))
+        await to_thread(browser.wait_until, rf"/decode\s+2 of 2, 1 borrowed\s/.test({shown.format('pools')})")
+        await to_thread(browser.wait_until, rf"/decode(, set by hand)?, acts as mixed/.test({shown.format('nodes')})")
+        for node in cluster.nodes.values():
+            node.runner.resume()
+        await running
+        assert browser.complaints == []
+
+
 async def test_browser_shows_names_as_text(browser: Browser) -> None:
     async with FakeCluster(FakeConfig(model_name=EVIL)) as cluster:
         await cluster.add(EVIL, Role.MIXED).start()
