@@ -410,7 +410,8 @@ class Replica:
             else:
                 self._progress.step_done(flight.finals)
                 events = self._scheduler.apply(plan, result, self._clock.now())
-                self._scheduler.measured.add(plan.shape, turn_s)
+                with self._defects.contained("engine", "measuring a step"):
+                    self._scheduler.measured.add(plan.shape, turn_s)
                 self._progress.step_done(self._full_blocks(plan))
             self._num_steps += 1
             self._num_tokens += plan.num_tokens

@@ -148,3 +148,13 @@ def test_a_step_is_added_in_microseconds() -> None:
         taken.append((time.perf_counter() - started) / 100)
     # About 9 us; the bound is far off, as tests run beside each other.
     assert min(taken) < 50e-6
+
+
+def test_what_was_seen_long_ago_fades_out_on_a_machine_whose_speed_changes_all_the_time() -> None:
+    """Weights become smaller than numbers can be: the engine must not end with that."""
+    steps = measured(40)
+    rng = random.Random(3)
+    for _ in range(20_000):
+        steps.add(StepShape(0, 0, 4, 400), seconds(StepShape(0, 0, 4, 400)) * rng.choice((1, 6)))
+    assert steps.told is not None
+    assert steps.told.base_s >= 0
