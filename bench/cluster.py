@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -28,13 +25,12 @@ from baton.types import TransferReport
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from bench import model as bench_model
 from bench.measure import BandwidthProbe
+from loadgen.clusters import Shape, started
 from loadgen.samples import Samples
 
 PROMPT_TOKENS = 1000
 # For benches that send a prompt again and want it computed again.
 NO_PREFIX_CACHE = ("--prefix-cache", "off")
-_START_TIMEOUT_S = 300.0
-_STOP_TIMEOUT_S = 30.0
 _REQUEST_TIMEOUT_S = 120.0
 _NUM_CLIENTS = 3
 
@@ -66,46 +62,12 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def cluster(name: str, options: Sequence[str], folder: Path, run_dir: Path) -> AsyncIterator[Cluster]:
     """Starts ``baton up`` with these options, waits until it is ready, and stops all its processes at the end."""
-    ready_file = run_dir / f"{name}.json"
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    command = [sys.executable, "-m", "cli", "up", "--model", str(folder), "--threads", str(threads)]
-    command += ["--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready_file), "--kv-mib", "1024", *options]
-    log_path = run_dir / f"{name}.log"
-    process = _start(command, log_path)
-    try:
-        ready = await asyncio.to_thread(_await_ready, process, ready_file, log_path)
-        async with grpc.aio.insecure_channel(ready["grpc"]) as channel:
-            nodes = tuple(f"{node['id']} ({node['role']})" for node in ready["nodes"])
-            metrics = tuple(node["metrics"] for node in ready["nodes"])
-            yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, ready["http"], metrics)
-    finally:
-        process.terminate()
-        await asyncio.to_thread(_await_end, process)
-
-
-def _start(command: Sequence[str], log_path: Path) -> subprocess.Popen[bytes]:
-    with log_path.open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log)
-
-
-def _await_ready(process: subprocess.Popen[bytes], ready_file: Path, log_path: Path) -> dict[str, Any]:
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while not ready_file.exists():
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(timeout=0.1)
-        if process.returncode is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the cluster did not start; its log ends\n{log_path.read_text()[-2000:]}")
-    ready: dict[str, Any] = json.loads(ready_file.read_text())
-    return ready
-
-
-def _await_end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.wait(timeout=_STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        raise
+    shape = Shape(name, ("--threads", str(threads), "--kv-mib", "1024", *options))
+    async with started(shape, str(folder), run_dir) as found, grpc.aio.insecure_channel(found.grpc) as channel:
+        nodes = tuple(f"{node.id} ({node.role})" for node in found.nodes)
+        metrics = tuple(node.metrics for node in found.nodes)
+        yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, found.http, metrics)
 
 
 def random_prompt(rng: Random) -> list[int]:

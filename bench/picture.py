@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
+
+from loadgen import svg
 
 _WIDTH, _LEFT, _RIGHT, _TOP = 1000, 120, 12, 46
 _ROW, _GAP = 15, 12
@@ -45,7 +46,7 @@ def draw(document: dict[str, Any], window: _Window) -> str:
     y = _TOP
     for pid in sorted({e["pid"] for e in events}):
         name, _, _ = names[pid].partition(" ")
-        parts.append(_text(8, y + 11, name, "bold"))
+        parts.append(svg.text(8, y + 11, name, "bold"))
         for categories in _ROWS:
             mine = [e for e in events if e["pid"] == pid and e["cat"] in categories]
             for row in sorted({e["tid"] for e in mine}):
@@ -54,15 +55,7 @@ def draw(document: dict[str, Any], window: _Window) -> str:
         y += _GAP
         parts.append(f'<path d="M8 {y - _GAP / 2}H{_WIDTH - _RIGHT}" stroke="#dfe1e4"/>')
     parts += _axis(window, y)
-    style = (
-        "text{font:11px system-ui,sans-serif;fill:#1c1e21}.bold{font-weight:600}.soft{fill:#5d636b}"
-        ".in{fill:#fff;font-size:10px}"
-    )
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 22}" role="img" '
-        f'aria-label="Timeline of a run"><style>{style}</style><rect width="100%" height="100%" fill="#fff"/>'
-        f"{''.join(_legend())}{''.join(parts)}</svg>\n"
-    )
+    return svg.document(_WIDTH, y + 22, "Timeline of a run", [*_legend(), *parts])
 
 
 def _bars(events: Sequence[dict[str, Any]], window: _Window, y: float) -> Iterator[str]:
@@ -75,30 +68,25 @@ def _bars(events: Sequence[dict[str, Any]], window: _Window, y: float) -> Iterat
             f'fill="{_COLOURS[event["cat"]]}"><title>{title}</title></rect>'
         )
         if event["cat"] in ("prefill", "mixed") and width > 7 * len(event["name"]):
-            yield _text(left + 5, y + 11, event["name"], "in")
+            yield svg.text(left + 5, y + 11, event["name"], "in")
 
 
 def _axis(window: _Window, y: float) -> Iterator[str]:
     length_ms = window.to_ms - window.from_ms
-    power = 10.0 ** math.floor(math.log10(length_ms / 5))
-    step_ms = next(power * factor for factor in (1, 2, 5, 10) if length_ms / (power * factor) <= 10)
+    step_ms = svg.round_step(length_ms)
     for i in range(int(length_ms / step_ms) + 1):
         x = window.x((window.from_ms + i * step_ms) * 1e3)
         yield f'<path d="M{x:.1f} {_TOP - 6}V{y - 4}" stroke="#5d636b" stroke-opacity=".18"/>'
-        yield _text(min(x, _WIDTH - 50), y + 12, f"{i * step_ms:g} ms", "soft")
+        yield svg.text(min(x, _WIDTH - 50), y + 12, f"{i * step_ms:g} ms", "soft")
 
 
 def _legend() -> Iterator[str]:
     x = float(_LEFT)
     for category, said in _LEGEND:
-        yield f'<rect x="{x}" y="12" width="11" height="11" rx="2" fill="{_COLOURS[category]}"/>' + _text(
+        yield f'<rect x="{x}" y="12" width="11" height="11" rx="2" fill="{_COLOURS[category]}"/>' + svg.text(
             x + 16, 22, said
         )
         x += 34 + 6.1 * len(said)
-
-
-def _text(x: float, y: float, said: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y}" class="{kind}">{escape(said)}</text>'
 
 
 def main() -> None:
@@ -108,10 +96,10 @@ def main() -> None:
     parser.add_argument("--from-ms", type=float, default=0.0)
     parser.add_argument("--to-ms", type=float, default=float("inf"))
     arguments = parser.parse_args()
-    document = json.loads(arguments.trace.read_text())
+    document = json.loads(arguments.trace.readsvg.text())
     last_ms = max((e["ts"] + e["dur"]) / 1e3 for e in document["traceEvents"] if e["ph"] == "X")
     window = _Window(arguments.from_ms, min(arguments.to_ms, last_ms))
-    arguments.picture.write_text(draw(document, window))
+    arguments.picture.writesvg.text(draw(document, window))
 
 
 if __name__ == "__main__":

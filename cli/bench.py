@@ -29,7 +29,20 @@ def serve(
         list[str] | None,
         typer.Option(metavar="[NAME=]URL", help="A server to measure; repeat it to measure several in turn."),
     ] = None,
-    model: Annotated[str, typer.Option("--model", "-m", help="Default: the first that the server lists.")] = "",
+    cluster: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SHAPE [OPTIONS]",
+            help="A cluster to start and measure: 1+2 is 1 prefill and 2 decode workers, 2 is 2 mixed ones; then "
+            "options of `baton up`.",
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="What --cluster serves; of a --url the name, by default the first it lists."
+        ),
+    ] = "",
     trace: Annotated[
         str,
         typer.Option(
@@ -76,6 +89,9 @@ def serve(
         ),
     ] = 300.0,
     rounds: Annotated[int, typer.Option(min=1, max=_MAX_ROUNDS, help="Times that every load is run.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, callback=finite, help="Begin no run that would end later than this.")
+    ] = None,
     seed: Annotated[str, typer.Option(help="Of prompts and Poisson arrivals.")] = "0",
     slo_ttft_ms: Annotated[
         float | None, typer.Option(min=0.0, callback=finite, help="Goodput counts requests whose TTFT is within it.")
@@ -96,11 +112,15 @@ def serve(
         typer.Option("--output", "-o", parser=path, metavar="FILE", help="JSON: figures and every request."),
     ] = None,
     csv: Annotated[Path | None, typer.Option(parser=path, metavar="FILE", help="CSV: a line for each request.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="SVG: latency and goodput against rate.")
+    ] = None,
 ) -> None:
     """Send requests to OpenAI-compatible servers by a trace, at a rate or in a closed loop; report latency."""
-    for file, option in ((output, "--output"), (csv, "--csv")):
+    for file, option in ((output, "--output"), (csv, "--csv"), (picture, "--picture")):
         if file is not None:
             preflight.writable_file(file, option)
+    from loadgen.clusters import Shape
     from loadgen.job import Job, extra_of, headers_of, perform
     from loadgen.objectives import Limits
     from loadgen.plan import Plan
@@ -114,7 +134,8 @@ def serve(
     )  # fmt: skip
     limits = Limits(*(None if ms is None else ms / 1e3 for ms in (slo_ttft_ms, slo_tbt_ms)))
     job = Job(
-        urls=tuple(url or ()), plan=plan, model=model, headers=headers_of(header or (), api_key),
-        extra=extra_of(extra), rounds=rounds, limits=limits, has_alone=alone,
+        urls=tuple(url or ()), shapes=tuple(map(Shape.parse, cluster or ())), plan=plan, model=model,
+        headers=headers_of(header or (), api_key), extra=extra_of(extra), rounds=rounds, minutes=minutes,
+        limits=limits, has_alone=alone,
     )  # fmt: skip
-    perform(job, wide_console(), output, csv)
+    perform(job, wide_console(), output, csv, picture)

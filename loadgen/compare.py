@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from baton.errors import Unavailable
@@ -42,6 +42,8 @@ class Measured:
     round: int
     outcome: Outcome
     counted: Mapping[str, float]
+    # What was measured beside it, such as the memory's speed.
+    beside: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +65,12 @@ class Comparison:
     def figures(self, outcome: Outcome) -> Figures:
         return Figures.of(outcome, self.alone, self.limits)
 
-    def as_json(self) -> dict[str, Any]:
-        """Targets, the times of single requests, pooled figures, and every run with its requests."""
+    def of_loads(self, beginning: str) -> Comparison:
+        """The part with the loads whose names begin so."""
+        return replace(self, runs=tuple(each for each in self.runs if each.load.startswith(beginning)))
+
+    def as_json(self, *, has_requests: bool = True) -> dict[str, Any]:
+        """Targets, the times of single requests, pooled figures, and every run, with its requests if wanted."""
         cells = self.pooled()
         return {
             "targets": [{"name": t.name, "model": t.asking.model, **t.about} for t in self.targets],
@@ -77,7 +83,8 @@ class Comparison:
                     "rate": each.outcome.load.rate, "streams": each.outcome.load.streams,
                     **self.figures(each.outcome).as_json(),
                     "counted": dict(each.counted),
-                    "requests_sent": [record_of(answer) for answer in each.outcome.answers],
+                    **each.beside,
+                    **({"requests_sent": [record_of(a) for a in each.outcome.answers]} if has_requests else {}),
                 }
                 for each in self.runs
             ],
@@ -129,16 +136,19 @@ async def compare(
                 began_s = time.monotonic()
                 if schedule.until_s is not None and began_s + longest_s.get(load.name, 0.0) > schedule.until_s:
                     return tuple(runs)
-                runs.append(await _one(target, load, number, schedule.seed, watching(target, load)))
+                runs.append(await measured(target, load, number, schedule.seed, watching(target, load)))
                 longest_s[load.name] = max(longest_s.get(load.name, 0.0), time.monotonic() - began_s)
                 told(runs[-1])
     return tuple(runs)
 
 
-async def _one(target: Target, load: Load, number: int, seed: str, watch: Watch) -> Measured:
+async def measured(
+    target: Target, load: Load, number: int, seed: str, watch: Watch, beside: Mapping[str, float] | None = None
+) -> Measured:
+    """One load on one idle server. Raises Unavailable."""
     if not await counters.until_idle(target.server, _IDLE_LIMIT_S):
         raise Unavailable(f"{target.name} still had requests after {_IDLE_LIMIT_S:g} s without a load")
     before = await counters.counted(target.server)
     outcome = await run(load, target.server, target.asking, f"{seed}/{load.name}/{number}", watch)
     counted = counters.during(before, await counters.counted(target.server))
-    return Measured(target.name, load.name, number, outcome, counted)
+    return Measured(target.name, load.name, number, outcome, counted, beside or {})

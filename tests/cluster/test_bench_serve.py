@@ -39,3 +39,24 @@ def test_a_trace_is_replayed_and_the_cluster_counted_the_same(
     assert len(record["figures"][0]["nine"]) == 9
     assert len(list(csv.DictReader(rows.read_text().splitlines()))) == 40
     cluster.wait_baseline()
+
+
+def test_clusters_are_started_measured_in_turn_and_stopped(demo_model: Path, tmp_path: Path) -> None:
+    output, picture = tmp_path / "out.json", tmp_path / "out.svg"
+    small = "--kv-mib 64 --prefix-cache off"
+    baton(
+        *("bench", "serve", "--model", str(demo_model)),
+        *("--cluster", f"split=1+1 {small}", "--cluster", f"mixed=1 {small} --tbt-target-ms 100"),
+        *("--rate", "10", "--rate", "20", "--requests", "4", "--prompt-tokens", "40", "--output-tokens", "6"),
+        *("--rounds", "2", "--minutes", "5", "-o", str(output), "--picture", str(picture)),
+    )
+    record = json.loads(output.read_text())
+    assert [target["options"].split(" --")[0] for target in record["targets"]] == ["--prefill 1", "--mixed 1"]
+    order = [run["target"] for run in record["runs"]]
+    assert order == ["split", "mixed"] * 2 + ["mixed", "split"] * 2
+    for run in record["runs"]:
+        assert (run["whole"], run["errors"]) == (4, 0), run["first_error"]
+        moved = sum(v for key, v in run["counted"].items() if key.startswith("baton_transfer_bytes_total"))
+        assert run["target"] == "split" or not moved
+    # Six panels with two points for each of two clusters; a median gap of 0 is on no logarithmic axis.
+    assert 20 <= picture.read_text().count("<circle") <= 24

@@ -8,6 +8,7 @@ from rich.console import Console
 
 from baton.errors import BadConfig, Unavailable
 from loadgen.client import Asking, Server
+from loadgen.clusters import Shape
 from loadgen.compare import Comparison, Measured, Schedule, Target, alone_load, compare
 from loadgen.counters import counted, during
 from loadgen.job import Job, extra_of, headers_of, named_servers
@@ -96,9 +97,16 @@ def test_pooled_figures_are_over_all_rounds():
 
 def test_wrong_options_are_refused_with_their_name():
     assert named_servers(["a b=http://h:1", "http://h:2"]) == {"a b": Server("h", 1), "http://h:2": Server("h", 2)}
-    for urls, said in (([], "nothing to measure"), (["h:1"], "--url is 'h:1'"), (["a=http://h:1"] * 2, "called 'a'")):
+    for urls, said in ((["h:1"], "--url is 'h:1'"), (["a=http://h:1"] * 2, "called 'a'")):
         with pytest.raises(BadConfig, match=said):
             named_servers(urls)
+    for asked, said in (
+        ({}, "nothing to measure"),
+        ({"shapes": (Shape("a", ()),)}, "--cluster needs --model"),
+        ({"shapes": (Shape("a", ()),), "model": "m", "urls": ("a=http://h:1",)}, "two servers are called 'a'"),
+    ):
+        with pytest.raises(BadConfig, match=said):
+            job(**asked)
     assert headers_of(["x-slo-ttft-ms: 500"], "one two") == {"Authorization": "Bearer one", "x-slo-ttft-ms": "500"}
     for header in ("nothing", ":x", "a:b\r\nc:d"):
         with pytest.raises(BadConfig, match="--header is"):
