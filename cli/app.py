@@ -14,6 +14,7 @@ from rich.console import Console
 
 from baton import __version__
 from baton.address import parse_address
+from baton.api_keys import secret_of
 from baton.client import Client, Options
 from baton.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from baton.registry import RegistryConfig
@@ -292,7 +293,7 @@ _NOTHING_THERE = ("failed to connect", "DNS resolution failed", "errors resolvin
 def _client(address: str, api_keys: str) -> Iterator[Client]:
     parse_address(address, "--router", lowest_port=1)
     # The variable may hold all the keys of a router that was started with it.
-    with Client(address, api_key=next(iter(api_keys.split()), "")) as client:
+    with Client(address, api_key=secret_of(api_keys)) as client:
         try:
             yield client
         except Unavailable as error:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rich.console import Console
 
+from baton.api_keys import secret_of
 from baton.errors import BadConfig, Unavailable, quoted
 from loadgen import machine, report
 from loadgen.client import Asking, Server, model_of
@@ -115,8 +116,8 @@ def named_servers(urls: Sequence[str]) -> dict[str, Server]:
 
 def headers_of(given: Sequence[str], api_key: str) -> dict[str, str]:
     """From ``NAME:VALUE``; with the first of the keys, if any, as a bearer token. Raises BadConfig."""
-    keys = api_key.split()
-    headers = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+    secret = secret_of(api_key)
+    headers = {"Authorization": f"Bearer {secret}"} if secret else {}
     for text in given:
         name, colon, value = (part.strip() for part in text.partition(":"))
         if not colon or not name or not (name + value).isprintable() or not text.isascii():

@@ -23,7 +23,7 @@ def client_of(address: str, authorization: bytes, *, has_keys: bool) -> str:
     """The client, for the turns of the queue and for the prefix cache: the key if there are keys, else the address; for
     IPv6 the network, since one machine has many addresses. An unchecked key is ignored."""
     if has_keys:
-        return f"key {hashlib.sha256(key_in(authorization)).hexdigest()[:32]}"
+        return client_of_key(key_in(authorization))
     if ":" not in address:
         return address
     try:
@@ -32,6 +32,11 @@ def client_of(address: str, authorization: bytes, *, has_keys: bool) -> str:
         return address
     # A dual-stack socket reports IPv4 addresses as IPv6, all of them in one network.
     return str(found.ipv4_mapped or ipaddress.IPv6Network((found, 64), strict=False))
+
+
+def client_of_key(key: bytes) -> str:
+    """As `client_of` a request with this key."""
+    return f"key {hashlib.sha256(key).hexdigest()[:32]}"
 
 
 def cache_salt(tenant: str, asked: str) -> bytes:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from baton.address import is_anywhere, parse_address
+from baton.api_keys import ApiKey
 from baton.errors import BadConfig, quoted
 from baton.names import check_model_name
 from baton.registry import RegistryConfig
@@ -178,7 +179,8 @@ class RouterConfig:
         repr=False,
         metadata=setting(
             "--api-key",
-            "Clients must give one of these as `Authorization: Bearer KEY`; may be given more than once.",
+            "Clients must give one of these as `Authorization: Bearer KEY`; may be given more than once. "
+            "NAME:WEIGHT=KEY: beside others it gets so much more of the work than a key of weight 1.",
             variable="BATON_API_KEY",
         ),
     )
@@ -244,8 +246,8 @@ class RouterConfig:
             count = self.nodes.count(address)
             if count > 1:
                 raise BadConfig(f"nodes has {address} {count} times, expected it once", param="nodes")
-        is_good = all(key and key.isascii() and not any(c.isspace() for c in key) for key in self.api_keys)
-        _expect(is_good, "api_keys", "(hidden)", "ASCII without spaces, and not empty")
+        secrets_given = [key.secret for key in self.client_keys]
+        _expect(len(set(secrets_given)) == len(secrets_given), "api_keys", "(hidden)", "each key once")
         if self.prefix_cache_scope == "key":
             _expect(
                 bool(self.api_keys), "prefix_cache_scope", "key", "API keys beside it (--api-key), else auto or all"
@@ -255,6 +257,10 @@ class RouterConfig:
             _expect(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
         _expect(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
                 f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
+
+    @property
+    def client_keys(self) -> tuple[ApiKey, ...]:
+        return tuple(map(ApiKey.parse, self.api_keys))
 
     @property
     def shares_between_keys(self) -> bool:

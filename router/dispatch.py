@@ -18,6 +18,7 @@ from baton.defects import Defects
 from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
 from baton.types import NO_SLO, Lease, SamplingParams, Slo, TokenChunk
 from router.active import Active
+from router.clients import client_of_key
 from router.cluster.admission import Prediction
 from router.cluster.policy import Demand, Obstacle
 from router.cluster.scheduler import Scheduler
@@ -73,7 +74,12 @@ class Dispatcher:
     ) -> None:
         limits = config.limits
         self.clock = clock
-        self.scheduler: Scheduler[Active] = Scheduler(limits, config.policy, clock.now())
+        self.scheduler: Scheduler[Active] = Scheduler(
+            limits,
+            config.policy,
+            clock.now(),
+            {client_of_key(key.secret.encode()): key.weight for key in config.client_keys},
+        )
         self._flow_config = config.flow
         self._policy = config.policy
         self._metrics = metrics

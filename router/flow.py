@@ -212,6 +212,7 @@ class Flow:
         return Demand(
             num_known_tokens=self.num_known_tokens,
             is_single_token=self.max_tokens - len(self.tokens) == 1,
+            max_new_tokens=self.max_tokens - len(self.tokens),
             avoid=frozenset(n for n, until_s in self._avoid.items() if until_s > now) if self._avoid else (),
             prompt=self.prompt,
             priority=self.priority,

@@ -228,7 +228,7 @@ class GrpcFace:
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
-        keys = ApiKeys(config.api_keys)
+        keys = ApiKeys(config.client_keys)
         limits = ServerLimits(
             # Half of the limit for JSON: there are no escapes, and ids are short.
             max_message_bytes=frontend.max_request_bytes // 2,

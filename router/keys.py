@@ -18,6 +18,7 @@ from grpc import aio
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from baton import errors
+from baton.api_keys import ApiKey
 from baton.server import abort_with
 from router.clients import authorization_of, key_in
 from router.openai_response import error_body
@@ -28,8 +29,8 @@ _GUARDED_PATHS = ("/v1", "/status/data")
 class ApiKeys:
     """Stores digests, not keys: they have equal length, so that a comparison takes the same time for any input."""
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
+    def __init__(self, keys: Sequence[ApiKey]) -> None:
+        self._digests = [_digest(key.secret.encode()) for key in keys]
 
     def __bool__(self) -> bool:
         return bool(self._digests)

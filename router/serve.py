@@ -112,7 +112,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if config.grpc_port is not None:
         grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add)
     app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
-    if keys := ApiKeys(config.api_keys):
+    if keys := ApiKeys(config.client_keys):
         app = HttpGuard(app, keys)
     shares = descriptors.shares(descriptors.num_allowed())
     http_server = HttpServer(

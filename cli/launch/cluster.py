@@ -16,6 +16,7 @@ from pathlib import Path
 import grpc
 
 from baton.address import join_address
+from baton.api_keys import ApiKey
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.ready import write_json_atomically
@@ -333,7 +334,7 @@ async def _worker_answers(address: str, pid: int) -> None:
 
 async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...]) -> None:
     """Returns when the router answers and every node is ready in its eyes."""
-    metadata = (("authorization", f"Bearer {api_keys[0]}"),) if api_keys else ()
+    metadata = (("authorization", f"Bearer {ApiKey.parse(api_keys[0]).secret}"),) if api_keys else ()
     async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         status = await stub.Status(router_pb2.StatusRequest(), wait_for_ready=True, metadata=metadata)

@@ -39,6 +39,9 @@ class PolicyConfig:
     max_prompt_wait_s: float = 10.0
     # A waiting sequence is passed over for better priorities of its client for so long at most.
     max_priority_wait_s: float = 30.0
+    # Clients take turns by work: prompt tokens to compute, and so much for each token that is generated. Most prices of
+    # tokens have it between 2 and 5.
+    output_token_work: float = 3.0
     # A request is refused if its first token is predicted later than this share of its objective: predictions are no
     # better than that. Sheddable ones (priority above 0) leave more of it to the others.
     admitted_share: float = field(default=0.9, metadata=setting(most=1))

@@ -26,7 +26,7 @@ from enum import Enum
 from typing import NamedTuple, Protocol
 
 from baton.prefix import PrefixScheme
-from baton.types import Role
+from baton.types import MAX_COUNT, Role
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs, Work
@@ -51,6 +51,8 @@ class Demand:
 
     num_known_tokens: int
     is_single_token: bool = False
+    # Further tokens that it may generate at most.
+    max_new_tokens: int = MAX_COUNT
     # Nodes blamed by this request's earlier attempts: used only if there is no other.
     avoid: Collection[str] = ()
     # None: no node is sought for what it holds.

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import chain
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from baton import errors
@@ -69,10 +70,31 @@ class Item(Protocol):
 ItemT = TypeVar("ItemT", bound=Item)
 
 
+class _Work:
+    """What an item counts for in its client's share."""
+
+    __slots__ = ("_charged", "_num_known_tokens", "_num_prompt_tokens")
+
+    def __init__(self, num_prompt_tokens: int, num_known_tokens: int) -> None:
+        """When it starts for the first time: to be computed, and known."""
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_known_tokens = num_known_tokens
+        self._charged = 0.0
+
+    def charge(self, num_known_tokens: float, output_token_work: float) -> float:
+        """What is to be charged beyond what was, if so many tokens are known in the end."""
+        work = self._num_prompt_tokens + (num_known_tokens - self._num_known_tokens) * output_token_work
+        charge, self._charged = work - self._charged, work
+        return charge
+
+
 class Scheduler(Generic[ItemT]):
     """Invariant: an item in flight waits, or has one attempt on the nodes, or neither (it backs off)."""
 
-    def __init__(self, limits: Limits, policy: PolicyConfig, now: float) -> None:
+    def __init__(
+        self, limits: Limits, policy: PolicyConfig, now: float, weights: Mapping[str, float] = MappingProxyType({})
+    ) -> None:
+        """``weights`` of clients in the waiting line; 1 for all others."""
         self._limits = limits
         self._policy = policy
         self._pools = Pools()
@@ -83,8 +105,10 @@ class Scheduler(Generic[ItemT]):
         # Of the nodes that keep blocks, which are all of one model; None if no node does.
         self.prefix_scheme: PrefixScheme | None = None
         self._line: Waiting[ItemT] = Waiting(
-            alone_s=limits.client_alone_s, max_priority_wait_s=policy.max_priority_wait_s
+            alone_s=limits.client_alone_s, max_priority_wait_s=policy.max_priority_wait_s, weights=weights
         )
+        # Of items in flight that have been on nodes.
+        self._work: dict[ItemT, _Work] = {}
         self._siblings: Siblings[ItemT] = Siblings()
         self._pace = Pace()
         self._correction = Correction()
@@ -261,6 +285,7 @@ class Scheduler(Generic[ItemT]):
             self._siblings.remove(item)
         self.has_shared(item, now)
         del self._in_flight[item]
+        self._work.pop(item, None)
         self._num_in_flight_of[item.client] -= 1
         if not self._num_in_flight_of[item.client]:
             del self._num_in_flight_of[item.client]
@@ -309,7 +334,7 @@ class Scheduler(Generic[ItemT]):
     def assign(self, item: ItemT, decision: Decision, num_known_tokens: int, now: float) -> None:
         """The waiting sequence runs on these nodes."""
         placement = decision.placement
-        self._line.started(item)
+        self._line.started(item, self._expect(item, num_known_tokens - decision.num_prefill_hit, now))
         self._pace.started(len(self._line), now)
         self._by_sequence[item.sequence_id] = item
         for node_id in placement.node_ids:
@@ -332,10 +357,25 @@ class Scheduler(Generic[ItemT]):
             if not there:
                 del self._on_node[node_id]
         self._line.ended(item.client, now)
+        self._settle(item, now)
         self._loads.release(attempt.sequence_id)
         for sibling in self._siblings.turned_back(item):
             self._line.put_first(sibling, now)
         self.has_news = True
+
+    def _expect(self, item: ItemT, num_prompt_tokens: int, now: float) -> float:
+        """Work that its client is charged for: the prompt once, whatever fails, and the tokens that will come."""
+        demand = item.demand(now)
+        if item not in self._work:
+            self._work[item] = _Work(num_prompt_tokens, demand.num_known_tokens)
+        num_output_tokens = min(self.rates.num_output_tokens, demand.max_new_tokens)
+        work = self._work[item]
+        return work.charge(demand.num_known_tokens + num_output_tokens, self._policy.output_token_work)
+
+    def _settle(self, item: ItemT, now: float) -> None:
+        """Its attempt is over: what counts is what it has generated, not what was expected."""
+        charge = self._work[item].charge(item.demand(now).num_known_tokens, self._policy.output_token_work)
+        self._line.got(item.client, charge)
 
     def confirmed(self, sequence_id: str) -> None:
         """The decode node has granted the blocks."""
@@ -415,6 +455,7 @@ class Scheduler(Generic[ItemT]):
         assert not set(self._line) & set(self._siblings)
         assert set(self._attempts) <= set(self._in_flight)
         assert not set(self.waiting) & set(self._attempts)
+        assert set(self._attempts) <= set(self._work) <= set(self._in_flight)
         running = Counter(item.client for item in self._attempts)
         assert all(self._line.num_running_of(client) == num for client, num in running.items())
         for client in self._num_in_flight_of:

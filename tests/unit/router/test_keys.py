@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import httpx
 import openai
@@ -11,10 +13,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import baton
 from baton import errors
+from baton.api_keys import ApiKey, secret_of
 from baton.registry import RegistryConfig
+from router.clients import client_of, client_of_key
 from router.config import RouterConfig
-from tests.support.fake_nodes import FakeCluster
-from tests.support.router import router_beside
+from tests.support.fake_nodes import FakeCluster, FakeConfig
+from tests.support.router import router_beside, until
 
 KEYS = ("first-key", "second-key")
 BODY = {"model": "fake", "prompt": [1, 2, 3], "max_tokens": 2}
@@ -91,3 +95,79 @@ def test_bad_keys_stop_the_start_and_are_not_shown(bad: str) -> None:
         RouterConfig(nodes=("h:1",), api_keys=("s3cret", bad))
     registry = RegistryConfig("redis://:s3cret@h:1")
     assert "s3cret" not in repr(RouterConfig(registry=registry, api_keys=("s3cret",)))
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "weight", "secret"),
+    [
+        ("abc", "", 1.0, "abc"),
+        ("team-a:3=abc", "team-a", 3.0, "abc"),
+        ("a.b_c:0.25=abc==", "a.b_c", 0.25, "abc=="),
+        # Keys as they were before they could have a name.
+        ("sk-abc==", "", 1.0, "sk-abc=="),
+        ("a:b", "", 1.0, "a:b"),
+        ("a:b=c", "", 1.0, "a:b=c"),
+        (":3=abc", "", 1.0, ":3=abc"),
+        ("a:-3=abc", "", 1.0, "a:-3=abc"),
+        ("a:1=b:2=c", "a", 1.0, "b:2=c"),
+    ],
+)
+def test_a_key_may_have_a_name_and_a_weight(text: str, name: str, weight: float, secret: str) -> None:
+    key = ApiKey.parse(text)
+    assert (key.name, key.weight, key.secret) == (name, weight, secret)
+    assert client_of_key(secret.encode()) == client_of("h", f"Bearer {secret}".encode(), has_keys=True)
+    assert secret not in repr(key)
+    assert secret_of(f"{text} other") == secret
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (("",), r"api_keys is '\(hidden\)', expected ASCII without spaces, and not empty"),
+        (("a:3=tell not",), r"api_keys is '\(hidden\)', expected ASCII without spaces, and not empty"),
+        (("a:0=tell-not",), r"api_keys has weight 0 for a, expected more than 0 and at most 1000"),
+        (("a:1001=tell-not",), r"api_keys has weight 1001 for a, expected more than 0 and at most 1000"),
+        (("a:1=tell-not", "b:2=tell-not"), r"api_keys is '\(hidden\)', expected each key once"),
+    ],
+)
+def test_wrong_keys_are_refused_and_not_shown(keys: tuple[str, ...], message: str) -> None:
+    with pytest.raises(errors.BadConfig, match=message) as refused:
+        RouterConfig(nodes=("h:1",), api_keys=keys)
+    assert "tell" not in refused.value.message
+
+
+async def test_a_named_key_opens_by_its_secret_alone() -> None:
+    keys = ("team:3=first-key", "second-key")
+    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, api_keys=keys) as router:
+        for key in ("first-key", "second-key"):
+            async with baton.AsyncClient(router.grpc, api_key=key) as client:
+                assert len((await client.status()).nodes) == 1
+        async with baton.AsyncClient(router.grpc, api_key="team:3=first-key") as client:
+            with pytest.raises(errors.Unauthenticated):
+                await client.status()
+
+
+async def test_keys_share_the_nodes_by_their_weights() -> None:
+    """Each has more waiting than the nodes have room for; one has three times the weight of the other."""
+    ended: list[str] = []
+    config = FakeConfig(num_blocks=8, block_tokens=16)
+    keys = ("many:3=first", "few:1=second")
+    async with (
+        FakeCluster(config, mixed=1) as cluster,
+        router_beside(cluster, api_keys=keys) as router,
+        baton.AsyncClient(router.grpc, api_key="first") as first,
+        baton.AsyncClient(router.grpc, api_key="second") as second,asyncio.TaskGroup() as group
+    ):
+        cluster["mixed-0"].runner.hold()
+
+        async def ask(name: str, client: baton.AsyncClient) -> None:
+            await client.complete([1, 2, 3], max_tokens=8, ignore_eos=True)
+            ended.append(name)
+
+        for _ in range(60):
+            group.create_task(ask("many", first))
+            group.create_task(ask("few", second))
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 120)
+        cluster["mixed-0"].runner.resume()
+    # While both had something waiting.
+    assert 2.3 < ended[8:64].count("many") / ended[8:64].count("few") < 3.9

@@ -62,7 +62,7 @@ class Turns(RuleBasedStateMachine):
         assert item == self.head_of(item.client)
         others = [c for c in CLIENTS if c != item.client and (self.queued[c] or self.running[c])]
         assert item.client in able or not any(self.running[c] for c in others)
-        self.waiting.started(item)
+        self.waiting.started(item, 1.0)
         self.queued[item.client].remove(item)
         self.running[item.client] += 1
         for client in CLIENTS:
@@ -113,13 +113,13 @@ def test_one_client_alone_has_everything_and_shares_when_another_comes(num: int)
     for i in range(num):
         item = waiting.next(MAX_RUNNING, 0.0)
         assert item == Item("greedy", i)
-        waiting.started(item)
+        waiting.started(item, 1.0)
     assert waiting.crowding("greedy", MAX_RUNNING) == ("", 0)
     waiting.put(Item("polite", 0), 0, 1.0)
     assert waiting.crowding("polite", MAX_RUNNING) == ("greedy", max(0, num - MAX_RUNNING))
     started = []
     while (item := waiting.next(MAX_RUNNING, 1.0)) is not None:
-        waiting.started(item)
+        waiting.started(item, 1.0)
         started.append(item.client)
     assert started.count("polite") == 1
     assert started.count("greedy") == max(0, MAX_RUNNING - num)
@@ -140,7 +140,7 @@ def test_nothing_is_passed_over_for_better_priorities_for_longer_than_the_bound(
         waiting.put(Item("a", 1000), -9, now) if Item("a", 1000) not in waiting else None
         item = waiting.next(1 << 20, now)
         assert item is not None
-        waiting.started(item)
+        waiting.started(item, 1.0)
         left.discard(item.number)
         now += every_s
         # Once it is late, an item waits for those that came before it, and for none that came after.
