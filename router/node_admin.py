@@ -10,7 +10,7 @@ from baton import errors
 from baton.clock import Clock
 from baton.types import Role
 from baton.v1 import node_pb2, router_pb2
-from router.cluster.membership import Membership
+from router.cluster.membership import Membership, State
 from router.sessions import NodeLink
 
 _AnswerT = TypeVar("_AnswerT", node_pb2.LedgerResponse, node_pb2.CacheResponse)
@@ -31,6 +31,12 @@ class NodeAdmin:
         """The prefix cache of every node, likewise; ``drop``: each forgets its blocks first."""
         return await self._of_all(lambda link: link.cache(drop=drop))
 
+    def _present(self) -> list[tuple[str, NodeLink]]:
+        """All but nodes that have left in good order: of these nothing can be missing."""
+        members = self._membership.members
+        gone = {address for address, member in members.items() if member.state is State.LEFT}
+        return [(address, link) for address, link in self._links.items() if address not in gone]
+
     async def _of_all(
         self, question: Callable[[NodeLink], Awaitable[_AnswerT]]
     ) -> tuple[list[_AnswerT], dict[str, str]]:
@@ -44,7 +50,7 @@ class NodeAdmin:
                 unreachable[address] = error.message
 
         async with asyncio.TaskGroup() as tasks:
-            for address, link in self._links.items():
+            for address, link in self._present():
                 tasks.create_task(ask(address, link))
         return sorted(found, key=lambda x: x.node_id), unreachable
 
@@ -60,7 +66,7 @@ class NodeAdmin:
             return found
 
         async with asyncio.TaskGroup() as tasks:
-            asked = [tasks.create_task(ask(address, link)) for address, link in self._links.items()]
+            asked = [tasks.create_task(ask(address, link)) for address, link in self._present()]
         return sorted((x.result() for x in asked), key=lambda x: x.trace.node_id)
 
     async def drain(self, node: str, grace_s: float) -> tuple[str, node_pb2.DrainResponse]:

@@ -2,8 +2,8 @@
 
 Start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996): a client's tag grows by work / weight whenever it gets
 some. While two clients have work waiting, what they get by weight differs by no more than one piece of work of each. A
-client that comes, or comes back, starts where the others are: nobody saves up turns, and nobody pays for having used
-nodes that were free.
+client that comes, or comes back, starts where the others are: no client saves up turns, or pays for having used nodes
+that were free.
 """
 
 from __future__ import annotations

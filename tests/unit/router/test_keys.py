@@ -156,7 +156,8 @@ async def test_keys_share_the_nodes_by_their_weights() -> None:
         FakeCluster(config, mixed=1) as cluster,
         router_beside(cluster, api_keys=keys) as router,
         baton.AsyncClient(router.grpc, api_key="first") as first,
-        baton.AsyncClient(router.grpc, api_key="second") as second,asyncio.TaskGroup() as group
+        baton.AsyncClient(router.grpc, api_key="second") as second,
+        asyncio.TaskGroup() as group,
     ):
         cluster["mixed-0"].runner.hold()
 
