@@ -257,6 +257,8 @@ class Dispatcher:
         """Time alone can make room: a client is alone by now, a breaker half open, a node no longer avoided."""
         self.scheduler.has_news = True
         self.scheduler.prefix_index.sweep()
+        if (change := self.scheduler.role_change(self.clock.now())) is not None:
+            self.nodes.set_role(change)
         self.place()
         waiting = self.scheduler.next(self.clock.now())
         if waiting is not None:

@@ -35,6 +35,7 @@ from router.cluster.membership import (
     Tick,
     Welcomed,
 )
+from router.cluster.repurpose import Change
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
 from router.flow_messages import ToNode
@@ -84,6 +85,8 @@ class Nodes:
         self._ticker: asyncio.TimerHandle | None = None
         self._ticked_s = 0.0
         self._watchers: list[Callable[[], None]] = []
+        # Role changes that nodes have been asked for and have not answered.
+        self._asking: set[asyncio.Task[None]] = set()
 
     @property
     def members(self) -> list[Member]:
@@ -101,6 +104,10 @@ class Nodes:
     async def close(self) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
+        if asking := set(self._asking):
+            for task in asking:
+                task.cancel()
+            await asyncio.wait(asking)
         async with asyncio.TaskGroup() as tasks:
             for link in self.links.values():
                 tasks.create_task(link.close())
@@ -117,6 +124,24 @@ class Nodes:
             # A node that takes no messages is lost. Told later: a flow is in the middle of its actions.
             link.hang_up()
             asyncio.get_running_loop().call_soon(self.on_broken, member.address, error.message)
+
+    def set_role(self, change: Change) -> None:
+        """Ask a node to belong to another pool; its next status shows whether it does."""
+        if (member := self.membership.member_of(change.node_id)) is not None:
+            task = asyncio.create_task(self._set_role(self.links[member.address], change), name="role change")
+            self._asking.add(task)
+            task.add_done_callback(self._asking.discard)
+
+    async def _set_role(self, link: NodeLink, change: Change) -> None:
+        which = f"{change.node_id} from the {change.expected.value} pool to the {change.role.value} pool"
+        why = f"a request loses {change.pressure_s:.2f} s there, and {change.other_pressure_s:.2f} s in the other one"
+        with self._defects.contained("role change", change.node_id):
+            try:
+                await link.set_role(change.role, change.expected)
+            except errors.BatonError as error:
+                _log.info("not moved: %s: %s", which, error.message)
+            else:
+                _log.info("moved: %s: %s", which, why)
 
     # ── What links and the registry report ──────────────────────────────────────────────────────────────────────────
 

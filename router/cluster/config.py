@@ -34,6 +34,14 @@ class PolicyConfig:
     borrow_after_s: float = 2.0
     # Nodes that a pool keeps for its own work: borrowing and changes of home pools leave as many.
     min_pool_nodes: int = 1
+    # Home pools change slowly: pressure is averaged over the window, and a pool has to be behind for so long. Both are
+    # longer than a burst that borrowing bridges, and shorter than a load that shifts with the time of day. 0: never.
+    repurpose_after_s: float | None = field(default=60.0, metadata=setting(none=0))
+    repurpose_window_s: float = 60.0
+    # A pool is behind if a request loses so many seconds there, and so many times what it loses in the other pool,
+    # both as they would be after the change: else it would soon be taken back.
+    repurpose_pressure_s: float = 0.5
+    repurpose_factor: float = field(default=2.0, metadata=setting(least=1))
     # No further prompt is sent to a node whose prompts take longer; it waits in the router and can still go elsewhere.
     # Long enough that what a full pool costs shows in its queue.
     max_prompt_wait_s: float = 10.0

@@ -66,6 +66,7 @@ class NodeLoad:
         "decode_tokens",
         "foreign_decode",
         "foreign_prompt",
+        "foreign_prompts",
         "foreign_sequences",
         "free_tokens",
         "is_crowded",
@@ -74,6 +75,7 @@ class NodeLoad:
         "node",
         "node_id",
         "num_decoding",
+        "num_prompts",
         "num_sequences",
         "pending_decode_tokens",
         "pending_prompt_tokens",
@@ -97,8 +99,10 @@ class NodeLoad:
         layout = node.kv_layout
         # KV of one token.
         self.token_bytes = layout.num_layers * layout.block_bytes // layout.block_tokens
-        # Tokens of our own sequences: those to be computed, and those known of all that will be decoded here.
+        # Tokens of our own sequences: those to be computed, of so many prompts, and those known of all that will be
+        # decoded here.
         self.prompt_tokens = 0
+        self.num_prompts = 0
         self.decode_tokens = 0
         # Our own sequences that will be decoded here, and those of them whose prompt is computed.
         self.num_sequences = 0
@@ -118,6 +122,7 @@ class NodeLoad:
         self.busy_share += ((status.queued_prompt_tokens > 0) - self.busy_share) * _BUSY_STEP
         # What is there beyond our own.
         self.foreign_prompt = max(0, status.queued_prompt_tokens - self.prompt_tokens)
+        self.foreign_prompts = max(0, status.num_waiting - self.num_prompts)
         self.foreign_decode = max(0, status.running_tokens - self.decode_tokens)
         self.foreign_sequences = max(0, status.num_running - self.num_decoding)
         # It refused a reservation; nothing more is asked until its next status.
@@ -160,6 +165,8 @@ class NodeLoad:
         # Until a further prompt begins; for each of its tokens, alone and with what those that decode wait for it.
         self.prompt_token_s = times.prompt_token_s / share
         self.prompt_wait_s = self.pending_prompt_tokens * self.prompt_token_s
+        if not num_running:  # else the steps are those of the decodes
+            self.prompt_wait_s += (self.num_prompts + self.foreign_prompts) * times.base_s
         self.prompt_cost_s = self.prompt_token_s + gap_weight * num_running * times.prompt_token_s
 
     def surely_has_room(self, num_tokens: int, num_hit: int) -> bool:
@@ -233,6 +240,7 @@ class Loads:
         self._attempts[sequence_id] = attempt
         if prefill is not None:
             prefill.prompt_tokens += attempt.num_prompt_tokens
+            prefill.num_prompts += 1
             prefill.update()
         if decode is not None:
             decode.decode_tokens += num_known_tokens
@@ -259,6 +267,7 @@ class Loads:
         attempt.is_prompt = False
         if load := attempt.prefill:
             load.prompt_tokens = max(0, load.prompt_tokens - attempt.num_prompt_tokens)
+            load.num_prompts -= 1
             load.update()
         if load := attempt.decode:
             load.num_decoding += 1
@@ -293,6 +302,7 @@ class Loads:
             assert load.prompt_tokens == sum(a.num_prompt_tokens for a in prompts), node_id
             assert load.num_sequences == len(mine), node_id
             assert load.num_decoding == sum(not a.is_prompt for a in mine), node_id
+            assert load.num_prompts == len(prompts), node_id
             ready = load.prompt_wait_s, load.token_s, load.rank, load.free_tokens
             load.update()
             assert ready == (load.prompt_wait_s, load.token_s, load.rank, load.free_tokens), node_id

@@ -27,6 +27,7 @@ from router.cluster.policy import Decision, Demand, Keyed, Obstacle, choose
 from router.cluster.pools import Pools
 from router.cluster.prefix_index import Hit, PrefixIndex
 from router.cluster.rates import Rates
+from router.cluster.repurpose import Change, Repurpose
 from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
 
@@ -101,6 +102,7 @@ class Scheduler(Generic[ItemT]):
         self.rates = Rates(policy)
         self._loads = Loads(self.rates)
         self._breakers = PairBreakers(policy)
+        self._repurpose = Repurpose(policy)
         self.prefix_index = PrefixIndex(policy.max_known_blocks)
         # Of the nodes that keep blocks, which are all of one model; None if no node does.
         self.prefix_scheme: PrefixScheme | None = None
@@ -170,6 +172,10 @@ class Scheduler(Generic[ItemT]):
 
     def node(self, node_id: str) -> NodeLoad | None:
         return self._loads.node(node_id)
+
+    def role_change(self, now: float) -> Change | None:
+        """What to ask of a node because the load has shifted for long. Call it regularly."""
+        return self._repurpose.look(self._pools, self.rates.num_output_tokens, now)
 
     def _note_availability(self, now: float) -> None:
         if len(self._pools):

@@ -370,3 +370,15 @@ def test_two_sequences_of_one_length_are_two_promises() -> None:
     loads.release("first")
     loads.check()
     assert d0.free_blocks == 93 - 7, "what is left is the promise to the third"
+
+
+def test_each_waiting_prompt_costs_a_step_unless_steps_are_made_for_decodes() -> None:
+    loads = Loads(Rates(CONFIG))
+    status = NodeStatus(Role.MIXED, free_blocks=1000, queued_prompt_tokens=300, num_waiting=2, step_times=TIMES)
+    m0 = loads.add_node(description("m0", Role.MIXED), status)
+    assert m0.prompt_wait_s == pytest.approx(300 * 1e-3 + 2 * 0.02)
+    loads.assign("s", Placement("m0", "m0"), 100)
+    assert m0.prompt_wait_s == pytest.approx(400 * 1e-3 + 3 * 0.02)
+    loads.status("m0", replace(status, num_running=1, running_tokens=50))
+    assert m0.prompt_wait_s == pytest.approx(300 * 1e-3)
+    loads.check()
