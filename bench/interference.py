@@ -2,7 +2,7 @@
 
 Every cluster has two workers with the same number of threads: one prefills and one decodes, or both do both (mixed),
 without a target for gaps and with several. Each runs by itself. Its streams are measured alone first (idle), then while
-prompts arrive at fixed times, whatever the answers.
+prompts arrive at fixed times, whatever the answers. One replica is measured by itself as well, in processor time.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from baton.v1 import common_pb2, router_pb2
 from bench import cluster as clusters
 from bench import model as bench_model
+from bench.interference_engine import Work, measure
 from bench.measure import BandwidthProbe
 from loadgen.samples import Samples
 
@@ -172,5 +173,10 @@ async def _measure(quick: bool) -> dict[str, Any]:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """A row for each cluster, over all rounds."""
-    return asyncio.run(_measure(quick))
+    """A row for each cluster, over all rounds; and for each target of one replica."""
+    targets = (None, *(case.target_ms for case in cases(quick) if case.target_ms is not None))
+    num_prompts, stream_tokens = (2, 100) if quick else (4, 200)
+    work = Work(
+        NUM_STREAMS, STREAM_PROMPT_TOKENS, stream_tokens, num_prompts, PROMPT_TOKENS, ANSWER_TOKENS, period_s=3.0
+    )  # fmt: skip
+    return {"one_replica": {"rows": measure(work, targets)}, "clusters": asyncio.run(_measure(quick))}

@@ -95,8 +95,8 @@ class Scheduler:
         self._num_ordered = 0
         # No prompt becomes overdue before.
         self._next_overdue_s = -math.inf
-        # Whether a sequence that decodes is not in the newest plan, because its next token had to be known first.
-        self._sat_out = False
+        # Whether a sequence that decodes was not in the two newest plans, because it waited for the host.
+        self._sits_out = False, False
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         self._gone: list[str] = []
@@ -256,7 +256,7 @@ class Scheduler:
             return None, events
         self._move_up_overdue(now)
         pieces = self._decode_pieces(now)
-        decoding = StepShape(num_decoding=len(pieces), num_kv_tokens=sum([p.end for p in pieces]))
+        decoding = StepShape(0, 0, len(pieces), len(pieces) + sum([p.start for p in pieces]))
         budget = StepBudget(self.config, self.measured, decoding, self._limit_s(decoding))
         pieces += self._prompt_pieces(budget, events, now)
         if not pieces:
@@ -408,9 +408,14 @@ class Scheduler:
 
     def _decode_pieces(self, now: float) -> list[Piece]:
         pieces = []
+        self._sits_out = self._sits_out[1], False
         for entry in list(self._active):
-            # A younger one may have been preempted for an older one just now.
-            if entry.phase is Phase.ACTIVE and _decodes_next(entry) and self._grow(entry, now):
+            # One behind it may have been preempted for another just now.
+            if entry.phase is not Phase.ACTIVE or not entry.is_decoding or entry.is_ending:
+                continue
+            if _waits_for_host(entry):
+                self._sits_out = self._sits_out[0], True
+            elif self._grow(entry, now):
                 pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
         return pieces
 
@@ -478,12 +483,9 @@ class Scheduler:
         One that waits for the host is in every second step only: its gap is two of them.
         """
         target_s = self.config.tbt_target_s
-        if target_s is None:
+        if target_s is None or not (decoding.num_decoding or self._leases or self._sits_out[1]):
             return None
-        sat_out, self._sat_out = self._sat_out, any(_sits_out(entry) for entry in self._active)
-        if not (decoding.num_decoding or self._sat_out or self._leases):
-            return None
-        return target_s / 2 if sat_out or self._sat_out else target_s
+        return target_s / 2 if any(self._sits_out) else target_s
 
     def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
         begun = [e for e in self._active if not e.is_decoding]
@@ -643,11 +645,11 @@ class Scheduler:
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
-    return entry.is_decoding and not entry.is_ending and not _sits_out(entry)
+    return entry.is_decoding and not entry.is_ending and not _waits_for_host(entry)
 
 
-def _sits_out(entry: Entry) -> bool:
-    return entry.is_decoding and (entry.needs_host or entry.is_overtaken)
+def _waits_for_host(entry: Entry) -> bool:
+    return entry.needs_host or entry.is_overtaken
 
 
 def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> int:
