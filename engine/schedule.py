@@ -485,7 +485,8 @@ class Scheduler:
         target_s = self.config.tbt_target_s
         if target_s is None or not (decoding.num_decoding or self._leases or self._sits_out[1]):
             return None
-        return target_s / 2 if any(self._sits_out) else target_s
+        progress_s = self.measured.step_s(decoding) / (1 - self.config.min_prompt_share)
+        return max(progress_s, target_s / 2 if any(self._sits_out) else target_s)
 
     def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
         begun = [e for e in self._active if not e.is_decoding]

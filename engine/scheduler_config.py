@@ -35,9 +35,10 @@ class SchedulerConfig:
             most=600_000,
         ),
     )
-    # Prompt tokens that a step computes at least, if any wait, whatever --tbt-target-ms says: prompts make progress.
-    # Fewer would take almost as long, as kernels work on tiles of rows.
-    min_chunk_tokens: int = field(default=16, metadata=setting(least=1))
+    # Whatever --tbt-target-ms says, a step in which prompts wait has so many of their tokens (a tile of rows of the
+    # kernels) or as many as take this share of its time: prompts make progress where decoding alone takes that long.
+    min_chunk_tokens: int = field(default=8, metadata=setting(least=1))
+    min_prompt_share: float = field(default=0.2, metadata=setting(least=0, most=0.9))
     # A prompt that came longer ago is computed before those of a better priority that did not: prompts of the worst
     # priority are delayed, but for no longer than a client waits.
     max_prompt_wait_s: float = 10.0

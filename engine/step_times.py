@@ -15,9 +15,10 @@ from engine.step import StepShape
 # Of each kind of step (prompts, decodes, both) the newest count: one that is so many steps old weighs 1/e.
 _MEMORY_STEPS = 128
 # If the newest so many steps took much longer or shorter than predicted, the machine has changed: older ones of all
-# kinds are forgotten. One step counts as twice or half its prediction at most.
+# kinds fade, down to so many. One step counts as twice or half its prediction at most.
 _NEWEST_STEPS = 16
 _CHANGED_SHARE = 0.25
+_KEPT_STEPS = 4
 # The line is fitted anew after so many steps, and after each of the first ones: it takes 20 us, a step is added in 4.
 _FIT_EVERY = 32
 _MIN_STEPS = 4
@@ -31,10 +32,6 @@ _EXCESS_STEP = 0.02
 # Chunks grow so many times beyond the largest that was measured.
 _MAX_GROWTH = 2
 
-# A sum of what was seen so long ago that numbers cannot hold its weight says nothing; of a row that the rows before it
-# say already, so much is left by rounding.
-_LEAST_MOMENT = 1e-200
-_LEAST_PIVOT = 1e-9
 _NUM_FEATURES = 5
 # Places of a symmetric matrix of the features and the seconds, that of (i, j) and (j, i) once.
 _PAIRS = tuple(combinations_with_replacement(range(_NUM_FEATURES + 1), 2))
@@ -114,7 +111,9 @@ class MeasuredSteps:
             self._excess = min(_MAX_EXCESS, max(_MIN_EXCESS, self._excess + step * _EXCESS_STEP))
         self._change += (min(2.0, max(0.5, excess)) - 1 - self._change) / _NEWEST_STEPS
         if abs(self._change) > _CHANGED_SHARE:
-            self._moments = [[m * (1 - 1 / _NEWEST_STEPS) for m in moments] for moments in self._moments]
+            # The last moment is the weight of all steps of a kind.
+            keep = 1 - 1 / _NEWEST_STEPS
+            self._moments = [[m * keep for m in ms] if ms[-1] > _KEPT_STEPS else ms for ms in self._moments]
 
     def _fit(self) -> None:
         moments = [sum(parts) for parts in zip(*self._moments, strict=True)]
@@ -135,18 +134,15 @@ class MeasuredSteps:
 
 def _not_negative(products: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
     """Least squares from the normal equations with no coefficient below 0: the most negative one is left out, until
-    none is. One whose row is empty is 0, and one that the others say already."""
+    none is. One whose row is empty is 0."""
     found = [0.0] * len(values)
     # In units in which the diagonal is 1: the features differ by six orders of magnitude.
-    scale = [row[i] ** -0.5 if row[i] > _LEAST_MOMENT else 0.0 for i, row in enumerate(products)]
+    scale = [row[i] ** -0.5 if row[i] > 0 else 0.0 for i, row in enumerate(products)]
     kept = [i for i, unit in enumerate(scale) if unit]
     while kept:
         solved = _solved(
             [[products[i][j] * scale[i] * scale[j] for j in kept] for i in kept], [values[i] * scale[i] for i in kept]
         )
-        if isinstance(solved, int):
-            del kept[solved]
-            continue
         least = min(solved)
         if least >= 0:
             for i, value in zip(kept, solved, strict=True):
@@ -156,14 +152,12 @@ def _not_negative(products: Sequence[Sequence[float]], values: Sequence[float]) 
     return tuple(found)
 
 
-def _solved(matrix: list[list[float]], values: list[float]) -> list[float] | int:
-    """The solution of a symmetric system with a diagonal of 1, by elimination without pivoting; or the first row that
-    depends on those before, as far as floating point can tell."""
+def _solved(matrix: list[list[float]], values: list[float]) -> list[float]:
+    """The solution of a symmetric positive definite system, by elimination without pivoting: the inertia keeps pivots
+    away from 0."""
     size = len(values)
     rows = [[*row, value] for row, value in zip(matrix, values, strict=True)]
     for i, pivot in enumerate(rows):
-        if not pivot[i] > _LEAST_PIVOT:
-            return i
         for other in rows[i + 1 :]:
             factor = other[i] / pivot[i]
             for j in range(i, size + 1):
