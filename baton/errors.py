@@ -8,7 +8,7 @@ BatonError
 ├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
 │   ├── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
-│   └── TooLate           the first token would miss the request's objective  RESOURCE_EXHAUSTED  429   retryable
+│   └── TooLate           it would miss its objectives                        RESOURCE_EXHAUSTED  429   retryable
 │       └── Shed          the same, refused before others for its priority    RESOURCE_EXHAUSTED  429   retryable
 ├── Unavailable           no node can serve it at present                     UNAVAILABLE         503   retryable
 │   ├── Draining          the node refuses new work, it is about to leave     UNAVAILABLE         503   retryable

@@ -199,6 +199,12 @@ class Slo:
         bounds = {"ttft": self.ttft_s, "tbt": self.tbt_s}
         return tuple(name for name, bound_s in bounds.items() if bound_s is not None)
 
+    def within(self, others: Slo) -> Slo:
+        """The tighter one of each bound."""
+        ttft_s = [bound_s for bound_s in (self.ttft_s, others.ttft_s) if bound_s is not None]
+        tbt_s = [bound_s for bound_s in (self.tbt_s, others.tbt_s) if bound_s is not None]
+        return Slo(min(ttft_s, default=None), min(tbt_s, default=None))
+
     def over(self, others: Slo) -> Slo:
         """With the bounds of ``others`` where it has none."""
         return Slo(

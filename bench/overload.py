@@ -3,7 +3,7 @@
 One router over HTTP and fake nodes whose prompts take time, all in this process. First the best goodput: requests per
 second that have their first token within the objective, over several rates. Then three times the capacity for a while,
 and at once a rate that is easily served, until all requests meet the objective again. Every request says its objective;
-without admission the router does not know it.
+without admission the router does not know it. Takes four minutes.
 
     python -m bench overload
 """
@@ -11,6 +11,7 @@ without admission the router does not know it.
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 import statistics
 import time
@@ -34,8 +35,10 @@ _CAPACITY = 1 / (_PROMPT_TOKENS * _NODES.prefill_token_s)
 _OBJECTIVE_S = 1.0
 # Of the requests, those that may be shed before others.
 _SHEDDABLE_SHARE = 1 / 3
-_RATES = (0.7, 0.8, 0.9, 1.0)
+_RATES = (0.8, 0.9, 1.0)
 _OVERLOAD, _AFTERWARDS = 3.0, 0.7
+# Overloaded, or no node was heard of in time.
+_REFUSED = (429, 503)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +55,7 @@ class _Answer:
 
 
 def run(quick: bool) -> dict[str, Any]:
-    return asyncio.run(_run(5.0 if quick else 20.0, 10.0 if quick else 60.0))
+    return asyncio.run(_run(5.0 if quick else 10.0, 10.0 if quick else 60.0))
 
 
 async def _run(sweep_s: float, overload_s: float) -> dict[str, Any]:
@@ -65,8 +68,9 @@ async def _run(sweep_s: float, overload_s: float) -> dict[str, Any]:
     rows = []
     for admits in (True, False):
         async with _served(admits=admits) as http:
-            after_s = overload_s / 3 if admits else overload_s * 2.5
-            answers = await _load(http, [(_OVERLOAD * _CAPACITY, overload_s), (_AFTERWARDS * _CAPACITY, after_s)])
+            answers = await _load(
+                http, [(_OVERLOAD * _CAPACITY, overload_s), (_AFTERWARDS * _CAPACITY, overload_s / 3)]
+            )
         begun_s = min(answer.sent_s for answer in answers)
         during = [answer for answer in answers if answer.sent_s < begun_s + overload_s]
         after = [answer for answer in answers if answer.sent_s >= begun_s + overload_s]
@@ -82,7 +86,7 @@ async def _run(sweep_s: float, overload_s: float) -> dict[str, Any]:
 
 def _summary(answers: Sequence[_Answer], seconds: float) -> dict[str, Any]:
     refused = [answer.seconds for answer in answers if answer.is_refused]
-    served = [answer.seconds for answer in answers if not answer.is_refused]
+    served = [answer.seconds for answer in answers if not answer.is_refused and math.isfinite(answer.seconds)]
     kept = [answer for answer in answers if not answer.is_sheddable]
     return {
         "requests": len(answers),
@@ -103,7 +107,7 @@ def _p99(values: Sequence[float]) -> float | None:
 
 
 def _recovery_s(after: Sequence[_Answer], over_at_s: float) -> float | None:
-    """From the end of the overload until a request was sent from which on all were good; None: never seen."""
+    """From the end of the overload until a request was sent from which on all were good; None: it was not seen."""
     bad = [answer.sent_s for answer in after if not answer.is_good]
     if not bad:
         return 0.0
@@ -143,26 +147,34 @@ async def _load(http: httpx.AsyncClient, phases: Sequence[tuple[float, float]]) 
     """Poisson arrivals at (rate, for so many seconds), one phase after the other, whatever becomes of them."""
     rng = random.Random(7)
     answers: list[_Answer] = []
+    due_s = time.monotonic()
     async with asyncio.TaskGroup() as group:
-        due_s = time.monotonic()
+        asked = []
         for rate, seconds in phases:
             end_s = due_s + seconds
             while (due_s := due_s + rng.expovariate(rate)) < end_s:
                 await asyncio.sleep(max(0.0, due_s - time.monotonic()))
-                group.create_task(_ask(http, rng.random() < _SHEDDABLE_SHARE, rng.randrange(1 << 30), answers))
+                what = rng.random() < _SHEDDABLE_SHARE, rng.randrange(1 << 30)
+                asked.append(group.create_task(_ask(http, *what, answers)))
             due_s = end_s
+        # What has no first token by then is late in any case.
+        await asyncio.wait(asked, timeout=2 * _OBJECTIVE_S)
+        for task in asked:
+            task.cancel()
     return answers
 
 
 async def _ask(http: httpx.AsyncClient, is_sheddable: bool, seed: int, answers: list[_Answer]) -> None:
     prompt = [seed % 499 + 1] + [(seed + i) % 500 for i in range(_PROMPT_TOKENS - 1)]
     body = {"prompt": prompt, "max_tokens": _OUTPUT_TOKENS, "ignore_eos": True, "stream": True}
-    sent_s = time.monotonic()
-    async with http.stream("POST", "/v1/completions", json=body | {"priority": int(is_sheddable)}) as answer:
-        seconds = time.monotonic() - sent_s
-        if answer.status_code not in (200, 429):
-            raise RuntimeError(f"HTTP {answer.status_code}: {(await answer.aread()).decode()}")
-        # The status line comes with the first token.
-        answers.append(_Answer(sent_s, seconds, answer.status_code == 429, is_sheddable))
-        async for _ in answer.aiter_raw():
-            pass
+    sent_s, first_s, status = time.monotonic(), math.inf, 200
+    try:
+        async with http.stream("POST", "/v1/completions", json=body | {"priority": int(is_sheddable)}) as answer:
+            # The status line comes with the first token.
+            first_s, status = time.monotonic(), answer.status_code
+            if status not in (200, *_REFUSED):
+                raise RuntimeError(f"HTTP {status}: {(await answer.aread()).decode()}")
+            async for _ in answer.aiter_raw():
+                pass
+    finally:
+        answers.append(_Answer(sent_s, first_s - sent_s, status in _REFUSED, is_sheddable))

@@ -81,7 +81,6 @@ class Dispatcher:
             {client_of_key(key.secret.encode()): key.weight for key in config.client_keys},
         )
         self._flow_config = config.flow
-        self._policy = config.policy
         self._metrics = metrics
         self._defects = Defects(_log, clock, metrics.defects.add)
         self.records = Records(metrics, clock, self._defects)
@@ -128,21 +127,12 @@ class Dispatcher:
             raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
         self.scheduler.check_capacity(num_sequences, client, self.clock.now())
 
-    def predict(
-        self, prompts: Sequence[Demand], objective_s: float | None, client: str, arrived_s: float
-    ) -> Prediction | None:
+    def predict(self, prompts: Sequence[Demand], slo: Slo, client: str, arrived_s: float) -> Prediction | None:
         """When the first token of a request will come; None if it has no objective for that. Raises TooLate if it would
-        miss it, unless a node has nothing to do: so a wrong prediction is found out."""
-        if objective_s is None or not self.scheduler.is_available:
+        miss an objective."""
+        if not slo.names or not self.scheduler.is_available:
             return None
-        now = self.clock.now()
-        found = self.scheduler.predict(prompts, client, now - arrived_s, now)
-        try:
-            found.check(objective_s, is_sheddable=prompts[0].priority > 0, config=self._policy)
-        except errors.TooLate:
-            if not self.scheduler.has_idle_node:
-                raise
-        return found
+        return self.scheduler.predict(prompts, slo, client, arrived_s, self.clock.now())
 
     def submit(
         self,

@@ -338,10 +338,10 @@ class Frontend:
     def _predict(
         self, request: GenerationRequest, slo: Slo, prompts: Sequence[Demand], arrived_s: float
     ) -> Prediction | None:
-        """Raises TooLate for a request that would miss its objective, or make others miss the router's."""
-        bounds = [slo.ttft_s, self._slo.ttft_s if request.priority > 0 else None]
-        objective_s = min((bound_s for bound_s in bounds if bound_s is not None), default=None)
-        return self._dispatcher.predict(prompts, objective_s, request.caller.client, arrived_s)
+        """Raises TooLate for a request that would miss its objectives, or make others miss the router's."""
+        if request.priority > 0:
+            slo = slo.within(self._slo)
+        return self._dispatcher.predict(prompts, slo, request.caller.client, arrived_s)
 
     def cancel(self, accepted: Accepted, reason: str) -> None:
         """No effect for choices that are over."""

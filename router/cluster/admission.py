@@ -1,7 +1,8 @@
-"""Whether a request can have its first token in time: what cannot is refused at its arrival, not after a wait. Pure.
+"""Whether a request can be served within its objectives: what cannot is refused at its arrival, not after a wait. Pure.
 
-A prediction is the wait in the line, by the pace at which it has moved, plus queue and prompt on a node
-(`Scheduler.predicted_ttft_s`). It is corrected by what became of earlier predictions.
+A prediction of the first token is the wait in the line, by the pace at which it has moved, plus queue and prompt on a
+node (`Scheduler.predicted_ttft_s`). It is corrected by what became of earlier predictions. The time between tokens
+follows from the step times that nodes measure.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _KEPT = 0.95
 _LEAST_SLOPE, _MOST_SLOPE = 0.5, 4.0
 _MIN_RETRY_AFTER_S = 1.0
 _MAX_RETRY_AFTER_S = 30.0
-_WHY_SHED = " (more is left to requests of priority 0 and better)"
+_WHY_SHED = " of which requests of priority above 0 leave a share to the others"
 
 
 def retry_after_s(expected_s: float) -> float:
@@ -67,15 +68,32 @@ class Prediction(NamedTuple):
         """Raises TooLate if the objective would be missed. Sheddable requests leave a share of it to the others, so
         they are refused first."""
         bound_s = objective_s * (config.sheddable_share if is_sheddable else config.admitted_share)
-        if self.ttft_s <= bound_s:
-            return
-        kind = errors.Shed if is_sheddable else errors.TooLate
-        which = f"{bound_s / objective_s:.0%} of the" if is_sheddable else "the"
-        raise kind(
-            f"the first token is predicted in {self.ttft_s:.3g} s, too late for {which} objective of {objective_s:.3g} "
-            f"s{_WHY_SHED if is_sheddable else ''}; try again later, or with a longer one (slo_ttft_s, x-slo-ttft-ms)",
-            retry_after_s=retry_after_s(self.ttft_s - bound_s),
-        )
+        if self.ttft_s > bound_s:
+            what = f"the first token is predicted in {self.ttft_s:.3g} s"
+            raise _late(
+                what, objective_s, self.ttft_s - bound_s, "slo_ttft_s, x-slo-ttft-ms", is_sheddable=is_sheddable
+            )
+
+
+def check_tbt(
+    predicted_s: float, alone_s: float, objective_s: float, next_end_s: float, *, is_sheddable: bool,
+    config: PolicyConfig,
+) -> None:  # fmt: skip
+    """Raises TooLate if tokens would come slower than the objective. ``alone_s``: the time between them without any
+    other sequence, of which no share can be left to others. ``next_end_s``: until a sequence ends."""
+    share = config.sheddable_share if is_sheddable else 1.0
+    if predicted_s > alone_s + max(0.0, objective_s - alone_s) * share:
+        what = f"the time between tokens is predicted to be {predicted_s:.3g} s"
+        raise _late(what, objective_s, next_end_s, "slo_tbt_s, x-slo-tpot-ms", is_sheddable=is_sheddable)
+
+
+def _late(what: str, objective_s: float, wait_s: float, names: str, *, is_sheddable: bool) -> errors.TooLate:
+    kind, why = (errors.Shed, _WHY_SHED) if is_sheddable else (errors.TooLate, "")
+    return kind(
+        f"{what}, too late for the objective of {objective_s:.3g} s{why}; try again later, or with a longer one "
+        f"({names})",
+        retry_after_s=retry_after_s(wait_s),
+    )
 
 
 class Correction:

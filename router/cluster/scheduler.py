@@ -17,8 +17,8 @@ from typing import Generic, Protocol, TypeVar
 from baton import errors
 from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme
-from baton.types import NodeDescription, NodeStatus, Role
-from router.cluster.admission import Correction, Pace, Prediction, retry_after_s
+from baton.types import NodeDescription, NodeStatus, Role, Slo
+from router.cluster.admission import Correction, Pace, Prediction, check_tbt, retry_after_s
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
@@ -213,22 +213,50 @@ class Scheduler(Generic[ItemT]):
 
     def _retry_after_s(self, now: float) -> float:
         """How long the present line takes at the present pace."""
-        if len(self._ended_at_s) < 2:
-            return retry_after_s(0.0)
-        pace = len(self._ended_at_s) / max(now - self._ended_at_s[0], 1e-3)
-        return retry_after_s(len(self._line) / pace)
+        return retry_after_s(len(self._line) * self._seconds_per_end(now))
 
-    def predict(self, prompts: Sequence[Demand], client: str, waited_s: float, now: float) -> Prediction:
-        """The time to the first token of a request of these prompts that came ``waited_s`` ago."""
+    def _seconds_per_end(self, now: float) -> float:
+        """Of late, between two sequences that end; 0 if too few have ended."""
+        num_ended = len(self._ended_at_s)
+        return 0.0 if num_ended < 2 else max(now - self._ended_at_s[0], 1e-3) / num_ended
+
+    def predict(
+        self, prompts: Sequence[Demand], slo: Slo, client: str, arrived_s: float, now: float
+    ) -> Prediction | None:
+        """The time to the first token of a new request of these prompts; None if it has no objective for it. Raises
+        TooLate if it would miss an objective, unless a node has nothing to do: so a wrong prediction is found out."""
         longest = max(prompts, key=lambda prompt: prompt.num_known_tokens)
+        is_sheddable = longest.priority > 0
+        if slo.tbt_s is not None and not longest.is_single_token:
+            predicted_s, alone_s = self._predicted_tbt_s(longest)
+            check_tbt(
+                predicted_s, alone_s, slo.tbt_s, self._seconds_per_end(now), is_sheddable=is_sheddable,
+                config=self._policy,
+            )  # fmt: skip
+        if slo.ttft_s is None:
+            return None
         line_s = self._pace.wait_s(self._line.num_ahead(client, longest.priority), now)
-        return self._correction.prediction(waited_s + line_s + self.predicted_ttft_s(longest, now))
+        found = self._correction.prediction(now - arrived_s + line_s + self.predicted_ttft_s(longest, now))
+        if not self._has_idle_node:
+            found.check(slo.ttft_s, is_sheddable=is_sheddable, config=self._policy)
+        return found
+
+    def _predicted_tbt_s(self, demand: Demand) -> tuple[float, float]:
+        """The time between tokens on the node where it will be shortest, and there without any other sequence; 0 while
+        a node has not been measured."""
+        num_tokens = demand.num_known_tokens
+        found = []
+        for node in (*self._pools[Role.DECODE], *self._pools[Role.MIXED]) or tuple(self._pools[Role.PREFILL]):
+            num_sequences = node.num_sequences + node.foreign_sequences + 1
+            with_others_s = node.times.step_s(0, num_sequences, node.pending_decode_tokens + num_tokens)
+            found.append((with_others_s, node.times.step_s(0, 1, num_tokens)) if node.is_measured else (0.0, 0.0))
+        return min(found)
 
     def turned_out(self, prediction: Prediction, ttft_s: float) -> None:
         self._correction.turned_out(prediction, ttft_s)
 
     @property
-    def has_idle_node(self) -> bool:
+    def _has_idle_node(self) -> bool:
         """A prompt would begin at once, whatever is predicted."""
         return not len(self._line) and any(not node.pending_prompt_tokens for node in self._for_prompts)
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import Shed, TooLate
-from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role
+from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role, Slo, StepTimes
 from router.cluster.admission import Correction, Pace, Prediction
 from router.cluster.config import PolicyConfig
 from router.cluster.policy import Decision, Demand
@@ -82,10 +82,10 @@ def test_predictions_learn_from_what_became_of_earlier_ones() -> None:
     assert correction.prediction(0.3).ttft_s == pytest.approx(0.3, rel=0.01), "the newest count"
 
 
-TIMES = st.floats(0, 1e5)
+SECONDS = st.floats(0, 1e5)
 
 
-@given(st.lists(st.tuples(TIMES, TIMES), max_size=50), TIMES)
+@given(st.lists(st.tuples(SECONDS, SECONDS), max_size=50), SECONDS)
 def test_no_history_makes_a_prediction_that_is_no_time(history: list[tuple[float, float]], computed_s: float) -> None:
     correction = Correction()
     for seen_s, real_s in history:
@@ -110,14 +110,58 @@ class Item:
         return Demand(20)
 
 
+def add_node(scheduler: Scheduler[Item], node_id: str, status: NodeStatus) -> None:
+    layout = KvLayout(1, status.free_blocks, 1, 8, 16, "float32")
+    model = ModelDescription("m", "f", "float32", 100, 10)
+    node = NodeDescription(node_id, 1, status.role, "h:1", model, layout, 1, 1, "h", (), "cpu", "none", "0")
+    scheduler.node_up(node, status, True, 0.0)
+
+
+# A step takes 10 ms, and 5 ms more for each sequence.
+TIMES = StepTimes(0.01, 1e-3, 0.005, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("nums_running", "tbt_ms", "priority", "refused_with"),
+    [
+        ([4], 36.0, 0, None),
+        ([4], 34.0, 0, TooLate),
+        # Alone it would take 15 ms: half of what is beyond is left to others.
+        ([4], 57.0, 1, None),
+        ([4], 53.0, 1, Shed),
+        # One node is enough.
+        ([4, 3], 31.0, 0, None),
+        # What no node could meet is tried where nothing runs.
+        ([4, 0], 1.0, 5, None),
+        ([4, 1], 1.0, 0, TooLate),
+    ],
+)
+def test_tokens_that_would_come_too_slowly_are_refused(
+    nums_running: list[int], tbt_ms: float, priority: int, refused_with: type[TooLate] | None
+) -> None:
+    scheduler: Scheduler[Item] = Scheduler(LimitsConfig(), PolicyConfig(), 0.0)
+    add_node(scheduler, "p", NodeStatus(Role.PREFILL, free_blocks=100, step_times=TIMES))
+    for i, num in enumerate(nums_running):
+        status = NodeStatus(Role.DECODE, free_blocks=100, num_running=num, running_tokens=num * 20, step_times=TIMES)
+        add_node(scheduler, f"d{i}", status)
+    demand, slo = Demand(20, priority=priority), Slo(tbt_s=tbt_ms / 1e3)
+    if refused_with is None:
+        assert scheduler.predict([demand], slo, "a", 0.0, 0.0) is None
+    else:
+        with pytest.raises(refused_with, match="the time between tokens is predicted to be") as refused:
+            scheduler.predict([demand], slo, "a", 0.0, 0.0)
+        assert type(refused.value) is refused_with
+    only_first = Demand(20, is_single_token=True, priority=priority)
+    assert scheduler.predict([only_first], slo, "a", 0.0, 0.0) is None, "there is no time between its tokens"
+    add_node(scheduler, "new", NodeStatus(Role.DECODE, free_blocks=100, num_running=9))
+    assert scheduler.predict([demand], slo, "a", 0.0, 0.0) is None, "nothing is known of a node that was not measured"
+
+
 def test_a_request_waits_for_the_line_before_it() -> None:
     """The decode node has room for one sequence, and each takes a second there."""
     scheduler: Scheduler[Item] = Scheduler(LimitsConfig(), PolicyConfig(prompt_token_s=1e-3), 0.0)
     for role, num_blocks in ((Role.PREFILL, 100), (Role.DECODE, 2)):
-        layout = KvLayout(1, num_blocks, 1, 8, 16, "float32")
-        model = ModelDescription("m", "f", "float32", 100, 10)
-        node = NodeDescription(role.value, 1, role, "h:1", model, layout, 1, 1, "h", (), "cpu", "none", "0")
-        scheduler.node_up(node, NodeStatus(role, free_blocks=num_blocks), True, 0.0)
+        add_node(scheduler, role.value, NodeStatus(role, free_blocks=num_blocks))
     for i in range(30):
         scheduler.arrive(Item(i), 0.0)
     for second in range(20):
@@ -131,7 +175,15 @@ def test_a_request_waits_for_the_line_before_it() -> None:
         scheduler.depart(item, float(second))
     assert scheduler.num_waiting == 10
     # 20 tokens take 20 ms.
-    assert scheduler.predict([Demand(20)], "a", 0.5, 19.0).ttft_s == pytest.approx(10.52)
-    assert scheduler.predict([Demand(20, priority=-1)], "a", 0.0, 19.0).ttft_s == pytest.approx(0.02)
-    assert scheduler.predict([Demand(20)], "b", 0.0, 19.0).ttft_s == pytest.approx(1.02), "clients take turns"
-    assert not scheduler.has_idle_node
+
+    def ttft_s(demand: Demand, client: str, arrived_s: float = 19.0) -> float:
+        found = scheduler.predict([demand], Slo(ttft_s=100.0), client, arrived_s, 19.0)
+        assert found is not None
+        return found.ttft_s
+
+    assert ttft_s(Demand(20), "a", 18.5) == pytest.approx(10.52)
+    assert ttft_s(Demand(20, priority=-1), "a") == pytest.approx(0.02)
+    assert ttft_s(Demand(20), "b") == pytest.approx(1.02), "clients take turns"
+    with pytest.raises(TooLate):
+        scheduler.predict([Demand(20)], Slo(ttft_s=10.0), "a", 19.0, 19.0)
+    assert scheduler.predict([Demand(20)], Slo(), "a", 19.0, 19.0) is None, "it has no objective"
