@@ -27,7 +27,7 @@ from loadgen import machine
 # as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
 BENCHES = (
     *("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session"),
-    *("prefix", "prefix_placement", "overload", "interference"),
+    *("prefix", "prefix_placement", "policy", "overload", "interference"),
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 

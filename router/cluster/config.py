@@ -23,8 +23,9 @@ class PolicyConfig:
     # cluster goes on splitting.
     leave_saving_s: float = 0.2
     leave_share: float = field(default=0.9, metadata=setting(most=1))
-    # A prefill node keeps what it computed only if a step of the decode node would take so many times as long as an
-    # empty one (a batch of 64 about doubles it): tokens that are generated beside prompts come with long gaps.
+    # A prefill node without a target for the gaps between tokens keeps what it computed only if a step of the decode
+    # node would take so many times as long as an empty one (a batch of 64 about doubles it): beside prompts, gaps are
+    # long.
     crowded_factor: float = field(default=2.0, metadata=setting(least=1))
     # What a second by which other sequences' tokens come later counts on a node that keeps their gaps within its
     # target, and in their own seconds elsewhere: a gap that the operator allows harms little.

@@ -13,7 +13,7 @@ from baton.types import NodeDescription, NodeStatus, Role
 from router.cluster.rates import Rates
 
 # Of a node's time that its prompts get at least, while it keeps the gaps of what decodes within its target.
-_LEAST_PROMPT_SHARE = 0.1
+_LEAST_PROMPT_SHARE = 0.2
 # How fast the share of statuses in which a node had prompts follows: over about 25 s.
 _BUSY_STEP = 0.01
 _MOST_BUSY_SHARE = 0.9
@@ -121,7 +121,9 @@ class NodeLoad:
         self.is_measured = status.step_times is not None or self._rates.has_seen(self.node_id)
         self.busy_share += ((status.queued_prompt_tokens > 0) - self.busy_share) * _BUSY_STEP
         # What is there beyond our own.
-        self.foreign_prompt = max(0, status.queued_prompt_tokens - self.prompt_tokens)
+        # Less what is computed of the prompt whose turn it is; the others may not have arrived there yet.
+        begun_tokens = self.prompt_tokens // self.num_prompts if self.num_prompts else 0
+        self.foreign_prompt = max(-begun_tokens, status.queued_prompt_tokens - self.prompt_tokens)
         self.foreign_prompts = max(0, status.num_waiting - self.num_prompts)
         self.foreign_decode = max(0, status.running_tokens - self.decode_tokens)
         self.foreign_sequences = max(0, status.num_running - self.num_decoding)
@@ -130,7 +132,7 @@ class NodeLoad:
         self.update()
 
     def update(self) -> None:
-        self.pending_prompt_tokens = self.prompt_tokens + self.foreign_prompt
+        self.pending_prompt_tokens = max(0, self.prompt_tokens + self.foreign_prompt)
         self.pending_decode_tokens = self.decode_tokens + self.foreign_decode
         self._update_seconds()
         # Of two nodes that take equally long the one with the smaller rank is taken.
@@ -143,30 +145,32 @@ class NodeLoad:
 
     def _update_seconds(self) -> None:
         times, target_s, config = self.times, self.node.tbt_target_s, self._rates.config
+        base_s, sequence_s, kv_token_s = times.base_s, times.sequence_s, times.kv_token_s
         num_running = self.num_decoding + self.foreign_sequences
         num_sequences = self.num_sequences + self.foreign_sequences
-        # With all that is and will be here.
-        step_s = times.step_s(0, num_sequences, self.pending_decode_tokens)
-        self.is_crowded = 0 < times.base_s * config.crowded_factor < step_s
+        # A step with all that is and will be here, and with what decodes now.
+        kv_s = self.pending_decode_tokens * kv_token_s
+        step_s = base_s + num_sequences * sequence_s + kv_s
+        decode_s = base_s + num_running * sequence_s + kv_s * num_running / max(1, num_running, num_sequences)
+        self.is_crowded = 0 < base_s * config.crowded_factor < decode_s
         # Beside prompts, tokens come at the target's pace or not at all.
-        busy_share = min(self.busy_share, _MOST_BUSY_SHARE)
-        busy_steps = 0.0 if target_s is None else busy_share * min(1.0, step_s / target_s)
-        # Each token of a new sequence takes a step, and makes it longer for the others: so much whatever it is, and so
-        # much for each token of its KV.
-        self.token_s = step_s / (1 - busy_share + busy_steps) + (num_sequences + 1) * times.sequence_s
-        self.token_kv_s = (num_sequences + 1) * times.kv_token_s
+        free_share = 1 - min(self.busy_share, _MOST_BUSY_SHARE)
         # Beside decodes, a node with a target computes prompts in what they leave of it.
         share, gap_weight = 1.0, 1.0
         if target_s is not None:
+            free_share += (1 - free_share) * min(1.0, step_s / target_s)
             gap_weight = config.bounded_gap_weight
             if num_running:
-                num_kv_tokens = self.pending_decode_tokens * num_running // max(num_running, num_sequences)
-                share = max(_LEAST_PROMPT_SHARE, 1 - times.step_s(0, num_running, num_kv_tokens) / target_s)
+                share = max(_LEAST_PROMPT_SHARE, 1 - decode_s / target_s)
+        # Each token of a new sequence takes a step, and makes it longer for the others: so much whatever it is, and so
+        # much for each token of its KV.
+        self.token_s = step_s / free_share + (num_sequences + 1) * sequence_s
+        self.token_kv_s = (num_sequences + 1) * kv_token_s
         # Until a further prompt begins; for each of its tokens, alone and with what those that decode wait for it.
         self.prompt_token_s = times.prompt_token_s / share
         self.prompt_wait_s = self.pending_prompt_tokens * self.prompt_token_s
         if not num_running:  # else the steps are those of the decodes
-            self.prompt_wait_s += (self.num_prompts + self.foreign_prompts) * times.base_s
+            self.prompt_wait_s += (self.num_prompts + self.foreign_prompts) * base_s
         self.prompt_cost_s = self.prompt_token_s + gap_weight * num_running * times.prompt_token_s
 
     def surely_has_room(self, num_tokens: int, num_hit: int) -> bool:
@@ -268,6 +272,7 @@ class Loads:
         if load := attempt.prefill:
             load.prompt_tokens = max(0, load.prompt_tokens - attempt.num_prompt_tokens)
             load.num_prompts -= 1
+            load.foreign_prompt = max(0, load.foreign_prompt)
             load.update()
         if load := attempt.decode:
             load.num_decoding += 1

@@ -6,8 +6,9 @@ Rules, after Splitwise (section IV.A) and what came since, applied when a reques
 1. Pools: of the prompt pool the node where the prompt is ready first, of the token pool the one where all tokens
    together are ready first. A node without room, or whose prompts take too long already, is no candidate.
 2. Overflow: a mixed node does all of it, or generates the tokens, if that saves much. Mixed nodes alone do all of it.
-3. Whole: a node of the token pool does all of it, or one of the prompt pool if the token pool is crowded, if that saves
-   much. `--disaggregation` turns this off, or makes it the rule.
+3. Whole: one node does all of it, if that saves much: a node of the token pool, or of the prompt pool if that keeps the
+   gaps between tokens within a target, or if the token pool is crowded. `--disaggregation` turns this off, or makes it
+   the rule.
 4. Prefix: the same if the node of the token pool holds more of the prompt than the prompt pool's; here all that is
    saved counts. In each rule, what nodes hold of the prompt need be neither computed nor moved.
 5. Borrow: if the queue of the prompt pool is too long or a pool has no room, a node of the other pool does all of it,
@@ -256,8 +257,9 @@ class _Search:
         least_s = self._costs.least_s(found.prefill.node, found.decode.node)
         if not self._costs.hits and found.seconds - least_s <= self._config.leave_saving_s:
             return found  # no node can save as much
-        roles = (Role.DECODE, Role.PREFILL) if found.decode.node.is_crowded else (Role.DECODE,)
-        whole = self._whole_in(*roles)
+        # Tokens that a prefill node generates come with gaps as long as the prompts there.
+        may_keep = found.decode.node.is_crowded or found.prefill.node.node.tbt_target_s is not None
+        whole = self._whole_in(Role.DECODE, Role.PREFILL) if may_keep else self._whole_in(Role.DECODE)
         if whole is None or not whole.prefill.surely_has_room:
             return found
         if whole.prefill.node.home_role is Role.DECODE and whole.prefill.num_hit > found.prefill.num_hit:
@@ -276,7 +278,7 @@ class _Search:
             return found
         candidates = [
             (costs.ttft_s(node, 0), node.rank, node)
-            for role in (Role.DECODE, Role.PREFILL)
+            for role in ((Role.DECODE, Role.PREFILL) if found is None else (Role.DECODE,))
             for node in self._pools.to_lend(role, config.min_pool_nodes)
             if node.free_tokens >= self._num_tokens and node.prompt_wait_s < config.max_prompt_wait_s
         ]

@@ -230,6 +230,9 @@ def busy(load: NodeLoad) -> NodeLoad:
         ((FAR_P, node("d0", decode=3000, running=3, times=TIMES, target_s=0.1)), "d0 d0", Reason.WHOLE),
         # Of two decode nodes the one with less to do.
         ((BEHIND, node("d0", prompt=500, times=TIMES), node("d1", times=TIMES)), "d1 d1", Reason.WHOLE),
+        # A prefill node that bounds the gaps keeps it, if that saves much.
+        ((node("p0", times=TIMES, target_s=0.1), EIGHT), "p0 p0", Reason.WHOLE),
+        ((node("p0", times=TIMES, target_s=0.1), IDLE_D), "p0 d0", Reason.POOLS),
         # Many decode there: the idle prefill node keeps it.
         ((IDLE_P, node("d0", decode=64_000, running=64, times=TIMES)), "p0 p0", Reason.WHOLE),
         # Or would keep it, had it not mostly prompts to compute, for which its tokens would wait.
@@ -381,4 +384,22 @@ def test_each_waiting_prompt_costs_a_step_unless_steps_are_made_for_decodes() ->
     assert m0.prompt_wait_s == pytest.approx(400 * 1e-3 + 3 * 0.02)
     loads.status("m0", replace(status, num_running=1, running_tokens=50))
     assert m0.prompt_wait_s == pytest.approx(300 * 1e-3)
+    loads.check()
+
+
+def test_a_status_shows_how_far_the_prompt_is_whose_turn_it_is() -> None:
+    loads = Loads(Rates(CONFIG))
+    status = NodeStatus(Role.PREFILL, free_blocks=1000)
+    p0 = loads.add_node(description("p0", Role.PREFILL), status)
+    for sequence_id in ("first", "second"):
+        loads.assign(sequence_id, Placement("p0", "p0"), 100)
+    loads.status("p0", replace(status, queued_prompt_tokens=130, num_waiting=2))
+    assert p0.pending_prompt_tokens == 130
+    loads.status("p0", replace(status, queued_prompt_tokens=30, num_waiting=1))
+    assert p0.pending_prompt_tokens == 100, "the second may not have arrived there yet"
+    loads.prefilled("first")
+    assert p0.pending_prompt_tokens == 100, "what was computed was the first one's"
+    loads.release("first")
+    loads.release("second")
+    assert p0.pending_prompt_tokens == 0
     loads.check()
