@@ -13,21 +13,26 @@ import argparse
 import asyncio
 import random
 import time
+import urllib.request
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from baton.client import AsyncClient, Completion
 from baton.types import Role
 from loadgen.samples import Samples
+from router.cluster.config import PolicyConfig
 from router.config import RouterConfig
 from router.serve import Router, running
 from worker.fake import FakeCluster, FakeConfig
 from worker.roles import Reason
 
-_PROMPT_TOKENS, _OUTPUT_TOKENS = 200, 20
-_NODES = FakeConfig(step_s=0.005, prefill_token_s=0.001, status_s=0.2)
+# A prompt takes 0.2 s, its answer 2 s: a prompt on a decode node makes a dozen others wait.
+_PROMPT_TOKENS, _OUTPUT_TOKENS = 200, 100
+_NODES = FakeConfig(step_s=0.02, prefill_token_s=0.001, status_s=0.2)
 _READY_S = 20.0
 
 
@@ -45,6 +50,8 @@ class Outcome:
     answers: Mapping[str, int]
     ttft_p50_s: float
     ttft_p99_s: float
+    # Of placements, by the rule that made them.
+    reasons: Mapping[str, int]
     # Changes of the acting role by node, and of home roles.
     num_changes: Mapping[str, int]
     num_moves: int
@@ -62,21 +69,32 @@ class Outcome:
             f"{self.num_routers} routers, load {self.load:.2f}: {self.num_requests} requests, {self.num_failed} fail; "
             f"prompts {prompts} (spread {self.spread:.2f}); "
             f"TTFT p50 {self.ttft_p50_s * 1e3:.0f} ms, p99 {self.ttft_p99_s * 1e3:.0f} ms; "
+            f"{', '.join(f'{reason} {count}' for reason, count in self.reasons.items())}; "
             f"changes of acting roles {sum(self.num_changes.values())} ({most} of one node), of homes {self.num_moves}"
         )
 
 
-async def run(num_routers: int, load: float, seconds: float, *, per_pool: int = 2, seed: int = 0) -> Outcome:
+async def run(
+    num_routers: int,
+    load: float,
+    seconds: float,
+    *,
+    policy: PolicyConfig | None = None,
+    per_pool: int = 2,
+    seed: int = 0,
+) -> Outcome:
     """``load``: prompts that arrive, as a share of what the prefill pool can compute."""
+    policy = policy or PolicyConfig()
     rate_s = load * per_pool / (_PROMPT_TOKENS * _NODES.prefill_token_s)
     async with AsyncExitStack() as stack:
         cluster = await stack.enter_async_context(FakeCluster(_NODES, prefill=per_pool, decode=per_pool))
         # Each with an id of its own.
-        configs = [RouterConfig(nodes=cluster.addresses) for _ in range(num_routers)]
+        configs = [RouterConfig(nodes=cluster.addresses, policy=policy) for _ in range(num_routers)]
         routers = [await stack.enter_async_context(running(config)) for config in configs]
         clients = [await stack.enter_async_context(AsyncClient(await _ready(router))) for router in routers]
         answers = await _arrivals(clients, rate_s, seconds, random.Random(seed))
         done = [x for x in answers if isinstance(x, Completion)]
+        reasons = await asyncio.to_thread(_reasons, routers)
         changes = [(name, change) for name, node in cluster.nodes.items() for change in node.role_changes]
     ttft = Samples.of(x.relay.ttft_s for x in done)
     moves = [x for _, x in changes if x.reason in (Reason.SCHEDULER, Reason.OPERATOR)]
@@ -89,9 +107,22 @@ async def run(num_routers: int, load: float, seconds: float, *, per_pool: int = 
         answers=dict.fromkeys(cluster.nodes, 0) | Counter(x.relay.decode_node_id for x in done),
         ttft_p50_s=ttft.median,
         ttft_p99_s=ttft.percentile(0.99),
+        reasons=reasons,
         num_changes=Counter(name for name, x in changes if x not in moves),
         num_moves=len(moves),
     )
+
+
+def _reasons(routers: Sequence[Router]) -> dict[str, int]:
+    """As the routers count them."""
+    found: Counter[str] = Counter()
+    for router in routers:
+        with urllib.request.urlopen(f"{router.http}/metrics", timeout=_READY_S) as answer:
+            text = answer.read().decode()
+        for family in text_string_to_metric_families(text):
+            if family.name == "baton_placements":
+                found.update({x.labels["reason"]: int(x.value) for x in family.samples if x.value})
+    return dict(found)
 
 
 async def _ready(router: Router) -> str:
@@ -126,11 +157,11 @@ async def _arrivals(
     return found
 
 
-async def _all(loads: list[float], counts: list[int], seconds: float) -> list[Outcome]:
+async def _all(loads: list[float], counts: list[int], seconds: float, policy: PolicyConfig) -> list[Outcome]:
     found = []
     for load in loads:
         for count in counts:
-            found.append(await run(count, load, seconds))
+            found.append(await run(count, load, seconds, policy=policy))
             print(found[-1].line(), flush=True)
     return found
 
@@ -140,8 +171,10 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30.0, help="of each run")
     parser.add_argument("--load", type=float, action="append", help="of the prefill pool's capacity")
     parser.add_argument("--routers", type=int, action="append")
+    parser.add_argument("--borrow-after", type=float, default=PolicyConfig().borrow_after_s)
     arguments = parser.parse_args()
-    asyncio.run(_all(arguments.load or [0.7, 1.4], arguments.routers or [1, 2], arguments.seconds))
+    policy = PolicyConfig(borrow_after_s=arguments.borrow_after)
+    asyncio.run(_all(arguments.load or [0.7, 1.4], arguments.routers or [1, 2], arguments.seconds, policy))
 
 
 if __name__ == "__main__":

@@ -34,11 +34,15 @@ class Pools:
 
     def to_lend(self, role: Role, min_nodes: int) -> Collection[NodeLoad]:
         """Those that may do the other pool's work while ``min_nodes`` do their own pool's alone. A node that is away
-        already takes nothing more from its pool."""
-        num_at_home = len(self._home[role]) - len(self._away[role])
-        if num_at_home > min_nodes:
+        already takes nothing more from its pool.
+
+        Routers lend at the same time, before they have heard of each other. If that is too many nodes, all go on
+        with the same few: did they wait until all are home, they would lend too many again.
+        """
+        away, num_to_lend = self._away[role], len(self._home[role]) - min_nodes
+        if len(away) < num_to_lend:
             return self._home[role].values()
-        return self._away[role].values() if num_at_home == min_nodes else ()
+        return [away[node_id] for node_id in sorted(away)[: max(0, num_to_lend)]]
 
     @property
     def num_generating(self) -> int:

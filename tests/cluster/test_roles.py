@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 from baton.client import AsyncClient
 from baton.types import Role
@@ -63,6 +65,14 @@ async def test_roles_change_in_all_directions_under_load_and_nothing_fails(
     assert not any(n.status.is_pinned for n in cluster.status().nodes)
 
 
+def keep_asking(cluster: Cluster, is_over: Event) -> None:
+    """Wrong answers raise."""
+    for seed in itertools.count(33):
+        ask_all(cluster, recall(seed, 12))
+        if is_over.is_set():
+            return
+
+
 def test_a_decode_node_that_gets_prompts_acts_as_mixed_and_goes_home(
     shared_cluster: StartCluster, demo_model: Path
 ) -> None:
@@ -75,13 +85,17 @@ def test_a_decode_node_that_gets_prompts_acts_as_mixed_and_goes_home(
             assert "schedulers leave it there" in said
         assert "decode!" in baton("status", "--router", cluster.grpc)
         # No node is left whose work prompts are.
-        relays = [finished.relay for finished in ask_all(cluster, recall(33, 12))]
-        used = {relay.prefill_node_id for relay in relays}
-        # For seconds after its last prompt, and that was not long ago.
-        found = roles(cluster)
-        assert {home for home, _ in found.values()} == {DECODE}
-        assert MIXED in {found[node_id][1] for node_id in used}
-        assert "decode*" in baton("status", "--router", cluster.grpc)
+        is_over = Event()
+        with ThreadPoolExecutor(1) as pool:
+            asking = pool.submit(keep_asking, cluster, is_over)
+            try:
+                cluster.wait_until(lambda: MIXED in {role for _, role in roles(cluster).values()}, "loan", 30.0)
+                assert {home for home, _ in roles(cluster).values()} == {DECODE}
+                assert "decode*" in baton("status", "--router", cluster.grpc)
+                assert ", acts as mixed)" in baton("status", "--ledger", "--router", cluster.grpc)
+            finally:
+                is_over.set()
+            asking.result()
         cluster.wait_until(lambda: set(roles(cluster).values()) == {(DECODE, DECODE)}, "nodes at home", 20.0)
     finally:
         for node_id in ("prefill-0", "prefill-1"):
