@@ -30,6 +30,9 @@ class _Item:
     client: str = ""
     has_tokens: bool = False
 
+    def can_move_from(self, node_id: str) -> bool:
+        return False
+
     @property
     def sequence_id(self) -> str:
         return f"{self.number}/0/0"

@@ -113,6 +113,9 @@ class _Item:
     has_tokens: bool = False
     on_end: Callable[[float], None] = field(default=lambda now: None)
 
+    def can_move_from(self, node_id: str) -> bool:
+        return False
+
     @property
     def sequence_id(self) -> str:
         return f"{self.number}/0/0"

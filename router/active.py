@@ -46,6 +46,10 @@ class Active:
     def has_tokens(self) -> bool:
         return bool(self.flow.tokens)
 
+    def can_move_from(self, node_id: str) -> bool:
+        placement = self.flow.placement
+        return placement is not None and placement.decode_id == node_id and self.flow.can_move
+
     def demand(self, now: float) -> Demand:
         return self.flow.demand(now)
 

@@ -21,6 +21,7 @@ from router.active import Active
 from router.clients import client_of_key
 from router.cluster.admission import Prediction
 from router.cluster.policy import Demand, Obstacle
+from router.cluster.rebalance import Planned
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
 from router.flow import Flow
@@ -36,6 +37,8 @@ from router.flow_messages import (
     Event,
     FromNode,
     MakeRoom,
+    MoveOver,
+    MoveTo,
     NodeAvailable,
     NodeFull,
     NodeLost,
@@ -50,6 +53,7 @@ from router.flow_messages import (
     Tick,
     ToNode,
 )
+from router.flow_move import MoveOutcome
 from router.metrics import RouterMetrics
 from router.nodes import Nodes
 from router.records import Origin, Records
@@ -198,6 +202,7 @@ class Dispatcher:
 
     def on_node_messages(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
         for message in messages:
+            active = self.scheduler.item(message.sequence_id)
             match message:
                 case CacheChanged():
                     self.scheduler.cache_changed(node_id, message)
@@ -205,13 +210,13 @@ class Dispatcher:
                     self._observe_prediction(message.sequence_id)
                     self.scheduler.prefilled(message.sequence_id)
                     self.scheduler.rates.computed(node_id, message.num_computed_tokens, message.compute_s)
-                case HandedOff(_, report):
+                case HandedOff(_, report) if active is None or not active.flow.moves_from(node_id):
+                    # Of a prompt: what hides behind one is not what hides behind a sequence that goes on.
                     self.scheduler.rates.moved(report.num_bytes, report.exposed_s)
                 case Lease():
                     self.scheduler.confirmed(message.sequence_id)
                 case Refused():
                     self.records.reservation_refused(node_id, message.sequence_id, message.failure)
-            active = self.scheduler.item(message.sequence_id)
             if active is not None:  # else it is over
                 self._feed(active, FromNode(node_id, message))
 
@@ -250,10 +255,16 @@ class Dispatcher:
         if (change := self.scheduler.role_change(self.clock.now())) is not None:
             self.nodes.set_role(change)
         self.place()
+        while (move := self.scheduler.next_move(self.clock.now())) is not None:
+            self._begin_move(move)
         waiting = self.scheduler.next(self.clock.now())
         if waiting is not None:
             for crowding in self.scheduler.crowding(waiting.client, is_passing=True):
                 self._feed(crowding, MakeRoom())
+
+    def _begin_move(self, move: Planned[Active]) -> None:
+        self.scheduler.begin_move(move, self.clock.now())
+        self._feed(move.item, MoveTo(move.target_id, move.reason, move.num_headroom_tokens))
 
     # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -288,7 +299,7 @@ class Dispatcher:
         if attempt is not None:
             with self._defects.contained("sequence", attempt.sequence_id):
                 self.scheduler.release(active, self.clock.now())
-            for node_id in attempt.placement.node_ids:
+            for node_id in dict.fromkeys((*attempt.placement.node_ids, *active.flow.holders)):
                 with self._defects.contained("sequence", attempt.sequence_id):
                     cancel = Cancel(attempt.sequence_id, error.code)
                     self.nodes.send(ToNode(node_id, cancel, active.flow.prompt))
@@ -318,6 +329,12 @@ class Dispatcher:
                 scheduler.release(active, self.clock.now())
             case AttemptFailed():
                 self.records.attempt_failed(action.sequence_id, action.failure)
+            case MoveOver():
+                self._metrics.migrations.add(action.reason.value, action.outcome.value)
+                if action.outcome is MoveOutcome.MOVED:
+                    scheduler.moved(active)
+                else:
+                    scheduler.move_ended(active)
             case NodeFull():
                 scheduler.node_full(action.node_id)
             case PairFailed():
@@ -333,7 +350,8 @@ class Dispatcher:
         if not self.scheduler.num_in_flight:
             self._idle.set()
         relay = active.flow.lifeline.relay()
-        if outcome.kind is OutcomeKind.FINISHED:
+        if outcome.kind is OutcomeKind.FINISHED and not relay.moves:
+            # One that moved says nothing of one node's speed.
             self.scheduler.generated(relay.decode_node_id, relay.num_tokens, relay.tbt_mean_s)
         active.stream.end(outcome, relay)
         self.records.ended(active.flow, outcome, relay, active.origin)

@@ -16,7 +16,8 @@ from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
 from baton.types import FinishReason, SequenceSpec, TokenChunk
 from router.cluster.load import Placement
-from router.flow_move import MoveOutcome, MoveReason
+from router.cluster.rebalance import MoveReason
+from router.flow_move import MoveOutcome
 
 # Blocks of a prompt that are hashed at first; then as many as there are.
 _FIRST_HASHED = 8

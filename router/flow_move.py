@@ -15,16 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-
-class MoveReason(Enum):
-    # Its node is about to leave.
-    DRAIN = "drain"
-    # Its node runs out of blocks.
-    ROOM = "room"
-    # Its node's steps take longer than another one's.
-    BALANCE = "balance"
-    # Its node's blocks are needed for a sequence of better priority.
-    PRIORITY = "priority"
+from router.cluster.rebalance import MoveReason
 
 
 class MoveOutcome(Enum):

@@ -14,7 +14,9 @@ from baton.types import FinishReason, Role
 from router.cluster.membership import Member, State
 from router.cluster.policy import Reason
 from router.cluster.prefix_index import PrefixIndex
+from router.cluster.rebalance import MoveReason
 from router.flow_messages import Outcome, OutcomeKind, Phase
+from router.flow_move import MoveOutcome
 
 # Finer in the range of decode steps.
 _TBT_BUCKETS_S = (
@@ -88,6 +90,19 @@ class RouterMetrics:
         self.node_moves = counters(
             "baton_node_moves", "Nodes that left for another pool, by the pool that they left", "pool", preset=pools
         )
+        self.migrations = counters(
+            "baton_migrations",
+            "Moves of running sequences, by why they were to move and what came of it",
+            "reason",
+            "outcome",
+            preset=[(reason.value, outcome.value) for reason in MoveReason for outcome in MoveOutcome],
+        )
+        self.migration_pause = histogram(
+            "baton_migration_pause_seconds",
+            "Last token from the node that a sequence left to the first from the node that it moved to",
+            LATENCY_BUCKETS_S,
+        )
+        self.migrated_bytes = counter("baton_migrated_bytes", "KV bytes of sequences that moved, as their nodes said")
         self.defects = counters(
             "baton_defects",
             "Unexpected exceptions, by the place that caught them",
@@ -150,6 +165,10 @@ class RouterMetrics:
         if relay.recovery_s:
             self.recovery.observe(relay.recovery_s)
         self.e2e.observe(relay.e2e_s)
+        for move in relay.moves:
+            self.migrated_bytes.add(move.num_bytes)
+            if move.pause_s:
+                self.migration_pause.observe(move.pause_s)
         self._observe_objectives(outcome, relay)
         if relay.num_tokens == 0:
             return

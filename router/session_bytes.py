@@ -120,9 +120,10 @@ class Reader:
         self._read(response.refused, _refused, found)
         self._read(response.prefills, _prefill_done, found)
         self._read(response.joined, _joined, found)
-        self._read(response.handed_off, _handed_off, found)
-        # Tokens before failures: a sequence that is complete has not failed.
+        # Tokens before failures: a sequence that is complete has not failed. And before the word that the node has let
+        # go of their sequence: from then on its tokens come from elsewhere.
         self._read(response.tokens, codec.tokens_from_pb, found)
+        self._read(response.handed_off, _handed_off, found)
         self._read(response.not_migrated, _not_migrated, found)
         self._read(response.failed, _failed, found)
         return found

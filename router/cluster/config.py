@@ -46,6 +46,28 @@ class PolicyConfig:
     # No further prompt is sent to a node whose prompts take longer; it waits in the router and can still go elsewhere.
     # Long enough that what a full pool costs shows in its queue.
     max_prompt_wait_s: float = 10.0
+    migrates: bool = field(
+        default=True,
+        metadata=setting(
+            "--migration",
+            "Let running requests go on at another node: when theirs drains, runs out of KV blocks, or is slower.",
+            choices=("on", "off"),
+        ),
+    )
+    # Moves of running sequences out of a node, and into one, at a time: each takes memory bandwidth of both.
+    max_moves: int = 4
+    # A sequence is to move at most this often, so that nodes that change places in speed do not throw it to and fro;
+    # off a node that drains, where there is no other choice, it is tried again sooner.
+    move_again_s: float = 10.0
+    drain_again_s: float = 0.5
+    # From the decision to the first byte: two messages and a connection.
+    move_latency_s: float = 0.1
+    # A node that will have filled its blocks so soon gives sequences away: a move takes a part of a second.
+    room_ahead_s: float = 2.0
+    # A sequence goes to a node whose steps take less than its own one's by this factor and by so much: predictions are
+    # no better than that, and less is felt by nobody.
+    balance_factor: float = field(default=1.5, metadata=setting(least=1))
+    balance_after_s: float = 0.01
     # A waiting sequence is passed over for better priorities of its client for so long at most.
     max_priority_wait_s: float = 30.0
     # Clients take turns by work: prompt tokens to compute, and so much for each token that is generated. Most prices of

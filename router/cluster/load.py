@@ -7,6 +7,7 @@ statuses spreads. What the counts mean in seconds follows from the node's step t
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from baton.types import NodeDescription, NodeStatus, Role
@@ -200,6 +201,8 @@ class Loads:
         self._rates = rates
         self._nodes: dict[str, NodeLoad] = {}
         self._attempts: dict[str, Attempt] = {}
+        # What sequences that move count for at their targets.
+        self._moves: dict[str, Attempt] = {}
 
     def add_node(self, node: NodeDescription, status: NodeStatus) -> NodeLoad:
         load = self._nodes[node.node_id] = NodeLoad(node, status, self._rates)
@@ -211,6 +214,10 @@ class Loads:
 
     def node(self, node_id: str) -> NodeLoad | None:
         return self._nodes.get(node_id)
+
+    @property
+    def nodes(self) -> Collection[NodeLoad]:
+        return self._nodes.values()
 
     def status(self, node_id: str, status: NodeStatus) -> None:
         load = self._nodes.get(node_id)
@@ -246,17 +253,51 @@ class Loads:
             prefill.prompt_tokens += attempt.num_prompt_tokens
             prefill.num_prompts += 1
             prefill.update()
-        if decode is not None:
-            decode.decode_tokens += num_known_tokens
-            decode.num_sequences += 1
-            attempt.num_promised_blocks = decode.node.kv_layout.blocks_for(num_known_tokens + 1 - num_decode_hit)
-            decode.promised_blocks += attempt.num_promised_blocks
-            decode.update()
+        self._count(attempt, num_known_tokens + 1 - num_decode_hit)
         return attempt
 
+    def begin_move(self, sequence_id: str, target_id: str, num_known_tokens: int, num_room_tokens: int) -> None:
+        """It is to go on at another node, and counts for both until it is known which one it is on."""
+        there = Placement(target_id, target_id)
+        move = Attempt(sequence_id, there, None, self._nodes.get(target_id), 0, num_known_tokens, is_prompt=False)
+        self._moves[sequence_id] = move
+        self._count(move, num_room_tokens)
+
+    def moved(self, sequence_id: str) -> Attempt:
+        """It is at the target of its move alone."""
+        self.prefilled(sequence_id)
+        self._uncount(self._attempts[sequence_id])
+        move = self._attempts[sequence_id] = self._moves.pop(sequence_id)
+        return move
+
+    def end_move(self, sequence_id: str) -> None:
+        """It stays where it is. Harmless if it does not move."""
+        if move := self._moves.pop(sequence_id, None):
+            self._uncount(move)
+
+    def _count(self, attempt: Attempt, num_room_tokens: int) -> None:
+        """Where it will be decoded."""
+        if load := attempt.decode:
+            load.decode_tokens += attempt.num_tokens
+            load.num_sequences += 1
+            load.num_decoding += not attempt.is_prompt
+            attempt.num_promised_blocks = load.node.kv_layout.blocks_for(num_room_tokens)
+            load.promised_blocks += attempt.num_promised_blocks
+            load.update()
+
+    def _uncount(self, attempt: Attempt) -> None:
+        if load := attempt.decode:
+            load.decode_tokens = max(0, load.decode_tokens - attempt.num_tokens)
+            load.num_sequences -= 1
+            load.num_decoding -= 1
+            load.promised_blocks = max(0, load.promised_blocks - attempt.num_promised_blocks)
+            if attempt in load.confirmed:
+                load.confirmed.remove(attempt)
+            load.update()
+
     def confirm(self, sequence_id: str) -> None:
-        """The decode node holds the blocks now: its next status shows them."""
-        attempt = self._attempts.get(sequence_id)
+        """The decode node, or the target of a move, holds the blocks now: its next status shows them."""
+        attempt = self._moves.get(sequence_id) or self._attempts.get(sequence_id)
         if attempt is None or attempt.is_confirmed:
             return
         attempt.is_confirmed = True
@@ -279,28 +320,22 @@ class Loads:
             load.update()
 
     def release(self, sequence_id: str) -> None:
-        """The attempt is over on both nodes."""
+        """The attempt is over on all of its nodes."""
+        self.end_move(sequence_id)
         self.prefilled(sequence_id)
         attempt = self._attempts.pop(sequence_id, None)
-        if attempt is None:
-            return
-        if load := attempt.decode:
-            load.decode_tokens = max(0, load.decode_tokens - attempt.num_tokens)
-            load.num_sequences -= 1
-            load.num_decoding -= 1
-            load.promised_blocks = max(0, load.promised_blocks - attempt.num_promised_blocks)
-            if attempt in load.confirmed:
-                load.confirmed.remove(attempt)
-            load.update()
+        if attempt is not None:
+            self._uncount(attempt)
 
     @property
     def num_assigned(self) -> int:
         return len(self._attempts)
 
     def check(self) -> None:
-        """Conservation: own counts are the sums over the assigned sequences."""
+        """Conservation: own counts are the sums over the assigned sequences and the moves."""
+        assert self._moves.keys() <= self._attempts.keys()
         for node_id, load in self._nodes.items():
-            mine = [a for a in self._attempts.values() if a.decode is load]
+            mine = [a for a in (*self._attempts.values(), *self._moves.values()) if a.decode is load]
             assert load.promised_blocks == sum(a.num_promised_blocks for a in mine), node_id
             assert load.decode_tokens == sum(a.num_tokens for a in mine), node_id
             prompts = [a for a in self._attempts.values() if a.is_prompt and a.prefill is load]

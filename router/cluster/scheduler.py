@@ -27,6 +27,7 @@ from router.cluster.policy import Decision, Demand, Keyed, Obstacle, choose
 from router.cluster.pools import Pools
 from router.cluster.prefix_index import Hit, PrefixIndex
 from router.cluster.rates import Rates
+from router.cluster.rebalance import Planned, Rebalance
 from router.cluster.repurpose import Change, Repurpose
 from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
@@ -64,6 +65,9 @@ class Item(Protocol):
 
     @property
     def has_tokens(self) -> bool: ...
+
+    def can_move_from(self, node_id: str) -> bool:
+        """It decodes there and may go on elsewhere."""
 
     def demand(self, now: float) -> Demand: ...
 
@@ -120,6 +124,9 @@ class Scheduler(Generic[ItemT]):
         self._attempts: dict[ItemT, Attempt] = {}
         self._by_sequence: dict[str, ItemT] = {}
         self._on_node: dict[str, dict[ItemT, None]] = {}
+        # Where sequences are to move.
+        self._moves: dict[ItemT, str] = {}
+        self._rebalance: Rebalance[ItemT] = Rebalance(policy, self.rates)
         self._ended_at_s: deque[float] = deque(maxlen=_NUM_ENDS)
         self._down_since_s: float | None = now
         # Something has changed since this was last reset that can make room for a waiting sequence.
@@ -318,6 +325,7 @@ class Scheduler(Generic[ItemT]):
         elif item in self._siblings:
             self._siblings.remove(item)
         self.has_shared(item, now)
+        self._rebalance.forget(item)
         del self._in_flight[item]
         self._work.pop(item, None)
         self._num_in_flight_of[item.client] -= 1
@@ -381,15 +389,12 @@ class Scheduler(Generic[ItemT]):
 
     def release(self, item: ItemT, now: float) -> None:
         """Its attempt is over. Harmless if it has none."""
+        self.move_ended(item)
         attempt = self._attempts.pop(item, None)
         if attempt is None:
             return
         del self._by_sequence[attempt.sequence_id]
-        for node_id in attempt.placement.node_ids:
-            there = self._on_node[node_id]
-            del there[item]
-            if not there:
-                del self._on_node[node_id]
+        self._leave(item, attempt.placement.node_ids)
         self._line.ended(item.client, now)
         self._settle(item, now)
         self._loads.release(attempt.sequence_id)
@@ -410,6 +415,52 @@ class Scheduler(Generic[ItemT]):
         """Its attempt is over: what counts is what it has generated, not what was expected."""
         charge = self._work[item].charge(item.demand(now).num_known_tokens, self._policy.output_token_work)
         self._line.got(item.client, charge)
+
+    def _leave(self, item: ItemT, node_ids: Collection[str]) -> None:
+        for node_id in node_ids:
+            there = self._on_node[node_id]
+            del there[item]
+            if not there:
+                del self._on_node[node_id]
+
+    # ── Moves ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def next_move(self, now: float) -> Planned[ItemT] | None:
+        """A running sequence that is to go on at another node; the caller begins the move, or asks no more."""
+        if not self._policy.migrates:
+            return None
+        return self._rebalance.next(self._loads.nodes, self._pools, self._on_node, now)
+
+    def begin_move(self, move: Planned[ItemT], now: float) -> None:
+        """Its target is asked. It counts for both nodes until `moved` or `move_ended`, or its release."""
+        item, num_tokens = move.item, move.item.demand(now).num_known_tokens
+        self._moves[item] = move.target_id
+        self._on_node.setdefault(move.target_id, {})[item] = None
+        self._loads.begin_move(
+            self._attempts[item].sequence_id, move.target_id, num_tokens, num_tokens + move.num_headroom_tokens
+        )
+        self._rebalance.began(move, now)
+
+    def moved(self, item: ItemT) -> None:
+        """It is at the target alone."""
+        target_id = self._moves.pop(item)
+        self._rebalance.ended(item)
+        left = [node_id for node_id in self._attempts[item].placement.node_ids if node_id != target_id]
+        self._leave(item, left)
+        self._attempts[item] = self._loads.moved(self._attempts[item].sequence_id)
+        self.has_news = True
+
+    def move_ended(self, item: ItemT) -> None:
+        """It stays where it is. Harmless if it does not move."""
+        target_id = self._moves.pop(item, None)
+        if target_id is None:
+            return
+        attempt = self._attempts[item]
+        self._rebalance.ended(item)
+        self._loads.end_move(attempt.sequence_id)
+        # A node that its prompt ran on may be the target.
+        if target_id not in attempt.placement.node_ids:
+            self._leave(item, [target_id])
 
     def confirmed(self, sequence_id: str) -> None:
         """The decode node has granted the blocks."""
@@ -496,4 +547,7 @@ class Scheduler(Generic[ItemT]):
             assert self._line.num_running_of(client) == running[client], "a client's share is held by nothing"
         assert sum(self._num_in_flight_of.values()) == len(self._in_flight)
         on_nodes = {(n, i) for n, items in self._on_node.items() for i in items}
-        assert on_nodes == {(n, i) for i, a in self._attempts.items() for n in a.placement.node_ids}
+        placed = {(n, i) for i, a in self._attempts.items() for n in a.placement.node_ids}
+        assert on_nodes == placed | {(n, i) for i, n in self._moves.items()}
+        assert set(self._moves) <= set(self._attempts)
+        self._rebalance.check(self._moves)

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from baton import errors
-from baton.node_messages import CacheChanged, Cancel, FromRouter, HandedOff, Joined, NodeMessage, PrefillDone, Send
+from baton.node_messages import (
+    CacheChanged,
+    Cancel,
+    FromRouter,
+    HandedOff,
+    Joined,
+    NodeMessage,
+    NotMigrated,
+    PrefillDone,
+    Send,
+)
 from baton.types import (
     Lease,
     NodeDescription,
@@ -32,6 +42,7 @@ from worker.service import NodeService
 
 _NAMES: Mapping[type[NodeMessage], str] = {
     Lease: "reserved", TokenChunk: "tokens", PrefillDone: "prefill_done", Joined: "joined", HandedOff: "handed_off",
+    NotMigrated: "not_migrated",
 }  # fmt: skip
 
 
@@ -73,7 +84,7 @@ class Script:
         self._fail.setdefault(what, []).extend([error] * times)
 
     def drop(self, what: str, times: int = 1) -> None:
-        """``what``: "reserved", "tokens", "prefill_done", "handed_off", "joined" or "commit"."""
+        """``what``: "reserved", "tokens", "prefill_done", "handed_off", "joined", "not_migrated" or "commit"."""
         self._drop[what] += times
 
     def duplicate(self, what: str, times: int = 1) -> None:

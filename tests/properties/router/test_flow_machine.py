@@ -25,8 +25,9 @@ from baton.node_messages import (
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
 from router.cluster.load import Placement
+from router.cluster.rebalance import MoveReason
 from router.flow import Flow, FlowConfig
-from router.flow_move import MoveOutcome, MoveReason
+from router.flow_move import MoveOutcome
 
 NODES = ("p0", "p1", "d0", "d1")
 STOP_ID = 99

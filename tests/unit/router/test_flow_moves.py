@@ -18,8 +18,9 @@ from baton.node_messages import (
 from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
 from router import flow_messages as f
 from router.cluster.load import Placement
+from router.cluster.rebalance import MoveReason
 from router.flow import Flow, FlowConfig
-from router.flow_move import MoveOutcome, MoveReason
+from router.flow_move import MoveOutcome
 
 SAMPLING = SamplingParams(max_tokens=9, seed=1, stop_token_ids=(99,))
 PROMPT = f.Prompt((1, 2))

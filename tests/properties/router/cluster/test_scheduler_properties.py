@@ -1,10 +1,10 @@
-"""The scheduler under arrivals, placements, ends, refusals, prefix hits and nodes that come and go: its books balance
-throughout, and of several choices of a prompt only the first runs until nodes have the prompt's blocks.
+"""The scheduler under arrivals, placements, moves, ends, refusals, prefix hits and nodes that come and go: its books
+balance throughout, and of several choices of a prompt only the first runs until nodes have the prompt's blocks.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import hypothesis.strategies as st
 from hypothesis import settings
@@ -16,6 +16,7 @@ from baton.prefix import PrefixScheme, key_of
 from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, PrefixCaching, Role
 from router.cluster.config import PolicyConfig
 from router.cluster.policy import Decision, Demand, Obstacle
+from router.cluster.rebalance import MoveReason, Planned
 from router.cluster.scheduler import Scheduler
 
 NODES = {"p0": Role.PREFILL, "d0": Role.DECODE, "m0": Role.MIXED}
@@ -51,6 +52,8 @@ class Item:
     number: int
     prompt: Prompt
     has_tokens: bool = False
+    # It decodes here; empty while it moves, too.
+    decodes_on: str = ""
     num_attempts: int = 0
     avoid: set[str] = field(default_factory=set)
 
@@ -61,6 +64,9 @@ class Item:
     @property
     def num_known_tokens(self) -> int:
         return len(self.prompt.token_ids)
+
+    def can_move_from(self, node_id: str) -> bool:
+        return self.decodes_on == node_id
 
     def demand(self, now: float) -> Demand:
         return Demand(self.num_known_tokens, avoid=self.avoid, prompt=self.prompt)
@@ -91,6 +97,8 @@ class Cluster(RuleBasedStateMachine):
         # By a leader that has not shared, those that wait for it.
         self.behind: dict[Item, set[Item]] = {}
         self.running: set[Item] = set()
+        # With their targets.
+        self.moving: dict[Item, str] = {}
         self.available: set[str] = set()
         self.up: set[str] = set()
 
@@ -121,10 +129,10 @@ class Cluster(RuleBasedStateMachine):
             self.run_again(item)
 
     @precondition(lambda self: self.up)
-    @rule(data=st.data(), free=st.integers(0, NUM_BLOCKS))
-    def node_speaks(self, data: st.DataObject, free: int) -> None:
+    @rule(data=st.data(), free=st.integers(0, NUM_BLOCKS), drains=st.booleans())
+    def node_speaks(self, data: st.DataObject, free: int, drains: bool) -> None:
         node_id = data.draw(st.sampled_from(sorted(self.up)))
-        status = self.status(node_id, free)
+        status = replace(self.status(node_id, free), draining=drains)
         self.scheduler.node_status(node_id, status)
         self.scheduler.has_news = False
         self.scheduler.node_status(node_id, status)
@@ -197,10 +205,13 @@ class Cluster(RuleBasedStateMachine):
 
     def nodes_of(self, item: Item) -> tuple[str, ...]:
         attempt = self.scheduler.attempt(item)
-        return () if attempt is None else attempt.placement.node_ids
+        placed = () if attempt is None else attempt.placement.node_ids
+        return placed if item not in self.moving else (*placed, self.moving[item])
 
     def run_again(self, item: Item) -> None:
         self.scheduler.release(item, self.now)
+        self.moving.pop(item, None)
+        item.decodes_on = ""
         item.num_attempts += 1
         self.scheduler.rerun(item, self.now)
         self.running.discard(item)
@@ -218,6 +229,8 @@ class Cluster(RuleBasedStateMachine):
             case "prefilled":
                 self.scheduler.prefilled(attempt.sequence_id)
                 item.has_tokens = True
+                if item not in self.moving:
+                    item.decodes_on = attempt.placement.decode_id
             case "full":
                 self.scheduler.node_full(attempt.placement.decode_id)
                 self.run_again(item)
@@ -233,8 +246,53 @@ class Cluster(RuleBasedStateMachine):
     def end(self, data: st.DataObject) -> None:
         self.end_of(data.draw(st.sampled_from(sorted(self.running | self.waiting, key=lambda x: x.number))))
 
+    @rule()
+    def moves_are_planned(self) -> None:
+        """Off nodes that drain, to nodes that take new work and have room."""
+        while (move := self.scheduler.next_move(self.now)) is not None:
+            source, target = self.scheduler.node(move.source_id), self.scheduler.node(move.target_id)
+            assert source is not None
+            assert target is not None
+            assert move.target_id in self.available
+            assert move.source_id != move.target_id
+            assert target.free_tokens >= move.item.num_known_tokens + move.num_headroom_tokens
+            assert source.status.draining or move.reason is not MoveReason.DRAIN
+            self.begin(move)
+
+    @precondition(lambda self: any(item.decodes_on for item in self.running))
+    @rule(data=st.data(), goal=st.sampled_from(sorted(NODES)))
+    def move_anywhere(self, data: st.DataObject, goal: str) -> None:
+        item = data.draw(st.sampled_from(sorted((x for x in self.running if x.decodes_on), key=lambda x: x.number)))
+        if item.decodes_on != goal:
+            self.begin(Planned(item, item.decodes_on, goal, MoveReason.BALANCE, 16))
+
+    def begin(self, move: Planned[Item]) -> None:
+        assert move.item.decodes_on == move.source_id
+        self.scheduler.begin_move(move, self.now)
+        self.moving[move.item], move.item.decodes_on = move.target_id, ""
+
+    @precondition(lambda self: self.moving)
+    @rule(data=st.data(), what=st.sampled_from(["confirmed", "moved", "stays"]))
+    def move_goes_on(self, data: st.DataObject, what: str) -> None:
+        item = data.draw(st.sampled_from(sorted(self.moving, key=lambda x: x.number)))
+        attempt = self.scheduler.attempt(item)
+        assert attempt is not None
+        if what == "confirmed":
+            self.scheduler.confirmed(attempt.sequence_id)
+            return
+        target = self.moving.pop(item)
+        if what == "moved":
+            self.scheduler.moved(item)
+            item.decodes_on = target
+            assert self.nodes_of(item) == (target,)
+        else:
+            self.scheduler.move_ended(item)
+            item.decodes_on = attempt.placement.decode_id
+
     def end_of(self, item: Item) -> None:
         self.scheduler.release(item, self.now)
+        self.moving.pop(item, None)
+        item.decodes_on = ""
         self.scheduler.depart(item, self.now)
         self.running.discard(item)
         self.waiting.discard(item)

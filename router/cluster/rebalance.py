@@ -1,0 +1,207 @@
+"""Which running sequences go on at another node, and where: because theirs is about to leave, runs out of blocks, or
+has longer steps than another one. Pure.
+
+Of a node that drains all go at once. From a node that is about to run out of blocks goes the one that it would preempt,
+if moving it is predicted to take less than computing it again. Between two nodes whose steps are predicted to differ
+much the largest sequence goes that leaves its new node the faster one. Moves cost both nodes memory bandwidth: a node
+has few at a time, and a sequence moves only so often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Generic, Protocol, TypeVar
+
+from baton.types import Role
+from router.cluster.config import PolicyConfig
+from router.cluster.load import NodeLoad
+from router.cluster.policy import Demand
+from router.cluster.pools import Pools
+from router.cluster.rates import Rates
+
+# Where a step's time is not known.
+_STEP_S = 0.02
+_MIN_HEADROOM_TOKENS, _MAX_HEADROOM_TOKENS = 16, 1024
+# What hides behind a prompt is not in the rate of bytes: a push takes this many times as long.
+_RATE_MARGIN = 4
+
+
+class MoveReason(Enum):
+    # Its node is about to leave.
+    DRAIN = "drain"
+    # Its node runs out of blocks.
+    ROOM = "room"
+    # Its node's steps take longer than another one's.
+    BALANCE = "balance"
+
+
+class Item(Protocol):
+    """A sequence; compared by identity."""
+
+    def demand(self, now: float) -> Demand: ...
+
+    def can_move_from(self, node_id: str) -> bool:
+        """It decodes there and may go on elsewhere."""
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+@dataclass(frozen=True, slots=True)
+class Planned(Generic[ItemT]):
+    item: ItemT
+    source_id: str
+    target_id: str
+    reason: MoveReason
+    # That it may generate until it has moved.
+    num_headroom_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate(Generic[ItemT]):
+    item: ItemT
+    num_tokens: int
+    priority: int
+
+
+class Rebalance(Generic[ItemT]):
+    """Knows which moves are under way, and when a sequence was last to move."""
+
+    def __init__(self, config: PolicyConfig, rates: Rates) -> None:
+        self._config = config
+        self._rates = rates
+        self._under_way: dict[ItemT, Planned[ItemT]] = {}
+        self._num_out: Counter[str] = Counter()
+        self._num_in: Counter[str] = Counter()
+        self._began_s: dict[ItemT, float] = {}
+
+    def began(self, move: Planned[ItemT], now: float) -> None:
+        assert move.item not in self._under_way, "a sequence moves once at a time"
+        self._under_way[move.item] = move
+        self._num_out[move.source_id] += 1
+        self._num_in[move.target_id] += 1
+        self._began_s[move.item] = now
+
+    def ended(self, item: ItemT) -> None:
+        move = self._under_way.pop(item)
+        for counts, node_id in ((self._num_out, move.source_id), (self._num_in, move.target_id)):
+            counts[node_id] -= 1
+            if not counts[node_id]:
+                del counts[node_id]
+
+    def forget(self, item: ItemT) -> None:
+        """It is over."""
+        self._began_s.pop(item, None)
+
+    def next(
+        self, nodes: Iterable[NodeLoad], pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float
+    ) -> Planned[ItemT] | None:
+        """The most urgent move; ``on_node`` has the sequences of each node, the youngest last."""
+        for rule in (self._drain, self._room):
+            for node in nodes:
+                there = on_node.get(node.node_id)
+                if there and self._num_out[node.node_id] < self._config.max_moves:
+                    move = rule(node, there, pools, now)
+                    if move is not None:
+                        return move
+        return self._balance(pools, on_node, now)
+
+    def check(self, moving: Collection[ItemT]) -> None:
+        """The books balance; for tests."""
+        assert set(self._under_way) == set(moving)
+        assert self._num_out.total() == self._num_in.total() == len(self._under_way)
+
+    # -- the rules
+
+    def _drain(self, node: NodeLoad, there: Collection[ItemT], pools: Pools, now: float) -> Planned[ItemT] | None:
+        if not node.status.draining:
+            return None
+        for one in self._candidates(there, node, self._config.drain_again_s, now):
+            # Whatever node it is: where it is now it cannot stay.
+            tiers = (pools[Role.DECODE], pools[Role.MIXED], pools[Role.PREFILL])
+            move = self._plan(one, node, tiers, MoveReason.DRAIN)
+            if move is not None:
+                return move
+        return None
+
+    def _room(self, node: NodeLoad, there: Collection[ItemT], pools: Pools, now: float) -> Planned[ItemT] | None:
+        if node.status.draining or self._left_s(node) > self._config.room_ahead_s:
+            return None
+        youngest_first = list(self._candidates(there, node, self._config.move_again_s, now))[::-1]
+        # As the node would preempt: the worst priority first, then the youngest.
+        for one in sorted(youngest_first, key=lambda one: -one.priority):
+            if self._move_s(one, node) < one.num_tokens * node.times.prompt_token_s:
+                has_time = [n for n in _that_decode(pools) if self._left_s(n) > 2 * self._config.room_ahead_s]
+                return self._plan(one, node, (has_time,), MoveReason.ROOM)
+        return None
+
+    def _balance(self, pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float) -> Planned[ItemT] | None:
+        nodes, config = _that_decode(pools), self._config
+        if len(nodes) < 2:
+            return None
+        slow, fast = max(nodes, key=_step_s), min(nodes, key=_step_s)
+        slow_s, fast_s = _step_s(slow), _step_s(fast)
+        is_worth_it = slow_s > config.balance_factor * fast_s and slow_s - fast_s > config.balance_after_s
+        if not is_worth_it or self._num_out[slow.node_id] >= config.max_moves:
+            return None
+        found = self._candidates(on_node.get(slow.node_id, ()), slow, config.move_again_s, now)
+        for one in sorted(found, key=lambda one: -one.num_tokens):
+            if _step_s(fast, 1, one.num_tokens) < _step_s(slow, -1, -one.num_tokens):
+                return self._plan(one, slow, ([fast],), MoveReason.BALANCE)
+        return None
+
+    # -- what the rules ask
+
+    def _candidates(
+        self, there: Iterable[ItemT], node: NodeLoad, again_s: float, now: float
+    ) -> Iterator[_Candidate[ItemT]]:  # fmt: skip
+        """Those that decode there and were not to move lately."""
+        for item in there:
+            if now - self._began_s.get(item, -math.inf) >= again_s and item.can_move_from(node.node_id):
+                demand = item.demand(now)
+                yield _Candidate(item, demand.num_known_tokens, demand.priority)
+
+    def _plan(
+        self, one: _Candidate[ItemT], source: NodeLoad, tiers: Iterable[Collection[NodeLoad]], reason: MoveReason
+    ) -> Planned[ItemT] | None:
+        """To the fastest node with room, of the first tier that has one."""
+        num_headroom = self._headroom_tokens(one, source)
+        num_room, most = one.num_tokens + num_headroom, self._config.max_moves
+        for tier in tiers:
+            others = [node for node in tier if node is not source and self._num_in[node.node_id] < most]
+            fitting = [node for node in others if node.free_tokens >= num_room]
+            if fitting:
+                target = min(fitting, key=lambda node: (_step_s(node, 1, one.num_tokens), node.rank))
+                return Planned(one.item, source.node_id, target.node_id, reason, num_headroom)
+        return None
+
+    def _move_s(self, one: _Candidate[ItemT], source: NodeLoad) -> float:
+        num_bytes = one.num_tokens * source.token_bytes
+        return self._config.move_latency_s + _RATE_MARGIN * num_bytes * self._rates.move_byte_s
+
+    def _headroom_tokens(self, one: _Candidate[ItemT], source: NodeLoad) -> int:
+        """What it generates until it has moved, and as much again."""
+        step_s = _step_s(source) or _STEP_S
+        tokens = math.ceil(2 * self._move_s(one, source) / step_s)
+        return max(_MIN_HEADROOM_TOKENS, min(tokens, _MAX_HEADROOM_TOKENS))
+
+    def _left_s(self, node: NodeLoad) -> float:
+        """Until what decodes there has filled the free blocks."""
+        num_running = node.num_decoding + node.foreign_sequences
+        if not num_running:
+            return math.inf
+        return node.free_tokens / num_running * (_step_s(node) or _STEP_S)
+
+
+def _that_decode(pools: Pools) -> list[NodeLoad]:
+    return [*pools[Role.DECODE], *pools[Role.MIXED]]
+
+
+def _step_s(node: NodeLoad, more_sequences: int = 0, more_tokens: int = 0) -> float:
+    """Of a step with all that decodes there, and so much more."""
+    num_running = node.num_decoding + node.foreign_sequences + more_sequences
+    return node.times.step_s(0, num_running, node.pending_decode_tokens + more_tokens)
