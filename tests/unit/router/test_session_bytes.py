@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import replace
 
@@ -9,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton import codec
-from baton.node_messages import Cancel, Reserve, Run
-from baton.types import Lease, SamplingParams, SequenceSpec
+from baton.clock import MonotonicClock
+from baton.defects import Defects
+from baton.node_messages import Cancel, HandedOff, Joined, NotMigrated, Reserve, Run, SequenceFailed
+from baton.types import Lease, SamplingParams, SequenceSpec, TokenChunk
 from baton.v1 import node_pb2
 from router import session_bytes
 from router.flow_messages import Prompt
@@ -68,3 +71,16 @@ def test_many_choices_of_a_long_prompt_cost_less_than_a_few_prompts() -> None:
         others_s += time.thread_time() - started_s
     # It was 300 times as much.
     assert others_s < 40 * first_s
+
+
+def test_tokens_count_before_the_word_that_their_node_has_let_go_of_the_sequence() -> None:
+    """From then on the tokens of a sequence that moved come from elsewhere, and later ones of this node are void."""
+    response = node_pb2.SessionResponse()
+    response.failed.add(sequence_id="r/0/0")
+    response.not_migrated.add(sequence_id="r/0/0")
+    response.handed_off.add(sequence_id="r/0/0")
+    response.tokens.add(sequence_id="r/0/0", index=3, token_ids=[7])
+    response.joined.add(sequence_id="r/0/0")
+    reader = session_bytes.Reader("d0", "a:1", Defects(logging.getLogger("test"), MonotonicClock()))
+    kinds = [type(message) for message in reader.messages(response)]
+    assert kinds == [Joined, TokenChunk, HandedOff, NotMigrated, SequenceFailed]

@@ -1,0 +1,207 @@
+"""Which running sequence moves where: state in, decision out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+
+from baton.types import KvLayout, ModelDescription, NodeDescription, NodeStatus, Role, StepTimes
+from router.cluster.config import PolicyConfig
+from router.cluster.load import NodeLoad
+from router.cluster.policy import Demand
+from router.cluster.pools import Pools
+from router.cluster.rates import Rates
+from router.cluster.rebalance import MoveReason, Planned, Rebalance
+
+CONFIG = PolicyConfig()
+ROLES = {"p": Role.PREFILL, "d": Role.DECODE, "m": Role.MIXED}
+# A prompt's token takes 1 ms; a step 20 ms and more: 1 ms a sequence, 10 ms for 1,000 tokens of KV.
+TIMES = StepTimes(0.02, 1e-3, 1e-3, 1e-5)
+NUM_BLOCKS, BLOCK_TOKENS = 1000, 16
+
+
+@dataclass(eq=False)
+class Item:
+    name: str
+    on: str
+    num_tokens: int = 100
+    priority: int = 0
+    can_move: bool = True
+
+    def can_move_from(self, node_id: str) -> bool:
+        return self.can_move and self.on == node_id
+
+    def demand(self, now: float) -> Demand:
+        return Demand(self.num_tokens, priority=self.priority)
+
+
+def node(
+    name: str, *items: Item, free: int = NUM_BLOCKS, drains: bool = False, times: StepTimes | None = TIMES
+) -> NodeLoad:
+    """With these running; its name says its role."""
+    role = ROLES[name[0]]
+    status = NodeStatus(
+        role, draining=drains, total_blocks=NUM_BLOCKS, free_blocks=free, num_running=len(items),
+        running_tokens=sum(item.num_tokens for item in items), step_times=times,
+    )  # fmt: skip
+    description = NodeDescription(
+        name, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
+        KvLayout(1, NUM_BLOCKS, 1, 8, BLOCK_TOKENS, "float32"), 1, 1, "h", (), "cpu", "none", "0",
+    )  # fmt: skip
+    return NodeLoad(description, status, Rates(CONFIG))
+
+
+class State:
+    def __init__(self, *nodes: NodeLoad, items: list[Item], config: PolicyConfig = CONFIG) -> None:
+        self.rebalance: Rebalance[Item] = Rebalance(config, Rates(config))
+        self.nodes = nodes
+        self.items = items
+        self.pools = Pools()
+        for each in nodes:
+            if not each.status.draining:
+                self.pools.put(each)
+
+    def next(self, now: float = 0.0) -> Planned[Item] | None:
+        on_node: dict[str, dict[Item, None]] = {}
+        for item in self.items:
+            on_node.setdefault(item.on, {})[item] = None
+        return self.rebalance.next(self.nodes, self.pools, on_node, now)
+
+    def all(self, now: float = 0.0) -> list[tuple[str, str, str]]:
+        """As the dispatcher does: begin one after the other."""
+        found = []
+        while (move := self.next(now)) is not None:
+            self.rebalance.began(move, now)
+            move.item.can_move = False
+            found.append((move.item.name, move.target_id, move.reason.value))
+        return found
+
+
+def items(count: int, on: str, num_tokens: int = 100) -> list[Item]:
+    return [Item(f"{on}/{i}", on, num_tokens) for i in range(count)]
+
+
+def test_nothing_is_to_be_done_where_all_is_well() -> None:
+    there, here = items(4, "d0"), items(4, "d1")
+    assert State(node("d0", *there), node("d1", *here), items=there + here).next() is None
+    assert State(node("d0", *there), items=there).next() is None
+    assert State(items=[]).next() is None
+
+
+def test_a_node_that_drains_gives_all_away_a_few_at_a_time() -> None:
+    there = items(6, "d0")
+    state = State(node("d0", *there, drains=True), node("d1"), items=there)
+    assert state.all() == [(f"d0/{i}", "d1", "drain") for i in range(4)], "max_moves"
+    for item in there[:2]:
+        state.rebalance.ended(item)
+        item.on = "d1"
+    assert state.all() == [("d0/4", "d1", "drain"), ("d0/5", "d1", "drain")]
+
+
+@pytest.mark.parametrize(
+    ("others", "target"),
+    [
+        ([node("d1", *items(9, "d1", 1000)), node("d2")], "d2"),
+        # A full one of the same pool, then a mixed one, then one that computes prompts.
+        ([node("d1", free=3), node("m0"), node("p0")], "m0"),
+        ([node("d1", free=3), node("p0")], "p0"),
+        ([node("d1", free=3)], None),
+        ([node("d1", drains=True)], None),
+    ],
+)
+def test_where_to(others: list[NodeLoad], target: str | None) -> None:
+    there = items(1, "d0")
+    move = State(node("d0", *there, drains=True), *others, items=there).next()
+    assert (None if move is None else move.target_id) == target
+
+
+def test_one_that_cannot_move_now_does_not_keep_the_others() -> None:
+    there = items(2, "d0")
+    there[0].can_move = False
+    assert State(node("d0", *there, drains=True), node("d1"), items=there).all() == [("d0/1", "d1", "drain")]
+
+
+def test_a_move_that_failed_is_tried_again_later() -> None:
+    there = items(1, "d0")
+    state = State(node("d0", *there, drains=True), node("d1"), items=there)
+    assert len(state.all(now=5.0)) == 1
+    state.rebalance.ended(there[0])
+    there[0].can_move = True
+    assert state.next(now=5.0 + CONFIG.drain_again_s / 2) is None
+    assert state.next(now=5.0 + CONFIG.drain_again_s) is not None
+    state.rebalance.forget(there[0])
+    assert state.next(now=5.0) is not None
+
+
+def test_a_target_takes_a_few_at_a_time() -> None:
+    there = items(3, "d0") + items(3, "d1")
+    nodes = [node("d0", *there[:3], drains=True), node("d1", *there[3:], drains=True), node("d2")]
+    assert len(State(*nodes, items=there).all()) == CONFIG.max_moves
+
+
+def test_a_node_that_runs_out_of_blocks_gives_away_what_it_would_preempt() -> None:
+    there = items(8, "d0", 1000)
+    there[2].priority = 5
+    # 8 sequences, 108 ms a step: 160 tokens last for 2.2 s, 96 for 1.3 s.
+    other = node("d1", *items(8, "d1", 1000))
+    assert State(node("d0", *there, free=10), other, items=there).next() is None
+    state = State(node("d0", *there, free=6), other, items=there)
+    move = state.next()
+    assert move is not None
+    assert (move.item.name, move.target_id, move.reason) == ("d0/2", "d1", MoveReason.ROOM), "the worst priority"
+    there[2].can_move = False
+    move = state.next()
+    assert move is not None
+    assert move.item.name == "d0/7", "the youngest"
+
+
+def test_none_leaves_for_a_node_that_runs_out_as_well_or_if_computing_it_again_is_cheaper() -> None:
+    there = items(8, "d0", 1000)
+    assert State(node("d0", *there, free=6), node("d1", *items(8, "d1", 1000), free=7), items=there).next() is None
+    fast = replace(TIMES, prompt_token_s=1e-5)
+    other = node("d1", *items(8, "d1", 1000))
+    assert State(node("d0", *there, free=6, times=fast), other, items=there).next() is None, "10 ms"
+
+
+def test_the_largest_goes_that_leaves_the_new_node_the_faster_one() -> None:
+    there = [Item("large", "d0", 4000), Item("middle", "d0", 1500), Item("small", "d0", 100)]
+    move = State(node("d0", *there), node("d1"), items=there).next()
+    assert move is not None
+    assert (move.item.name, move.reason) == ("middle", MoveReason.BALANCE)
+    # Steps of 24 and 20 ms: too little to be felt.
+    little = items(4, "d0", 10)
+    assert State(node("d0", *little), node("d1"), items=little).next() is None
+    # 80 and 60 ms: a factor that predictions are too coarse for.
+    much, less = items(10, "d0", 500), items(10, "d1", 300)
+    assert State(node("d0", *much), node("d1", *less), items=much + less).next() is None
+
+
+def test_nodes_that_changed_places_do_not_throw_sequences_to_and_fro() -> None:
+    there = items(20, "d0", 1000)
+    state = State(node("d0", *there), node("d1"), items=there)
+    (name, _, _), *_ = state.all(now=0.0)
+    moved = next(item for item in there if item.name == name)
+    for item in there[: CONFIG.max_moves]:
+        state.rebalance.ended(item)
+        item.on, item.can_move = "d1", True
+    back = State(node("d0"), node("d1", *there), items=there)
+    back.rebalance = state.rebalance
+    for item in there:
+        item.on = "d1"
+    move = back.next(now=1.0)
+    assert move is not None
+    assert move.item is not moved
+
+
+def test_headroom_grows_with_what_is_to_be_pushed() -> None:
+    found = []
+    for num_tokens in (100, 100_000):
+        there = items(1, "d0", num_tokens)
+        big = replace(node("d1").node, kv_layout=KvLayout(1, 10_000, 8, 128, BLOCK_TOKENS, "float32"))
+        status = NodeStatus(Role.DECODE, total_blocks=10_000, free_blocks=10_000)
+        source = NodeLoad(replace(big, node_id="d0"), replace(status, draining=True, num_running=1), Rates(CONFIG))
+        move = State(source, NodeLoad(big, status, Rates(CONFIG)), items=there).next()
+        assert move is not None
+        found.append(move.num_headroom_tokens)
+    assert 16 <= found[0] < found[1] <= 1024
