@@ -423,6 +423,7 @@ class Lifeline:
             ("ended", self._ended_s),
         )
         stamps = [Stamp(name, at_s - self.arrived_s) for name, at_s in taken if at_s is not None]
+        stamps += [Stamp("moved", move.at_s) for move in self._moves]
         return tuple(sorted(stamps, key=lambda stamp: stamp.at_s))
 
 

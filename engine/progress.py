@@ -57,6 +57,10 @@ class LayerProgress:
         with self._lock:
             self._watched.pop(sequence_id, None)
 
+    @property
+    def is_watching(self) -> bool:
+        return bool(self._watched)
+
     def is_watched(self, sequence_id: str) -> bool:
         return sequence_id in self._watched
 

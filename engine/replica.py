@@ -438,6 +438,8 @@ class Replica:
         self._changed.notify()
 
     def _full_blocks(self, plan: StepPlan) -> list[Final]:
+        if not self._progress.is_watching:
+            return []
         names = [p.sequence.sequence_id for p in plan.pieces]
         return [(name, self._scheduler.full_blocks(name)) for name in names if self._progress.is_watched(name)]
 

@@ -241,6 +241,7 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
         "missed": [name for name, is_met in relay.objectives.items() if not is_met],
         "stages": [[name, _round(start_s), _round(length_s)] for name, start_s, length_s in stages(relay)],
         "transfer": _transfer(relay),
+        "moves": [[x.source_node_id, x.target_node_id, x.reason, _round(x.pause_s)] for x in relay.moves],
     }
 
 

@@ -253,6 +253,9 @@ class NodeService:
     def _heard(self, events: Sequence[EngineEvent]) -> None:
         """To the machine that has the sequence now: it may have changed hands since the engine spoke."""
         has = self._prefill_machine.has
+        if not self._prefill_machine.num_sequences:
+            self._decode.feed(*events)
+            return
         self._prefill.feed(*[event for event in events if has(event.sequence_id)])
         self._decode.feed(*[event for event in events if not has(event.sequence_id)])
 

@@ -65,7 +65,7 @@ class PolicyConfig:
     # A node that will have filled its blocks so soon gives sequences away: a move takes a part of a second.
     room_ahead_s: float = 2.0
     # A sequence goes to a node whose steps take less than its own one's by this factor and by so much: predictions are
-    # no better than that, and less is felt by nobody.
+    # no better than that, and less is not noticed.
     balance_factor: float = field(default=1.5, metadata=setting(least=1))
     balance_after_s: float = 0.01
     # A waiting sequence is passed over for better priorities of its client for so long at most.

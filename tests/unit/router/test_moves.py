@@ -1,4 +1,4 @@
-"""The router against fake nodes over real gRPC: running sequences move between nodes and nobody notices."""
+"""The router against fake nodes over real gRPC: running sequences move between nodes, and no answer differs."""
 
 from __future__ import annotations
 
