@@ -45,6 +45,7 @@ class Entry:
         "is_prefilled",
         "is_released",
         "leader",
+        "max_tokens",
         "num_cached_tokens",
         "num_computed_total",
         "num_flights",
@@ -77,6 +78,8 @@ class Entry:
         self.is_prefilled = False
         # No reader outside has the blocks.
         self.is_released = True
+        # While they are lent: the KV of so many tokens has room in those that the reader knows.
+        self.max_tokens: int | None = None
         self.arrived_s = now
         # The same, or when it was last preempted: since then it waits for its prompt to be computed.
         self.came_s = now
@@ -135,6 +138,11 @@ class Entry:
     def is_lent(self) -> bool:
         """A reader outside has the blocks while it goes on here."""
         return self.phase is Phase.ACTIVE and not self.is_released and not self.hands_off
+
+    @property
+    def has_filled_loan(self) -> bool:
+        """The next token's KV would be in a block that its reader does not know."""
+        return self.max_tokens is not None and self.start >= self.max_tokens
 
     @property
     def can_hand_off(self) -> bool:

@@ -191,16 +191,21 @@ class Scheduler:
         that.
 
         Returns the blocks: up to ``num_blocks`` with those that it may fill meanwhile, as far as others do not need
-        them at once. Until then it is not preempted. Raises Overloaded if it does not decode now, or is lent already.
+        them at once. Until then it is not preempted, and waits when these are full. Raises Overloaded if it does not
+        decode now, is lent already, or has filled ``num_blocks``.
         """
         entry = self._entries.get(sequence_id)
         if entry is None or not entry.can_lend:
             raise Overloaded(f"{sequence_id} does not decode on this node now; try again later")
+        block_tokens = self.config.block_tokens
+        if entry.start >= num_blocks * block_tokens:
+            raise Overloaded(f"{sequence_id} has {entry.start} tokens by now, more than {num_blocks} blocks hold")
         spare = self.pool.num_available - len(self._active)
         more = min(num_blocks - len(entry.sequence.block_ids), spare)
         if more > 0:
             self.pool.grow(sequence_id, more)
         entry.is_released = False
+        entry.max_tokens = min(num_blocks, len(entry.sequence.block_ids)) * block_tokens
         return tuple(entry.sequence.block_ids)
 
     def hold(self, sequence_id: str) -> None:
@@ -221,6 +226,8 @@ class Scheduler:
         Where all slots of decoding sequences are taken it gives its blocks back and is computed again in its turn.
         """
         entry = self._entries.get(sequence_id)
+        if entry is not None:
+            entry.max_tokens = None
         if entry is not None and entry.is_lent:
             entry.is_released = True
             return
@@ -646,7 +653,7 @@ class Scheduler:
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
-    return entry.is_decoding and not entry.is_ending and not _waits_for_host(entry)
+    return entry.is_decoding and not (entry.is_ending or entry.has_filled_loan or _waits_for_host(entry))
 
 
 def _waits_for_host(entry: Entry) -> bool:

@@ -335,6 +335,7 @@ class Dispatcher:
                     scheduler.moved(active)
                 else:
                     scheduler.move_ended(active)
+                    self.records.move_failed(active.flow.sequence_id, action)
             case NodeFull():
                 scheduler.node_full(action.node_id)
             case PairFailed():

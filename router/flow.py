@@ -494,7 +494,7 @@ class Flow:
                 move.phase, move.due_s = MovePhase.SENT, now + message.ttl_s + self._config.move_answer_s
                 return [self._to(move.source_id, Migrate(self.sequence_id, message))]
             case Refused() if is_target and phase is MovePhase.ASKED:
-                return self._end_move(MoveOutcome.REFUSED)
+                return self._end_move(MoveOutcome.REFUSED, message.failure.message)
             case Joined() if is_target and phase is MovePhase.SENT:
                 return self._moved(move, now)
             case TokenChunk() if is_target and phase is MovePhase.SENT:
@@ -506,7 +506,7 @@ class Flow:
                 self._move = None
                 return [*actions, *self._lost_with(move, now)]
             case NotMigrated() if not is_target and phase is MovePhase.SENT:
-                return self._end_move(MoveOutcome.FAILED)
+                return self._end_move(MoveOutcome.FAILED, message.failure.message)
             case NotMigrated() | SequenceFailed() if not is_target and phase is MovePhase.LEAVING:
                 # The target has it. A source that was not told so goes on.
                 self._move = None
@@ -538,7 +538,7 @@ class Flow:
         error = errors.NodeLost(f"node {move.target_id} was lost when the sequence had just moved there")
         return self._rerun(error, move.target_id, now, lost=move.target_id)
 
-    def _end_move(self, outcome: MoveOutcome) -> list[Action]:
+    def _end_move(self, outcome: MoveOutcome, why: str = "") -> list[Action]:
         """The sequence stays at its source, or is over everywhere."""
         move, self._move = self._move, None
         if move is None:
@@ -548,7 +548,7 @@ class Flow:
         if not move.is_target_lost or other_id != move.target_id:
             actions.append(self._to(other_id, Cancel(self.sequence_id, f"its move was {outcome.value}")))
         if move.phase is not MovePhase.LEAVING:
-            actions.append(MoveOver(move.source_id, move.target_id, move.reason, outcome))
+            actions.append(MoveOver(move.source_id, move.target_id, move.reason, outcome, why))
         return actions
 
     def _on_move_due(self, move: Move, now: float) -> list[Action]:

@@ -207,6 +207,8 @@ class MoveOver:
     target_id: str
     reason: MoveReason
     outcome: MoveOutcome
+    # What a node said of it.
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True)

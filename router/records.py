@@ -12,7 +12,7 @@ from baton.defects import Defects, LogLimit
 from baton.observe import FailedAttempt, Relay
 from baton.types import Failure, SamplingParams
 from router.flow import Flow
-from router.flow_messages import Outcome, OutcomeKind
+from router.flow_messages import MoveOver, Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 _log = logging.getLogger("baton.router")
@@ -76,6 +76,13 @@ class Records:
             return
         about, message = errors.quoted(sequence_id), errors.quoted(failure.message)
         _log.warning("%s: %s refused a reservation: %s: %s%s", about, node_id, code, message, more)
+
+    def move_failed(self, sequence_id: str, move: MoveOver) -> None:
+        """The sequence goes on where it was, or has ended."""
+        if not move.why or (more := self._failure_limit.admits(f"{move.target_id}/{move.outcome.value}")) is None:
+            return
+        about, what = errors.quoted(sequence_id), f"from {move.source_id} to {move.target_id} ({move.reason.value})"
+        _log.info("%s: a move %s was %s: %s%s", about, what, move.outcome.value, errors.quoted(move.why), more)
 
     def ended(self, flow: Flow, outcome: Outcome, relay: Relay, origin: Origin) -> None:
         """The client has its answer: what a record raises changes nothing for it."""

@@ -83,6 +83,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.held: set[str] = set()
         # Blocks that are read while their sequence goes on, or is held after that.
         self.lent: dict[str, tuple[int, ...]] = {}
+        # Room for so many tokens was lent.
+        self.lent_tokens: dict[str, int] = {}
         self.leased: set[str] = set()
         # Of them, leading blocks that were there.
         self.num_cached: dict[str, int] = {}
@@ -228,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         except Overloaded:
             return
         assert before <= len(blocks) <= max(before, num_blocks)
+        self.lent_tokens[name] = min(len(blocks), num_blocks) * BLOCK_TOKENS
         self.lent[name] = blocks
         self.hands_off.add(name)
 
@@ -374,6 +377,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def read(self, name: str, blocks: tuple[int, ...]) -> None:
         """As the reader outside does, while it goes on."""
         assert tuple(self.pool.block_ids(name)[: len(blocks)]) == blocks, "a block was taken from its reader"
+        if self.max_drawn == 1:
+            computed = self.scheduler._entries[name].sequence.num_computed
+            assert computed <= self.lent_tokens[name], "it has KV where its reader does not look"
         if name in self.open:
             known = [*self.specs[name].prompt_token_ids, *self.tokens[name]]
             for i in range(min(len(blocks), self.scheduler.full_blocks(name))):
@@ -399,6 +405,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for name in sorted(self.leased):
             self.open.remove(name)
             self.scheduler.return_lease(name)
+        for name in sorted(self.open & self.lent.keys()):
+            # Else it waits for its reader.
+            if not self.scheduler._entries[name].hands_off:
+                self.scheduler.resume(name, self.now)
+                self.hands_off.remove(name)
+                del self.lent[name]
         for _ in range(1000):
             for name in sorted(self.hands_off - self.open):
                 self.scheduler.release(name, self.now)
