@@ -67,6 +67,9 @@ class Request:
     def has_tokens(self) -> bool:
         return self.first_token_s is not None
 
+    def can_move_from(self, node_id: str) -> bool:
+        return False
+
     def demand(self, now: float) -> Demand:
         return Demand(self.num_prompt_tokens)
 
