@@ -61,7 +61,9 @@ def missing(prometheus: Prometheus, queries: list[Query]) -> list[Query]:
 def test_every_panel_and_rule_finds_data_and_an_alert_fires_when_a_node_stops(
     start_cluster: StartCluster, tmp_path: Path
 ) -> None:
-    arguments = ("--peak-tflops", "0.05", "--peak-gbps", "10")
+    # Objectives that are met even here.
+    objectives = ("--slo-ttft-ms", "60000", "--slo-tbt-ms", "60000")
+    arguments = ("--peak-tflops", "0.05", "--peak-gbps", "10", *objectives)
     cluster = start_cluster(MODEL, prefill=1, decode=1, arguments=arguments)
     written = [*panel_queries(), *rule_queries()]
     asked_about = {name for q in written if QUIET.search(q.where) for name in q.metrics} - set(MISSED)
