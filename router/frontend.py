@@ -293,9 +293,10 @@ class Frontend:
         self._check_sampling_ids(request.sampling)
         slo = request.slo.over(self._slo)
         self._dispatcher.check_capacity(num_choices, request.caller.client)
-        # Before the work of tokenizing: a text has one token at least.
-        known = [Demand(len(p) if isinstance(p, tuple) else 1, priority=request.priority) for p in request.prompts]
-        self._predict(request, slo, known, arrived_s)
+        is_single = request.sampling.max_tokens == 1
+        if not all(isinstance(prompt, tuple) for prompt in request.prompts):
+            # Before the work of tokenizing: a text has one token at least.
+            self._predict(request, slo, [Demand(1, is_single, priority=request.priority)], arrived_s)
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
@@ -310,7 +311,7 @@ class Frontend:
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
         shared = [Prompt(token_ids, salt, request.n) for token_ids in prompts]
-        demands = [Demand(len(p.token_ids), prompt=p, priority=request.priority) for p in shared]
+        demands = [Demand(len(p.token_ids), is_single, prompt=p, priority=request.priority) for p in shared]
         prediction = self._predict(request, slo, demands, arrived_s)
         caller = request.caller
         origin = Origin(self.model_name, request.is_chat, caller.traceparent, caller.tracestate)

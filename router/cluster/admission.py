@@ -7,10 +7,12 @@ follows from the step times that nodes measure.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from baton import errors
 from router.cluster.config import PolicyConfig
+from router.cluster.load import NodeLoad
 
 # Sightings that count: each new one takes so much from those before.
 _KEPT = 0.95
@@ -75,16 +77,33 @@ class Prediction(NamedTuple):
             )
 
 
-def check_tbt(
-    predicted_s: float, alone_s: float, objective_s: float, next_end_s: float, *, is_sheddable: bool,
-    config: PolicyConfig,
-) -> None:  # fmt: skip
-    """Raises TooLate if tokens would come slower than the objective. ``alone_s``: the time between them without any
-    other sequence, of which no share can be left to others. ``next_end_s``: until a sequence ends."""
-    share = config.sheddable_share if is_sheddable else 1.0
-    if predicted_s > alone_s + max(0.0, objective_s - alone_s) * share:
-        what = f"the time between tokens is predicted to be {predicted_s:.3g} s"
-        raise _late(what, objective_s, next_end_s, "slo_tbt_s, x-slo-tpot-ms", is_sheddable=is_sheddable)
+class TokenPace(NamedTuple):
+    """Predicted times between two tokens of a sequence."""
+
+    # Beside all that will be decoded there, and without any other sequence.
+    tbt_s: float
+    alone_s: float
+
+    @classmethod
+    def of(cls, nodes: Iterable[NodeLoad], num_tokens: int) -> TokenPace:
+        """With so many tokens, on the node where it is best; 0 while a node has not been measured."""
+
+        def on(node: NodeLoad) -> TokenPace:
+            if not node.is_measured:
+                return cls(0.0, 0.0)
+            num_sequences = node.num_sequences + node.foreign_sequences + 1
+            tbt_s = node.times.step_s(0, num_sequences, node.pending_decode_tokens + num_tokens)
+            return cls(tbt_s, node.times.step_s(0, 1, num_tokens))
+
+        return min(map(on, nodes))
+
+    def check(self, objective_s: float, next_end_s: float, *, is_sheddable: bool, config: PolicyConfig) -> None:
+        """Raises TooLate if the objective would be missed, and could be met at another time. Sheddable requests leave a
+        share of what is beyond ``alone_s`` to the others. ``next_end_s``: until a sequence ends."""
+        share = config.sheddable_share if is_sheddable else 1.0
+        if self.alone_s <= objective_s and self.tbt_s > self.alone_s + (objective_s - self.alone_s) * share:
+            what = f"the time between tokens is predicted to be {self.tbt_s:.3g} s"
+            raise _late(what, objective_s, next_end_s, "slo_tbt_s, x-slo-tpot-ms", is_sheddable=is_sheddable)
 
 
 def _late(what: str, objective_s: float, wait_s: float, names: str, *, is_sheddable: bool) -> errors.TooLate:

@@ -18,7 +18,7 @@ from baton import errors
 from baton.node_messages import CacheChanged
 from baton.prefix import PrefixScheme
 from baton.types import NodeDescription, NodeStatus, Role, Slo
-from router.cluster.admission import Correction, Pace, Prediction, check_tbt, retry_after_s
+from router.cluster.admission import Correction, Pace, Prediction, TokenPace, retry_after_s
 from router.cluster.breakers import PairBreakers
 from router.cluster.config import PolicyConfig
 from router.cluster.costs import Costs
@@ -29,6 +29,7 @@ from router.cluster.prefix_index import Hit, PrefixIndex
 from router.cluster.rates import Rates
 from router.cluster.rebalance import Planned, Rebalance
 from router.cluster.repurpose import Change, Repurpose
+from router.cluster.shares import Work
 from router.cluster.siblings import Siblings
 from router.cluster.waiting import Waiting
 
@@ -75,24 +76,6 @@ class Item(Protocol):
 ItemT = TypeVar("ItemT", bound=Item)
 
 
-class _Work:
-    """What an item counts for in its client's share."""
-
-    __slots__ = ("_charged", "_num_known_tokens", "_num_prompt_tokens")
-
-    def __init__(self, num_prompt_tokens: int, num_known_tokens: int) -> None:
-        """When it starts for the first time: to be computed, and known."""
-        self._num_prompt_tokens = num_prompt_tokens
-        self._num_known_tokens = num_known_tokens
-        self._charged = 0.0
-
-    def charge(self, num_known_tokens: float, output_token_work: float) -> float:
-        """What is to be charged beyond what was, if so many tokens are known in the end."""
-        work = self._num_prompt_tokens + (num_known_tokens - self._num_known_tokens) * output_token_work
-        charge, self._charged = work - self._charged, work
-        return charge
-
-
 class Scheduler(Generic[ItemT]):
     """Invariant: an item in flight waits, or has one attempt on the nodes, or neither (it backs off)."""
 
@@ -114,7 +97,7 @@ class Scheduler(Generic[ItemT]):
             alone_s=limits.client_alone_s, max_priority_wait_s=policy.max_priority_wait_s, weights=weights
         )
         # Of items in flight that have been on nodes.
-        self._work: dict[ItemT, _Work] = {}
+        self._work: dict[ItemT, Work] = {}
         self._siblings: Siblings[ItemT] = Siblings()
         self._pace = Pace()
         self._correction = Correction()
@@ -235,11 +218,10 @@ class Scheduler(Generic[ItemT]):
         longest = max(prompts, key=lambda prompt: prompt.num_known_tokens)
         is_sheddable = longest.priority > 0
         if slo.tbt_s is not None and not longest.is_single_token:
-            predicted_s, alone_s = self._predicted_tbt_s(longest)
-            check_tbt(
-                predicted_s, alone_s, slo.tbt_s, self._seconds_per_end(now), is_sheddable=is_sheddable,
-                config=self._policy,
-            )  # fmt: skip
+            nodes = (*self._pools[Role.DECODE], *self._pools[Role.MIXED]) or tuple(self._pools[Role.PREFILL])
+            predicted = TokenPace.of(nodes, longest.num_known_tokens)
+            next_end_s = self._seconds_per_end(now)
+            predicted.check(slo.tbt_s, next_end_s, is_sheddable=is_sheddable, config=self._policy)
         if slo.ttft_s is None:
             return None
         line_s = self._pace.wait_s(self._line.num_ahead(client, longest.priority), now)
@@ -247,17 +229,6 @@ class Scheduler(Generic[ItemT]):
         if not self._has_idle_node:
             found.check(slo.ttft_s, is_sheddable=is_sheddable, config=self._policy)
         return found
-
-    def _predicted_tbt_s(self, demand: Demand) -> tuple[float, float]:
-        """The time between tokens on the node where it will be shortest, and there without any other sequence; 0 while
-        a node has not been measured."""
-        num_tokens = demand.num_known_tokens
-        found = []
-        for node in (*self._pools[Role.DECODE], *self._pools[Role.MIXED]) or tuple(self._pools[Role.PREFILL]):
-            num_sequences = node.num_sequences + node.foreign_sequences + 1
-            with_others_s = node.times.step_s(0, num_sequences, node.pending_decode_tokens + num_tokens)
-            found.append((with_others_s, node.times.step_s(0, 1, num_tokens)) if node.is_measured else (0.0, 0.0))
-        return min(found)
 
     def turned_out(self, prediction: Prediction, ttft_s: float) -> None:
         self._correction.turned_out(prediction, ttft_s)
@@ -406,7 +377,7 @@ class Scheduler(Generic[ItemT]):
         """Work that its client is charged for: the prompt once, whatever fails, and the tokens that will come."""
         demand = item.demand(now)
         if item not in self._work:
-            self._work[item] = _Work(num_prompt_tokens, demand.num_known_tokens)
+            self._work[item] = Work(num_prompt_tokens, demand.num_known_tokens)
         num_output_tokens = min(self.rates.num_output_tokens, demand.max_new_tokens)
         work = self._work[item]
         return work.charge(demand.num_known_tokens + num_output_tokens, self._policy.output_token_work)

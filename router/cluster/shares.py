@@ -49,3 +49,21 @@ class Shares:
     def gets(self, client: str, work: float) -> None:
         """Less than 0: it was charged for more than it got."""
         self._tags[client] = self._tags.pop(client, self._present) + work / self.weight(client)
+
+
+class Work:
+    """What an item counts for in its client's share."""
+
+    __slots__ = ("_charged", "_num_known_tokens", "_num_prompt_tokens")
+
+    def __init__(self, num_prompt_tokens: int, num_known_tokens: int) -> None:
+        """When it starts for the first time: to be computed, and known."""
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_known_tokens = num_known_tokens
+        self._charged = 0.0
+
+    def charge(self, num_known_tokens: float, output_token_work: float) -> float:
+        """What is to be charged beyond what was, if so many tokens are known in the end."""
+        work = self._num_prompt_tokens + (num_known_tokens - self._num_known_tokens) * output_token_work
+        charge, self._charged = work - self._charged, work
+        return charge

@@ -15,8 +15,9 @@ import baton
 from baton import errors
 from router.cluster.config import PolicyConfig
 from router.config import SloConfig
+from router.flow_messages import Prompt
 from router.serve import Router
-from tests.support.fake_nodes import FakeCluster
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside, until
 
 KEY = "do-not-tell"
@@ -105,3 +106,22 @@ async def test_a_node_with_nothing_to_do_tries_what_is_predicted_to_be_late() ->
             answer = await client.complete(PROMPT, max_tokens=2, slo_ttft_s=1e-6, priority=1)
         assert answer.relay.objectives == {"ttft": False}
         assert sum(sum(x.counts) for x in router.metrics.prediction_errors.values()) == 1
+
+
+async def test_what_nodes_hold_of_a_prompt_is_no_work() -> None:
+    """The prompt takes a second, but for its last block all of it is there."""
+    config = FakeConfig(has_prefix_cache=True)
+    async with FakeCluster(config, prefill=1, decode=1) as cluster, router_beside(cluster, policy=POLICY) as router:
+        scheduler, node = router.dispatcher.scheduler, cluster["prefill-0"]
+        await until(lambda: scheduler.prefix_scheme is not None)
+        assert scheduler.prefix_scheme is not None
+        node.tell_cache(Prompt(tuple(PROMPT)).keys(scheduler.prefix_scheme))
+        await until(lambda: scheduler.prefix_index.num_blocks > 0)
+        node.runner.hold()
+        async with baton.AsyncClient(router.grpc) as client, asyncio.TaskGroup() as group:
+            group.create_task(client.complete([7] * 200, max_tokens=2))
+            await until(lambda: scheduler.num_in_flight == 1 and scheduler.num_waiting == 0)
+            await _admitted(client, slo_ttft_s=0.5)
+            late = await refusal(client, slo_ttft_s=0.1)
+            node.runner.resume()
+        assert late.code == "TooLate"

@@ -131,9 +131,11 @@ TIMES = StepTimes(0.01, 1e-3, 0.005, 0.0)
         ([4], 53.0, 1, Shed),
         # One node is enough.
         ([4, 3], 31.0, 0, None),
-        # What no node could meet is tried where nothing runs.
-        ([4, 0], 1.0, 5, None),
-        ([4, 1], 1.0, 0, TooLate),
+        # One where nothing runs is.
+        ([4, 0], 16.0, 5, None),
+        ([4, 1], 16.0, 0, TooLate),
+        # What no node could ever meet need not wait.
+        ([4, 4], 14.0, 5, None),
     ],
 )
 def test_tokens_that_would_come_too_slowly_are_refused(
