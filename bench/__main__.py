@@ -1,7 +1,7 @@
 """Runs the benchmarks: ``python -m bench [--quick] [NAME ...]`` prints tables and saves JSON. Without names it runs all
 of BENCHES.
 
-``python -m bench peers`` has options of its own.
+``python -m bench peers`` and ``python -m bench serve`` have options of their own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ BENCHES = (
     *("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session"),
     *("prefix", "prefix_placement", "policy", "overload", "interference"),
 )
+# They take gigabytes or most of an hour, so they are not part of "all".
+_WITH_OPTIONS = ("peers", "serve")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -63,9 +65,9 @@ def show(console: Console, title: str, result: Mapping[str, Any]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["peers"]:
-        # It creates environments of several gigabytes, so it is not part of "all".
-        importlib.import_module("bench.peers.command").main(sys.argv[2:], RESULTS)
+    if sys.argv[1:2] and sys.argv[1] in _WITH_OPTIONS:
+        os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+        importlib.import_module(f"bench.{sys.argv[1]}.command").main(sys.argv[2:], RESULTS)
         return
     parser = argparse.ArgumentParser(prog="python -m bench", description="Measure Baton beside its peers and limits.")
     parser.add_argument("what", nargs="*", choices=[*BENCHES, "all"], default=["all"], help="default: all")

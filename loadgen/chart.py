@@ -29,8 +29,11 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Line:
+    """``is_joined``: a line through its points; else the points alone."""
+
     name: str
     points: tuple[Point, ...]
+    is_joined: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def _panel(panel: Panel, colours: dict[str, str], dashes: dict[str, str]) -> Ite
     yield from _grid(panel, across, up)
     for line, shown in drawn:
         places = [(across.at(p.x), up.at(p.y), p) for p in shown]
-        for (x1, y1, _), (x2, y2, _) in pairwise(places):
+        for (x1, y1, _), (x2, y2, _) in pairwise(places if line.is_joined else ()):
             colour = f'stroke="{colours[line.name]}" stroke-width="1.8"{dashes[line.name]}'
             yield f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" {colour}/>'
         for x, y, point in places:

@@ -22,7 +22,8 @@ Watch = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The answers in the order of their requests. ``wall_s``: from the beginning to the last answer or the cut."""
+    """The answers in the order of their requests. ``wall_s``: from the beginning to the last answer or the cut; of an
+    open loop at least the time in which so many requests come at its rate."""
 
     load: Load
     answers: tuple[Answer, ...]
@@ -76,4 +77,5 @@ async def run(load: Load, server: Server, asking: Asking, seed: str, watch: Watc
     except TimeoutError:
         # What has no answer is counted as cut off.
         pass
-    return Outcome(load, tuple(sorted(answers, key=lambda answer: answer.number)), clock())
+    least_s = len(load.requests) / load.rate if load.rate else 0.0
+    return Outcome(load, tuple(sorted(answers, key=lambda answer: answer.number)), max(clock(), least_s))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from tests.support.cluster import StartCluster
 from tests.support.recall import baton
+from tests.support.root import ROOT
 
 
 def test_a_trace_is_replayed_and_the_cluster_counted_the_same(
@@ -29,6 +32,7 @@ def test_a_trace_is_replayed_and_the_cluster_counted_the_same(
     for run in record["runs"]:
         assert (run["whole"], run["errors"], run["cut"]) == (10, 0, 0), run["first_error"]
         assert run["goodput_requests_s"] == pytest.approx(run["requests_s"])
+        assert run["rate"] == 0 or run["requests_s"] <= run["rate"] * 1.0001
         sent = run["requests_sent"]
         counted = run["counted"]
         assert counted["baton_requests_total{code=,outcome=finished}"] == 10
@@ -60,3 +64,25 @@ def test_clusters_are_started_measured_in_turn_and_stopped(demo_model: Path, tmp
         assert run["target"] == "split" or not moved
     # Six panels with two points for each of two clusters; a median gap of 0 is on no logarithmic axis.
     assert 20 <= picture.read_text().count("<circle") <= 24
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("scenario", "found", "pictures"),
+    [
+        ("table", "aims", ["serve-frontier"]),
+        ("replay", "conditional_over_best", ["serve-replay-code", "serve-replay-conv"]),
+        ("burst", "roles", ["serve-burst-roles"]),
+        ("overload", "overload", ["serve-overload"]),
+    ],
+)
+def test_a_scenario_runs_to_its_end(tmp_path: Path, scenario: str, found: str, pictures: list[str]) -> None:
+    command = [sys.executable, "-m", "bench", "serve", scenario, "--quick", "--minutes", "10", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = tmp_path.glob("serve-*.json")
+    record = json.loads(file.read_text())
+    assert record["results"][found], record
+    assert sorted(path.stem for path in tmp_path.glob("*.svg")) == pictures
+    if scenario == "burst":
+        assert (record["results"]["failed"], record["results"]["wrong_token_ids"]) == (0, 0)

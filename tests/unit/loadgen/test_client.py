@@ -124,8 +124,15 @@ async def test_an_open_loop_does_not_wait_for_answers():
         outcome = await sent(poisson("x", same_size(6, 4, 1), 100.0, 60.0, "s"), fake, seen.append)
     assert len(outcome.whole) == 6
     assert fake.most_open == 6
+    assert outcome.wall_s >= 1.0
     assert seen == [Event.SENT] * 6 + [Event.ANSWERED] * 6
     assert all(a.sent_s >= a.due_s == r.due_s for a, r in zip(outcome.answers, outcome.load.requests, strict=True))
+
+
+async def test_an_open_loop_lasts_as_long_as_its_requests_come_at_its_rate():
+    async with openai_stream() as fake:
+        outcome = await sent(poisson("x", same_size(1, 4, 1), 0.1, 60.0, "s"), fake)
+    assert outcome.wall_s == 10.0, "one request is no higher rate than asked for"
 
 
 async def test_what_is_not_answered_in_time_is_cut_off():

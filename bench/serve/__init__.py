@@ -1,0 +1,1 @@
+"""Compares ways of serving on this machine under load: ``python -m bench serve SCENARIO``."""
