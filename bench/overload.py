@@ -3,8 +3,7 @@
 One router over HTTP and fake nodes whose prompts take time, all in this process. First the best goodput: requests per
 second that have their first token within the objective, over several rates. Then three times the capacity for a while,
 and at once a rate that is easily served, until all requests meet the objective again. Every request says its objective;
-without admission the router does not know it. Takes five
-minutes.
+without admission the router does not know it. A third of them are sheddable. Takes five minutes.
 
     python -m bench overload
 """
