@@ -302,8 +302,9 @@ class FlowMachine(RuleBasedStateMachine):
                 self.place(data.draw(st.sampled_from(NODES)), data.draw(st.sampled_from(NODES)))
             elif self.reservations:
                 self.answer_reserve(data, "grant")
-            elif self.flow.can_move and how == "twice":
-                self.move(data.draw(st.sampled_from(NODES)), "moves", 1)
+            elif self.flow.can_move and how != "once":
+                what = ("moves", "fails", "both")[self.num_moves % 3]
+                self.move(data.draw(st.sampled_from(NODES)), what, len(hows) % 4)
             elif any(self.channels.values()):
                 self.deliver_one(data, how)
 
