@@ -122,8 +122,9 @@ class Entry:
 
     @property
     def is_ending(self) -> bool:
-        """Nothing more of it is to be planned: it is to stop here, or the token that is being drawn is the last one."""
-        if self.hands_off and self.is_decoding:
+        """Nothing more of it is to be planned: it is to stop here, its reader knows no further block, or the token that
+        is being drawn is the last one."""
+        if self.has_filled_loan or (self.hands_off and self.is_decoding):
             return True
         max_tokens = self.sequence.spec.sampling.max_tokens
         return self.num_unknown > 0 and self.sequence.num_generated + self.num_unknown == max_tokens

@@ -653,7 +653,7 @@ class Scheduler:
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
-    return entry.is_decoding and not (entry.is_ending or entry.has_filled_loan or _waits_for_host(entry))
+    return entry.is_decoding and not (entry.is_ending or _waits_for_host(entry))
 
 
 def _waits_for_host(entry: Entry) -> bool:

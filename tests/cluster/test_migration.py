@@ -24,17 +24,17 @@ async def move_many(router: MovingRouter, cluster: Cluster, num_moves: int, max_
     """Moves of requests of every kind; then each answer is compared."""
     async with baton.AsyncClient(router.address) as client:
         undisturbed = await asyncio.gather(*router.run(client, CONCURRENCY, max_tokens, num_prompt))
-        while router.num_begun < num_moves:
+        while router.outcomes.get(("balance", "moved"), 0) < num_moves:
+            assert router.num_begun < 5 * num_moves, router.outcomes
             tasks = router.run(client, CONCURRENCY, max_tokens, num_prompt)
-            while not all(task.done() for task in tasks) and router.num_begun < num_moves:
+            while not all(task.done() for task in tasks):
                 router.move_one()
                 await asyncio.sleep(0.01)
             done = await asyncio.gather(*tasks)
             same(done, undisturbed)
             assert [x.relay.attempts for x in done] == [1] * CONCURRENCY
-    # One that ends while it is to move does not move.
+    # One that ends while it is to move does not; one whose node is far ahead of this router has outgrown its lease.
     assert set(router.outcomes) <= {("balance", "moved"), ("balance", "ended"), ("balance", "failed")}
-    assert router.outcomes[("balance", "moved")] >= 0.5 * router.num_begun, router.outcomes
     await asyncio.to_thread(cluster.wait_baseline)
 
 

@@ -67,7 +67,7 @@ class MovingRouter:
         target_id = target_id or self._chance.choice([name for name in self.decode_ids if name != source_id])
         if nodes.node(target_id) is None:
             return ""
-        self._dispatcher._begin_move(Planned(active, source_id, target_id, MoveReason.BALANCE, 256))
+        self._dispatcher._begin_move(Planned(active, source_id, target_id, MoveReason.BALANCE, 1000))
         self.num_begun += 1
         return target_id
 
