@@ -42,7 +42,8 @@ async def test_running_requests_move_and_no_token_changes(shared_cluster: StartC
     cluster = shared_cluster(demo_model, prefill=2, decode=2)
     async with moving_router(cluster) as router:
         await move_many(router, cluster, 20, max_tokens=1200, num_prompt=100)
-        assert all(move.num_bytes > 0 for move in router.moves)
+        # What its new node holds already is not pushed.
+        assert any(move.num_bytes > 0 for move in router.moves)
 
 
 @pytest.mark.long
