@@ -22,6 +22,7 @@ from pathlib import Path
 from baton.client import Client
 from baton.errors import BatonError
 from baton.v1 import common_pb2, router_pb2
+from loadgen import svg
 
 # A borrowed node acts as mixed for seconds (`roles.dwell_s`).
 _LOOK_EVERY_S = 0.1
@@ -127,19 +128,14 @@ def draw(found: Record) -> str:
     most = max((max(s.num_prompts, s.num_decoding) for row in states.values() for _, s in row), default=0)
     parts, y = [*_legend(most)], float(_TOP)
     for name in names:
-        parts.append(_text(8, y + 24, name, "bold"))
+        parts.append(svg.text(8, y + 24, name, "bold"))
         parts += _bands([(at_s, x.home) for at_s, x in states[name]], y, _HOME, last_s)
         parts += _bands([(at_s, x.acting) for at_s, x in states[name]], y + _HOME + 1, _ACTING, last_s)
         parts += _curves(states[name], y + _HOME + 1, last_s, most)
         y += _HOME + 1 + _ACTING + _GAP
     parts += _marks(found.marks, y, last_s)
     parts += _axis(y, last_s)
-    style = "text{font:11px system-ui,sans-serif;fill:#1c1e21}.bold{font-weight:600}.soft{fill:#5d636b}"
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y + 24:.0f}" role="img" '
-        f'aria-label="Roles of the nodes over time"><style>{style}</style>'
-        f'<rect width="100%" height="100%" fill="#fff"/>{"".join(parts)}</svg>\n'
-    )
+    return svg.document(_WIDTH, y + 24, "Roles of the nodes over time", parts)
 
 
 def _x(at_s: float, last_s: float) -> float:
@@ -176,7 +172,7 @@ def _marks(marks: Sequence[tuple[float, str]], y: float, last_s: float) -> Itera
     for at_s, what in marks:
         x = _x(at_s, last_s)
         yield f'<path d="M{x:.1f} {_TOP - 8}V{y - _GAP}" stroke="#c2570c" stroke-dasharray="4 3"/>'
-        yield _text(x + 3, _TOP - 10, what, "soft")
+        yield svg.text(x + 3, _TOP - 10, what, "soft")
 
 
 def _axis(y: float, last_s: float) -> Iterator[str]:
@@ -184,20 +180,16 @@ def _axis(y: float, last_s: float) -> Iterator[str]:
     for at_s in range(0, int(last_s) + 1, step_s):
         x = _x(at_s, last_s)
         yield f'<path d="M{x:.1f} {_TOP - 4}V{y - 4}" stroke="#5d636b" stroke-opacity=".18"/>'
-        yield _text(min(x, _WIDTH - 40), y + 10, f"{at_s} s", "soft")
+        yield svg.text(min(x, _WIDTH - 40), y + 10, f"{at_s} s", "soft")
 
 
 def _legend(most: int) -> Iterator[str]:
     x = float(_LEFT)
     for role, colour in _COLOURS.items():
-        yield f'<rect x="{x}" y="10" width="11" height="11" rx="2" fill="{colour}"/>' + _text(x + 16, 20, role)
+        yield f'<rect x="{x}" y="10" width="11" height="11" rx="2" fill="{colour}"/>' + svg.text(x + 16, 20, role)
         x += 34 + 6.1 * len(role)
     said = f"thin band: home role, wide: acting role; area: sequences that decode, line: prompts there (top: {most})"
-    yield _text(x + 10, 20, said, "soft")
-
-
-def _text(x: float, y: float, said: str, kind: str = "") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}">{escape(said)}</text>'
+    yield svg.text(x + 10, 20, said, "soft")
 
 
 def main() -> None:
@@ -209,9 +201,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with record(arguments.router) as found:
         time.sleep(arguments.seconds)
-    arguments.output.write_text(draw(found))
+    arguments.output.writesvg.text(draw(found))
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found.as_json()))
+        arguments.json.writesvg.text(json.dumps(found.as_json()))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from loadgen import svg
 
 _WIDTH, _HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 34, 44
-_HEAD = 52
+_HEAD, _LEGEND_ROW = 34, 18
 # Distinct also for those who see few colours; dashes repeat them.
 _COLOURS = ("#2f6fde", "#c2570c", "#1a8754", "#7a51c4", "#b3261e", "#5d636b", "#0c8a9e", "#a06a00")
 _LEGEND_CHAR = 6.3
@@ -83,26 +83,33 @@ def draw(title: str, panels: Sequence[Panel], columns: int = 2) -> str:
     dashes = {name: "" if i < len(_COLOURS) else ' stroke-dasharray="5 3"' for i, name in enumerate(names)}
     columns = min(columns, len(panels)) or 1
     rows = -(-len(panels) // columns)
-    width, height = columns * _WIDTH, _HEAD + rows * _HEIGHT
-    parts = [svg.text(12, 20, title, "bold"), *_legend(names, colours)]
+    width = columns * _WIDTH
+    legend, head = _legend(names, colours, width)
+    height = head + rows * _HEIGHT
+    parts = [svg.text(12, 20, title, "bold"), *legend]
     for i, panel in enumerate(panels):
-        x, y = i % columns * _WIDTH, _HEAD + i // columns * _HEIGHT
+        x, y = i % columns * _WIDTH, head + i // columns * _HEIGHT
         parts += [f'<g transform="translate({x} {y})">', *_panel(panel, colours, dashes), "</g>"]
     return svg.document(width, height, title, parts)
 
 
-def _legend(names: Sequence[str], colours: dict[str, str]) -> Iterator[str]:
-    x = 12.0
+def _legend(names: Sequence[str], colours: dict[str, str], width: float) -> tuple[list[str], float]:
+    """Its parts, in as many rows as it needs, and where it ends."""
+    parts, x, y = [], 12.0, float(_HEAD)
     for name in names:
-        yield f'<rect x="{x:.1f}" y="31" width="11" height="11" rx="2" fill="{colours[name]}"/>'
-        yield svg.text(x + 16, 41, name)
-        x += 34 + _LEGEND_CHAR * len(name)
+        length = 34 + _LEGEND_CHAR * len(name)
+        if x + length > width and x > 12.0:
+            x, y = 12.0, y + _LEGEND_ROW
+        parts.append(f'<rect x="{x:.1f}" y="{y - 3:.1f}" width="11" height="11" rx="2" fill="{colours[name]}"/>')
+        parts.append(svg.text(x + 16, y + 7, name))
+        x += length
+    return parts, y + _LEGEND_ROW
 
 
 def _panel(panel: Panel, colours: dict[str, str], dashes: dict[str, str]) -> Iterator[str]:
     drawn = [(line, list(filter(panel.can_show, line.points))) for line in panel.lines]
     points = [point for _, shown in drawn for point in shown]
-    yield svg.text(_LEFT, 22, panel.title, "bold")
+    yield svg.text(_LEFT, 22, f"{panel.title}, {panel.y_label}", "bold")
     if not points:
         yield svg.text(_LEFT, _HEIGHT / 2, "nothing was measured", "soft")
         return
@@ -140,4 +147,3 @@ def _grid(panel: Panel, across: _Axis, up: _Axis) -> Iterator[str]:
         yield svg.text(across.at(value), _HEIGHT - _BOTTOM + 16, f"{value:g}", "middle")
     yield f'<path d="M{_LEFT} {_HEIGHT - _BOTTOM}H{_WIDTH - _RIGHT}" stroke="#5d636b"/>'
     yield svg.text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 10, panel.x_label, "middle")
-    yield svg.text(_LEFT - 6, _TOP - 10 + 2, panel.y_label, "end")

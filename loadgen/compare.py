@@ -42,7 +42,7 @@ class Measured:
     round: int
     outcome: Outcome
     counted: Mapping[str, float]
-    # What was measured beside it, such as the memory's speed.
+    # What was measured beside it: cores that the generator itself used, and what the caller adds.
     beside: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -149,6 +149,8 @@ async def measured(
     if not await counters.until_idle(target.server, _IDLE_LIMIT_S):
         raise Unavailable(f"{target.name} still had requests after {_IDLE_LIMIT_S:g} s without a load")
     before = await counters.counted(target.server)
+    began_s, used_s = time.monotonic(), time.process_time()
     outcome = await run(load, target.server, target.asking, f"{seed}/{load.name}/{number}", watch)
+    cores = (time.process_time() - used_s) / (time.monotonic() - began_s)
     counted = counters.during(before, await counters.counted(target.server))
-    return Measured(target.name, load.name, number, outcome, counted, beside or {})
+    return Measured(target.name, load.name, number, outcome, counted, {"generator_cores": cores, **(beside or {})})

@@ -55,15 +55,17 @@ def _lines(cells: Mapping[tuple[str, str], Figures], places: Mapping[str, float]
 
 
 def frontier(comparison: Comparison, title: str) -> str:
-    """For each load a panel: TTFT p99 over gap p99, a point for each server with its name and tokens/s."""
+    """For each load a panel: TTFT p99 over gap p99, a point for each server, its tokens/s beside it."""
     by_load: dict[str, list[Line]] = {}
     for (target, load), figures in comparison.pooled().items():
         gap, ttft = _ms(figures.gap_s.p99), figures.ttft_s.p99
         if gap is not None and ttft is not None:
-            point = Point(gap, ttft, f"{target}: {figures.tokens_s:.0f} tokens/s")
+            point = Point(gap, ttft, f"{figures.tokens_s:.0f}")
             by_load.setdefault(load, []).append(Line(target, (point,)))
     panels = [
-        Panel(load, "gap between tokens p99, ms", "TTFT p99, s", tuple(lines), is_log=True, is_log_x=True)
+        Panel(
+            f"{load}: TTFT p99", "gap between tokens p99, ms; beside a point: tokens/s", "s", tuple(lines), True, True
+        )
         for load, lines in by_load.items()
     ]
     return chart.draw(title, panels)

@@ -42,6 +42,7 @@ async def test_several_servers_get_the_same_requests_and_one_record_has_all():
     assert found["ours", "8+3 50/s"]["goodput_requests_s"] > 0
     assert found[second.url, "8+3 2 streams"]["refused"] == 8
     assert all(len(run["requests_sent"]) == 4 for run in record["runs"])
+    assert all(0 < run["generator_cores"] < 2 for run in record["runs"])
     assert [point["prompt_tokens"] for point in record["alone"]] == [8]
     console.print(table(comparison))
     said = console.export_text()
