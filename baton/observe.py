@@ -16,6 +16,8 @@ from baton.types import NO_SLO, Slo, TransferReport
 
 _MAX_FAILURES = 8
 _MAX_MOVES = 8
+# Rules that a line of the log names: the others say what the names of the nodes say.
+_LEFT_POOLS = ("whole", "borrowed", "overflow", "prefix")
 _MAX_MESSAGE_CHARS = 300
 
 
@@ -123,6 +125,8 @@ class Relay:
     slo: Slo = NO_SLO
     # The last few moves, oldest first; the node that decodes is the target of the newest.
     moves: tuple[Moved, ...] = ()
+    # The rule that chose its nodes (`router.cluster.policy.Reason`).
+    placement_reason: str = ""
 
     @property
     def ttft_stages(self) -> tuple[Stage, ...]:
@@ -153,6 +157,8 @@ class Relay:
         nodes = self.prefill_node_id
         if self.decode_node_id != self.prefill_node_id:
             nodes += f" -> {self.decode_node_id}"
+        if self.placement_reason in _LEFT_POOLS:
+            nodes += f" ({self.placement_reason})"
         if self.moves:
             pauses = ", ".join(_ms(move.pause_s) for move in self.moves)
             nodes += f" (moved from {self.moves[-1].source_node_id}, {self.moves[-1].reason}; pauses {pauses})"
@@ -205,8 +211,8 @@ class Lifeline:
 
     __slots__ = ("_alive_s", "_attempt", "_cached_tokens", "_decode_id", "_ended_s", "_failures", "_first_sent_s",
                  "_first_token_s", "_handed_off_s", "_joined_s", "_last_token_s", "_lease_wait_s", "_moves",
-                 "_num_tokens",
-                 "_on_interval", "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_sent_s", "_tbt_max_s",
+                 "_num_tokens", "_on_interval", "_placement_reason",
+                 "_prefill_id", "_queued_s", "_recovery_s", "_second_token_s", "_sent_s", "_tbt_max_s",
                  "_transfer", "arrived_s", "attempts", "is_pausing", "slo")  # fmt: skip
 
     def __init__(
@@ -219,6 +225,7 @@ class Lifeline:
         self._queued_s = arrived_s
         # The attempt that produced the first token, once there is one; until then the current one.
         self._attempt = _Attempt(arrived_s)
+        self._placement_reason = ""
         self._prefill_id = ""
         self._decode_id = ""
         self._first_sent_s: float | None = None
@@ -247,7 +254,8 @@ class Lifeline:
         """Tokenized, checked and admitted: waits for a pair of nodes."""
         self._queued_s = self._attempt.began_s = now
 
-    def placed(self, prefill_id: str, decode_id: str, now: float) -> None:
+    def placed(self, prefill_id: str, decode_id: str, now: float, reason: str = "") -> None:
+        self._placement_reason = reason
         self._prefill_id, self._decode_id, self._sent_s = prefill_id, decode_id, now
         if self._first_token_s is None:
             # Placed again after a refusal: the stamps of the earlier placement do not count.
@@ -386,6 +394,7 @@ class Lifeline:
             failures=tuple(self._failures),
             slo=self.slo,
             moves=tuple(self._moves),
+            placement_reason=self._placement_reason,
         )
 
     def _parts(self, first_s: float) -> _Parts:

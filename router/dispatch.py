@@ -391,7 +391,7 @@ class Dispatcher:
             return True
         self._metrics.placements.add(decision.reason.value)
         # Sent before anything is booked for it: what cannot be sent takes no room.
-        for action in active.flow.handle(Placed(decision.placement), now):
+        for action in active.flow.handle(Placed(decision.placement, decision.reason.value), now):
             self._perform(active, action)
         self.scheduler.assign(active, decision, active.flow.num_known_tokens, now)
         active.arm(now, self._on_timer)

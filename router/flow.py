@@ -230,7 +230,7 @@ class Flow:
                 self.lifeline.queued(now)
                 return [Enqueue(is_rerun=False)]
             case Placed():
-                return self._on_placed(event.placement, now)
+                return self._on_placed(event, now)
             case NodeLost():
                 return self._on_node_lost(event, now)
             case NoNodeAvailable():
@@ -290,12 +290,13 @@ class Flow:
 
     # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _on_placed(self, placement: Placement, now: float) -> list[Action]:
+    def _on_placed(self, event: Placed, now: float) -> list[Action]:
+        placement = event.placement
         assert self.phase is Phase.QUEUED
         assert self.placement is None
         self.placement = placement
         self._has_joined = False
-        self.lifeline.placed(placement.prefill_id, placement.decode_id, now)
+        self.lifeline.placed(placement.prefill_id, placement.decode_id, now, event.reason)
         self._spec = SequenceSpec(
             self.sequence_id, self.prompt.token_ids, self.sampling, tuple(self.tokens), self.prompt.cache_salt,
             self.priority,

@@ -97,6 +97,8 @@ class Begin:
 @dataclass(frozen=True, slots=True)
 class Placed:
     placement: Placement
+    # The rule that chose these nodes.
+    reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -148,6 +148,7 @@ def _attributes(ended: Ended) -> dict[str, AttributeValue]:
         "baton.attempts": relay.attempts,
         "baton.prefill_node": relay.prefill_node_id,
         "baton.decode_node": relay.decode_node_id,
+        "baton.placement": relay.placement_reason,
     }
     if sampling.max_tokens is not None:
         found["gen_ai.request.max_tokens"] = sampling.max_tokens

@@ -230,6 +230,7 @@ def _lifeline(ended: Ended) -> dict[str, Any]:
         "detail": outcome.error.code if outcome.error else outcome.finish_reason.value if outcome.finish_reason else "",
         "prefill": relay.prefill_node_id,
         "decode": relay.decode_node_id,
+        "placement": relay.placement_reason,
         "num_prompt_tokens": ended.num_prompt_tokens,
         "num_cached_tokens": relay.num_cached_tokens,
         "num_tokens": relay.num_tokens,

@@ -139,7 +139,8 @@ function kvBar(blocks) {
 
 function relayNames(request) {
   if (!request.prefill) return cell("relay-names soft", "–");
-  if (request.prefill === request.decode) return cell("relay-names", name(request.prefill));
+  const why = ["whole", "borrowed", "prefix"].includes(request.placement) ? ` (${request.placement})` : "";
+  if (request.prefill === request.decode) return cell("relay-names", name(request.prefill), why);
   return cell("relay-names", name(request.prefill), " → ", name(request.decode));
 }
 

@@ -83,6 +83,7 @@ async def test_a_sequence_is_a_tree_of_its_stages_by_the_conventions(run: Run) -
         "gen_ai.response.finish_reasons": ("length",),
         "baton.prefill_node": "prefill-0",
         "baton.decode_node": "decode-0",
+        "baton.placement": "pools",
     }
     assert dict(root.attributes) | expected == dict(root.attributes)
     assert {"tokenize", "placement", "reserve", "transfer", "decode"} <= {s.name for s in stages}
