@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -81,6 +82,7 @@ async def run(
     *,
     policy: PolicyConfig | None = None,
     per_pool: int = 2,
+    num_output_tokens: int = _OUTPUT_TOKENS,
     seed: int = 0,
 ) -> Outcome:
     """``load``: prompts that arrive, as a share of what the prefill pool can compute."""
@@ -92,7 +94,7 @@ async def run(
         configs = [RouterConfig(nodes=cluster.addresses, policy=policy) for _ in range(num_routers)]
         routers = [await stack.enter_async_context(running(config)) for config in configs]
         clients = [await stack.enter_async_context(AsyncClient(await _ready(router))) for router in routers]
-        answers = await _arrivals(clients, rate_s, seconds, random.Random(seed))
+        answers = await _arrivals(clients, rate_s, seconds, num_output_tokens, random.Random(seed))
         done = [x for x in answers if isinstance(x, Completion)]
         reasons = await asyncio.to_thread(_reasons, routers)
         changes = [(name, change) for name, node in cluster.nodes.items() for change in node.role_changes]
@@ -136,7 +138,7 @@ async def _ready(router: Router) -> str:
 
 
 async def _arrivals(
-    clients: list[AsyncClient], rate_s: float, seconds: float, rng: random.Random
+    clients: list[AsyncClient], rate_s: float, seconds: float, num_output_tokens: int, rng: random.Random
 ) -> list[Completion | Exception]:
     found: list[Completion | Exception] = []
 
@@ -144,7 +146,7 @@ async def _arrivals(
         prompt = [rng.randrange(1, _NODES.vocab_size) for _ in range(_PROMPT_TOKENS)]
         try:
             client = clients[number % len(clients)]
-            found.append(await client.complete(prompt, max_tokens=_OUTPUT_TOKENS, seed=number, ignore_eos=True))
+            found.append(await client.complete(prompt, max_tokens=num_output_tokens, seed=number, ignore_eos=True))
         except Exception as error:
             found.append(error)
 
@@ -157,13 +159,10 @@ async def _arrivals(
     return found
 
 
-async def _all(loads: list[float], counts: list[int], seconds: float, policy: PolicyConfig) -> list[Outcome]:
-    found = []
+async def _all(loads: list[float], counts: list[int], seconds: float, **settings: Any) -> None:
     for load in loads:
         for count in counts:
-            found.append(await run(count, load, seconds, policy=policy))
-            print(found[-1].line(), flush=True)
-    return found
+            print((await run(count, load, seconds, **settings)).line(), flush=True)
 
 
 def main() -> None:
@@ -172,9 +171,22 @@ def main() -> None:
     parser.add_argument("--load", type=float, action="append", help="of the prefill pool's capacity")
     parser.add_argument("--routers", type=int, action="append")
     parser.add_argument("--borrow-after", type=float, default=PolicyConfig().borrow_after_s)
+    parser.add_argument("--repurpose-after", type=float, default=None, help="seconds; default: never")
+    parser.add_argument("--output-tokens", type=int, default=_OUTPUT_TOKENS)
+    parser.add_argument("--per-pool", type=int, default=2, help="nodes")
     arguments = parser.parse_args()
-    policy = PolicyConfig(borrow_after_s=arguments.borrow_after)
-    asyncio.run(_all(arguments.load or [0.7, 1.4], arguments.routers or [1, 2], arguments.seconds, policy))
+    window_s = arguments.repurpose_after or PolicyConfig().repurpose_window_s
+    policy = PolicyConfig(
+        borrow_after_s=arguments.borrow_after,
+        repurpose_after_s=arguments.repurpose_after,
+        repurpose_window_s=window_s,
+    )
+    asyncio.run(
+        _all(
+            arguments.load or [0.7, 1.4], arguments.routers or [1, 2], arguments.seconds,
+            policy=policy, per_pool=arguments.per_pool, num_output_tokens=arguments.output_tokens,
+        )
+    )  # fmt: skip
 
 
 if __name__ == "__main__":
