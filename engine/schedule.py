@@ -415,15 +415,15 @@ class Scheduler:
 
     def _decode_pieces(self, now: float) -> list[Piece]:
         pieces = []
-        self._sits_out = self._sits_out[1], False
+        sits_out = False
         for entry in list(self._active):
             # One behind it may have been preempted for another just now.
-            if entry.phase is not Phase.ACTIVE or not entry.is_decoding or entry.is_ending:
-                continue
-            if _waits_for_host(entry):
-                self._sits_out = self._sits_out[0], True
-            elif self._grow(entry, now):
-                pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
+            if entry.phase is Phase.ACTIVE and _decodes_next(entry):
+                if self._grow(entry, now):
+                    pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
+            elif entry.is_decoding and _waits_for_host(entry):
+                sits_out = True
+        self._sits_out = self._sits_out[1], sits_out
         return pieces
 
     def _blocks_to_grow(self, entry: Entry) -> int:
