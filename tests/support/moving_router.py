@@ -47,6 +47,10 @@ class MovingRouter:
     def movable(self) -> list[Active]:
         return [active for active in self._dispatcher.scheduler.in_flight if active.flow.can_move]
 
+    def num_on(self, node_id: str) -> int:
+        """Sequences that have something on the node."""
+        return sum(node_id in active.flow.holders for active in self._dispatcher.scheduler.in_flight)
+
     @property
     def outcomes(self) -> dict[tuple[str, ...], float]:
         """Moves by reason and outcome."""
