@@ -1,13 +1,14 @@
 """Three times the requests that a cluster can serve: a refusal is heard at once, and what is served is served in time.
 
-First what a closed loop gets out of the cluster, then the goodput at rates about it; the best of these is the capacity.
+First what a closed loop gets out of the cluster, then the goodput at rates that rise until it falls behind; the best
+of these is the capacity.
 Then three times the capacity for a minute, and at once a rate that is easily served, until requests meet the objective
 again. The same without an objective that the router knows, for comparison.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +27,10 @@ from loadgen.samples import Percentiles
 
 _PROMPT, _OUTPUT = 512, 32
 _STREAMS = 16
-_SHARES = (0.6, 0.8, 1.0, 1.2, 1.4)
+# The first rate beside the closed loop's, the factor from one to the next, and how many there are at most.
+_FIRST, _STEP, _MAX_RATES = 0.6, 1.3, 8
+# Of what is offered; below it the cluster has more than it can do.
+_KEPT_UP = 0.9
 _TIMES, _AFTERWARDS = 3.0, 0.5
 _OBJECTIVE_S = 4.0
 _LIMIT_S = 120.0
@@ -63,7 +67,9 @@ async def run(setting: Setting) -> Result:
     with Shown(setting.console) as shown:
         async with standing(setting, WITH) as (target, _):
             closed_s = await _closed_loop(setting, target, shown)
-            sweep = [await _goodput(setting, target, share * closed_s, limits, shown) for share in _SHARES]
+            sweep = [await _goodput(setting, target, _FIRST * closed_s, limits, shown)]
+            while keeps_up(sweep[-1]) and len(sweep) < _MAX_RATES:
+                sweep.append(await _goodput(setting, target, sweep[-1]["rate"] * _STEP, limits, shown))
             best = max(row["goodput_requests_s"] for row in sweep)
             if not best:
                 raise Unavailable(f"at no rate did a request get its first token within {_OBJECTIVE_S:g} s")
@@ -83,6 +89,11 @@ async def run(setting: Setting) -> Result:
         "best_goodput_requests_s": best, "overload": rows,
     }  # fmt: skip
     return Result(record, {"serve-overload": draw(title, [panel])})
+
+
+def keeps_up(row: Mapping[str, Any]) -> bool:
+    """Whether the cluster may do more than at this rate."""
+    return bool(row["goodput_requests_s"] >= _KEPT_UP * row["rate"])
 
 
 async def _overloaded(target: Target, phases: Phases, shown: Shown) -> Outcome:

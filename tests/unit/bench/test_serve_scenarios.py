@@ -136,6 +136,11 @@ def test_a_cluster_has_recovered_when_the_last_bad_request_is_past():
     assert overload.recovery_s([], 60.0, limits) is None
 
 
+def test_rates_rise_until_the_goodput_falls_behind():
+    assert overload.keeps_up({"rate": 2.0, "goodput_requests_s": 1.85})
+    assert not overload.keeps_up({"rate": 2.0, "goodput_requests_s": 1.75})
+
+
 def test_goodput_and_refusals_are_those_of_the_overload():
     phases = overload.Phases(over_s=10.0, after_s=5.0, capacity=1.0)
     busy = {"error": "HTTP 429: busy", "status": 429, "stamps_s": ()}
