@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from baton.errors import BadConfig
 
-# More is a slip: one client would have everything.
-_MAX_WEIGHT = 1000
-_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<weight>\d{1,9}(?:\.\d{1,9})?)=(?P<secret>.+)")
+# Beyond these is a slip: one client would have everything, or nothing.
+_MIN_WEIGHT, _MAX_WEIGHT = 0.001, 1000
+_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<weight>[0-9]{1,9}(?:\.[0-9]{1,9})?)=(?P<secret>.+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class ApiKey:
         name, weight, secret = (found["name"], float(found["weight"]), found["secret"]) if found else ("", 1.0, text)
         if not secret.isascii() or not secret or any(c.isspace() for c in secret):
             raise BadConfig("api_keys is '(hidden)', expected ASCII without spaces, and not empty", param="api_keys")
-        if not 0 < weight <= _MAX_WEIGHT:
-            expected = f"more than 0 and at most {_MAX_WEIGHT}"
+        if not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
+            expected = f"{_MIN_WEIGHT} to {_MAX_WEIGHT}"
             raise BadConfig(f"api_keys has weight {weight:g} for {name}, expected {expected}", param="api_keys")
         return cls(secret, name, weight)
 

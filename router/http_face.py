@@ -151,9 +151,12 @@ def _slo_of(scope: Scope) -> Slo:
     found: dict[str, float] = {}
     for name, value in scope["headers"]:
         if name in _SLO_HEADERS:
+            header = name.decode()
+            if _SLO_HEADERS[name] in found:
+                raise errors.InvalidRequest(f"the header {header} is given twice, expected once", param=header)
             ms = float(value) if _MILLISECONDS.fullmatch(value) else 0.0
             if not 0 < ms <= MAX_SLO_S * 1e3:
-                header, expected = name.decode(), f"milliseconds, more than 0 and at most {MAX_SLO_S * 1e3:g}"
+                expected = f"milliseconds, more than 0 and at most {MAX_SLO_S * 1e3:g}"
                 said = quoted(value.decode("latin-1"))
                 raise errors.InvalidRequest(f"the header {header} is {said}, expected {expected}", param=header)
             found[_SLO_HEADERS[name]] = ms / 1e3

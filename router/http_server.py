@@ -247,7 +247,8 @@ class Connection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._is_in_head:
             return  # a trailer: no route uses one
-        super().on_header(name, value)
+        # Whitespace around a value is not part of it (RFC 9110, 5.5); the parser leaves what is behind.
+        super().on_header(name, value.rstrip(b" \t"))
         if len(self.headers) > self._limits.max_headers:
             raise self._too_large()
 

@@ -150,6 +150,16 @@ async def test_a_request_that_asks_for_another_protocol_is_served_in_this_one(fo
         wire.close()
 
 
+async def test_whitespace_around_a_header_is_not_part_of_its_value(folder: Path) -> None:
+    content = json.dumps({"prompt": [5], "max_tokens": 2, "return_relay": True}).encode()
+    async with served(folder) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(POST + b"x-slo-ttft-ms: \t1500 \t\r\nContent-Length: %d \r\n\r\n%s" % (len(content), content))
+        answer = await wire.answer()
+        assert answer[0] == 200, answer
+        assert b'"ttft_s":1.5' in answer[-1]
+
+
 async def test_old_and_odd_requests_that_are_right(folder: Path) -> None:
     async with served(folder) as (router, _):
         assert (await asked(router, b"GET /health HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.1 200 ")

@@ -125,8 +125,11 @@ def test_a_key_may_have_a_name_and_a_weight(text: str, name: str, weight: float,
     [
         (("",), r"api_keys is '\(hidden\)', expected ASCII without spaces, and not empty"),
         (("a:3=tell not",), r"api_keys is '\(hidden\)', expected ASCII without spaces, and not empty"),
-        (("a:0=tell-not",), r"api_keys has weight 0 for a, expected more than 0 and at most 1000"),
-        (("a:1001=tell-not",), r"api_keys has weight 1001 for a, expected more than 0 and at most 1000"),
+        (("a:0=tell-not",), r"api_keys has weight 0 for a, expected 0.001 to 1000"),
+        (("a:0.000000001=tell-not",), r"api_keys has weight 1e-09 for a, expected 0.001 to 1000"),
+        (("a:1001=tell-not",), r"api_keys has weight 1001 for a, expected 0.001 to 1000"),
+        # Digits of other alphabets make no weight, and a key is ASCII.
+        (("a:\u0663=tell-not",), r"api_keys is '\(hidden\)', expected ASCII without spaces, and not empty"),
         (("a:1=tell-not", "b:2=tell-not"), r"api_keys is '\(hidden\)', expected each key once"),
     ],
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import httpx
@@ -18,7 +18,7 @@ from tests.support.router import router_beside
 BODY: dict[str, Any] = {"prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True, "return_relay": True}
 
 
-async def ask(http: httpx.AsyncClient, headers: Mapping[str, str]) -> httpx.Response:
+async def ask(http: httpx.AsyncClient, headers: Mapping[str, str] | Sequence[tuple[str, str]]) -> httpx.Response:
     return await http.post("/v1/completions", json=BODY, headers=headers)
 
 
@@ -56,6 +56,9 @@ async def test_objectives_that_are_none_are_refused_by_name() -> None:
                 error = (await ask(http, {header: value})).json()["error"]
                 assert (error["param"], error["code"]) == (header, "invalid_request"), (value, error)
                 assert error["message"].startswith(f"the header {header} is ")
+            for values in (("100", "200"), ("100", "100"), ("nan", "100"), ("100", "")):
+                error = (await ask(http, [(header, value) for value in values])).json()["error"]
+                assert (error["param"], error["code"]) == (header, "invalid_request"), (values, error)
         for field in ("slo_ttft_s", "slo_tbt_s"):
             for seconds in (-1.0, float("nan"), float("inf"), 86_401.0):
                 with pytest.raises(errors.InvalidRequest, match=f"{field} is .*, expected more than 0") as refused:
