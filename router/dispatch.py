@@ -233,7 +233,10 @@ class Dispatcher:
 
     def on_node_down(self, node_id: str, reason: str) -> None:
         lost = NodeLost(node_id, reason)
-        self._losses += [(sequence_id, lost) for sequence_id in self.scheduler.node_down(node_id, self.clock.now())]
+        # One that has just moved off it counts for it no longer, and waits for its word all the same.
+        left = [x.sequence_id for x in self.scheduler.in_flight if x.flow.moves_from(node_id)]
+        there = self.scheduler.node_down(node_id, self.clock.now())
+        self._losses += [(sequence_id, lost) for sequence_id in dict.fromkeys((*there, *left))]
         self._telling.run()
 
     def _tell_loss(self) -> bool:

@@ -212,3 +212,26 @@ async def test_a_relay_and_a_log_line_show_the_moves(caplog: pytest.LogCaptureFi
         assert move.num_bytes > 0
         assert 0 < move.pause_s < 1
         assert any(f"moved from {source}, room; pauses" in x.message for x in caplog.records)
+
+
+async def test_a_source_that_dies_before_it_says_that_it_let_go_keeps_nothing_from_moving_again() -> None:
+    async with FakeCluster(CONFIG, prefill=1, decode=3) as cluster, beside(cluster) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            (task,) = running(router, client, 1, 600)
+            scheduler = router.dispatcher.scheduler
+            await until(lambda: any(x.flow.can_move for x in scheduler.in_flight))
+            (active,) = scheduler.in_flight
+            source = active.flow.placement.decode_id
+            target, other = [name for name in ("decode-0", "decode-1", "decode-2") if name != source][:2]
+            cluster[source].drop("handed_off")
+            router.dispatcher._begin_move(Planned(active, source, target, MoveReason.BALANCE, 100))
+            await until(lambda: moves(router) == {("balance", "moved"): 1})
+            assert not active.flow.can_move, "the source has not said that it let go"
+            await cluster[source].die()
+            await until(lambda: active.flow.can_move)
+            cluster[target].drain(60.0)
+            await until(lambda: active.can_move_from(other))
+            done = await task
+        assert_undisturbed([done], 600)
+        assert done.relay.attempts == 1
