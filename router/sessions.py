@@ -178,6 +178,11 @@ class NodeLink:
             raise errors.Unavailable(f"{self.address} is not connected")
         try:
             yield node_pb2_grpc.NodeStub(self._channel)
+        except asyncio.CancelledError:
+            if (task := asyncio.current_task()) is None or task.cancelling():
+                raise
+            # The channel was closed: to the caller of a call that looks as if it was itself cancelled.
+            raise errors.Unavailable(f"{self.address}: the connection ended before the answer came") from None
         except aio.AioRpcError as error:
             if ERROR_CODE_KEY in (error.trailing_metadata() or ()):
                 # The node answers, with a refusal of its own.

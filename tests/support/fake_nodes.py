@@ -208,6 +208,14 @@ class _Servicer(NodeServicer):
     async def Session(self, request_iterator: AsyncIterator[node_pb2.SessionRequest], context: Any) -> None:  # noqa: N802
         await super().Session(request_iterator, _Context(context, self.script))  # type: ignore[arg-type]
 
+    async def Ledger(self, request: node_pb2.LedgerRequest, context: Any) -> node_pb2.LedgerResponse:  # noqa: N802
+        await self.script.speaks.wait()
+        return await super().Ledger(request, context)
+
+    async def SetRole(self, request: node_pb2.SetRoleRequest, context: Any) -> node_pb2.SetRoleResponse:  # noqa: N802
+        await self.script.speaks.wait()
+        return await super().SetRole(request, context)
+
     async def Cache(self, request: node_pb2.CacheRequest, context: Any) -> node_pb2.CacheResponse:  # noqa: N802
         script, node = self.script, self._node
         known, dropped = script.num_cached_blocks, 0
