@@ -9,6 +9,7 @@ has few at a time, and a sequence moves only so often.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -26,6 +27,9 @@ from router.cluster.rates import Rates
 # Where a step's time is not known.
 _STEP_S = 0.02
 _MIN_HEADROOM_TOKENS, _MAX_HEADROOM_TOKENS = 16, 1024
+# Nodes without room whose sequences are looked at in one go, those with the least time left first: there may be a
+# hundred sequences on each, and a look at one takes 6 us of the router's one thread.
+_MOST_LOOKS = 16
 # What hides behind a prompt is not in the rate of bytes: a push takes this many times as long.
 _RATE_MARGIN = 4
 
@@ -68,6 +72,14 @@ class _Candidate(Generic[ItemT]):
     priority: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Targets:
+    """Nodes that may be given a sequence, the better ones first, and the room of that with most."""
+
+    tiers: list[list[NodeLoad]]
+    most_tokens: int
+
+
 class Rebalance(Generic[ItemT]):
     """Knows which moves are under way, and when a sequence was last to move."""
 
@@ -101,13 +113,20 @@ class Rebalance(Generic[ItemT]):
         self, nodes: Iterable[NodeLoad], pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float
     ) -> Planned[ItemT] | None:
         """The most urgent move; ``on_node`` has the sequences of each node, the youngest last."""
-        for rule in (self._drain, self._room):
-            for node in nodes:
-                there = on_node.get(node.node_id)
-                if there and self._num_out[node.node_id] < self._config.max_moves:
-                    move = rule(node, there, pools, now)
-                    if move is not None:
-                        return move
+        config = self._config
+        giving = [n for n in nodes if n.node_id in on_node and self._num_out[n.node_id] < config.max_moves]
+        if draining := [node for node in giving if node.status.draining]:
+            # Whatever node it is: where a sequence is now it cannot stay.
+            targets = self._targets(pools[Role.DECODE], pools[Role.MIXED], pools[Role.PREFILL])
+            for node in draining if targets.most_tokens > 0 else ():
+                if (move := self._drain(node, on_node[node.node_id], targets, now)) is not None:
+                    return move
+        if short := [n for n in giving if not n.status.draining and self._left_s(n) <= config.room_ahead_s]:
+            targets = self._targets([n for n in _that_decode(pools) if self._left_s(n) > 2 * config.room_ahead_s])
+            urgent = heapq.nsmallest(_MOST_LOOKS, short, key=self._left_s) if targets.most_tokens > 0 else []
+            for node in urgent:
+                if (move := self._room(node, on_node[node.node_id], targets, now)) is not None:
+                    return move
         return self._balance(pools, on_node, now)
 
     def check(self, moving: Collection[ItemT]) -> None:
@@ -117,26 +136,19 @@ class Rebalance(Generic[ItemT]):
 
     # -- the rules
 
-    def _drain(self, node: NodeLoad, there: Collection[ItemT], pools: Pools, now: float) -> Planned[ItemT] | None:
-        if not node.status.draining:
-            return None
+    def _drain(self, node: NodeLoad, there: Collection[ItemT], targets: _Targets, now: float) -> Planned[ItemT] | None:
         for one in self._candidates(there, node, self._config.drain_again_s, now):
-            # Whatever node it is: where it is now it cannot stay.
-            tiers = (pools[Role.DECODE], pools[Role.MIXED], pools[Role.PREFILL])
-            move = self._plan(one, node, tiers, MoveReason.DRAIN)
+            move = self._plan(one, node, targets, MoveReason.DRAIN)
             if move is not None:
                 return move
         return None
 
-    def _room(self, node: NodeLoad, there: Collection[ItemT], pools: Pools, now: float) -> Planned[ItemT] | None:
-        if node.status.draining or self._left_s(node) > self._config.room_ahead_s:
-            return None
+    def _room(self, node: NodeLoad, there: Collection[ItemT], targets: _Targets, now: float) -> Planned[ItemT] | None:
         youngest_first = list(self._candidates(there, node, self._config.move_again_s, now))[::-1]
         # As the node would preempt: the worst priority first, then the youngest.
         for one in sorted(youngest_first, key=lambda one: -one.priority):
             if self._move_s(one, node) < one.num_tokens * node.times.prompt_token_s:
-                has_time = [n for n in _that_decode(pools) if self._left_s(n) > 2 * self._config.room_ahead_s]
-                return self._plan(one, node, (has_time,), MoveReason.ROOM)
+                return self._plan(one, node, targets, MoveReason.ROOM)
         return None
 
     def _balance(self, pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float) -> Planned[ItemT] | None:
@@ -151,7 +163,7 @@ class Rebalance(Generic[ItemT]):
         found = self._candidates(on_node.get(slow.node_id, ()), slow, config.move_again_s, now)
         for one in sorted(found, key=lambda one: -one.num_tokens):
             if _step_s(fast, 1, one.num_tokens) < _step_s(slow, -1, -one.num_tokens):
-                return self._plan(one, slow, ([fast],), MoveReason.BALANCE)
+                return self._plan(one, slow, self._targets([fast]), MoveReason.BALANCE)
         return None
 
     # -- what the rules ask
@@ -165,15 +177,19 @@ class Rebalance(Generic[ItemT]):
                 demand = item.demand(now)
                 yield _Candidate(item, demand.num_known_tokens, demand.priority)
 
+    def _targets(self, *tiers: Collection[NodeLoad]) -> _Targets:
+        most = self._config.max_moves
+        able = [[node for node in tier if self._num_in[node.node_id] < most] for tier in tiers]
+        return _Targets(able, max((node.free_tokens for tier in able for node in tier), default=0))
+
     def _plan(
-        self, one: _Candidate[ItemT], source: NodeLoad, tiers: Iterable[Collection[NodeLoad]], reason: MoveReason
+        self, one: _Candidate[ItemT], source: NodeLoad, targets: _Targets, reason: MoveReason
     ) -> Planned[ItemT] | None:
         """To the fastest node with room, of the first tier that has one."""
         num_headroom = self._headroom_tokens(one, source)
-        num_room, most = one.num_tokens + num_headroom, self._config.max_moves
-        for tier in tiers:
-            others = [node for node in tier if node is not source and self._num_in[node.node_id] < most]
-            fitting = [node for node in others if node.free_tokens >= num_room]
+        num_room = one.num_tokens + num_headroom
+        for tier in targets.tiers if num_room <= targets.most_tokens else ():
+            fitting = [node for node in tier if node is not source and node.free_tokens >= num_room]
             if fitting:
                 target = min(fitting, key=lambda node: (_step_s(node, 1, one.num_tokens), node.rank))
                 return Planned(one.item, source.node_id, target.node_id, reason, num_headroom)

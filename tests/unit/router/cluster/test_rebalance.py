@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import pytest
 
@@ -28,11 +29,13 @@ class Item:
     num_tokens: int = 100
     priority: int = 0
     can_move: bool = True
+    num_looks: int = 0
 
     def can_move_from(self, node_id: str) -> bool:
         return self.can_move and self.on == node_id
 
     def demand(self, now: float) -> Demand:
+        self.num_looks += 1
         return Demand(self.num_tokens, priority=self.priority)
 
 
@@ -205,3 +208,24 @@ def test_headroom_grows_with_what_is_to_be_pushed() -> None:
         assert move is not None
         found.append(move.num_headroom_tokens)
     assert 16 <= found[0] < found[1] <= 1024
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_where_no_node_has_room_no_sequence_is_looked_at(drains: bool) -> None:
+    """Every tick, with a hundred sequences on each of many nodes, looks would take longer than the tick."""
+    crowds = [items(20, f"d{i}", 1000) for i in range(5)]
+    nodes = [node(f"d{i}", *crowd, free=2, drains=drains) for i, crowd in enumerate(crowds)]
+    state = State(*nodes, items=list(chain(*crowds)))
+    assert state.next() is None
+    assert sum(item.num_looks for item in state.items) == 0
+
+
+def test_of_many_nodes_without_room_those_with_the_least_time_left_are_looked_at() -> None:
+    crowds = [items(20, f"d{i}", 1000) for i in range(100)]
+    nodes = [node(f"d{i}", *crowd, free=2 + (i != 50)) for i, crowd in enumerate(crowds)]
+    roomy = node("m0", *items(1, "m0"), free=60)
+    state = State(roomy, *nodes, items=list(chain(*crowds)))
+    assert state.next() is None, "it has not that much room"
+    # Those of 16 nodes, and of the slowest one.
+    assert sum(item.num_looks for item in state.items) == (16 + 1) * 20
+    assert all(item.num_looks for item in crowds[50])
