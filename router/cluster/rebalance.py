@@ -70,6 +70,8 @@ class _Candidate(Generic[ItemT]):
     item: ItemT
     num_tokens: int
     priority: int
+    # Nodes that failed it before.
+    avoid: Collection[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,7 @@ class Rebalance(Generic[ItemT]):
         for item in there:
             if now - self._began_s.get(item, -math.inf) >= again_s and item.can_move_from(node.node_id):
                 demand = item.demand(now)
-                yield _Candidate(item, demand.num_known_tokens, demand.priority)
+                yield _Candidate(item, demand.num_known_tokens, demand.priority, demand.avoid)
 
     def _targets(self, *tiers: Collection[NodeLoad]) -> _Targets:
         most = self._config.max_moves
@@ -189,7 +191,8 @@ class Rebalance(Generic[ItemT]):
         num_headroom = self._headroom_tokens(one, source)
         num_room = one.num_tokens + num_headroom
         for tier in targets.tiers if num_room <= targets.most_tokens else ():
-            fitting = [node for node in tier if node is not source and node.free_tokens >= num_room]
+            able = [node for node in tier if node is not source and node.node_id not in one.avoid]
+            fitting = [node for node in able if node.free_tokens >= num_room]
             if fitting:
                 target = min(fitting, key=lambda node: (_step_s(node, 1, one.num_tokens), node.rank))
                 return Planned(one.item, source.node_id, target.node_id, reason, num_headroom)

@@ -43,9 +43,11 @@ async def test_a_cluster_that_does_not_start_says_why(tmp_path: Path):
 
 
 _BENCH = """
-import asyncio, sys
+import asyncio, signal, sys
 from pathlib import Path
 from loadgen import clusters
+# Where the tests run in the background of a shell, it may be ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 clusters._PROGRAM = Path(sys.argv[1])
 async def main():
     async with clusters.started(clusters.Shape("x", ()), "m", Path(sys.argv[2])) as cluster:

@@ -67,7 +67,7 @@ def test_shares_converge_although_the_work_is_known_only_at_the_end(
     for client in weights:
         for _ in range(2):
             line.put(Item(client, number := number + 1, rng.randint(1, most[client])), 0, 0.0)
-    for _ in range(1500):
+    for _ in range(500):
         while len(running) < num_slots:
             item = line.next(MANY, 0.0)
             assert item is not None

@@ -29,6 +29,7 @@ class Item:
     num_tokens: int = 100
     priority: int = 0
     can_move: bool = True
+    avoid: tuple[str, ...] = ()
     num_looks: int = 0
 
     def can_move_from(self, node_id: str) -> bool:
@@ -36,7 +37,7 @@ class Item:
 
     def demand(self, now: float) -> Demand:
         self.num_looks += 1
-        return Demand(self.num_tokens, priority=self.priority)
+        return Demand(self.num_tokens, priority=self.priority, avoid=self.avoid)
 
 
 def node(
@@ -123,6 +124,18 @@ def test_one_that_cannot_move_now_does_not_keep_the_others() -> None:
     there = items(2, "d0")
     there[0].can_move = False
     assert State(node("d0", *there, drains=True), node("d1"), items=there).all() == [("d0/1", "d1", "drain")]
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_none_moves_to_a_node_that_failed_it(drains: bool) -> None:
+    there = items(9, "d0", 1000)
+    for item in there:
+        item.avoid = ("d1",)
+    assert State(node("d0", *there, drains=drains), node("d1"), items=there).all() == []
+    there[0].avoid = ()
+    move = State(node("d0", *there, drains=drains), node("d1"), items=there).next()
+    assert move is not None
+    assert move.item is there[0]
 
 
 def test_a_move_that_failed_is_tried_again_later() -> None:
