@@ -154,7 +154,7 @@ async def test_cancel_in_the_middle_of_a_move(is_told_to_stop: bool) -> None:
 
 
 async def test_its_end_comes_before_its_move_does() -> None:
-    async with running_node() as node, session(node.address) as router:
+    async with running_node(step_delay_s=0.002) as node, session(node.address) as router:
         heard = await decoding(node, router, is_transferred=True)
         push = await migrate(node, router)
         await heard.to_the_end()
