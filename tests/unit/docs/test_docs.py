@@ -15,6 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 _REFERENCE = re.compile(r"`([a-z_0-9]+(?:/[a-z_0-9]+)+\.(?:py|proto))(?::([A-Za-z_]+))?`(?: `([A-Z]\w+)(?:\.\w+)?`)?")
 _MAX_COLUMNS = 120
 _MAX_DECISION_WORDS = 900
+_CONFLICT = re.compile(r"^(<{7}|>{7}) ", re.MULTILINE)
 _RIDDLES = re.compile(r"\b(nobody|somebody|whom|whoever|everybody|anybody)\b", re.IGNORECASE)
 
 
@@ -77,19 +78,26 @@ def test_decisions_are_short() -> None:
     assert {name: size for name, size in sizes.items() if size >= _MAX_DECISION_WORDS} == {}
 
 
-def test_no_sentence_is_a_riddle_about_persons() -> None:
-    """Subject, verb, the field's term: a router, a node, a client, never "whoever"."""
+def tracked_texts() -> list[tuple[str, str]]:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
     found = []
     for name in listed.stdout.split():
         path = ROOT / name
-        if name.startswith("tests/") or name == "LICENSE" or not path.is_file():
-            continue
         try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            continue
-        found += [f"{name}: {word}" for word in _RIDDLES.findall(text)]
-    assert found == []
+            found.append((name, path.read_text(encoding="utf-8")))
+        except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
+            continue  # binary, or not in this working tree
+    return found
+
+
+def test_no_sentence_is_a_riddle_about_persons() -> None:
+    """Subject, verb, the field's term: a router, a node, a client, never "whoever"."""
+    texts = [(name, text) for name, text in tracked_texts() if not name.startswith("tests/") and name != "LICENSE"]
+    assert [f"{name}: {word}" for name, text in texts for word in _RIDDLES.findall(text)] == []
+
+
+def test_no_merge_was_left_half_done() -> None:
+    assert _CONFLICT.search("a\n<" + "<<<<<< HEAD\nb\n")
+    assert [name for name, text in tracked_texts() if _CONFLICT.search(text)] == []
