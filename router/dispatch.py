@@ -98,6 +98,8 @@ class Dispatcher:
         # A thousand placements take a hundred milliseconds: they are spread over turns of the loop, as are the flows
         # that are told of a lost node.
         self._placing = Stepwise(self._place_next, limits.max_turn_s)
+        # A look for a move takes a millisecond or two with a thousand nodes.
+        self._moving = Stepwise(self._move_next, limits.max_turn_s)
         self._losses: deque[tuple[str, NodeLost]] = deque()
         self._telling = Stepwise(self._tell_loss, limits.max_turn_s)
         # The flows that wait have been told that no node is available.
@@ -258,12 +260,19 @@ class Dispatcher:
         if (change := self.scheduler.role_change(self.clock.now())) is not None:
             self.nodes.set_role(change)
         self.place()
-        while (move := self.scheduler.next_move(self.clock.now())) is not None:
-            self._begin_move(move)
+        self._moving.run()
         waiting = self.scheduler.next(self.clock.now())
         if waiting is not None:
             for crowding in self.scheduler.crowding(waiting.client, is_passing=True):
                 self._feed(crowding, MakeRoom())
+
+    def _move_next(self) -> bool:
+        """Begin the next move of a running sequence; False if none is to move."""
+        move = self.scheduler.next_move(self.clock.now())
+        if move is None:
+            return False
+        self._begin_move(move)
+        return True
 
     def _begin_move(self, move: Planned[Active]) -> None:
         self.scheduler.begin_move(move, self.clock.now())
