@@ -122,8 +122,9 @@ class NodeLoad:
         self.is_measured = status.step_times is not None or self._rates.has_seen(self.node_id)
         self.busy_share += ((status.queued_prompt_tokens > 0) - self.busy_share) * _BUSY_STEP
         # What is there beyond our own.
-        # Less what is computed of the prompt whose turn it is; the others may not have arrived there yet.
-        begun_tokens = self.prompt_tokens // self.num_prompts if self.num_prompts else 0
+        # Less what is computed of the prompt whose turn it is, if all are there: one that is still on its way is not.
+        has_all = 0 < self.num_prompts <= status.num_waiting
+        begun_tokens = self.prompt_tokens // self.num_prompts if has_all else 0
         self.foreign_prompt = max(-begun_tokens, status.queued_prompt_tokens - self.prompt_tokens)
         self.foreign_prompts = max(0, status.num_waiting - self.num_prompts)
         self.foreign_decode = max(0, status.running_tokens - self.decode_tokens)

@@ -41,6 +41,9 @@ async def busy(num_prompts: int, **settings: Any) -> AsyncIterator[tuple[Router,
         for _ in range(num_prompts):
             group.create_task(client.complete(PROMPT, max_tokens=2))
         await until(lambda: scheduler.num_in_flight == num_prompts and scheduler.num_waiting == 0)
+        node = scheduler.node("prefill-0")
+        assert node is not None
+        await until(lambda: node.num_prompts == num_prompts)
         try:
             yield router, http, client
         finally:

@@ -399,7 +399,7 @@ def test_a_status_shows_how_far_the_prompt_is_whose_turn_it_is() -> None:
     loads.status("p0", replace(status, queued_prompt_tokens=130, num_waiting=2))
     assert p0.pending_prompt_tokens == 130
     loads.status("p0", replace(status, queued_prompt_tokens=30, num_waiting=1))
-    assert p0.pending_prompt_tokens == 100, "the second may not have arrived there yet"
+    assert p0.pending_prompt_tokens == 200, "the second may not have arrived there yet, and the first not have begun"
     loads.prefilled("first")
     assert p0.pending_prompt_tokens == 100, "what was computed was the first one's"
     loads.release("first")
