@@ -18,7 +18,7 @@ from tests.support.root import ROOT
 def test_a_trace_is_replayed_and_the_cluster_counted_the_same(
     shared_cluster: StartCluster, demo_model: Path, tmp_path: Path
 ) -> None:
-    cluster = shared_cluster(demo_model, prefill=1, decode=1)
+    cluster = shared_cluster(demo_model, prefill=1, decode=1, disaggregation="auto")
     output, rows = tmp_path / "out.json", tmp_path / "out.csv"
     load = ("--trace", "conv", "--rate", "20", "--requests", "10", "--max-prompt", "40", "--max-output", "6")
     baton(

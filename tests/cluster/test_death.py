@@ -51,4 +51,4 @@ async def test_streams_survive_a_death_of_either_role(shared_cluster: StartClust
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_streams_survive_twenty_deaths(start_cluster: StartCluster, demo_model: Path, role: str) -> None:
-    await survives(start_cluster(demo_model, prefill=2, decode=2), [role] * 20)
+    await survives(start_cluster(demo_model, prefill=2, decode=2, disaggregation="auto"), [role] * 20)

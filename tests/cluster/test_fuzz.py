@@ -225,7 +225,7 @@ async def fuzz(cluster: Cluster, count: int) -> dict[str, Any]:
 
 
 async def test_extreme_values_hurt_no_one(shared_cluster: StartCluster, demo_model: Path) -> None:
-    await fuzz(shared_cluster(demo_model, prefill=1, decode=1), 400)
+    await fuzz(shared_cluster(demo_model, prefill=1, decode=1, disaggregation="auto"), 400)
 
 
 @pytest.mark.long

@@ -41,7 +41,7 @@ async def test_roles_change_in_all_directions_under_load_and_nothing_fails(
     shared_cluster: StartCluster, demo_model: Path
 ) -> None:
     assert set(itertools.pairwise(WALK)) >= set(itertools.permutations(("prefill", "decode", "mixed"), 2))
-    cluster = shared_cluster(demo_model, prefill=2, decode=2)
+    cluster = shared_cluster(demo_model, prefill=2, decode=2, disaggregation="auto")
     at_home = roles(cluster)
     jobs = mixed_jobs(24)
     undisturbed = await run_all(cluster.http, jobs, CONCURRENCY)
@@ -76,7 +76,7 @@ def keep_asking(cluster: Cluster, is_over: Event) -> None:
 def test_a_decode_node_that_gets_prompts_acts_as_mixed_and_goes_home(
     shared_cluster: StartCluster, demo_model: Path
 ) -> None:
-    cluster = shared_cluster(demo_model, prefill=2, decode=2)
+    cluster = shared_cluster(demo_model, prefill=2, decode=2, disaggregation="auto")
     at_home = roles(cluster)
     try:
         for node_id in ("prefill-0", "prefill-1"):

@@ -206,8 +206,11 @@ class StartCluster(Protocol):
         mixed: int = 0,
         transport: str = "auto",
         dtype: str = "auto",
+        disaggregation: str = "always",
         arguments: tuple[str, ...] = (),
-    ) -> Cluster: ...
+    ) -> Cluster:
+        """``disaggregation``: most tests are about requests that are split; "auto" is what users have."""
+        ...
 
 
 def starter(folder: Path, clusters: ExitStack) -> StartCluster:
@@ -221,6 +224,7 @@ def starter(folder: Path, clusters: ExitStack) -> StartCluster:
         mixed: int = 0,
         transport: str = "auto",
         dtype: str = "auto",
+        disaggregation: str = "always",
         arguments: tuple[str, ...] = (),
     ) -> Cluster:
         own = folder / f"cluster-{len(list(folder.glob('cluster-*')))}"
@@ -229,7 +233,8 @@ def starter(folder: Path, clusters: ExitStack) -> StartCluster:
         command = [
             *(sys.executable, "-m", "cli", "up", "--model", str(model)),
             *("--prefill", str(prefill), "--decode", str(decode), "--mixed", str(mixed)),
-            *("--transport", transport, "--dtype", dtype, "--http-port", "0", "--grpc-port", "0"),
+            *("--transport", transport, "--dtype", dtype, "--disaggregation", disaggregation),
+            *("--http-port", "0", "--grpc-port", "0"),
             *("--ready-file", str(ready_file), "--log-dir", str(own / "logs"), "--kv-mib", "256"),
             *arguments,
         ]
