@@ -107,7 +107,9 @@ async def test_a_target_for_gaps_is_told_with_step_times_and_changes_no_token(tm
         async with grpc.aio.insecure_channel(relay.decode_worker.address) as channel:
             described = await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
         assert described.node.tbt_target_s == 1e-6
-        assert described.status.step_times.base_s > 0
+        # A line through few steps on a busy machine may lay all of their time on one of the three.
+        times = described.status.step_times
+        assert times.base_s + times.sequence_s + times.kv_token_s > 0
 
 
 @pytest.mark.parametrize("how", ["stop", "length"])
