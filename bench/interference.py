@@ -47,7 +47,7 @@ def cases(quick: bool) -> tuple[Case, ...]:
     mixed = ("--mixed", "2")
     targets = (100,) if quick else (50, 100, 200, 500)
     return (
-        Case("split", ("--prefill", "1", "--decode", "1")),
+        Case("split", ("--prefill", "1", "--decode", "1", "--disaggregation", "always")),
         Case("mixed", mixed),
         *(Case(f"mixed, target {target} ms", (*mixed, "--tbt-target-ms", str(target)), target) for target in targets),
     )
