@@ -7,7 +7,18 @@ processes it starts put on their path (see docs/decisions/0008-names.md).
 
 from setuptools import find_namespace_packages, setup
 
-SERVING = ("cli", "decode_node", "demo", "engine", "kvtransfer", "loadgen", "prefill_node", "router", "worker")
+SERVING = (
+    "cli",
+    "decode_node",
+    "demo",
+    "engine",
+    "kvtransfer",
+    "loadgen",
+    "planner",
+    "prefill_node",
+    "router",
+    "worker",
+)
 
 # Folders without Python, as `demo/model`, count as packages: their files go along.
 packages = find_namespace_packages(include=["baton", "baton.*"])

@@ -19,8 +19,8 @@ import pytest
 
 from tests.support.root import ROOT
 
-PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "loadgen", "prefill_node", "router",
-            "worker")  # fmt: skip
+PACKAGES = ("baton", "cli", "decode_node", "demo", "engine", "kvtransfer", "loadgen", "planner", "prefill_node",
+            "router", "worker")  # fmt: skip
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 # What the extra `worker` brings, and what stands for it in a folder of installed packages.
 COMPUTES_WITH = ("huggingface_hub", "llvmlite", "numpy", "nvidia_ml", "pynvml", "safetensors", "torch", "transformers",

@@ -395,6 +395,7 @@ def test_nothing_tells_users_to_install_baton_by_name() -> None:
         "decode_node",
         "worker",
         "loadgen",
+        "planner",
     ):
         files += (ROOT / package).rglob("*.py")
     told = re.compile(r"(pip|pipx|uv|poetry)\s+(\w+\s+)*(install|add)\s+(-\S+\s+)*['\"]?baton\b")
