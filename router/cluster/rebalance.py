@@ -3,8 +3,8 @@ has longer steps than another one. Pure.
 
 Of a node that drains all go at once. From a node that is about to run out of blocks goes the one that it would preempt,
 if moving it is predicted to take less than computing it again. Between two nodes whose steps are predicted to differ
-much the largest sequence goes that leaves its new node the faster one. Moves cost both nodes memory bandwidth: a node
-has few at a time, and a sequence moves only so often.
+much the largest sequence goes that leaves its new node, which has no prompts, the faster one. Moves cost both nodes
+memory bandwidth: a node has few at a time, and a sequence moves only so often.
 """
 
 from __future__ import annotations
@@ -155,9 +155,12 @@ class Rebalance(Generic[ItemT]):
 
     def _balance(self, pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float) -> Planned[ItemT] | None:
         nodes, config = _that_decode(pools), self._config
-        if len(nodes) < 2:
+        # Steps that compute prompts take longer than those that only decode, and what arrives waits for the one that
+        # runs: up to seconds.
+        able = [node for node in nodes if not node.pending_prompt_tokens]
+        if len(nodes) < 2 or not able:
             return None
-        slow, fast = max(nodes, key=_step_s), min(nodes, key=_step_s)
+        slow, fast = max(nodes, key=_step_s), min(able, key=_step_s)
         slow_s, fast_s = _step_s(slow), _step_s(fast)
         is_worth_it = slow_s > config.balance_factor * fast_s and slow_s - fast_s > config.balance_after_s
         if not is_worth_it or self._num_out[slow.node_id] >= config.max_moves:

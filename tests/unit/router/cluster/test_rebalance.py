@@ -41,13 +41,19 @@ class Item:
 
 
 def node(
-    name: str, *items: Item, free: int = NUM_BLOCKS, drains: bool = False, times: StepTimes | None = TIMES
+    name: str,
+    *items: Item,
+    free: int = NUM_BLOCKS,
+    drains: bool = False,
+    times: StepTimes | None = TIMES,
+    prompt_tokens: int = 0,
 ) -> NodeLoad:
     """With these running; its name says its role."""
     role = ROLES[name[0]]
     status = NodeStatus(
         role, draining=drains, total_blocks=NUM_BLOCKS, free_blocks=free, num_running=len(items),
         running_tokens=sum(item.num_tokens for item in items), step_times=times,
+        queued_prompt_tokens=prompt_tokens,
     )  # fmt: skip
     description = NodeDescription(
         name, 1, role, "a:1", ModelDescription("m", "f", "float32", 100, 10),
@@ -191,6 +197,25 @@ def test_the_largest_goes_that_leaves_the_new_node_the_faster_one() -> None:
     # 80 and 60 ms: a factor that predictions are too coarse for.
     much, less = items(10, "d0", 500), items(10, "d1", 300)
     assert State(node("d0", *much), node("d1", *less), items=much + less).next() is None
+
+
+@pytest.mark.parametrize(
+    ("others", "target"),
+    [
+        # Nothing decodes there, and a sequence would wait until its prompts are computed.
+        ([("m1", 500)], None),
+        ([("m1", 500), ("d0", 0)], "d0"),
+        ([("m1", 0)], "m1"),
+    ],
+)
+def test_for_balance_none_goes_to_a_node_that_computes_prompts(
+    others: list[tuple[str, int]], target: str | None
+) -> None:
+    there = items(8, "m0", 500)
+    nodes = [node(name, prompt_tokens=num_tokens) for name, num_tokens in others]
+    # Prompts of its own keep no sequence.
+    move = State(node("m0", *there, prompt_tokens=500), *nodes, items=there).next()
+    assert (None if move is None else move.target_id) == target
 
 
 def test_nodes_that_changed_places_do_not_throw_sequences_to_and_fro() -> None:
