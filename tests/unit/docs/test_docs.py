@@ -94,7 +94,9 @@ def tracked_texts() -> list[tuple[str, str]]:
 
 def test_no_sentence_is_a_riddle_about_persons() -> None:
     """Subject, verb, the field's term: a router, a node, a client, never "whoever"."""
-    texts = [(name, text) for name, text in tracked_texts() if not name.startswith("tests/") and name != "LICENSE"]
+    # A licence's words are not ours to change.
+    is_licence = re.compile(r"(^|/)LICENSE").search
+    texts = [(name, text) for name, text in tracked_texts() if not name.startswith("tests/") and not is_licence(name)]
     assert [f"{name}: {word}" for name, text in texts for word in _RIDDLES.findall(text)] == []
 
 
