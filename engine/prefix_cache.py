@@ -56,6 +56,10 @@ class PrefixCache:
         self._num_hit_tokens = 0
         self._num_corrupt = 0
 
+    @property
+    def is_on(self) -> bool:
+        return self._scheme is not None
+
     def find(self, sequence: step.Sequence, *, draws: bool) -> list[int]:
         """Leading blocks of its known tokens that are there; if it ``draws`` a token here, at least the last known one
         is left to be computed."""

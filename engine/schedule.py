@@ -26,18 +26,21 @@ pass.
 from __future__ import annotations
 
 import math
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
 from baton.errors import BadLogits, BatonError, InternalError, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
 from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk, blocks_for
+from engine import plain_steps
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
+from engine.plain_steps import PlainSteps
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
 from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape
@@ -298,6 +301,64 @@ class Scheduler:
             else:
                 events.append(self._failed(entry, error, now))
         return events
+
+    # -- many steps at once
+
+    def plain_steps(self, most: int, now: float) -> PlainSteps | None:
+        """How many of the ``most`` next steps do nothing but decode what decodes now; None if the next one does not.
+
+        None is under way. What comes from outside meanwhile (a prompt, a cancel) cuts them short.
+        """
+        assert not self._plans, "steps are under way"
+        until_s = math.inf
+        if not self._active or self._to_hold:
+            return None
+        if self._waiting:
+            # The first one cannot start as long as none ends; the order, and what is found for it, may change.
+            until_s = self._next_overdue_s
+            is_found = self.prefix_cache.is_on
+            if now >= until_s or is_found or self._can_start(self._waiting[0], []):
+                return None
+        block_tokens = self.config.block_tokens
+        num_steps, num_kv_tokens = plain_steps.limit(self._active, self.pool, block_tokens, most)
+        if not num_steps:
+            return None
+        return PlainSteps(num_steps, StepShape(0, 0, len(self._active), num_kv_tokens), until_s)
+
+    def decode(
+        self, began_s: float, ended_s: Seq[float], token_id: int, last: Collection[str] = (), last_id: int = 0
+    ) -> list[EngineEvent]:
+        """As many of these steps as ``ended_s`` has ends, the first of which began at ``began_s``; each draws
+        ``token_id``, which ends no sequence, and the last one draws ``last_id`` for the sequences ``last``.
+
+        Returns what became of those that ended; `Sequence.token_ids` has the tokens of the others.
+        """
+        num_steps, now = len(ended_s), ended_s[-1]
+        self._sits_out = (self._sits_out[1], False) if num_steps == 1 else (False, False)
+        # As `schedule` keeps it: nothing that waits becomes overdue in between.
+        starts_s = (began_s, *ended_s[:-1])
+        while self._next_overdue_s <= starts_s[-1]:
+            first_s = starts_s[bisect_left(starts_s, self._next_overdue_s)]
+            self._next_overdue_s = first_s + self.config.max_prompt_wait_s
+        active = self._active
+        plain_steps.advance(active, self.pool, self.prefix_cache, self.config.block_tokens, num_steps, token_id)
+        events: list[EngineEvent] = []
+        for entry in [e for e in active if e.sequence_id in last or not e.num_left]:
+            sequence = entry.sequence
+            if sequence.sequence_id in last:
+                sequence.token_ids[-1] = last_id
+            index = sequence.num_generated - 1
+            reason = _finish_reason(sequence, sequence.token_ids[-1])
+            chunk = TokenChunk(sequence.sequence_id, index, (sequence.token_ids[-1],), finish_reason=reason)
+            events.append(Output(sequence.sequence_id, chunk))
+            if reason is not None:
+                self._retire(entry, now)
+        return events
+
+    def token_ids(self, sequence_id: str) -> Seq[int]:
+        """All that are known of a sequence, of which the caller changes nothing; empty for one that is not here."""
+        entry = self._entries.get(sequence_id)
+        return () if entry is None else entry.sequence.token_ids
 
     # -- questions
 

@@ -1,0 +1,182 @@
+"""Many plain steps at once are the same as one after the other: tokens, events, blocks and cached blocks, whatever came
+before and between."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.errors import Overloaded
+from baton.prefix import PrefixScheme
+from baton.types import FinishReason, KvLayout, PrefixCaching, SamplingParams, SequenceSpec, TokenChunk
+from engine.blocks import BlockPool
+from engine.events import EngineEvent, Output
+from engine.schedule import Scheduler
+from engine.scheduler_config import SchedulerConfig
+from engine.step import StepPlan, StepResult, StepShape
+
+BLOCK_TOKENS, NUM_BLOCKS = 4, 24
+CONFIG = SchedulerConfig(
+    block_tokens=BLOCK_TOKENS, max_batch_tokens=16, max_num_seqs=6, max_model_tokens=80, max_prompt_wait_s=9.0,
+    max_preemptions=2, watermark=0.05,
+)  # fmt: skip
+SCHEME = PrefixScheme(
+    "f", "fake", KvLayout(1, NUM_BLOCKS, 1, 1, BLOCK_TOKENS, "float32"), PrefixCaching(phases_agree=True)
+)  # fmt: skip
+STOP_ID = 7
+
+
+class Node:
+    """Every sequence draws zeros up to its length, then STOP_ID. A step takes longer, the more it has to do."""
+
+    def __init__(self, scheme: PrefixScheme | None, *, is_in_bulk: bool) -> None:
+        self.scheduler = Scheduler(CONFIG, BlockPool(NUM_BLOCKS), scheme)
+        self.is_in_bulk = is_in_bulk
+        self.now = 0.0
+        self.lengths: dict[str, int] = {}
+        self.drawn: dict[str, list[int]] = {}
+        self.ended: list[tuple[str, FinishReason, float]] = []
+        self.num_at_once = 0
+
+    def add(self, spec: SequenceSpec, length: int, *, hands_off: bool) -> None:
+        self.lengths[spec.sequence_id] = length
+        try:
+            self.scheduler.add(spec, hands_off=hands_off, now=self.now)
+        except Overloaded:
+            del self.lengths[spec.sequence_id]
+
+    def run(self, num_steps: int) -> None:
+        while num_steps > 0:
+            done = self.run_plainly(num_steps) if self.is_in_bulk else 0
+            num_steps -= done or self.step()
+
+    def step(self) -> int:
+        plan, _ = self.scheduler.schedule(self.now)
+        if plan is None:
+            return 1
+        self.now += seconds(plan.shape)
+        self.hear(self.scheduler.apply(plan, self.result(plan), self.now))
+        return 1
+
+    def result(self, plan: StepPlan) -> StepResult:
+        sampled = {}
+        for piece in plan.pieces:
+            if piece.samples:
+                name, index = piece.sequence.sequence_id, piece.sequence.num_generated
+                token_id = STOP_ID if index + 1 == self.lengths[name] else 0
+                sampled[name] = TokenChunk(name, index, (token_id,))
+        return StepResult(sampled)
+
+    def run_plainly(self, most: int) -> int:
+        left = {
+            name: self.lengths[name] - len(self.scheduler.token_ids(name)) + prompt_tokens(name)
+            for name in self.lengths
+            if self.scheduler.token_ids(name)
+        }
+        plain = self.scheduler.plain_steps(min([most, *left.values()]), self.now)
+        if plain is None:
+            return 0
+        began_s, ends_s = self.now, []
+        shape = plain.shape
+        while len(ends_s) < plain.num_steps and self.now < plain.until_s:
+            self.now += seconds(shape)
+            ends_s.append(self.now)
+            shape = shape._replace(num_kv_tokens=shape.num_kv_tokens + shape.num_decoding)
+        last = {name for name, num in left.items() if num == len(ends_s)}
+        self.num_at_once = max(self.num_at_once, len(ends_s))
+        self.hear(self.scheduler.decode(began_s, ends_s, 0, last, STOP_ID))
+        return len(ends_s)
+
+    def hear(self, events: list[EngineEvent]) -> None:
+        for event in events:
+            if isinstance(event, Output) and event.chunk.finish_reason is not None:
+                assert event.chunk.index + 1 == self.lengths[event.sequence_id] or (
+                    event.chunk.finish_reason is FinishReason.LENGTH
+                )
+                self.ended.append((event.sequence_id, event.chunk.finish_reason, self.now))
+
+    def state(self) -> object:
+        pool, names = self.scheduler.pool, sorted(self.lengths)
+        return (
+            self.now, self.ended, self.scheduler.load(), self.scheduler.num_preempted, pool.num_evicted,
+            {name: list(pool.block_ids(name)) for name in names if name in pool},
+            {name: list(self.scheduler.token_ids(name)) for name in names},
+            {value: pool.known.find(value) for value in map(pool.known._hashes.get, pool.known) if value is not None},
+            list(pool._cached),
+        )  # fmt: skip
+
+
+def seconds(shape: StepShape) -> float:
+    return 1.0 + shape.num_prompt_tokens / 8 + shape.num_decoding / 16 + shape.num_kv_tokens / 256
+
+
+def prompt_tokens(name: str) -> int:
+    return int(name.partition("-")[2])
+
+
+ADD = st.tuples(
+    st.just("add"), st.integers(1, 24), st.integers(1, 30), st.integers(2, 30), st.integers(0, 2), st.booleans()
+)  # fmt: skip
+RUN = st.tuples(st.just("run"), st.integers(1, 40))
+# hold, release, resume, cancel, lend: one of the sequences.
+OTHER = st.tuples(st.sampled_from(["hold", "release", "resume", "cancel", "lend"]), st.integers(0, 9))
+
+
+@pytest.mark.parametrize("scheme", [None, SCHEME], ids=["without a cache", "with a cache"])
+@settings(max_examples=150)
+@given(ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER), min_size=2, max_size=25))
+def test_many_at_once_are_one_after_the_other(scheme: PrefixScheme | None, ops: list[tuple[object, ...]]) -> None:
+    nodes = [Node(scheme, is_in_bulk=is_in_bulk) for is_in_bulk in (False, True)]
+    for number, op in enumerate((*ops, ("run", 60))):
+        for node in nodes:
+            do(node, number, op)
+            node.scheduler.check()
+        assert nodes[0].state() == nodes[1].state()
+
+
+def do(node: Node, number: int, op: tuple[object, ...]) -> None:
+    scheduler = node.scheduler
+    match op:
+        case ("add", int(num_prompt), int(length), int(most), int(priority), bool(hands_off)):
+            sampling = SamplingParams(seed=0, max_tokens=most, stop_token_ids=(STOP_ID,))
+            # Three prompts begin alike, and their answers too.
+            prompt = (number % 2,) * num_prompt
+            spec = SequenceSpec(f"s{number}-{num_prompt}", prompt, sampling, priority=priority)
+            node.add(spec, length, hands_off=hands_off)
+        case ("run", int(num_steps)):
+            node.run(num_steps)
+        case (str(what), int(which)):
+            names = sorted(name for name in node.lengths if name in scheduler.pool)
+            if not names:
+                return
+            name = names[which % len(names)]
+            phase = scheduler._entries[name].phase.name
+            if what == "lend" and scheduler._entries[name].can_lend:
+                scheduler.lend(name, len(scheduler.pool.block_ids(name)) + 1)
+            elif what == "resume" and (phase == "HELD" or scheduler._entries[name].is_lent):
+                scheduler.resume(name, node.now)
+            elif what == "hold":
+                scheduler.hold(name)
+            elif what == "cancel":
+                scheduler.cancel(name, node.now)
+            elif what == "release":
+                scheduler.release(name, node.now)
+
+
+def test_what_only_decodes_is_one_piece() -> None:
+    """Sixty steps of three sequences, up to the first end; a prompt that finds no room waits meanwhile."""
+    node = Node(None, is_in_bulk=True)
+    for number in range(3):
+        do(node, number, ("add", 4, 20 + number, 30, 0, False))
+    node.run(2)
+    do(node, 3, ("add", 24, 50, 50, 0, False))
+    scheduler = node.scheduler
+    assert scheduler.plain_steps(100, node.now) is None, "there is room for the fourth"
+    node.run(2)
+    plain = scheduler.plain_steps(100, node.now)
+    assert plain is not None
+    assert plain.shape.num_decoding == 4
+    node.run(60)
+    assert node.num_at_once >= 10
+    assert len(node.ended) == 4
