@@ -15,45 +15,32 @@ from collections.abc import Callable, Iterable, Sequence
 from baton import errors
 from baton.clock import Clock
 from baton.defects import Defects
-from baton.node_messages import CacheChanged, Cancel, HandedOff, NodeMessage, PrefillDone, Refused
-from baton.types import NO_SLO, Lease, SamplingParams, Slo, TokenChunk
+from baton.node_messages import Cancel, NodeMessage, PrefillDone, Refused
+from baton.observe import Relay
+from baton.types import NO_SLO, SamplingParams, Slo, TokenChunk
 from router.active import Active
 from router.clients import client_of_key
 from router.cluster.admission import Prediction
-from router.cluster.policy import Demand, Obstacle
-from router.cluster.rebalance import Planned
+from router.cluster.policy import Decision, Demand, Obstacle
 from router.cluster.scheduler import Scheduler
 from router.config import RouterConfig
 from router.flow import Flow
 from router.flow_messages import (
     Abandon,
-    Action,
     AttemptFailed,
     Begin,
     ClientCancelled,
-    Detach,
-    End,
-    Enqueue,
     Event,
-    FromNode,
-    MakeRoom,
     MoveOver,
-    MoveTo,
-    NodeAvailable,
-    NodeFull,
     NodeLost,
-    NoNodeAvailable,
     Outcome,
-    OutcomeKind,
-    PairFailed,
-    PairWorked,
-    Placed,
     Prompt,
     StopText,
     Tick,
     ToNode,
 )
 from router.flow_move import MoveOutcome
+from router.flows import Flows
 from router.metrics import RouterMetrics
 from router.nodes import Nodes
 from router.records import Origin, Records
@@ -66,7 +53,7 @@ _log = logging.getLogger("baton.router")
 _NO_ORIGIN = Origin()
 
 
-class Dispatcher:
+class Dispatcher(Flows[Active]):
     """Call everything on one event loop. ``new_link`` makes the connection to an address (a fake one in tests)."""
 
     def __init__(
@@ -77,13 +64,8 @@ class Dispatcher:
         metrics: RouterMetrics,
     ) -> None:
         limits = config.limits
-        self.clock = clock
-        self.scheduler: Scheduler[Active] = Scheduler(
-            limits,
-            config.policy,
-            clock.now(),
-            {client_of_key(key.secret.encode()): key.weight for key in config.client_keys},
-        )
+        weights = {client_of_key(key.secret.encode()): key.weight for key in config.client_keys}
+        super().__init__(Scheduler(limits, config.policy, clock.now(), weights), clock)
         self._flow_config = config.flow
         self._metrics = metrics
         self._defects = Defects(_log, clock, metrics.defects.add)
@@ -102,8 +84,6 @@ class Dispatcher:
         self._moving = Stepwise(self._move_next, limits.max_turn_s)
         self._losses: deque[tuple[str, NodeLost]] = deque()
         self._telling = Stepwise(self._tell_loss, limits.max_turn_s)
-        # The flows that wait have been told that no node is available.
-        self._is_without_nodes = False
         self._is_closing = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -165,8 +145,7 @@ class Dispatcher:
         self._idle.clear()
         is_passing = not self.scheduler.was_here(client, self.clock.now())
         self._feed(active, Begin())
-        for crowding in self.scheduler.crowding(client, is_passing=is_passing):
-            self._feed(crowding, MakeRoom())
+        self._make_room(client, is_passing=is_passing)
         return active
 
     def place(self) -> None:
@@ -204,23 +183,12 @@ class Dispatcher:
 
     def on_node_messages(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
         for message in messages:
-            active = self.scheduler.item(message.sequence_id)
             match message:
-                case CacheChanged():
-                    self.scheduler.cache_changed(node_id, message)
                 case PrefillDone():
                     self._observe_prediction(message.sequence_id)
-                    self.scheduler.prefilled(message.sequence_id)
-                    self.scheduler.rates.computed(node_id, message.num_computed_tokens, message.compute_s)
-                case HandedOff(_, report) if active is None or not active.flow.moves_from(node_id):
-                    # Of a prompt: what hides behind one is not what hides behind a sequence that goes on.
-                    self.scheduler.rates.moved(report.num_bytes, report.exposed_s)
-                case Lease():
-                    self.scheduler.confirmed(message.sequence_id)
                 case Refused():
                     self.records.reservation_refused(node_id, message.sequence_id, message.failure)
-            if active is not None:  # else it is over
-                self._feed(active, FromNode(node_id, message))
+            super().on_node_messages(node_id, (message,))
 
     def _observe_prediction(self, sequence_id: str) -> None:
         """Its prompt is computed, and its first token is here as well."""
@@ -234,11 +202,7 @@ class Dispatcher:
             self._metrics.observe_prediction(prediction.ttft_s, ttft_s)
 
     def on_node_down(self, node_id: str, reason: str) -> None:
-        lost = NodeLost(node_id, reason)
-        # One that has just moved off it counts for it no longer, and waits for its word all the same.
-        left = [x.sequence_id for x in self.scheduler.in_flight if x.flow.moves_from(node_id)]
-        there = self.scheduler.node_down(node_id, self.clock.now())
-        self._losses += [(sequence_id, lost) for sequence_id in dict.fromkeys((*there, *left))]
+        self._losses += self._lose(node_id, reason)
         self._telling.run()
 
     def _tell_loss(self) -> bool:
@@ -261,36 +225,18 @@ class Dispatcher:
             self.nodes.set_role(change)
         self.place()
         self._moving.run()
-        waiting = self.scheduler.next(self.clock.now())
-        if waiting is not None:
-            for crowding in self.scheduler.crowding(waiting.client, is_passing=True):
-                self._feed(crowding, MakeRoom())
-
-    def _move_next(self) -> bool:
-        """Begin the next move of a running sequence; False if none is to move."""
-        move = self.scheduler.next_move(self.clock.now())
-        if move is None:
-            return False
-        self._begin_move(move)
-        return True
-
-    def _begin_move(self, move: Planned[Active]) -> None:
-        self.scheduler.begin_move(move, self.clock.now())
-        self._feed(move.item, MoveTo(move.target_id, move.reason, move.num_headroom_tokens))
+        self._make_room_for_next()
 
     # ── Flows ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _feed(self, active: Active, event: Event) -> None:
-        now = self.clock.now()
+    def _feed(self, item: Active, event: Event) -> None:
         try:
-            for action in active.flow.handle(event, now):
-                self._perform(active, action)
-            active.arm(now, self._on_timer)
-            if active.is_leading and active.flow.has_shared:
-                active.is_leading = False
-                self.scheduler.has_shared(active, now)
+            super()._feed(item, event)
         except Exception as error:
-            self._fail(active, error)
+            self._fail(item, error)
+
+    def _arm(self, item: Active, now: float) -> None:
+        item.arm(now, self._on_timer)
 
     def _on_timer(self, active: Active) -> None:
         now = self.clock.now()
@@ -318,56 +264,31 @@ class Dispatcher:
         if active in self.scheduler.in_flight:
             self._end(active, active.flow.give_up(error, self.clock.now()))
 
-    def _perform(self, active: Active, action: Action) -> None:  # noqa: C901 (a flat table)
-        scheduler = self.scheduler
-        match action:
-            case TokenChunk():
-                if not active.fingerprint and self.nodes.membership.reference is not None:
-                    active.fingerprint = self.nodes.membership.reference.model.fingerprint
-                active.stream.push(action.token_ids, action.logprobs)
-                if active.stream.complaint is not None:
-                    asyncio.get_running_loop().call_soon(self._give_up_reader, active)
-            case ToNode():
-                self.nodes.send(action)
-            case Enqueue():
-                if action.is_rerun:
-                    scheduler.rerun(active, self.clock.now())
-                else:
-                    prompt = active.flow.prompt
-                    scheduler.arrive(active, self.clock.now(), prompt if prompt.num_choices > 1 else None)
-                if self._is_without_nodes:
-                    self._feed(active, NoNodeAvailable())
-            case Detach():
-                scheduler.release(active, self.clock.now())
-            case AttemptFailed():
-                self.records.attempt_failed(action.sequence_id, action.failure)
-            case MoveOver():
-                self._metrics.migrations.add(action.reason.value, action.outcome.value)
-                if action.outcome is MoveOutcome.MOVED:
-                    scheduler.moved(active)
-                else:
-                    scheduler.move_ended(active)
-                    self.records.move_failed(active.flow.sequence_id, action)
-            case NodeFull():
-                scheduler.node_full(action.node_id)
-            case PairFailed():
-                scheduler.pair_failed(action.placement, self.clock.now())
-            case PairWorked():
-                scheduler.pair_worked(action.placement)
-            case End():
-                self._end(active, action.outcome)
+    def _send(self, action: ToNode) -> None:
+        self.nodes.send(action)
 
-    def _end(self, active: Active, outcome: Outcome) -> None:
-        active.disarm()
-        self.scheduler.depart(active, self.clock.now())
+    def _deliver(self, item: Active, chunk: TokenChunk) -> None:
+        if not item.fingerprint and self.nodes.membership.reference is not None:
+            item.fingerprint = self.nodes.membership.reference.model.fingerprint
+        item.stream.push(chunk.token_ids, chunk.logprobs)
+        if item.stream.complaint is not None:
+            asyncio.get_running_loop().call_soon(self._give_up_reader, item)
+
+    def _note(self, item: Active, action: AttemptFailed | MoveOver) -> None:
+        match action:
+            case AttemptFailed(sequence_id, failure):
+                self.records.attempt_failed(sequence_id, failure)
+            case MoveOver(_, _, reason, outcome):
+                self._metrics.migrations.add(reason.value, outcome.value)
+                if outcome is not MoveOutcome.MOVED:
+                    self.records.move_failed(item.flow.sequence_id, action)
+
+    def _ended(self, item: Active, outcome: Outcome, relay: Relay) -> None:
+        item.disarm()
         if not self.scheduler.num_in_flight:
             self._idle.set()
-        relay = active.flow.lifeline.relay()
-        if outcome.kind is OutcomeKind.FINISHED and not relay.moves:
-            # One that moved says nothing of one node's speed.
-            self.scheduler.generated(relay.decode_node_id, relay.num_tokens, relay.tbt_mean_s)
-        active.stream.end(outcome, relay)
-        self.records.ended(active.flow, outcome, relay, active.origin)
+        item.stream.end(outcome, relay)
+        self.records.ended(item.flow, outcome, relay, item.origin)
 
     # ── Placement ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -383,28 +304,16 @@ class Dispatcher:
             self._fail(active, error)
             return True
 
-    def _place(self, active: Active, now: float) -> bool:
+    def _place(self, item: Active, now: float) -> bool:
         reference = self.nodes.membership.reference
-        if reference is not None and active.fingerprint not in ("", reference.model.fingerprint):
-            changed = f"the model changed from {active.fingerprint} to {reference.model.fingerprint} in mid-request"
-            self._feed(active, Abandon(errors.Unavailable(changed)))
+        if reference is not None and item.fingerprint not in ("", reference.model.fingerprint):
+            changed = f"the model changed from {item.fingerprint} to {reference.model.fingerprint} in mid-request"
+            self._feed(item, Abandon(errors.Unavailable(changed)))
             return True
-        decision = self.scheduler.decide(active, now)
-        is_without_nodes = decision is Obstacle.NO_NODE
-        if is_without_nodes is not self._is_without_nodes:
-            # Told when a look finds a change, not when a node comes up: one that was only suspect does not come up.
-            self._is_without_nodes = is_without_nodes
-            for waiting in list(self.scheduler.waiting):
-                self._feed(waiting, NoNodeAvailable() if is_without_nodes else NodeAvailable())
-        if isinstance(decision, Obstacle):
+        return super()._place(item, now)
+
+    def _note_decision(self, decision: Decision | Obstacle) -> None:
+        if isinstance(decision, Decision):
+            self._metrics.placements.add(decision.reason.value)
+        else:
             self._metrics.placement_waits.add(decision.name.lower())
-            return False
-        if active.flow.prompt.num_choices > 1 and self.scheduler.waits_for_sibling(active, decision, now):
-            return True
-        self._metrics.placements.add(decision.reason.value)
-        # Sent before anything is booked for it: what cannot be sent takes no room.
-        for action in active.flow.handle(Placed(decision.placement, decision.reason.value), now):
-            self._perform(active, action)
-        self.scheduler.assign(active, decision, active.flow.num_known_tokens, now)
-        active.arm(now, self._on_timer)
-        return True
