@@ -6,8 +6,11 @@ From the Azure traces, which come with `loadgen`, from a CSV file, or drawn as t
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from random import Random
 
@@ -53,29 +56,30 @@ class Workload:
 
 
 def read(path: Path) -> Workload:
-    """A CSV file in the form of the public simulator or of the Azure traces. Raises BadConfig."""
+    """A CSV file in the form of the public simulator or of the Azure traces, also compressed with gzip. Raises
+    BadConfig."""
     try:
-        with path.open(newline="") as file:
-            is_simulators = "arrival_timestamp" in (csv.DictReader(file).fieldnames or ())
-    except (OSError, UnicodeDecodeError) as error:
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise BadConfig(f"the trace {quoted(str(path))} cannot be read: {error}", param="trace") from error
-    if not is_simulators:
-        return replayed(str(path), traces.read(str(path)))
+    table = csv.DictReader(io.StringIO(text))
+    if _SIMULATOR_COLUMNS[0] not in (table.fieldnames or ()):
+        return replayed(path.name, traces.read(str(path)))
     requests = []
-    with path.open(newline="") as file:
-        for line, row in enumerate(csv.DictReader(file), start=2):
-            arrival_s, prompt, output = (_number(row, column, path, line) for column in _SIMULATOR_COLUMNS)
-            if prompt < 1 or output < 1 or arrival_s < 0:
-                raise BadConfig(
-                    f"line {line} of {quoted(str(path))} has an arrival of {arrival_s:g} s, {prompt:g} prompt and "
-                    f"{output:g} output tokens; expected an arrival of at least 0 and at least 1 token of each",
-                    param="trace",
-                )
-            requests.append((arrival_s, int(prompt), int(output)))
+    for line, row in enumerate(table, start=2):
+        arrival_s, prompt, output = (_number(row, column, path, line) for column in _SIMULATOR_COLUMNS)
+        if not (1 <= prompt < inf and 1 <= output < inf and 0 <= arrival_s < inf):
+            raise BadConfig(
+                f"line {line} of {quoted(str(path))} has an arrival of {arrival_s:g} s, {prompt:g} prompt and "
+                f"{output:g} output tokens; expected an arrival of at least 0 and at least 1 token of each",
+                param="trace",
+            )
+        requests.append((arrival_s, int(prompt), int(output)))
     if not requests:
         raise BadConfig(f"the trace {quoted(str(path))} has no requests", param="trace")
     requests.sort(key=lambda each: each[0])
-    return Workload(path.stem, tuple(Request(i, *each) for i, each in enumerate(requests)))
+    return Workload(path.name, tuple(Request(i, *each) for i, each in enumerate(requests)))
 
 
 def _number(row: Mapping[str, str], column: str, path: Path, line: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -74,12 +75,15 @@ def test_a_trace_is_read_in_both_forms(tmp_path: Path) -> None:
     )
     lengths = [(10, 1), (20, 3)]
     for path, arrivals in ((simulators, [0.5, 1.5]), (azure, [0.0, 1.0])):
-        requests = workload.read(path).requests
-        assert [(r.num_prompt_tokens, r.num_output_tokens) for r in requests] == lengths
-        assert [r.arrival_s for r in requests] == arrivals
+        packed = path.with_suffix(".csv.gz")
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        for each in (path, packed):
+            requests = workload.read(each).requests
+            assert [(r.num_prompt_tokens, r.num_output_tokens) for r in requests] == lengths
+            assert [r.arrival_s for r in requests] == arrivals
 
 
-@pytest.mark.parametrize("row", ["0,x,20,3", "0,1.5,0,3", "0,-1,20,3", "0,1.5,20"])
+@pytest.mark.parametrize("row", ["0,x,20,3", "0,1.5,0,3", "0,-1,20,3", "0,1.5,20", "0,nan,20,3", "0,1.5,inf,3"])
 def test_a_trace_with_a_line_that_cannot_be_is_refused_by_its_line(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"request_id,arrival_timestamp,prompt_size,token_size\n0,1,2,3\n{row}\n")
