@@ -9,6 +9,7 @@ import pytest
 
 from baton.errors import BadConfig
 from baton.types import Role
+from loadgen import traces
 from planner import design, machines, workload
 
 
@@ -95,3 +96,13 @@ def test_drawn_requests_come_at_the_rate_and_are_the_same_for_a_seed() -> None:
     one, two, other = (workload.like_trace("conv", rate=20, seconds=100, seed=seed) for seed in (1, 1, 2))
     assert one == two != other
     assert one.rate == pytest.approx(20, rel=0.1)
+
+
+def test_a_compressed_trace_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    whole = gzip.compress(b"request_id,arrival_timestamp,prompt_size,token_size\n0,1,2,3\n")
+    for damaged in (whole[:-9], whole[:12] + b"\xff\xff" + whole[14:], b"none"):
+        path.write_bytes(damaged)
+        for read in (workload.read, lambda path: workload.named(str(path)), lambda path: traces.read(str(path))):
+            with pytest.raises(BadConfig, match="cannot be read"):
+                read(path)
