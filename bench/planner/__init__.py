@@ -1,11 +1,11 @@
-"""The planner beside what it has to agree with: ``python -m bench planner``."""
+"""The planner beside what it has to agree with, and what it costs: ``python -m bench planner``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from bench.planner import reference
+from bench.planner import reference, speed
 
 
 def run(quick: bool) -> dict[str, Any]:
-    return {"compat beside the public simulator": reference.table(quick)}
+    return {"compat beside the public simulator": reference.table(quick), "speed": speed.table(quick)}
