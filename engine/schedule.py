@@ -355,6 +355,11 @@ class Scheduler:
                 self._retire(entry, now)
         return events
 
+    @property
+    def active_ids(self) -> list[str]:
+        """Sequences that are computed now, prompts included."""
+        return [entry.sequence.spec.sequence_id for entry in self._active]
+
     def token_ids(self, sequence_id: str) -> Seq[int]:
         """All that are known of a sequence, of which the caller changes nothing; empty for one that is not here."""
         entry = self._entries.get(sequence_id)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
+from baton.types import StepTimes
 from engine.step import StepShape
 
 
@@ -23,3 +25,15 @@ class Times(Protocol):
     def warnings(self) -> tuple[str, ...]:
         """What was asked for beyond what was measured, so far."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTimes:
+    """A line, as nodes tell of themselves."""
+
+    line: StepTimes
+    source: str = "a line"
+    warnings: tuple[str, ...] = ()
+
+    def step_s(self, shape: StepShape) -> float:
+        return self.line.step_s(shape.num_prompt_tokens, shape.num_decoding, shape.num_kv_tokens)

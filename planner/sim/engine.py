@@ -1,0 +1,404 @@
+"""The engine of a simulated node: the scheduler's own steps, each as long as the performance model says.
+
+Steps that only decode advance together, up to the next end of a sequence; what arrives meanwhile cuts them at the end
+of the step under way, whose tokens are then known a step early. The host takes no time beside the device, as in a
+replica whose steps overlap.
+"""
+
+from __future__ import annotations
+
+import heapq
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+from baton.types import TokenChunk
+from engine.events import EngineEvent, Handoff, Output
+from engine.schedule import Scheduler
+from engine.step import Sequence, StepPlan, StepResult, StepShape
+from planner.results import MachineUse
+from planner.sim.events import Events
+from planner.sim.requests import STOP_ID, TOKEN_ID, SimulatedRequest
+from planner.times import Times
+
+
+class Power(Protocol):
+    """Of one machine with one model."""
+
+    @property
+    def idle_w(self) -> float: ...
+
+    def step_w(self, shape: StepShape) -> float:
+        """While it computes such a step."""
+
+
+class _Bulk(NamedTuple):
+    """Plain steps under way; each takes ``growth_s`` longer than the one before."""
+
+    began_s: float
+    first_s: float
+    growth_s: float
+    num_steps: int
+    shape: StepShape
+
+    def end_s(self, num_steps: int) -> float:
+        return self.began_s + num_steps * self.first_s + self.growth_s * (num_steps * (num_steps - 1) / 2)
+
+    def num_over(self, now: float) -> int:
+        """Steps that have ended."""
+        count = min(self.num_steps, int((now - self.began_s) / self.first_s))
+        while count and self.end_s(count) > now:
+            count -= 1
+        while count < self.num_steps and self.end_s(count + 1) <= now:
+            count += 1
+        return count
+
+
+class Engine:
+    """``hear`` takes its events; ``on_plan`` is told of each step with prompts when it begins."""
+
+    def __init__(
+        self,
+        events: Events,
+        scheduler: Scheduler,
+        times: Times,
+        power: Power,
+        use: MachineUse,
+        hear: Callable[[list[EngineEvent]], None],
+        on_plan: Callable[[StepPlan], None],
+        steps_at_once: int,
+    ) -> None:
+        self.scheduler = scheduler
+        self._events = events
+        self._times = times
+        self._power = power
+        self._use = use
+        self._hear = hear
+        self._on_plan = on_plan
+        self._steps_at_once = steps_at_once
+        # By sequence id, what is here.
+        self._requests: dict[str, SimulatedRequest] = {}
+        # Tokens that the router knows.
+        self._told: dict[str, int] = {}
+        self._bulk: _Bulk | None = None
+        self._is_busy = False
+        # Plain steps were cut, and what they led to is still to be told.
+        self._is_landing = False
+        # What was begun before is void: the machine died.
+        self._is_dead = False
+        # Steps that decoded, and by their number when sequences that decode end at the earliest.
+        self._num_steps = 0
+        self._ends: list[tuple[int, str]] = []
+        # Joined, and in no step yet.
+        self._fresh: list[SimulatedRequest] = []
+        # Steps longer than all that came after them, by number: so the longest of a sequence's steps is found.
+        self._long_numbers: list[int] = []
+        self._long_s: list[float] = []
+        # By sequence id, the number of the first step that it decoded in.
+        self._since: dict[str, int] = {}
+        self.version = 0
+
+    # ── What is here ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def enter(self, sequence_id: str, request: SimulatedRequest) -> None:
+        """Its events are about this request."""
+        self._requests[sequence_id] = request
+
+    def refused(self, sequence_id: str) -> None:
+        """The scheduler did not take it."""
+        self._requests.pop(sequence_id, None)
+
+    def joined(self, sequence_id: str, num_told: int) -> None:
+        """It decodes here from the next step on."""
+        request = self._requests[sequence_id]
+        self._told[sequence_id] = num_told
+        self._decodes(sequence_id, request, num_told)
+        self._fresh.append(request)
+
+    def _decodes(self, sequence_id: str, request: SimulatedRequest, num_generated: int) -> None:
+        self._since[sequence_id] = self._num_steps
+        heapq.heappush(self._ends, (self._num_steps + request.num_output_tokens - num_generated, sequence_id))
+
+    def untold(self, sequence_id: str) -> TokenChunk | None:
+        """What a router has not been told, as of now; it is told by this."""
+        token_ids, request = self.scheduler.token_ids(sequence_id), self._requests.get(sequence_id)
+        told = self._told.get(sequence_id)
+        if not token_ids or request is None or told is None:
+            return None
+        count = len(token_ids) - request.num_prompt_tokens
+        if self._bulk is not None and sequence_id in self._since:
+            count += self._bulk.num_over(self._events.now_s)
+        if count <= told:
+            return None
+        self._told[sequence_id] = count
+        return TokenChunk(sequence_id, told, (TOKEN_ID,) * (count - told))
+
+    def leave_all(self) -> list[TokenChunk]:
+        """The machine dies: what it has told by then."""
+        chunks = [self.untold(sequence_id) for sequence_id in list(self._told)]
+        self.cut()
+        self._is_dead = True
+        for sequence_id in list(self._requests):
+            self._left(sequence_id)
+        return [chunk for chunk in chunks if chunk is not None]
+
+    def _left(self, sequence_id: str) -> None:
+        request = self._requests.pop(sequence_id, None)
+        self._told.pop(sequence_id, None)
+        since = self._since.pop(sequence_id, None)
+        if request is not None and since is not None and since < self._num_steps:
+            longest_s = self._long_s[bisect_left(self._long_numbers, since)]
+            request.served.max_gap_s = max(request.served.max_gap_s, longest_s)
+
+    # ── Steps ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def cut(self) -> None:
+        """Something is to change: plain steps end with the one under way."""
+        bulk, now = self._bulk, self._events.now_s
+        if bulk is None:
+            return
+        num_steps = min(bulk.num_steps, bulk.num_over(now) + 1)
+        self._bulk, self._is_landing = None, True
+        self.version += 1
+        events = self._decode(bulk, num_steps)
+        self._events.at(max(now, bulk.end_s(num_steps)), self._landed, self.version, events)
+
+    def wake(self) -> None:
+        """Something has changed: begin the next step, if none is under way."""
+        if not self._is_busy and not self._is_dead:
+            self._begin()
+
+    @property
+    def num_margin_blocks(self) -> int:
+        """Blocks that the plain steps under way may still take."""
+        bulk = self._bulk
+        if bulk is None:
+            return 0
+        return bulk.shape.num_decoding * (bulk.num_steps // self.scheduler.config.block_tokens + 1)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Drawn by plain steps under way that have ended."""
+        bulk = self._bulk
+        return 0 if bulk is None else bulk.num_over(self._events.now_s) * bulk.shape.num_decoding
+
+    def _begin(self) -> None:
+        now = self._events.now_s
+        while True:
+            if self._begin_bulk(now):
+                return
+            plan, events = self.scheduler.schedule(now)
+            if plan is not None:
+                self._is_busy = True
+                self._tell(events)
+                self._on_plan(plan)
+                self.version += 1
+                seconds = self._times.step_s(plan.shape)
+                self._events.at(now + seconds, self._applied, self.version, plan, seconds)
+                return
+            if not events:
+                return
+            # Of sequences that stopped: what follows may be a step.
+            self._is_busy = True
+            self._tell(events)
+            self._is_busy = False
+
+    def _begin_bulk(self, now: float) -> bool:
+        most = min(self._steps_at_once, self._steps_to_end())
+        plain = self.scheduler.plain_steps(most, now) if most > 0 else None
+        if plain is None:
+            return False
+        shape, num_steps = plain.shape, plain.num_steps
+        first_s, growth_s = self._times.step_s(shape), 0.0
+        if num_steps > 1:
+            grown = shape._replace(num_kv_tokens=shape.num_kv_tokens + (num_steps - 1) * shape.num_decoding)
+            growth_s = (self._times.step_s(grown) - first_s) / (num_steps - 1)
+        bulk = _Bulk(now, first_s, growth_s, num_steps, shape)
+        while bulk.num_steps > 1 and bulk.end_s(bulk.num_steps - 1) >= plain.until_s:
+            bulk = bulk._replace(num_steps=bulk.num_steps - 1)
+        self._bulk, self._is_busy = bulk, True
+        self.version += 1
+        self._events.at(bulk.end_s(bulk.num_steps), self._bulk_over, self.version)
+        return True
+
+    def _steps_to_end(self) -> int:
+        """At least so many until a sequence ends; 0 if none decodes."""
+        ends = self._ends
+        while ends:
+            number, sequence_id = ends[0]
+            left = self._num_left(sequence_id)
+            if left is None:
+                heapq.heappop(ends)
+            elif number != self._num_steps + left:
+                # It was not in every step: it waited, or was computed again.
+                heapq.heapreplace(ends, (self._num_steps + left, sequence_id))
+            else:
+                return left
+        return 0
+
+    def _num_left(self, sequence_id: str) -> int | None:
+        request, token_ids = self._requests.get(sequence_id), self.scheduler.token_ids(sequence_id)
+        if request is None or not token_ids or sequence_id not in self._since:
+            return None
+        return request.num_output_tokens - len(token_ids) + request.num_prompt_tokens
+
+    def _bulk_over(self, version: int) -> None:
+        bulk = self._bulk
+        if version == self.version and bulk is not None:
+            self._bulk = None
+            self._landed(version, self._decode(bulk, bulk.num_steps))
+
+    def _decode(self, bulk: _Bulk, num_steps: int) -> list[EngineEvent]:
+        """So many of the plain steps."""
+        scheduler, end_s = self.scheduler, bulk.end_s(num_steps)
+        self._account_decode(bulk, num_steps, end_s)
+        last = set()
+        ends, number = self._ends, self._num_steps + num_steps
+        while ends and ends[0][0] <= number:
+            _, sequence_id = heapq.heappop(ends)
+            left = self._num_left(sequence_id)
+            if left == num_steps:
+                last.add(sequence_id)
+            elif left is not None:
+                heapq.heappush(ends, (self._num_steps + left, sequence_id))
+        self._num_steps = number
+        first_end_s = bulk.end_s(1)
+        for request in self._fresh:
+            request.went_on(first_end_s)
+        self._fresh.clear()
+        ends_s = [bulk.end_s(count) for count in range(1, num_steps + 1)]
+        return scheduler.decode(bulk.began_s, ends_s, TOKEN_ID, last, STOP_ID)
+
+    def _account_decode(self, bulk: _Bulk, num_steps: int, end_s: float) -> None:
+        use, seconds = self._use, end_s - bulk.began_s
+        use.num_steps += num_steps
+        use.num_output_tokens += num_steps * bulk.shape.num_decoding
+        use.decode_s += seconds
+        use.max_kv_tokens = max(use.max_kv_tokens, bulk.shape.num_kv_tokens)
+        energy_j = seconds * self._power.step_w(bulk.shape)
+        use.decode_energy_j += energy_j
+        self._share(energy_j, self.scheduler.active_ids)
+        last_s = bulk.first_s + bulk.growth_s * (num_steps - 1)
+        self._note_step(self._num_steps + num_steps - 1, max(bulk.first_s, last_s))
+        self.scheduler.measured.add(bulk.shape, bulk.first_s)
+
+    def _share(self, energy_j: float, sequence_ids: list[str]) -> None:
+        each_j = energy_j / len(sequence_ids)
+        for sequence_id in sequence_ids:
+            self._requests[sequence_id].served.energy_j += each_j
+
+    def _note_step(self, number: int, seconds: float) -> None:
+        numbers, long_s = self._long_numbers, self._long_s
+        while long_s and long_s[-1] <= seconds:
+            long_s.pop()
+            numbers.pop()
+        long_s.append(seconds)
+        numbers.append(number)
+
+    def _landed(self, version: int, events: list[EngineEvent]) -> None:
+        if version == self.version and not self._is_dead:
+            self._is_landing = False
+            self._tell(events)
+            self._is_busy = False
+            self._begin()
+
+    def _applied(self, version: int, plan: StepPlan, seconds: float) -> None:
+        if version != self.version or self._is_dead:
+            return
+        self._account_plan(plan, seconds)
+        sampled = {piece.sequence.sequence_id: self._drawn(piece.sequence) for piece in plan.pieces if piece.samples}
+        now = self._events.now_s
+        if plan.shape.num_decoding:
+            self._num_steps += 1
+            for request in self._fresh:
+                request.went_on(now)
+            self._fresh.clear()
+        self._tell(self.scheduler.apply(plan, StepResult(sampled), now))
+        self._is_busy = False
+        self._begin()
+
+    def _drawn(self, sequence: Sequence) -> TokenChunk:
+        index = sequence.num_generated
+        is_last = index + 1 >= self._requests[sequence.sequence_id].num_output_tokens
+        return TokenChunk(sequence.sequence_id, index, (STOP_ID if is_last else TOKEN_ID,))
+
+    def _account_plan(self, plan: StepPlan, seconds: float) -> None:
+        use, shape = self._use, plan.shape
+        use.num_steps += 1
+        use.num_prompt_tokens += shape.num_prompt_tokens
+        use.num_output_tokens += shape.num_decoding
+        energy_j = seconds * self._power.step_w(shape)
+        decode_j = 0.0
+        if shape.num_decoding:
+            alone = StepShape(0, 0, shape.num_decoding, shape.num_kv_tokens)
+            decode_j = energy_j
+            if shape.num_prompt_tokens:
+                decode_j = min(energy_j, self._times.step_s(alone) * self._power.step_w(alone))
+            self._note_step(self._num_steps, seconds)
+        if not shape.num_prompt_tokens:
+            use.decode_s += seconds
+        elif shape.num_decoding:
+            use.mixed_s += seconds
+        else:
+            use.prompt_s += seconds
+        use.prompt_energy_j += energy_j - decode_j
+        use.decode_energy_j += decode_j
+        self._share_plan(plan, energy_j - decode_j, decode_j)
+        self.scheduler.measured.add(shape, seconds)
+
+    def _share_plan(self, plan: StepPlan, prompt_j: float, decode_j: float) -> None:
+        """Decoding sequences equally, prompts by their tokens."""
+        shape = plan.shape
+        each_j = decode_j / max(1, shape.num_decoding)
+        token_j = prompt_j / max(1, shape.num_prompt_tokens)
+        for place, piece in enumerate(plan.pieces):
+            request = self._requests[piece.sequence.sequence_id]
+            request.served.energy_j += each_j if place < shape.num_decoding else token_j * piece.num_tokens
+
+    # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _tell(self, events: list[EngineEvent]) -> None:
+        """Those that the node has to know: of tokens between the first and the last it is told with the next that
+        matters."""
+        told: list[EngineEvent] = []
+        for event in events:
+            match event:
+                case Output():
+                    if (output := self._output(event)) is not None:
+                        told.append(output)
+                case Handoff(sequence_id):
+                    if (chunk := self.untold(sequence_id)) is not None:
+                        told.append(Output(sequence_id, chunk))
+                    self._requests[sequence_id].last_token_s = self._events.now_s
+                    told.append(event)
+                case _:
+                    told.append(event)
+        self._hear(told)
+
+    def settle(self) -> None:
+        """Forget what has left, unless its last token is still to be told."""
+        if not self._is_landing:
+            for sequence_id in self.scheduler.take_gone():
+                self._left(sequence_id)
+
+    def _output(self, event: Output) -> Output | None:
+        sequence_id, chunk = event.sequence_id, event.chunk
+        request, now = self._requests[sequence_id], self._events.now_s
+        if event.prefill is not None:
+            self._told[sequence_id] = chunk.index
+            if chunk.index:
+                request.went_on(now)
+            request.last_token_s = now
+            self._decodes(sequence_id, request, chunk.index + 1)
+            self._use.num_output_tokens += 1
+        elif chunk.index == 1 and request.served.second_token_s is None:
+            request.went_on(now)
+        if event.prefill is None and chunk.finish_reason is None:
+            return None
+        first = self._told[sequence_id]
+        self._told[sequence_id] = chunk.index + 1
+        if first < chunk.index:
+            missing = (TOKEN_ID,) * (chunk.index - first)
+            event = replace(event, chunk=replace(chunk, index=first, token_ids=missing + chunk.token_ids))
+        return event
