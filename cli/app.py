@@ -20,7 +20,7 @@ from baton.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from baton.registry import RegistryConfig
 from baton.settings import keys
 from baton.types import MAX_PRIORITY, MIN_PRIORITY, Role
-from cli import ask, bench, preflight
+from cli import ask, bench, plan, preflight
 from cli.options import finite, path, plain
 from cli.router import router
 from cli.show import role_change, wide_console
@@ -73,6 +73,7 @@ ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, h
 for command in (up, worker, router):
     app.command()(command)
 app.add_typer(bench.app, name="bench")
+app.add_typer(plan.app, name="plan")
 
 
 class AskedRole(Enum):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.errors import BadConfig, quoted
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
@@ -49,3 +51,10 @@ BUILT_IN = {
         ),
     )
 }  # fmt: skip
+
+
+def find(name: str) -> Model:
+    """Raises BadConfig."""
+    if name not in BUILT_IN:
+        raise BadConfig(f"the model is {quoted(name)}, expected one of {', '.join(BUILT_IN)}", param="model")
+    return BUILT_IN[name]

@@ -45,7 +45,7 @@ class Served:
     num_moves: int = 0
     num_cached_tokens: int = 0
     num_tokens: int = 0
-    # Largest time between two of its tokens.
+    # Largest time between two of its tokens; not followed in the profile compat.
     max_gap_s: float = 0.0
     energy_j: float = 0.0
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from statistics import median
 
@@ -77,13 +78,11 @@ class Curve:
             raise ValueError(f"a curve needs two points or more of different x, not {found}")
         self._x = [x for x, _ in found]
         self._y = [y for _, y in found]
-        self._least_asked = self._x[0]
-        self._most_asked = self._x[-1]
+        self._least_asked, self._most_asked = inf, -inf
 
     def at(self, x: float) -> float:
-        if not self._x[0] <= x <= self._x[-1]:
-            self._least_asked = min(self._least_asked, x)
-            self._most_asked = max(self._most_asked, x)
+        self._least_asked = min(self._least_asked, x)
+        self._most_asked = max(self._most_asked, x)
         right = min(max(bisect_left(self._x, x), 1), len(self._x) - 1)
         x0, y0 = self._x[right - 1], self._y[right - 1]
         slope = (self._y[right] - y0) / (self._x[right] - x0)
@@ -91,13 +90,11 @@ class Curve:
 
     @property
     def extrapolated(self) -> str:
-        """Of a warning: "17 to 127, measured are 128 to 32,768"; empty if nothing was."""
-        asked = []
-        if self._least_asked < self._x[0]:
-            asked.append(f"from {self._least_asked:,g} on")
-        if self._most_asked > self._x[-1]:
-            asked.append(f"up to {self._most_asked:,g}")
-        return f"{' and '.join(asked)}, measured are {self._x[0]:,g} to {self._x[-1]:,g}" if asked else ""
+        """Of a warning: "7 to 2,048, measured are 128 to 32,768"; empty if nothing was."""
+        first, last = self._x[0], self._x[-1]
+        if self._least_asked >= first and self._most_asked <= last:
+            return ""
+        return f"{self._least_asked:,g} to {self._most_asked:,g}, measured are {first:,g} to {last:,g}"
 
 
 def medians(found: Iterable[Row], x: Callable[[Row], float], y: Callable[[Row], float]) -> Curve:
@@ -157,7 +154,7 @@ class TokenTimes:
     @property
     def warnings(self) -> tuple[str, ...]:
         return tuple(
-            f"{name} times of {self._name} are extrapolated for steps of tokens {extrapolated}"
+            f"{name} times of {self._name} are extrapolated: tokens of steps were {extrapolated}"
             for name, curve in (("prompt", self._prompt), ("decode", self._decode))
             if (extrapolated := curve.extrapolated)
         )

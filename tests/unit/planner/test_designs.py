@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
 
 from baton.errors import BadConfig
 from baton.types import Role
+from loadgen import traces
 from planner import design, machines, workload
 
 
@@ -74,12 +76,15 @@ def test_a_trace_is_read_in_both_forms(tmp_path: Path) -> None:
     )
     lengths = [(10, 1), (20, 3)]
     for path, arrivals in ((simulators, [0.5, 1.5]), (azure, [0.0, 1.0])):
-        requests = workload.read(path).requests
-        assert [(r.num_prompt_tokens, r.num_output_tokens) for r in requests] == lengths
-        assert [r.arrival_s for r in requests] == arrivals
+        packed = path.with_suffix(".csv.gz")
+        packed.write_bytes(gzip.compress(path.read_bytes()))
+        for each in (path, packed):
+            requests = workload.read(each).requests
+            assert [(r.num_prompt_tokens, r.num_output_tokens) for r in requests] == lengths
+            assert [r.arrival_s for r in requests] == arrivals
 
 
-@pytest.mark.parametrize("row", ["0,x,20,3", "0,1.5,0,3", "0,-1,20,3", "0,1.5,20"])
+@pytest.mark.parametrize("row", ["0,x,20,3", "0,1.5,0,3", "0,-1,20,3", "0,1.5,20", "0,nan,20,3", "0,1.5,inf,3"])
 def test_a_trace_with_a_line_that_cannot_be_is_refused_by_its_line(row: str, tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text(f"request_id,arrival_timestamp,prompt_size,token_size\n0,1,2,3\n{row}\n")
@@ -91,3 +96,13 @@ def test_drawn_requests_come_at_the_rate_and_are_the_same_for_a_seed() -> None:
     one, two, other = (workload.like_trace("conv", rate=20, seconds=100, seed=seed) for seed in (1, 1, 2))
     assert one == two != other
     assert one.rate == pytest.approx(20, rel=0.1)
+
+
+def test_a_compressed_trace_that_is_damaged_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv.gz"
+    whole = gzip.compress(b"request_id,arrival_timestamp,prompt_size,token_size\n0,1,2,3\n")
+    for damaged in (whole[:-9], whole[:12] + b"\xff\xff" + whole[14:], b"none"):
+        path.write_bytes(damaged)
+        for read in (workload.read, lambda path: workload.named(str(path)), lambda path: traces.read(str(path))):
+            with pytest.raises(BadConfig, match="cannot be read"):
+                read(path)

@@ -1,0 +1,160 @@
+"""`baton plan`: what a cluster that does not exist would do with a workload."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from baton.errors import BadConfig
+from cli import preflight
+from cli.options import finite, path
+from cli.show import wide_console
+from cli.usage import Commands
+
+if TYPE_CHECKING:
+    from planner.results import Run
+    from planner.summary import Summary
+    from planner.workload import Workload
+
+app = typer.Typer(cls=Commands, help="Size a cluster: simulate it before it exists.")
+
+_DAY_S = 86_400.0
+_MAX_RATE = 1e6
+_UNITS = {"_s": ("s", 3), "_slowdown": ("x", 2)}
+
+
+class AskedProfile(Enum):
+    COMPAT = "compat"
+
+
+@app.callback()
+def _plan() -> None:
+    """Typer would take the only command for the whole app."""
+
+
+@app.command()
+def simulate(
+    profile: Annotated[
+        AskedProfile,
+        typer.Option(help="Whose rules: compat follows the Splitwise paper's public simulator, its errors included."),
+    ],
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="code|conv|FILE",
+            help="The requests: Azure's coding or conversation service, or a CSV file of their form or of the public "
+            "simulator's (arrival_timestamp, prompt_size, token_size); .gz too.",
+        ),
+    ],
+    model: Annotated[str, typer.Option("--model", "-m", help="bloom-176b or llama2-70b.")] = "bloom-176b",
+    tp: Annotated[int, typer.Option(min=1, max=1024, help="Tensor parallelism: GPUs that share a model.")] = 8,
+    prompt: Annotated[
+        list[str] | None, typer.Option(metavar="MACHINE:COUNT", help="Machines for prompts, such as h100-80gb:25.")
+    ] = None,
+    token: Annotated[
+        list[str] | None, typer.Option(metavar="MACHINE:COUNT", help="Machines for tokens, such as a100-80gb:26.")
+    ] = None,
+    mixed: Annotated[
+        list[str] | None, typer.Option(metavar="MACHINE:COUNT", help="Machines for both, such as h100-80gb:40.")
+    ] = None,
+    machines: Annotated[
+        Path | None, typer.Option(parser=path, metavar="FILE", help="Machine types of your own, in TOML.")
+    ] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(min=1e-6, max=_MAX_RATE, callback=finite, help="Stretch the arrivals to so many a second."),
+    ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(min=1e-3, max=_DAY_S, callback=finite, help="Only what arrives in the first so many seconds."),
+    ] = None,
+    poisson: Annotated[
+        bool,
+        typer.Option(
+            "--poisson", help="Draw lengths from the trace, and Poisson arrivals at --rate for --seconds, by --seed."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of --poisson.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", parser=path, metavar="DIR", help="Write summary.json and requests.csv there."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Run a workload on a design in simulated time; report latency, slowdowns and the nine objectives."""
+    if out is not None:
+        preflight.writable_folder(out, "--out")
+    from planner import design, models
+    from planner import machines as catalogue
+    from planner.profiles import simulated
+    from planner.results import Profile
+    from planner.summary import as_json as flat
+    from planner.summary import summarize, write
+
+    known = catalogue.catalogue(machines)
+    asked = design.parse(known, prompt=prompt or (), token=token or (), mixed=mixed or ())
+    work = _workload(trace, rate, seconds, seed if poisson else None)
+    begin = time.perf_counter()
+    run, alone = simulated(Profile(profile.value), work, asked, models.find(model), tp, known)
+    wall_s = time.perf_counter() - begin
+    summary = summarize(run, alone)
+    if out is not None:
+        write(out, run, summary)
+    if as_json:
+        typer.echo(json.dumps(flat(run, summary), indent=2))
+        return
+    console = wide_console()
+    _show(console, run, summary, f"{model} with TP {tp}")
+    console.print(
+        f"simulated in {wall_s:.2f} s, {1e3 * wall_s / len(run.served):.3f} ms a request"
+        + ("" if out is None else f"; wrote {out / 'summary.json'} and {out / 'requests.csv'}"),
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _workload(trace: str, rate: float | None, seconds: float | None, seed: int | None) -> Workload:
+    """``seed``: to be drawn."""
+    from planner.workload import named
+
+    work = named(trace)
+    if seed is not None:
+        if rate is None or seconds is None:
+            raise BadConfig("--poisson draws requests, expected --rate and --seconds with it", param="poisson")
+        return work.redrawn(rate=rate, seconds=seconds, seed=seed)
+    if rate is not None:
+        work = work.at_rate(rate)
+    return work if seconds is None else work.until(seconds)
+
+
+def _show(console: Console, run: Run, summary: Summary, model: str) -> None:
+    work = run.workload
+    for line in (
+        f"profile {run.profile.value} · {model} · {run.design.name}",
+        f"{summary.num_requests} requests of {work.name}, {work.rate:.3g} a second; {summary.num_served} served",
+        f"${run.design.dollars_per_hour:,.2f} an hour, {run.design.power_units:,.1f} power units",
+    ):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    table = Table("", *("mean", "p50", "p90", "p99"))
+    for name, figures in summary.metrics.items():
+        unit, digits = next(found for ending, found in _UNITS.items() if name.endswith(ending))
+        values = (getattr(figures, part) for part in ("mean", "p50", "p90", "p99"))
+        table.add_row(name, *("-" if value is None else f"{value:.{digits}f} {unit}" for value in values))
+    console.print(table)
+    missed = [f"{v.figure} p{v.percentile * 100:g}" for v in summary.verdicts if not v.is_met]
+    verdict = (
+        "all nine objectives met" if summary.meets_all_nine else f"objectives missed: {', '.join(missed) or 'all'}"
+    )
+    counters = ", ".join(f"{name} {value:g}" for name, value in run.counters.items())
+    console.print(f"{verdict}; {counters}", markup=False, highlight=False, soft_wrap=True)
+    for warning in run.warnings:
+        Console(file=sys.stderr, soft_wrap=True).print(
+            f"warning: {warning}", markup=False, highlight=False, style="yellow"
+        )
