@@ -1,7 +1,4 @@
-"""The profile compat beside the public simulator: summaries of 31 pairs of design and trace, and single requests.
-
-``python -m bench.planner.reference`` writes the table into docs/planning.md.
-"""
+"""The profile compat beside the public simulator: summaries of 31 pairs of design and trace, and single requests."""
 
 from __future__ import annotations
 
@@ -23,8 +20,6 @@ from planner.table import TokenTimes
 from planner.uncontended import BASIS, TableUncontended, measured
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "splitwise"
-DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
-_BEGIN, _END = "<!-- reference table: python -m bench.planner.reference -->\n", "<!-- end -->\n"
 # What the public simulator ran.
 _MODEL = models.BUILT_IN["bloom-176b"]
 _TENSOR_PARALLEL = 8
@@ -151,18 +146,3 @@ def _row(comparison: Comparison) -> dict[str, Any]:
 def _rows(path: Path) -> Iterator[dict[str, str]]:
     with gzip.open(path, "rt", newline="") as file:
         yield from csv.DictReader(file)
-
-
-def markdown(rows: list[dict[str, Any]]) -> str:
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---" * len(rows[0]) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(map(str, row.values())) + " |" for row in rows)]) + "\n"
-
-
-def main() -> None:
-    before, rest = DOCUMENT.read_text(encoding="utf-8").split(_BEGIN)
-    _, after = rest.split(_END)
-    DOCUMENT.write_text(before + _BEGIN + markdown(table(quick=False)) + _END + after, encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from operator import attrgetter
 
 from planner.compat.events import Event, Events
+from planner.compat.pool import Pool
 from planner.results import Ending, MachineUse, Served
 from planner.table import TokenTimes
 
@@ -158,6 +159,7 @@ class Machine:
         self.pending_tokens = 0
         self.num_preemptions = 0
         self.num_over_memory = 0
+        self.pool: Pool | None = None
         self._times = times
         self._events = events
         self._on_prompt_end = on_prompt_end
@@ -210,9 +212,17 @@ class Machine:
         self.memory_bytes += num_bytes
         self.num_over_memory += self.memory_bytes > self.max_memory_bytes
 
-    def free(self, num_bytes: int) -> None:
+    def free(self, num_bytes: int, *, num_tokens: int = 0) -> None:
+        """``num_tokens``: no longer pending."""
         self.memory_bytes -= num_bytes
-        self.scheduled_bytes -= num_bytes
+        self.expect(tokens=-num_tokens, num_bytes=-num_bytes)
+
+    def expect(self, *, tokens: int, num_bytes: int) -> None:
+        """Pending and scheduled are so much more."""
+        self.pending_tokens += tokens
+        self.scheduled_bytes += num_bytes
+        if self.pool is not None:
+            self.pool.changed(self)
 
     def has_memory(self, num_bytes: int) -> bool:
         return self.memory_bytes + num_bytes <= self.max_memory_bytes
@@ -365,7 +375,7 @@ class Machine:
 
     def _prompt_ended(self, task: Task) -> None:
         job = task.job
-        self.pending_tokens -= task.step_tokens
+        self.expect(tokens=-task.step_tokens, num_bytes=0)
         job.served.first_token_s = self._events.now
         if not job.is_split and not job.ends_with_prompt:
             insort(self._ready, job.decode, key=_by_request)
@@ -373,8 +383,7 @@ class Machine:
 
     def _decode_ended(self, task: Task) -> None:
         job = task.job
-        self.pending_tokens -= 1
-        self.free(job.kv_bytes)
+        self.free(job.kv_bytes, num_tokens=1)
         job.ended(self._events.now)
 
     def _record(self) -> None:

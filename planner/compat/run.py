@@ -123,9 +123,7 @@ class _Simulation:
     def _ended_with_prompt(self, job: Job) -> None:
         """The public simulator has no rule for it: there such a request never ends, or stops the program."""
         job.source.free(job.prompt.kv_bytes)
-        job.target.pending_tokens -= 1
-        if job.is_split:
-            job.target.scheduled_bytes -= job.kv_bytes
+        job.target.expect(tokens=-1, num_bytes=-job.kv_bytes if job.is_split else 0)
         job.ended(self._events.now)
 
     def _retry_later(self, job: Job) -> None:
@@ -188,8 +186,10 @@ class _Simulation:
         if num_output != sum(machine.use.num_output_tokens for machine in self._machines):
             raise InternalError(f"the machines did not generate the {num_output} tokens of the requests")
         for machine in self._machines:
-            if (machine.memory_bytes, machine.pending_tokens) != (machine.weight_bytes, 0):
+            found_there = (machine.memory_bytes, machine.scheduled_bytes, machine.pending_tokens)
+            if found_there != (machine.weight_bytes, machine.weight_bytes, 0):
                 raise InternalError(
-                    f"{machine.use.name} is idle with {machine.memory_bytes - machine.weight_bytes} bytes of KV and "
-                    f"{machine.pending_tokens} pending tokens"
+                    f"{machine.use.name} is idle with {machine.memory_bytes - machine.weight_bytes} bytes of KV, "
+                    f"{machine.scheduled_bytes - machine.weight_bytes} scheduled ones and {machine.pending_tokens} "
+                    "pending tokens"
                 )
