@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from operator import attrgetter
 
 from baton.types import Role
-from planner.compat.machine import Job, Machine
+from planner.compat.machine import Machine
 from planner.compat.pool import Pool
+from planner.compat.tasks import Job
 
 # A prompt joins no queue that would be longer with it, unless the machine has nothing waiting.
 _MAX_PENDING_TOKENS = 8192

@@ -8,8 +8,9 @@ from functools import partial
 from baton.errors import BadConfig, InternalError
 from baton.types import Role
 from planner.compat.events import Events
-from planner.compat.machine import Job, Machine
+from planner.compat.machine import Machine
 from planner.compat.placement import OnePool, TwoPools
+from planner.compat.tasks import Job
 from planner.design import Design
 from planner.machines import Machine as MachineType
 from planner.models import Model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from math import nextafter
 
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,9 @@ from baton.errors import BadConfig
 from baton.types import Role
 from planner import machines, models
 from planner.compat.events import Events
-from planner.compat.machine import Job, Machine
+from planner.compat.machine import Machine
 from planner.compat.run import simulate
+from planner.compat.tasks import Job
 from planner.design import Design, parse
 from planner.results import Ending, MachineUse, Run, Served
 from planner.table import TokenTimes
@@ -129,6 +131,16 @@ def test_a_split_machine_has_an_instance_for_each_group_of_gpus_and_a_mixed_one_
     split = run(TWO, [(0.0, 100, 10)], LLAMA, 4)
     assert [use.name for use in split.machines] == [f"h100-80gb_{i}" for i in range(4)]
     assert len(run(ONE, [(0.0, 100, 10)], LLAMA, 4).machines) == 1
+
+
+@pytest.mark.parametrize("decodes", [7, 10, 33, 101])
+def test_what_arrives_at_the_very_end_of_steps_takes_none_too_many(decodes: int) -> None:
+    alone = run(ONE, [(0.3, 100, decodes + 1)]).served[0].ended_s
+    assert alone is not None
+    for arrival_s in (nextafter(alone, 0), alone, nextafter(alone, 9)):
+        found = run(ONE, [(0.3, 100, decodes + 1), (arrival_s, 50, 2)])
+        assert found.served[0].ended_s == pytest.approx(alone, abs=1e-12)
+        assert found.served[1].first_token_s == pytest.approx(alone + TIMES.prompt_s(50))
 
 
 def test_names_count_by_kind_of_machine() -> None:
