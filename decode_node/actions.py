@@ -36,11 +36,13 @@ class DecodeActions:
         self._let_go = let_go
         self._config = config
 
-    def perform(self, action: machine.Action) -> None:
+    def perform(self, action: machine.Action) -> None:  # noqa: C901 (a flat table)
         """Any action but Send."""
         match action:
             case Reserve():
                 self._grant(action)
+            case machine.Expect(sequence_id):
+                self._replica.expect(sequence_id)
             case machine.Join(sequence_id, first_token):
                 self._replica.join(sequence_id, first_token, self._listener)
             case machine.RejectArrival(_, reason):

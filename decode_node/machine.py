@@ -30,7 +30,7 @@ from baton.node_messages import (
 )
 from baton.types import Failure, Lease, TokenChunk
 from engine.events import Failed, Handoff, Output, Started
-from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released, WriterBegan
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,13 @@ Event = (
 
 
 @dataclass(frozen=True, slots=True)
+class Expect:
+    """Its prompt is being computed: it will arrive soon."""
+
+    sequence_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class Join:
     """Answer with JoinRefused if the engine does not take the sequence, and do not acknowledge the arrival."""
 
@@ -122,7 +129,7 @@ class StopCompute:
     sequence_id: str
 
 
-Action = Reserve | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | LetGo | Send
+Action = Reserve | Expect | Join | RejectArrival | RevokeLease | Quarantine | ReturnBlocks | StopCompute | LetGo | Send
 
 
 class Phase(Enum):
@@ -174,6 +181,8 @@ class DecodeMachine:
             case JoinRefused(sequence_id, failure):
                 relay.phase = Phase.ENDING
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
+            case WriterBegan(sequence_id):
+                return [Expect(sequence_id)] if relay.phase is Phase.LEASED else []
             case Quarantined(sequence_id):
                 return [Quarantine(sequence_id), *self._lease_over(relay, event)]
             case Released():

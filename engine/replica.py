@@ -218,6 +218,11 @@ class Replica:
         with self._changed:
             self._scheduler.pool.set_epoch(sequence_id, epoch)
 
+    def expect(self, sequence_id: str) -> None:
+        """As Scheduler.expect."""
+        with self._changed:
+            self._scheduler.expect(sequence_id)
+
     def quarantine(self, sequence_id: str) -> None:
         with self._changed:
             self._scheduler.quarantine(sequence_id, self._clock.now())

@@ -11,12 +11,13 @@ order they were scheduled.
 
 Order: every decoding sequence that has room for its next token is in every step, then prompts by priority, first come,
 first served, in chunks up to the token budget. A prompt that came ``max_prompt_wait_s`` ago goes before all that did
-not. With ``tbt_target_s`` a step that decodes, or that a leased sequence may come to wait for, has only so much of
-prompts as is predicted to fit into that time, by the steps that were measured (``engine/step_times.py``). A prompt
-starts when all blocks of its known tokens are there; decoding grows block by block. When the pool is exhausted the
-youngest sequence of the worst priority is preempted: its blocks are dropped and its tokens computed again later. One
-that was preempted ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a
-victim; nor is one whose blocks have a reader outside (``lend``), which is going to another node.
+not. With ``tbt_target_s`` a step has only so much of prompts as is predicted to fit into that time, by the steps that
+were measured (``engine/step_times.py``): one that decodes, or that a sequence may wait for whose prompt another node is
+computing; other steps of a node that is handed sequences may take a few times as long. A prompt starts when all blocks
+of its known tokens are there; decoding grows block by block. When the pool is exhausted the youngest sequence of the
+worst priority is preempted: its blocks are dropped and its tokens computed again later. One that was preempted
+``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim; nor is one whose
+blocks have a reader outside (``lend``), which is going to another node.
 
 With a prefix cache a sequence begins behind the blocks that are found for it (``engine/prefix_cache.py``); a prompt
 whose next block is just being computed for another sequence waits for it, lends it its place, and lets those behind it
@@ -100,6 +101,10 @@ class Scheduler:
         self._next_overdue_s = -math.inf
         # Whether a sequence that decodes was not in the two newest plans, because it waited for the host.
         self._sits_out = False, False
+        # Of these, those that will join soon.
+        self._expected: set[str] = set()
+        # Other nodes compute sequences for this one, which may arrive in the middle of any step.
+        self._is_handed_to = False
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         self._gone: list[str] = []
@@ -146,17 +151,25 @@ class Scheduler:
         sequence.num_computed = len(found) * self.config.block_tokens
         self.prefix_cache.count(spec.num_known_tokens, len(found))
         self._leases[spec.sequence_id] = sequence
+        self._is_handed_to = True
         num_known = blocks_for(spec.num_known_tokens, self.config.block_tokens)
         return Reserved(len(found), tuple(sequence.block_ids[len(found) :]), num_known - len(found))
+
+    def expect(self, sequence_id: str) -> None:
+        """Its prompt is being computed: it will join soon, and is not to wait for a long step then."""
+        if sequence_id in self._leases:
+            self._expected.add(sequence_id)
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
         if sequence_id in self._leases:
+            self._expected.discard(sequence_id)
             self.pool.move(sequence_id, BlockState.QUARANTINED, now)
 
     def return_lease(self, sequence_id: str) -> None:
         """No writer can reach the leased blocks any more and none is expected."""
         if self._leases.pop(sequence_id, None) is not None:
+            self._expected.discard(sequence_id)
             self.pool.free(sequence_id)
 
     def join(self, sequence_id: str, tokens: TokenChunk, now: float) -> None:
@@ -170,6 +183,7 @@ class Scheduler:
             raise InternalError(f"{sequence_id} arrived without a lease")
         token_ids = joined_ids(seq.spec, tokens, self.config, len(seq.block_ids))
         del self._leases[sequence_id]
+        self._expected.discard(sequence_id)
         self.pool.move(sequence_id, BlockState.RUNNING, now)
         entry = Entry(seq, order=self._next_order(seq.spec), now=now)
         entry.num_stored = seq.num_computed // self.config.block_tokens
@@ -551,13 +565,15 @@ class Scheduler:
         self._next_overdue_s = max(min(came_s) + max_wait_s, now + max_wait_s / 16)
 
     def _limit_s(self, decoding: StepShape) -> float | None:
-        """How long the step may take, None: no sequence waits for its next token.
+        """How long the step may take, None: no sequence waits for its next token, nor may come to.
 
         One that waits for the host is in every second step only: its gap is two of them.
         """
         target_s = self.config.tbt_target_s
-        if target_s is None or not (decoding.num_decoding or self._leases or self._sits_out[1]):
+        if target_s is None:
             return None
+        if not (decoding.num_decoding or self._expected or self._sits_out[1]):
+            return self.config.prompt_step_targets * target_s if self._is_handed_to else None
         progress_s = self.measured.step_s(decoding) / (1 - self.config.min_prompt_share)
         return max(progress_s, target_s / 2 if any(self._sits_out) else target_s)
 

@@ -39,6 +39,9 @@ class SchedulerConfig:
     # kernels) or as many as take this share of its time: prompts make progress where decoding alone takes that long.
     min_chunk_tokens: int = field(default=8, metadata=setting(least=1))
     min_prompt_share: float = field(default=0.2, metadata=setting(least=0, most=0.9))
+    # While nothing decodes on a worker that others hand sequences to, a step may take so many times --tbt-target-ms:
+    # one that arrives waits for the step that runs. Chunks so long cost a prompt a few percent at most.
+    prompt_step_targets: float = field(default=4.0, metadata=setting(least=1))
     # A prompt that came longer ago is computed before those of a better priority that did not: prompts of the worst
     # priority are delayed, but for no longer than a client waits.
     max_prompt_wait_s: float = 10.0

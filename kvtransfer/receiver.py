@@ -57,7 +57,7 @@ class _Channel:
 class Receiver(transfer_pb2_grpc.KvTransferServicer):
     """Serves ``baton.v1.KvTransfer``; add it to a grpc.aio server with ``add_to``. Everything on one event loop.
 
-    ``on_event`` gets Arrived, Quarantined and Released one at a time and never from inside a call of ours.
+    ``on_event`` gets WriterBegan, Arrived, Quarantined and Released one at a time and never from inside a call of ours.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
                 self._spawn(self._verify(action))
             case events.ForgetDigests():
                 self._verifier.forget(action.epoch, action.layers)
-            case events.Arrived() | events.Quarantined() | events.Released():
+            case events.WriterBegan() | events.Arrived() | events.Quarantined() | events.Released():
                 self._notices.append(action)
                 asyncio.get_running_loop().call_soon(self._deliver)
             case events.DropChannel():

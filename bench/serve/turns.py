@@ -28,7 +28,7 @@ from loadgen.objectives import Limits, Uncontended
 from loadgen.report import Shown
 from loadgen.run import run
 
-_WARM_UP = closed("warm-up", same_size(8, 64, 8), 4, 120.0)
+_WARM_UP = closed("warm-up", same_size(16, 256, 16), 4, 120.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

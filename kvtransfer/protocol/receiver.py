@@ -49,6 +49,7 @@ from kvtransfer.protocol.receiver_events import (
     Verified,
     Verify,
     VerifyFailed,
+    WriterBegan,
     WriterGone,
     Wrote,
 )
@@ -291,10 +292,10 @@ class LeaseMachine:
             what = "is not live here" if lease is None else "belongs to another channel"
             error = TransferFailed(f"lease {message.epoch} of {message.sequence_id} {what}; reserve again")
             return [_nack(channel, message, 0, error)]
-        opened = lease.bind(channel)
+        began = [lease.bind(channel), WriterBegan(lease.sequence_id, lease.epoch)]
         if not channel.is_one_sided:
-            return [opened]  # Its sender does not wait: this process is the fence.
-        return [opened, Send(channel.number, Begun(lease.sequence_id, lease.epoch))]
+            return began  # Its sender does not wait: this process is the fence.
+        return [*began, Send(channel.number, Begun(lease.sequence_id, lease.epoch))]
 
     def _data_came(self, event: DataCame) -> list[ReceiverAction]:
         lease, channel = self._leases.get(event.epoch), self._channels.get(event.channel)
@@ -302,7 +303,7 @@ class LeaseMachine:
             return []
         if channel is None or channel.is_lost or channel.is_writer_gone or channel.is_one_sided:
             return []
-        return [lease.bind(channel)]
+        return [lease.bind(channel), WriterBegan(lease.sequence_id, lease.epoch)]
 
     def _unknown(self, channel: PeerChannel, message: Commit | Abort | Revoked) -> list[ReceiverAction]:
         """A message for a lease that is over, or not this peer's. Only a Commit waits for an answer."""

@@ -190,6 +190,14 @@ class ForgetDigests:
 
 
 @dataclass(frozen=True, slots=True)
+class WriterBegan:
+    """The writer of a lease has begun: what it computes is on its way. Once for a lease at most."""
+
+    sequence_id: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Arrived:
     """The sequence's KV is here and verified; the owner of the pool takes its blocks over, or raises.
 
@@ -224,7 +232,7 @@ class Released:
 
 
 # What the owner of the pool hears of its leases, from the machine to the owner's own.
-LeaseNotice = Arrived | Quarantined | Released
+LeaseNotice = WriterBegan | Arrived | Quarantined | Released
 
 
 @dataclass(frozen=True, slots=True)

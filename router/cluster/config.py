@@ -21,7 +21,7 @@ class PolicyConfig:
     # A request leaves the pools (for a mixed node, or to run whole on one) if that is predicted to save more than so
     # many seconds and to take less than this share of the time: predictions are no better than that, and an idle
     # cluster goes on splitting.
-    leave_saving_s: float = 0.2
+    leave_saving_s: float = 0.1
     leave_share: float = field(default=0.9, metadata=setting(most=1))
     # A prefill node without a target for the gaps between tokens keeps what it computed only if a step of the decode
     # node would take so many times as long as an empty one (a batch of 64 about doubles it): beside prompts, gaps are
@@ -29,7 +29,7 @@ class PolicyConfig:
     crowded_factor: float = field(default=2.0, metadata=setting(least=1))
     # What a second by which other sequences' tokens come later counts on a node that keeps their gaps within its
     # target, and in their own seconds elsewhere: a gap that the operator allows harms little.
-    bounded_gap_weight: float = field(default=0.25, metadata=setting(least=0, most=1))
+    bounded_gap_weight: float = field(default=0.05, metadata=setting(least=0, most=1))
     # If the shortest queue of prompts is predicted to take longer, a node of the other pool helps, whatever it disturbs
     # there: about as long as people wait for a first word without a complaint.
     borrow_after_s: float = 2.0

@@ -20,7 +20,7 @@ from kvtransfer.devices.fake import FakeDevice
 from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id
 from kvtransfer.memory import HostMemory, Memory
-from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, WriterBegan
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Push, Sender
 
@@ -53,11 +53,16 @@ class Inbox:
     """Collects a receiver's events and lets a test wait for one."""
 
     def __init__(self) -> None:
+        # How leases ended, and the sequences of those that a writer began to fill.
         self.notices: list[LeaseNotice] = []
+        self.began: list[str] = []
         self.refuse_with: Exception | None = None
         self._changed = asyncio.Event()
 
     def __call__(self, notice: LeaseNotice) -> None:
+        if isinstance(notice, WriterBegan):
+            self.began.append(notice.sequence_id)
+            return
         self.notices.append(notice)
         self._changed.set()
         if isinstance(notice, Arrived) and self.refuse_with is not None:

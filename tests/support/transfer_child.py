@@ -21,7 +21,7 @@ import grpc.aio
 from baton.server import ErrorMappingInterceptor
 from baton.types import Lease
 from kvtransfer.config import TransferConfig
-from kvtransfer.protocol.receiver_events import LeaseNotice
+from kvtransfer.protocol.receiver_events import LeaseNotice, WriterBegan
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transports import tcp_socket as tcp
@@ -59,7 +59,8 @@ async def run_sender(spec: str, *, on_device: bool) -> None:
 
 async def run_receiver(transport: str, port: int, incarnation: int, *, on_device: bool) -> None:
     def on_event(notice: LeaseNotice) -> None:
-        say(event=type(notice).__name__, sequence_id=notice.sequence_id)
+        if not isinstance(notice, WriterBegan):
+            say(event=type(notice).__name__, sequence_id=notice.sequence_id)
 
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)], interceptors=[ErrorMappingInterceptor()])
     port = server.add_insecure_port(f"127.0.0.1:{port}")

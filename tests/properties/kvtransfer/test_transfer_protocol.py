@@ -162,6 +162,9 @@ class TransferMachine(RuleBasedStateMachine):
                 assert action.sequence_id not in self.ended
             case r.DropChannel():
                 self.dropped.append(self.wires[action.channel])
+            case r.WriterBegan():
+                assert action.sequence_id not in self.ended
+                assert action.epoch in self.open_epochs
             case r.Digest() | r.ForgetDigests():
                 pass
 

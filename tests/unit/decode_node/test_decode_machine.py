@@ -17,6 +17,7 @@ from decode_node.machine import (
     Action,
     DecodeMachine,
     Event,
+    Expect,
     GrantRefused,
     Join,
     JoinRefused,
@@ -28,7 +29,7 @@ from decode_node.machine import (
     StopCompute,
 )
 from engine.events import Failed, Output
-from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released
+from kvtransfer.protocol.receiver_events import Arrived, Quarantined, Released, WriterBegan
 
 SPEC = SequenceSpec("r/0/1", (1, 2, 3), SamplingParams(seed=0, max_tokens=4))
 ID = SPEC.sequence_id
@@ -99,6 +100,11 @@ def test_cancel_in_every_phase(
 def test_what_nobody_waits_for_is_not_acknowledged(way: list[Event]) -> None:
     (action,) = after(*way).handle(ARRIVED, 1.0)
     assert isinstance(action, RejectArrival)
+
+
+@pytest.mark.parametrize(("way", "actions"), [(LEASED, [Expect(ID)]), (RUNNING, []), (ENDING, []), ([], [])])
+def test_the_engine_hears_when_a_leased_sequence_is_on_its_way(way: list[Event], actions: list[Action]) -> None:
+    assert after(*way).handle(WriterBegan(ID, 5), 1.0) == actions
 
 
 def test_a_lease_that_expires_is_told_at_once_and_returned_when_no_writer_is_left() -> None:

@@ -93,10 +93,20 @@ def test_a_sequence_that_may_arrive_any_time_counts_as_one_that_decodes() -> Non
     s = scheduler()
     sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=100)
     s.reserve(SequenceSpec("leased", (1,) * 10, sampling), 0.0)
-    add(s, "a", 700)
+    add(s, "a", 1000)
+    assert step(s)["a"] > 100, "its prompt waits elsewhere"
+    s.expect("leased")
     assert 60 <= step(s)["a"] <= 100
     s.return_lease("leased")
     assert step(s)["a"] > 100
+
+
+def test_once_others_hand_sequences_over_a_step_that_decodes_none_is_bounded_as_well() -> None:
+    s = scheduler()
+    s.reserve(SequenceSpec("leased", (1,) * 10, SamplingParams(temperature=0.0, seed=0, max_tokens=100)), 0.0)
+    s.return_lease("leased")
+    add(s, "a", 1000)
+    assert 0.3 <= DECODE_S + TOKEN_S * step(s)["a"] <= 0.42
 
 
 def test_prompts_share_the_time_in_their_order() -> None:

@@ -53,7 +53,7 @@ class Receiving:
 
     def begin(self) -> None:
         begun = [r.Send(1, Begun("q", 7))] if self.one_sided else []
-        assert self.hears(Begin("q", 7)) == [r.OpenEpoch(1, 7, (4, 5)), *begun]
+        assert self.hears(Begin("q", 7)) == [r.OpenEpoch(1, 7, (4, 5)), r.WriterBegan("q", 7), *begun]
 
     def verify(self, attempt: int = 1) -> None:
         assert self.hears(commit(attempt)) == [r.CloseEpoch(1, 7)]
@@ -231,7 +231,7 @@ def test_a_lost_control_channel_ends_a_filling_lease_with_its_data_connection() 
 def test_data_that_overtakes_begin_binds_its_lease() -> None:
     t = Receiving(one_sided=False)
     assert t.feed(r.DataCame(2, 7)) == [], "of no channel"
-    assert t.feed(r.DataCame(1, 7)) == [r.OpenEpoch(1, 7, (4, 5))]
+    assert t.feed(r.DataCame(1, 7)) == [r.OpenEpoch(1, 7, (4, 5)), r.WriterBegan("q", 7)]
     assert t.feed(r.DataCame(1, 7)) == [], "by the second stream"
     assert t.hears(Begin("q", 7)) == []
     t.feed(r.ChannelOpened(2, "prefill-1", False))

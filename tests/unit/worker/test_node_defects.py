@@ -241,6 +241,7 @@ async def test_one_push_that_cannot_be_sent_fails_alone() -> None:
         assert p.inbox.of("bad") in ([], ["Released"], ["Quarantined", "Released"])
         await p.inbox.wait(Released, "bad")
         assert [p.inbox.of(name) for name in ("a", "b")] == [["Arrived"], ["Arrived"]]
+        assert p.inbox.began == ["a", "bad", "b"]
         assert len(p.receiver._channels) == 1
 
 

@@ -86,14 +86,14 @@ def test_all_mixed_is_colocated() -> None:
 
 
 def test_prompt_pool_overflows_to_mixed_only_when_behind() -> None:
-    assert pick(node("p0", prompt=1900), D0, M0) == Placement("p0", "d0"), "0.19 s are not worth it"
-    assert pick(node("p0", prompt=2100), D0, M0) == Placement("m0", "m0")
+    assert pick(node("p0", prompt=900), D0, M0) == Placement("p0", "d0"), "0.09 s are not worth it"
+    assert pick(node("p0", prompt=1100), D0, M0) == Placement("m0", "m0")
 
 
 def test_token_pool_overflows_to_mixed_when_full_or_behind() -> None:
     assert pick(P0, node("d0", free=1), M0) == Placement("p0", "m0")
-    behind = 20_000
-    assert pick(P0, node("d0", decode=15_000), M0) == Placement("p0", "d0"), "0.19 s over 128 tokens"
+    behind = 9_000
+    assert pick(P0, node("d0", decode=7_000), M0) == Placement("p0", "d0"), "0.09 s over 128 tokens"
     assert pick(P0, node("d0", decode=behind), M0) == Placement("p0", "m0")
     assert pick(P0, node("d0", decode=behind), node("m0", decode=behind)) == Placement("p0", "d0")
 
