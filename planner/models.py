@@ -20,15 +20,29 @@ class Model:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    # All parameters, and those that one token is multiplied with: fewer in a mixture of experts.
+    # All parameters, and those that one token is multiplied with: fewer in a mixture of experts, and without the table
+    # of embeddings, of which a token reads one row.
     num_parameters: float
     num_active_parameters: float
+    # Of a mixture of experts: in each layer that has them, how many one token uses, parameters of all in all layers.
+    num_experts: int = 0
+    num_experts_per_token: int = 0
+    num_expert_parameters: float = 0.0
     bytes_per_parameter: float = 2.0
     bytes_per_kv_value: float = 2.0
 
     @property
     def weight_bytes(self) -> float:
         return self.num_parameters * self.bytes_per_parameter
+
+    def read_bytes(self, num_tokens: int) -> float:
+        """Of weights, in a step of so many tokens: experts that none of them uses are not read. Each token is taken to
+        choose its experts by chance."""
+        if not self.num_experts:
+            return self.num_active_parameters * self.bytes_per_parameter
+        used = self.num_experts_per_token / self.num_experts
+        more = (1 - (1 - used) ** num_tokens - used) * self.num_expert_parameters
+        return (self.num_active_parameters + max(0.0, more)) * self.bytes_per_parameter
 
     @property
     def kv_bytes_per_token(self) -> float:
@@ -47,7 +61,7 @@ BUILT_IN = {
         # https://huggingface.co/meta-llama/Llama-2-70b-hf: 68,976,648,192 parameters, 8 KV heads.
         Model(
             name="llama2-70b", num_layers=80, hidden_size=8192, num_heads=64, num_kv_heads=8, head_dim=128,
-            num_parameters=68.977e9, num_active_parameters=68.977e9,
+            num_parameters=68.977e9, num_active_parameters=68.715e9,
         ),
     )
 }  # fmt: skip

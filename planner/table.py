@@ -21,6 +21,10 @@ from planner.machines import Machine
 
 _FILE = Path(__file__).resolve().parent / "data" / "splitwise_perf_model.csv"
 _MS = 1000
+# The prompts and outputs of the measured batches.
+_BATCHED, _DECODED = 512, 128
+# Runs in one batch are within 3 % of their steps.
+_MOST_BEYOND_STEPS = 1.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,33 @@ class Row:
     decode_s: float
     # Of the GPUs while measured, as a share of what they may draw; 0: not measured.
     power_share: float
+    # The whole run: the prompts, then all steps of decoding.
+    run_s: float
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether the run took as long as its one prompt step and its decoding: of some large batches it took far
+        longer, so not all of the batch was computed at once. Long outputs end before their number of tokens."""
+        steps_s = self.prompt_s + self.decode_s * (self.num_output_tokens - 1)
+        return self.run_s < _MOST_BEYOND_STEPS * steps_s
+
+    @property
+    def num_decoded(self) -> int:
+        """Tokens behind the first that were generated: fewer than asked for where the outputs ended early."""
+        return max(1, min(self.num_output_tokens - 1, round((self.run_s - self.prompt_s) / self.decode_s)))
+
+    @property
+    def num_kv_tokens(self) -> float:
+        """In a step of the decoding, on average."""
+        return self.batch_size * (self.num_prompt_tokens + (self.num_decoded + 1) / 2)
+
+    @property
+    def num_batch_tokens(self) -> int:
+        return self.batch_size * self.num_prompt_tokens
+
+    @property
+    def num_prompt_pairs(self) -> int:
+        return self.batch_size * self.num_prompt_tokens * (self.num_prompt_tokens + 1) // 2
 
 
 @cache
@@ -47,7 +78,7 @@ def rows() -> tuple[Row, ...]:
             Row(
                 row["model"], row["hardware"], int(row["tensor_parallel"]), int(row["prompt_size"]),
                 int(row["batch_size"]), int(row["token_size"]), float(row["prompt_time"]) / _MS,
-                float(row["token_time"]) / _MS, float(row["average_power"]),
+                float(row["token_time"]) / _MS, float(row["average_power"]), float(row["e2e_time"]) / _MS,
             )
             for row in csv.DictReader(file)
         )  # fmt: skip
@@ -87,6 +118,10 @@ class Curve:
         x0, y0 = self._x[right - 1], self._y[right - 1]
         slope = (self._y[right] - y0) / (self._x[right] - x0)
         return slope * (x - x0) + y0
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        return list(zip(self._x, self._y, strict=True))
 
     @property
     def extrapolated(self) -> str:
@@ -158,3 +193,82 @@ class TokenTimes:
             for name, curve in (("prompt", self._prompt), ("decode", self._decode))
             if (extrapolated := curve.extrapolated)
         )
+
+
+class ShapeTimes:
+    """The times as the table's rows have them: prompts over tokens and pairs, decodes over batch and KV tokens.
+
+    A batch's decode is between those of the measured batches at their KV, 576 tokens a sequence; a KV token more or
+    less costs what it did in the runs of one sequence. A prompt is between the measured single prompts, beyond 8,192
+    tokens between batches; where long prompts cost more than batches of as many tokens, it is for their pairs. Several
+    prompts in one step took up to 42 % longer than one of as many tokens (Llama2-70B on A100), which a step's shape
+    does not show. No row measures a step of both phases: it reads the weights once, so it is the sum of both less an
+    empty decode.
+    """
+
+    def __init__(self, model: str, machine: Machine, tensor_parallel: int) -> None:
+        found = [row for row in rows_of(model, machine, tensor_parallel) if row.is_one_batch]
+        self._name = f"{model} on {machine.name} with TP {tensor_parallel}"
+        alone = [row for row in found if row.batch_size == 1]
+        batches = [row for row in found if row.num_prompt_tokens == _BATCHED and row.num_output_tokens == _DECODED]
+        self._kv_token_s = _slope((row.num_kv_tokens, row.decode_s) for row in alone)
+        self._batch_kv_tokens = median(row.num_kv_tokens / row.batch_size for row in batches)
+        self._decode = medians(batches, lambda row: row.batch_size, lambda row: row.decode_s)
+        self._empty_decode_s = self._decode.at(1) - self._kv_token_s * self._batch_kv_tokens
+        # (tokens, pairs) of a prompt step: single prompts, and batches of more tokens than the longest of them has.
+        longest = max(row.num_prompt_tokens for row in alone)
+        prompts = [row for row in found if row.batch_size == 1 or row.num_batch_tokens > longest]
+        batched = medians(batches, lambda row: row.num_batch_tokens, lambda row: row.prompt_s)
+        # Of single prompts, beyond batches of as many tokens: pairs that those do not have.
+        self._pair_s = _proportion(
+            (row.num_prompt_pairs - _pairs_of_batches(row.num_prompt_tokens),
+             row.prompt_s - batched.at(row.num_prompt_tokens))
+            for row in alone if row.num_prompt_tokens > _BATCHED
+        )  # fmt: skip
+        points = medians(
+            prompts, lambda row: row.num_batch_tokens, lambda row: row.prompt_s - self._pair_s * row.num_prompt_pairs
+        )
+        # A prompt of one token is a decode without KV.
+        self._prompt = Curve([(1, self._empty_decode_s), *points.points])
+
+    @property
+    def source(self) -> str:
+        return f"table of SplitwiseSim, {self._name}, by batch and KV tokens"
+
+    def step_s(self, shape: StepShape) -> float:
+        step_s = 0.0
+        if shape.num_prompt_tokens:
+            step_s = self._prompt.at(shape.num_prompt_tokens) + self._pair_s * shape.num_prompt_pairs
+        if shape.num_decoding:
+            kv_tokens = shape.num_kv_tokens - shape.num_decoding * self._batch_kv_tokens
+            step_s += self._decode.at(shape.num_decoding) + self._kv_token_s * kv_tokens
+            if shape.num_prompt_tokens:
+                step_s -= self._empty_decode_s
+        return step_s
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        return tuple(
+            f"{name} times of {self._name} are extrapolated: {what} of steps were {extrapolated}"
+            for name, what, curve in (("prompt", "tokens", self._prompt), ("decode", "sequences", self._decode))
+            if (extrapolated := curve.extrapolated)
+        )
+
+
+def _pairs_of_batches(num_tokens: int) -> int:
+    """(query, key) pairs of prompts of 512 tokens that have so many together."""
+    return num_tokens * (_BATCHED + 1) // 2
+
+
+def _slope(points: Iterable[tuple[float, float]]) -> float:
+    """Of the straight line with the least squares; 0 if it falls, which is noise."""
+    found = list(points)
+    middle_x, middle_y = (sum(values) / len(found) for values in zip(*found, strict=True))
+    squares = sum((x - middle_x) ** 2 for x, _ in found)
+    return max(0.0, sum((x - middle_x) * (y - middle_y) for x, y in found) / squares)
+
+
+def _proportion(points: Iterable[tuple[float, float]]) -> float:
+    """The same through 0."""
+    found = list(points)
+    return max(0.0, sum(x * y for x, y in found) / sum(x * x for x, _ in found))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import median
 
 import pytest
 
 from baton.errors import BadConfig
 from engine.step import StepShape
 from planner import machines
-from planner.table import Curve, TokenTimes, rows_of
+from planner.table import Curve, Row, ShapeTimes, TokenTimes, rows_of
 
 KNOWN = machines.catalogue()
 
@@ -72,3 +73,64 @@ def test_what_the_table_has_not_is_refused_with_what_it_has() -> None:
         BadConfig, match="no 'bloom-176b' on 'h200-141gb' with TP 8; expected one of bloom-176b on a100"
     ):
         rows_of("bloom-176b", KNOWN["h200-141gb"], 8)
+
+
+def _decode(sequences: int, kv_tokens: int) -> StepShape:
+    return StepShape(num_decoding=sequences, num_kv_tokens=kv_tokens)
+
+
+@pytest.mark.parametrize(
+    ("machine", "batch_s", "alone_s"), [("a100-80gb", 0.0966, 0.0488), ("h100-80gb", 0.0638, 0.0361)]
+)
+def test_a_decode_costs_by_its_batch_and_by_its_kv(machine: str, batch_s: float, alone_s: float) -> None:
+    times = ShapeTimes("bloom-176b", KNOWN[machine], 8)
+    assert times.step_s(_decode(64, 64 * 576)) == pytest.approx(batch_s, rel=0.01)
+    assert times.step_s(_decode(1, 576)) == pytest.approx(alone_s, rel=0.01)
+    # 512 and 8,192 tokens before: 48.8 and 51.3 ms on A100, 36.1 and 37.4 on H100.
+    assert 1.02 < times.step_s(_decode(1, 8256)) / times.step_s(_decode(1, 576)) < 1.08
+    assert times.step_s(_decode(32, 64_000)) > times.step_s(_decode(32, 32_000)) > times.step_s(_decode(16, 32_000))
+    assert times.warnings == ()
+    times.step_s(_decode(65, 1))
+    assert "1 to 65, measured are 1 to 64" in times.warnings[0]
+
+
+@pytest.mark.parametrize("machine", ["a100-80gb", "h100-80gb"])
+@pytest.mark.parametrize(
+    ("model", "degree"), [("bloom-176b", 8), ("llama2-70b", 2), ("llama2-70b", 4), ("llama2-70b", 8)]
+)
+def test_the_times_are_near_every_row_of_the_table(machine: str, model: str, degree: int) -> None:
+    times = ShapeTimes(model, KNOWN[machine], degree)
+    cells: dict[tuple[int, int, int], list[Row]] = {}
+    for row in rows_of(model, KNOWN[machine], degree):
+        if row.is_one_batch:
+            cells.setdefault((row.num_prompt_tokens, row.batch_size, row.num_output_tokens), []).append(row)
+    for (num_prompt_tokens, batch_size, _), found in cells.items():
+        prompt = StepShape()
+        for _ in range(batch_size):
+            prompt = prompt.with_prompt(0, num_prompt_tokens)
+        decode = _decode(batch_size, round(median(row.num_kv_tokens for row in found)))
+        # Several prompts took longer than one of as many tokens.
+        most = 0.06 if batch_size == 1 else 0.32
+        assert times.step_s(prompt) == pytest.approx(median(row.prompt_s for row in found), rel=most)
+        assert times.step_s(decode) == pytest.approx(median(row.decode_s for row in found), rel=0.12)
+
+
+def test_a_batch_that_was_not_computed_at_once_is_left_out() -> None:
+    found = rows_of("llama2-70b", KNOWN["a100-80gb"], 2)
+    assert {row.batch_size for row in found if not row.is_one_batch} == {32, 64}
+    assert all(row.is_one_batch for row in rows_of("bloom-176b", KNOWN["a100-80gb"], 8))
+
+
+def test_a_mixed_step_reads_the_weights_once_and_meets_both_pure_ones() -> None:
+    times = ShapeTimes("bloom-176b", KNOWN["a100-80gb"], 8)
+    prompt, decode = StepShape().with_prompt(0, 1500), _decode(32, 40_000)
+    both = decode.with_prompt(0, 1500)
+    assert max(times.step_s(prompt), times.step_s(decode)) < times.step_s(both)
+    assert times.step_s(both) < times.step_s(prompt) + times.step_s(decode)
+    # One token of a prompt changes next to nothing.
+    assert times.step_s(decode.with_prompt(0, 1)) == pytest.approx(times.step_s(decode), rel=1e-3)
+
+
+def test_a_chunk_behind_a_long_beginning_costs_more_than_the_first() -> None:
+    times = ShapeTimes("bloom-176b", KNOWN["a100-80gb"], 8)
+    assert times.step_s(StepShape().with_prompt(8000, 512)) > times.step_s(StepShape().with_prompt(0, 512))
