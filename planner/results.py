@@ -74,6 +74,16 @@ class MachineUse:
     idle_energy_j: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class RoleChange:
+    """``role`` is the acting one if the machine was borrowed or returned, else the pool that it is in from then on."""
+
+    at_s: float
+    machine: str
+    role: Role
+    reason: str
+
+
 @dataclass(slots=True)
 class Run:
     profile: Profile
@@ -87,3 +97,6 @@ class Run:
     counters: Mapping[str, float] = field(default_factory=dict)
     # What the reader has to know: times that a table had to be extrapolated for, and the like.
     warnings: tuple[str, ...] = ()
+    role_changes: tuple[RoleChange, ...] = ()
+    # Times between two tokens of a sequence, to 1 %, and how many there were.
+    gaps_s: tuple[tuple[float, int], ...] = ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.errors import BadConfig
-from baton.types import blocks_for
+from baton.types import StepTimes, blocks_for
 from engine.scheduler_config import SchedulerConfig
 from planner.machines import Machine
 from planner.models import Model
@@ -51,8 +51,8 @@ class SimulationConfig:
     commit_s: float = 1e-3
     # Steps that only decode advance together, at most so many: all but the first and the last are interpolated.
     steps_at_once: int = 64
-    # Whether nodes tell their measured step times.
-    tells_step_times: bool = True
+    # What all nodes tell of their steps instead of what they measure; None: that. For studies of what it is worth.
+    told_times: StepTimes | None = None
     outages: tuple[Outage, ...] = ()
 
     def __post_init__(self) -> None:

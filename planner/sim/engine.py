@@ -19,6 +19,7 @@ from engine.schedule import Scheduler
 from engine.step import Sequence, StepPlan, StepResult, StepShape
 from planner.results import MachineUse
 from planner.sim.events import Events
+from planner.sim.gaps import Gaps
 from planner.sim.requests import STOP_ID, TOKEN_ID, SimulatedRequest
 from planner.times import Times
 
@@ -68,6 +69,7 @@ class Engine:
         hear: Callable[[list[EngineEvent]], None],
         on_plan: Callable[[StepPlan], None],
         steps_at_once: int,
+        gaps: Gaps,
     ) -> None:
         self.scheduler = scheduler
         self._events = events
@@ -77,6 +79,7 @@ class Engine:
         self._hear = hear
         self._on_plan = on_plan
         self._steps_at_once = steps_at_once
+        self._gaps = gaps
         # By sequence id, what is here.
         self._requests: dict[str, SimulatedRequest] = {}
         # Tokens that the router knows.
@@ -118,6 +121,8 @@ class Engine:
 
     def _decodes(self, sequence_id: str, request: SimulatedRequest, num_generated: int) -> None:
         self._since[sequence_id] = self._num_steps
+        if request.served.decode_start_s is None:
+            request.served.decode_start_s = self._events.now_s
         heapq.heappush(self._ends, (self._num_steps + request.num_output_tokens - num_generated, sequence_id))
 
     def untold(self, sequence_id: str) -> TokenChunk | None:
@@ -263,12 +268,19 @@ class Engine:
             elif left is not None:
                 heapq.heappush(ends, (self._num_steps + left, sequence_id))
         self._num_steps = number
-        first_end_s = bulk.end_s(1)
-        for request in self._fresh:
-            request.went_on(first_end_s)
-        self._fresh.clear()
+        self._note_gaps(bulk.end_s(1), bulk.first_s, bulk.shape.num_decoding)
+        if num_steps > 1:
+            mean_s = (end_s - bulk.end_s(1)) / (num_steps - 1)
+            self._gaps.add(mean_s, (num_steps - 1) * bulk.shape.num_decoding)
         ends_s = [bulk.end_s(count) for count in range(1, num_steps + 1)]
         return scheduler.decode(bulk.began_s, ends_s, TOKEN_ID, last, STOP_ID)
+
+    def _note_gaps(self, now: float, seconds: float, num_decoding: int) -> None:
+        """Of a step: those that have just joined have waited for longer."""
+        for request in self._fresh:
+            self._gaps.add(request.went_on(now), 1)
+        self._gaps.add(seconds, max(0, num_decoding - len(self._fresh)))
+        self._fresh.clear()
 
     def _account_decode(self, bulk: _Bulk, num_steps: int, end_s: float) -> None:
         use, seconds = self._use, end_s - bulk.began_s
@@ -311,9 +323,7 @@ class Engine:
         now = self._events.now_s
         if plan.shape.num_decoding:
             self._num_steps += 1
-            for request in self._fresh:
-                request.went_on(now)
-            self._fresh.clear()
+            self._note_gaps(now, seconds, plan.shape.num_decoding)
         self._tell(self.scheduler.apply(plan, StepResult(sampled), now))
         self._is_busy = False
         self._begin()
@@ -388,12 +398,12 @@ class Engine:
         if event.prefill is not None:
             self._told[sequence_id] = chunk.index
             if chunk.index:
-                request.went_on(now)
+                self._gaps.add(request.went_on(now), 1)
             request.last_token_s = now
             self._decodes(sequence_id, request, chunk.index + 1)
             self._use.num_output_tokens += 1
         elif chunk.index == 1 and request.served.second_token_s is None:
-            request.went_on(now)
+            request.served.second_token_s = now
         if event.prefill is None and chunk.finish_reason is None:
             return None
         first = self._told[sequence_id]

@@ -19,10 +19,11 @@ from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
 from kvtransfer.protocol.receiver_events import Arrived, Released
 from planner.machines import Machine
-from planner.results import MachineUse
+from planner.results import MachineUse, RoleChange
 from planner.sim.config import SimulationConfig
 from planner.sim.engine import Engine, Power
 from planner.sim.events import Events
+from planner.sim.gaps import Gaps
 from planner.sim.links import Link
 from planner.sim.pushes import Push
 from planner.sim.requests import SimulatedRequest
@@ -69,6 +70,8 @@ class Node:
         self.events = events
         self.counters = counters
         self.use = MachineUse(self.node_id, description.home_role, machine.name)
+        self.role_changes: list[RoleChange] = []
+        self.gaps = Gaps()
         layout = description.kv_layout
         self.token_bytes = layout.num_layers * layout.block_bytes / layout.block_tokens
         self.link_out, self.link_in = Link(machine.link_bytes_s), Link(machine.link_bytes_s)
@@ -91,7 +94,7 @@ class Node:
         self.scheduler = Scheduler(self._scheduler_config, pool, PrefixScheme.of(self.description))
         self.engine = Engine(
             self.events, self.scheduler, self._times, self._power, self.use, self._heard, self._on_plan,
-            self.config.steps_at_once,
+            self.config.steps_at_once, self.gaps,
         )  # fmt: skip
         self.roles = Roles(self.description.home_role, self.config.roles)
         self._prefill = prefill.PrefillMachine(self.node_id)
@@ -158,7 +161,7 @@ class Node:
             free_blocks=pool.num_available, queued_prompt_tokens=load.queued_prompt_tokens,
             num_waiting=load.num_waiting, num_running=load.num_running,
             running_tokens=load.running_tokens + self.engine.num_pending_tokens, cached_blocks=pool.num_cached,
-            step_times=self.scheduler.measured.told if self.config.tells_step_times else None,
+            step_times=self.config.told_times or self.scheduler.measured.told,
         )  # fmt: skip
 
     def cache_change(self) -> CacheChanged | None:
@@ -223,6 +226,9 @@ class Node:
     def _note_roles(self, changes: list[RoleChanged]) -> None:
         for change in changes:
             self.counters[f"role_changes_{change.reason.value}"] += 1
+            self.role_changes.append(
+                RoleChange(self.events.now_s, self.node_id, change.after, change.reason.value)
+            )  # fmt: skip
 
     # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

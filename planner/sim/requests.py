@@ -61,13 +61,14 @@ class SimulatedRequest:
     def has_tokens(self) -> bool:
         return bool(self.flow.tokens)
 
-    def went_on(self, now: float) -> None:
-        """It draws the first token since it last had to wait."""
-        served = self.served
+    def went_on(self, now: float) -> float:
+        """It draws the first token since it last had to wait; returns how long that was."""
+        served, waited_s = self.served, now - self.last_token_s
         if served.second_token_s is None:
             served.second_token_s = now
-        served.max_gap_s = max(served.max_gap_s, now - self.last_token_s)
+        served.max_gap_s = max(served.max_gap_s, waited_s)
         self.last_token_s = now
+        return waited_s
 
     def can_move_from(self, node_id: str) -> bool:
         placement = self.flow.placement

@@ -18,6 +18,7 @@ from planner.results import Profile, Run, Served
 from planner.sim.config import SimulationConfig
 from planner.sim.engine import Power
 from planner.sim.events import Events
+from planner.sim.gaps import Gaps
 from planner.sim.node import Network, Node
 from planner.sim.router import SimulatedRouter
 from planner.times import Times
@@ -112,6 +113,8 @@ class _Simulation:
             Profile.HONEST, self._workload, self._design, served, tuple(node.use for node in self._nodes.values()),
             self._router.ended_s, dict(sorted(self._counters.items())),
             tuple(dict.fromkeys(text for times in self._times.values() for text in times.warnings)),
+            tuple(sorted((x for node in self._nodes.values() for x in node.role_changes), key=lambda x: x.at_s)),
+            Gaps.total(node.gaps for node in self._nodes.values()),
         )  # fmt: skip
 
     def _arrive(self, served: tuple[Served, ...], index: int) -> None:

@@ -96,7 +96,7 @@ def test_many_steps_at_once_change_nothing() -> None:
     requests = traffic(rate=12, seconds=10)
     # What nodes measure differs a little, and so would what the router makes of it.
     found, each = (
-        run(requests, design(2, 2), replace(CONFIG, steps_at_once=count, tells_step_times=False)).served
+        run(requests, design(2, 2), replace(CONFIG, steps_at_once=count, told_times=LINE)).served
         for count in (64, 1)
     )
     for one, other in zip(found, each, strict=True):
