@@ -263,8 +263,8 @@ def _pairs_of_batches(num_tokens: int) -> int:
 def _slope(points: Iterable[tuple[float, float]]) -> float:
     """Of the straight line with the least squares; 0 if it falls, which is noise."""
     found = list(points)
-    middle_x, middle_y = (sum(values) / len(found) for values in zip(*found, strict=True))
-    squares = sum((x - middle_x) ** 2 for x, _ in found)
+    middle_x, middle_y = sum(x for x, _ in found) / len(found), sum(y for _, y in found) / len(found)
+    squares = sum((x - middle_x) * (x - middle_x) for x, _ in found)
     return max(0.0, sum((x - middle_x) * (y - middle_y) for x, y in found) / squares)
 
 
