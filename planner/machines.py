@@ -15,7 +15,7 @@ _CATALOGUE = Path(__file__).resolve().parent / "data" / "machines.toml"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """All figures but the last four are of one GPU. The file of the catalogue has the source of each figure."""
+    """Figures are of one GPU where nothing else is said. The file of the catalogue has the source of each."""
 
     name: str
     num_gpus: int
@@ -35,6 +35,13 @@ class Machine:
     power_units: float
     # The machine whose measured table is used for this one; empty: its own name.
     measured_as: str = ""
+    # What a GPU would draw at most if it were not capped to `power_w`; 0: it is not.
+    uncapped_power_w: float = 0.0
+
+    @property
+    def cap_share(self) -> float:
+        """Of the power that a GPU would draw without a cap."""
+        return min(1.0, self.power_w / self.uncapped_power_w) if self.uncapped_power_w else 1.0
 
     @property
     def machine_dollars_per_hour(self) -> float:
@@ -67,6 +74,7 @@ def _read(path: Path, known: Mapping[str, Machine]) -> dict[str, Machine]:
     return found
 
 
+_OPTIONAL = ("measured_as", "uncapped_power_w")
 _TYPES = {field.name: field.type for field in fields(Machine)}
 
 
@@ -86,7 +94,7 @@ def _machine(name: str, table: Mapping[str, Any], known: Mapping[str, Machine], 
             raise BadConfig(f"{where} has {quoted(key)}, expected one of {expected}", param="machines")
         values[key] = _checked(where, key, value)
     values["name"] = name
-    if missing := [key for key in _TYPES if key not in values and key != "measured_as"]:
+    if missing := [key for key in _TYPES if key not in values and key not in _OPTIONAL]:
         raise BadConfig(f"{where} has no {', '.join(missing)}", param="machines")
     return Machine(**values)
 
@@ -97,7 +105,7 @@ def _checked(where: str, key: str, value: Any) -> Any:
             raise BadConfig(f"{where}: {key} is {quoted(str(value))}, expected a text", param="machines")
         return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    least = 0 if key in ("idle_power_w", "link_latency_s", "dollars_per_hour") else 1e-30
+    least = 0 if key in ("idle_power_w", "link_latency_s", "dollars_per_hour", "uncapped_power_w") else 1e-30
     if not is_number or not least <= value < float("inf") or (_TYPES[key] == "int" and value != int(value)):
         kind = "a whole number" if _TYPES[key] == "int" else "a number"
         above = "at least 0" if not least else "above 0"
