@@ -96,8 +96,7 @@ def test_many_steps_at_once_change_nothing() -> None:
     requests = traffic(rate=12, seconds=10)
     # What nodes measure differs a little, and so would what the router makes of it.
     found, each = (
-        run(requests, design(2, 2), replace(CONFIG, steps_at_once=count, told_times=LINE)).served
-        for count in (64, 1)
+        run(requests, design(2, 2), replace(CONFIG, steps_at_once=count, told_times=LINE)).served for count in (64, 1)
     )
     for one, other in zip(found, each, strict=True):
         assert one.first_token_s == pytest.approx(other.first_token_s, abs=1e-6)
