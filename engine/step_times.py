@@ -123,7 +123,7 @@ class MeasuredSteps:
             inertia = _INERTIA * products[i][i]
             products[i][i] += inertia
             values[i] += inertia * coefficient
-        self._coefficients = _not_negative(products, values)
+        self._coefficients = not_negative(products, values)
         if self._num_steps >= _MIN_STEPS:
             base_s, prompt_token_s, pair_s, sequence_s, kv_token_s = self._coefficients
             _, num_tokens, num_pairs, _, _ = products[1]
@@ -132,7 +132,7 @@ class MeasuredSteps:
             self._told = StepTimes(base_s, prompt_token_s, sequence_s, kv_token_s)
 
 
-def _not_negative(products: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
+def not_negative(products: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:
     """Least squares from the normal equations with no coefficient below 0: the most negative one is left out, until
     none is. One whose row is empty is 0."""
     found = [0.0] * len(values)
