@@ -101,11 +101,6 @@ class Entry:
         return len(self.sequence.token_ids) - self.sequence.num_computed
 
     @property
-    def num_left(self) -> int:
-        """Tokens that it may still draw."""
-        return self.sequence.spec.max_total_tokens - len(self.sequence.token_ids)
-
-    @property
     def num_expected(self) -> int:
         """Tokens that remain to be computed, as far as one can tell before it starts."""
         return self.num_remaining - (self.num_cached_tokens if self.started_s is None else 0)

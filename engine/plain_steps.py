@@ -37,7 +37,7 @@ def limit(entries: Sequence[Entry], pool: BlockPool, block_tokens: int, most: in
         num_known, start = len(sequence.token_ids), sequence.num_computed
         if num_known - start != 1 or not entry.is_prefilled or entry.hands_off or entry.num_flights:
             return 0, 0
-        num_left = sequence.spec.max_total_tokens - num_known
+        num_left = sequence.max_total_tokens - num_known
         if num_left < most:
             most = num_left
         if entry.max_tokens is not None:
@@ -50,21 +50,33 @@ def _with_blocks(entries: Sequence[Entry], num_available: int, block_tokens: int
     """Of so many steps, those that there are blocks for without taking any from a sequence."""
     if most <= 0 or num_available >= len(entries) * blocks_for(most, block_tokens):
         return max(0, most)
-    least, beyond = 0, most + 1
+    if _num_to_grow(entries, block_tokens, most) <= num_available:
+        return most
+    least, beyond = 0, most
     while beyond - least > 1:
         middle = (least + beyond) // 2
-        need = sum(
-            max(0, blocks_for(entry.sequence.num_computed + middle, block_tokens) - len(entry.sequence.block_ids))
-            for entry in entries
-        )
-        least, beyond = (middle, beyond) if need <= num_available else (least, middle)
+        fits = _num_to_grow(entries, block_tokens, middle) <= num_available
+        least, beyond = (middle, beyond) if fits else (least, middle)
     return least
+
+
+def _num_to_grow(entries: Sequence[Entry], block_tokens: int, num_steps: int) -> int:
+    """Blocks that they take in so many steps."""
+    count = 0
+    for entry in entries:
+        sequence = entry.sequence
+        more = -(-(sequence.num_computed + num_steps) // block_tokens) - len(sequence.block_ids)
+        if more > 0:
+            count += more
+    return count
 
 
 def advance(
     entries: Sequence[Entry], pool: BlockPool, cache: PrefixCache, block_tokens: int, num_steps: int, token_id: int
-) -> None:
-    """Each of them draws ``token_id`` in each of so many steps, which `limit` has allowed."""
+) -> list[Entry]:
+    """Each of them draws ``token_id`` in each of so many steps, which `limit` has allowed; returns those that may draw
+    no more."""
+    full: list[Entry] = []
     drawn = [token_id] * num_steps
     # By step and place in it: blocks are taken before the step, and found by hash after it.
     due: list[tuple[int, bool, int]] = []
@@ -74,8 +86,12 @@ def advance(
         sequence.token_ids += drawn
         entry.num_computed_total += num_steps
         end = start + num_steps
-        for first in range(len(sequence.block_ids) * block_tokens, end, block_tokens):
+        if len(sequence.token_ids) >= sequence.max_total_tokens:
+            full.append(entry)
+        first = len(sequence.block_ids) * block_tokens
+        while first < end:
             due.append((max(0, first - start), False, place))
+            first += block_tokens
         if cache.is_on:
             fulls = range(start // block_tokens * block_tokens + block_tokens, end + 1, block_tokens)
             due += [(full - start - 1, True, place) for full in fulls]
@@ -89,3 +105,4 @@ def advance(
             sequence.num_computed = end
         else:
             pool.grow(entry.sequence_id, 1)
+    return full

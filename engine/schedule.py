@@ -343,7 +343,8 @@ class Scheduler:
         self, began_s: float, ended_s: Seq[float], token_id: int, last: Collection[str] = (), last_id: int = 0
     ) -> list[EngineEvent]:
         """As many of these steps as ``ended_s`` has ends, the first of which began at ``began_s``; each draws
-        ``token_id``, which ends no sequence, and the last one draws ``last_id`` for the sequences ``last``.
+        ``token_id``, which ends no sequence, and the last one draws ``last_id`` for those of the sequences ``last``
+        that are in it.
 
         Returns what became of those that ended; `Sequence.token_ids` has the tokens of the others.
         """
@@ -355,9 +356,10 @@ class Scheduler:
             first_s = starts_s[bisect_left(starts_s, self._next_overdue_s)]
             self._next_overdue_s = first_s + self.config.max_prompt_wait_s
         active = self._active
-        plain_steps.advance(active, self.pool, self.prefix_cache, self.config.block_tokens, num_steps, token_id)
+        full = plain_steps.advance(active, self.pool, self.prefix_cache, self.config.block_tokens, num_steps, token_id)
         events: list[EngineEvent] = []
-        for entry in [e for e in active if e.sequence_id in last or not e.num_left]:
+        named = [entry for name in last if (entry := self._entries.get(name)) and entry.phase is Phase.ACTIVE]
+        for entry in sorted({*full, *named}, key=in_order):
             sequence = entry.sequence
             if sequence.sequence_id in last:
                 sequence.token_ids[-1] = last_id

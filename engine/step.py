@@ -24,10 +24,12 @@ class Sequence:
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
 
-    __slots__ = ("block_hashes", "block_ids", "num_computed", "spec", "token_ids", "token_mask")
+    __slots__ = ("block_hashes", "block_ids", "max_total_tokens", "num_computed", "spec", "token_ids", "token_mask")
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
+        # The spec's, which computes it anew each time.
+        self.max_total_tokens = spec.max_total_tokens
         # Prompt, then generated tokens.
         self.token_ids: list[int] = [*spec.prompt_token_ids, *spec.generated_token_ids]
         # Block i holds the KV of positions [i * block_tokens, (i + 1) * block_tokens). The pool's own list, not a copy.

@@ -125,19 +125,25 @@ class Engine:
             request.served.decode_start_s = self._events.now_s
         heapq.heappush(self._ends, (self._num_steps + request.num_output_tokens - num_generated, sequence_id))
 
-    def untold(self, sequence_id: str) -> TokenChunk | None:
-        """What a router has not been told, as of now; it is told by this."""
+    def num_untold(self, sequence_id: str) -> int:
+        """Tokens that it has drawn by now and the router has not been told."""
         token_ids, request = self.scheduler.token_ids(sequence_id), self._requests.get(sequence_id)
         told = self._told.get(sequence_id)
         if not token_ids or request is None or told is None:
-            return None
-        count = len(token_ids) - request.num_prompt_tokens
+            return 0
+        count = len(token_ids) - request.num_prompt_tokens - told
         if self._bulk is not None and sequence_id in self._since:
             count += self._bulk.num_over(self._events.now_s)
-        if count <= told:
+        return max(0, count)
+
+    def untold(self, sequence_id: str) -> TokenChunk | None:
+        """These; the router is told by this."""
+        count = self.num_untold(sequence_id)
+        if not count:
             return None
-        self._told[sequence_id] = count
-        return TokenChunk(sequence_id, told, (TOKEN_ID,) * (count - told))
+        told = self._told[sequence_id]
+        self._told[sequence_id] = told + count
+        return TokenChunk(sequence_id, told, (TOKEN_ID,) * count)
 
     def leave_all(self) -> list[TokenChunk]:
         """The machine dies: what it has told by then."""
@@ -296,9 +302,9 @@ class Engine:
         self.scheduler.measured.add(bulk.shape, bulk.first_s)
 
     def _share(self, energy_j: float, sequence_ids: list[str]) -> None:
-        each_j = energy_j / len(sequence_ids)
+        each_j, requests = energy_j / len(sequence_ids), self._requests
         for sequence_id in sequence_ids:
-            self._requests[sequence_id].served.energy_j += each_j
+            requests[sequence_id].served.energy_j += each_j
 
     def _note_step(self, number: int, seconds: float) -> None:
         numbers, long_s = self._long_numbers, self._long_s

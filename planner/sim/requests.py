@@ -36,17 +36,17 @@ def prompt_ids(request: Request, prefixes: dict[str, int]) -> tuple[int, ...]:
 class SimulatedRequest:
     """What the cluster-level scheduler places; compared by identity."""
 
-    __slots__ = ("_sync", "flow", "is_leading", "last_token_s", "num_output_tokens", "num_prompt_tokens", "served",
-                 "timer_s")  # fmt: skip
+    __slots__ = ("_num_untold", "flow", "is_leading", "last_token_s", "num_output_tokens", "num_prompt_tokens",
+                 "served", "timer_s")  # fmt: skip
 
     client = ""
 
-    def __init__(self, flow: Flow, served: Served, sync: Callable[[SimulatedRequest], None]) -> None:
+    def __init__(self, flow: Flow, served: Served, num_untold: Callable[[SimulatedRequest], int]) -> None:
         self.flow = flow
         self.served = served
         self.num_prompt_tokens = served.request.num_prompt_tokens
         self.num_output_tokens = served.request.num_output_tokens
-        self._sync = sync
+        self._num_untold = num_untold
         # When it drew its newest token, as far as that matters.
         self.last_token_s = 0.0
         self.is_leading = False
@@ -75,5 +75,11 @@ class SimulatedRequest:
         return placement is not None and placement.decode_id == node_id and self.flow.can_move
 
     def demand(self, now: float) -> Demand:
-        self._sync(self)
-        return self.flow.demand(now)
+        """Of all tokens that were drawn by now, told or not."""
+        demand, num_untold = self.flow.demand(now), self._num_untold(self)
+        if not num_untold:
+            return demand
+        return Demand(
+            demand.num_known_tokens + num_untold, demand.max_new_tokens - num_untold == 1,
+            demand.max_new_tokens - num_untold, demand.avoid, demand.prompt, demand.priority,
+        )  # fmt: skip

@@ -16,6 +16,7 @@ from planner.sim.node import Node
 from planner.sim.requests import STOP_ID, SimulatedRequest, prompt_ids
 from planner.workload import Request
 from router.cluster.policy import Decision, Obstacle
+from router.cluster.rebalance import Planned
 from router.cluster.scheduler import Scheduler
 from router.flow import Flow
 from router.flow_messages import (
@@ -87,7 +88,7 @@ class SimulatedRouter(Flows[SimulatedRequest]):
             str(request.number), 0, prompt, self._sampling_of(request), arrived_s=now,
             deadline_s=now + self._config.timeout_s, config=self._config.flow, priority=request.priority,
         )  # fmt: skip
-        item = SimulatedRequest(flow, served, self._sync)
+        item = SimulatedRequest(flow, served, self._num_untold)
         self._requests[str(request.number)] = item
         self._feed(item, Begin())
         if request.cancelled_after_s is not None:
@@ -106,13 +107,25 @@ class SimulatedRouter(Flows[SimulatedRequest]):
             self._feed(item, ClientCancelled("the client has left"))
             self.place()
 
+    def _num_untold(self, item: SimulatedRequest) -> int:
+        placement = item.flow.placement
+        if placement is None or not item.flow.tokens or item.flow.has_ended:
+            return 0
+        node = self._nodes[placement.decode_id]
+        return node.engine.num_untold(item.sequence_id) if node.is_up else 0
+
+    def _begin_move(self, move: Planned[SimulatedRequest]) -> None:
+        # Its target is told all tokens but the newest.
+        self._sync(move.item)
+        super()._begin_move(move)
+
     def _sync(self, item: SimulatedRequest) -> None:
         """Tell its flow of all tokens that were drawn by now: nodes tell simulated ones when it matters."""
         placement = item.flow.placement
-        if placement is not None and item.flow.tokens and not item.flow.has_ended:
-            node = self._nodes[placement.decode_id]
-            if node.is_up and (chunk := node.engine.untold(item.sequence_id)) is not None:
-                self._feed(item, FromNode(node.node_id, chunk))
+        if placement is not None and self._num_untold(item):
+            chunk = self._nodes[placement.decode_id].engine.untold(item.sequence_id)
+            if chunk is not None:
+                self._feed(item, FromNode(placement.decode_id, chunk))
 
     # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
