@@ -231,6 +231,23 @@ def set_role(
 
 
 @app.command()
+def profile(
+    router: Router = _ROUTER,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", parser=path, metavar="FILE", help="The profile, for the planner.")
+    ] = Path("profile.json"),
+    api_key: ApiKey = "",
+) -> None:
+    """Measure steps and transfers of an idle cluster by requests of chosen shapes; write a profile for the planner."""
+    from cli.profile import Shapes
+    from cli.profile import profile as measure
+
+    preflight.writable_folder(out.resolve().parent, "--out")
+    parse_address(router, "--router", lowest_port=1)
+    measure(router, api_key, out, Shapes(), wide_console())
+
+
+@app.command()
 def health(
     address: Annotated[str, typer.Argument(help="host:port of a worker or router (gRPC).")],
     live: Annotated[bool, typer.Option("--live", help="Whether it is well, rather than ready for work.")] = False,
