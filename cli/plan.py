@@ -20,6 +20,7 @@ from cli.show import wide_console
 from cli.usage import Commands
 
 if TYPE_CHECKING:
+    from planner.models import Model
     from planner.results import Run
     from planner.summary import Summary
     from planner.workload import Workload
@@ -33,6 +34,7 @@ _UNITS = {"_s": ("s", 3), "_slowdown": ("x", 2)}
 
 class AskedProfile(Enum):
     COMPAT = "compat"
+    HONEST = "honest"
 
 
 @app.callback()
@@ -44,7 +46,10 @@ def _plan() -> None:
 def simulate(
     profile: Annotated[
         AskedProfile,
-        typer.Option(help="Whose rules: compat follows the Splitwise paper's public simulator, its errors included."),
+        typer.Option(
+            help="Whose rules: honest runs Baton's own router and engine; compat follows the Splitwise paper's public "
+            "simulator, its errors included."
+        ),
     ],
     trace: Annotated[
         str,
@@ -54,7 +59,12 @@ def simulate(
             "simulator's (arrival_timestamp, prompt_size, token_size); .gz too.",
         ),
     ],
-    model: Annotated[str, typer.Option("--model", "-m", help="bloom-176b or llama2-70b.")] = "bloom-176b",
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", help="bloom-176b, llama2-70b, or the folder of a Hugging Face config.json (honest)."
+        ),
+    ] = "bloom-176b",
     tp: Annotated[int, typer.Option(min=1, max=1024, help="Tensor parallelism: GPUs that share a model.")] = 8,
     prompt: Annotated[
         list[str] | None, typer.Option(metavar="MACHINE:COUNT", help="Machines for prompts, such as h100-80gb:25.")
@@ -92,7 +102,7 @@ def simulate(
     """Run a workload on a design in simulated time; report latency, slowdowns and the nine objectives."""
     if out is not None:
         preflight.writable_folder(out, "--out")
-    from planner import design, models
+    from planner import design
     from planner import machines as catalogue
     from planner.profiles import simulated
     from planner.results import Profile
@@ -103,7 +113,7 @@ def simulate(
     asked = design.parse(known, prompt=prompt or (), token=token or (), mixed=mixed or ())
     work = _workload(trace, rate, seconds, seed if poisson else None)
     begin = time.perf_counter()
-    run, alone = simulated(Profile(profile.value), work, asked, models.find(model), tp, known)
+    run, alone = simulated(Profile(profile.value), work, asked, _model(model), tp, known)
     wall_s = time.perf_counter() - begin
     summary = summarize(run, alone)
     if out is not None:
@@ -118,6 +128,12 @@ def simulate(
         + ("" if out is None else f"; wrote {out / 'summary.json'} and {out / 'requests.csv'}"),
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def _model(name: str) -> Model:
+    from planner import hugging_face, models
+
+    return hugging_face.read(Path(name)) if Path(name).exists() else models.find(name)
 
 
 def _workload(trace: str, rate: float | None, seconds: float | None, seed: int | None) -> Workload:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from planner.compat.run import simulate
+from baton.errors import BadConfig
+from planner.compat import run as compat
 from planner.design import Design
+from planner.energy import StepPower
 from planner.machines import Machine
 from planner.models import Model
 from planner.results import Profile, Run
-from planner.table import TokenTimes
-from planner.uncontended import BASIS, TableUncontended, Uncontended
+from planner.roofline import Roofline
+from planner.sim import run as sim
+from planner.table import ShapeTimes, TokenTimes, rows
+from planner.times import Times
+from planner.uncontended import BASIS, StepUncontended, TableUncontended, Uncontended
 from planner.workload import Workload
-
-# Those that can be simulated.
-PROFILES = (Profile.COMPAT,)
 
 
 class Simulated(NamedTuple):
@@ -32,6 +34,29 @@ def simulated(
     known: Mapping[str, Machine],
 ) -> Simulated:
     """``known`` has the machine that slowdowns are over. Raises BadConfig."""
-    assert profile in PROFILES
-    run = simulate(workload, design, model, tensor_parallel)
-    return Simulated(run, TableUncontended(TokenTimes(model.name, known[BASIS], tensor_parallel)))
+    if profile is Profile.COMPAT:
+        run = compat.simulate(workload, design, model, tensor_parallel)
+        return Simulated(run, TableUncontended(TokenTimes(model.name, known[BASIS], tensor_parallel)))
+    for group in design:
+        if group.machine.num_gpus != tensor_parallel:
+            raise BadConfig(
+                f"tensor parallelism is {tensor_parallel}, and {group.machine.name} has {group.machine.num_gpus} GPUs; "
+                "in the profile honest a machine has one model on all of its GPUs: expected as many, or a machine with "
+                "fewer GPUs",
+                param="tensor_parallel",
+            )
+    times = {group.machine.name: times_of(model, group.machine, tensor_parallel) for group in design}
+    power = {
+        group.machine.name: StepPower(model, group.machine, tensor_parallel, times[group.machine.name])
+        for group in design
+    }
+    run = sim.simulate(workload, design, model, times, power=power)
+    return Simulated(run, StepUncontended(times_of(model, known[BASIS], tensor_parallel)))
+
+
+def times_of(model: Model, machine: Machine, tensor_parallel: int) -> Times:
+    """Those of the table if it has them, else of a roofline. Raises BadConfig if the machine cannot have the model."""
+    asked = (model.name, machine.measured_as or machine.name, tensor_parallel)
+    if any((row.model, row.hardware, row.tensor_parallel) == asked for row in rows()):
+        return ShapeTimes(model.name, machine, tensor_parallel)
+    return Roofline(model, machine, tensor_parallel)

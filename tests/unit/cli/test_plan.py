@@ -16,8 +16,8 @@ TRACE = "request_id,arrival_timestamp,prompt_size,token_size\n0,1,4096,32\n1,3,2
 SPLIT = ("--prompt", "h100-80gb:1", "--token", "a100-80gb:1")
 
 
-def plan(*arguments: str) -> str:
-    found = CliRunner().invoke(app, ["plan", "simulate", "--profile", "compat", *arguments], catch_exceptions=False)
+def plan(*arguments: str, profile: str = "compat") -> str:
+    found = CliRunner().invoke(app, ["plan", "simulate", "--profile", profile, *arguments], catch_exceptions=False)
     assert found.exit_code == 0, found.output
     return found.stdout
 
@@ -80,3 +80,22 @@ def test_machines_of_a_file_can_be_planned_with(trace: str, tmp_path: Path) -> N
 def test_what_cannot_be_planned_is_said(arguments: tuple[str, ...], complaint: str, trace: str) -> None:
     with pytest.raises(BadConfig, match=complaint):
         plan(*(trace if word == "three" else word for word in arguments))
+
+
+def test_the_honest_profile_runs_models_and_machines_that_no_table_has(trace: str, tmp_path: Path) -> None:
+    written = {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    for model, machine in (("bloom-176b", "h100-80gb"), (str(tmp_path), "h200-141gb")):
+        options = ("--trace", trace, "--model", model, "--prompt", f"{machine}:1", "--token", f"{machine}:1", "--json")
+        found = json.loads(plan(*options, profile="honest"))
+        assert (found["profile"], found["completed"]) == ("honest", 3)
+        assert 0 < found["TTFT_s_p50"] < found["E2E_s_p50"]
+        assert plan(*options, profile="honest") == plan(*options, profile="honest")
+
+
+def test_the_honest_profile_has_one_model_on_a_machine(trace: str) -> None:
+    with pytest.raises(BadConfig, match="tensor parallelism is 4, and h100-80gb has 8 GPUs"):
+        plan("--trace", trace, "--model", "llama2-70b", "--tp", "4", "--mixed", "h100-80gb:1", profile="honest")
