@@ -17,7 +17,7 @@ from engine.known import CacheFeed
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
-from kvtransfer.protocol.receiver_events import Arrived, Released
+from kvtransfer.protocol.receiver_events import Arrived, Released, WriterBegan
 from planner.machines import Machine
 from planner.results import MachineUse, RoleChange
 from planner.sim.config import SimulationConfig
@@ -185,7 +185,8 @@ class Node:
         self._handle()
         return not self._is_rejected
 
-    def lease_over(self, incarnation: int, event: Released) -> None:
+    def lease_told(self, incarnation: int, event: WriterBegan | Released) -> None:
+        """Of its writer."""
         if self.is_up and incarnation == self.incarnation and event.sequence_id in self._leases:
             self._inbox.append((False, event))
             self._handle()
@@ -313,6 +314,8 @@ class Node:
                 self._outbox.append(message)
             case Reserve():
                 self._reserve(action, now)
+            case decode.Expect(sequence_id):
+                scheduler.expect(sequence_id)
             case decode.Join(sequence_id, first_token):
                 engine.cut()
                 try:

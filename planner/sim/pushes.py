@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from baton.errors import Unavailable
 from baton.types import Failure, Lease, TransferReport
-from kvtransfer.protocol.receiver_events import Arrived, Released
+from kvtransfer.protocol.receiver_events import Arrived, Released, WriterBegan
 from planner.sim.links import Transfer
 from prefill_node import machine
 
@@ -34,6 +34,9 @@ class Push:
         self._committed_s = 0.0
         self._is_over = False
         target.arriving[lease.sequence_id] = self
+        began = WriterBegan(lease.sequence_id, lease.epoch)
+        at_s = source.events.now_s + source.machine.link_latency_s
+        source.events.at(at_s, target.lease_told, target.incarnation, began)
 
     @property
     def sequence_id(self) -> str:
@@ -105,7 +108,7 @@ class Push:
         self._end()
         if not was_over:
             released = Released(self.sequence_id, self._lease.epoch, reason, is_given_back=True)
-            events.at(events.now_s + latency_s, self._target.lease_over, self._target.incarnation, released)
+            events.at(events.now_s + latency_s, self._target.lease_told, self._target.incarnation, released)
         events.at(events.now_s + latency_s, self._source.tell_push, self, machine.PushAborted(self.sequence_id))
 
     def fail(self, reason: str) -> None:
@@ -120,7 +123,7 @@ class Push:
         if not self._is_over:
             self._end()
             released = Released(self.sequence_id, self._lease.epoch, f"{self.source_id} is gone")
-            self._target.lease_over(self._target.incarnation, released)
+            self._target.lease_told(self._target.incarnation, released)
 
     def _end(self) -> None:
         self._is_over = True
