@@ -12,7 +12,7 @@ import baton
 from baton import errors
 from baton.types import Slo
 from router.config import RouterConfig, SloConfig
-from tests.support.fake_nodes import FakeCluster
+from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import router_beside
 
 BODY: dict[str, Any] = {"prompt": [1, 2, 3], "max_tokens": 3, "ignore_eos": True, "return_relay": True}
@@ -68,7 +68,8 @@ async def test_objectives_that_are_none_are_refused_by_name() -> None:
 
 async def test_what_was_met_and_missed_is_counted_and_shown() -> None:
     async with (
-        FakeCluster(mixed=1) as cluster,
+        # Tokens that reach the router at once have no time between them.
+        FakeCluster(FakeConfig(step_s=0.05), mixed=1) as cluster,
         router_beside(cluster) as router,
         httpx.AsyncClient(base_url=router.http) as http,
     ):
