@@ -111,6 +111,17 @@ class _Push:
     farewell: Abort | Revoked | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _GivenBack:
+    """A lease that its writer gives back."""
+
+    # Of its receiver.
+    incarnation: int
+    abort: Abort
+    # Over by then, whether the receiver hears of this or not.
+    until_s: float
+
+
 @dataclass(slots=True)
 class _Channel:
     number: int
@@ -119,6 +130,8 @@ class _Channel:
     is_one_sided: bool
     heart: Heart
     used_epochs: OrderedDict[int, None] = field(default_factory=OrderedDict)
+    # Said on it. If it breaks, some may not have reached the receiver.
+    given_back: deque[_GivenBack] = field(default_factory=lambda: deque(maxlen=_MAX_OWED))
     is_dropping: bool = False
 
     def use(self, epoch: int) -> bool:
@@ -141,9 +154,9 @@ class PushMachine:
         self._channel: _Channel | None = None
         self._is_connecting = False
         self._redial = Redial(config.min_backoff_s, config.max_backoff_s, config.keep_warm_s)
-        # With the incarnation that granted the lease, said as soon as there is a channel: aborts of pushes whose Begin
-        # was not sent, or went into a channel that broke and may not have reached the receiver.
-        self._owed: deque[tuple[int, Abort]] = deque(maxlen=_MAX_OWED)
+        # Said as soon as there is a channel: of pushes whose Begin was not sent, or whose Begin or abort went into a
+        # channel that broke and may not have reached the receiver.
+        self._owed: deque[_GivenBack] = deque(maxlen=_MAX_OWED)
 
     # Read-only views for drivers and tests.
 
@@ -246,6 +259,7 @@ class PushMachine:
             return []
         self._channel = None
         self._redial.lost(now)
+        self._owed += [lease for lease in channel.given_back if lease.until_s > now]
         actions: list[SenderAction] = []
         error = NodeLost(f"{self._peer}: transfer channel lost: {event.reason}")
         for push in list(self._pushes.values()):
@@ -261,9 +275,10 @@ class PushMachine:
         channel = self._channel
         if channel is None or channel.is_dropping:
             return []
-        aborts = [abort for incarnation, abort in self._owed if incarnation == channel.incarnation]
+        leases = [x for x in self._owed if x.incarnation == channel.incarnation and channel.use(x.abort.epoch)]
         self._owed.clear()
-        return [Send(channel.number, abort) for abort in aborts if channel.use(abort.epoch)]
+        channel.given_back += leases
+        return [Send(channel.number, lease.abort) for lease in leases]
 
     def _drop(self, reason: str) -> list[SenderAction]:
         if self._channel is None or self._channel.is_dropping:
@@ -358,10 +373,13 @@ class PushMachine:
         """Say its last word, on its own channel or, if it gives a lease back, on the next one."""
         actions: list[SenderAction] = []
         channel, word = self._channel, push.farewell
-        if channel is not None and channel.number == push.channel and not channel.is_dropping:
+        is_own = channel is not None and channel.number == push.channel and not channel.is_dropping
+        if isinstance(word, Abort):
+            given_back = self._owed if channel is None or not is_own else channel.given_back
+            given_back.append(_GivenBack(push.incarnation, word, now + push.ttl_s))
+        if is_own:
             actions += [] if word is None else self._send(word)
-        elif isinstance(word, Abort):
-            self._owed.append((push.incarnation, word))
+        else:
             actions += self._give_back()
         return [*actions, self._finish(push, push.error), *self._connect(now)]
 

@@ -82,12 +82,14 @@ def test_a_file_that_cannot_be_read_is_named_with_the_reason(
 _CHILD = """
 import os, sys
 import engine.weights
+# Loaded late otherwise, and the checkout may be in a folder that only its owner can enter.
+import safetensors
+from baton.errors import UnsupportedModel
 if os.geteuid() == 0:
     os.setgroups([])
     os.setresgid({nobody}, {nobody}, {nobody})
     os.setresuid({nobody}, {nobody}, {nobody})
 from pathlib import Path
-from baton.errors import UnsupportedModel
 try:
     engine.weights.fingerprint(Path(sys.argv[1]))
 except UnsupportedModel as error:

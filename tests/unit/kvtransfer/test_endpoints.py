@@ -141,7 +141,9 @@ async def test_without_digest_damage_goes_unnoticed() -> None:
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 async def test_a_broken_connection_fails_the_push_and_heals(transport: str) -> None:
-    config = only(f"fake:die=2,over={transport}", layerwise_from_bytes={transport: 0})
+    # One block goes out as one unit, six layer by layer.
+    from_bytes = 2 * LAYOUT.num_layers * LAYOUT.block_bytes
+    config = only(f"fake:die=2,over={transport}", layerwise_from_bytes={transport: from_bytes})
     async with pair(sender_config=config, receiver_config=only(transport)) as p:
         lease = p.receiver.grant("r", list(range(6)), ttl_s=30)
         push = p.sender.begin(lease, list(range(6)), num_known_tokens=48)
@@ -157,7 +159,7 @@ async def test_a_broken_connection_fails_the_push_and_heals(transport: str) -> N
         lease = p.receiver.grant("r2", [7], ttl_s=30)
         push = p.sender.begin(lease, [7], num_known_tokens=1)
         ready(push, 1)
-        # The fake counts anew for every connection, and what is ready before Begun goes out as one unit.
+        # The fake counts anew for every connection.
         await push.commit(token("r2"))
         await p.inbox.wait(Arrived, "r2")
 

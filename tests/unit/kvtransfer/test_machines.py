@@ -402,6 +402,23 @@ def test_an_aborted_wait_gives_the_lease_back_when_the_channel_comes() -> None:
     assert t.feed(s.Connected(1, "decode-0", 1, True)) == [s.Send(1, Abort("q", 7, "q: cancelled"))]
 
 
+@pytest.mark.parametrize(("later_s", "incarnation", "is_repeated"), [(1.0, 1, True), (10.0, 1, False), (1.0, 2, False)])
+def test_an_abort_in_a_channel_that_breaks_is_repeated_on_the_next_one(
+    later_s: float, incarnation: int, is_repeated: bool
+) -> None:
+    """Begin and abort may both not have reached the receiver: the lease would last until it expires."""
+    t = two_sided()
+    abort = Abort("q", 7, "the writer died")
+    assert t.feed(s.WriteFailed(3, TransferFailed("the writer died"))) == [s.StopWriting(3)]
+    assert t.feed(s.Stopped(3))[0] == s.Send(1, abort)
+    t.now = later_s
+    if s.Connect() not in t.feed(s.ChannelLost(1, "reset")):
+        t.now = t.machine.wake_at_s or 0.0
+        assert t.feed(Tick()) == [s.Connect()]
+    told = t.feed(s.Connected(2, "decode-0", incarnation, False))
+    assert told == ([s.Send(2, abort)] if is_repeated else [])
+
+
 def test_an_abort_while_its_channel_is_being_dropped_gives_the_lease_back_on_the_next_one() -> None:
     t = Sending()
     t.begin()
