@@ -1,0 +1,195 @@
+"""What is searched for: the goal, the limits that no design may pass, the kinds of designs. Pure."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from baton.errors import BadConfig, quoted
+from baton.types import Role
+from loadgen.objectives import NINE
+from planner.design import Design, Group
+from planner.machines import Machine
+from planner.models import Model
+from planner.results import Profile
+from planner.search.source import Source
+from planner.summary import Summary
+
+# Budgets are often stated as so many machines, and sums of the same prices in another order differ by their rounding.
+_ROUNDING = 1e-9
+_METRICS = ("TTFT_s", "TBT_s", "E2E_s", "TTFT_slowdown", "TBT_slowdown", "E2E_slowdown")
+_PARTS = ("mean", "p50", "p90", "p99")
+
+
+class Goal(Enum):
+    """THROUGHPUT: the highest rate within the limits, and of the designs that have it the cheapest. COST and POWER: the
+    least of it at a given rate."""
+
+    THROUGHPUT = "throughput"
+    COST = "cost"
+    POWER = "power"
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """A bound of a metric of the summary."""
+
+    metric: str
+    part: str
+    limit: float
+
+    def is_met(self, summary: Summary) -> bool:
+        found: float | None = getattr(summary.metrics[self.metric], self.part)
+        return found is None or found <= self.limit
+
+    @property
+    def name(self) -> str:
+        return f"{self.metric}:{self.part}:{self.limit:g}"
+
+
+NINE_SLOS = tuple(Slo(f"{figure.upper()}_slowdown", f"p{share * 100:.0f}", limit) for figure, share, limit in NINE)
+
+
+def slo(text: str) -> Slo:
+    """From TTFT_s:p99:2. Raises BadConfig."""
+    metric, _, rest = text.partition(":")
+    part, _, limit = rest.partition(":")
+    try:
+        number = float(limit)
+    except ValueError:
+        number = 0.0
+    if metric not in _METRICS or part not in _PARTS or not 0 < number < float("inf"):
+        raise BadConfig(
+            f"--slo is {quoted(text)}, expected METRIC:PART:LIMIT with a metric of {', '.join(_METRICS)}, a part of "
+            f"{', '.join(_PARTS)} and a limit above 0, such as TTFT_s:p99:2",
+            param="--slo",
+        )
+    return Slo(metric, part, number)
+
+
+def missed(summary: Summary, slos: Iterable[Slo]) -> tuple[str, ...]:
+    """A design that leaves requests out meets nothing."""
+    left_out = summary.num_requests - summary.num_served
+    said = (f"{left_out} requests not served",) if left_out else ()
+    return (*said, *(each.name for each in slos if not each.is_met(summary)))
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers of machines, both ends included."""
+
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low <= self.high:
+            raise BadConfig(
+                f"from {self.low} to {self.high} machines: expected a minimum of at least 0 and a maximum of at least "
+                "the minimum",
+                param="machines",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """No design passes them; None: no limit. ``prompt`` and ``token`` are the pools of a split design; ``machines`` is
+    of both together, and of mixed ones."""
+
+    dollars_per_hour: float | None = None
+    power_units: float | None = None
+    machines: Range = field(default_factory=lambda: Range(1, 200))
+    prompt: Range = field(default_factory=lambda: Range(1, 200))
+    token: Range = field(default_factory=lambda: Range(1, 200))
+
+    def can_pay(self, design: Design) -> bool:
+        """Whether it is within the budgets."""
+        pairs = ((design.dollars_per_hour, self.dollars_per_hour), (design.power_units, self.power_units))
+        return all(limit is None or value <= limit * (1 + _ROUNDING) for value, limit in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """Designs with so many prompt machines and from ``low`` to ``high`` token machines; mixed ones have no token
+    machines."""
+
+    prompt: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Designs of the same machine types; without a token machine they are mixed."""
+
+    prompt: Machine
+    token: Machine | None
+
+    @property
+    def name(self) -> str:
+        if self.token is None:
+            return f"{self.prompt.name} mixed"
+        return f"{self.prompt.name} + {self.token.name}"
+
+    def design(self, prompt: int, token: int) -> Design:
+        if self.token is None:
+            return Design((Group(Role.MIXED, self.prompt, prompt),))
+        return Design((Group(Role.PREFILL, self.prompt, prompt), Group(Role.DECODE, self.token, token)))
+
+    def columns(self, limits: Limits) -> Iterator[Column]:
+        """All designs within the limits, by rising number of prompt machines."""
+        is_mixed = self.token is None
+        prompts, tokens = (limits.machines, Range(0, 0)) if is_mixed else (limits.prompt, limits.token)
+        # A pool of a split design has a machine, whatever the minimum is.
+        least = 0 if is_mixed else 1
+        for prompt in range(max(1, prompts.low), min(prompts.high, limits.machines.high) + 1):
+            low = max(least, tokens.low, 0 if is_mixed else limits.machines.low - prompt)
+            counts = range(low, min(tokens.high, limits.machines.high - prompt) + 1)
+            num_paid = bisect_left(
+                counts, True, key=lambda token, prompt=prompt: not limits.can_pay(self.design(prompt, token))
+            )
+            if num_paid:
+                yield Column(prompt, low, low + num_paid - 1)
+
+
+def kinds(machines: Iterable[Machine], pairs: Iterable[tuple[Machine, Machine]]) -> tuple[Kind, ...]:
+    """Mixed ones of each machine, so that what does not split is always compared; and ``pairs``, or else all."""
+    listed = tuple(machines)
+    split = tuple(pairs) or tuple((prompt, token) for prompt in listed for token in listed)
+    named = dict.fromkeys((*listed, *(machine for pair in split for machine in pair)))
+    return (*(Kind(*pair) for pair in dict.fromkeys(split)), *(Kind(machine, None) for machine in named))
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """``rate`` is the goal's if it is COST or POWER. Rates are tried in multiples of ``rate_step``."""
+
+    source: Source
+    profile: Profile
+    model: Model
+    tensor_parallel: int
+    known: Mapping[str, Machine]
+    kinds: tuple[Kind, ...]
+    goal: Goal = Goal.THROUGHPUT
+    rate: float | None = None
+    limits: Limits = field(default_factory=Limits)
+    slos: tuple[Slo, ...] = NINE_SLOS
+    rate_step: float = 1.0
+    max_rate: float = 10_000.0
+    # Whether fronts and latencies are asked for as well: pictures need them.
+    has_fronts: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.rate is None) != (self.goal is Goal.THROUGHPUT):
+            raise BadConfig(
+                "the least cost or power is searched for a rate, and the highest rate without one; expected a rate "
+                f"{'and' if self.rate is None else 'or'} the goal {self.goal.value}",
+                param="rate",
+            )
+        if not 0 < self.rate_step <= self.max_rate < float("inf"):
+            raise BadConfig(
+                f"rates in steps of {self.rate_step:g} up to {self.max_rate:g}: expected a step above 0 and at most "
+                "the highest rate",
+                param="rate_step",
+            )
