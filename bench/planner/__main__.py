@@ -1,10 +1,15 @@
-"""``python -m bench.planner`` writes the comparison with the public simulator into docs/planning.md."""
+"""``python -m bench.planner`` writes the comparison with the public simulator into docs/planning.md.
+
+``python -m bench.planner headline [--quick] [--profile honest] [--workers N]`` prints the paper's headline table.
+"""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from bench.planner import reference
+from bench.planner import headline, reference
+from planner.results import Profile
 
 _DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 _BEGIN, _END = "<!-- written by python -m bench.planner -->\n", "<!-- end -->\n"
@@ -13,13 +18,22 @@ _LEFT_OUT = "ms per request"
 
 
 def _markdown(rows: list[dict[str, object]]) -> str:
-    columns = [column for column in rows[0] if column != _LEFT_OUT]
+    columns = [column for column in dict.fromkeys(column for row in rows for column in row) if column != _LEFT_OUT]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    lines += ["| " + " | ".join(str(row[column]) for column in columns) + " |" for row in rows]
+    lines += ["| " + " | ".join(str(row.get(column, "-")) for column in columns) + " |" for row in rows]
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("table", nargs="?", choices=("reference", "headline"), default="reference")
+    parser.add_argument("--quick", action="store_true", help="headline: a tenth of the machines")
+    parser.add_argument("--profile", choices=[each.value for each in Profile], default=Profile.COMPAT.value)
+    parser.add_argument("--workers", type=int, default=1, help="headline: processes")
+    given = parser.parse_args()
+    if given.table == "headline":
+        print(_markdown(headline.table(Profile(given.profile), given.quick, given.workers)), end="")
+        return
     before, rest = _DOCUMENT.read_text(encoding="utf-8").split(_BEGIN)
     _, after = rest.split(_END)
     table = _markdown(reference.table(quick=False))

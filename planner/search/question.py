@@ -181,11 +181,15 @@ class Question:
     has_fronts: bool = False
 
     def __post_init__(self) -> None:
-        if (self.rate is None) != (self.goal is Goal.THROUGHPUT):
+        if self.goal is Goal.THROUGHPUT and self.rate is not None:
             raise BadConfig(
-                "the least cost or power is searched for a rate, and the highest rate without one; expected a rate "
-                f"{'and' if self.rate is None else 'or'} the goal {self.goal.value}",
+                f"a rate of {self.rate:g} is given, and the goal throughput searches for the rate: expected none, or "
+                "the goal cost or power",
                 param="rate",
+            )
+        if self.goal is not Goal.THROUGHPUT and self.rate is None:
+            raise BadConfig(
+                f"the goal {self.goal.value} has no rate: expected one, which the design has to carry", param="rate"
             )
         if not 0 < self.rate_step <= self.max_rate < float("inf"):
             raise BadConfig(
