@@ -87,7 +87,7 @@ def _trial(trial: Trial) -> dict[str, object]:
 
 COLUMNS = (
     "kind", "best design", "requests/s", "$/hour", "power units", "$/M tokens", "J/request", "TTFT p90 s", "TBT p90 ms",
-    "runs of grid",
+    "runs", "designs",
 )  # fmt: skip
 
 
@@ -97,9 +97,9 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _row(answer: Answer) -> tuple[str, ...]:
-    runs, best = f"{len(answer.trials)} of {answer.grid}", answer.best
+    runs, best = (str(len(answer.trials)), str(answer.grid)), answer.best
     if best is None:
-        return (answer.kind.name, "none meets the objectives", *("-" for _ in COLUMNS[3:]), runs)
+        return (answer.kind.name, "none meets the objectives", *("-" for _ in COLUMNS[4:]), *runs)
     metrics, energy = best.summary.metrics, best.bill
     return (
         answer.kind.name,
@@ -111,7 +111,7 @@ def _row(answer: Answer) -> tuple[str, ...]:
         f"{energy.joules_per_request:,.0f}" if energy.total_j else "-",
         _figure(metrics["TTFT_s"].p90, 1),
         _figure(metrics["TBT_s"].p90, 1e3),
-        runs,
+        *runs,
     )
 
 

@@ -119,7 +119,7 @@ def test_the_best_is_that_of_the_whole_grid_and_no_limit_is_passed(
     assert all(is_within(design, limits) for design, _ in run_one.designs)
     whole = grid(kind, limits)
     assert answer.grid == len(whole)
-    # A design and a rate are run once, and seldom the whole grid.
+    # No design is run twice at a rate.
     assert len(run_one.designs) == len(set(run_one.designs)) == len(answer.trials)
 
     def best_of(design: Design) -> float:
