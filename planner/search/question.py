@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 from baton.errors import BadConfig, quoted
 from baton.types import Role
@@ -146,11 +147,12 @@ class Kind:
         for prompt in range(max(1, prompts.low), min(prompts.high, limits.machines.high) + 1):
             low = max(least, tokens.low, 0 if is_mixed else limits.machines.low - prompt)
             counts = range(low, min(tokens.high, limits.machines.high - prompt) + 1)
-            num_paid = bisect_left(
-                counts, True, key=lambda token, prompt=prompt: not limits.can_pay(self.design(prompt, token))
-            )
+            num_paid = bisect_left(counts, True, key=partial(self._is_beyond, limits, prompt))
             if num_paid:
                 yield Column(prompt, low, low + num_paid - 1)
+
+    def _is_beyond(self, limits: Limits, prompt: int, token: int) -> bool:
+        return not limits.can_pay(self.design(prompt, token))
 
 
 def kinds(machines: Iterable[Machine], pairs: Iterable[tuple[Machine, Machine]]) -> tuple[Kind, ...]:

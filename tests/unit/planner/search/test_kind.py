@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 
@@ -13,40 +12,22 @@ from hypothesis import strategies as st
 from baton.errors import BadConfig
 from baton.types import Role
 from planner.design import Design
-from planner.energy import Bill
 from planner.machines import catalogue
 from planner.models import BUILT_IN
 from planner.results import Profile
 from planner.search.kind import Answer, KindSearch
 from planner.search.question import Goal, Kind, Limits, Question, Range, kinds
 from planner.search.source import Redrawn
-from planner.search.trial import Trial, highest, trier
-from planner.summary import Summary
-from planner.workload import Request, Workload
+from planner.search.trial import highest, trier
+from tests.support.designs import LENGTHS, Known
 
 KNOWN = catalogue()
 A, H = KNOWN["a100-80gb"], KNOWN["h100-80gb"]
-LENGTHS = Workload("few", tuple(Request(i, float(i), 400 + 300 * (i % 5), 20 + 30 * (i % 4)) for i in range(20)))
-NO_BILL = Bill(0.0, 0.0, 0.0, 0.0, 0, 0, 0)
 
 
 def question(**fields: object) -> Question:
     made = Question(Redrawn(LENGTHS, 10.0, 1), Profile.COMPAT, BUILT_IN["bloom-176b"], 8, KNOWN, kinds((A, H), ()))
     return replace(made, **fields)  # type: ignore[arg-type]
-
-
-class Known:
-    """Designs that meet the objectives up to a rate; it counts what is run."""
-
-    def __init__(self, highest_rate: Callable[[int, int], float]) -> None:
-        self._highest_rate = highest_rate
-        self.designs: list[tuple[Design, float]] = []
-
-    def __call__(self, design: Design, rate: float) -> Trial:
-        self.designs.append((design, rate))
-        prompt = design.num_machines - design.count(Role.DECODE)
-        missed = () if rate <= self._highest_rate(prompt, design.count(Role.DECODE)) else ("TTFT_s:p50:1",)
-        return Trial(design, rate, Summary({}, (), 1, 1), NO_BILL, missed)
 
 
 def grid(kind: Kind, limits: Limits) -> list[Design]:

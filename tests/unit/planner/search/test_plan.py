@@ -23,7 +23,7 @@ from planner.search.question import NINE_SLOS, Goal, Kind, Limits, Question, Ran
 from planner.search.source import Distributed, Redrawn, Stretched, lengths
 from planner.summary import Figures, Summary
 from planner.workload import Request, Workload
-from tests.unit.planner.search.test_kind import LENGTHS, Known
+from tests.support.designs import LENGTHS, Known
 
 KNOWN = catalogue()
 A, H = KNOWN["a100-80gb"], KNOWN["h100-80gb"]
