@@ -8,7 +8,7 @@ from typing import Any
 from planner import machines, models
 from planner.results import Profile
 from planner.search.plan import Plan, search
-from planner.search.question import Goal, Kind, Limits, Question
+from planner.search.question import Goal, Kind, Limits, Question, Range
 from planner.search.source import Redrawn
 from planner.search.trial import Trial
 from planner.workload import named
@@ -47,6 +47,8 @@ def table(profile: Profile, quick: bool, workers: int) -> list[dict[str, Any]]:
         "power": Limits(power_units=num_h100 * h100.power_units),
         "cost": Limits(dollars_per_hour=num_h100 * h100.machine_dollars_per_hour),
     }
+    # For the same rate of the weakest machines.
+    enough = Limits(machines=Range(1, 5 * num_h100))
     rows = []
     for trace in _PAPER:
         for budget, limits in budgets.items():
@@ -55,7 +57,7 @@ def table(profile: Profile, quick: bool, workers: int) -> list[dict[str, Any]]:
         baseline = next(answer.best for answer in plan.answers if answer.kind == _kinds()["Baseline-H100"])
         if baseline is not None:
             for goal in (Goal.POWER, Goal.COST):
-                asked = _question(profile, trace, seconds, Limits(), goal, baseline.rate)
+                asked = _question(profile, trace, seconds, enough, goal, baseline.rate)
                 rows += _same_rate(search(asked, workers), trace, baseline)
     return rows
 
