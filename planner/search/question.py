@@ -112,8 +112,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """Designs with so many prompt machines and from ``low`` to ``high`` token machines; mixed ones have no token
-    machines."""
+    """Designs with so many prompt machines and from ``low`` to ``high`` token machines; all mixed ones are a
+    column, by their number."""
 
     prompt: int
     low: int
@@ -135,17 +135,17 @@ class Kind:
 
     def design(self, prompt: int, token: int) -> Design:
         if self.token is None:
-            return Design((Group(Role.MIXED, self.prompt, prompt),))
+            return Design((Group(Role.MIXED, self.prompt, token),))
         return Design((Group(Role.PREFILL, self.prompt, prompt), Group(Role.DECODE, self.token, token)))
 
     def columns(self, limits: Limits) -> Iterator[Column]:
         """All designs within the limits, by rising number of prompt machines."""
         is_mixed = self.token is None
-        prompts, tokens = (limits.machines, Range(0, 0)) if is_mixed else (limits.prompt, limits.token)
+        prompts, tokens = (Range(0, 0), limits.machines) if is_mixed else (limits.prompt, limits.token)
         # A pool of a split design has a machine, whatever the minimum is.
         least = 0 if is_mixed else 1
-        for prompt in range(max(1, prompts.low), min(prompts.high, limits.machines.high) + 1):
-            low = max(least, tokens.low, 0 if is_mixed else limits.machines.low - prompt)
+        for prompt in range(max(least, prompts.low), min(prompts.high, limits.machines.high) + 1):
+            low = max(1, tokens.low, limits.machines.low - prompt)
             counts = range(low, min(tokens.high, limits.machines.high - prompt) + 1)
             num_paid = bisect_left(counts, True, key=partial(self._is_beyond, limits, prompt))
             if num_paid:

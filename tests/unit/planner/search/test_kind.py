@@ -32,8 +32,8 @@ def question(**fields: object) -> Question:
 
 def grid(kind: Kind, limits: Limits) -> list[Design]:
     """All of it, by hand."""
-    tokens = range(1, limits.token.high + 1) if kind.token else (0,)
-    designs = [kind.design(*place) for place in product(range(1, limits.machines.high + 1), tokens)]
+    prompts, counts = (0,) if kind.token is None else range(1, limits.prompt.high + 1), range(1, 30)
+    designs = [kind.design(*place) for place in product(prompts, counts)]
     return [design for design in designs if is_within(design, limits)]
 
 
