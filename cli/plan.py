@@ -11,17 +11,16 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from baton.errors import BadConfig
 from cli import preflight
 from cli.options import finite, path
-from cli.plan_search import DAY_S, MAX_RATE, AskedProfile, model_of, search, warn
+from cli.plan_search import search
+from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, warn, workload_of
 from cli.show import wide_console
 from cli.usage import Commands
 
 if TYPE_CHECKING:
     from planner.results import Run
     from planner.summary import Summary
-    from planner.workload import Workload
 
 app = typer.Typer(cls=Commands, help="Size a cluster: simulate it before it exists.")
 app.command()(search)
@@ -98,7 +97,7 @@ def simulate(
 
     known = catalogue.catalogue(machines)
     asked = design.parse(known, prompt=prompt or (), token=token or (), mixed=mixed or ())
-    work = _workload(trace, rate, seconds, seed if poisson else None)
+    work = workload_of(trace, rate, seconds, seed if poisson else None)
     begin = time.perf_counter()
     run, alone = simulated(Profile(profile.value), work, asked, model_of(model), tp, known)
     wall_s = time.perf_counter() - begin
@@ -115,20 +114,6 @@ def simulate(
         + ("" if out is None else f"; wrote {out / 'summary.json'} and {out / 'requests.csv'}"),
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
-
-
-def _workload(trace: str, rate: float | None, seconds: float | None, seed: int | None) -> Workload:
-    """``seed``: to be drawn."""
-    from planner.workload import named
-
-    work = named(trace)
-    if seed is not None:
-        if rate is None or seconds is None:
-            raise BadConfig("--poisson draws requests, expected --rate and --seconds with it", param="poisson")
-        return work.redrawn(rate=rate, seconds=seconds, seed=seed)
-    if rate is not None:
-        work = work.at_rate(rate)
-    return work if seconds is None else work.until(seconds)
 
 
 def _show(console: Console, run: Run, summary: Summary, model: str) -> None:

@@ -1,10 +1,9 @@
-"""`baton plan search`: which cluster for a workload. Also what the commands of `baton plan` share."""
+"""`baton plan search`: which cluster for a workload."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
 import time
 from enum import Enum
 from pathlib import Path
@@ -18,19 +17,17 @@ from rich.table import Table
 from baton.errors import BadConfig, quoted
 from cli import preflight
 from cli.options import finite, path
+from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, warn
 from cli.show import wide_console
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from planner.machines import Machine
-    from planner.models import Model
     from planner.search.plan import Plan
     from planner.search.question import Limits, Question, Range
     from planner.search.source import Source
 
-DAY_S = 86_400.0
-MAX_RATE = 1e6
 _MAX_COUNT = 10_000
 # What is drawn if no time is given, as the public simulator's runs.
 _DRAWN_S = 60.0
@@ -42,11 +39,6 @@ class AskedGoal(Enum):
     THROUGHPUT = "throughput"
     COST = "cost"
     POWER = "power"
-
-
-class AskedProfile(Enum):
-    COMPAT = "compat"
-    HONEST = "honest"
 
 
 def search(
@@ -181,12 +173,6 @@ def search(
     _show_plan(plan, f"searched in {wall_s:.1f} s{wrote}")
 
 
-def model_of(name: str) -> Model:
-    from planner import hugging_face, models
-
-    return hugging_face.read(Path(name)) if Path(name).exists() else models.find(name)
-
-
 def _source(
     trace: str | None, prompts: str | None, outputs: str | None, seconds: float | None, seed: int, *, is_drawn: bool
 ) -> Source:
@@ -287,7 +273,3 @@ def _show_plan(plan: Plan, end: str) -> None:
     for warning in report.warnings(plan):
         warn(warning)
     console.print(end, markup=False, highlight=False, soft_wrap=True)
-
-
-def warn(warning: str) -> None:
-    Console(file=sys.stderr, soft_wrap=True).print(f"warning: {warning}", markup=False, highlight=False, style="yellow")
