@@ -84,6 +84,8 @@ def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
         stop_token_ids=tuple(msg.stop_token_ids),
         logprobs=msg.logprobs if msg.HasField("logprobs") else None,
         logit_bias=dict(msg.logit_bias),
+        grammar=msg.grammar,
+        prompt_logprobs=msg.prompt_logprobs if msg.HasField("prompt_logprobs") else None,
     )
 
 
@@ -103,6 +105,8 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
         stop_token_ids=params.stop_token_ids,
         logprobs=params.logprobs,
         logit_bias=params.logit_bias,
+        grammar=params.grammar,
+        prompt_logprobs=params.prompt_logprobs,
     )
 
 

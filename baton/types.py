@@ -23,6 +23,8 @@ MAX_REQUEST_ID_CHARS = 128
 MAX_LEASE_S = 86_400.0
 # What tells tenants apart is a digest.
 MAX_CACHE_SALT_BYTES = 64
+# Of a grammar in llguidance's format; a JSON schema of an API is far smaller.
+MAX_GRAMMAR_CHARS = 256 * 1024
 # Of a request; smaller numbers come first, as in vLLM.
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
 # Of a bound that a client asks for.
@@ -100,6 +102,10 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     logprobs: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    # The output is a sentence of it; empty: any text.
+    grammar: str = ""
+    # Report the log-probability of each prompt token and so many alternatives; None: none.
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         # Runs several times per request: at the router's face and on every node.
@@ -118,10 +124,9 @@ class SamplingParams:
             object.__setattr__(self, "temperature", 0.0)
         if self.seed is not None:
             _check_int("seed", self.seed, 0, MAX_SEED)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, MAX_COUNT)
         _check_int("min_tokens", self.min_tokens, 0, MAX_COUNT)
         if self.max_tokens is not None:
+            _check_int("max_tokens", self.max_tokens, 1, MAX_COUNT)
             _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
@@ -130,6 +135,10 @@ class SamplingParams:
         if self.logit_bias:
             _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
             _check_biases(self.logit_bias.values())
+        size = len(self.grammar)
+        _check(size <= MAX_GRAMMAR_CHARS, "grammar", f"{size} characters", f"at most {MAX_GRAMMAR_CHARS}")
+        if self.prompt_logprobs is not None:
+            _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
 
     @property
     def is_greedy(self) -> bool:

@@ -19,6 +19,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.errors import BadConfig, InvalidRequest, PromptTooLong, shortened
+from router.deltas import ToolCall
 
 # OpenAI's newer name for the system role.
 _DEVELOPER = "developer"
@@ -30,12 +31,17 @@ class ChatMessage:
     # Text, the texts of its parts, or None for an assistant's turn without text.
     content: str | tuple[str, ...] | None
     name: str | None = None
+    # Of an assistant's turn.
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    # Of a tool's turn: the call that it answers.
+    tool_call_id: str | None = None
 
     @property
     def num_chars(self) -> int:
-        if isinstance(self.content, tuple):
-            return sum(len(text) + 1 for text in self.content)
-        return len(self.content or "")
+        texts = self.content if isinstance(self.content, tuple) else (self.content or "",)
+        calls = sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
+        return sum(len(text) + 1 for text in texts) + len(self.reasoning or "") + calls
 
 
 class _GenerationTag(Extension):

@@ -33,6 +33,7 @@ from router.clients import cache_salt
 from router.cluster.admission import Prediction
 from router.cluster.policy import Demand
 from router.config import LimitsConfig
+from router.deltas import Tool
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind, Prompt
@@ -64,11 +65,13 @@ class Conversation:
     messages: tuple[ChatMessage, ...]
     add_generation_prompt: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Tool, ...] = ()
 
     @property
     def num_chars(self) -> int:
         """The approximate size, which decides where the template runs."""
-        return sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
+        tools = sum(len(tool.description) + _size(tool.parameters) for tool in self.tools)
+        return tools + sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
 
 
 Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
@@ -127,6 +130,9 @@ class Ending:
     num_tokens: int
     num_cached_tokens: int
     relay: Relay
+    # Part of ``num_tokens``.
+    num_reasoning_tokens: int = 0
+    has_tool_calls: bool = False
 
 
 class Generation:
@@ -524,6 +530,9 @@ class Frontend:
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _check_sampling_ids(self, sampling: SamplingParams) -> None:
+        if sampling.grammar or sampling.prompt_logprobs is not None:
+            param = "grammar" if sampling.grammar else "prompt_logprobs"
+            raise errors.InvalidRequest(f"{param} is not supported yet", param=param)
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", tuple(sampling.logit_bias))
 

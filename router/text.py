@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.types import PositionLogprobs
+from router.deltas import Delta
 from router.tokenizer import CONTEXT, PieceReader, Tokenizer, Utf8
 
 _MAX_CHARACTER_BYTES = 4
@@ -166,6 +167,8 @@ class Part:
     token_texts: Sequence[str] = ()
     # The stop string that ended the output.
     stop: str | None = None
+    # What ``text`` says, if the request has tools or the model reasons; a delta may come later than its text.
+    deltas: Sequence[Delta] = ()
 
 
 class TextStream:
