@@ -19,6 +19,7 @@ from cli.show import wide_console
 from cli.usage import Commands
 
 if TYPE_CHECKING:
+    from planner.energy import Bill
     from planner.results import Run
     from planner.summary import Summary
 
@@ -117,6 +118,8 @@ def simulate(
 
 
 def _show(console: Console, run: Run, summary: Summary, model: str) -> None:
+    from planner.energy import bill
+
     work = run.workload
     for line in (
         f"profile {run.profile.value} · {model} · {run.design.name}",
@@ -134,7 +137,21 @@ def _show(console: Console, run: Run, summary: Summary, model: str) -> None:
     verdict = (
         "all nine objectives met" if summary.meets_all_nine else f"objectives missed: {', '.join(missed) or 'all'}"
     )
+    console.print(_paid(bill(run)), markup=False, highlight=False, soft_wrap=True)
     counters = ", ".join(f"{name} {value:g}" for name, value in run.counters.items())
     console.print(f"{verdict}; {counters}", markup=False, highlight=False, soft_wrap=True)
     for warning in run.warnings:
         warn(warning)
+
+
+def _paid(of: Bill) -> str:
+    money = (
+        f"${of.dollars_per_million_tokens:.2f} per million tokens, ${of.dollars_per_million_output_tokens:.2f} per "
+        "million output tokens"
+    )
+    if not of.has_energy:
+        return f"{money}; this profile has no energy"
+    return (
+        f"{money}; {of.joules_per_request:,.0f} J a request (GPUs, idle ones too), {of.joules_per_prompt_token:.2f} J "
+        f"a prompt token, {of.joules_per_output_token:.2f} J an output token"
+    )

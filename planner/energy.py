@@ -55,6 +55,13 @@ class StepPower:
         return self.step_w(shape) * self._times.step_s(shape)
 
 
+# Figures of a bill, by the names of `summary.json`.
+_ENERGY = (
+    "prompt_j", "decode_j", "idle_j", "joules_per_request", "joules_per_prompt_token", "joules_per_output_token",
+)  # fmt: skip
+_MONEY = ("dollars", "dollars_per_million_tokens", "dollars_per_million_output_tokens")
+
+
 @dataclass(frozen=True, slots=True)
 class Bill:
     """What a run took. A figure for each of something is 0 if there is none."""
@@ -70,6 +77,11 @@ class Bill:
     @property
     def total_j(self) -> float:
         return self.prompt_j + self.decode_j + self.idle_j
+
+    @property
+    def has_energy(self) -> bool:
+        """The profile compat simulates none."""
+        return self.total_j > 0
 
     @property
     def joules_per_request(self) -> float:
@@ -92,6 +104,10 @@ class Bill:
     @property
     def dollars_per_million_output_tokens(self) -> float:
         return _each(self.dollars * _MILLION, self.num_output_tokens)
+
+    def as_json(self) -> dict[str, float | None]:
+        energy = {name: getattr(self, name) if self.has_energy else None for name in _ENERGY}
+        return energy | {name: getattr(self, name) for name in _MONEY}
 
 
 def bill(run: Run) -> Bill:

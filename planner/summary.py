@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from loadgen.objectives import Verdict
+from planner.energy import bill
 from planner.results import Run
 from planner.uncontended import Uncontended, judge, measured, percentile, slowdowns
 
@@ -85,7 +86,7 @@ def as_json(run: Run, summary: Summary) -> dict[str, object]:
         for part in ("mean", "p50", "p90", "p99"):
             flat[f"{name}_{part}"] = getattr(figures, part)
     flat |= {"requests": summary.num_requests, "completed": summary.num_served, "sim_end_s": run.ended_s}
-    flat |= dict(run.counters)
+    flat |= {**run.counters, **bill(run).as_json()}
     flat["all_9_SLOs_met"] = int(summary.meets_all_nine)
     flat["missed_SLOs"] = [
         f"{v.figure} p{v.percentile * 100:g} slowdown {v.found:.2f}, limit {v.limit:g}"

@@ -64,7 +64,7 @@ def _trials(trials: Iterable[Trial]) -> list[dict[str, object]]:
 
 
 def _trial(trial: Trial) -> dict[str, object]:
-    design, energy = trial.design, trial.bill
+    design = trial.design
     flat: dict[str, object] = {
         "design": design.name,
         "groups": [[group.role.value, group.machine.name, group.count] for group in design],
@@ -72,11 +72,7 @@ def _trial(trial: Trial) -> dict[str, object]:
         "rate": trial.rate,
         "dollars_per_hour": design.dollars_per_hour,
         "power_units": design.power_units,
-        "dollars_per_million_tokens": energy.dollars_per_million_tokens,
-        # The profile compat has no energy.
-        "joules_per_request": energy.joules_per_request if energy.total_j else None,
-        "joules_per_prompt_token": energy.joules_per_prompt_token if energy.total_j else None,
-        "joules_per_output_token": energy.joules_per_output_token if energy.total_j else None,
+        **trial.bill.as_json(),
         "requests": trial.summary.num_requests,
         "missed": list(trial.missed),
     }

@@ -96,6 +96,25 @@ def test_the_honest_profile_runs_models_and_machines_that_no_table_has(trace: st
         assert plan(*options, profile="honest") == plan(*options, profile="honest")
 
 
+def test_what_a_run_costs_is_in_the_summary_and_told(trace: str) -> None:
+    """8,192 prompt tokens, 56 output tokens."""
+    found = json.loads(plan("--trace", trace, *SPLIT, "--json", profile="honest"))
+    hours = found["sim_end_s"] / 3600
+    assert found["dollars"] == pytest.approx(8 * (2.21 + 4.76) * hours)
+    assert found["dollars_per_million_tokens"] == pytest.approx(found["dollars"] / (8192 + 56) * 1e6)
+    assert found["dollars_per_million_output_tokens"] == pytest.approx(found["dollars"] / 56 * 1e6)
+    assert found["joules_per_prompt_token"] == pytest.approx(found["prompt_j"] / 8192)
+    assert found["joules_per_output_token"] == pytest.approx(found["decode_j"] / 56)
+    assert found["joules_per_request"] * 3 == pytest.approx(
+        sum(found[f"{part}_j"] for part in ("prompt", "decode", "idle"))
+    )
+    assert 0 < found["joules_per_prompt_token"] < found["joules_per_output_token"]
+    told = plan("--trace", trace, *SPLIT, profile="honest")
+    assert f"{found['joules_per_request']:,.0f} J a request" in told
+    assert f"${found['dollars_per_million_tokens']:.2f} per million tokens" in told
+    assert "this profile has no energy" in plan("--trace", trace, *SPLIT)
+
+
 def test_the_honest_profile_has_one_model_on_a_machine(trace: str) -> None:
     with pytest.raises(BadConfig, match="tensor parallelism is 4, and h100-80gb has 8 GPUs"):
         plan("--trace", trace, "--model", "llama2-70b", "--tp", "4", "--mixed", "h100-80gb:1", profile="honest")

@@ -82,6 +82,8 @@ def test_the_files_have_the_names_of_the_reference_and_the_same_bytes_each_time(
     figures = ("TTFT_s", "TBT_s", "E2E_s", "second_token_gap_s", "TTFT_slowdown", "TBT_slowdown", "E2E_slowdown")
     assert {f"{figure}_{part}" for figure in figures for part in ("mean", "p50", "p90", "p99")} < set(summary)
     assert {"requests", "completed", "sim_end_s", "kv_transfers", "oom_events", "all_9_SLOs_met"} < set(summary)
+    assert summary["dollars_per_million_tokens"] > 0
+    assert summary["joules_per_request"] is None, "the profile compat simulates no energy"
     with (tmp_path / "a" / "requests.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
