@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from baton.errors import BadConfig, Unavailable, quoted
 
@@ -77,15 +78,21 @@ class Cluster:
 @contextlib.asynccontextmanager
 async def started(shape: Shape, model: str, folder: Path) -> AsyncIterator[Cluster]:
     """Runs `baton up` on free ports until the end of the context; its log is in ``folder``. Raises Unavailable."""
-    stem = "".join(c if c.isalnum() else "-" for c in shape.name)
+    up = (sys.executable, "-P", str(_PROGRAM), "up", "--http-port", "0", "--grpc-port", "0")
+    async with running(shape.name, (*up, "--model", model, *shape.options), folder) as said:
+        nodes = tuple(Node(**node) for node in said["nodes"])
+        yield Cluster(shape, str(said["http"]), str(said["grpc"]), nodes)
+
+
+@contextlib.asynccontextmanager
+async def running(name: str, command: Sequence[str], folder: Path) -> AsyncIterator[dict[str, Any]]:
+    """Runs a command that takes --ready-file until the end of the context; what that file says. Raises Unavailable."""
+    stem = "".join(c if c.isalnum() else "-" for c in name)
     ready, log = folder / f"{stem}.json", folder / f"{stem}.log"
-    command = (
-        *(sys.executable, "-c", _WITH_PARENT, str(os.getpid()), sys.executable, "-P", str(_PROGRAM), "up"),
-        *("--model", model, "--http-port", "0", "--grpc-port", "0", "--ready-file", str(ready), *shape.options),
-    )
-    process = _launch(command, log)
+    whole = (sys.executable, "-c", _WITH_PARENT, str(os.getpid()), *command, "--ready-file", str(ready))
+    process = _launch(whole, log)
     try:
-        yield await asyncio.to_thread(_ready, process, shape, ready, log)
+        yield await asyncio.to_thread(_ready, process, name, ready, log)
     finally:
         process.terminate()
         await asyncio.shield(asyncio.to_thread(_end, process))
@@ -96,18 +103,17 @@ def _launch(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)  # noqa: S603
 
 
-def _ready(process: subprocess.Popen[bytes], shape: Shape, ready: Path, log: Path) -> Cluster:
+def _ready(process: subprocess.Popen[bytes], name: str, ready: Path, log: Path) -> dict[str, Any]:
     deadline_s = time.monotonic() + _START_S
     while not ready.exists():
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_LOOK_EVERY_S)
         if process.returncode is not None:
-            raise Unavailable(f"the cluster {shape.name} did not start: {_last_words(log)}")
+            raise Unavailable(f"{name} did not start: {_last_words(log)}")
         if time.monotonic() > deadline_s:
-            raise Unavailable(f"the cluster {shape.name} was not ready in {_START_S:g} s: {_last_words(log)}")
-    found = json.loads(ready.read_text())
-    nodes = tuple(Node(**node) for node in found["nodes"])
-    return Cluster(shape, str(found["http"]), str(found["grpc"]), nodes)
+            raise Unavailable(f"{name} was not ready in {_START_S:g} s: {_last_words(log)}")
+    found: dict[str, Any] = json.loads(ready.read_text())
+    return found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -116,7 +122,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise Unavailable(f"a cluster did not stop in {_STOP_S:g} s and was killed") from None
+        raise Unavailable(f"a process did not stop in {_STOP_S:g} s and was killed") from None
 
 
 def _last_words(log: Path) -> str:

@@ -17,7 +17,7 @@ from rich.console import Console
 from baton.errors import Unavailable
 from bench import measure
 from bench import model as bench_model
-from bench.serve import burst, overload, replay, table
+from bench.serve import burst, overload, replay, table, uneven
 from bench.serve.turns import Result, Setting
 from loadgen import machine
 
@@ -28,12 +28,12 @@ _OPTIONS = ("--kv-mib", "1024", "--dtype", "bfloat16", "--prefix-cache", "off")
 _QUICK_OPTIONS = ("--kv-mib", "64", "--prefix-cache", "off")
 
 SCENARIOS: dict[str, Callable[[Setting], Coroutine[Any, Any, Result]]] = {
-    "table": table.run, "replay": replay.run, "burst": burst.run, "overload": overload.run,
+    "table": table.run, "replay": replay.run, "burst": burst.run, "overload": overload.run, "uneven": uneven.run,
 }  # fmt: skip
 # Beyond the minutes, to stop a cluster and draw what was measured.
 _GRACE_S = 60.0
 # Of a run for the record on two cores: three rounds of the table, two of the replay.
-_MINUTES = {"table": 45.0, "replay": 50.0, "burst": 15.0, "overload": 15.0}
+_MINUTES = {"table": 70.0, "replay": 50.0, "burst": 15.0, "overload": 15.0, "uneven": 15.0}
 
 
 def main(arguments: Sequence[str], results: Path) -> None:

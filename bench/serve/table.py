@@ -1,13 +1,13 @@
 """Two cores of work in several ways, and the frontier between a prompt's wait and the gaps between tokens.
 
 Split, mixed, and mixed with a target for the gap between tokens (50 to 500 ms): under an open loop and two closed ones.
-The aim is one configuration, mixed workers with a target of 100 ms: gap p99 at most 110 ms, with TTFT p99 at most 1.2
+The aim is one configuration, two mixed workers with a target of 100 ms: gap p99 at most 110 ms, with TTFT p99 at most 1.2
 times and tokens/s at least 0.9 times those of the best mixed configuration without a target.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 from bench.serve.turns import Result, Setting, take_turns
@@ -21,12 +21,14 @@ from loadgen.report import table
 TARGETS_MS = (50, 100, 200, 500)
 _LIMIT_S = 180.0
 _OUTPUT_TOKENS = 64
-AIMED = "2 mixed, target 100 ms"
+AIMED = ("2 mixed, target 100 ms", "2 mixed, 2 threads each, target 100 ms")
 _MIXED = ("1 mixed", "2 mixed")
 SHAPES = (
     Shape("1 mixed", ("--mixed", "1")),
     Shape("2 mixed", ("--mixed", "2")),
     *(Shape(f"2 mixed, target {ms} ms", ("--mixed", "2", "--tbt-target-ms", str(ms))) for ms in TARGETS_MS),
+    # Idle cores go to the worker that has a prompt; where both have one, the kernel divides them.
+    Shape("2 mixed, 2 threads each, target 100 ms", ("--mixed", "2", "--threads", "2", "--tbt-target-ms", "100")),
     Shape("1+1 split", ("--prefill", "1", "--decode", "1", "--disaggregation", "always")),
     Shape("1+1 auto", ("--prefill", "1", "--decode", "1", "--tbt-target-ms", "100")),
 )
@@ -51,19 +53,20 @@ async def run(setting: Setting) -> Result:
 
 
 def aims(comparison: Comparison) -> list[dict[str, Any]]:
-    """For each load that was measured on all: the aimed configuration beside the best mixed ones."""
+    """For each load that was measured on all: the aimed configurations beside the best mixed ones."""
     by_load: dict[str, dict[str, Figures]] = {}
     for (target, load), figures in comparison.pooled().items():
-        by_load.setdefault(load, {})[target] = figures
-    return [{"load": load, **_aim(found)} for load, found in by_load.items() if _is_whole(found)]
+        if figures.whole:
+            by_load.setdefault(load, {})[target] = figures
+    return [
+        {"load": load, "configuration": name, **_aim(found[name], [found[mixed] for mixed in _MIXED])}
+        for load, found in by_load.items()
+        for name in AIMED
+        if found.keys() >= {name, *_MIXED}
+    ]
 
 
-def _is_whole(found: Mapping[str, Figures]) -> bool:
-    return all(name in found and found[name].whole for name in (AIMED, *_MIXED))
-
-
-def _aim(found: Mapping[str, Figures]) -> dict[str, Any]:
-    ours, mixed = found[AIMED], [found[name] for name in _MIXED]
+def _aim(ours: Figures, mixed: Sequence[Figures]) -> dict[str, Any]:
     gap_ms = (ours.gap_s.p99 or 0.0) * 1e3
     ttft = (ours.ttft_s.p99 or 0.0) / min(f.ttft_s.p99 for f in mixed if f.ttft_s.p99)
     tokens = ours.tokens_s / max(f.tokens_s for f in mixed)

@@ -1,11 +1,15 @@
 """What the scenarios of ``bench serve`` send, in which order, and how they judge what they find."""
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
 
+import psutil
 import pytest
 from rich.console import Console
 
-from bench.serve import burst, overload, replay, table
+from bench.serve import burst, overload, replay, table, uneven
 from bench.serve.command import main
 from bench.serve.turns import Setting, turns
 from loadgen import traces
@@ -63,7 +67,7 @@ def test_the_aim_is_beside_the_best_mixed_configuration(ttft_s, gap_s, wall_s, i
         comparison(
             run("1 mixed", "x", answer(ttft_s=1.0, gap_s=1.0), wall_s=2.0),
             run("2 mixed", "x", answer(ttft_s=2.0, gap_s=2.0), wall_s=1.0),
-            run(table.AIMED, "x", answer(ttft_s=ttft_s, gap_s=gap_s), wall_s=wall_s),
+            run(table.AIMED[0], "x", answer(ttft_s=ttft_s, gap_s=gap_s), wall_s=wall_s),
             run("2 mixed", "not of all", answer()),
         )
     )
@@ -162,3 +166,18 @@ def test_wrong_arguments_are_refused(tmp_path, wrong, capsys):
     with pytest.raises(SystemExit):
         main(wrong, tmp_path)
     assert "expected" in capsys.readouterr().err or wrong == ["nothing"]
+
+
+def test_a_slowed_process_is_stopped_again_and_again_and_runs_in_the_end():
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        process, seen = psutil.Process(busy.pid), set()
+        until_s = time.monotonic() + 30
+        with uneven.slowed(busy.pid):
+            while not {psutil.STATUS_STOPPED, psutil.STATUS_RUNNING} <= seen and time.monotonic() < until_s:
+                seen.add(process.status())
+        assert {psutil.STATUS_STOPPED, psutil.STATUS_RUNNING} <= seen
+        assert process.status() != psutil.STATUS_STOPPED
+    finally:
+        busy.kill()
+        busy.wait()
