@@ -1,8 +1,8 @@
 """Two cores of work in several ways, and the frontier between a prompt's wait and the gaps between tokens.
 
 Split, mixed, and mixed with a target for the gap between tokens (50 to 500 ms): under an open loop and two closed ones.
-The aim is one configuration, two mixed workers with a target of 100 ms: gap p99 at most 110 ms, with TTFT p99 at most 1.2
-times and tokens/s at least 0.9 times those of the best mixed configuration without a target.
+The aim is one configuration, two mixed workers with a target of 100 ms: gap p99 at most 110 ms, with TTFT p99 at most
+1.2 times and tokens/s at least 0.9 times those of the best mixed configuration without a target.
 """
 
 from __future__ import annotations
