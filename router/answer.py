@@ -1,35 +1,71 @@
 """Turns one admitted request into the answer of an HTTP client: all choices, whole or as server-sent events.
 
-It connects generations with the JSON of `openai_response`; it uses no sockets.
+It connects generations with the form of an API; it uses no sockets.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Protocol
 
 from baton import errors
-from router.frontend import Accepted, Ending, Frontend, Generation, GenerationRequest
-from router.openai_logprobs import LogprobWriter
-from router.openai_request import ChatBody, CompletionBody
-from router.openai_response import DONE, ChoiceWriter, Envelope, relay_json, usage
-from router.openai_whole import Json, PromptJson, WholeAnswer, prompt_json
+from router.frontend import Accepted, Ending, Frontend, Generation
+from router.openai_whole import Json, WholeAnswer
 from router.text import Part
+from router.turns import Turns
+
+
+class WholeWriter(Protocol):
+    """The whole of one choice, in an API's form."""
+
+    def add(self, part: Part) -> int:
+        """Returns the number of bytes that are kept until the end."""
+
+    def json(self, ending: Ending) -> Json: ...
+
+
+class Writer(Protocol):
+    """One choice in an API's form."""
+
+    def begin(self) -> str:
+        """What is sent before the first part."""
+
+    def chunk(self, part: Part) -> str: ...
+
+    def end(self, ending: Ending) -> str: ...
+
+    def whole(self) -> WholeWriter:
+        """The whole choice instead of chunks."""
+
+
+class Form(Protocol):
+    """An API's form of one answer."""
+
+    @property
+    def writers(self) -> Sequence[Writer]:
+        """One for each choice."""
+
+    async def prepare(self, turns: Turns) -> None:
+        """Called once, before anything is written."""
+
+    def closing(self, endings: Sequence[Ending]) -> bytes:
+        """The last events of a stream."""
+
+    def failed(self, error: errors.BatonError) -> bytes:
+        """The last event of a stream that failed after its beginning."""
+
+    def whole(self, choices: Sequence[Json], endings: Sequence[Ending]) -> WholeAnswer: ...
 
 
 class Choice:
     """One choice: reads its tokens and writes its chunks or its whole text."""
 
-    __slots__ = ("_generation", "_has_begun", "_writer", "ending", "prompt")
+    __slots__ = ("_generation", "_has_begun", "_writer", "ending")
 
-    def __init__(self, generation: Generation, writer: ChoiceWriter) -> None:
+    def __init__(self, generation: Generation, writer: Writer) -> None:
         self._generation = generation
         self._writer = writer
-        # The repeated prompt; set before the first read, dropped once it has been sent.
-        self.prompt = PromptJson()
         self._has_begun = False
         self.ending: Ending | None = None
 
@@ -44,8 +80,7 @@ class Choice:
         text = ""
         if not self._has_begun:
             self._has_begun = True
-            text = self._writer.begin(self.prompt)
-            self.prompt = PromptJson()
+            text = self._writer.begin()
         if isinstance(part, Ending):
             self.ending = part
         else:
@@ -60,52 +95,24 @@ class Choice:
         while isinstance(part := await self._generation.next(), Part):
             keep(choice.add(part))
         self.ending = part
-        return choice.json(part, self.prompt)
+        return choice.json(part)
 
 
 class Answer:
     """Read it with `whole`, or with `next` until `is_over`; end it early with `cancel`."""
 
-    __slots__ = ("_accepted", "_choices", "_envelope", "_frontend", "_is_prepared", "_kept_bytes", "_merger", "_n",
-                 "_prompt_ids", "_wants_ids", "_wants_relay", "_wants_usage", "is_over")  # fmt: skip
+    __slots__ = ("_accepted", "_choices", "_form", "_frontend", "_is_prepared", "_kept_bytes", "_merger", "is_over")
 
-    def __init__(
-        self, frontend: Frontend, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted
-    ) -> None:  # fmt: skip
+    def __init__(self, frontend: Frontend, form: Form, accepted: Accepted) -> None:
         self._accepted = accepted
         self._frontend = frontend
+        self._form = form
         self._kept_bytes = 0
-        # Not the body itself: it would be kept as long as the stream.
-        self._wants_usage = body.wants_usage
-        self._wants_ids = bool(body.return_token_ids)
-        self._wants_relay = bool(body.return_relay)
-        is_chat = request.is_chat
-        self._envelope = Envelope(
-            answer_id=("chatcmpl-" if is_chat else "cmpl-") + accepted.request_id,
-            model=accepted.model,
-            created=int(time.time()),
-            is_chat=is_chat,
-            wants_usage=body.wants_usage,
-        )
-        self._n = request.n
-        self._is_prepared = not (accepted.echoes or self._wants_ids)
-        # A conversation's ids are repeated once for all choices.
-        self._prompt_ids = ""
-        self._choices: list[Choice] = []
+        self._is_prepared = False
+        self._choices = [Choice(g, w) for g, w in zip(accepted.generations, form.writers, strict=True)]
         self._merger: _Merger | None = None
         # The last event has been returned.
         self.is_over = False
-        for i, generation in enumerate(accepted.generations):
-            logprobs = None
-            if request.sampling.logprobs is not None:
-                logprobs = LogprobWriter(
-                    frontend.tokenizer, is_chat=is_chat, as_ids=bool(body.return_tokens_as_token_ids)
-                )  # fmt: skip
-            writer = ChoiceWriter(
-                envelope=self._envelope, index=i, logprobs=logprobs, token_ids=self._wants_ids,
-                num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
-            )  # fmt: skip
-            self._choices.append(Choice(generation, writer))
 
     @property
     def request_id(self) -> str:
@@ -116,21 +123,12 @@ class Answer:
         self._frontend.cancel(self._accepted, "the client left")
 
     async def _prepare(self) -> None:
-        """Write the JSON of the repeated prompts."""
         self._is_prepared = True
-        for first in range(0, len(self._choices), self._n):
-            echo = self._accepted.echoes[first // self._n] if self._accepted.echoes else ""
-            ids = self._accepted.generations[first].prompt_token_ids if self._wants_ids else ()
-            prompt = await prompt_json(echo, ids, self._frontend.turns)
-            for choice in self._choices[first : first + self._n]:
-                choice.prompt = prompt
-            if self._envelope.is_chat:
-                self._prompt_ids = prompt.token_ids
+        await self._form.prepare(self._frontend.turns)
 
     async def whole(self) -> WholeAnswer:
         """Wait for all choices; raises the first error."""
-        if not self._is_prepared:
-            await self._prepare()
+        await self._prepare()
         if len(self._choices) == 1:
             choices = [await self._choices[0].whole(self._keep)]
         else:
@@ -140,7 +138,7 @@ class Answer:
             except ExceptionGroup as failed:
                 raise errors.cause_of(failed) from None
             choices = [t.result() for t in tasks]
-        return self._envelope.whole(choices, f',"usage":{_compact(self._usage())}{self._extras()}')
+        return self._form.whole(choices, self._endings)
 
     def _keep(self, num_bytes: int) -> None:
         self._kept_bytes += num_bytes
@@ -164,7 +162,11 @@ class Answer:
                 self._merger = _Merger(self._choices)
             text = await self._merger.next()
             self.is_over = self._merger.num_left == 0
-        return text.encode() + self._closing() if self.is_over else text.encode()
+        return text.encode() + self._form.closing(self._endings) if self.is_over else text.encode()
+
+    def failed(self, error: errors.BatonError) -> bytes:
+        """The last event of a stream whose `next` raised."""
+        return self._form.failed(error)
 
     async def close(self) -> None:
         """Release everything, whatever was read."""
@@ -174,36 +176,10 @@ class Answer:
         if self._merger is not None:
             await self._merger.close()
 
-    def _closing(self) -> bytes:
-        extra = self._extras()
-        if self._wants_usage:
-            extra += f',"usage":{_compact(self._usage())}'
-        return (self._envelope.last_chunk(extra).encode() if extra else b"") + DONE
-
     @property
     def _endings(self) -> list[Ending]:
         """The endings of all choices, which have ended."""
         return [c.ending for c in self._choices if c.ending is not None]
-
-    def _usage(self) -> dict[str, Any]:
-        """A prompt counts once, however many choices it has."""
-        firsts = self._accepted.generations[:: self._n]
-        num_prompt = sum(len(g.prompt_token_ids) for g in firsts)
-        endings = self._endings
-        return usage(num_prompt, endings, sum(e.num_cached_tokens for e in endings[:: self._n]))
-
-    def _extras(self) -> str:
-        """Further members of the answer's JSON, each with a leading comma."""
-        extra = f',"prompt_token_ids":[{self._prompt_ids}]' if self._wants_ids and self._envelope.is_chat else ""
-        if self._wants_relay:
-            relays = [relay_json(e.relay) for e in self._endings]
-            found = {"request_id": self.request_id, "relay": relays[0], "relays": relays}
-            extra += f',"baton":{_compact(found)}'
-        return extra
-
-
-def _compact(value: dict[str, Any]) -> str:
-    return json.dumps(value, separators=(",", ":"))
 
 
 class _Merger:

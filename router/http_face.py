@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,14 +26,16 @@ from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from baton.types import MAX_SLO_S, Slo
+from router import openai_response
 from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.clients import authorization_of, client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Caller, Frontend, GenerationRequest
-from router.openai_request import ChatBody, CompletionBody, parse
-from router.openai_response import error_body, error_event
+from router.endpoint import Asked, Endpoint, ErrorBody
+from router.frontend import Caller, Frontend
+from router.openai_request import ChatBody, CompletionBody
+from router.openai_response import error_body
 from router.openai_whole import WholeAnswer
 from router.status import StatusPage
 
@@ -46,7 +48,6 @@ _MAX_TRACE_BYTES = 512
 # Milliseconds, as inference gateways send them.
 _SLO_HEADERS = {b"x-slo-ttft-ms": "ttft_s", b"x-slo-tpot-ms": "tbt_s"}
 _MILLISECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
-_COMPLETIONS, _CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 class HttpFace:
@@ -59,12 +60,16 @@ class HttpFace:
         self._limits = config.limits
         self._has_keys = bool(config.api_keys)
         self._bodies = BodyReader(config.limits, lambda: frontend.max_request_bytes)
-        self._others = _build_others(frontend, dispatcher, metrics, page)
+        self._endpoints = {
+            "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer),
+            "/v1/chat/completions": openai_response.endpoint(ChatBody, frontend.tokenizer),
+        }
+        self._others = _build_others(frontend, dispatcher, metrics, page, list(self._endpoints))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_http = scope["type"] == "http"
-        if is_http and scope["method"] == "POST" and scope["path"] in (_COMPLETIONS, _CHAT):
-            await self._generate(scope, receive, send)
+        if is_http and scope["method"] == "POST" and (endpoint := self._endpoints.get(scope["path"])):
+            await self._generate(endpoint, scope, receive, send)
         elif is_http and scope["method"] == "OPTIONS" and (allowed := _allowed(self._others, scope)):
             await Response(status_code=204, headers={"allow": allowed})(scope, receive, send)
         else:
@@ -74,16 +79,16 @@ class HttpFace:
         address = scope["client"][0] if scope["client"] else ""
         return client_of(address, authorization_of(scope), has_keys=self._has_keys)
 
-    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _generate(self, endpoint: Endpoint, scope: Scope, receive: Receive, send: Send) -> None:
         stream: _EventStream | None = None
         try:
             async with self._bodies.read(scope, receive) as raw:
-                body, request = await self._asked(scope, raw)
-                accepted = await self._frontend.start(request)
-                answer = Answer(self._frontend, body, request, accepted)
-            wants_stream = body.stream
+                asked = await self._asked(endpoint, scope, raw)
+                accepted = await self._frontend.start(asked.request)
+                answer = Answer(self._frontend, asked.form(accepted), accepted)
+            wants_stream = asked.wants_stream
             # Else they would live as long as the stream.
-            del raw, body, request, accepted
+            del raw, asked, accepted
             leaver = asyncio.create_task(self._cancel_when_left(receive, answer))
             try:
                 if wants_stream:
@@ -95,11 +100,11 @@ class HttpFace:
                 leaver.cancel()
                 await answer.close()
         except errors.BatonError as error:
-            await _error_response(error)(scope, receive, send)
+            await _error_response(error, endpoint.error_body)(scope, receive, send)
         except Exception as error:
             if stream is not None and stream.has_begun:
                 raise  # the server logs it and closes the connection, so that the client does not take this for the end
-            await _defect_response(scope["path"], error)(scope, receive, send)
+            await _defect_response(scope["path"], error, endpoint.error_body)(scope, receive, send)
 
     async def _cancel_when_left(self, receive: Receive, answer: Answer) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -122,15 +127,14 @@ class HttpFace:
             num_left -= len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": num_left > 0})
 
-    async def _asked(self, scope: Scope, content: bytes) -> tuple[CompletionBody | ChatBody, GenerationRequest]:
-        kind: type[CompletionBody] | type[ChatBody] = CompletionBody if scope["path"] == _COMPLETIONS else ChatBody
+    async def _asked(self, endpoint: Endpoint, scope: Scope, content: bytes) -> Asked:
         caller, slo = Caller(self._client_of(scope), **_trace_of(scope)), _slo_of(scope)
 
-        def work() -> tuple[CompletionBody | ChatBody, GenerationRequest]:
+        def work() -> Asked:
             if len(content) > SMALL_BODY_BYTES:
                 check_structure(content, self._limits, self._frontend.max_model_tokens)
-            body = parse(kind, content)
-            return body, replace(body.request(caller), slo=slo)
+            asked = endpoint.read(content, caller)
+            return replace(asked, request=replace(asked.request, slo=slo))
 
         if len(content) > SMALL_BODY_BYTES:
             return await self._frontend.offload.run(work)
@@ -191,7 +195,7 @@ class _EventStream:
                 await self._write(event, is_last=False)
                 event = await answer.next()
         except errors.BatonError as error:
-            event = error_event(error)
+            event = answer.failed(error)
         # The last event and the end of the body are sent together.
         await self._write(event, is_last=True)
 
@@ -203,17 +207,20 @@ def _allowed(app: FastAPI, scope: Scope) -> str:
     """The methods of a path, as an Allow header; empty if there is no such path."""
     if scope["path"] == "*":  # the server as a whole
         return "GET, HEAD, OPTIONS, POST"
-    if scope["path"] in (_COMPLETIONS, _CHAT):
+    if scope["path"] in app.state.generating:
         return "OPTIONS, POST"
     found = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]
     methods = {name for route in found for name in getattr(route, "methods", ())}
     return ", ".join(sorted(methods | {"OPTIONS"})) if found else ""
 
 
-def _build_others(frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage) -> FastAPI:
+def _build_others(
+    frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage, generating: Sequence[str]
+) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
+    app.state.generating = generating
     routes = _Routes(frontend, dispatcher, metrics)
-    for path in (_COMPLETIONS, _CHAT):
+    for path in generating:
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
     answers: dict[str, Callable[..., Awaitable[Response]]] = {
         "/": routes.root, "/health": routes.health, "/ready": routes.ready, "/metrics": routes.metrics,
@@ -288,19 +295,19 @@ class _Routes:
         return JSONResponse([{"targets": [address]} for address in addresses if address])
 
 
-def _error_response(error: errors.BatonError) -> Response:
+def _error_response(error: errors.BatonError, body: ErrorBody) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    return JSONResponse(error_body(error), status_code=error.http_status, headers=headers)
+    return JSONResponse(body(error), status_code=error.http_status, headers=headers)
 
 
-def _defect_response(path: str, error: Exception) -> Response:
+def _defect_response(path: str, error: Exception, body: ErrorBody) -> Response:
     _log.error("defect while serving %s", shortened(path, 80), exc_info=error)
-    return _error_response(errors.InternalError(errors.described(error)))
+    return _error_response(errors.InternalError(errors.described(error)), body)
 
 
 async def _on_baton_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.BatonError)
-    return _error_response(error)
+    return _error_response(error, error_body)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -315,4 +322,4 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
-    return _defect_response(request.url.path, error)
+    return _defect_response(request.url.path, error, error_body)

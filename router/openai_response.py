@@ -6,23 +6,28 @@ A stream chunk is text around one `json.dumps` of the new text: building objects
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from baton import errors
 from baton.observe import Relay
-from router.frontend import Ending
+from router.endpoint import Asked, Endpoint
+from router.frontend import Accepted, Caller, Ending, GenerationRequest
 from router.openai_logprobs import LogprobWriter
-from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice
+from router.openai_request import ChatBody, CompletionBody, parse
+from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice, prompt_json
 from router.text import Part
+from router.tokenizer import Tokenizer
+from router.turns import Turns
 
 _OPENAI_CODES = {
     "Unauthenticated": "invalid_api_key",
     "UnknownModel": "model_not_found",
     "PromptTooLong": "context_length_exceeded",
 }
-DONE = b"data: [DONE]\n\n"
+_DONE = b"data: [DONE]\n\n"
 _TAIL = "]}\n\n"
 _TAIL_WITH_USAGE = '],"usage":null}\n\n'
 
@@ -32,28 +37,20 @@ def error_body(error: errors.BatonError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.openai_type, "param": error.param, "code": code}}
 
 
-def error_event(error: errors.BatonError) -> bytes:
-    return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+def endpoint(kind: type[CompletionBody] | type[ChatBody], tokenizer: Tokenizer | None) -> Endpoint:
+    def read(content: bytes, caller: Caller) -> Asked:
+        body = parse(kind, content)
+        request = body.request(caller)
+        return Asked(request, bool(body.stream), lambda accepted: Envelope(body, request, accepted, tokenizer))
 
-
-def usage(num_prompt_tokens: int, endings: Sequence[Ending], num_cached_tokens: int) -> dict[str, Any]:
-    completion = sum(e.num_tokens for e in endings)
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": completion,
-        "total_tokens": num_prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": num_cached_tokens},
-    }
-
-
-def relay_json(relay: Relay) -> dict[str, Any]:
-    return asdict(relay) | {"stamps": dict(relay.stamps), "line": relay.line()}
+    return Endpoint(read, error_body)
 
 
 class ChoiceWriter:
     """The chunks, or the whole text, of one choice."""
 
-    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens", "_tail", "_wants_ids")
+    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens", "_tail", "_wants_ids",
+                 "prompt")  # fmt: skip
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
@@ -68,9 +65,12 @@ class ChoiceWriter:
         self._tail = envelope.chunk_tail
         # Tokens written; counted only if every chunk reports it.
         self._num_tokens: int | None = 0 if running_usage else None
+        # The repeated prompt; dropped once it has been sent.
+        self.prompt = PromptJson()
 
-    def begin(self, prompt: PromptJson) -> str:
+    def begin(self) -> str:
         """The first chunk: the role in chat, the prompt if echoed. Empty if there is neither."""
+        prompt, self.prompt = self.prompt, PromptJson()
         if not self._is_chat and not prompt.echo and not self._wants_ids:
             return ""
         ids = f',"prompt_token_ids":[{prompt.token_ids}],"token_ids":[]' if self._wants_ids else ""
@@ -106,41 +106,112 @@ class ChoiceWriter:
     def whole(self) -> WholeChoice:
         """The whole choice instead of chunks."""
         return WholeChoice(
-            index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids
+            index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids,
+            prompt=self.prompt,
         )  # fmt: skip
 
 
 class Envelope:
-    """The fields that all chunks of an answer share."""
+    """The form of one answer: the fields that its chunks share, its usage and its end."""
 
-    __slots__ = ("_answer_id", "_created", "_model", "chunk_tail", "is_chat")
+    __slots__ = ("_accepted", "_answer_id", "_created", "_n", "_prompt_ids", "_wants_ids", "_wants_relay",
+                 "_wants_usage", "chunk_tail", "is_chat", "writers")  # fmt: skip
 
-    def __init__(self, *, answer_id: str, model: str, created: int, is_chat: bool, wants_usage: bool) -> None:
-        self.is_chat = is_chat
-        self._answer_id = answer_id
-        self._created = created
-        self._model = model
+    def __init__(
+        self, body: CompletionBody | ChatBody, request: GenerationRequest, accepted: Accepted,
+        tokenizer: Tokenizer | None,
+    ) -> None:  # fmt: skip
+        # Not the body itself: it would be kept as long as the stream.
+        self.is_chat = is_chat = request.is_chat
+        self._accepted = accepted
+        self._n = request.n
+        self._answer_id = ("chatcmpl-" if is_chat else "cmpl-") + accepted.request_id
+        self._created = int(time.time())
+        self._wants_ids = bool(body.return_token_ids)
+        self._wants_relay = bool(body.return_relay)
+        self._wants_usage = body.wants_usage
+        # A conversation's ids are repeated once for all choices.
+        self._prompt_ids = ""
         # If usage is requested, OpenAI sends "usage": null in every chunk but the last.
-        self.chunk_tail = _TAIL_WITH_USAGE if wants_usage else _TAIL
+        self.chunk_tail = _TAIL_WITH_USAGE if body.wants_usage else _TAIL
+        self.writers: list[ChoiceWriter] = []
+        as_ids = bool(body.return_tokens_as_token_ids)
+        for i, generation in enumerate(accepted.generations):
+            logprobs = None
+            if request.sampling.logprobs is not None:
+                logprobs = LogprobWriter(tokenizer, is_chat=is_chat, as_ids=as_ids)
+            writer = ChoiceWriter(
+                envelope=self, index=i, logprobs=logprobs, token_ids=self._wants_ids,
+                num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
+            )  # fmt: skip
+            self.writers.append(writer)
+
+    async def prepare(self, turns: Turns) -> None:
+        """Write the JSON of the repeated prompts."""
+        if not self._accepted.echoes and not self._wants_ids:
+            return
+        for first in range(0, len(self.writers), self._n):
+            echo = self._accepted.echoes[first // self._n] if self._accepted.echoes else ""
+            ids = self._accepted.generations[first].prompt_token_ids if self._wants_ids else ()
+            prompt = await prompt_json(echo, ids, turns)
+            for writer in self.writers[first : first + self._n]:
+                writer.prompt = prompt
+            if self.is_chat:
+                self._prompt_ids = prompt.token_ids
 
     @property
     def _fields(self) -> dict[str, Any]:
         """Built on demand: stored, they took half a kilobyte a stream."""
         kind = "chat.completion.chunk" if self.is_chat else "text_completion"
-        return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self._answer_id, "object": kind, "created": self._created, "model": self._accepted.model}
 
     @property
     def chunk_head(self) -> str:
         return f'data: {json.dumps(self._fields)[:-1]},"choices":['
 
-    def last_chunk(self, extra: str) -> str:
-        """The chunk without choices, which carries usage."""
-        return f"{self.chunk_head}]{extra}}}\n\n"
+    def closing(self, endings: Sequence[Ending]) -> bytes:
+        """The chunk without choices, which carries usage, and the end."""
+        extra = self._extras(endings)
+        if self._wants_usage:
+            extra += f',"usage":{_compact(self._usage(endings))}'
+        return (f"{self.chunk_head}]{extra}}}\n\n".encode() if extra else b"") + _DONE
 
-    def whole(self, choices: Sequence[Json], extra: str) -> WholeAnswer:
+    def failed(self, error: errors.BatonError) -> bytes:
+        return b"data: " + json.dumps(error_body(error)).encode() + b"\n\n"
+
+    def whole(self, choices: Sequence[Json], endings: Sequence[Ending]) -> WholeAnswer:
         kind = "chat.completion" if self.is_chat else "text_completion"
         head = json.dumps(self._fields | {"object": kind}, separators=(",", ":"))[:-1]
-        return WholeAnswer(f'{head},"choices":[', choices, f"]{extra}}}")
+        tail = f',"usage":{_compact(self._usage(endings))}{self._extras(endings)}'
+        return WholeAnswer(f'{head},"choices":[', choices, f"]{tail}}}")
+
+    def _usage(self, endings: Sequence[Ending]) -> dict[str, Any]:
+        """A prompt counts once, however many choices it has."""
+        num_prompt = sum(len(g.prompt_token_ids) for g in self._accepted.generations[:: self._n])
+        num_completion = sum(e.num_tokens for e in endings)
+        return {
+            "prompt_tokens": num_prompt,
+            "completion_tokens": num_completion,
+            "total_tokens": num_prompt + num_completion,
+            "prompt_tokens_details": {"cached_tokens": sum(e.num_cached_tokens for e in endings[:: self._n])},
+        }
+
+    def _extras(self, endings: Sequence[Ending]) -> str:
+        """Further members of the answer's JSON, each with a leading comma."""
+        extra = f',"prompt_token_ids":[{self._prompt_ids}]' if self._wants_ids and self.is_chat else ""
+        if self._wants_relay:
+            relays = [relay_json(e.relay) for e in endings]
+            found = {"request_id": self._accepted.request_id, "relay": relays[0], "relays": relays}
+            extra += f',"baton":{_compact(found)}'
+        return extra
+
+
+def relay_json(relay: Relay) -> dict[str, Any]:
+    return asdict(relay) | {"stamps": dict(relay.stamps), "line": relay.line()}
+
+
+def _compact(value: dict[str, Any]) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def _snake(name: str) -> str:

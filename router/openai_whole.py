@@ -44,10 +44,13 @@ async def prompt_json(echo: str, token_ids: Sequence[int], turns: Turns) -> Prom
 class WholeChoice:
     """One choice. Feed it all parts, then read its `json`."""
 
-    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_text", "_token_ids", "_wants_ids")
+    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_text", "_token_ids", "_wants_ids")
 
-    def __init__(self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool) -> None:
+    def __init__(
+        self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool, prompt: PromptJson
+    ) -> None:
         self._index = index
+        self._prompt = prompt
         self._is_chat = is_chat
         self._logprobs = logprobs
         self._wants_ids = wants_ids
@@ -67,16 +70,16 @@ class WholeChoice:
                     num_bytes += _extend(self._lists.setdefault(name, bytearray()), _dumped(items)[1:-1], b",")
         return num_bytes
 
-    def json(self, ending: Ending, prompt: PromptJson) -> Json:
+    def json(self, ending: Ending) -> Json:
         if self._is_chat:
             before, after = '"message":{"role":"assistant","content":"', '","refusal":null}'
         else:
             before, after = '"text":"', '"'
-        pieces: Json = [f'{{"index":{self._index},{before}', prompt.echo, self._text, f'{after},"logprobs":']
+        pieces: Json = [f'{{"index":{self._index},{before}', self._prompt.echo, self._text, f'{after},"logprobs":']
         pieces += self._logprob_pieces()
         pieces.append(f',"finish_reason":"{ending.finish_reason.value}","stop_reason":{json.dumps(ending.stop_reason)}')
         if self._wants_ids:
-            pieces += [',"prompt_token_ids":[', prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
+            pieces += [',"prompt_token_ids":[', self._prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
         pieces.append("}")
         return pieces
 
