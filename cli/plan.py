@@ -13,6 +13,7 @@ from rich.table import Table
 
 from cli import preflight
 from cli.options import finite, path
+from cli.plan_export import export
 from cli.plan_search import search
 from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, warn, workload_of
 from cli.show import wide_console
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Commands, help="Size a cluster: simulate it before it exists.")
 app.command()(search)
+app.command()(export)
 
 _UNITS = {"_s": ("s", 3), "_slowdown": ("x", 2)}
 

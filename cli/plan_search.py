@@ -17,7 +17,7 @@ from rich.table import Table
 from baton.errors import BadConfig, quoted
 from cli import preflight
 from cli.options import finite, path
-from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, warn
+from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, range_of, warn
 from cli.show import wide_console
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 
     from planner.machines import Machine
     from planner.search.plan import Plan
-    from planner.search.question import Limits, Question, Range
+    from planner.search.question import Limits, Question
     from planner.search.source import Source
 
-_MAX_COUNT = 10_000
 # What is drawn if no time is given, as the public simulator's runs.
 _DRAWN_S = 60.0
 # `baton plan search` without --machine.
@@ -209,9 +208,9 @@ def _limits(
     return Limits(
         _budget(max_cost, "--max-cost", {name: each.machine_dollars_per_hour for name, each in known.items()}),
         _budget(max_power, "--max-power", {name: each.power_units for name, each in known.items()}),
-        _range(count, "--count"),
-        _range(prompt, "--prompt-count"),
-        _range(token, "--token-count"),
+        range_of(count, "--count"),
+        range_of(prompt, "--prompt-count"),
+        range_of(token, "--token-count"),
     )
 
 
@@ -231,18 +230,6 @@ def _budget(text: str | None, option: str, prices: Mapping[str, float]) -> float
             param=option,
         )
     return budget
-
-
-def _range(text: str, option: str) -> Range:
-    from planner.search.question import Range
-
-    low, _, high = text.partition("-")
-    if not (low.isdecimal() and (high or low).isdecimal()) or not int(low) <= int(high or low) <= _MAX_COUNT:
-        raise BadConfig(
-            f"{option} is {quoted(text)}, expected numbers of machines up to {_MAX_COUNT:,}: MIN-MAX, such as 1-40",
-            param=option,
-        )
-    return Range(int(low), int(high or low))
 
 
 def _searched(question: Question, workers: int) -> Plan:

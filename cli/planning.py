@@ -9,14 +9,16 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from baton.errors import BadConfig
+from baton.errors import BadConfig, quoted
 
 if TYPE_CHECKING:
     from planner.models import Model
+    from planner.search.question import Range
     from planner.workload import Workload
 
 DAY_S = 86_400.0
 MAX_RATE = 1e6
+MAX_COUNT = 10_000
 
 
 class AskedProfile(Enum):
@@ -44,6 +46,18 @@ def workload_of(trace: str, rate: float | None, seconds: float | None, seed: int
     if rate is not None:
         work = work.at_rate(rate)
     return work if seconds is None else work.until(seconds)
+
+
+def range_of(text: str, option: str) -> Range:
+    from planner.search.question import Range
+
+    low, _, high = text.partition("-")
+    if not (low.isdecimal() and (high or low).isdecimal()) or not int(low) <= int(high or low) <= MAX_COUNT:
+        raise BadConfig(
+            f"{option} is {quoted(text)}, expected numbers of machines up to {MAX_COUNT:,}: MIN-MAX, such as 1-40",
+            param=option,
+        )
+    return Range(int(low), int(high or low))
 
 
 def warn(warning: str) -> None:

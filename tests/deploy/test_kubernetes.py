@@ -18,8 +18,10 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from baton import __version__
+from cli.app import app
 from tests.support.deploy_files import DEPLOY, accept
 from tests.support.prometheus_files import IS_INSTALLED
 from tests.support.root import ROOT
@@ -51,7 +53,8 @@ def rendered(overlay: str) -> tuple[dict[str, Any], ...]:
 
 
 @functools.cache
-def rendered_folder(folder: str) -> tuple[dict[str, Any], ...]:
+def rendered_folder(folder: str | Path) -> tuple[dict[str, Any], ...]:
+    """Of `deploy/kubernetes`, or any."""
     kubectl = shutil.which("kubectl")
     if kubectl is None:
         pytest.skip("kubectl is not installed: the overlay is not rendered, only its files are checked")
@@ -173,6 +176,47 @@ def test_who_is_scaled_has_no_replicas_of_its_own(overlay: str) -> None:
     for name, deployment in of_kind(found, "Deployment").items():
         assert ("replicas" in deployment["spec"]) != (name in scaled), name
     assert all(s["spec"]["minReplicas"] >= 2 for s in of_kind(found, "HorizontalPodAutoscaler").values())
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+@pytest.mark.parametrize(
+    ("design", "bounds"),
+    [
+        (("--prompt=h100-80gb:3", "--token=a100-80gb:2", "--prompt-count=2-5", "--machine-label=example.com/machine"),
+         {"prefill": (2, 5), "decode": (2, 2)}),
+        (("--mixed=h100-80gb:4",), {"decode": (4, 4)}),
+    ],
+    ids=["split", "mixed"],
+)  # fmt: skip
+def test_a_plan_fits_every_overlay(overlay: str, design: tuple[str, ...], bounds: Any, tmp_path: Path) -> None:
+    """`baton plan export`: its scalers' numbers, pods for its machines, all else as the overlay has it."""
+    command = ["plan", "export", "--kubernetes", *design, "--tp=8", f"--out={tmp_path}",
+               f"--overlay={KUBERNETES / 'overlays' / overlay}"]  # fmt: skip
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    found, before = rendered_folder(tmp_path), rendered(overlay)
+    for document in found:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    scalers = of_kind(found, "HorizontalPodAutoscaler")
+    assert {n: (s["spec"]["minReplicas"], s["spec"]["maxReplicas"]) for n, s in scalers.items()} == bounds
+    deployments = of_kind(found, "Deployment")
+    assert set(deployments) == {"redis", "router", *bounds}
+    assert set(of_kind(found, "PodDisruptionBudget")) == {"router", *bounds}
+    for name in bounds:
+        assert "replicas" not in deployments[name]["spec"], "the scaler owns them"
+        only, plain = container(deployments[name]), container(of_kind(before, "Deployment")[name])
+        assert {kind: only["resources"][kind]["nvidia.com/gpu"] for kind in ("requests", "limits")} == {
+            "requests": "8", "limits": "8",
+        }  # fmt: skip
+        role = name if len(bounds) == 2 else "mixed"
+        assert only["args"] == [*(f"--role={role}" if arg.startswith("--role=") else arg for arg in plain["args"])]
+        assert {k: v for k, v in only.items() if k not in ("args", "resources")} == {
+            k: v for k, v in plain.items() if k not in ("args", "resources")
+        }
+        labels = pod(deployments[name]).get("nodeSelector", {})
+        assert labels.get("example.com/machine") == (
+            None if len(bounds) == 1 else {"prefill": "h100-80gb", "decode": "a100-80gb"}[name]
+        )
 
 
 def test_the_models_job_writes_what_the_pods_read() -> None:
