@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jinja2
@@ -23,6 +23,9 @@ from router.deltas import ToolCall
 
 # OpenAI's newer name for the system role.
 _DEVELOPER = "developer"
+# Marks the end of the message that an answer continues, while it is rendered. A template that trims the message takes
+# the space at the end, as in transformers.
+_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +89,13 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         variables: Mapping[str, Any] | None = None,
+        continues_final: bool = False,
         max_chars: int | None = None,
     ) -> str:
-        """The prompt. Raises PromptTooLong as soon as it exceeds ``max_chars``."""
+        """The prompt. Raises PromptTooLong as soon as it exceeds ``max_chars``.
+
+        ``continues_final``: it ends where the content of the last message ends.
+        """
         if variables and "messages" in variables:
             raise InvalidRequest(
                 "chat_template_kwargs has messages, expected other variables of the template",
@@ -101,11 +108,15 @@ class ChatTemplate:
             **self._special_tokens,
             "add_generation_prompt": add_generation_prompt,
         }
+        if continues_final:
+            last = _last_text(messages[-1])
+            messages = [*messages[:-1], _marked(messages[-1])]
         try:
             pieces = self._template.generate(
                 {**context, **(variables or {}), "messages": [self._seen(m) for m in messages]}
             )
-            return _joined(pieces, max_chars)
+            text = _joined(pieces, max_chars)
+            return _up_to_mark(text, last) if continues_final else text
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(
                 f"the model's chat template does not take these messages: {shortened(str(error), 200)}",
@@ -153,6 +164,29 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
             return node.name in names
         case _:
             return False
+
+
+def _last_text(message: ChatMessage) -> str:
+    content = message.content or ""
+    return content[-1] if isinstance(content, tuple) else content
+
+
+def _marked(message: ChatMessage) -> ChatMessage:
+    text = _last_text(message) + _MARK
+    parts = message.content
+    return replace(message, content=(*parts[:-1], text) if isinstance(parts, tuple) and parts else text)
+
+
+def _up_to_mark(text: str, last: str) -> str:
+    """``last``: what is continued."""
+    before, mark, after = text.rpartition(_MARK.strip())
+    if not mark or last.strip() not in text:
+        raise InvalidRequest(
+            "continue_final_message is true, but the model's chat template leaves out the last message or a part of "
+            "it; end messages with an assistant's that has text alone",
+            param="continue_final_message",
+        )
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def _joined(pieces: Iterable[str], max_chars: int | None) -> str:

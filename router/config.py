@@ -204,6 +204,14 @@ class RouterConfig:
             choices=("auto", "none"),
         ),
     )
+    ignore_unknown_fields: bool = field(
+        default=False,
+        metadata=setting(
+            "--ignore-unknown-fields",
+            "Leave out fields of a request's body that no API has, and log each name once, instead of refusing them: a "
+            "misspelled one has no effect then.",
+        ),
+    )
     vllm_metrics: bool = field(
         default=True,
         metadata=setting(

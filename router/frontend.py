@@ -17,6 +17,7 @@ from baton import errors
 from baton.errors import quoted
 from baton.observe import Relay
 from baton.types import (
+    MAX_COUNT,
     MAX_PRIORITY,
     MAX_REQUEST_ID_CHARS,
     MAX_SEED,
@@ -45,7 +46,8 @@ from router.text import Part, TextStream
 from router.tokenizer import Tokenizer, require
 from router.turns import Turns
 
-_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{MAX_REQUEST_ID_CHARS}}}")
+# What gateways make ids of: hexadecimal, base64, paths.
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:/+=@-]{{1,{MAX_REQUEST_ID_CHARS}}}")
 _DEFAULT_COMPLETION_TOKENS = 16
 # As long as a random one needs to be, and more.
 _MAX_CACHE_SALT_CHARS = 256
@@ -66,6 +68,8 @@ class Conversation:
     add_generation_prompt: bool = True
     variables: Mapping[str, Any] = field(default_factory=dict)
     tools: tuple[Tool, ...] = ()
+    # The prompt ends inside the last message, which the answer continues.
+    continues_final: bool = False
 
     @property
     def num_chars(self) -> int:
@@ -94,6 +98,10 @@ class GenerationRequest:
 
     prompts: Prompts
     sampling: SamplingParams
+    # Tokens of a prompt that are kept: the last ones, or the first. -1: as many as leave room for the answer. None: a
+    # prompt that is too long is refused.
+    truncate_to: int | None = None
+    truncates_end: bool = False
     # Names of sampling fields that the caller left to the model's defaults.
     unset_sampling: tuple[str, ...] = ()
     model: str = ""
@@ -208,6 +216,7 @@ class Generation:
 class Accepted:
     """An admitted request; ``generations`` are ordered by prompt, then choice."""
 
+    # As the client gave it, if it did.
     request_id: str
     model: str
     created_s: float
@@ -293,6 +302,7 @@ class Frontend:
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
         _check_priority(request.priority)
+        _check_truncation(request.truncate_to)
         salt = self._cache_salt(request)
         num_choices = self._num_choices(request)
         timeout_s = self._timeout_s(request.timeout_s)
@@ -340,7 +350,7 @@ class Frontend:
             self._dispatcher.cancel(actives, "the client left")
             raise
         generations = [self._generation(request, active) for active in actives]
-        return Accepted(request_id, self.model_name, arrived_s, echoes, generations)
+        return Accepted(request.request_id or request_id, self.model_name, arrived_s, echoes, generations)
 
     def _predict(
         self, request: GenerationRequest, slo: Slo, prompts: Sequence[Demand], arrived_s: float
@@ -382,8 +392,8 @@ class Frontend:
             return f"{self._rng.getrandbits(96):024x}"
         if not _REQUEST_ID.fullmatch(asked):
             raise errors.InvalidRequest(
-                f"request_id is {quoted(asked)}, expected 1 to {MAX_REQUEST_ID_CHARS} letters, digits, '.', '_', '-' "
-                "and ':'",
+                f"request_id (in the body or the header x-request-id) is {quoted(asked)}, expected 1 to "
+                f"{MAX_REQUEST_ID_CHARS} letters, digits and ._-:/+=@",
                 param="request_id",
             )
         # Unique even if a client uses an id twice at the same time.
@@ -417,16 +427,31 @@ class Frontend:
     async def _tokenized(self, request: GenerationRequest) -> tuple[list[tuple[int, ...]], list[str]]:
         """The ids of every prompt, and its text if that is echoed.
 
-        A prompt that cannot fit is refused before it is tokenized; large prompts leave the event loop.
+        A prompt that cannot fit is refused before it is tokenized, unless it may be cut; large prompts leave the event
+        loop.
         """
-        limit = self.max_model_tokens
+        limit = self.max_model_tokens if request.truncate_to is None else None
         num_chars = sum(self._check_length(prompt, limit, has_echo=request.echo) for prompt in request.prompts)
 
         def work() -> tuple[list[tuple[int, ...]], list[str]]:
-            ids = [self._token_ids(prompt, request.add_special_tokens, limit) for prompt in request.prompts]
-            return ids, [self._echo(prompt, request) for prompt in request.prompts] if request.echo else []
+            found = [self._token_ids(prompt, request.add_special_tokens, limit) for prompt in request.prompts]
+            ids = [self._kept(token_ids, request) for token_ids in found]
+            pairs = zip(request.prompts, found, ids, strict=True)
+            # The text of a prompt that was cut is that of its tokens.
+            told = [prompt if len(kept) == len(all_ids) else kept for prompt, all_ids, kept in pairs]
+            return ids, [self._echo(prompt, request) for prompt in told] if request.echo else []
 
         return work() if num_chars <= _INLINE_CHARS else await self.offload.run(work)
+
+    def _kept(self, token_ids: tuple[int, ...], request: GenerationRequest) -> tuple[int, ...]:
+        count, limit = request.truncate_to, self.max_model_tokens
+        if count == -1:
+            if limit is None:
+                return token_ids
+            count = max(1, limit - self._least_answer(request))
+        if count is None:
+            return token_ids
+        return token_ids[:count] if request.truncates_end else token_ids[-count:]
 
     def _echo(self, prompt: str | tuple[int, ...] | Conversation, request: GenerationRequest) -> str:
         if isinstance(prompt, str):
@@ -488,7 +513,8 @@ class Frontend:
             conversation.messages,
             add_generation_prompt=conversation.add_generation_prompt,
             variables=conversation.variables,
-            max_chars=self._max_chars(limit),
+            continues_final=conversation.continues_final,
+            max_chars=self.max_request_bytes if limit is None else self._max_chars(limit),
         )
 
     def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
@@ -520,6 +546,12 @@ class Frontend:
         eos_ids = [i for i in self._eos_token_ids if vocab_size is None or i < vocab_size]
         stop_ids = resolve_stop_ids(sampling, eos_ids)
         return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_ids)
+
+    def _least_answer(self, request: GenerationRequest) -> int:
+        """Tokens that a prompt has to leave room for."""
+        sampling = request.sampling
+        default = 1 if request.is_chat else _DEFAULT_COMPLETION_TOKENS
+        return max(default if sampling.max_tokens is None else sampling.max_tokens, sampling.min_tokens, 1)
 
     @property
     def _vocab_size(self) -> int | None:
@@ -587,6 +619,14 @@ def _check_priority(priority: int) -> None:
             f"priority is {quoted(priority)}, expected {MIN_PRIORITY} to {MAX_PRIORITY} (the smaller number comes "
             "first)",
             param="priority",
+        )
+
+
+def _check_truncation(count: int | None) -> None:
+    if count is not None and count != -1 and not 1 <= count <= MAX_COUNT:
+        raise errors.InvalidRequest(
+            f"truncate_prompt_tokens is {quoted(count)}, expected 1 to {MAX_COUNT}, or -1 for what fits",
+            param="truncate_prompt_tokens",
         )
 
 

@@ -34,6 +34,7 @@ from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoint import Asked, Endpoint, ErrorBody
 from router.frontend import Caller, Frontend
+from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody
 from router.openai_response import error_body
 from router.openai_whole import WholeAnswer
@@ -60,9 +61,10 @@ class HttpFace:
         self._limits = config.limits
         self._has_keys = bool(config.api_keys)
         self._bodies = BodyReader(config.limits, lambda: frontend.max_request_bytes)
+        unknown = UnknownFields(ignores=config.ignore_unknown_fields)
         self._endpoints = {
-            "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer),
-            "/v1/chat/completions": openai_response.endpoint(ChatBody, frontend.tokenizer),
+            "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer, unknown),
+            "/v1/chat/completions": openai_response.endpoint(ChatBody, frontend.tokenizer, unknown),
         }
         self._others = _build_others(frontend, dispatcher, metrics, page, list(self._endpoints))
 
@@ -129,12 +131,16 @@ class HttpFace:
 
     async def _asked(self, endpoint: Endpoint, scope: Scope, content: bytes) -> Asked:
         caller, slo = Caller(self._client_of(scope), **_trace_of(scope)), _slo_of(scope)
+        request_id = _request_id_of(scope)
 
         def work() -> Asked:
             if len(content) > SMALL_BODY_BYTES:
                 check_structure(content, self._limits, self._frontend.max_model_tokens)
             asked = endpoint.read(content, caller)
-            return replace(asked, request=replace(asked.request, slo=slo))
+            # As in vLLM, the header has priority over the body's.
+            return replace(
+                asked, request=replace(asked.request, slo=slo, request_id=request_id or asked.request.request_id)
+            )
 
         if len(content) > SMALL_BODY_BYTES:
             return await self._frontend.offload.run(work)
@@ -148,6 +154,10 @@ def _trace_of(scope: Scope) -> dict[str, str]:
     if b"traceparent" not in found:
         return {}
     return {name.decode(): value.decode("latin-1") for name, value in found.items()}
+
+
+def _request_id_of(scope: Scope) -> str:
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
 
 
 def _slo_of(scope: Scope) -> Slo:

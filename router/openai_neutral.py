@@ -6,10 +6,15 @@ name, so that no field that would change the answer is ignored silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from baton.errors import InvalidRequest, quoted
+from baton.errors import InvalidRequest, quoted, shortened
+
+_log = logging.getLogger("baton.router.http")
+# Names that are remembered as logged: clients choose them.
+_MAX_LOGGED = 1000
 
 _NO_BEAM = "the server samples, it searches no beams"
 _NO_GUIDE = "the server guides no output"
@@ -23,8 +28,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "length_penalty": ((1.0,), _NO_BEAM),
     "early_stopping": ((False,), _NO_BEAM),
     "prompt_logprobs": ((), "prompts have no log-probabilities"),
-    "truncate_prompt_tokens": ((), "prompts are never cut"),
-    "truncation_side": ((), "prompts are never cut"),
     "prompt_embeds": ((), "a prompt is text or token ids"),
     "spaces_between_special_tokens": ((True,), "text is what the tokenizer decodes"),
     "detokenize": ((True,), "the answer is text; token ids come with return_token_ids"),
@@ -48,7 +51,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
 }
 _NEUTRAL_IN_CHAT: Mapping[str, tuple[tuple[object, ...], str]] = {
     "echo": ((False,), "an answer has the new message alone"),
-    "continue_final_message": ((False,), "an answer is a message of its own"),
     "documents": (([],), "templates get the messages alone"),
     "chat_template": ((), "the model's own template is used"),
     "reasoning_effort": (("none",), _NO_REASONING),
@@ -68,6 +70,28 @@ def take_neutral(body: dict[str, Any], *, is_chat: bool) -> None:
     if wanted is not None:
         kind = wanted.get("type", "missing") if isinstance(wanted, dict) else wanted
         refuse_unless("response_format.type", kind, ("text",), _NO_GUIDE)
+
+
+class UnknownFields:
+    """Fields that are in no API: refused by name, or left out and each logged once."""
+
+    def __init__(self, *, ignores: bool) -> None:
+        self._ignores = ignores
+        self._logged: set[str] = set()
+
+    def take(self, body: dict[str, Any], known: Collection[str]) -> None:
+        """Raises InvalidRequest for the first of them, or removes all."""
+        for name in [name for name in body if name not in known]:
+            if not self._ignores:
+                raise unrecognized(name)
+            del body[name]
+            if name not in self._logged and len(self._logged) < _MAX_LOGGED:
+                self._logged.add(name)
+                _log.warning("requests have a field %s, which is unknown and ignored", quoted(name))
+
+
+def unrecognized(name: str) -> InvalidRequest:
+    return InvalidRequest(f"Unrecognized request argument supplied: {shortened(name, 80)}", param=name)
 
 
 def refuse_unless(param: str, value: object, neutral: tuple[object, ...], why: str) -> None:

@@ -7,7 +7,7 @@ accepted because clients send them by default and they concern accounts or speed
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
@@ -24,7 +24,7 @@ from baton.types import (
 )
 from router.chat import ChatMessage
 from router.frontend import Caller, Conversation, GenerationRequest, Prompts
-from router.openai_neutral import refuse_unless, take_neutral
+from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Maximum entries of a field, checked before each entry is validated: reporting an error for each entry of a megabyte of
@@ -71,6 +71,8 @@ class _Common(_Strict):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    truncate_prompt_tokens: int | None = None
+    truncation_side: Literal["left", "right"] | None = None
     request_id: str | None = None
     cache_salt: str | None = None
     priority: int | None = None
@@ -141,6 +143,8 @@ class _Common(_Strict):
         return GenerationRequest(
             prompts=prompts,
             sampling=sampling,
+            truncate_to=self.truncate_prompt_tokens,
+            truncates_end=self.truncation_side == "right",
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if getattr(self, name) is None),
             model=self.model or "",
             request_id=self.request_id or "",
@@ -206,6 +210,7 @@ class ChatBody(_Common):
     top_logprobs: int | None = None
     modalities: list[str] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -225,11 +230,17 @@ class ChatBody(_Common):
             max_tokens, param = self.max_tokens, "max_tokens"
         self._refuse_tools()
         refuse_unless("modalities", self.modalities, (["text"],), "the served models write text only")
+        if self.continue_final_message and self.add_generation_prompt:
+            raise InvalidRequest(
+                "continue_final_message and add_generation_prompt are both true, expected one of them",
+                param="continue_final_message",
+            )
         sampling = self.sampling(max_tokens, param, self._num_logprobs())
         conversation = Conversation(
             tuple(_message(m, i) for i, m in enumerate(self.messages)),
-            add_generation_prompt=self.add_generation_prompt is not False,
+            add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
             variables=self.chat_template_kwargs or {},
+            continues_final=bool(self.continue_final_message),
         )
         return self._request((conversation,), sampling, caller, max_tokens_param=param, is_chat=True)
 
@@ -252,14 +263,15 @@ class ChatBody(_Common):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def parse(kind: type[_Model], body: bytes) -> _Model:
-    """Raises InvalidRequest for malformed JSON and for the first wrong field, with its path as ``param``."""
+def parse(kind: type[_Model], body: bytes, unknown: UnknownFields | None = None) -> _Model:
+    """Raises InvalidRequest for malformed JSON and for the first wrong field, with its path as ``param``.
+
+    ``unknown``: what happens to unknown fields; without it they are refused.
+    """
     fields = _fields(body)
     take_neutral(fields, is_chat=kind is ChatBody)
-    known = kind.model_fields
+    (unknown or UnknownFields(ignores=False)).take(fields, kind.model_fields)
     for name, value in fields.items():
-        if name not in known:
-            raise InvalidRequest(f"Unrecognized request argument supplied: {_name(name)}", param=name)
         if name in _MAX_ENTRIES and isinstance(value, list | dict) and len(value) > _MAX_ENTRIES[name]:
             raise InvalidRequest(
                 f"{name} has {len(value)} entries, expected at most {_MAX_ENTRIES[name]}", param=name
@@ -292,7 +304,7 @@ def _bad_field(kind: str, location: tuple[int | str, ...], message: str, value: 
     path = [str(x) for x in location if not (isinstance(x, str) and ("[" in x or x in ("str", "int", "float")))]
     param = path[0] if path[0] in _NUMBERS else ".".join(path)
     if kind == "extra_forbidden":
-        return InvalidRequest(f"Unrecognized request argument supplied: {_name(param)}", param=param)
+        return unrecognized(param)
     if kind == "missing":
         return InvalidRequest(f"you must provide a {_name(param)} parameter", param=param)
     return InvalidRequest(f"{_name(param)} is {quoted(value)}: {message}", param=param)

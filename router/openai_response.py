@@ -16,6 +16,7 @@ from baton.observe import Relay
 from router.endpoint import Asked, Endpoint
 from router.frontend import Accepted, Caller, Ending, GenerationRequest
 from router.openai_logprobs import LogprobWriter
+from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice, prompt_json
 from router.text import Part
@@ -37,9 +38,11 @@ def error_body(error: errors.BatonError) -> dict[str, Any]:
     return {"error": {"message": error.message, "type": error.openai_type, "param": error.param, "code": code}}
 
 
-def endpoint(kind: type[CompletionBody] | type[ChatBody], tokenizer: Tokenizer | None) -> Endpoint:
+def endpoint(
+    kind: type[CompletionBody] | type[ChatBody], tokenizer: Tokenizer | None, unknown: UnknownFields
+) -> Endpoint:
     def read(content: bytes, caller: Caller) -> Asked:
-        body = parse(kind, content)
+        body = parse(kind, content, unknown)
         request = body.request(caller)
         return Asked(request, bool(body.stream), lambda accepted: Envelope(body, request, accepted, tokenizer))
 

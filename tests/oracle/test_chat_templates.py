@@ -68,11 +68,11 @@ def theirs(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
-def outcome(render: Callable[[], str]) -> str | None:
+def outcome(render: Callable[[], str], *also: type[Exception]) -> str | None:
     """The text; None for a template that refuses."""
     try:
         return render()
-    except (InvalidRequest, jinja2.TemplateError):
+    except (InvalidRequest, jinja2.TemplateError, *also):
         return None
 
 
@@ -99,6 +99,25 @@ def test_templates_of_many_shapes(theirs: Any, name: str) -> None:
                 assert found == expected, (title, variables, is_open)
                 num_texts += found is not None
     assert num_texts > 0
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_the_last_message_is_continued_as_in_transformers(theirs: Any, name: str) -> None:
+    template = ChatTemplate(TEMPLATES[name], TOKENS)
+    for last in ("d", "d ", " d\n", "<think>\nsum\n</think>\n\n2", ""):
+        conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": last}]
+        expected = outcome(
+            lambda: theirs.apply_chat_template(
+                conversation,  # noqa: B023 (called at once)
+                chat_template=TEMPLATES[name],
+                tokenize=False,
+                continue_final_message=True,
+            ),
+            ValueError,
+        )
+        messages = [ChatMessage(m["role"], m["content"]) for m in conversation]
+        found = outcome(lambda: template.render(messages, add_generation_prompt=False, continues_final=True))  # noqa: B023
+        assert found == expected, last
 
 
 def test_there_are_many_and_some_refuse() -> None:

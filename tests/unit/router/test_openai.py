@@ -358,7 +358,8 @@ async def test_models_metrics_and_relay(folder: Path) -> None:
         assert (await client.get("/v1/models/none")).status_code == 404
         body = {"prompt": "x", "max_tokens": 3, "return_relay": True, "request_id": "my-id", "ignore_eos": True}
         done = await client.post("/v1/completions", json=body)
-        assert done.headers["x-request-id"].startswith("my-id")
+        assert done.headers["x-request-id"] == "my-id"
+        assert done.json()["id"] == "cmpl-my-id"
         assert "prefill-0 -> decode-0" in done.headers["x-baton-relay"]
         assert done.json()["baton"]["relay"]["transfer"]["transport"] == "fake"
         text = (await client.get("/metrics")).text

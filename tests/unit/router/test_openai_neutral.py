@@ -9,6 +9,7 @@ import pytest
 
 from baton.errors import InvalidRequest
 from router.frontend import Caller
+from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
@@ -75,7 +76,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"early_stopping": "never"}, "early_stopping"),
     ({"spaces_between_special_tokens": False}, "spaces_between_special_tokens"),
     ({"detokenize": False}, "detokenize"),
-    ({"truncate_prompt_tokens": 5}, "truncate_prompt_tokens"),
+    ({"truncate_prompt_tokens": "5"}, "truncate_prompt_tokens"),
+    ({"truncation_side": "middle"}, "truncation_side"),
     ({"allowed_token_ids": [1]}, "allowed_token_ids"),
     ({"bad_words": ["x"]}, "bad_words"),
     ({"logits_processors": ["x"]}, "logits_processors"),
@@ -91,7 +93,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 ]
 REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     *REFUSED,
-    ({"continue_final_message": True}, "continue_final_message"),
+    ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     ({"echo": True}, "echo"),
     ({"documents": [{"text": "x"}]}, "documents"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
@@ -134,6 +136,19 @@ def test_what_asks_for_something_is_refused_by_its_name(fields: dict[str, Any], 
         asked(fields, is_chat=is_chat)
     assert refused.value.param == param
     assert param.split(".")[0] in refused.value.message
+
+
+def test_unknown_fields_can_be_left_out_and_are_logged_once_each(caplog: pytest.LogCaptureFixture) -> None:
+    unknown = UnknownFields(ignores=True)
+    for _ in range(3):
+        body = parse(CompletionBody, b'{"prompt": "x", "max_tokens": 3, "frobnicate": {"a": 1}, "b": 2}', unknown)
+        assert (body.prompt, body.max_tokens) == ("x", 3)
+    assert [record.getMessage() for record in caplog.records] == [
+        "requests have a field 'frobnicate', which is unknown and ignored",
+        "requests have a field 'b', which is unknown and ignored",
+    ]
+    with pytest.raises(InvalidRequest, match="use_beam_search"):
+        parse(CompletionBody, b'{"prompt": "x", "use_beam_search": true}', unknown)
 
 
 def test_what_nobody_knows_stays_unknown() -> None:
