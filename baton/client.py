@@ -19,7 +19,7 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
-from baton.observe import FailedAttempt, Relay, Stamp
+from baton.observe import FailedAttempt, Moved, Relay, Stamp
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -303,6 +303,8 @@ def relay_from_pb(message: router_pb2.Relay, usage: router_pb2.Usage) -> Relay:
         stamps=tuple(Stamp(stamp.name, stamp.at_s) for stamp in message.stamps),
         failures=tuple(_failure_from_pb(failure) for failure in message.failures),
         slo=Slo(message.slo_ttft_s or None, message.slo_tbt_s or None),
+        moves=tuple(_move_from_pb(move) for move in message.moves),
+        placement_reason=message.placement_reason,
     )
 
 
@@ -310,6 +312,12 @@ def _failure_from_pb(message: router_pb2.Relay.FailedAttempt) -> FailedAttempt:
     return FailedAttempt(
         message.prefill_node_id, message.decode_node_id, message.blamed_node_id, message.code, message.message,
         message.at_s, message.silent_s,
+    )  # fmt: skip
+
+
+def _move_from_pb(message: router_pb2.Relay.Moved) -> Moved:
+    return Moved(
+        message.source_node_id, message.target_node_id, message.reason, message.at_s, message.pause_s, message.num_bytes
     )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
         slo_ttft_s=relay.slo.ttft_s or 0.0,
         slo_tbt_s=relay.slo.tbt_s or 0.0,
         failures=[router_pb2.Relay.FailedAttempt(**asdict(failure)) for failure in relay.failures],
+        moves=[router_pb2.Relay.Moved(**asdict(move)) for move in relay.moves],
+        placement_reason=relay.placement_reason,
     )
 
 

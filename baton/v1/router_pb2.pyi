@@ -395,6 +395,46 @@ class Relay(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Moved(_message.Message):
+        """The running sequence went on at another node."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SOURCE_NODE_ID_FIELD_NUMBER: _builtins.int
+        TARGET_NODE_ID_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        AT_S_FIELD_NUMBER: _builtins.int
+        PAUSE_S_FIELD_NUMBER: _builtins.int
+        NUM_BYTES_FIELD_NUMBER: _builtins.int
+        source_node_id: _builtins.str
+        """Where it was."""
+        target_node_id: _builtins.str
+        """Where it went on."""
+        reason: _builtins.str
+        """"drain", "room", "defragment", "priority" or "balance"."""
+        at_s: _builtins.float
+        """When the target had it, in seconds since arrival."""
+        pause_s: _builtins.float
+        """From the last token of the one node to the first of the other. 0: none followed."""
+        num_bytes: _builtins.int
+        """That were moved, as the source said. 0: it did not."""
+        def __init__(
+            self,
+            *,
+            source_node_id: _builtins.str = ...,
+            target_node_id: _builtins.str = ...,
+            reason: _builtins.str = ...,
+            at_s: _builtins.float = ...,
+            pause_s: _builtins.float = ...,
+            num_bytes: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["at_s", b"at_s", "num_bytes", b"num_bytes", "pause_s", b"pause_s", "reason", b"reason", "source_node_id", b"source_node_id", "target_node_id", b"target_node_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class Stamp(_message.Message):
         """When something happened: "arrived", "queued", "attempt", "placed", "leased", "dispatched", "first_token", "joined",
         "handed_off", "second_token", "last_token", "ended". Seconds since arrival, by the router's clock.
@@ -443,6 +483,8 @@ class Relay(_message.Message):
     FAILURES_FIELD_NUMBER: _builtins.int
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_TBT_S_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    PLACEMENT_REASON_FIELD_NUMBER: _builtins.int
     prefill_node_id: _builtins.str
     """The node that ran the prompt, in the last attempt."""
     decode_node_id: _builtins.str
@@ -485,6 +527,8 @@ class Relay(_message.Message):
     """The request's objective for ttft_s. 0: none."""
     slo_tbt_s: _builtins.float
     """The request's objective for tbt_mean_s. 0: none."""
+    placement_reason: _builtins.str
+    """The rule that chose its nodes: "pools", "overflow", "mixed", "single_token", "whole", "borrowed" or "prefix"."""
     @_builtins.property
     def transfer(self) -> _common_pb2.TransferReport:
         """Absent if no KV was moved."""
@@ -496,6 +540,10 @@ class Relay(_message.Message):
     @_builtins.property
     def failures(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.FailedAttempt]:
         """The last attempts that failed, oldest first; at most 8."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___Relay.Moved]:
+        """The last moves to another node while it generated, oldest first; at most 8."""
 
     def __init__(
         self,
@@ -523,10 +571,12 @@ class Relay(_message.Message):
         failures: _abc.Iterable[Global___Relay.FailedAttempt] | None = ...,
         slo_ttft_s: _builtins.float = ...,
         slo_tbt_s: _builtins.float = ...,
+        moves: _abc.Iterable[Global___Relay.Moved] | None = ...,
+        placement_reason: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "failures", b"failures", "lease_wait_s", b"lease_wait_s", "network_s", b"network_s", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempts", b"attempts", "decode_node_id", b"decode_node_id", "e2e_s", b"e2e_s", "failures", b"failures", "lease_wait_s", b"lease_wait_s", "moves", b"moves", "network_s", b"network_s", "placement_reason", b"placement_reason", "placement_s", b"placement_s", "prefill_node_id", b"prefill_node_id", "prefill_queue_s", b"prefill_queue_s", "prefill_s", b"prefill_s", "recovery_s", b"recovery_s", "rerun_s", b"rerun_s", "reserve_s", b"reserve_s", "router_queue_s", b"router_queue_s", "second_token_s", b"second_token_s", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stamps", b"stamps", "tbt_max_s", b"tbt_max_s", "tbt_mean_s", b"tbt_mean_s", "tokenize_s", b"tokenize_s", "transfer", b"transfer", "ttft_s", b"ttft_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,7 +50,7 @@ class PolicyConfig:
         default=True,
         metadata=setting(
             "--migration",
-            "Let running requests go on at another node: when theirs drains, runs out of KV blocks, or is slower.",
+            "Let running requests go on at another node: when theirs drains, lacks KV blocks, or is slower.",
             choices=("on", "off"),
         ),
     )
@@ -68,6 +68,9 @@ class PolicyConfig:
     # no better than that, and less is not noticed.
     balance_factor: float = field(default=1.5, metadata=setting(least=1))
     balance_after_s: float = 0.01
+    # The same for a sequence of a priority better than 0: it moves for less.
+    priority_factor: float = field(default=1.2, metadata=setting(least=1))
+    priority_after_s: float = 0.005
     # A waiting sequence is passed over for better priorities of its client for so long at most.
     max_priority_wait_s: float = 30.0
     # Clients take turns by work: prompt tokens to compute, and so much for each token that is generated. Most prices of

@@ -1,10 +1,12 @@
-"""Which running sequences go on at another node, and where: because theirs is about to leave, runs out of blocks, or
-has longer steps than another one. Pure.
+"""Which running sequences go on at another node, and where: because theirs is about to leave, runs out of blocks, could
+take a larger one without them, or has longer steps than another one. Pure.
 
 Of a node that drains all go at once. From a node that is about to run out of blocks goes the one that it would preempt,
-if moving it is predicted to take less than computing it again. Between two nodes whose steps are predicted to differ
-much the largest sequence goes that leaves its new node, which has no prompts, the faster one. Moves cost both nodes
-memory bandwidth: a node has few at a time, and a sequence moves only so often.
+if moving it is predicted to take less than computing it again. If the next sequence of the line fits into no node, but
+into the room of all, the node that lacks least gives the smallest one away that makes room. Sequences of a priority
+better than 0 go where steps are shorter. Between two nodes whose steps are predicted to differ much the largest
+sequence goes that leaves its new node, which has no prompts, the faster one. Moves cost both nodes memory bandwidth: a
+node has few at a time, and a sequence moves only so often.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
+from types import MappingProxyType
 from typing import Generic, Protocol, TypeVar
 
 from baton.types import Role
@@ -39,6 +43,10 @@ class MoveReason(Enum):
     DRAIN = "drain"
     # Its node runs out of blocks.
     ROOM = "room"
+    # A sequence that waits needs the room of several nodes.
+    DEFRAGMENT = "defragment"
+    # It is of a better priority, and another node's steps are shorter.
+    PRIORITY = "priority"
     # Its node's steps take longer than another one's.
     BALANCE = "balance"
 
@@ -112,9 +120,18 @@ class Rebalance(Generic[ItemT]):
         self._began_s.pop(item, None)
 
     def next(
-        self, nodes: Iterable[NodeLoad], pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float
+        self,
+        nodes: Iterable[NodeLoad],
+        pools: Pools,
+        on_node: Mapping[str, Collection[ItemT]],
+        now: float,
+        *,
+        num_wanted_tokens: int = 0,
+        preferred: Mapping[ItemT, str] = MappingProxyType({}),
     ) -> Planned[ItemT] | None:
-        """The most urgent move; ``on_node`` has the sequences of each node, the youngest last."""
+        """The most urgent move; ``on_node`` has the sequences of each node, the youngest last. ``num_wanted_tokens``:
+        what the next of the line needs, if no node has room for it. ``preferred``: the sequences of a priority better
+        than 0, and the nodes where they decode."""
         config = self._config
         giving = [n for n in nodes if n.node_id in on_node and self._num_out[n.node_id] < config.max_moves]
         if draining := [node for node in giving if node.status.draining]:
@@ -129,6 +146,10 @@ class Rebalance(Generic[ItemT]):
             for node in urgent:
                 if (move := self._room(node, on_node[node.node_id], targets, now)) is not None:
                     return move
+        if num_wanted_tokens and (move := self._defragment(pools, on_node, num_wanted_tokens, now)) is not None:
+            return move
+        if preferred and (move := self._prefer(pools, preferred, now)) is not None:
+            return move
         return self._balance(pools, on_node, now)
 
     def check(self, moving: Collection[ItemT]) -> None:
@@ -151,6 +172,56 @@ class Rebalance(Generic[ItemT]):
         for one in sorted(youngest_first, key=lambda one: -one.priority):
             if self._move_s(one, node) < one.num_tokens * node.times.prompt_token_s:
                 return self._plan(one, node, targets, MoveReason.ROOM)
+        return None
+
+    def _defragment(
+        self, pools: Pools, on_node: Mapping[str, Collection[ItemT]], num_wanted_tokens: int, now: float
+    ) -> Planned[ItemT] | None:
+        """Off the node that lacks least goes the smallest sequence without which it has room, or else the largest."""
+        nodes = _that_decode(pools)
+        if any(node.free_tokens >= num_wanted_tokens for node in nodes):
+            return None  # it waits for something else
+        if sum(node.free_tokens for node in nodes) < num_wanted_tokens:
+            return None
+        for node in heapq.nsmallest(_MOST_LOOKS, nodes, key=lambda node: (-node.free_tokens, node.rank)):
+            num_lacking = num_wanted_tokens - node.free_tokens - self._num_leaving_tokens(node.node_id, now)
+            if num_lacking <= 0:
+                return None  # as soon as those have moved that are under way
+            if self._num_out[node.node_id] >= self._config.max_moves:
+                continue
+            there = list(self._candidates(on_node.get(node.node_id, ()), node, self._config.move_again_s, now))
+            if sum(one.num_tokens for one in there) < num_lacking:
+                continue
+            calm = [n for n in nodes if n is not node and self._left_s(n) > 2 * self._config.room_ahead_s]
+            targets = self._targets(calm)
+            for one in sorted(there, key=lambda one: _by_fit(one.num_tokens, num_lacking)):
+                if (move := self._plan(one, node, targets, MoveReason.DEFRAGMENT)) is not None:
+                    return move
+        return None
+
+    def _num_leaving_tokens(self, node_id: str, now: float) -> int:
+        moves = (move for move in self._under_way.values() if move.source_id == node_id)
+        return sum(move.item.demand(now).num_known_tokens for move in moves)
+
+    def _prefer(self, pools: Pools, preferred: Mapping[ItemT, str], now: float) -> Planned[ItemT] | None:
+        """The best priority first."""
+        config, nodes = self._config, {node.node_id: node for node in _that_decode(pools)}
+        able = [node for node in nodes.values() if not node.pending_prompt_tokens]
+        if len(nodes) < 2 or not able:
+            return None
+        fast = min(able, key=_step_s)
+        found: list[tuple[int, float, int, _Candidate[ItemT], NodeLoad]] = []
+        for item, node_id in islice(preferred.items(), _MOST_LOOKS):
+            node = nodes.get(node_id)
+            if node is None or node is fast or self._num_out[node_id] >= config.max_moves:
+                continue
+            for one in self._candidates((item,), node, config.move_again_s, now):
+                then_s, now_s = _step_s(fast, 1, one.num_tokens), _step_s(node)
+                if now_s > config.priority_factor * then_s and now_s - then_s > config.priority_after_s:
+                    found.append((one.priority, then_s - now_s, len(found), one, node))
+        for _, _, _, one, node in sorted(found, key=lambda each: each[:3]):
+            if (move := self._plan(one, node, self._targets([fast]), MoveReason.PRIORITY)) is not None:
+                return move
         return None
 
     def _balance(self, pools: Pools, on_node: Mapping[str, Collection[ItemT]], now: float) -> Planned[ItemT] | None:
@@ -217,6 +288,12 @@ class Rebalance(Generic[ItemT]):
         if not num_running:
             return math.inf
         return node.free_tokens / num_running * (_step_s(node) or _STEP_S)
+
+
+def _by_fit(num_tokens: int, num_lacking: int) -> tuple[bool, int]:
+    """What is enough comes first, the least of it before more; of what is not, the largest."""
+    is_short = num_tokens < num_lacking
+    return is_short, -num_tokens if is_short else num_tokens
 
 
 def _that_decode(pools: Pools) -> list[NodeLoad]:

@@ -110,6 +110,10 @@ class Scheduler(Generic[ItemT]):
         # Where sequences are to move.
         self._moves: dict[ItemT, str] = {}
         self._rebalance: Rebalance[ItemT] = Rebalance(policy, self.rates)
+        # Sequences on the nodes whose priority is better than 0.
+        self._preferred: dict[ItemT, None] = {}
+        # What the next of the line needs, if no node had room for it.
+        self._num_wanted_tokens = 0
         self._ended_at_s: deque[float] = deque(maxlen=_NUM_ENDS)
         self._down_since_s: float | None = now
         # Something has changed since this was last reset that can make room for a waiting sequence.
@@ -311,7 +315,9 @@ class Scheduler(Generic[ItemT]):
 
     def decide(self, item: ItemT, now: float) -> Decision | Obstacle:
         demand = item.demand(now)
-        return self._choose(demand, self._costs(demand), now)
+        decision = self._choose(demand, self._costs(demand), now)
+        self._num_wanted_tokens = demand.num_known_tokens + 1 if decision is Obstacle.NO_ROOM else 0
+        return decision
 
     def predicted_ttft_s(self, demand: Demand, now: float) -> float:
         """From now to its first token, if it were placed at once: the line is not counted. Infinite without a node."""
@@ -350,6 +356,8 @@ class Scheduler(Generic[ItemT]):
         self._line.started(item, self._expect(item, num_known_tokens - decision.num_prefill_hit, now))
         self._pace.started(len(self._line), now)
         self._by_sequence[item.sequence_id] = item
+        if item.demand(now).priority < 0:
+            self._preferred[item] = None
         for node_id in placement.node_ids:
             self._on_node.setdefault(node_id, {})[item] = None
         self._attempts[item] = self._loads.assign(
@@ -365,6 +373,7 @@ class Scheduler(Generic[ItemT]):
         if attempt is None:
             return
         del self._by_sequence[attempt.sequence_id]
+        self._preferred.pop(item, None)
         self._leave(item, attempt.placement.node_ids)
         self._line.ended(item.client, now)
         self._settle(item, now)
@@ -400,7 +409,11 @@ class Scheduler(Generic[ItemT]):
         """A running sequence that is to go on at another node; the caller begins the move, or asks no more."""
         if not self._policy.migrates:
             return None
-        return self._rebalance.next(self._loads.nodes, self._pools, self._on_node, now)
+        return self._rebalance.next(
+            self._loads.nodes, self._pools, self._on_node, now,
+            num_wanted_tokens=self._num_wanted_tokens if len(self._line) else 0,
+            preferred={item: self._attempts[item].placement.decode_id for item in self._preferred},
+        )  # fmt: skip
 
     def begin_move(self, move: Planned[ItemT], now: float) -> None:
         """Its target is asked. It counts for both nodes until `moved` or `move_ended`, or its release."""
@@ -521,4 +534,5 @@ class Scheduler(Generic[ItemT]):
         placed = {(n, i) for i, a in self._attempts.items() for n in a.placement.node_ids}
         assert on_nodes == placed | {(n, i) for i, n in self._moves.items()}
         assert set(self._moves) <= set(self._attempts)
+        assert set(self._preferred) <= set(self._attempts)
         self._rebalance.check(self._moves)
