@@ -28,6 +28,7 @@ from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.prefix_cache import CacheStats
 from engine.progress import Final, LayerProgress, LayerSink
 from engine.schedule import Reserved, Scheduler, final_blocks
+from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan, StepResult
 
 # Upper bound on an idle wait.
@@ -277,6 +278,10 @@ class Replica:
             return self._scheduler.prefix_cache.stats()
 
     # -- questions
+
+    @property
+    def limits(self) -> SchedulerConfig:
+        return self._scheduler.config
 
     @property
     def num_sequences(self) -> int:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from baton.metrics import LATENCY_BUCKETS_S, Family, Histogram, Labels, Metrics
 from baton.observe import Relay
 from baton.types import FinishReason, Role
+from router.cluster.config import MODES, PolicyConfig
 from router.cluster.membership import Member, State
 from router.cluster.policy import Reason
 from router.cluster.prefix_index import PrefixIndex
@@ -23,6 +24,8 @@ _TBT_BUCKETS_S = (
     *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(1.0, 2.5, 5.0, 10.0),
 )
+# Two bounds for each doubling, up to 131,072 tokens.
+_LENGTH_BUCKETS = tuple(float(bound) for power in range(1, 18) for bound in (2**power * 3 // 4, 2**power) if bound > 0)
 # All series of the router have the label `model_name`, as vLLM's do.
 _VLLM_LABELS = ("engine",)
 _TTFT_STAGES = ("tokenize", "rerun", "placement", "reserve", "prefill_queue", "prefill", "network")
@@ -117,6 +120,12 @@ class RouterMetrics:
         self.prompt_tokens = counter("baton_prompt_tokens", "Prompt tokens of sequences that got a token")
         self.cached_tokens = counter("baton_cached_prompt_tokens", "Of these, found in a prefix cache")
         self.generated_tokens = counter("baton_generated_tokens", "Tokens generated")
+        self._prompt_lengths = histogram(
+            "baton_sequence_prompt_tokens", "Prompt tokens of each sequence that got a token", _LENGTH_BUCKETS
+        )
+        self._output_lengths = histogram(
+            "baton_sequence_generated_tokens", "Tokens generated for each of these", _LENGTH_BUCKETS
+        )
         self.ttft = histogram("baton_time_to_first_token_seconds", "Arrival to first token", LATENCY_BUCKETS_S)
         self._stages = [
             histogram(
@@ -174,6 +183,8 @@ class RouterMetrics:
             return
         self.prompt_tokens.add(num_prompt_tokens)
         self.cached_tokens.add(relay.num_cached_tokens)
+        self._prompt_lengths.observe(num_prompt_tokens)
+        self._output_lengths.observe(relay.num_tokens)
         self.ttft.observe(relay.ttft_s)
         for child, stage in zip(self._stages, relay.ttft_stages, strict=True):
             child.observe(stage.duration_s)
@@ -226,6 +237,11 @@ class RouterMetrics:
         self._metrics.add(
             Family("baton_ignored_blocks", "counter", help_text, (), lambda: {(): float(index.num_ignored)})
         )
+
+    def add_policy(self, policy: PolicyConfig) -> None:
+        modes: Mapping[Labels, float] = {(mode,): float(mode == policy.disaggregation) for mode in MODES}
+        about = "1 for the way in which requests are split, else 0"
+        self._metrics.gauges("baton_disaggregation", about, ("mode",), lambda: modes)
 
     def _add_vllm_names(self, phases: Callable[[], Mapping[Phase, int]], members: Callable[[], list[Member]]) -> None:
         """After https://docs.vllm.ai/en/latest/design/metrics.html, with our buckets."""

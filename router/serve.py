@@ -97,6 +97,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         lambda: dispatcher.is_ready,
     )
     counted.add_index(dispatcher.scheduler.prefix_index)
+    counted.add_policy(config.policy)
     folder = config.model_folder
     name = config.model_name or (folder.resolve().name if folder is not None else None)
     frontend = Frontend(

@@ -210,9 +210,21 @@ class WorkerMetrics:
             "Commits refused because bytes had changed on their way here",
             lambda: receiver.num_digest_failures,
         )
+        self._add_caps(replica)
         self._add_roles(status)
         self._add_ledger(replica)
         self._add_prefix_cache(replica)
+
+    def _add_caps(self, replica: Replica) -> None:
+        config = replica.limits
+        gauge = self.metrics.gauge
+        gauge("baton_max_batch_tokens", "Prompt tokens of a step at most", lambda: config.max_batch_tokens)
+        gauge("baton_max_num_seqs", "Sequences that run at once at most", lambda: config.max_num_seqs)
+        gauge(
+            "baton_tbt_target_seconds",
+            "What a step that decodes beside prompts may take; 0: any time",
+            lambda: config.tbt_target_s or 0.0,
+        )
 
     def _add_roles(self, status: Callable[[], NodeStatus]) -> None:
         def acting() -> Mapping[Labels, float]:

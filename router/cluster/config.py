@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from baton.settings import setting
 
+# Of splitting requests over nodes.
+MODES = ("auto", "always", "never")
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
@@ -15,7 +18,7 @@ class PolicyConfig:
             "--disaggregation",
             "auto: a request runs on two nodes, or whole on one where that is predicted to be better for it and for "
             "those that it would disturb. always: on two wherever both pools have a node. never: whole on one.",
-            choices=("auto", "always", "never"),
+            choices=MODES,
         ),
     )
     # A request leaves the pools (for a mixed node, or to run whole on one) if that is predicted to save more than so

@@ -11,6 +11,7 @@ from engine.fake import FakeRunner
 from engine.replica import Replica
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
+from router.cluster.config import PolicyConfig
 from router.cluster.prefix_index import PrefixIndex
 from router.metrics import RouterMetrics
 from tests.support.root import ROOT
@@ -77,11 +78,19 @@ def test_every_metric_is_documented_and_every_documented_one_is_there() -> None:
     counted = RouterMetrics(router, has_vllm_names=True)
     counted.add_state(dict, list, lambda: True)
     counted.add_index(PrefixIndex(1))
+    counted.add_policy(PolicyConfig())
     code = exposed(router) | exposed(worker_metrics([Meter()], COST, Peaks(1.0, 1.0)))
     docs = written()
     assert set(docs) - set(code) == set(), "documented, but not in the code"
     assert set(code) - set(docs) == set(), "in the code, but not documented"
     assert docs == code
+
+
+def test_a_workers_caps_are_its_settings() -> None:
+    shown = {family.name: family.samples[0].value for family in worker_metrics([], None, Peaks()).collect()}
+    config = SchedulerConfig()
+    caps = [shown[f"baton_{name}"] for name in ("max_batch_tokens", "max_num_seqs", "tbt_target_seconds")]
+    assert caps == [config.max_batch_tokens, config.max_num_seqs, 0]
 
 
 def test_names_follow_the_rules() -> None:

@@ -11,8 +11,10 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
+from baton.client import AsyncClient
 from baton.metrics import Metrics, add_process, exposition
 from baton.registry import RegistryConfig
+from router.cluster.config import PolicyConfig
 from router.cluster.membership import State
 from router.config import RouterConfig
 from router.serve import Router
@@ -43,6 +45,28 @@ async def test_the_model_is_named_as_soon_as_a_node_has_named_it() -> None:
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         found = samples((await scrape(router)).text)
         assert {s.labels["model_name"] for s in found} == {router.frontend.model_name} != {""}
+
+
+async def test_lengths_of_sequences_and_the_way_of_splitting_are_exported() -> None:
+    """What a planner draws a workload from."""
+    policy = PolicyConfig(disaggregation="always")
+    async with (
+        FakeCluster(prefill=1, decode=1) as cluster,
+        router_beside(cluster, policy=policy) as router,
+        AsyncClient(router.grpc or "") as client,
+    ):
+        for prompt, tokens in (([5] * 3, 2), ([5] * 40, 5), ([5] * 40, 5)):
+            await client.complete(prompt, max_tokens=tokens, min_tokens=tokens)
+        shown = samples((await scrape(router)).text)
+    found = {(s.name, s.labels.get("le", s.labels.get("mode", ""))): s.value for s in shown}
+
+    def counted(what: str, *bounds: str) -> list[float]:
+        return [found[(f"baton_sequence_{what}_tokens_bucket", bound)] for bound in bounds]
+
+    assert counted("prompt", "2.0", "3.0", "32.0", "48.0", "+Inf") == [0, 1, 1, 3, 3]
+    assert counted("generated", "1.0", "2.0", "4.0", "6.0") == [0, 1, 1, 3]
+    assert [found[(f"baton_sequence_{what}_tokens_sum", "")] for what in ("prompt", "generated")] == [83, 12]
+    assert [found[("baton_disaggregation", mode)] for mode in ("always", "auto", "never")] == [1, 0, 0]
 
 
 def test_the_registry_names_the_cluster() -> None:
