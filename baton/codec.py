@@ -406,6 +406,9 @@ def recorded_to_pb(node: NodeDescription, role: Role, recorded: Recorded) -> nod
             num_prompt_tokens=step.num_prompt_tokens,
             num_decoding=step.num_decoding,
             prompts=step.prompts,
+            num_prompt_pairs=step.num_prompt_pairs,
+            num_kv_tokens=step.num_kv_tokens,
+            turn_s=step.turn_s,
         )
     for transfer in recorded.transfers:
         message.transfers.add(

@@ -26,6 +26,11 @@ class Step(NamedTuple):
     num_prompt_tokens: int
     num_decoding: int
     prompts: tuple[str, ...]
+    # (query, key) pairs of the prompt tokens, and tokens in the KV of the sequences that decode.
+    num_prompt_pairs: int = 0
+    num_kv_tokens: int = 0
+    # From the end of the step before, or from when work came to an idle engine, to its end.
+    turn_s: float = 0.0
 
 
 class Transfer(NamedTuple):
@@ -83,10 +88,20 @@ class Timeline:
         self._joins: deque[Join] = deque(maxlen=_MAX_TRANSFERS)
 
     def step(
-        self, started_s: float, ended_s: float, num_prompt_tokens: int, num_decoding: int, prompts: Iterable[str]
+        self,
+        started_s: float,
+        ended_s: float,
+        num_prompt_tokens: int,
+        num_decoding: int,
+        prompts: Iterable[str],
+        num_prompt_pairs: int = 0,
+        num_kv_tokens: int = 0,
+        turn_s: float = 0.0,
     ) -> None:
         names = tuple(islice(prompts, _MAX_NAMES))
-        self._steps.append(Step(started_s, ended_s, num_prompt_tokens, num_decoding, names))
+        self._steps.append(
+            Step(started_s, ended_s, num_prompt_tokens, num_decoding, names, num_prompt_pairs, num_kv_tokens, turn_s)
+        )
 
     def transfer(self, transfer: Transfer) -> None:
         self._transfers.append(transfer)

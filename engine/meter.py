@@ -112,6 +112,8 @@ class TakenStep(NamedTuple):
     has_failed: bool
     started_s: float
     ended_s: float
+    # From the end of the step before, or from when work came, to its end.
+    turn_s: float
 
 
 class StepBook:
@@ -136,11 +138,14 @@ class StepBook:
     def settle(self) -> None:
         if not self._uncounted:
             return
-        for plan, has_failed, started_s, ended_s in self._uncounted:
+        for plan, has_failed, started_s, ended_s, turn_s in self._uncounted:
             prompts = [p for p in plan.pieces if p.start < p.sequence.spec.num_known_tokens]
             num_prompt = sum([p.num_tokens for p in prompts])
             names = [p.sequence.sequence_id for p in prompts]
-            self._timeline.step(started_s, ended_s, num_prompt, len(plan.pieces) - len(prompts), names)
+            self._timeline.step(
+                started_s, ended_s, num_prompt, len(plan.pieces) - len(prompts), names,
+                plan.shape.num_prompt_pairs, plan.shape.num_kv_tokens, turn_s,
+            )  # fmt: skip
             if self._meter is not None:
                 self._meter.step(plan, num_prompt, ended_s - started_s, has_failed=has_failed)
         self._uncounted.clear()

@@ -435,7 +435,7 @@ class Replica:
         with self._defects.contained("engine", "counting"):
             if self._meter is not None:
                 self._meter.outcome(events)
-            self._book.add(TakenStep(plan, result is None, began_s, ended_s))
+            self._book.add(TakenStep(plan, result is None, began_s, ended_s, turn_s))
 
     # -- inside, with the lock held
 

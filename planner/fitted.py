@@ -1,33 +1,35 @@
-"""Profiles: what steps and transfers of a running node took, a line through the steps, and a file of both. Pure.
+"""What steps, transfers and requests of a running cluster cost, fitted to what was measured. Pure.
 
-`baton profile` measures and writes one; the planner reads it as Times.
+`planner/steps.py` makes points of recorded steps; `planner/measured.py` is the file that `baton profile` writes.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from math import isfinite
-from pathlib import Path
 from statistics import median
-from typing import Any
 
-from baton.errors import BadConfig, quoted
+from baton.errors import BadConfig
 from engine.step import StepShape
 from engine.step_times import not_negative
 
-FORMAT = 1
 _MIN_POINTS = 3
 _NUM_FEATURES = 5
+# A point that is further off than so many times the median, and than this share, is left out of the fit: the machine
+# did something else meanwhile. Its error is told all the same.
+_FAR_MEDIANS, _FAR_SHARE = 6.0, 0.25
+# Keeps features that always go together, as sequences and their KV in a few points, apart.
+_RIDGE = 1 + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A step of this shape took so long, by the median of its repeats."""
+    """A step of this shape took so long on a host with no other work, by the mean of so many."""
 
     shape: StepShape
     seconds: float
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,33 @@ class Line:
             + self.kv_token_s * shape.num_kv_tokens
         )
 
+    def error(self, point: Point) -> float:
+        """Predicted by measured, less 1."""
+        return self.step_s(point.shape) / point.seconds - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """How many times as long a step takes while other nodes of its host compute as well: element i beside i + 1 of
+    them. Beyond those that were measured, as beside the most."""
+
+    prompt: tuple[float, ...] = ()
+    decode: tuple[float, ...] = ()
+
+    def __bool__(self) -> bool:
+        return any(factor != 1 for factor in (*self.prompt, *self.decode))
+
+    def factor(self, shape: StepShape, num_beside: float) -> float:
+        """Between two numbers of nodes, which are there for a part of the time, on a straight line."""
+        known = (1.0, *(self.prompt if shape.num_prompt_tokens else self.decode))
+        below = int(num_beside)
+        if below >= len(known) - 1:
+            return known[-1]
+        return known[below] + (known[below + 1] - known[below]) * (num_beside - below)
+
+
+NO_SHARING = Sharing()
+
 
 @dataclass(frozen=True, slots=True)
 class Transfers:
@@ -59,31 +88,21 @@ class Transfers:
     latency_s: float
     bytes_s: float
 
+    def seconds(self, num_bytes: float) -> float:
+        return self.latency_s + num_bytes / self.bytes_s
+
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One node's profile."""
+class RequestTimes:
+    """What a request takes beside its steps and its transfer."""
 
-    model: str
-    device: str
-    software_version: str
-    line: Line
-    points: tuple[Point, ...]
-    # None: no KV was moved.
-    transfers: Transfers | None = None
+    # From its client to the router's queue and back: connection, parsing, tokenizer, the first chunk of the answer.
+    fixed_s: float = 0.0
+    # A message between router and node, one way, with the turns of both event loops.
+    message_s: float = 0.0
 
-    @property
-    def errors(self) -> list[float]:
-        """Of each point: predicted by measured, less 1."""
-        return [self.line.step_s(point.shape) / point.seconds - 1 for point in self.points]
 
-    @property
-    def median_error(self) -> float:
-        return median(map(abs, self.errors))
-
-    @property
-    def worst_error(self) -> float:
-        return max(self.errors, key=abs)
+FREE_REQUESTS = RequestTimes()
 
 
 def fitted(points: Sequence[Point]) -> Line:
@@ -92,52 +111,64 @@ def fitted(points: Sequence[Point]) -> Line:
         raise BadConfig(
             f"{len(points)} measured steps, expected at least {_MIN_POINTS}, each with a time above 0", param="profile"
         )
+    first = _least_squares(points)
+    errors = [abs(first.error(point)) for point in points]
+    far = max(_FAR_SHARE, _FAR_MEDIANS * median(errors))
+    near = [point for point, error in zip(points, errors, strict=True) if error <= far]
+    return first if len(near) == len(points) or len(near) < _MIN_POINTS else _least_squares(near)
+
+
+def _least_squares(points: Sequence[Point]) -> Line:
     rows = [[feature / point.seconds for feature in (1, *point.shape)] for point in points]
     products = [[sum(row[i] * row[j] for row in rows) for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)]
     for i, row in enumerate(products):
-        # Features that always go together, as sequences and their KV in a few points, are told apart by this alone.
-        row[i] *= 1 + 1e-9
+        row[i] *= _RIDGE
     return Line(*not_negative(products, [sum(row[i] for row in rows) for i in range(_NUM_FEATURES)]))
 
 
 def fitted_transfers(moved: Sequence[tuple[float, float]]) -> Transfers | None:
-    """Of (bytes, seconds). One size alone says nothing of the latency: it is 0 then."""
-    found = [(num_bytes, seconds) for num_bytes, seconds in moved if num_bytes > 0 and seconds > 0]
-    if not found:
+    """Of (bytes, seconds). Sizes that hardly differ say nothing of the latency: it is 0 then."""
+    by_size: dict[float, list[float]] = {}
+    for num_bytes, seconds in moved:
+        if num_bytes > 0 and seconds > 0:
+            by_size.setdefault(num_bytes, []).append(seconds)
+    if not by_size:
         return None
+    found = [(num_bytes, median(seconds)) for num_bytes, seconds in by_size.items()]
     rows = [(1 / seconds, num_bytes / seconds) for num_bytes, seconds in found]
     products = [[sum(row[i] * row[j] for row in rows) for j in range(2)] for i in range(2)]
     for i in range(2):
-        products[i][i] *= 1 + 1e-9
+        products[i][i] *= _RIDGE
     latency_s, byte_s = not_negative(products, [sum(row[i] for row in rows) for i in range(2)])
-    if len({num_bytes for num_bytes, _ in found}) == 1 or not byte_s:
+    if len(found) == 1 or not byte_s:
         latency_s, byte_s = 0.0, median(seconds / num_bytes for num_bytes, seconds in found)
     return Transfers(latency_s, 1 / byte_s)
 
 
 class FittedTimes:
-    """Times of steps by a profile. Warns of steps larger than any that was measured."""
+    """Times of steps by a line. Warns of steps larger than any that was measured."""
 
-    def __init__(self, measured: Measured) -> None:
-        self._measured = measured
-        self._most = StepShape(*(max(values) for values in zip(*(p.shape for p in measured.points), strict=True)))
+    def __init__(self, name: str, line: Line, points: Sequence[Point]) -> None:
+        self._name = name
+        self._line = line
+        self._median_error = median(abs(line.error(point)) for point in points)
+        self._num_points = len(points)
+        self._most = StepShape(*(max(values) for values in zip(*(p.shape for p in points), strict=True)))
         self._asked = self._most
 
     @property
     def source(self) -> str:
-        of = self._measured
-        return f"profile of {of.model} on {of.device}, {len(of.points)} steps within {of.median_error:.1%} (median)"
+        return f"profile of {self._name}, {self._num_points} steps within {self._median_error:.1%} (median)"
 
     def step_s(self, shape: StepShape) -> float:
         if any(asked > most for asked, most in zip(shape, self._asked, strict=True)):
             self._asked = StepShape(*map(max, shape, self._asked))
-        return self._measured.line.step_s(shape)
+        return self._line.step_s(shape)
 
     @property
     def warnings(self) -> tuple[str, ...]:
         return tuple(
-            f"the profile of {self._measured.model} is extrapolated: {name} of a step up to {asked:,}, measured are "
-            f"{most:,}"
+            f"the profile of {self._name} is extrapolated: {name} of a step up to {asked:,}, measured are {most:,}"
             for name, asked, most in zip(
                 ("prompt tokens", "pairs", "sequences", "KV tokens"), self._asked, self._most, strict=True
             )
@@ -145,61 +176,5 @@ class FittedTimes:
         )
 
 
-def write(path: Path, measured: Measured) -> None:
-    """Raises BadConfig if the file cannot be written."""
-    as_dict = {
-        "format": FORMAT,
-        **asdict(measured),
-        "points": [{**point.shape._asdict(), "seconds": point.seconds} for point in measured.points],
-        "median_error": measured.median_error,
-        "worst_error": measured.worst_error,
-    }
-    try:
-        path.write_text(json.dumps(as_dict, indent=2) + "\n")
-    except OSError as error:
-        raise BadConfig(f"the profile {quoted(str(path))} cannot be written: {error}", param="profile") from error
-
-
-def read(path: Path) -> Measured:
-    """Raises BadConfig."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise BadConfig(f"the profile {quoted(str(path))} cannot be read: {error}", param="profile") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise BadConfig(
-            f"{quoted(str(path))} is no profile of format {FORMAT}; write one with `baton profile`", param="profile"
-        )
-    try:
-        return _measured(found)
-    except (KeyError, TypeError, ValueError) as error:
-        raise BadConfig(
-            f"the profile {quoted(str(path))} is damaged: {quoted(str(error))}; write it anew with `baton profile`",
-            param="profile",
-        ) from error
-
-
-def _measured(found: dict[str, Any]) -> Measured:
-    points = tuple(
-        Point(StepShape(*(int(point[name]) for name in StepShape._fields)), _number(point["seconds"], 1e-12))
-        for point in found["points"]
-    )
-    if not points:
-        raise ValueError("no points")
-    moved = found["transfers"]
-    return Measured(
-        model=str(found["model"]),
-        device=str(found["device"]),
-        software_version=str(found["software_version"]),
-        line=Line(**{name: _number(value, 0) for name, value in found["line"].items()}),
-        points=points,
-        transfers=None
-        if moved is None
-        else Transfers(_number(moved["latency_s"], 0), _number(moved["bytes_s"], 1e-12)),
-    )
-
-
-def _number(value: Any, least: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-        raise ValueError(f"{value!r} is no number from {least:g} on")
-    return float(value)
+def coefficients(line: Line) -> dict[str, float]:
+    return {field.name: getattr(line, field.name) for field in fields(line)}

@@ -10,10 +10,12 @@ from planner.compat import run as compat
 from planner.design import Design
 from planner.energy import StepPower
 from planner.machines import Machine
+from planner.measured import MACHINE, Measured
 from planner.models import Model
 from planner.results import Profile, Run
 from planner.roofline import Roofline
 from planner.sim import run as sim
+from planner.sim.config import SimulationConfig
 from planner.table import ShapeTimes, TokenTimes, rows
 from planner.times import Times
 from planner.uncontended import BASIS, StepUncontended, TableUncontended, Uncontended
@@ -52,6 +54,18 @@ def simulated(
     }
     run = sim.simulate(workload, design, model, times, power=power)
     return Simulated(run, StepUncontended(times_of(model, known[BASIS], tensor_parallel)))
+
+
+def simulated_as(measured: Measured, workload: Workload, design: Design, config: SimulationConfig) -> Simulated:
+    """Honest, with machines as a profile has measured them. Raises BadConfig if the design has others."""
+    if others := [group.machine.name for group in design if group.machine.name != MACHINE]:
+        raise BadConfig(
+            f"the design has {others[0]}, expected machines {MACHINE!r} alone: a profile is of one kind of node",
+            param="design",
+        )
+    configured = measured.configured(config)
+    run = sim.simulate(workload, design, measured.as_model(), {MACHINE: measured.times()}, configured)
+    return Simulated(run, StepUncontended(measured.times()))
 
 
 def times_of(model: Model, machine: Machine, tensor_parallel: int) -> Times:

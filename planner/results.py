@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from baton.types import Role
+from baton.types import Role, TransferReport
 from planner.design import Design
 from planner.workload import Request, Workload
 
@@ -100,3 +100,5 @@ class Run:
     role_changes: tuple[RoleChange, ...] = ()
     # Times between two tokens of a sequence, to 1 %, and how many there were.
     gaps_s: tuple[tuple[float, int], ...] = ()
+    # KV that was moved, in the order of the machines it left.
+    transfers: tuple[TransferReport, ...] = ()

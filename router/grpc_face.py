@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from grpc import aio
 
@@ -41,6 +41,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._dispatcher = dispatcher
         self._config = config
         self._history = history
+        # Of the OpenAI API; 0: there is none.
+        self.http_port = 0
         self._nodes = NodeAdmin(dispatcher.nodes.membership, dispatcher.nodes.links, dispatcher.clock)
 
     async def Generate(  # type: ignore[override]  # noqa: N802 (gRPC names)
@@ -146,6 +148,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             num_running=self._dispatcher.scheduler.num_in_flight - num_queued,
             chat_refusal=self._frontend.chat_refusal,
             nodes=[member_to_pb(x) for x in self._dispatcher.nodes.members],
+            http_port=self.http_port,
         )
 
     async def Ledger(  # noqa: N802
@@ -244,13 +247,15 @@ class GrpcFace:
             # Conversations are bounded as over HTTP; other parts are far smaller.
             parsers=[ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers)],
         )
-        service = RouterService(frontend, dispatcher, config, history)
-        self._server.add(router_pb2_grpc.add_RouterServicer_to_server, service, SERVICE_NAME)
+        self._service = RouterService(frontend, dispatcher, config, history)
+        self._server.add(router_pb2_grpc.add_RouterServicer_to_server, self._service, SERVICE_NAME)
         self._was_ready = False
         self._updates: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> str:
-        """Returns host:port. Raises BadConfig if it cannot be bound."""
+    async def start(self, http_address: str | None) -> str:
+        """Returns host:port; ``http_address`` is the base URL of the other face, if there is one. Raises BadConfig if
+        it cannot be bound."""
+        self._service.http_port = urlsplit(http_address or "").port or 0
         asked = f"{self._config.grpc_host}:{self._config.grpc_port}"
         address = self._server.bind(asked, param="grpc_port")
         self._was_ready = self._dispatcher.is_ready

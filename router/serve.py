@@ -127,8 +127,8 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         dispatcher.nodes.start()
         if watch is not None:
             await watch.start()
-        grpc_address = await grpc_face.start() if grpc_face is not None else None
         http_address = await http_server.start() if config.http_port is not None else None
+        grpc_address = await grpc_face.start(http_address) if grpc_face is not None else None
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
         yield Router(http_address, grpc_address, dispatcher, frontend, page, counted)
     finally:

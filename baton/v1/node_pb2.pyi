@@ -468,6 +468,9 @@ class TraceResponse(_message.Message):
         NUM_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
         NUM_DECODING_FIELD_NUMBER: _builtins.int
         PROMPTS_FIELD_NUMBER: _builtins.int
+        NUM_PROMPT_PAIRS_FIELD_NUMBER: _builtins.int
+        NUM_KV_TOKENS_FIELD_NUMBER: _builtins.int
+        TURN_S_FIELD_NUMBER: _builtins.int
         started_s: _builtins.float
         """When the step began."""
         ended_s: _builtins.float
@@ -476,6 +479,14 @@ class TraceResponse(_message.Message):
         """Prompt tokens computed in it."""
         num_decoding: _builtins.int
         """Sequences that generated a token in it."""
+        num_prompt_pairs: _builtins.int
+        """(query, key) pairs of the prompt tokens."""
+        num_kv_tokens: _builtins.int
+        """Tokens in the KV of the sequences that generated a token."""
+        turn_s: _builtins.float
+        """From the end of the step before, or from when work came to an idle engine, to the end of this one: scheduling and
+        delivery included.
+        """
         @_builtins.property
         def prompts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
             """Sequences whose prompts were computed, the first few."""
@@ -488,10 +499,13 @@ class TraceResponse(_message.Message):
             num_prompt_tokens: _builtins.int = ...,
             num_decoding: _builtins.int = ...,
             prompts: _abc.Iterable[_builtins.str] | None = ...,
+            num_prompt_pairs: _builtins.int = ...,
+            num_kv_tokens: _builtins.int = ...,
+            turn_s: _builtins.float = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "num_decoding", b"num_decoding", "num_prompt_tokens", b"num_prompt_tokens", "prompts", b"prompts", "started_s", b"started_s"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["ended_s", b"ended_s", "num_decoding", b"num_decoding", "num_kv_tokens", b"num_kv_tokens", "num_prompt_pairs", b"num_prompt_pairs", "num_prompt_tokens", b"num_prompt_tokens", "prompts", b"prompts", "started_s", b"started_s", "turn_s", b"turn_s"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

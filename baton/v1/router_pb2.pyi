@@ -643,6 +643,7 @@ class StatusResponse(_message.Message):
     NUM_RUNNING_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     CHAT_REFUSAL_FIELD_NUMBER: _builtins.int
+    HTTP_PORT_FIELD_NUMBER: _builtins.int
     router_id: _builtins.str
     """The router that answers."""
     model: _builtins.str
@@ -653,6 +654,8 @@ class StatusResponse(_message.Message):
     """Sequences that nodes work on."""
     chat_refusal: _builtins.str
     """Why chat input is refused, as by a model without a chat template. Empty: it is served, or the router is older."""
+    http_port: _builtins.int
+    """Port of the OpenAI API on the host that answers. 0: there is none, or the router is older."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___StatusResponse.NodeState]:
         """All that the router knows, lost ones included."""
@@ -666,10 +669,11 @@ class StatusResponse(_message.Message):
         num_running: _builtins.int = ...,
         nodes: _abc.Iterable[Global___StatusResponse.NodeState] | None = ...,
         chat_refusal: _builtins.str = ...,
+        http_port: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_refusal", b"chat_refusal", "model", b"model", "nodes", b"nodes", "num_queued", b"num_queued", "num_running", b"num_running", "router_id", b"router_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_refusal", b"chat_refusal", "http_port", b"http_port", "model", b"model", "nodes", b"nodes", "num_queued", b"num_queued", "num_running", b"num_running", "router_id", b"router_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from baton.errors import BadConfig
 from baton.types import StepTimes, blocks_for
 from engine.scheduler_config import SchedulerConfig
+from engine.step import StepShape
+from planner.fitted import NO_SHARING, Sharing
 from planner.machines import Machine
 from planner.models import Model
 from router.cluster.config import PolicyConfig
@@ -40,6 +42,8 @@ class SimulationConfig:
     timeout_s: float = 600.0
     # Between router and node, one way: serialization, network and a turn of both event loops.
     message_s: float = 0.5e-3
+    # Of each request, from its client to the router's queue and back: connection, parsing, tokenizer, first chunk.
+    request_s: float = 0.0
     # Nodes report so often, and the router looks at moves and roles.
     status_s: float = 0.25
     tick_s: float = 0.1
@@ -53,6 +57,10 @@ class SimulationConfig:
     steps_at_once: int = 64
     # What all nodes tell of their steps instead of what they measure; None: that. For studies of what it is worth.
     told_times: StepTimes | None = None
+    # What every node measured before the run, as one that has served before.
+    seen_steps: tuple[tuple[StepShape, float], ...] = ()
+    # All machines are processes of one host, whose steps take so much longer together; none: each has its own.
+    sharing: Sharing = NO_SHARING
     outages: tuple[Outage, ...] = ()
 
     def __post_init__(self) -> None:
@@ -60,6 +68,7 @@ class SimulationConfig:
             ("max_output_tokens", self.max_output_tokens >= 1, "at least 1"),
             ("timeout_s", self.timeout_s > 0, "more than 0"),
             ("message_s", self.message_s >= 0, "at least 0"),
+            ("request_s", self.request_s >= 0, "at least 0"),
             ("status_s", self.status_s > 0, "more than 0"),
             ("tick_s", self.tick_s > 0, "more than 0"),
             ("memory_share", 0 < self.memory_share <= 1, "a share in (0, 1]"),

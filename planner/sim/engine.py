@@ -20,6 +20,7 @@ from engine.step import Sequence, StepPlan, StepResult, StepShape
 from planner.results import MachineUse
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
+from planner.sim.host import Host
 from planner.sim.requests import STOP_ID, TOKEN_ID, SimulatedRequest
 from planner.times import Times
 
@@ -56,6 +57,15 @@ class _Bulk(NamedTuple):
         return count
 
 
+class _Running(NamedTuple):
+    """A step that takes ``factor`` times as long as it would alone, as things are."""
+
+    plan: StepPlan
+    began_s: float
+    end_s: float
+    factor: float
+
+
 class Engine:
     """``hear`` takes its events; ``on_plan`` is told of each step with prompts when it begins."""
 
@@ -70,6 +80,7 @@ class Engine:
         on_plan: Callable[[StepPlan], None],
         steps_at_once: int,
         gaps: Gaps,
+        host: Host | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._events = events
@@ -80,6 +91,10 @@ class Engine:
         self._on_plan = on_plan
         self._steps_at_once = steps_at_once
         self._gaps = gaps
+        # That other engines compute on as well.
+        self._host = host
+        # The step with prompts that runs on it.
+        self._running: _Running | None = None
         # By sequence id, what is here.
         self._requests: dict[str, SimulatedRequest] = {}
         # Tokens that the router knows.
@@ -150,6 +165,8 @@ class Engine:
         chunks = [self.untold(sequence_id) for sequence_id in list(self._told)]
         self.cut()
         self._is_dead = True
+        if self._host is not None:
+            self._host.changed(self, is_busy=False)
         for sequence_id in list(self._requests):
             self._left(sequence_id)
         return [chunk for chunk in chunks if chunk is not None]
@@ -178,7 +195,18 @@ class Engine:
     def wake(self) -> None:
         """Something has changed: begin the next step, if none is under way."""
         if not self._is_busy and not self._is_dead:
-            self._begin()
+            self._go_on()
+
+    def disturbed(self) -> None:
+        """Another engine of the host has begun or ended: what is left of a step takes another time."""
+        running, now = self._running, self._events.now_s
+        if running is None:
+            self.cut()
+            return
+        factor = self._factor(running.plan.shape)
+        if factor != running.factor:
+            end_s = now + (running.end_s - now) * factor / running.factor
+            self._run(running._replace(end_s=end_s, factor=factor))
 
     @property
     def num_margin_blocks(self) -> int:
@@ -194,6 +222,19 @@ class Engine:
         bulk = self._bulk
         return 0 if bulk is None else bulk.num_over(self._events.now_s) * bulk.shape.num_decoding
 
+    def _go_on(self) -> None:
+        self._begin()
+        if self._host is not None:
+            self._host.changed(self, is_busy=self._is_busy)
+
+    def _factor(self, shape: StepShape) -> float:
+        return 1.0 if self._host is None else self._host.factor(self, shape)
+
+    def _run(self, running: _Running) -> None:
+        self._running = running
+        self.version += 1
+        self._events.at(running.end_s, self._applied, self.version, running.plan, running.end_s - running.began_s)
+
     def _begin(self) -> None:
         now = self._events.now_s
         while True:
@@ -204,8 +245,12 @@ class Engine:
                 self._is_busy = True
                 self._tell(events)
                 self._on_plan(plan)
-                self.version += 1
                 seconds = self._times.step_s(plan.shape)
+                if self._host is not None:
+                    factor = self._factor(plan.shape)
+                    self._run(_Running(plan, now, now + seconds * factor, factor))
+                    return
+                self.version += 1
                 self._events.at(now + seconds, self._applied, self.version, plan, seconds)
                 return
             if not events:
@@ -221,10 +266,11 @@ class Engine:
         if plain is None:
             return False
         shape, num_steps = plain.shape, plain.num_steps
-        first_s, growth_s = self._times.step_s(shape), 0.0
+        factor = self._factor(shape)
+        first_s, growth_s = self._times.step_s(shape) * factor, 0.0
         if num_steps > 1:
             grown = shape._replace(num_kv_tokens=shape.num_kv_tokens + (num_steps - 1) * shape.num_decoding)
-            growth_s = (self._times.step_s(grown) - first_s) / (num_steps - 1)
+            growth_s = (self._times.step_s(grown) * factor - first_s) / (num_steps - 1)
         bulk = _Bulk(now, first_s, growth_s, num_steps, shape)
         while bulk.num_steps > 1 and bulk.end_s(bulk.num_steps - 1) >= plain.until_s:
             bulk = bulk._replace(num_steps=bulk.num_steps - 1)
@@ -319,11 +365,12 @@ class Engine:
             self._is_landing = False
             self._tell(events)
             self._is_busy = False
-            self._begin()
+            self._go_on()
 
     def _applied(self, version: int, plan: StepPlan, seconds: float) -> None:
         if version != self.version or self._is_dead:
             return
+        self._running = None
         self._account_plan(plan, seconds)
         sampled = {piece.sequence.sequence_id: self._drawn(piece.sequence) for piece in plan.pieces if piece.samples}
         now = self._events.now_s
@@ -332,7 +379,7 @@ class Engine:
             self._note_gaps(now, seconds, plan.shape.num_decoding)
         self._tell(self.scheduler.apply(plan, StepResult(sampled), now))
         self._is_busy = False
-        self._begin()
+        self._go_on()
 
     def _drawn(self, sequence: Sequence) -> TokenChunk:
         index = sequence.num_generated

@@ -9,7 +9,7 @@ from baton.errors import BatonError
 from baton.machine import Tick
 from baton.node_messages import CacheChanged, FromRouter, LetGo, NodeMessage, Reserve, RouterMessage, Run, Send
 from baton.prefix import PrefixScheme
-from baton.types import Failure, Lease, NodeDescription, NodeStatus, Role, blocks_for
+from baton.types import Failure, Lease, NodeDescription, NodeStatus, Role, TransferReport, blocks_for
 from decode_node import machine as decode
 from engine.blocks import BlockPool
 from engine.events import EngineEvent
@@ -24,6 +24,7 @@ from planner.sim.config import SimulationConfig
 from planner.sim.engine import Engine, Power
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
+from planner.sim.host import Host
 from planner.sim.links import Link
 from planner.sim.pushes import Push
 from planner.sim.requests import SimulatedRequest
@@ -44,10 +45,13 @@ class Network:
         heard: Callable[[str, list[NodeMessage]], None],
         request_of: Callable[[str], SimulatedRequest],
         node: Callable[[str], Node],
+        host: Host | None,
     ) -> None:
         self.heard = heard
         self.request_of = request_of
         self.node = node
+        # That all of them share, if they do.
+        self.host = host
 
 
 class Node:
@@ -71,6 +75,7 @@ class Node:
         self.counters = counters
         self.use = MachineUse(self.node_id, description.home_role, machine.name)
         self.role_changes: list[RoleChange] = []
+        self.transfers: list[TransferReport] = []
         self.gaps = Gaps()
         layout = description.kv_layout
         self.token_bytes = layout.num_layers * layout.block_bytes / layout.block_tokens
@@ -92,9 +97,11 @@ class Node:
         self.is_up, self._began_s = True, self.events.now_s
         pool = BlockPool(self.description.kv_layout.num_blocks)
         self.scheduler = Scheduler(self._scheduler_config, pool, PrefixScheme.of(self.description))
+        for shape, seconds in self.config.seen_steps:
+            self.scheduler.measured.add(shape, seconds)
         self.engine = Engine(
             self.events, self.scheduler, self._times, self._power, self.use, self._heard, self._on_plan,
-            self.config.steps_at_once, self.gaps,
+            self.config.steps_at_once, self.gaps, self._network.host,
         )  # fmt: skip
         self.roles = Roles(self.description.home_role, self.config.roles)
         self._prefill = prefill.PrefillMachine(self.node_id)

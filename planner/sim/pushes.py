@@ -93,6 +93,7 @@ class Push:
             TRANSPORT, self.is_layerwise, num_bytes, self._commit.num_blocks, now - self._began_s,
             now - self._committed_s,
         )  # fmt: skip
+        source.transfers.append(report)
         source.counters["transfers"] += 1
         source.counters["transferred_bytes"] += num_bytes
         source.counters["transfer_exposed_s"] += report.exposed_s

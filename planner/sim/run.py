@@ -19,6 +19,7 @@ from planner.sim.config import SimulationConfig
 from planner.sim.engine import Power
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
+from planner.sim.host import Host
 from planner.sim.node import Network, Node
 from planner.sim.router import SimulatedRouter
 from planner.times import Times
@@ -74,7 +75,8 @@ class _Simulation:
         prefixes = {name: number for number, name in enumerate(names)}
         self._router = SimulatedRouter(config, self._events, prefixes, self._counters)
         self._nodes: dict[str, Node] = {}
-        network = Network(self._router.heard, self._router.request_of, lambda node_id: self._nodes[node_id])
+        host = Host(config.sharing) if config.sharing else None
+        network = Network(self._router.heard, self._router.request_of, lambda node_id: self._nodes[node_id], host)
         for group in design:
             for _ in range(group.count):
                 number = sum(1 for node in self._nodes.values() if node.description.home_role is group.role)
@@ -103,7 +105,7 @@ class _Simulation:
         for outage in self._config.outages:
             self._events.regularly(outage.at_s, self._router.strike, outage)
         if served:
-            self._events.at(served[0].request.arrival_s, self._arrive, served, 0)
+            self._events.at(served[0].request.arrival_s + self._config.request_s, self._arrive, served, 0)
         self._events.run(lambda: self._router.scheduler.num_in_flight > 0)
         now = self._events.now_s
         for node in self._nodes.values():
@@ -115,11 +117,13 @@ class _Simulation:
             tuple(dict.fromkeys(text for times in self._times.values() for text in times.warnings)),
             tuple(sorted((x for node in self._nodes.values() for x in node.role_changes), key=lambda x: x.at_s)),
             Gaps.total(node.gaps for node in self._nodes.values()),
+            tuple(report for node in self._nodes.values() for report in node.transfers),
         )  # fmt: skip
 
     def _arrive(self, served: tuple[Served, ...], index: int) -> None:
         if index + 1 < len(served):
-            self._events.at(served[index + 1].request.arrival_s, self._arrive, served, index + 1)
+            at_s = served[index + 1].request.arrival_s + self._config.request_s
+            self._events.at(at_s, self._arrive, served, index + 1)
         self._router.arrive(served[index].request, served[index])
 
     def _check(self, served: tuple[Served, ...]) -> None:

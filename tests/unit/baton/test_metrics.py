@@ -18,7 +18,7 @@ from engine.cost import CostModel
 from engine.events import Failed
 from engine.meter import EngineMeter, StepBook, TakenStep
 from engine.model_config import ModelConfig, RopeConfig
-from engine.step import Piece, Sequence, StepPlan
+from engine.step import Piece, Sequence, StepPlan, StepShape
 from worker import energy
 
 
@@ -98,15 +98,18 @@ def test_steps_are_counted_by_what_is_in_them() -> None:
     decoding.token_ids.append(5)
     first = Piece(prompt, 0, 32, samples=False)
     last = Piece(decoding, 8, 1, samples=True)
+    shape = StepShape(32, 496, 1, 9)
     for pieces, seconds, has_failed in (
         ((first,), 0.5, False), ((last,), 0.01, False), ((first, last), 0.6, False), ((last,), 0.01, True),
     ):  # fmt: skip
-        book.add(TakenStep(StepPlan(pieces), has_failed, 1.0, 1.0 + seconds))
+        book.add(TakenStep(StepPlan(pieces, shape), has_failed, 1.0, 1.0 + seconds, seconds / 2))
     assert len(timeline.since(0.0).steps) == 3, "a short step waits for others"
     book.settle()
-    assert [step[2:] for step in timeline.since(0.0).steps] == [
+    assert [step[2:5] for step in timeline.since(0.0).steps] == [
         (32, 0, ("s",)), (0, 1, ()), (32, 1, ("s",)), (0, 1, ()),
     ]  # fmt: skip
+    # What costs time beside the numbers of tokens, and how long streams waited.
+    assert [step[5:] for step in timeline.since(0.0).steps[:2]] == [(496, 9, 0.25), (496, 9, 0.005)]
     text = read(metrics)
     counts = {p: text[("baton_step_seconds_count", (("phase", p),))] for p in ("prefill", "decode", "mixed")}
     assert counts == {"prefill": 1, "decode": 1, "mixed": 1}
@@ -127,7 +130,7 @@ def test_steps_wait_for_no_more_than_so_many_others() -> None:
     book = StepBook(timeline, None)
     plan = StepPlan((Piece(sequence(8), 8, 1, samples=True),))
     for _ in range(200):
-        book.add(TakenStep(plan, False, 1.0, 1.0001))
+        book.add(TakenStep(plan, False, 1.0, 1.0001, 1.0))
         assert len(book._uncounted) < 64
     book.settle()
     assert len(timeline.since(0.0).steps) == 200

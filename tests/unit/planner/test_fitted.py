@@ -1,16 +1,14 @@
-"""Profiles: lines through measured steps, and their files."""
+"""Lines through measured steps, what other nodes of a host add, and transfers."""
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from random import Random
 
 import pytest
 
 from baton.errors import BadConfig
 from engine.step import StepShape
-from planner.fitted import FittedTimes, Line, Measured, Point, Transfers, fitted, fitted_transfers, read, write
+from planner.fitted import FittedTimes, Line, Point, Sharing, Transfers, fitted, fitted_transfers
 
 LINE = Line(0.01, 1e-4, 2e-8, 1e-3, 1e-6)
 SHAPES = (
@@ -24,25 +22,25 @@ def _points(noise: float = 0.0) -> tuple[Point, ...]:
     return tuple(Point(shape, LINE.step_s(shape) * (1 + rng.uniform(-noise, noise))) for shape in SHAPES)
 
 
-def _measured(noise: float = 0.0) -> Measured:
-    points = _points(noise)
-    return Measured("m", "cpu", "1.0", fitted(points), points, Transfers(1e-3, 1e9))
-
-
 def test_the_line_that_steps_were_made_of_is_found() -> None:
     found = fitted(_points())
     for name in LINE.__slots__:
         assert getattr(found, name) == pytest.approx(getattr(LINE, name), rel=1e-3)
-    assert _measured().median_error < 1e-4
 
 
-def test_with_noise_the_errors_are_told_and_no_coefficient_is_negative() -> None:
-    measured = _measured(0.05)
-    assert 0 < measured.median_error < 0.05
-    assert measured.median_error <= abs(measured.worst_error) < 0.15
-    assert min(getattr(measured.line, name) for name in LINE.__slots__) >= 0
+def test_with_noise_no_coefficient_is_negative() -> None:
+    points = _points(0.05)
+    line = fitted(points)
+    assert max(abs(line.error(point)) for point in points) < 0.15
+    assert min(getattr(line, name) for name in LINE.__slots__) >= 0
     falling = [Point(StepShape(num_decoding=n, num_kv_tokens=100), 1 / n) for n in (1, 2, 4)]
     assert fitted(falling).sequence_s == 0
+
+
+def test_a_step_that_was_interrupted_is_left_out() -> None:
+    points = _points()
+    interrupted = Point(points[1].shape, 20 * points[1].seconds)
+    assert fitted((*points, interrupted)).base_s == pytest.approx(LINE.base_s, rel=1e-3)
 
 
 def test_too_few_steps_are_refused() -> None:
@@ -62,7 +60,9 @@ def test_transfers_are_a_latency_and_a_rate() -> None:
 
 
 def test_steps_beyond_the_measured_ones_are_told() -> None:
-    times = FittedTimes(_measured())
+    points = _points()
+    times = FittedTimes("m", fitted(points), points)
+    assert times.source == "profile of m, 10 steps within 0.0% (median)"
     assert times.step_s(StepShape()) == 0
     times.step_s(SHAPES[0])
     assert times.warnings == ()
@@ -70,31 +70,15 @@ def test_steps_beyond_the_measured_ones_are_told() -> None:
     assert times.warnings == ("the profile of m is extrapolated: sequences of a step up to 32, measured are 16",)
 
 
-def test_a_profile_is_read_as_it_was_written(tmp_path: Path) -> None:
-    measured = _measured(0.05)
-    write(tmp_path / "p.json", measured)
-    assert read(tmp_path / "p.json") == measured
-    with pytest.raises(BadConfig, match="cannot be written"):
-        write(tmp_path / "nowhere" / "p.json", measured)
-
-
-@pytest.mark.parametrize(
-    ("change", "complaint"),
-    [
-        ({"format": 2}, "no profile of format 1"),
-        ({"points": []}, "damaged: 'no points'"),
-        ({"points": None}, "damaged"),
-        ({"line": {"base_s": 1}}, "damaged"),
-        ({"line": {**dict.fromkeys(LINE.__slots__, 1), "base_s": -1}}, "-1 is no number from 0 on"),
-        ({"transfers": {"latency_s": 0, "bytes_s": 0}}, "0 is no number"),
-    ],
-)
-def test_a_file_that_is_no_profile_is_refused(change: dict[str, object], complaint: str, tmp_path: Path) -> None:
-    path = tmp_path / "p.json"
-    write(path, _measured())
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(BadConfig, match=complaint):
-        read(path)
-    path.write_text("[")
-    with pytest.raises(BadConfig, match="cannot be read"):
-        read(path)
+def test_what_others_add_is_between_what_was_measured_and_no_more_than_beside_the_most() -> None:
+    sharing = Sharing(prompt=(1.2, 1.6), decode=(1.5,))
+    prompt, decode = StepShape().with_prompt(0, 10), StepShape(num_decoding=1, num_kv_tokens=10)
+    assert [sharing.factor(prompt, beside) for beside in (0, 0.5, 1, 1.5, 2, 9)] == pytest.approx(
+        [1.0, 1.1, 1.2, 1.4, 1.6, 1.6]
+    )
+    assert sharing.factor(decode, 2) == 1.5
+    # A step of both is one of a prompt.
+    assert sharing.factor(prompt._replace(num_decoding=1), 1) == 1.2
+    assert sharing
+    assert not Sharing()
+    assert not Sharing(prompt=(1.0,))
