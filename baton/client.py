@@ -265,6 +265,14 @@ class AsyncClient:
         except aio.AioRpcError as error:
             raise error_of(error) from error
 
+    async def trace(self, last_s: float = 0.0, timeout_s: float = 30.0) -> list[router_pb2.ClusterTraceResponse]:
+        """As `Client.trace`."""
+        request = router_pb2.ClusterTraceRequest(last_s=last_s)
+        try:
+            return [part async for part in self._stub.Trace(request, timeout=timeout_s, metadata=self._metadata)]
+        except aio.AioRpcError as error:
+            raise error_of(error) from error
+
     async def close(self) -> None:
         await self._channel.close()
 

@@ -1,166 +1,141 @@
-"""`baton profile`: measures steps and transfers of a running cluster by requests of chosen shapes."""
+"""`baton profile`: measures steps, transfers and requests of a running cluster by requests of chosen shapes."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from statistics import fmean, median
 
 from rich.console import Console
 from rich.table import Table
 
-from baton.client import AsyncClient, Completion
-from baton.errors import BadConfig, Unavailable
-from baton.v1 import common_pb2, router_pb2
-from engine.step import StepShape
-from planner.fitted import Measured, Point, fitted, fitted_transfers, write
+from baton.client import AsyncClient
+from baton.errors import Unavailable
+from cli.observe import Live, live
+from loadgen import counters
+from loadgen.client import Asking, model_of
+from loadgen.job import headers_of
+from loadgen.load import Load, Request, closed, same_size
+from loadgen.run import Outcome, run
+from planner.measured import Measured, write
+from planner.observed import Observed, power_of, request_times, transfers_of
+from planner.steps import found_in
+
+_IDLE_S = 2.0
+# Of the energy that GPUs count, each by its own node; processors count that of all nodes of their host.
+_ENERGY, _OF_GPU = "baton_energy_joules_total", "source=nvml"
 
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
     """What is asked for; lengths in tokens. What the model's context does not hold is left out."""
 
-    prompts: tuple[int, ...] = (16, 64, 256, 1024, 2048)
-    batches: tuple[int, ...] = (1, 4, 16)
-    # Of the requests of a batch: short and long ones tell the sequences' cost from that of their KV.
-    contexts: tuple[int, ...] = (16, 256, 1024)
+    prompts: tuple[int, ...] = (16, 64, 256, 512, 1024, 2048)
+    # Requests at a time, and how long each one's prompt is: short and long ones tell the sequences' cost from that of
+    # their KV, and many at a time make nodes compute beside each other and steps of both phases.
+    batches: tuple[tuple[int, int], ...] = ((1, 16), (1, 1024), (4, 16), (4, 512), (16, 16), (16, 128), (32, 64))
+    # Of a prompt alone: enough that its KV is moved.
+    num_alone_tokens: int = 4
     num_output_tokens: int = 64
-    # The median counts.
-    repeats: int = 3
-    request_timeout_s: float = 120.0
+    repeats: int = 4
+    limit_s: float = 600.0
 
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One request: when it was sent, by this process's clock, and its answer."""
-
-    sent_s: float
-    num_prompt_tokens: int
-    answer: Completion
-
-    @property
-    def decoding_s(self) -> tuple[float, float]:
-        """When its first and its last token came."""
-        relay = self.answer.relay
-        return self.sent_s + relay.ttft_s, self.sent_s + relay.e2e_s
+    def loads(self, max_model_tokens: int) -> Iterator[Load]:
+        """The first one has one request at a time."""
+        alone = [n for n in self.prompts if n + self.num_alone_tokens <= max_model_tokens]
+        requests = [Request(n, self.num_alone_tokens) for _ in range(self.repeats) for n in alone]
+        yield closed("one at a time", requests, 1, self.limit_s)
+        for streams, n in self.batches:
+            if n + self.num_output_tokens <= max_model_tokens:
+                sizes = same_size(streams, n, self.num_output_tokens)
+                yield closed(f"{streams} at a time", sizes, streams, self.limit_s)
 
 
 def profile(address: str, api_key: str, out: Path, shapes: Shapes, console: Console) -> None:
-    measured = asyncio.run(_connected(address, api_key, shapes))
+    measured = asyncio.run(_connected(address, api_key, shapes, console))
     write(out, measured)
-    _show(console, measured)
+    show(console, measured)
     console.print(f"wrote {out}", markup=False, highlight=False, soft_wrap=True)
 
 
-async def _connected(address: str, api_key: str, shapes: Shapes) -> Measured:
+async def _connected(address: str, api_key: str, shapes: Shapes, console: Console) -> Measured:
     async with AsyncClient(address, api_key=api_key) as client:
-        return await measure(client, shapes)
+        return await measure(await live(client, address), headers_of((), api_key), shapes, console)
 
 
-async def measure(client: AsyncClient, shapes: Shapes) -> Measured:
-    """Raises Unavailable if no node is ready or others use the cluster, BadConfig if its nodes differ."""
-    node = _described(await client.status())
-    asker = _Asker(client, node.model.vocab_size, shapes)
-    most = node.model.max_model_tokens - shapes.num_output_tokens
-    alone = [[await asker.ask(n) for _ in range(shapes.repeats)] for n in shapes.prompts if n <= most]
-    together = [
-        await asyncio.gather(*(asker.ask(n) for _ in range(count)))
-        for n in shapes.contexts if n <= most
-        for count in shapes.batches
-    ]  # fmt: skip
-    points = [point for group in alone for point in prompt_points(group)]
-    points += [point for group in together for point in decode_points(group)]
-    moved = [each.answer.relay.transfer for group in (*alone, *together) for each in group]
+async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, console: Console) -> Measured:
+    """Raises Unavailable if a request fails."""
+    asking = Asking(await model_of(cluster.server, headers), headers, {})
+    idle_j = await _joules(cluster)
+    if idle_j is not None:
+        await asyncio.sleep(_IDLE_S)
+    before_j, began_s = await _joules(cluster), time.monotonic()
+    parts: list[Observed] = []
+    first_ttfts_s: list[float] = []
+    for load in shapes.loads(cluster.nodes[0].model.max_model_tokens):
+        load_began_s = time.monotonic()
+        # Other prompts each time, so that none is held already.
+        outcome = await run(load, cluster.server, asking, f"profile {time.time_ns()}")
+        _refuse_failures(outcome)
+        parts.append(await cluster.since(load_began_s))
+        first_ttfts_s = first_ttfts_s or [answer.stamps_s[0] - answer.sent_s for answer in outcome.answers]
+        console.print(f"measured {load.name}: {len(load.requests)} requests in {outcome.wall_s:.1f} s", highlight=False)
+    elapsed_s, after_j = time.monotonic() - began_s, await _joules(cluster)
+    node, alone, everything = cluster.nodes[0], parts[0], Observed.joined(parts)
+    count = len(cluster.nodes)
+    found = found_in(everything.steps)
+    idle_w = None if idle_j is None or before_j is None else (before_j - idle_j) / _IDLE_S / count
+    drawn_j = None if before_j is None or after_j is None else after_j - before_j
     return Measured(
         model=node.model.name,
         device=node.device,
         software_version=node.software_version,
-        line=fitted(points),
-        points=tuple(points),
-        transfers=fitted_transfers([(one.num_bytes, one.total_s) for one in moved if one is not None]),
+        kv_layout=node.kv_layout,
+        line=found.line,
+        points=found.points,
+        sharing=found.sharing,
+        transfers=transfers_of(alone.transfers, node.kv_layout.num_layers),
+        requests=request_times(alone.relays, first_ttfts_s),
+        power=power_of(idle_w, drawn_j, elapsed_s, everything.steps, count),
     )
 
 
-def _described(status: router_pb2.StatusResponse) -> common_pb2.NodeDescription:
-    ready = [state.node for state in status.nodes if state.state.startswith("ready")]
-    if not ready:
-        raise Unavailable("no node of the cluster is ready, expected at least one; look at `baton status`")
-    if busy := status.num_queued + status.num_running:
-        raise Unavailable(
-            f"the cluster has {busy} requests, expected none: they would be measured too; repeat when it is idle"
-        )
-    if len(devices := sorted({node.device for node in ready})) > 1:
-        raise BadConfig(
-            f"the nodes run on {', '.join(devices)}, expected one kind of device: a profile is of one kind of node",
-            param="router",
-        )
-    return ready[0]
+def _refuse_failures(outcome: Outcome) -> None:
+    if failed := [answer for answer in outcome.answers if answer.error is not None]:
+        raise Unavailable(f"{len(failed)} of {len(outcome.load.requests)} requests failed: {failed[0].error}")
+    if outcome.num_cut:
+        raise Unavailable(f"{outcome.num_cut} requests took longer than {outcome.load.limit_s:g} s")
 
 
-class _Asker:
-    def __init__(self, client: AsyncClient, vocab_size: int, shapes: Shapes) -> None:
-        self._client, self._vocab_size, self._shapes = client, vocab_size, shapes
-        # Prompts of a seed: the same ones in each measurement; each with a salt, so that none is held already.
-        self._rng = Random(0)
-        self._salt = f"profile {time.time_ns()}"
-        self._num_asked = 0
-
-    async def ask(self, num_prompt_tokens: int) -> Asked:
-        self._num_asked += 1
-        prompt = [self._rng.randrange(self._vocab_size) for _ in range(num_prompt_tokens)]
-        count, sent_s = self._shapes.num_output_tokens, time.monotonic()
-        answer = await self._client.complete(
-            prompt, max_tokens=count, min_tokens=count, temperature=0.0, cache_salt=f"{self._salt} {self._num_asked}",
-            timeout_s=self._shapes.request_timeout_s,
-        )  # fmt: skip
-        return Asked(sent_s, num_prompt_tokens, answer)
+async def _joules(cluster: Live) -> float | None:
+    """Of all GPUs; None if a node has no counter."""
+    counted = await counters.counted(cluster.server) or {}
+    found = [value for name, value in counted.items() if name.startswith(_ENERGY) and _OF_GPU in name]
+    return sum(found) if found else None
 
 
-def prompt_points(group: Sequence[Asked]) -> list[Point]:
-    """Of requests one after the other with prompts of one length. Longer ones than a node computes in one step count
-    as one step of all: the others' base is in their tokens' time."""
-    times = [each.answer.relay.prefill_s for each in group if each.answer.relay.prefill_s > 0]
-    return [Point(StepShape().with_prompt(0, group[0].num_prompt_tokens), median(times))] if times else []
-
-
-def decode_points(group: Sequence[Asked]) -> list[Point]:
-    """Of requests at the same time: a step for each node that decoded some, with as many sequences as were there on
-    average over the time from its first to its last token."""
-    points = []
-    for node in sorted({each.answer.relay.decode_node_id for each in group}):
-        here = [each for each in group if each.answer.relay.decode_node_id == node]
-        spans = [each.decoding_s for each in here]
-        whole_s = max(end for _, end in spans) - min(begin for begin, _ in spans)
-        step_s = median(each.answer.relay.tbt_mean_s for each in here)
-        if whole_s <= 0 or step_s <= 0:
-            continue
-        batch = max(1, round(sum(end - begin for begin, end in spans) / whole_s))
-        context = fmean(each.num_prompt_tokens + len(each.answer.token_ids) / 2 for each in here)
-        points.append(Point(StepShape(num_decoding=batch, num_kv_tokens=round(batch * context)), step_s))
-    return points
-
-
-def _show(console: Console, measured: Measured) -> None:
-    table = Table("prompt tokens", "sequences", "KV tokens", "measured ms", "predicted ms", "error", box=None)
+def show(console: Console, measured: Measured) -> None:
+    table = Table("prompt tokens", "sequences", "KV tokens", "steps", "measured ms", "predicted ms", "error", box=None)
     for point, error in zip(measured.points, measured.errors, strict=True):
         shape, predicted_s = point.shape, measured.line.step_s(point.shape)
         table.add_row(
-            f"{shape.num_prompt_tokens:,}", f"{shape.num_decoding:,}", f"{shape.num_kv_tokens:,}",
+            f"{shape.num_prompt_tokens:,}", f"{shape.num_decoding:,}", f"{shape.num_kv_tokens:,}", f"{point.count}",
             f"{1e3 * point.seconds:.2f}", f"{1e3 * predicted_s:.2f}", f"{error:+.1%}",
         )  # fmt: skip
     console.print(table)
-    moved = measured.transfers
-    console.print(
-        f"{measured.model} on {measured.device}: median error {measured.median_error:.1%}, "
-        f"worst {measured.worst_error:+.1%}; "
-        + (
-            "no KV was moved"
-            if moved is None
-            else f"transfers {1e3 * moved.latency_s:.2f} ms + {moved.bytes_s / 1e6:,.0f} MB/s"
-        ),
-        markup=False, highlight=False, soft_wrap=True,
-    )  # fmt: skip
+    moved, requests, sharing = measured.transfers, measured.requests, measured.sharing
+    factors = [f"{kind} {' / '.join(f'{x:.2f}' for x in of) or '-'}"
+               for kind, of in (("prompts", sharing.prompt), ("decodes", sharing.decode))]  # fmt: skip
+    for line in (
+        f"{measured.model} on {measured.device}: median error {measured.median_error:.1%}, worst "
+        f"{measured.worst_error:+.1%}",
+        "transfers: none" if moved is None
+        else f"transfers: {1e3 * moved.latency_s:.2f} ms + {moved.bytes_s / 1e6:,.0f} MB/s",
+        f"a request: {1e3 * requests.fixed_s:.2f} ms, and {1e3 * requests.message_s:.2f} ms for each message",
+        f"a step beside 1 / 2 / ... nodes of its host: {', '.join(factors)} times as long",
+        "power: no counter" if measured.power is None
+        else f"power of a node: {measured.power.idle_w:.0f} W idle, {measured.power.busy_w:.0f} W busy",
+    ):  # fmt: skip
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
