@@ -12,7 +12,7 @@ from planner.sim.host import Host
 from planner.sim.run import _Simulation
 from planner.times import LinearTimes
 from planner.workload import Request, Workload
-from tests.unit.planner.test_simulation import CONFIG, LINE, MODEL, design, run, traffic
+from tests.support.simulated import CONFIG, LINE, MODEL, design, run, traffic
 
 SHARING = Sharing(prompt=(2.0, 3.0), decode=(1.5,))
 SHARED = replace(CONFIG, sharing=SHARING)
