@@ -180,23 +180,25 @@ async def test_a_node_that_drains_gives_its_sequences_away(migrates: bool) -> No
 async def test_room_is_made_for_a_prompt_that_fits_into_the_room_of_all_nodes_alone() -> None:
     # 30 blocks of 16 tokens on each node, of which two sequences take 10 each.
     config = replace(CONFIG, num_blocks=30, step_s=0.02)
-    async with FakeCluster(config, prefill=1, decode=2) as cluster:
-        async with router_beside(cluster, timing=quick, policy=replace(BY_HAND, borrow_after_s=60.0)) as router:
-            assert router.grpc is not None
-            async with baton.AsyncClient(router.grpc) as client:
-                settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 100, "seed": 1}
-                tasks = [asyncio.create_task(client.complete([i] * 120, **settings)) for i in range(4)]
-                scheduler = router.dispatcher.scheduler
-                await until(lambda: sum(x.flow.can_move for x in scheduler.in_flight) == 4)
-                assert len([x for x in scheduler.in_flight if x.can_move_from("decode-0")]) == 2
-                large = await client.complete([7] * 260, temperature=0.0, max_tokens=4, seed=1)
-                assert not any(task.done() for task in tasks), "it did not wait for their ends"
-                done = await asyncio.gather(*tasks)
-            assert len(large.token_ids) == 4
-            assert [len(each.token_ids) for each in done] == [100] * 4
-            assert [each.relay.attempts for each in (large, *done)] == [1] * 5
-            assert moves(router) == {("defragment", "moved"): 1}
-            await baseline(cluster)
+    async with (
+        FakeCluster(config, prefill=1, decode=2) as cluster,
+        router_beside(cluster, timing=quick, policy=replace(BY_HAND, borrow_after_s=60.0)) as router,
+    ):
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": 100, "seed": 1}
+            tasks = [asyncio.create_task(client.complete([i] * 120, **settings)) for i in range(4)]
+            scheduler = router.dispatcher.scheduler
+            await until(lambda: sum(x.flow.can_move for x in scheduler.in_flight) == 4)
+            assert len([x for x in scheduler.in_flight if x.can_move_from("decode-0")]) == 2
+            large = await client.complete([7] * 260, temperature=0.0, max_tokens=4, seed=1)
+            assert not any(task.done() for task in tasks), "it did not wait for their ends"
+            done = await asyncio.gather(*tasks)
+        assert len(large.token_ids) == 4
+        assert [len(each.token_ids) for each in done] == [100] * 4
+        assert [each.relay.attempts for each in (large, *done)] == [1] * 5
+        assert moves(router) == {("defragment", "moved"): 1}
+        await baseline(cluster)
 
 
 async def test_a_node_that_drains_keeps_what_has_no_room_elsewhere() -> None:
