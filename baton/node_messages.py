@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Failure, Lease, SequenceSpec, TokenChunk, TransferReport
+from baton.types import Failure, Lease, PromptLogprobs, SequenceSpec, TokenChunk, TransferReport
 
 # -- messages from a router to a node
 
@@ -57,7 +57,8 @@ class Migrate:
 
 RouterMessage = Run | Reserve | Migrate | Cancel
 
-# -- messages from a node to a router; a granted reservation is its Lease, new tokens are their TokenChunk
+# -- messages from a node to a router; a granted reservation is its Lease, new tokens are their TokenChunk, and what was
+# -- scored of a prompt its PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +133,8 @@ class CacheChanged:
 
 
 NodeMessage = (
-    Lease | Refused | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | NotMigrated | CacheChanged
+    Lease | Refused | PromptLogprobs | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | NotMigrated
+    | CacheChanged
 )  # fmt: skip
 
 # -- events and actions of both machines; a session's number is unique in the node's process

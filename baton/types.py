@@ -240,6 +240,15 @@ class PositionLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Of consecutive prompt tokens; ``index`` is the position of the first, at least 1: nothing predicts the first."""
+
+    sequence_id: str
+    index: int
+    logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class TokenChunk:
     """Consecutive new tokens; ``index`` is the position of the first among all generated tokens of the request."""
 

@@ -28,7 +28,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, TokenChunk
+from baton.types import Failure, Lease, PromptLogprobs, TokenChunk
 from engine.events import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released, WriterBegan
 
@@ -75,6 +75,7 @@ Event = (
     | JoinRefused
     | Defect
     | Started
+    | PromptLogprobs
     | Output
     | Handoff
     | Failed
@@ -196,7 +197,7 @@ class DecodeMachine:
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Defect(sequence_id, failure):
                 return self._give_up(relay, sequence_id, failure)
-            case Started() | Handoff():
+            case Started() | PromptLogprobs() | Handoff():
                 return []
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,16 @@ class PieceRows:
     num_prompt_tokens: int = sys.maxsize
 
 
+class Run(NamedTuple):
+    """Consecutive rows of one piece."""
+
+    # Its number among the pieces.
+    piece: int
+    # The first row, counted from the piece's.
+    offset: int
+    num_rows: int
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """One step's inputs, a row per token."""
@@ -40,15 +51,22 @@ class Batch:
     slot_mapping: Tensor
     # Of the plan's pieces, in their order.
     pieces: tuple[PieceRows, ...]
-    # PieceRows whose logits are wanted, in the order of the pieces that sample.
-    sample_rows: tuple[int, ...]
+    # Whose logits are wanted: of each piece that samples the last row, in the order of the pieces, then the rows that
+    # are scored.
+    runs: tuple[Run, ...]
+    # All rows of these.
+    logit_rows: tuple[int, ...]
 
 
-def sampling_pieces(batch: Batch) -> tuple[PieceRows, ...]:
-    """The single tokens that sample, in rows numbered as ``sample_rows`` orders them."""
-    wanted = set(batch.sample_rows)
-    found = [p for p in batch.pieces if p.row + p.num_tokens - 1 in wanted]
-    return tuple(replace(p, row=i, start=p.start + p.num_tokens - 1, num_tokens=1) for i, p in enumerate(found))
+def logit_pieces(batch: Batch) -> tuple[PieceRows, ...]:
+    """The runs as pieces, in rows numbered as ``logit_rows`` orders them."""
+    found: list[PieceRows] = []
+    row = 0
+    for run in batch.runs:
+        piece = batch.pieces[run.piece]
+        found.append(replace(piece, row=row, start=piece.start + run.offset, num_tokens=run.num_rows))
+        row += run.num_rows
+    return tuple(found)
 
 
 def token_ids_of(piece: Piece, drawn_rows: Mapping[str, int]) -> list[int]:
@@ -62,13 +80,12 @@ def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] 
     """In NumPy: before a short step, every operation of torch's on a few numbers shows."""
     token_ids: list[int] = []
     rows: list[PieceRows] = []
-    sample_rows: list[int] = []
     for piece in plan.pieces:
         row = len(token_ids)
         token_ids += token_ids_of(piece, drawn_rows or {})
         rows.append(_rows_of(piece, row, layout))
-        if piece.samples:
-            sample_rows.append(row + piece.num_tokens - 1)
+    runs = [Run(i, p.num_tokens - 1, 1) for i, p in enumerate(plan.pieces) if p.samples]
+    runs += [Run(i, p.scored.start - p.start, len(p.scored)) for i, p in enumerate(plan.pieces) if p.scored]
     counts = [r.num_tokens for r in rows]
     # Of a row, its position less its number.
     offsets = np.array([r.start - r.row for r in rows]).repeat(counts)
@@ -82,7 +99,8 @@ def build_batch(plan: StepPlan, layout: KvLayout, drawn_rows: Mapping[str, int] 
         ),
         slot_mapping=torch.from_numpy(_slot_mapping(rows, counts, positions, layout.block_tokens)),
         pieces=tuple(rows),
-        sample_rows=tuple(sample_rows),
+        runs=tuple(runs),
+        logit_rows=tuple([rows[i].row + offset + j for i, offset, count in runs for j in range(count)]),
     )
 
 

@@ -26,7 +26,7 @@ class StepCost(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Per token, per sampled row, and per (query, key) pair; ``windows`` says how many layers see how far."""
+    """Per token, per row of logits, and per (query, key) pair; ``windows`` says how many layers see how far."""
 
     flops_per_token: float
     flops_per_sample: float
@@ -62,7 +62,7 @@ class CostModel:
         for piece in plan.pieces:
             count, start = piece.num_tokens, piece.start
             num_tokens += count
-            num_samples += piece.samples
+            num_samples += piece.samples + len(piece.scored)
             # Token at position p sees p + 1 positions; counted in halves to stay with integers.
             num_keys += start + count
             num_halves += count * (2 * start + count + 1)

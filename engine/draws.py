@@ -200,8 +200,30 @@ def drawn_results(
         elif token_id in _WORST:
             result.failed[sequence.sequence_id] = no_finite_best(_WORST[token_id])
         else:
-            result.failed[sequence.sequence_id] = bad_logits(sequence)
+            result.failed[sequence.sequence_id] = bad_logits(len(sequence.token_ids))
     return result
+
+
+def scored_tokens(pieces: Seq[Piece]) -> tuple[Tensor, Tensor]:
+    """What ``DeviceSampler.score`` takes for the positions that these score, in their order; on the host."""
+    token_ids = [piece.sequence.token_ids[position + 1] for piece in pieces for position in piece.scored]
+    counts = [piece.sequence.spec.sampling.prompt_logprobs for piece in pieces for _ in piece.scored]
+    return torch.tensor(token_ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.int32)
+
+
+def take_scored(pieces: Seq[Piece], reports: NDArray[np.int64], result: StepResult) -> None:
+    """Adds to ``result`` what a device reports of the positions that ``pieces`` score: a row for each, in order."""
+    row = 0
+    for piece in pieces:
+        found = reports[row : row + len(piece.scored)]
+        row += len(piece.scored)
+        sequence = piece.sequence
+        bad = np.flatnonzero(found[:, 0] < 0)
+        if len(bad):
+            result.failed[sequence.sequence_id] = bad_logits(piece.scored[int(bad[0])] + 1)
+            continue
+        token_ids = sequence.token_ids[piece.scored.start + 1 : piece.scored.stop + 1]
+        result.scored[sequence.sequence_id] = tuple(map(_reported, found, token_ids))
 
 
 def _reported(report: NDArray[np.int64], token_id: int) -> PositionLogprobs:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Failure, TokenChunk
+from baton.types import Failure, PromptLogprobs, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,4 +59,5 @@ class Failed:
     failure: Failure
 
 
-EngineEvent = Started | Output | Handoff | Failed
+# What was scored of a prompt is its PromptLogprobs: before the first Output, in order, without gaps.
+EngineEvent = Started | PromptLogprobs | Output | Handoff | Failed

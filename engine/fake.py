@@ -41,6 +41,9 @@ class Row:
     samples: bool
     tokens: tuple[int, ...]
     block_ids: tuple[int, ...]
+    # Positions, and the tokens behind them.
+    scored: range = range(0)
+    targets: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, piece: Piece) -> Row:
@@ -48,6 +51,7 @@ class Row:
         return cls(
             seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
             tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
+            piece.scored, tuple(seq.token_ids[piece.scored.start + 1 : piece.scored.stop + 1]),
         )  # fmt: skip
 
 
@@ -166,7 +170,7 @@ class FakeRunner:
         sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
         self._drawn = {r.sequence_id: sampled[r.sequence_id].token_ids[0] for r in rows if r.samples}
         sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
-        return StepResult(sampled)
+        return StepResult(sampled, scored={r.sequence_id: self._score(r) for r in rows if r.scored})
 
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
@@ -209,11 +213,25 @@ class FakeRunner:
         return TokenChunk(row.sequence_id, index, tuple(token_id for token_id, _ in drawn), reports)
 
     def _draw_one(self, row: Row) -> tuple[int, PositionLogprobs | None]:
+        return _sample(
+            self._digest(row, row.stop), row.sampling, row.stop, row.stop - row.num_prompt, self.vocab_size
+        )  # fmt: skip
+
+    def _score(self, row: Row) -> tuple[PositionLogprobs, ...]:
+        num_top = row.sampling.prompt_logprobs
+        assert num_top is not None
+        return tuple(
+            _scored(self._digest(row, position + 1), token_id, num_top, self.vocab_size)
+            for position, token_id in zip(row.scored, row.targets, strict=True)
+        )
+
+    def _digest(self, row: Row, stop: int) -> hashlib.blake2b:
+        """Of what the blocks hold up to position ``stop``."""
         digest = hashlib.blake2b(digest_size=8)
         for layer in range(self.layout.num_layers):
-            for _, cell, count in self._runs(layer, row.block_ids, 0, row.stop):
+            for _, cell, count in self._runs(layer, row.block_ids, 0, stop):
                 digest.update(self._cells[cell : cell + count])
-        return _sample(digest, row.sampling, row.stop, row.stop - row.num_prompt, self.vocab_size)
+        return digest
 
 
 def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 32000) -> list[int]:
@@ -222,14 +240,35 @@ def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 3200
     num_prompt = len(spec.prompt_token_ids)
     assert spec.sampling.max_tokens is not None
     while len(known) - num_prompt < spec.sampling.max_tokens:
-        digest = hashlib.blake2b(digest_size=8)
-        for layer in range(layout.num_layers):
-            digest.update(array("I", (token + 1 + layer for token in known)))
+        digest = _digest_of(known, layout)
         num_generated = len(known) - num_prompt
         known.append(_sample(digest, spec.sampling, len(known), num_generated, vocab_size)[0])
         if known[-1] in spec.sampling.stop_token_ids and num_generated >= spec.sampling.min_tokens:
             break
     return known[num_prompt:]
+
+
+def expected_scores(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 32000) -> list[PositionLogprobs]:
+    """What a FakeRunner reports of the prompt's tokens behind the first: as ``expected_tokens``."""
+    prompt, num_top = spec.prompt_token_ids, spec.sampling.prompt_logprobs
+    assert num_top is not None
+    return [
+        _scored(_digest_of(prompt[:end], layout), prompt[end], num_top, vocab_size) for end in range(1, len(prompt))
+    ]
+
+
+def _digest_of(token_ids: Sequence[int], layout: KvLayout) -> hashlib.blake2b:
+    digest = hashlib.blake2b(digest_size=8)
+    for layer in range(layout.num_layers):
+        digest.update(array("I", (token + 1 + layer for token in token_ids)))
+    return digest
+
+
+def _scored(digest: hashlib.blake2b, token_id: int, num_top: int, vocab_size: int) -> PositionLogprobs:
+    """A pure function of the tokens before (in ``digest``) and of the token; exact in float32."""
+    raw = int.from_bytes(digest.digest(), "little")
+    top = tuple(TokenLogprob((raw + i) % vocab_size, -0.5 - i) for i in range(num_top))
+    return PositionLogprobs(TokenLogprob(token_id, -1 - raw % 1024 / 64), 1 + raw % vocab_size, top)
 
 
 def _sample(

@@ -1,4 +1,4 @@
-"""The transformer: weights in, logits of the rows that sample out. Defines the order of operations."""
+"""The transformer: weights in, logits of the wanted rows out. Defines the order of operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import Batch, sampling_pieces
+from engine.batch import Batch, logit_pieces
 from engine.kernels.interface import Attention, Kernels, Linear, Logits, Recorder, RecordingKernels, StepInputs
 from engine.kv_cache import KvCache
 from engine.model_config import ModelConfig
@@ -57,7 +57,7 @@ class Model:
         on_layer: Callable[[int], None] | None,
         drawn: Tensor | None = None,
     ) -> Logits:
-        """Of the rows that sample, valid until the next step; the host waits for no device.
+        """Of the batch's ``logit_rows``, valid until the next step; the host waits for no device.
 
         ``drawn``: on the device, what the step before drew, for ids that the host does not know.
 
@@ -71,10 +71,10 @@ class Model:
         attention = kernels.attention(self._config, layout, batch.pieces)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention] | None:
-            if not batch.sample_rows:
+            if not batch.logit_rows:
                 return None
-            rows = to_device(torch.tensor(batch.sample_rows), device)
-            return x[rows], q[rows], kernels.attention(self._config, layout, sampling_pieces(batch))
+            rows = to_device(torch.tensor(batch.logit_rows), device)
+            return x[rows], q[rows], kernels.attention(self._config, layout, logit_pieces(batch))
 
         logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
         return Logits(torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float())
@@ -124,7 +124,8 @@ class Model:
         on_layer: Callable[[int], None] | None,
         choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention] | None],
     ) -> Tensor | None:
-        """``choose`` leaves, in the last layer, the rows of (residual, queries) that sample, and how they attend."""
+        """``choose`` leaves, in the last layer, the rows of (residual, queries) whose logits are wanted, and how they
+        attend."""
         c, kernels = self._config, self._kernels
         x = kernels.embed(self._embedding, token_ids, drawn)
         normed = kernels.rms_norm(x, self._layers[0].input_norm, c.rms_norm_eps)
@@ -135,7 +136,7 @@ class Model:
             if on_layer is not None:
                 on_layer(index)
             if index == c.num_layers - 1:
-                # Nothing reads the last layer's output but the rows that sample.
+                # Nothing reads the last layer's output but the rows whose logits are wanted.
                 chosen = choose(x, q)
                 if chosen is None:
                     return None

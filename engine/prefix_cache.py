@@ -62,8 +62,8 @@ class PrefixCache:
 
     def find(self, sequence: step.Sequence, *, draws: bool) -> list[int]:
         """Leading blocks of its known tokens that are there; if it ``draws`` a token here, at least the last known one
-        is left to be computed."""
-        most = (len(sequence.token_ids) - draws) // self._block_tokens
+        is left to be computed, and all that are to be scored."""
+        most = min(len(sequence.token_ids) - draws, sequence.first_scored) // self._block_tokens
         return self._pool.lookup(islice(self._hashes(sequence), most))
 
     def intact(self, found: list[int]) -> list[int]:
@@ -86,7 +86,8 @@ class PrefixCache:
 
     def leader(self, entry: Entry, num_found: int, active: Iterable[Entry]) -> Leader | None:
         """Who is computing the block behind those that were found for ``entry``."""
-        hashes = self._hashes(entry.sequence)[: (len(entry.sequence.token_ids) - 1) // self._block_tokens]
+        most = min(len(entry.sequence.token_ids) - 1, entry.sequence.first_scored) // self._block_tokens
+        hashes = self._hashes(entry.sequence)[:most]
         for other in active if num_found < len(hashes) else ():
             theirs = other.sequence.block_hashes
             if other.num_stored == num_found < len(theirs) and theirs[num_found] == hashes[num_found]:

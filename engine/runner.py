@@ -18,7 +18,7 @@ from engine.config import EngineConfig
 from engine.cost import CostModel
 from engine.decode_graph import DecodeGraphs, DecodeRow, graph_shapes
 from engine.devices import Devices, GpuMemory, TorchDevices
-from engine.draws import DeviceDraws, Prepared, drawn_results
+from engine.draws import DeviceDraws, Prepared, drawn_results, scored_tokens, take_scored
 from engine.kernels import select_kernels
 from engine.kernels.interface import DeviceKernels, Draws, Kernels, Logits, Peaks
 from engine.kv_cache import TORCH_DTYPES, Allocate, DeviceBuffer, KvCache
@@ -28,7 +28,7 @@ from engine.model_config import ModelConfig
 from engine.sampler import Sampler
 from engine.sizing import measure
 from engine.staging import new_event, to_device, to_host
-from engine.step import Sequence, StepPlan, StepResult
+from engine.step import Piece, Sequence, StepPlan, StepResult
 from engine.warm_up import MINIMAL, largest_step, warm_up_plans
 from engine.weights import Checkpoint, quantized_fingerprint
 
@@ -42,14 +42,16 @@ class HostDrawn:
     sampler: Sampler
     # Those that sample, in the order of the pieces.
     sequences: tuple[Sequence, ...]
-    # [sequences, vocabulary] float32; valid until the next launch.
+    # Pieces that score positions.
+    scored: tuple[Piece, ...]
+    # [sequences, then scored positions; vocabulary] float32; valid until the next launch.
     logits: Tensor
     # Of these, where the kernels find them.
     peaks: Peaks | None
 
     def result(self) -> StepResult:
         with torch.inference_mode():
-            return self.sampler.sample(self.logits, self.sequences, self.peaks)
+            return self.sampler.sample(self.logits, self.sequences, self.peaks, self.scored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,16 @@ class DeviceDrawn:
     """A step under way on a device that draws its tokens. Tensors on the host hold something once ``done`` has come."""
 
     sequences: tuple[Sequence, ...]
-    # On the device, [sequences, vocabulary] float32; valid until the next launch.
+    # On the device, [sequences, then scored positions; vocabulary] float32; valid until the next launch.
     logits: Tensor
     # On the host, [sequences]; negative where there is none.
     token_ids: Tensor
     # Rows whose log-probabilities are reported, and the reports of all up to the last of them, on the host.
     reported: tuple[int, ...]
     reports: Tensor
+    # Pieces that score positions, and the reports of these, on the host; None if there are none.
+    scored: tuple[Piece, ...]
+    scores: Tensor | None
     # Sequences that get no token, even if one was drawn.
     failed: Mapping[str, Exception]
     # None: nothing runs beside the host.
@@ -78,6 +83,8 @@ class DeviceDrawn:
         for sequence_id, error in self.failed.items():
             result.sampled.pop(sequence_id, None)
             result.failed[sequence_id] = error
+        if self.scores is not None:
+            take_scored(self.scored, self.scores.numpy(), result)
         return result
 
 
@@ -224,36 +231,44 @@ class Runner:
         drawn_rows, self._drawn_rows = self._drawn_rows, {}
         sampling = tuple(p for p in plan.pieces if p.samples)
         sequences = tuple(p.sequence for p in sampling)
+        scored = tuple(p for p in plan.pieces if p.scored)
         with torch.inference_mode():
             draws = self._draws
             if draws is None:
                 logits, peaks = self._forward(plan, drawn_rows, on_layer)
-                return HostDrawn(self._sampler, sequences, logits, peaks)
+                return HostDrawn(self._sampler, sequences, scored, logits, peaks)
             prepared = draws.prepare(sampling, drawn_rows)
-            logits = self._step(plan, draws, prepared.columns, drawn_rows, on_layer)
-            launched = _fetch(draws, sequences, logits, prepared)
+            logits, scores = self._step(plan, scored, draws, prepared.columns, drawn_rows, on_layer)
+            launched = _fetch(draws, sequences, logits, prepared, scored, scores)
         self._drawn_rows = {sequence.sequence_id: i for i, sequence in enumerate(sequences)}
         return launched
 
     def _step(
         self,
         plan: StepPlan,
+        scored: tuple[Piece, ...],
         draws: DeviceDraws,
         columns: Draws,
         drawn_rows: Mapping[str, int],
         on_layer: Callable[[int], None] | None,
-    ) -> Tensor:
-        """Logits of the pieces that sample, on the device, which draws their tokens."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits on the device, which draws the tokens of the pieces that sample, and the reports of those ``scored``,
+        on their way to the host."""
         # A layer is told between layers, where a recorded step cannot stop.
         rows = decode_rows(plan, drawn_rows) if on_layer is None else None
         if rows is not None and self._graphs is not None and not self._prefers_unrecorded(rows):
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
-                return graph.step(rows, columns).logits
+                return graph.step(rows, columns).logits, None
         logits = self._forward(plan, drawn_rows, on_layer).values
+        num_drawn = len(columns.slot)
+        scores = None
+        if scored:
+            token_ids, num_top = (to_device(column, logits.device) for column in scored_tokens(scored))
+            scores = to_host(draws.sampler.score(logits[num_drawn:], token_ids, num_top))
         on_device = Draws(*(to_device(column, logits.device) for column in columns))
-        draws.sampler.draw(logits, on_device, draws.drawn)
-        return logits
+        draws.sampler.draw(logits[:num_drawn], on_device, draws.drawn)
+        return logits, scores
 
     def _prefers_unrecorded(self, rows: Seq[DecodeRow]) -> bool:
         assert isinstance(self._kernels, DeviceKernels)
@@ -272,7 +287,14 @@ class Runner:
             self._draws.forget(sequence_id)
 
 
-def _fetch(draws: DeviceDraws, sequences: tuple[Sequence, ...], logits: Tensor, prepared: Prepared) -> DeviceDrawn:
+def _fetch(
+    draws: DeviceDraws,
+    sequences: tuple[Sequence, ...],
+    logits: Tensor,
+    prepared: Prepared,
+    scored: tuple[Piece, ...],
+    scores: Tensor | None,
+) -> DeviceDrawn:
     """Queue what the host wants to know of the step."""
     token_ids = to_host(draws.drawn[: len(sequences)])
     reported = tuple(i for i, n in enumerate(prepared.columns.num_logprobs.tolist()) if n >= 0)
@@ -280,7 +302,7 @@ def _fetch(draws: DeviceDraws, sequences: tuple[Sequence, ...], logits: Tensor, 
     done = new_event(logits.device)
     if done is not None:
         done.record()
-    return DeviceDrawn(sequences, logits, token_ids, reported, reports, prepared.failed, done)
+    return DeviceDrawn(sequences, logits, token_ids, reported, reports, scored, scores, prepared.failed, done)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from baton.errors import BadLogits, InvalidRequest
 from baton.types import PositionLogprobs, SamplingParams, TokenChunk, TokenLogprob
 from engine.kernels.interface import Peaks
 from engine.mass import LOG2E, REPORTED_BITS, drawn_masses, quantile, reported_mass, share
-from engine.step import Sequence, StepResult, banned_ids, changes_logits, drawn_chunk, has_penalty
+from engine.step import Piece, Sequence, StepResult, banned_ids, changes_logits, drawn_chunk, has_penalty
 
 _U32 = 0xFFFFFFFF
 # Candidates looked at first for top_p; the whole vocabulary is sorted only if they do not hold enough mass.
@@ -66,23 +66,33 @@ class Sampler:
     def forget(self, sequence_id: str) -> None:
         self._seen.pop(sequence_id, None)
 
-    def sample(self, logits: Tensor, sequences: Seq[Sequence], peaks: Peaks | None = None) -> StepResult:
-        """One token, or why there is none, per row of ``logits`` [len(sequences), vocabulary] float32; ``peaks`` of
-        these rows, where they are known."""
+    def sample(
+        self, logits: Tensor, sequences: Seq[Sequence], peaks: Peaks | None = None, scored: Seq[Piece] = ()
+    ) -> StepResult:
+        """One token, or why there is none, per sequence, and the reports of what the pieces ``scored`` score: a row of
+        ``logits`` [rows, vocabulary] float32 for each of both, in this order. ``peaks`` of them, where they are known.
+        """
         result = StepResult()
-        if not sequences:
+        if not len(logits):
             return result
         token_ids, are_finite = peaks or _peaks(logits)
         for row, sequence in enumerate(sequences):
             try:
                 if not are_finite[row]:
-                    raise bad_logits(sequence)
+                    raise bad_logits(len(sequence.token_ids))
                 sampled = self._sample_row(logits[row], sequence, token_ids[row])
             except Exception as error:
                 # Of any kind: the other rows are other sequences.
                 result.failed[sequence.sequence_id] = error
             else:
                 result.sampled[sequence.sequence_id] = sampled
+        row = len(sequences)
+        for piece in scored:
+            try:
+                result.scored[piece.sequence.sequence_id] = _score(logits[row:], piece, are_finite[row:])
+            except Exception as error:
+                result.failed[piece.sequence.sequence_id] = error
+            row += len(piece.scored)
         return result
 
     def _sample_row(self, logits: Tensor, sequence: Sequence, best_id: int) -> TokenChunk:
@@ -131,6 +141,18 @@ class Sampler:
         values -= np.float32(params.presence_penalty) * (seen.counts > 0)
 
 
+def _score(logits: Tensor, piece: Piece, are_finite: Seq[bool]) -> tuple[PositionLogprobs, ...]:
+    """Of the rows that ``logits`` begins with."""
+    sequence, num_top = piece.sequence, piece.sequence.spec.sampling.prompt_logprobs
+    assert num_top is not None
+    found = []
+    for row, position in enumerate(piece.scored):
+        if not are_finite[row]:
+            raise bad_logits(position + 1)
+        found.append(logprobs(logits[row], sequence.token_ids[position + 1], num_top))
+    return tuple(found)
+
+
 def _peaks(logits: Tensor) -> Peaks:
     values = logits.numpy()
     # One NaN makes both ends NaN. Beside the rest this is nothing: a twentieth of what torch takes to find the best id.
@@ -146,10 +168,10 @@ def no_finite_best(best: float) -> InvalidRequest:
     )
 
 
-def bad_logits(sequence: Sequence) -> BadLogits:
-    """For a sequence whose raw logits are not all finite where its next token is to be drawn."""
+def bad_logits(position: int) -> BadLogits:
+    """For a sequence whose raw logits are not all finite for its token at ``position``."""
     return BadLogits(
-        f"the model's logits for token {len(sequence.token_ids)} of the sequence hold NaN or infinity, expected finite "
+        f"the model's logits for token {position} of the sequence hold NaN or infinity, expected finite "
         "numbers: a weight is not finite, or numbers outgrow the dtype; check the weights, or run the workers with "
         "--dtype float32"
     )

@@ -27,6 +27,7 @@ pass.
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -35,7 +36,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import BadLogits, BatonError, InternalError, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
-from baton.types import Failure, FinishReason, SequenceSpec, TokenChunk, blocks_for
+from baton.types import Failure, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk, blocks_for
 from engine import plain_steps
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
@@ -140,6 +141,8 @@ class Scheduler:
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = Sequence(spec)
+        # That node scores the prompt.
+        sequence.first_scored = sys.maxsize
         num_tokens = min(spec.num_known_tokens + 1 + num_headroom_tokens, spec.max_total_tokens)
         count = blocks_for(num_tokens, self.config.block_tokens)
         found = self.prefix_cache.find(sequence, draws=False)
@@ -640,6 +643,8 @@ class Scheduler:
     def _take_in(self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float) -> None:
         entry.sequence.num_computed += piece.num_tokens
         entry.num_computed_total += piece.num_tokens
+        if piece.scored and not self._take_scores(entry, piece, result, events, now):
+            return
         if not piece.samples:
             self.prefix_cache.store(entry)
             return
@@ -651,6 +656,22 @@ class Scheduler:
             events.append(self._advance(entry, drawn, now))
         except Exception as error:
             events.append(self._failed(entry, self._known(entry, error), now))
+
+    def _take_scores(
+        self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float
+    ) -> bool:
+        """False if it has failed."""
+        sequence, reports = entry.sequence, result.scored.get(entry.sequence_id, ())
+        if len(reports) != len(piece.scored):
+            error = result.failed.get(entry.sequence_id) or InternalError(
+                f"the runner scored {len(reports)} positions, expected {len(piece.scored)}"
+            )
+            events.append(self._failed(entry, self._known(entry, error), now))
+            return False
+        events.append(PromptLogprobs(entry.sequence_id, piece.scored.start + 1, reports))
+        end = piece.scored.stop
+        sequence.first_scored = end if end < len(sequence.spec.prompt_token_ids) - 1 else sys.maxsize
+        return True
 
     def _known(self, entry: Entry, error: Exception) -> BatonError:
         if isinstance(error, BatonError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -24,7 +25,8 @@ class Sequence:
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
 
-    __slots__ = ("block_hashes", "block_ids", "max_total_tokens", "num_computed", "spec", "token_ids", "token_mask")
+    __slots__ = ("block_hashes", "block_ids", "first_scored", "max_total_tokens", "num_computed", "spec", "token_ids",
+                 "token_mask")  # fmt: skip
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
@@ -38,6 +40,10 @@ class Sequence:
         self.block_hashes: Seq[bytes] = ()
         # Tokens whose KV is in the blocks.
         self.num_computed = 0
+        # A position is scored by reporting the log-probability of the prompt token behind it. The first one that is to
+        # be scored, behind all there are if there is none: tokens follow a prompt that was scored.
+        wants_scores = spec.sampling.prompt_logprobs is not None and not spec.generated_token_ids
+        self.first_scored = 0 if wants_scores else sys.maxsize
         # None allows all. The host has to know a token before it can tell the mask behind it.
         self.token_mask: TokenMask | None = None
 
@@ -48,6 +54,14 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.spec.prompt_token_ids)
+
+    def scored(self, start: int, end: int) -> range:
+        """The positions of [start, end) that are to be scored."""
+        return range(max(start, self.first_scored), min(end, len(self.spec.prompt_token_ids) - 1))
+
+
+# Positions.
+_NONE = range(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +76,8 @@ class Piece:
     start: int
     num_tokens: int
     samples: bool
+    # Of these positions the log-probability of the next prompt token is reported.
+    scored: range = _NONE
 
     @property
     def end(self) -> int:
@@ -119,13 +135,15 @@ def drawn_chunk(sequence: Sequence, token_id: int, logprobs: PositionLogprobs | 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """By sequence id, one entry in one of the two for every piece that samples."""
+    """By sequence id, one entry in one of the first two for every piece that samples."""
 
     # The drawn tokens, at least one, as if none ended the sequence: the scheduler decides that. The KV of all of them
     # but the last is in the sequence's blocks.
     sampled: dict[str, TokenChunk] = field(default_factory=dict)
     # Why there is no token for this sequence; the other sequences of the step have theirs.
     failed: dict[str, Exception] = field(default_factory=dict)
+    # Of the prompt tokens behind the positions that were scored; a sequence that failed may have none.
+    scored: dict[str, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
 
 
 def changes_logits(params: SamplingParams, num_generated: int) -> bool:

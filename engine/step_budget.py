@@ -1,4 +1,5 @@
-"""What a step has left for prompts: tokens, sequences and, beside sequences that decode, time. Cuts them into chunks.
+"""What a step has left for prompts: tokens, rows of logits and, beside sequences that decode, time. Cuts prompts into
+chunks.
 
 Pure. The scheduler decides whose turn it is.
 """
@@ -26,6 +27,7 @@ class StepBudget:
         self._measured = measured
         self._limit_s = limit_s
         self._num_tokens = config.max_batch_tokens - decoding.num_decoding
+        # Rows whose logits are computed: so many have room in the kernels' memory.
         self._num_slots = config.max_num_seqs - decoding.num_decoding
 
     @property
@@ -39,16 +41,17 @@ class StepBudget:
 
     def take(self, entry: Entry) -> Piece:
         """The next chunk of a prompt, if the step is not full."""
-        start, wanted = entry.start, entry.num_unplanned
-        count = min(wanted, self._num_tokens)
+        start, wanted, sequence = entry.start, entry.num_unplanned, entry.sequence
+        count = min(wanted, self._num_tokens, max(0, sequence.first_scored - start) + self._num_slots)
         if self._limit_s is not None:
             count = min(count, max(self._fitting(self._limit_s, start), self._config.min_chunk_tokens))
         if count < wanted:
             count = self._rounded(start, count)
-        piece = Piece(entry.sequence, start, count, samples=count == wanted)
+        scored = sequence.scored(start, start + count)
+        piece = Piece(sequence, start, count, samples=count == wanted, scored=scored)
         self.shape = self.shape.with_prompt(start, count)
         self._num_tokens -= count
-        self._num_slots -= 1
+        self._num_slots -= max(1, len(scored) + piece.samples)
         return piece
 
     def _fitting(self, limit_s: float, start: int) -> int:

@@ -39,7 +39,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, TokenChunk, TransferReport
+from baton.types import Failure, Lease, PromptLogprobs, TokenChunk, TransferReport
 from engine.events import Failed, Handoff, Output, Started
 
 # -- events
@@ -112,6 +112,7 @@ Event = (
     | PushAborted
     | Defect
     | Started
+    | PromptLogprobs
     | Output
     | Handoff
     | Failed
@@ -228,6 +229,11 @@ class _Relay:
         self.is_handoff_due = False
 
     @property
+    def is_computing(self) -> bool:
+        """What the engine says of it is for the router."""
+        return self.phase is Phase.COMPUTING or self.is_decoding
+
+    @property
     def is_decoding(self) -> bool:
         """Its tokens are those of a sequence that decodes here."""
         return self.phase in (Phase.STAYING, Phase.MIGRATING, Phase.HOLDING, Phase.RETURNING)
@@ -263,6 +269,8 @@ class PrefillMachine:
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Started(sequence_id, block_ids):
                 return self._started(relay, sequence_id, block_ids)
+            case PromptLogprobs():
+                return [Send(relay.session, event)] if relay.is_computing else []
             case Output():
                 return self._output(relay, event)
             case Handoff():
@@ -366,7 +374,7 @@ class PrefillMachine:
         return [BeginPush(sequence_id, relay.lease, block_ids, relay.num_known_tokens)]
 
     def _output(self, relay: _Relay, event: Output) -> list[Action]:
-        if relay.phase is not Phase.COMPUTING and not relay.is_decoding:
+        if not relay.is_computing:
             return []
         sequence_id, is_last = event.sequence_id, event.chunk.finish_reason is not None
         relay.is_prompt = False

@@ -31,7 +31,7 @@ from baton.node_messages import (
     SequenceFailed,
 )
 from baton.prefix import KEY_BYTES
-from baton.types import Failure, Lease, NodeStatus, SequenceSpec
+from baton.types import Failure, Lease, NodeStatus, PromptLogprobs, SequenceSpec
 from baton.v1 import common_pb2, node_pb2
 from router.flow_messages import Prompt
 
@@ -118,6 +118,7 @@ class Reader:
             found.append(self._cache_changed(response.cache))
         self._read(response.reserved, self._reserved, found)
         self._read(response.refused, _refused, found)
+        self._read(response.prompt_logprobs, _prompt_logprobs, found)
         self._read(response.prefills, _prefill_done, found)
         self._read(response.joined, _joined, found)
         # Tokens before failures: a sequence that is complete has not failed. And before the word that the node has let
@@ -166,6 +167,10 @@ def _keys(data: bytes) -> tuple[int, ...]:
 
 def _refused(item: node_pb2.SequenceFailed) -> Refused:
     return Refused(item.sequence_id, codec.failure_from_pb(item.failure))
+
+
+def _prompt_logprobs(item: node_pb2.SessionResponse.PromptLogprobs) -> PromptLogprobs:
+    return PromptLogprobs(item.sequence_id, item.index, tuple(map(codec.logprobs_from_pb, item.logprobs)))
 
 
 def _prefill_done(item: node_pb2.SessionResponse.PrefillDone) -> PrefillDone:

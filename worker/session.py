@@ -20,7 +20,7 @@ from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable, leaves_of
 from baton.node_messages import CacheChanged, FromRouter, NodeMessage
 from baton.patience import patient_timeout
-from baton.types import NodeDescription, NodeStatus
+from baton.types import NodeDescription, NodeStatus, PromptLogprobs
 from baton.v1 import node_pb2
 from worker import session_codec
 
@@ -42,12 +42,18 @@ class SessionConfig:
     max_cache_keys: int = 2_048
 
 
+def _num_items(message: NodeMessage) -> int:
+    """Each log-probability of a prompt takes as much room as a token."""
+    return len(message.logprobs) if isinstance(message, PromptLogprobs) else 1
+
+
 class Outbox:
     """Messages on their way to one router. ``put`` never blocks; past the limit the outbox closes with Overloaded."""
 
     def __init__(self, max_items: int) -> None:
         self._max_items = max_items
-        self._items: deque[NodeMessage] = deque()
+        self._messages: deque[NodeMessage] = deque()
+        self._num_items = 0
         self._wake = asyncio.Event()
         self._is_closed = False
         self._is_nudged = False
@@ -57,10 +63,11 @@ class Outbox:
         """Messages put after the close go nowhere: their reader has left."""
         if self._is_closed:
             return
-        if len(self._items) >= self._max_items:
-            self.close(Overloaded(f"{len(self._items)} messages wait for a router that does not read, the limit"))
+        if self._num_items >= self._max_items:
+            self.close(Overloaded(f"{self._num_items} messages wait for a router that does not read, the limit"))
             return
-        self._items.append(message)
+        self._messages.append(message)
+        self._num_items += _num_items(message)
         self._wake.set()
 
     def close(self, error: BatonError | None = None) -> None:
@@ -76,8 +83,9 @@ class Outbox:
         self._wake.set()
 
     async def take(self, max_items: int, timeout_s: float) -> list[NodeMessage] | None:
-        """What has gathered, at most ``max_items``; [] after ``timeout_s`` or a nudge, None when it is closed."""
-        if not self._items and not self._is_closed and not self._is_nudged:
+        """What has gathered: messages until they have ``max_items``; [] after ``timeout_s`` or a nudge, None when it is
+        closed."""
+        if not self._messages and not self._is_closed and not self._is_nudged:
             self._wake.clear()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -86,10 +94,16 @@ class Outbox:
                 return []
         if self._error is not None:
             raise self._error
-        if not self._items:
+        if not self._messages:
             self._is_nudged = False
             return None if self._is_closed else []
-        return [self._items.popleft() for _ in range(min(max_items, len(self._items)))]
+        taken: list[NodeMessage] = []
+        num_left = max_items
+        while self._messages and num_left > 0:
+            taken.append(message := self._messages.popleft())
+            num_left -= _num_items(message)
+        self._num_items -= max_items - num_left
+        return taken
 
 
 @dataclass(frozen=True, slots=True, eq=False)

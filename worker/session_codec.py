@@ -21,7 +21,7 @@ from baton.node_messages import (
     SequenceFailed,
 )
 from baton.prefix import KEY_BYTES
-from baton.types import Lease, TokenChunk
+from baton.types import Lease, PromptLogprobs, TokenChunk
 from baton.v1 import common_pb2, node_pb2
 
 
@@ -80,7 +80,7 @@ class Composer:
         self._tokens: dict[str, common_pb2.Tokens] = {}
         self._all_tokens: list[common_pb2.Tokens] = []
 
-    def add(self, message: NodeMessage) -> None:
+    def add(self, message: NodeMessage) -> None:  # noqa: C901 - one case per message
         response = self._response
         match message:
             case TokenChunk():
@@ -89,6 +89,9 @@ class Composer:
                 response.reserved.append(codec.lease_to_pb(message))
             case Refused(sequence_id, failure):
                 response.refused.add(sequence_id=sequence_id, failure=codec.failure_to_pb(failure))
+            case PromptLogprobs(sequence_id, index, logprobs):
+                reports = map(codec.logprobs_to_pb, logprobs)
+                response.prompt_logprobs.add(sequence_id=sequence_id, index=index, logprobs=reports)
             case PrefillDone():
                 response.prefills.add(
                     sequence_id=message.sequence_id,

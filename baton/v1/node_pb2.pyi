@@ -970,6 +970,36 @@ class SessionResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class PromptLogprobs(_message.Message):
+        """Log-probabilities of consecutive prompt tokens."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        INDEX_FIELD_NUMBER: _builtins.int
+        LOGPROBS_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence that is meant."""
+        index: _builtins.int
+        """Position of the first of these tokens in the prompt; at least 1, as nothing predicts the first token."""
+        @_builtins.property
+        def logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]:
+            """One entry per token."""
+
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            index: _builtins.int = ...,
+            logprobs: _abc.Iterable[_common_pb2.PositionLogprobs] | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["index", b"index", "logprobs", b"logprobs", "sequence_id", b"sequence_id"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class PrefillDone(_message.Message):
         """Sent together with the first token."""
 
@@ -1066,6 +1096,7 @@ class SessionResponse(_message.Message):
     STATUS_FIELD_NUMBER: _builtins.int
     CACHE_FIELD_NUMBER: _builtins.int
     NOT_MIGRATED_FIELD_NUMBER: _builtins.int
+    PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___SessionWelcome:
         """Set in the first message only."""
@@ -1110,6 +1141,10 @@ class SessionResponse(_message.Message):
     def not_migrated(self) -> _containers.RepeatedCompositeFieldContainer[Global___SequenceFailed]:
         """Sequences that were to move and go on here."""
 
+    @_builtins.property
+    def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionResponse.PromptLogprobs]:
+        """Of prompts whose log-probabilities were asked for: before the first token, in order, without gaps."""
+
     def __init__(
         self,
         *,
@@ -1124,10 +1159,11 @@ class SessionResponse(_message.Message):
         status: _common_pb2.NodeStatus | None = ...,
         cache: Global___SessionResponse.CacheChange | None = ...,
         not_migrated: _abc.Iterable[Global___SequenceFailed] | None = ...,
+        prompt_logprobs: _abc.Iterable[Global___SessionResponse.PromptLogprobs] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "status", b"status", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "not_migrated", b"not_migrated", "prefills", b"prefills", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "not_migrated", b"not_migrated", "prefills", b"prefills", "prompt_logprobs", b"prompt_logprobs", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

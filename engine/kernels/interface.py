@@ -121,7 +121,7 @@ class StepInputs(NamedTuple):
     slots: Tensor
     attention: Attention
     on_layer: Callable[[int], None]
-    # Selects the sampling rows of (residual, queries) of the last layer, and their attention.
+    # Selects the wanted rows of (residual, queries) of the last layer, and their attention.
     choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention]]
 
 
@@ -136,7 +136,7 @@ class Recorder(Protocol):
         on_layer: Callable[[int], None] | None,
         order: Callable[[StepInputs], Tensor],
     ) -> Logits:
-        """Logits of the rows that sample; valid until the next run.
+        """Logits of the batch's ``logit_rows``; valid until the next run.
 
         ``order`` calls the kernels in the order of a step and returns the logits. It is called when a step is larger
         than all before it; it must not depend on values.
@@ -239,6 +239,12 @@ class DeviceSampler(Protocol):
         """Writes a token id per row of ``logits`` [rows, vocabulary] float32 to the first entries of ``drawn``
         (int64), which holds the tokens of the step before. A negative id means no token: -1: the row holds a NaN or
         an infinity; -2 and -3: its changes make the best logit -inf or inf."""
+        ...
+
+    def score(self, logits: Tensor, token_ids: Tensor, num_top: Tensor) -> Tensor:
+        """Reports of given tokens, [rows, REPORT_WORDS] int64, valid until the next call of any method: for each row of
+        ``logits`` [rows, vocabulary] float32 its token id (int64) and the number of the most likely tokens (int32). The
+        mass is -1 where the row holds a NaN or an infinity."""
         ...
 
 

@@ -227,13 +227,13 @@ def test_a_program_runs_for_any_number_of_rows_and_stops_where_it_is_told(thread
     with tape.recording(program):
         assert tape.rows(x) is Count.ROWS
         tape.run([Record(ONE, (x,), tape.rows(x))])
-        program.count = Count.SAMPLED
+        program.count = Count.WANTED
         tape.run([Record(ONE, (chosen,), tape.rows(chosen))])
     program.seal()
     assert not x.any(), "nothing runs while it is recorded"
     seen: list[list[float]] = []
     for rows, sampled in ((8, 4), (3, 1), (5, 0)):
-        counts = {Count.ROWS: rows, Count.SAMPLED: sampled, Count.TILES: 0, Count.SAMPLED_TILES: 0}
+        counts = {Count.ROWS: rows, Count.WANTED: sampled, Count.TILES: 0, Count.WANTED_TILES: 0}
         program.run(counts, [(1, lambda: seen.append([*x.tolist(), *chosen.tolist()]))], 2)
     assert x.tolist() == [3, 3, 3, 2, 2, 1, 1, 1]
     assert chosen.tolist() == [2, 1, 1, 1]
@@ -253,7 +253,7 @@ def test_memory_of_a_program_is_used_anew_once_nobody_holds_it() -> None:
         del first
         third = tape.empty(like, 50, dtype=torch.float64)
         assert third.data_ptr() in addresses - {second.data_ptr()}
-        program.count = Count.SAMPLED
+        program.count = Count.WANTED
         assert tape.empty(like, 7).shape == (2, 7)
     gc.collect()
 

@@ -16,3 +16,6 @@ class BestSampler:
 
     def draw(self, logits: Tensor, draws: Draws, drawn: Tensor) -> None:
         drawn[: len(logits)] = logits.argmax(-1)
+
+    def score(self, logits: Tensor, token_ids: Tensor, num_top: Tensor) -> Tensor:
+        raise NotImplementedError

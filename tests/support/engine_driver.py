@@ -35,6 +35,8 @@ class Run:
     token_ids: list[int] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     sampled: list[tuple[tuple[int, ...], tuple[PositionLogprobs, ...]]] = field(default_factory=list)
+    # Of the prompt, from its second token on.
+    scored: list[PositionLogprobs] = field(default_factory=list)
 
 
 class Driver:
@@ -46,6 +48,7 @@ class Driver:
         self._free = list(range(runner.layout.num_blocks))
         random.Random(seed).shuffle(self._free)
         self._poison(self._free)
+        self.scored: dict[str, tuple[PositionLogprobs, ...]] = {}
 
     def _poison(self, blocks: list[int]) -> None:
         with torch.inference_mode():
@@ -71,14 +74,20 @@ class Driver:
         left = len(sequence.token_ids) - sequence.num_computed
         count = min(chunk, left)
         self.grow(sequence, sequence.num_computed + count)
-        return Piece(sequence, sequence.num_computed, count, samples=count == left)
+        start = sequence.num_computed
+        return Piece(sequence, start, count, samples=count == left, scored=sequence.scored(start, start + count))
 
     def step(self, pieces: Seq[Piece]) -> tuple[dict[str, TokenChunk], dict[str, Tensor]]:
-        """One plan; sampled tokens are appended. Returns what was sampled and from which logits, by sequence id."""
+        """One plan; sampled tokens are appended. Returns what was sampled and from which logits, by sequence id.
+
+        ``scored`` then has what was scored.
+        """
         plan = StepPlan(tuple(pieces))
         launched = self.runner.launch(plan)
-        rows = dict(zip([s.sequence_id for s in launched.sequences], launched.logits.clone(), strict=True))
-        sampled = launched.result().sampled
+        logits = launched.logits[: len(launched.sequences)].clone()
+        rows = dict(zip([s.sequence_id for s in launched.sequences], logits, strict=True))
+        result = launched.result()
+        sampled, self.scored = result.sampled, result.scored
         for piece in pieces:
             piece.sequence.num_computed += piece.num_tokens
             if piece.samples:
@@ -94,6 +103,7 @@ class Driver:
             if neighbours is not None:
                 pieces = neighbours.around(self, pieces[0])
             sampled, logits = self.step(pieces)
+            run.scored += self.scored.get(sequence.sequence_id, ())
             if sequence.sequence_id in sampled:
                 drawn = sampled[sequence.sequence_id]
                 run.sampled.append((drawn.token_ids, drawn.logprobs))

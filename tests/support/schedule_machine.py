@@ -18,10 +18,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.errors import InternalError, Overloaded
 from baton.prefix import PrefixScheme
-from baton.types import KvLayout, SamplingParams, SequenceSpec, TokenChunk, blocks_for
+from baton.types import KvLayout, PositionLogprobs, PromptLogprobs, SamplingParams, SequenceSpec, TokenChunk, blocks_for
 from engine.blocks import BlockPool, BlockState
 from engine.events import EngineEvent, Failed, Handoff, Output, Started
-from engine.fake import FakeRunner, expected_tokens
+from engine.fake import FakeRunner, expected_scores, expected_tokens
 from engine.replica import StepUnderway
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
@@ -43,7 +43,9 @@ VOCAB = 50
 
 
 # What changes or reports logits.
-KINDS: tuple[dict[str, object], ...] = ({"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1})
+KINDS: tuple[dict[str, object], ...] = (
+    {"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1}, {"prompt_logprobs": 1}
+)  # fmt: skip
 
 
 class Flight(NamedTuple):
@@ -75,6 +77,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps, max_drawn=self.max_drawn)
         self.specs: dict[str, SequenceSpec] = {}
         self.tokens: dict[str, list[int]] = {}
+        # Of their prompts.
+        self.scores: dict[str, list[PositionLogprobs]] = {}
         # They will be heard of again.
         self.open: set[str] = set()
         # Told to stop: their blocks stay until they are released.
@@ -168,6 +172,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def register(self, spec: SequenceSpec) -> None:
         self.specs[spec.sequence_id] = spec
         self.tokens[spec.sequence_id] = list(spec.generated_token_ids)
+        self.scores[spec.sequence_id] = []
         self.open.add(spec.sequence_id)
 
     @precondition(lambda self: self.leased)
@@ -305,7 +310,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not self.flights or self.scheduler.num_preempted == before, "blocks of a running step were taken"
         if plan is not None:
             assert plan.num_tokens <= CONFIG.max_batch_tokens
-            assert len(plan.pieces) <= CONFIG.max_num_seqs
+            assert sum(max(1, len(p.scored) + p.samples) for p in plan.pieces) <= CONFIG.max_num_seqs
             assert min(p.num_tokens for p in plan.pieces) > 0
             assert len({p.sequence.sequence_id for p in plan.pieces}) == len(plan.pieces)
             blocks = {p.sequence.sequence_id: list(p.sequence.block_ids) for p in plan.pieces}
@@ -349,7 +354,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def absorb(self, events: list[EngineEvent]) -> None:
         for event in events:
             assert event.sequence_id in self.open, "nothing is heard of a sequence that was cancelled or has ended"
-            if isinstance(event, Output):
+            if isinstance(event, PromptLogprobs):
+                scores = self.scores[event.sequence_id]
+                assert event.index == len(scores) + 1
+                scores += event.logprobs
+            elif isinstance(event, Output):
+                self.scored(event.sequence_id)
                 tokens = self.tokens[event.sequence_id]
                 assert event.chunk.index == len(tokens)
                 tokens += event.chunk.token_ids
@@ -363,6 +373,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert isinstance(event, Failed)
                 self.open.remove(event.sequence_id)
+
+    def scored(self, name: str) -> None:
+        """It has a token: all that was asked of its prompt is told, by the node that computed it."""
+        spec = self.specs[name]
+        if spec.sampling.prompt_logprobs is not None and not self.tokens[name]:
+            assert self.scores[name] == expected_scores(spec, LAYOUT, VOCAB)
 
     def stopped(self, event: Handoff) -> None:
         name = event.sequence_id

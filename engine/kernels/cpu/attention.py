@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from baton.types import KvLayout
-from engine.batch import PieceRows
+from engine.batch import Batch, PieceRows
 from engine.kernels.cpu.kernel import Kernel
 from engine.kernels.cpu.llvm import Emitter, Int, Isa, Vec, itemsize, per_dot
 from engine.kernels.cpu.once import once
@@ -89,13 +89,27 @@ def tables_of(pieces: tuple[PieceRows, ...]) -> tuple[list[int], list[int]]:
 
 def tiles_of(pieces: tuple[PieceRows, ...], begins: list[int], group_size: int) -> list[Tile]:
     """The tiles, longest context first, so that threads finish at about the same time."""
-    most = max(1, _TILE_ROWS // group_size)
     tiles = [
-        (piece.row + at, piece.start + at, min(most, piece.num_tokens - at), begin)
+        tile
         for piece, begin in zip(pieces, begins, strict=True)
-        for at in range(0, piece.num_tokens, most)
+        for tile in _tiles(piece.row, piece.start, piece.num_tokens, begin, group_size)
     ]
     return sorted(tiles, key=lambda tile: -tile[1])
+
+
+def tiles_of_runs(batch: Batch, begins: list[int], group_size: int) -> list[Tile]:
+    """Of the rows whose logits are wanted, in rows numbered as ``Batch.logit_rows`` orders them."""
+    tiles: list[Tile] = []
+    row = 0
+    for number, offset, num_rows in batch.runs:
+        tiles += _tiles(row, batch.pieces[number].start + offset, num_rows, begins[number], group_size)
+        row += num_rows
+    return tiles
+
+
+def _tiles(row: int, start: int, num_tokens: int, begin: int, group_size: int) -> list[Tile]:
+    most = max(1, _TILE_ROWS // group_size)
+    return [(row + at, start + at, min(most, num_tokens - at), begin) for at in range(0, num_tokens, most)]
 
 
 @once

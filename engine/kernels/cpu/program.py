@@ -27,11 +27,11 @@ class Count(IntEnum):
     """A number that differs between runs of a program."""
 
     ROWS = 0
-    # Rows that sample: the last layer computes its output for these only.
-    SAMPLED = 1
-    # Tiles of attention (attention.py) of all rows, and of the rows that sample.
+    # Rows whose logits are wanted: the last layer computes its output for these only.
+    WANTED = 1
+    # Tiles of attention (attention.py) of all rows, and of those.
     TILES = 2
-    SAMPLED_TILES = 3
+    WANTED_TILES = 3
     # Tiles that are many tasks (long_attention.py), and the pieces of their contexts.
     LONG_TILES = 4
     LONG_PIECES = 5
@@ -113,10 +113,10 @@ def _words(record: Record) -> list[int]:
 
 
 class Program:
-    """Records of a step of at most ``max_rows`` rows, of which at most ``max_sampled`` sample."""
+    """Records of a step of at most ``max_rows`` rows, of which the logits of at most ``max_wanted`` are wanted."""
 
-    def __init__(self, max_rows: int, max_sampled: int) -> None:
-        self._capacity = {Count.ROWS: max_rows, Count.SAMPLED: max_sampled}
+    def __init__(self, max_rows: int, max_wanted: int) -> None:
+        self._capacity = {Count.ROWS: max_rows, Count.WANTED: max_wanted}
         # The rows for which operations are recorded.
         self.count = Count.ROWS
         self._blocks = _Blocks()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from engine.batch import Batch
-from engine.kernels.cpu.attention import Tile, tables_of, tiles_of
+from engine.kernels.cpu.attention import Tile, tables_of, tiles_of, tiles_of_runs
 from engine.kernels.cpu.logits import peaks_of
 from engine.kernels.cpu.long_attention import LongAttention, Split, long_tables, split
 from engine.kernels.cpu.program import Count, Program
@@ -51,20 +51,22 @@ class StepRecorder:
             tiles_of(batch.pieces, begins, self._config.group_size), self._cache.layout,
             num_heads=self._config.num_heads, num_threads=torch.get_num_threads(), most_positions=self._most_positions,
         )  # fmt: skip
-        sizes = _Sizes(batch.num_tokens, len(batch.sample_rows), len(block_ids), tiles.num_positions)
+        sizes = _Sizes(batch.num_tokens, len(batch.logit_rows), len(block_ids), tiles.num_positions)
         if self._step is None or not self._sizes.hold(sizes):
             self._sizes = self._sizes.grown(sizes)
             # Free the old recording's memory first.
             self._step = None
             self._step = _RecordedStep(self._kernels, self._config, self._cache, self._sizes, order)
-        return self._step.run(batch, block_ids, begins, tiles, cos, sin, on_layer)
+        logit_tiles = tiles_of_runs(batch, begins, self._config.group_size)
+        return self._step.run(batch, block_ids, logit_tiles, tiles, cos, sin, on_layer)
 
 
 class _Sizes(NamedTuple):
     """The capacity of a recording."""
 
     rows: int
-    sampled: int
+    # Whose logits are computed.
+    wanted: int
     blocks: int
     # Of long contexts.
     positions: int
@@ -85,8 +87,8 @@ class _Inputs(NamedTuple):
     sin: NDArray[np.float32]
     tiles: NDArray[np.int64]
     block_ids: NDArray[np.int64]
-    sample_rows: NDArray[np.int64]
-    sampled_tiles: NDArray[np.int64]
+    logit_rows: NDArray[np.int64]
+    logit_tiles: NDArray[np.int64]
     long_tiles: NDArray[np.int64]
     long_pieces: NDArray[np.int64]
 
@@ -96,12 +98,12 @@ class _RecordedStep:
 
     def __init__(self, kernels: CpuKernels, config: ModelConfig, cache: KvCache, sizes: _Sizes, order: _Order) -> None:
         integers = partial(torch.zeros, dtype=torch.int64)
-        token_ids, slots, sample_rows = map(integers, (sizes.rows, sizes.rows, sizes.sampled))
+        token_ids, slots, logit_rows = map(integers, (sizes.rows, sizes.rows, sizes.wanted))
         cos, sin = torch.empty(2, sizes.rows, config.head_dim // 2)
-        tiles, sampled_tiles, block_ids = integers(sizes.rows, 4), integers(sizes.sampled, 4), integers(sizes.blocks)
+        tiles, logit_tiles, block_ids = integers(sizes.rows, 4), integers(sizes.wanted, 4), integers(sizes.blocks)
         long_tiles, long_pieces = (integers(*shape) for shape in long_tables(sizes.positions))
         self._inputs = _Inputs(
-            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, sample_rows, sampled_tiles)),
+            *(x.numpy() for x in (token_ids, slots, cos, sin, tiles, block_ids, logit_rows, logit_tiles)),
             *(x.numpy() for x in (long_tiles, long_pieces)),
         )
         long = self._long = None
@@ -109,7 +111,7 @@ class _RecordedStep:
             long = self._long = kernels.long_attention(
                 config, cache.layout, long_tiles, long_pieces, block_ids, sizes.positions
             )
-        self._program = program = Program(sizes.rows, sizes.sampled)
+        self._program = program = Program(sizes.rows, sizes.wanted)
         # Number of records before layer i's keys and values are written.
         self._written: list[int] = []
 
@@ -117,9 +119,9 @@ class _RecordedStep:
             return kernels.tiled_attention(config, cache.layout, tiles, block_ids, count, long)
 
         def choose(x: Tensor, q: Tensor) -> tuple[Tensor, Tensor, Attention]:
-            program.count = Count.SAMPLED
-            chosen = kernels.take_rows(x, sample_rows), kernels.take_rows(q, sample_rows)
-            return *chosen, attention(sampled_tiles, Count.SAMPLED_TILES)
+            program.count = Count.WANTED
+            chosen = kernels.take_rows(x, logit_rows), kernels.take_rows(q, logit_rows)
+            return *chosen, attention(logit_tiles, Count.WANTED_TILES)
 
         def on_layer(_: int) -> None:
             self._written.append(len(program))
@@ -139,13 +141,13 @@ class _RecordedStep:
         self,
         batch: Batch,
         block_ids: list[int],
-        begins: list[int],
+        logit_tiles: list[Tile],
         tiles: Split,
         cos: Tensor,
         sin: Tensor,
         on_layer: _OnLayer,
     ) -> Logits:
-        num_rows, num_sampled = batch.num_tokens, len(batch.sample_rows)
+        num_rows, num_wanted = batch.num_tokens, len(batch.logit_rows)
         to = self._inputs
         to.token_ids[:num_rows], to.slots[:num_rows] = batch.token_ids.numpy(), batch.slot_mapping.numpy()
         to.cos[:num_rows], to.sin[:num_rows] = cos.numpy(), sin.numpy()
@@ -153,25 +155,13 @@ class _RecordedStep:
         for table, rows in ((to.tiles, tiles.whole), (to.long_tiles, tiles.long), (to.long_pieces, tiles.pieces)):
             if rows:
                 table[: len(rows)] = rows
-        if num_sampled:
-            to.sample_rows[:num_sampled], to.sampled_tiles[:num_sampled] = (
-                batch.sample_rows,
-                _sampled_tiles(batch, begins),
-            )
-        counts = {Count.ROWS: num_rows, Count.SAMPLED: num_sampled}
-        counts |= {Count.TILES: len(tiles.whole), Count.SAMPLED_TILES: num_sampled}
+        if num_wanted:
+            to.logit_rows[:num_wanted] = batch.logit_rows
+            to.logit_tiles[: len(logit_tiles)] = logit_tiles
+        counts = {Count.ROWS: num_rows, Count.WANTED: num_wanted}
+        counts |= {Count.TILES: len(tiles.whole), Count.WANTED_TILES: len(logit_tiles)}
         counts |= {Count.LONG_TILES: len(tiles.long), Count.LONG_PIECES: len(tiles.pieces)}
         pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
-        # Only the rows that sample need the last layer's output.
-        self._program.run(counts, pauses, len(self._program) if num_sampled else self._written[-1])
-        return Logits(self._logits[:num_sampled], peaks_of(self._summary[:num_sampled]))
-
-
-def _sampled_tiles(batch: Batch, begins: list[int]) -> list[Tile]:
-    """A tile for the last token of every piece that samples, in rows numbered as ``sample_rows`` orders them."""
-    wanted = set(batch.sample_rows)
-    lasts = (
-        (piece.row + piece.num_tokens - 1, piece, begin) for piece, begin in zip(batch.pieces, begins, strict=True)
-    )
-    chosen = [(piece.start + piece.num_tokens - 1, begin) for last, piece, begin in lasts if last in wanted]
-    return [(i, position, 1, begin) for i, (position, begin) in enumerate(chosen)]
+        # Only the rows whose logits are wanted need the last layer's output.
+        self._program.run(counts, pauses, len(self._program) if num_wanted else self._written[-1])
+        return Logits(self._logits[:num_wanted], peaks_of(self._summary[:num_wanted]))

@@ -266,6 +266,9 @@ class TritonSampler:
         self._found = empty(_MAX_GATHERED, dtype=torch.float32)
         self._found_ids = empty(_MAX_GATHERED, dtype=torch.int32)
         self._reporter = Reporter(max_rows, self._chunks, device)
+        # Of rows whose logits stay as they are.
+        self._no_slot = torch.full((max_rows,), -1, dtype=torch.int32, device=device)
+        self._no_mask = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     @property
     def report(self) -> Tensor:
@@ -315,3 +318,17 @@ class TritonSampler:
             **shape,
         )
         self._reporter.launch(logits, self._values, drawn, draws.num_logprobs, chunks, self._chunk)
+
+    def score(self, logits: Tensor, token_ids: Tensor, num_top: Tensor) -> Tensor:
+        rows, stride, chunks = len(logits), logits.stride(0), self._num_chunks
+        source = self._changed, logits, self._no_slot, self._no_mask
+        _stats_kernel[rows, chunks](
+            self._values, self._places, *source, self._size, stride, CHUNKS=self._chunks, CHUNK=self._chunk, **OPTIONS
+        )
+        is_bad = self._places[:rows, 1, :chunks].sum(-1) > 0
+        # No report is made of a row without a token.
+        tokens = torch.where(is_bad, -1, token_ids)
+        self._reporter.launch(logits, self._values, tokens, num_top, chunks, self._chunk)
+        report = self.report[:rows]
+        report[:, 0].masked_fill_(is_bad, -1)
+        return report

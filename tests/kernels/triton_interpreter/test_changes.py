@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from baton.types import SamplingParams, SequenceSpec
-from engine.draws import DeviceDraws, drawn_results
+from engine.draws import DeviceDraws, drawn_results, scored_tokens, take_scored
 from engine.kernels.interface import Draws
 from engine.kernels.triton.sampling import TritonSampler
 from engine.sampler import Sampler
@@ -118,3 +118,29 @@ def test_rows_without_a_token_say_why() -> None:
     found = drawing.step(logits, is_first=True)
     drawing.check(logits, found)
     assert list(found.failed) == ["s0", "s1", "s2", "s3"]
+
+
+def test_positions_of_prompts_are_scored_as_on_the_host() -> None:
+    """Rows of several prompts at once, ties, a row that is not finite, and memory that draws use too."""
+    params = [SamplingParams(max_tokens=4, seed=0, prompt_logprobs=n) for n in (0, 3, 20, 1)]
+    prompts = [tuple((7 * i + 3 * at) % VOCAB for at in range(6)) for i in range(4)]
+    live = [Sequence(SequenceSpec(f"{i}", p, s)) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
+    pieces = [Piece(s, i, 5 - i, samples=False, scored=range(i, 5)) for i, s in enumerate(live)]
+    num_rows = sum(len(p.scored) for p in pieces)
+    # Rounded: equal values occur.
+    logits = torch.from_numpy(np.random.default_rng(3).normal(scale=3, size=(num_rows, VOCAB)).round(1)).float()
+    logits[-1, VOCAB - 2] = float("nan")
+    logits[0, prompts[0][1]] = -300.0
+    sampler = TritonSampler(num_rows, VOCAB, torch.get_default_device(), chunk=CHUNK)
+    device = sampler.masks.device
+    draws = DeviceDraws(sampler)
+    one = draws.prepare([Piece(live[0], 0, 6, samples=True)], {}).columns
+    sampler.draw(logits[:1].to(device), Draws(*(column.to(device) for column in one)), draws.drawn)
+    token_ids, num_top = (column.to(device) for column in scored_tokens(pieces))
+    found = StepResult()
+    take_scored(pieces, sampler.score(logits.to(device), token_ids, num_top).cpu().numpy(), found)
+    wanted = Sampler(VOCAB).sample(logits.clone(), [], None, pieces)
+    assert set(wanted.scored) == {"0", "1", "2"}
+    assert found.scored == wanted.scored
+    assert {k: str(e) for k, e in found.failed.items()} == {k: str(e) for k, e in wanted.failed.items()}
+    assert "logits for token 5 of the sequence" in str(found.failed["3"])

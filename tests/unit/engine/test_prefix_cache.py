@@ -401,3 +401,16 @@ def test_a_follower_hears_of_all_in_parts_and_then_of_the_sum_of_changes() -> No
     assert take(25) is None
     feed = scheduler().pool.known.follow()
     assert take(0) == CacheChanged(0, (), (), is_snapshot=True), "all there is, nothing"
+
+
+def test_a_prompt_that_is_scored_is_computed_whole_and_waits_for_no_other() -> None:
+    s = scheduler()
+    finish(s, spec("a", 13))
+    scored = SamplingParams(temperature=0.0, seed=0, max_tokens=2, prompt_logprobs=0)
+    prompts = [replace(spec(name, 13), sampling=scored) for name in ("b", "c")]
+    for sequence in prompts:
+        s.add(sequence, hands_off=False, now=0.0)
+    assert s.load().queued_prompt_tokens == 26
+    # Rows of logits are as many as sequences: eight.
+    assert shape(launch(s)) == [("b", 0, 8)]
+    assert s.reserve(replace(prompts[0], sequence_id="d"), 0.0).num_cached_blocks == 3, "another node scores it"

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from baton.errors import BadLogits, InvalidRequest
 from baton.types import SamplingParams, SequenceSpec
 from engine.sampler import Sampler, draw, logprobs, uniform
-from engine.step import Sequence, StepResult
+from engine.step import Piece, Sequence, StepResult
 
 VOCAB = 97
 
@@ -220,3 +220,16 @@ def test_a_row_that_raises_fails_alone() -> None:
     found = Sampler(VOCAB).sample(logits, [bad, good])
     assert isinstance(found.failed["bad"], IndexError)
     assert set(found.sampled) == {"good"}
+
+
+def test_positions_of_prompts_are_scored_behind_the_rows_that_sample() -> None:
+    logits = torch.from_numpy(np.random.default_rng(1).normal(size=(6, VOCAB))).float()
+    drawing, scored = sequence("a"), sequence("b", (5, 6, 7, 8), prompt_logprobs=2)
+    spoilt = sequence("c", (1, 2, 3), prompt_logprobs=0)
+    logits[5, 0] = math.inf
+    pieces = [Piece(scored, 0, 3, samples=False, scored=range(3)), Piece(spoilt, 0, 2, samples=False, scored=range(2))]
+    result = Sampler(VOCAB).sample(logits, [drawing], None, pieces)
+    assert result.sampled["a"] == Sampler(VOCAB).sample(logits[:1], [drawing]).sampled["a"]
+    assert result.scored == {"b": tuple(logprobs(logits[1 + i], token, 2) for i, token in enumerate((6, 7, 8)))}
+    assert isinstance(error := result.failed["c"], BadLogits)
+    assert "logits for token 2 of the sequence" in error.message

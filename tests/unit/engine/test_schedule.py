@@ -2,8 +2,16 @@ from collections.abc import Sequence as Seq
 
 import pytest
 
-from baton.errors import BadConfig, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
-from baton.types import FinishReason, SamplingParams, SequenceSpec, TokenChunk
+from baton.errors import BadConfig, BadLogits, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
+from baton.types import (
+    FinishReason,
+    PositionLogprobs,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+)
 from engine.blocks import BlockPool, BlockState
 from engine.events import EngineEvent, Failed, Handoff, Output, Started
 from engine.schedule import Reserved, Scheduler, final_blocks
@@ -630,3 +638,77 @@ def test_the_tightest_limits_still_finish_everything(limits: dict[str, int]) -> 
 def test_bad_settings_are_refused(bad: dict[str, int | float]) -> None:
     with pytest.raises(BadConfig, match=next(iter(bad))):
         scheduler(**bad)
+
+
+def scored_spec(name: str, num_prompt: int, generated: tuple[int, ...] = ()) -> SequenceSpec:
+    sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=4, prompt_logprobs=1)
+    return SequenceSpec(name, tuple(range(100, 100 + num_prompt)), sampling, generated)
+
+
+def score_step(s: Scheduler) -> tuple[list[tuple[str, int, int, range]], list[EngineEvent]]:
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    assert sum(max(1, len(p.scored) + p.samples) for p in plan.pieces) <= s.config.max_num_seqs
+    reports = {p.sequence.sequence_id: reported(p.scored) for p in plan.pieces if p.scored}
+    events = s.apply(plan, StepResult(drawn(plan).sampled, scored=reports), 0.0)
+    s.check()
+    return [(p.sequence.sequence_id, p.start, p.num_tokens, p.scored) for p in plan.pieces], events
+
+
+def reported(positions: range) -> tuple[PositionLogprobs, ...]:
+    return tuple(PositionLogprobs(TokenLogprob(position + 1, -1.0), 1) for position in positions)
+
+
+def test_a_prompt_is_scored_in_chunks_for_whose_logits_there_is_room() -> None:
+    s = scheduler(max_num_seqs=6)
+    s.add(scored_spec("a", 9), hands_off=False, now=0.0)
+    s.add(spec("b", 8), hands_off=False, now=0.0)
+    told, events = score_step(s)
+    # A whole block, beside the six rows that there is room for; the next prompt has the rest.
+    assert told == [("a", 0, 4, range(4)), ("b", 0, 8, range(0))]
+    assert events[0] == PromptLogprobs("a", 1, reported(range(4)))
+    told, events = score_step(s)
+    assert told == [("b", 8, 1, range(0)), ("a", 4, 5, range(4, 8))]
+    kinds = [(type(e).__name__, e.sequence_id) for e in events]
+    assert kinds == [("Output", "b"), ("PromptLogprobs", "a"), ("Output", "a")]
+    assert events[1] == PromptLogprobs("a", 5, reported(range(4, 8)))
+
+
+def test_what_was_scored_before_a_preemption_is_not_scored_again() -> None:
+    s = scheduler(num_blocks=4, max_num_seqs=6, max_batch_tokens=4)
+    s.add(spec("first", 3, max_tokens=6), hands_off=False, now=0.0)
+    s.add(scored_spec("a", 12), hands_off=False, now=0.0)
+    heard: list[EngineEvent] = []
+    for _ in range(30):
+        _, events = score_step(s)
+        heard += [e for e in events if isinstance(e, PromptLogprobs)]
+        if any(isinstance(e, Output) and e.sequence_id == "a" for e in events):
+            break
+    assert s.num_preempted == 1
+    assert [position for e in heard for position in e.logprobs] == [*reported(range(11))]
+    assert [e.index for e in heard] == sorted({e.index for e in heard})
+    assert heard[0].index == 1
+    assert len(heard[0].logprobs) < 11, "it was preempted in the middle"
+
+
+def test_a_prompt_that_tokens_follow_was_scored_elsewhere() -> None:
+    s = scheduler()
+    s.add(scored_spec("a", 5, generated=(7,)), hands_off=False, now=0.0)
+    assert score_step(s)[0] == [("a", 0, 6, range(0))]
+    s.reserve(scored_spec("b", 5), 0.0)
+    s.join("b", TokenChunk("b", 0, (5,)), 0.0)
+    assert score_step(s)[0] == [("a", 6, 1, range(0)), ("b", 5, 1, range(0))]
+
+
+@pytest.mark.parametrize("error", [BadLogits("NaN"), None])
+def test_a_prompt_that_cannot_be_scored_fails_alone(error: Exception | None) -> None:
+    s = scheduler()
+    s.add(scored_spec("a", 4), hands_off=False, now=0.0)
+    s.add(spec("b", 4), hands_off=False, now=0.0)
+    plan, _ = s.schedule(0.0)
+    assert plan is not None
+    failed, output = s.apply(plan, StepResult(drawn(plan).sampled, {} if error is None else {"a": error}), 0.0)
+    assert isinstance(failed, Failed)
+    assert (failed.sequence_id, failed.failure.code) == ("a", "InternalError" if error is None else "BadLogits")
+    assert isinstance(output, Output)
+    s.check()

@@ -18,7 +18,18 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
+from baton.types import (
+    Failure,
+    FinishReason,
+    Lease,
+    PositionLogprobs,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+    TransferReport,
+)
 from engine.events import Failed, Handoff, Output, PrefillTimes, Started
 from prefill_node.machine import (
     AbortPush,
@@ -317,3 +328,15 @@ def test_the_engine_fails_in_the_middle_of_a_move() -> None:
         assert Send(1, SequenceFailed(ID, BOOM)) in machine.handle(Failed(ID, BOOM), 0.0)
         assert machine.handle(PushAborted(ID), 0.0) == [ReleaseBlocks(ID)]
         assert machine.num_sequences == 0
+
+
+@pytest.mark.parametrize("lease", [LEASE, None])
+def test_what_was_scored_of_the_prompt_is_sent_while_the_sequence_is_computed(lease: Lease | None) -> None:
+    scored = PromptLogprobs(ID, 1, (PositionLogprobs(TokenLogprob(2, -0.5), 3),))
+    machine = PrefillMachine("p0")
+    machine.handle(FromRouter(1, Run(SPEC, lease)), 0.0)
+    if lease is not None:
+        machine.handle(STARTED, 0.0)
+    assert machine.handle(scored, 0.0) == [Send(1, scored)]
+    machine.handle(FromRouter(1, Cancel(ID, "the client left")), 0.0)
+    assert machine.handle(scored, 0.0) == []

@@ -13,10 +13,19 @@ from baton import codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.node_messages import Cancel, HandedOff, Joined, NotMigrated, Reserve, Run, SequenceFailed
-from baton.types import Lease, SamplingParams, SequenceSpec, TokenChunk
+from baton.types import (
+    Lease,
+    PositionLogprobs,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+)
 from baton.v1 import node_pb2
 from router import session_bytes
 from router.flow_messages import Prompt
+from worker.session_codec import Composer
 
 ids = st.lists(st.integers(0, 2**32 - 1), max_size=300).map(tuple)
 samplings = st.builds(
@@ -80,7 +89,19 @@ def test_tokens_count_before_the_word_that_their_node_has_let_go_of_the_sequence
     response.not_migrated.add(sequence_id="r/0/0")
     response.handed_off.add(sequence_id="r/0/0")
     response.tokens.add(sequence_id="r/0/0", index=3, token_ids=[7])
+    response.prompt_logprobs.add(sequence_id="r/0/0", index=1)
     response.joined.add(sequence_id="r/0/0")
     reader = session_bytes.Reader("d0", "a:1", Defects(logging.getLogger("test"), MonotonicClock()))
     kinds = [type(message) for message in reader.messages(response)]
-    assert kinds == [Joined, TokenChunk, HandedOff, NotMigrated, SequenceFailed]
+    assert kinds == [PromptLogprobs, Joined, TokenChunk, HandedOff, NotMigrated, SequenceFailed]
+
+
+@given(st.integers(1, 2**31 - 1), st.lists(st.floats(-100, 0, width=32), max_size=3))
+def test_what_was_scored_of_a_prompt_arrives_as_it_was_sent(index: int, values: list[float]) -> None:
+    tops = tuple(TokenLogprob(7 + i, value) for i, value in enumerate(values))
+    sent = PromptLogprobs("r/0/0", index, tuple(PositionLogprobs(TokenLogprob(3, v), 5, tops) for v in values))
+    composer = Composer()
+    composer.add(sent)
+    response = node_pb2.SessionResponse.FromString(composer.response().SerializeToString())
+    reader = session_bytes.Reader("d0", "a:1", Defects(logging.getLogger("test"), MonotonicClock()))
+    assert reader.messages(response) == [sent]

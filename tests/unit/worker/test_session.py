@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from baton import PROTOCOL_VERSION
 from baton.errors import BadConfig, NoBlocks, Overloaded, Unavailable
 from baton.server import GrpcServer, rich_status
-from baton.types import FinishReason, TokenChunk
+from baton.types import FinishReason, PositionLogprobs, PromptLogprobs, TokenChunk, TokenLogprob
 from baton.v1 import node_pb2
 from tests.support.node import WAIT_S, lease_for, running_node, session, spec
 from worker.session import Outbox, SessionConfig
@@ -156,6 +156,20 @@ async def test_outbox_is_bounded_and_batches() -> None:
     calm.close(Unavailable("too late to matter"))
     assert await calm.take(2, 1.0) == [1]
     assert await calm.take(2, 1.0) is None
+
+
+async def test_what_was_scored_of_prompts_counts_by_the_position() -> None:
+    outbox = Outbox(64)
+    scored = [PromptLogprobs("a", 1 + 20 * i, (PositionLogprobs(TokenLogprob(1, -0.5), 1),) * 20) for i in range(4)]
+    for message in scored[:3]:
+        outbox.put(message)
+    assert await outbox.take(30, 1.0) == scored[:2], "no more than it takes to reach the limit"
+    assert await outbox.take(30, 1.0) == scored[2:3]
+    for message in scored:
+        outbox.put(message)
+    outbox.put(1)
+    with pytest.raises(Overloaded, match="80 messages wait"):
+        await outbox.take(2, 1.0)
 
 
 def test_chunks_of_one_message_are_merged_by_sequence() -> None:
