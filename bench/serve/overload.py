@@ -1,7 +1,7 @@
 """Three times the requests that a cluster can serve: a refusal is heard at once, and what is served is served in time.
 
-First what a closed loop gets out of the cluster, then the goodput at rates that rise until it falls behind; the best
-of these is the capacity.
+First what a closed loop gets out of the cluster, then the goodput at rates that rise until it falls; the best of these
+is the capacity.
 Then three times the capacity for a minute, and at once a rate that is easily served, until requests meet the objective
 again. The same without an objective that the router knows, for comparison.
 """
@@ -29,8 +29,6 @@ _PROMPT, _OUTPUT = 512, 32
 _STREAMS = 16
 # The first rate beside the closed loop's, the factor from one to the next, and how many there are at most.
 _FIRST, _STEP, _MAX_RATES = 0.6, 1.3, 8
-# Of what is offered; below it the cluster has more than it can do.
-_KEPT_UP = 0.9
 _TIMES, _AFTERWARDS = 3.0, 0.5
 _OBJECTIVE_S = 4.0
 _LIMIT_S = 120.0
@@ -68,7 +66,7 @@ async def run(setting: Setting) -> Result:
         async with standing(setting, WITH) as (target, _):
             closed_s = await _closed_loop(setting, target, shown)
             sweep = [await _goodput(setting, target, _FIRST * closed_s, limits, shown)]
-            while keeps_up(sweep[-1]) and len(sweep) < _MAX_RATES:
+            while not has_peaked(sweep) and len(sweep) < _MAX_RATES:
                 sweep.append(await _goodput(setting, target, sweep[-1]["rate"] * _STEP, limits, shown))
             best = max(row["goodput_requests_s"] for row in sweep)
             if not best:
@@ -91,9 +89,10 @@ async def run(setting: Setting) -> Result:
     return Result(record, {"serve-overload": draw(title, [panel])})
 
 
-def keeps_up(row: Mapping[str, Any]) -> bool:
-    """Whether the cluster may do more than at this rate."""
-    return bool(row["goodput_requests_s"] >= _KEPT_UP * row["rate"])
+def has_peaked(sweep: Sequence[Mapping[str, Any]]) -> bool:
+    """At two higher rates the goodput was smaller."""
+    goodput = [row["goodput_requests_s"] for row in sweep]
+    return len(goodput) - goodput.index(max(goodput)) > 2
 
 
 async def _overloaded(target: Target, phases: Phases, shown: Shown) -> Outcome:

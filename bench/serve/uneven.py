@@ -46,7 +46,7 @@ async def _routers(setting: Setting) -> AsyncIterator[tuple[tuple[Target, ...], 
             stack.enter_context(slowed(cluster.nodes[0].pid))
             targets = []
             for name, module in ROUTERS.items():
-                command = [sys.executable, "-m", module, "router", "--model", setting.model, "--ready-needs-nodes"]
+                command = [sys.executable, "-m", module, "router", "--model", setting.model]
                 command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
                 command += [word for node in cluster.nodes for word in ("--node", node.address)]
                 router = await stack.enter_async_context(running(name, command, Path(folder)))

@@ -140,9 +140,12 @@ def test_a_cluster_has_recovered_when_the_last_bad_request_is_past():
     assert overload.recovery_s([], 60.0, limits) is None
 
 
-def test_rates_rise_until_the_goodput_falls_behind():
-    assert overload.keeps_up({"rate": 2.0, "goodput_requests_s": 1.85})
-    assert not overload.keeps_up({"rate": 2.0, "goodput_requests_s": 1.75})
+@pytest.mark.parametrize(
+    ("goodput", "has_peaked"),
+    [([1.0], False), ([1.0, 0.9], False), ([1.0, 0.9, 0.8], True), ([1.0, 0.9, 1.1], False), ([0.0, 0.0, 0.0], True)],
+)
+def test_rates_rise_until_the_goodput_falls(goodput, has_peaked):
+    assert overload.has_peaked([{"goodput_requests_s": found} for found in goodput]) is has_peaked
 
 
 def test_goodput_and_refusals_are_those_of_the_overload():
