@@ -1,7 +1,7 @@
-"""Renders chat messages to one prompt text with the model's own template, in a sandbox.
+"""Renders conversations to one prompt text with the model's own template, in a sandbox.
 
-The template is data that came with the model: it gets the messages and the variables that transformers passes to
-templates, and no other object.
+The template is data that came with the model: it gets the messages, the tools and the variables that transformers
+passes to templates, and no other object.
 """
 
 from __future__ import annotations
@@ -9,23 +9,29 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from baton.errors import BadConfig, InvalidRequest, PromptTooLong, shortened
-from router.deltas import ToolCall
+from baton.errors import BadConfig, BatonError, InvalidRequest, PromptTooLong, quoted, shortened
+from router.deltas import CallMode, Tool, ToolCall, ToolChoice
 
 # OpenAI's newer name for the system role.
 _DEVELOPER = "developer"
 # Marks the end of the message that an answer continues, while it is rendered. A template that trims the message takes
 # the space at the end, as in transformers.
 _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+# Cost of a message in a template, in characters of text.
+_MESSAGE_CHARS = 64
+# Variables of templates that turn reasoning on and off, or say how much of it there is to be.
+_THINKING, _EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
+# Lists and objects in the arguments of a call of an earlier turn that are given to the template as such.
+_MAX_CONTAINERS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +47,51 @@ class ChatMessage:
     tool_call_id: str | None = None
 
     @property
+    def last_text(self) -> str:
+        """Of its content's parts."""
+        content = self.content or ""
+        return content[-1] if isinstance(content, tuple) else content
+
+    @property
     def num_chars(self) -> int:
         texts = self.content if isinstance(self.content, tuple) else (self.content or "",)
         calls = sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
         return sum(len(text) + 1 for text in texts) + len(self.reasoning or "") + calls
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages that the model's chat template turns into a prompt, and the template's ``variables``."""
+
+    messages: tuple[ChatMessage, ...]
+    add_generation_prompt: bool = True
+    variables: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Tool, ...] = ()
+    tool_choice: ToolChoice = field(default_factory=ToolChoice)
+    # The prompt ends inside the last message, which the answer continues.
+    continues_final: bool = False
+    # How much the model is to reason: "none", or a level that the template knows; None: as the template does by itself.
+    reasoning_effort: str | None = None
+
+    @property
+    def has_tools(self) -> bool:
+        """Whether the model sees tools, and may call them."""
+        return bool(self.tools) and self.tool_choice.mode is not CallMode.NONE
+
+    @property
+    def num_chars(self) -> int:
+        """The approximate size, which decides where the template runs."""
+        tools = sum(len(tool.description) + _size(tool.parameters) for tool in self.tools)
+        return tools + sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
+
+
+def _size(value: object) -> int:
+    """The approximate size of a template variable."""
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values())) + _MESSAGE_CHARS * len(value)
+    if isinstance(value, list):
+        return sum(map(_size, value)) + _MESSAGE_CHARS
+    return len(value) if isinstance(value, str) else 8
 
 
 class _GenerationTag(Extension):
@@ -63,8 +110,27 @@ class _GenerationTag(Extension):
 
 
 class ChatTemplate:
-    """Raises BadConfig for a template that cannot be compiled, InvalidRequest for messages that it refuses."""
+    """Raises BadConfig for a template that cannot be compiled, InvalidRequest for messages that it refuses.
 
+    ``tool_source``: the template for conversations with tools, where the model has one of its own for them.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], tool_source: str | None = None) -> None:
+        self._plain = _Template(source, special_tokens)
+        self._for_tools = self._plain if tool_source is None else _Template(tool_source, special_tokens)
+
+    def render(self, conversation: Conversation, max_chars: int | None = None) -> str:
+        """The prompt. Raises PromptTooLong as soon as it exceeds ``max_chars``."""
+        template = self._for_tools if conversation.has_tools else self._plain
+        return template.render(conversation, max_chars)
+
+    def check_effort(self, conversation: Conversation, *, reasons: bool) -> None:
+        """Raises InvalidRequest for an effort that changes nothing; ``reasons``: whether the model reasons at all."""
+        template = self._for_tools if conversation.has_tools else self._plain
+        template.check_effort(conversation.reasoning_effort, reasons=reasons)
+
+
+class _Template:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _GenerationTag]
@@ -79,55 +145,86 @@ class ChatTemplate:
             raise BadConfig(f"the model's chat template cannot be compiled: {error}", param="chat_template") from error
         self._special_tokens = special_tokens
         self._knows_developer = any(node.value == _DEVELOPER for node in syntax.find_all(nodes.Const))
+        self._variables = meta.find_undeclared_variables(syntax)
         self._takes_parts = _loops_over_content(syntax)
         # A template that tests whether content is a string accepts both.
         self._takes_strings = not self._takes_parts or any(t.name == "string" for t in syntax.find_all(nodes.Test))
+        self._call_style = self._find_call_style() if "tool_calls" in source else _CALL_STYLES[0]
 
-    def render(
-        self,
-        messages: Sequence[ChatMessage],
-        *,
-        add_generation_prompt: bool = True,
-        variables: Mapping[str, Any] | None = None,
-        continues_final: bool = False,
-        max_chars: int | None = None,
-    ) -> str:
-        """The prompt. Raises PromptTooLong as soon as it exceeds ``max_chars``.
+    def render(self, conversation: Conversation, max_chars: int | None = None) -> str:
+        return self._render(conversation, max_chars, self._call_style)
 
-        ``continues_final``: it ends where the content of the last message ends.
-        """
-        if variables and "messages" in variables:
+    def check_effort(self, effort: str | None, *, reasons: bool) -> None:
+        if effort is None or _EFFORT in self._variables:
+            return
+        if effort == "none":
+            if reasons and self._variables.isdisjoint(_THINKING):
+                raise InvalidRequest(
+                    "reasoning_effort is 'none', but the model's chat template cannot turn reasoning off",
+                    param="reasoning_effort",
+                )
+        elif not reasons:
+            raise InvalidRequest(
+                f"reasoning_effort is {quoted(effort)}, expected null or 'none': the model does not reason",
+                param="reasoning_effort",
+            )
+
+    def _render(self, conversation: Conversation, max_chars: int | None, style: _CallStyle) -> str:
+        if "messages" in conversation.variables:
             raise InvalidRequest(
                 "chat_template_kwargs has messages, expected other variables of the template",
                 param="chat_template_kwargs",
             )
         # A special token that the model does not have stays undefined: templates test for it.
-        context = {
+        context: dict[str, Any] = {
             "tools": None,
             "documents": None,
             **self._special_tokens,
-            "add_generation_prompt": add_generation_prompt,
+            **_effort_variables(conversation.reasoning_effort),
+            "add_generation_prompt": conversation.add_generation_prompt,
+            **conversation.variables,
+            "messages": [self._seen(message, style) for message in _marked(conversation)],
         }
-        if continues_final:
-            last = _last_text(messages[-1])
-            messages = [*messages[:-1], _marked(messages[-1])]
+        if conversation.has_tools:
+            context["tools"] = [_seen_tool(tool) for tool in conversation.tools]
         try:
-            pieces = self._template.generate(
-                {**context, **(variables or {}), "messages": [self._seen(m) for m in messages]}
-            )
-            text = _joined(pieces, max_chars)
-            return _up_to_mark(text, last) if continues_final else text
+            text = _joined(self._template.generate(context), max_chars)
+            return _up_to_mark(text, conversation.messages[-1].last_text) if conversation.continues_final else text
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise InvalidRequest(
                 f"the model's chat template does not take these messages: {shortened(str(error), 200)}",
                 param="messages",
             ) from error
 
-    def _seen(self, message: ChatMessage) -> dict[str, Any]:
+    def _seen(self, message: ChatMessage, style: _CallStyle) -> dict[str, Any]:
         """A message in the form for the template."""
         is_foreign = message.role == _DEVELOPER and not self._knows_developer
-        seen = {"role": "system" if is_foreign else message.role, "content": self._seen_content(message.content)}
-        return seen if message.name is None else seen | {"name": message.name}
+        seen: dict[str, Any] = {"role": "system" if is_foreign else message.role}
+        is_empty = not message.content
+        seen["content"] = (
+            None if message.tool_calls and is_empty and style.has_null_content else self._seen_content(message.content)
+        )
+        if message.name is not None:
+            seen["name"] = message.name
+        if message.reasoning is not None:
+            seen |= {"reasoning": message.reasoning, "reasoning_content": message.reasoning}
+        # Templates test whether a message has calls, not whether it has some.
+        if message.tool_calls:
+            seen["tool_calls"] = [_seen_call(call, style) for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            seen["tool_call_id"] = message.tool_call_id
+        return seen
+
+    def _find_call_style(self) -> _CallStyle:
+        """The first one with which a call in an earlier turn is rendered as the template's author meant it."""
+        for style in _CALL_STYLES:
+            try:
+                text = self._render(_PROBE, None, style)
+            except BatonError:
+                continue
+            if all(part in text for part in _PROBE_PARTS) and not any(part in text for part in _PROBE_FAULTS):
+                return style
+        return _CALL_STYLES[0]
 
     def _seen_content(self, content: str | tuple[str, ...] | None) -> str | list[dict[str, str]]:
         if not isinstance(content, tuple):
@@ -138,6 +235,65 @@ class ChatTemplate:
             return [{"type": "text", "text": text} for text in content]
         # Joined as in vLLM.
         return "\n".join(content)
+
+
+def _effort_variables(effort: str | None) -> dict[str, Any]:
+    if effort is None:
+        return {}
+    return dict.fromkeys(_THINKING, effort != "none") | {_EFFORT: effort}
+
+
+def _seen_tool(tool: Tool) -> dict[str, Any]:
+    function: dict[str, Any] = {"name": tool.name}
+    if tool.description:
+        function["description"] = tool.description
+    if tool.parameters is not None:
+        function["parameters"] = tool.parameters
+    return {"type": "function", "function": function}
+
+
+@dataclass(frozen=True, slots=True)
+class _CallStyle:
+    """How a template takes an assistant's turn with calls."""
+
+    # Arguments as an object, not as JSON text.
+    has_objects: bool
+    # A turn without text has content null, not an empty text.
+    has_null_content: bool
+
+
+_CALL_STYLES = tuple(
+    _CallStyle(has_objects, has_null)
+    for has_objects, has_null in ((True, True), (True, False), (False, True), (False, False))
+)
+# A turn with a call, and what is in its text; a Python object's text, or JSON in JSON, is a fault.
+_PROBE = Conversation(
+    (
+        ChatMessage("user", "Where?"),
+        ChatMessage("assistant", None, tool_calls=(ToolCall("callabcde", "find_it", '{"key_of": "value_of"}'),)),
+        ChatMessage("tool", "here", tool_call_id="callabcde"),
+    )
+)
+_PROBE_PARTS = ("find_it", "key_of", "value_of")
+_PROBE_FAULTS = ("{'key_of", '\\"key_of', "None")
+
+
+def _seen_call(call: ToolCall, style: _CallStyle) -> dict[str, Any]:
+    arguments = _parsed(call.arguments) if style.has_objects else call.arguments
+    return {"id": call.call_id, "type": "function", "function": {"name": call.name, "arguments": arguments}}
+
+
+def _parsed(arguments: str) -> Any:
+    """The object; the text where there is none, as a model may have written it, or where reading it takes long."""
+    if not arguments.strip():
+        return {}
+    if arguments.count("{") + arguments.count("[") > _MAX_CONTAINERS:
+        return arguments
+    try:
+        found = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, dict) else arguments
 
 
 def _loops_over_content(syntax: nodes.Template) -> bool:
@@ -166,15 +322,14 @@ def _is_content(node: nodes.Node | None, names: set[str]) -> bool:
             return False
 
 
-def _last_text(message: ChatMessage) -> str:
-    content = message.content or ""
-    return content[-1] if isinstance(content, tuple) else content
-
-
-def _marked(message: ChatMessage) -> ChatMessage:
-    text = _last_text(message) + _MARK
+def _marked(conversation: Conversation) -> Sequence[ChatMessage]:
+    """Its messages; one that is continued has a mark at its end."""
+    if not conversation.continues_final:
+        return conversation.messages
+    *before, message = conversation.messages
+    text = message.last_text + _MARK
     parts = message.content
-    return replace(message, content=(*parts[:-1], text) if isinstance(parts, tuple) and parts else text)
+    return [*before, replace(message, content=(*parts[:-1], text) if isinstance(parts, tuple) and parts else text)]
 
 
 def _up_to_mark(text: str, last: str) -> str:

@@ -16,6 +16,7 @@ from baton.types import MAX_SLO_S, Slo
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
 from router.flow import FlowConfig
+from router.reply.formats import AUTO, NONE, CallFormat, ReasoningFormat
 
 # Of the commands. A router in another program takes any free port.
 HTTP_PORT = 8000
@@ -210,6 +211,24 @@ class RouterConfig:
             "--ignore-unknown-fields",
             "Leave out fields of a request's body that no API has, and log each name once, instead of refusing them: a "
             "misspelled one has no effect then.",
+        ),
+    )
+    tool_call_parser: str = field(
+        default=AUTO,
+        metadata=setting(
+            "--tool-call-parser",
+            "The format in which the model writes tool calls. auto: the one that its chat template shows. none: "
+            "requests with tools are refused.",
+            choices=(AUTO, *(form.value for form in CallFormat), NONE),
+        ),
+    )
+    reasoning_parser: str = field(
+        default=AUTO,
+        metadata=setting(
+            "--reasoning-parser",
+            "The format in which the model reasons before it answers. auto: the one that its chat template shows. "
+            "none: reasoning is part of the answer's text.",
+            choices=(AUTO, *(form.value for form in ReasoningFormat), NONE),
         ),
     )
     vllm_metrics: bool = field(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 
@@ -35,13 +36,36 @@ class CallBegin:
 
 @dataclass(frozen=True, slots=True)
 class CallArguments:
-    """More of the arguments of call ``index``: all of a call's together are the JSON text of an object."""
+    """More of the arguments of call ``index``: all of a call's together are the JSON text of an object.
+
+    That is as the model writes it: it may be cut by the end of the answer, and wrong where no grammar holds the model.
+    """
 
     index: int
     text: str
 
 
 Delta = ReasoningText | ContentText | CallBegin | CallArguments
+
+
+class CallMode(Enum):
+    """Whether an answer has tool calls."""
+
+    # The model does not even see the tools.
+    NONE = "none"
+    # The model decides.
+    AUTO = "auto"
+    # It has one at least.
+    REQUIRED = "required"
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    mode: CallMode = CallMode.AUTO
+    # The tools that may be called; empty: any. The model sees the others too.
+    names: tuple[str, ...] = ()
+    # An answer may have several calls.
+    is_parallel: bool = True
 
 
 @dataclass(frozen=True, slots=True)

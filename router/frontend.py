@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import random
 import re
-from collections.abc import Mapping, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 from baton import errors
 from baton.errors import quoted
@@ -29,18 +28,20 @@ from baton.types import (
     Slo,
 )
 from router.active import Active
-from router.chat import ChatMessage, ChatTemplate
+from router.chat import ChatTemplate
+from router.chat import Conversation as Conversation
 from router.clients import cache_salt
 from router.cluster.admission import Prediction
 from router.cluster.policy import Demand
 from router.config import LimitsConfig
-from router.deltas import Tool
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind, Prompt
 from router.model_files import ModelFacts
 from router.offload import Offload
 from router.records import Origin
+from router.reply.formats import AUTO, ReplyFormat
+from router.reply.replies import Replies, ReplyReader
 from router.stream import Backlog
 from router.text import Part, TextStream
 from router.tokenizer import Tokenizer, require
@@ -53,29 +54,9 @@ _DEFAULT_COMPLETION_TOKENS = 16
 _MAX_CACHE_SALT_CHARS = 256
 # Shorter prompts are rendered and tokenized on the event loop: passing them to a thread costs more.
 _INLINE_CHARS = 4096
-# Cost of a message in a template, in characters of text.
-_MESSAGE_CHARS = 64
 # Prompts with at most this many characters per token of the context are tokenized without a count first; no language
 # needs more.
 _USUAL_CHARS_PER_TOKEN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages that the model's chat template turns into a prompt, and the template's ``variables``."""
-
-    messages: tuple[ChatMessage, ...]
-    add_generation_prompt: bool = True
-    variables: Mapping[str, Any] = field(default_factory=dict)
-    tools: tuple[Tool, ...] = ()
-    # The prompt ends inside the last message, which the answer continues.
-    continues_final: bool = False
-
-    @property
-    def num_chars(self) -> int:
-        """The approximate size, which decides where the template runs."""
-        tools = sum(len(tool.description) + _size(tool.parameters) for tool in self.tools)
-        return tools + sum(m.num_chars + _MESSAGE_CHARS for m in self.messages) + _size(self.variables)
 
 
 Prompts = tuple[str | tuple[int, ...] | Conversation, ...]
@@ -146,17 +127,19 @@ class Ending:
 class Generation:
     """One choice: call `next` until it returns an Ending, or end it with `cancel`. `next` raises its errors."""
 
-    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_last_id", "_num_tokens", "_text",
+    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_last_id", "_num_tokens", "_reader", "_text",
                  "prompt_token_ids")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
-        eos_token_ids: tuple[int, ...],
+        reader: ReplyReader | None, eos_token_ids: tuple[int, ...],
     ) -> None:  # fmt: skip
+        """``reader``: None where all output is content."""
         self.prompt_token_ids = prompt_token_ids
         self._dispatcher = dispatcher
         self._active = active
         self._text = text
+        self._reader = reader
         self._eos_token_ids = eos_token_ids
         self._num_tokens = 0
         self._last_id: int | None = None
@@ -173,11 +156,11 @@ class Generation:
             return self._ending
         batch = await self._active.stream.next()
         if batch.outcome is None:
-            return self._part(batch.token_ids, batch.logprobs)
+            return self._part(batch.token_ids, batch.logprobs, is_whole=False)
         if batch.outcome.kind is not OutcomeKind.FINISHED and not batch.token_ids:
             assert batch.outcome.error is not None
             raise batch.outcome.error
-        part = self._part(batch.token_ids, batch.logprobs)
+        part = self._part(batch.token_ids, batch.logprobs, is_whole=batch.outcome.kind is OutcomeKind.FINISHED)
         if batch.outcome.error is not None:
             # Tokens first; the next call raises the error.
             return part
@@ -185,10 +168,13 @@ class Generation:
             self._finish(batch.outcome)
         return part
 
-    def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs]) -> Part:
+    def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs], *, is_whole: bool) -> Part:
+        """``is_whole``: these tokens are the last ones."""
         part = self._text.push(token_ids, logprobs)
-        if part.stop is None and self._active.flow.is_complete:
+        if part.stop is None and is_whole:
             part = _closed(part, self._text.flush())
+        if self._reader is not None:
+            part = self._reader.read(part, is_last=is_whole or part.stop is not None)
         self._num_tokens += len(part.token_ids)
         if part.token_ids:
             self._last_id = part.token_ids[-1]
@@ -205,7 +191,10 @@ class Generation:
     def _end(self, reason: FinishReason, stop: str | int | None) -> None:
         relay = self._active.stream.relay
         assert relay is not None, "a sequence that ended has a relay"
-        self._ending = Ending(reason, stop, self._num_tokens, relay.num_cached_tokens, relay)
+        num_reasoning = 0 if self._reader is None else self._reader.num_reasoning_tokens
+        has_calls = self._reader is not None and self._reader.has_calls
+        cached = relay.num_cached_tokens
+        self._ending = Ending(reason, stop, self._num_tokens, cached, relay, num_reasoning, has_calls)
 
     @property
     def active(self) -> Active:
@@ -229,6 +218,7 @@ class Frontend:
     def __init__(
         self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_name: str | None,
         limits: LimitsConfig, rng: random.Random, shares_between_keys: bool = True, slo: Slo = NO_SLO,
+        tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
     ) -> None:  # fmt: skip
         """``shares_between_keys``: prompts of all API keys may share KV; else each key is a tenant of its own.
         ``slo``: of requests that say nothing."""
@@ -245,9 +235,13 @@ class Frontend:
         self._rng = rng
         self._shares_between_keys = shares_between_keys
         self._slo = slo
-        self._chat = None
+        self._chat: ChatTemplate | None = None
+        self._replies: Replies | None = None
         if tokenizer is not None and tokenizer.facts.chat_template is not None:
-            self._chat = ChatTemplate(tokenizer.facts.chat_template, tokenizer.facts.special_tokens)
+            template, tool_template = tokenizer.facts.chat_template, tokenizer.facts.tool_template
+            self._chat = ChatTemplate(template, tokenizer.facts.special_tokens, tool_template)
+            form = ReplyFormat.of(template + (tool_template or ""), tool_call_parser, reasoning_parser)
+            self._replies = Replies(form, tokenizer, rng)
 
     @property
     def model_name(self) -> str:
@@ -349,7 +343,7 @@ class Frontend:
         except BaseException:
             self._dispatcher.cancel(actives, "the client left")
             raise
-        generations = [self._generation(request, active) for active in actives]
+        generations = [self._generation(request, active, i // request.n) for i, active in enumerate(actives)]
         return Accepted(request.request_id or request_id, self.model_name, arrived_s, echoes, generations)
 
     def _predict(
@@ -364,8 +358,12 @@ class Frontend:
         """No effect for choices that are over."""
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
-    def _generation(self, request: GenerationRequest, active: Active) -> Generation:
+    def _generation(self, request: GenerationRequest, active: Active, prompt_number: int) -> Generation:
         prompt, sampling = active.flow.prompt.token_ids, active.flow.sampling
+        asked = request.prompts[prompt_number]
+        reader = None
+        if self._replies is not None and isinstance(asked, Conversation):
+            reader = self._replies.reader(asked, prompt)
         text = TextStream(
             self.tokenizer,
             prompt_token_ids=prompt,
@@ -373,10 +371,11 @@ class Frontend:
             include_stop=request.include_stop,
             stop_token_ids=sampling.stop_token_ids,
             skip_special_tokens=request.skip_special_tokens,
+            shown_ids=() if reader is None or self._replies is None else self._replies.shown_ids,
             min_tokens=sampling.min_tokens,
-            wants_token_texts=sampling.logprobs is not None,
+            wants_token_texts=sampling.logprobs is not None or (reader is not None and reader.counts_reasoning),
         )
-        return Generation(self._dispatcher, active, prompt, text, self._eos_token_ids)
+        return Generation(self._dispatcher, active, prompt, text, reader, self._eos_token_ids)
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -474,6 +473,9 @@ class Frontend:
                 raise errors.InvalidRequest(self.chat_refusal, param="messages")
             if not prompt.messages:
                 raise errors.InvalidRequest("messages is empty, expected at least one", param="messages")
+            assert self._replies is not None
+            self._replies.check(prompt)
+            self._chat.check_effort(prompt, reasons=self._replies.form.reasoning is not None)
             return prompt.num_chars
         require(self.tokenizer, "prompt")
         self._check_chars(len(prompt), limit, "prompt")
@@ -509,13 +511,7 @@ class Frontend:
 
     def _rendered(self, conversation: Conversation, limit: int | None) -> str:
         assert self._chat is not None
-        return self._chat.render(
-            conversation.messages,
-            add_generation_prompt=conversation.add_generation_prompt,
-            variables=conversation.variables,
-            continues_final=conversation.continues_final,
-            max_chars=self.max_request_bytes if limit is None else self._max_chars(limit),
-        )
+        return self._chat.render(conversation, self.max_request_bytes if limit is None else self._max_chars(limit))
 
     def _resolve(self, request: GenerationRequest, num_prompt_tokens: int) -> SamplingParams:
         """Final max_tokens, seed and stop ids; raises PromptTooLong if prompt and output do not fit."""
@@ -643,15 +639,6 @@ def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:
         f"this model's maximum context length is {limit} tokens, but the prompt alone has {length}; shorten the prompt",
         param=param,
     )
-
-
-def _size(value: object) -> int:
-    """The approximate size of a template variable."""
-    if isinstance(value, Mapping):
-        return sum(map(_size, value.values())) + _MESSAGE_CHARS * len(value)
-    if isinstance(value, list):
-        return sum(map(_size, value)) + _MESSAGE_CHARS
-    return len(value) if isinstance(value, str) else 8
 
 
 def _choice_sampling(sampling: SamplingParams, choice: int) -> SamplingParams:

@@ -17,6 +17,8 @@ from baton.types import DEFAULTED_SAMPLING, SamplingParams
 
 # Special tokens that transformers names in every tokenizer.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# The name of the template for conversations with tools, if there are several.
+_TOOL_TEMPLATE = "tool_use"
 # Defaults of transformers' tokenizer classes for the served models.
 _CLASS_TOKENS: Mapping[str, Mapping[str, str]] = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -42,6 +44,8 @@ class TokenizerFacts:
 
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_template: str | None = None
+    # For conversations with tools; None: the same.
+    tool_template: str | None = None
 
 
 def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
@@ -61,7 +65,7 @@ def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
 
 def load_tokenizer_facts(folder: Path) -> TokenizerFacts:
     config = _read_json(folder / "tokenizer_config.json")
-    return TokenizerFacts(_special_tokens(folder, config), _chat_template(folder, config))
+    return TokenizerFacts(_special_tokens(folder, config), *_chat_templates(folder, config))
 
 
 # The numbers of generation_config.json that vLLM uses as defaults, by their names in SamplingParams. do_sample is not
@@ -136,29 +140,33 @@ def _token_text(token: object) -> str | None:
     return token if isinstance(token, str) else None
 
 
-def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """Template files have priority over tokenizer_config.json, which has priority over a processor's
-    chat_template.json."""
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The one for chat, and the one for tools if there is one beside it. Template files have priority over
+    tokenizer_config.json, which has priority over a processor's chat_template.json."""
     files = [
         folder / "chat_template.jinja",
         folder / "chat_templates" / "default.jinja",
         folder / "additional_chat_templates" / "default.jinja",
     ]
+    tool_file = folder / "additional_chat_templates" / f"{_TOOL_TEMPLATE}.jinja"
     found = [read_text(file) for file in files if is_there(file)]
-    return (
-        (found[-1] if found else None)
-        or _default_template(config.get("chat_template"))
-        or _default_template(_read_json(folder / "chat_template.json").get("chat_template"))
-    )
+    for_tools = read_text(tool_file) if is_there(tool_file) else None
+    if found:
+        return found[-1], for_tools
+    of_config = _named_templates(config.get("chat_template"))
+    named = of_config or _named_templates(_read_json(folder / "chat_template.json").get("chat_template"))
+    return named.get("default"), for_tools or named.get(_TOOL_TEMPLATE)
 
 
-def _default_template(template: object) -> str | None:
-    """Of several named templates, "default" is for chat; the others are for tools and the like."""
+def _named_templates(template: object) -> dict[str, str]:
+    """By their names in transformers: "default" is for chat, the others are for tools and the like."""
+    if isinstance(template, str):
+        return {"default": template}
     if isinstance(template, list):
         template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-    if isinstance(template, dict):
-        template = template.get("default")
-    return template if isinstance(template, str) else None
+    if not isinstance(template, dict):
+        return {}
+    return {name: text for name, text in template.items() if isinstance(name, str) and isinstance(text, str)}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -18,9 +18,7 @@ _MAX_LOGGED = 1000
 
 _NO_BEAM = "the server samples, it searches no beams"
 _NO_GUIDE = "the server guides no output"
-_NO_TOOLS = "the server calls no tools"
 _TEXT_ONLY = "the served models read and write text only"
-_NO_REASONING = "the server does not tell reasoning from the answer"
 
 # Field: the values beside null that have no effect, and the reason why others are refused.
 _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
@@ -53,9 +51,7 @@ _NEUTRAL_IN_CHAT: Mapping[str, tuple[tuple[object, ...], str]] = {
     "echo": ((False,), "an answer has the new message alone"),
     "documents": (([],), "templates get the messages alone"),
     "chat_template": ((), "the model's own template is used"),
-    "reasoning_effort": (("none",), _NO_REASONING),
-    "include_reasoning": ((True,), _NO_REASONING),
-    "thinking_token_budget": ((), _NO_REASONING),
+    "thinking_token_budget": ((), "reasoning has no limit of its own, only max_completion_tokens"),
     "verbosity": (("medium",), "the served models know no verbosity"),
     "web_search_options": ((), "the server does not search"),
 }

@@ -22,14 +22,22 @@ from baton.types import (
     MAX_TOP_LOGPROBS,
     SamplingParams,
 )
-from router.chat import ChatMessage
-from router.frontend import Caller, Conversation, GenerationRequest, Prompts
+from router.chat import ChatMessage, Conversation
+from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
+from router.openai_tools import MAX_TOOLS, calls_of, choice_of, tools_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Maximum entries of a field, checked before each entry is validated: reporting an error for each entry of a megabyte of
 # wrong ones took a second.
-_MAX_ENTRIES = {"logit_bias": MAX_LOGIT_BIASES, "stop_token_ids": MAX_STOP_TOKEN_IDS, "stop": 1024, "modalities": 16}
+_MAX_ENTRIES = {
+    "logit_bias": MAX_LOGIT_BIASES,
+    "stop_token_ids": MAX_STOP_TOKEN_IDS,
+    "stop": 1024,
+    "modalities": 16,
+    "tools": MAX_TOOLS,
+}
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Of many numbers, the value shows which one is wrong.
 _NUMBERS = ("logit_bias", "stop_token_ids")
 
@@ -99,6 +107,10 @@ class _Common(_Strict):
     @property
     def wants_running_usage(self) -> bool:
         return self.wants_usage and self.stream_options is not None and bool(self.stream_options.continuous_usage_stats)
+
+    @property
+    def wants_reasoning(self) -> bool:
+        return True
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -184,11 +196,17 @@ class CompletionBody(_Common):
 
 
 class Message(BaseModel):
-    # Other message fields (tool calls, refusals, audio) are checked below, not ignored.
+    # Other message fields (refusals, audio) are checked below, not ignored.
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
     role: str
     content: str | list[Any] | None = None
     name: str | None = None
+    # Of an assistant's turn, under the names of vLLM and of all others.
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[Any] | None = None
+    # Of a tool's turn.
+    tool_call_id: str | None = None
 
     def flat(self, where: str) -> ChatMessage:
         extra = {k for k, v in (self.model_extra or {}).items() if v not in (None, [], "")}
@@ -196,10 +214,17 @@ class Message(BaseModel):
             raise InvalidRequest(f"{where} has {quoted(sorted(extra))}, which the server does not support", param=where)
         if self.content is None and self.role != "assistant":
             raise InvalidRequest(f"{where}.content is missing, expected text", param=f"{where}.content")
-        if not isinstance(self.content, list):
-            return ChatMessage(self.role, self.content, self.name)
-        texts = tuple(_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content))
-        return ChatMessage(self.role, texts, self.name)
+        content: str | tuple[str, ...] | None = self.content if not isinstance(self.content, list) else None
+        if isinstance(self.content, list):
+            content = tuple(_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content))
+        return ChatMessage(
+            self.role,
+            content,
+            self.name,
+            self.reasoning or self.reasoning_content,
+            calls_of(self.tool_calls, where),
+            self.tool_call_id,
+        )
 
 
 class ChatBody(_Common):
@@ -214,12 +239,19 @@ class ChatBody(_Common):
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    # False: reasoning is left out of the answer.
+    include_reasoning: bool | None = None
     functions: list[Any] | None = None
     function_call: Any = None
     audio: Any = None
     # No effect.
-    parallel_tool_calls: bool | None = None
     prediction: Any = None
+
+    @property
+    def wants_reasoning(self) -> bool:
+        return self.include_reasoning is not False
 
     def request(self, caller: Caller) -> GenerationRequest:
         """Raises InvalidRequest for a value that the server cannot honour."""
@@ -228,7 +260,7 @@ class ChatBody(_Common):
             param = "max_completion_tokens"
         else:
             max_tokens, param = self.max_tokens, "max_tokens"
-        self._refuse_tools()
+        self._refuse_functions()
         refuse_unless("modalities", self.modalities, (["text"],), "the served models write text only")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest(
@@ -241,16 +273,16 @@ class ChatBody(_Common):
             add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
             variables=self.chat_template_kwargs or {},
             continues_final=bool(self.continue_final_message),
+            tools=tools_of(self.tools),
+            tool_choice=choice_of(self.tool_choice, self.parallel_tool_calls),
+            reasoning_effort=_effort(self.reasoning_effort),
         )
         return self._request((conversation,), sampling, caller, max_tokens_param=param, is_chat=True)
 
-    def _refuse_tools(self) -> None:
-        if self.tool_choice != "none":
-            self._refuse("tools", "the server calls no tools; tool_choice 'none' asks for no call")
+    def _refuse_functions(self) -> None:
         if self.function_call != "none":
-            self._refuse("functions", "the server calls no functions; function_call 'none' asks for no call")
-        for param in ("tool_choice", "function_call"):
-            refuse_unless(param, getattr(self, param), ("none", "auto"), "the server calls no tools")
+            self._refuse("functions", "OpenAI has replaced it by tools; function_call 'none' asks for no call")
+        refuse_unless("function_call", self.function_call, ("none", "auto"), "OpenAI has replaced it by tool_choice")
         self._refuse("audio", "the served models write text only")
 
     def _num_logprobs(self) -> int | None:
@@ -261,6 +293,15 @@ class ChatBody(_Common):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
+
+
+def _effort(effort: str | None) -> str | None:
+    if effort is not None and effort not in _EFFORTS:
+        expected = ", ".join(_EFFORTS)
+        raise InvalidRequest(
+            f"reasoning_effort is {quoted(effort)}, expected one of {expected}", param="reasoning_effort"
+        )
+    return effort
 
 
 def parse(kind: type[_Model], body: bytes, unknown: UnknownFields | None = None) -> _Model:

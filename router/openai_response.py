@@ -18,7 +18,8 @@ from router.frontend import Accepted, Caller, Ending, GenerationRequest
 from router.openai_logprobs import LogprobWriter
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
-from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice, prompt_json
+from router.openai_tools import delta_json
+from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice, finish_name, prompt_json
 from router.text import Part
 from router.tokenizer import Tokenizer
 from router.turns import Turns
@@ -52,13 +53,14 @@ def endpoint(
 class ChoiceWriter:
     """The chunks, or the whole text, of one choice."""
 
-    __slots__ = ("_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens", "_tail", "_wants_ids",
-                 "prompt")  # fmt: skip
+    __slots__ = ("_has_reasoning", "_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens",
+                 "_tail", "_wants_ids", "prompt")  # fmt: skip
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
-        num_prompt_tokens: int, running_usage: bool,
+        num_prompt_tokens: int, running_usage: bool, has_reasoning: bool,
     ) -> None:  # fmt: skip
+        self._has_reasoning = has_reasoning
         self._logprobs = logprobs
         self._wants_ids = token_ids
         self._num_prompt_tokens = num_prompt_tokens
@@ -83,8 +85,11 @@ class ChoiceWriter:
     def chunk(self, part: Part) -> str:
         if self._num_tokens is not None:
             self._num_tokens += len(part.token_ids)
-        text = json.dumps(part.text)
-        body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
+        if part.deltas:
+            body = f'"delta":{delta_json(part.deltas, has_reasoning=self._has_reasoning)}'
+        else:
+            text = json.dumps(part.text)
+            body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
         ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
         logprobs = (
             "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs, part.token_texts))
@@ -95,7 +100,7 @@ class ChoiceWriter:
         body = '"delta":{}' if self._is_chat else '"text":""'
         ids = ',"token_ids":[]' if self._wants_ids else ""
         return (
-            f'{self._head}{body},"logprobs":null,"finish_reason":"{ending.finish_reason.value}",'
+            f'{self._head}{body},"logprobs":null,"finish_reason":"{finish_name(ending)}",'
             f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._close()}'
         )
 
@@ -110,7 +115,7 @@ class ChoiceWriter:
         """The whole choice instead of chunks."""
         return WholeChoice(
             index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids,
-            prompt=self.prompt,
+            prompt=self.prompt, has_reasoning=self._has_reasoning,
         )  # fmt: skip
 
 
@@ -146,6 +151,7 @@ class Envelope:
             writer = ChoiceWriter(
                 envelope=self, index=i, logprobs=logprobs, token_ids=self._wants_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
+                has_reasoning=body.wants_reasoning,
             )  # fmt: skip
             self.writers.append(writer)
 
@@ -192,12 +198,16 @@ class Envelope:
         """A prompt counts once, however many choices it has."""
         num_prompt = sum(len(g.prompt_token_ids) for g in self._accepted.generations[:: self._n])
         num_completion = sum(e.num_tokens for e in endings)
-        return {
+        found: dict[str, Any] = {
             "prompt_tokens": num_prompt,
             "completion_tokens": num_completion,
             "total_tokens": num_prompt + num_completion,
             "prompt_tokens_details": {"cached_tokens": sum(e.num_cached_tokens for e in endings[:: self._n])},
         }
+        if self.is_chat:
+            num_reasoning = sum(e.num_reasoning_tokens for e in endings)
+            found["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+        return found
 
     def _extras(self, endings: Sequence[Ending]) -> str:
         """Further members of the answer's JSON, each with a leading comma."""

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baton.types import FinishReason
 from router.frontend import Ending
 from router.openai_logprobs import LogprobWriter
+from router.openai_tools import WholeReply
 from router.text import Part
 from router.turns import Turns
 
@@ -41,20 +43,28 @@ async def prompt_json(echo: str, token_ids: Sequence[int], turns: Turns) -> Prom
     return PromptJson(json.dumps(echo)[1:-1], ",".join(ids))
 
 
+def finish_name(ending: Ending) -> str:
+    """OpenAI's; an answer that was cut is that first."""
+    is_calling = ending.has_tool_calls and ending.finish_reason is FinishReason.STOP
+    return "tool_calls" if is_calling else ending.finish_reason.value
+
+
 class WholeChoice:
     """One choice. Feed it all parts, then read its `json`."""
 
-    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_text", "_token_ids", "_wants_ids")
+    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_reply", "_text", "_token_ids", "_wants_ids")
 
     def __init__(
-        self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool, prompt: PromptJson
-    ) -> None:
+        self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool, prompt: PromptJson,
+        has_reasoning: bool,
+    ) -> None:  # fmt: skip
         self._index = index
         self._prompt = prompt
         self._is_chat = is_chat
         self._logprobs = logprobs
         self._wants_ids = wants_ids
         self._text = bytearray()
+        self._reply = WholeReply(has_reasoning=has_reasoning)
         self._token_ids = bytearray()
         # Log-probabilities by field: the items of each list.
         self._lists: dict[str, bytearray] = {}
@@ -62,6 +72,8 @@ class WholeChoice:
     def add(self, part: Part) -> int:
         """Returns the number of bytes added."""
         num_bytes = _extend(self._text, _dumped(part.text)[1:-1], b"")
+        if part.deltas:
+            num_bytes += self._reply.add(part.deltas)
         if self._wants_ids:
             num_bytes += _extend(self._token_ids, _dumped(part.token_ids)[1:-1], b",")
         if self._logprobs is not None:
@@ -71,13 +83,16 @@ class WholeChoice:
         return num_bytes
 
     def json(self, ending: Ending) -> Json:
+        quoted: Json = ['"', self._prompt.echo, self._text, '"']
+        text: Json
         if self._is_chat:
-            before, after = '"message":{"role":"assistant","content":"', '","refusal":null}'
+            content: Json = ["null"] if self._reply.has_calls and not self._text else quoted
+            text = ['"message":{"role":"assistant","content":', *content, ',"refusal":null', *self._reply.pieces(), "}"]
         else:
-            before, after = '"text":"', '"'
-        pieces: Json = [f'{{"index":{self._index},{before}', self._prompt.echo, self._text, f'{after},"logprobs":']
+            text = ['"text":', *quoted]
+        pieces: Json = [f'{{"index":{self._index},', *text, ',"logprobs":']
         pieces += self._logprob_pieces()
-        pieces.append(f',"finish_reason":"{ending.finish_reason.value}","stop_reason":{json.dumps(ending.stop_reason)}')
+        pieces.append(f',"finish_reason":"{finish_name(ending)}","stop_reason":{json.dumps(ending.stop_reason)}')
         if self._wants_ids:
             pieces += [',"prompt_token_ids":[', self._prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
         pieces.append("}")

@@ -103,7 +103,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     frontend = Frontend(
         dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
         rng=random.SystemRandom(), shares_between_keys=config.shares_between_keys,
-        slo=config.slo.default,
+        slo=config.slo.default, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser,
     )  # fmt: skip
     history = History(dispatcher)
     if spans is not None:

@@ -66,10 +66,10 @@ class WindowDetokenizer:
 
     __slots__ = ("_head", "_held", "_holds", "_reader", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip: Collection[int], prompt_token_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._reader = PieceReader(tokenizer, skip_special_tokens)
-        self._head = _trimmed(self._reader.push(_visible_tail(tokenizer, skip_special_tokens, prompt_token_ids)))
+        self._reader = PieceReader(tokenizer, skip)
+        self._head = _trimmed(self._reader.push(_visible_tail(tokenizer, skip, prompt_token_ids)))
         self._reader.begin_output()
         self._holds = tokenizer.has_partial_pieces
         # Pieces whose text was not returned yet, since they may be parts of a character.
@@ -98,9 +98,8 @@ def _trimmed(pieces: list[str]) -> list[str]:
     return pieces if len(pieces) <= 2 else [CONTEXT, pieces[-1]]
 
 
-def _visible_tail(tokenizer: Tokenizer, skip_special_tokens: bool, token_ids: Sequence[int]) -> list[int]:
+def _visible_tail(tokenizer: Tokenizer, skip: Collection[int], token_ids: Sequence[int]) -> list[int]:
     """The last tokens with text: enough for a whole character and to tell whether there is more before them."""
-    skip = tokenizer.special_ids if skip_special_tokens else frozenset()
     tail: list[int] = []
     for token_id in reversed(token_ids):
         if token_id not in skip and tokenizer.piece(token_id) is not None:
@@ -159,6 +158,7 @@ def _overlap(text: str, stop: str) -> int:
 class Part:
     """New output of one choice. Text lags behind token ids where it may still change."""
 
+    # Of the answer: without reasoning and calls, if the request has tools or the model reasons.
     text: str
     # Without those behind the one that completed a stop string.
     token_ids: Sequence[int] = ()
@@ -167,7 +167,7 @@ class Part:
     token_texts: Sequence[str] = ()
     # The stop string that ended the output.
     stop: str | None = None
-    # What ``text`` says, if the request has tools or the model reasons; a delta may come later than its text.
+    # What the output says, if the request has tools or the model reasons: the text as content, reasoning, calls.
     deltas: Sequence[Delta] = ()
 
 
@@ -186,12 +186,16 @@ class TextStream:
         include_stop: bool = False,
         stop_token_ids: Collection[int] = (),
         skip_special_tokens: bool = True,
+        shown_ids: Collection[int] = (),
         min_tokens: int = 0,
         wants_token_texts: bool = False,
     ) -> None:
-        self._detokenizer = (
-            None if tokenizer is None else _detokenizer(tokenizer, skip_special_tokens, prompt_token_ids)
-        )
+        """``shown_ids``: special tokens that are text in any case."""
+        self._detokenizer = None
+        if tokenizer is not None:
+            skip = tokenizer.special_ids if skip_special_tokens else frozenset()
+            skip = skip.difference(shown_ids) if shown_ids else skip
+            self._detokenizer = _detokenizer(tokenizer, skip, prompt_token_ids)
         self._finder = StopFinder(stops, include_stop) if stops else None
         self._hidden = frozenset() if include_stop else frozenset(stop_token_ids)
         # Number of tokens before stop strings count.
@@ -236,9 +240,8 @@ class TextStream:
         return detokenizer.push(token_ids)
 
 
-def _detokenizer(tokenizer: Tokenizer, skip_special_tokens: bool, prompt_token_ids: Sequence[int]) -> Detokenizer:
+def _detokenizer(tokenizer: Tokenizer, skip: Collection[int], prompt_token_ids: Sequence[int]) -> Detokenizer:
     table = tokenizer.byte_table
     if table is not None:
-        skip = tokenizer.special_ids if skip_special_tokens else frozenset()
         return ByteDetokenizer(table, skip, prompt_token_ids)
-    return WindowDetokenizer(tokenizer, skip_special_tokens, prompt_token_ids)
+    return WindowDetokenizer(tokenizer, skip, prompt_token_ids)

@@ -88,7 +88,7 @@ class Tokenizer:
         text = str(self._inner.decode_batch([list(token_ids)], skip_special_tokens=skip_special_tokens)[0])
         if not self.has_byte_fallback or "\ufffd" not in text:
             return text
-        reader = PieceReader(self, skip_special_tokens)
+        reader = PieceReader(self, self.special_ids if skip_special_tokens else ())
         return self.join([*reader.push(token_ids), *reader.flush()])
 
     def join(self, pieces: Sequence[str]) -> str:
@@ -99,6 +99,11 @@ class Tokenizer:
         """The vocabulary's entry; None for ids beyond it, which models with a padded head can produce."""
         piece: str | None = self._inner.id_to_token(token_id)
         return piece
+
+    def token_id(self, piece: str) -> int | None:
+        """The id of a vocabulary entry; None if there is none."""
+        found: int | None = self._inner.token_to_id(piece)
+        return found
 
     @property
     def byte_table(self) -> Sequence[bytes] | None:
@@ -158,9 +163,9 @@ class PieceReader:
 
     __slots__ = ("_skip", "_tokenizer", "_utf8")
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool) -> None:
+    def __init__(self, tokenizer: Tokenizer, skip: Collection[int]) -> None:
         self._tokenizer = tokenizer
-        self._skip: Collection[int] = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skip = skip
         self._utf8 = Utf8() if tokenizer.has_byte_fallback else None
 
     def begin_output(self) -> None:

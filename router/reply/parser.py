@@ -31,8 +31,8 @@ class _EnoughCalls(Exception):
 class ReplyParser:
     """One choice. Feed it all text with `push`, then call `close`."""
 
-    __slots__ = ("_deltas", "_feed", "_is_open", "_max_calls", "_names", "_new_id", "_num_calls", "_parameters",
-                 "_reading")  # fmt: skip
+    __slots__ = ("_deltas", "_feed", "_has_reasoned", "_is_open", "_max_calls", "_names", "_new_id", "_num_calls",
+                 "_parameters", "_reading")  # fmt: skip
 
     def __init__(
         self, *, calls: CallFormat | None, reasoning: ReasoningFormat | None, prompt_end: str = "",
@@ -45,6 +45,7 @@ class ReplyParser:
         self._new_id = new_id
         self._max_calls = max_calls
         self._num_calls = 0
+        self._has_reasoned = False
         self._names = frozenset(tool.name for tool in tools)
         self._parameters = {tool.name: Parameters(tool.parameters or {}) for tool in tools}
         self._is_open = True
@@ -54,6 +55,10 @@ class ReplyParser:
     @property
     def num_calls(self) -> int:
         return self._num_calls
+
+    @property
+    def has_reasoned(self) -> bool:
+        return self._has_reasoned
 
     def push(self, text: str) -> list[Delta]:
         if not text or not self._is_open:
@@ -98,6 +103,7 @@ class ReplyParser:
             except Malformed:
                 feed.rewind()
                 return
+        self._has_reasoned = True
         yield from feed.matching(_NEWLINES)
         if (yield from feed.until((THINK_END,), self._reason, "\n")) is not None:
             feed.release()
@@ -284,7 +290,8 @@ class ReplyParser:
 
     def _xml_value(self, parameters: Parameters, key: str) -> Reading[None]:
         """Text is passed on as it comes; what may be something else is converted when it is complete."""
-        feed, pieces = self._feed, []
+        feed = self._feed
+        pieces: list[str] = []
         is_text = parameters.is_text(key)
         if is_text:
             self._argue('"')

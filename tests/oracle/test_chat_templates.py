@@ -14,12 +14,13 @@ import transformers
 from tokenizers import AddedToken, models
 
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, ChatTemplate
+from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.deltas import CallMode, Tool, ToolCall, ToolChoice
 from router.model_files import load_tokenizer_facts
 from tests.support.chat_templates import TEMPLATES
+from tests.support.tool_templates import TOOL_TEMPLATES
 
-Conversation = list[dict[str, Any]]
-CONVERSATIONS: dict[str, Conversation] = {
+CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "one turn": [{"role": "user", "content": "hello"}],
     "system": [{"role": "system", "content": " Be brief. "}, {"role": "user", "content": "hi <b>&\n\nthere"}],
     "three turns": [
@@ -92,10 +93,9 @@ def test_templates_of_many_shapes(theirs: Any, name: str) -> None:
                         **variables,  # noqa: B023
                     )
                 )
-                messages = [ChatMessage(m["role"], m["content"], m.get("name")) for m in conversation]
-                found = outcome(
-                    lambda: template.render(messages, add_generation_prompt=is_open, variables=variables)  # noqa: B023
-                )
+                messages = tuple(ChatMessage(m["role"], m["content"], m.get("name")) for m in conversation)
+                ours = Conversation(messages, add_generation_prompt=is_open, variables=variables)
+                found = outcome(lambda: template.render(ours))  # noqa: B023
                 assert found == expected, (title, variables, is_open)
                 num_texts += found is not None
     assert num_texts > 0
@@ -115,15 +115,89 @@ def test_the_last_message_is_continued_as_in_transformers(theirs: Any, name: str
             ),
             ValueError,
         )
-        messages = [ChatMessage(m["role"], m["content"]) for m in conversation]
-        found = outcome(lambda: template.render(messages, add_generation_prompt=False, continues_final=True))  # noqa: B023
-        assert found == expected, last
+        messages = tuple(ChatMessage(m["role"], m["content"]) for m in conversation)
+        ours = Conversation(messages, add_generation_prompt=False, continues_final=True)
+        assert outcome(lambda: template.render(ours)) == expected, last  # noqa: B023
+
+
+TOOLS: list[dict[str, Any]] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Of a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string", "description": "é <b>"}}},
+        },
+    },
+    {"type": "function", "function": {"name": "now"}},
+]
+ARGUMENTS: dict[str, Any] = {"city": "Zürich", "days": [1, 2], "exact": True}
+
+
+def with_calls(num_calls: int, **fields: Any) -> list[dict[str, Any]]:
+    """A conversation in the form of transformers: arguments are objects."""
+    ids = [f"callid{i:03d}" for i in range(num_calls)]
+    calls = [{"id": i, "type": "function", "function": {"name": "weather", "arguments": ARGUMENTS}} for i in ids]
+    answers = [{"role": "tool", "content": "12 degrees", "tool_call_id": i} for i in ids]
+    question = {"role": "user", "content": "Is it warm?"}
+    return [question, {"role": "assistant", "content": None, "tool_calls": calls} | fields, *answers]
+
+
+TALKS: dict[str, list[dict[str, Any]]] = {
+    "a question": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Is it warm?"}],
+    "one call": with_calls(1),
+    "two calls": with_calls(2),
+    "text and a call": with_calls(1, content="I look."),
+    "reasoning and a call": with_calls(1, reasoning_content="hm\n"),
+    "an answer": [*with_calls(1), {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And now?"}],
+}
+
+
+def message_of(turn: dict[str, Any], arguments: Any) -> ChatMessage:
+    calls = tuple(ToolCall(call["id"], call["function"]["name"], arguments) for call in turn.get("tool_calls", ()))
+    return ChatMessage(
+        turn["role"], turn["content"], reasoning=turn.get("reasoning_content"), tool_calls=calls,
+        tool_call_id=turn.get("tool_call_id"),
+    )  # fmt: skip
+
+
+def tool_of(tool: dict[str, Any]) -> Tool:
+    function = tool["function"]
+    return Tool(function["name"], function.get("description", ""), function.get("parameters"))
+
+
+@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+def test_tools_and_their_turns(theirs: Any, name: str) -> None:
+    template = ChatTemplate(TOOL_TEMPLATES[name], TOKENS)
+    # Its arguments are text; all others take objects.
+    takes_text = name == "deepseek_r1"
+    num_texts = 0
+    for title, talk in TALKS.items():
+        given = json.loads(json.dumps(talk))
+        for call in [call for turn in given for call in turn.get("tool_calls", ())]:
+            if takes_text:
+                call["function"]["arguments"] = json.dumps(ARGUMENTS)
+        for tools in ([], TOOLS):
+            expected = outcome(
+                lambda: theirs.apply_chat_template(
+                    given,  # noqa: B023 (called at once)
+                    chat_template=TOOL_TEMPLATES[name],
+                    tools=tools or None,  # noqa: B023
+                    tokenize=False,
+                    add_generation_prompt=True,
+                )
+            )
+            messages = tuple(message_of(turn, json.dumps(ARGUMENTS)) for turn in talk)
+            ours = Conversation(messages, tools=tuple(map(tool_of, tools)))
+            assert outcome(lambda: template.render(ours)) == expected, (title, bool(tools))  # noqa: B023
+            num_texts += expected is not None
+    assert num_texts >= 8
 
 
 def test_there_are_many_and_some_refuse() -> None:
     assert len(TEMPLATES) >= 25
     refusing = ("inst_strict", "inst_with_system", "gemma", "fragile")
-    twice = [ChatMessage("user", "a"), ChatMessage("user", "b")]
+    twice = Conversation((ChatMessage("user", "a"), ChatMessage("user", "b")))
     for name in refusing:
         with pytest.raises(InvalidRequest) as refused:
             ChatTemplate(TEMPLATES[name], TOKENS).render(twice)
@@ -185,3 +259,25 @@ def test_where_a_template_comes_from(tmp_path: Path) -> None:
     check()
     (folder / "chat_template.jinja").write_text("in a file")
     check()
+
+
+def test_a_template_of_its_own_for_tools(tmp_path: Path) -> None:
+    named = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    folder = write_tokenizer(tmp_path / "m", config | {"chat_template": named})
+    facts = load_tokenizer_facts(folder)
+    assert (facts.chat_template, facts.tool_template) == ("d", "t")
+    theirs: Any = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.get_chat_template(tools=TOOLS) == "t"
+    more = folder / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("in the folder")
+    (folder / "chat_template.jinja").write_text("in a file")
+    facts = load_tokenizer_facts(folder)
+    assert (facts.chat_template, facts.tool_template) == ("in a file", "in the folder")
+    template = ChatTemplate("plain", {}, "{{ tools[0].function.name }}")
+    user = (ChatMessage("user", "x"),)
+    assert template.render(Conversation(user)) == "plain"
+    assert template.render(Conversation(user, tools=(Tool("f"),))) == "f"
+    never = ToolChoice(CallMode.NONE)
+    assert template.render(Conversation(user, tools=(Tool("f"),), tool_choice=never)) == "plain"

@@ -1,14 +1,19 @@
-"""Reads whole and cut replies with the parser of a format, for the tests."""
+"""Reads whole and cut replies with the parser of a format, and makes models that give known ones."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
 
 from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText, Tool
 from router.reply.formats import CallFormat, ReasoningFormat
 from router.reply.parser import ReplyParser
+from tests.support.router import write_model_folder
 
 TOOLS = (
     Tool("weather", "Of a city.", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}),
@@ -73,3 +78,22 @@ def shown(deltas: Sequence[Delta]) -> list[str]:
             case CallArguments(_, text):
                 found[-1] += text
     return found
+
+
+def write_speaking_folder(
+    folder: Path, template: str, ways: Sequence[Sequence[str]], specials: Sequence[str] = ()
+) -> dict[int, int]:
+    """A model folder whose tokenizer has every piece of the ways as a token, and what follows on each.
+
+    A way begins with the end of a prompt, and then has an answer's pieces.
+    """
+    write_model_folder(folder, chat_template=template)
+    path = str(folder / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
+    pieces = [piece for way in ways for piece in way if piece not in specials]
+    tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in pieces])
+    tokenizer.save(path)
+    eos = 1
+    ids = [[*map(tokenizer.token_to_id, way), eos] for way in ways]
+    return {before: after for way in ids for before, after in itertools.pairwise(way)}

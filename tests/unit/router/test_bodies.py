@@ -15,7 +15,7 @@ import pytest
 
 from baton import errors
 from router.body import BodyReader, TooLarge, check_structure
-from router.chat import ChatMessage, ChatTemplate
+from router.chat import ChatMessage, ChatTemplate, Conversation
 from router.config import LimitsConfig
 from router.offload import Offload
 from router.serve import Router
@@ -237,14 +237,14 @@ def test_a_long_text_is_counted_in_pieces(folder: Path) -> None:
 def test_a_template_that_writes_without_end_is_stopped() -> None:
     template = ChatTemplate("{% for i in range(100000) %}{{ messages[0].content }}{% endfor %}", {})
     with pytest.raises(errors.PromptTooLong) as refused:
-        template.render([ChatMessage("user", "x" * 1000)], max_chars=50_000)
+        template.render(Conversation((ChatMessage("user", "x" * 1000),)), max_chars=50_000)
     assert refused.value.param == "messages"
 
 
 def test_what_a_template_says_is_shortened() -> None:
     template = ChatTemplate("{{ raise_exception('no ' + messages[0].content) }}", {})
     with pytest.raises(errors.InvalidRequest, match=r"no xxx") as refused:
-        template.render([ChatMessage("user", "x" * 10**6)])
+        template.render(Conversation((ChatMessage("user", "x" * 10**6),)))
     assert len(refused.value.message) < 400
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, ChatTemplate
-from router.frontend import Caller, Conversation
+from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.frontend import Caller
 from router.openai_request import ChatBody, parse
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -39,7 +39,7 @@ def rendered(template: str, *messages: dict[str, Any]) -> str:
     body = parse(ChatBody, json.dumps({"messages": messages}).encode())
     (conversation,) = body.request(Caller()).prompts
     assert isinstance(conversation, Conversation)
-    return ChatTemplate(template, {}).render(conversation.messages)
+    return ChatTemplate(template, {}).render(conversation)
 
 
 DEVELOPER = ({"role": "developer", "content": "Be brief."}, {"role": "user", "content": "hi"})
@@ -81,9 +81,10 @@ def test_an_assistant_may_have_said_nothing() -> None:
 
 def test_what_is_not_there_is_undefined_and_what_transformers_gives_is_none() -> None:
     source = "{{ tools is none }}{{ documents is none }}{{ sep_token is defined }}{{ bos_token is defined }}"
-    user = [ChatMessage("user", "x")]
-    assert ChatTemplate(source, {"sep_token": "|"}).render(user) == "TrueTrueTrueFalse"
-    assert ChatTemplate("{{ bos_token }}", {"bos_token": "a"}).render(user, variables={"bos_token": "b"}) == "b"
+    user = (ChatMessage("user", "x"),)
+    assert ChatTemplate(source, {"sep_token": "|"}).render(Conversation(user)) == "TrueTrueTrueFalse"
+    other = Conversation(user, variables={"bos_token": "b"})
+    assert ChatTemplate("{{ bos_token }}", {"bos_token": "a"}).render(other) == "b"
     with pytest.raises(InvalidRequest) as refused:
-        ChatTemplate(source, {}).render(user, variables={"messages": []})
+        ChatTemplate(source, {}).render(Conversation(user, variables={"messages": []}))
     assert refused.value.param == "chat_template_kwargs"

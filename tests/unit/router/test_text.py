@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models
 
 from baton.errors import BadConfig, InvalidRequest, UnsupportedModel
-from router.chat import ChatMessage, ChatTemplate
+from router.chat import ChatMessage, ChatTemplate, Conversation
 from router.model_files import load_facts
 from router.text import StopFinder, TextStream
 from router.tokenizer import Tokenizer
@@ -155,8 +155,8 @@ def test_chat_template_features() -> None:
         "{{ bos_token }}{{ strftime_now('%Y')[:2] }}{{ extra }}"
     )
     template = ChatTemplate(source, {"bos_token": "<s>"})
-    messages = [ChatMessage("system", "no"), ChatMessage("user", " <é> ")]
-    text = template.render(messages, variables={"extra": "!"})
+    messages = (ChatMessage("system", "no"), ChatMessage("user", " <é> "))
+    text = template.render(Conversation(messages, variables={"extra": "!"}))
     assert text == '{"role": "user", "content": " <é> "}<é><s>20!'
 
 
@@ -171,7 +171,7 @@ def test_chat_template_features() -> None:
 )
 def test_chat_template_is_sandboxed_and_refuses_clearly(source: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        ChatTemplate(source, {}).render([ChatMessage("user", "x")])
+        ChatTemplate(source, {}).render(Conversation((ChatMessage("user", "x"),)))
     assert refused.value.param == "messages"
 
 

@@ -1,0 +1,176 @@
+"""Tools and tool calls in the OpenAI API's form: read from a body of chat, written into an answer's messages."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from baton.errors import InvalidRequest, quoted
+from router.deltas import (
+    CallArguments,
+    CallBegin,
+    CallMode,
+    ContentText,
+    Delta,
+    ReasoningText,
+    Tool,
+    ToolCall,
+    ToolChoice,
+)
+
+# OpenAI allows 128; servers of tools have more.
+MAX_TOOLS = 1024
+_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
+_MODES = {mode.value: mode for mode in CallMode}
+
+
+def tools_of(tools: Sequence[Any] | None) -> tuple[Tool, ...]:
+    return tuple(_tool(tool, f"tools.{i}") for i, tool in enumerate(tools or ()))
+
+
+def _tool(tool: object, where: str) -> Tool:
+    kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
+    if kind != "function" or not isinstance(tool, dict):
+        raise InvalidRequest(f"{where}.type is {quoted(kind)}, expected 'function'", param=f"{where}.type")
+    function = _object(tool.get("function"), f"{where}.function")
+    return Tool(
+        name_of(function.get("name"), f"{where}.function.name"),
+        _optional(function.get("description"), str, "a text", f"{where}.function.description") or "",
+        _optional(function.get("parameters"), dict, "a JSON schema", f"{where}.function.parameters"),
+        bool(_optional(function.get("strict"), bool, "true or false", f"{where}.function.strict")),
+    )
+
+
+def choice_of(choice: Any, is_parallel: bool | None) -> ToolChoice:
+    """Of the field tool_choice: a mode, a function's name, or the functions that are allowed."""
+    parallel = is_parallel is not False
+    if choice is None:
+        return ToolChoice(is_parallel=parallel)
+    if isinstance(choice, str) and choice in _MODES:
+        return ToolChoice(_MODES[choice], is_parallel=parallel)
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "function":
+        return ToolChoice(CallMode.REQUIRED, (_named(choice, "tool_choice"),), is_parallel=False)
+    if kind == "allowed_tools":
+        allowed = _object(choice.get("allowed_tools"), "tool_choice.allowed_tools")
+        mode, tools = allowed.get("mode"), allowed.get("tools")
+        if mode in ("auto", "required") and isinstance(tools, list) and 0 < len(tools) <= MAX_TOOLS:
+            names = tuple(_named(tool, "tool_choice.allowed_tools.tools") for tool in tools)
+            return ToolChoice(_MODES[mode], names, is_parallel=parallel)
+    raise InvalidRequest(
+        f"tool_choice is {quoted(choice)}, expected 'none', 'auto', 'required' or "
+        '{"type": "function", "function": {"name": ...}}',
+        param="tool_choice",
+    )
+
+
+def _named(tool: object, where: str) -> str:
+    function = _object(_object(tool, where).get("function"), f"{where}.function")
+    return name_of(function.get("name"), f"{where}.function.name")
+
+
+def calls_of(calls: Sequence[Any] | None, where: str) -> tuple[ToolCall, ...]:
+    """Of an assistant's turn."""
+    return tuple(_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(calls or ()))
+
+
+def _call(call: object, where: str) -> ToolCall:
+    found = _object(call, where)
+    if found.get("type", "function") != "function":
+        raise InvalidRequest(f"{where}.type is {quoted(found['type'])}, expected 'function'", param=f"{where}.type")
+    function = _object(found.get("function"), f"{where}.function")
+    name = name_of(function.get("name"), f"{where}.function.name")
+    call_id = _optional(found.get("id"), str, "a text", f"{where}.id") or ""
+    arguments = _optional(function.get("arguments"), str, "JSON text", f"{where}.function.arguments")
+    return ToolCall(call_id, name, arguments or "")
+
+
+def name_of(name: object, where: str) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        expected = "1 to 256 letters, digits, '_', '-', '.', ':' and '/'"
+        raise InvalidRequest(f"{where} is {quoted(name)}, expected {expected}", param=where)
+    return name
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{where} is {quoted(value)}, expected an object", param=where)
+    return value
+
+
+def _optional(value: Any, kind: type, expected: str, where: str) -> Any:
+    if value is not None and not isinstance(value, kind):
+        raise InvalidRequest(f"{where} is {quoted(value)}, expected {expected}", param=where)
+    return value
+
+
+def delta_json(deltas: Sequence[Delta], *, has_reasoning: bool) -> str:
+    """The ``delta`` of a chunk."""
+    fields: dict[str, Any] = {}
+    calls: list[dict[str, Any]] = []
+    for delta in deltas:
+        match delta:
+            case ContentText(text):
+                fields["content"] = fields.get("content", "") + text
+            case ReasoningText(text) if has_reasoning:
+                # vLLM's newer name, and that of all others.
+                fields["reasoning"] = fields["reasoning_content"] = fields.get("reasoning", "") + text
+            case CallBegin(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                calls.append({"index": index, "id": call_id, "type": "function", "function": function})
+            case CallArguments(index, text):
+                if not calls or calls[-1]["index"] != index:
+                    calls.append({"index": index, "function": {"arguments": ""}})
+                calls[-1]["function"]["arguments"] += text
+    if calls:
+        fields["tool_calls"] = calls
+    return json.dumps(fields)
+
+
+class WholeReply:
+    """Reasoning and calls of a whole message, as JSON that grows with the deltas."""
+
+    __slots__ = ("_calls", "_has_reasoning", "_reasoning")
+
+    def __init__(self, *, has_reasoning: bool) -> None:
+        self._has_reasoning = has_reasoning
+        self._reasoning = bytearray()
+        # Each without the quote and braces at its end.
+        self._calls: list[bytearray] = []
+
+    @property
+    def has_calls(self) -> bool:
+        return bool(self._calls)
+
+    def add(self, deltas: Sequence[Delta]) -> int:
+        """Returns the number of bytes added."""
+        num_bytes = 0
+        for delta in deltas:
+            match delta:
+                case ReasoningText(text) if self._has_reasoning:
+                    num_bytes += _extend(self._reasoning, text)
+                case CallBegin(_, call_id, name):
+                    opening = f'{{"id":{json.dumps(call_id)},"type":"function","function":{{"name":{json.dumps(name)}'
+                    self._calls.append(bytearray(f'{opening},"arguments":"'.encode()))
+                    num_bytes += len(self._calls[-1])
+                case CallArguments(_, text):
+                    num_bytes += _extend(self._calls[-1], text)
+        return num_bytes
+
+    def pieces(self) -> list[str | bytearray]:
+        """Further members of the message, each with a leading comma."""
+        found: list[str | bytearray] = []
+        if self._reasoning:
+            for name in ("reasoning", "reasoning_content"):
+                found += [f',"{name}":"', self._reasoning, '"']
+        for number, call in enumerate(self._calls):
+            found += ["," if number else ',"tool_calls":[', call, '"}}']
+        return [*found, "]"] if self._calls else found
+
+
+def _extend(text: bytearray, more: str) -> int:
+    added = json.dumps(more)[1:-1].encode()
+    text += added
+    return len(added)
