@@ -166,6 +166,11 @@ class Flow:
         return wake_at_s if self._move is None else min(wake_at_s, self._move.due_s)
 
     @property
+    def is_complete(self) -> bool:
+        """All tokens of a whole answer have been delivered, whatever else is still to come."""
+        return self.outcome is not None and self.outcome.kind is OutcomeKind.FINISHED
+
+    @property
     def has_ended(self) -> bool:
         return self.phase is Phase.ENDED
 

@@ -23,7 +23,6 @@ from baton.types import (
     MIN_PRIORITY,
     NO_SLO,
     FinishReason,
-    PositionLogprobs,
     SamplingParams,
     Slo,
 )
@@ -42,7 +41,7 @@ from router.offload import Offload
 from router.records import Origin
 from router.reply.formats import AUTO, ReplyFormat
 from router.reply.replies import Replies, ReplyReader
-from router.stream import Backlog
+from router.stream import Backlog, Batch
 from router.text import Part, TextStream
 from router.tokenizer import Tokenizer, require
 from router.turns import Turns
@@ -156,11 +155,11 @@ class Generation:
             return self._ending
         batch = await self._active.stream.next()
         if batch.outcome is None:
-            return self._part(batch.token_ids, batch.logprobs, is_whole=False)
+            return self._part(batch)
         if batch.outcome.kind is not OutcomeKind.FINISHED and not batch.token_ids:
             assert batch.outcome.error is not None
             raise batch.outcome.error
-        part = self._part(batch.token_ids, batch.logprobs, is_whole=batch.outcome.kind is OutcomeKind.FINISHED)
+        part = self._part(batch)
         if batch.outcome.error is not None:
             # Tokens first; the next call raises the error.
             return part
@@ -168,13 +167,15 @@ class Generation:
             self._finish(batch.outcome)
         return part
 
-    def _part(self, token_ids: list[int], logprobs: list[PositionLogprobs], *, is_whole: bool) -> Part:
-        """``is_whole``: these tokens are the last ones."""
-        part = self._text.push(token_ids, logprobs)
-        if part.stop is None and is_whole:
+    def _part(self, batch: Batch) -> Part:
+        part = self._text.push(batch.token_ids, batch.logprobs)
+        is_last = part.stop is not None
+        # The outcome itself may wait for reports of nodes.
+        if not is_last and self._active.flow.is_complete and not batch.has_more:
+            is_last = True
             part = _closed(part, self._text.flush())
         if self._reader is not None:
-            part = self._reader.read(part, is_last=is_whole or part.stop is not None)
+            part = self._reader.read(part, is_last=is_last)
         self._num_tokens += len(part.token_ids)
         if part.token_ids:
             self._last_id = part.token_ids[-1]

@@ -24,6 +24,8 @@ class Batch:
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
     outcome: Outcome | None
+    # Further tokens have arrived.
+    has_more: bool
 
 
 # Bytes of a Python int with its list entry, and the overhead of a bytes object with its list entry.
@@ -217,4 +219,5 @@ class TokenStream:
                 self._waiter = None
         await self._pacer.turns.wait()
         token_ids, logprobs = self._take(_MAX_BATCH_WITH_LOGPROBS if self._logprobs else _MAX_BATCH)
-        return Batch(token_ids, [_unpacked(data) for data in logprobs], None if self._tokens else self._outcome)
+        has_more = bool(self._tokens)
+        return Batch(token_ids, [_unpacked(data) for data in logprobs], None if has_more else self._outcome, has_more)

@@ -25,6 +25,10 @@ class Parameters:
         """Whether the argument is a text in any case; one that the schema does not know is."""
         return self._types(key) <= {"string"}
 
+    def may_be_text(self, key: str) -> bool:
+        types = self._types(key)
+        return not types or "string" in types
+
     def json_of(self, key: str, text: str) -> str:
         """The JSON of an argument: text where nothing else fits."""
         types = self._types(key)

@@ -166,21 +166,16 @@ def tool_of(tool: dict[str, Any]) -> Tool:
     return Tool(function["name"], function.get("description", ""), function.get("parameters"))
 
 
-@pytest.mark.parametrize("name", TOOL_TEMPLATES)
+# transformers makes objects of all arguments, which DeepSeek's cannot take.
+@pytest.mark.parametrize("name", sorted(TOOL_TEMPLATES.keys() - {"deepseek_r1"}))
 def test_tools_and_their_turns(theirs: Any, name: str) -> None:
     template = ChatTemplate(TOOL_TEMPLATES[name], TOKENS)
-    # Its arguments are text; all others take objects.
-    takes_text = name == "deepseek_r1"
     num_texts = 0
     for title, talk in TALKS.items():
-        given = json.loads(json.dumps(talk))
-        for call in [call for turn in given for call in turn.get("tool_calls", ())]:
-            if takes_text:
-                call["function"]["arguments"] = json.dumps(ARGUMENTS)
         for tools in ([], TOOLS):
             expected = outcome(
                 lambda: theirs.apply_chat_template(
-                    given,  # noqa: B023 (called at once)
+                    talk,  # noqa: B023 (called at once)
                     chat_template=TOOL_TEMPLATES[name],
                     tools=tools or None,  # noqa: B023
                     tokenize=False,

@@ -20,12 +20,13 @@ from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from cli.app import app
 from router.config import RouterConfig
 from router.flow import FlowConfig
+from router.frontend import GenerationRequest
 from router.model_files import load_facts
 from router.openai_logprobs import LogprobWriter
-from router.text import TextStream
+from router.text import Part, TextStream
 from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig
-from tests.support.router import router_beside
+from tests.support.router import router_beside, until
 from tests.support.text_tokenizers import KINDS, llama
 
 INNER = llama()
@@ -228,6 +229,25 @@ async def test_what_is_cut_is_the_last_tokens_however_late_the_report_of_the_tra
             tokens = [token for c in chunks if c["logprobs"] is not None for token in c["logprobs"]["tokens"]]
             assert whole["logprobs"]["tokens"] == tokens == ["", "", "\ufffd"]
             assert whole["text"] == "".join(c["text"] for c in chunks) == "\ufffd"
+
+
+async def test_a_character_is_whole_where_a_backlog_is_read_in_batches(tmp_path: Path) -> None:
+    """With log-probabilities a reader gets 16 tokens at once: the 16th is the first byte of a character."""
+    way = [0x40, *range(0x41, 0x50), *EMOJI, EOS]
+    config = FakeConfig(vocab_size=VOCAB_SIZE, following=dict(pairwise(way)), model_name="llama")
+    async with (
+        FakeCluster(config, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=write_folder(tmp_path / "m")) as router,
+    ):
+        request = GenerationRequest(prompts=((0x40,),), sampling=SamplingParams(logprobs=0, max_tokens=30))
+        accepted = await router.frontend.start(request)
+        (generation,) = accepted.generations
+        await until(lambda: generation.active.flow.is_complete)
+        parts = []
+        while isinstance(part := await generation.next(), Part):
+            parts.append(part)
+        assert [len(part.token_ids) for part in parts][:2] == [16, 4]
+        assert "".join(part.text for part in parts) == "ABCDEFGHIJKLMNO😀"
 
 
 async def test_the_tokenizers_end_of_sequence_stops_as_well(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from baton.errors import InvalidRequest
 from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.deltas import ToolCall
 from router.frontend import Caller
 from router.openai_request import ChatBody, parse
+from tests.support.tool_templates import TOOL_TEMPLATES
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
 KNOWS_DEVELOPER = (
@@ -77,6 +80,35 @@ def test_an_assistant_may_have_said_nothing() -> None:
     with pytest.raises(InvalidRequest) as refused:
         rendered(PLAIN, {"role": "user", "content": None})
     assert refused.value.param == "messages.0.content"
+
+
+def test_arguments_of_calls_are_what_the_template_takes() -> None:
+    call = ToolCall("call_1", "weather", '{"city": "Paris"}')
+    talk = (
+        ChatMessage("user", "Is it warm?"),
+        ChatMessage("assistant", None, tool_calls=(call,)),
+        ChatMessage("tool", "12", tool_call_id="call_1"),
+    )
+    # It joins text, and takes an empty text for an answer.
+    assert ChatTemplate(TOOL_TEMPLATES["deepseek_r1"], {"bos_token": "<s>"}).render(Conversation(talk)) == (
+        "<s><｜User｜>Is it warm?<｜Assistant｜><｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
+        "weather\n"
+        '{"city": "Paris"}<｜tool▁call▁end｜><｜tool▁calls▁end｜><｜end▁of▁sentence｜><｜tool▁outputs▁begin｜>'
+        "<｜tool▁output▁begin｜>12<｜tool▁output▁end｜><｜tool▁outputs▁end｜>"
+    )
+    # They go through tojson.
+    hermes = ChatTemplate(TOOL_TEMPLATES["hermes"], {})
+    assert '"arguments": {"city": "Paris"}}' in hermes.render(Conversation(talk))
+    # A model's own mistakes, and what takes long to read, stay text.
+    for wrong in ('{"city": ', "[1]", "[" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000):
+        broken = replace(talk[1], tool_calls=(ToolCall("call_1", "weather", wrong),))
+        assert f'"arguments": {json.dumps(wrong)}' in hermes.render(Conversation((talk[0], broken)))
+    empty = replace(talk[1], tool_calls=(ToolCall("call_1", "weather", " "),))
+    assert '"arguments": {}}' in hermes.render(Conversation((talk[0], empty)))
+    # Printed without a filter, an object would be Python's text.
+    printing = "{% for m in messages %}{{ m.content or '' }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+    printing += "{{ c.function.arguments }}{% endfor %}{% endfor %}"
+    assert ChatTemplate(printing, {}).render(Conversation(talk)) == 'Is it warm?weather{"city": "Paris"}12'
 
 
 def test_what_is_not_there_is_undefined_and_what_transformers_gives_is_none() -> None:

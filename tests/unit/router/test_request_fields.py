@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, ChatTemplate
+from router.chat import ChatMessage, ChatTemplate, Conversation
 from router.serve import Router
 from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig
@@ -110,6 +110,7 @@ async def test_an_answer_continues_the_last_message(folder: Path) -> None:
 
 def test_a_template_that_leaves_the_last_message_out_cannot_continue_it() -> None:
     template = ChatTemplate("{{ messages[0].content }}", {})
+    conversation = Conversation((ChatMessage("user", "a"), ChatMessage("assistant", "b")), continues_final=True)
     with pytest.raises(InvalidRequest) as refused:
-        template.render([ChatMessage("user", "a"), ChatMessage("assistant", "b")], continues_final=True)
+        template.render(conversation)
     assert refused.value.param == "continue_final_message"

@@ -82,7 +82,7 @@ async def speaking(
     following = write_speaking_folder(folder, TOOL_TEMPLATES.get(template, template), ways, specials)
     config = FakeConfig(vocab_size=1 + max(*following, *following.values()), following=following)
     async with (
-        FakeCluster(config) as cluster,
+        FakeCluster(config, prefill=1, decode=1) as cluster,
         router_beside(cluster, model_folder=folder, **settings) as router,
         httpx.AsyncClient(base_url=str(router.http), timeout=20) as http,
         openai.AsyncOpenAI(base_url=f"{router.http}/v1", api_key="none", max_retries=0) as client,
@@ -235,7 +235,7 @@ async def test_the_operator_names_the_formats(tmp_path: Path) -> None:
     async with speaking(tmp_path / "a", [way], "qwen3", tool_call_parser="none", reasoning_parser="none") as model:
         assert (await model.choice())["message"]["content"] == "".join(way[1:])
         assert (await model.refusal(tools=[WEATHER]))["param"] == "tools"
-    plain = "{% for m in messages %}{{ m.content }}{% endfor %}<|im_start|>assistant\n"
+    plain = "{% for m in messages %}{{ m.content }}{% endfor %}{{ '<|im_start|>assistant\\n' }}"
     async with speaking(tmp_path / "b", [way], plain) as model:
         assert (await model.choice())["message"]["content"] == "".join(way[1:])
         refused = await model.refusal(tools=[WEATHER])
