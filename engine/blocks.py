@@ -77,8 +77,10 @@ class BlockPool:
         self.num_blocks = num_blocks
         self.max_cached = num_blocks if max_cached is None else max_cached
         self.num_evicted = 0
-        # Heap of free ids.
-        self._free = list(range(num_blocks))
+        # Blocks that were given at least once: those before this id. All from it on are free.
+        self._num_begun = 0
+        # Heap of the free ids before it: short, however large the pool is.
+        self._returned: list[int] = []
         # Oldest first.
         self._holdings: dict[str, _Holding] = {}
         # Those whose content has a hash.
@@ -92,7 +94,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self.num_blocks - self._num_begun + len(self._returned)
 
     @property
     def num_cached(self) -> int:
@@ -105,7 +107,12 @@ class BlockPool:
     @property
     def num_available(self) -> int:
         """Blocks that can be allocated: free and cached ones."""
-        return len(self._free) + len(self._cached)
+        return self.num_blocks - self._num_begun + len(self._returned) + len(self._cached)
+
+    @property
+    def free_ids(self) -> list[int]:
+        """In no order."""
+        return [*self._returned, *range(self._num_begun, self.num_blocks)]
 
     def __contains__(self, owner: str) -> bool:
         return owner in self._holdings
@@ -173,7 +180,7 @@ class BlockPool:
                 if block in self._references:
                     self._unrefer(block)
         for block in own:
-            heapq.heappush(self._free, block)
+            heapq.heappush(self._returned, block)
         while len(self._cached) > self.max_cached:
             self._evict_one()
         return len(block_ids)
@@ -213,7 +220,7 @@ class BlockPool:
                 self.known.remove(block)
                 if block in self._cached:
                     del self._cached[block]
-                    heapq.heappush(self._free, block)
+                    heapq.heappush(self._returned, block)
         return count
 
     # -- the ledger
@@ -241,7 +248,7 @@ class BlockPool:
     def check(self) -> None:
         """Assert the law of the module."""
         listed = Counter(block for held in self._holdings.values() for block in held.block_ids)
-        seen = sorted([*self._free, *self._cached, *listed])
+        seen = sorted([*self.free_ids, *self._cached, *listed])
         assert seen == list(range(self.num_blocks)), "a block was lost or has two owners"
         assert {block: self._references.get(block, 1) for block in listed} == listed, "references are not the holdings"
         self.known.check()
@@ -269,22 +276,25 @@ class BlockPool:
 
     def _take(self, owner: str, count: int) -> list[int]:
         assert count >= 0, "cannot take a negative number of blocks"
-        free = self._free
-        if count > len(free):
+        if count > self.num_free:
             self._evict(owner, count)
-        return [heapq.heappop(free) for _ in range(count)]
+        returned, first = self._returned, self._num_begun
+        taken = [heapq.heappop(returned) for _ in range(min(count, len(returned)))]
+        self._num_begun += count - len(taken)
+        taken += range(first, self._num_begun)
+        return taken
 
     def _evict(self, owner: str, count: int) -> None:
         """Make ``count`` blocks free."""
         self._refuse_too_many(owner, count, self.num_available)
-        while len(self._free) < count:
+        while self.num_free < count:
             self._evict_one()
 
     def _evict_one(self) -> None:
         block, _ = self._cached.popitem(last=False)
         self.known.remove(block)
         self.num_evicted += 1
-        heapq.heappush(self._free, block)
+        heapq.heappush(self._returned, block)
 
     def _refuse_too_many(self, owner: str, count: int, num_available: int) -> None:
         if count > num_available:
@@ -309,7 +319,7 @@ class BlockPool:
             if block in self.known:
                 self._cached[block] = None
             else:
-                heapq.heappush(self._free, block)
+                heapq.heappush(self._returned, block)
         else:
             self._references[block] = references - 1
             self._num_extra -= 1

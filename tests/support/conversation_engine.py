@@ -100,7 +100,7 @@ class Node:
         assert self.pool.num_held == 0
 
     def _poison(self) -> None:
-        free = set(self.pool._free)
+        free = set(self.pool.free_ids)
         fresh = sorted(free - self.poisoned)
         with torch.inference_mode():
             for layer in self.arena:

@@ -130,6 +130,6 @@ def test_check_sees_a_reference_too_many() -> None:
 def test_check_sees_a_block_with_two_owners() -> None:
     pool = BlockPool(4)
     pool.allocate("a", 2, BlockState.PROMPT, 0.0)
-    pool._free.append(0)
+    pool._returned.append(0)
     with pytest.raises(AssertionError, match="two owners"):
         pool.check()
