@@ -59,6 +59,8 @@ def joined_ids(spec: SequenceSpec, tokens: TokenChunk, limits: SchedulerConfig, 
 
 def _check_ids(name: str, ids: tuple[int, ...], limits: SchedulerConfig) -> None:
     """One id out of range would fail the step for every sequence in it."""
+    if limits.vocab_size is None:
+        return
     if ids and not 0 <= min(ids) <= max(ids) < limits.vocab_size:
         raise InvalidRequest(
             f"{name} has ids from {min(ids)} to {max(ids)}, expected 0 to {limits.vocab_size - 1}", param=name

@@ -14,8 +14,8 @@ class SchedulerConfig:
 
     block_tokens: int = field(default=64, metadata=computed())
     max_model_tokens: int = field(default=4096, metadata=computed())
-    # Token ids are smaller.
-    vocab_size: int = field(default=2**31, metadata=computed())
+    # Token ids are smaller. None: no model reads them, so they are not looked at.
+    vocab_size: int | None = field(default=2**31, metadata=computed())
     max_batch_tokens: int = field(
         default=2048,
         metadata=setting("--max-batch-tokens", "Prompt tokens computed in one engine step.", least=1, most=1 << 24),
@@ -85,5 +85,5 @@ class SchedulerConfig:
         if self.watermark >= 1:
             raise BadConfig(f"watermark is {self.watermark}, expected a share in [0, 1)", param="watermark")
 
-    def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int) -> SchedulerConfig:
+    def of_model(self, *, block_tokens: int, max_model_tokens: int, vocab_size: int | None) -> SchedulerConfig:
         return replace(self, block_tokens=block_tokens, max_model_tokens=max_model_tokens, vocab_size=vocab_size)

@@ -87,7 +87,7 @@ class _Simulation:
                     description, group.machine, self._times[group.machine.name],
                     power.get(group.machine.name) or FullPower(group.machine), config,
                     config.scheduler.of_model(
-                        block_tokens=config.scheduler.block_tokens, max_model_tokens=MAX_COUNT, vocab_size=MAX_COUNT,
+                        block_tokens=config.scheduler.block_tokens, max_model_tokens=MAX_COUNT, vocab_size=None,
                     ),
                     self._events, network, self._counters,
                 )  # fmt: skip

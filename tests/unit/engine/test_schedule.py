@@ -433,6 +433,13 @@ def test_prompts_wait_for_memory_in_order() -> None:
     assert step(s)[0] == [("c", 0, 4, True)]
 
 
+def test_ids_are_not_looked_at_where_no_model_reads_them() -> None:
+    limits = SchedulerConfig().of_model(block_tokens=4, max_model_tokens=64, vocab_size=None)
+    s = Scheduler(limits, BlockPool(16))
+    s.add(SequenceSpec("a", (1 << 40,), SamplingParams(seed=0, max_tokens=4)), hands_off=False, now=0.0)
+    assert len(shape(s.schedule(0.0)[0])) == 1
+
+
 def test_refusals_name_both_values() -> None:
     s = scheduler(num_blocks=4, max_waiting=1)
     with pytest.raises(PromptTooLong, match=r"250 prompt tokens.*258.*256"):
