@@ -137,7 +137,7 @@ def search(
         preflight.writable_folder(out, "--out")
     from planner import machines as catalogue
     from planner.results import Profile
-    from planner.search import pictures, report
+    from planner.search import pictures, report, slos
     from planner.search import question as asked
 
     known = catalogue.catalogue(machines)
@@ -153,7 +153,7 @@ def search(
         asked.Goal(goal.value),
         rate,
         _limits(known, max_cost, max_power, count, prompt_count, tokens_count),
-        tuple(map(asked.slo, slo)) if slo else asked.NINE_SLOS,
+        tuple(map(slos.slo, slo)) if slo else slos.NINE_SLOS,
         rate_step,
         max_rate,
         has_fronts=out is not None,

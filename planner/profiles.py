@@ -12,7 +12,7 @@ from planner.energy import StepPower
 from planner.machines import Machine
 from planner.measured import MACHINE, Measured
 from planner.models import Model
-from planner.results import Profile, Run
+from planner.results import Profile, Run, Told, tell_nobody
 from planner.roofline import Roofline
 from planner.sim import run as sim
 from planner.sim.config import SimulationConfig
@@ -34,11 +34,12 @@ def simulated(
     model: Model,
     tensor_parallel: int,
     known: Mapping[str, Machine],
+    told: Told = tell_nobody,
 ) -> Simulated:
     """``known`` has the machine that slowdowns are over. Raises BadConfig."""
+    alone = uncontended(profile, model, tensor_parallel, known)
     if profile is Profile.COMPAT:
-        run = compat.simulate(workload, design, model, tensor_parallel)
-        return Simulated(run, TableUncontended(TokenTimes(model.name, known[BASIS], tensor_parallel)))
+        return Simulated(compat.simulate(workload, design, model, tensor_parallel, told), alone)
     for group in design:
         if group.machine.num_gpus != tensor_parallel:
             raise BadConfig(
@@ -52,8 +53,14 @@ def simulated(
         group.machine.name: StepPower(model, group.machine, tensor_parallel, times[group.machine.name])
         for group in design
     }
-    run = sim.simulate(workload, design, model, times, power=power)
-    return Simulated(run, StepUncontended(times_of(model, known[BASIS], tensor_parallel)))
+    return Simulated(sim.simulate(workload, design, model, times, power=power, told=told), alone)
+
+
+def uncontended(profile: Profile, model: Model, tensor_parallel: int, known: Mapping[str, Machine]) -> Uncontended:
+    """What slowdowns are over. Raises BadConfig."""
+    if profile is Profile.COMPAT:
+        return TableUncontended(TokenTimes(model.name, known[BASIS], tensor_parallel))
+    return StepUncontended(times_of(model, known[BASIS], tensor_parallel))
 
 
 def simulated_as(measured: Measured, workload: Workload, design: Design, config: SimulationConfig) -> Simulated:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -52,6 +52,14 @@ class Served:
     @property
     def is_whole(self) -> bool:
         return self.ending is Ending.WHOLE
+
+
+# Is told of a request when it has its first token and when it has ended. What it raises ends the run.
+Told = Callable[[Served], None]
+
+
+def tell_nobody(served: Served) -> None:
+    """For runs that are looked at when they are over."""
 
 
 @dataclass(slots=True)

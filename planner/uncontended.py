@@ -79,10 +79,13 @@ def slowdowns(run: Run, alone: Uncontended) -> tuple[Slowdown, ...]:
     found = []
     for served in run.served:
         if served.is_whole:
-            ideal, real = alone.of(served.request), measured(served, run.profile)
-            tbt = None if real.tbt_s is None else real.tbt_s / ideal.tbt_s
-            found.append(Slowdown(real.ttft_s / ideal.ttft_s, tbt, real.e2e_s / ideal.e2e_s))
+            found.append(slowdown(measured(served, run.profile), alone.of(served.request)))
     return tuple(found)
+
+
+def slowdown(real: Measured, ideal: Ideal) -> Slowdown:
+    tbt = None if real.tbt_s is None else real.tbt_s / ideal.tbt_s
+    return Slowdown(real.ttft_s / ideal.ttft_s, tbt, real.e2e_s / ideal.e2e_s)
 
 
 def percentile(ordered: Sequence[float], share: float) -> float:

@@ -85,7 +85,7 @@ def _same_budget(plan: Plan, trace: str, budget: str) -> list[dict[str, Any]]:
         for baseline in ("Baseline-A100", "Baseline-H100"):
             theirs = answers[baseline].best
             row[f"rate over {baseline}"] = f"{answer.best.rate / theirs.rate:.2f}" if answer.best and theirs else "-"
-        row["runs"], row["designs"] = len(answer.trials), answer.grid
+        row["runs"], row["designs"] = len(answer.tried), answer.grid
         rows.append(row)
     return rows
 
@@ -96,7 +96,7 @@ def _same_rate(plan: Plan, trace: str, baseline: Trial) -> list[dict[str, Any]]:
     rows = []
     for name, answer in zip(_kinds(), plan.answers, strict=True):
         row = _row(plan, trace, f"least {plan.question.goal.value} at {plan.question.rate:g}/s", name, answer.best)
-        row["runs"], row["designs"] = len(answer.trials), answer.grid
+        row["runs"], row["designs"] = len(answer.tried), answer.grid
         if answer.best is not None:
             design, theirs = answer.best.design, baseline.design
             row["cost over Baseline-H100"] = f"{design.dollars_per_hour / theirs.dollars_per_hour:.2f}"

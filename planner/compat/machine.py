@@ -31,6 +31,7 @@ class Machine:
         max_memory_bytes: int,
         weight_bytes: int,
         on_prompt_end: Callable[[Job], None],
+        on_decode_end: Callable[[Job], None],
         on_idle: Callable[[Machine], None],
     ) -> None:
         self.use = use
@@ -48,6 +49,7 @@ class Machine:
         self._times = times
         self._events = events
         self._on_prompt_end = on_prompt_end
+        self._on_decode_end = on_decode_end
         self._on_idle = on_idle
         # Tasks that are in no batch, with the first to be looked at for urgency first. Each was put where its urgency
         # belonged then; as urgencies rise while tasks wait, the list is not always in order.
@@ -271,7 +273,7 @@ class Machine:
     def _decode_ended(self, task: Task) -> None:
         job = task.job
         self.free(job.kv_bytes, num_tokens=1)
-        job.ended(self._events.now)
+        self._on_decode_end(job)
 
     def _record(self) -> None:
         use, seconds = self.use, self._step_s * self._num_planned

@@ -14,7 +14,7 @@ from planner.compat.tasks import Job
 from planner.design import Design
 from planner.machines import Machine as MachineType
 from planner.models import Model
-from planner.results import Ending, MachineUse, Profile, Run, Served
+from planner.results import Ending, MachineUse, Profile, Run, Served, Told, tell_nobody
 from planner.table import TokenTimes
 from planner.workload import Workload
 
@@ -25,9 +25,11 @@ _RETRY_S = 1.0
 _WEIGHT_BYTES = {"bloom-176b": 329_000_000_000, "llama2-70b": 135_000_000_000}
 
 
-def simulate(workload: Workload, design: Design, model: Model, tensor_parallel: int = 8) -> Run:
+def simulate(
+    workload: Workload, design: Design, model: Model, tensor_parallel: int = 8, told: Told = tell_nobody
+) -> Run:
     """Raises BadConfig: a design or a model that the rules or the table do not have."""
-    return _Simulation(workload, design, model, tensor_parallel).run()
+    return _Simulation(workload, design, model, tensor_parallel, told).run()
 
 
 def _instances(design: Design, tensor_parallel: int) -> Iterator[tuple[str, Role, MachineType, int]]:
@@ -59,10 +61,11 @@ def _instances(design: Design, tensor_parallel: int) -> Iterator[tuple[str, Role
 
 
 class _Simulation:
-    def __init__(self, workload: Workload, design: Design, model: Model, tensor_parallel: int) -> None:
+    def __init__(self, workload: Workload, design: Design, model: Model, tensor_parallel: int, told: Told) -> None:
         self._workload = workload
         self._design = design
         self._model = model
+        self._told = told
         self._events = Events()
         self._times: dict[str, TokenTimes] = {}
         self._machines = [self._machine(*each, tensor_parallel) for each in _instances(design, tensor_parallel)]
@@ -88,7 +91,7 @@ class _Simulation:
         return Machine(
             MachineUse(name, role, kind.name), self._times[kind.name], self._events,
             max_memory_bytes=max_memory_bytes, weight_bytes=weight_bytes,
-            on_prompt_end=self._prompt_ended, on_idle=self._idle,
+            on_prompt_end=self._prompt_ended, on_decode_end=self._ended, on_idle=self._idle,
         )  # fmt: skip
 
     def run(self) -> Run:
@@ -114,6 +117,7 @@ class _Simulation:
         self._placement.idle(machine)
 
     def _prompt_ended(self, job: Job) -> None:
+        self._told(job.served)
         if job.ends_with_prompt:
             self._ended_with_prompt(job)
         elif job.is_split and job.target.has_memory(job.prompt.kv_bytes):
@@ -125,7 +129,11 @@ class _Simulation:
         """The public simulator has no rule for it: there such a request never ends, or stops the program."""
         job.source.free(job.prompt.kv_bytes)
         job.target.expect(tokens=-1, num_bytes=-job.kv_bytes if job.is_split else 0)
+        self._ended(job)
+
+    def _ended(self, job: Job) -> None:
         job.ended(self._events.now)
+        self._told(job.served)
 
     def _retry_later(self, job: Job) -> None:
         self._without_memory.add(job)

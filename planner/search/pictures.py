@@ -8,7 +8,7 @@ from pathlib import Path
 from loadgen import chart
 from loadgen.chart import Line, Panel, Point
 from loadgen.objectives import NINE
-from planner.search.kind import Answer
+from planner.search.kind import Answer, Tried
 from planner.search.plan import Plan
 from planner.search.question import Column
 from planner.search.trial import Trial
@@ -37,8 +37,9 @@ def region(plan: Plan, title: str) -> str:
 
 
 def _region(plan: Plan, answer: Answer, best: Trial) -> Panel:
-    met = [trial for trial in answer.trials if trial.is_met and trial.rate >= best.rate]
-    missed = [trial for trial in answer.trials if not trial.is_met and trial.rate <= best.rate]
+    met = [each for each in answer.tried if each.is_met and each.rate >= best.rate]
+    missed = [each for each in answer.tried if not each.is_met and each.rate <= best.rate]
+    prompt, token = (group.count for group in best.design)
     return Panel(
         f"{answer.kind.name} at {best.rate:g}/s: token machines",
         "prompt machines",
@@ -47,7 +48,7 @@ def _region(plan: Plan, answer: Answer, best: Trial) -> Panel:
             Line("largest within the limits", _edge(answer.kind.columns(plan.question.limits))),
             Line("meets the objectives", _places(met), is_joined=False),
             Line("misses some", _places(missed), is_joined=False),
-            Line("best", _places((best,), f"{best.rate:g}/s"), is_joined=False),
+            Line("best", (Point(prompt, token, f"{best.rate:g}/s"),), is_joined=False),
         ),
     )
 
@@ -56,9 +57,8 @@ def _edge(columns: Iterable[Column]) -> tuple[Point, ...]:
     return tuple(Point(column.prompt, column.high) for column in columns)
 
 
-def _places(trials: Iterable[Trial], label: str = "") -> tuple[Point, ...]:
-    counts = dict.fromkeys(tuple(group.count for group in trial.design) for trial in trials)
-    return tuple(Point(prompt, token, label) for prompt, token in sorted(counts))
+def _places(tried: Iterable[Tried]) -> tuple[Point, ...]:
+    return tuple(Point(*place) for place in sorted({(each.prompt, each.token) for each in tried}))
 
 
 def front(plan: Plan, title: str) -> str:

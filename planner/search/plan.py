@@ -11,7 +11,7 @@ from multiprocessing.queues import SimpleQueue
 from baton.errors import BadConfig
 from planner.search.kind import Answer, KindSearch
 from planner.search.question import Goal, Kind, Question
-from planner.search.trial import Trial, trier
+from planner.search.trial import Simulations, Trial
 
 # How often the progress of other processes is looked at.
 _PROGRESS_S = 0.2
@@ -73,7 +73,7 @@ def _merit(goal: Goal, trial: Trial) -> _Key:
 
 def num_parts(question: Question) -> int:
     """Of all kinds, for a progress bar. Raises BadConfig if the limits leave no design."""
-    parts = sum(KindSearch(question, kind, trier(question)).num_parts for kind in question.kinds)
+    parts = sum(KindSearch(question, kind, Simulations(question)).num_parts for kind in question.kinds)
     if not parts:
         raise BadConfig(
             "no design is within the limits: expected higher budgets or maxima, or lower minima", param="limits"
@@ -105,7 +105,7 @@ def search(question: Question, workers: int = 1, tick: Callable[[int], None] = l
 
 
 def _answer(question: Question, kind: Kind, tick: Callable[[int], None]) -> Answer:
-    return KindSearch(question, kind, trier(question), tick).answer()
+    return KindSearch(question, kind, Simulations(question), tick).answer()
 
 
 class _Worker:

@@ -8,20 +8,17 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 
-from baton.errors import BadConfig, quoted
+from baton.errors import BadConfig
 from baton.types import Role
-from loadgen.objectives import NINE
 from planner.design import Design, Group
 from planner.machines import Machine
 from planner.models import Model
 from planner.results import Profile
+from planner.search.slos import NINE_SLOS, Slo
 from planner.search.source import Source
-from planner.summary import Summary
 
 # Budgets are often stated as so many machines, and sums of the same prices in another order differ by their rounding.
 _ROUNDING = 1e-9
-_METRICS = ("TTFT_s", "TBT_s", "E2E_s", "TTFT_slowdown", "TBT_slowdown", "E2E_slowdown")
-_PARTS = ("mean", "p50", "p90", "p99")
 
 
 class Goal(Enum):
@@ -31,50 +28,6 @@ class Goal(Enum):
     THROUGHPUT = "throughput"
     COST = "cost"
     POWER = "power"
-
-
-@dataclass(frozen=True, slots=True)
-class Slo:
-    """A bound of a metric of the summary."""
-
-    metric: str
-    part: str
-    limit: float
-
-    def is_met(self, summary: Summary) -> bool:
-        found: float | None = getattr(summary.metrics[self.metric], self.part)
-        return found is None or found <= self.limit
-
-    @property
-    def name(self) -> str:
-        return f"{self.metric}:{self.part}:{self.limit:g}"
-
-
-NINE_SLOS = tuple(Slo(f"{figure.upper()}_slowdown", f"p{share * 100:.0f}", limit) for figure, share, limit in NINE)
-
-
-def slo(text: str) -> Slo:
-    """From TTFT_s:p99:2. Raises BadConfig."""
-    metric, _, rest = text.partition(":")
-    part, _, limit = rest.partition(":")
-    try:
-        number = float(limit)
-    except ValueError:
-        number = 0.0
-    if metric not in _METRICS or part not in _PARTS or not 0 < number < float("inf"):
-        raise BadConfig(
-            f"--slo is {quoted(text)}, expected METRIC:PART:LIMIT with a metric of {', '.join(_METRICS)}, a part of "
-            f"{', '.join(_PARTS)} and a limit above 0, such as TTFT_s:p99:2",
-            param="--slo",
-        )
-    return Slo(metric, part, number)
-
-
-def missed(summary: Summary, slos: Iterable[Slo]) -> tuple[str, ...]:
-    """A design that leaves requests out meets nothing."""
-    left_out = summary.num_requests - summary.num_served
-    said = (f"{left_out} requests not served",) if left_out else ()
-    return (*said, *(each.name for each in slos if not each.is_met(summary)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _answer(answer: Answer) -> dict[str, object]:
         "kind": answer.kind.name,
         "is_mixed": answer.kind.token is None,
         "designs_in_grid": answer.grid,
-        "runs": len(answer.trials),
+        "runs": len(answer.tried),
         "best": None if answer.best is None else _trial(answer.best),
         "by_cost": _trials(answer.by_cost),
         "by_power": _trials(answer.by_power),
@@ -93,7 +93,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
 
 
 def _row(answer: Answer) -> tuple[str, ...]:
-    runs, best = (str(len(answer.trials)), str(answer.grid)), answer.best
+    runs, best = (str(len(answer.tried)), str(answer.grid)), answer.best
     if best is None:
         return (answer.kind.name, "none meets the objectives", *("-" for _ in COLUMNS[4:]), *runs)
     metrics, energy = best.summary.metrics, best.bill

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from planner.design import Design
 from planner.energy import Bill, bill
-from planner.profiles import simulated
-from planner.search.question import Question, missed
+from planner.profiles import simulated, uncontended
+from planner.results import Told, tell_nobody
+from planner.search.question import Question
+from planner.search.slos import Missed, Watch, missed
 from planner.summary import Summary, summarize
+from planner.workload import Workload
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,19 +32,36 @@ class Trial:
         return not self.missed
 
 
-Trier = Callable[[Design, float], Trial]
+class Trier(Protocol):
+    def run(self, design: Design, rate: float) -> Trial: ...
+
+    def met(self, design: Design, rate: float) -> Trial | None:
+        """None: it misses an objective. Then the run may have ended early."""
 
 
-def trier(question: Question) -> Trier:
-    """By simulation."""
+class Simulations:
+    """Runs what a question is about."""
 
-    def run_one(design: Design, rate: float) -> Trial:
-        work = question.source.at(rate)
-        run, alone = simulated(question.profile, work, design, question.model, question.tensor_parallel, question.known)
+    def __init__(self, question: Question) -> None:
+        self._question = question
+
+    def run(self, design: Design, rate: float) -> Trial:
+        return self._run(self._question.source.at(rate), design, rate, tell_nobody)
+
+    def met(self, design: Design, rate: float) -> Trial | None:
+        question, work = self._question, self._question.source.at(rate)
+        alone = uncontended(question.profile, question.model, question.tensor_parallel, question.known)
+        try:
+            trial = self._run(work, design, rate, Watch(work, question.slos, question.profile, alone))
+        except Missed:
+            return None
+        return trial if trial.is_met else None
+
+    def _run(self, work: Workload, design: Design, rate: float, told: Told) -> Trial:
+        asked = self._question
+        run, alone = simulated(asked.profile, work, design, asked.model, asked.tensor_parallel, asked.known, told)
         summary = summarize(run, alone)
-        return Trial(design, rate, summary, bill(run), missed(summary, question.slos), run.warnings)
-
-    return run_one
+        return Trial(design, rate, summary, bill(run), missed(summary, asked.slos), run.warnings)
 
 
 def highest(meets: Callable[[int], bool], most: int, *, low: int = 0, guess: int = 1) -> int:

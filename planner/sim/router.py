@@ -9,7 +9,7 @@ from baton import errors
 from baton.node_messages import NodeMessage
 from baton.observe import Relay
 from baton.types import SamplingParams, TokenChunk
-from planner.results import Ending, Served
+from planner.results import Ending, Served, Told
 from planner.sim.config import Outage, SimulationConfig
 from planner.sim.events import Events
 from planner.sim.node import Node
@@ -46,7 +46,12 @@ _ENDINGS = {
 
 class SimulatedRouter(Flows[SimulatedRequest]):
     def __init__(
-        self, config: SimulationConfig, events: Events, prefixes: dict[str, int], counters: defaultdict[str, float]
+        self,
+        config: SimulationConfig,
+        events: Events,
+        prefixes: dict[str, int],
+        counters: defaultdict[str, float],
+        told: Told,
     ) -> None:
         super().__init__(Scheduler(config.limits, config.policy, 0.0), events)
         self.ended_s = 0.0
@@ -54,6 +59,7 @@ class SimulatedRouter(Flows[SimulatedRequest]):
         self._events = events
         self._prefixes = prefixes
         self._counters = counters
+        self._told = told
         self._nodes: dict[str, Node] = {}
         # Of nodes that died, those that are not lost yet.
         self._silent: set[str] = set()
@@ -213,6 +219,7 @@ class SimulatedRouter(Flows[SimulatedRequest]):
         served = item.served
         if served.first_token_s is None:
             served.first_token_s = self._events.now_s
+            self._told(served)
 
     def _arm(self, item: SimulatedRequest, now: float) -> None:
         wake_s = item.flow.wake_at_s
@@ -248,6 +255,7 @@ class SimulatedRouter(Flows[SimulatedRequest]):
         assert served.ending is None, "a request ended twice"
         served.ending, served.ended_s = ending, self._events.now_s
         self.ended_s = self._events.now_s
+        self._told(served)
 
     def _note(self, item: SimulatedRequest, action: AttemptFailed | MoveOver) -> None:
         if isinstance(action, AttemptFailed):

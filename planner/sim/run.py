@@ -14,7 +14,7 @@ from engine.step import StepShape
 from planner.design import Design
 from planner.machines import Machine
 from planner.models import Model
-from planner.results import Profile, Run, Served
+from planner.results import Profile, Run, Served, Told, tell_nobody
 from planner.sim.config import SimulationConfig
 from planner.sim.engine import Power
 from planner.sim.events import Events
@@ -49,10 +49,11 @@ def simulate(
     times: Mapping[str, Times],
     config: SimulationConfig = _NO_CONFIG,
     power: Mapping[str, Power] | None = None,
+    told: Told = tell_nobody,
 ) -> Run:
     """``times`` and ``power`` by the name of the machine. Equal arguments give equal runs. Raises BadConfig if the
     model does not fit into a machine, or an outage names none."""
-    return _Simulation(workload, design, model, times, config, power or {}).run()
+    return _Simulation(workload, design, model, times, config, power or {}, told).run()
 
 
 class _Simulation:
@@ -64,6 +65,7 @@ class _Simulation:
         times: Mapping[str, Times],
         config: SimulationConfig,
         power: Mapping[str, Power],
+        told: Told,
     ) -> None:
         self._workload = workload
         self._design = design
@@ -73,7 +75,7 @@ class _Simulation:
         self._events = Events()
         names = dict.fromkeys(request.prefix for request in workload.requests if request.prefix)
         prefixes = {name: number for number, name in enumerate(names)}
-        self._router = SimulatedRouter(config, self._events, prefixes, self._counters)
+        self._router = SimulatedRouter(config, self._events, prefixes, self._counters, told)
         self._nodes: dict[str, Node] = {}
         host = Host(config.sharing) if config.sharing else None
         network = Network(self._router.heard, self._router.request_of, lambda node_id: self._nodes[node_id], host)

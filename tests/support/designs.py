@@ -22,8 +22,12 @@ class Known:
         self._highest_rate = highest_rate
         self.designs: list[tuple[Design, float]] = []
 
-    def __call__(self, design: Design, rate: float) -> Trial:
+    def run(self, design: Design, rate: float) -> Trial:
         self.designs.append((design, rate))
         prompt = design.num_machines - design.count(Role.DECODE)
         missed = () if rate <= self._highest_rate(prompt, design.count(Role.DECODE)) else ("TTFT_s:p50:1",)
         return Trial(design, rate, Summary({}, (), 1, 1), _NO_BILL, missed)
+
+    def met(self, design: Design, rate: float) -> Trial | None:
+        trial = self.run(design, rate)
+        return trial if trial.is_met else None

@@ -18,7 +18,7 @@ from planner.results import Profile
 from planner.search.kind import Answer, KindSearch
 from planner.search.question import Goal, Kind, Limits, Question, Range, kinds
 from planner.search.source import Redrawn
-from planner.search.trial import highest, trier
+from planner.search.trial import Simulations, highest
 from tests.support.designs import LENGTHS, Known
 
 KNOWN = catalogue()
@@ -65,7 +65,7 @@ def test_the_highest_rate_is_that_of_a_scan(most: int) -> None:
 
 
 def test_the_highest_rate_of_a_simulated_design_is_that_of_a_scan() -> None:
-    run_one, design = trier(question()), Kind(H, A).design(1, 1)
+    run_one, design = Simulations(question()).run, Kind(H, A).design(1, 1)
     scanned = [steps for steps in range(1, 16) if run_one(design, float(steps)).is_met]
     # Else a scan has no one answer.
     assert scanned == list(range(1, len(scanned) + 1))
@@ -101,7 +101,7 @@ def test_the_best_is_that_of_the_whole_grid_and_no_limit_is_passed(
     whole = grid(kind, limits)
     assert answer.grid == len(whole)
     # No design is run twice at a rate.
-    assert len(run_one.designs) == len(set(run_one.designs)) == len(answer.trials)
+    assert len(run_one.designs) == len(set(run_one.designs)) == len(answer.tried)
 
     def best_of(design: Design) -> float:
         reached = highest_rate(design.num_machines - design.count(Role.DECODE), design.count(Role.DECODE))
@@ -136,12 +136,12 @@ def test_far_fewer_designs_are_run_than_the_grid_has() -> None:
 def test_a_simulated_search_finds_the_best_of_the_whole_grid() -> None:
     limits = Limits(machines=Range(1, 4), prompt=Range(1, 3), token=Range(1, 3))
     asked = question(limits=limits, max_rate=12.0)
-    kind, run_one = Kind(H, A), trier(asked)
+    kind, simulations = Kind(H, A), Simulations(asked)
     best = {
-        design: max((rate for rate in range(1, 13) if run_one(design, float(rate)).is_met), default=0)
+        design: max((rate for rate in range(1, 13) if simulations.run(design, float(rate)).is_met), default=0)
         for design in grid(kind, limits)
     }
-    answer: Answer = KindSearch(asked, kind, run_one).answer()
+    answer: Answer = KindSearch(asked, kind, simulations).answer()
     assert answer.best is not None
     assert answer.best.rate == max(best.values()) > 0
     reached = [design for design, rate in best.items() if rate == answer.best.rate]

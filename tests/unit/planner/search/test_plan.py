@@ -19,7 +19,8 @@ from planner.results import Profile
 from planner.search import pictures, report
 from planner.search.kind import KindSearch
 from planner.search.plan import Plan, num_parts, search
-from planner.search.question import NINE_SLOS, Goal, Kind, Limits, Question, Range, kinds, missed, slo
+from planner.search.question import Goal, Kind, Limits, Question, Range, kinds
+from planner.search.slos import NINE_SLOS, missed, slo
 from planner.search.source import Distributed, Redrawn, Stretched, lengths
 from planner.summary import Figures, Summary
 from planner.workload import Request, Workload
