@@ -1,20 +1,15 @@
-"""The answers for all kinds of designs, one process for each kind at a time, and whether splitting pays."""
+"""The answers for all kinds of designs, and whether splitting pays."""
 
 from __future__ import annotations
 
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass
-from multiprocessing.queues import SimpleQueue
 
 from baton.errors import BadConfig
+from planner.search import processes
 from planner.search.kind import Answer, KindSearch
-from planner.search.question import Goal, Kind, Question
+from planner.search.question import Goal, Question
 from planner.search.trial import Simulations, Trial
-
-# How often the progress of other processes is looked at.
-_PROGRESS_S = 0.2
 
 _Key = tuple[float, float, float]
 
@@ -85,38 +80,5 @@ def search(question: Question, workers: int = 1, tick: Callable[[int], None] = l
     """The result does not depend on ``workers``: a kind is searched in one process. Raises BadConfig."""
     num_parts(question)
     if workers == 1 or len(question.kinds) == 1:
-        return Plan(question, tuple(_answer(question, kind, tick) for kind in question.kinds))
-    context = multiprocessing.get_context("spawn")
-    ticks: SimpleQueue[int] = context.SimpleQueue()
-    with ProcessPoolExecutor(min(workers, len(question.kinds)), context, _adopt, (ticks,)) as pool:
-        futures = [pool.submit(_task, question, kind) for kind in question.kinds]
-        pending = set(futures)
-        try:
-            while pending:
-                done, pending = wait(pending, _PROGRESS_S)
-                while not ticks.empty():
-                    tick(ticks.get())
-                for future in done:
-                    future.result()  # Raises at once what went wrong.
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    return Plan(question, tuple(future.result() for future in futures))
-
-
-def _answer(question: Question, kind: Kind, tick: Callable[[int], None]) -> Answer:
-    return KindSearch(question, kind, Simulations(question), tick).answer()
-
-
-class _Worker:
-    """A spawned process has what it was started with: the pool gives it to no task."""
-
-    ticks: SimpleQueue[int]
-
-
-def _adopt(ticks: SimpleQueue[int]) -> None:
-    _Worker.ticks = ticks
-
-
-def _task(question: Question, kind: Kind) -> Answer:
-    return _answer(question, kind, _Worker.ticks.put)
+        return Plan(question, tuple(processes.answer(question, kind, tick) for kind in question.kinds))
+    return Plan(question, processes.answers(question, workers, tick))

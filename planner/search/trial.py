@@ -44,12 +44,19 @@ class Simulations:
 
     def __init__(self, question: Question) -> None:
         self._question = question
+        # Many designs follow each other at one rate.
+        self._workload: tuple[float, Workload] | None = None
+
+    def _at(self, rate: float) -> Workload:
+        if self._workload is None or self._workload[0] != rate:
+            self._workload = rate, self._question.source.at(rate)
+        return self._workload[1]
 
     def run(self, design: Design, rate: float) -> Trial:
-        return self._run(self._question.source.at(rate), design, rate, tell_nobody)
+        return self._run(self._at(rate), design, rate, tell_nobody)
 
     def met(self, design: Design, rate: float) -> Trial | None:
-        question, work = self._question, self._question.source.at(rate)
+        question, work = self._question, self._at(rate)
         alone = uncontended(question.profile, question.model, question.tensor_parallel, question.known)
         try:
             trial = self._run(work, design, rate, Watch(work, question.slos, question.profile, alone))

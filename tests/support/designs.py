@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from baton.types import Role
 from planner.design import Design
@@ -13,6 +16,19 @@ from planner.workload import Request, Workload
 
 LENGTHS = Workload("few", tuple(Request(i, float(i), 400 + 300 * (i % 5), 20 + 30 * (i % 4)) for i in range(20)))
 _NO_BILL = Bill(0.0, 0.0, 0.0, 0.0, 0, 0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Raising:
+    """A source that raises; None: it kills its process."""
+
+    error: Exception | None
+    name: str = "raising"
+
+    def at(self, rate: float) -> Workload:
+        if self.error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise self.error or AssertionError("it was not killed")
 
 
 class Known:

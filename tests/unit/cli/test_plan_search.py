@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -84,3 +90,52 @@ def test_what_cannot_be_searched_is_refused(arguments: tuple[str, ...], said: st
         search(*arguments)
     assert said in str(raised.value)
     assert raised.value.param
+
+
+# Where the tests run in the background of a shell, the signal may be ignored.
+_BATON = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from cli.main import main
+main()
+"""
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_processes_end_with_the_command(how: signal.Signals) -> None:
+    command = (
+        sys.executable, "-c", _BATON, "plan", "search", "--profile", "honest", "--trace", "conv", "--poisson",
+        "--seconds", "600", "--workers", "2",
+    )  # fmt: skip
+    begun = subprocess.Popen(
+        command, env=dict(os.environ), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert begun.stdout is not None
+    try:
+        searches = _searches_of(psutil.Process(begun.pid))
+        if how is signal.SIGINT:
+            os.killpg(begun.pid, how)  # As a terminal does.
+        else:
+            begun.send_signal(how)
+        told = begun.communicate(timeout=60)[0].decode()
+    finally:
+        begun.kill()
+        begun.wait()
+    gone, alive = psutil.wait_procs(searches, timeout=30)
+    assert not alive
+    assert len(gone) == 2
+    if how is signal.SIGINT:
+        assert begun.returncode == 130
+        assert "Traceback" not in told
+
+
+def _searches_of(command: psutil.Process) -> list[psutil.Process]:
+    """Both of them, when they compute."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        spawned = [child for child in command.children() if "spawn_main" in " ".join(child.cmdline())]
+        if len(spawned) == 2 and all(child.cpu_times().user > 0.5 for child in spawned):
+            return spawned
+        time.sleep(0.05)
+    pytest.fail("the searches did not begin")

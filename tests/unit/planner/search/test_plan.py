@@ -97,16 +97,6 @@ def test_a_budget_of_so_many_machines_has_room_for_them() -> None:
             assert max(design.num_machines for design in designs) == count
 
 
-@pytest.mark.timeout(120)
-def test_the_same_question_has_the_same_answer_in_one_process_and_in_two() -> None:
-    asked = question(limits=Limits(machines=Range(1, 2)), max_rate=6.0)
-    parts: list[int] = []
-    alone, both = search(asked), search(asked, workers=2, tick=parts.append)
-    assert json.dumps(report.as_json(alone)) == json.dumps(report.as_json(both))
-    assert alone.answers == both.answers
-    assert sum(parts) == num_parts(asked)
-
-
 def test_json_and_pictures_have_what_was_found(tmp_path: Path) -> None:
     asked = question(has_fronts=True)
     found = search(asked)
