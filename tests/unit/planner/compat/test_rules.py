@@ -60,7 +60,7 @@ def test_a_prompt_joins_at_the_border_of_a_step_but_one_longer_than_a_batch_wait
     machine, other = (
         Machine(
             MachineUse(name, Role.MIXED, "h100-80gb"), TIMES, events, max_memory_bytes=10**12, weight_bytes=0,
-            on_prompt_end=lambda job: None, on_idle=lambda machine: None,
+            on_prompt_end=lambda job: None, on_decode_end=lambda job: None, on_idle=lambda machine: None,
         )
         for name in ("one", "other")
     )  # fmt: skip
