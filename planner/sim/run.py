@@ -65,7 +65,7 @@ class _Simulation:
         times: Mapping[str, Times],
         config: SimulationConfig,
         power: Mapping[str, Power],
-        told: Told,
+        told: Told = tell_nobody,
     ) -> None:
         self._workload = workload
         self._design = design
