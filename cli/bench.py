@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cli import preflight
+from cli import loads, preflight
 from cli.options import finite, path
 from cli.show import wide_console
 from cli.usage import Commands
@@ -15,7 +15,6 @@ from cli.usage import Commands
 app = typer.Typer(cls=Commands, help="Measure a running server.")
 
 _MAX_ROUNDS = 1000
-_MAX_TOKENS = 1_000_000
 
 
 @app.callback()
@@ -43,56 +42,27 @@ def serve(
             "--model", "-m", help="What --cluster serves; of a --url the name, by default the first it lists."
         ),
     ] = "",
-    trace: Annotated[
-        str,
-        typer.Option(
-            metavar="code|conv|FILE",
-            help="Sizes and arrivals of a trace: Azure's coding or conversation service, or a CSV file.",
-        ),
-    ] = "",
-    trace_from: Annotated[
-        float, typer.Option(min=0.0, callback=finite, help="Begin at this second of the trace.")
-    ] = 0.0,
-    prompt_scale: Annotated[
-        float, typer.Option(min=1e-4, max=1e3, callback=finite, help="Factor on a trace's prompt lengths.")
-    ] = 1.0,
-    output_scale: Annotated[
-        float, typer.Option(min=1e-4, max=1e3, callback=finite, help="Factor on a trace's output lengths.")
-    ] = 1.0,
-    max_prompt: Annotated[
-        int, typer.Option(min=1, max=_MAX_TOKENS, help="Longer prompts of a trace are cut to this.")
-    ] = _MAX_TOKENS,
-    max_output: Annotated[
-        int, typer.Option(min=1, max=_MAX_TOKENS, help="Longer outputs of a trace are cut to this.")
-    ] = _MAX_TOKENS,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, max=_MAX_TOKENS, help="Without a trace: tokens of every prompt.")
-    ] = 512,
-    output_tokens: Annotated[
-        int, typer.Option(min=1, max=_MAX_TOKENS, help="Without a trace: tokens of every output.")
-    ] = 64,
-    rate: Annotated[
-        list[float] | None, typer.Option(help="Open loop: mean requests per second. Repeat it for several loads.")
-    ] = None,
+    trace: loads.Trace = "",
+    trace_from: loads.TraceFrom = 0.0,
+    prompt_scale: loads.PromptScale = 1.0,
+    output_scale: loads.OutputScale = 1.0,
+    max_prompt: loads.MaxPrompt = loads.ANY_LENGTH,
+    max_output: loads.MaxOutput = loads.ANY_LENGTH,
+    prompt_tokens: loads.PromptTokens = 512,
+    output_tokens: loads.OutputTokens = 64,
+    rate: loads.Rates = None,
     streams: Annotated[
         list[int] | None, typer.Option(help="Closed loop: requests in flight. Repeat it for several loads.")
     ] = None,
-    poisson: Annotated[bool, typer.Option("--poisson", help="With a trace: its sizes, but Poisson arrivals.")] = False,
-    requests: Annotated[int, typer.Option(min=1, max=_MAX_TOKENS, help="Requests of each load.")] = 100,
-    seconds: Annotated[
-        float | None, typer.Option(min=0.001, callback=finite, help="Open loops last this long.")
-    ] = None,
-    limit: Annotated[
-        float,
-        typer.Option(
-            min=0.0, callback=finite, help="Seconds after the last request is due until open requests are cut off."
-        ),
-    ] = 300.0,
+    poisson: loads.Poisson = False,
+    requests: loads.Requests = 100,
+    seconds: loads.Seconds = None,
+    limit: loads.Limit = 300.0,
     rounds: Annotated[int, typer.Option(min=1, max=_MAX_ROUNDS, help="Times that every load is run.")] = 1,
     minutes: Annotated[
         float | None, typer.Option(min=0.01, callback=finite, help="Begin no run that would end later than this.")
     ] = None,
-    seed: Annotated[str, typer.Option(help="Of prompts and Poisson arrivals.")] = "0",
+    seed: loads.Seed = "0",
     slo_ttft_ms: Annotated[
         float | None, typer.Option(min=0.0, callback=finite, help="Goodput counts requests whose TTFT is within it.")
     ] = None,

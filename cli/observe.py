@@ -36,7 +36,7 @@ class Live:
         relays = [
             relay_from_pb(request.relay, router_pb2.Usage())
             for part in parts
-            for request in part.router.requests
+            for request in sorted(part.router.requests, key=lambda request: request.arrived_s)
             if request.outcome == "finished"
         ]
         steps, reports = [], []

@@ -11,10 +11,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from baton.errors import BadConfig
 from cli import preflight
 from cli.options import finite, path
 from cli.plan_export import export
 from cli.plan_search import search
+from cli.plan_validate import validate
 from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, warn, workload_of
 from cli.show import wide_console
 from cli.usage import Commands
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 app = typer.Typer(cls=Commands, help="Size a cluster: simulate it before it exists.")
 app.command()(search)
 app.command()(export)
+app.command()(validate)
 
 _UNITS = {"_s": ("s", 3), "_slowdown": ("x", 2)}
 
@@ -67,6 +70,19 @@ def simulate(
     machines: Annotated[
         Path | None, typer.Option(parser=path, metavar="FILE", help="Machine types of your own, in TOML.")
     ] = None,
+    times: Annotated[
+        Path | None,
+        typer.Option(
+            parser=path, metavar="FILE", help="A profile of `baton profile` instead of a model and machines (honest)."
+        ),
+    ] = None,
+    cluster: Annotated[
+        str,
+        typer.Option(
+            metavar="SHAPE [OPTIONS]",
+            help="With --times: 1+2 is 1 prefill and 2 decode workers, 2 is 2 mixed ones; then options of `baton up`.",
+        ),
+    ] = "",
     rate: Annotated[
         float | None,
         typer.Option(min=1e-6, max=MAX_RATE, callback=finite, help="Stretch the arrivals to so many a second."),
@@ -91,18 +107,34 @@ def simulate(
     """Run a workload on a design in simulated time; report latency, slowdowns and the nine objectives."""
     if out is not None:
         preflight.writable_folder(out, "--out")
+    from cli.planned import planned
+    from loadgen.clusters import Shape
     from planner import design
     from planner import machines as catalogue
-    from planner.profiles import simulated
+    from planner.measured import read
+    from planner.profiles import simulated, simulated_as
     from planner.results import Profile
     from planner.summary import as_json as flat
     from planner.summary import summarize, write
 
-    known = catalogue.catalogue(machines)
-    asked = design.parse(known, prompt=prompt or (), token=token or (), mixed=mixed or ())
     work = workload_of(trace, rate, seconds, seed if poisson else None)
-    begin = time.perf_counter()
-    run, alone = simulated(Profile(profile.value), work, asked, model_of(model), tp, known)
+    if times is not None or cluster:
+        given = [bool(each) for each in (prompt, token, mixed, machines)]
+        if times is None or not cluster or any(given) or profile is not AskedProfile.HONEST:
+            raise BadConfig(
+                "--times has one kind of node in clusters of Baton's own: expected --times and --cluster together, "
+                "--profile honest, and no --prompt, --token, --mixed or --machines",
+                param="--times",
+            )
+        measured = read(times)
+        about, twin = f"profile {times} of {measured.model}", planned(Shape.parse(cluster).options, measured)
+        begin = time.perf_counter()
+        run, alone = simulated_as(measured, work, twin.design, twin.config)
+    else:
+        known = catalogue.catalogue(machines)
+        asked = design.parse(known, prompt=prompt or (), token=token or (), mixed=mixed or ())
+        about, begin = f"{model} with TP {tp}", time.perf_counter()
+        run, alone = simulated(Profile(profile.value), work, asked, model_of(model), tp, known)
     wall_s = time.perf_counter() - begin
     summary = summarize(run, alone)
     if out is not None:
@@ -111,7 +143,7 @@ def simulate(
         typer.echo(json.dumps(flat(run, summary), indent=2))
         return
     console = wide_console()
-    _show(console, run, summary, f"{model} with TP {tp}")
+    _show(console, run, summary, about)
     console.print(
         f"simulated in {wall_s:.2f} s, {1e3 * wall_s / len(run.served):.3f} ms a request"
         + ("" if out is None else f"; wrote {out / 'summary.json'} and {out / 'requests.csv'}"),

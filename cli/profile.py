@@ -20,7 +20,7 @@ from loadgen.job import headers_of
 from loadgen.load import Load, Request, closed, same_size
 from loadgen.run import Outcome, run
 from planner.measured import Measured, write
-from planner.observed import Observed, power_of, request_times, transfers_of
+from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
 from planner.steps import found_in
 
 _IDLE_S = 2.0
@@ -97,6 +97,7 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         points=found.points,
         sharing=found.sharing,
         transfers=transfers_of(alone.transfers, node.kv_layout.num_layers),
+        layerwise_from_bytes=layerwise_from_bytes(everything.transfers),
         requests=request_times(alone.relays, first_ttfts_s),
         power=power_of(idle_w, drawn_j, elapsed_s, everything.steps, count),
     )

@@ -3,28 +3,46 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+import typer
 from rich.console import Console
 
+from baton.errors import BadConfig
 from baton.settings import Given, build
 from cli import preflight
 from cli.launch import cluster
 from cli.options import Options, under
-from cli.usage import program
+from cli.usage import UsageError, explain, program
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
 OPTIONS = Options(("", cluster.ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig))
 
 
+def options_of(given: Mapping[str, Given]) -> cluster.ClusterOptions:
+    options = build(cluster.ClusterOptions, given)
+    return replace(options, worker=under("worker.", given), router=under("router.", given))
+
+
+def parsed(words: Sequence[str]) -> cluster.ClusterOptions:
+    """What `baton up` takes these options for; nothing is started. Raises BadConfig."""
+    found: list[Mapping[str, Given]] = []
+    app = typer.Typer(add_completion=False)
+    app.command()(OPTIONS.taken(found.append))
+    try:
+        app(list(words), prog_name="baton up", standalone_mode=False)
+    except UsageError as error:
+        raise BadConfig(f"options of the cluster: {explain(error)}", param="--cluster") from error
+    return options_of(found[0])
+
+
 @OPTIONS.taken
 def up(given: Mapping[str, Given]) -> None:
     """Run a cluster on this machine until Ctrl-C or SIGTERM."""
     preflight.worker_packages()
-    options = build(cluster.ClusterOptions, given)
-    options = replace(options, worker=under("worker.", given), router=under("router.", given))
+    options = options_of(given)
     console = Console(stderr=True, soft_wrap=True)
     has_keys = "api_keys" in options.router
     is_first = True

@@ -48,6 +48,8 @@ class Measured:
     sharing: Sharing = NO_SHARING
     # None: no KV was moved.
     transfers: Transfers | None = None
+    # The least size that was sent layer by layer; None: none was.
+    layerwise_from_bytes: int | None = None
     requests: RequestTimes = FREE_REQUESTS
     # None: no counter of energy was there.
     power: Power | None = None
@@ -146,7 +148,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
     )
     if not points:
         raise ValueError("no points")
-    moved, power = found["transfers"], found["power"]
+    moved, power, least = found["transfers"], found["power"], found["layerwise_from_bytes"]
     sharing = {kind: tuple(_number(factor, 1) for factor in factors) for kind, factors in found["sharing"].items()}
     return Measured(
         model=str(found["model"]),
@@ -159,6 +161,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         transfers=None
         if moved is None
         else Transfers(_number(moved["latency_s"], 0), _number(moved["bytes_s"], 1e-12)),
+        layerwise_from_bytes=None if least is None else int(_number(least, 0)),
         requests=RequestTimes(**_numbers(found["requests"])),
         power=None if power is None else Power(**_numbers(power)),
     )

@@ -15,7 +15,7 @@ from planner.steps import RecordedStep
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """By the records of its router and its nodes; relays and transfers in the order they ended."""
+    """By the records of its router and its nodes; relays in the order of arrival."""
 
     steps: tuple[RecordedStep, ...] = ()
     transfers: tuple[TransferReport, ...] = ()

@@ -40,8 +40,8 @@ def ask_all(cluster: Cluster, prompts: list[tasks.Task]) -> list[router_pb2.Gene
     return [finished for _, finished in answers]
 
 
-def baton(*arguments: str, stdin: str = "") -> str:
-    """The standard output of a command that must succeed."""
+def baton(*arguments: str, stdin: str = "", code: int = 0) -> str:
+    """The output of a command that must end with this code."""
     done = subprocess.run(
         [sys.executable, "-m", "cli", *arguments],
         input=stdin,
@@ -51,5 +51,5 @@ def baton(*arguments: str, stdin: str = "") -> str:
         check=False,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "200"},
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr

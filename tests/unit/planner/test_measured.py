@@ -28,7 +28,7 @@ MEASURED = Measured(
     model="m", device="cpu", software_version="1.0", kv_layout=KvLayout(4, 100, 2, 16, 64, "float32"), line=LINE,
     points=tuple(Point(shape, LINE.step_s(shape) * (1.02 if i else 0.9), i + 1) for i, shape in enumerate(SHAPES)),
     sharing=Sharing((1.1,), (1.2, 1.4)), transfers=Transfers(1e-3, 1e9), requests=RequestTimes(0.02, 0.001),
-    power=Power(50, 300),
+    power=Power(50, 300), layerwise_from_bytes=1 << 20,
 )  # fmt: skip
 SPLIT = SimulationConfig(policy=PolicyConfig(disaggregation="always"), max_output_tokens=1)
 
