@@ -35,11 +35,15 @@ class Setting:
     # Name of the option, "/--no-..." included, and its short form. Empty: reachable by a file alone.
     flag: str = ""
     short: str = ""
+    # Other servers' names of the option.
+    aliases: tuple[str, ...] = ()
     help: str = ""
     # Range, in the unit of the option. A number without a range has to be positive.
     least: float | None = None
     most: float | None = None
     choices: tuple[str, ...] = ()
+    # Other words for some of the choices, each with the choice.
+    synonyms: tuple[tuple[str, str], ...] = ()
     # What one of the option's units is in the field's.
     unit: float = 1
     # The number that stands for None, on the command line and in a file.
@@ -204,7 +208,8 @@ def _typed(key: Key, value: object, source: str) -> object:
         assert issubclass(kind, Enum), key
         make, expected = kind, " or ".join(item.value for item in kind)
     try:
-        return make(value)
+        made = make(value)
+        return dict(key.about.synonyms).get(made, made) if isinstance(made, str) else made
     except (ValueError, OverflowError):
         shown = _shown(value, is_secret=key.is_secret)
         raise BadConfig(f"{source} is {shown}, expected {expected}", param=key.path) from None

@@ -25,7 +25,7 @@ from cli.options import finite, path, plain
 from cli.router import router
 from cli.show import role_change, wide_console
 from cli.up import up
-from cli.usage import Commands, program
+from cli.usage import Commands, Serving, program
 from cli.worker import worker
 from router.config import GRPC_PORT
 
@@ -34,6 +34,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Serve a language model on two pools: prefill nodes run prompts, decode nodes generate tokens.",
 )
 
@@ -71,7 +72,10 @@ Priority = Annotated[
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
 
 for command in (up, worker, router):
-    app.command()(command)
+    app.command(cls=Serving)(command)
+app.command("serve", cls=Serving, help="As up: run a cluster on this machine, also with the options of `vllm serve`.")(
+    up
+)
 app.add_typer(bench.app, name="bench")
 app.add_typer(plan.app, name="plan")
 

@@ -41,7 +41,9 @@ class Options:
     """Of one command. ``parts``: the dataclasses that it builds, each with the prefix of its keys; one with a prefix is
     of processes that the command starts."""
 
-    def __init__(self, *parts: tuple[str, type]) -> None:
+    def __init__(self, *parts: tuple[str, type], positional: str = "") -> None:
+        """``positional``: the option whose value may be given without its name."""
+        self.positional = positional
         own = [key for prefix, config in parts if not prefix for key in keys(config)]
         passed_on = [key for prefix, config in parts if prefix for key in keys(config, prefix) if key.about.up_file]
         self.keys = (*own, *passed_on)
@@ -49,13 +51,18 @@ class Options:
 
     def taken(self, command: Callable[[Mapping[str, Given]], None]) -> Callable[..., None]:
         """Gives ``command`` the options and, by key, what was given."""
+        positional = self.positional
 
         def run(context: typer.Context, **values: object) -> None:
             file, inherited = values.pop("config"), values.pop("settings")
             given = dict(context.meta[_FILE]) if file or inherited else {}
+            if positional and (first := values.pop(_POSITIONAL)) is not None:
+                key = self.options[positional]
+                if _is_given(context, positional):
+                    raise BadConfig(f"{positional.upper()} and {key.option} are both given, expected one of them")
+                given[key.path] = Given(first, positional.upper())
             for name, value in values.items():
-                source = context.get_parameter_source(name)
-                if source is not None and source.name in _GIVEN_BY:
+                if _is_given(context, name):
                     key = self.options[name]
                     given[key.path] = Given(_field_value(key, value), key.option)
                 elif self.options[name].default is MISSING:
@@ -69,6 +76,12 @@ class Options:
                                                    is_eager=True, callback=self._read)]  # fmt: skip
         take = Annotated[str, typer.Option("--settings", hidden=True, is_eager=True, callback=self._inherit)]
         parameters += [_parameter("config", read, None), _parameter("settings", take, "")]
+        if positional:
+            argument = typer.Argument(
+                help=f"Instead of {self.options[positional].option}.", metavar=positional.upper(),
+                show_default=False, is_eager=True, callback=self._take_positional,
+            )  # fmt: skip
+            parameters.append(_parameter(_POSITIONAL, Annotated[str | None, argument], None))
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -78,6 +91,11 @@ class Options:
         if file is not None:
             self._remember(context, read_file(file, "--config", self.keys))
         return file
+
+    def _take_positional(self, context: typer.Context, value: str | None) -> str | None:
+        if value is not None:
+            context.default_map = {**(context.default_map or {}), self.positional: value}
+        return value
 
     def _inherit(self, context: typer.Context, text: str) -> str:
         """What `baton up` tells the processes that it starts."""
@@ -95,11 +113,18 @@ class Options:
 
 
 _FILE = "baton.settings"
+_POSITIONAL = "first"
 
 
 def under(prefix: str, given: Mapping[str, Given]) -> dict[str, Given]:
     """What was given under a prefix, by the keys without it."""
     return {key.removeprefix(prefix): value for key, value in given.items() if key.startswith(prefix)}
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Rather than left to its default."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in _GIVEN_BY
 
 
 def _name(key: Key) -> str:
@@ -120,14 +145,14 @@ def _kind(key: Key) -> Any:
 
 def _annotation(key: Key) -> Any:
     about, kind = key.about, _kind(key)
-    words = [about.flag, *filter(None, [about.short])]
+    words = [about.flag, *about.aliases, *filter(None, [about.short])]
     more: dict[str, Any] = {"help": plain(about.help), "hidden": about.is_hidden, "envvar": about.variable or None}
     if about.metavar:
         more["metavar"] = about.metavar
     if about.parse is not None:
         kind = str
     elif about.choices:
-        kind = _choice(key, about.choices)
+        kind = _choice(key, (*about.choices, *dict(about.synonyms)))
     elif kind is Path:
         kind, more["parser"] = Path | None, path
         more.setdefault("metavar", "PATH")
@@ -193,4 +218,6 @@ def _field_value(key: Key, value: Any) -> object:
         return kind(value * about.unit)
     if get_origin(kind) is tuple:
         return tuple(value)
-    return kind(value.value) if isinstance(value, Enum) else value
+    if isinstance(value, Enum):
+        return kind(dict(about.synonyms).get(value.value, value.value))
+    return value

@@ -18,7 +18,9 @@ from cli.usage import UsageError, explain, program
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
-OPTIONS = Options(("", cluster.ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig))
+OPTIONS = Options(
+    ("", cluster.ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig), positional="model"
+)
 
 
 def options_of(given: Mapping[str, Given]) -> cluster.ClusterOptions:

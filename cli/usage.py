@@ -13,6 +13,7 @@ import typer
 import typer.core
 
 from baton.spelling import meant
+from cli.vllm_flags import Refused, translated
 
 # By way of a class that Typer exports: newer ones bring a click of their own.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -25,6 +26,22 @@ class Commands(typer.core.TyperGroup):
         if args[0] not in self.commands and not args[0].startswith("-"):
             ctx.fail(f"No such command {args[0]!r}{meant(args[0], self.commands)}")
         return super().resolve_command(ctx, args)
+
+
+class Serving(typer.core.TyperCommand):
+    """Takes the options of `vllm serve` as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        flags: set[str] = set(ctx.help_option_names)
+        valued: set[str] = set()
+        for parameter in self.params:
+            kind = flags if getattr(parameter, "is_flag", False) else valued
+            kind.update(parameter.opts, parameter.secondary_opts)
+        try:
+            args = translated(args, flags, valued)
+        except Refused as refused:
+            ctx.fail(str(refused))
+        return super().parse_args(ctx, args)
 
 
 def explain(error: Any) -> str:

@@ -25,7 +25,12 @@ class EngineConfig:
 
     dtype: str = field(
         default="auto",
-        metadata=setting("--dtype", "auto is what the model was saved in.", choices=("auto", *DTYPE_BYTES)),
+        metadata=setting(
+            "--dtype",
+            "auto is what the model was saved in.",
+            choices=("auto", *DTYPE_BYTES),
+            synonyms=(("half", "float16"), ("float", "float32")),
+        ),
     )
     kernels: str = field(
         default="auto",
@@ -89,13 +94,19 @@ class EngineConfig:
     num_blocks: int | None = field(
         default=None,
         metadata=setting(
-            "--num-blocks", "KV cache of a worker in blocks, instead of --kv-mib. 0: by that.", none=0, most=2**31 - 1
+            "--num-blocks",
+            "KV cache of a worker in blocks, instead of --kv-mib. 0: by that.",
+            aliases=("--num-gpu-blocks-override",),
+            none=0,
+            most=2**31 - 1,
         ),
     )
     block_tokens: int = field(
         default=64,
         metadata=setting(
-            "--block-tokens", "Tokens in a KV block, a power of two from 16 to 256; the same in a whole cluster."
+            "--block-tokens",
+            "Tokens in a KV block, a power of two from 16 to 256; the same in a whole cluster.",
+            aliases=("--block-size",),
         ),
     )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -18,7 +18,13 @@ class SchedulerConfig:
     vocab_size: int | None = field(default=2**31, metadata=computed())
     max_batch_tokens: int = field(
         default=2048,
-        metadata=setting("--max-batch-tokens", "Prompt tokens computed in one engine step.", least=1, most=1 << 24),
+        metadata=setting(
+            "--max-batch-tokens",
+            "Prompt tokens computed in one engine step.",
+            aliases=("--max-num-batched-tokens",),
+            least=1,
+            most=1 << 24,
+        ),
     )
     max_num_seqs: int = field(
         default=256,

@@ -203,6 +203,7 @@ class RouterConfig:
             "auto: temperature, top_p, top_k, min_p, repetition_penalty and max_new_tokens of the model's "
             "generation_config.json hold where a request says nothing. none: the API's own defaults.",
             choices=("auto", "none"),
+            synonyms=(("vllm", "none"),),
         ),
     )
     ignore_unknown_fields: bool = field(

@@ -42,7 +42,8 @@ def options() -> str:
         own = [key for command, key in found.items() if command != "up"] or list(found.values())
         paths = ", ".join(f"`{path}`" for path in dict.fromkeys(key.path for key in own))
         variable = f" (`{about.variable}`)" if about.variable else ""
-        lines.append(f"| `{name}` | {' | '.join(defaults)} | {paths} | {_cell(about.help + variable)} |")
+        also = f" Also {', '.join(f'`{alias}`' for alias in about.aliases)}." if about.aliases else ""
+        lines.append(f"| `{name}` | {' | '.join(defaults)} | {paths} | {_cell(about.help + variable + also)} |")
     return "\n".join(lines)
 
 

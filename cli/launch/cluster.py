@@ -63,7 +63,9 @@ class ClusterOptions:
     num_mixed: int = field(default=0, metadata=setting("--mixed", "Workers that do both.", least=0, most=_MAX_WORKERS))
     http_port: int = field(
         default=HTTP_PORT,
-        metadata=setting("--http-port", "Port of the OpenAI API; 0 = any free one.", least=0, most=65535),
+        metadata=setting(
+            "--http-port", "Port of the OpenAI API; 0 = any free one.", aliases=("--port",), least=0, most=65535
+        ),
     )
     grpc_port: int = field(
         default=GRPC_PORT,
