@@ -24,8 +24,8 @@ def check_node_id(name: str) -> None:
         raise BadConfig(f"node_id is {quoted(name)}, expected {expected}", param="node_id")
 
 
-def check_model_name(name: str) -> None:
+def check_model_name(name: str, param: str = "model_name") -> None:
     """Raises BadConfig."""
     if not name.isprintable() or not name.strip() or len(name) > _MAX_CHARS:
         expected = f"1 to {_MAX_CHARS} printable characters; give another --model-name"
-        raise BadConfig(f"model_name is {quoted(name)}, expected {expected}", param="model_name")
+        raise BadConfig(f"{param} is {quoted(name)}, expected {expected}", param=param)

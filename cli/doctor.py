@@ -60,7 +60,7 @@ def examine(model: str = "", registry: str = "", cluster: str = "default") -> li
     if registry:
         findings.append(machine.registry(registry, cluster))
     if model:
-        findings.append(_model(model))
+        findings += _model(model)
     return findings
 
 
@@ -196,16 +196,23 @@ def _resources() -> Iterator[Finding]:
     yield Finding("disk", None, f"{free / 2**30:.0f} GiB free for models fetched from the hub")
 
 
-def _model(model: str) -> Finding:
+def _model(model: str) -> Iterator[Finding]:
     advice = "see the README for the models that are served"
     from engine.model_config import ModelConfig
+    from router.model_files import load_facts, load_tokenizer_facts, stated
 
     try:
         folder = model_source.resolve(model)
         preflight.model_files(folder)
         config = ModelConfig.from_folder(folder)
+        facts, tokenizer = load_facts(folder), load_tokenizer_facts(folder)
     except BatonError as error:
-        return Finding("model", False, error.message, advice)
+        yield Finding("model", False, error.message, advice)
+        return
     sizes = f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} for KV)"
     context = f"{config.vocab_size} tokens, context of {config.max_model_tokens}, {config.dtype}"
-    return Finding("model", True, f"{folder}: {config.architecture}, {sizes}, {context}")
+    yield Finding("model", True, f"{folder}: {config.architecture}, {sizes}, {context}")
+    own = tokenizer.special_tokens.get("eos_token")
+    ends = [*map(str, facts.eos_token_ids), *([f"the tokenizer's {own}"] if own else [])]
+    defaults = stated(facts.sampling) or "the API's own"
+    yield Finding("generation", None, f"defaults: {defaults}; ends at {', '.join(ends) or 'no token'}")

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from baton.types import KvLayout
     from engine.config import EngineConfig
     from kvtransfer.config import TransferConfig
+    from router.config import RouterConfig
 
 _COMPUTES_WITH = ("llvmlite", "numpy", "safetensors", "torch", "xxhash")
 
@@ -144,13 +145,17 @@ def model_files(folder: Path) -> None:
         files.has_own_head(config)
 
 
-def tokenizer_files(folder: Path, generation_config: str) -> None:
+def tokenizer_files(folder: Path, config: RouterConfig) -> None:
     """What a router reads of the folder can be read. Raises UnsupportedModel, BadConfig."""
+    from router.chat import ChatTemplate
     from router.model_files import load_facts
-    from router.tokenizer import Tokenizer
+    from router.serve import tokenizer_of
 
-    load_facts(folder, sampling_defaults=generation_config == "auto")
-    Tokenizer.load(folder)
+    load_facts(folder, sampling_defaults=config.generation_config == "auto")
+    tokenizer = tokenizer_of(config, folder)
+    facts = None if tokenizer is None else tokenizer.facts
+    if facts is not None and facts.chat_template is not None:
+        ChatTemplate(facts.chat_template, facts.special_tokens, facts.tool_template)
 
 
 def hardware(kernels: str, transfer: TransferConfig) -> None:
@@ -184,7 +189,7 @@ def host_cache(folder: Path, engine: EngineConfig, num_workers: int) -> KvLayout
     from engine.memory import layout_before_loading, of_machine
     from engine.model_config import ModelConfig
 
-    model = ModelConfig.from_folder(folder)
+    model = ModelConfig.from_folder(folder).within(engine.max_model_tokens)
     dtype = model.dtype if engine.dtype == "auto" else engine.dtype
     layout = layout_before_loading(model, engine, dtype, of_machine(), num_workers=num_workers)
     assert layout is not None, "a processor's is reckoned"

@@ -21,6 +21,7 @@ class RouterOptions:
     """Of the command alone."""
 
     model: str = field(metadata=setting("--model", "A Hugging Face folder or hub id.", short="-m"))
+    revision: str = field(default="", metadata=model_source.REVISION)
     http: str = field(default=f"127.0.0.1:{HTTP_PORT}", metadata=setting("--http", "host:port of the OpenAI API."))
     grpc: str = field(default=f"127.0.0.1:{GRPC_PORT}", metadata=setting("--grpc", "host:port of the gRPC API."))
     die_with_parent: int = field(
@@ -44,15 +45,15 @@ def router(given: Mapping[str, Given]) -> None:
     http_host, http_port = parse_address(options.http, "--http")
     grpc_host, grpc_port = parse_address(options.grpc, "--grpc")
     config = replace(
-        build(RouterConfig, given),
+        model_source.with_tokenizer(build(RouterConfig, given)),
         http_host=http_host,
         http_port=http_port,
         grpc_host=join_address(grpc_host, 0).removesuffix(":0"),
         grpc_port=grpc_port,
-        model_folder=model_source.resolve(options.model),
+        model_folder=model_source.resolve(options.model, options.revision),
     )
-    if not config.model_name:
-        config = replace(config, model_name=model_source.name_of(options.model))
+    if not config.model_names:
+        config = replace(config, model_names=(model_source.name_of(options.model),))
 
     async def run() -> None:
         stop = asyncio.Event()

@@ -22,6 +22,7 @@ class WorkerOptions:
     """Of the command alone."""
 
     model: str = field(metadata=setting("--model", "A Hugging Face folder or hub id.", short="-m"))
+    revision: str = field(default="", metadata=model_source.REVISION)
     cpus: str = field(
         default="all",
         metadata=setting("--cpus", "CPUs to compute on, such as 0-3,8. all: no binding.", metavar="all|LIST"),
@@ -52,7 +53,7 @@ def worker(given: Mapping[str, Given]) -> None:
         # Before torch is loaded, whose threads are as many as it finds CPUs.
         cores.bind(cores.parse(options.cpus, "--cpus"), "--cpus")
     preflight.one_kv_size(given)
-    folder = model_source.resolve(options.model)
+    folder = model_source.resolve(options.model, options.revision)
     preflight.model_files(folder)
     # One line of JSON with the address on standard output, which a process that asked for any port reads.
     ready_fd = None if options.die_with_parent else os.dup(1)

@@ -109,6 +109,15 @@ class EngineConfig:
             aliases=("--block-size",),
         ),
     )
+    max_model_tokens: int | None = field(
+        default=None,
+        metadata=setting(
+            "--max-model-len",
+            "Tokens of a prompt and its answer together; the same for all workers. 0: as many as the model has.",
+            none=0,
+            most=2**31 - 1,
+        ),
+    )
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     max_graph_seqs: int = field(
         default=256,

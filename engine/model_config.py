@@ -6,11 +6,11 @@ Everything the engine cannot serve exactly is refused here, by name, before a we
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from baton.errors import quoted
+from baton.errors import BadConfig, quoted
 from baton.fields import Fields
 from baton.files import read_object
 from baton.types import DTYPE_BYTES, RopeRegimes
@@ -116,6 +116,17 @@ class ModelConfig:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    def within(self, max_tokens: int | None) -> ModelConfig:
+        """With a shorter context. Raises BadConfig for a longer one."""
+        if max_tokens is None:
+            return self
+        if max_tokens > self.max_model_tokens:
+            raise BadConfig(
+                f"--max-model-len is {max_tokens}, expected at most {self.max_model_tokens}, the model's context",
+                param="max_model_tokens",
+            )
+        return replace(self, max_model_tokens=max_tokens)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:

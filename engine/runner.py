@@ -160,18 +160,20 @@ class Runner:
         devices.enter(device)
         devices.settle(device)
         before = devices.gpu_memory(device)
-        model_config = ModelConfig.from_folder(folder)
+        whole_config = ModelConfig.from_folder(folder)
+        model_config = whole_config.within(config.max_model_tokens)
         dtype = model_config.dtype if config.dtype == "auto" else config.dtype
         # Before anything is read: a machine out of memory kills processes, not always the one that used most.
         name = _shown(device, devices)
         memory = devices.host_memory() if before is None else Memory(before.free_bytes, f"what is free on {name}")
         layout = layout_before_loading(model_config, config, dtype, memory, is_measured=before is not None)
         with torch.inference_mode(), Checkpoint(folder) as checkpoint:
-            model_config = checkpoint.check(model_config)
+            whole_config = checkpoint.check(whole_config)
+            model_config = whole_config.within(config.max_model_tokens)
             model = Model(model_config, checkpoint, kernels, TORCH_DTYPES[dtype])
             description = ModelDescription(
                 name=folder.resolve().name,
-                fingerprint=quantized_fingerprint(checkpoint.fingerprint(model_config), kernels.quantization),
+                fingerprint=quantized_fingerprint(checkpoint.fingerprint(whole_config), kernels.quantization),
                 dtype=dtype,
                 max_model_tokens=model_config.max_model_tokens,
                 vocab_size=model_config.vocab_size,

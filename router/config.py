@@ -168,10 +168,35 @@ class RouterConfig:
     # Folder with tokenizer.json and the model's JSON files. None: token ids only.
     model_folder: Path | None = field(default=None, metadata=computed())
     # None: the folder's, else the one that the nodes say.
-    model_name: str | None = field(
+    model_names: tuple[str, ...] = field(
+        default=(),
+        metadata=setting(
+            "--model-name",
+            "What the API calls the model; may be given more than once: a request may have any of the names, answers "
+            "and metrics have the first. Default: the folder's name or the hub id.",
+            aliases=("--served-model-name",),
+            up_file=False,
+        ),
+    )
+    # With the files beside it. Empty: the model's.
+    tokenizer: str = field(
+        default="",
+        metadata=setting("--tokenizer", "A folder or hub id with another tokenizer.json. Default: the model's folder."),
+    )
+    chat_template: str = field(
+        default="",
+        metadata=setting(
+            "--chat-template", "A file with another chat template, or the template itself. Default: the tokenizer's."
+        ),
+    )
+    seed: int | None = field(
         default=None,
         metadata=setting(
-            "--model-name", "What the API calls the model. Default: the folder's name or the hub id.", up_file=False
+            "--seed",
+            "Requests without a seed draw theirs from this one, in the order they come: the same requests one after "
+            "the other have the same answers after a restart. Default: no request is like another.",
+            least=0,
+            most=2**63 - 1,
         ),
     )
     # Any of them lets a client in. None: the API asks for no key.
@@ -266,8 +291,9 @@ class RouterConfig:
         if not self.nodes and not self.registry.is_used:
             message = "no workers are named: give --node HOST:PORT once for each, or --registry redis://HOST:PORT"
             raise BadConfig(message, param="nodes")
-        if self.model_name is not None:
-            check_model_name(self.model_name)
+        for name in self.model_names:
+            check_model_name(name, "model_names")
+            _expect(self.model_names.count(name) == 1, "model_names", name, "each name once")
         for address in self.nodes:
             host, _ = parse_address(address, "nodes", lowest_port=1)
             _expect(not is_anywhere(host), "nodes", address, "a host that can be dialled, the node's own")

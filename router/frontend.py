@@ -36,7 +36,7 @@ from router.config import LimitsConfig
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind, Prompt
-from router.model_files import ModelFacts
+from router.model_files import ModelFacts, defaults
 from router.offload import Offload
 from router.records import Origin
 from router.reply.formats import AUTO, ReplyFormat
@@ -217,12 +217,13 @@ class Accepted:
 
 class Frontend:
     def __init__(
-        self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_name: str | None,
-        limits: LimitsConfig, rng: random.Random, shares_between_keys: bool = True, slo: Slo = NO_SLO,
-        tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
+        self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_names: tuple[str, ...],
+        limits: LimitsConfig, rng: random.Random, seeds: random.Random, shares_between_keys: bool = True,
+        slo: Slo = NO_SLO, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
     ) -> None:  # fmt: skip
-        """``shares_between_keys``: prompts of all API keys may share KV; else each key is a tenant of its own.
-        ``slo``: of requests that say nothing."""
+        """``model_names``: empty for the name that the nodes say. ``rng``: for names of requests; ``seeds``: for seeds
+        of requests without one. ``shares_between_keys``: prompts of all API keys may share KV; else each key is a
+        tenant of its own. ``slo``: of requests that say nothing."""
         self._dispatcher = dispatcher
         self.offload = Offload(limits.num_offload_threads, limits.max_offloaded)
         self.tokenizer = tokenizer
@@ -231,9 +232,10 @@ class Frontend:
         # As in vLLM, the tokenizer's end of sequence stops whether or not generation_config.json lists it.
         own_eos = () if tokenizer is None or tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         self._eos_token_ids = tuple(dict.fromkeys((*facts.eos_token_ids, *own_eos)))
-        self._model_name = model_name
+        self._model_names = model_names
         self._limits = limits
         self._rng = rng
+        self._seeds = seeds
         self._shares_between_keys = shares_between_keys
         self._slo = slo
         self._chat: ChatTemplate | None = None
@@ -246,8 +248,18 @@ class Frontend:
 
     @property
     def model_name(self) -> str:
+        """As answers have it; empty while no name is known."""
+        return next(iter(self.model_names), "")
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
         reference = self._dispatcher.nodes.membership.reference
-        return self._model_name or (reference.model.name if reference else "")
+        return self._model_names or ((reference.model.name,) if reference and reference.model.name else ())
+
+    @property
+    def default_sampling(self) -> dict[str, float]:
+        """Of generation_config.json, where it differs from the API's own."""
+        return defaults(self._facts.sampling)
 
     @property
     def backlog(self) -> Backlog:
@@ -293,7 +305,8 @@ class Frontend:
 
     async def _start(self, request: GenerationRequest) -> Accepted:
         arrived_s = self._dispatcher.clock.now()
-        self._check_model(request.model)
+        if request.model and self.model_names:
+            self.check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
         _check_priority(request.priority)
@@ -380,12 +393,11 @@ class Frontend:
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _check_model(self, model: str) -> None:
-        served = self.model_name
-        if model and served and model != served:
-            raise errors.UnknownModel(
-                f"the model {quoted(model)} does not exist; this server has {quoted(served)}", param="model"
-            )
+    def check_model(self, name: str) -> None:
+        """Raises UnknownModel for a name that is none of the model's."""
+        if name not in self.model_names:
+            has = " and ".join(map(quoted, self.model_names)) or "no model yet"
+            raise errors.UnknownModel(f"the model {quoted(name)} does not exist; this server has {has}", param="model")
 
     def _request_id(self, asked: str) -> str:
         if not asked:
@@ -538,7 +550,7 @@ class Frontend:
                 f"asked for ({num_prompt_tokens} in the prompt and {max_tokens} to generate); shorten one of them",
                 param=param,
             )
-        seed = self._rng.getrandbits(63) if sampling.seed is None else sampling.seed
+        seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
         vocab_size = self._vocab_size
         eos_ids = [i for i in self._eos_token_ids if vocab_size is None or i < vocab_size]
         stop_ids = resolve_stop_ids(sampling, eos_ids)

@@ -262,13 +262,10 @@ class _Routes:
         return RedirectResponse("/status")
 
     async def models(self) -> Response:
-        names = [self._frontend.model_name] if self._frontend.model_name else []
-        return JSONResponse({"object": "list", "data": [self._model_card(n) for n in names]})
+        return JSONResponse({"object": "list", "data": [self._model_card(n) for n in self._frontend.model_names]})
 
     async def model(self, name: str) -> Response:
-        if name != self._frontend.model_name:
-            has = quoted(self._frontend.model_name) if self._frontend.model_name else "no model yet"
-            raise errors.UnknownModel(f"the model {quoted(name)} does not exist; this server has {has}", param="model")
+        self._frontend.check_model(name)
         return JSONResponse(self._model_card(name))
 
     def _model_card(self, name: str) -> dict[str, Any]:
@@ -278,6 +275,8 @@ class _Routes:
             "created": self._started_s,
             "owned_by": "baton",
             "max_model_len": self._frontend.max_model_tokens,
+            # Of requests that say nothing: what generation_config.json says, in the API's names.
+            "default_sampling_params": self._frontend.default_sampling,
         }
 
     async def health(self) -> Response:

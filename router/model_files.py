@@ -63,9 +63,20 @@ def load_facts(folder: Path, *, sampling_defaults: bool = True) -> ModelFacts:
     )
 
 
-def load_tokenizer_facts(folder: Path) -> TokenizerFacts:
+def load_tokenizer_facts(folder: Path, chat_template: str = "") -> TokenizerFacts:
+    """``chat_template``: another one than the folder's, or the path of its file."""
     config = _read_json(folder / "tokenizer_config.json")
-    return TokenizerFacts(_special_tokens(folder, config), *_chat_templates(folder, config))
+    templates = (_given_template(chat_template), None) if chat_template else _chat_templates(folder, config)
+    return TokenizerFacts(_special_tokens(folder, config), *templates)
+
+
+def _given_template(text: str) -> str:
+    if "{{" in text or "{%" in text:
+        return text
+    if not is_there(Path(text)):
+        expected = "the path of a file, or a template, which has {{ or {% in it"
+        raise BadConfig(f"--chat-template is {quoted(text)}, expected {expected}", param="chat_template")
+    return read_text(Path(text))
 
 
 # The numbers of generation_config.json that vLLM uses as defaults, by their names in SamplingParams. do_sample is not
@@ -102,11 +113,16 @@ def _sampling(generation: Mapping[str, Any], path: Path) -> SamplingParams:
         raise _bad_default(path, error.message) from error
 
 
-def stated(sampling: SamplingParams) -> str:
-    """The defaults that differ from the neutral ones, for display."""
+def defaults(sampling: SamplingParams) -> dict[str, float]:
+    """Those that differ from the neutral ones."""
     neutral = SamplingParams()
     names = (*DEFAULTED_SAMPLING, "max_tokens")
-    return ", ".join(f"{n} {getattr(sampling, n)}" for n in names if getattr(sampling, n) != getattr(neutral, n))
+    return {n: getattr(sampling, n) for n in names if getattr(sampling, n) != getattr(neutral, n)}
+
+
+def stated(sampling: SamplingParams) -> str:
+    """For display."""
+    return ", ".join(f"{name} {value}" for name, value in defaults(sampling).items())
 
 
 def _bad_default(path: Path, what: str) -> BadConfig:

@@ -12,12 +12,14 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from starlette.types import ASGIApp
 
 from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
+from baton.errors import BadConfig, quoted
 from baton.metrics import Metrics, add_process
 from baton.ready import write_json_atomically
 from baton.registry import Registry
@@ -99,10 +101,12 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     counted.add_index(dispatcher.scheduler.prefix_index)
     counted.add_policy(config.policy)
     folder = config.model_folder
-    name = config.model_name or (folder.resolve().name if folder is not None else None)
+    names = config.model_names or ((folder.resolve().name,) if folder is not None else ())
+    rng = random.SystemRandom()
     frontend = Frontend(
-        dispatcher, tokenizer=tokenizer, facts=facts, model_name=name, limits=config.limits,
-        rng=random.SystemRandom(), shares_between_keys=config.shares_between_keys,
+        dispatcher, tokenizer=tokenizer, facts=facts, model_names=names, limits=config.limits,
+        rng=rng, seeds=rng if config.seed is None else random.Random(config.seed),
+        shares_between_keys=config.shares_between_keys,
         slo=config.slo.default, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser,
     )  # fmt: skip
     history = History(dispatcher)
@@ -156,13 +160,28 @@ def _connection_limits(limits: LimitsConfig, num_allowed: int) -> ConnectionLimi
 
 
 def _model_of(config: RouterConfig) -> tuple[Tokenizer | None, ModelFacts]:
+    """Raises BadConfig and UnsupportedModel for what cannot be used."""
     folder = config.model_folder
     if folder is None:
         return None, ModelFacts()
     facts = load_facts(folder, sampling_defaults=config.generation_config == "auto")
     if facts.sampling != SamplingParams():
         _log.info("defaults of sampling from generation_config.json: %s", stated(facts.sampling))
-    return Tokenizer.load(folder), facts
+    return tokenizer_of(config, folder), facts
+
+
+def tokenizer_of(config: RouterConfig, folder: Path) -> Tokenizer | None:
+    """``folder``: the model's. Raises BadConfig and UnsupportedModel."""
+    tokenizer = Tokenizer.load(Path(config.tokenizer or folder), config.chat_template)
+    if tokenizer is None and (config.tokenizer or config.chat_template):
+        if config.tokenizer:
+            raise BadConfig(
+                f"--tokenizer is {quoted(config.tokenizer)}, which has no tokenizer.json", param="tokenizer"
+            )
+        raise BadConfig(
+            f"--chat-template needs a tokenizer, and {folder} has no tokenizer.json", param="chat_template"
+        )  # fmt: skip
+    return tokenizer
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

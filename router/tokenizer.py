@@ -52,8 +52,9 @@ class Tokenizer:
         self.eos_token_id: int | None = None if eos_token is None else inner.token_to_id(eos_token)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokenizer | None:
-        """None if the folder has no tokenizer.json: then only token ids can be served."""
+    def load(cls, folder: Path, chat_template: str = "") -> Tokenizer | None:
+        """None if the folder has no tokenizer.json: then only token ids can be served. ``chat_template``: as for
+        `load_tokenizer_facts`."""
         path = folder / "tokenizer.json"
         if not is_there(path):
             return None
@@ -62,7 +63,7 @@ class Tokenizer:
             inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the package raises bare Exception
             raise BadConfig(f"{path} cannot be loaded: {error}", param="model_folder") from error
-        return cls(inner, load_tokenizer_facts(folder))
+        return cls(inner, load_tokenizer_facts(folder, chat_template))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         if len(text) <= _BATCH_CHARS:

@@ -65,7 +65,10 @@ class WorkerConfig:
     model_name: str = field(
         default="",
         metadata=setting(
-            "--model-name", "What the API calls the model. Default: the folder's name or the hub id.", up_file=False
+            "--model-name",
+            "What the API calls the model. Default: the folder's name or the hub id.",
+            aliases=("--served-model-name",),
+            up_file=False,
         ),
     )
     engine: EngineConfig = field(default_factory=EngineConfig)

@@ -52,6 +52,7 @@ class ClusterOptions:
     """What was asked for. ``worker`` and ``router``: settings of every worker and of the router, by key."""
 
     model: str = field(metadata=setting("--model", "A Hugging Face folder or hub id.", short="-m"))
+    revision: str = field(default="", metadata=model_source.REVISION)
     num_prefill: int | None = field(
         default=None,
         metadata=setting("--prefill", "Prefill workers. Default 1, or 0 with --mixed.", least=0, most=_MAX_WORKERS),
@@ -78,9 +79,14 @@ class ClusterOptions:
     log_dir: Path | None = field(
         default=None, metadata=setting("--log-dir", "Where children log. Default: a temporary one.")
     )
-    model_name: str = field(
-        default="",
-        metadata=setting("--model-name", "What the API calls the model. Default: the folder's name or the hub id."),
+    model_names: tuple[str, ...] = field(
+        default=(),
+        metadata=setting(
+            "--model-name",
+            "What the API calls the model; may be given more than once: a request may have any of the names, answers "
+            "and metrics have the first. Default: the folder's name or the hub id.",
+            aliases=("--served-model-name",),
+        ),
     )
     gpus: str = field(
         default="auto",
@@ -128,18 +134,27 @@ class ClusterOptions:
 
     def worker_config(self, folder: Path) -> WorkerConfig:
         """What all workers have in common. Raises BadConfig for what a worker would refuse."""
-        own = {**self._shared(), "model": Given(folder, "--model"), "role": Given(Role.MIXED, "--role")}
+        own = {
+            "model_name": Given(self._names()[0], "--model-name"),
+            "registry": Given(self.registry, "--registry"),
+            "model": Given(folder, "--model"),
+            "role": Given(Role.MIXED, "--role"),
+        }
         return build(WorkerConfig, {**self.worker, **own})
 
     def router_config(self, folder: Path, nodes: Sequence[str]) -> RouterConfig:
         """Raises BadConfig for what the router would refuse."""
         listed = () if self.registry.is_used else tuple(nodes)
-        own = {**self._shared(), "model_folder": Given(folder, "--model"), "nodes": Given(listed, "--node")}
-        return build(RouterConfig, {**self.router, **own})
+        own = {
+            "model_names": Given(self._names(), "--model-name"),
+            "registry": Given(self.registry, "--registry"),
+            "model_folder": Given(folder, "--model"),
+            "nodes": Given(listed, "--node"),
+        }
+        return model_source.with_tokenizer(build(RouterConfig, {**self.router, **own}))
 
-    def _shared(self) -> Mapping[str, Given]:
-        name = self.model_name or model_source.name_of(self.model)
-        return {"model_name": Given(name, "--model-name"), "registry": Given(self.registry, "--registry")}
+    def _names(self) -> tuple[str, ...]:
+        return self.model_names or (model_source.name_of(self.model),)
 
     def worker_roles(self) -> Iterator[tuple[str, str]]:
         """(node id, role) of every worker."""
@@ -174,7 +189,7 @@ async def up(
 
     ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
     """
-    folder = model_source.resolve(options.model)
+    folder = model_source.resolve(options.model, options.revision)
     preflight.one_kv_size(options.worker)
     common = options.worker_config(folder)
     preflight.hardware(common.engine.kernels, common.transfer)
@@ -254,7 +269,7 @@ def _run_directory(wanted: Path | None) -> Iterator[Path]:
 
 async def _check_router(config: RouterConfig, folder: Path) -> None:
     """Files that the router would refuse, and a Redis that it would wait for, before anything starts."""
-    preflight.tokenizer_files(folder, config.generation_config)
+    preflight.tokenizer_files(folder, config)
     if config.otel:
         from router import spans  # with the tokenizer
 

@@ -239,7 +239,7 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     """By the command lines that it starts them with, settings without an option included."""
     text = f"""
         model = "{MODEL}"
-        model_name = "told"
+        model_names = ["told", "too"]
         registry = {{ url = "redis://:hush@h", cluster = "c" }}
         [worker.engine]
         num_threads = 3
@@ -264,9 +264,9 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     line = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1).command
     told = given_to(router.OPTIONS, *line[4:])
     assert told["limits.max_queued"].value == 3
-    assert (told["http"].value, told["model_name"].value, told["registry.cluster"].value) == (
+    assert (told["http"].value, told["model_names"].value, told["registry.cluster"].value) == (
         "127.0.0.1:1",
-        "told",
+        ("told", "too"),
         "c",
     )
     assert "hush" not in "".join((*line, *started.program.command)), "every user of the machine can read arguments"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 import resource
 import socket
@@ -17,6 +18,7 @@ from baton.errors import InternalError
 from cli import machine, trial
 from cli.doctor import examine, report
 from engine.kernels.reference import ReferenceKernels
+from tests.support.root import ROOT
 
 
 def test_everything_is_looked_at_and_every_fault_has_a_cure() -> None:
@@ -31,6 +33,17 @@ def test_everything_is_looked_at_and_every_fault_has_a_cure() -> None:
     tried = next(finding for finding in findings if finding.subject == "kernel trial")
     assert tried.is_ok is True
     assert re.fullmatch(r"cpu-\w+ on cpu: compiled, run and right in [\d.]+ s", tried.found)
+
+
+def test_a_models_own_defaults_are_shown(tmp_path: Path) -> None:
+    model = ROOT / "demo" / "model"
+    for path in model.iterdir():
+        if path.name != "generation_config.json":
+            (tmp_path / path.name).symlink_to(path)
+    generation = {"temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "eos_token_id": [7, 8]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    (shown,) = [finding.found for finding in examine(str(tmp_path)) if finding.subject == "generation"]
+    assert shown.startswith("defaults: temperature 0.6, top_k 20, max_tokens 99; ends at 7, 8")
 
 
 def test_the_instruction_set_is_that_of_the_kernels() -> None:

@@ -98,6 +98,14 @@ def refused(said: Said, *parts: str) -> None:
         ([*UP, "--cluster", "a:b"], ["--cluster is 'a:b'", "letters"]),
         ([*UP, "--model-name", "a\nb"], ["--model-name is 'a\\nb'", "printable"]),
         ([*UP, "--model-name", " "], ["--model-name is ' '", "printable"]),
+        ([*UP, "--model-name", "a", "--served-model-name", "a"], ["--model-name is 'a', expected each name once"]),
+        ([*UP, "--max-model-len", "999999"], ["--max-model-len is 999999, expected at most 2048, the model's context"]),
+        ([*UP, "--revision", "main"], ["--revision is 'main'", "which has no revisions"]),
+        ([*UP, "--chat-template", "/nowhere"], ["--chat-template is '/nowhere', expected the path of a file"]),
+        ([*UP, "--chat-template", "{% for"], ["chat template cannot be compiled"]),
+        ([*UP, "--tokenizer", "/nowhere"], ["tokenizer folder /nowhere does not exist"]),
+        ([*UP, "--tokenizer", "/"], ["--tokenizer is '/', which has no tokenizer.json"]),
+        ([*UP, "--seed", "-1"], ["--seed"]),
         ([*UP, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),
         ([*UP, "--kernels", "triton"], ["--kernels triton", "NVIDIA GPU"]),
         ([*WORKER, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),
@@ -287,7 +295,7 @@ def test_a_command_that_fails_early_leaves_the_ready_file_of_another_alone(
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["up", "--seed", "1"], "No such option --seed, which is one of generate, chat;"),
+        (["up", "--stop", "x"], "No such option --stop, which is one of generate;"),
         (["up", "--modle", "x"], "(did you mean --model?)"),
         (["up", "--htp-prot", "x"], "(did you mean --http-port?)"),
         (["worker", "--kvmib", "1"], "(did you mean --kv-mib?)"),

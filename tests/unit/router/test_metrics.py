@@ -33,7 +33,7 @@ async def scrape(router: Router, path: str = "/metrics") -> httpx.Response:
 
 
 async def test_every_series_of_a_router_says_its_cluster_and_model_once() -> None:
-    settings = {"registry": RegistryConfig(cluster="west"), "model_name": "m"}
+    settings = {"registry": RegistryConfig(cluster="west"), "model_names": ("m",)}
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster, **settings) as router:
         found = samples((await scrape(router)).text)
     assert {(s.labels["cluster"], s.labels["model_name"]) for s in found} == {("west", "m")}
