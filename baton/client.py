@@ -9,11 +9,12 @@ A call that ends early (``close`` on the iterator, a break out of the loop) canc
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import grpc
 from grpc import aio
@@ -105,6 +106,32 @@ Part = Accepted | Delta | Finished
 
 
 @dataclass(frozen=True, slots=True)
+class StructuredOutput:
+    """The form that the answer is to have: exactly one of the fields, beside ``lenient``."""
+
+    json_schema: Mapping[str, Any] | str | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] = ()
+    # Lark's form, or GBNF.
+    grammar: str | None = None
+    # Keywords of the schema that cannot be followed are ignored instead of refused.
+    lenient: bool = False
+
+    def to_pb(self) -> router_pb2.StructuredOutput:
+        message = router_pb2.StructuredOutput(choice=self.choice, lenient=self.lenient)
+        if (schema := self.json_schema) is not None:
+            message.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
+        if self.json_object:
+            message.json_object = True
+        if self.regex is not None:
+            message.regex = self.regex
+        if self.grammar is not None:
+            message.grammar = self.grammar
+        return message
+
+
+@dataclass(frozen=True, slots=True)
 class Options:
     """The parameters of a request beside the prompt; proto/baton/v1 defines them."""
 
@@ -121,6 +148,7 @@ class Options:
     priority: int = 0
     slo_ttft_s: float = 0.0
     slo_tbt_s: float = 0.0
+    structured_output: StructuredOutput | None = None
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -356,6 +384,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             priority=options.priority,
             slo_ttft_s=options.slo_ttft_s,
             slo_tbt_s=options.slo_tbt_s,
+            structured_output=None if options.structured_output is None else options.structured_output.to_pb(),
         )
         _set_input(request, prompt)
     return request

@@ -135,6 +135,7 @@ class SamplingParams:
         if self.logit_bias:
             _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
             _check_biases(self.logit_bias.values())
+        _check(isinstance(self.grammar, str), "grammar", self.grammar, "text")
         size = len(self.grammar)
         _check(size <= MAX_GRAMMAR_CHARS, "grammar", f"{size} characters", f"at most {MAX_GRAMMAR_CHARS}")
         if self.prompt_logprobs is not None:

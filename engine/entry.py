@@ -151,6 +151,12 @@ class Entry:
         return self.hands_off and self.phase is Phase.ACTIVE and not self.num_flights and self.is_decoding
 
     @property
+    def is_ready(self) -> bool:
+        """What its tokens are drawn by is there."""
+        mask = self.sequence.token_mask
+        return mask is None or mask.is_ready
+
+    @property
     def needs_host(self) -> bool:
         """The token that is being drawn decides which may follow it, and only the host can tell."""
         return self.num_unknown > 0 and self.sequence.token_mask is not None

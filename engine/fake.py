@@ -24,7 +24,7 @@ from baton.types import (
     TokenChunk,
     TokenLogprob,
 )
-from engine.step import Piece, StepPlan, StepResult
+from engine.step import Piece, StepPlan, StepResult, TokenMask
 
 _CELL_BYTES = 4
 
@@ -44,14 +44,23 @@ class Row:
     # Positions, and the tokens behind them.
     scored: range = range(0)
     targets: tuple[int, ...] = ()
+    # As a TokenMask gives it; None allows all.
+    mask: bytes | None = None
+    # Why there is no mask, and no token.
+    error: Exception | None = None
 
     @classmethod
     def of(cls, piece: Piece) -> Row:
-        seq = piece.sequence
+        seq, mask, error = piece.sequence, None, None
+        if piece.samples and seq.token_mask is not None:
+            try:
+                mask = seq.token_mask.bits(seq.token_ids)
+            except Exception as refused:
+                error = refused
         return cls(
             seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
             tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
-            piece.scored, tuple(seq.token_ids[piece.scored.start + 1 : piece.scored.stop + 1]),
+            piece.scored, tuple(seq.token_ids[piece.scored.start + 1 : piece.scored.stop + 1]), mask, error,
         )  # fmt: skip
 
 
@@ -167,10 +176,11 @@ class FakeRunner:
                 self._write(layer, row, values)
             if on_layer is not None:
                 on_layer(layer)
-        sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples}
-        self._drawn = {r.sequence_id: sampled[r.sequence_id].token_ids[0] for r in rows if r.samples}
+        sampled = {r.sequence_id: self._draw(r) for r in rows if r.samples and r.error is None}
+        self._drawn = {sequence_id: chunk.token_ids[0] for sequence_id, chunk in sampled.items()}
         sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
-        return StepResult(sampled, scored={r.sequence_id: self._score(r) for r in rows if r.scored})
+        failed = {r.sequence_id: r.error for r in rows if r.error is not None}
+        return StepResult(sampled, failed, {r.sequence_id: self._score(r) for r in rows if r.scored})
 
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
@@ -204,7 +214,9 @@ class FakeRunner:
         """As many tokens as there may be, and all but the last of them into the blocks."""
         room = len(row.block_ids) * self.layout.block_tokens
         index, drawn = row.stop - row.num_prompt, [self._draw_one(row)]
-        while len(drawn) < self._max_drawn and row.stop < room:
+        # The mask is of the first token.
+        most = self._max_drawn if row.mask is None else 1
+        while len(drawn) < most and row.stop < room:
             row = replace(row, start=row.stop, stop=row.stop + 1)
             for layer in range(self.layout.num_layers):
                 self._write(layer, row, (drawn[-1][0],))
@@ -213,9 +225,8 @@ class FakeRunner:
         return TokenChunk(row.sequence_id, index, tuple(token_id for token_id, _ in drawn), reports)
 
     def _draw_one(self, row: Row) -> tuple[int, PositionLogprobs | None]:
-        return _sample(
-            self._digest(row, row.stop), row.sampling, row.stop, row.stop - row.num_prompt, self.vocab_size
-        )  # fmt: skip
+        digest = self._digest(row, row.stop)
+        return _sample(digest, row.sampling, row.stop, row.stop - row.num_prompt, self.vocab_size, row.mask)
 
     def _score(self, row: Row) -> tuple[PositionLogprobs, ...]:
         num_top = row.sampling.prompt_logprobs
@@ -234,7 +245,9 @@ class FakeRunner:
         return digest
 
 
-def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 32000) -> list[int]:
+def expected_tokens(
+    spec: SequenceSpec, layout: KvLayout, vocab_size: int = 32000, mask: TokenMask | None = None
+) -> list[int]:
     """What a FakeRunner generates for ``spec``, from the spec alone: the oracle of every test that uses one."""
     known = [*spec.prompt_token_ids, *spec.generated_token_ids]
     num_prompt = len(spec.prompt_token_ids)
@@ -242,8 +255,11 @@ def expected_tokens(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 3200
     while len(known) - num_prompt < spec.sampling.max_tokens:
         digest = _digest_of(known, layout)
         num_generated = len(known) - num_prompt
-        known.append(_sample(digest, spec.sampling, len(known), num_generated, vocab_size)[0])
+        bits = None if mask is None else mask.bits(known)
+        known.append(_sample(digest, spec.sampling, len(known), num_generated, vocab_size, bits)[0])
         if known[-1] in spec.sampling.stop_token_ids and num_generated >= spec.sampling.min_tokens:
+            break
+        if mask is not None and mask.is_over(known):
             break
     return known[num_prompt:]
 
@@ -272,14 +288,23 @@ def _scored(digest: hashlib.blake2b, token_id: int, num_top: int, vocab_size: in
 
 
 def _sample(
-    digest: hashlib.blake2b, sampling: SamplingParams, position: int, num_generated: int, vocab_size: int
+    digest: hashlib.blake2b,
+    sampling: SamplingParams,
+    position: int,
+    num_generated: int,
+    vocab_size: int,
+    mask: bytes | None,
 ) -> tuple[int, PositionLogprobs | None]:
     """A pure function of the tokens so far (in ``digest``), the seed and the position."""
     if not sampling.is_greedy:
         digest.update(f"{sampling.seed}/{position}".encode())
     raw = int.from_bytes(digest.digest(), "little")
     token = raw % vocab_size
-    while num_generated < sampling.min_tokens and token in sampling.stop_token_ids:
+    banned = sampling.stop_token_ids if num_generated < sampling.min_tokens else ()
+    # As often as there are tokens: nothing is allowed then.
+    for _ in range(vocab_size):
+        if token not in banned and (mask is None or mask[token // 8] >> token % 8 & 1):
+            break
         token = (token + 1) % vocab_size
     if sampling.logprobs is None:
         return token, None

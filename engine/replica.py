@@ -102,8 +102,10 @@ class Replica:
         on_fatal: Callable[[BaseException], None] | None = None,
         timeline: Timeline | None = None,
         meter: EngineMeter | None = None,
+        prepare: Callable[[StepPlan], None] | None = None,
         defects: Defects | None = None,
     ) -> None:
+        """``prepare``: called in the engine thread before each step is launched."""
         # The engine thread's own.
         self._defects = defects or Defects(logging.getLogger(__name__), clock)
         self._runner = runner
@@ -112,6 +114,7 @@ class Replica:
         self._on_fatal = on_fatal
         self._timeline = timeline or Timeline()
         self._meter = meter
+        self._prepare = prepare
         self._book = StepBook(self._timeline, meter)
         self._progress = LayerProgress(
             num_layers,
@@ -199,6 +202,11 @@ class Replica:
         with self._changed:
             self._scheduler.release(sequence_id, self._clock.now())
             self._woken()
+
+    def wake(self) -> None:
+        """A sequence's token mask has become ready."""
+        with self._changed:
+            self._changed.notify()
 
     def cancel(self, sequence_id: str) -> None:
         """Compute no further; takes effect when the running steps end. Unknown ids are ignored."""
@@ -395,6 +403,8 @@ class Replica:
 
         began_s = self._clock.now()
         try:
+            if self._prepare is not None:
+                self._prepare(plan)
             return _Flight(plan, finals, began_s, self._runner.launch(plan, on_layer if finals else None))
         except Exception as error:
             return _Flight(plan, finals, began_s, None, _failure_of(error, plan))

@@ -34,7 +34,7 @@ from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 
-from baton.errors import BadLogits, BatonError, InternalError, NoBlocks, Overloaded, described
+from baton.errors import BadLogits, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
 from baton.types import Failure, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk, blocks_for
 from engine import plain_steps
@@ -45,7 +45,7 @@ from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, St
 from engine.plain_steps import PlainSteps
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
-from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape
+from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape, TokenMask
 from engine.step_budget import StepBudget
 from engine.step_times import MeasuredSteps
 
@@ -79,11 +79,14 @@ class Scheduler:
         pool: BlockPool,
         scheme: PrefixScheme | None = None,
         digest_of: Callable[[int], bytes] | None = None,
+        mask_of: Callable[[SequenceSpec], TokenMask] | None = None,
     ) -> None:
-        """``scheme``: how blocks are found by their content, None: never. ``digest_of`` as in PrefixCache."""
+        """``scheme``: how blocks are found by their content, None: never. ``digest_of`` as in PrefixCache.
+        ``mask_of``: makes the mask of a sequence with a grammar, None: there is no tokenizer for it."""
         self.config = config
         self.pool = pool
         self.prefix_cache = PrefixCache(pool, scheme, config.block_tokens, digest_of)
+        self._mask_of = mask_of
         # The engine thread adds the steps that it ran.
         self.measured = MeasuredSteps()
         self._watermark_blocks = int(config.watermark * pool.num_blocks)
@@ -123,7 +126,7 @@ class Scheduler:
         self._refuse_known(spec.sequence_id)
         if len(self._waiting) >= self.config.max_waiting:
             raise Overloaded(f"{len(self._waiting)} prompts wait on this node, the limit; try another node or later")
-        entry = Entry(Sequence(spec), order=self._next_order(spec), now=now)
+        entry = Entry(self._sequence(spec), order=self._next_order(spec), now=now)
         entry.num_cached_tokens = len(self.prefix_cache.find(entry.sequence, draws=True)) * self.config.block_tokens
         self._entries[spec.sequence_id] = entry
         insort(self._waiting, entry, key=in_order)
@@ -140,7 +143,7 @@ class Scheduler:
         self._refuse_known(spec.sequence_id)
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
-        sequence = Sequence(spec)
+        sequence = self._sequence(spec)
         # That node scores the prompt.
         sequence.first_scored = sys.maxsize
         num_tokens = min(spec.num_known_tokens + 1 + num_headroom_tokens, spec.max_total_tokens)
@@ -449,6 +452,15 @@ class Scheduler:
 
     # -- inside
 
+    def _sequence(self, spec: SequenceSpec) -> Sequence:
+        sequence = Sequence(spec)
+        if spec.sampling.grammar:
+            if self._mask_of is None:
+                message = "grammar needs a tokenizer and this node's model folder has no tokenizer.json; ask for text"
+                raise InvalidRequest(message, param="grammar")
+            sequence.token_mask = self._mask_of(spec)
+        return sequence
+
     def _refuse_known(self, sequence_id: str) -> None:
         if sequence_id in self._entries or sequence_id in self._leases:
             raise Overloaded(f"{sequence_id} is still in use on this node, expected a new sequence id")
@@ -585,6 +597,8 @@ class Scheduler:
     def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
         begun = [e for e in self._active if not e.is_decoding]
         for entry in list(self._waiting):
+            if not entry.is_ready:
+                continue
             while begun and begun[0].order < entry.order and not budget.is_full:
                 yield budget.take(begun.pop(0))
             if budget.is_full:
@@ -758,7 +772,7 @@ class Scheduler:
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
-    return entry.is_decoding and not (entry.is_ending or _waits_for_host(entry))
+    return entry.is_decoding and entry.is_ready and not (entry.is_ending or _waits_for_host(entry))
 
 
 def _waits_for_host(entry: Entry) -> bool:
@@ -776,6 +790,8 @@ def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
     """``token_id`` was just appended to ``sequence``."""
     sampling = sequence.spec.sampling
     if token_id in sampling.stop_token_ids and sequence.num_generated > sampling.min_tokens:
+        return FinishReason.STOP
+    if sequence.token_mask is not None and sequence.token_mask.is_over(sequence.token_ids):
         return FinishReason.STOP
     if sequence.num_generated == sampling.max_tokens:
         return FinishReason.LENGTH

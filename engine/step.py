@@ -11,7 +11,19 @@ from baton.types import PositionLogprobs, SamplingParams, SequenceSpec, TokenChu
 
 
 class TokenMask(Protocol):
-    """Which tokens may come next; asked when a step that draws one is launched, in the engine thread."""
+    """Which tokens may come next; asked when a step that draws one is launched, in the engine thread.
+
+    What it says depends on the tokens alone. It raises for a sequence that cannot go on.
+    """
+
+    @property
+    def is_ready(self) -> bool:
+        """It can be asked. Until then no token is drawn; it becomes true in any thread, and stays so."""
+        ...
+
+    def is_over(self, token_ids: Seq[int]) -> bool:
+        """No token may follow these, prompt included: the sequence ends here."""
+        ...
 
     def bits(self, token_ids: Seq[int]) -> bytes:
         """After these, prompt included: bit i % 8 of byte i / 8 allows token i; filled up to whole words of 32 bits."""

@@ -104,6 +104,22 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GrammarConfig:
+    """Of the process that checks grammars of structured output before a node gets one."""
+
+    # For one grammar: common schemas take milliseconds, so what takes longer than this is not sent to nodes.
+    limit_s: float = field(default=2.0, metadata=setting(least=0.1))
+    # For the process, the tokenizer of 150,000 tokens included.
+    max_bytes: int = field(default=2 << 30, metadata=setting(least=256 << 20))
+    # It reads the tokenizer first.
+    start_limit_s: float = 60.0
+    # Grammars that are being checked or wait for it; one more is refused with Overloaded.
+    max_waiting: int = 32
+    # Whose outcome is remembered.
+    max_known: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
 class LinkConfig:
     # From dialling a node to its welcome.
     connect_timeout_s: float = 5.0
@@ -285,6 +301,7 @@ class RouterConfig:
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     slo: SloConfig = field(default_factory=SloConfig)
+    grammar: GrammarConfig = field(default_factory=GrammarConfig)
 
     def __post_init__(self) -> None:
         check(self)

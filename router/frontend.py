@@ -36,6 +36,7 @@ from router.config import LimitsConfig
 from router.dispatch import Dispatcher
 from router.flow import resolve_stop_ids
 from router.flow_messages import Outcome, OutcomeKind, Prompt
+from router.grammar_check import GrammarCheck
 from router.model_files import ModelFacts, defaults
 from router.offload import Offload
 from router.records import Origin
@@ -103,8 +104,9 @@ class GenerationRequest:
     # The answer repeats the prompt's text, or its ids, in every choice.
     echo: bool = False
     returns_prompt_ids: bool = False
-    # The face's name for the bound on new tokens, for messages.
+    # The face's names for the bound on new tokens and for what ``sampling.grammar`` was made of, for messages.
     max_tokens_param: str = "max_tokens"
+    grammar_param: str = "grammar"
     caller: Caller = Caller()
 
 
@@ -186,8 +188,11 @@ class Generation:
 
     def _finish(self, outcome: Outcome) -> None:
         assert outcome.finish_reason is not None
-        is_by_id = outcome.finish_reason is FinishReason.STOP and self._last_id not in self._eos_token_ids
-        self._end(outcome.finish_reason, self._last_id if is_by_id else None)
+        # A grammar's end stops without an id.
+        ids = self._active.flow.sampling.stop_token_ids
+        is_by_id = outcome.finish_reason is FinishReason.STOP and self._last_id in ids
+        is_named = is_by_id and self._last_id not in self._eos_token_ids
+        self._end(outcome.finish_reason, self._last_id if is_named else None)
 
     def _end(self, reason: FinishReason, stop: str | int | None) -> None:
         relay = self._active.stream.relay
@@ -218,7 +223,8 @@ class Accepted:
 class Frontend:
     def __init__(
         self, dispatcher: Dispatcher, *, tokenizer: Tokenizer | None, facts: ModelFacts, model_names: tuple[str, ...],
-        limits: LimitsConfig, rng: random.Random, seeds: random.Random, shares_between_keys: bool = True,
+        limits: LimitsConfig, rng: random.Random, seeds: random.Random, grammar_check: GrammarCheck | None,
+        shares_between_keys: bool = True,
         slo: Slo = NO_SLO, tool_call_parser: str = AUTO, reasoning_parser: str = AUTO,
     ) -> None:  # fmt: skip
         """``model_names``: empty for the name that the nodes say. ``rng``: for names of requests; ``seeds``: for seeds
@@ -238,6 +244,7 @@ class Frontend:
         self._seeds = seeds
         self._shares_between_keys = shares_between_keys
         self._slo = slo
+        self._grammar_check = grammar_check
         self._chat: ChatTemplate | None = None
         self._replies: Replies | None = None
         if tokenizer is not None and tokenizer.facts.chat_template is not None:
@@ -285,8 +292,10 @@ class Frontend:
         needed = (self.max_model_tokens or 0) * self._limits.body_bytes_per_token
         return min(self._limits.max_body_bytes, max(self._limits.least_body_bytes, needed))
 
-    def close(self) -> None:
+    async def close(self) -> None:
         self.offload.close()
+        if self._grammar_check is not None:
+            await self._grammar_check.close()
 
     @property
     def chat_refusal(self) -> str:
@@ -324,6 +333,8 @@ class Frontend:
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
+                if request.sampling.grammar:
+                    await self._check_grammar(request)
         except TimeoutError:
             raise errors.DeadlineExceeded(f"the prompt was not tokenized within the timeout of {timeout_s} s") from None
         self._check_repeats(request, prompts, echoes)
@@ -571,11 +582,19 @@ class Frontend:
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _check_sampling_ids(self, sampling: SamplingParams) -> None:
-        if sampling.grammar or sampling.prompt_logprobs is not None:
-            param = "grammar" if sampling.grammar else "prompt_logprobs"
-            raise errors.InvalidRequest(f"{param} is not supported yet", param=param)
+        if sampling.prompt_logprobs is not None:
+            raise errors.InvalidRequest("prompt_logprobs is not supported yet", param="prompt_logprobs")
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", tuple(sampling.logit_bias))
+
+    async def _check_grammar(self, request: GenerationRequest) -> None:
+        if self._grammar_check is None:
+            raise errors.InvalidRequest(
+                f"{request.grammar_param} needs a tokenizer.json in the served model's folder, which has none; ask for "
+                "text",
+                param=request.grammar_param,
+            )
+        await self._grammar_check.check(request.sampling.grammar, param=request.grammar_param)
 
     def _check_ids(self, param: str, ids: Sequence[int]) -> None:
         """Every id that a node would look up must be in the vocabulary."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -14,6 +15,7 @@ from baton import codec, errors
 from baton.server import GrpcServer, ServerLimits
 from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
+from router import grammars
 from router.chat import ChatMessage
 from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
 from router.clients import client_of
@@ -72,6 +74,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
         self._check_sizes(request)
+        if request.sampling.grammar:
+            # What nodes are told is made and bounded here.
+            message = "sampling.grammar is for nodes, expected structured_output in the request"
+            raise errors.InvalidRequest(message, param="sampling.grammar")
         kind = request.WhichOneof("input")
         prompt: str | tuple[int, ...] | Conversation
         match kind:
@@ -86,9 +92,11 @@ class RouterService(router_pb2_grpc.RouterServicer):
                     "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
                 )
         trace = _trace_context(context)
+        grammar, grammar_param = _grammar(request.structured_output)
         return GenerationRequest(
             prompts=(prompt,),
-            sampling=codec.sampling_from_pb(request.sampling),
+            sampling=replace(codec.sampling_from_pb(request.sampling), grammar=grammar),
+            grammar_param=grammar_param,
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if not request.sampling.HasField(name)),
             model=request.model,
             request_id=request.request_id,
@@ -118,6 +126,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             ("stop", request.stop, self._config.limits.max_stop_strings),
             ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
             ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIASES),
+            ("structured_output.choice", request.structured_output.choice, grammars.MAX_CHOICES),
         ):
             if limit is not None and len(items) > limit:
                 kind = errors.PromptTooLong if param == "prompt" else errors.InvalidRequest
@@ -193,6 +202,27 @@ class RouterService(router_pb2_grpc.RouterServicer):
         yield self._history.trace(self._config.router_id, self._dispatcher.clock.now(), last_s)
         for node in await self._nodes.traces(request.last_s):
             yield router_pb2.ClusterTraceResponse(node=node)
+
+
+def _grammar(asked: router_pb2.StructuredOutput) -> tuple[str, str]:
+    """And the field that it was made of."""
+    kind = asked.WhichOneof("form")
+    if kind is not None and asked.choice:
+        message = f"structured_output has {kind} and choice, expected one of them"
+        raise errors.InvalidRequest(message, param="structured_output")
+    param = f"structured_output.{kind or 'choice'}"
+    match kind:
+        case "json_schema":
+            return grammars.of_json_schema(asked.json_schema, not asked.lenient, param=param), param
+        case "json_object" if asked.json_object:
+            return grammars.of_json_object(param=param), param
+        case "regex":
+            return grammars.of_regex(asked.regex, param=param), param
+        case "grammar":
+            return grammars.of_grammar(asked.grammar, param=param), param
+        case None if asked.choice:
+            return grammars.of_choice(tuple(asked.choice), param=param), param
+    return "", "grammar"
 
 
 def _trace_context(context: Context) -> dict[str, str]:

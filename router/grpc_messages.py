@@ -20,7 +20,10 @@ from router.turns import Turns
 
 _GENERATE = f"/{router_pb2.DESCRIPTOR.services_by_name['Router'].full_name}/Generate"
 # Fields of the request with parts of their own, which cost as much.
-_NESTED = tuple(router_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[name].number for name in ("chat", "sampling"))
+_NESTED = tuple(
+    router_pb2.GenerateRequest.DESCRIPTOR.fields_by_name[name].number
+    for name in ("chat", "sampling", "structured_output")
+)
 _FIELDS = router_pb2.GenerateRequest.DESCRIPTOR.fields_by_number
 
 

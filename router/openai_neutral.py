@@ -32,14 +32,8 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "allowed_token_ids": ((), _NO_GUIDE),
     "bad_words": (([],), _NO_GUIDE),
     "logits_processors": (([],), _NO_GUIDE),
-    "structured_outputs": ((), _NO_GUIDE),
     "structural_tag": ((), _NO_GUIDE),
-    "guided_json": ((), _NO_GUIDE),
-    "guided_regex": ((), _NO_GUIDE),
-    "guided_choice": ((), _NO_GUIDE),
-    "guided_grammar": ((), _NO_GUIDE),
     "guided_json_object": ((False,), _NO_GUIDE),
-    "guided_decoding_backend": ((), _NO_GUIDE),
     "guided_whitespace_pattern": ((), _NO_GUIDE),
     "repetition_detection": ((), "no repetition is looked for"),
     "kv_transfer_params": (({},), "the router chooses the nodes"),
@@ -62,10 +56,6 @@ def take_neutral(body: dict[str, Any], *, is_chat: bool) -> None:
     for name in [n for n in body if n in _NEUTRAL or (is_chat and n in _NEUTRAL_IN_CHAT)]:
         values, why = _NEUTRAL.get(name) or _NEUTRAL_IN_CHAT[name]
         refuse_unless(name, body.pop(name), values, why)
-    wanted = body.pop("response_format", None)
-    if wanted is not None:
-        kind = wanted.get("type", "missing") if isinstance(wanted, dict) else wanted
-        refuse_unless("response_format.type", kind, ("text",), _NO_GUIDE)
 
 
 class UnknownFields:

@@ -7,6 +7,7 @@ accepted because clients send them by default and they concern accounts or speed
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -25,6 +26,7 @@ from baton.types import (
 from router.chat import ChatMessage, Conversation
 from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
+from router.openai_structured import grammar_of
 from router.openai_tools import MAX_TOOLS, calls_of, choice_of, tools_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -38,6 +40,7 @@ _MAX_ENTRIES = {
     "tools": MAX_TOOLS,
 }
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 # Of many numbers, the value shows which one is wrong.
 _NUMBERS = ("logit_bias", "stop_token_ids")
 
@@ -84,6 +87,13 @@ class _Common(_Strict):
     request_id: str | None = None
     cache_salt: str | None = None
     priority: int | None = None
+    # The form of the answer; checked where grammars are made of them.
+    response_format: Any = None
+    structured_outputs: Any = None
+    guided_json: Any = None
+    guided_regex: Any = None
+    guided_choice: Any = None
+    guided_grammar: Any = None
     # Extensions of Baton: seconds until the request fails, and the relay with the answer.
     timeout: float | None = None
     return_relay: bool | None = None
@@ -95,6 +105,7 @@ class _Common(_Strict):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
+    guided_decoding_backend: str | None = None
 
     def _refuse(self, param: str, why: str) -> None:
         if getattr(self, param):
@@ -152,9 +163,12 @@ class _Common(_Strict):
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+        guided = {name: getattr(self, name) for name in _GUIDED}
+        asked = grammar_of(self.response_format, self.structured_outputs, guided)
         return GenerationRequest(
             prompts=prompts,
-            sampling=sampling,
+            sampling=replace(sampling, grammar=asked.grammar) if asked.grammar else sampling,
+            grammar_param=asked.param,
             truncate_to=self.truncate_prompt_tokens,
             truncates_end=self.truncation_side == "right",
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if getattr(self, name) is None),

@@ -20,6 +20,7 @@ from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BadConfig, quoted
+from baton.files import is_there
 from baton.metrics import Metrics, add_process
 from baton.ready import write_json_atomically
 from baton.registry import Registry
@@ -28,6 +29,7 @@ from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
+from router.grammar_check import GrammarCheck
 from router.grpc_face import GrpcFace
 from router.history import History
 from router.http_face import HttpFace
@@ -39,7 +41,7 @@ from router.registry import RegistryWatch
 from router.sessions import NodeLink, hello
 from router.spans import Spans
 from router.status import StatusPage
-from router.tokenizer import Tokenizer
+from router.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _log = logging.getLogger("baton.router")
 # Full garbage collections run a twentieth as often as by default: with 8,192 sequences in flight one takes 80 ms. A
@@ -108,6 +110,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         rng=rng, seeds=rng if config.seed is None else random.Random(config.seed),
         shares_between_keys=config.shares_between_keys,
         slo=config.slo.default, tool_call_parser=config.tool_call_parser, reasoning_parser=config.reasoning_parser,
+        grammar_check=_grammar_check(config),
     )  # fmt: skip
     history = History(dispatcher)
     if spans is not None:
@@ -143,7 +146,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         await http_server.stop()
         if grpc_face is not None:
             await grpc_face.stop()
-        frontend.close()
+        await frontend.close()
         if spans is not None:
             await spans.close()
 
@@ -182,6 +185,12 @@ def tokenizer_of(config: RouterConfig, folder: Path) -> Tokenizer | None:
             f"--chat-template needs a tokenizer, and {folder} has no tokenizer.json", param="chat_template"
         )  # fmt: skip
     return tokenizer
+
+
+def _grammar_check(config: RouterConfig) -> GrammarCheck | None:
+    """With the tokenizer that nodes have, whatever the router's is."""
+    file = None if config.model_folder is None else config.model_folder / TOKENIZER_FILE
+    return None if file is None or not is_there(file) else GrammarCheck(config.grammar, file)
 
 
 async def _write_ready_file(config: RouterConfig, router: Router) -> None:

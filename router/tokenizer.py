@@ -20,6 +20,7 @@ from baton.files import check_readable, is_there
 from router.model_files import TokenizerFacts, load_tokenizer_facts
 from router.token_lengths import max_chars_per_token
 
+TOKENIZER_FILE = "tokenizer.json"
 # Longer texts are encoded as a batch of one. `tokenizers.Tokenizer.encode` keeps Python's lock (0.23: 1.4 s for a
 # megabyte of random letters); `encode_batch_fast` releases it (2 ms) and omits the unused offsets.
 _BATCH_CHARS = 4096
@@ -55,7 +56,7 @@ class Tokenizer:
     def load(cls, folder: Path, chat_template: str = "") -> Tokenizer | None:
         """None if the folder has no tokenizer.json: then only token ids can be served. ``chat_template``: as for
         `load_tokenizer_facts`."""
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER_FILE
         if not is_there(path):
             return None
         check_readable(path)

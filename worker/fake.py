@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import logging
 import sys
@@ -15,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from baton import PROTOCOL_VERSION
 from baton.defects import Defects
@@ -36,6 +38,7 @@ from baton.types import (
 from baton.v1 import node_pb2_grpc
 from engine import fake
 from engine.blocks import BlockPool
+from engine.grammars import Grammars, load_tokenizer
 from engine.replica import Replica
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
@@ -70,6 +73,8 @@ class FakeConfig:
     # What its clock shows beyond ours.
     clock_skew_s: float = 0.0
     roles: RolesConfig = field(default_factory=RolesConfig)
+    # Without it requests with grammars are refused.
+    tokenizer_file: Path | None = None
 
     @property
     def layout(self) -> KvLayout:
@@ -281,8 +286,17 @@ class FakeNode:
         """The parts that a process has before it serves."""
         self.memory = memoryview(bytearray(self.config.layout.total_bytes))
         self.runner = self.new_runner()
-        scheduler = Scheduler(self.config.scheduler, BlockPool(self.config.num_blocks))
+        self._grammars = self._new_grammars()
+        mask_of = None if self._grammars is None else self._grammars.mask
+        scheduler = Scheduler(self.config.scheduler, BlockPool(self.config.num_blocks), mask_of=mask_of)
         self.replica = self.new_replica(scheduler)
+
+    def _new_grammars(self) -> Grammars | None:
+        file, vocab_size = self.config.tokenizer_file, self.config.vocab_size
+        if file is None:
+            return None
+        load = functools.partial(load_tokenizer, file, vocab_size)
+        return Grammars(load, vocab_size, num_threads=1, on_ready=lambda: self.replica.wake())
 
     # ── What tests script ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -345,6 +359,8 @@ class FakeNode:
         self.runner.end()
         await self.service.close(_DEATH_S)
         await asyncio.to_thread(self.replica.stop, _DEATH_S)
+        if self._grammars is not None:
+            self._grammars.close()
 
     def drain(self, grace_s: float) -> float:
         """It says that it drains, and never leaves by itself."""

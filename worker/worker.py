@@ -9,12 +9,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 from collections.abc import Callable
 
 from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import InternalError, described
+from baton.files import is_there
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
 from baton.prefix import PrefixScheme
@@ -24,6 +26,7 @@ from baton.timeline import Timeline
 from baton.types import NodeDescription
 from baton.v1 import node_pb2_grpc, transfer_pb2_grpc
 from engine.blocks import BlockPool
+from engine.grammars import Grammars, load_tokenizer
 from engine.replica import Replica
 from engine.schedule import Scheduler
 from kvtransfer.devices.interface import Device
@@ -95,13 +98,15 @@ class _Worker:
         )
         count = metrics.defects.add
         defects = self._defects = Defects(_log, clock, count)
+        grammars = self._grammars = _grammars(config, model, lambda: self._replica.wake())
         replica = self._replica = Replica(
             model,
-            _scheduler(config, model, node, memory),
+            _scheduler(config, model, node, memory, grammars),
             num_layers=layout.num_layers,
             clock=clock,
             on_fatal=self._from_dying_engine,
             meter=metrics.engine,
+            prepare=None if grammars is None else grammars.prepare,
             timeline=timeline,
             # Of its own: it is written in the engine thread.
             defects=Defects(_log, clock, count),
@@ -224,6 +229,8 @@ class _Worker:
             await self._receiver.close()
             await self._server.stop(1.0)
             await self._metrics_server.close()
+        if self._grammars is not None:
+            self._grammars.close()
         if await asyncio.to_thread(self._replica.stop, limit_s):
             return True
         _log.error("the engine's last step did not end in %s s", limit_s)
@@ -243,7 +250,19 @@ class _Worker:
         self._leaving.feed(departure.EngineDied())
 
 
-def _scheduler(config: WorkerConfig, model: LoadedModel, node: NodeDescription, memory: Memory) -> Scheduler:
+def _grammars(config: WorkerConfig, model: LoadedModel, on_ready: Callable[[], None]) -> Grammars | None:
+    """None: the model's folder has no tokenizer."""
+    file = config.model / "tokenizer.json"
+    if not is_there(file):
+        return None
+    vocab_size = model.description.vocab_size
+    load = functools.partial(load_tokenizer, file, vocab_size)
+    return Grammars(load, vocab_size, num_threads=config.engine.num_threads or os.cpu_count() or 1, on_ready=on_ready)
+
+
+def _scheduler(
+    config: WorkerConfig, model: LoadedModel, node: NodeDescription, memory: Memory, grammars: Grammars | None
+) -> Scheduler:
     layout = model.layout
     limits = config.engine.scheduler.of_model(
         block_tokens=layout.block_tokens,
@@ -252,4 +271,5 @@ def _scheduler(config: WorkerConfig, model: LoadedModel, node: NodeDescription, 
     )
     pool = BlockPool(layout.num_blocks, max_cached=int(limits.max_cached_share * layout.num_blocks))
     digest_of = functools.partial(block_digest, memory, layout) if limits.verifies_cache else None
-    return Scheduler(limits, pool, PrefixScheme.of(node), digest_of)
+    mask_of = None if grammars is None else grammars.mask
+    return Scheduler(limits, pool, PrefixScheme.of(node), digest_of, mask_of)

@@ -1,0 +1,170 @@
+"""Makes the grammars of structured output: what a request asks for becomes one text (`SamplingParams.grammar`).
+
+The text is a grammar in llguidance's format. What is refused here is refused by its form and size alone, in a time that
+grows with the text; whether nodes can follow a grammar is what `router/grammar_check.py` finds out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from baton.errors import InvalidRequest, quoted, shortened
+from baton.types import MAX_GRAMMAR_CHARS
+
+# Between two parts of JSON: room for a line break and its indentation, and no more, since a model that is not allowed
+# to end may write spaces for ever.
+_WHITESPACE = r"\n?[ \t]{0,32}"
+# Levels of JSON in a schema. The library parses 128.
+_MAX_DEPTH = 100
+# The library counts these out state by state, whatever its limits: 10,000 states take 0.1 s, 1,000,000 minutes.
+_MAX_MULTIPLE = 10_000
+_MAX_COUNT = 10_000
+# Of one choice's texts.
+MAX_CHOICES = 4096
+# GBNF is translated in Python, at 1 MB/s.
+_MAX_GBNF_CHARS = 32_768
+_COUNTED = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+# How often a part of a regular expression or of a rule is repeated: {n}, {n,m}, and Lark's ~n and ~n..m.
+_REPETITION = re.compile(r"\{\s*(\d*)\s*,?\s*(\d*)\s*\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?")
+
+
+def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str) -> str:
+    """JSON that is valid by the schema. ``is_strict`` false: as far as the schema's keywords can be followed; else one
+    that cannot be followed is refused by the check. Raises InvalidRequest for ``param``."""
+    if isinstance(schema, str):
+        schema = _parsed(schema, param)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(f"{param} is {quoted(schema)}, expected a JSON schema (an object)", param=param)
+    for name, value, depth in _keywords(schema):
+        _check_keyword(name, value, depth, param)
+    is_lenient = is_strict is False
+    options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient, "coerce_one_of": is_lenient}
+    return _grammar({"json_schema": {**schema, "x-guidance": options}}, param)
+
+
+def of_json_object(*, param: str) -> str:
+    """Any JSON object."""
+    return of_json_schema({"type": "object"}, param=param)
+
+
+def of_regex(regex: object, *, param: str) -> str:
+    """The whole text matches the expression."""
+    text = _text(regex, param)
+    _check_repetitions(text, param)
+    # Anchors at both ends say what holds anyway; others the library refuses.
+    text = text.removeprefix("^")
+    if text.endswith("$") and not _is_escaped(text):
+        text = text[:-1]
+    return of_lark(f"start: /{regex_to_lark(text)}/" if text else 'start: ""', param=param)
+
+
+def of_choice(choices: object, *, param: str) -> str:
+    """One of these texts."""
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+        raise InvalidRequest(f"{param} is {quoted(choices)}, expected a list of texts", param=param)
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequest(f"{param} has {len(choices)} entries, expected at most {MAX_CHOICES}", param=param)
+    texts = [json.dumps(_text(choice, param)) for choice in choices]
+    return _grammar({"lark_grammar": "start: " + " | ".join(texts)}, param)
+
+
+def of_grammar(text: object, *, param: str) -> str:
+    """A client's grammar, in Lark's form or llama.cpp's GBNF."""
+    text = _text(text, param)
+    if "::=" in text:
+        if len(text) > _MAX_GBNF_CHARS:
+            raise InvalidRequest(f"{param} has {len(text)} characters, expected at most {_MAX_GBNF_CHARS}", param=param)
+        try:
+            text = any_to_lark(text)
+        except Exception as error:  # The translator raises its own kinds, IndexError and RecursionError.
+            message = f"{param} is not a grammar in GBNF: {shortened(str(error), 200)}"
+            raise InvalidRequest(message, param=param) from error
+    if "%json" in text:
+        raise InvalidRequest(f"{param} has %json, expected rules alone; send the schema as json", param=param)
+    _check_repetitions(text, param)
+    return of_lark(text, param=param)
+
+
+def of_lark(lark: str, *, param: str) -> str:
+    """Lark's form with llguidance's extensions: rules that Baton wrote, around schemas that `check_schema` let pass."""
+    return _grammar({"lark_grammar": lark}, param)
+
+
+def of_json_text(schema: Mapping[str, Any], is_strict: bool | None = None, *, param: str) -> str:
+    """A checked schema as JSON text for Lark's ``%json``."""
+    grammar = json.loads(of_json_schema(schema, is_strict, param=param))
+    return json.dumps(grammar["grammars"][0]["json_schema"])
+
+
+def _grammar(grammar: Mapping[str, Any], param: str) -> str:
+    try:
+        text = json.dumps({"grammars": [grammar]}, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{param} has a number that is not finite, expected JSON", param=param) from None
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"{param} has {len(text)} characters of JSON, expected at most {MAX_GRAMMAR_CHARS}", param=param
+        )
+    return text
+
+
+def _text(value: object, param: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{param} is {quoted(value)}, expected a text that is not empty", param=param)
+    if len(value) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(f"{param} has {len(value)} characters, expected at most {MAX_GRAMMAR_CHARS}", param=param)
+    return value
+
+
+def _parsed(text: str, param: str) -> object:
+    try:
+        return json.loads(_text(text, param))
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"{param} is {quoted(text)}, expected a JSON schema", param=param) from None
+
+
+def _keywords(schema: object) -> Iterator[tuple[str, object, int]]:
+    """Every member of every object, with its level."""
+    pending = [(schema, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if isinstance(value, Mapping):
+            for name, member in value.items():
+                yield name, member, depth
+                pending.append((member, depth + 1))
+        elif isinstance(value, list):
+            pending += [(item, depth + 1) for item in value]
+
+
+def _check_keyword(name: str, value: object, depth: int, param: str) -> None:
+    if depth > _MAX_DEPTH:
+        raise InvalidRequest(f"{param} has more than {_MAX_DEPTH} levels, expected fewer", param=param)
+    if isinstance(value, str) and name == "pattern":
+        _check_repetitions(value, param)
+    elif isinstance(value, Mapping) and name == "patternProperties":
+        for pattern in value:
+            _check_repetitions(pattern, param)
+    elif isinstance(value, int | float):
+        bound = _MAX_MULTIPLE if name == "multipleOf" else _MAX_COUNT if name in _COUNTED else None
+        if bound is not None and value > bound:
+            raise InvalidRequest(f"{param} has {name} {quoted(value)}, expected at most {bound}", param=param)
+
+
+def _check_repetitions(text: str, param: str) -> None:
+    for found in _REPETITION.finditer(text):
+        if any(len(number) > 5 or int(number) > _MAX_COUNT for number in found.groups() if number):
+            message = f"{param} has the repetition {quoted(found[0])}, expected at most {_MAX_COUNT}"
+            raise InvalidRequest(message, param=param)
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether the last character is."""
+    return (len(text) - 1 - len(text[:-1].rstrip("\\"))) % 2 == 1

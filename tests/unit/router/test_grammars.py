@@ -1,0 +1,147 @@
+"""What requests ask for as grammars: each is one that the library builds and that matches what it should."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from baton.errors import InvalidRequest
+from baton.grammar_limits import LIMITS
+from baton.types import MAX_GRAMMAR_CHARS
+from router import grammars
+from tests.support.root import ROOT
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> LLTokenizer:
+    return LLTokenizer((ROOT / "demo" / "model" / "tokenizer.json").read_text())
+
+
+def matches(tokenizer: LLTokenizer, grammar: str, text: str) -> bool:
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+    assert not matcher.is_error(), matcher.get_error()
+    token_ids = tokenizer.tokenize_str(text)
+    return matcher.try_consume_tokens(token_ids) == len(token_ids) and matcher.is_accepting()
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    ("text", "is_valid"),
+    [
+        ('{"name": "Ada", "age": 3}', True),
+        ('{"name":"Ada","age":3}', True),
+        ('{\n  "name": "Ada",\n  "age": 3\n}', True),
+        ('{"name": "Ada", "age": -3}', False),
+        ('{"name": "Ada"}', False),
+        ('{"name": "Ada", "age": 3}\n', False),
+        ('{"name":' + " " * 40 + '"Ada", "age": 3}', False),
+    ],
+)
+def test_json_by_a_schema(tokenizer: LLTokenizer, text: str, is_valid: bool) -> None:
+    assert matches(tokenizer, grammars.of_json_schema(SCHEMA, param="s"), text) is is_valid
+    assert matches(tokenizer, grammars.of_json_schema(json.dumps(SCHEMA), param="s"), text) is is_valid
+    lark = f"start: %json {grammars.of_json_text(SCHEMA, param='s')}"
+    assert matches(tokenizer, grammars.of_lark(lark, param="s"), text) is is_valid
+
+
+def test_any_json_object(tokenizer: LLTokenizer) -> None:
+    grammar = grammars.of_json_object(param="s")
+    assert matches(tokenizer, grammar, '{"a": [1, null, {"b": "c"}]}')
+    assert not matches(tokenizer, grammar, "[1]")
+    assert matches(tokenizer, grammars.of_json_schema(True, param="s"), "[1]")
+
+
+@pytest.mark.parametrize(
+    ("regex", "text", "is_valid"),
+    [
+        (r"[0-9]{3}/x", "123/x", True),
+        (r"^[0-9]{3}$", "123", True),
+        (r"[0-9]{3}", "1234", False),
+        (r"\d+\$", "12$", True),
+        (r"(yes|no)", "yes", True),
+    ],
+)
+def test_a_regular_expression_matches_the_whole_text(
+    tokenizer: LLTokenizer, regex: str, text: str, is_valid: bool
+) -> None:
+    assert matches(tokenizer, grammars.of_regex(regex, param="r"), text) is is_valid
+
+
+def test_a_choice_is_one_of_its_texts_letter_by_letter(tokenizer: LLTokenizer) -> None:
+    choices = ["yes", 'no "quoted"', "Grüße\n", "a|b"]
+    grammar = grammars.of_choice(choices, param="c")
+    assert all(matches(tokenizer, grammar, choice) for choice in choices)
+    assert not matches(tokenizer, grammar, "a")
+
+
+def test_grammars_in_lark_and_in_gbnf(tokenizer: LLTokenizer) -> None:
+    lark = grammars.of_grammar('start: sum\nsum: "1" ("+" "1")*', param="g")
+    gbnf = grammars.of_grammar('root ::= sum\nsum ::= "1" ("+" "1")*', param="g")
+    for grammar in (lark, gbnf):
+        assert matches(tokenizer, grammar, "1+1+1")
+        assert not matches(tokenizer, grammar, "1+")
+
+
+def deep(levels: int) -> Any:
+    schema: Any = {"type": "string"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+REFUSED_SCHEMAS: list[tuple[object, str]] = [
+    (5, "expected a JSON schema"),
+    ([], "expected a JSON schema"),
+    (False, "expected a JSON schema"),
+    ("{", "expected a JSON schema"),
+    (deep(150), "levels"),
+    (deep(5000), "levels"),
+    ({"type": "integer", "multipleOf": 1e9}, "multipleOf"),
+    ({"type": "string", "maxLength": 10**9}, "maxLength"),
+    ({"type": "array", "minItems": 10**9}, "minItems"),
+    ({"type": "string", "pattern": "a{100000}"}, "repetition"),
+    ({"type": "string", "pattern": "a{1,9999999999}"}, "repetition"),
+    ({"patternProperties": {"a{100000,}": {}}}, "repetition"),
+    ({"const": float("nan")}, "not finite"),
+    ({"enum": ["x" * MAX_GRAMMAR_CHARS]}, "expected at most"),
+]
+
+
+@pytest.mark.parametrize(("schema", "why"), REFUSED_SCHEMAS)
+def test_a_schema_without_measure_is_refused_at_once(schema: object, why: str) -> None:
+    with pytest.raises(InvalidRequest, match=why) as refused:
+        grammars.of_json_schema(schema, param="the.schema")
+    assert refused.value.param == "the.schema"
+    assert refused.value.message.startswith("the.schema")
+
+
+def test_other_grammars_without_measure_are_refused_at_once() -> None:
+    for make, value in (
+        (grammars.of_regex, "(ab){100000}"),
+        (grammars.of_regex, ""),
+        (grammars.of_regex, 5),
+        (grammars.of_choice, []),
+        (grammars.of_choice, "yes"),
+        (grammars.of_choice, ["a", 1]),
+        (grammars.of_choice, ["a"] * 5000),
+        (grammars.of_grammar, 'start: "a"~20000'),
+        (grammars.of_grammar, 'start: "a"~1..20000'),
+        (grammars.of_grammar, "start: %json {}"),
+        (grammars.of_grammar, "root ::= ("),
+        (grammars.of_grammar, "root ::= " + "(" * 5000),
+        (grammars.of_grammar, "root ::= x\n" * 10000),
+        (grammars.of_grammar, "x" * (MAX_GRAMMAR_CHARS + 1)),
+    ):
+        with pytest.raises(InvalidRequest) as refused:
+            make(value, param="p")  # type: ignore[operator]
+        assert refused.value.param == "p"
