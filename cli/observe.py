@@ -22,7 +22,7 @@ _MORE_S = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """A cluster with no request, whose ready nodes are of one kind."""
+    """A cluster whose ready nodes are of one kind."""
 
     client: AsyncClient
     server: Server
@@ -51,14 +51,14 @@ class Live:
         )  # fmt: skip
 
 
-async def live(client: AsyncClient, address: str) -> Live:
-    """``address``: of the router. Raises Unavailable if no node is ready or others use the cluster, BadConfig if its
-    nodes differ, or it has no HTTP."""
+async def live(client: AsyncClient, address: str, *, is_idle: bool = True) -> Live:
+    """``address``: of the router; ``is_idle``: it has to be. Raises Unavailable if no node is ready or others use the
+    cluster, BadConfig if its nodes differ, or it has no HTTP."""
     status = await client.status()
     ready = [state for state in status.nodes if state.state.startswith("ready")]
     if not ready:
         raise Unavailable("no node of the cluster is ready, expected at least one; look at `baton status`")
-    if busy := status.num_queued + status.num_running:
+    if is_idle and (busy := status.num_queued + status.num_running):
         raise Unavailable(
             f"the cluster has {busy} requests, expected none: they would be measured too; repeat when it is idle"
         )

@@ -14,6 +14,7 @@ from rich.table import Table
 from baton.errors import BadConfig
 from cli import preflight
 from cli.options import finite, path
+from cli.plan_advise import advise
 from cli.plan_export import export
 from cli.plan_search import search
 from cli.plan_validate import validate
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(cls=Commands, help="Size a cluster: simulate it before it exists.")
 app.command()(search)
+app.command()(advise)
 app.command()(export)
 app.command()(validate)
 
@@ -100,7 +102,7 @@ def simulate(
     seed: Annotated[int, typer.Option(min=0, help="Of --poisson.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", parser=path, metavar="DIR", help="Write summary.json and requests.csv there."),
+        typer.Option("--out", "-o", parser=path, metavar="DIR", help="For summary.json, requests.csv and run.svg."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
 ) -> None:
@@ -146,7 +148,7 @@ def simulate(
     _show(console, run, summary, about)
     console.print(
         f"simulated in {wall_s:.2f} s, {1e3 * wall_s / len(run.served):.3f} ms a request"
-        + ("" if out is None else f"; wrote {out / 'summary.json'} and {out / 'requests.csv'}"),
+        + ("" if out is None else f"; wrote summary.json, requests.csv and run.svg to {out}"),
         markup=False, highlight=False, soft_wrap=True,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 
 from loadgen.objectives import Verdict
+from planner import picture
 from planner.energy import bill
 from planner.results import Run
 from planner.uncontended import Uncontended, judge, measured, percentile, slowdowns
@@ -116,7 +117,8 @@ def requests_csv(run: Run) -> str:
 
 
 def write(folder: Path, run: Run, summary: Summary) -> None:
-    """``summary.json`` and ``requests.csv``."""
+    """``summary.json``, ``requests.csv`` and ``run.svg``."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(as_json(run, summary), indent=2) + "\n")
     (folder / "requests.csv").write_text(requests_csv(run))
+    (folder / "run.svg").write_text(picture.draw(run), encoding="utf-8")

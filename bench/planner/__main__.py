@@ -1,6 +1,8 @@
 """``python -m bench.planner`` writes the comparison with the public simulator into docs/planning.md.
 
 ``python -m bench.planner headline [--quick] [--profile honest] [--workers N]`` prints the paper's headline table.
+
+``python -m bench.planner pictures`` draws those of README.md and docs/planning.md anew.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.planner import headline, reference
+from bench.planner import headline, pictures, reference
 from planner.results import Profile
 
 _DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
@@ -26,13 +28,16 @@ def _markdown(rows: list[dict[str, object]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("table", nargs="?", choices=("reference", "headline"), default="reference")
+    parser.add_argument("table", nargs="?", choices=("reference", "headline", "pictures"), default="reference")
     parser.add_argument("--quick", action="store_true", help="headline: a tenth of the machines")
     parser.add_argument("--profile", choices=[each.value for each in Profile], default=Profile.COMPAT.value)
     parser.add_argument("--workers", type=int, default=1, help="headline: processes")
     given = parser.parse_args()
     if given.table == "headline":
         print(_markdown(headline.table(Profile(given.profile), given.quick, given.workers)), end="")
+        return
+    if given.table == "pictures":
+        print("\n".join(map(str, pictures.write())))
         return
     before, rest = _DOCUMENT.read_text(encoding="utf-8").split(_BEGIN)
     _, after = rest.split(_END)

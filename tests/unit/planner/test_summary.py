@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from engine.step import StepShape
-from planner import machines, models, workload
+from planner import machines, models, picture, workload
 from planner.compat.run import simulate
 from planner.design import parse
 from planner.results import Ending, Profile, Run, Served
@@ -75,7 +77,7 @@ def test_the_files_have_the_names_of_the_reference_and_the_same_bytes_each_time(
     for folder in ("a", "b"):
         found = one_run()
         write(tmp_path / folder, found, summarize(found, ALONE))
-    for name in ("summary.json", "requests.csv"):
+    for name in ("summary.json", "requests.csv", "run.svg"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     summary = json.loads((tmp_path / "a" / "summary.json").read_text())
     assert summary["profile"] == "compat"
@@ -88,6 +90,16 @@ def test_the_files_have_the_names_of_the_reference_and_the_same_bytes_each_time(
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
     assert [float(row["ttft_s"]) for row in rows] == [measured(s, found.profile).ttft_s for s in found.served]
+
+
+def test_the_picture_has_requests_and_machines_and_of_no_request_says_so() -> None:
+    run = one_run()
+    drawn = picture.draw(run)
+    ElementTree.fromstring(drawn)
+    assert all(f"{name} of requests" in drawn for name in ("TTFT", "TBT", "E2E"))
+    assert "busy mixed machines" in drawn
+    empty = replace(run, served=(), ended_s=0.0)
+    assert picture.draw(empty).count("nothing was measured") == 4
 
 
 def test_the_nine_are_missed_under_load_and_by_a_run_that_leaves_requests_out() -> None:
