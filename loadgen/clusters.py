@@ -79,17 +79,18 @@ class Cluster:
 async def started(shape: Shape, model: str, folder: Path) -> AsyncIterator[Cluster]:
     """Runs `baton up` on free ports until the end of the context; its log is in ``folder``. Raises Unavailable."""
     up = (sys.executable, "-P", str(_PROGRAM), "up", "--http-port", "0", "--grpc-port", "0")
-    async with running(shape.name, (*up, "--model", model, *shape.options), folder) as said:
+    stem = "".join(c if c.isalnum() else "-" for c in shape.name)
+    ready = folder / f"{stem}.json"
+    command = (*up, "--model", model, "--ready-file", str(ready), *shape.options)
+    async with running(shape.name, command, ready, folder / f"{stem}.log") as said:
         nodes = tuple(Node(**node) for node in said["nodes"])
         yield Cluster(shape, str(said["http"]), str(said["grpc"]), nodes)
 
 
 @contextlib.asynccontextmanager
-async def running(name: str, command: Sequence[str], folder: Path) -> AsyncIterator[dict[str, Any]]:
-    """Runs a command that takes --ready-file until the end of the context; what that file says. Raises Unavailable."""
-    stem = "".join(c if c.isalnum() else "-" for c in name)
-    ready, log = folder / f"{stem}.json", folder / f"{stem}.log"
-    whole = (sys.executable, "-c", _WITH_PARENT, str(os.getpid()), *command, "--ready-file", str(ready))
+async def running(name: str, command: Sequence[str], ready: Path, log: Path) -> AsyncIterator[dict[str, Any]]:
+    """Runs a command until the end of the context; what it writes into its ready file. Raises Unavailable."""
+    whole = (sys.executable, "-c", _WITH_PARENT, str(os.getpid()), *command)
     process = _launch(whole, log)
     try:
         yield await asyncio.to_thread(_ready, process, name, ready, log)

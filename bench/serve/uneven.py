@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -46,10 +47,13 @@ async def _routers(setting: Setting) -> AsyncIterator[tuple[tuple[Target, ...], 
             stack.enter_context(slowed(cluster.nodes[0].pid))
             targets = []
             for name, module in ROUTERS.items():
-                command = [sys.executable, "-m", module, "router", "--model", setting.model]
+                stem = Path(folder) / module
+                config, ready = stem.with_suffix(".toml"), stem.with_suffix(".json")
+                config.write_text(f"ready_file = {json.dumps(str(ready))}\nready_needs_nodes = true\n")
+                command = [sys.executable, "-m", module, "router", "--model", setting.model, "--config", str(config)]
                 command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
                 command += [word for node in cluster.nodes for word in ("--node", node.address)]
-                router = await stack.enter_async_context(running(name, command, Path(folder)))
+                router = await stack.enter_async_context(running(name, command, ready, stem.with_suffix(".log")))
                 targets.append(replace(first, name=name, server=Server.parse(router["http"])))
             yield tuple(targets), cluster
 

@@ -74,6 +74,7 @@ def test_clusters_are_started_measured_in_turn_and_stopped(demo_model: Path, tmp
         ("replay", "conditional_over_best", ["serve-replay-code", "serve-replay-conv"]),
         ("burst", "roles", ["serve-burst-roles"]),
         ("overload", "overload", ["serve-overload"]),
+        ("uneven", "shares", []),
     ],
 )
 def test_a_scenario_runs_to_its_end(tmp_path: Path, scenario: str, found: str, pictures: list[str]) -> None:
