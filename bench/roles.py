@@ -73,7 +73,17 @@ class Record:
         )
 
     def as_json(self) -> dict[str, object]:
-        return {"samples": [asdict(sample) for sample in self.samples], "marks": self.marks}
+        """Samples in which a node's role differs from the sample before; the picture has all."""
+        told = [
+            sample
+            for sample, before in zip(self.samples, (None, *self.samples), strict=False)
+            if before is None or _roles(sample) != _roles(before)
+        ]
+        return {"num_samples": len(self.samples), "samples": [asdict(each) for each in told], "marks": self.marks}
+
+
+def _roles(sample: Sample) -> dict[str, tuple[str, str]]:
+    return {node_id: (node.home, node.acting) for node_id, node in sample.nodes.items()}
 
 
 @contextmanager
