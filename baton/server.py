@@ -18,8 +18,8 @@ from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 
+from baton import reflection
 from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
 from baton.descriptors import num_allowed, shares
 from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, described
@@ -125,9 +125,7 @@ class GrpcServer:
     async def start(self, *, is_serving: bool = True) -> None:
         """Serve what was added, with health and reflection. ``is_serving``: as for ``set_serving``."""
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection(
-            (*self._names, health.SERVICE_NAME, reflection.SERVICE_NAME), cast(Any, self._server)
-        )
+        reflection.add_to(self._server, (*self._names, health.SERVICE_NAME))
         await self._server.start()
         await self.set_live(True)
         await self.set_serving(is_serving)

@@ -30,7 +30,9 @@ def test_everything_has_a_comment(name: str) -> None:
 
 def test_other_languages_get_a_package_from_the_files_themselves() -> None:
     for module in (common_pb2, node_pb2, router_pb2, transfer_pb2):
-        assert module.DESCRIPTOR.GetOptions().go_package == "baton/v1;batonv1"
+        options = module.DESCRIPTOR.GetOptions()
+        assert options.go_package == "baton/v1;batonv1"
+        assert (options.java_package, options.java_multiple_files) == ("baton.v1", True)
 
 
 def test_what_has_no_comment_is_found() -> None:
