@@ -6,9 +6,10 @@ its spelling when it is known to mean something else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 
-_SERVED = "--served-model-name"
+_SERVED, _ORIGINS = "--served-model-name", "--allowed-origins"
 # Without a value: the words that say the same here; none where it is so anyway.
 _SAME: Mapping[str, tuple[str, ...]] = {
     "--enforce-eager": ("--max-graph-seqs", "0"),
@@ -163,7 +164,7 @@ def translated(words: Sequence[str], flags: Collection[str], valued: Collection[
     """A command line with vLLM's options in the command's own: ``flags``, and ``valued``, which have a value. Raises
     Refused for an option that is none here.
 
-    As in vLLM, a name may have underscores, and served names may follow one option.
+    As in vLLM, a name may have underscores, served names may follow one option, and origins may be a list in JSON.
     """
     found: list[str] = []
     left = list(words)
@@ -180,8 +181,7 @@ def translated(words: Sequence[str], flags: Collection[str], valued: Collection[
         values = [value] if equals else left[:1]
         if name in valued:
             del left[: 0 if equals else 1]
-            while name == _SERVED and left and not left[0].startswith("-"):
-                values.append(left.pop(0))
+            values = _all(name, values, left)
             found += [part for one in values for part in (name, one)] or [name]
         elif name in flags or (name not in _SAME and name not in _REFUSED):
             found.append(name + equals + value)
@@ -193,3 +193,20 @@ def translated(words: Sequence[str], flags: Collection[str], valued: Collection[
                 raise Refused(f"{name}: {why}")
             del left[: 0 if equals else 1]
     return found
+
+
+def _all(name: str, values: list[str], left: list[str]) -> list[str]:
+    """With those that follow the first, taken off ``left``."""
+    if name == _ORIGINS and values:
+        return _listed_in(values[0])
+    while name == _SERVED and left and not left[0].startswith("-"):
+        values.append(left.pop(0))
+    return values
+
+
+def _listed_in(text: str) -> list[str]:
+    try:
+        values = json.loads(text)
+    except ValueError:
+        return [text]
+    return values if isinstance(values, list) and all(isinstance(value, str) for value in values) else [text]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,8 @@ from router.reply.formats import AUTO, NONE, CallFormat, ReasoningFormat
 
 # Of the commands. A router in another program takes any free port.
 HTTP_PORT = 8000
+# Scheme, host and port, as browsers send it.
+_ORIGIN = re.compile(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+")
 GRPC_PORT = 50051
 
 
@@ -226,6 +229,15 @@ class RouterConfig:
             variable="BATON_API_KEY",
         ),
     )
+    # A page in a browser may ask whatever answers it, so none may unless the operator says so.
+    allowed_origins: tuple[str, ...] = field(
+        default=(),
+        metadata=setting(
+            "--allowed-origins",
+            "Web pages of this origin, such as https://chat.example.com, may use the HTTP API; may be given more than "
+            "once. *: pages of every origin may. Default: none.",
+        ),
+    )
     # A tenant that can hit another's blocks can tell by the time what the other's prompts begin with.
     prefix_cache_scope: str = field(
         default="auto",
@@ -319,6 +331,9 @@ class RouterConfig:
                 raise BadConfig(f"nodes has {address} {count} times, expected it once", param="nodes")
         secrets_given = [key.secret for key in self.client_keys]
         _expect(len(set(secrets_given)) == len(secrets_given), "api_keys", "(hidden)", "each key once")
+        for origin in self.allowed_origins:
+            expected = "* or an origin such as https://chat.example.com, without a path"
+            _expect(_ORIGIN.fullmatch(origin) is not None, "allowed_origins", origin, expected)
         if self.prefix_cache_scope == "key":
             _expect(
                 bool(self.api_keys), "prefix_cache_scope", "key", "API keys beside it (--api-key), else auto or all"

@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from baton import descriptors
@@ -47,6 +48,8 @@ _log = logging.getLogger("baton.router")
 # Full garbage collections run a twentieth as often as by default: with 8,192 sequences in flight one takes 80 ms. A
 # request leaves no cyclic garbage; other garbage waits for it, at most 100 MB.
 _GC_THRESHOLDS = (700, 10, 200)
+# Of answers, which pages of other origins may read.
+_EXPOSED_HEADERS = ("retry-after", "x-baton-relay", "x-request-id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,13 +122,10 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     grpc_face = None
     if config.grpc_port is not None:
         grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add)
-    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
-    if keys := ApiKeys(config.client_keys):
-        app = HttpGuard(app, keys)
     shares = descriptors.shares(descriptors.num_allowed())
     http_server = HttpServer(
-        app, config.http_host, config.http_port or 0, _connection_limits(config.limits, shares.http),
-        counted.connections_closed.add,
+        _http_app(frontend, dispatcher, config, metrics, page), config.http_host, config.http_port or 0,
+        _connection_limits(config.limits, shares.http), counted.connections_closed.add,
     )  # fmt: skip
     watch = None
     if config.registry.is_used:
@@ -149,6 +149,19 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         await frontend.close()
         if spans is not None:
             await spans.close()
+
+
+def _http_app(
+    frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics, page: StatusPage
+) -> ASGIApp:
+    app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
+    if keys := ApiKeys(config.client_keys):
+        app = HttpGuard(app, keys)
+    if config.allowed_origins:
+        app = CORSMiddleware(
+            app, config.allowed_origins, allow_methods=("*",), allow_headers=("*",), expose_headers=_EXPOSED_HEADERS
+        )  # fmt: skip
+    return app
 
 
 def _connection_limits(limits: LimitsConfig, num_allowed: int) -> ConnectionLimits:

@@ -106,6 +106,8 @@ def refused(said: Said, *parts: str) -> None:
         ([*UP, "--tokenizer", "/nowhere"], ["tokenizer folder /nowhere does not exist"]),
         ([*UP, "--tokenizer", "/"], ["--tokenizer is '/', which has no tokenizer.json"]),
         ([*UP, "--seed", "-1"], ["--seed"]),
+        ([*UP, "--allowed-origins", "here"], ["--allowed-origins is 'here', expected * or an origin"]),
+        ([*UP, "--allowed-origins", "https://a.b/c"], ["--allowed-origins is 'https://a.b/c'", "without a path"]),
         ([*UP, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),
         ([*UP, "--kernels", "triton"], ["--kernels triton", "NVIDIA GPU"]),
         ([*WORKER, "--transport", "cuda_ipc"], ["cuda_ipc", "expected shm or tcp"]),

@@ -40,6 +40,11 @@ def given(*words: str, options: Options = up.OPTIONS) -> Mapping[str, object]:
         ("m --generation-config vllm", {"model": "m", "router.generation_config": "none"}),
         ("m --served-model-name a b", {"model": "m", "model_names": ("a", "b")}),
         ("m --served-model-name a --model-name b", {"model": "m", "model_names": ("a", "b")}),
+        ('m --allowed-origins ["*"]', {"model": "m", "router.allowed_origins": ("*",)}),
+        (
+            "m --allowed-origins a://b --allowed-origins c://d",
+            {"model": "m", "router.allowed_origins": ("a://b", "c://d")},
+        ),
         ("m --max-model-len 512", {"model": "m", "worker.engine.max_model_tokens": 512}),
         ("m --seed 3 --tokenizer t", {"model": "m", "router.seed": 3, "router.tokenizer": "t"}),
         ("m --chat-template x.jinja", {"model": "m", "router.chat_template": "x.jinja"}),
