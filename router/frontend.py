@@ -314,8 +314,7 @@ class Frontend:
 
     async def _start(self, request: GenerationRequest) -> Accepted:
         arrived_s = self._dispatcher.clock.now()
-        if request.model and self.model_names:
-            self.check_model(request.model)
+        self._check_model(request.model)
         request_id = self._request_id(request.request_id)
         self._check_stops(request)
         _check_priority(request.priority)
@@ -403,6 +402,11 @@ class Frontend:
         return Generation(self._dispatcher, active, prompt, text, reader, self._eos_token_ids)
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _check_model(self, name: str) -> None:
+        """A request without a name takes any, and while none is known any name is taken."""
+        if name and self.model_names:
+            self.check_model(name)
 
     def check_model(self, name: str) -> None:
         """Raises UnknownModel for a name that is none of the model's."""
