@@ -4,7 +4,8 @@ BatonError
 ├── InvalidRequest        the caller's mistake                                INVALID_ARGUMENT    400
 │   ├── PromptTooLong     prompt + output exceed the context                  INVALID_ARGUMENT    400
 │   ├── UnknownModel      the name is not served here                         NOT_FOUND           404
-│   └── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
+│   ├── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
+│   └── UnknownResponse   no such response is kept here                       NOT_FOUND           404
 ├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
 │   ├── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
@@ -74,6 +75,11 @@ class UnknownModel(InvalidRequest):
 
 
 class UnknownNode(InvalidRequest):
+    grpc_status = "NOT_FOUND"
+    http_status = 404
+
+
+class UnknownResponse(InvalidRequest):
     grpc_status = "NOT_FOUND"
     http_status = 404
 

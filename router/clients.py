@@ -15,8 +15,10 @@ def key_in(authorization: bytes) -> bytes:
 
 
 def authorization_of(scope: Scope) -> bytes:
-    """The header that counts if there are several: the same for the check of the key as for `client_of`."""
-    return next((value for name, value in reversed(scope["headers"]) if name == b"authorization"), b"")
+    """The header that counts if there are several: the same for the check of the key as for `client_of`. Without one
+    the key in `x-api-key`, as Anthropic's clients send it."""
+    found = {name: value for name, value in scope["headers"] if name in (b"authorization", b"x-api-key")}
+    return found.get(b"authorization") or (b"Bearer " + found[b"x-api-key"] if b"x-api-key" in found else b"")
 
 
 def client_of(address: str, authorization: bytes, *, has_keys: bool) -> str:

@@ -123,6 +123,18 @@ class GrammarConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """Responses that are kept for clients that fetch or continue them (`/v1/responses`), in this router's memory."""
+
+    # 0: none are kept.
+    max_responses: int = field(default=10_000, metadata=setting(least=0))
+    # With their conversations; about 100,000 turns of usual length.
+    max_bytes: int = 256 * 1024 * 1024
+    # Since the last use. A conversation is seldom continued on another day.
+    max_age_s: float = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
 class LinkConfig:
     # From dialling a node to its welcome.
     connect_timeout_s: float = 5.0
@@ -307,6 +319,7 @@ class RouterConfig:
     # Two live routers must not share one: a node ends the older session of the same router.
     router_id: str = field(default_factory=lambda: f"router-{secrets.token_hex(4)}")
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
     link: LinkConfig = field(default_factory=LinkConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     membership: MembershipConfig = field(default_factory=MembershipConfig)

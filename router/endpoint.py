@@ -1,16 +1,13 @@
-"""What a path that generates is made of: how its bodies are read, and how its answers and errors are written."""
+"""What a path with a body is made of: how bodies are read, and what the answers are."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
-from baton.errors import BatonError
 from router.answer import Form
 from router.frontend import Accepted, Caller, GenerationRequest
-
-ErrorBody = Callable[[BatonError], dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +20,7 @@ class Asked:
     form: Callable[[Accepted], Form]
 
 
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    # Raises InvalidRequest. Runs in a thread for large bodies.
-    read: Callable[[bytes, Caller], Asked]
-    error_body: ErrorBody
+# Both read a body. They raise InvalidRequest, and run in a thread for large bodies.
+Endpoint = Callable[[bytes, Caller], Asked]
+# Of a path that does not generate: what is to be awaited for the answer's JSON.
+Computation = Callable[[bytes, Caller], Callable[[], Awaitable[dict[str, Any]]]]

@@ -378,6 +378,17 @@ class Frontend:
             slo = slo.within(self._slo)
         return self._dispatcher.predict(prompts, slo, request.caller.client, arrived_s)
 
+    async def count_tokens(self, request: GenerationRequest) -> int:
+        """Of all prompts, which are not served."""
+        if request.model and self.model_names:
+            self.check_model(request.model)
+        try:
+            async with asyncio.timeout(self._limits.default_timeout_s):
+                prompts, _ = await self._tokenized(request)
+        except TimeoutError:
+            raise errors.DeadlineExceeded("the prompt was not tokenized in time") from None
+        return sum(map(len, prompts))
+
     def cancel(self, accepted: Accepted, reason: str) -> None:
         """No effect for choices that are over."""
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
@@ -414,9 +425,13 @@ class Frontend:
             has = " and ".join(map(quoted, self.model_names)) or "no model yet"
             raise errors.UnknownModel(f"the model {quoted(name)} does not exist; this server has {has}", param="model")
 
+    def new_id(self) -> str:
+        """One that cannot be guessed."""
+        return f"{self._rng.getrandbits(96):024x}"
+
     def _request_id(self, asked: str) -> str:
         if not asked:
-            return f"{self._rng.getrandbits(96):024x}"
+            return self.new_id()
         if not _REQUEST_ID.fullmatch(asked):
             raise errors.InvalidRequest(
                 f"request_id (in the body or the header x-request-id) is {quoted(asked)}, expected 1 to "

@@ -34,4 +34,5 @@ def main() -> None:
         print(json.dumps(matcher.get_error() or None), flush=True)  # noqa: T201
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -26,20 +26,24 @@ from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from baton.types import MAX_SLO_S, Slo
-from router import openai_response
+from router import http_errors, openai_response
 from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.clients import authorization_of, client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.endpoint import Asked, Endpoint, ErrorBody
+from router.endpoint import Computation, Endpoint
 from router.frontend import Caller, Frontend
+from router.messages.response import count as messages_count
+from router.messages.response import endpoint as messages_endpoint
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody
-from router.openai_response import error_body
 from router.openai_whole import WholeAnswer
+from router.responses.endpoint import endpoint as responses_endpoint
+from router.responses.store import StoredResponses
 from router.status import StatusPage
 
+_Read = TypeVar("_Read")
 _log = logging.getLogger("baton.router.http")
 
 _HTTP_ERRORS = {404: "not_found", 405: "method_not_allowed"}
@@ -65,13 +69,24 @@ class HttpFace:
         self._endpoints = {
             "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer, unknown),
             "/v1/chat/completions": openai_response.endpoint(ChatBody, frontend.tokenizer, unknown),
+            "/v1/messages": messages_endpoint(frontend, unknown),
         }
-        self._others = _build_others(frontend, dispatcher, metrics, page, list(self._endpoints))
+        store = StoredResponses(config.store, dispatcher.clock, has_clients=self._has_keys)
+        self._endpoints["/v1/responses"] = responses_endpoint(frontend, unknown, store)
+        self._computations = {"/v1/messages/count_tokens": messages_count(frontend, unknown)}
+        posts = [*self._endpoints, *self._computations]
+        self._others = _build_others(frontend, dispatcher, metrics, page, posts)
+        stored = _StoredRoutes(store, self._client_of)
+        path = "/v1/responses/{response_id}"
+        self._others.add_api_route(path, stored.get, methods=["GET", "HEAD"], response_model=None)
+        self._others.add_api_route(path, stored.delete, methods=["DELETE"], response_model=None)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_http = scope["type"] == "http"
         if is_http and scope["method"] == "POST" and (endpoint := self._endpoints.get(scope["path"])):
             await self._generate(endpoint, scope, receive, send)
+        elif is_http and scope["method"] == "POST" and (computation := self._computations.get(scope["path"])):
+            await self._compute(computation, scope, receive, send)
         elif is_http and scope["method"] == "OPTIONS" and (allowed := _allowed(self._others, scope)):
             await Response(status_code=204, headers={"allow": allowed})(scope, receive, send)
         else:
@@ -85,8 +100,10 @@ class HttpFace:
         stream: _EventStream | None = None
         try:
             async with self._bodies.read(scope, receive) as raw:
-                asked = await self._asked(endpoint, scope, raw)
-                accepted = await self._frontend.start(asked.request)
+                asked = await self._parsed(endpoint, scope, raw)
+                # As in vLLM, the header has priority over the body's.
+                request_id = _request_id_of(scope) or asked.request.request_id
+                accepted = await self._frontend.start(replace(asked.request, slo=_slo_of(scope), request_id=request_id))
                 answer = Answer(self._frontend, asked.form(accepted), accepted)
             wants_stream = asked.wants_stream
             # Else they would live as long as the stream.
@@ -102,11 +119,22 @@ class HttpFace:
                 leaver.cancel()
                 await answer.close()
         except errors.BatonError as error:
-            await _error_response(error, endpoint.error_body)(scope, receive, send)
+            await _error_response(error, scope["path"])(scope, receive, send)
         except Exception as error:
             if stream is not None and stream.has_begun:
                 raise  # the server logs it and closes the connection, so that the client does not take this for the end
-            await _defect_response(scope["path"], error, endpoint.error_body)(scope, receive, send)
+            await _defect_response(error, scope["path"])(scope, receive, send)
+
+    async def _compute(self, computation: Computation, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            async with self._bodies.read(scope, receive) as raw:
+                compute = await self._parsed(computation, scope, raw)
+                response: Response = JSONResponse(await compute())
+        except errors.BatonError as error:
+            response = _error_response(error, scope["path"])
+        except Exception as error:
+            response = _defect_response(error, scope["path"])
+        await response(scope, receive, send)
 
     async def _cancel_when_left(self, receive: Receive, answer: Answer) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -129,18 +157,13 @@ class HttpFace:
             num_left -= len(piece)
             await send({"type": "http.response.body", "body": piece, "more_body": num_left > 0})
 
-    async def _asked(self, endpoint: Endpoint, scope: Scope, content: bytes) -> Asked:
-        caller, slo = Caller(self._client_of(scope), **_trace_of(scope)), _slo_of(scope)
-        request_id = _request_id_of(scope)
+    async def _parsed(self, read: Callable[[bytes, Caller], _Read], scope: Scope, content: bytes) -> _Read:
+        caller = Caller(self._client_of(scope), **_trace_of(scope))
 
-        def work() -> Asked:
+        def work() -> _Read:
             if len(content) > SMALL_BODY_BYTES:
                 check_structure(content, self._limits, self._frontend.max_model_tokens)
-            asked = endpoint.read(content, caller)
-            # As in vLLM, the header has priority over the body's.
-            return replace(
-                asked, request=replace(asked.request, slo=slo, request_id=request_id or asked.request.request_id)
-            )
+            return read(content, caller)
 
         if len(content) > SMALL_BODY_BYTES:
             return await self._frontend.offload.run(work)
@@ -217,7 +240,7 @@ def _allowed(app: FastAPI, scope: Scope) -> str:
     """The methods of a path, as an Allow header; empty if there is no such path."""
     if scope["path"] == "*":  # the server as a whole
         return "GET, HEAD, OPTIONS, POST"
-    if scope["path"] in app.state.generating:
+    if scope["path"] in app.state.posts:
         return "OPTIONS, POST"
     found = [route for route in app.routes if route.matches(scope)[0] is not Match.NONE]
     methods = {name for route in found for name in getattr(route, "methods", ())}
@@ -225,12 +248,12 @@ def _allowed(app: FastAPI, scope: Scope) -> str:
 
 
 def _build_others(
-    frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage, generating: Sequence[str]
+    frontend: Frontend, dispatcher: Dispatcher, metrics: Metrics, page: StatusPage, posts: Sequence[str]
 ) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
-    app.state.generating = generating
+    app.state.posts = posts
     routes = _Routes(frontend, dispatcher, metrics)
-    for path in generating:
+    for path in posts:
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
     answers: dict[str, Callable[..., Awaitable[Response]]] = {
         "/": routes.root, "/health": routes.health, "/ready": routes.ready, "/metrics": routes.metrics,
@@ -304,31 +327,49 @@ class _Routes:
         return JSONResponse([{"targets": [address]} for address in addresses if address])
 
 
-def _error_response(error: errors.BatonError, body: ErrorBody) -> Response:
+class _StoredRoutes:
+    """The routes of responses that are kept."""
+
+    def __init__(self, store: StoredResponses, client_of: Callable[[Scope], str]) -> None:
+        self._store = store
+        self._client_of = client_of
+
+    async def get(self, request: Request, response_id: str) -> Response:
+        if request.query_params.get("stream") == "true":
+            raise errors.InvalidRequest("stream is true, expected false: the response has ended", param="stream")
+        content = self._store.content(self._client_of(request.scope), response_id)
+        return Response(content, media_type="application/json")
+
+    async def delete(self, request: Request, response_id: str) -> Response:
+        self._store.delete(self._client_of(request.scope), response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+
+def _error_response(error: errors.BatonError, path: str) -> Response:
     headers = {} if error.retry_after_s is None else {"retry-after": str(max(1, math.ceil(error.retry_after_s)))}
-    return JSONResponse(body(error), status_code=error.http_status, headers=headers)
+    return JSONResponse(http_errors.body_of(error, path), status_code=error.http_status, headers=headers)
 
 
-def _defect_response(path: str, error: Exception, body: ErrorBody) -> Response:
+def _defect_response(error: Exception, path: str) -> Response:
     _log.error("defect while serving %s", shortened(path, 80), exc_info=error)
-    return _error_response(errors.InternalError(errors.described(error)), body)
+    return _error_response(errors.InternalError(errors.described(error)), path)
 
 
 async def _on_baton_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, errors.BatonError)
-    return _error_response(error, error_body)
+    return _error_response(error, request.url.path)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{shortened(request.method, 20)} {shortened(request.url.path, 80)}: {error.detail}"
     code = _HTTP_ERRORS.get(error.status_code)
-    body = {"error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}}
-    headers = dict(error.headers or {})
+    body = http_errors.body_of_status(error.status_code, message, code, request.url.path)
+    headers = {name.lower(): value for name, value in (error.headers or {}).items()}
     if error.status_code == 405:
         headers["allow"] = _allowed(request.app, request.scope)
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:
-    return _defect_response(request.url.path, error, error_body)
+    return _defect_response(error, request.url.path)

@@ -1,8 +1,8 @@
 """API keys for the two faces of the router, checked in wrappers around the applications.
 
-As in vLLM: with keys set, paths under /v1 need `Authorization: Bearer KEY`; health and metrics stay open. The status
-page stays open too, but its data, which names requests and machines, needs a key. Of the gRPC services the router's own
-needs the same words as metadata; health and reflection stay open.
+As in vLLM: with keys set, paths under /v1 need `Authorization: Bearer KEY`, or `x-api-key: KEY` as Anthropic's clients
+send it; health and metrics stay open. The status page stays open too, but its data, which names requests and machines,
+needs a key. Of the gRPC services the router's own needs the same words as metadata; health and reflection stay open.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from baton import errors
 from baton.api_keys import ApiKey
 from baton.server import abort_with
 from router.clients import authorization_of, key_in
-from router.openai_response import error_body
+from router.http_errors import body_of
 
 _GUARDED_PATHS = ("/v1", "/status/data")
 
@@ -67,7 +67,7 @@ class HttpGuard:
             try:
                 self._keys.check(authorization_of(scope))
             except errors.Unauthenticated as error:
-                await _refuse(error, send)
+                await _refuse(error, scope["path"], send)
                 return
         await self._app(scope, receive, send)
 
@@ -76,8 +76,8 @@ def _is_guarded(path: str) -> bool:
     return any(path == guarded or path.startswith(f"{guarded}/") for guarded in _GUARDED_PATHS)
 
 
-async def _refuse(error: errors.Unauthenticated, send: Send) -> None:
-    body = json.dumps(error_body(error)).encode()
+async def _refuse(error: errors.Unauthenticated, path: str, send: Send) -> None:
+    body = json.dumps(body_of(error, path)).encode()
     headers = [
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode()),

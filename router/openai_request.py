@@ -26,6 +26,7 @@ from baton.types import (
 from router.chat import ChatMessage, Conversation
 from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
+from router.openai_structured import Asked as AskedForm
 from router.openai_structured import grammar_of
 from router.openai_tools import MAX_TOOLS, calls_of, choice_of, tools_of
 
@@ -57,7 +58,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class _Common(_Strict):
+class CommonBody(_Strict):
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -153,6 +154,10 @@ class _Common(_Strict):
             logit_bias=_logit_bias(self.logit_bias),
         )
 
+    def _own_form(self) -> AskedForm:
+        """The form of the answer that fields of this API alone ask for."""
+        return AskedForm()
+
     def _request(
         self, prompts: Prompts, sampling: SamplingParams, caller: Caller, *, max_tokens_param: str = "max_tokens",
         is_chat: bool, echo: bool = False,
@@ -164,7 +169,7 @@ class _Common(_Strict):
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
         guided = {name: getattr(self, name) for name in _GUIDED}
-        asked = grammar_of(self.response_format, self.structured_outputs, guided)
+        asked = grammar_of(self.response_format, self.structured_outputs, guided, self._own_form())
         return GenerationRequest(
             prompts=prompts,
             sampling=replace(sampling, grammar=asked.grammar) if asked.grammar else sampling,
@@ -191,7 +196,7 @@ class _Common(_Strict):
         )
 
 
-class CompletionBody(_Common):
+class CompletionBody(CommonBody):
     prompt: Any
     suffix: str | None = None
     echo: bool | None = None
@@ -241,7 +246,7 @@ class Message(BaseModel):
         )
 
 
-class ChatBody(_Common):
+class ChatBody(CommonBody):
     # Validated one by one: thousands in one call would delay every stream.
     messages: list[Any]
     max_completion_tokens: int | None = None

@@ -47,7 +47,7 @@ def endpoint(
         request = body.request(caller)
         return Asked(request, bool(body.stream), lambda accepted: Envelope(body, request, accepted, tokenizer))
 
-    return Endpoint(read, error_body)
+    return read
 
 
 class ChoiceWriter:

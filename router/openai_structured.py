@@ -30,10 +30,13 @@ _NEUTRAL = (*_SWITCHES, "structural_tag", "whitespace_pattern")
 _SCHEMA_FIELDS = ("name", "description", "schema", "strict")
 
 
-def grammar_of(response_format: object, structured_outputs: object, guided: Mapping[str, object]) -> Asked:
-    """``guided``: vLLM's older fields by their names. Raises InvalidRequest for what cannot be a grammar, and for two
-    of them."""
+def grammar_of(
+    response_format: object, structured_outputs: object, guided: Mapping[str, object], *others: Asked
+) -> Asked:
+    """``guided``: vLLM's older fields by their names; ``others``: of an API's own fields. Raises InvalidRequest for
+    what cannot be a grammar, and for two of them."""
     found = [*_of_format(response_format), *_of_structured(structured_outputs), *_of_guided(guided)]
+    found += [asked for asked in others if asked.grammar]
     if len(found) > 1:
         raise InvalidRequest(
             f"{found[0].param} and {found[1].param} both say what the answer is to be, expected one of them",

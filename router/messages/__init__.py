@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: bodies to requests, and answers and errors in its form."""

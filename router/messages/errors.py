@@ -1,0 +1,13 @@
+"""Errors in the form of the Messages API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TYPES = {401: "authentication_error", 404: "not_found_error", 408: "timeout_error", 413: "request_too_large",
+          429: "rate_limit_error", 503: "overloaded_error"}  # fmt: skip
+
+
+def error_body(status: int, message: str) -> dict[str, Any]:
+    other = "invalid_request_error" if status < 500 else "api_error"
+    return {"type": "error", "error": {"type": _TYPES.get(status, other), "message": message}}

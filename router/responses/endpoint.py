@@ -1,0 +1,41 @@
+"""`/v1/responses`: reads bodies with the conversation that they continue, and keeps the responses that ended."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from router.endpoint import Asked, Endpoint
+from router.frontend import Accepted, Caller, Frontend
+from router.items import Item, turn_of
+from router.openai_neutral import UnknownFields
+from router.openai_request import parse
+from router.responses.request import ResponsesBody, echoed
+from router.responses.response import Heading, ResponseForm
+from router.responses.store import StoredResponses
+
+
+def endpoint(frontend: Frontend, unknown: UnknownFields, store: StoredResponses) -> Endpoint:
+    def read(content: bytes, caller: Caller) -> Asked:
+        body = parse(ResponsesBody, content, unknown)
+        turns = body.turns()
+        request = body.request(caller, store.history(caller.client, body.previous_response_id), turns)
+        is_stored = body.store is not False and store.keeps
+        echo, previous_id = echoed(body, is_stored=is_stored), body.previous_response_id
+
+        def form(accepted: Accepted) -> ResponseForm:
+            generation = accepted.generations[0]
+            sampling = generation.active.flow.sampling
+            heading = Heading(
+                frontend.new_id(), int(time.time()), accepted.model, len(generation.prompt_token_ids),
+                sampling.temperature, sampling.top_p, echo,
+            )  # fmt: skip
+
+            def keep(response: str, items: Sequence[Item]) -> None:
+                store.put(caller.client, heading.response_id, previous_id, [*turns, turn_of(items)], response)
+
+            return ResponseForm(heading, keep if is_stored else None)
+
+        return Asked(request, bool(body.stream), form)
+
+    return read
