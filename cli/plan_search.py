@@ -17,7 +17,7 @@ from rich.table import Table
 from baton.errors import BadConfig, quoted
 from cli import preflight
 from cli.options import finite, path
-from cli.planning import DAY_S, MAX_RATE, AskedProfile, model_of, range_of, warn
+from cli.planning import DAY_S, MAX_COUNT, MAX_RATE, AskedProfile, model_of, range_of, warn
 from cli.show import wide_console
 
 if TYPE_CHECKING:
@@ -97,6 +97,9 @@ def search(
     ] = None,
     count: Annotated[str, typer.Option(metavar="MIN-MAX", help="Machines of a design.")] = "1-200",
     prompt_count: Annotated[str, typer.Option(metavar="MIN-MAX", help="Prompt machines of a split one.")] = "1-200",
+    prompt_step: Annotated[
+        int, typer.Option(min=1, max=MAX_COUNT, help="Try only multiples of it as prompt machines: faster.")
+    ] = 1,
     tokens_count: Annotated[
         str, typer.Option("--token-count", metavar="MIN-MAX", help="Token machines of a split one.")
     ] = "1-200",
@@ -152,7 +155,7 @@ def search(
         asked.kinds((_known(name, "--machine", known) for name in named), pairs),
         asked.Goal(goal.value),
         rate,
-        _limits(known, max_cost, max_power, count, prompt_count, tokens_count),
+        _limits(known, max_cost, max_power, (count, prompt_count, tokens_count), prompt_step),
         tuple(map(slos.slo, slo)) if slo else slos.NINE_SLOS,
         rate_step,
         max_rate,
@@ -201,16 +204,22 @@ def _pair(text: str, known: Mapping[str, Machine]) -> tuple[Machine, Machine]:
 
 
 def _limits(
-    known: Mapping[str, Machine], max_cost: str | None, max_power: str | None, count: str, prompt: str, token: str
+    known: Mapping[str, Machine],
+    max_cost: str | None,
+    max_power: str | None,
+    counts: tuple[str, str, str],
+    prompt_step: int,
 ) -> Limits:
     from planner.search.question import Limits
 
+    machines, prompts, tokens = map(range_of, counts, ("--count", "--prompt-count", "--token-count"))
     return Limits(
         _budget(max_cost, "--max-cost", {name: each.machine_dollars_per_hour for name, each in known.items()}),
         _budget(max_power, "--max-power", {name: each.power_units for name, each in known.items()}),
-        range_of(count, "--count"),
-        range_of(prompt, "--prompt-count"),
-        range_of(token, "--token-count"),
+        machines,
+        prompts,
+        tokens,
+        prompt_step=prompt_step,
     )
 
 

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from planner import machines, models
 from planner.results import Profile
-from planner.search.plan import Plan, search
+from planner.search.kind import Answer
+from planner.search.plan import search
 from planner.search.question import Goal, Kind, Limits, Question, Range
 from planner.search.source import Redrawn
-from planner.search.trial import Trial
 from planner.workload import named
 
 _MODEL = models.BUILT_IN["bloom-176b"]
 _TENSOR_PARALLEL = 8
-_NUM_H100 = 40
 # By trace: prompt and token machines of the paper for the same power and for the same cost.
 _PAPER = {
     "conv": {
@@ -27,10 +28,26 @@ _PAPER = {
         "HA": ("35, 8", "35, 10"), "HHcap": ("35, 7", "35, 7"),
     },
 }  # fmt: skip
-_BUDGETS = ("power", "cost")
+_BASELINES = {"A100": "Baseline-A100", "H100": "Baseline-H100"}
+
+Row = dict[str, Any]
 
 
-def _kinds() -> dict[str, Kind]:
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """Of a comparison; the paper's, if nothing else is said."""
+
+    num_h100: int = 40
+    # Of the drawn trace.
+    seconds: float = 60.0
+    rate_step: float = 1.0
+    # Every so many prompt machines are tried.
+    prompt_step: int = 1
+    # Whether the least power and cost for the same rate are searched as well.
+    has_same_rate: bool = True
+
+
+def kinds() -> dict[str, Kind]:
     known = machines.catalogue()
     a100, h100, capped = known["a100-80gb"], known["h100-80gb"], known["h100-80gb-pcap"]
     return {
@@ -39,80 +56,95 @@ def _kinds() -> dict[str, Kind]:
     }  # fmt: skip
 
 
-def table(profile: Profile, quick: bool, workers: int) -> list[dict[str, Any]]:
-    """``quick``: a tenth of the machines, and less of the trace."""
-    num_h100, seconds = (_NUM_H100 // 10, 10.0) if quick else (_NUM_H100, 60.0)
+def table(profile: Profile, scale: Scale, workers: int) -> Iterator[list[Row]]:
+    """The rows of one question after another."""
     h100 = machines.catalogue()["h100-80gb"]
+    num_h100, step = scale.num_h100, scale.prompt_step
     budgets = {
-        "power": Limits(power_units=num_h100 * h100.power_units),
-        "cost": Limits(dollars_per_hour=num_h100 * h100.machine_dollars_per_hour),
+        "power": Limits(power_units=num_h100 * h100.power_units, prompt_step=step),
+        "cost": Limits(dollars_per_hour=num_h100 * h100.machine_dollars_per_hour, prompt_step=step),
     }
     # For the same rate of the weakest machines.
-    enough = Limits(machines=Range(1, 5 * num_h100))
-    rows = []
+    enough = Limits(machines=Range(1, 5 * num_h100), prompt_step=step)
     for trace in _PAPER:
+        found: dict[str, Answer] = {}
         for budget, limits in budgets.items():
-            plan = search(_question(profile, trace, seconds, limits), workers)
-            rows += _same_budget(plan, trace, budget)
-        baseline = next(answer.best for answer in plan.answers if answer.kind == _kinds()["Baseline-H100"])
-        if baseline is not None:
+            found = _answers(_question(profile, trace, scale, limits), workers)
+            yield _rows(profile, trace, f"same {budget}", found)
+        baseline = found[_BASELINES["H100"]].best
+        if baseline is not None and scale.has_same_rate:
             for goal in (Goal.POWER, Goal.COST):
-                asked = _question(profile, trace, seconds, enough, goal, baseline.rate)
-                rows += _same_rate(search(asked, workers), trace, baseline)
-    return rows
+                found = _answers(_question(profile, trace, scale, enough, goal, baseline.rate), workers)
+                yield _rows(profile, trace, f"least {goal.value}", found)
 
 
 def _question(
-    profile: Profile,
-    trace: str,
-    seconds: float,
-    limits: Limits,
-    goal: Goal = Goal.THROUGHPUT,
-    rate: float | None = None,
+    profile: Profile, trace: str, scale: Scale, limits: Limits, goal: Goal = Goal.THROUGHPUT, rate: float | None = None
 ) -> Question:
-    source = Redrawn(named(trace), seconds, seed=0)
-    known = machines.catalogue()
-    return Question(source, profile, _MODEL, _TENSOR_PARALLEL, known, tuple(_kinds().values()), goal, rate, limits)
+    source = Redrawn(named(trace), scale.seconds, seed=0)
+    return Question(
+        source, profile, _MODEL, _TENSOR_PARALLEL, machines.catalogue(), tuple(kinds().values()), goal, rate, limits,
+        rate_step=scale.rate_step,
+    )  # fmt: skip
 
 
-def _same_budget(plan: Plan, trace: str, budget: str) -> list[dict[str, Any]]:
-    answers = dict(zip(_kinds(), plan.answers, strict=True))
-    rows = []
-    for name, answer in answers.items():
-        row = _row(plan, trace, f"same {budget}", name, answer.best)
-        paper = _PAPER[trace].get(name)
-        row["paper's P, T"] = "-" if paper is None else paper[_BUDGETS.index(budget)]
-        for baseline in ("Baseline-A100", "Baseline-H100"):
-            theirs = answers[baseline].best
-            row[f"rate over {baseline}"] = f"{answer.best.rate / theirs.rate:.2f}" if answer.best and theirs else "-"
-        row["runs"], row["designs"] = len(answer.tried), answer.grid
-        rows.append(row)
-    return rows
+def _answers(question: Question, workers: int) -> dict[str, Answer]:
+    return dict(zip(kinds(), search(question, workers).answers, strict=True))
 
 
-def _same_rate(plan: Plan, trace: str, baseline: Trial) -> list[dict[str, Any]]:
-    """Cost and power beside those of mixed H100 that carry it."""
-    assert plan.question.rate is not None
-    rows = []
-    for name, answer in zip(_kinds(), plan.answers, strict=True):
-        row = _row(plan, trace, f"least {plan.question.goal.value} at {plan.question.rate:g}/s", name, answer.best)
-        row["runs"], row["designs"] = len(answer.tried), answer.grid
-        if answer.best is not None:
-            design, theirs = answer.best.design, baseline.design
-            row["cost over Baseline-H100"] = f"{design.dollars_per_hour / theirs.dollars_per_hour:.2f}"
-            row["power over Baseline-H100"] = f"{design.power_units / theirs.power_units:.2f}"
-        rows.append(row)
-    return rows
+def _rows(profile: Profile, trace: str, compared: str, answers: Mapping[str, Answer]) -> list[Row]:
+    return [_row(profile, trace, compared, name, answers) for name in answers]
 
 
-def _row(plan: Plan, trace: str, compared: str, name: str, best: Trial | None) -> dict[str, Any]:
-    return {
-        "profile": plan.question.profile.value,
-        "trace": trace,
-        "compared": compared,
-        "design": name,
-        "P, T": "-" if best is None else ", ".join(str(group.count) for group in best.design),
-        "requests/s": "none" if best is None else f"{best.rate:g}",
-        "$/hour": "-" if best is None else f"{best.design.dollars_per_hour:,.0f}",
-        "power units": "-" if best is None else f"{best.design.power_units:,.0f}",
-    }
+def _row(profile: Profile, trace: str, compared: str, name: str, answers: Mapping[str, Answer]) -> Row:
+    answer = answers[name]
+    best = answer.best
+    row: Row = {"profile": profile.value, "trace": trace, "compared": compared, "design": name}
+    if name in _PAPER[trace] and compared.startswith("same"):
+        row["paper"] = _PAPER[trace][name][compared == "same cost"]
+    if best is not None:
+        row |= {
+            "machines": ", ".join(str(group.count) for group in best.design), "rate": best.rate,
+            "dollars_per_hour": best.design.dollars_per_hour, "power_units": best.design.power_units,
+            "joules_per_request": best.bill.joules_per_request,
+        }  # fmt: skip
+        for baseline, of in _BASELINES.items():
+            if (theirs := answers[of].best) is not None:
+                row[f"rate_over_{baseline}"] = best.rate / theirs.rate
+                row[f"cost_over_{baseline}"] = best.design.dollars_per_hour / theirs.design.dollars_per_hour
+                row[f"power_over_{baseline}"] = best.design.power_units / theirs.design.power_units
+    return row | {"runs": len(answer.tried), "designs": answer.grid}
+
+
+def documented(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The profiles beside each other: for the same budgets, and for the same rate."""
+    profiles = dict.fromkeys(row["profile"] for row in rows)
+    places = dict.fromkeys((row["trace"], row["compared"], row["design"]) for row in rows)
+    by_place = {(row["trace"], row["compared"], row["design"], row["profile"]): row for row in rows}
+    budgets: list[Row] = []
+    rates: list[Row] = []
+    for trace, compared, design in places:
+        is_budget = compared.startswith("same")
+        shown: Row = {"trace": trace, "compared": compared, "design": design}
+        if is_budget:
+            shown["paper: P, T"] = _PAPER[trace].get(design, "--")[compared == "same cost"]
+        for profile in profiles:
+            row = by_place.get((trace, compared, design, profile), {})
+            shown |= {f"{profile}: {name}": text for name, text in _cells(row, is_budget=is_budget).items()}
+        (budgets if is_budget else rates).append(shown)
+    return budgets, rates
+
+
+def _cells(row: Row, *, is_budget: bool) -> dict[str, str]:
+    cells = {"P, T": str(row.get("machines", "-"))}
+    if is_budget:
+        cells["requests/s"] = _figures(row, "rate", digits=0)
+        cells["over A100, H100"] = _figures(row, "rate_over_A100", "rate_over_H100")
+        cells["$/h, power"] = _figures(row, "dollars_per_hour", "power_units", digits=0)
+    else:
+        cells["cost, power over H100"] = _figures(row, "cost_over_H100", "power_over_H100")
+    return cells
+
+
+def _figures(row: Row, *keys: str, digits: int = 2) -> str:
+    return ", ".join(f"{row[key]:,.{digits}f}" if key in row else "-" for key in keys)

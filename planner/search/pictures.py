@@ -46,8 +46,8 @@ def _region(plan: Plan, answer: Answer, best: Trial) -> Panel:
         "count",
         (
             Line("largest within the limits", _edge(answer.kind.columns(plan.question.limits))),
-            Line("meets the objectives", _places(met), is_joined=False),
             Line("misses some", _places(missed), is_joined=False),
+            Line("meets the objectives", _places(met), is_joined=False),
             Line("best", (Point(prompt, token, f"{best.rate:g}/s"),), is_joined=False),
         ),
     )

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from threading import Thread
 
@@ -96,6 +97,8 @@ class _Search:
 @contextmanager
 def _without_interrupts() -> Iterator[None]:
     """A process that is started meanwhile never gets Ctrl-C, which goes to all of a terminal: this one ends it."""
+    # The first process would start it and unblock the signal.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

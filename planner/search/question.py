@@ -56,6 +56,12 @@ class Limits:
     machines: Range = field(default_factory=lambda: Range(1, 200))
     prompt: Range = field(default_factory=lambda: Range(1, 200))
     token: Range = field(default_factory=lambda: Range(1, 200))
+    # Numbers of prompt machines are multiples of it: a coarser grid.
+    prompt_step: int = field(default=1, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.prompt_step < 1:
+            raise BadConfig(f"steps of {self.prompt_step} prompt machines: expected at least 1", param="prompt_step")
 
     def can_pay(self, design: Design) -> bool:
         """Whether it is within the budgets."""
@@ -96,8 +102,8 @@ class Kind:
         is_mixed = self.token is None
         prompts, tokens = (Range(0, 0), limits.machines) if is_mixed else (limits.prompt, limits.token)
         # A pool of a split design has a machine, whatever the minimum is.
-        least = 0 if is_mixed else 1
-        for prompt in range(max(least, prompts.low), min(prompts.high, limits.machines.high) + 1):
+        least, step = 0 if is_mixed else max(1, prompts.low), limits.prompt_step
+        for prompt in range(-(-least // step) * step, min(prompts.high, limits.machines.high) + 1, step):
             low = max(1, tokens.low, limits.machines.low - prompt)
             counts = range(low, min(tokens.high, limits.machines.high - prompt) + 1)
             num_paid = bisect_left(counts, True, key=partial(self._is_beyond, limits, prompt))

@@ -25,6 +25,7 @@ def as_json(plan: Plan) -> dict[str, object]:
             "dollars_per_hour": limits.dollars_per_hour,
             "power_units": limits.power_units,
             **{name: [pool.low, pool.high] for name, pool in pools.items()},
+            "prompt_step": limits.prompt_step,
         },
         "slos": [each.name for each in question.slos],
         "best": None if best is None else best.kind.name,
@@ -35,15 +36,19 @@ def as_json(plan: Plan) -> dict[str, object]:
 
 
 def warnings(plan: Plan) -> list[str]:
-    """Of the best of each kind, each once; and rates that were not searched beyond."""
-    found = dict.fromkeys(warning for answer in plan.answers if answer.best for warning in answer.best.warnings)
-    found |= {
+    """Of the best of each kind: of warnings with the same beginning, which differ in figures, the first; and rates that
+    were not searched beyond."""
+    found: dict[str, str] = {}
+    for answer in plan.answers:
+        for warning in answer.best.warnings if answer.best else ():
+            found.setdefault(warning.partition(":")[0], warning)
+    bounded = (
         f"{answer.kind.name} meets the objectives at {plan.question.max_rate:g} a second, the highest rate that was "
-        "tried: expected a higher one, or smaller budgets": None
+        "tried: expected a higher one, or smaller budgets"
         for answer in plan.answers
         if answer.is_bounded
-    }
-    return list(found)
+    )
+    return [*found.values(), *bounded]
 
 
 def _answer(answer: Answer) -> dict[str, object]:

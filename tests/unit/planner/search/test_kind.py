@@ -33,6 +33,7 @@ def question(**fields: object) -> Question:
 def grid(kind: Kind, limits: Limits) -> list[Design]:
     """All of it, by hand."""
     prompts, counts = (0,) if kind.token is None else range(1, limits.prompt.high + 1), range(1, 30)
+    prompts = [prompt for prompt in prompts if prompt % limits.prompt_step == 0]
     designs = [kind.design(*place) for place in product(prompts, counts)]
     return [design for design in designs if is_within(design, limits)]
 
@@ -81,6 +82,7 @@ limits_of_all_kinds = st.builds(
     st.tuples(st.integers(1, 6), st.integers(0, 12)).map(lambda each: Range(each[0], each[0] + each[1])),
     ranges,
     ranges,
+    prompt_step=st.integers(1, 3),
 )
 all_kinds = st.sampled_from((Kind(H, A), Kind(A, A), Kind(A, H), Kind(H, None), Kind(A, None)))
 

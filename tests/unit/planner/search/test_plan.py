@@ -112,6 +112,8 @@ def test_json_and_pictures_have_what_was_found(tmp_path: Path) -> None:
             prices = [each["dollars_per_hour"] for each in answer["by_cost"]]
             assert prices == sorted(prices)
     assert any(answer["best"] for answer in told["answers"])
+    subjects = [warning.partition(":")[0] for warning in told["warnings"]]
+    assert len(set(subjects)) == len(subjects) > 0
     assert [len(row) for row in report.rows(found)] == [len(report.COLUMNS)] * len(asked.kinds)
     paths = pictures.write(tmp_path, found)
     assert [path.name for path in paths] == ["region.svg", "front.svg", "latency.svg"]
