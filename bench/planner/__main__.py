@@ -79,13 +79,14 @@ def main() -> None:
     asked.add_argument("--profile", choices=[each.value for each in Profile], default=Profile.COMPAT.value)
     asked.add_argument("--workers", type=int, default=1, help="processes")
     asked.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    asked.add_argument("--traces", nargs="+", choices=headline.Scale().traces, help="both, if nothing is said")
     asked.add_argument("--seconds", type=float, help="of the drawn trace; the paper has 60")
     asked.add_argument("--rate-step", type=float, help="rates are multiples of it")
     asked.add_argument("--prompt-step", type=int, help="every so many prompt machines are tried")
     asked.add_argument("--no-same-rate", action="store_true", help="only the highest rates")
     given = parser.parse_args()
     if given.command == "headline":
-        own = {name: getattr(given, name) for name in ("seconds", "rate_step", "prompt_step")}
+        own = {name: getattr(given, name) for name in ("traces", "seconds", "rate_step", "prompt_step")}
         scale = replace(
             _QUICK if given.quick else headline.Scale(), has_same_rate=not given.no_same_rate,
             **{name: value for name, value in own.items() if value is not None},

@@ -38,6 +38,7 @@ class Scale:
     """Of a comparison; the paper's, if nothing else is said."""
 
     num_h100: int = 40
+    traces: tuple[str, ...] = ("conv", "code")
     # Of the drawn trace.
     seconds: float = 60.0
     rate_step: float = 1.0
@@ -66,7 +67,7 @@ def table(profile: Profile, scale: Scale, workers: int) -> Iterator[list[Row]]:
     }
     # For the same rate of the weakest machines.
     enough = Limits(machines=Range(1, 5 * num_h100), prompt_step=step)
-    for trace in _PAPER:
+    for trace in scale.traces:
         found: dict[str, Answer] = {}
         for budget, limits in budgets.items():
             found = _answers(_question(profile, trace, scale, limits), workers)
