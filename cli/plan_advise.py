@@ -74,7 +74,7 @@ def advise(
     """Watch a running cluster; say what other pools, caps or ways of splitting would do, and how to get there."""
     if out is not None:
         preflight.writable_folder(out, "--out")
-    addresses = router or [_ROUTER]
+    addresses = list(dict.fromkeys(router or (_ROUTER,)))
     for address in addresses:
         parse_address(address, "--router", lowest_port=1)
     from cli.watch import watch

@@ -124,10 +124,11 @@ def advised(
     """``price``: the machine that a node is. Raises Unavailable: too little was seen."""
     config = config or AdviceConfig()
     load = load_of(watched.routers, watched.seconds)
-    if load.count < config.min_requests:
+    num_came = round(load.rate * load.seconds)
+    if min(load.count, num_came) < config.min_requests:
         raise Unavailable(
-            f"{load.count} requests ended in {watched.seconds:.3g} s, expected at least {config.min_requests}: "
-            "percentiles of fewer say little; ask again under load, or for more --seconds"
+            f"{num_came} requests came and {load.count} ended in {watched.seconds:.3g} s, expected at least "
+            f"{config.min_requests}: percentiles of fewer say little; ask again under load, or for more --seconds"
         )
     setup, unseen = setup_of(watched)
     simulate = simulator(measured_of(watched), watched, load, config.num_requests, config.seed, price)

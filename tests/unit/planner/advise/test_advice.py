@@ -12,6 +12,7 @@ from baton.errors import Unavailable
 from planner.advise import report
 from planner.advise.advice import Advice, AdviceConfig, Option, advised
 from planner.advise.cluster import pool_uses
+from planner.advise.samples import Samples
 from planner.advise.setup import Setup
 from planner.machines import catalogue
 from planner.search.slos import slo
@@ -105,8 +106,15 @@ def test_a_model_that_does_not_fit_says_so() -> None:
 
 def test_too_few_requests_or_steps_are_no_basis() -> None:
     watched = watched_as(Setup(mixed=1), work(1.0, 100, 5, 50.0))
-    with pytest.raises(Unavailable, match=r"\d+ requests ended in .* s, expected at least 100: .* for more --seconds"):
+    with pytest.raises(
+        Unavailable, match=r"4\d requests came and 4\d ended in .* s, expected at least 100: .* --seconds"
+    ):
         advised(watched)
+    (router,) = watched.routers
+    full = Samples("router", {**router.before.values, ("baton_sequences", ()): 60.0})
+    stopped = replace(watched, routers=(replace(router, before=full),))
+    with pytest.raises(Unavailable, match=r"^0 requests came and 4\d ended"):
+        advised(stopped, config=replace(QUICK, min_requests=10))
     idle = replace(watched, observed=replace(watched.observed, steps=()))
     with pytest.raises(Unavailable, match="recorded 0 steps, of too few shapes"):
         advised(idle, config=replace(QUICK, min_requests=10))
