@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loadgen import chart
 from loadgen.chart import Line, Panel, Point
@@ -108,16 +108,26 @@ def picture(advice: Advice) -> str:
         measured = {fit.name: fit.measured for fit in advice.fits}
         seen = tuple(measured.get(f"{name} {part}") for name in ("TTFT_s", "TBT_s"))
         lines = [
-            Line("today, simulated", _points([("", advice.today)], part), is_joined=False),
-            Line("pays", _points([(o.about, o.predicted) for o in paying], part), is_joined=False),
-            Line("does not pay", _points([("", o.predicted) for o in others], part), is_joined=False),
+            Line("does not pay", _points(others, part, has_labels=False), is_joined=False),
+            Line("pays", _points(paying, part, has_labels=True), is_joined=False),
+            Line("today, simulated", tuple(_point(advice.today, part)), is_joined=False),
         ]
         if seen[0] and seen[1]:
-            lines.insert(0, Line("today, measured", (Point(1e3 * seen[0], 1e3 * seen[1]),), is_joined=False))
+            lines.append(Line("today, measured", (Point(1e3 * seen[0], 1e3 * seen[1]),), is_joined=False))
         panels.append(Panel(f"TBT over TTFT, {part}", "TTFT ms", "TBT ms", tuple(lines), is_log=True, is_log_x=True))
     return chart.draw(f"what one change would do · {advice.setup.name}", panels)
 
 
-def _points(found: Sequence[tuple[str, Predicted]], part: str) -> tuple[Point, ...]:
-    pairs = [(label, *(getattr(of.metrics[name], part) for name in ("TTFT_s", "TBT_s"))) for label, of in found]
-    return tuple(Point(1e3 * x, 1e3 * y, label) for label, x, y in pairs if x is not None and y is not None)
+def _points(options: Sequence[Option], part: str, *, has_labels: bool) -> tuple[Point, ...]:
+    """Changes that do the same share a point."""
+    names: dict[Point, list[str]] = {}
+    for option in options:
+        for point in _point(option.predicted, part):
+            names.setdefault(point, []).append(option.about)
+    return tuple(Point(at.x, at.y, ", ".join(said) if has_labels else "") for at, said in names.items())
+
+
+def _point(found: Predicted, part: str) -> Iterator[Point]:
+    x, y = (getattr(found.metrics[name], part) for name in ("TTFT_s", "TBT_s"))
+    if x is not None and y is not None:
+        yield Point(1e3 * x, 1e3 * y)

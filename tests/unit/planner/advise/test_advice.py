@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from xml.etree import ElementTree
 
@@ -140,7 +141,12 @@ def test_the_report_has_all_of_it_and_the_same_bytes_each_time() -> None:
     assert 3 * 8 * price.idle_power_w < whole["today"]["watts"] < 3 * 8 * price.power_w
     assert len(report.rows(found)) == 1 + len(found.options)
     assert {len(row) for row in report.rows(found)} == {len(report.COLUMNS)}
-    ElementTree.fromstring(report.picture(found))
+    drawn = report.picture(found)
+    ElementTree.fromstring(drawn)
+    assert all(option.about in drawn for option in found.best)
+    assert {"today, measured", "today, simulated", "pays", "does not pay"} <= set(
+        re.findall(r">([^<>]+)</text>", drawn)
+    )
 
 
 def test_seeds_draw_other_requests_of_the_same_kind() -> None:
