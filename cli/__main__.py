@@ -16,4 +16,6 @@ else:
 
 from cli.main import main  # noqa: E402
 
-main()
+# Processes that a command spawns load this file as well, under another name.
+if __name__ == "__main__":
+    main()
