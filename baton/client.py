@@ -149,6 +149,7 @@ class Options:
     slo_ttft_s: float = 0.0
     slo_tbt_s: float = 0.0
     structured_output: StructuredOutput | None = None
+    bad_words: Sequence[str] = ()
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -385,6 +386,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             slo_ttft_s=options.slo_ttft_s,
             slo_tbt_s=options.slo_tbt_s,
             structured_output=None if options.structured_output is None else options.structured_output.to_pb(),
+            bad_words=options.bad_words,
         )
         _set_input(request, prompt)
     return request

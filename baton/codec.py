@@ -85,6 +85,8 @@ def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
         logprobs=msg.logprobs if msg.HasField("logprobs") else None,
         logit_bias=dict(msg.logit_bias),
         grammar=msg.grammar,
+        allowed_token_ids=tuple(msg.allowed_token_ids),
+        bad_word_ids=tuple(tuple(word.token_ids) for word in msg.bad_word_ids),
         prompt_logprobs=msg.prompt_logprobs if msg.HasField("prompt_logprobs") else None,
     )
 
@@ -106,6 +108,8 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
         logprobs=params.logprobs,
         logit_bias=params.logit_bias,
         grammar=params.grammar,
+        allowed_token_ids=params.allowed_token_ids,
+        bad_word_ids=[pb.TokenRun(token_ids=word) for word in params.bad_word_ids],
         prompt_logprobs=params.prompt_logprobs,
     )
 

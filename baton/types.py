@@ -19,6 +19,10 @@ MIN_TEMPERATURE = 1e-5
 # Bounds on lists that a node iterates over for every token.
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_ALLOWED_TOKEN_IDS = 16_384
+# Of a request; each may be two runs of tokens.
+MAX_BAD_WORDS = 256
+MAX_BAD_WORD_TOKENS = 64
 MAX_REQUEST_ID_CHARS = 128
 MAX_LEASE_S = 86_400.0
 # What tells tenants apart is a digest.
@@ -106,6 +110,10 @@ class SamplingParams:
     grammar: str = ""
     # Report the log-probability of each prompt token and so many alternatives; None: none.
     prompt_logprobs: int | None = None
+    # Only these are drawn; empty: all.
+    allowed_token_ids: tuple[int, ...] = ()
+    # The output has none of these runs of ids.
+    bad_word_ids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         # Runs several times per request: at the router's face and on every node.
@@ -130,16 +138,28 @@ class SamplingParams:
             _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, "at most max_tokens")
         if self.logprobs is not None:
             _check_int("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS)
-        if self.stop_token_ids:
-            _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        if self.logit_bias:
-            _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
-            _check_biases(self.logit_bias.values())
         _check(isinstance(self.grammar, str), "grammar", self.grammar, "text")
         size = len(self.grammar)
         _check(size <= MAX_GRAMMAR_CHARS, "grammar", f"{size} characters", f"at most {MAX_GRAMMAR_CHARS}")
         if self.prompt_logprobs is not None:
             _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        if self.stop_token_ids:
+            _check_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        if self.logit_bias:
+            _check_ids("logit_bias", self.logit_bias, MAX_LOGIT_BIASES)
+            _check_biases(self.logit_bias.values())
+        if self.allowed_token_ids:
+            _check_ids("allowed_token_ids", self.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS)
+        if self.bad_word_ids:
+            num_words = len(self.bad_word_ids)
+            _check(num_words <= 2 * MAX_BAD_WORDS, "bad_word_ids", f"{num_words} runs", f"at most {2 * MAX_BAD_WORDS}")
+            for word in self.bad_word_ids:
+                _check(len(word) > 0, "bad_word_ids", word, "words of at least one token")
+                _check_ids("bad_word_ids", word, MAX_BAD_WORD_TOKENS)
 
     @property
     def is_greedy(self) -> bool:

@@ -159,7 +159,8 @@ class Entry:
     @property
     def needs_host(self) -> bool:
         """The token that is being drawn decides which may follow it, and only the host can tell."""
-        return self.num_unknown > 0 and self.sequence.token_mask is not None
+        mask = self.sequence.token_mask
+        return self.num_unknown > 0 and mask is not None and mask.follows_tokens
 
     def board(self, piece: Piece) -> None:
         self.num_flights += 1

@@ -20,9 +20,10 @@ from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask_par
 from numpy.typing import NDArray
 
-from baton.errors import BatonError, InternalError, InvalidRequest, described, shortened
+from baton.errors import BatonError, InternalError, InvalidRequest, UnsupportedModel, described, shortened
 from baton.grammar_limits import LIMITS
 from baton.types import SequenceSpec
+from engine.list_masks import ListMask
 from engine.step import StepPlan
 
 # Built grammars that are kept for the next sequence that asks for them.
@@ -32,12 +33,19 @@ _MAX_MESSAGE_CHARS = 300
 
 
 def load_tokenizer(file: Path, vocab_size: int) -> LLTokenizer:
-    """Of the model's vocabulary, or the tokenizer's where that is larger. A second for 150,000 tokens."""
+    """Of the model's vocabulary, or the tokenizer's where that is larger. Raises UnsupportedModel.
+
+    Of 150,000 tokens it takes a second, in which no other thread runs, and 80 MB: to be called before anything is
+    served.
+    """
     text = file.read_text(encoding="utf-8")
     try:
-        return LLTokenizer(text, n_vocab=vocab_size)
-    except ValueError:
-        return LLTokenizer(text)
+        try:
+            return LLTokenizer(text, n_vocab=vocab_size)
+        except ValueError:
+            return LLTokenizer(text)
+    except ValueError as error:
+        raise UnsupportedModel(f"{file} cannot be used for grammars: {error}") from error
 
 
 class GrammarMask:
@@ -55,6 +63,7 @@ class GrammarMask:
         "_stops",
         "is_ready",
     )
+    follows_tokens = True
 
     def __init__(self, grammars: Grammars, spec: SequenceSpec) -> None:
         self._grammars = grammars
@@ -167,11 +176,10 @@ class Grammars:
     """All of one node. Masks are made in any thread and used in the engine's."""
 
     def __init__(
-        self, load: Callable[[], LLTokenizer], vocab_size: int, *, num_threads: int, on_ready: Callable[[], None]
+        self, tokenizer: LLTokenizer, vocab_size: int, *, num_threads: int, on_ready: Callable[[], None]
     ) -> None:
-        """``load``: called once, when the first grammar comes. ``on_ready``: in a thread of a builder, when one more
-        sequence has become ready."""
-        self._load = load
+        """``on_ready``: called in a thread of a builder, when one more sequence has become ready."""
+        self._tokenizer = tokenizer
         # Of a mask: whole words.
         self._num_bytes = -(-vocab_size // 32) * 4
         # The ids that the model can draw.
@@ -185,7 +193,6 @@ class Grammars:
         self._builders: list[threading.Thread] = []
         self._lock = threading.Lock()
         # Guarded by it; the grammar that was asked for longest ago comes first.
-        self._tokenizer: LLTokenizer | None = None
         self._built: OrderedDict[str, LLMatcher] = OrderedDict()
         # The engine thread's.
         self._executor: LLExecutor | None = None
@@ -205,6 +212,7 @@ class Grammars:
         wanted = []
         for piece in plan.pieces:
             mask, token_ids = piece.sequence.token_mask, piece.sequence.token_ids
+            mask = mask.inner if isinstance(mask, ListMask) else mask
             if piece.samples and isinstance(mask, GrammarMask) and mask.needs_bits(token_ids):
                 wanted.append((mask, token_ids))
         if wanted:
@@ -212,15 +220,13 @@ class Grammars:
 
     def fill(self, wanted: Seq[tuple[GrammarMask, Seq[int]]]) -> None:
         """The bits of these masks behind these tokens."""
-        tokenizer = self._tokenizer
-        assert tokenizer is not None, "a mask that is ready has a tokenizer"
         if self._executor is None:
             self._executor = LLExecutor(self._num_threads)
-        words = np.zeros((len(wanted), -(-tokenizer.vocab_size // 32)), dtype=np.int32)
+        words = np.zeros((len(wanted), -(-self._tokenizer.vocab_size // 32)), dtype=np.int32)
         matchers = [(mask.follow(token_ids), row) for row, (mask, token_ids) in enumerate(wanted)]
         fill_next_token_bitmask_par(self._executor, matchers, words)
         # What the library takes for the end of sequence is its guess: what really is one, requests know.
-        text = self._real & ~_bits_of(tokenizer.eos_tokens, self._num_bytes)
+        text = self._real & ~_bits_of(self._tokenizer.eos_tokens, self._num_bytes)
         for (mask, _), row in zip(wanted, words, strict=True):
             mask.take(row.view(np.uint8)[: self._num_bytes] & text)
 
@@ -247,8 +253,6 @@ class Grammars:
     def _matcher(self, grammar: str) -> LLMatcher:
         """A copy of its own of one that has followed nothing."""
         with self._lock:
-            if self._tokenizer is None:
-                self._tokenizer = self._load()
             found = self._built.get(grammar)
             if found is not None:
                 self._built.move_to_end(grammar)

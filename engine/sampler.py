@@ -113,17 +113,24 @@ class Sampler:
         params, mask = sequence.spec.sampling, sequence.token_mask
         if mask is None and not changes_logits(params, sequence.num_generated):
             return None
+        values: NDArray[np.float32] = logits.numpy()
+        if changes_logits(params, sequence.num_generated):
+            values = self._changed(values.copy(), sequence)
+        if mask is not None:
+            bits = np.frombuffer(mask.bits(sequence.token_ids), dtype=np.uint8)
+            allowed = np.unpackbits(bits, count=len(values), bitorder="little").view(bool)
+            values = np.where(allowed, values, np.float32(-np.inf))
+        return values
+
+    def _changed(self, values: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
+        params = sequence.spec.sampling
         banned = banned_ids(params, sequence.num_generated)
-        values: NDArray[np.float32] = logits.numpy().copy()
         for token_id, bias in params.logit_bias.items():
             if token_id < len(values):
                 values[token_id] += np.float32(bias)
         values[[t for t in banned if t < len(values)]] = -np.inf
         if has_penalty(params):
             self._penalize(values, sequence)
-        if mask is not None:
-            allowed = np.unpackbits(np.frombuffer(mask.bits(sequence.token_ids), dtype=np.uint8), bitorder="little")
-            values[allowed[: len(values)] == 0] = -np.inf
         return values
 
     def _penalize(self, values: NDArray[np.float32], sequence: Sequence) -> None:

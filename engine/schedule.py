@@ -42,6 +42,7 @@ from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
+from engine.list_masks import ListMask
 from engine.plain_steps import PlainSteps
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
@@ -456,9 +457,12 @@ class Scheduler:
         sequence = Sequence(spec)
         if spec.sampling.grammar:
             if self._mask_of is None:
-                message = "grammar needs a tokenizer and this node's model folder has no tokenizer.json; ask for text"
+                message = "grammar needs a tokenizer.json in the model's folder that the node can use; ask for text"
                 raise InvalidRequest(message, param="grammar")
             sequence.token_mask = self._mask_of(spec)
+        if spec.sampling.allowed_token_ids or spec.sampling.bad_word_ids:
+            assert self.config.vocab_size is not None, "a model has a vocabulary"
+            sequence.token_mask = ListMask(spec, self.config.vocab_size, sequence.token_mask)
         return sequence
 
     def _refuse_known(self, sequence_id: str) -> None:

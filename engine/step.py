@@ -21,6 +21,11 @@ class TokenMask(Protocol):
         """It can be asked. Until then no token is drawn; it becomes true in any thread, and stays so."""
         ...
 
+    @property
+    def follows_tokens(self) -> bool:
+        """What it says is not always the same: the host has to know a token before it can tell the mask behind it."""
+        ...
+
     def is_over(self, token_ids: Seq[int]) -> bool:
         """No token may follow these, prompt included: the sequence ends here."""
         ...
@@ -56,7 +61,7 @@ class Sequence:
         # be scored, behind all there are if there is none: tokens follow a prompt that was scored.
         wants_scores = spec.sampling.prompt_logprobs is not None and not spec.generated_token_ids
         self.first_scored = 0 if wants_scores else sys.maxsize
-        # None allows all. The host has to know a token before it can tell the mask behind it.
+        # None allows all.
         self.token_mask: TokenMask | None = None
 
     @property

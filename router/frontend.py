@@ -16,6 +16,7 @@ from baton import errors
 from baton.errors import quoted
 from baton.observe import Relay
 from baton.types import (
+    MAX_BAD_WORDS,
     MAX_COUNT,
     MAX_PRIORITY,
     MAX_REQUEST_ID_CHARS,
@@ -89,6 +90,8 @@ class GenerationRequest:
     request_id: str = ""
     n: int = 1
     stops: tuple[str, ...] = ()
+    # Texts that the output does not have.
+    bad_words: tuple[str, ...] = ()
     include_stop: bool = False
     # Only requests of one salt share the KV of prompts that begin alike.
     cache_salt: str = ""
@@ -334,6 +337,8 @@ class Frontend:
                 prompts, echoes = await self._tokenized(request)
                 if request.sampling.grammar:
                     await self._check_grammar(request)
+                if request.bad_words:
+                    request = replace(request, sampling=self._without_words(request))
         except TimeoutError:
             raise errors.DeadlineExceeded(f"the prompt was not tokenized within the timeout of {timeout_s} s") from None
         self._check_repeats(request, prompts, echoes)
@@ -605,6 +610,30 @@ class Frontend:
             raise errors.InvalidRequest("prompt_logprobs is not supported yet", param="prompt_logprobs")
         self._check_ids("stop_token_ids", sampling.stop_token_ids)
         self._check_ids("logit_bias", tuple(sampling.logit_bias))
+        self._check_ids("allowed_token_ids", sampling.allowed_token_ids)
+
+    def _without_words(self, request: GenerationRequest) -> SamplingParams:
+        """The words as token ids, as they begin a text and, where that is another token, as they follow a space."""
+        tokenizer = require(self.tokenizer, "bad_words")
+        if len(request.bad_words) > MAX_BAD_WORDS:
+            raise errors.InvalidRequest(
+                f"bad_words has {len(request.bad_words)} entries, expected at most {MAX_BAD_WORDS}", param="bad_words"
+            )
+        runs: list[tuple[int, ...]] = []
+        for word in request.bad_words:
+            if not 0 < len(word.strip()) <= self._limits.max_stop_chars:
+                raise errors.InvalidRequest(
+                    f"bad_words has {quoted(word)}, expected 1 to {self._limits.max_stop_chars} characters",
+                    param="bad_words",
+                )
+            bare, spaced = (
+                tokenizer.encode(f"{space}{word.lstrip()}", add_special_tokens=False) for space in ("", " ")
+            )
+            runs.append(bare)
+            # As in vLLM: a space that is a token of its own is no part of the word.
+            if spaced[0] != bare[0] and len(spaced) == len(bare):
+                runs.append(spaced)
+        return replace(request.sampling, bad_word_ids=(*request.sampling.bad_word_ids, *runs))
 
     async def _check_grammar(self, request: GenerationRequest) -> None:
         if self._grammar_check is None:

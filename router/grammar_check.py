@@ -23,6 +23,8 @@ _PROGRAM = Path(__file__).with_name("grammar_child.py")
 # Of one answer.
 _MAX_ANSWER_BYTES = 1 << 20
 _MAX_MESSAGE_CHARS = 400
+# Tokens that a new grammar is followed for.
+_NUM_STEPS = 16
 
 
 class GrammarCheck:
@@ -96,6 +98,7 @@ class GrammarCheck:
             "tokenizer": str(self._tokenizer_file),
             "limits": dict(LIMITS),
             "limit_s": self._config.limit_s,
+            "num_steps": _NUM_STEPS,
             "max_bytes": self._config.max_bytes,
         }
         answer = await self._answer(process, told, self._config.start_limit_s)

@@ -13,7 +13,14 @@ from grpc import aio
 
 from baton import codec, errors
 from baton.server import GrpcServer, ServerLimits
-from baton.types import DEFAULTED_SAMPLING, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Slo
+from baton.types import (
+    DEFAULTED_SAMPLING,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_TOKEN_IDS,
+    Slo,
+)
 from baton.v1 import router_pb2, router_pb2_grpc
 from router import grammars
 from router.chat import ChatMessage
@@ -97,6 +104,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             prompts=(prompt,),
             sampling=replace(codec.sampling_from_pb(request.sampling), grammar=grammar),
             grammar_param=grammar_param,
+            bad_words=tuple(request.bad_words),
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if not request.sampling.HasField(name)),
             model=request.model,
             request_id=request.request_id,
@@ -126,6 +134,9 @@ class RouterService(router_pb2_grpc.RouterServicer):
             ("stop", request.stop, self._config.limits.max_stop_strings),
             ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
             ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIASES),
+            ("bad_words", request.bad_words, MAX_BAD_WORDS),
+            ("bad_word_ids", sampling.bad_word_ids, 2 * MAX_BAD_WORDS),
+            ("allowed_token_ids", sampling.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS),
             ("structured_output.choice", request.structured_output.choice, grammars.MAX_CHOICES),
         ):
             if limit is not None and len(items) > limit:

@@ -29,8 +29,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "prompt_embeds": ((), "a prompt is text or token ids"),
     "spaces_between_special_tokens": ((True,), "text is what the tokenizer decodes"),
     "detokenize": ((True,), "the answer is text; token ids come with return_token_ids"),
-    "allowed_token_ids": ((), _NO_GUIDE),
-    "bad_words": (([],), _NO_GUIDE),
     "logits_processors": (([],), _NO_GUIDE),
     "structural_tag": ((), _NO_GUIDE),
     "guided_json_object": ((False,), _NO_GUIDE),

@@ -16,6 +16,8 @@ from pydantic_core import from_json
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import (
     DEFAULTED_SAMPLING,
+    MAX_ALLOWED_TOKEN_IDS,
+    MAX_BAD_WORDS,
     MAX_COUNT,
     MAX_LOGIT_BIASES,
     MAX_SEED,
@@ -39,6 +41,8 @@ _MAX_ENTRIES = {
     "stop": 1024,
     "modalities": 16,
     "tools": MAX_TOOLS,
+    "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
+    "bad_words": MAX_BAD_WORDS,
 }
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
@@ -91,6 +95,8 @@ class CommonBody(_Strict):
     # The form of the answer; checked where grammars are made of them.
     response_format: Any = None
     structured_outputs: Any = None
+    allowed_token_ids: list[int] | None = None
+    bad_words: list[str] | None = None
     guided_json: Any = None
     guided_regex: Any = None
     guided_choice: Any = None
@@ -152,6 +158,7 @@ class CommonBody(_Strict):
             stop_token_ids=tuple(self.stop_token_ids or ()),
             logprobs=num_logprobs,
             logit_bias=_logit_bias(self.logit_bias),
+            allowed_token_ids=tuple(self.allowed_token_ids or ()),
         )
 
     def _own_form(self) -> AskedForm:
@@ -168,12 +175,15 @@ class CommonBody(_Strict):
             )
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options is only allowed when stream is true", param="stream_options")
+        if self.allowed_token_ids == []:
+            raise InvalidRequest("allowed_token_ids is empty, expected null or token ids", param="allowed_token_ids")
         guided = {name: getattr(self, name) for name in _GUIDED}
         asked = grammar_of(self.response_format, self.structured_outputs, guided, self._own_form())
         return GenerationRequest(
             prompts=prompts,
             sampling=replace(sampling, grammar=asked.grammar) if asked.grammar else sampling,
             grammar_param=asked.param,
+            bad_words=tuple(self.bad_words or ()),
             truncate_to=self.truncate_prompt_tokens,
             truncates_end=self.truncation_side == "right",
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if getattr(self, name) is None),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 import json
 import logging
 import sys
@@ -295,8 +294,8 @@ class FakeNode:
         file, vocab_size = self.config.tokenizer_file, self.config.vocab_size
         if file is None:
             return None
-        load = functools.partial(load_tokenizer, file, vocab_size)
-        return Grammars(load, vocab_size, num_threads=1, on_ready=lambda: self.replica.wake())
+        tokenizer = load_tokenizer(file, vocab_size)
+        return Grammars(tokenizer, vocab_size, num_threads=1, on_ready=lambda: self.replica.wake())
 
     # ── What tests script ───────────────────────────────────────────────────────────────────────────────────────────
 

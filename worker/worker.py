@@ -15,7 +15,7 @@ from collections.abc import Callable
 from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
-from baton.errors import InternalError, described
+from baton.errors import InternalError, UnsupportedModel, described
 from baton.files import is_there
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
@@ -251,13 +251,19 @@ class _Worker:
 
 
 def _grammars(config: WorkerConfig, model: LoadedModel, on_ready: Callable[[], None]) -> Grammars | None:
-    """None: the model's folder has no tokenizer."""
+    """None: the model's folder has no tokenizer, or one that the library does not know."""
     file = config.model / "tokenizer.json"
     if not is_there(file):
         return None
     vocab_size = model.description.vocab_size
-    load = functools.partial(load_tokenizer, file, vocab_size)
-    return Grammars(load, vocab_size, num_threads=config.engine.num_threads or os.cpu_count() or 1, on_ready=on_ready)
+    try:
+        tokenizer = load_tokenizer(file, vocab_size)
+    except UnsupportedModel as error:
+        _log.warning("structured output is refused: %s", error.message)
+        return None
+    return Grammars(
+        tokenizer, vocab_size, num_threads=config.engine.num_threads or os.cpu_count() or 1, on_ready=on_ready
+    )
 
 
 def _scheduler(

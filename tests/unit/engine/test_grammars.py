@@ -36,7 +36,7 @@ class Node:
     def __init__(self) -> None:
         self.ready = threading.Semaphore(0)
         self.grammars = Grammars(
-            lambda: load_tokenizer(FILE, VOCAB_SIZE), VOCAB_SIZE, num_threads=2, on_ready=self.ready.release
+            load_tokenizer(FILE, VOCAB_SIZE), VOCAB_SIZE, num_threads=2, on_ready=self.ready.release
         )
 
     def mask(self, spec: SequenceSpec) -> GrammarMask:
@@ -129,6 +129,24 @@ def test_tokens_that_are_not_of_the_grammar_fail_the_sequence(node: Node) -> Non
         mask.bits((*PROMPT, *text_ids("b")))
 
 
+def test_one_that_outgrows_the_limits_fails_its_own_sequence(node: Node) -> None:
+    rules = "\n".join(f"a{i}: a{i + 1} a{i + 1}" for i in range(40))
+    mask, good = node.mask(spec(lark(f'start: a0\n{rules}\na40: "x"'))), node.mask(spec(lark("start: /x+/")))
+    x = tuple(text_ids("x"))
+    failed_at = None
+    for count in range(20):
+        token_ids = (*PROMPT, *x * count)
+        if mask.needs_bits(token_ids):
+            node.grammars.fill([(mask, token_ids), (good, token_ids)])
+        try:
+            mask.bits(token_ids)
+        except InvalidRequest as error:
+            failed_at = error.message
+    assert failed_at is not None
+    assert "cannot be followed" in failed_at
+    assert good.bits((*PROMPT, *x))
+
+
 SCHEMAS: list[Any] = [
     {
         "type": "object",
@@ -213,6 +231,7 @@ def test_an_engine_draws_sentences_of_the_grammar(node: Node) -> None:
 def test_one_that_is_not_ready_holds_up_no_other(node: Node) -> None:
     class Waiting:
         is_ready = False
+        follows_tokens = True
 
         def is_over(self, token_ids: object) -> bool:
             raise AssertionError("not ready")

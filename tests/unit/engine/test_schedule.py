@@ -156,6 +156,7 @@ def test_who_has_ended_is_dropped_from_the_step_that_did_not_wait(how: str) -> N
 def test_a_sequence_whose_mask_waits_for_the_host_sits_out_alone() -> None:
     class AllowAll:
         is_ready = True
+        follows_tokens = True
 
         def is_over(self, token_ids: Seq[int]) -> bool:
             return False

@@ -140,6 +140,7 @@ def test_prompts_make_progress_whatever_the_target(is_measured: bool) -> None:
 def test_one_that_is_in_every_second_step_gets_half_the_time() -> None:
     class AllowAll:
         is_ready = True
+        follows_tokens = True
 
         def is_over(self, token_ids: Seq[int]) -> bool:
             return False

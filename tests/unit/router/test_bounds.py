@@ -299,7 +299,7 @@ async def test_a_long_name_over_grpc_is_not_found_rather_than_too_much_metadata(
 
 
 def test_each_number_of_the_sampling_parameters_refuses_what_the_wire_or_a_kernel_cannot_hold() -> None:
-    others = ("ignore_eos", "stop_token_ids", "logit_bias", "grammar")
+    others = ("ignore_eos", "stop_token_ids", "logit_bias", "grammar", "allowed_token_ids", "bad_word_ids")
     numbers = [f.name for f in fields(SamplingParams) if f.name not in others]
     for name in numbers:
         for value in (True, "1", math.nan, math.inf, -(2**70), [1]):

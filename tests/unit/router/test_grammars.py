@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
+import time
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
@@ -13,6 +18,7 @@ from baton.grammar_limits import LIMITS
 from baton.types import MAX_GRAMMAR_CHARS
 from router import grammars
 from tests.support.root import ROOT
+from tests.support.schemas import FOLLOWED, REFUSED
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +105,53 @@ def deep(levels: int) -> Any:
     return schema
 
 
+@pytest.fixture(scope="module")
+def enders(tokenizer: LLTokenizer) -> list[int]:
+    """Tokens that end a part of JSON."""
+    return [token_id for text in '"}]@' for token_id in tokenizer.tokenize_str(text)]
+
+
+def walk(tokenizer: LLTokenizer, grammar: str, enders: list[int], rng: random.Random) -> str:
+    """An answer at random that gets to an end."""
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+    answer: list[int] = []
+    while not matcher.is_stopped() and len(answer) < 5000:
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(bits, bitorder="little"))
+        ending = [token_id for token_id in enders if bits[token_id // 8] >> token_id % 8 & 1]
+        if matcher.is_accepting() and rng.random() < 0.5:
+            break
+        token_id = rng.choice(ending) if ending and rng.random() < 0.5 else int(rng.choice(allowed))
+        if token_id in tokenizer.eos_tokens:
+            break
+        answer.append(token_id)
+        matcher.consume_token(token_id)
+    assert not matcher.is_error(), matcher.get_error()
+    assert matcher.is_accepting()
+    return tokenizer.decode_str(answer)
+
+
+@pytest.mark.parametrize("number", range(0, len(FOLLOWED), 3))
+def test_answers_are_valid_by_their_schema(tokenizer: LLTokenizer, enders: list[int], number: int) -> None:
+    rng = random.Random(number)
+    for schema in FOLLOWED[number : number + 3]:
+        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        grammar = grammars.of_json_schema(schema, param="s")
+        for _ in range(5):
+            validator.validate(json.loads(walk(tokenizer, grammar, enders, rng)))
+
+
+@pytest.mark.parametrize(("schema", "why"), REFUSED)
+def test_what_cannot_be_followed_is_refused_by_name(tokenizer: LLTokenizer, schema: Any, why: str) -> None:
+    try:
+        matcher = LLMatcher(tokenizer, grammars.of_json_schema(schema, param="s"), log_level=0)
+    except InvalidRequest as error:
+        refusal = error.message
+    else:
+        refusal = matcher.get_error()
+    assert why in refusal
+
+
 REFUSED_SCHEMAS: list[tuple[object, str]] = [
     (5, "expected a JSON schema"),
     ([], "expected a JSON schema"),
@@ -109,9 +162,11 @@ REFUSED_SCHEMAS: list[tuple[object, str]] = [
     ({"type": "integer", "multipleOf": 1e9}, "multipleOf"),
     ({"type": "string", "maxLength": 10**9}, "maxLength"),
     ({"type": "array", "minItems": 10**9}, "minItems"),
-    ({"type": "string", "pattern": "a{100000}"}, "repetition"),
-    ({"type": "string", "pattern": "a{1,9999999999}"}, "repetition"),
-    ({"patternProperties": {"a{100000,}": {}}}, "repetition"),
+    ({"type": "string", "pattern": "a{100000}"}, "repeats a part"),
+    ({"type": "string", "pattern": "a{1,9999999999}"}, "repeats a part"),
+    ({"type": "string", "pattern": "((a{99}b){99}){99}"}, "repeats a part"),
+    ({"type": "string", "pattern": r"([\])]{999}(x|\({20})){5}{30}"}, "repeats a part"),
+    ({"patternProperties": {"a{100000,}": {}}}, "repeats a part"),
     ({"const": float("nan")}, "not finite"),
     ({"enum": ["x" * MAX_GRAMMAR_CHARS]}, "expected at most"),
 ]
@@ -123,6 +178,22 @@ def test_a_schema_without_measure_is_refused_at_once(schema: object, why: str) -
         grammars.of_json_schema(schema, param="the.schema")
     assert refused.value.param == "the.schema"
     assert refused.value.message.startswith("the.schema")
+
+
+def test_repetitions_side_by_side_do_not_multiply() -> None:
+    for regex in ("(a{99}b{99}){99}", r"\{99999}", "[{99999}]", "a{9999}b{9999}", "(((a{5}){5}){5}){5}", "(a{5})" * 9):
+        grammars.of_regex(regex, param="p")
+
+
+def test_long_texts_are_looked_through_once() -> None:
+    begun_s = time.monotonic()
+    for part in ("[", "(", "{", "{1", "{ ", "~", "~1..", "{1,", "9", " ", "\\"):
+        for text in (part * (200_000 // len(part)), "{" + part * (200_000 // len(part)), "a" + part * 9):
+            for make in (grammars.of_regex, grammars.of_grammar):
+                with contextlib.suppress(InvalidRequest):
+                    make(text, param="p")
+    # Half a second by itself; anything quadratic takes an hour.
+    assert time.monotonic() - begun_s < 60
 
 
 def test_other_grammars_without_measure_are_refused_at_once() -> None:

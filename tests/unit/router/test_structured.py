@@ -23,6 +23,7 @@ from router import grammars
 from router.config import GrammarConfig
 from router.grammar_check import GrammarCheck
 from router.serve import Router
+from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
 
@@ -290,3 +291,39 @@ async def test_a_check_that_cannot_start_says_so(tmp_path: Path) -> None:
                 await check.check(grammars.of_choice(["a"], param="p"), param="p")
     finally:
         await check.close()
+
+
+async def test_tokens_and_words_that_an_answer_may_have_or_not(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    digits = [token_id for d in "0123456789" for token_id in tokenizer.encode(d, add_special_tokens=False)]
+    async with served(folder) as (router, _), http(router) as client:
+        numbers = await answer(client, allowed_token_ids=digits, max_tokens=40)
+        assert re.fullmatch("[0-9]{40}", numbers["text"])
+        without = await answer(client, allowed_token_ids=digits, bad_words=["5", "67"], max_tokens=200)
+        assert re.fullmatch("[0-9]{200}", without["text"])
+        assert "5" not in without["text"]
+        assert "67" not in without["text"]
+        both = await answer(client, guided_regex="[0-4]{30}", bad_words=["3", "12"])
+        assert re.fullmatch("[0124]{30}", both["text"])
+        assert "12" not in both["text"]
+        for fields, param in (
+            ({"allowed_token_ids": []}, "allowed_token_ids"),
+            ({"allowed_token_ids": [10**6]}, "allowed_token_ids"),
+            ({"allowed_token_ids": ["a"]}, "allowed_token_ids.0"),
+            ({"bad_words": [""]}, "bad_words"),
+            ({"bad_words": ["x"] * 1000}, "bad_words"),
+        ):
+            got = await client.post("/v1/completions", json={"prompt": "x"} | fields)
+            assert (got.status_code, got.json()["error"]["param"]) == (400, param)
+        nothing = await client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a", "bad_words": ["a"]})
+        assert nothing.status_code in (200, 400)
+    async with served(folder) as (router, _):
+        assert router.grpc is not None
+        async with AsyncClient(router.grpc) as grpc:
+            whole = await grpc.complete(
+                "the fox", seed=4, max_tokens=40, allowed_token_ids=tuple(digits), bad_words=["5", "67"]
+            )
+            assert re.fullmatch("[0-9]{40}", whole.text)
+            assert "5" not in whole.text
+            assert "67" not in whole.text
