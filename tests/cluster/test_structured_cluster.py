@@ -112,5 +112,11 @@ async def test_two_hundred_schemas_greedy_and_sampled(start_cluster: StartCluste
         assert got.status_code == 400, (schema, got.text)
         assert got.json()["error"]["param"] == "response_format.json_schema.schema"
         assert why in got.json()["error"]["message"], got.text
-    long_ones = bodies[::5][:20]
-    await through_deaths(cluster, long_ones, ids(answers)[::5][:20], 20)
+
+
+@pytest.mark.long
+async def test_twenty_schemas_through_twenty_deaths(start_cluster: StartCluster, demo_model: Path) -> None:
+    cluster = start_cluster(demo_model, prefill=1, decode=2)
+    bodies = [body(schema, demo_model, n) for n, schema in enumerate(FOLLOWED[3::10][:20])]
+    undisturbed = ids(await ask_all(cluster, bodies))
+    await through_deaths(cluster, bodies * 3, undisturbed * 3, num_deaths=20)
