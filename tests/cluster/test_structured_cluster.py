@@ -62,7 +62,7 @@ def check(bodies: Sequence[dict[str, Any]], answers: Sequence[dict[str, Any]]) -
         schema = asked["response_format"]["json_schema"]["schema"]
         choice = answer["choices"][0]
         assert choice["finish_reason"] == "stop", (schema, choice["text"])
-        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker()).validate(
+        jsonschema.Draft202012Validator(schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER).validate(
             json.loads(choice["text"])
         )
 

@@ -135,7 +135,9 @@ def walk(tokenizer: LLTokenizer, grammar: str, enders: list[int], rng: random.Ra
 def test_answers_are_valid_by_their_schema(tokenizer: LLTokenizer, enders: list[int], number: int) -> None:
     rng = random.Random(number)
     for schema in FOLLOWED[number : number + 3]:
-        validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        validator = jsonschema.Draft202012Validator(
+            schema, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        )
         grammar = grammars.of_json_schema(schema, param="s")
         for _ in range(5):
             validator.validate(json.loads(walk(tokenizer, grammar, enders, rng)))
