@@ -19,7 +19,7 @@ from tests.support.schemas import FOLLOWED, REFUSED
 CONCURRENCY = 16
 MAX_TOKENS = 700
 # The demo's model knows no JSON: what ends a part of it is made likelier, and what makes a text longer less likely.
-ENDING = {'"': 20.0, "}": 15.0, "]": 15.0, "@": 12.0, "\n": -20.0, " ": -10.0}
+ENDING = {'"': 20.0, "}": 15.0, "]": 15.0, "@": 30.0, "\n": -20.0, " ": -10.0}
 
 
 def biases(model: Path) -> dict[str, float]:
