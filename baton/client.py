@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -20,6 +20,8 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
+from baton.chat import ChatMessage, Tool, ToolCall, ToolChoice
+from baton.chat_codec import choice_to_pb, message_to_pb, tool_to_pb
 from baton.observe import FailedAttempt, Moved, Relay, Stamp
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
@@ -48,8 +50,8 @@ _CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
 # What gRPC itself says, on either side, of messages and metadata over its limits: no later try fits better.
 _SIZE_REFUSALS = ("message larger than max", "metadata size exceeds")
 
-# Text, token ids, or chat messages as (role, content).
-Prompt = str | Sequence[int] | Sequence[tuple[str, str]]
+# Text, token ids, or chat messages; one of them may be (role, content).
+Prompt = str | Sequence[int] | Sequence[tuple[str, str] | ChatMessage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    # Part of completion_tokens.
+    reasoning_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +74,25 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDelta:
+    """More of a tool call. The first one of a call has its id and name."""
+
+    index: int
+    call_id: str
+    name: str
+    # Of the arguments' JSON text.
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New output. Text may lag behind token ids while a character or a stop string is incomplete."""
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[PositionLogprobs, ...] = ()
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +102,7 @@ class Finished:
     relay: Relay
     stop_reason: str = ""
     text: str = ""
+    has_tool_calls: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +118,13 @@ class Completion:
     relay: Relay
     stop_reason: str = ""
     logprobs: tuple[PositionLogprobs, ...] = ()
+    reasoning: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+    @property
+    def message(self) -> ChatMessage:
+        """As the next request of a conversation repeats it."""
+        return ChatMessage("assistant", self.text or None, None, self.reasoning or None, self.tool_calls)
 
 
 Part = Accepted | Delta | Finished
@@ -150,6 +175,12 @@ class Options:
     slo_tbt_s: float = 0.0
     structured_output: StructuredOutput | None = None
     bad_words: Sequence[str] = ()
+    # Of a conversation.
+    tools: Sequence[Tool] = ()
+    tool_choice: ToolChoice | None = None
+    reasoning_effort: str = ""
+    # Of the model's chat template, such as enable_thinking.
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -388,7 +419,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             structured_output=None if options.structured_output is None else options.structured_output.to_pb(),
             bad_words=options.bad_words,
         )
-        _set_input(request, prompt)
+        _set_input(request, prompt, options)
     return request
 
 
@@ -429,7 +460,16 @@ def _merged(options: Options, settings: Mapping[str, object]) -> Options:
     return replace(options, **outer)  # type: ignore[arg-type]
 
 
-def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt) -> None:
+def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt, options: Options) -> None:
+    has_chat_options = options.tools or options.tool_choice or options.reasoning_effort or options.template_variables
+    if has_chat_options and (
+        isinstance(prompt, str) or not all(isinstance(item, tuple | ChatMessage) for item in prompt)
+    ):
+        raise errors.InvalidRequest(
+            "tools, tool_choice, reasoning_effort and template_variables are for conversations, expected a prompt of "
+            "messages",
+            param="prompt",
+        )
     if isinstance(prompt, str):
         request.prompt = prompt
         return
@@ -439,11 +479,17 @@ def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt) -> None:
         if isinstance(item, int):
             ids.append(item)
         else:
-            messages.append(router_pb2.ChatMessage(role=item[0], content=item[1]))
+            messages.append(message_to_pb(item if isinstance(item, ChatMessage) else ChatMessage(*item)))
     if ids and messages:
         raise errors.InvalidRequest("the prompt mixes token ids and messages", param="prompt")
     if messages:
-        request.chat.messages.extend(messages)
+        chat = request.chat
+        chat.messages.extend(messages)
+        chat.tools.extend(map(tool_to_pb, options.tools))
+        if options.tool_choice is not None:
+            chat.tool_choice.CopyFrom(choice_to_pb(options.tool_choice))
+        chat.reasoning_effort = options.reasoning_effort
+        chat.variables = json.dumps(dict(options.template_variables)) if options.template_variables else ""
     else:
         request.prompt_token_ids.token_ids.extend(ids)
         request.prompt_token_ids.SetInParent()
@@ -456,14 +502,18 @@ def _part(message: router_pb2.GenerateResponse) -> Part:
             return Accepted(a.request_id, a.model, tuple(a.prompt_token_ids))
         case "delta":
             d = message.delta
-            return Delta(d.text, tuple(d.token_ids), tuple(codec.logprobs_from_pb(p) for p in d.logprobs))
+            logprobs = tuple(codec.logprobs_from_pb(p) for p in d.logprobs)
+            calls = tuple(CallDelta(c.index, c.call_id, c.name, c.arguments) for c in d.calls)
+            return Delta(d.text, tuple(d.token_ids), logprobs, d.reasoning, calls)
         case "finished":
             f = message.finished
             reason = codec.finish_from_pb(f.finish_reason)
             if reason is None:
                 raise errors.InternalError("the router finished without a reason")
-            usage = Usage(f.usage.prompt_tokens, f.usage.completion_tokens, f.usage.cached_tokens)
-            return Finished(reason, usage, relay_from_pb(f.relay, f.usage), f.stop_reason)
+            u = f.usage
+            usage = Usage(u.prompt_tokens, u.completion_tokens, u.cached_tokens, u.reasoning_tokens)
+            relay = relay_from_pb(f.relay, u)
+            return Finished(reason, usage, relay, f.stop_reason, has_tool_calls=f.has_tool_calls)
         case other:
             raise errors.InternalError(f"the router sent a message this client does not know: {other}")
 
@@ -484,7 +534,17 @@ def _collect(parts: Sequence[Part]) -> Completion:
         relay=finished.relay,
         stop_reason=finished.stop_reason,
         logprobs=tuple(p for d in whole for p in d.logprobs),
+        reasoning="".join(d.reasoning for d in whole),
+        tool_calls=_calls([call for d in whole for call in d.calls]),
     )
+
+
+def _calls(deltas: Sequence[CallDelta]) -> tuple[ToolCall, ...]:
+    found: dict[int, ToolCall] = {}
+    for delta in deltas:
+        call = found.get(delta.index) or ToolCall(delta.call_id, delta.name, "")
+        found[delta.index] = replace(call, arguments=call.arguments + delta.arguments)
+    return tuple(found.values())
 
 
 def error_of(error: grpc.RpcError) -> errors.BatonError:

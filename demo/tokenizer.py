@@ -15,13 +15,23 @@ from demo.words import DAYS, FRAME, LETTERS, MONTHS, NAMES, NUMBERS, OPENERS, TH
 EOS = "<|eos|>"
 SPECIAL_TOKENS = (EOS, "<|system|>", "<|user|>", "<|assistant|>")
 
-# Turns are trimmed, so that a reply in the next request has the tokens with which it was generated.
+# Turns are trimmed, so that a reply in the next request has the tokens with which it was generated. Tools and calls are
+# written as Hermes models write them. The model has not learned them: it calls a tool where the request requires it.
 CHAT_TEMPLATE = (
+    "{%- if tools -%}"
+    "{{ '<|system|>Tools:' }}{%- for tool in tools -%}{{ '\\n' ~ tool | tojson }}{%- endfor -%}"
+    '{{ \'\\nA call:\\n<tool_call>\\n{"name": <name>, "arguments": <object>}\\n</tool_call>\' }}'
+    "{%- endif -%}"
     "{%- for message in messages -%}"
     "{%- if message['role'] == 'assistant' -%}"
-    "{{ '<|assistant|> ' + message['content'] | trim + '<|eos|>' }}"
+    "{{ '<|assistant|>' }}{%- if message['content'] -%}{{ ' ' + message['content'] | trim }}{%- endif -%}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{{ '<tool_call>\\n{\"name\": ' ~ call['function']['name'] | tojson ~ ', \"arguments\": ' }}"
+    "{{ call['function']['arguments'] | tojson ~ '}\\n</tool_call>' }}"
+    "{%- endfor -%}"
+    "{{ '<|eos|>' }}"
     "{%- else -%}"
-    "{{ '<|' + message['role'] + '|>' + message['content'] | trim }}"
+    "{{ '<|' ~ ('user' if message['role'] == 'tool' else message['role']) ~ '|>' ~ message['content'] | trim }}"
     "{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}"

@@ -18,8 +18,9 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from baton.chat import CallMode, Tool, ToolCall, ToolChoice
+from baton.chat import ChatMessage as ChatMessage
 from baton.errors import BadConfig, BatonError, InvalidRequest, PromptTooLong, quoted, shortened
-from router.deltas import CallMode, Tool, ToolCall, ToolChoice
 
 # OpenAI's newer name for the system role.
 _DEVELOPER = "developer"
@@ -30,33 +31,9 @@ _MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 _MESSAGE_CHARS = 64
 # Variables of templates that turn reasoning on and off, or say how much of it there is to be.
 _THINKING, _EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Lists and objects in the arguments of a call of an earlier turn that are given to the template as such.
 _MAX_CONTAINERS = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class ChatMessage:
-    role: str
-    # Text, the texts of its parts, or None for an assistant's turn without text.
-    content: str | tuple[str, ...] | None
-    name: str | None = None
-    # Of an assistant's turn.
-    reasoning: str | None = None
-    tool_calls: tuple[ToolCall, ...] = ()
-    # Of a tool's turn: the call that it answers.
-    tool_call_id: str | None = None
-
-    @property
-    def last_text(self) -> str:
-        """Of its content's parts."""
-        content = self.content or ""
-        return content[-1] if isinstance(content, tuple) else content
-
-    @property
-    def num_chars(self) -> int:
-        texts = self.content if isinstance(self.content, tuple) else (self.content or "",)
-        calls = sum(len(call.name) + len(call.arguments) for call in self.tool_calls)
-        return sum(len(text) + 1 for text in texts) + len(self.reasoning or "") + calls
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +54,10 @@ class Conversation:
     def has_tools(self) -> bool:
         """Whether the model sees tools, and may call them."""
         return bool(self.tools) and self.tool_choice.mode is not CallMode.NONE
+
+    @property
+    def requires_calls(self) -> bool:
+        return self.tool_choice.mode is CallMode.REQUIRED
 
     @property
     def num_chars(self) -> int:
@@ -155,6 +136,11 @@ class _Template:
         return self._render(conversation, max_chars, self._call_style)
 
     def check_effort(self, effort: str | None, *, reasons: bool) -> None:
+        if effort is not None and effort not in _EFFORTS:
+            raise InvalidRequest(
+                f"reasoning_effort is {quoted(effort)}, expected one of {', '.join(_EFFORTS)}",
+                param="reasoning_effort",
+            )
         if effort is None or _EFFORT in self._variables:
             return
         if effort == "none":

@@ -8,6 +8,7 @@ from baton import codec
 from baton.observe import Relay
 from baton.v1 import router_pb2
 from router.cluster.membership import Member
+from router.deltas import CallArguments, CallBegin, ReasoningText
 from router.frontend import Ending
 from router.text import Part
 
@@ -43,11 +44,20 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
 
 
 def delta_to_pb(part: Part) -> router_pb2.GenerateResponse:
-    return router_pb2.GenerateResponse(
-        delta=router_pb2.GenerateResponse.Delta(
-            text=part.text, token_ids=part.token_ids, logprobs=[codec.logprobs_to_pb(p) for p in part.logprobs]
-        )
+    delta = router_pb2.GenerateResponse.Delta(
+        text=part.text, token_ids=part.token_ids, logprobs=[codec.logprobs_to_pb(p) for p in part.logprobs]
     )
+    for said in part.deltas:
+        match said:
+            case ReasoningText(text):
+                delta.reasoning += text
+            case CallBegin(index, call_id, name):
+                delta.calls.add(index=index, call_id=call_id, name=name)
+            case CallArguments(index, text):
+                if not delta.calls or delta.calls[-1].index != index:
+                    delta.calls.add(index=index)
+                delta.calls[-1].arguments += text
+    return router_pb2.GenerateResponse(delta=delta)
 
 
 def finished_to_pb(ending: Ending, num_prompt_tokens: int) -> router_pb2.GenerateResponse:
@@ -58,9 +68,11 @@ def finished_to_pb(ending: Ending, num_prompt_tokens: int) -> router_pb2.Generat
                 prompt_tokens=num_prompt_tokens,
                 completion_tokens=ending.num_tokens,
                 cached_tokens=ending.num_cached_tokens,
+                reasoning_tokens=ending.num_reasoning_tokens,
             ),
             relay=relay_to_pb(ending.relay),
             stop_reason="" if ending.stop_reason is None else str(ending.stop_reason),
+            has_tool_calls=ending.has_tool_calls,
         )
     )
 

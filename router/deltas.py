@@ -5,10 +5,12 @@ A parser of the model's format makes these out of text (`Part.deltas`); the face
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
+
+from baton.chat import CallMode as CallMode
+from baton.chat import Tool as Tool
+from baton.chat import ToolCall as ToolCall
+from baton.chat import ToolChoice as ToolChoice
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,43 +48,3 @@ class CallArguments:
 
 
 Delta = ReasoningText | ContentText | CallBegin | CallArguments
-
-
-class CallMode(Enum):
-    """Whether an answer has tool calls."""
-
-    # The model does not even see the tools.
-    NONE = "none"
-    # The model decides.
-    AUTO = "auto"
-    # It has one at least.
-    REQUIRED = "required"
-
-
-@dataclass(frozen=True, slots=True)
-class ToolChoice:
-    mode: CallMode = CallMode.AUTO
-    # The tools that may be called; empty: any. The model sees the others too.
-    names: tuple[str, ...] = ()
-    # An answer may have several calls.
-    is_parallel: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Tool:
-    """A function that the model may call; ``parameters`` is the JSON schema of its arguments."""
-
-    name: str
-    description: str = ""
-    parameters: Mapping[str, Any] | None = None
-    # The arguments of every call are valid by the schema, whether or not a call is required.
-    is_strict: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A call that an assistant's turn of a conversation made; ``arguments`` is JSON text."""
-
-    call_id: str
-    name: str
-    arguments: str

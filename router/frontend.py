@@ -335,6 +335,7 @@ class Frontend:
         try:
             async with asyncio.timeout(timeout_s):
                 prompts, echoes = await self._tokenized(request)
+                request = await self._formed(request, prompts)
                 if request.sampling.grammar:
                     await self._check_grammar(request)
                 if request.bad_words:
@@ -634,6 +635,21 @@ class Frontend:
             if spaced[0] != bare[0] and len(spaced) == len(bare):
                 runs.append(spaced)
         return replace(request.sampling, bad_word_ids=(*request.sampling.bad_word_ids, *runs))
+
+    async def _formed(self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> GenerationRequest:
+        """With the grammar of the whole reply, which may reason before its answer, or have calls instead of it."""
+        asked, answer, replies = request.prompts[0], request.sampling.grammar, self._replies
+        if replies is None or not isinstance(asked, Conversation) or not (answer or asked.requires_calls):
+            return request
+
+        def work() -> str:
+            return replies.grammar(asked, prompts[0], answer)
+
+        grammar = work() if asked.num_chars <= _INLINE_CHARS else await self.offload.run(work)
+        if grammar == answer:
+            return request
+        param = request.grammar_param if answer else "tools"
+        return replace(request, sampling=replace(request.sampling, grammar=grammar), grammar_param=param)
 
     async def _check_grammar(self, request: GenerationRequest) -> None:
         if self._grammar_check is None:

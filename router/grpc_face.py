@@ -12,6 +12,8 @@ from urllib.parse import unquote, urlsplit
 from grpc import aio
 
 from baton import codec, errors
+from baton.chat import MAX_TOOLS
+from baton.chat_codec import choice_from_pb, message_from_pb, object_of, tools_from_pb
 from baton.server import GrpcServer, ServerLimits
 from baton.types import (
     DEFAULTED_SAMPLING,
@@ -23,12 +25,13 @@ from baton.types import (
 )
 from baton.v1 import router_pb2, router_pb2_grpc
 from router import grammars
-from router.chat import ChatMessage
+from router.body import SMALL_BODY_BYTES, check_structure
+from router.chat import Conversation
 from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
 from router.clients import client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Accepted, Caller, Conversation, Ending, Frontend, GenerationRequest
+from router.frontend import Accepted, Caller, Ending, Frontend, GenerationRequest
 from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard
@@ -61,7 +64,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
     ) -> None:
         accepted: Accepted | None = None
         try:
-            accepted = await self._frontend.start(self._asked(request, context))
+            self._check_sizes(request)
+            accepted = await self._frontend.start(await self._asked(request, context))
             # Written here, not yielded, so that a client that does not read for too long is given up.
             async for response in _responses(accepted):
                 await self._write(context, response)
@@ -79,8 +83,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             # It would not read a status either: the call is cut off.
             raise asyncio.CancelledError from None
 
-    def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
-        self._check_sizes(request)
+    async def _asked(self, request: router_pb2.GenerateRequest, context: Context) -> GenerationRequest:
         if request.sampling.grammar:
             # What nodes are told is made and bounded here.
             message = "sampling.grammar is for nodes, expected structured_output in the request"
@@ -93,7 +96,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             case "prompt_token_ids":
                 prompt = tuple(request.prompt_token_ids.token_ids)
             case "chat":
-                prompt = Conversation(tuple(ChatMessage(x.role, x.content) for x in request.chat.messages))
+                prompt = await self._conversation(request.chat)
             case _:
                 raise errors.InvalidRequest(
                     "the request has no input, expected prompt, prompt_token_ids or chat", param="input"
@@ -119,6 +122,23 @@ class RouterService(router_pb2_grpc.RouterServicer):
             caller=Caller(self._client_of(context), trace.get("traceparent", ""), trace.get("tracestate", "")),
         )
 
+    async def _conversation(self, chat: router_pb2.Chat) -> Conversation:
+        """Raises InvalidRequest for JSON in it that is none, or that takes long to read."""
+        texts = [chat.variables, *(tool.parameters for tool in chat.tools)]
+
+        def work() -> Conversation:
+            for text in texts:
+                check_structure(text.encode(), self._config.limits, self._frontend.max_model_tokens)
+            return Conversation(
+                tuple(map(message_from_pb, chat.messages)),
+                variables=object_of(chat.variables, "variables") or {},
+                tools=tools_from_pb(chat.tools),
+                tool_choice=choice_from_pb(chat.tool_choice),
+                reasoning_effort=chat.reasoning_effort or None,
+            )
+
+        return work() if sum(map(len, texts)) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
+
     def _client_of(self, context: Context) -> str:
         # ipv4:127.0.0.1:50000 or ipv6:[::1]:50000, with the brackets as %5B and %5D.
         address = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
@@ -131,6 +151,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         for param, items, limit in (
             ("prompt", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
             ("chat", request.chat.messages, self._config.limits.max_body_containers),
+            ("tools", request.chat.tools, MAX_TOOLS),
+            ("tool_choice", request.chat.tool_choice.names, MAX_TOOLS),
             ("stop", request.stop, self._config.limits.max_stop_strings),
             ("stop_token_ids", sampling.stop_token_ids, MAX_STOP_TOKEN_IDS),
             ("logit_bias", sampling.logit_bias, MAX_LOGIT_BIASES),

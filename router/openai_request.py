@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
+from baton.chat import MAX_TOOLS
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import (
     DEFAULTED_SAMPLING,
@@ -30,7 +31,7 @@ from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 from router.openai_structured import Asked as AskedForm
 from router.openai_structured import grammar_of
-from router.openai_tools import MAX_TOOLS, calls_of, choice_of, tools_of
+from router.openai_tools import calls_of, choice_of, tools_of
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Maximum entries of a field, checked before each entry is validated: reporting an error for each entry of a megabyte of
@@ -44,7 +45,6 @@ _MAX_ENTRIES = {
     "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
     "bad_words": MAX_BAD_WORDS,
 }
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 # Of many numbers, the value shows which one is wrong.
 _NUMBERS = ("logit_bias", "stop_token_ids")
@@ -304,7 +304,7 @@ class ChatBody(CommonBody):
             continues_final=bool(self.continue_final_message),
             tools=tools_of(self.tools),
             tool_choice=choice_of(self.tool_choice, self.parallel_tool_calls),
-            reasoning_effort=_effort(self.reasoning_effort),
+            reasoning_effort=self.reasoning_effort,
         )
         return self._request((conversation,), sampling, caller, max_tokens_param=param, is_chat=True)
 
@@ -322,15 +322,6 @@ class ChatBody(CommonBody):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
-
-
-def _effort(effort: str | None) -> str | None:
-    if effort is not None and effort not in _EFFORTS:
-        expected = ", ".join(_EFFORTS)
-        raise InvalidRequest(
-            f"reasoning_effort is {quoted(effort)}, expected one of {expected}", param="reasoning_effort"
-        )
-    return effort
 
 
 def parse(kind: type[_Model], body: bytes, unknown: UnknownFields | None = None) -> _Model:

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from baton.chat import MAX_TOOLS, CallMode, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
-from router.deltas import (
-    CallArguments,
-    CallBegin,
-    CallMode,
-    ContentText,
-    Delta,
-    ReasoningText,
-    Tool,
-    ToolCall,
-    ToolChoice,
-)
+from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 
-# OpenAI allows 128; servers of tools have more.
-MAX_TOOLS = 1024
-_NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,256}")
 _MODES = {mode.value: mode for mode in CallMode}
 
 
@@ -36,7 +23,7 @@ def _tool(tool: object, where: str) -> Tool:
         raise InvalidRequest(f"{where}.type is {quoted(kind)}, expected 'function'", param=f"{where}.type")
     function = _object(tool.get("function"), f"{where}.function")
     return Tool(
-        name_of(function.get("name"), f"{where}.function.name"),
+        function.get("name", ""),
         _optional(function.get("description"), str, "a text", f"{where}.function.description") or "",
         _optional(function.get("parameters"), dict, "a JSON schema", f"{where}.function.parameters"),
         bool(_optional(function.get("strict"), bool, "true or false", f"{where}.function.strict")),
@@ -68,7 +55,7 @@ def choice_of(choice: Any, is_parallel: bool | None) -> ToolChoice:
 
 def _named(tool: object, where: str) -> str:
     function = _object(_object(tool, where).get("function"), f"{where}.function")
-    return name_of(function.get("name"), f"{where}.function.name")
+    return str(_optional(function.get("name"), str, "a tool's name", f"{where}.function.name") or "")
 
 
 def calls_of(calls: Sequence[Any] | None, where: str) -> tuple[ToolCall, ...]:
@@ -81,17 +68,10 @@ def _call(call: object, where: str) -> ToolCall:
     if found.get("type", "function") != "function":
         raise InvalidRequest(f"{where}.type is {quoted(found['type'])}, expected 'function'", param=f"{where}.type")
     function = _object(found.get("function"), f"{where}.function")
-    name = name_of(function.get("name"), f"{where}.function.name")
+    name = str(_optional(function.get("name"), str, "a tool's name", f"{where}.function.name") or "")
     call_id = _optional(found.get("id"), str, "a text", f"{where}.id") or ""
     arguments = _optional(function.get("arguments"), str, "JSON text", f"{where}.function.arguments")
     return ToolCall(call_id, name, arguments or "")
-
-
-def name_of(name: object, where: str) -> str:
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        expected = "1 to 256 letters, digits, '_', '-', '.', ':' and '/'"
-        raise InvalidRequest(f"{where} is {quoted(name)}, expected {expected}", param=where)
-    return name
 
 
 def _object(value: object, where: str) -> dict[str, Any]:

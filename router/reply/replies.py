@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from baton.errors import InvalidRequest, quoted
 from router.chat import Conversation
-from router.deltas import CallMode, ContentText
+from router.deltas import ContentText
+from router.reply.forced import reply_grammar
 from router.reply.formats import MARKS, THINK_BEGIN, THINK_END, CallFormat, ReplyFormat
 from router.reply.parser import ReplyParser
 from router.text import Part
@@ -31,7 +32,7 @@ class Replies:
     def check(self, conversation: Conversation) -> None:
         """Raises InvalidRequest for tools that cannot be served."""
         choice, names = conversation.tool_choice, [tool.name for tool in conversation.tools]
-        if choice.mode is CallMode.REQUIRED and not names:
+        if conversation.requires_calls and not names:
             raise InvalidRequest("tool_choice requires a call, but there are no tools", param="tool_choice")
         for name in choice.names:
             if name not in names:
@@ -41,8 +42,6 @@ class Replies:
         if len(set(names)) < len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
             raise InvalidRequest(f"tools has {quoted(twice)} twice, expected each name once", param="tools")
-        if choice.mode is CallMode.REQUIRED:
-            raise InvalidRequest("tool_choice requires a call, which is not supported yet", param="tool_choice")
         if conversation.has_tools and self.form.calls is None:
             raise InvalidRequest(
                 "the model's chat template shows no format of tool calls that the server knows; the setting "
@@ -55,20 +54,28 @@ class Replies:
         calls = self.form.calls if conversation.has_tools else None
         if calls is None and self.form.reasoning is None:
             return None
-        end = self._tokenizer.decode(prompt_token_ids[-_PROMPT_END_TOKENS:], skip_special_tokens=False)
-        if conversation.continues_final:
-            said = conversation.messages[-1].last_text
-            end = THINK_BEGIN if said.rfind(THINK_BEGIN) > said.rfind(THINK_END) else THINK_END
         is_mistral = calls is CallFormat.MISTRAL
         parser = ReplyParser(
             calls=calls,
             reasoning=self.form.reasoning,
-            prompt_end=end,
+            prompt_end=self._prompt_end(conversation, prompt_token_ids),
             tools=conversation.tools,
             max_calls=None if conversation.tool_choice.is_parallel else 1,
             new_id=self._short_id if is_mistral else self._call_id,
         )
         return ReplyReader(parser, counts_reasoning=self.form.reasoning is not None)
+
+    def grammar(self, conversation: Conversation, prompt_token_ids: Sequence[int], answer: str) -> str:
+        """Of the whole reply: it has the calls that are required, or its answer follows the grammar ``answer``."""
+        prompt_end = self._prompt_end(conversation, prompt_token_ids)
+        return reply_grammar(self.form, conversation, prompt_end, self._tokenizer, answer)
+
+    def _prompt_end(self, conversation: Conversation, token_ids: Sequence[int]) -> str:
+        """What shows whether the prompt has opened the reasoning."""
+        if conversation.continues_final:
+            said = conversation.messages[-1].last_text
+            return THINK_BEGIN if said.rfind(THINK_BEGIN) > said.rfind(THINK_END) else THINK_END
+        return self._tokenizer.decode(token_ids[-_PROMPT_END_TOKENS:], skip_special_tokens=False).rstrip()
 
     def _call_id(self) -> str:
         return f"call_{self._rng.getrandbits(96):024x}"

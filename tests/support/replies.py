@@ -39,8 +39,9 @@ def parser(
 ) -> ReplyParser:
     """With ids 0, 1, ..."""
     ids = itertools.count()
+    settings = {"tools": TOOLS} | settings
     return ReplyParser(
-        calls=calls, reasoning=reasoning, prompt_end=prompt_end, tools=TOOLS, new_id=lambda: str(next(ids)), **settings
+        calls=calls, reasoning=reasoning, prompt_end=prompt_end, new_id=lambda: str(next(ids)), **settings
     )
 
 

@@ -92,6 +92,28 @@ def test_the_chat_template_ends_where_the_answer_begins() -> None:
         "<|user|>Question: what does Anna like?<|assistant|>"
     )
     assert auto.eos_token_id == 0
+    # An empty reply keeps no space.
+    silent = [*turns[:2], {"role": "assistant", "content": ""}]
+    assert auto.apply_chat_template(silent, tokenize=False).endswith("copper.<|assistant|><|eos|>")
+
+
+def test_the_chat_template_writes_tools_and_calls_as_hermes_models_do() -> None:
+    from transformers import AutoTokenizer
+
+    auto = AutoTokenizer.from_pretrained(MODEL_DIR)
+    tool = {"type": "function", "function": {"name": "facts"}}
+    call = {"id": "1", "type": "function", "function": {"name": "facts", "arguments": {"of": "Anna"}}}
+    turns = [
+        {"role": "user", "content": "What does Anna like?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "Facts: Anna likes copper. Question: what does Anna like?", "tool_call_id": "1"},
+    ]
+    assert auto.apply_chat_template(turns, tools=[tool], tokenize=False, add_generation_prompt=True) == (
+        '<|system|>Tools:\n{"type": "function", "function": {"name": "facts"}}\nA call:\n<tool_call>\n'
+        '{"name": <name>, "arguments": <object>}\n</tool_call><|user|>What does Anna like?'
+        '<|assistant|><tool_call>\n{"name": "facts", "arguments": {"of": "Anna"}}\n</tool_call><|eos|>'
+        "<|user|>Facts: Anna likes copper. Question: what does Anna like?<|assistant|>"
+    )
 
 
 def test_the_committed_tokenizer_is_what_the_words_give(tokenizer: Tokenizer) -> None:

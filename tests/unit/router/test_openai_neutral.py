@@ -103,7 +103,7 @@ REFUSED_IN_CHAT: list[tuple[dict[str, Any], str]] = [
     ({"echo": True}, "echo"),
     ({"documents": [{"text": "x"}]}, "documents"),
     ({"chat_template": "{{ messages }}"}, "chat_template"),
-    ({"reasoning_effort": "very"}, "reasoning_effort"),
+    ({"reasoning_effort": 1}, "reasoning_effort"),
     ({"include_reasoning": "no"}, "include_reasoning"),
     ({"verbosity": "high"}, "verbosity"),
     ({"web_search_options": {}}, "web_search_options"),

@@ -8,15 +8,21 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import openai
+import pytest
 
+from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
+from baton.client import AsyncClient, Delta, Finished, error_of
+from baton.errors import InvalidRequest
+from baton.v1 import router_pb2, router_pb2_grpc
 from router.frontend import Caller
 from router.openai_request import ChatBody, parse
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.replies import write_speaking_folder
-from tests.support.router import router_beside
+from tests.support.router import VOCAB_SIZE, router_beside, write_model_folder
 from tests.support.tool_templates import TOOL_TEMPLATES
 
 WEATHER = {
@@ -247,12 +253,154 @@ async def test_the_operator_names_the_formats(tmp_path: Path) -> None:
         assert found["message"]["reasoning"] == "a"
 
 
+BOUNDED = {
+    "type": "function",
+    "function": {
+        "name": "pick",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "city": {"enum": ["Paris", "Köln"]},
+                "days": {"type": "integer", "minimum": 1, "maximum": 9},
+            },
+            "required": ["city", "days"],
+            "additionalProperties": False,
+        },
+    },
+}
+NOW = {"type": "function", "function": {"name": "now"}}
+
+
+@pytest.mark.parametrize("template", ["hermes", "llama3", "mistral", "qwen3_coder"])
+async def test_required_and_named_calls_are_guaranteed(tmp_path: Path, template: str) -> None:
+    """Of a model that draws any allowed token."""
+    folder = write_model_folder(tmp_path / "m", chat_template=TOOL_TEMPLATES[template])
+    config = FakeConfig(vocab_size=VOCAB_SIZE, tokenizer_file=folder / "tokenizer.json")
+    async with (
+        FakeCluster(config, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        httpx.AsyncClient(base_url=str(router.http), timeout=20) as http,
+        openai.AsyncOpenAI(base_url=f"{router.http}/v1", api_key="none", max_retries=0) as client,
+        AsyncClient(str(router.grpc)) as grpc_client,
+    ):
+        model = Speaking(router, http, client)
+        asked: dict[str, Any] = {"tools": [BOUNDED, NOW], "tool_choice": "required", "max_tokens": 400}
+        choices = ["required", *({"type": "function", "function": {"name": name}} for name in ("pick", "now"))]
+        for seed, choice in enumerate(choices):
+            single = asked | {"seed": seed, "parallel_tool_calls": False, "tool_choice": choice}
+            found = await model.choice(**single)
+            (call,) = found["message"]["tool_calls"]
+            assert (found["message"]["content"], found["finish_reason"]) == (None, "tool_calls")
+            name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+            assert choice in ("required", {"type": "function", "function": {"name": name}})
+            if name == "now":
+                assert arguments == {}
+            else:
+                assert arguments["city"] in ("Paris", "Köln")
+                assert 1 <= arguments["days"] <= 9
+            streamed = await model.reassembled(**single)
+            assert [c["function"] for c in streamed["tool_calls"]] == [call["function"]]
+        # A form of the answer has no text to hold for.
+        both = await model.choice(**asked, seed=1, response_format={"type": "json_object"})
+        assert both["message"]["tool_calls"]
+        tools = [Tool("now")]
+        over_grpc = await grpc_client.complete(
+            [("user", "x")], tools=tools, tool_choice=ToolChoice(CallMode.REQUIRED, is_parallel=False), max_tokens=400
+        )
+        assert [(c.name, json.loads(c.arguments)) for c in over_grpc.tool_calls] == [("now", {})]
+        wrong = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+        bad = {"type": "function", "function": {"name": "bad", "parameters": wrong, "strict": True}}
+        refused = await model.refusal(tools=[bad], tool_choice="required")
+        assert refused["param"].startswith("tools")
+
+
+TOOL = Tool("weather", "Of a city.", WEATHER["function"]["parameters"])  # type: ignore[index]
+
+
+async def test_the_grpc_client_gets_the_same(tmp_path: Path) -> None:
+    way = [*THOUGHT[:6], "I look.", "\n", *CALL[2:]]
+    async with speaking(tmp_path / "m", [way], "qwen3") as model, AsyncClient(str(model.router.grpc)) as client:
+        over_http = await model.choice(tools=[WEATHER], return_token_ids=True)
+        question = ChatMessage("user", USER["content"])
+        first = await client.complete([question], tools=[TOOL], max_tokens=60)
+        assert list(first.prompt_token_ids) == over_http["prompt_token_ids"]
+        assert (first.text, first.reasoning) == ("I look.", "Is it warm?")
+        (call,) = first.tool_calls
+        assert (call.name, call.arguments) == ("weather", PARIS)
+        assert first.usage.reasoning_tokens == 4
+        parts = [part async for part in client.generate([question], tools=[TOOL], max_tokens=60)]
+        assert "".join(part.text for part in parts if isinstance(part, Delta)) == "I look."
+        assert isinstance(parts[-1], Finished)
+        assert parts[-1].has_tool_calls
+        never = ToolChoice(CallMode.NONE)
+        plain = await client.complete([question], tools=[TOOL], tool_choice=never, max_tokens=60)
+        assert plain.tool_calls == ()
+
+
+async def test_a_conversation_is_the_same_prompt_over_grpc(tmp_path: Path) -> None:
+    async with speaking(tmp_path / "m", [THOUGHT], "qwen3") as model, AsyncClient(str(model.router.grpc)) as client:
+        call = ToolCall("call_1", "weather", PARIS)
+        talk: list[ChatMessage | tuple[str, str]] = [
+            ("user", USER["content"]),
+            ChatMessage("assistant", None, reasoning="hm", tool_calls=(call,)),
+            ChatMessage("tool", "12", tool_call_id="call_1"),
+        ]
+        over_http = [
+            USER,
+            {"role": "assistant", "content": None, "reasoning": "hm", "tool_calls": [
+                {"id": "call_1", "type": "function", "function": {"name": "weather", "arguments": PARIS}}
+            ]},
+            {"role": "tool", "content": "12", "tool_call_id": "call_1"},
+        ]  # fmt: skip
+        found = await client.complete(talk, tools=[TOOL], max_tokens=3)
+        same = await model.choice(messages=over_http, tools=[WEATHER], return_token_ids=True, max_tokens=3)
+        assert list(found.prompt_token_ids) == same["prompt_token_ids"]
+        ways: list[dict[str, Any]] = [
+            {},
+            {"reasoning_effort": "none"},
+            {"template_variables": {"enable_thinking": False}},
+        ]
+        ids = [(await client.complete([talk[0]], max_tokens=3, **way)).prompt_token_ids for way in ways]
+        assert ids[1] == ids[2] != ids[0]
+        with pytest.raises(InvalidRequest):
+            await client.complete("text", tools=[TOOL])
+
+
+BAD_OVER_GRPC: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"name": "f", "parameters": "{"}]}, "tools.0.parameters"),
+    ({"tools": [{"name": "f", "parameters": "[]"}]}, "tools.0.parameters"),
+    ({"tools": [{"name": "f", "parameters": "[" * 5000}]}, "tools.0.parameters"),
+    ({"tools": [{"name": "f", "parameters": "[{}," * 20_000}]}, ""),
+    ({"tools": [{"name": ""}]}, "tools"),
+    ({"tools": [{"name": "f"}] * 1025}, "tools"),
+    ({"tools": [{"name": "f"}], "tool_choice": {"mode": 9}}, "tool_choice"),
+    ({"tools": [{"name": "f"}], "tool_choice": {"names": ["g"]}}, "tool_choice"),
+    ({"variables": "7"}, "variables"),
+    ({"variables": '{"messages": []}'}, "chat_template_kwargs"),
+    ({"reasoning_effort": "very"}, "reasoning_effort"),
+]
+
+
+async def test_wrong_conversations_over_grpc(tmp_path: Path) -> None:
+    async with (
+        speaking(tmp_path / "m", [THOUGHT], "qwen3") as model,
+        grpc.aio.insecure_channel(str(model.router.grpc)) as channel,
+    ):
+        stub = router_pb2_grpc.RouterStub(channel)
+        for fields, param in BAD_OVER_GRPC:
+            chat = router_pb2.Chat(messages=[router_pb2.ChatMessage(role="user", content="x")], **fields)
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await anext(aiter(stub.Generate(router_pb2.GenerateRequest(chat=chat))))
+            assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT, fields
+            assert (error_of(refused.value).param or "") == param, fields
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "retrieval"}]}, "tools.0.type"),
     ({"tools": ["weather"]}, "tools.0.type"),
     ({"tools": [WEATHER, {"type": "function"}]}, "tools.1.function"),
-    ({"tools": [{"type": "function", "function": {}}]}, "tools.0.function.name"),
-    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+    ({"tools": [{"type": "function", "function": {}}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools.0.function.parameters"),
     ({"tools": [{"type": "function", "function": {"name": "f", "strict": 1}}]}, "tools.0.function.strict"),
     ({"tools": [WEATHER, WEATHER]}, "tools"),

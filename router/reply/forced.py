@@ -1,0 +1,156 @@
+"""The grammar of a reply that has to have tool calls, or whose answer is to have a form, in the model's own format.
+
+Rules are in llguidance's form of Lark. Marks that are tokens of the model are written as such, `<[id]>`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from baton.chat import Tool
+from router.chat import Conversation
+from router.grammars import of_json_text, of_lark
+from router.reply.arguments import Parameters
+from router.reply.formats import THINK_BEGIN, THINK_END, CallFormat, ReasoningFormat, ReplyFormat
+from router.tokenizer import Tokenizer
+
+# A model that cannot end would call for ever.
+_MAX_CALLS = 64
+_ANY_TEXT = "/(?s:.*)/"
+
+
+def reply_grammar(
+    form: ReplyFormat, conversation: Conversation, prompt_end: str, tokenizer: Tokenizer, answer: str
+) -> str:
+    """Of a reply that has to call tools, or whose answer follows the grammar ``answer``, if it does not call some.
+
+    What the model reasons before that is free. Raises InvalidRequest for a tool.
+    """
+    choice, is_required = conversation.tool_choice, conversation.requires_calls
+    writer = _Writer(tokenizer)
+    ways = [] if is_required else ["@answer"]
+    if conversation.has_tools and form.calls is not None:
+        tools = [tool for tool in conversation.tools if tool.name in choice.names or not choice.names]
+        ways.append(writer.calls(form.calls, tools, _MAX_CALLS if choice.is_parallel else 1))
+    thought = "" if form.reasoning is None else writer.thought(form.reasoning, prompt_end.rstrip())
+    if ways == ["@answer"] and not thought:
+        return answer
+    reply = {"lark_grammar": "\n".join([f"start: {thought}({' | '.join(ways)})", *writer.rules, ""])}
+    if is_required:
+        return of_lark(reply["lark_grammar"], param="tools")
+    first, *others = json.loads(answer)["grammars"]
+    return json.dumps({"grammars": [reply, {**first, "name": "answer"}, *others]})
+
+
+class _Writer:
+    """Collects the rules that the parts of an answer need."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.rules: list[str] = []
+
+    def _mark(self, text: str) -> str:
+        token_id = self._tokenizer.token_id(text)
+        return _quoted(text) if token_id is None else f"<[{token_id}]>"
+
+    def calls(self, calls: CallFormat, tools: Sequence[Tool], max_calls: int) -> str:
+        """Between one and so many."""
+        match calls:
+            case CallFormat.HERMES:
+                return self._hermes(tools, max_calls)
+            case CallFormat.LLAMA3_JSON:
+                # The model was trained on one call at a time.
+                return self._objects(tools, "parameters")
+            case CallFormat.MISTRAL:
+                return self._mistral(tools, max_calls)
+            case CallFormat.QWEN3_CODER:
+                return self._qwen3_coder(tools, max_calls)
+
+    def thought(self, reasoning: ReasoningFormat, prompt_end: str) -> str:
+        """Reasoning up to its end, with a space behind; empty if the prompt has closed it."""
+        if prompt_end.endswith(THINK_END):
+            return ""
+        begin = "" if prompt_end.endswith(THINK_BEGIN) else f'({self._mark(THINK_BEGIN)} "\\n")'
+        if self._tokenizer.token_id(THINK_END) is None:
+            self.rules.append("thought[lazy]: /(?s:.*)<\\/think>/")
+            inside = "thought"
+        else:
+            # No text has the token in it.
+            inside = f"{_ANY_TEXT} {self._mark(THINK_END)}"
+        if not begin:
+            return f'{inside} "\\n\\n" '
+        if reasoning is ReasoningFormat.DEEPSEEK_R1:
+            return f'{begin}? {inside} "\\n\\n" '
+        return f'({begin} {inside} "\\n\\n")? '
+
+    def _hermes(self, tools: Sequence[Tool], max_calls: int) -> str:
+        begin, end = self._mark("<tool_call>"), self._mark("</tool_call>")
+        self.rules.append(f'call: {begin} "\\n" ({self._objects(tools, "arguments")}) "\\n" {end}')
+        return _repeated("call", '"\\n"', max_calls)
+
+    def _mistral(self, tools: Sequence[Tool], max_calls: int) -> str:
+        begin = self._mark("[TOOL_CALLS]")
+        if self._tokenizer.token_id("[ARGS]") is None:
+            self.rules.append(f"call: {self._objects(tools, 'arguments')}")
+            return f'{begin} " "? "[" {_repeated("call", _quoted(", "), max_calls)} "]"'
+        named = [f"{_quoted(tool.name)} {self._mark('[ARGS]')} {self._arguments(tool)}" for tool in tools]
+        self.rules.append(f"call: {begin} ({' | '.join(named)})")
+        return _repeated("call", "", max_calls)
+
+    def _qwen3_coder(self, tools: Sequence[Tool], max_calls: int) -> str:
+        begin, end = self._mark("<tool_call>"), self._mark("</tool_call>")
+        self.rules.append(f'call: {begin} "\\n" ({" | ".join(map(self._function, tools))}) "\\n" {end}')
+        return _repeated("call", '"\\n"', max_calls)
+
+    def _objects(self, tools: Sequence[Tool], key: str) -> str:
+        """A call of one of the tools as JSON."""
+        named = [(f'{{"name": {json.dumps(tool.name)}, {json.dumps(key)}: ', tool) for tool in tools]
+        return " | ".join(f'{_quoted(opening)} {self._arguments(tool)} "}}"' for opening, tool in named)
+
+    def _arguments(self, tool: Tool) -> str:
+        # As in OpenAI's API, a tool without parameters takes no argument.
+        none = {"properties": {}, "additionalProperties": False}
+        return self._json({"type": "object"} | dict(none if tool.parameters is None else tool.parameters), tool)
+
+    def _json(self, schema: Mapping[str, Any], tool: Tool) -> str:
+        """The name of a rule for values of the schema. What a grammar cannot say of a schema is refused where the tool
+        is strict, else left out."""
+        name = f"json_{len(self.rules)}"
+        text = of_json_text(schema, tool.is_strict, param=f"tools ({tool.name})")
+        self.rules.append(f"{name}: %json {text}")
+        return name
+
+    def _function(self, tool: Tool) -> str:
+        schema = tool.parameters or {}
+        properties = schema.get("properties")
+        required = schema.get("required")
+        found = [f"{_quoted(f'<function={tool.name}>')} {_quoted(chr(10))}"]
+        for key, about in properties.items() if isinstance(properties, Mapping) else ():
+            is_required = isinstance(required, list) and key in required
+            parameter = f"{_quoted(f'<parameter={key}>')} {_quoted(chr(10))} {self._value(tool, key, about)}"
+            found.append(f"({parameter}){'' if is_required else '?'}")
+        return " ".join([*found, _quoted("</function>")])
+
+    def _value(self, tool: Tool, key: str, about: Any) -> str:
+        """A parameter's value and the end of it."""
+        end = "\n</parameter>\n"
+        parameters = Parameters(tool.parameters or {})
+        choices = about.get("enum") if isinstance(about, Mapping) else None
+        if isinstance(choices, list) and choices and all(isinstance(choice, str) for choice in choices):
+            return f"({' | '.join(map(_quoted, choices))}) {_quoted(end)}"
+        if parameters.may_be_text(key):
+            name = f"text_{len(self.rules)}"
+            self.rules.append(f"{name}[lazy]: /(?s:.*)\\n<\\/parameter>\\n/")
+            return name
+        schema = dict(about) | {k: v for k, v in (tool.parameters or {}).items() if k in ("$defs", "definitions")}
+        return f"{self._json(schema, tool)} {_quoted(end)}"
+
+
+def _repeated(rule: str, separator: str, most: int) -> str:
+    return rule if most == 1 else f"{rule} ({separator} {rule}){{0,{most - 1}}}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
