@@ -45,7 +45,8 @@ class Tool:
     name: str
     description: str = ""
     parameters: Mapping[str, Any] | None = None
-    # The arguments of every call are valid by the schema, whether or not a call is required.
+    # The arguments of every call are valid by the schema, whether or not a call is required; otherwise a model that
+    # decides by itself may get them wrong. Only where a token of its own begins the model's calls.
     is_strict: bool = False
 
     def __post_init__(self) -> None:

@@ -60,6 +60,10 @@ class Conversation:
         return self.tool_choice.mode is CallMode.REQUIRED
 
     @property
+    def has_strict_tools(self) -> bool:
+        return self.has_tools and any(tool.is_strict for tool in self.tools)
+
+    @property
     def num_chars(self) -> int:
         """The approximate size, which decides where the template runs."""
         tools = sum(len(tool.description) + _size(tool.parameters) for tool in self.tools)

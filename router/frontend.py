@@ -637,9 +637,12 @@ class Frontend:
         return replace(request.sampling, bad_word_ids=(*request.sampling.bad_word_ids, *runs))
 
     async def _formed(self, request: GenerationRequest, prompts: Sequence[tuple[int, ...]]) -> GenerationRequest:
-        """With the grammar of the whole reply, which may reason before its answer, or have calls instead of it."""
+        """With the grammar of the whole reply, which may reason before its answer, and have calls beside or instead of
+        it."""
         asked, answer, replies = request.prompts[0], request.sampling.grammar, self._replies
-        if replies is None or not isinstance(asked, Conversation) or not (answer or asked.requires_calls):
+        if replies is None or not isinstance(asked, Conversation):
+            return request
+        if not (answer or asked.requires_calls or asked.has_strict_tools):
             return request
 
         def work() -> str:

@@ -24,21 +24,28 @@ _ANY_TEXT = "/(?s:.*)/"
 def reply_grammar(
     form: ReplyFormat, conversation: Conversation, prompt_end: str, tokenizer: Tokenizer, answer: str
 ) -> str:
-    """Of a reply that has to call tools, or whose answer follows the grammar ``answer``, if it does not call some.
+    """Of a reply that has to call tools, or whose answer follows the grammar ``answer``, if it does not call some, or
+    whose calls of strict tools have valid arguments. Empty if nothing can be made sure of.
 
     What the model reasons before that is free. Raises InvalidRequest for a tool.
     """
     choice, is_required = conversation.tool_choice, conversation.requires_calls
     writer = _Writer(tokenizer)
-    ways = [] if is_required else ["@answer"]
+    ways = ["@answer"] if answer and not is_required else []
     if conversation.has_tools and form.calls is not None:
         tools = [tool for tool in conversation.tools if tool.name in choice.names or not choice.names]
-        ways.append(writer.calls(form.calls, tools, _MAX_CALLS if choice.is_parallel else 1))
+        max_calls = _MAX_CALLS if choice.is_parallel else 1
+        calls = writer.calls(form.calls, tools, max_calls)
+        if not answer and not is_required:
+            if not writer.can_be_among_text(form.calls):
+                return ""
+            calls = f"{_ANY_TEXT} (call {_ANY_TEXT}){{0,{max_calls}}}"
+        ways.append(calls)
     thought = "" if form.reasoning is None else writer.thought(form.reasoning, prompt_end.rstrip())
     if ways == ["@answer"] and not thought:
         return answer
     reply = {"lark_grammar": "\n".join([f"start: {thought}({' | '.join(ways)})", *writer.rules, ""])}
-    if is_required:
+    if not answer or is_required:
         return of_lark(reply["lark_grammar"], param="tools")
     first, *others = json.loads(answer)["grammars"]
     return json.dumps({"grammars": [reply, {**first, "name": "answer"}, *others]})
@@ -67,6 +74,11 @@ class _Writer:
                 return self._mistral(tools, max_calls)
             case CallFormat.QWEN3_CODER:
                 return self._qwen3_coder(tools, max_calls)
+
+    def can_be_among_text(self, calls: CallFormat) -> bool:
+        """Whether a token tells a call's beginning from text, and nothing comes between it and the call."""
+        has_own = calls in (CallFormat.HERMES, CallFormat.QWEN3_CODER)
+        return has_own and self._tokenizer.token_id("<tool_call>") is not None
 
     def thought(self, reasoning: ReasoningFormat, prompt_end: str) -> str:
         """Reasoning up to its end, with a space behind; empty if the prompt has closed it."""

@@ -176,6 +176,29 @@ def test_a_form_holds_for_the_answer_behind_the_reasoning(kind: str) -> None:
         assert not follows(both, kind, "no")
 
 
+def test_strict_tools_have_valid_arguments_wherever_they_are_called() -> None:
+    strict = tuple(replace(tool, is_strict=True) for tool in TOOLS)
+    free = replace(asked(), tools=strict, tool_choice=ToolChoice())
+    assert free.has_strict_tools
+    assert not replace(free, tool_choice=ToolChoice(CallMode.NONE)).has_strict_tools
+    grammar = grammar_of(CallFormat.HERMES, QWEN, free, "", "tokens")
+    for text in ("Just { text.", f"I look.\n{CALL}", f"{CALL}\n{CALL} done", f"<think>\nhm\n</think>\n\nI look.{CALL}"):
+        assert follows(grammar, "tokens", text), text
+    assert not follows(grammar, "tokens", CALL.replace("{}", '{"a": 1}'))
+    assert not follows(grammar, "tokens", CALL.replace("now", "later"))
+    xml = "<tool_call>\n<function=pick>\n<parameter=what>\n[1]\n</parameter>\n<parameter=really>\n{}\n</parameter>\n"
+    grammar = grammar_of(CallFormat.QWEN3_CODER, None, free, "", "tokens")
+    assert follows(grammar, "tokens", "See: " + xml.replace("{}", "true") + "</function>\n</tool_call>")
+    assert not follows(grammar, "tokens", "See: " + xml.replace("{}", "maybe") + "</function>\n</tool_call>")
+    # Text could begin as these do.
+    for calls, kind in (
+        (CallFormat.HERMES, "bytes"),
+        (CallFormat.LLAMA3_JSON, "tokens"),
+        (CallFormat.MISTRAL, "tokens"),
+    ):
+        assert grammar_of(calls, None, free, "", kind) == ""
+
+
 def test_free_text_of_a_parameter_may_hold_anything() -> None:
     tool = Tool("write", "", {"type": "object", "properties": {"code": {"type": "string"}}, "required": ["code"]})
     grammar = grammar_of(CallFormat.QWEN3_CODER, None, replace(asked(), tools=(tool,)), "", "tokens")
