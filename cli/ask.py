@@ -12,6 +12,7 @@ from google.protobuf.message import Message
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 
+from baton.chat import ChatMessage
 from baton.client import Client, Delta, Finished, Options, Prompt
 from baton.errors import InvalidRequest
 from cli.show import cache_table, cluster_table, ledger_tables
@@ -21,9 +22,15 @@ _ANSWER_TIMEOUT_S = 10.0
 
 
 def generate(
-    client: Client, prompt: Prompt, options: Options, write: Callable[[str], None], **sampling: object
+    client: Client,
+    prompt: Prompt,
+    options: Options,
+    write: Callable[[str], None],
+    think: Callable[[str], None] | None = None,
+    **sampling: object,
 ) -> Finished:
-    """Streams the text to ``write`` as it comes. Leaving early, by any exception, cancels the request.
+    """Streams the text to ``write`` as it comes, and what the model reasons before it to ``think``. Leaving early, by
+    any exception, cancels the request.
 
     ``sampling`` are fields of SamplingParams; None leaves one to the model's defaults.
     """
@@ -32,6 +39,8 @@ def generate(
     with closing(client.generate(prompt, options, **given)) as parts:
         for part in parts:
             if isinstance(part, Delta):
+                if think is not None and part.reasoning:
+                    think(part.reasoning)
                 write(part.text)
             elif isinstance(part, Finished):
                 finished = part
@@ -50,7 +59,7 @@ def chat(
         raise InvalidRequest(
             f"this router serves no conversations: {refusal} (`{program()} generate` takes any prompt)"
         )
-    conversation = [("system", system)] if system else []
+    conversation: list[ChatMessage | tuple[str, str]] = [("system", system)] if system else []
     while True:
         try:
             line = console.input("[bold]> [/bold]").strip()
@@ -60,20 +69,38 @@ def chat(
         if not line:
             continue
         conversation.append(("user", line))
-        answer: list[str] = []
-
-        def write(text: str, answer: list[str] = answer) -> None:
-            answer.append(text)
-            write_raw(console, text)
-
+        turn = _Turn(console)
         try:
-            finished = generate(client, conversation, options, write, **sampling)
+            finished = generate(client, conversation, options, turn.write, turn.think, **sampling)
             console.print()
             if show_relay:
                 print_relay(console, finished)
         except KeyboardInterrupt:
             console.print(" (stopped)", style="dim")
-        conversation.append(("assistant", "".join(answer)))
+        conversation.append(turn.message)
+
+
+class _Turn:
+    """Shows what the model says, and keeps it for the conversation."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._text = ""
+        self._thoughts = ""
+
+    def write(self, text: str) -> None:
+        if text and self._thoughts and not self._text:
+            self._console.print()
+        self._text += text
+        write_raw(self._console, text)
+
+    def think(self, text: str) -> None:
+        self._thoughts += text
+        self._console.print(text, style="dim", end="", highlight=False, markup=False, soft_wrap=True)
+
+    @property
+    def message(self) -> ChatMessage:
+        return ChatMessage("assistant", self._text, reasoning=self._thoughts or None)
 
 
 def print_relay(console: Console, finished: Finished) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,11 +14,13 @@ import grpc
 import httpx
 import openai
 import pytest
+from rich.console import Console
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
-from baton.client import AsyncClient, Delta, Finished, error_of
+from baton.client import AsyncClient, Client, Delta, Finished, Options, error_of
 from baton.errors import InvalidRequest
 from baton.v1 import router_pb2, router_pb2_grpc
+from cli import ask
 from router.frontend import Caller
 from router.openai_request import ChatBody, parse
 from router.serve import Router
@@ -364,6 +368,27 @@ async def test_a_conversation_is_the_same_prompt_over_grpc(tmp_path: Path) -> No
         assert ids[1] == ids[2] != ids[0]
         with pytest.raises(InvalidRequest):
             await client.complete("text", tools=[TOOL])
+
+
+async def test_a_talk_in_a_terminal_shows_what_the_model_thinks(tmp_path: Path) -> None:
+    class Terminal(Console):
+        lines = iter([USER["content"]])
+
+        def input(self, *_: Any, **__: Any) -> str:
+            try:
+                return next(self.lines)
+            except StopIteration:
+                raise EOFError from None
+
+    shown = io.StringIO()
+    async with speaking(tmp_path / "m", [THOUGHT], "qwen3") as model:
+
+        def talk() -> None:
+            with Client(str(model.router.grpc)) as client:
+                ask.chat(client, Terminal(file=shown, width=200), Options(), system="", show_relay=False, max_tokens=40)
+
+        await asyncio.to_thread(talk)
+    assert shown.getvalue() == "Is it warm?\nYes.\n\n"
 
 
 BAD_OVER_GRPC: list[tuple[dict[str, Any], str]] = [
