@@ -19,6 +19,7 @@ from router.tokenizer import Tokenizer
 # A model that cannot end would call for ever.
 _MAX_CALLS = 64
 _ANY_TEXT = "/(?s:.*)/"
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def reply_grammar(
@@ -30,7 +31,7 @@ def reply_grammar(
     What the model reasons before that is free. Raises InvalidRequest for a tool.
     """
     choice, is_required = conversation.tool_choice, conversation.requires_calls
-    writer = _Writer(tokenizer)
+    writer = _Writer(tokenizer, is_compact=is_required)
     ways = ["@answer"] if answer and not is_required else []
     if conversation.has_tools and form.calls is not None:
         tools = [tool for tool in conversation.tools if tool.name in choice.names or not choice.names]
@@ -54,8 +55,10 @@ def reply_grammar(
 class _Writer:
     """Collects the rules that the parts of an answer need."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, is_compact: bool) -> None:
+        """``is_compact``: arguments have the space between their parts that models have learned, and no other."""
         self._tokenizer = tokenizer
+        self._is_compact = is_compact
         self.rules: list[str] = []
 
     def _mark(self, text: str) -> str:
@@ -130,8 +133,11 @@ class _Writer:
         """The name of a rule for values of the schema. What a grammar cannot say of a schema is refused where the tool
         is strict, else left out."""
         name = f"json_{len(self.rules)}"
-        text = of_json_text(schema, tool.is_strict, param=f"tools ({tool.name})")
-        self.rules.append(f"{name}: %json {text}")
+        written = json.loads(of_json_text(schema, tool.is_strict, param=f"tools ({tool.name})"))
+        if self._is_compact:
+            del written["x-guidance"]["whitespace_pattern"]
+            written["x-guidance"] |= _COMPACT
+        self.rules.append(f"{name}: %json {json.dumps(written)}")
         return name
 
     def _function(self, tool: Tool) -> str:

@@ -28,7 +28,7 @@ def test_a_loop_over_http(shared_cluster: StartCluster, demo_model: Path, stream
     tools: Any = [{"type": "function", "function": {"name": "facts", "parameters": SCHEMA}}]
     messages: list[Any] = [{"role": "user", "content": QUESTION}]
     asked: dict[str, Any] = {
-        "model": "model", "temperature": 0, "max_tokens": 100, "tools": tools, "parallel_tool_calls": False
+        "model": "model", "temperature": 0, "max_tokens": 200, "tools": tools, "parallel_tool_calls": False
     }  # fmt: skip
     with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
 
@@ -53,7 +53,7 @@ def test_a_loop_over_http(shared_cluster: StartCluster, demo_model: Path, stream
 
 def test_a_loop_over_grpc(shared_cluster: StartCluster, demo_model: Path) -> None:
     cluster = shared_cluster(demo_model, prefill=1, decode=1)
-    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 100, "tools": [Tool("facts", "", SCHEMA)]}
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 200, "tools": [Tool("facts", "", SCHEMA)]}
     talk: list[ChatMessage | tuple[str, str]] = [("user", QUESTION)]
     with Client(cluster.grpc) as client:
         first = client.complete(talk, tool_choice=ToolChoice(CallMode.REQUIRED, is_parallel=False), **asked)
