@@ -386,8 +386,7 @@ class Frontend:
 
     async def count_tokens(self, request: GenerationRequest) -> int:
         """Of all prompts, which are not served."""
-        if request.model and self.model_names:
-            self.check_model(request.model)
+        self._check_model(request.model)
         try:
             async with asyncio.timeout(self._limits.default_timeout_s):
                 prompts, _ = await self._tokenized(request)

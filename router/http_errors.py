@@ -9,12 +9,16 @@ from router.messages import errors as messages
 from router.openai_response import error_body
 
 _MESSAGES_PATH = "/v1/messages"
+# What a path calls the parameter that others call otherwise.
+_PARAMS = {("/v1/responses", "messages"): "input"}
 
 
 def body_of(error: BatonError, path: str) -> dict[str, Any]:
     if path.startswith(_MESSAGES_PATH):
         return messages.error_body(error.http_status, error.message)
-    return error_body(error)
+    body = error_body(error)
+    body["error"]["param"] = _PARAMS.get((path, error.param or ""), error.param)
+    return body
 
 
 def body_of_status(status: int, message: str, code: str | None, path: str) -> dict[str, Any]:

@@ -70,6 +70,8 @@ class MessagesBody(CommonBody):
             raise InvalidRequest("you must provide a max_tokens parameter", param="max_tokens")
         turns = self.turns()
         continues = bool(turns) and turns[-1].role == "assistant"
+        if continues and turns[-1].tool_calls:
+            raise InvalidRequest("messages ends with tool_use, expected a tool_result for it", param="messages")
         conversation = Conversation(
             tuple(turns),
             add_generation_prompt=not continues,

@@ -7,7 +7,7 @@ What the API has in common with the older ones is read by the same code, with th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,9 @@ _NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
 # Further output of tools that no answer has.
 _INCLUDABLE = ("reasoning.encrypted_content", "web_search_call.", "code_interpreter_call.", "computer_call_output.",
                "file_search_call.", "message.input_image.")  # fmt: skip
+_MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
+# Of the JSON that a response repeats, kept for each answer: an eighth of what the prompt's ids take in a long context.
+_MAX_ECHO_CHARS = 512 * 1024
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text")
 
@@ -79,6 +82,8 @@ class ResponsesBody(CommonBody):
         for name in self.include or ():
             if not name.startswith(_INCLUDABLE):
                 raise InvalidRequest(f"include has {quoted(name)}, which no answer has", param="include")
+        if not turns:
+            raise InvalidRequest("input is empty, expected text or one item at least", param="input")
         first = [ChatMessage("system", self.instructions)] if self.instructions else []
         conversation = Conversation(
             (*first, *history, *turns),
@@ -253,7 +258,9 @@ def _text(part: JsonObject) -> str:
 
 
 def echoed(body: ResponsesBody, *, is_stored: bool) -> str:
-    """The members of a response that repeat the request, as JSON with a leading comma."""
+    """The members of a response that repeat the request, as JSON with a leading comma. Raises InvalidRequest if there
+    is too much to keep as long as the answer lasts."""
+    _check_metadata(body.metadata or {})
     reasoning = body.reasoning if isinstance(body.reasoning, dict) else {}
     text = body.text if isinstance(body.text, dict) else {}
     found = {
@@ -276,4 +283,21 @@ def echoed(body: ResponsesBody, *, is_stored: bool) -> str:
         "truncation": "disabled",
         "user": body.user,
     }
-    return "," + json.dumps(found, separators=(",", ":"))[1:-1]
+    echo = "," + json.dumps(found, separators=(",", ":"))[1:-1]
+    if len(echo) > _MAX_ECHO_CHARS:
+        raise InvalidRequest(
+            f"tools and the other fields that a response repeats have {len(echo)} characters of JSON, expected at most "
+            f"{_MAX_ECHO_CHARS}",
+            param="tools",
+        )
+    return echo
+
+
+def _check_metadata(metadata: Mapping[str, Any]) -> None:
+    """OpenAI's own bounds."""
+    if len(metadata) > _MAX_METADATA:
+        raise InvalidRequest(f"metadata has {len(metadata)} pairs, expected at most {_MAX_METADATA}", param="metadata")
+    for key, value in metadata.items():
+        if len(key) > _MAX_KEY_CHARS or not isinstance(value, str) or len(value) > _MAX_VALUE_CHARS:
+            expected = f"keys of at most {_MAX_KEY_CHARS} characters and texts of at most {_MAX_VALUE_CHARS}"
+            raise InvalidRequest(f"metadata has {quoted(key)}: {quoted(value)}, expected {expected}", param="metadata")

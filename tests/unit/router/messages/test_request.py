@@ -147,6 +147,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"output_config": {"effort": 3}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+    (assistant({"type": "tool_use", "id": "t", "name": "f", "input": {}}), "messages"),
     ({"messages": ["a"]}, "messages.0"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role"),
     ({"messages": [{"content": "a"}]}, "messages.0.role"),

@@ -146,6 +146,19 @@ def test_the_request_is_repeated() -> None:
     assert found["tools"] == [{"type": "function", "name": "f"}]
 
 
+@pytest.mark.parametrize(("body", "param"), [
+    ({"metadata": {str(i): "" for i in range(17)}}, "metadata"),
+    ({"metadata": {"k" * 65: "v"}}, "metadata"),
+    ({"metadata": {"k": "v" * 513}}, "metadata"),
+    ({"metadata": {"k": 1}}, "metadata"),
+    ({"tools": [{"type": "function", "name": "f", "description": "d" * 600_000}]}, "tools"),
+])  # fmt: skip
+def test_what_a_response_repeats_is_bounded(body: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        echoed(body_of(**body), is_stored=True)
+    assert refused.value.param == param
+
+
 IMAGE = {"type": "input_image", "image_url": "data:"}
 
 
@@ -166,6 +179,7 @@ IMAGE = {"type": "input_image", "image_url": "data:"}
     ({"tool_choice": {"type": "file_search"}}, "tool_choice.type"),
     ({"tool_choice": "any"}, "tool_choice"),
     ({"tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": []}}, "tool_choice.tools"),
+    ({"input": []}, "input"),
     ({"input": ["a"]}, "input.0"),
     ({"input": [{"role": "robot", "content": "a"}]}, "input.0.role"),
     ({"input": [{"role": "user"}]}, "input.0.content"),

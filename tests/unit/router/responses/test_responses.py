@@ -128,6 +128,9 @@ async def test_errors_and_methods(folder: Path) -> None:
     async with served(folder) as url, httpx.AsyncClient(base_url=url, timeout=10) as client:
         refused = await client.post("/v1/responses", json={"input": [], "model": "tiny"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (400, "invalid_request_error")
+        long = await client.post("/v1/responses", json={"input": "hello " * 4000, "model": "tiny"})
+        assert (long.status_code, long.json()["error"]["code"]) == (400, "context_length_exceeded")
+        assert long.json()["error"]["param"] == "input"
         for method, path, allowed in (
             ("GET", "/v1/responses", "OPTIONS, POST"),
             ("POST", "/v1/responses/resp_1", "DELETE, GET, HEAD, OPTIONS"),
