@@ -99,21 +99,24 @@ class Measured:
         )  # fmt: skip
 
 
-def write(path: Path, measured: Measured) -> None:
-    """Raises BadConfig if the file cannot be written."""
-    errors = measured.errors
-    as_dict = {
+def as_json(measured: Measured) -> dict[str, Any]:
+    """With the error of each point."""
+    return {
         "format": FORMAT,
         **asdict(measured),
         "points": [
             {**point.shape._asdict(), "seconds": point.seconds, "count": point.count, "error": error}
-            for point, error in zip(measured.points, errors, strict=True)
+            for point, error in zip(measured.points, measured.errors, strict=True)
         ],
         "median_error": measured.median_error,
         "worst_error": measured.worst_error,
     }
+
+
+def write(path: Path, measured: Measured) -> None:
+    """Raises BadConfig if the file cannot be written."""
     try:
-        path.write_text(json.dumps(as_dict, indent=1) + "\n")
+        path.write_text(json.dumps(as_json(measured), indent=1) + "\n")
     except OSError as error:
         raise BadConfig(f"the profile {quoted(str(path))} cannot be written: {error}", param="profile") from error
 

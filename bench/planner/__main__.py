@@ -4,19 +4,21 @@
 question by question; ``python -m bench.planner document FILE ...`` writes saved ones into docs/planning.md.
 
 ``python -m bench.planner pictures`` draws those of README.md and docs/planning.md anew.
+``python -m bench.planner validate [--only WORDS] [--seconds S] [--minutes M]`` measures clusters and predicts them.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import measure
-from bench.planner import headline, pictures, reference
+from bench.planner import headline, pictures, reference, validate
 from loadgen import machine
 from planner.results import Profile
 
@@ -68,6 +70,9 @@ def _headline(profile: Profile, scale: headline.Scale, workers: int, folder: Pat
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["validate"]:
+        validate.main(sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(prog="python -m bench.planner", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("reference")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from baton.errors import Unavailable
-from baton.types import Failure, Lease, TransferReport
+from baton.types import Failure, Lease, TransferReport, blocks_for
 from kvtransfer.protocol.receiver_events import Arrived, Released, WriterBegan
 from planner.sim.links import Transfer
 from prefill_node import machine
@@ -62,7 +62,9 @@ class Push:
         self._tell(num_tokens, 1.0, layout_share)
 
     def _tell(self, num_tokens: int, share: float, more_bytes: float = 0.0) -> None:
-        new = max(0, num_tokens - self._num_told)
+        """Whole blocks are sent."""
+        block_tokens = self._source.config.scheduler.block_tokens
+        new = max(0, blocks_for(num_tokens, block_tokens) * block_tokens - self._num_told)
         self._num_told += new
         num_bytes = new * self._source.token_bytes * share + more_bytes
         if num_bytes > 0:

@@ -4,9 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from planner.fitted import Line, RequestTimes, Transfers
+from baton.types import KvLayout
+from engine.step import StepShape
+from planner.fitted import Line, Point, RequestTimes, Transfers
 from planner.measured import Measured
 
+LINE = Line(0.01, 1e-4, 0.0, 1e-3, 1e-6)
+MEASURED = Measured(
+    model="m", device="cpu", software_version="1", kv_layout=KvLayout(4, 500, 2, 16, 64, "float32"), line=LINE,
+    points=tuple(
+        Point(shape, LINE.step_s(shape))
+        for shape in (StepShape().with_prompt(0, 100), StepShape(0, 0, 1, 100), StepShape(0, 0, 4, 900))
+    ),
+    transfers=Transfers(0.001, 1e9), requests=RequestTimes(0.01, 0.001),
+)  # fmt: skip
 _TIMES_AS_FAST = 10
 
 

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from baton.client import AsyncClient
 from baton.errors import BadConfig
-from baton.types import MAX_COUNT, KvLayout, Role
+from baton.types import MAX_COUNT, Role
 from cli.app import app
 from cli.observe import live
 from cli.plan_validate import _share
@@ -23,23 +23,13 @@ from cli.validate import Asked, improved, validated
 from engine.step import StepShape
 from loadgen.clusters import Shape
 from loadgen.plan import Plan
-from planner.fitted import Line, Point, RequestTimes, Transfers
-from planner.measured import Measured, write
+from planner.measured import write
 from planner.validation import Limits, Verdict
 from router.cluster.config import PolicyConfig
 from tests.support.fake_nodes import FakeCluster, FakeConfig
-from tests.support.profiles import too_fast
+from tests.support.profiles import LINE, MEASURED, too_fast
 from tests.support.router import router_beside
 
-LINE = Line(0.01, 1e-4, 0.0, 1e-3, 1e-6)
-MEASURED = Measured(
-    model="m", device="cpu", software_version="1", kv_layout=KvLayout(4, 500, 2, 16, 64, "float32"), line=LINE,
-    points=tuple(
-        Point(shape, LINE.step_s(shape))
-        for shape in (StepShape().with_prompt(0, 100), StepShape(0, 0, 1, 100), StepShape(0, 0, 4, 900))
-    ),
-    transfers=Transfers(0.001, 1e9), requests=RequestTimes(0.01, 0.001),
-)  # fmt: skip
 NODE = FakeConfig(transfer_s=0.002, vocab_size=2048, step_s=0.004, prefill_token_s=1e-4)
 ALWAYS: dict[str, Any] = {"policy": PolicyConfig(disaggregation="always")}
 PLAN = Plan(prompt_tokens=40, output_tokens=5, rates=(10.0, 20.0), num_requests=6)

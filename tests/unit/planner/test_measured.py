@@ -92,7 +92,8 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
     prompt_s = LINE.step_s(StepShape().with_prompt(0, 100))
     assert one.first_token_s == pytest.approx(1.0 + 0.02 + 4 * 0.001 + prompt_s)
     decodes_s = sum(LINE.step_s(StepShape(0, 0, 1, kv)) for kv in (101, 102))
-    moved_s = 1e-3 + 100 * model.kv_bytes_per_token / 1e9
+    # Two blocks.
+    moved_s = 1e-3 + 128 * model.kv_bytes_per_token / 1e9
     assert one.ended_s == pytest.approx(one.first_token_s + moved_s + decodes_s, abs=1e-9)
     assert one.energy_j == pytest.approx(300 * (prompt_s + decodes_s))
 
@@ -100,7 +101,7 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
 def test_a_run_has_what_each_transfer_took() -> None:
     run = simulated_as(MEASURED, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run
     (report,) = run.transfers
-    assert report.num_bytes == 100 * MEASURED.as_model().kv_bytes_per_token
+    assert report.num_bytes == 128 * MEASURED.as_model().kv_bytes_per_token
     assert report.exposed_s == pytest.approx(1e-3 + report.num_bytes / 1e9)
 
 

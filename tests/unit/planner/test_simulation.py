@@ -23,22 +23,23 @@ def test_one_request_takes_its_messages_its_steps_and_its_transfer() -> None:
     message_s, prompt_s = CONFIG.message_s, LINE.step_s(1000, 0, 0)
     # Reserved, granted, run, and the token on its way back.
     assert one.first_token_s == pytest.approx(1.0 + prompt_s + 4 * message_s)
-    # Layer by layer: 1000 tokens of 20,480 bytes take 20 ms, and the prompt 110: only the last of ten layers is left.
+    # Layer by layer: 16 blocks of 64 tokens of 20,480 bytes take 21 ms, and the prompt 110: only the last of ten layers
+    # is left.
     ready_s = 1.0 + 3 * message_s + prompt_s
-    joined_s = ready_s + 1000 * MODEL.kv_bytes_per_token / 10 / 1e9 + MACHINE.link_latency_s + CONFIG.commit_s
+    joined_s = ready_s + 1024 * MODEL.kv_bytes_per_token / 10 / 1e9 + MACHINE.link_latency_s + CONFIG.commit_s
     assert one.second_token_s == pytest.approx(joined_s + LINE.step_s(0, 1, 1001))
     steps_s = sum(LINE.step_s(0, 1, 1000 + count) for count in range(1, 5))
     assert one.ended_s == pytest.approx(joined_s + steps_s + message_s)
     assert one.max_gap_s == pytest.approx(joined_s + LINE.step_s(0, 1, 1001) - ready_s)
     assert (one.prompt_machine, one.token_machine, one.num_tokens) == ("prefill-0", "decode-0", 5)
     assert one.energy_j == pytest.approx((prompt_s + steps_s) * MACHINE.power_w)
-    assert found.counters["transferred_bytes"] == pytest.approx(1000 * MODEL.kv_bytes_per_token, abs=10)
+    assert found.counters["transferred_bytes"] == pytest.approx(1024 * MODEL.kv_bytes_per_token, abs=10)
 
 
 def test_a_short_prompt_is_sent_when_it_is_computed() -> None:
     (one,) = run([Request(0, 0.0, 500, 3)], design()).served
     ready_s = 3 * CONFIG.message_s + LINE.step_s(500, 0, 0)
-    joined_s = ready_s + 500 * MODEL.kv_bytes_per_token / 1e9 + MACHINE.link_latency_s + CONFIG.commit_s
+    joined_s = ready_s + 512 * MODEL.kv_bytes_per_token / 1e9 + MACHINE.link_latency_s + CONFIG.commit_s
     assert one.second_token_s == pytest.approx(joined_s + LINE.step_s(0, 1, 501))
 
 
@@ -47,7 +48,7 @@ def test_two_transfers_to_one_machine_share_its_link() -> None:
     alone = run([Request(0, 0.0, 400, 3)], design(2, machine=slow)).served[0]
     together = run([Request(0, 0.0, 400, 3), Request(1, 0.0, 400, 3)], design(2, machine=slow)).served
     assert {one.prompt_machine for one in together} == {"prefill-0", "prefill-1"}
-    transfer_s = 400 * MODEL.kv_bytes_per_token / 1e7
+    transfer_s = 448 * MODEL.kv_bytes_per_token / 1e7
     for one in together:
         assert one.second_token_s is not None
         assert alone.second_token_s is not None
