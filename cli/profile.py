@@ -14,11 +14,12 @@ from rich.table import Table
 from baton.client import AsyncClient
 from baton.errors import Unavailable
 from cli.observe import Live, live
+from engine.step import StepShape
 from loadgen import counters
-from loadgen.client import Asking, model_of
+from loadgen.client import Answer, Asking, model_of
 from loadgen.job import headers_of
 from loadgen.load import Load, Request, closed, same_size
-from loadgen.run import Outcome, run
+from loadgen.run import run
 from planner.measured import Measured, write
 from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
 from planner.steps import found_in
@@ -39,14 +40,18 @@ class Shapes:
     # Of a prompt alone: enough that its KV is moved.
     num_alone_tokens: int = 4
     num_output_tokens: int = 64
-    repeats: int = 4
+    repeats: int = 5
+    # Between requests alone.
+    pause_s: float = 0.2
     limit_s: float = 600.0
 
-    def loads(self, max_model_tokens: int) -> Iterator[Load]:
-        """The first one has one request at a time."""
-        alone = [n for n in self.prompts if n + self.num_alone_tokens <= max_model_tokens]
-        requests = [Request(n, self.num_alone_tokens) for _ in range(self.repeats) for n in alone]
-        yield closed("one at a time", requests, 1, self.limit_s)
+    def alone(self, max_model_tokens: int) -> list[Load]:
+        """One request each."""
+        lengths = [n for n in self.prompts if n + self.num_alone_tokens <= max_model_tokens]
+        requests = [Request(n, self.num_alone_tokens) for _ in range(self.repeats) for n in lengths]
+        return [closed(f"{each.prompt_tokens} tokens alone", (each,), 1, self.limit_s) for each in requests]
+
+    def together(self, max_model_tokens: int) -> Iterator[Load]:
         for streams, n in self.batches:
             if n + self.num_output_tokens <= max_model_tokens:
                 sizes = same_size(streams, n, self.num_output_tokens)
@@ -73,19 +78,25 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         await asyncio.sleep(_IDLE_S)
     before_j, began_s = await _joules(cluster), time.monotonic()
     parts: list[Observed] = []
-    first_ttfts_s: list[float] = []
-    for load in shapes.loads(cluster.nodes[0].model.max_model_tokens):
+    max_model_tokens = cluster.nodes[0].model.max_model_tokens
+    ttfts_s: list[float] = []
+    for load in shapes.alone(max_model_tokens):
+        # As in an open loop at a low rate: processes have gone to sleep.
+        await asyncio.sleep(shapes.pause_s)
+        (answer,) = await _sent(cluster, asking, load)
+        ttfts_s.append(answer.stamps_s[0] - answer.sent_s)
+    parts.append(await cluster.since(began_s))
+    console.print(f"measured {len(ttfts_s)} single requests", highlight=False)
+    for load in shapes.together(max_model_tokens):
         load_began_s = time.monotonic()
-        # Other prompts each time, so that none is held already.
-        outcome = await run(load, cluster.server, asking, f"profile {time.time_ns()}")
-        _refuse_failures(outcome)
+        await _sent(cluster, asking, load)
         parts.append(await cluster.since(load_began_s))
-        first_ttfts_s = first_ttfts_s or [answer.stamps_s[0] - answer.sent_s for answer in outcome.answers]
-        console.print(f"measured {load.name}: {len(load.requests)} requests in {outcome.wall_s:.1f} s", highlight=False)
+        console.print(f"measured {load.name}", highlight=False)
     elapsed_s, after_j = time.monotonic() - began_s, await _joules(cluster)
     node, alone, everything = cluster.nodes[0], parts[0], Observed.joined(parts)
     count = len(cluster.nodes)
     found = found_in(everything.steps)
+    second_s = found.line.step_s(StepShape(num_decoding=1, num_kv_tokens=1)) + found.wake.decode_s
     idle_w = None if idle_j is None or before_j is None else (before_j - idle_j) / _IDLE_S / count
     drawn_j = None if before_j is None or after_j is None else after_j - before_j
     return Measured(
@@ -95,19 +106,23 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         kv_layout=node.kv_layout,
         line=found.line,
         points=found.points,
+        wake=found.wake,
         sharing=found.sharing,
         transfers=transfers_of(alone.transfers, node.kv_layout.num_layers),
         layerwise_from_bytes=layerwise_from_bytes(everything.transfers),
-        requests=request_times(alone.relays, first_ttfts_s),
+        requests=request_times(alone.relays, ttfts_s, second_s),
         power=power_of(idle_w, drawn_j, elapsed_s, everything.steps, count),
     )
 
 
-def _refuse_failures(outcome: Outcome) -> None:
+async def _sent(cluster: Live, asking: Asking, load: Load) -> tuple[Answer, ...]:
+    """With other prompts each time, so that none is held already."""
+    outcome = await run(load, cluster.server, asking, f"profile {time.time_ns()}")
     if failed := [answer for answer in outcome.answers if answer.error is not None]:
         raise Unavailable(f"{len(failed)} of {len(outcome.load.requests)} requests failed: {failed[0].error}")
     if outcome.num_cut:
         raise Unavailable(f"{outcome.num_cut} requests took longer than {outcome.load.limit_s:g} s")
+    return outcome.answers
 
 
 async def _joules(cluster: Live) -> float | None:
@@ -134,7 +149,10 @@ def show(console: Console, measured: Measured) -> None:
         f"{measured.worst_error:+.1%}",
         "transfers: none" if moved is None
         else f"transfers: {1e3 * moved.latency_s:.2f} ms + {moved.bytes_s / 1e6:,.0f} MB/s",
-        f"a request: {1e3 * requests.fixed_s:.2f} ms, and {1e3 * requests.message_s:.2f} ms for each message",
+        f"a request: {1e3 * requests.fixed_s:.2f} ms, {1e3 * requests.message_s:.2f} ms for each message, "
+        f"{1e3 * requests.join_s:.2f} ms for its hand-over",
+        f"a step after idleness: {1e3 * measured.wake.prompt_s:.2f} ms more with prompts, "
+        f"{1e3 * measured.wake.decode_s:.2f} ms without",
         f"a step beside 1 / 2 / ... nodes of its host: {', '.join(factors)} times as long",
         "power: no counter" if measured.power is None
         else f"power of a node: {measured.power.idle_w:.0f} W idle, {measured.power.busy_w:.0f} W busy",

@@ -118,7 +118,7 @@ def predicted(
     twin = planned(words, measured)
     found = []
     for each in sent:
-        ours = simulated_as(measured, workload_of(each.load), twin.design, twin.config).run
+        ours = simulated_as(measured, workload_of(each.replayed.outcome), twin.design, twin.config).run
         theirs = each.replayed
         name = theirs.target
         found.append(compared(name, ours, theirs.outcome, each.observed, theirs.counted, limits))

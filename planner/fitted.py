@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import isfinite
@@ -19,6 +20,7 @@ _NUM_FEATURES = 5
 # A point that is further off than so many times the median, and than this share, is left out of the fit: the machine
 # did something else meanwhile. Its error is told all the same.
 _FAR_MEDIANS, _FAR_SHARE = 6.0, 0.25
+_MAX_WEIGHT = 16
 # Keeps features that always go together, as sequences and their KV in a few points, apart.
 _RIDGE = 1 + 1e-9
 
@@ -82,6 +84,20 @@ NO_SHARING = Sharing()
 
 
 @dataclass(frozen=True, slots=True)
+class Wake:
+    """What the first step of an engine that had nothing to do takes more: its thread wakes up, caches are cold."""
+
+    prompt_s: float = 0.0
+    decode_s: float = 0.0
+
+    def of(self, shape: StepShape) -> float:
+        return self.prompt_s if shape.num_prompt_tokens else self.decode_s
+
+
+NO_WAKE = Wake()
+
+
+@dataclass(frozen=True, slots=True)
 class Transfers:
     """KV from node to node: seconds before the first byte, and bytes a second."""
 
@@ -100,6 +116,8 @@ class RequestTimes:
     fixed_s: float = 0.0
     # A message between router and node, one way, with the turns of both event loops.
     message_s: float = 0.0
+    # Of a hand-over, beside its transfer and the first step after it: commit, acknowledgement, the turns of both loops.
+    join_s: float = 0.0
 
 
 FREE_REQUESTS = RequestTimes()
@@ -119,11 +137,17 @@ def fitted(points: Sequence[Point]) -> Line:
 
 
 def _least_squares(points: Sequence[Point]) -> Line:
-    rows = [[feature / point.seconds for feature in (1, *point.shape)] for point in points]
+    """Points of many steps count for more, up to a limit: noise is not all that they are off by."""
+    weights = [math.sqrt(min(point.count, _MAX_WEIGHT)) for point in points]
+    rows = [
+        [weight * feature / point.seconds for feature in (1, *point.shape)]
+        for point, weight in zip(points, weights, strict=True)
+    ]
     products = [[sum(row[i] * row[j] for row in rows) for j in range(_NUM_FEATURES)] for i in range(_NUM_FEATURES)]
     for i, row in enumerate(products):
         row[i] *= _RIDGE
-    return Line(*not_negative(products, [sum(row[i] for row in rows) for i in range(_NUM_FEATURES)]))
+    values = [sum(row[i] * weight for row, weight in zip(rows, weights, strict=True)) for i in range(_NUM_FEATURES)]
+    return Line(*not_negative(products, values))
 
 
 def fitted_transfers(moved: Sequence[tuple[float, float]]) -> Transfers | None:

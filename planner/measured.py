@@ -15,7 +15,18 @@ from typing import Any
 from baton.errors import BadConfig, BatonError, quoted
 from baton.types import DTYPE_BYTES, KvLayout
 from engine.step import StepShape
-from planner.fitted import FREE_REQUESTS, NO_SHARING, FittedTimes, Line, Point, RequestTimes, Sharing, Transfers
+from planner.fitted import (
+    FREE_REQUESTS,
+    NO_SHARING,
+    NO_WAKE,
+    FittedTimes,
+    Line,
+    Point,
+    RequestTimes,
+    Sharing,
+    Transfers,
+    Wake,
+)
 from planner.machines import Machine
 from planner.models import Model
 from planner.sim.config import SimulationConfig
@@ -45,6 +56,7 @@ class Measured:
     kv_layout: KvLayout
     line: Line
     points: tuple[Point, ...]
+    wake: Wake = NO_WAKE
     sharing: Sharing = NO_SHARING
     # None: no KV was moved.
     transfers: Transfers | None = None
@@ -93,8 +105,9 @@ class Measured:
     def configured(self, config: SimulationConfig) -> SimulationConfig:
         """A cluster of such nodes, which have served before."""
         return replace(
-            config, memory_share=1.0, commit_s=0.0, message_s=self.requests.message_s, request_s=self.requests.fixed_s,
-            sharing=self.sharing, seen_steps=tuple((point.shape, point.seconds) for point in self.points),
+            config, memory_share=1.0, commit_s=self.requests.join_s, message_s=self.requests.message_s,
+            request_s=self.requests.fixed_s, wake=self.wake, sharing=self.sharing,
+            seen_steps=tuple((point.shape, point.seconds) for point in self.points),
             scheduler=replace(config.scheduler, block_tokens=self.kv_layout.block_tokens),
         )  # fmt: skip
 
@@ -160,6 +173,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         kv_layout=_layout(found["kv_layout"]),
         line=Line(**_numbers(found["line"])),
         points=points,
+        wake=Wake(**_numbers(found["wake"])),
         sharing=Sharing(**sharing),
         transfers=None
         if moved is None

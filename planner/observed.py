@@ -42,9 +42,9 @@ def layerwise_from_bytes(reports: Sequence[TransferReport]) -> int | None:
     return min((one.num_bytes for one in reports if one.layerwise and one.num_bytes), default=None)
 
 
-def request_times(relays: Sequence[Relay], client_ttfts_s: Sequence[float]) -> RequestTimes:
-    """Of requests one after the other. A split one has four messages before its first token (reserve, lease, run,
-    token), a whole one two."""
+def request_times(relays: Sequence[Relay], client_ttfts_s: Sequence[float], decode_s: float = 0.0) -> RequestTimes:
+    """Of requests one after the other, each of whose second tokens took a step of ``decode_s``. A split one has four
+    messages before its first token (reserve, lease, run, token), a whole one two."""
     if not relays or not client_ttfts_s:
         return RequestTimes()
     fixed_s = median(client_ttfts_s) - median(relay.ttft_s - relay.tokenize_s - relay.placement_s for relay in relays)
@@ -52,7 +52,12 @@ def request_times(relays: Sequence[Relay], client_ttfts_s: Sequence[float]) -> R
         (relay.reserve_s + relay.prefill_queue_s + relay.network_s) / (4 if relay.reserve_s > 0 else 2)
         for relay in relays
     ]
-    return RequestTimes(max(0.0, fixed_s), median(messages))
+    joins_s = [
+        relay.second_token_s - relay.transfer.exposed_s - decode_s
+        for relay in relays
+        if relay.transfer is not None and relay.second_token_s > 0
+    ]
+    return RequestTimes(max(0.0, fixed_s), median(messages), max(0.0, median(joins_s)) if joins_s else 0.0)
 
 
 def power_of(

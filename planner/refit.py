@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from loadgen.client import Answer
-from planner.fitted import Line, Sharing, Transfers
+from planner.fitted import Sharing, Transfers
 from planner.measured import Measured
 from planner.observed import Observed, transfers_of
-from planner.steps import RecordedStep, found_in, nodes_beside
+from planner.steps import Found, found_in, predicted_s
 
 # A part is taken if it explains so much more of the time.
 _LEAST_GAIN = 0.01
@@ -37,20 +37,19 @@ def refitted(
     changes: list[Change] = []
     observed = Observed.joined([of for of, _ in runs])
     # All steps may have become slower or faster: what was measured before then says how shapes compare.
-    pace = _pace(observed.steps, measured)
-    known = [replace(point, seconds=point.seconds * pace) for point in measured.points]
-    found = found_in(observed.steps, known)
+    old = Found(measured.line, measured.points, measured.wake, measured.sharing)
+    pace = median(took_s / said_s for said_s, took_s in predicted_s(old, observed.steps))
+    new = found_in(observed.steps, [replace(point, seconds=point.seconds * pace) for point in measured.points])
     # Beside more nodes than this run had, what was measured before holds.
     sharing = Sharing(*(
-        (*new, *old[len(new):]) for new, old in
-        ((found.sharing.prompt, measured.sharing.prompt), (found.sharing.decode, measured.sharing.decode))
+        (*ours, *theirs[len(ours):]) for ours, theirs in
+        ((new.sharing.prompt, old.sharing.prompt), (new.sharing.decode, old.sharing.decode))
     ))  # fmt: skip
-    steps = Change(
-        "steps", _missed(observed.steps, measured.line, measured.sharing), _missed(observed.steps, found.line, sharing)
-    )
+    new = new._replace(sharing=sharing)
+    steps = Change("steps", *(_missed(predicted_s(found, observed.steps)) for found in (old, new)))
     changes.append(steps)
     if steps.is_taken:
-        measured = replace(measured, line=found.line, points=found.points, sharing=sharing)
+        measured = replace(measured, line=new.line, points=new.points, wake=new.wake, sharing=sharing)
     transfers = transfers_of(observed.transfers, measured.kv_layout.num_layers)
     if transfers is not None:
         num_layers = measured.kv_layout.num_layers
@@ -64,44 +63,27 @@ def refitted(
     fixed_s = [seconds for run in runs for seconds in _fixed_s(*run)]
     if fixed_s:
         before_s, after_s = measured.requests.fixed_s, max(0.0, median(fixed_s))
-        change = Change("requests", *(_off(fixed_s, [x] * len(fixed_s)) for x in (before_s, after_s)))
+        change = Change(
+            "requests", *(_missed([(said_s, took_s) for took_s in fixed_s]) for said_s in (before_s, after_s))
+        )
         changes.append(change)
         if change.is_taken:
             measured = replace(measured, requests=replace(measured.requests, fixed_s=after_s))
     return measured, tuple(changes)
 
 
-def _pace(steps: Sequence[RecordedStep], measured: Measured) -> float:
-    """Time of the median step in that predicted."""
-    beside = nodes_beside(steps)
-    line, sharing = measured.line, measured.sharing
-    ratios = [
-        step.turn_s / (line.step_s(step.shape) * sharing.factor(step.shape, num_beside))
-        for step, num_beside in zip(steps, beside, strict=True)
-    ]
-    return median(ratios) if ratios else 1.0
-
-
-def _off(found: Sequence[float], predicted: Sequence[float]) -> float:
-    total = sum(map(abs, found))
-    return sum(abs(a - b) for a, b in zip(found, predicted, strict=True)) / total if total else 0.0
-
-
-def _missed(steps: Sequence[RecordedStep], line: Line, sharing: Sharing) -> float:
-    beside = nodes_beside(steps)
-    predicted = [
-        line.step_s(step.shape) * sharing.factor(step.shape, num) for step, num in zip(steps, beside, strict=True)
-    ]
-    return _off([step.turn_s for step in steps], predicted)
+def _missed(found: Sequence[tuple[float, float]]) -> float:
+    """Of (predicted, measured)."""
+    total_s = sum(abs(took_s) for _, took_s in found)
+    return sum(abs(said_s - took_s) for said_s, took_s in found) / total_s if total_s else 0.0
 
 
 def _missed_moves(observed: Observed, transfers: Transfers | None, num_layers: int) -> float:
     reports = observed.transfers
-    predicted = [
-        0.0 if transfers is None else transfers.seconds(one.num_bytes / (num_layers if one.layerwise else 1))
-        for one in reports
-    ]
-    return _off([one.exposed_s for one in reports], predicted)
+    return _missed([
+        (0.0 if transfers is None else transfers.seconds(one.num_bytes / (num_layers if one.layerwise else 1)),
+         one.exposed_s) for one in reports
+    ])  # fmt: skip
 
 
 def _fixed_s(observed: Observed, answers: Sequence[Answer]) -> Iterable[float]:

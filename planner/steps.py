@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from engine.step import StepShape
-from planner.fitted import NO_SHARING, Line, Point, Sharing, fitted
+from planner.fitted import NO_SHARING, NO_WAKE, Line, Point, Sharing, Wake, fitted
 
 # KV tokens of one cell differ by less than a fifth.
 _KV_CELLS = 4.0
@@ -20,10 +20,13 @@ _NEAR = 0.15
 _MIN_SHARED = 8
 # Cells of steps with no other node beside them from which the fit begins; else from all.
 _MIN_ALONE = 6
+# Steps in a row begin where the one before ends, but for rounding.
+_PAUSE_S = 1e-5
+_MIN_WOKEN = 4
 # What took so many times the median of its like was interrupted.
 _INTERRUPTED = 2.5
 # The line makes the factors, and these the line.
-_ROUNDS = 3
+_ROUNDS = 6
 
 
 class RecordedStep(NamedTuple):
@@ -40,6 +43,7 @@ class RecordedStep(NamedTuple):
 class Found(NamedTuple):
     line: Line
     points: tuple[Point, ...]
+    wake: Wake
     sharing: Sharing
 
 
@@ -75,30 +79,80 @@ def nodes_beside(steps: Sequence[RecordedStep]) -> list[float]:
     return found
 
 
+class _Row(NamedTuple):
+    """A step, and what it ran under."""
+
+    shape: StepShape
+    turn_s: float
+    num_beside: float
+    # Nothing ran before it on its node.
+    is_woken: bool
+
+
+def _rows(steps: Sequence[RecordedStep]) -> list[_Row]:
+    rows = []
+    before_s: dict[tuple[str, str], float] = {}
+    ordered = sorted(steps, key=lambda step: step.ended_s)
+    for step, num_beside in zip(ordered, nodes_beside(ordered), strict=True):
+        name = (step.host, step.node)
+        is_woken = step.ended_s - step.turn_s > before_s.get(name, -math.inf) + _PAUSE_S
+        before_s[name] = step.ended_s
+        rows.append(_Row(step.shape, step.turn_s, num_beside, is_woken))
+    return rows
+
+
 def found_in(steps: Sequence[RecordedStep], known: Sequence[Point] = ()) -> Found:
     """``known``: points of other measurements, which count as well. Raises BadConfig if there are too few."""
-    steps = [step for step in steps if step.turn_s > 0 and not step.shape.is_empty]
-    beside = nodes_beside(steps)
-    alone = [step for step, num_beside in zip(steps, beside, strict=True) if num_beside <= _NEAR]
-    points = _points(alone, [0.0] * len(alone), NO_SHARING)
-    if len(points) < _MIN_ALONE:
-        points = _points(steps, beside, NO_SHARING)
-    line, sharing = fitted((*points, *known)), NO_SHARING
+    rows = _rows([step for step in steps if step.turn_s > 0 and not step.shape.is_empty])
+    alone = [row for row in rows if row.num_beside <= _NEAR]
+    in_line = [row for row in alone if not row.is_woken]
+    wake, sharing = NO_WAKE, NO_SHARING
+    points: tuple[Point, ...] = ()
+    for part in (in_line, alone, rows):
+        if len(points) < _MIN_ALONE:
+            points = _points(part, wake, sharing)
+    line = fitted((*points, *known))
     for _ in range(_ROUNDS):
-        sharing = _sharing(steps, beside, line)
-        points = (*_points(steps, beside, sharing), *known)
+        wake = Wake(*(_wake(rows, line, sharing, is_prompt=is_prompt) for is_prompt in (True, False)))
+        sharing = _sharing(rows, line, wake)
+        points = (*_points(rows, wake, sharing), *known)
         line = fitted(points)
-    return Found(line, points, sharing)
+    return Found(line, points, wake, sharing)
 
 
-def _points(steps: Sequence[RecordedStep], beside: Sequence[float], sharing: Sharing) -> tuple[Point, ...]:
-    """One for each cell of steps that are alike, as long as they would take alone."""
+def predicted_s(found: Found, steps: Sequence[RecordedStep]) -> list[tuple[float, float]]:
+    """Of each step: the time that it is said to take, and what it took."""
+    return [
+        (
+            (found.line.step_s(row.shape) + (found.wake.of(row.shape) if row.is_woken else 0.0))
+            * found.sharing.factor(row.shape, row.num_beside),
+            row.turn_s,
+        )
+        for row in _rows(steps)
+    ]
+
+
+def _wake(rows: Sequence[_Row], line: Line, sharing: Sharing, *, is_prompt: bool) -> float:
+    more_s = [
+        row.turn_s / sharing.factor(row.shape, row.num_beside) - line.step_s(row.shape)
+        for row in rows
+        if row.is_woken and (row.shape.num_prompt_tokens > 0) is is_prompt
+    ]
+    return max(0.0, median(more_s)) if len(more_s) >= _MIN_WOKEN else 0.0
+
+
+def _points(rows: Sequence[_Row], wake: Wake, sharing: Sharing) -> tuple[Point, ...]:
+    """One for each cell of steps that are alike, as long as they would take alone and in a row."""
     cells: dict[tuple[int, ...], list[tuple[StepShape, float]]] = {}
-    for step, num_beside in zip(steps, beside, strict=True):
-        shape = step.shape
+    for row in rows:
+        shape = row.shape
         kv_cell = round(_KV_CELLS * math.log2(shape.num_kv_tokens)) if shape.num_kv_tokens else 0
         key = (shape.num_prompt_tokens, shape.num_prompt_pairs, shape.num_decoding, kv_cell)
-        cells.setdefault(key, []).append((shape, step.turn_s / sharing.factor(shape, num_beside)))
+        seconds = row.turn_s / sharing.factor(shape, row.num_beside)
+        if row.is_woken:
+            # A quick one is no step of no time.
+            seconds = max(seconds - wake.of(shape), seconds / 4)
+        cells.setdefault(key, []).append((shape, seconds))
     return tuple(_point(cells[key]) for key in sorted(cells))
 
 
@@ -114,13 +168,17 @@ def steady(values: Sequence[float]) -> float:
     return fmean(value for value in values if value <= limit)
 
 
-def _sharing(steps: Sequence[RecordedStep], beside: Sequence[float], line: Line) -> Sharing:
+def _sharing(rows: Sequence[_Row], line: Line, wake: Wake) -> Sharing:
     by_kind: dict[tuple[bool, int], list[float]] = {}
-    for step, num_beside in zip(steps, beside, strict=True):
-        count = round(num_beside)
-        if count and abs(num_beside - count) <= _NEAR:
-            ratio = step.turn_s / line.step_s(step.shape)
-            by_kind.setdefault((step.shape.num_prompt_tokens > 0, count), []).append(ratio)
+    for row in rows:
+        count = round(row.num_beside)
+        if count and abs(row.num_beside - count) <= _NEAR:
+            alone_s = line.step_s(row.shape) + (wake.of(row.shape) if row.is_woken else 0.0)
+            # Of others that were there for the whole step.
+            ratio = 1 + (row.turn_s / alone_s - 1) * count / row.num_beside
+            by_kind.setdefault((row.shape.num_prompt_tokens > 0, count), []).append(
+                max(ratio, row.turn_s / alone_s / 2)
+            )
     return Sharing(_factors(by_kind, is_prompt=True), _factors(by_kind, is_prompt=False))
 
 

@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 from loadgen.client import Answer
-from loadgen.load import Load
 from loadgen.run import Outcome
 from planner.observed import Observed
 from planner.results import Run
@@ -130,18 +129,20 @@ class Report:
         return found
 
 
-def workload_of(load: Load) -> Workload:
-    """The requests of an open loop, at the times that they are due."""
-    requests = (
-        Request(number, each.due_s, each.prompt_tokens, each.output_tokens) for number, each in enumerate(load.requests)
-    )
-    return Workload(load.name, tuple(requests))
+def workload_of(outcome: Outcome) -> Workload:
+    """The requests, at the times that they were sent; those that were not, when they were due."""
+    sent_s = {answer.number: answer.sent_s for answer in outcome.answers}
+    requests = [
+        Request(number, sent_s.get(number, each.due_s), each.prompt_tokens, each.output_tokens)
+        for number, each in enumerate(outcome.load.requests)
+    ]
+    return Workload(outcome.load.name, tuple(sorted(requests, key=lambda each: each.arrival_s)))
 
 
 def compared(
     cluster: str, run: Run, outcome: Outcome, observed: Observed, counted: Mapping[str, float], limits: Limits
 ) -> Report:
-    """``run`` is of `workload_of` the load of ``outcome``. Latencies are over the requests that both answered whole."""
+    """``run`` is of `workload_of` ``outcome``. Latencies are over the requests that both answered whole."""
     answers = {answer.number: _times(answer) for answer in outcome.whole}
     predicted = [times_of(each, run.profile) if each.is_whole else None for each in run.served]
     pairs = tuple(
@@ -168,7 +169,8 @@ _FIGURES: tuple[tuple[str, Callable[[Times], float | None]], ...] = (
 
 
 def _times(answer: Answer) -> Times:
-    return Times(answer.ttft_s, answer.tbt_s, answer.e2e_s, None)
+    """From when it was sent: what the generator is late by is no time of the cluster."""
+    return Times(answer.stamps_s[0] - answer.sent_s, answer.tbt_s, answer.stamps_s[-1] - answer.sent_s, None)
 
 
 def _at(values: list[float], share: float) -> float | None:
@@ -203,4 +205,4 @@ def _warnings(outcome: Outcome) -> Iterable[str]:
         yield f"{outcome.num_cut} requests were cut off"
     late_s = max((answer.sent_s - answer.due_s for answer in outcome.answers), default=0.0)
     if late_s > _LATE_S:
-        yield f"requests were sent up to {late_s:.2f} s late, which counts as time of the cluster"
+        yield f"requests were sent up to {late_s:.2f} s after they were due: the load was not as asked for"

@@ -8,7 +8,7 @@ from baton.errors import BadConfig
 from baton.types import StepTimes, blocks_for
 from engine.scheduler_config import SchedulerConfig
 from engine.step import StepShape
-from planner.fitted import NO_SHARING, Sharing
+from planner.fitted import NO_SHARING, NO_WAKE, Sharing, Wake
 from planner.machines import Machine
 from planner.models import Model
 from router.cluster.config import PolicyConfig
@@ -59,6 +59,8 @@ class SimulationConfig:
     told_times: StepTimes | None = None
     # What every node measured before the run, as one that has served before.
     seen_steps: tuple[tuple[StepShape, float], ...] = ()
+    # Of the first step of a machine that had nothing to do.
+    wake: Wake = NO_WAKE
     # All machines are processes of one host, whose steps take so much longer together; none: each has its own.
     sharing: Sharing = NO_SHARING
     outages: tuple[Outage, ...] = ()

@@ -17,6 +17,7 @@ from baton.types import TokenChunk
 from engine.events import EngineEvent, Handoff, Output
 from engine.schedule import Scheduler
 from engine.step import Sequence, StepPlan, StepResult, StepShape
+from planner.fitted import NO_WAKE, Wake
 from planner.results import MachineUse
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
@@ -81,6 +82,7 @@ class Engine:
         steps_at_once: int,
         gaps: Gaps,
         host: Host | None = None,
+        wake: Wake = NO_WAKE,
     ) -> None:
         self.scheduler = scheduler
         self._events = events
@@ -93,6 +95,9 @@ class Engine:
         self._gaps = gaps
         # That other engines compute on as well.
         self._host = host
+        self._wake = wake
+        # Nothing ran before the step that begins.
+        self._is_woken = False
         # The step with prompts that runs on it.
         self._running: _Running | None = None
         # By sequence id, what is here.
@@ -195,6 +200,7 @@ class Engine:
     def wake(self) -> None:
         """Something has changed: begin the next step, if none is under way."""
         if not self._is_busy and not self._is_dead:
+            self._is_woken = True
             self._go_on()
 
     def disturbed(self) -> None:
@@ -246,6 +252,9 @@ class Engine:
                 self._tell(events)
                 self._on_plan(plan)
                 seconds = self._times.step_s(plan.shape)
+                if self._is_woken:
+                    self._is_woken = False
+                    seconds += self._wake.of(plan.shape)
                 if self._host is not None:
                     factor = self._factor(plan.shape)
                     self._run(_Running(plan, now, now + seconds * factor, factor))
@@ -262,12 +271,16 @@ class Engine:
 
     def _begin_bulk(self, now: float) -> bool:
         most = min(self._steps_at_once, self._steps_to_end())
+        more_s = 0.0
+        if self._is_woken and most > 0 and self._wake.decode_s:
+            most, more_s = 1, self._wake.decode_s
         plain = self.scheduler.plain_steps(most, now) if most > 0 else None
         if plain is None:
             return False
         shape, num_steps = plain.shape, plain.num_steps
         factor = self._factor(shape)
-        first_s, growth_s = self._times.step_s(shape) * factor, 0.0
+        first_s, growth_s = (self._times.step_s(shape) + more_s) * factor, 0.0
+        self._is_woken = False
         if num_steps > 1:
             grown = shape._replace(num_kv_tokens=shape.num_kv_tokens + (num_steps - 1) * shape.num_decoding)
             growth_s = (self._times.step_s(grown) * factor - first_s) / (num_steps - 1)

@@ -101,7 +101,7 @@ class Node:
             self.scheduler.measured.add(shape, seconds)
         self.engine = Engine(
             self.events, self.scheduler, self._times, self._power, self.use, self._heard, self._on_plan,
-            self.config.steps_at_once, self.gaps, self._network.host,
+            self.config.steps_at_once, self.gaps, self._network.host, self.config.wake,
         )  # fmt: skip
         self.roles = Roles(self.description.home_role, self.config.roles)
         self._prefill = prefill.PrefillMachine(self.node_id)

@@ -8,14 +8,15 @@ from loadgen.run import Outcome
 from planner.results import Run
 
 
-def replayed(load: Load, run: Run, factor: float = 1.0) -> Outcome:
+def replayed(load: Load, run: Run, factor: float = 1.0, late_s: float = 0.0) -> Outcome:
+    """``late_s``: of the generator, in which the cluster has done nothing."""
     answers = []
     for number, (request, served) in enumerate(zip(load.requests, run.served, strict=True)):
         assert served.first_token_s is not None
         assert served.ended_s is not None
-        first_s, last_s = (request.due_s + factor * (at_s - request.due_s)
-                           for at_s in (served.first_token_s, served.ended_s))  # fmt: skip
+        sent_s, arrival_s = request.due_s + late_s, served.request.arrival_s
+        first_s, last_s = (sent_s + factor * (at_s - arrival_s) for at_s in (served.first_token_s, served.ended_s))
         gap_s = (last_s - first_s) / max(1, request.output_tokens - 1)
         stamps_s = tuple(first_s + i * gap_s for i in range(request.output_tokens))
-        answers.append(Answer(number, request, request.due_s, request.due_s, stamps_s[-1], stamps_s, 200))
+        answers.append(Answer(number, request, request.due_s, sent_s, stamps_s[-1], stamps_s, 200))
     return Outcome(load, tuple(answers), max(answer.ended_s for answer in answers))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from engine.step import StepShape
-from planner.fitted import Sharing
+from planner.fitted import Sharing, Wake
 from planner.sim.host import Host
 from planner.sim.run import _Simulation
 from planner.times import LinearTimes
@@ -96,3 +96,15 @@ def test_nodes_that_have_served_before_tell_their_step_times() -> None:
         assert (told is None) is (known is None)
         if told is not None:
             assert told.step_s(300, 4, 2000) == pytest.approx(LINE.step_s(300, 4, 2000), rel=0.02)
+
+
+def test_the_first_step_of_a_machine_that_had_nothing_to_do_takes_more() -> None:
+    # Two at once, whose prompts come in a row, and a third one when all has been over for long.
+    requests = [Request(0, 0.0, 1000, 40), Request(1, 0.0, 1000, 40), Request(2, 9.0, 1000, 40)]
+    woken = replace(CONFIG, wake=Wake(prompt_s=0.03, decode_s=0.05))
+    for plain, later in zip(run(requests, design()).served, run(requests, design(), woken).served, strict=True):
+        assert plain.first_token_s is not None
+        assert later.first_token_s == pytest.approx(plain.first_token_s + 0.03)
+    (alone,), (slow,) = run(requests[2:], design()).served, run(requests[2:], design(), woken).served
+    assert alone.ended_s is not None
+    assert slow.ended_s == pytest.approx(alone.ended_s + 0.03 + 0.05)

@@ -12,7 +12,7 @@ from baton.errors import BadConfig
 from baton.types import KvLayout, Role
 from engine.step import StepShape
 from planner.design import Design, Group
-from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers
+from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers, Wake
 from planner.measured import Measured, Power, read, write
 from planner.profiles import simulated_as
 from planner.sim.config import SimulationConfig
@@ -27,8 +27,8 @@ SHAPES = (
 MEASURED = Measured(
     model="m", device="cpu", software_version="1.0", kv_layout=KvLayout(4, 100, 2, 16, 64, "float32"), line=LINE,
     points=tuple(Point(shape, LINE.step_s(shape) * (1.02 if i else 0.9), i + 1) for i, shape in enumerate(SHAPES)),
-    sharing=Sharing((1.1,), (1.2, 1.4)), transfers=Transfers(1e-3, 1e9), requests=RequestTimes(0.02, 0.001),
-    power=Power(50, 300), layerwise_from_bytes=1 << 20,
+    sharing=Sharing((1.1,), (1.2, 1.4)), wake=Wake(0.003, 0.002), transfers=Transfers(1e-3, 1e9),
+    requests=RequestTimes(0.02, 0.001, 0.004), power=Power(50, 300), layerwise_from_bytes=1 << 20,
 )  # fmt: skip
 SPLIT = SimulationConfig(policy=PolicyConfig(disaggregation="always"), max_output_tokens=1)
 
@@ -62,6 +62,7 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
         ({"sharing": []}, "damaged"),
         ({"kv_layout": {"num_layers": 0}}, "damaged"),
         ({"kv_layout": {**dict.fromkeys(KvLayout.__slots__, 1), "dtype": "int3"}}, "damaged"),
+        ({"wake": {"decode_s": -1}}, "-1 is no number from 0 on"),
         ({"requests": {"fixed_s": True}}, "True is no number"),
     ],
 )
@@ -90,19 +91,21 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
     alone = replace(MEASURED, sharing=Sharing())
     (one,) = simulated_as(alone, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run.served
     prompt_s = LINE.step_s(StepShape().with_prompt(0, 100))
-    assert one.first_token_s == pytest.approx(1.0 + 0.02 + 4 * 0.001 + prompt_s)
+    # The nodes had nothing to do before.
+    assert one.first_token_s == pytest.approx(1.0 + 0.02 + 4 * 0.001 + prompt_s + 0.003)
     decodes_s = sum(LINE.step_s(StepShape(0, 0, 1, kv)) for kv in (101, 102))
     # Two blocks.
     moved_s = 1e-3 + 128 * model.kv_bytes_per_token / 1e9
-    assert one.ended_s == pytest.approx(one.first_token_s + moved_s + decodes_s, abs=1e-9)
-    assert one.energy_j == pytest.approx(300 * (prompt_s + decodes_s))
+    joined_s = one.first_token_s + moved_s + 0.004
+    assert one.ended_s == pytest.approx(joined_s + decodes_s + 0.002, abs=1e-9)
+    assert one.energy_j == pytest.approx(300 * (prompt_s + decodes_s + 0.005))
 
 
 def test_a_run_has_what_each_transfer_took() -> None:
     run = simulated_as(MEASURED, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run
     (report,) = run.transfers
     assert report.num_bytes == 128 * MEASURED.as_model().kv_bytes_per_token
-    assert report.exposed_s == pytest.approx(1e-3 + report.num_bytes / 1e9)
+    assert report.exposed_s == pytest.approx(1e-3 + 0.004 + report.num_bytes / 1e9)
 
 
 def test_another_machine_than_the_measured_one_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,8 +91,10 @@ def test_transfers_and_requests_are_taken_where_they_fit_better() -> None:
 def test_what_requests_take_is_what_no_node_computed() -> None:
     split = relay(reserve_s=0.004, network_s=0.006, prefill_queue_s=0.002, ttft_s=0.2, tokenize_s=0.003)
     whole = relay(network_s=0.004, prefill_queue_s=0.002, ttft_s=0.2)
-    assert request_times([split], [0.21]) == RequestTimes(pytest.approx(0.013), pytest.approx(0.003))
-    assert request_times([whole], [0.21]) == RequestTimes(pytest.approx(0.01), pytest.approx(0.003))
+    assert request_times([split], [0.21]) == RequestTimes(pytest.approx(0.013), pytest.approx(0.003), 0.0)
+    assert request_times([whole], [0.21]) == RequestTimes(pytest.approx(0.01), pytest.approx(0.003), 0.0)
+    moved = replace(split, transfer=TransferReport("shm", False, 1, 1, 0.01, 0.004), second_token_s=0.03)
+    assert request_times([moved] * 3 + [split], [0.21], decode_s=0.02).join_s == pytest.approx(0.006)
     assert request_times([], []) == RequestTimes()
 
 

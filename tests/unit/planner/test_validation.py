@@ -24,7 +24,7 @@ CONFIG = SimulationConfig(policy=ALWAYS, max_output_tokens=1)
 
 
 def run_of(load: Load = SENT) -> Run:
-    return simulate(workload_of(load), design(), MODEL, {"m": LinearTimes(LINE)}, CONFIG)
+    return simulate(workload_of(Outcome(load, (), 0.0)), design(), MODEL, {"m": LinearTimes(LINE)}, CONFIG)
 
 
 def report_of(run: Run, outcome: Outcome, limits: Limits = LIMITS, **counted: float) -> Report:
@@ -32,13 +32,23 @@ def report_of(run: Run, outcome: Outcome, limits: Limits = LIMITS, **counted: fl
     return compared("c", run, outcome, observed, counted, limits)
 
 
-def test_the_same_requests_arrive_at_the_same_times() -> None:
-    work = workload_of(SENT)
+def test_the_same_requests_arrive_when_they_were_sent() -> None:
+    outcome = replayed(SENT, run_of(), late_s=0.01)
+    work = workload_of(replace(outcome, answers=outcome.answers[:-1]))
+    # The last one was cut off: it was due.
+    sent_s = [*(each.due_s + 0.01 for each in SENT.requests[:-1]), SENT.requests[-1].due_s]
+    sizes = [(each.prompt_tokens, each.output_tokens) for each in SENT.requests]
     assert [
         (each.number, each.arrival_s, each.num_prompt_tokens, each.num_output_tokens) for each in work.requests
-    ] == [(number, each.due_s, each.prompt_tokens, each.output_tokens) for number, each in enumerate(SENT.requests)]
-    report = report_of(run_of(), replayed(SENT, run_of()))
-    assert [pair.request for pair in report.pairs] == list(work.requests)
+    ] == [(number, at_s, *size) for number, (at_s, size) in enumerate(zip(sent_s, sizes, strict=True))]
+    # The second was sent before the first.
+    first, second, *rest = outcome.answers
+    swapped = (replace(first, sent_s=9.0), second, *rest)
+    numbers = [each.number for each in workload_of(replace(outcome, answers=swapped)).requests]
+    assert sorted(numbers) == list(range(24))
+    assert numbers[0] == 1
+    report = report_of(run_of(), outcome)
+    assert [pair.request.number for pair in report.pairs] == list(range(24))
 
 
 def test_a_run_like_the_prediction_has_no_error() -> None:
@@ -95,14 +105,14 @@ def test_requests_that_were_not_answered_do_not_count_and_are_told() -> None:
 
 def test_role_changes_and_a_late_generator_are_told() -> None:
     run = replace(run_of(), role_changes=(RoleChange(1.0, "m", Role.MIXED, "borrowed"),) * 3)
-    outcome = replayed(SENT, run)
-    late = tuple(replace(answer, sent_s=answer.due_s + 0.3) for answer in outcome.answers)
-    report = report_of(run, replace(outcome, answers=late), **{
+    report = report_of(run, replayed(SENT, run, late_s=0.3), **{
         "baton_role_changes_total{reason=borrowed}": 1, "baton_role_changes_total{reason=asked}": 1, "other_total": 9,
     })  # fmt: skip
+    # It is no time of the cluster.
+    assert [row.error for row in report.rows if row.name == "TTFT p50"] == [pytest.approx(0)]
     (row,) = (row for row in report.rows if row.name == "role changes")
     assert (row.predicted, row.measured, row.error) == (3, 2, pytest.approx(0.5))
-    assert report.warnings == ("requests were sent up to 0.30 s late, which counts as time of the cluster",)
+    assert report.warnings == ("requests were sent up to 0.30 s after they were due: the load was not as asked for",)
 
 
 def test_the_record_has_every_request_in_both() -> None:
