@@ -44,8 +44,10 @@ def router(given: Mapping[str, Given]) -> None:
     log_to_stderr()
     http_host, http_port = parse_address(options.http, "--http")
     grpc_host, grpc_port = parse_address(options.grpc, "--grpc")
+    config = build(RouterConfig, given)
     config = replace(
-        model_source.with_tokenizer(build(RouterConfig, given)),
+        config,
+        tokenizer=model_source.tokenizer_folder(config.tokenizer),
         http_host=http_host,
         http_port=http_port,
         grpc_host=join_address(grpc_host, 0).removesuffix(":0"),

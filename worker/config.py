@@ -71,6 +71,14 @@ class WorkerConfig:
             up_file=False,
         ),
     )
+    tokenizer: str = field(
+        default="",
+        metadata=setting(
+            "--tokenizer",
+            "A folder or hub id with another tokenizer.json, the router's. Default: the model's folder.",
+            up_file=False,
+        ),
+    )
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     lease: DecodeConfig = field(default_factory=DecodeConfig)

@@ -11,6 +11,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 
 from baton import descriptors
 from baton.clock import MonotonicClock
@@ -251,8 +252,8 @@ class _Worker:
 
 
 def _grammars(config: WorkerConfig, model: LoadedModel, on_ready: Callable[[], None]) -> Grammars | None:
-    """None: the model's folder has no tokenizer, or one that the library does not know."""
-    file = config.model / "tokenizer.json"
+    """None: there is no tokenizer, or one that the library does not know."""
+    file = Path(config.tokenizer or config.model) / "tokenizer.json"
     if not is_there(file):
         return None
     vocab_size = model.description.vocab_size

@@ -139,6 +139,7 @@ class ClusterOptions:
             "registry": Given(self.registry, "--registry"),
             "model": Given(folder, "--model"),
             "role": Given(Role.MIXED, "--role"),
+            "tokenizer": self._tokenizer(),
         }
         return build(WorkerConfig, {**self.worker, **own})
 
@@ -151,7 +152,12 @@ class ClusterOptions:
             "model_folder": Given(folder, "--model"),
             "nodes": Given(listed, "--node"),
         }
-        return model_source.with_tokenizer(build(RouterConfig, {**self.router, **own}))
+        return build(RouterConfig, {**self.router, **own, "tokenizer": self._tokenizer()})
+
+    def _tokenizer(self) -> Given:
+        """The router's, which is that of grammars on workers too."""
+        given = self.router.get("tokenizer", Given("", "--tokenizer"))
+        return Given(model_source.tokenizer_folder(str(given.value)), given.source)
 
     def _names(self) -> tuple[str, ...]:
         return self.model_names or (model_source.name_of(self.model),)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from baton.errors import BadConfig, quoted
 from baton.files import check_readable, is_there
 from baton.settings import setting
-from router.config import RouterConfig
 
 # Of the option that the commands share.
 REVISION = setting("--revision", "Branch, tag or commit of a model of the hub. Default: its main branch.")
@@ -37,14 +35,14 @@ def resolve(model: str, revision: str = "") -> Path:
     return _download(model, _PATTERNS, revision)
 
 
-def with_tokenizer(config: RouterConfig) -> RouterConfig:
-    """The folder instead of a hub id. Raises BadConfig if there is neither."""
-    folder = Path(config.tokenizer).expanduser()
-    if not config.tokenizer or is_there(folder):
-        return replace(config, tokenizer=str(folder) if config.tokenizer else "")
-    if not _HUB_ID.fullmatch(config.tokenizer):
-        raise BadConfig(f"tokenizer folder {config.tokenizer} does not exist ({folder.resolve()})", param="tokenizer")
-    return replace(config, tokenizer=str(_download(config.tokenizer, _TOKENIZER_PATTERNS)))
+def tokenizer_folder(tokenizer: str) -> str:
+    """Of --tokenizer; empty for none. Raises BadConfig if it is neither a folder nor a hub id."""
+    folder = Path(tokenizer).expanduser()
+    if not tokenizer or is_there(folder):
+        return str(folder) if tokenizer else ""
+    if not _HUB_ID.fullmatch(tokenizer):
+        raise BadConfig(f"tokenizer folder {tokenizer} does not exist ({folder.resolve()})", param="tokenizer")
+    return str(_download(tokenizer, _TOKENIZER_PATTERNS))
 
 
 def _download(hub_id: str, patterns: list[str], revision: str = "") -> Path:

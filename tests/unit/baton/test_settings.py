@@ -244,6 +244,8 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
         [worker.engine]
         num_threads = 3
         scheduler = {{ watermark = 0.25 }}
+        [router]
+        tokenizer = "{MODEL}"
         [router.limits]
         max_queued = 3
     """
@@ -260,6 +262,7 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     assert config.engine == EngineConfig(
         device="cuda:1", gpu_workers=2, num_threads=3, scheduler=SchedulerConfig(watermark=0.25, max_num_seqs=9)
     )
+    assert config.tokenizer == str(MODEL), "grammars are kept by the tokenizer that the router has"
     routed = options.router_config(MODEL, ["127.0.0.1:7001"])
     line = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1).command
     told = given_to(router.OPTIONS, *line[4:])
