@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any
 
 from router.answer import Form
 from router.frontend import Accepted, Caller, GenerationRequest
@@ -23,4 +22,4 @@ class Asked:
 # Both read a body. They raise InvalidRequest, and run in a thread for large bodies.
 Endpoint = Callable[[bytes, Caller], Asked]
 # Of a path that does not generate: what is to be awaited for the answer's JSON.
-Computation = Callable[[bytes, Caller], Callable[[], Awaitable[dict[str, Any]]]]
+Computation = Callable[[bytes, Caller], Callable[[], Awaitable[bytes]]]

@@ -334,7 +334,8 @@ class Frontend:
             self._predict(request, slo, [Demand(1, is_single, priority=request.priority)], arrived_s)
         try:
             async with asyncio.timeout(timeout_s):
-                prompts, echoes = await self._tokenized(request)
+                limit = self.max_model_tokens if request.truncate_to is None else None
+                prompts, echoes = await self._tokenized(request, limit)
                 request = await self._formed(request, prompts)
                 if request.sampling.grammar:
                     await self._check_grammar(request)
@@ -345,7 +346,7 @@ class Frontend:
         self._check_repeats(request, prompts, echoes)
         resolved = [self._resolve(request, len(prompt)) for prompt in prompts]
         for token_ids in prompts:
-            self._check_ids("prompt", (min(token_ids), max(token_ids)))
+            self.check_ids("prompt", (min(token_ids), max(token_ids)))
         await self.turns.wait()
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
@@ -384,15 +385,15 @@ class Frontend:
             slo = slo.within(self._slo)
         return self._dispatcher.predict(prompts, slo, request.caller.client, arrived_s)
 
-    async def count_tokens(self, request: GenerationRequest) -> int:
-        """Of all prompts, which are not served."""
+    async def token_ids(self, request: GenerationRequest, limit: int | None = None) -> list[tuple[int, ...]]:
+        """Of every prompt, which is not served. Raises PromptTooLong for one of more than ``limit`` tokens."""
         self._check_model(request.model)
         try:
             async with asyncio.timeout(self._limits.default_timeout_s):
-                prompts, _ = await self._tokenized(request)
+                prompts, _ = await self._tokenized(request, limit)
         except TimeoutError:
             raise errors.DeadlineExceeded("the prompt was not tokenized in time") from None
-        return sum(map(len, prompts))
+        return prompts
 
     def cancel(self, accepted: Accepted, reason: str) -> None:
         """No effect for choices that are over."""
@@ -471,13 +472,13 @@ class Frontend:
 
     # ── Prompts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _tokenized(self, request: GenerationRequest) -> tuple[list[tuple[int, ...]], list[str]]:
+    async def _tokenized(
+        self, request: GenerationRequest, limit: int | None
+    ) -> tuple[list[tuple[int, ...]], list[str]]:
         """The ids of every prompt, and its text if that is echoed.
 
-        A prompt that cannot fit is refused before it is tokenized, unless it may be cut; large prompts leave the event
-        loop.
+        A prompt of more than ``limit`` tokens is refused before it is tokenized; large prompts leave the event loop.
         """
-        limit = self.max_model_tokens if request.truncate_to is None else None
         num_chars = sum(self._check_length(prompt, limit, has_echo=request.echo) for prompt in request.prompts)
 
         def work() -> tuple[list[tuple[int, ...]], list[str]]:
@@ -608,9 +609,9 @@ class Frontend:
     def _check_sampling_ids(self, sampling: SamplingParams) -> None:
         if sampling.prompt_logprobs is not None:
             raise errors.InvalidRequest("prompt_logprobs is not supported yet", param="prompt_logprobs")
-        self._check_ids("stop_token_ids", sampling.stop_token_ids)
-        self._check_ids("logit_bias", tuple(sampling.logit_bias))
-        self._check_ids("allowed_token_ids", sampling.allowed_token_ids)
+        self.check_ids("stop_token_ids", sampling.stop_token_ids)
+        self.check_ids("logit_bias", tuple(sampling.logit_bias))
+        self.check_ids("allowed_token_ids", sampling.allowed_token_ids)
 
     def _without_words(self, request: GenerationRequest) -> SamplingParams:
         """The words as token ids, as they begin a text and, where that is another token, as they follow a space."""
@@ -662,7 +663,7 @@ class Frontend:
             )
         await self._grammar_check.check(request.sampling.grammar, param=request.grammar_param)
 
-    def _check_ids(self, param: str, ids: Sequence[int]) -> None:
+    def check_ids(self, param: str, ids: Sequence[int]) -> None:
         """Every id that a node would look up must be in the vocabulary."""
         vocab_size = self._vocab_size
         if vocab_size is None:

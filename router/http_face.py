@@ -7,6 +7,7 @@ memory per request than the router's own work. All other routes use FastAPI.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import re
@@ -17,11 +18,12 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
-from baton import errors
+from baton import __version__, errors
 from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
@@ -39,9 +41,11 @@ from router.messages.response import endpoint as messages_endpoint
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody
 from router.openai_whole import WholeAnswer
+from router.openapi import document
 from router.responses.endpoint import endpoint as responses_endpoint
 from router.responses.store import StoredResponses
 from router.status import StatusPage
+from router.tokenize import detokenize, tokenize
 
 _Read = TypeVar("_Read")
 _log = logging.getLogger("baton.router.http")
@@ -73,13 +77,18 @@ class HttpFace:
         }
         store = StoredResponses(config.store, dispatcher.clock, has_clients=self._has_keys)
         self._endpoints["/v1/responses"] = responses_endpoint(frontend, unknown, store)
-        self._computations = {"/v1/messages/count_tokens": messages_count(frontend, unknown)}
+        self._computations = {
+            "/v1/messages/count_tokens": messages_count(frontend, unknown),
+            "/tokenize": tokenize(frontend, unknown),
+            "/detokenize": detokenize(frontend, unknown),
+        }
         posts = [*self._endpoints, *self._computations]
         self._others = _build_others(frontend, dispatcher, metrics, page, posts)
         stored = _StoredRoutes(store, self._client_of)
         path = "/v1/responses/{response_id}"
         self._others.add_api_route(path, stored.get, methods=["GET", "HEAD"], response_model=None)
         self._others.add_api_route(path, stored.delete, methods=["DELETE"], response_model=None)
+        _describe(self._others)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_http = scope["type"] == "http"
@@ -129,7 +138,7 @@ class HttpFace:
         try:
             async with self._bodies.read(scope, receive) as raw:
                 compute = await self._parsed(computation, scope, raw)
-                response: Response = JSONResponse(await compute())
+                response = Response(await compute(), media_type="application/json")
         except errors.BatonError as error:
             response = _error_response(error, scope["path"])
         except Exception as error:
@@ -257,15 +266,32 @@ def _build_others(
         app.add_api_route(path, routes.only_post, methods=["GET", "HEAD", "PUT", "PATCH", "DELETE"])
     answers: dict[str, Callable[..., Awaitable[Response]]] = {
         "/": routes.root, "/health": routes.health, "/ready": routes.ready, "/metrics": routes.metrics,
-        "/metrics/targets": routes.metrics_targets, "/v1/models": routes.models, "/v1/models/{name:path}": routes.model,
+        "/metrics/targets": routes.metrics_targets, "/version": routes.version, "/v1/models": routes.models,
+        "/v1/models/{name:path}": routes.model,
     }  # fmt: skip
     for path, answer in answers.items():
         app.add_api_route(path, answer, methods=["GET", "HEAD"], response_model=None)
+    # As SageMaker asks.
+    app.add_api_route("/ping", routes.health, methods=["GET", "HEAD", "POST"], response_model=None)
     page.add_to(app)
     app.add_exception_handler(errors.BatonError, _on_baton_error)
     app.add_exception_handler(HTTPException, _on_http_error)
     app.add_exception_handler(Exception, _on_defect)
     return app
+
+
+def _describe(app: FastAPI) -> None:
+    """Serve the document of all paths that are there."""
+    others: dict[str, set[str]] = {"/openapi.json": {"GET"}}
+    for route in app.routes:
+        if isinstance(route, APIRoute) and route.path not in app.state.posts:
+            others.setdefault(route.path, set()).update(route.methods or ())
+    content = json.dumps(document(app.state.posts, others)).encode()
+
+    async def serve() -> Response:
+        return Response(content, media_type="application/json")
+
+    app.add_api_route("/openapi.json", serve, methods=["GET", "HEAD"], response_model=None)
 
 
 class _Routes:
@@ -301,6 +327,9 @@ class _Routes:
             # Of requests that say nothing: what generation_config.json says, in the API's names.
             "default_sampling_params": self._frontend.default_sampling,
         }
+
+    async def version(self) -> Response:
+        return JSONResponse({"version": __version__})
 
     async def health(self) -> Response:
         """The process is alive and its event loop runs; independent of nodes."""

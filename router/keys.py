@@ -23,7 +23,7 @@ from baton.server import abort_with
 from router.clients import authorization_of, key_in
 from router.http_errors import body_of
 
-_GUARDED_PATHS = ("/v1", "/status/data")
+_GUARDED_PATHS = ("/v1", "/tokenize", "/detokenize", "/status/data")
 
 
 class ApiKeys:

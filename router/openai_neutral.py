@@ -49,6 +49,11 @@ _NEUTRAL_IN_CHAT: Mapping[str, tuple[tuple[object, ...], str]] = {
 }
 
 
+def neutral_fields(*, is_chat: bool) -> Mapping[str, tuple[tuple[object, ...], str]]:
+    """The values beside null, and the reason why others are refused, by field."""
+    return {**_NEUTRAL, **(_NEUTRAL_IN_CHAT if is_chat else {})}
+
+
 def take_neutral(body: dict[str, Any], *, is_chat: bool) -> None:
     """Removes unsupported fields with neutral values; raises InvalidRequest for the first with any other value."""
     for name in [n for n in body if n in _NEUTRAL or (is_chat and n in _NEUTRAL_IN_CHAT)]:

@@ -50,11 +50,11 @@ _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 _NUMBERS = ("logit_bias", "stop_token_ids")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", protected_namespaces=())
 
 
-class StreamOptions(_Strict):
+class StreamOptions(Strict):
     include_usage: bool | None = None
     # As in vLLM: every chunk has the number of tokens of its choice so far. Load tools request it.
     continuous_usage_stats: bool | None = None
@@ -62,7 +62,7 @@ class StreamOptions(_Strict):
     include_obfuscation: bool | None = None
 
 
-class CommonBody(_Strict):
+class CommonBody(Strict):
     model: str | None = None
     max_tokens: int | None = None
     temperature: float | None = None
@@ -329,8 +329,11 @@ def parse(kind: type[_Model], body: bytes, unknown: UnknownFields | None = None)
 
     ``unknown``: what happens to unknown fields; without it they are refused.
     """
-    fields = _fields(body)
-    take_neutral(fields, is_chat=kind is ChatBody)
+    return read(kind, fields_of(body), unknown)
+
+
+def read(kind: type[_Model], fields: dict[str, Any], unknown: UnknownFields | None) -> _Model:
+    take_neutral(fields, is_chat=issubclass(kind, ChatBody))
     (unknown or UnknownFields(ignores=False)).take(fields, kind.model_fields)
     for name, value in fields.items():
         if name in _MAX_ENTRIES and isinstance(value, list | dict) and len(value) > _MAX_ENTRIES[name]:
@@ -348,7 +351,8 @@ def _validated(kind: type[_Model], fields: object, where: tuple[int | str, ...])
         raise _bad_field(first["type"], (*where, *first["loc"]), first["msg"], first["input"]) from None
 
 
-def _fields(body: bytes) -> dict[str, Any]:
+def fields_of(body: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest for what is no JSON object."""
     try:
         fields = from_json(body)
     except ValueError as error:
@@ -417,9 +421,9 @@ def _prompts(prompt: object) -> Prompts:
     if isinstance(prompt, list) and prompt:
         if all(isinstance(x, str) for x in prompt):
             return tuple(prompt)
-        if _is_ids(prompt):
+        if are_ids(prompt):
             return (tuple(prompt),)
-        if all(isinstance(x, list) and _is_ids(x) for x in prompt):
+        if all(isinstance(x, list) and are_ids(x) for x in prompt):
             return tuple(tuple(x) for x in prompt)
     raise InvalidRequest(
         f"prompt is {quoted(prompt)}, expected a string, a list of strings, a list of token ids or a list "
@@ -428,6 +432,6 @@ def _prompts(prompt: object) -> Prompts:
     )
 
 
-def _is_ids(items: list[Any]) -> bool:
+def are_ids(items: list[Any]) -> bool:
     # Excludes bools, and avoids a Python loop: prompts are long.
     return not items or (set(map(type, items)) == {int} and min(items) >= 0 and max(items) <= MAX_COUNT)

@@ -47,11 +47,12 @@ def endpoint(frontend: Frontend, unknown: UnknownFields) -> Endpoint:
 def count(frontend: Frontend, unknown: UnknownFields) -> Computation:
     """Of `/v1/messages/count_tokens`."""
 
-    def read(content: bytes, caller: Caller) -> Callable[[], Awaitable[dict[str, Any]]]:
+    def read(content: bytes, caller: Caller) -> Callable[[], Awaitable[bytes]]:
         request = parse(MessagesBody, content, unknown).request(caller, needs_max_tokens=False)
 
-        async def counted() -> dict[str, Any]:
-            return {"input_tokens": await frontend.count_tokens(request)}
+        async def counted() -> bytes:
+            (token_ids,) = await frontend.token_ids(request, frontend.max_model_tokens)
+            return _dumped({"input_tokens": len(token_ids)}).encode()
 
         return counted
 
