@@ -93,6 +93,8 @@ class Delta:
     logprobs: tuple[PositionLogprobs, ...] = ()
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
+    # Of the prompt's tokens from the second on; before any output.
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,7 @@ class Completion:
     logprobs: tuple[PositionLogprobs, ...] = ()
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    prompt_logprobs: tuple[PositionLogprobs, ...] = ()
 
     @property
     def message(self) -> ChatMessage:
@@ -175,6 +178,7 @@ class Options:
     slo_tbt_s: float = 0.0
     structured_output: StructuredOutput | None = None
     bad_words: Sequence[str] = ()
+    prompt_only: bool = False
     # Of a conversation.
     tools: Sequence[Tool] = ()
     tool_choice: ToolChoice | None = None
@@ -418,6 +422,7 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             slo_tbt_s=options.slo_tbt_s,
             structured_output=None if options.structured_output is None else options.structured_output.to_pb(),
             bad_words=options.bad_words,
+            prompt_only=options.prompt_only,
         )
         _set_input(request, prompt, options)
     return request
@@ -502,9 +507,9 @@ def _part(message: router_pb2.GenerateResponse) -> Part:
             return Accepted(a.request_id, a.model, tuple(a.prompt_token_ids))
         case "delta":
             d = message.delta
-            logprobs = tuple(codec.logprobs_from_pb(p) for p in d.logprobs)
+            logprobs, prompt = (tuple(map(codec.logprobs_from_pb, x)) for x in (d.logprobs, d.prompt_logprobs))
             calls = tuple(CallDelta(c.index, c.call_id, c.name, c.arguments) for c in d.calls)
-            return Delta(d.text, tuple(d.token_ids), logprobs, d.reasoning, calls)
+            return Delta(d.text, tuple(d.token_ids), logprobs, d.reasoning, calls, prompt)
         case "finished":
             f = message.finished
             reason = codec.finish_from_pb(f.finish_reason)
@@ -536,6 +541,7 @@ def _collect(parts: Sequence[Part]) -> Completion:
         logprobs=tuple(p for d in whole for p in d.logprobs),
         reasoning="".join(d.reasoning for d in whole),
         tool_calls=_calls([call for d in whole for call in d.calls]),
+        prompt_logprobs=tuple(p for d in whole for p in d.prompt_logprobs),
     )
 
 

@@ -84,7 +84,7 @@ class Choice:
         if isinstance(part, Ending):
             self.ending = part
         else:
-            if part.text or part.token_ids:
+            if part.text or part.token_ids or part.scored:
                 text += self._writer.chunk(part)
             self.ending = self._generation.ending
         return text if self.ending is None else text + self._writer.end(self.ending)

@@ -45,7 +45,10 @@ def relay_to_pb(relay: Relay) -> router_pb2.Relay:
 
 def delta_to_pb(part: Part) -> router_pb2.GenerateResponse:
     delta = router_pb2.GenerateResponse.Delta(
-        text=part.text, token_ids=part.token_ids, logprobs=[codec.logprobs_to_pb(p) for p in part.logprobs]
+        text=part.text,
+        token_ids=part.token_ids,
+        logprobs=map(codec.logprobs_to_pb, part.logprobs),
+        prompt_logprobs=map(codec.logprobs_to_pb, part.scored),
     )
     for said in part.deltas:
         match said:

@@ -17,7 +17,7 @@ from baton.clock import Clock
 from baton.defects import Defects
 from baton.node_messages import Cancel, NodeMessage, PrefillDone, Refused
 from baton.observe import Relay
-from baton.types import NO_SLO, SamplingParams, Slo, TokenChunk
+from baton.types import NO_SLO, PromptLogprobs, SamplingParams, Slo, TokenChunk
 from router.active import Active
 from router.clients import client_of_key
 from router.cluster.admission import Prediction
@@ -268,9 +268,16 @@ class Dispatcher(Flows[Active]):
         self.nodes.send(action)
 
     def _deliver(self, item: Active, chunk: TokenChunk) -> None:
+        item.stream.push(chunk.token_ids, chunk.logprobs)
+        self._delivered(item)
+
+    def _deliver_scored(self, item: Active, scored: PromptLogprobs) -> None:
+        item.stream.push_scored(scored.logprobs)
+        self._delivered(item)
+
+    def _delivered(self, item: Active) -> None:
         if not item.fingerprint and self.nodes.membership.reference is not None:
             item.fingerprint = self.nodes.membership.reference.model.fingerprint
-        item.stream.push(chunk.token_ids, chunk.logprobs)
         if item.stream.complaint is not None:
             asyncio.get_running_loop().call_soon(self._give_up_reader, item)
 

@@ -36,6 +36,7 @@ from baton.types import (
     FinishReason,
     Lease,
     PositionLogprobs,
+    PromptLogprobs,
     SamplingParams,
     SequenceSpec,
     Slo,
@@ -109,8 +110,8 @@ class Flow:
 
     __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_end_node_id", "_has_joined", "_internal_errors",
                  "_is_backing_off", "_last_error", "_move", "_refusals", "_spec", "_timer_s", "choice", "deadline_s",
-                 "lifeline", "max_tokens", "outcome", "phase", "placement", "priority", "prompt", "request_id",
-                 "sampling", "sequence_id", "tokens")  # fmt: skip
+                 "lifeline", "max_tokens", "num_scored", "outcome", "phase", "placement", "priority", "prompt",
+                 "request_id", "sampling", "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -135,6 +136,8 @@ class Flow:
         self.priority = priority
         self.phase = Phase.QUEUED
         self.tokens: list[int] = []
+        # Prompt tokens behind the first whose log-probabilities were delivered.
+        self.num_scored = 0
         self.placement: Placement | None = None
         self.outcome: Outcome | None = None
         self.lifeline = Lifeline(arrived_s, on_interval, slo)
@@ -272,6 +275,8 @@ class Flow:
         match message:
             case TokenChunk():
                 return self._on_tokens(node_id, message, placement, now)
+            case PromptLogprobs():
+                return self._on_scored(message, now)
             case Lease():
                 return self._on_reserved(message, now)
             case Refused():
@@ -383,6 +388,23 @@ class Flow:
 
     # ── Progress ────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _on_scored(self, message: PromptLogprobs, now: float) -> list[Action]:
+        """By index, as tokens: each attempt begins with the first."""
+        known = 1 + self.num_scored - message.index
+        num_left = self._num_unscored - len(message.logprobs[known:])
+        if message.index < 1 or known < 0 or num_left < 0:
+            last = message.index + len(message.logprobs) - 1
+            return self._defect(f"log-probabilities of prompt tokens {message.index} to {last} were not asked for", now)
+        new = message.logprobs[known:]
+        self.num_scored += len(new)
+        return [PromptLogprobs(self.sequence_id, message.index + known, new)] if new else []
+
+    @property
+    def _num_unscored(self) -> int:
+        if self.sampling.prompt_logprobs is None:
+            return 0
+        return len(self.prompt.token_ids) - 1 - self.num_scored
+
     def _on_tokens(self, node_id: str, chunk: TokenChunk, placement: Placement, now: float) -> list[Action]:
         if self.phase is Phase.RESERVING:
             return []
@@ -439,6 +461,8 @@ class Flow:
         actions: list[Action] = []
         if new.token_ids:
             if self.phase is Phase.PREFILLING:
+                if self._num_unscored:
+                    return self._defect(f"a token came before {self._num_unscored} prompt tokens were scored", now)
                 self.phase = Phase.DECODING
                 self._refusals = 0
             self.lifeline.tokens(len(new.token_ids), now)

@@ -14,7 +14,7 @@ from baton import errors
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
-from baton.types import FinishReason, SequenceSpec, TokenChunk
+from baton.types import FinishReason, PromptLogprobs, SequenceSpec, TokenChunk
 from router.cluster.load import Placement
 from router.cluster.rebalance import MoveReason
 from router.flow_move import MoveOutcome
@@ -39,13 +39,18 @@ class Prompt:
     What is encoded belongs to the session layer: a prompt of 100,000 tokens takes 5 ms to serialize, once.
     """
 
-    __slots__ = ("_hashes", "_keys", "_scheme", "cache_salt", "encoded", "encoded_spec", "num_choices", "token_ids")
+    __slots__ = ("_hashes", "_is_scored", "_keys", "_scheme", "cache_salt", "encoded", "encoded_spec", "num_choices",
+                 "token_ids")  # fmt: skip
 
-    def __init__(self, token_ids: tuple[int, ...], cache_salt: bytes = b"", num_choices: int = 1) -> None:
-        """``cache_salt``: only sequences of one salt share KV blocks."""
+    def __init__(
+        self, token_ids: tuple[int, ...], cache_salt: bytes = b"", num_choices: int = 1, *, is_scored: bool = False
+    ) -> None:
+        """``cache_salt``: only sequences of one salt share KV blocks. One that ``is_scored`` is computed whole by each
+        choice, whatever blocks its node holds."""
         self.token_ids = token_ids
         self.cache_salt = cache_salt
-        self.num_choices = num_choices
+        self.num_choices = 1 if is_scored else num_choices
+        self._is_scored = is_scored
         self._scheme: PrefixScheme | None = None
         self._hashes: list[bytes] = []
         self._keys: list[int] = []
@@ -59,7 +64,7 @@ class Prompt:
         if self._scheme is not scheme:
             self._scheme, self._hashes, self._keys = scheme, [], []
         size = scheme.layout.block_tokens
-        num_blocks = len(self.token_ids) // size
+        num_blocks = 0 if self._is_scored else len(self.token_ids) // size
         for index in range(num_blocks):
             if index == len(self._keys):
                 stop = size * min(num_blocks, max(_FIRST_HASHED, 2 * index))
@@ -233,7 +238,8 @@ class End:
     outcome: Outcome
 
 
-# New tokens for the reader are their TokenChunk; how the sequence ends is said by the Outcome.
+# What was scored of the prompt and new tokens are for the reader; how the sequence ends is said by the Outcome.
 Action = (
-    ToNode | Enqueue | TokenChunk | Detach | AttemptFailed | MoveOver | NodeFull | PairFailed | PairWorked | End
+    ToNode | Enqueue | PromptLogprobs | TokenChunk | Detach | AttemptFailed | MoveOver | NodeFull | PairFailed
+    | PairWorked | End
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from baton.clock import Clock
 from baton.node_messages import CacheChanged, HandedOff, NodeMessage, PrefillDone
 from baton.observe import Relay
-from baton.types import Lease, TokenChunk
+from baton.types import Lease, PromptLogprobs, TokenChunk
 from router.cluster import scheduler
 from router.cluster.policy import Decision, Obstacle
 from router.cluster.rebalance import Planned
@@ -73,6 +73,10 @@ class Flows(ABC, Generic[ItemT]):
     @abstractmethod
     def _deliver(self, item: ItemT, chunk: TokenChunk) -> None:
         """New tokens, to the client."""
+
+    @abstractmethod
+    def _deliver_scored(self, item: ItemT, scored: PromptLogprobs) -> None:
+        """What was scored of its prompt, to the client."""
 
     @abstractmethod
     def _arm(self, item: ItemT, now: float) -> None:
@@ -143,6 +147,8 @@ class Flows(ABC, Generic[ItemT]):
         match action:
             case TokenChunk():
                 self._deliver(item, action)
+            case PromptLogprobs():
+                self._deliver_scored(item, action)
             case ToNode():
                 self._send(action)
             case Enqueue():

@@ -107,6 +107,8 @@ class GenerationRequest:
     # The answer repeats the prompt's text, or its ids, in every choice.
     echo: bool = False
     returns_prompt_ids: bool = False
+    # The prompt is scored or repeated, and nothing is generated; max_tokens is 1.
+    is_prompt_only: bool = False
     # The face's names for the bound on new tokens and for what ``sampling.grammar`` was made of, for messages.
     max_tokens_param: str = "max_tokens"
     grammar_param: str = "grammar"
@@ -131,20 +133,22 @@ class Ending:
 class Generation:
     """One choice: call `next` until it returns an Ending, or end it with `cancel`. `next` raises its errors."""
 
-    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_last_id", "_num_tokens", "_reader", "_text",
-                 "prompt_token_ids")  # fmt: skip
+    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_is_prompt_only", "_last_id", "_num_tokens",
+                 "_reader", "_text", "prompt_token_ids")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
-        reader: ReplyReader | None, eos_token_ids: tuple[int, ...],
+        reader: ReplyReader | None, eos_token_ids: tuple[int, ...], *, is_prompt_only: bool = False,
     ) -> None:  # fmt: skip
-        """``reader``: None where all output is content."""
+        """``reader``: None where all output is content. One that ``is_prompt_only`` has no output: a node that has
+        computed the prompt draws a token in any case."""
         self.prompt_token_ids = prompt_token_ids
         self._dispatcher = dispatcher
         self._active = active
         self._text = text
         self._reader = reader
         self._eos_token_ids = eos_token_ids
+        self._is_prompt_only = is_prompt_only
         self._num_tokens = 0
         self._last_id: int | None = None
         self._ending: Ending | None = None
@@ -161,7 +165,7 @@ class Generation:
         batch = await self._active.stream.next()
         if batch.outcome is None:
             return self._part(batch)
-        if batch.outcome.kind is not OutcomeKind.FINISHED and not batch.token_ids:
+        if batch.outcome.kind is not OutcomeKind.FINISHED and not (batch.token_ids or batch.scored):
             assert batch.outcome.error is not None
             raise batch.outcome.error
         part = self._part(batch)
@@ -173,6 +177,8 @@ class Generation:
         return part
 
     def _part(self, batch: Batch) -> Part:
+        if batch.scored or self._is_prompt_only:
+            return Part("", scored=batch.scored)
         part = self._text.push(batch.token_ids, batch.logprobs)
         is_last = part.stop is not None
         # The outcome itself may wait for reports of nodes.
@@ -191,6 +197,9 @@ class Generation:
 
     def _finish(self, outcome: Outcome) -> None:
         assert outcome.finish_reason is not None
+        if self._is_prompt_only:
+            self._end(FinishReason.LENGTH, None)
+            return
         # A grammar's end stops without an id.
         ids = self._active.flow.sampling.stop_token_ids
         is_by_id = outcome.finish_reason is FinishReason.STOP and self._last_id in ids
@@ -351,7 +360,8 @@ class Frontend:
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
-        shared = [Prompt(token_ids, salt, request.n) for token_ids in prompts]
+        is_scored = request.sampling.prompt_logprobs is not None
+        shared = [Prompt(token_ids, salt, request.n, is_scored=is_scored) for token_ids in prompts]
         demands = [Demand(len(p.token_ids), is_single, prompt=p, priority=request.priority) for p in shared]
         prediction = self._predict(request, slo, demands, arrived_s)
         caller = request.caller
@@ -362,8 +372,8 @@ class Frontend:
                 for i in range(request.n):
                     actives.append(
                         self._dispatcher.submit(
-                            request_id, len(actives), prompt, _choice_sampling(sampling, i), arrived_s=arrived_s,
-                            deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
+                            request_id, len(actives), prompt, _choice_sampling(request, sampling, i),
+                            arrived_s=arrived_s, deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
                             priority=request.priority, slo=slo,
                             prediction=None if actives or len(shared) > 1 else prediction,
                         )
@@ -416,7 +426,9 @@ class Frontend:
             min_tokens=sampling.min_tokens,
             wants_token_texts=sampling.logprobs is not None or (reader is not None and reader.counts_reasoning),
         )
-        return Generation(self._dispatcher, active, prompt, text, reader, self._eos_token_ids)
+        return Generation(
+            self._dispatcher, active, prompt, text, reader, self._eos_token_ids, is_prompt_only=request.is_prompt_only
+        )
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -607,8 +619,6 @@ class Frontend:
         return None if self.tokenizer is None else self.tokenizer.vocab_size
 
     def _check_sampling_ids(self, sampling: SamplingParams) -> None:
-        if sampling.prompt_logprobs is not None:
-            raise errors.InvalidRequest("prompt_logprobs is not supported yet", param="prompt_logprobs")
         self.check_ids("stop_token_ids", sampling.stop_token_ids)
         self.check_ids("logit_bias", tuple(sampling.logit_bias))
         self.check_ids("allowed_token_ids", sampling.allowed_token_ids)
@@ -740,6 +750,10 @@ def _too_long(limit: int, length: str, param: str) -> errors.PromptTooLong:
     )
 
 
-def _choice_sampling(sampling: SamplingParams, choice: int) -> SamplingParams:
+def _choice_sampling(request: GenerationRequest, sampling: SamplingParams, choice: int) -> SamplingParams:
     assert sampling.seed is not None
-    return sampling if choice == 0 else replace(sampling, seed=(sampling.seed + choice) % (MAX_SEED + 1))
+    if choice == 0:
+        return sampling
+    # A chat's answer has its prompt's log-probabilities once.
+    num_scored = None if request.is_chat else sampling.prompt_logprobs
+    return replace(sampling, seed=(sampling.seed + choice) % (MAX_SEED + 1), prompt_logprobs=num_scored)

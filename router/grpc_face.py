@@ -103,11 +103,19 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 )
         trace = _trace_context(context)
         grammar, grammar_param = _grammar(request.structured_output)
+        sampling = replace(codec.sampling_from_pb(request.sampling), grammar=grammar)
+        if request.prompt_only:
+            if sampling.prompt_logprobs is None:
+                raise errors.InvalidRequest(
+                    "prompt_only asks for nothing, expected sampling.prompt_logprobs beside it", param="prompt_only"
+                )
+            sampling = replace(sampling, max_tokens=1, min_tokens=0)
         return GenerationRequest(
             prompts=(prompt,),
-            sampling=replace(codec.sampling_from_pb(request.sampling), grammar=grammar),
+            sampling=sampling,
             grammar_param=grammar_param,
             bad_words=tuple(request.bad_words),
+            is_prompt_only=request.prompt_only,
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if not request.sampling.HasField(name)),
             model=request.model,
             request_id=request.request_id,
@@ -281,7 +289,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
         if isinstance(part, Ending):
             yield finished_to_pb(part, len(generation.prompt_token_ids))
             return
-        if part.text or part.token_ids:
+        if part.text or part.token_ids or part.scored:
             yield delta_to_pb(part)
 
 

@@ -25,7 +25,6 @@ _NEUTRAL: Mapping[str, tuple[tuple[object, ...], str]] = {
     "use_beam_search": ((False,), _NO_BEAM),
     "length_penalty": ((1.0,), _NO_BEAM),
     "early_stopping": ((False,), _NO_BEAM),
-    "prompt_logprobs": ((), "prompts have no log-probabilities"),
     "prompt_embeds": ((), "a prompt is text or token ids"),
     "spaces_between_special_tokens": ((True,), "text is what the tokenizer decodes"),
     "detokenize": ((True,), "the answer is text; token ids come with return_token_ids"),

@@ -87,6 +87,7 @@ class CommonBody(Strict):
     add_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    prompt_logprobs: int | None = None
     truncate_prompt_tokens: int | None = None
     truncation_side: Literal["left", "right"] | None = None
     request_id: str | None = None
@@ -138,6 +139,12 @@ class CommonBody(Strict):
 
     def sampling(self, max_tokens: int | None, max_tokens_param: str, num_logprobs: int | None) -> SamplingParams:
         """Raises InvalidRequest with the API's name of the parameter."""
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "prompt_logprobs is not available when stream is true; leave one of them out, or use echo with "
+                "logprobs (completions)",
+                param="prompt_logprobs",
+            )
         if max_tokens is not None and not 1 <= max_tokens <= MAX_COUNT:
             raise InvalidRequest(
                 f"{max_tokens_param} is {quoted(max_tokens)}, expected 1 to {MAX_COUNT}", param=max_tokens_param
@@ -159,6 +166,7 @@ class CommonBody(Strict):
             logprobs=num_logprobs,
             logit_bias=_logit_bias(self.logit_bias),
             allowed_token_ids=tuple(self.allowed_token_ids or ()),
+            prompt_logprobs=self.prompt_logprobs,
         )
 
     def _own_form(self) -> AskedForm:
@@ -218,10 +226,13 @@ class CompletionBody(CommonBody):
         if self.best_of is not None and self.best_of != (1 if self.n is None else self.n):
             expected = quoted(1 if self.n is None else self.n)
             raise InvalidRequest(f"best_of is {quoted(self.best_of)}, expected n ({expected})", param="best_of")
+        is_prompt_only = self.max_tokens == 0 and (bool(self.echo) or self.prompt_logprobs is not None)
+        sampling = self.sampling(1 if is_prompt_only else self.max_tokens, "max_tokens", self.logprobs)
         if self.echo and self.logprobs is not None:
-            raise InvalidRequest("echo with logprobs is not supported: prompts have no log-probabilities", param="echo")
-        sampling = self.sampling(self.max_tokens, "max_tokens", self.logprobs)
-        return self._request(_prompts(self.prompt), sampling, caller, is_chat=False, echo=bool(self.echo))
+            num_scored = max(self.logprobs, self.prompt_logprobs or 0)
+            sampling = replace(sampling, prompt_logprobs=num_scored)
+        request = self._request(_prompts(self.prompt), sampling, caller, is_chat=False, echo=bool(self.echo))
+        return replace(request, is_prompt_only=is_prompt_only)
 
 
 class Message(BaseModel):

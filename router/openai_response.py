@@ -15,7 +15,7 @@ from baton import errors
 from baton.observe import Relay
 from router.endpoint import Asked, Endpoint
 from router.frontend import Accepted, Caller, Ending, GenerationRequest
-from router.openai_logprobs import LogprobWriter
+from router.openai_logprobs import Echo, LogprobWriter, PromptLogprobWriter
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_tools import delta_json
@@ -54,14 +54,16 @@ class ChoiceWriter:
     """The chunks, or the whole text, of one choice."""
 
     __slots__ = ("_has_reasoning", "_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens",
-                 "_tail", "_wants_ids", "prompt")  # fmt: skip
+                 "_tail", "_wants_ids", "prompt", "scored")  # fmt: skip
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
-        num_prompt_tokens: int, running_usage: bool, has_reasoning: bool,
+        num_prompt_tokens: int, running_usage: bool, has_reasoning: bool, scored: PromptLogprobWriter | None,
     ) -> None:  # fmt: skip
         self._has_reasoning = has_reasoning
         self._logprobs = logprobs
+        # Of a whole answer.
+        self.scored = scored
         self._wants_ids = token_ids
         self._num_prompt_tokens = num_prompt_tokens
         self._is_chat = envelope.is_chat
@@ -76,11 +78,12 @@ class ChoiceWriter:
     def begin(self) -> str:
         """The first chunk: the role in chat, the prompt if echoed. Empty if there is neither."""
         prompt, self.prompt = self.prompt, PromptJson()
-        if not self._is_chat and not prompt.echo and not self._wants_ids:
+        scores = None if self._logprobs is None or self._logprobs.echo is None else self._logprobs.begin()
+        if not self._is_chat and not prompt.echo and not self._wants_ids and scores is None:
             return ""
         ids = f',"prompt_token_ids":[{prompt.token_ids}],"token_ids":[]' if self._wants_ids else ""
         body = '"delta":{"role":"assistant","content":""}' if self._is_chat else f'"text":"{prompt.echo}"'
-        return f'{self._head}{body},"logprobs":null,"finish_reason":null{ids}}}{self._close()}'
+        return f'{self._head}{body},"logprobs":{json.dumps(scores)},"finish_reason":null{ids}}}{self._close()}'
 
     def chunk(self, part: Part) -> str:
         if self._num_tokens is not None:
@@ -91,9 +94,7 @@ class ChoiceWriter:
             text = json.dumps(part.text)
             body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
         ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
-        logprobs = (
-            "null" if self._logprobs is None else json.dumps(self._logprobs.write(part.logprobs, part.token_texts))
-        )
+        logprobs = "null" if self._logprobs is None else json.dumps(self._logprobs.part(part))
         return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._close()}'
 
     def end(self, ending: Ending) -> str:
@@ -115,7 +116,7 @@ class ChoiceWriter:
         """The whole choice instead of chunks."""
         return WholeChoice(
             index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids,
-            prompt=self.prompt, has_reasoning=self._has_reasoning,
+            prompt=self.prompt, has_reasoning=self._has_reasoning, scored=self.scored,
         )  # fmt: skip
 
 
@@ -145,13 +146,17 @@ class Envelope:
         self.writers: list[ChoiceWriter] = []
         as_ids = bool(body.return_tokens_as_token_ids)
         for i, generation in enumerate(accepted.generations):
-            logprobs = None
-            if request.sampling.logprobs is not None:
-                logprobs = LogprobWriter(tokenizer, is_chat=is_chat, as_ids=as_ids)
+            logprobs, num_top = None, request.sampling.logprobs
+            if num_top is not None:
+                echo = None
+                if request.echo:
+                    echo = Echo(generation.prompt_token_ids[0], num_top, request.skip_special_tokens)
+                logprobs = LogprobWriter(tokenizer, is_chat=is_chat, as_ids=as_ids, echo=echo)
+            scored = None if body.prompt_logprobs is None else PromptLogprobWriter(tokenizer, body.prompt_logprobs)
             writer = ChoiceWriter(
                 envelope=self, index=i, logprobs=logprobs, token_ids=self._wants_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
-                has_reasoning=body.wants_reasoning,
+                has_reasoning=body.wants_reasoning, scored=scored,
             )  # fmt: skip
             self.writers.append(writer)
 
@@ -212,6 +217,8 @@ class Envelope:
     def _extras(self, endings: Sequence[Ending]) -> str:
         """Further members of the answer's JSON, each with a leading comma."""
         extra = f',"prompt_token_ids":[{self._prompt_ids}]' if self._wants_ids and self.is_chat else ""
+        if self.is_chat and (scored := self.writers[0].scored) is not None:
+            extra += f',"prompt_logprobs":[{scored.items.decode()}]'
         if self._wants_relay:
             relays = [relay_json(e.relay) for e in endings]
             found = {"request_id": self._accepted.request_id, "relay": relays[0], "relays": relays}

@@ -13,7 +13,7 @@ from typing import Any
 
 from baton.types import FinishReason
 from router.frontend import Ending
-from router.openai_logprobs import LogprobWriter
+from router.openai_logprobs import LogprobWriter, PromptLogprobWriter
 from router.openai_tools import WholeReply
 from router.text import Part
 from router.turns import Turns
@@ -52,11 +52,12 @@ def finish_name(ending: Ending) -> str:
 class WholeChoice:
     """One choice. Feed it all parts, then read its `json`."""
 
-    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_reply", "_text", "_token_ids", "_wants_ids")
+    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_reply", "_scored", "_text", "_token_ids",
+                 "_wants_ids")  # fmt: skip
 
     def __init__(
         self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool, prompt: PromptJson,
-        has_reasoning: bool,
+        has_reasoning: bool, scored: PromptLogprobWriter | None,
     ) -> None:  # fmt: skip
         self._index = index
         self._prompt = prompt
@@ -68,6 +69,9 @@ class WholeChoice:
         self._token_ids = bytearray()
         # Log-probabilities by field: the items of each list.
         self._lists: dict[str, bytearray] = {}
+        self._scored = scored
+        if logprobs is not None:
+            self._add_logprobs(logprobs.begin())
 
     def add(self, part: Part) -> int:
         """Returns the number of bytes added."""
@@ -77,9 +81,16 @@ class WholeChoice:
         if self._wants_ids:
             num_bytes += _extend(self._token_ids, _dumped(part.token_ids)[1:-1], b",")
         if self._logprobs is not None:
-            for name, items in self._logprobs.write(part.logprobs, part.token_texts).items():
-                if items:
-                    num_bytes += _extend(self._lists.setdefault(name, bytearray()), _dumped(items)[1:-1], b",")
+            num_bytes += self._add_logprobs(self._logprobs.part(part))
+        if self._scored is not None:
+            num_bytes += self._scored.add(part.scored)
+        return num_bytes
+
+    def _add_logprobs(self, written: dict[str, Any]) -> int:
+        num_bytes = 0
+        for name, items in written.items():
+            if items:
+                num_bytes += _extend(self._lists.setdefault(name, bytearray()), _dumped(items)[1:-1], b",")
         return num_bytes
 
     def json(self, ending: Ending) -> Json:
@@ -95,6 +106,8 @@ class WholeChoice:
         pieces.append(f',"finish_reason":"{finish_name(ending)}","stop_reason":{json.dumps(ending.stop_reason)}')
         if self._wants_ids:
             pieces += [',"prompt_token_ids":[', self._prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
+        if self._scored is not None and not self._is_chat:
+            pieces += [',"prompt_logprobs":[', self._scored.items, "]"]
         pieces.append("}")
         return pieces
 

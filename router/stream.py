@@ -23,6 +23,8 @@ class Batch:
 
     token_ids: list[int]
     logprobs: list[PositionLogprobs]
+    # Of the prompt, before any token.
+    scored: list[PositionLogprobs]
     outcome: Outcome | None
     # Further tokens have arrived.
     has_more: bool
@@ -53,9 +55,10 @@ class Backlog:
         self._behind_bytes = max_stream_bytes // 32
         self.num_bytes = 0
 
-    def complaint(self, stream_bytes: int) -> str | None:
-        """The reason why a stream with this backlog must end; None if it need not."""
-        if stream_bytes > self._max_stream_bytes:
+    def complaint(self, stream_bytes: int, scored_bytes: int = 0) -> str | None:
+        """The reason why a stream with this backlog must end; None if it need not. ``scored_bytes`` of it are of its
+        prompt, whose length bounds them: they may come faster than they are written."""
+        if stream_bytes - scored_bytes > self._max_stream_bytes:
             return f"{stream_bytes} bytes of its output wait for the client, the limit is {self._max_stream_bytes}"
         if self.num_bytes > self._max_bytes and stream_bytes > self._behind_bytes:
             return (
@@ -86,6 +89,10 @@ def _packed(position: PositionLogprobs) -> bytes:
     tokens = (position.chosen, *position.top)
     ids, values = [t.token_id for t in tokens], [t.logprob for t in tokens]
     return struct.pack(f"<I{len(tokens)}I{len(tokens)}f", position.rank, *ids, *values)
+
+
+def _size(packed: list[bytes]) -> int:
+    return sum(map(len, packed)) + _BYTES_BYTES * len(packed)
 
 
 def _unpacked(data: bytes) -> PositionLogprobs:
@@ -149,8 +156,8 @@ class Pacer:
 class TokenStream:
     """A stream with one reader. The writer side is synchronous."""
 
-    __slots__ = ("_backlog", "_has_started", "_is_marked", "_kept_bytes", "_logprobs", "_outcome", "_pacer", "_tokens",
-                 "_waiter", "relay")  # fmt: skip
+    __slots__ = ("_backlog", "_has_started", "_is_marked", "_kept_bytes", "_logprobs", "_outcome", "_pacer", "_scored",
+                 "_scored_bytes", "_tokens", "_waiter", "relay")  # fmt: skip
 
     def __init__(self, pacer: Pacer, backlog: Backlog) -> None:
         self._pacer = pacer
@@ -158,6 +165,8 @@ class TokenStream:
         self._kept_bytes = 0
         self._tokens: list[int] = []
         self._logprobs: list[bytes] = []
+        self._scored: list[bytes] = []
+        self._scored_bytes = 0
         self._outcome: Outcome | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._has_started = False
@@ -171,33 +180,55 @@ class TokenStream:
         if logprobs:
             packed = [_packed(position) for position in logprobs]
             self._logprobs += packed
-            num_bytes += sum(map(len, packed)) + _BYTES_BYTES * len(packed)
-        self._kept_bytes += num_bytes
-        self._backlog.num_bytes += num_bytes
+            num_bytes += _size(packed)
+        self._keep(num_bytes)
         if not self._has_started:
             self._has_started = True
             self.wake()  # the first token is not held back
-        elif not self._is_marked:
+        else:
+            self._mark()
+
+    def push_scored(self, logprobs: tuple[PositionLogprobs, ...]) -> None:
+        """Of the next tokens of the prompt."""
+        packed = [_packed(position) for position in logprobs]
+        self._scored += packed
+        num_bytes = _size(packed)
+        self._scored_bytes += num_bytes
+        self._keep(num_bytes)
+        self._mark()
+
+    def _mark(self) -> None:
+        if not self._is_marked:
             self._is_marked = True
             self._pacer.mark(self)
+
+    def _keep(self, num_bytes: int) -> None:
+        self._kept_bytes += num_bytes
+        self._backlog.num_bytes += num_bytes
 
     @property
     def complaint(self) -> str | None:
         """The reason why the reader is too far behind; None if it is not."""
-        return self._backlog.complaint(self._kept_bytes)
+        return self._backlog.complaint(self._kept_bytes, self._scored_bytes)
 
     def drop(self) -> None:
         """Discards the content: there is no reader any more."""
         self._take(len(self._tokens))
+        self._take_scored(len(self._scored))
 
     def _take(self, count: int) -> tuple[list[int], list[bytes]]:
         """The next tokens, with their logprobs if any."""
         tokens, self._tokens = self._tokens[:count], self._tokens[count:]
         logprobs, self._logprobs = self._logprobs[:count], self._logprobs[count:]
-        num_bytes = _TOKEN_BYTES * len(tokens) + sum(map(len, logprobs)) + _BYTES_BYTES * len(logprobs)
-        self._kept_bytes -= num_bytes
-        self._backlog.num_bytes -= num_bytes
+        self._keep(-_TOKEN_BYTES * len(tokens) - _size(logprobs))
         return tokens, logprobs
+
+    def _take_scored(self, count: int) -> list[bytes]:
+        scored, self._scored = self._scored[:count], self._scored[count:]
+        num_bytes = _size(scored)
+        self._scored_bytes -= num_bytes
+        self._keep(-num_bytes)
+        return scored
 
     def end(self, outcome: Outcome, relay: Relay) -> None:
         self._outcome = outcome
@@ -210,14 +241,20 @@ class TokenStream:
             self._waiter.set_result(None)
 
     async def next(self) -> Batch:
-        """The tokens since the last call, or as many as one turn has time for; waits while there are none."""
-        while not self._tokens and self._outcome is None:
+        """What has come since the last call, or as much as one turn has time for; waits while there is nothing."""
+        while not (self._tokens or self._scored) and self._outcome is None:
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
         await self._pacer.turns.wait()
+        if self._scored:
+            scored = self._take_scored(_MAX_BATCH_WITH_LOGPROBS)
+            has_more = bool(self._tokens or self._scored)
+            reports = [_unpacked(data) for data in scored]
+            return Batch([], [], reports, None if has_more else self._outcome, has_more)
         token_ids, logprobs = self._take(_MAX_BATCH_WITH_LOGPROBS if self._logprobs else _MAX_BATCH)
         has_more = bool(self._tokens)
-        return Batch(token_ids, [_unpacked(data) for data in logprobs], None if has_more else self._outcome, has_more)
+        outcome = None if has_more else self._outcome
+        return Batch(token_ids, [_unpacked(data) for data in logprobs], [], outcome, has_more)

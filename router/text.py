@@ -167,6 +167,8 @@ class Part:
     token_texts: Sequence[str] = ()
     # The stop string that ended the output.
     stop: str | None = None
+    # Of the next tokens of the prompt, from the second on; before any output.
+    scored: Sequence[PositionLogprobs] = ()
     # What the output says, if the request has tools or the model reasons: the text as content, reasoning, calls.
     deltas: Sequence[Delta] = ()
 

@@ -276,6 +276,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_TBT_S_FIELD_NUMBER: _builtins.int
+    PROMPT_ONLY_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -298,6 +299,8 @@ class GenerateRequest(_message.Message):
     """Seconds from arrival to the first token that the caller can accept. 0: the router's setting."""
     slo_tbt_s: _builtins.float
     """Mean seconds between two tokens that the caller can accept. 0: the router's setting."""
+    prompt_only: _builtins.bool
+    """Generate nothing: the answer is the prompt's log-probabilities, which sampling has to ask for."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""
@@ -339,12 +342,13 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         slo_ttft_s: _builtins.float = ...,
         slo_tbt_s: _builtins.float = ...,
+        prompt_only: _builtins.bool = ...,
         structured_output: Global___StructuredOutput | None = ...,
         bad_words: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "structured_output", b"structured_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_only", b"prompt_only", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -477,6 +481,7 @@ class GenerateResponse(_message.Message):
         LOGPROBS_FIELD_NUMBER: _builtins.int
         REASONING_FIELD_NUMBER: _builtins.int
         CALLS_FIELD_NUMBER: _builtins.int
+        PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
         text: _builtins.str
         """New text of the answer. Text that could still become part of a stop string or of a character is held back."""
         reasoning: _builtins.str
@@ -493,6 +498,10 @@ class GenerateResponse(_message.Message):
         def calls(self) -> _containers.RepeatedCompositeFieldContainer[Global___GenerateResponse.CallDelta]:
             """More of tool calls."""
 
+        @_builtins.property
+        def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[_common_pb2.PositionLogprobs]:
+            """Of the prompt's tokens from the second on, if asked for: in order, before any output."""
+
         def __init__(
             self,
             *,
@@ -501,10 +510,11 @@ class GenerateResponse(_message.Message):
             logprobs: _abc.Iterable[_common_pb2.PositionLogprobs] | None = ...,
             reasoning: _builtins.str = ...,
             calls: _abc.Iterable[Global___GenerateResponse.CallDelta] | None = ...,
+            prompt_logprobs: _abc.Iterable[_common_pb2.PositionLogprobs] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "logprobs", b"logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -16,7 +16,21 @@ from baton.node_messages import (
     SequenceFailed,
 )
 from baton.observe import FailedAttempt
-from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSpec, TokenChunk, TransferReport
+from baton.prefix import PrefixScheme
+from baton.types import (
+    Failure,
+    FinishReason,
+    KvLayout,
+    Lease,
+    PositionLogprobs,
+    PrefixCaching,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    TokenLogprob,
+    TransferReport,
+)
 from router import flow_messages as f
 from router.cluster.load import Placement
 from router.flow import Flow, FlowConfig
@@ -278,3 +292,58 @@ def test_asking_for_the_demand_changes_nothing() -> None:
     avoid_s = FlowConfig().avoid_s
     assert flow.demand(1.0 + avoid_s).avoid == frozenset(), "blamed long ago"
     assert flow.demand(1.0).avoid == {"d"}
+
+
+def scoring(num_prompt: int = 6) -> Flow:
+    """Its prompt is being computed by the first attempt."""
+    sampling = SamplingParams(max_tokens=4, seed=1, prompt_logprobs=0)
+    prompt = f.Prompt(tuple(range(num_prompt)), is_scored=True)
+    flow = Flow("r", 0, prompt, sampling, arrived_s=0.0, deadline_s=100.0, config=FlowConfig())
+    flow.handle(f.Begin(), 0.0)
+    flow.handle(f.Placed(SPLIT), 0.0)
+    flow.handle(f.FromNode("d", lease()), 0.0)
+    return flow
+
+
+def scored(first: int, last: int, attempt: int = 0) -> PromptLogprobs:
+    reports = tuple(PositionLogprobs(TokenLogprob(i, -float(i)), 1) for i in range(first, last + 1))
+    return PromptLogprobs(f"r/0/{attempt}", first, reports)
+
+
+def test_what_was_scored_is_delivered_once_whatever_attempt_brings_it() -> None:
+    flow = scoring()
+    assert flow.handle(f.FromNode("p", scored(1, 2)), 1.0) == [scored(1, 2)]
+    flow.handle(f.NodeLost("p", "died"), 1.5)
+    flow.handle(f.Placed(SPLIT), 2.0)
+    flow.handle(f.FromNode("d", lease(1)), 2.0)
+    assert flow.handle(f.FromNode("p", scored(3, 5)), 2.5) == [], "the attempt is over"
+    assert flow.handle(f.FromNode("p", scored(1, 1, 1)), 3.0) == []
+    assert flow.handle(f.FromNode("p", scored(2, 4, 1)), 3.0) == [scored(3, 4, 1)]
+    assert flow.handle(f.FromNode("p", scored(5, 5, 1)), 3.0) == [scored(5, 5, 1)]
+    assert flow.handle(tokens("p", 0, 7, attempt=1), 4.0) == [chunk(0, 7, attempt=1)]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        f.FromNode("p", scored(2, 3)),
+        f.FromNode("p", scored(1, 6)),
+        f.FromNode("p", PromptLogprobs("r/0/0", 0, scored(1, 1).logprobs)),
+        tokens("p", 0, 7),
+    ],
+    ids=["a hole", "beyond the prompt", "the first token", "a token too early"],
+)
+def test_a_prompt_that_is_not_scored_as_asked_is_a_defect(event: f.FromNode) -> None:
+    flow = scoring()
+    *_, end = flow.handle(event, 1.0)
+    assert isinstance(end, f.End)
+    assert end.outcome.error is not None
+    assert end.outcome.error.code == "InternalError"
+
+
+def test_a_prompt_that_is_scored_is_looked_for_in_no_cache() -> None:
+    layout = KvLayout(1, 8, 1, 1, 4, "float32")
+    scheme = PrefixScheme("f", "fake", layout, PrefixCaching(phases_agree=True))
+    for is_scored, num_keys, num_choices in ((False, 2, 3), (True, 0, 1)):
+        prompt = f.Prompt(tuple(range(9)), b"", 3, is_scored=is_scored)
+        assert (len([*prompt.keys(scheme)]), prompt.num_choices) == (num_keys, num_choices)

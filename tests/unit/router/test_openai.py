@@ -221,7 +221,7 @@ async def test_errors_as_the_sdk_sees_them(folder: Path) -> None:
 BAD_BODIES: list[tuple[str, dict[str, Any], str | None]] = [
     ("completions", {"prompt": "x", "suffix": "y"}, "suffix"),
     ("completions", {"prompt": "x", "best_of": 3}, "best_of"),
-    ("completions", {"prompt": "x", "echo": True, "logprobs": 1}, "echo"),
+    ("completions", {"prompt": "x", "echo": True, "logprobs": 21}, "logprobs"),
     ("completions", {"prompt": []}, "prompt"),
     ("completions", {"prompt": ["a", 1]}, "prompt"),
     ("completions", {"prompt": [-1]}, "prompt"),

@@ -70,7 +70,9 @@ NEUTRAL_IN_CHAT: list[dict[str, Any]] = [
     {"audio": None},
 ]
 REFUSED: list[tuple[dict[str, Any], str]] = [
-    ({"prompt_logprobs": 0}, "prompt_logprobs"),
+    ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs"),
+    ({"prompt_logprobs": -1}, "prompt_logprobs"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs"),
     ({"length_penalty": 0.5}, "length_penalty"),
     ({"length_penalty": True}, "length_penalty"),
     ({"use_beam_search": True}, "use_beam_search"),
