@@ -105,6 +105,8 @@ class Finished:
     stop_reason: str = ""
     text: str = ""
     has_tool_calls: bool = False
+    # Of the prompt, if asked for; of length 1.
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +125,7 @@ class Completion:
     reasoning: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     prompt_logprobs: tuple[PositionLogprobs, ...] = ()
+    embedding: tuple[float, ...] = ()
 
     @property
     def message(self) -> ChatMessage:
@@ -517,8 +520,10 @@ def _part(message: router_pb2.GenerateResponse) -> Part:
                 raise errors.InternalError("the router finished without a reason")
             u = f.usage
             usage = Usage(u.prompt_tokens, u.completion_tokens, u.cached_tokens, u.reasoning_tokens)
-            relay = relay_from_pb(f.relay, u)
-            return Finished(reason, usage, relay, f.stop_reason, has_tool_calls=f.has_tool_calls)
+            relay, embedding = relay_from_pb(f.relay, u), tuple(f.embedding)
+            return Finished(
+                reason, usage, relay, f.stop_reason, has_tool_calls=f.has_tool_calls, embedding=embedding
+            )  # fmt: skip
         case other:
             raise errors.InternalError(f"the router sent a message this client does not know: {other}")
 
@@ -542,6 +547,7 @@ def _collect(parts: Sequence[Part]) -> Completion:
         reasoning="".join(d.reasoning for d in whole),
         tool_calls=_calls([call for d in whole for call in d.calls]),
         prompt_logprobs=tuple(p for d in whole for p in d.prompt_logprobs),
+        embedding=finished.embedding,
     )
 
 

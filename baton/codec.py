@@ -46,6 +46,12 @@ _FINISH_TO_PB = {
     FinishReason.LENGTH: pb.FinishReason.FINISH_REASON_LENGTH,
 }
 _FINISH_FROM_PB = {v: k for k, v in _FINISH_TO_PB.items()}
+_POOLING_TO_PB = {
+    "": pb.Pooling.POOLING_UNSPECIFIED,
+    "last": pb.Pooling.POOLING_LAST,
+    "mean": pb.Pooling.POOLING_MEAN,
+}
+_POOLING_FROM_PB = {v: k for k, v in _POOLING_TO_PB.items()}
 
 
 def role_to_pb(role: Role) -> pb.Role.ValueType:
@@ -68,6 +74,12 @@ def finish_from_pb(reason: pb.FinishReason.ValueType) -> FinishReason | None:
     return _FINISH_FROM_PB[reason]
 
 
+def pooling_from_pb(pooling: pb.Pooling.ValueType) -> str:
+    if pooling not in _POOLING_FROM_PB:
+        raise errors.InvalidRequest(f"pooling is {pooling}, expected last or mean", param="pooling")
+    return _POOLING_FROM_PB[pooling]
+
+
 def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
     return SamplingParams(
         temperature=msg.temperature if msg.HasField("temperature") else 1.0,
@@ -88,6 +100,7 @@ def sampling_from_pb(msg: pb.SamplingParams) -> SamplingParams:
         allowed_token_ids=tuple(msg.allowed_token_ids),
         bad_word_ids=tuple(tuple(word.token_ids) for word in msg.bad_word_ids),
         prompt_logprobs=msg.prompt_logprobs if msg.HasField("prompt_logprobs") else None,
+        pooling=pooling_from_pb(msg.pooling),
     )
 
 
@@ -111,6 +124,7 @@ def sampling_to_pb(params: SamplingParams) -> pb.SamplingParams:
         allowed_token_ids=params.allowed_token_ids,
         bad_word_ids=[pb.TokenRun(token_ids=word) for word in params.bad_word_ids],
         prompt_logprobs=params.prompt_logprobs,
+        pooling=_POOLING_TO_PB[params.pooling],
     )
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Failure, Lease, PromptLogprobs, SequenceSpec, TokenChunk, TransferReport
+from baton.types import Embedding, Failure, Lease, PromptLogprobs, SequenceSpec, TokenChunk, TransferReport
 
 # -- messages from a router to a node
 
@@ -133,8 +133,8 @@ class CacheChanged:
 
 
 NodeMessage = (
-    Lease | Refused | PromptLogprobs | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed | NotMigrated
-    | CacheChanged
+    Lease | Refused | PromptLogprobs | Embedding | PrefillDone | Joined | TokenChunk | HandedOff | SequenceFailed
+    | NotMigrated | CacheChanged
 )  # fmt: skip
 
 # -- events and actions of both machines; a session's number is unique in the node's process

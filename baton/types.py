@@ -31,6 +31,8 @@ MAX_CACHE_SALT_BYTES = 64
 MAX_GRAMMAR_CHARS = 256 * 1024
 # Of a request; smaller numbers come first, as in vLLM.
 MIN_PRIORITY, MAX_PRIORITY = -1_000_000, 1_000_000
+# How the embedding of a prompt is made: of its last token, or as the mean of all.
+POOLINGS = ("last", "mean")
 # Of a bound that a client asks for.
 MAX_SLO_S = 86_400.0
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -110,6 +112,8 @@ class SamplingParams:
     grammar: str = ""
     # Report the log-probability of each prompt token and so many alternatives; None: none.
     prompt_logprobs: int | None = None
+    # Report the prompt's embedding, made so; empty: none.
+    pooling: str = ""
     # Only these are drawn; empty: all.
     allowed_token_ids: tuple[int, ...] = ()
     # The output has none of these runs of ids.
@@ -143,6 +147,7 @@ class SamplingParams:
         _check(size <= MAX_GRAMMAR_CHARS, "grammar", f"{size} characters", f"at most {MAX_GRAMMAR_CHARS}")
         if self.prompt_logprobs is not None:
             _check_int("prompt_logprobs", self.prompt_logprobs, 0, MAX_TOP_LOGPROBS)
+        _check(self.pooling in ("", *POOLINGS), "pooling", self.pooling, f"one of {', '.join(POOLINGS)}")
 
         self._check_lists()
 
@@ -267,6 +272,14 @@ class PromptLogprobs:
     sequence_id: str
     index: int
     logprobs: tuple[PositionLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """Of a prompt: float32 in little-endian order."""
+
+    sequence_id: str
+    values: bytes
 
 
 @dataclass(frozen=True, slots=True)

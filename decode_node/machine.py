@@ -28,7 +28,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, PromptLogprobs, TokenChunk
+from baton.types import Embedding, Failure, Lease, PromptLogprobs, TokenChunk
 from engine.events import Failed, Handoff, Output, Started
 from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Quarantined, Released, WriterBegan
 
@@ -76,6 +76,7 @@ Event = (
     | Defect
     | Started
     | PromptLogprobs
+    | Embedding
     | Output
     | Handoff
     | Failed
@@ -197,7 +198,7 @@ class DecodeMachine:
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Defect(sequence_id, failure):
                 return self._give_up(relay, sequence_id, failure)
-            case Started() | PromptLogprobs() | Handoff():
+            case Started() | PromptLogprobs() | Embedding() | Handoff():
                 return []
 
     @property

@@ -207,7 +207,7 @@ def drawn_results(
 def scored_tokens(pieces: Seq[Piece]) -> tuple[Tensor, Tensor]:
     """What ``DeviceSampler.score`` takes for the positions that these score, in their order; on the host."""
     token_ids = [piece.sequence.token_ids[position + 1] for piece in pieces for position in piece.scored]
-    counts = [piece.sequence.spec.sampling.prompt_logprobs for piece in pieces for _ in piece.scored]
+    counts = [piece.sequence.spec.sampling.prompt_logprobs or 0 for piece in pieces for _ in piece.scored]
     return torch.tensor(token_ids, dtype=torch.int64), torch.tensor(counts, dtype=torch.int32)
 
 
@@ -218,6 +218,8 @@ def take_scored(pieces: Seq[Piece], reports: NDArray[np.int64], result: StepResu
         found = reports[row : row + len(piece.scored)]
         row += len(piece.scored)
         sequence = piece.sequence
+        if sequence.spec.sampling.prompt_logprobs is None:
+            continue
         bad = np.flatnonzero(found[:, 0] < 0)
         if len(bad):
             result.failed[sequence.sequence_id] = bad_logits(piece.scored[int(bad[0])] + 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.types import Failure, PromptLogprobs, TokenChunk
+from baton.types import Embedding, Failure, PromptLogprobs, TokenChunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,5 +59,5 @@ class Failed:
     failure: Failure
 
 
-# What was scored of a prompt is its PromptLogprobs: before the first Output, in order, without gaps.
-EngineEvent = Started | PromptLogprobs | Output | Handoff | Failed
+# What was scored of a prompt is its PromptLogprobs: before the first Output, in order, without gaps. So its Embedding.
+EngineEvent = Started | PromptLogprobs | Embedding | Output | Handoff | Failed

@@ -14,6 +14,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from baton.types import (
     KvLayout,
     ModelDescription,
@@ -48,6 +51,7 @@ class Row:
     mask: bytes | None = None
     # Why there is no mask, and no token.
     error: Exception | None = None
+    is_pooled: bool = False
 
     @classmethod
     def of(cls, piece: Piece) -> Row:
@@ -61,6 +65,7 @@ class Row:
             seq.sequence_id, seq.spec.sampling, len(seq.spec.prompt_token_ids), piece.start, piece.end, piece.samples,
             tuple(seq.token_ids[piece.start : piece.end]), tuple(seq.block_ids),
             piece.scored, tuple(seq.token_ids[piece.scored.start + 1 : piece.scored.stop + 1]), mask, error,
+            seq.pool is not None,
         )  # fmt: skip
 
 
@@ -180,7 +185,8 @@ class FakeRunner:
         self._drawn = {sequence_id: chunk.token_ids[0] for sequence_id, chunk in sampled.items()}
         sampled |= {name: given for name, given in self.nonsense.items() if name in sampled}
         failed = {r.sequence_id: r.error for r in rows if r.error is not None}
-        return StepResult(sampled, failed, {r.sequence_id: self._score(r) for r in rows if r.scored})
+        scored = {r.sequence_id: self._score(r) for r in rows if r.scored and not r.is_pooled}
+        return StepResult(sampled, failed, scored, {r.sequence_id: self._pool(r) for r in rows if r.is_pooled})
 
     def forget(self, sequence_id: str) -> None:
         self.forgotten.append(sequence_id)
@@ -236,6 +242,10 @@ class FakeRunner:
             for position, token_id in zip(row.scored, row.targets, strict=True)
         )
 
+    def _pool(self, row: Row) -> NDArray[np.float32]:
+        positions = [*row.scored, *[row.stop - 1] * row.samples]
+        return np.array([_hidden(self._digest(row, position + 1)) for position in positions], dtype=np.float32)
+
     def _digest(self, row: Row, stop: int) -> hashlib.blake2b:
         """Of what the blocks hold up to position ``stop``."""
         digest = hashlib.blake2b(digest_size=8)
@@ -271,6 +281,19 @@ def expected_scores(spec: SequenceSpec, layout: KvLayout, vocab_size: int = 3200
     return [
         _scored(_digest_of(prompt[:end], layout), prompt[end], num_top, vocab_size) for end in range(1, len(prompt))
     ]
+
+
+def expected_embedding(spec: SequenceSpec, layout: KvLayout) -> bytes:
+    """What a FakeRunner's prompt is embedded as: as ``expected_tokens``."""
+    prompt = spec.prompt_token_ids
+    first = 1 if spec.sampling.pooling == "mean" else len(prompt)
+    rows = [_hidden(_digest_of(prompt[:end], layout)) for end in range(first, len(prompt) + 1)]
+    mean: NDArray[np.float32] = np.array(rows, dtype=np.float64).mean(0).astype("<f4")
+    return mean.tobytes()
+
+
+def _hidden(digest: hashlib.blake2b) -> list[float]:
+    return [byte / 16 - 8 for byte in digest.digest()]
 
 
 def _digest_of(token_ids: Sequence[int], layout: KvLayout) -> hashlib.blake2b:

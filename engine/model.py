@@ -76,8 +76,10 @@ class Model:
             rows = to_device(torch.tensor(batch.logit_rows), device)
             return x[rows], q[rows], kernels.attention(self._config, layout, logit_pieces(batch))
 
-        logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
-        return Logits(torch.empty(0, self._config.vocab_size, device=device) if logits is None else logits.float())
+        found = self._run(token_ids, drawn, cos, sin, slots, attention, cache, on_layer, choose)
+        if found is None:
+            return Logits(torch.empty(0, self._config.vocab_size, device=device), None, torch.empty(0, device=device))
+        return Logits(found[1].float(), None, found[0])
 
     def _forward_recorded(
         self, kernels: RecordingKernels, batch: Batch, cache: KvCache, on_layer: Callable[[int], None] | None
@@ -85,10 +87,10 @@ class Model:
         if self._recorder is None or self._recorder[0] is not cache:
             self._recorder = cache, kernels.recorder(self._config, cache)
 
-        def order(i: StepInputs) -> Tensor:
-            logits = self._run(i.token_ids, None, i.cos, i.sin, i.slots, i.attention, cache, i.on_layer, i.choose)
-            assert logits is not None
-            return logits
+        def order(i: StepInputs) -> tuple[Tensor, Tensor]:
+            found = self._run(i.token_ids, None, i.cos, i.sin, i.slots, i.attention, cache, i.on_layer, i.choose)
+            assert found is not None
+            return found
 
         cos, sin = self._rope.rows(batch.positions, batch.prompt_lengths)
         return self._recorder[1].run(batch, cos, sin, on_layer, order)
@@ -105,9 +107,9 @@ class Model:
     ) -> Tensor:
         """Logits of every row, [rows, vocabulary], in the model's dtype, from inputs on the device: no work of the host
         depends on their values, so the whole step can be recorded once and replayed."""
-        logits = self._run(token_ids, drawn, cos, sin, slots, attention, cache, None, lambda x, q: (x, q, attention))
-        assert logits is not None
-        return logits
+        found = self._run(token_ids, drawn, cos, sin, slots, attention, cache, None, lambda x, q: (x, q, attention))
+        assert found is not None
+        return found[1]
 
     def rope_rows(self, positions: Tensor, prompt_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return self._rope.rows(positions, prompt_lengths)
@@ -123,9 +125,9 @@ class Model:
         cache: KvCache,
         on_layer: Callable[[int], None] | None,
         choose: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Attention] | None],
-    ) -> Tensor | None:
-        """``choose`` leaves, in the last layer, the rows of (residual, queries) whose logits are wanted, and how they
-        attend."""
+    ) -> tuple[Tensor, Tensor] | None:
+        """What the head reads, and the logits. ``choose`` leaves, in the last layer, the rows of (residual, queries)
+        whose logits are wanted, and how they attend."""
         c, kernels = self._config, self._kernels
         x = kernels.embed(self._embedding, token_ids, drawn)
         normed = kernels.rms_norm(x, self._layers[0].input_norm, c.rms_norm_eps)
@@ -145,7 +147,7 @@ class Model:
             normed = kernels.add_rms_norm(x, delta, layer.mlp_norm, c.rms_norm_eps)
             delta = layer.down(layer.gated(normed))
             normed = kernels.add_rms_norm(x, delta, next_norm, c.rms_norm_eps)
-        return self._head(normed)
+        return normed, self._head(normed)
 
 
 class _Loader:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,10 +49,14 @@ class HostDrawn:
     logits: Tensor
     # Of these, where the kernels find them.
     peaks: Peaks | None
+    # As in StepResult.
+    hidden: Mapping[str, Tensor]
 
     def result(self) -> StepResult:
         with torch.inference_mode():
-            return self.sampler.sample(self.logits, self.sequences, self.peaks, self.scored)
+            result = self.sampler.sample(self.logits, self.sequences, self.peaks, self.scored)
+        result.hidden.update({name: rows.numpy() for name, rows in self.hidden.items()})
+        return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ class DeviceDrawn:
     # Pieces that score positions, and the reports of these, on the host; None if there are none.
     scored: tuple[Piece, ...]
     scores: Tensor | None
+    # As in StepResult, on the host.
+    hidden: Mapping[str, Tensor]
     # Sequences that get no token, even if one was drawn.
     failed: Mapping[str, Exception]
     # None: nothing runs beside the host.
@@ -85,6 +92,7 @@ class DeviceDrawn:
             result.failed[sequence_id] = error
         if self.scores is not None:
             take_scored(self.scored, self.scores.numpy(), result)
+        result.hidden.update({name: rows.numpy() for name, rows in self.hidden.items()})
         return result
 
 
@@ -237,11 +245,11 @@ class Runner:
         with torch.inference_mode():
             draws = self._draws
             if draws is None:
-                logits, peaks = self._forward(plan, drawn_rows, on_layer)
-                return HostDrawn(self._sampler, sequences, scored, logits, peaks)
+                logits, peaks, hidden = self._forward(plan, drawn_rows, on_layer)
+                return HostDrawn(self._sampler, sequences, scored, logits, peaks, _pooled(plan, hidden))
             prepared = draws.prepare(sampling, drawn_rows)
-            logits, scores = self._step(plan, scored, draws, prepared.columns, drawn_rows, on_layer)
-            launched = _fetch(draws, sequences, logits, prepared, scored, scores)
+            reports = self._step(plan, scored, draws, prepared.columns, drawn_rows, on_layer)
+            launched = _fetch(draws, sequences, scored, reports, prepared)
         self._drawn_rows = {sequence.sequence_id: i for i, sequence in enumerate(sequences)}
         return launched
 
@@ -253,16 +261,15 @@ class Runner:
         columns: Draws,
         drawn_rows: Mapping[str, int],
         on_layer: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Logits on the device, which draws the tokens of the pieces that sample, and the reports of those ``scored``,
-        on their way to the host."""
+    ) -> _Reports:
+        """The device draws the tokens of the pieces that sample."""
         # A layer is told between layers, where a recorded step cannot stop.
         rows = decode_rows(plan, drawn_rows) if on_layer is None else None
         if rows is not None and self._graphs is not None and not self._prefers_unrecorded(rows):
             graph = self._graphs.find(len(rows), 1 + max(row.position for row in rows))
             if graph is not None:
-                return graph.step(rows, columns).logits, None
-        logits = self._forward(plan, drawn_rows, on_layer).values
+                return _Reports(graph.step(rows, columns).logits, None, {})
+        logits, _, hidden = self._forward(plan, drawn_rows, on_layer)
         num_drawn = len(columns.slot)
         scores = None
         if scored:
@@ -270,7 +277,7 @@ class Runner:
             scores = to_host(draws.sampler.score(logits[num_drawn:], token_ids, num_top))
         on_device = Draws(*(to_device(column, logits.device) for column in columns))
         draws.sampler.draw(logits[:num_drawn], on_device, draws.drawn)
-        return logits, scores
+        return _Reports(logits, scores, _pooled(plan, hidden))
 
     def _prefers_unrecorded(self, rows: Seq[DecodeRow]) -> bool:
         assert isinstance(self._kernels, DeviceKernels)
@@ -289,22 +296,49 @@ class Runner:
             self._draws.forget(sequence_id)
 
 
+class _Reports(NamedTuple):
+    """Of a step on a device: its logits there, and what is on its way to the host beside the tokens."""
+
+    logits: Tensor
+    # Of the pieces that score positions; None if there are none.
+    scores: Tensor | None
+    # As in StepResult.
+    hidden: Mapping[str, Tensor]
+
+
+def _pooled(plan: StepPlan, hidden: Tensor) -> dict[str, Tensor]:
+    """The hidden states of the sequences with a pool, as in StepResult, on their way to the host."""
+    if all(p.sequence.pool is None for p in plan.pieces):
+        return {}
+    found: dict[str, Tensor] = {}
+    at, sampled = sum([p.samples for p in plan.pieces]), 0
+    for p in plan.pieces:
+        rows = [*range(at, at + len(p.scored)), *[sampled] * p.samples]
+        at, sampled = at + len(p.scored), sampled + p.samples
+        if p.sequence.pool is not None and rows:
+            index = to_device(torch.tensor(rows), hidden.device)
+            found[p.sequence.sequence_id] = to_host(hidden[index].float())
+    return found
+
+
 def _fetch(
     draws: DeviceDraws,
     sequences: tuple[Sequence, ...],
-    logits: Tensor,
-    prepared: Prepared,
     scored: tuple[Piece, ...],
-    scores: Tensor | None,
+    reports: _Reports,
+    prepared: Prepared,
 ) -> DeviceDrawn:
     """Queue what the host wants to know of the step."""
     token_ids = to_host(draws.drawn[: len(sequences)])
     reported = tuple(i for i, n in enumerate(prepared.columns.num_logprobs.tolist()) if n >= 0)
-    reports = to_host(draws.sampler.report[: 1 + max(reported, default=-1)])
+    logprobs = to_host(draws.sampler.report[: 1 + max(reported, default=-1)])
+    logits, scores, hidden = reports
     done = new_event(logits.device)
     if done is not None:
         done.record()
-    return DeviceDrawn(sequences, logits, token_ids, reported, reports, scored, scores, prepared.failed, done)
+    return DeviceDrawn(
+        sequences, logits, token_ids, reported, logprobs, scored, scores, hidden, prepared.failed, done
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

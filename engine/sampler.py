@@ -89,7 +89,8 @@ class Sampler:
         row = len(sequences)
         for piece in scored:
             try:
-                result.scored[piece.sequence.sequence_id] = _score(logits[row:], piece, are_finite[row:])
+                if piece.sequence.spec.sampling.prompt_logprobs is not None:
+                    result.scored[piece.sequence.sequence_id] = _score(logits[row:], piece, are_finite[row:])
             except Exception as error:
                 result.failed[piece.sequence.sequence_id] = error
             row += len(piece.scored)

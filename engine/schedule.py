@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 
 from baton.errors import BadLogits, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
-from baton.types import Failure, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk, blocks_for
+from baton.types import Embedding, Failure, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk, blocks_for
 from engine import plain_steps
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
@@ -44,6 +44,7 @@ from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
 from engine.list_masks import ListMask
 from engine.plain_steps import PlainSteps
+from engine.pooling import Pool
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
 from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape, TokenMask
@@ -145,8 +146,9 @@ class Scheduler:
         if self._num_residents() >= self._max_residents:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = self._sequence(spec)
-        # That node scores the prompt.
+        # That node scores the prompt and makes its embedding.
         sequence.first_scored = sys.maxsize
+        sequence.pool = None
         num_tokens = min(spec.num_known_tokens + 1 + num_headroom_tokens, spec.max_total_tokens)
         count = blocks_for(num_tokens, self.config.block_tokens)
         found = self.prefix_cache.find(sequence, draws=False)
@@ -661,7 +663,11 @@ class Scheduler:
     def _take_in(self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float) -> None:
         entry.sequence.num_computed += piece.num_tokens
         entry.num_computed_total += piece.num_tokens
-        if piece.scored and not self._take_scores(entry, piece, result, events, now):
+        if entry.sequence.pool is not None:
+            self._take_hidden(entry, entry.sequence.pool, piece, result, events, now)
+        elif piece.scored:
+            self._take_scores(entry, piece, result, events, now)
+        if entry.phase is Phase.ENDED:
             return
         if not piece.samples:
             self.prefix_cache.store(entry)
@@ -675,21 +681,36 @@ class Scheduler:
         except Exception as error:
             events.append(self._failed(entry, self._known(entry, error), now))
 
+    def _take_hidden(
+        self, entry: Entry, pool: Pool, piece: Piece, result: StepResult, events: list[EngineEvent], now: float
+    ) -> None:
+        sequence, rows = entry.sequence, result.hidden.get(entry.sequence_id)
+        try:
+            expected, found = len(piece.scored) + piece.samples, 0 if rows is None else len(rows)
+            if expected != found:
+                raise InternalError(f"the runner returned {found} hidden states, expected {expected}")
+            if rows is not None:
+                pool.add(rows)
+            if piece.samples:
+                events.append(Embedding(entry.sequence_id, pool.values()))
+                sequence.pool = None
+        except Exception as error:
+            events.append(self._failed(entry, self._known(entry, error), now))
+            return
+        _note_scored(sequence, piece)
+
     def _take_scores(
         self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float
-    ) -> bool:
-        """False if it has failed."""
+    ) -> None:
         sequence, reports = entry.sequence, result.scored.get(entry.sequence_id, ())
         if len(reports) != len(piece.scored):
             error = result.failed.get(entry.sequence_id) or InternalError(
                 f"the runner scored {len(reports)} positions, expected {len(piece.scored)}"
             )
             events.append(self._failed(entry, self._known(entry, error), now))
-            return False
+            return
         events.append(PromptLogprobs(entry.sequence_id, piece.scored.start + 1, reports))
-        end = piece.scored.stop
-        sequence.first_scored = end if end < len(sequence.spec.prompt_token_ids) - 1 else sys.maxsize
-        return True
+        _note_scored(sequence, piece)
 
     def _known(self, entry: Entry, error: Exception) -> BatonError:
         if isinstance(error, BatonError):
@@ -771,6 +792,12 @@ class Scheduler:
             self.pool.free(entry.sequence_id)
         del self._entries[entry.sequence_id]
         self._gone.append(entry.sequence_id)
+
+
+def _note_scored(sequence: Sequence, piece: Piece) -> None:
+    if piece.scored:
+        end = piece.scored.stop
+        sequence.first_scored = end if end < len(sequence.spec.prompt_token_ids) - 1 else sys.maxsize
 
 
 def _decodes_next(entry: Entry) -> bool:

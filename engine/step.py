@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from baton.types import PositionLogprobs, SamplingParams, SequenceSpec, TokenChunk
+from engine.pooling import Pool
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class TokenMask(Protocol):
@@ -42,8 +47,8 @@ class Sequence:
     Invariant: ``len(block_ids) * block_tokens >= num_computed`` and ``0 <= num_computed <= len(token_ids)``.
     """
 
-    __slots__ = ("block_hashes", "block_ids", "first_scored", "max_total_tokens", "num_computed", "spec", "token_ids",
-                 "token_mask")  # fmt: skip
+    __slots__ = ("block_hashes", "block_ids", "first_scored", "max_total_tokens", "num_computed", "pool", "spec",
+                 "token_ids", "token_mask")  # fmt: skip
 
     def __init__(self, spec: SequenceSpec) -> None:
         self.spec = spec
@@ -58,9 +63,13 @@ class Sequence:
         # Tokens whose KV is in the blocks.
         self.num_computed = 0
         # A position is scored by reporting the log-probability of the prompt token behind it. The first one that is to
-        # be scored, behind all there are if there is none: tokens follow a prompt that was scored.
-        wants_scores = spec.sampling.prompt_logprobs is not None and not spec.generated_token_ids
-        self.first_scored = 0 if wants_scores else sys.maxsize
+        # be scored, behind all there are if there is none: tokens follow a prompt that was scored. For a mean all
+        # positions count the same way.
+        sampling, is_new = spec.sampling, not spec.generated_token_ids
+        wants_scores = sampling.prompt_logprobs is not None or sampling.pooling == "mean"
+        self.first_scored = 0 if wants_scores and is_new else sys.maxsize
+        # What the embedding is made of: the hidden states of the positions that are scored and of the one that samples.
+        self.pool = Pool() if sampling.pooling and is_new else None
         # None allows all.
         self.token_mask: TokenMask | None = None
 
@@ -93,7 +102,7 @@ class Piece:
     start: int
     num_tokens: int
     samples: bool
-    # Of these positions the log-probability of the next prompt token is reported.
+    # Of these positions the log-probability of the next prompt token is reported, or the hidden state pooled.
     scored: range = _NONE
 
     @property
@@ -161,6 +170,8 @@ class StepResult:
     failed: dict[str, Exception] = field(default_factory=dict)
     # Of the prompt tokens behind the positions that were scored; a sequence that failed may have none.
     scored: dict[str, tuple[PositionLogprobs, ...]] = field(default_factory=dict)
+    # [positions, features]: of sequences with a pool, of the positions that were scored, then the one that samples.
+    hidden: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 def changes_logits(params: SamplingParams, num_generated: int) -> bool:

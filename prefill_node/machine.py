@@ -39,7 +39,7 @@ from baton.node_messages import (
     SequenceFailed,
     SessionLost,
 )
-from baton.types import Failure, Lease, PromptLogprobs, TokenChunk, TransferReport
+from baton.types import Embedding, Failure, Lease, PromptLogprobs, TokenChunk, TransferReport
 from engine.events import Failed, Handoff, Output, Started
 
 # -- events
@@ -113,6 +113,7 @@ Event = (
     | Defect
     | Started
     | PromptLogprobs
+    | Embedding
     | Output
     | Handoff
     | Failed
@@ -269,7 +270,7 @@ class PrefillMachine:
                 return [Send(relay.session, SequenceFailed(sequence_id, failure))]
             case Started(sequence_id, block_ids):
                 return self._started(relay, sequence_id, block_ids)
-            case PromptLogprobs():
+            case PromptLogprobs() | Embedding():
                 return [Send(relay.session, event)] if relay.is_computing else []
             case Output():
                 return self._output(relay, event)

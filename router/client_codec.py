@@ -10,6 +10,7 @@ from baton.v1 import router_pb2
 from router.cluster.membership import Member
 from router.deltas import CallArguments, CallBegin, ReasoningText
 from router.frontend import Ending
+from router.openai_embeddings import embedding_of
 from router.text import Part
 
 
@@ -76,6 +77,7 @@ def finished_to_pb(ending: Ending, num_prompt_tokens: int) -> router_pb2.Generat
             relay=relay_to_pb(ending.relay),
             stop_reason="" if ending.stop_reason is None else str(ending.stop_reason),
             has_tool_calls=ending.has_tool_calls,
+            embedding=embedding_of(ending.embedding) if ending.embedding else (),
         )
     )
 

@@ -17,7 +17,7 @@ from baton.clock import Clock
 from baton.defects import Defects
 from baton.node_messages import Cancel, NodeMessage, PrefillDone, Refused
 from baton.observe import Relay
-from baton.types import NO_SLO, PromptLogprobs, SamplingParams, Slo, TokenChunk
+from baton.types import NO_SLO, Embedding, PromptLogprobs, SamplingParams, Slo, TokenChunk
 from router.active import Active
 from router.clients import client_of_key
 from router.cluster.admission import Prediction
@@ -271,8 +271,11 @@ class Dispatcher(Flows[Active]):
         item.stream.push(chunk.token_ids, chunk.logprobs)
         self._delivered(item)
 
-    def _deliver_scored(self, item: Active, scored: PromptLogprobs) -> None:
-        item.stream.push_scored(scored.logprobs)
+    def _deliver_prompt(self, item: Active, found: PromptLogprobs | Embedding) -> None:
+        if isinstance(found, Embedding):
+            item.stream.embedding = found.values
+        else:
+            item.stream.push_scored(found.logprobs)
         self._delivered(item)
 
     def _delivered(self, item: Active) -> None:

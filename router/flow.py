@@ -33,6 +33,7 @@ from baton.node_messages import (
 from baton.observe import Lifeline
 from baton.types import (
     NO_SLO,
+    Embedding,
     FinishReason,
     Lease,
     PositionLogprobs,
@@ -109,9 +110,9 @@ class Flow:
     """
 
     __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_end_node_id", "_has_joined", "_internal_errors",
-                 "_is_backing_off", "_last_error", "_move", "_refusals", "_spec", "_timer_s", "choice", "deadline_s",
-                 "lifeline", "max_tokens", "num_scored", "outcome", "phase", "placement", "priority", "prompt",
-                 "request_id", "sampling", "sequence_id", "tokens")  # fmt: skip
+                 "_is_backing_off", "_is_embedded", "_last_error", "_move", "_refusals", "_spec", "_timer_s", "choice",
+                 "deadline_s", "lifeline", "max_tokens", "num_scored", "outcome", "phase", "placement", "priority",
+                 "prompt", "request_id", "sampling", "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -138,6 +139,8 @@ class Flow:
         self.tokens: list[int] = []
         # Prompt tokens behind the first whose log-probabilities were delivered.
         self.num_scored = 0
+        # Its embedding is not wanted, or was delivered.
+        self._is_embedded = not sampling.pooling
         self.placement: Placement | None = None
         self.outcome: Outcome | None = None
         self.lifeline = Lifeline(arrived_s, on_interval, slo)
@@ -277,6 +280,9 @@ class Flow:
                 return self._on_tokens(node_id, message, placement, now)
             case PromptLogprobs():
                 return self._on_scored(message, now)
+            case Embedding():
+                is_first, self._is_embedded = not self._is_embedded, True
+                return [message] if is_first else []
             case Lease():
                 return self._on_reserved(message, now)
             case Refused():
@@ -461,6 +467,8 @@ class Flow:
         actions: list[Action] = []
         if new.token_ids:
             if self.phase is Phase.PREFILLING:
+                if not self._is_embedded:
+                    return self._defect("a token came before the prompt's embedding", now)
                 if self._num_unscored:
                     return self._defect(f"a token came before {self._num_unscored} prompt tokens were scored", now)
                 self.phase = Phase.DECODING

@@ -14,7 +14,7 @@ from baton import errors
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme, key_of
-from baton.types import FinishReason, PromptLogprobs, SequenceSpec, TokenChunk
+from baton.types import Embedding, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk
 from router.cluster.load import Placement
 from router.cluster.rebalance import MoveReason
 from router.flow_move import MoveOutcome
@@ -238,8 +238,8 @@ class End:
     outcome: Outcome
 
 
-# What was scored of the prompt and new tokens are for the reader; how the sequence ends is said by the Outcome.
+# What was asked of the prompt and new tokens are for the reader; how the sequence ends is said by the Outcome.
 Action = (
-    ToNode | Enqueue | PromptLogprobs | TokenChunk | Detach | AttemptFailed | MoveOver | NodeFull | PairFailed
-    | PairWorked | End
+    ToNode | Enqueue | PromptLogprobs | Embedding | TokenChunk | Detach | AttemptFailed | MoveOver | NodeFull
+    | PairFailed | PairWorked | End
 )  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Generic, Protocol, TypeVar
 from baton.clock import Clock
 from baton.node_messages import CacheChanged, HandedOff, NodeMessage, PrefillDone
 from baton.observe import Relay
-from baton.types import Lease, PromptLogprobs, TokenChunk
+from baton.types import Embedding, Lease, PromptLogprobs, TokenChunk
 from router.cluster import scheduler
 from router.cluster.policy import Decision, Obstacle
 from router.cluster.rebalance import Planned
@@ -75,8 +75,8 @@ class Flows(ABC, Generic[ItemT]):
         """New tokens, to the client."""
 
     @abstractmethod
-    def _deliver_scored(self, item: ItemT, scored: PromptLogprobs) -> None:
-        """What was scored of its prompt, to the client."""
+    def _deliver_prompt(self, item: ItemT, found: PromptLogprobs | Embedding) -> None:
+        """What was asked of its prompt, to the client."""
 
     @abstractmethod
     def _arm(self, item: ItemT, now: float) -> None:
@@ -147,8 +147,8 @@ class Flows(ABC, Generic[ItemT]):
         match action:
             case TokenChunk():
                 self._deliver(item, action)
-            case PromptLogprobs():
-                self._deliver_scored(item, action)
+            case PromptLogprobs() | Embedding():
+                self._deliver_prompt(item, action)
             case ToNode():
                 self._send(action)
             case Enqueue():

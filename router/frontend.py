@@ -128,6 +128,8 @@ class Ending:
     # Part of ``num_tokens``.
     num_reasoning_tokens: int = 0
     has_tool_calls: bool = False
+    # Of the prompt, if it was asked for: float32 in little-endian order, as the model has it.
+    embedding: bytes = b""
 
 
 class Generation:
@@ -212,7 +214,8 @@ class Generation:
         num_reasoning = 0 if self._reader is None else self._reader.num_reasoning_tokens
         has_calls = self._reader is not None and self._reader.has_calls
         cached = relay.num_cached_tokens
-        self._ending = Ending(reason, stop, self._num_tokens, cached, relay, num_reasoning, has_calls)
+        embedding = self._active.stream.embedding
+        self._ending = Ending(reason, stop, self._num_tokens, cached, relay, num_reasoning, has_calls, embedding)
 
     @property
     def active(self) -> Active:
@@ -360,7 +363,7 @@ class Frontend:
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
-        is_scored = request.sampling.prompt_logprobs is not None
+        is_scored = request.sampling.prompt_logprobs is not None or request.sampling.pooling == "mean"
         shared = [Prompt(token_ids, salt, request.n, is_scored=is_scored) for token_ids in prompts]
         demands = [Demand(len(p.token_ids), is_single, prompt=p, priority=request.priority) for p in shared]
         prediction = self._predict(request, slo, demands, arrived_s)

@@ -105,10 +105,9 @@ class RouterService(router_pb2_grpc.RouterServicer):
         grammar, grammar_param = _grammar(request.structured_output)
         sampling = replace(codec.sampling_from_pb(request.sampling), grammar=grammar)
         if request.prompt_only:
-            if sampling.prompt_logprobs is None:
-                raise errors.InvalidRequest(
-                    "prompt_only asks for nothing, expected sampling.prompt_logprobs beside it", param="prompt_only"
-                )
+            if sampling.prompt_logprobs is None and not sampling.pooling:
+                expected = "expected sampling.prompt_logprobs or sampling.pooling beside it"
+                raise errors.InvalidRequest(f"prompt_only asks for nothing, {expected}", param="prompt_only")
             sampling = replace(sampling, max_tokens=1, min_tokens=0)
         return GenerationRequest(
             prompts=(prompt,),

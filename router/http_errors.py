@@ -10,7 +10,7 @@ from router.openai_response import error_body
 
 _MESSAGES_PATH = "/v1/messages"
 # What a path calls the parameter that others call otherwise.
-_PARAMS = {("/v1/responses", "messages"): "input"}
+_PARAMS = {("/v1/responses", "messages"): "input", ("/v1/embeddings", "prompt"): "input"}
 
 
 def body_of(error: BatonError, path: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from baton.errors import quoted, shortened
 from baton.metrics import Metrics, exposition
 from baton.metrics_server import CONTENT_TYPE
 from baton.types import MAX_SLO_S, Slo
-from router import http_errors, openai_response
+from router import http_errors, openai_embeddings, openai_response
 from router.answer import Answer
 from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.clients import authorization_of, client_of
@@ -74,6 +74,7 @@ class HttpFace:
             "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer, unknown),
             "/v1/chat/completions": openai_response.endpoint(ChatBody, frontend.tokenizer, unknown),
             "/v1/messages": messages_endpoint(frontend, unknown),
+            "/v1/embeddings": openai_embeddings.endpoint(unknown),
         }
         store = StoredResponses(config.store, dispatcher.clock, has_clients=self._has_keys)
         self._endpoints["/v1/responses"] = responses_endpoint(frontend, unknown, store)

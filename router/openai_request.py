@@ -231,7 +231,7 @@ class CompletionBody(CommonBody):
         if self.echo and self.logprobs is not None:
             num_scored = max(self.logprobs, self.prompt_logprobs or 0)
             sampling = replace(sampling, prompt_logprobs=num_scored)
-        request = self._request(_prompts(self.prompt), sampling, caller, is_chat=False, echo=bool(self.echo))
+        request = self._request(prompts_of(self.prompt), sampling, caller, is_chat=False, echo=bool(self.echo))
         return replace(request, is_prompt_only=is_prompt_only)
 
 
@@ -425,7 +425,7 @@ def _part_text(part: object, where: str) -> str:
     raise InvalidRequest(f"{where} is of type {quoted(kind)}, expected 'text'", param=where)
 
 
-def _prompts(prompt: object) -> Prompts:
+def prompts_of(prompt: object, param: str = "prompt") -> Prompts:
     """Text, texts, token ids, or lists of token ids."""
     if isinstance(prompt, str):
         return (prompt,)
@@ -437,9 +437,9 @@ def _prompts(prompt: object) -> Prompts:
         if all(isinstance(x, list) and are_ids(x) for x in prompt):
             return tuple(tuple(x) for x in prompt)
     raise InvalidRequest(
-        f"prompt is {quoted(prompt)}, expected a string, a list of strings, a list of token ids or a list "
+        f"{param} is {quoted(prompt)}, expected a string, a list of strings, a list of token ids or a list "
         "of such lists, not empty",
-        param="prompt",
+        param=param,
     )
 
 

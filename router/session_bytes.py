@@ -31,7 +31,7 @@ from baton.node_messages import (
     SequenceFailed,
 )
 from baton.prefix import KEY_BYTES
-from baton.types import Failure, Lease, NodeStatus, PromptLogprobs, SequenceSpec
+from baton.types import Embedding, Failure, Lease, NodeStatus, PromptLogprobs, SequenceSpec
 from baton.v1 import common_pb2, node_pb2
 from router.flow_messages import Prompt
 
@@ -119,6 +119,7 @@ class Reader:
         self._read(response.reserved, self._reserved, found)
         self._read(response.refused, _refused, found)
         self._read(response.prompt_logprobs, _prompt_logprobs, found)
+        self._read(response.embeddings, _embedding, found)
         self._read(response.prefills, _prefill_done, found)
         self._read(response.joined, _joined, found)
         # Tokens before failures: a sequence that is complete has not failed. And before the word that the node has let
@@ -171,6 +172,12 @@ def _refused(item: node_pb2.SequenceFailed) -> Refused:
 
 def _prompt_logprobs(item: node_pb2.SessionResponse.PromptLogprobs) -> PromptLogprobs:
     return PromptLogprobs(item.sequence_id, item.index, tuple(map(codec.logprobs_from_pb, item.logprobs)))
+
+
+def _embedding(item: node_pb2.SessionResponse.Embedding) -> Embedding:
+    if not item.values or len(item.values) % 4:
+        raise errors.InvalidRequest(f"an embedding has {len(item.values)} bytes, expected numbers of four bytes")
+    return Embedding(item.sequence_id, item.values)
 
 
 def _prefill_done(item: node_pb2.SessionResponse.PrefillDone) -> PrefillDone:

@@ -157,7 +157,7 @@ class TokenStream:
     """A stream with one reader. The writer side is synchronous."""
 
     __slots__ = ("_backlog", "_has_started", "_is_marked", "_kept_bytes", "_logprobs", "_outcome", "_pacer", "_scored",
-                 "_scored_bytes", "_tokens", "_waiter", "relay")  # fmt: skip
+                 "_scored_bytes", "_tokens", "_waiter", "embedding", "relay")  # fmt: skip
 
     def __init__(self, pacer: Pacer, backlog: Backlog) -> None:
         self._pacer = pacer
@@ -171,6 +171,8 @@ class TokenStream:
         self._waiter: asyncio.Future[None] | None = None
         self._has_started = False
         self._is_marked = False
+        # Of the prompt, before the first token.
+        self.embedding = b""
         # Set together with the outcome.
         self.relay: Relay | None = None
 

@@ -21,7 +21,7 @@ from baton.node_messages import (
     SequenceFailed,
 )
 from baton.prefix import KEY_BYTES
-from baton.types import Lease, PromptLogprobs, TokenChunk
+from baton.types import Embedding, Lease, PromptLogprobs, TokenChunk
 from baton.v1 import common_pb2, node_pb2
 
 
@@ -92,6 +92,8 @@ class Composer:
             case PromptLogprobs(sequence_id, index, logprobs):
                 reports = map(codec.logprobs_to_pb, logprobs)
                 response.prompt_logprobs.add(sequence_id=sequence_id, index=index, logprobs=reports)
+            case Embedding(sequence_id, values):
+                response.embeddings.add(sequence_id=sequence_id, values=values)
             case PrefillDone():
                 response.prefills.add(
                     sequence_id=message.sequence_id,

@@ -1000,6 +1000,30 @@ class SessionResponse(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     @_typing.final
+    class Embedding(_message.Message):
+        """A prompt's embedding."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SEQUENCE_ID_FIELD_NUMBER: _builtins.int
+        VALUES_FIELD_NUMBER: _builtins.int
+        sequence_id: _builtins.str
+        """The sequence that is meant."""
+        values: _builtins.bytes
+        """float32 in little-endian order, as the model has them: of no certain length."""
+        def __init__(
+            self,
+            *,
+            sequence_id: _builtins.str = ...,
+            values: _builtins.bytes = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["sequence_id", b"sequence_id", "values", b"values"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
     class PrefillDone(_message.Message):
         """Sent together with the first token."""
 
@@ -1097,6 +1121,7 @@ class SessionResponse(_message.Message):
     CACHE_FIELD_NUMBER: _builtins.int
     NOT_MIGRATED_FIELD_NUMBER: _builtins.int
     PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+    EMBEDDINGS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___SessionWelcome:
         """Set in the first message only."""
@@ -1145,6 +1170,10 @@ class SessionResponse(_message.Message):
     def prompt_logprobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionResponse.PromptLogprobs]:
         """Of prompts whose log-probabilities were asked for: before the first token, in order, without gaps."""
 
+    @_builtins.property
+    def embeddings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SessionResponse.Embedding]:
+        """Of prompts whose embeddings were asked for: before the first token."""
+
     def __init__(
         self,
         *,
@@ -1160,10 +1189,11 @@ class SessionResponse(_message.Message):
         cache: Global___SessionResponse.CacheChange | None = ...,
         not_migrated: _abc.Iterable[Global___SequenceFailed] | None = ...,
         prompt_logprobs: _abc.Iterable[Global___SessionResponse.PromptLogprobs] | None = ...,
+        embeddings: _abc.Iterable[Global___SessionResponse.Embedding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "status", b"status", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "not_migrated", b"not_migrated", "prefills", b"prefills", "prompt_logprobs", b"prompt_logprobs", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cache", b"cache", "embeddings", b"embeddings", "failed", b"failed", "handed_off", b"handed_off", "joined", b"joined", "not_migrated", b"not_migrated", "prefills", b"prefills", "prompt_logprobs", b"prompt_logprobs", "refused", b"refused", "reserved", b"reserved", "status", b"status", "tokens", b"tokens", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -300,7 +300,7 @@ class GenerateRequest(_message.Message):
     slo_tbt_s: _builtins.float
     """Mean seconds between two tokens that the caller can accept. 0: the router's setting."""
     prompt_only: _builtins.bool
-    """Generate nothing: the answer is the prompt's log-probabilities, which sampling has to ask for."""
+    """Generate nothing: the answer is the prompt's log-probabilities or its embedding, which sampling has to ask for."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""
@@ -529,6 +529,7 @@ class GenerateResponse(_message.Message):
         RELAY_FIELD_NUMBER: _builtins.int
         STOP_REASON_FIELD_NUMBER: _builtins.int
         HAS_TOOL_CALLS_FIELD_NUMBER: _builtins.int
+        EMBEDDING_FIELD_NUMBER: _builtins.int
         finish_reason: _common_pb2.FinishReason.ValueType
         """Why generation ended."""
         stop_reason: _builtins.str
@@ -543,6 +544,10 @@ class GenerateResponse(_message.Message):
         def relay(self) -> Global___Relay:
             """Which nodes ran it, and how long each stage took."""
 
+        @_builtins.property
+        def embedding(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+            """The prompt's embedding, if asked for (sampling.pooling), of length 1."""
+
         def __init__(
             self,
             *,
@@ -551,10 +556,11 @@ class GenerateResponse(_message.Message):
             relay: Global___Relay | None = ...,
             stop_reason: _builtins.str = ...,
             has_tool_calls: _builtins.bool = ...,
+            embedding: _abc.Iterable[_builtins.float] | None = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _typing.Literal["relay", b"relay", "usage", b"usage"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["finish_reason", b"finish_reason", "has_tool_calls", b"has_tool_calls", "relay", b"relay", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["embedding", b"embedding", "finish_reason", b"finish_reason", "has_tool_calls", b"has_tool_calls", "relay", b"relay", "stop_reason", b"stop_reason", "usage", b"usage"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -106,10 +106,12 @@ class Peaks(NamedTuple):
 
 
 class Logits(NamedTuple):
-    """[rows, vocabulary] float32 on the device; ``peaks`` if the kernels compute them in the same pass."""
+    """[rows, vocabulary] float32 on the device; ``peaks`` if the kernels compute them in the same pass; ``hidden``
+    [rows, features] is what the head read of these rows."""
 
     values: Tensor
-    peaks: Peaks | None = None
+    peaks: Peaks | None
+    hidden: Tensor
 
 
 class StepInputs(NamedTuple):
@@ -134,12 +136,12 @@ class Recorder(Protocol):
         cos: Tensor,
         sin: Tensor,
         on_layer: Callable[[int], None] | None,
-        order: Callable[[StepInputs], Tensor],
+        order: Callable[[StepInputs], tuple[Tensor, Tensor]],
     ) -> Logits:
         """Logits of the batch's ``logit_rows``; valid until the next run.
 
-        ``order`` calls the kernels in the order of a step and returns the logits. It is called when a step is larger
-        than all before it; it must not depend on values.
+        ``order`` calls the kernels in the order of a step and returns hidden states and logits. It is called when a
+        step is larger than all before it; it must not depend on values.
         """
         ...
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from baton import errors
 from baton.node_messages import NodeMessage
 from baton.observe import Relay
-from baton.types import PromptLogprobs, SamplingParams, TokenChunk
+from baton.types import Embedding, PromptLogprobs, SamplingParams, TokenChunk
 from planner.results import Ending, Served, Told
 from planner.sim.config import Outage, SimulationConfig
 from planner.sim.events import Events
@@ -221,8 +221,8 @@ class SimulatedRouter(Flows[SimulatedRequest]):
             served.first_token_s = self._events.now_s
             self._told(served)
 
-    def _deliver_scored(self, item: SimulatedRequest, scored: PromptLogprobs) -> None:
-        raise AssertionError("no simulated request asks for the log-probabilities of its prompt")
+    def _deliver_prompt(self, item: SimulatedRequest, found: PromptLogprobs | Embedding) -> None:
+        raise AssertionError("no simulated request asks for anything of its prompt")
 
     def _arm(self, item: SimulatedRequest, now: float) -> None:
         wake_s = item.flow.wake_at_s

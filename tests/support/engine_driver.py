@@ -37,6 +37,8 @@ class Run:
     sampled: list[tuple[tuple[int, ...], tuple[PositionLogprobs, ...]]] = field(default_factory=list)
     # Of the prompt, from its second token on.
     scored: list[PositionLogprobs] = field(default_factory=list)
+    # Of the prompt.
+    embedding: bytes = b""
 
 
 class Driver:
@@ -89,6 +91,9 @@ class Driver:
         result = launched.result()
         sampled, self.scored = result.sampled, result.scored
         for piece in pieces:
+            if piece.sequence.pool is not None and piece.sequence.sequence_id in result.hidden:
+                piece.sequence.pool.add(result.hidden[piece.sequence.sequence_id])
+        for piece in pieces:
             piece.sequence.num_computed += piece.num_tokens
             if piece.samples:
                 piece.sequence.token_ids += sampled[piece.sequence.sequence_id].token_ids
@@ -110,6 +115,7 @@ class Driver:
                 run.token_ids += sampled[sequence.sequence_id].token_ids
                 run.logits.append(logits[sequence.sequence_id])
         self.remove(sequence)
+        run.embedding = b"" if sequence.pool is None else sequence.pool.values()
         if neighbours is not None:
             neighbours.clear(self)
         return run

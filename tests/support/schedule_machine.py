@@ -18,10 +18,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from baton.errors import InternalError, Overloaded
 from baton.prefix import PrefixScheme
-from baton.types import KvLayout, PositionLogprobs, PromptLogprobs, SamplingParams, SequenceSpec, TokenChunk, blocks_for
+from baton.types import (
+    Embedding,
+    KvLayout,
+    PositionLogprobs,
+    PromptLogprobs,
+    SamplingParams,
+    SequenceSpec,
+    TokenChunk,
+    blocks_for,
+)
 from engine.blocks import BlockPool, BlockState
 from engine.events import EngineEvent, Failed, Handoff, Output, Started
-from engine.fake import FakeRunner, expected_scores, expected_tokens
+from engine.fake import FakeRunner, expected_embedding, expected_scores, expected_tokens
 from engine.replica import StepUnderway
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
@@ -44,7 +53,8 @@ VOCAB = 50
 
 # What changes or reports logits.
 KINDS: tuple[dict[str, object], ...] = (
-    {"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1}, {"prompt_logprobs": 1}
+    {"logprobs": 1}, {"repetition_penalty": 1.5}, {"min_tokens": 1}, {"prompt_logprobs": 1}, {"pooling": "mean"},
+    {"pooling": "last"},
 )  # fmt: skip
 
 
@@ -77,6 +87,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.runner = FakeRunner(LAYOUT, vocab_size=VOCAB, overlaps=self.overlaps, max_drawn=self.max_drawn)
         self.specs: dict[str, SequenceSpec] = {}
         self.tokens: dict[str, list[int]] = {}
+        self.embedded: set[str] = set()
         # Of their prompts.
         self.scores: dict[str, list[PositionLogprobs]] = {}
         # They will be heard of again.
@@ -358,6 +369,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 scores = self.scores[event.sequence_id]
                 assert event.index == len(scores) + 1
                 scores += event.logprobs
+            elif isinstance(event, Embedding):
+                spec = self.specs[event.sequence_id]
+                assert spec.sampling.pooling
+                assert not self.tokens[event.sequence_id]
+                assert event.sequence_id not in self.embedded, "one is told"
+                self.embedded.add(event.sequence_id)
+                assert event.values == expected_embedding(spec, LAYOUT)
             elif isinstance(event, Output):
                 self.scored(event.sequence_id)
                 tokens = self.tokens[event.sequence_id]
@@ -377,6 +395,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def scored(self, name: str) -> None:
         """It has a token: all that was asked of its prompt is told, by the node that computed it."""
         spec = self.specs[name]
+        if spec.sampling.pooling and not self.tokens[name]:
+            assert name in self.embedded
         if spec.sampling.prompt_logprobs is not None and not self.tokens[name]:
             assert self.scores[name] == expected_scores(spec, LAYOUT, VOCAB)
 

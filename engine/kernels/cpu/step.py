@@ -25,7 +25,7 @@ from engine.model_config import ModelConfig
 if TYPE_CHECKING:
     from engine.kernels.cpu import CpuKernels
 
-_Order = Callable[[StepInputs], Tensor]
+_Order = Callable[[StepInputs], tuple[Tensor, Tensor]]
 _OnLayer = Callable[[int], None] | None
 
 
@@ -128,7 +128,9 @@ class _RecordedStep:
 
         inputs = StepInputs(token_ids, cos, sin, slots, attention(tiles, Count.TILES, long), on_layer, choose)
         with kernels.tape.recording(program):
-            self._logits, summary = kernels.summarize(order(inputs))
+            # Kept, so that no later record writes there.
+            self._hidden, logits = order(inputs)
+            self._logits, summary = kernels.summarize(logits)
         self._summary = summary.numpy()
         program.seal()
 
@@ -164,4 +166,4 @@ class _RecordedStep:
         pauses = [] if on_layer is None else [(at, partial(on_layer, i)) for i, at in enumerate(self._written)]
         # Only the rows whose logits are wanted need the last layer's output.
         self._program.run(counts, pauses, len(self._program) if num_wanted else self._written[-1])
-        return Logits(self._logits[:num_wanted], peaks_of(self._summary[:num_wanted]))
+        return Logits(self._logits[:num_wanted], peaks_of(self._summary[:num_wanted]), self._hidden[:num_wanted])

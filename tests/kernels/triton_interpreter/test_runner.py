@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from baton.clock import MonotonicClock
-from baton.types import PromptLogprobs, SequenceSpec
+from baton.types import Embedding, PromptLogprobs, SequenceSpec
 from engine.blocks import BlockPool
 from engine.config import EngineConfig
 from engine.events import EngineEvent, Output
@@ -113,9 +113,11 @@ def test_steps_that_overlap_give_the_same_tokens(tmp_path: Path, max_graph_seqs:
         spec("f", random_prompt(5, VOCAB_SIZE), max_tokens=5, min_tokens=2, stop_token_ids=(1, 2)),
         spec("g", random_prompt(6, VOCAB_SIZE), max_tokens=3, logprobs=2),
         spec("h", random_prompt(21, VOCAB_SIZE), max_tokens=3, prompt_logprobs=2),
+        spec("i", random_prompt(20, VOCAB_SIZE), max_tokens=1, pooling="mean"),
     ]
     (alone, _), (overlapped, num_fed) = (_serve(Counting(runner, o), [plain, changed]) for o in (False, True))
     assert alone == overlapped
+    assert len(alone["i/0/0"]) == 2, "the embedding and a token"
     assert len(alone["h/0/0"]) == 20 + 3, "the prompt's tokens but the first, and what was generated"
     # All of them: no step waits for the host.
     assert num_fed > 15
@@ -141,8 +143,9 @@ def _serve(runner: Counting, waves: list[list[SequenceSpec]]) -> tuple[dict[str,
             num_open = len(wave)
             while num_open:
                 event = heard.get(timeout=60)
-                if isinstance(event, PromptLogprobs):
-                    found.setdefault(event.sequence_id, []).extend(event.logprobs)
+                if isinstance(event, PromptLogprobs | Embedding):
+                    told = event.logprobs if isinstance(event, PromptLogprobs) else [event.values]
+                    found.setdefault(event.sequence_id, []).extend(told)
                     continue
                 assert isinstance(event, Output)
                 found.setdefault(event.sequence_id, []).append((event.chunk.token_ids, event.chunk.logprobs))

@@ -1,9 +1,11 @@
 from collections.abc import Sequence as Seq
 
+import numpy as np
 import pytest
 
 from baton.errors import BadConfig, BadLogits, InternalError, InvalidRequest, NoBlocks, Overloaded, PromptTooLong
 from baton.types import (
+    Embedding,
     FinishReason,
     PositionLogprobs,
     PromptLogprobs,
@@ -702,6 +704,29 @@ def test_what_was_scored_before_a_preemption_is_not_scored_again() -> None:
     assert [e.index for e in heard] == sorted({e.index for e in heard})
     assert heard[0].index == 1
     assert len(heard[0].logprobs) < 11, "it was preempted in the middle"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_prompt_is_pooled_by_rising_position_whatever_its_chunks(pooling: str) -> None:
+    rows = np.random.default_rng(2).normal(size=(9, 5)).astype(np.float32)
+    found = []
+    for max_num_seqs in (2, 4, 16):
+        s = scheduler(max_num_seqs=max_num_seqs)
+        sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=1, pooling=pooling)
+        s.add(SequenceSpec("a", tuple(range(9)), sampling), hands_off=False, now=0.0)
+        while s.num_sequences:
+            plan, _ = s.schedule(0.0)
+            assert plan is not None
+            (piece,) = plan.pieces
+            wanted = [*piece.scored, *[piece.end - 1] * piece.samples]
+            hidden = {"a": rows[wanted]} if wanted else {}
+            found += s.apply(plan, StepResult(drawn(plan).sampled, hidden=hidden), 0.0)
+    embeddings = [e for e in found if isinstance(e, Embedding)]
+    total = rows[0].astype(np.float64)
+    for row in rows[1:]:
+        total += row
+    values = rows[-1] if pooling == "last" else (total / 9).astype(np.float32)
+    assert [e.values for e in embeddings] == [values.tobytes()] * 3
 
 
 def test_a_prompt_that_tokens_follow_was_scored_elsewhere() -> None:

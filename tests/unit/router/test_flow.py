@@ -18,6 +18,7 @@ from baton.node_messages import (
 from baton.observe import FailedAttempt
 from baton.prefix import PrefixScheme
 from baton.types import (
+    Embedding,
     Failure,
     FinishReason,
     KvLayout,
@@ -339,6 +340,24 @@ def test_a_prompt_that_is_not_scored_as_asked_is_a_defect(event: f.FromNode) -> 
     assert isinstance(end, f.End)
     assert end.outcome.error is not None
     assert end.outcome.error.code == "InternalError"
+
+
+def test_an_embedding_is_delivered_once_and_comes_before_a_token() -> None:
+    sampling = SamplingParams(max_tokens=1, seed=1, pooling="last")
+    flow = begin(sampling)
+    flow.handle(f.Placed(Placement("p", "p")), 0.0)
+    embedding = Embedding("r/0/0", b"\0\0\x80\x3f")
+    assert flow.handle(f.FromNode("p", embedding), 1.0) == [embedding]
+    assert flow.handle(f.FromNode("p", embedding), 1.0) == []
+    assert flow.handle(tokens("p", 0, 7, finish=FinishReason.LENGTH), 1.0)[0] == chunk(
+        0, 7, finish=FinishReason.LENGTH
+    )  # fmt: skip
+    hasty = begin(sampling)
+    hasty.handle(f.Placed(Placement("p", "p")), 0.0)
+    *_, end = hasty.handle(tokens("p", 0, 7), 1.0)
+    assert isinstance(end, f.End)
+    assert end.outcome.error is not None
+    assert "before the prompt's embedding" in end.outcome.error.message
 
 
 def test_a_prompt_that_is_scored_is_looked_for_in_no_cache() -> None:

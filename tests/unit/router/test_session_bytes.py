@@ -14,6 +14,7 @@ from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.node_messages import Cancel, HandedOff, Joined, NotMigrated, Reserve, Run, SequenceFailed
 from baton.types import (
+    Embedding,
     Lease,
     PositionLogprobs,
     PromptLogprobs,
@@ -105,3 +106,15 @@ def test_what_was_scored_of_a_prompt_arrives_as_it_was_sent(index: int, values: 
     response = node_pb2.SessionResponse.FromString(composer.response().SerializeToString())
     reader = session_bytes.Reader("d0", "a:1", Defects(logging.getLogger("test"), MonotonicClock()))
     assert reader.messages(response) == [sent]
+
+
+def test_an_embedding_arrives_as_it_was_sent_or_fails_its_sequence() -> None:
+    sent = Embedding("r/0/0", bytes(range(8)))
+    composer = Composer()
+    composer.add(sent)
+    composer.add(Embedding("r/1/0", b"123"))
+    reader = session_bytes.Reader("d0", "a:1", Defects(logging.getLogger("test"), MonotonicClock()))
+    found, failed = reader.messages(composer.response())
+    assert found == sent
+    assert isinstance(failed, SequenceFailed)
+    assert failed.sequence_id == "r/1/0"
