@@ -11,6 +11,7 @@ from pydantic.json_schema import models_json_schema
 
 from baton import __version__
 from router.messages.request import MessagesBody
+from router.openai_embeddings import EmbeddingBody
 from router.openai_neutral import neutral_fields
 from router.openai_request import ChatBody, CompletionBody
 from router.responses.request import ResponsesBody
@@ -24,6 +25,7 @@ _JSON, _EVENTS = "application/json", "text/event-stream"
 _BODIES: Mapping[str, type[BaseModel]] = {
     "/v1/completions": CompletionBody,
     "/v1/chat/completions": ChatBody,
+    "/v1/embeddings": EmbeddingBody,
     "/v1/responses": ResponsesBody,
     "/v1/messages": MessagesBody,
     "/v1/messages/count_tokens": MessagesBody,
