@@ -66,7 +66,7 @@ NUMBERS: list[Schema] = [
     {"type": "integer", "maximum": -10},
     {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 3},
     {"type": "integer", "minimum": -1000, "exclusiveMaximum": -990},
-    *[{"type": "integer", "multipleOf": n} for n in (2, 5, 7, 100)],
+    *[{"type": "integer", "multipleOf": n, "minimum": 0, "maximum": 9999} for n in (2, 5, 7, 100)],
     {"type": "integer", "multipleOf": 3, "minimum": 10, "maximum": 50},
     {"type": "number", "minimum": 0, "maximum": 1},
     {"type": "number", "minimum": -2.5, "maximum": 2.5},
