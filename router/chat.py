@@ -26,7 +26,7 @@ from baton.errors import BadConfig, BatonError, InvalidRequest, PromptTooLong, q
 _DEVELOPER = "developer"
 # Marks the end of the message that an answer continues, while it is rendered. A template that trims the message takes
 # the space at the end, as in transformers.
-_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+_MARK = "[what the answer continues ends here] "
 # Cost of a message in a template, in characters of text.
 _MESSAGE_CHARS = 64
 # Variables of templates that turn reasoning on and off, or say how much of it there is to be.
