@@ -102,25 +102,27 @@ async def test_draining_a_node_with_sixteen_long_streams(
         async with baton.AsyncClient(router.address) as client:
             undisturbed = await asyncio.gather(*router.run(client, 16, 1000, 1000))
             tasks = router.run(client, 16, 1000, 1000)
-            async with asyncio.timeout(60):
-                while len(router.movable) < 16:  # noqa: ASYNC110
-                    await asyncio.sleep(0.005)
             leaving = cluster.nodes["decode-0"]
+            # Not all sixteen: on a busy machine the first ones end before the last ones begin.
+            async with asyncio.timeout(60):
+                while len(there := router.movable_from(leaving.id)) < 4:  # noqa: ASYNC110
+                    await asyncio.sleep(0.005)
             began_s = time.monotonic()
             await client.drain(leaving.id, grace_s=120.0)
             async with asyncio.timeout(120):
                 while router.num_on(leaving.id):  # noqa: ASYNC110
                     await asyncio.sleep(0.005)
             emptied_s = time.monotonic() - began_s
-            is_early = not any(task.done() for task in tasks)
+            num_left = sum(not active.flow.has_ended for active in there)
             await asyncio.to_thread(cluster.wait_back, leaving)
             done: list[Completion] = await asyncio.gather(*tasks)
         same(done, undisturbed)
         assert [x.relay.attempts for x in done] == [1] * 16
         _log.info("without a stream after %.2f s, migration %s", emptied_s, migrates)
         report("moves off a node that drains", router)
-        assert is_early or not migrates, "it waited for answers to end"
-    assert set(router.outcomes) <= ({("drain", "moved"), ("drain", "failed")} if migrates else set())
+        assert num_left or not migrates, "it waited for answers to end"
+    assert {reason for reason, _ in router.outcomes} == ({"drain"} if migrates else set())
+    assert router.outcomes.get(("drain", "moved"), 0) > 0 or not migrates, router.outcomes
 
 
 def report(what: str, router: MovingRouter) -> None:

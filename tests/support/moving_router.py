@@ -47,6 +47,9 @@ class MovingRouter:
     def movable(self) -> list[Active]:
         return [active for active in self._dispatcher.scheduler.in_flight if active.flow.can_move]
 
+    def movable_from(self, node_id: str) -> list[Active]:
+        return [active for active in self.movable if self.source_of(active) == node_id]
+
     def num_on(self, node_id: str) -> int:
         """Sequences that have something on the node."""
         return sum(node_id in active.flow.holders for active in self._dispatcher.scheduler.in_flight)
