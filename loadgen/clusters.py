@@ -82,7 +82,7 @@ async def started(shape: Shape, model: str, folder: Path) -> AsyncIterator[Clust
     stem = "".join(c if c.isalnum() else "-" for c in shape.name)
     ready = folder / f"{stem}.json"
     command = (*up, "--model", model, "--ready-file", str(ready), *shape.options)
-    async with running(shape.name, command, ready, folder / f"{stem}.log") as said:
+    async with running(f"the cluster {shape.name}", command, ready, folder / f"{stem}.log") as said:
         nodes = tuple(Node(**node) for node in said["nodes"])
         yield Cluster(shape, str(said["http"]), str(said["grpc"]), nodes)
 
@@ -123,7 +123,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise Unavailable(f"a process did not stop in {_STOP_S:g} s and was killed") from None
+        raise Unavailable(f"{process.args!r} did not stop in {_STOP_S:g} s and was killed") from None
 
 
 def _last_words(log: Path) -> str:

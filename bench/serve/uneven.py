@@ -53,7 +53,9 @@ async def _routers(setting: Setting) -> AsyncIterator[tuple[tuple[Target, ...], 
                 command = [sys.executable, "-m", module, "router", "--model", setting.model, "--config", str(config)]
                 command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
                 command += [word for node in cluster.nodes for word in ("--node", node.address)]
-                router = await stack.enter_async_context(running(name, command, ready, stem.with_suffix(".log")))
+                router = await stack.enter_async_context(
+                    running(f"the router, {name},", command, ready, stem.with_suffix(".log"))
+                )
                 targets.append(replace(first, name=name, server=Server.parse(router["http"])))
             yield tuple(targets), cluster
 
