@@ -123,7 +123,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise Unavailable(f"{process.args!r} did not stop in {_STOP_S:g} s and was killed") from None
+        raise Unavailable(f"a process of a cluster did not stop in {_STOP_S:g} s and was killed") from None
 
 
 def _last_words(log: Path) -> str:
