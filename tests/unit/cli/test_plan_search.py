@@ -25,7 +25,9 @@ PAIR = ("--pair", "h100-80gb:a100-80gb", "--count", "1-3")
 
 
 def search(*arguments: str) -> str:
-    found = CliRunner().invoke(app, ["plan", "search", *SMALL, *arguments], catch_exceptions=False)
+    # Tables are cut to this width.
+    wide = {"COLUMNS": "300"}
+    found = CliRunner().invoke(app, ["plan", "search", *SMALL, *arguments], catch_exceptions=False, env=wide)
     assert found.exit_code == 0, found.output
     return found.stdout
 
