@@ -18,8 +18,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from baton.chat import CallMode, Tool, ToolCall, ToolChoice
-from baton.chat import ChatMessage as ChatMessage
+from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import BadConfig, BatonError, InvalidRequest, PromptTooLong, quoted, shortened
 
 # OpenAI's newer name for the system role.
@@ -30,7 +29,7 @@ _MARK = "[what the answer continues ends here] "
 # Cost of a message in a template, in characters of text.
 _MESSAGE_CHARS = 64
 # Variables of templates that turn reasoning on and off, or say how much of it there is to be.
-_THINKING, _EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
+THINKING, _EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Lists and objects in the arguments of a call of an earlier turn that are given to the template as such.
 _MAX_CONTAINERS = 4096
@@ -148,7 +147,7 @@ class _Template:
         if effort is None or _EFFORT in self._variables:
             return
         if effort == "none":
-            if reasons and self._variables.isdisjoint(_THINKING):
+            if reasons and self._variables.isdisjoint(THINKING):
                 raise InvalidRequest(
                     "reasoning_effort is 'none', but the model's chat template cannot turn reasoning off",
                     param="reasoning_effort",
@@ -230,7 +229,7 @@ class _Template:
 def _effort_variables(effort: str | None) -> dict[str, Any]:
     if effort is None:
         return {}
-    return dict.fromkeys(_THINKING, effort != "none") | {_EFFORT: effort}
+    return dict.fromkeys(THINKING, effort != "none") | {_EFFORT: effort}
 
 
 def _seen_tool(tool: Tool) -> dict[str, Any]:

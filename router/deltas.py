@@ -7,11 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.chat import CallMode as CallMode
-from baton.chat import Tool as Tool
-from baton.chat import ToolCall as ToolCall
-from baton.chat import ToolChoice as ToolChoice
-
 
 @dataclass(frozen=True, slots=True)
 class ReasoningText:

@@ -28,8 +28,7 @@ from baton.types import (
     Slo,
 )
 from router.active import Active
-from router.chat import ChatTemplate
-from router.chat import Conversation as Conversation
+from router.chat import ChatTemplate, Conversation
 from router.clients import cache_salt
 from router.cluster.admission import Prediction
 from router.cluster.policy import Demand

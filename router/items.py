@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from enum import Enum
 
-from router.chat import ChatMessage
-from router.deltas import CallBegin, ContentText, Delta, ReasoningText, ToolCall
+from baton.chat import ChatMessage, ToolCall
+from router.deltas import CallBegin, ContentText, Delta, ReasoningText
 from router.text import Part
 
 

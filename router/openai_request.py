@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from baton.chat import MAX_TOOLS
+from baton.chat import MAX_TOOLS, ChatMessage
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import (
     DEFAULTED_SAMPLING,
@@ -26,7 +26,7 @@ from baton.types import (
     MAX_TOP_LOGPROBS,
     SamplingParams,
 )
-from router.chat import ChatMessage, Conversation
+from router.chat import Conversation
 from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 from router.openai_structured import Asked as AskedForm

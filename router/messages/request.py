@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
-from router.chat import ChatMessage, Conversation
-from router.deltas import CallMode, Tool, ToolCall, ToolChoice
+from router.chat import THINKING, Conversation
 from router.frontend import Caller, GenerationRequest
 from router.grammars import of_json_schema
 from router.json_object import JsonObject
@@ -34,8 +34,6 @@ _NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("speed", ("standard",), "there is one speed"),
 )
 
-# Variables of templates that turn reasoning on and off.
-_THINKING = ("enable_thinking", "thinking")
 _MODES = {"auto": CallMode.AUTO, "any": CallMode.REQUIRED, "tool": CallMode.REQUIRED, "none": CallMode.NONE}
 
 
@@ -113,7 +111,7 @@ class MessagesBody(CommonBody):
                 raise thinking.fault("type", "'enabled', 'disabled' or 'adaptive'")
             # What the model thinks counts as its output, so max_tokens bounds it; a bound of its own has no effect.
             thinking.finish("budget_tokens", "display")
-            variables = dict.fromkeys(_THINKING, kind != "disabled") | variables
+            variables = dict.fromkeys(THINKING, kind != "disabled") | variables
         return variables
 
     def turns(self) -> list[ChatMessage]:

@@ -11,7 +11,8 @@ import json
 import re
 from collections.abc import Callable, Collection
 
-from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText, Tool
+from baton.chat import Tool
+from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.reply.arguments import Parameters
 from router.reply.feed import Feed, Malformed, Reading
 from router.reply.formats import CALL_MARKS, THINK_BEGIN, THINK_END, CallFormat, ReasoningFormat

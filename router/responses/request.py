@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
-from router.chat import ChatMessage, Conversation
-from router.deltas import CallMode, Tool, ToolCall, ToolChoice
+from router.chat import Conversation
 from router.frontend import Caller, GenerationRequest
 from router.grammars import of_json_object
 from router.json_object import JsonObject

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 from baton import errors
+from baton.chat import ChatMessage
 from baton.clock import Clock
 from baton.errors import quoted
-from router.chat import ChatMessage
 from router.config import StoreConfig
 
 # Of the objects around a response's texts and around a turn's.

@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText, Tool
+from baton.chat import Tool
+from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.reply.formats import CallFormat, ReasoningFormat
 from router.reply.parser import ReplyParser
 from tests.support.router import write_model_folder

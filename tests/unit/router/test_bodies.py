@@ -14,8 +14,9 @@ import httpx
 import pytest
 
 from baton import errors
+from baton.chat import ChatMessage
 from router.body import BodyReader, TooLarge, check_structure
-from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.chat import ChatTemplate, Conversation
 from router.config import LimitsConfig
 from router.offload import Offload
 from router.serve import Router

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from baton.chat import ChatMessage, ToolCall
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, ChatTemplate, Conversation
-from router.deltas import ToolCall
+from router.chat import ChatTemplate, Conversation
 from router.frontend import Caller
 from router.openai_request import ChatBody, parse
 from tests.support.tool_templates import TOOL_TEMPLATES

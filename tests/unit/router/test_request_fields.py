@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from baton.chat import ChatMessage
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.chat import ChatTemplate, Conversation
 from router.serve import Router
 from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models
 
+from baton.chat import ChatMessage
 from baton.errors import BadConfig, InvalidRequest, UnsupportedModel
-from router.chat import ChatMessage, ChatTemplate, Conversation
+from router.chat import ChatTemplate, Conversation
 from router.model_files import load_facts
 from router.text import StopFinder, TextStream
 from router.tokenizer import Tokenizer

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest
-from router.chat import ChatMessage, Conversation
-from router.deltas import CallMode, Tool, ToolCall, ToolChoice
+from router.chat import Conversation
 from router.frontend import Caller, GenerationRequest
 from router.messages.request import MessagesBody
 from router.openai_request import parse

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from baton.chat import ChatMessage, ToolCall
 from baton.errors import UnknownResponse
-from router.chat import ChatMessage
 from router.config import StoreConfig
-from router.deltas import ToolCall
 from router.responses.store import StoredResponses
 
 
