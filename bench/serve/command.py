@@ -80,7 +80,9 @@ def _parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="no turn is begun that would end later; default: of the scenario")
     parser.add_argument("--rounds", type=int, help="default: 3, quick: 1")
     parser.add_argument("--seconds", type=float, help="of each open loop; default: 60, quick: 5")
-    parser.add_argument("--only", type=_names, default=(), metavar="A,B", help="configurations whose names contain one")
+    parser.add_argument(
+        "--only", type=_names, default=(), metavar="A,B", help="configurations of these names, or whose names contain one"
+    )
     parser.add_argument("--out", type=Path, default=results, help="folder of the JSON file")
     parser.add_argument("--images", type=Path, help="folder of the pictures; default: docs/images, quick: --out")
     args = parser.parse_args(list(arguments))

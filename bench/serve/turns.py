@@ -42,7 +42,7 @@ class Setting:
     # How long an open loop lasts, and the factor on other numbers of requests.
     seconds: float
     share: float
-    # Only configurations whose names contain one of these; all if there is none.
+    # Only configurations that are named so, else those whose names contain it; all if there is none.
     only: tuple[str, ...]
     console: Console
     began_s: float = field(default_factory=time.monotonic)
@@ -52,7 +52,11 @@ class Setting:
         return self.began_s + self.minutes * 60
 
     def chosen(self, shapes: Sequence[Shape]) -> tuple[Shape, ...]:
-        return tuple(s for s in shapes if not self.only or any(part in s.name for part in self.only))
+        names = {shape.name for shape in shapes}
+        return tuple(
+            s for s in shapes
+            if not self.only or any(s.name == part if part in names else part in s.name for part in self.only)
+        )  # fmt: skip
 
     def count(self, number: int) -> int:
         return max(1, round(number * self.share))

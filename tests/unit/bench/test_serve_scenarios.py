@@ -47,6 +47,12 @@ def test_each_round_begins_with_another_configuration():
     assert [s.name for s in replace(SETTING, only=("b", "c")).chosen(shapes)] == ["b", "c"]
 
 
+@pytest.mark.parametrize(("only", "chosen"), [("2", ["2"]), ("2 a", ["2 a"]), ("a", ["2 a", "1 a"]), ("3", [])])
+def test_a_name_that_is_given_whole_chooses_one_configuration(only, chosen):
+    shapes = [Shape(name, ()) for name in ("2", "2 a", "1 a")]
+    assert [s.name for s in replace(SETTING, only=(only,)).chosen(shapes)] == chosen
+
+
 # -- table
 
 
