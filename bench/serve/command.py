@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str], results: Path) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="default: 3, quick: 1")
     parser.add_argument("--seconds", type=float, help="of each open loop; default: 60, quick: 5")
     parser.add_argument(
-        "--only", type=_names, default=(), metavar="A,B", help="configurations of these names, or whose names contain one"
+        "--only", type=_names, default=(), metavar="A,B", help="configurations so named, or whose names contain it"
     )
     parser.add_argument("--out", type=Path, default=results, help="folder of the JSON file")
     parser.add_argument("--images", type=Path, help="folder of the pictures; default: docs/images, quick: --out")
