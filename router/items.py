@@ -66,6 +66,14 @@ def turn_of(items: Sequence[Item]) -> ChatMessage:
     return ChatMessage("assistant", texts or None, reasoning=reasoning or None, tool_calls=calls)
 
 
+def joined(turns: Sequence[ChatMessage]) -> ChatMessage:
+    """An assistant's turns as one, with the same texts."""
+    texts = tuple(text for turn in turns if isinstance(turn.content, tuple) for text in turn.content)
+    reasoning = "".join(turn.reasoning or "" for turn in turns)
+    calls = tuple(call for turn in turns for call in turn.tool_calls)
+    return ChatMessage("assistant", texts or None, reasoning=reasoning or None, tool_calls=calls)
+
+
 _KINDS = {ReasoningText: ItemKind.REASONING, ContentText: ItemKind.TEXT}
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from router.endpoint import Asked, Endpoint
 from router.frontend import Accepted, Caller, Frontend
-from router.items import Item, turn_of
+from router.items import Item, joined, turn_of
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse
 from router.responses.request import ResponsesBody, echoed
@@ -18,7 +18,7 @@ from router.responses.store import StoredResponses
 def endpoint(frontend: Frontend, unknown: UnknownFields, store: StoredResponses) -> Endpoint:
     def read(content: bytes, caller: Caller) -> Asked:
         body = parse(ResponsesBody, content, unknown)
-        turns = body.turns()
+        turns = body.turns(lambda item_id, param: store.item(caller.client, item_id, param))
         request = body.request(caller, store.history(caller.client, body.previous_response_id), turns)
         is_stored = body.store is not False and store.keeps
         echo, previous_id = echoed(body, is_stored=is_stored), body.previous_response_id
@@ -32,7 +32,8 @@ def endpoint(frontend: Frontend, unknown: UnknownFields, store: StoredResponses)
             )  # fmt: skip
 
             def keep(response: str, items: Sequence[Item]) -> None:
-                store.put(caller.client, heading.response_id, previous_id, [*turns, turn_of(items)], response)
+                said = [turn_of([item]) for item in items]
+                store.put(caller.client, heading.response_id, previous_id, [*turns, joined(said)], response, said)
 
             return ResponseForm(heading, keep if is_stored else None)
 

@@ -7,7 +7,7 @@ What the API has in common with the older ones is read by the same code, with th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,6 +46,10 @@ _MAX_METADATA, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 _MAX_ECHO_CHARS = 512 * 1024
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXT_PARTS = ("input_text", "output_text", "text")
+
+
+# Given an item's id and the field that has it: the item, as an assistant's turn of its own.
+Kept = Callable[[str, str], ChatMessage]
 
 
 class ResponsesBody(CommonBody):
@@ -126,13 +130,13 @@ class ResponsesBody(CommonBody):
         wanted.finish()
         return AskedForm() if kind == "text" else AskedForm(of_json_object(param="text.format"), "text.format")
 
-    def turns(self) -> list[ChatMessage]:
-        """Of the input."""
+    def turns(self, kept: Kept) -> list[ChatMessage]:
+        """Of the input; ``kept`` finds the items that it refers to."""
         if isinstance(self.input, str):
             return [ChatMessage("user", self.input)]
         turns = _Turns()
         for i, item in enumerate(self.input):
-            _add(turns, JsonObject(item, f"input.{i}"))
+            _add(turns, JsonObject(item, f"input.{i}"), kept)
         return turns.closed()
 
 
@@ -195,6 +199,15 @@ class _Turns:
     def call(self, call: ToolCall) -> None:
         self._calls.append(call)
 
+    def again(self, item: ChatMessage) -> None:
+        """An item that was an answer's."""
+        if item.reasoning:
+            self.think(item.reasoning)
+        if isinstance(item.content, tuple):
+            self.say(item.content)
+        for call in item.tool_calls:
+            self.call(call)
+
     def closed(self) -> list[ChatMessage]:
         if self._reasoning or self._texts or self._calls:
             reasoning = "\n".join(self._reasoning) or None
@@ -204,7 +217,7 @@ class _Turns:
         return self._turns
 
 
-def _add(turns: _Turns, item: JsonObject) -> None:
+def _add(turns: _Turns, item: JsonObject, kept: Kept) -> None:
     kind = item.optional("type", str) or "message"
     if kind == "message":
         role, texts = item.required("role", str), _texts(item, "content")
@@ -231,8 +244,12 @@ def _add(turns: _Turns, item: JsonObject) -> None:
             thought = JsonObject(part, f"{item.where}.content.{i}")
             thought.finish("type", "text")
             turns.think(thought.required("text", str))
+    elif kind == "item_reference":
+        turns.again(kept(item.required("id", str), item.at("id")))
+        item.finish()
     else:
-        raise item.fault("type", "'message', 'function_call', 'function_call_output' or 'reasoning'")
+        expected = "'message', 'function_call', 'function_call_output', 'reasoning' or 'item_reference'"
+        raise item.fault("type", expected)
 
 
 def _texts(item: JsonObject, name: str) -> tuple[str, ...]:

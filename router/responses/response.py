@@ -12,6 +12,7 @@ from baton.types import FinishReason
 from router.frontend import Ending
 from router.items import Item, ItemKind, Items
 from router.openai_whole import Json, WholeAnswer
+from router.responses.store import item_id
 from router.text import Part
 from router.turns import Turns
 
@@ -195,7 +196,7 @@ class ResponseWriter:
         return place if item.kind is ItemKind.CALL else f'{place},"content_index":0'
 
     def _item_id(self, item: Item) -> str:
-        return f"{_ID_PREFIXES[item.kind]}_{self._heading.new_id}_{item.index}"
+        return item_id(_ID_PREFIXES[item.kind], self._heading.new_id, item.index)
 
     def _item(self, item: Item, text: str, status: str) -> str:
         members: dict[str, Any] = {"id": self._item_id(item)}

@@ -23,12 +23,15 @@ from router.config import StoreConfig
 # Of the objects around a response's texts and around a turn's.
 _RESPONSE_BYTES = 1024
 _TURN_BYTES = 512
+_MAX_INDEX_DIGITS = 9
 
 
 @dataclass(slots=True)
 class _Stored:
     previous_id: str | None
     turns: tuple[ChatMessage, ...]
+    # Each item of the output, as an assistant's turn of its own.
+    items: tuple[ChatMessage, ...]
     content: str
     num_bytes: int
     used_s: float
@@ -62,14 +65,20 @@ class StoredResponses:
         return self._config.max_responses > 0
 
     def put(
-        self, client: str, response_id: str, previous_id: str | None, turns: Sequence[ChatMessage], content: str
+        self,
+        client: str,
+        response_id: str,
+        previous_id: str | None,
+        turns: Sequence[ChatMessage],
+        content: str,
+        items: Sequence[ChatMessage] = (),
     ) -> None:
-        """``content``: the response's JSON."""
-        num_bytes = _RESPONSE_BYTES + sys.getsizeof(content) + sum(map(_turn_bytes, turns))
+        """``content``: the response's JSON; ``items``: of its output, with the texts that the last turn has."""
+        num_bytes = _RESPONSE_BYTES + sys.getsizeof(content) + sum(map(_turn_bytes, turns)) + _TURN_BYTES * len(items)
         with self._lock:
             mine = self._clients.setdefault(self._key(client), _Client())
             now_s = self._clock.now()
-            mine.stored[response_id] = _Stored(previous_id, tuple(turns), content, num_bytes, now_s)
+            mine.stored[response_id] = _Stored(previous_id, tuple(turns), tuple(items), content, num_bytes, now_s)
             mine.num_bytes += num_bytes
             self.num_bytes += num_bytes
             self._num_stored += 1
@@ -88,6 +97,15 @@ class StoredResponses:
         with self._lock:
             return self._find(client, response_id, "response_id").content
 
+    def item(self, client: str, item_id: str, param: str) -> ChatMessage:
+        """Of the output of a response that is kept. Raises UnknownResponse for ``param``."""
+        response_id, index = place_of(item_id)
+        with self._lock:
+            items = self._find(client, response_id, param, f"item {quoted(item_id)}").items
+        if index >= len(items):
+            raise _unknown(f"item {quoted(item_id)}", param)
+        return items[index]
+
     def delete(self, client: str, response_id: str) -> None:
         with self._lock:
             self._find(client, response_id, "response_id")
@@ -96,16 +114,12 @@ class StoredResponses:
     def _key(self, client: str) -> str:
         return client if self._has_clients else ""
 
-    def _find(self, client: str, response_id: str, param: str) -> _Stored:
+    def _find(self, client: str, response_id: str, param: str, what: str = "") -> _Stored:
         mine = self._clients.get(self._key(client))
         stored = None if mine is None else mine.stored.get(response_id)
         now_s = self._clock.now()
         if mine is None or stored is None or now_s - stored.used_s > self._config.max_age_s:
-            raise errors.UnknownResponse(
-                f"the response {quoted(response_id)} is not kept here: it was not stored, it was deleted, or it made "
-                "room for others; send the conversation as input",
-                param=param,
-            )
+            raise _unknown(what or f"response {quoted(response_id)}", param)
         stored.used_s = now_s
         mine.stored.move_to_end(response_id)
         return stored
@@ -126,6 +140,26 @@ class StoredResponses:
         self._num_stored -= 1
         if not mine.stored:
             del self._clients[key]
+
+
+def item_id(prefix: str, new_id: str, index: int) -> str:
+    """Of an item; ``new_id`` is its response's id without the prefix."""
+    return f"{prefix}_{new_id}_{index}"
+
+
+def place_of(item_id: str) -> tuple[str, int]:
+    """The response that an item is of, and the item's index there; an id that is none of ours is of no response."""
+    head, _, index = item_id.rpartition("_")
+    is_index = index.isascii() and index.isdigit() and len(index) <= _MAX_INDEX_DIGITS
+    return (f"resp_{head.partition('_')[2]}", int(index)) if is_index else ("", 0)
+
+
+def _unknown(what: str, param: str) -> errors.UnknownResponse:
+    return errors.UnknownResponse(
+        f"the {what} is not kept here: it was not stored, it was deleted, or it made room for others; send the "
+        "conversation as input",
+        param=param,
+    )
 
 
 def _outdated(client: _Client, since_s: float) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
-from baton.errors import InvalidRequest
+from baton.errors import InvalidRequest, UnknownResponse
 from router.chat import Conversation
 from router.frontend import Caller, GenerationRequest
 from router.openai_request import parse
@@ -21,7 +21,20 @@ def body_of(**body: Any) -> ResponsesBody:
 
 def request(history: tuple[ChatMessage, ...] = (), **body: Any) -> GenerationRequest:
     parsed = body_of(**body)
-    return parsed.request(Caller("c"), history, parsed.turns())
+    return parsed.request(Caller("c"), history, parsed.turns(kept))
+
+
+KEPT = {
+    "rs_1_0": ChatMessage("assistant", None, reasoning="hm"),
+    "msg_1_1": ChatMessage("assistant", ("t",)),
+    "fc_1_2": ChatMessage("assistant", None, tool_calls=(ToolCall("c1", "f", "{}"),)),
+}
+
+
+def kept(item_id: str, param: str) -> ChatMessage:
+    if item_id not in KEPT:
+        raise UnknownResponse(item_id, param=param)
+    return KEPT[item_id]
 
 
 def conversation(history: tuple[ChatMessage, ...] = (), **body: Any) -> Conversation:
@@ -36,6 +49,21 @@ def test_text_is_a_users_turn_behind_instructions_and_history() -> None:
     assert conversation(past, input="a", instructions="be brief").messages == (
         ChatMessage("system", "be brief"), *past, ChatMessage("user", "a"),
     )  # fmt: skip
+
+
+def test_items_that_are_kept_may_be_referred_to() -> None:
+    references = [{"type": "item_reference", "id": name} for name in KEPT]
+    output = {"type": "function_call_output", "call_id": "c1", "output": "1"}
+    whole = ChatMessage("assistant", ("t",), reasoning="hm", tool_calls=(ToolCall("c1", "f", "{}"),))
+    assert conversation(input=[{"role": "user", "content": "u"}, *references, output]).messages == (
+        ChatMessage("user", ("u",)), whole, ChatMessage("tool", ("1",), tool_call_id="c1"),
+    )  # fmt: skip
+    with pytest.raises(UnknownResponse) as unknown:
+        request(input=[references[0], {"type": "item_reference", "id": "msg_2_0"}])
+    assert unknown.value.param == "input.1.id"
+    with pytest.raises(InvalidRequest) as bad:
+        request(input=[{"type": "item_reference"}])
+    assert bad.value.param == "input.0.id"
 
 
 def test_items_of_an_assistant_in_a_row_are_one_turn() -> None:
@@ -184,7 +212,7 @@ IMAGE = {"type": "input_image", "image_url": "data:"}
     ({"input": [{"role": "robot", "content": "a"}]}, "input.0.role"),
     ({"input": [{"role": "user"}]}, "input.0.content"),
     ({"input": [{"role": "user", "content": [IMAGE]}]}, "input.0.content.0.type"),
-    ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+    ({"input": [{"type": "web_search_call", "id": "x"}]}, "input.0.type"),
     ({"input": [{"type": "function_call", "name": "f", "arguments": "{}"}]}, "input.0.call_id"),
     ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input.0.output"),
     ({"input": [{"role": "user", "content": "a", "mood": "good"}]}, "input.0.mood"),

@@ -84,6 +84,9 @@ async def test_a_conversation_goes_on_behind_what_is_kept(folder: Path) -> None:
         ]  # fmt: skip
         same = await client.responses.create(input=spelled, **ASKED)  # type: ignore[arg-type]
         assert same.output_text == second.output_text
+        named = [{"type": "item_reference", "id": item.id} for item in first.output]
+        short = [{"role": "user", "content": "hello"}, *named, {"role": "user", "content": "and"}]
+        assert (await client.responses.create(input=short, **ASKED)).output_text == second.output_text  # type: ignore[arg-type]
 
         assert (await client.responses.retrieve(second.id)).model_dump() == second.model_dump()
         stream = await client.responses.create(input="or", previous_response_id=second.id, stream=True, **ASKED)
@@ -98,6 +101,9 @@ async def test_a_conversation_goes_on_behind_what_is_kept(folder: Path) -> None:
             assert refused.value.param == "previous_response_id"
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(first.id)
+        with pytest.raises(openai.NotFoundError) as refused:
+            await client.responses.create(input=short, **ASKED)  # type: ignore[arg-type]
+        assert refused.value.param == "input.1.id"
         kept_not = await client.responses.create(input="hello", store=False, **ASKED)
         with pytest.raises(openai.NotFoundError):
             await client.responses.retrieve(kept_not.id)

@@ -7,7 +7,7 @@ import pytest
 from baton.chat import ChatMessage, ToolCall
 from baton.errors import UnknownResponse
 from router.config import StoreConfig
-from router.responses.store import StoredResponses
+from router.responses.store import StoredResponses, item_id
 
 
 class SteppedClock:
@@ -68,6 +68,19 @@ def test_a_response_belongs_to_its_client() -> None:
     shared = store(has_clients=False)
     put(shared, "r1", client="a")
     assert has(shared, "r1", "b")
+
+
+def test_an_item_is_found_by_its_own_id() -> None:
+    kept = store()
+    said = [ChatMessage("assistant", ("a",)), ChatMessage("assistant", None, tool_calls=(ToolCall("c1", "f", "{}"),))]
+    kept.put("c", "resp_a_1", None, [turn("u")], "", said)
+    assert [kept.item("c", item_id(prefix, "a_1", i), "p") for i, prefix in enumerate(("msg", "fc"))] == said
+    for unknown in ("fc_a_1_2", "msg_b_1_0", "msg_a_1", "msg", "", "a_1_0", "msg_a_1_" + "9" * 5000, "msg_a_1_-1"):
+        with pytest.raises(UnknownResponse) as refused:
+            kept.item("c", unknown, "input.0.id")
+        assert refused.value.param == "input.0.id"
+    with pytest.raises(UnknownResponse):
+        kept.item("other", "msg_a_1_0", "p")
 
 
 def test_the_one_unused_for_longest_makes_room() -> None:
