@@ -51,6 +51,25 @@ def test_a_loop_over_http(shared_cluster: StartCluster, demo_model: Path, stream
     cluster.wait_baseline()
 
 
+def test_a_loop_over_responses(shared_cluster: StartCluster, demo_model: Path) -> None:
+    """A call that is named by its id is the call itself."""
+    cluster = shared_cluster(demo_model, prefill=1, decode=1)
+    tools: Any = [{"type": "function", "name": "facts", "parameters": SCHEMA, "strict": True}]
+    asked: dict[str, Any] = {"model": "model", "temperature": 0, "max_output_tokens": 200, "tools": tools}
+    with openai.OpenAI(base_url=f"{cluster.http}/v1", api_key="none", max_retries=0) as client:
+        first = client.responses.create(input=QUESTION, tool_choice="required", parallel_tool_calls=False, **asked)
+        (call,) = [item for item in first.output if item.type == "function_call"]
+        assert call.name == "facts"
+        assert json.loads(call.arguments)["person"] in ("Ada", "Bo")
+        result: Any = {"type": "function_call_output", "call_id": call.call_id, "output": "Ada likes plums."}
+        named: Any = [{"role": "user", "content": QUESTION}, {"type": "item_reference", "id": call.id}, result]
+        last = client.responses.create(input=named, tool_choice="none", **asked)
+        kept = client.responses.create(input=[result], previous_response_id=first.id, tool_choice="none", **asked)
+        assert last.output_text
+        assert last.output_text == kept.output_text
+    cluster.wait_baseline()
+
+
 def test_a_loop_over_grpc(shared_cluster: StartCluster, demo_model: Path) -> None:
     cluster = shared_cluster(demo_model, prefill=1, decode=1)
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 200, "tools": [Tool("facts", "", SCHEMA)]}
