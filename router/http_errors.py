@@ -15,7 +15,7 @@ _PARAMS = {("/v1/responses", "messages"): "input", ("/v1/embeddings", "prompt"):
 
 def body_of(error: BatonError, path: str) -> dict[str, Any]:
     if path.startswith(_MESSAGES_PATH):
-        return messages.error_body(error.http_status, error.message)
+        return messages.error_body(error.http_status, error.message, error.param)
     body = error_body(error)
     body["error"]["param"] = _PARAMS.get((path, error.param or ""), error.param)
     return body

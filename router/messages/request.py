@@ -30,6 +30,7 @@ _NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (
     ("mcp_servers", ([],), "the server calls no tools by itself"),
     ("context_management", ({}, {"edits": []}), "prompts are never cut"),
     ("diagnostics", (), "there are none"),
+    ("thread", (), "the server keeps no conversations; send all messages"),
     ("inference_geo", (), "the operator decides where the nodes are"),
     ("speed", ("standard",), "there is one speed"),
 )
@@ -53,6 +54,7 @@ class MessagesBody(CommonBody):
     mcp_servers: Any = None
     context_management: Any = None
     diagnostics: Any = None
+    thread: Any = None
     inference_geo: Any = None
     speed: Any = None
 

@@ -77,6 +77,11 @@ async def test_errors_have_the_form_of_the_api(folder: Path) -> None:
             error = answer.json()
             assert (error["type"], error["error"]["type"]) == ("error", kind)
             assert word in error["error"]["message"]
+            assert "details" not in error["error"]
+        # The package's tool runner goes on without a thread where an error says this.
+        answer = await client.post("/v1/messages", json=ASKED | {"thread": {"type": "create"}})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["details"] == {"error_code": "thread_unsupported_request"}
         answer = await client.get("/v1/messages")
         assert (answer.status_code, answer.json()["type"]) == (405, "error")
         assert answer.headers["allow"] == "OPTIONS, POST"

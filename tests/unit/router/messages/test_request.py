@@ -137,6 +137,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ({"max_tokens": 0}, "max_tokens"),
     ({"n": 2}, "n"),
     ({"container": "x"}, "container"),
+    ({"thread": {"type": "create"}}, "thread"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
     ({"speed": "fast"}, "speed"),
     ({"thinking": {"type": "maybe"}}, "thinking.type"),
