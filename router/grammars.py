@@ -17,9 +17,12 @@ from llguidance.gbnf_to_lark import any_to_lark
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import MAX_GRAMMAR_CHARS
 
-# Between two parts of JSON: room for a line break and its indentation, and no more, since a model that is not allowed
-# to end may write spaces for ever.
-_WHITESPACE = r"\n?[ \t]{0,32}"
+# Between two parts of JSON: a space, or a line break and its indentation. Models have learned both, and one that is not
+# allowed to end would write more for ever.
+_WHITESPACE = r" |\n[ \t]{0,20}"
+_BOUNDED = {"whitespace_pattern": _WHITESPACE}
+# As `json.dumps` writes it on one line.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Levels of JSON in a schema. The library parses 128.
 _MAX_DEPTH = 100
 # The library counts these out state by state, whatever its limits: 10,000 states take 0.1 s, 1,000,000 minutes.
@@ -42,9 +45,10 @@ _REPETITION = re.compile(
 )
 
 
-def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str) -> str:
+def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str, is_compact: bool = False) -> str:
     """JSON that is valid by the schema. ``is_strict`` false: as far as the schema's keywords can be followed; else one
-    that cannot be followed is refused by the check. Raises InvalidRequest for ``param``."""
+    that cannot be followed is refused by the check. ``is_compact``: on one line, with a space behind each comma and
+    colon; else a model may break lines. Raises InvalidRequest for ``param``."""
     if isinstance(schema, str):
         schema = _parsed(schema, param)
     if schema is True:
@@ -54,13 +58,13 @@ def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str)
     _check_keywords(schema, param)
     rewritten: dict[str, Any] = _told_apart(schema, schema)
     is_lenient = is_strict is False
-    options = {"whitespace_pattern": _WHITESPACE, "lenient": is_lenient, "coerce_one_of": is_lenient}
+    options = {**(_COMPACT if is_compact else _BOUNDED), "lenient": is_lenient, "coerce_one_of": is_lenient}
     return _grammar({"json_schema": {**rewritten, "x-guidance": options}}, param)
 
 
-def of_json_object(*, param: str) -> str:
+def of_json_object(*, param: str, is_compact: bool = False) -> str:
     """Any JSON object."""
-    return of_json_schema({"type": "object"}, param=param)
+    return of_json_schema({"type": "object"}, param=param, is_compact=is_compact)
 
 
 def of_regex(regex: object, *, param: str) -> str:
@@ -106,9 +110,11 @@ def of_lark(lark: str, *, param: str) -> str:
     return _grammar({"lark_grammar": lark}, param)
 
 
-def of_json_text(schema: Mapping[str, Any], is_strict: bool | None = None, *, param: str) -> str:
-    """A checked schema as JSON text for Lark's ``%json``."""
-    grammar = json.loads(of_json_schema(schema, is_strict, param=param))
+def of_json_text(
+    schema: Mapping[str, Any], is_strict: bool | None = None, *, param: str, is_compact: bool = False
+) -> str:  # fmt: skip
+    """A checked schema as JSON text for Lark's ``%json``; the rest as for `of_json_schema`."""
+    grammar = json.loads(of_json_schema(schema, is_strict, param=param, is_compact=is_compact))
     return json.dumps(grammar["grammars"][0]["json_schema"])
 
 

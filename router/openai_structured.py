@@ -24,8 +24,11 @@ _MAKERS: Mapping[str, Callable[..., str]] = {
     "choice": grammars.of_choice,
     "grammar": grammars.of_grammar,
 }
+# What makes JSON of them, which the switch bears on.
+_JSON = ("json", "json_object")
+_COMPACT = "disable_any_whitespace"
 # Of `structured_outputs`, accepted where they ask for nothing.
-_SWITCHES = ("json_object", "disable_fallback", "disable_any_whitespace", "disable_additional_properties")
+_SWITCHES = ("json_object", "disable_fallback", _COMPACT, "disable_additional_properties")
 _NEUTRAL = (*_SWITCHES, "structural_tag", "whitespace_pattern")
 _SCHEMA_FIELDS = ("name", "description", "schema", "strict")
 
@@ -89,18 +92,28 @@ def _of_structured(wanted: object) -> list[Asked]:
             param="structured_outputs",
         )
     found = []
+    is_compact = wanted.get(_COMPACT) is True
     for name, value in wanted.items():
         param = f"structured_outputs.{name}"
         if name in _MAKERS:
-            found += [] if value is None else [Asked(_MAKERS[name](value, param=param), param)]
+            options = {"is_compact": is_compact} if name in _JSON else {}
+            found += [] if value is None else [Asked(_MAKERS[name](value, param=param, **options), param)]
         elif name == "json_object" and value is True:
-            found.append(Asked(grammars.of_json_object(param=param), param))
+            found.append(Asked(grammars.of_json_object(param=param, is_compact=is_compact), param))
+        elif name == _COMPACT and value is True:
+            _check_json(wanted)
         elif name not in _NEUTRAL or value not in (None, False):
             expected = "null or false" if name in _NEUTRAL else f"one of {', '.join(_MAKERS)}"
             raise InvalidRequest(
                 f"structured_outputs.{quoted(name)} is {quoted(value)}, expected {expected}", param="structured_outputs"
             )
     return found
+
+
+def _check_json(wanted: Mapping[str, object]) -> None:
+    if all(wanted.get(name) in (None, False) for name in _JSON):
+        param = f"structured_outputs.{_COMPACT}"
+        raise InvalidRequest(f"{param} is true, expected {' or '.join(_JSON)} beside it", param=param)
 
 
 def _of_guided(wanted: Mapping[str, object]) -> list[Asked]:

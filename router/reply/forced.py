@@ -19,7 +19,6 @@ from router.tokenizer import Tokenizer
 # A model that cannot end would call for ever.
 _MAX_CALLS = 64
 _ANY_TEXT = "/(?s:.*)/"
-_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def reply_grammar(
@@ -133,11 +132,8 @@ class _Writer:
         """The name of a rule for values of the schema. What a grammar cannot say of a schema is refused where the tool
         is strict, else left out."""
         name = f"json_{len(self.rules)}"
-        written = json.loads(of_json_text(schema, tool.is_strict, param=f"tools ({tool.name})"))
-        if self._is_compact:
-            del written["x-guidance"]["whitespace_pattern"]
-            written["x-guidance"] |= _COMPACT
-        self.rules.append(f"{name}: %json {json.dumps(written)}")
+        text = of_json_text(schema, tool.is_strict, param=f"tools ({tool.name})", is_compact=self._is_compact)
+        self.rules.append(f"{name}: %json {text}")
         return name
 
     def _function(self, tool: Tool) -> str:

@@ -50,7 +50,14 @@ SCHEMA = {
         ('{"name": "Ada", "age": -3}', False),
         ('{"name": "Ada"}', False),
         ('{"name": "Ada", "age": 3}\n', False),
-        ('{"name":' + " " * 40 + '"Ada", "age": 3}', False),
+        # Between two parts a space, or a line break with its indentation.
+        ('{ "name" : "Ada" , "age" : 3 }', True),
+        ('{"name":  "Ada", "age": 3}', False),
+        ('{"name": "Ada",\n' + " " * 20 + '"age": 3}', True),
+        ('{"name": "Ada",\n' + " " * 21 + '"age": 3}', False),
+        ('{"name": "Ada",\n\t\t"age": 3}', True),
+        ('{"name": "Ada",\n\n"age": 3}', False),
+        ('{"name": "Ada", \n"age": 3}', False),
     ],
 )
 def test_json_by_a_schema(tokenizer: LLTokenizer, text: str, is_valid: bool) -> None:
@@ -60,11 +67,45 @@ def test_json_by_a_schema(tokenizer: LLTokenizer, text: str, is_valid: bool) -> 
     assert matches(tokenizer, grammars.of_lark(lark, param="s"), text) is is_valid
 
 
+@pytest.mark.parametrize(
+    ("text", "is_valid"),
+    [
+        ('{"name": "Ada", "age": 3}', True),
+        ('{"name":"Ada","age":3}', False),
+        ('{\n  "name": "Ada",\n  "age": 3\n}', False),
+        ('{ "name": "Ada", "age": 3}', False),
+    ],
+)
+def test_compact_json_has_one_way_to_be_written(tokenizer: LLTokenizer, text: str, is_valid: bool) -> None:
+    assert matches(tokenizer, grammars.of_json_schema(SCHEMA, param="s", is_compact=True), text) is is_valid
+    lark = f"start: %json {grammars.of_json_text(SCHEMA, param='s', is_compact=True)}"
+    assert matches(tokenizer, grammars.of_lark(lark, param="s"), text) is is_valid
+
+
+@pytest.mark.parametrize("is_compact", [False, True])
+def test_whoever_writes_spaces_wherever_it_may_comes_to_an_end(tokenizer: LLTokenizer, is_compact: bool) -> None:
+    schema = SCHEMA | {"properties": {"name": {"enum": ["Ada"]}, "age": {"enum": [3]}}}
+    grammar = grammars.of_json_schema(schema, param="s", is_compact=is_compact)
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
+    # Single characters: as many tokens as there can be.
+    spaces = [tokenizer.greedy_tokenize(text)[0] for text in (" ", "\t", "\n")]
+    text = ""
+    while not matcher.is_stopped():
+        allowed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        ids = np.flatnonzero(np.unpackbits(allowed, bitorder="little"))
+        chosen = next((i for i in spaces if i in ids), int(ids[0]))
+        assert matcher.consume_token(chosen)
+        text += tokenizer.decode_str([chosen])
+        assert len(text) < 250, text
+    assert json.loads(text) == {"name": "Ada", "age": 3}
+
+
 def test_any_json_object(tokenizer: LLTokenizer) -> None:
     grammar = grammars.of_json_object(param="s")
     assert matches(tokenizer, grammar, '{"a": [1, null, {"b": "c"}]}')
     assert not matches(tokenizer, grammar, "[1]")
     assert matches(tokenizer, grammars.of_json_schema(True, param="s"), "[1]")
+    assert not matches(tokenizer, grammars.of_json_object(param="s", is_compact=True), '{"a":1}')
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,8 @@ async def test_every_form_of_asking(folder: Path) -> None:
             choice = await answer(client, **fields, seed=n)
             jsonschema.validate(json.loads(choice["text"]), SCHEMA)
             assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", None)
+        compact = await answer(client, structured_outputs={"json": SCHEMA, "disable_any_whitespace": True}, seed=9)
+        assert compact["text"] == json.dumps(json.loads(compact["text"]))
         for fields, pattern in (
             ({"structured_outputs": {"regex": "[a-f]{4}-[0-9]{2}"}}, "[a-f]{4}-[0-9]{2}"),
             ({"guided_regex": "^(ab)+c$"}, "(ab)+c"),
@@ -190,6 +192,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"structured_outputs": {"regex": "(?=a)b"}}, "structured_outputs.regex", "look"),
     ({"guided_grammar": "start: nothing"}, "guided_grammar", "nothing"),
     ({"guided_json": {"type": "object", "properties": {"a": {"type": "unknown"}}}}, "guided_json", "unknown"),
+    ({"structured_outputs": {"regex": "a", "disable_any_whitespace": True}},
+     "structured_outputs.disable_any_whitespace", "json"),
+    ({"structured_outputs": {"json": {}, "disable_any_whitespace": 1}}, "structured_outputs", "whitespace"),
 ]  # fmt: skip
 
 
