@@ -7,6 +7,8 @@ engine thread builds none: a sequence whose grammar is being built is not ready,
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import threading
 import weakref
 from collections import OrderedDict
@@ -16,18 +18,25 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
-from baton.errors import BatonError, InternalError, InvalidRequest, UnsupportedModel, described, shortened
+from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded, UnsupportedModel, described, shortened
 from baton.grammar_limits import LIMITS
 from baton.types import SequenceSpec
 from engine.list_masks import ListMask
+from engine.mask_threads import Job, MaskThreads, Outcome
 from engine.step import StepPlan
 
-# Built grammars that are kept for the next sequence that asks for them.
+_log = logging.getLogger(__name__)
+
+# Built grammars that are kept for the next sequence that asks for them, and those that are refused.
 _MAX_KEPT = 64
+# Of one mask: what the library's own limits let through takes 30 ms.
+MASK_LIMIT_S = 1.0
+# Of a grammar. A router has built it in 2 s, on a machine with other work.
+_BUILD_LIMIT_S = 20.0
 _NUM_BUILDERS = 2
 _MAX_MESSAGE_CHARS = 300
 
@@ -86,9 +95,12 @@ class GrammarMask:
         """Follow what was generated elsewhere; called once, by a builder."""
         self._matcher = matcher
         self._stops = _bits_of(self._spec.sampling.stop_token_ids, num_bytes)
+        known = (*self._spec.prompt_token_ids, *self._spec.generated_token_ids)
         # An error is kept: the sequence fails when its next token is to be drawn.
         with contextlib.suppress(BatonError):
-            self.follow((*self._spec.prompt_token_ids, *self._spec.generated_token_ids))
+            self.follow(known)
+            # States that are met for the first time take longest: no step waits for them.
+            self._grammars.fill([(self, known)])
         self.is_ready = True
 
     def fail(self, error: BatonError) -> None:
@@ -176,15 +188,20 @@ class Grammars:
     """All of one node. Masks are made in any thread and used in the engine's."""
 
     def __init__(
-        self, tokenizer: LLTokenizer, vocab_size: int, *, num_threads: int, on_ready: Callable[[], None]
-    ) -> None:
-        """``on_ready``: called in a thread of a builder, when one more sequence has become ready."""
+        self, tokenizer: LLTokenizer, vocab_size: int, *, num_threads: int, on_ready: Callable[[], None],
+        mask_limit_s: float = MASK_LIMIT_S,
+    ) -> None:  # fmt: skip
+        """``on_ready``: called in a thread of a builder, when one more sequence has become ready. A sequence fails
+        whose mask takes longer than ``mask_limit_s``, and so does each later one with its grammar."""
         self._tokenizer = tokenizer
         # Of a mask: whole words.
         self._num_bytes = -(-vocab_size // 32) * 4
-        # The ids that the model can draw.
-        self._real = _bits_of(range(vocab_size), self._num_bytes)
-        self._num_threads = num_threads
+        # The ids that the model can draw. What the library takes for the end of sequence is its guess: what really is
+        # one, requests know.
+        self._text = _bits_of(range(vocab_size), self._num_bytes) & ~_bits_of(tokenizer.eos_tokens, self._num_bytes)
+        self._threads = MaskThreads(num_threads, limit_s=mask_limit_s)
+        self._build_threads = MaskThreads(_NUM_BUILDERS, limit_s=_BUILD_LIMIT_S)
+        self._mask_limit_s = mask_limit_s
         self._on_ready = on_ready
         self._limits = LLParserLimits(**LIMITS)  # type: ignore[arg-type]
         # Masks to be built; None ends a builder. As many as there are sequences.
@@ -192,10 +209,9 @@ class Grammars:
         # The process can exit without waiting for them.
         self._builders: list[threading.Thread] = []
         self._lock = threading.Lock()
-        # Guarded by it; the grammar that was asked for longest ago comes first.
-        self._built: OrderedDict[str, LLMatcher] = OrderedDict()
-        # The engine thread's.
-        self._executor: LLExecutor | None = None
+        # Guarded by it: matchers that have followed nothing, and why a grammar is refused. The one that was asked for
+        # longest ago comes first.
+        self._built: OrderedDict[str, LLMatcher | str] = OrderedDict()
 
     def mask(self, spec: SequenceSpec) -> GrammarMask:
         """Returns at once; it is ready later."""
@@ -219,19 +235,49 @@ class Grammars:
             self.fill(wanted)
 
     def fill(self, wanted: Seq[tuple[GrammarMask, Seq[int]]]) -> None:
-        """The bits of these masks behind these tokens."""
-        if self._executor is None:
-            self._executor = LLExecutor(self._num_threads)
+        """The bits of these masks behind these tokens; one that takes too long fails its sequence alone."""
         words = np.zeros((len(wanted), -(-self._tokenizer.vocab_size // 32)), dtype=np.int32)
-        matchers = [(mask.follow(token_ids), row) for row, (mask, token_ids) in enumerate(wanted)]
-        fill_next_token_bitmask_par(self._executor, matchers, words)
-        # What the library takes for the end of sequence is its guess: what really is one, requests know.
-        text = self._real & ~_bits_of(self._tokenizer.eos_tokens, self._num_bytes)
-        for (mask, _), row in zip(wanted, words, strict=True):
-            mask.take(row.view(np.uint8)[: self._num_bytes] & text)
+        jobs = [
+            Job(mask.grammar, functools.partial(fill_next_token_bitmask, mask.follow(token_ids), words, row))
+            for row, (mask, token_ids) in enumerate(wanted)
+        ]
+        self._threads.run(jobs)
+        for (mask, _), job, row in zip(wanted, jobs, words, strict=True):
+            if job.outcome is Outcome.DONE and job.error is None:
+                mask.take(row.view(np.uint8)[: self._num_bytes] & self._text)
+            else:
+                # The matcher of a late one is in use for as long as its thread is.
+                mask.fail(self._failure(mask, job))
+
+    def _failure(self, mask: GrammarMask, job: Job) -> BatonError:
+        if job.error is not None:
+            return InternalError(f"grammar: {described(job.error)}")
+        if job.outcome is Outcome.LATE:
+            return self._refused(mask.grammar, f"the tokens that may follow take more than {self._mask_limit_s:g} s")
+        with self._lock:
+            found = self._built.get(mask.grammar)
+        if isinstance(found, str):
+            return _refusal(found)
+        message = f"{self._threads.num_lost} requests with other grammars take too long on this node; try again"
+        return Overloaded(message)
+
+    def _refused(self, grammar: str, why: str) -> BatonError:
+        """From now on. Each is logged once, as long as it is kept."""
+        _log.warning("a grammar of %d characters is refused from now on: %s", len(grammar), why)
+        self._keep(grammar, why)
+        return _refusal(why)
+
+    def _keep(self, grammar: str, built: LLMatcher | str) -> None:
+        with self._lock:
+            self._built[grammar] = built
+            self._built.move_to_end(grammar)
+            if len(self._built) > _MAX_KEPT:
+                self._built.popitem(last=False)
 
     def close(self) -> None:
         """No more is built."""
+        self._threads.close()
+        self._build_threads.close()
         with self._lock:
             for _ in self._builders:
                 self._queue.put(None)
@@ -251,15 +297,28 @@ class Grammars:
         self._on_ready()
 
     def _matcher(self, grammar: str) -> LLMatcher:
-        """A copy of its own of one that has followed nothing."""
+        """A copy of its own of one that has followed nothing. Raises InvalidRequest for a refused grammar."""
         with self._lock:
             found = self._built.get(grammar)
             if found is not None:
                 self._built.move_to_end(grammar)
+            if isinstance(found, LLMatcher):
                 return found.deep_copy()
-        built = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
-        with self._lock:
-            self._built[grammar] = built
-            if len(self._built) > _MAX_KEPT:
-                self._built.popitem(last=False)
-            return built.deep_copy()
+        if found is not None:
+            raise _refusal(found)
+        found = self._new(grammar)
+        copy = found.deep_copy()
+        self._keep(grammar, found)
+        return copy
+
+    def _new(self, grammar: str) -> LLMatcher:
+        built: list[LLMatcher] = []
+        job = Job(grammar, lambda: built.append(LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)))
+        self._build_threads.run([job])
+        if job.outcome is Outcome.LATE:
+            raise self._refused(grammar, f"it takes more than {_BUILD_LIMIT_S:g} s to build")
+        if job.error is not None:
+            raise InternalError(f"grammar: {described(job.error)}") from job.error
+        if job.outcome is Outcome.LEFT_OUT:
+            raise Overloaded("other grammars take too long to build on this node; try again")
+        return built[0]

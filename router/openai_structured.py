@@ -104,6 +104,7 @@ def _of_structured(wanted: object) -> list[Asked]:
             _check_json(wanted)
         elif name not in _NEUTRAL or value not in (None, False):
             expected = "null or false" if name in _NEUTRAL else f"one of {', '.join(_MAKERS)}"
+            expected = "true, false or null" if name == _COMPACT else expected
             raise InvalidRequest(
                 f"structured_outputs.{quoted(name)} is {quoted(value)}, expected {expected}", param="structured_outputs"
             )

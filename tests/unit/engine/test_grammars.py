@@ -33,10 +33,10 @@ LIMIT_S = 30.0
 class Node:
     """Grammars of a node, with a word on every mask that became ready."""
 
-    def __init__(self) -> None:
+    def __init__(self, **settings: float) -> None:
         self.ready = threading.Semaphore(0)
         self.grammars = Grammars(
-            load_tokenizer(FILE, VOCAB_SIZE), VOCAB_SIZE, num_threads=2, on_ready=self.ready.release
+            load_tokenizer(FILE, VOCAB_SIZE), VOCAB_SIZE, num_threads=2, on_ready=self.ready.release, **settings
         )
 
     def mask(self, spec: SequenceSpec) -> GrammarMask:
@@ -226,6 +226,41 @@ def test_an_engine_draws_sentences_of_the_grammar(node: Node) -> None:
     for s in (number, choice):
         assert tokens[s.sequence_id] == expected_tokens(s, layout, VOCAB_SIZE, node.mask(s))
     assert tokens["plain"] == expected_tokens(plain, layout, VOCAB_SIZE)
+
+
+# The library takes 0.7 s for its first mask, in one call; routers refuse it.
+SLOW = lark("start: /((a{9999}){9999}){9999}/")
+
+
+def test_a_mask_that_takes_too_long_fails_its_own_sequences() -> None:
+    node = Node(mask_limit_s=0.02)
+    try:
+        first = node.mask(spec(SLOW))
+        with pytest.raises(InvalidRequest, match=r"more than 0\.02 s") as refused:
+            first.bits(PROMPT)
+        assert refused.value.param == "grammar"
+        assert not first.needs_bits(PROMPT)
+        # The next one is refused at once, and others are followed.
+        with pytest.raises(InvalidRequest, match=r"more than 0\.02 s"):
+            node.mask(spec(SLOW)).is_over(PROMPT)
+        slow = [SequenceSpec(f"slow{i}", PROMPT, spec(SLOW).sampling) for i in range(3)]
+        number = SequenceSpec("number", PROMPT, spec(lark("start: /[0-9]{3}x/"), seed=1).sampling)
+        plain = SequenceSpec("plain", PROMPT, SamplingParams(seed=0, max_tokens=4))
+        _, ends = run(node, [*slow, number, plain])
+        assert ends == {
+            "slow0": "InvalidRequest", "slow1": "InvalidRequest", "slow2": "InvalidRequest",
+            "number": FinishReason.STOP, "plain": FinishReason.LENGTH,
+        }  # fmt: skip
+    finally:
+        node.grammars.close()
+
+
+def test_masks_are_made_after_the_end_as_well() -> None:
+    node = Node()
+    mask = node.mask(spec(lark("start: /a+/")))
+    (a,) = text_ids("a")
+    node.grammars.close()
+    assert a in ids(mask.bits((*PROMPT, a)))
 
 
 def test_one_that_is_not_ready_holds_up_no_other(node: Node) -> None:

@@ -87,8 +87,8 @@ def test_whoever_writes_spaces_wherever_it_may_comes_to_an_end(tokenizer: LLToke
     schema = SCHEMA | {"properties": {"name": {"enum": ["Ada"]}, "age": {"enum": [3]}}}
     grammar = grammars.of_json_schema(schema, param="s", is_compact=is_compact)
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=LLParserLimits(**LIMITS))
-    # Single characters: as many tokens as there can be.
-    spaces = [tokenizer.greedy_tokenize(text)[0] for text in (" ", "\t", "\n")]
+    # As many characters as there can be: a line break first.
+    spaces = [tokenizer.greedy_tokenize(text)[0] for text in ("\n", " ", "\t")]
     text = ""
     while not matcher.is_stopped():
         allowed = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
