@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from baton.errors import BatonError, InternalError, InvalidRequest, Overloaded, UnsupportedModel, described, shortened
 from baton.grammar_limits import LIMITS
+from baton.grammar_tokenizer import readable
 from baton.types import SequenceSpec
 from engine.list_masks import ListMask
 from engine.mask_threads import Job, MaskThreads, Outcome
@@ -47,8 +48,8 @@ def load_tokenizer(file: Path, vocab_size: int) -> LLTokenizer:
     Of 150,000 tokens it takes a second, in which no other thread runs, and 80 MB: to be called before anything is
     served.
     """
-    text = file.read_text(encoding="utf-8")
     try:
+        text = readable(file.read_text(encoding="utf-8"))
         try:
             return LLTokenizer(text, n_vocab=vocab_size)
         except ValueError:

@@ -13,6 +13,7 @@ from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
 from pathlib import Path
 
+import baton
 from baton.errors import InternalError, InvalidRequest, Overloaded, described, shortened
 from baton.grammar_limits import LIMITS
 from router.config import GrammarConfig
@@ -90,8 +91,9 @@ class GrammarCheck:
         return why
 
     async def _started(self) -> Process:
+        command = (sys.executable, "-P", str(_PROGRAM), str(Path(baton.__file__).parents[1]))
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(_PROGRAM), stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_MAX_ANSWER_BYTES
+            *command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, limit=_MAX_ANSWER_BYTES
         )
         self._process = process
         told = {

@@ -1,8 +1,8 @@
 """A process that builds grammars that are new: `router/grammar_check.py` starts it by this file's path.
 
-Reads a line of JSON with the tokenizer's file and the limits, then one with each grammar; builds it, follows it for a
-few tokens, and writes why it is refused, or null. What takes too long or too much memory ends the process, in whatever
-call of the library it is.
+Its argument is the folder that the package `baton` is in. It reads a line of JSON with the tokenizer's file and the
+limits, then one with each grammar; builds it, follows it for a few tokens, and writes why it is refused, or null. What
+takes too long or too much memory ends the process, in whatever call of the library it is.
 """
 
 import json
@@ -19,10 +19,14 @@ def main() -> None:
     os.nice(5)
     told = json.loads(sys.stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (told["max_bytes"], told["max_bytes"]))
+    # Behind all others: the folder may have anything in it.
+    sys.path.append(sys.argv[1])
+    from baton.grammar_tokenizer import readable
+
     with open(told["tokenizer"], encoding="utf-8") as file:
         text = file.read()
     try:
-        tokenizer = LLTokenizer(text)
+        tokenizer = LLTokenizer(readable(text))
     except ValueError as error:
         print(json.dumps(str(error)), flush=True)  # noqa: T201
         return

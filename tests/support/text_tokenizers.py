@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 BYTES = [f"<0x{b:02X}>" for b in range(256)]
 WORDS = ["▁the", "▁jam", "▁", "▁▁", "é", "😀", "x", "a", ".", ",", "'s", "n't", "▁a▁b"]
@@ -78,3 +79,19 @@ KINDS: dict[str, Callable[[], tokenizers.Tokenizer]] = {
     ),
     "byte tokens without fallback": lambda: _bpe([*BYTES, *WORDS], decoders.Metaspace("▁", "always")),
 }
+
+
+def trained_sentence_piece(corpus: Sequence[str], decoder: decoders.Decoder) -> tokenizers.Tokenizer:
+    """A BPE tokenizer as Llama 2 has it, trained on the corpus: spaces are parts of pieces, what it has no piece for is
+    written in bytes."""
+    inner = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
+    specials = ["<unk>", "<s>", "</s>"]
+    inner.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=300, special_tokens=specials, show_progress=False))
+    inner.decoder = decoder
+    saved = json.loads(inner.to_str())
+    vocab = saved["model"]["vocab"]
+    for number, piece in enumerate([p for p in BYTES if p not in vocab], start=len(vocab)):
+        vocab[piece] = number
+    saved["model"]["byte_fallback"] = True
+    return tokenizers.Tokenizer.from_str(json.dumps(saved))

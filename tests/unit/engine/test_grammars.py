@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.errors import BatonError, InvalidRequest
+from baton.errors import BatonError, InvalidRequest, UnsupportedModel
 from baton.types import FinishReason, KvLayout, SamplingParams, SequenceSpec
 from engine.blocks import BlockPool
 from engine.events import Failed, Output
@@ -21,7 +22,9 @@ from engine.fake import FakeRunner, expected_tokens
 from engine.grammars import GrammarMask, Grammars, load_tokenizer
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
+from router.tokenizer import Tokenizer
 from tests.support.root import ROOT
+from tests.support.text_tokenizers import KINDS
 
 FILE = ROOT / "demo" / "model" / "tokenizer.json"
 VOCAB_SIZE = 2867
@@ -75,6 +78,45 @@ def ids(bits: bytes) -> list[int]:
 
 def text_ids(text: str) -> list[int]:
     return load_tokenizer(FILE, VOCAB_SIZE).tokenize_str(text)
+
+
+NO_FORM = ("byte-level, then another", "suffix", "wordpiece", "none", "byte tokens without fallback")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_tokens_bytes_are_what_it_adds_to_a_text(kind: str, tmp_path: Path) -> None:
+    inner = KINDS[kind]()
+    inner.save(str(tmp_path / "tokenizer.json"))
+    if kind in NO_FORM:
+        with pytest.raises(UnsupportedModel, match="expected"):
+            load_tokenizer(tmp_path / "tokenizer.json", inner.get_vocab_size())
+        return
+    read = load_tokenizer(tmp_path / "tokenizer.json", inner.get_vocab_size())
+    shown = Tokenizer(inner)
+    for token_id in range(inner.get_vocab_size(with_added_tokens=False)):
+        # No text has the byte 0xff: the library marks special tokens with it.
+        if token_id not in shown.special_ids and shown.token_bytes(token_id) != b"\xff":
+            assert read.decode_bytes([token_id]) == shown.token_bytes(token_id), inner.id_to_token(token_id)
+
+
+def test_why_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    for kind, why in (("wordpiece", "WordPiece"), ("none", "is none"), ("byte tokens without fallback", "<0x0A>")):
+        KINDS[kind]().save(str(file))
+        with pytest.raises(UnsupportedModel, match=why):
+            load_tokenizer(file, 300)
+    KINDS["llama"]().save(str(file))
+    for old, new, why in (
+        ('"<0x0A>"', '"<0x0A1>"', "begins like one of a byte"),
+        ('"content": " "', '"content": "_"', "stands for a space"),
+        ('"stop": 0', '"stop": 1', "strips more"),
+        ('"type": "Fuse"', '"type": "CTC"', "CTC"),
+    ):
+        text = json.dumps(json.loads(file.read_text()), ensure_ascii=False)
+        assert old in text
+        (tmp_path / "odd.json").write_text(text.replace(old, new))
+        with pytest.raises(UnsupportedModel, match=why):
+            load_tokenizer(tmp_path / "odd.json", 300)
 
 
 def test_text_then_stop(node: Node) -> None:

@@ -16,6 +16,7 @@ import httpx
 import jsonschema
 import openai
 import pytest
+from tokenizers import decoders
 
 from baton.client import AsyncClient, StructuredOutput
 from baton.errors import InvalidRequest, Overloaded
@@ -25,7 +26,8 @@ from router.grammar_check import GrammarCheck
 from router.serve import Router
 from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig
-from tests.support.router import VOCAB_SIZE, baseline, router_beside, until, write_model_folder
+from tests.support.router import CORPUS, VOCAB_SIZE, baseline, router_beside, until, write_model_folder
+from tests.support.text_tokenizers import KINDS, trained_sentence_piece
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -208,6 +210,50 @@ async def test_what_cannot_be_followed_is_refused_by_its_field(folder: Path) -> 
         lenient = {"name": "x", "schema": {"type": "integer", "not": {}, "maximum": 9, "minimum": 0}, "strict": False}
         choice = await answer(client, response_format={"type": "json_schema", "json_schema": lenient})
         assert choice["text"] in [str(i) for i in range(10)]
+
+
+DECODERS = {
+    "replace": decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    ),
+    "metaspace": decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace("▁", "always")]),
+}
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+async def test_with_a_tokenizer_of_sentence_piece(tmp_path: Path, decoder: str) -> None:
+    folder = write_model_folder(tmp_path / "tiny")
+    inner = trained_sentence_piece(CORPUS, DECODERS[decoder])
+    inner.save(str(folder / "tokenizer.json"))
+    schema = SCHEMA | {"properties": SCHEMA["properties"] | {"kind": {"enum": ["the fox", "Köln €"]}}}
+    config = FakeConfig(vocab_size=inner.get_vocab_size(), step_s=0.002, tokenizer_file=folder / "tokenizer.json")
+    async with (
+        FakeCluster(config, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        http(router) as client,
+    ):
+        kinds = set()
+        for seed in range(6):
+            choice = await answer(client, guided_json=schema, seed=seed)
+            found = json.loads(choice["text"])
+            jsonschema.validate(found, schema)
+            kinds.add(found["kind"])
+            assert choice["finish_reason"] == "stop"
+        assert kinds == {"the fox", "Köln €"}
+        assert (await answer(client, guided_regex=" x+ the fox"))["text"].endswith("x the fox")
+
+
+async def test_a_tokenizer_that_cannot_be_followed_is_named(tmp_path: Path) -> None:
+    folder = write_model_folder(tmp_path / "tiny")
+    KINDS["wordpiece"]().save(str(folder / "tokenizer.json"))
+    async with (
+        FakeCluster(prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        http(router) as client,
+    ):
+        got = await client.post("/v1/completions", json={"prompt": [5], "guided_regex": "a"})
+        assert got.status_code == 400
+        assert "WordPiece" in got.json()["error"]["message"]
 
 
 async def test_without_a_tokenizer_grammars_are_refused(folder: Path) -> None:
