@@ -10,15 +10,17 @@ from engine.scheduler_config import SchedulerConfig
 def check_spec(spec: SequenceSpec, limits: SchedulerConfig, num_blocks: int) -> None:
     """Raise for a sequence that can never run on ``num_blocks``: PromptTooLong, InvalidRequest."""
     total = spec.max_total_tokens
-    if total > limits.max_model_tokens:
+    # An answer of one token has no KV: a prompt that is only scored may fill the context.
+    num_stored = total - 1 if spec.sampling.max_tokens == 1 else total
+    if num_stored > limits.max_model_tokens:
         raise PromptTooLong(
             f"{len(spec.prompt_token_ids)} prompt tokens + max_tokens {spec.sampling.max_tokens} = {total}, "
             f"expected at most {limits.max_model_tokens}, the context of the model",
             param="prompt",
         )
-    if (need := blocks_for(total, limits.block_tokens)) > num_blocks:
+    if (need := blocks_for(num_stored, limits.block_tokens)) > num_blocks:
         raise PromptTooLong(
-            f"{total} tokens need {need} KV blocks of {limits.block_tokens} tokens, this node has {num_blocks}",
+            f"{num_stored} tokens need {need} KV blocks of {limits.block_tokens} tokens, this node has {num_blocks}",
             param="prompt",
         )
     assert spec.sampling.max_tokens is not None

@@ -480,7 +480,8 @@ class Scheduler:
 
     def _blocks_to_start(self, entry: Entry) -> int:
         if entry.num_preemptions >= self.config.max_preemptions:
-            return blocks_for(entry.sequence.spec.max_total_tokens, self.config.block_tokens)
+            # The last token's KV is never computed.
+            return blocks_for(entry.sequence.spec.max_total_tokens - 1, self.config.block_tokens)
         return blocks_for(len(entry.sequence.token_ids), self.config.block_tokens)
 
     def _blocks_taken(self, entry: Entry) -> int:

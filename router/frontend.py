@@ -106,12 +106,17 @@ class GenerationRequest:
     # The answer repeats the prompt's text, or its ids, in every choice.
     echo: bool = False
     returns_prompt_ids: bool = False
-    # The prompt is scored or repeated, and nothing is generated; max_tokens is 1.
+    # The prompt is scored or repeated, and nothing is generated; max_tokens is 1, and the prompt may fill the context.
     is_prompt_only: bool = False
     # The face's names for the bound on new tokens and for what ``sampling.grammar`` was made of, for messages.
     max_tokens_param: str = "max_tokens"
     grammar_param: str = "grammar"
     caller: Caller = Caller()
+
+    @property
+    def least_tokens(self) -> int:
+        """Tokens that are generated at least."""
+        return 0 if self.is_prompt_only else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -493,7 +498,7 @@ class Frontend:
 
         A prompt of more than ``limit`` tokens is refused before it is tokenized; large prompts leave the event loop.
         """
-        num_chars = sum(self._check_length(prompt, limit, has_echo=request.echo) for prompt in request.prompts)
+        num_chars = sum(self._check_length(prompt, limit, request) for prompt in request.prompts)
 
         def work() -> tuple[list[tuple[int, ...]], list[str]]:
             found = [self._token_ids(prompt, request.add_special_tokens, limit) for prompt in request.prompts]
@@ -510,7 +515,7 @@ class Frontend:
         if count == -1:
             if limit is None:
                 return token_ids
-            count = max(1, limit - self._least_answer(request))
+            count = max(1, limit - _least_answer(request))
         if count is None:
             return token_ids
         return token_ids[:count] if request.truncates_end else token_ids[-count:]
@@ -523,13 +528,13 @@ class Frontend:
         return self.tokenizer.decode(prompt, skip_special_tokens=request.skip_special_tokens)
 
     def _check_length(
-        self, prompt: str | tuple[int, ...] | Conversation, limit: int | None, *, has_echo: bool
-    ) -> int:  # fmt: skip
+        self, prompt: str | tuple[int, ...] | Conversation, limit: int | None, request: GenerationRequest
+    ) -> int:
         """Refuses by the number of characters to tokenize or to render."""
         if isinstance(prompt, tuple):
-            if limit is not None and len(prompt) >= limit:
+            if limit is not None and len(prompt) > limit - request.least_tokens:
                 raise _too_long(limit, f"{len(prompt)}", "prompt")
-            return len(prompt) if has_echo else 0
+            return len(prompt) if request.echo else 0
         if isinstance(prompt, Conversation):
             require(self.tokenizer, "messages")
             if self._chat is None:
@@ -583,7 +588,7 @@ class Frontend:
             sampling = replace(sampling, **{name: getattr(defaults, name) for name in request.unset_sampling})
         limit = self.max_model_tokens
         room = None if limit is None else limit - num_prompt_tokens
-        if room is not None and room < 1:
+        if room is not None and room < request.least_tokens:
             assert limit is not None
             raise _too_long(limit, f"{num_prompt_tokens}", "messages" if request.is_chat else "prompt")
         max_tokens, param = sampling.max_tokens, request.max_tokens_param
@@ -594,7 +599,7 @@ class Frontend:
             max_tokens = default if room is None else min(default, room)
             if sampling.min_tokens > max_tokens:
                 max_tokens, param = sampling.min_tokens, "min_tokens"
-        if room is not None and max_tokens > room:
+        if room is not None and max_tokens > room and not request.is_prompt_only:
             raise errors.PromptTooLong(
                 f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were "
                 f"asked for ({num_prompt_tokens} in the prompt and {max_tokens} to generate); shorten one of them",
@@ -605,12 +610,6 @@ class Frontend:
         eos_ids = [i for i in self._eos_token_ids if vocab_size is None or i < vocab_size]
         stop_ids = resolve_stop_ids(sampling, eos_ids)
         return replace(sampling, max_tokens=max_tokens, seed=seed, stop_token_ids=stop_ids)
-
-    def _least_answer(self, request: GenerationRequest) -> int:
-        """Tokens that a prompt has to leave room for."""
-        sampling = request.sampling
-        default = 1 if request.is_chat else _DEFAULT_COMPLETION_TOKENS
-        return max(default if sampling.max_tokens is None else sampling.max_tokens, sampling.min_tokens, 1)
 
     @property
     def _vocab_size(self) -> int | None:
@@ -718,6 +717,15 @@ class Frontend:
                 param="timeout",
             )
         return asked_s
+
+
+def _least_answer(request: GenerationRequest) -> int:
+    """Tokens that a prompt has to leave room for."""
+    sampling = request.sampling
+    if request.is_prompt_only:
+        return 0
+    default = 1 if request.is_chat else _DEFAULT_COMPLETION_TOKENS
+    return max(default if sampling.max_tokens is None else sampling.max_tokens, sampling.min_tokens, 1)
 
 
 def _check_priority(priority: int) -> None:

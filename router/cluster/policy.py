@@ -163,7 +163,8 @@ class _Search:
     ) -> None:
         self._pools = pools
         self._demand = demand
-        self._num_tokens = demand.num_known_tokens + 1
+        # The only token of an answer needs no room.
+        self._num_tokens = demand.num_known_tokens + (not demand.is_single_token)
         self._breakers = breakers
         self._now = now
         self._config = config

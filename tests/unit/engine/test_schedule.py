@@ -448,6 +448,19 @@ def test_ids_are_not_looked_at_where_no_model_reads_them() -> None:
     assert len(shape(s.schedule(0.0)[0])) == 1
 
 
+def test_a_prompt_with_one_token_behind_it_may_fill_context_and_memory() -> None:
+    for num_blocks in (4, 100):
+        s = scheduler(num_blocks=num_blocks)
+        longest = min(4 * num_blocks, 256)
+        s.add(spec("a", longest, max_tokens=1), hands_off=False, now=0.0)
+        events = [event for _ in range(20) for event in step(s)[1]]
+        assert [e.chunk.finish_reason for e in events if isinstance(e, Output)] == [FinishReason.LENGTH]
+        with pytest.raises(PromptTooLong):
+            s.add(spec("b", longest + 1, max_tokens=1), hands_off=False, now=0.0)
+        with pytest.raises(PromptTooLong):
+            s.add(spec("c", longest, max_tokens=2), hands_off=False, now=0.0)
+
+
 def test_refusals_name_both_values() -> None:
     s = scheduler(num_blocks=4, max_waiting=1)
     with pytest.raises(PromptTooLong, match=r"250 prompt tokens.*258.*256"):

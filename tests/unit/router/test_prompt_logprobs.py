@@ -111,6 +111,31 @@ async def test_a_prompt_alone(folder: Path, tokenizer: Tokenizer) -> None:
         assert single.choices[0].logprobs.token_logprobs == [None]
 
 
+@pytest.mark.parametrize("num_blocks", [256, 4])
+async def test_a_prompt_that_fills_the_context(folder: Path, num_blocks: int) -> None:
+    """That of the model, or all the memory of a node."""
+    config = replace(CONFIG, max_model_tokens=64 if num_blocks == 256 else 2048, num_blocks=num_blocks, block_tokens=16)
+    full = tuple(3 + i % 90 for i in range(64))
+    async with served(folder, config) as (router, _), sdk(router) as client, baton.AsyncClient(router.grpc) as grpc:
+        asked: dict[str, Any] = {"model": "tiny", "prompt": [*full], "echo": True, "logprobs": 0}
+        found = await client.completions.create(**asked, max_tokens=0)
+        assert found.choices[0].logprobs is not None
+        assert found.choices[0].logprobs.token_logprobs == [None, *(p.chosen.logprob for p in scores(full, 0))]
+        alone = await grpc.complete([*full], prompt_only=True, prompt_logprobs=0)
+        assert alone.prompt_logprobs == tuple(scores(full, 0))
+        # Shortened to what fits, it fills the context.
+        cut = await client.completions.create(
+            **asked | {"prompt": [7, *full]}, max_tokens=0, extra_body={"truncate_prompt_tokens": -1}
+        )
+        assert cut.choices[0].logprobs == found.choices[0].logprobs
+        with pytest.raises(openai.BadRequestError, match="context length is 64 tokens") as refused:
+            await client.completions.create(**asked | {"prompt": [*full, 5]}, max_tokens=0)
+        assert refused.value.code == "context_length_exceeded"
+        # One that generates has no room.
+        with pytest.raises(openai.BadRequestError, match="context length is 64 tokens"):
+            await client.completions.create(**asked, max_tokens=1)
+
+
 async def test_prompt_logprobs_in_both_endpoints(folder: Path, tokenizer: Tokenizer) -> None:
     async with served(folder) as (router, _), httpx.AsyncClient(base_url=f"{router.http}/v1", timeout=10) as client:
         body = {"prompt": TEXT, "max_tokens": 2, "prompt_logprobs": 2, "seed": 1}
