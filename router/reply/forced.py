@@ -13,12 +13,25 @@ from baton.chat import Tool
 from router.chat import Conversation
 from router.grammars import of_json_text, of_lark
 from router.reply.arguments import Parameters
-from router.reply.formats import THINK_BEGIN, THINK_END, CallFormat, ReasoningFormat, ReplyFormat
+from router.reply.formats import (
+    CALL_BEGIN,
+    CALL_END,
+    CALL_SEPARATOR,
+    CALLS_BEGIN,
+    CALLS_END,
+    THINK_BEGIN,
+    THINK_END,
+    CallFormat,
+    ReasoningFormat,
+    ReplyFormat,
+)
 from router.tokenizer import Tokenizer
 
 # A model that cannot end would call for ever.
 _MAX_CALLS = 64
 _ANY_TEXT = "/(?s:.*)/"
+# Around the arguments of a DeepSeek's call.
+_FENCE_BEGIN, _FENCE_END = "\n```json\n", "\n```"
 
 
 def reply_grammar(
@@ -76,6 +89,8 @@ class _Writer:
                 return self._mistral(tools, max_calls)
             case CallFormat.QWEN3_CODER:
                 return self._qwen3_coder(tools, max_calls)
+            case CallFormat.DEEPSEEK_V3 | CallFormat.DEEPSEEK_V31:
+                return self._deepseek(tools, max_calls, is_v3=calls is CallFormat.DEEPSEEK_V3)
 
     def can_be_among_text(self, calls: CallFormat) -> bool:
         """Whether a token tells a call's beginning from text, and nothing comes between it and the call."""
@@ -117,6 +132,19 @@ class _Writer:
         begin, end = self._mark("<tool_call>"), self._mark("</tool_call>")
         self.rules.append(f'call: {begin} "\\n" ({" | ".join(map(self._function, tools))}) "\\n" {end}')
         return _repeated("call", '"\\n"', max_calls)
+
+    def _deepseek(self, tools: Sequence[Tool], max_calls: int, *, is_v3: bool) -> str:
+        begin, separator, end = self._mark(CALL_BEGIN), self._mark(CALL_SEPARATOR), self._mark(CALL_END)
+        named = []
+        for tool in tools:
+            if is_v3:
+                opening = f"{_quoted('function')} {separator} {_quoted(f'{tool.name}{_FENCE_BEGIN}')}"
+                named.append(f"{opening} {self._arguments(tool)} {_quoted(_FENCE_END)}")
+            else:
+                named.append(f"{_quoted(tool.name)} {separator} {self._arguments(tool)}")
+        self.rules.append(f"call: {begin} ({' | '.join(named)}) {end}")
+        calls = _repeated("call", _quoted("\n") if is_v3 else "", max_calls)
+        return f"{self._mark(CALLS_BEGIN)} {calls} {self._mark(CALLS_END)}"
 
     def _objects(self, tools: Sequence[Tool], key: str) -> str:
         """A call of one of the tools as JSON."""

@@ -15,7 +15,18 @@ from baton.chat import Tool
 from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.reply.arguments import Parameters
 from router.reply.feed import Feed, Malformed, Reading
-from router.reply.formats import CALL_MARKS, THINK_BEGIN, THINK_END, CallFormat, ReasoningFormat
+from router.reply.formats import (
+    CALL_BEGIN,
+    CALL_END,
+    CALL_MARKS,
+    CALL_SEPARATOR,
+    CALLS_BEGIN,
+    CALLS_END,
+    THINK_BEGIN,
+    THINK_END,
+    CallFormat,
+    ReasoningFormat,
+)
 
 _SPACES = " \t\r\n"
 _NEWLINES = re.compile(r"\n*")
@@ -23,6 +34,7 @@ _NAME = re.compile(r"[\w.:/-]*")
 _XML_NAME = re.compile(r"[^<>\n]*")
 _ARGUMENTS = ("arguments", "parameters")
 _PARAMETER_ENDS = ("\n</parameter>", "</parameter>")
+_FENCE = "```"
 
 
 class _EnoughCalls(Exception):
@@ -139,6 +151,8 @@ class ReplyParser:
                         yield from self._qwen3_coder(mark)
                     case CallFormat.LLAMA3_JSON:
                         yield from self._llama3()
+                    case CallFormat.DEEPSEEK_V3 | CallFormat.DEEPSEEK_V31:
+                        yield from self._deepseek(mark)
                 yield from feed.space()
             except Malformed:
                 self._say(feed.give_back())
@@ -206,6 +220,32 @@ class ReplyParser:
                 feed.release()
                 yield from feed.take("]")
                 return
+
+    def _deepseek(self, mark: str) -> Reading[None]:
+        """One call; what is written tells which of the two formats it has."""
+        feed = self._feed
+        if mark == CALLS_BEGIN:
+            yield from feed.space()
+            yield from feed.expect(CALL_BEGIN)
+        yield from feed.space()
+        name = yield from feed.matching(_NAME)
+        yield from feed.space()
+        yield from feed.expect(CALL_SEPARATOR)
+        yield from feed.space()
+        if (yield from feed.next_character()) != "{":
+            # It was the type.
+            name = yield from feed.matching(_NAME)
+            yield from feed.space()
+            if (yield from feed.take(_FENCE)):
+                yield from feed.take("json")
+                yield from feed.space()
+        if not name or (yield from feed.next_character()) != "{":
+            raise Malformed
+        self._begin(name)
+        yield from feed.value(self._argue)
+        for end in (_FENCE, CALL_END, CALLS_END):
+            yield from feed.space()
+            yield from feed.take(end)
 
     def _json_call(self, names: Collection[str] | None = None) -> Reading[None]:
         """An object with a name and arguments. Raises Malformed if there is no call of one of the names in it."""

@@ -216,6 +216,7 @@ DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generat
 {%- set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}
 {%- for message in messages %}{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}
 {{- bos_token }}{{- ns.system_prompt }}
+{%- if tools is defined and tools is not none %}{{- '\n## Tools\n' }}{%- for tool in tools %}{{- tool | tojson }}{%- endfor %}{%- endif %}
 {%- for message in messages %}
     {%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}{{ '<｜User｜>' + message['content'] }}{%- endif %}
     {%- if message['role'] == 'assistant' and message['content'] is none %}
@@ -242,6 +243,39 @@ DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generat
 {%- endfor -%}
 {% if ns.is_tool %}{{ '<｜tool▁outputs▁end｜>' }}{% endif %}
 {%- if add_generation_prompt and not ns.is_tool %}{{ '<｜Assistant｜><think>\\n' }}{% endif %}
+"""
+
+# DeepSeek-V3.1: tools in the system turn, a name before the separator, reasoning that the prompt closes unless asked.
+DEEPSEEK_V31 = """{% if not thinking is defined %}{% set thinking = false %}{% endif %}
+{%- set ns = namespace(system_prompt='', is_tool=false) %}
+{%- for message in messages %}{%- if message['role'] == 'system' %}{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}
+{%- if tools is defined and tools is not none %}
+    {%- set ns.system_prompt = ns.system_prompt + '\n\n## Tools\n<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>tool_call_name<｜tool▁sep｜>tool_call_arguments<｜tool▁call▁end｜><｜tool▁calls▁end｜>' %}
+    {%- for tool in tools %}{%- set ns.system_prompt = ns.system_prompt + '\n### ' + tool.function.name + '\n' + (tool.function | tojson) %}{%- endfor %}
+{%- endif %}
+{{- bos_token }}{{- ns.system_prompt }}
+{%- for message in messages %}
+    {%- if message['role'] == 'user' %}{{- '<｜User｜>' + message['content'] }}{%- set ns.is_tool = false %}{%- endif %}
+    {%- if message['role'] == 'assistant' and message['tool_calls'] is defined and message['tool_calls'] is not none %}
+        {%- if not ns.is_tool %}{{- '<｜Assistant｜></think>' }}{%- endif %}
+        {%- set ns.is_tool = false %}
+        {{- message['content'] or '' }}{{- '<｜tool▁calls▁begin｜>' }}
+        {%- for tool in message['tool_calls'] %}
+            {{- '<｜tool▁call▁begin｜>' + tool['function']['name'] + '<｜tool▁sep｜>' + tool['function']['arguments'] + '<｜tool▁call▁end｜>' }}
+        {%- endfor %}
+        {{- '<｜tool▁calls▁end｜><｜end▁of▁sentence｜>' }}
+    {%- elif message['role'] == 'assistant' %}
+        {%- if not ns.is_tool %}{{- '<｜Assistant｜></think>' }}{%- endif %}
+        {%- set ns.is_tool = false %}
+        {%- set content = message['content'] %}
+        {%- if '</think>' in content %}{%- set content = content.split('</think>', 1)[1] %}{%- endif %}
+        {{- content + '<｜end▁of▁sentence｜>' }}
+    {%- endif %}
+    {%- if message['role'] == 'tool' %}
+        {{- '<｜tool▁output▁begin｜>' + message['content'] + '<｜tool▁output▁end｜>' }}{%- set ns.is_tool = true %}
+    {%- endif %}
+{%- endfor -%}
+{%- if add_generation_prompt and not ns.is_tool %}{{- '<｜Assistant｜>' }}{%- if thinking %}{{- '<think>' }}{%- else %}{{- '</think>' }}{%- endif %}{%- endif %}
 """
 
 TOOL_TEMPLATES = {

@@ -191,6 +191,36 @@ async def test_marks_that_are_special_tokens_are_seen_and_not_shown(tmp_path: Pa
         assert "[TOOL_CALLS]" not in plain["message"]["content"]
 
 
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
+
+
+@pytest.mark.parametrize("are_special", [False, True])
+async def test_a_deepseeks_calls(tmp_path: Path, are_special: bool) -> None:
+    begin, call, separator, end, last = DEEPSEEK
+    specials = DEEPSEEK if are_special else ()
+    fenced = [call, "function", separator, "weather\n```json\n", '{"city": "Par', 'is"}', "\n```", end]
+    way = ["<think>\n", "Hm.", "</think>", "\n\n", "I look.", begin, *fenced, last]
+    async with speaking(tmp_path / "r1", [way], "deepseek_r1", specials) as model:
+        found = await model.choice(tools=[WEATHER])
+        assert (found["message"]["content"], found["message"]["reasoning"]) == ("I look.", "Hm.")
+        functions = [c["function"] for c in found["message"]["tool_calls"]]
+        assert functions == [{"name": "weather", "arguments": PARIS}]
+        assert found["finish_reason"] == "tool_calls"
+        streamed = await model.reassembled(tools=[WEATHER])
+        assert [c["function"] for c in streamed["tool_calls"]] == functions
+    bare = ["<｜Assistant｜></think>", begin, call, "weather", separator, '{"city": "Par', 'is"}', end, last]
+    async with speaking(tmp_path / "v31", [bare], "deepseek_v31", specials) as model:
+        found = await model.choice(tools=[WEATHER])
+        assert found["message"]["content"] is None
+        assert [c["function"] for c in found["message"]["tool_calls"]] == functions
+
+
 THOUGHT = [OPENED, "<think>", "\nIs it", " warm?\n", "</think>", "\n\n", "Yes."]
 
 
@@ -275,7 +305,7 @@ BOUNDED = {
 NOW = {"type": "function", "function": {"name": "now"}}
 
 
-@pytest.mark.parametrize("template", ["hermes", "llama3", "mistral", "qwen3_coder"])
+@pytest.mark.parametrize("template", ["hermes", "llama3", "mistral", "qwen3_coder", "deepseek_v31"])
 async def test_required_and_named_calls_are_guaranteed(tmp_path: Path, template: str) -> None:
     """Of a model that draws any allowed token."""
     folder = write_model_folder(tmp_path / "m", chat_template=TOOL_TEMPLATES[template])

@@ -22,6 +22,7 @@ from router.reply.forced import reply_grammar
 from router.reply.formats import CallFormat, ReasoningFormat, ReplyFormat
 from router.tokenizer import Tokenizer
 from tests.support.replies import parser, read
+from tests.support.tool_templates import TOOL_TEMPLATES
 
 TOOLS = (
     Tool(
@@ -49,7 +50,14 @@ TOOLS = (
 )
 EOS = 256
 SPECIALS = ("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")
-PLAIN_MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+DEEPSEEK = (
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁sep｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁calls▁end｜>",
+)
+PLAIN_MARKS = ("<tool_call>", "</tool_call>", "<think>", "</think>", *DEEPSEEK)
 
 
 def tokenizer_of(marks: tuple[str, ...]) -> tokenizers.Tokenizer:
@@ -132,6 +140,39 @@ def test_what_is_drawn_is_a_call(calls: CallFormat, kind: str) -> None:
     assert calls_in(drawn(named, kind, 1), calls) == ["pick"]
     parallel = grammar_of(calls, None, asked(("now",), is_parallel=True), "", kind)
     assert set(calls_in(drawn(parallel, kind, 1), calls)) == {"now"}
+
+
+@pytest.mark.parametrize("kind", MARKS)
+def test_calls_in_the_formats_of_deepseek(kind: str) -> None:
+    begin, call, separator, end, last = DEEPSEEK
+    both = asked(("now",), is_parallel=True)
+    fenced = f"{call}function{separator}now\n```json\n{{}}\n```{end}"
+    bare = f"{call}now{separator}{{}}{end}"
+    for calls, one, two in (
+        (CallFormat.DEEPSEEK_V3, fenced, f"{fenced}\n{fenced}"),
+        (CallFormat.DEEPSEEK_V31, bare, f"{bare}{bare}"),
+    ):
+        parallel = grammar_of(calls, None, both, "", kind)
+        single = grammar_of(calls, None, asked(("now",)), "", kind)
+        assert follows(parallel, kind, f"{begin}{two}{last}")
+        assert follows(single, kind, f"{begin}{one}{last}")
+        assert not follows(single, kind, f"{begin}{two}{last}")
+        assert not follows(parallel, kind, f"{one}")
+        thinking = grammar_of(calls, ReasoningFormat.DEEPSEEK_R1, asked(("now",)), "<think>\n", kind)
+        assert follows(thinking, kind, f"Hm.\n</think>\n\n{begin}{one}{last}")
+
+
+def test_the_template_shows_the_format() -> None:
+    shown = {name: ReplyFormat.of(template).calls for name, template in TOOL_TEMPLATES.items()}
+    assert shown == {
+        "hermes": CallFormat.HERMES, "qwen3": CallFormat.HERMES, "llama3": CallFormat.LLAMA3_JSON,
+        "mistral": CallFormat.MISTRAL, "qwen3_coder": CallFormat.QWEN3_CODER,
+        "deepseek_r1": CallFormat.DEEPSEEK_V3, "deepseek_v31": CallFormat.DEEPSEEK_V31,
+    }  # fmt: skip
+    literal = "{{ tools }}<｜tool▁call▁begin｜>function<｜tool▁sep｜>x"
+    assert ReplyFormat.of(literal).calls is CallFormat.DEEPSEEK_V3
+    # A model that is shown no tools does not call them.
+    assert ReplyFormat.of(literal.replace("tools", "tool_calls")).calls is None
 
 
 CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'

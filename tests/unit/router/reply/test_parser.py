@@ -12,6 +12,11 @@ from router.reply.formats import CallFormat, ReasoningFormat
 from tests.support.replies import parser, read, shown
 
 PARIS = '{"city": "Paris"}'
+BEGIN, CALL, SEP, END, LAST = (
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁calls▁end｜>",
+)  # fmt: skip
+FENCED = f"{CALL}function{SEP}weather\n```json\n{PARIS}\n```{END}"
+BARE = f"{CALL}weather{SEP}{PARIS}{END}"
 HERMES = f'<tool_call>\n{{"name": "weather", "arguments": {PARIS}}}\n</tool_call>'
 XML = "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>"
 
@@ -93,6 +98,25 @@ CASES: list[tuple[CallFormat, str, list[str]]] = [
     (CallFormat.QWEN3_CODER, "<tool_call><function=weather><parameter=city>Par", ['weather{"city": "Par']),
     (CallFormat.QWEN3_CODER, "<tool_call> none </tool_call>", ["<tool_call> none </tool_call>"]),
     (CallFormat.QWEN3_CODER, "<function=>", ["<function=>"]),
+    (CallFormat.DEEPSEEK_V3, f"I look.\n\n{BEGIN}{FENCED}\n{FENCED}{LAST}",
+     ["I look.", f"weather{PARIS}", f"weather{PARIS}"]),
+    (CallFormat.DEEPSEEK_V31, f"I look.{BEGIN}{BARE}{BARE}{LAST}Done.",
+     ["I look.", f"weather{PARIS}", f"weather{PARIS}", "Done."]),
+    # Either is read whichever is expected; so are calls without what goes around them, without a fence and an end.
+    (CallFormat.DEEPSEEK_V3, f"{BEGIN}{BARE}{LAST}", [f"weather{PARIS}"]),
+    (CallFormat.DEEPSEEK_V31, f"{BEGIN}\n{FENCED}{LAST}", [f"weather{PARIS}"]),
+    (CallFormat.DEEPSEEK_V3, FENCED, [f"weather{PARIS}"]),
+    (CallFormat.DEEPSEEK_V3, f"{BEGIN}{CALL}function{SEP}a.b-c\n{{}}{END}{LAST}", ["a.b-c{}"]),
+    (CallFormat.DEEPSEEK_V31, f"{BEGIN}{CALL}weather{SEP}{PARIS}", [f"weather{PARIS}"]),
+    (CallFormat.DEEPSEEK_V3, f"{BEGIN}{CALL}function{SEP}f\n```\n{{}}\n```", ["f{}"]),
+    # Marks and fences inside of a text; cut.
+    (CallFormat.DEEPSEEK_V31, f'{BEGIN}{CALL}f{SEP}{{"a": "{END}```"}}{END}', [f'f{{"a": "{END}```"}}']),
+    (CallFormat.DEEPSEEK_V3, f'{BEGIN}{CALL}function{SEP}f\n```json\n{{"a": "b', ['f{"a": "b']),
+    # No calls.
+    (CallFormat.DEEPSEEK_V3, f"{BEGIN}no", [f"{BEGIN}no"]),
+    (CallFormat.DEEPSEEK_V3, f"{BEGIN}{CALL}function", [f"{BEGIN}{CALL}function"]),
+    (CallFormat.DEEPSEEK_V31, f"{CALL}f{SEP}[1]{END}", [f"{CALL}f{SEP}[1]{END}"]),
+    (CallFormat.DEEPSEEK_V31, "half a mark <｜tool▁call", ["half a mark <｜tool▁call"]),
 ]  # fmt: skip
 
 
