@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 
-from baton.chat import MAX_TOOLS, ChatMessage
+from baton.chat import MAX_TOOLS, ChatMessage, Tool, ToolChoice
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import (
     DEFAULTED_SAMPLING,
@@ -28,6 +28,8 @@ from baton.types import (
 )
 from router.chat import Conversation
 from router.frontend import Caller, GenerationRequest, Prompts
+from router.openai_functions import ROLE as FUNCTION_ROLE
+from router.openai_functions import call_of_turn, choice_of_function, tools_of_functions, with_tool_turns
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 from router.openai_structured import Asked as AskedForm
 from router.openai_structured import grammar_of
@@ -42,6 +44,7 @@ _MAX_ENTRIES = {
     "stop": 1024,
     "modalities": 16,
     "tools": MAX_TOOLS,
+    "functions": MAX_TOOLS,
     "allowed_token_ids": MAX_ALLOWED_TOKEN_IDS,
     "bad_words": MAX_BAD_WORDS,
 }
@@ -130,6 +133,11 @@ class CommonBody(Strict):
     @property
     def wants_reasoning(self) -> bool:
         return True
+
+    @property
+    def has_functions(self) -> bool:
+        """Calls are in the API's older form."""
+        return False
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -245,25 +253,29 @@ class Message(BaseModel):
     reasoning: str | None = None
     reasoning_content: str | None = None
     tool_calls: list[Any] | None = None
+    # The older form of one call.
+    function_call: Any = None
     # Of a tool's turn.
     tool_call_id: str | None = None
 
-    def flat(self, where: str) -> ChatMessage:
+    def flat(self, number: int) -> ChatMessage:
+        where = f"messages.{number}"
         extra = {k for k, v in (self.model_extra or {}).items() if v not in (None, [], "")}
         if extra:
             raise InvalidRequest(f"{where} has {quoted(sorted(extra))}, which the server does not support", param=where)
-        if self.content is None and self.role != "assistant":
+        if self.content is None and self.role not in ("assistant", FUNCTION_ROLE):
             raise InvalidRequest(f"{where}.content is missing, expected text", param=f"{where}.content")
         content: str | tuple[str, ...] | None = self.content if not isinstance(self.content, list) else None
         if isinstance(self.content, list):
             content = tuple(_part_text(part, f"{where}.content.{i}") for i, part in enumerate(self.content))
+        calls = calls_of(self.tool_calls, where)
+        if self.function_call is not None:
+            if calls:
+                message = f"{where} has tool_calls and function_call, expected one of them"
+                raise InvalidRequest(message, param=f"{where}.function_call")
+            calls = (call_of_turn(self.function_call, number),)
         return ChatMessage(
-            self.role,
-            content,
-            self.name,
-            self.reasoning or self.reasoning_content,
-            calls_of(self.tool_calls, where),
-            self.tool_call_id,
+            self.role, content, self.name, self.reasoning or self.reasoning_content, calls, self.tool_call_id
         )
 
 
@@ -293,6 +305,10 @@ class ChatBody(CommonBody):
     def wants_reasoning(self) -> bool:
         return self.include_reasoning is not False
 
+    @property
+    def has_functions(self) -> bool:
+        return bool(self.functions)
+
     def request(self, caller: Caller) -> GenerationRequest:
         """Raises InvalidRequest for a value that the server cannot honour."""
         if self.max_completion_tokens is not None:
@@ -300,7 +316,7 @@ class ChatBody(CommonBody):
             param = "max_completion_tokens"
         else:
             max_tokens, param = self.max_tokens, "max_tokens"
-        self._refuse_functions()
+        self._refuse("audio", "the served models write text only")
         refuse_unless("modalities", self.modalities, (["text"],), "the served models write text only")
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest(
@@ -308,22 +324,27 @@ class ChatBody(CommonBody):
                 param="continue_final_message",
             )
         sampling = self.sampling(max_tokens, param, self._num_logprobs())
+        tools, choice = self._tools()
         conversation = Conversation(
-            tuple(_message(m, i) for i, m in enumerate(self.messages)),
+            with_tool_turns([_message(m, i) for i, m in enumerate(self.messages)]),
             add_generation_prompt=self.add_generation_prompt is not False and not self.continue_final_message,
             variables=self.chat_template_kwargs or {},
             continues_final=bool(self.continue_final_message),
-            tools=tools_of(self.tools),
-            tool_choice=choice_of(self.tool_choice, self.parallel_tool_calls),
+            tools=tools,
+            tool_choice=choice,
             reasoning_effort=self.reasoning_effort,
         )
         return self._request((conversation,), sampling, caller, max_tokens_param=param, is_chat=True)
 
-    def _refuse_functions(self) -> None:
-        if self.function_call != "none":
-            self._refuse("functions", "OpenAI has replaced it by tools; function_call 'none' asks for no call")
-        refuse_unless("function_call", self.function_call, ("none", "auto"), "OpenAI has replaced it by tool_choice")
-        self._refuse("audio", "the served models write text only")
+    def _tools(self) -> tuple[tuple[Tool, ...], ToolChoice]:
+        if not self.functions:
+            refuse_unless("function_call", self.function_call, ("none", "auto"), "there are no functions")
+            return tools_of(self.tools), choice_of(self.tool_choice, self.parallel_tool_calls)
+        for name in ("tools", "tool_choice"):
+            if getattr(self, name):
+                raise InvalidRequest(f"functions and {name} are both given, expected one form of tools", param=name)
+        tools = tools_of_functions(self.functions)
+        return tools, choice_of_function(self.function_call, tools)
 
     def _num_logprobs(self) -> int | None:
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
@@ -415,7 +436,7 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
 
 
 def _message(message: object, number: int) -> ChatMessage:
-    return _validated(Message, message, ("messages", number)).flat(f"messages.{number}")
+    return _validated(Message, message, ("messages", number)).flat(number)
 
 
 def _part_text(part: object, where: str) -> str:

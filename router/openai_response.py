@@ -53,14 +53,16 @@ def endpoint(
 class ChoiceWriter:
     """The chunks, or the whole text, of one choice."""
 
-    __slots__ = ("_has_reasoning", "_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens", "_num_tokens",
-                 "_tail", "_wants_ids", "prompt", "scored")  # fmt: skip
+    __slots__ = ("_has_functions", "_has_reasoning", "_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens",
+                 "_num_tokens", "_tail", "_wants_ids", "prompt", "scored")  # fmt: skip
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
-        num_prompt_tokens: int, running_usage: bool, has_reasoning: bool, scored: PromptLogprobWriter | None,
+        num_prompt_tokens: int, running_usage: bool, has_reasoning: bool, has_functions: bool,
+        scored: PromptLogprobWriter | None,
     ) -> None:  # fmt: skip
         self._has_reasoning = has_reasoning
+        self._has_functions = has_functions
         self._logprobs = logprobs
         # Of a whole answer.
         self.scored = scored
@@ -89,7 +91,8 @@ class ChoiceWriter:
         if self._num_tokens is not None:
             self._num_tokens += len(part.token_ids)
         if part.deltas:
-            body = f'"delta":{delta_json(part.deltas, has_reasoning=self._has_reasoning)}'
+            delta = delta_json(part.deltas, has_reasoning=self._has_reasoning, has_functions=self._has_functions)
+            body = f'"delta":{delta}'
         else:
             text = json.dumps(part.text)
             body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
@@ -100,8 +103,9 @@ class ChoiceWriter:
     def end(self, ending: Ending) -> str:
         body = '"delta":{}' if self._is_chat else '"text":""'
         ids = ',"token_ids":[]' if self._wants_ids else ""
+        reason = finish_name(ending, has_functions=self._has_functions)
         return (
-            f'{self._head}{body},"logprobs":null,"finish_reason":"{finish_name(ending)}",'
+            f'{self._head}{body},"logprobs":null,"finish_reason":"{reason}",'
             f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._close()}'
         )
 
@@ -116,7 +120,8 @@ class ChoiceWriter:
         """The whole choice instead of chunks."""
         return WholeChoice(
             index=self._index, is_chat=self._is_chat, logprobs=self._logprobs, wants_ids=self._wants_ids,
-            prompt=self.prompt, has_reasoning=self._has_reasoning, scored=self.scored,
+            prompt=self.prompt, has_reasoning=self._has_reasoning, has_functions=self._has_functions,
+            scored=self.scored,
         )  # fmt: skip
 
 
@@ -156,7 +161,7 @@ class Envelope:
             writer = ChoiceWriter(
                 envelope=self, index=i, logprobs=logprobs, token_ids=self._wants_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
-                has_reasoning=body.wants_reasoning, scored=scored,
+                has_reasoning=body.wants_reasoning, has_functions=body.has_functions, scored=scored,
             )  # fmt: skip
             self.writers.append(writer)
 

@@ -21,12 +21,16 @@ def _tool(tool: object, where: str) -> Tool:
     kind = tool.get("type") if isinstance(tool, dict) else type(tool).__name__
     if kind != "function" or not isinstance(tool, dict):
         raise InvalidRequest(f"{where}.type is {quoted(kind)}, expected 'function'", param=f"{where}.type")
-    function = _object(tool.get("function"), f"{where}.function")
+    return function_of(tool.get("function"), f"{where}.function")
+
+
+def function_of(value: object, where: str) -> Tool:
+    function = object_at(value, where)
     return Tool(
         function.get("name", ""),
-        _optional(function.get("description"), str, "a text", f"{where}.function.description") or "",
-        _optional(function.get("parameters"), dict, "a JSON schema", f"{where}.function.parameters"),
-        bool(_optional(function.get("strict"), bool, "true or false", f"{where}.function.strict")),
+        optional_at(function.get("description"), str, "a text", f"{where}.description") or "",
+        optional_at(function.get("parameters"), dict, "a JSON schema", f"{where}.parameters"),
+        bool(optional_at(function.get("strict"), bool, "true or false", f"{where}.strict")),
     )
 
 
@@ -41,7 +45,7 @@ def choice_of(choice: Any, is_parallel: bool | None) -> ToolChoice:
     if kind == "function":
         return ToolChoice(CallMode.REQUIRED, (_named(choice, "tool_choice"),), is_parallel=False)
     if kind == "allowed_tools":
-        allowed = _object(choice.get("allowed_tools"), "tool_choice.allowed_tools")
+        allowed = object_at(choice.get("allowed_tools"), "tool_choice.allowed_tools")
         mode, tools = allowed.get("mode"), allowed.get("tools")
         if mode in ("auto", "required") and isinstance(tools, list) and 0 < len(tools) <= MAX_TOOLS:
             names = tuple(_named(tool, "tool_choice.allowed_tools.tools") for tool in tools)
@@ -54,8 +58,8 @@ def choice_of(choice: Any, is_parallel: bool | None) -> ToolChoice:
 
 
 def _named(tool: object, where: str) -> str:
-    function = _object(_object(tool, where).get("function"), f"{where}.function")
-    return str(_optional(function.get("name"), str, "a tool's name", f"{where}.function.name") or "")
+    function = object_at(object_at(tool, where).get("function"), f"{where}.function")
+    return str(optional_at(function.get("name"), str, "a tool's name", f"{where}.function.name") or "")
 
 
 def calls_of(calls: Sequence[Any] | None, where: str) -> tuple[ToolCall, ...]:
@@ -64,30 +68,33 @@ def calls_of(calls: Sequence[Any] | None, where: str) -> tuple[ToolCall, ...]:
 
 
 def _call(call: object, where: str) -> ToolCall:
-    found = _object(call, where)
+    found = object_at(call, where)
     if found.get("type", "function") != "function":
         raise InvalidRequest(f"{where}.type is {quoted(found['type'])}, expected 'function'", param=f"{where}.type")
-    function = _object(found.get("function"), f"{where}.function")
-    name = str(_optional(function.get("name"), str, "a tool's name", f"{where}.function.name") or "")
-    call_id = _optional(found.get("id"), str, "a text", f"{where}.id") or ""
-    arguments = _optional(function.get("arguments"), str, "JSON text", f"{where}.function.arguments")
+    call_id = optional_at(found.get("id"), str, "a text", f"{where}.id") or ""
+    return call_of(object_at(found.get("function"), f"{where}.function"), call_id, f"{where}.function")
+
+
+def call_of(function: dict[str, Any], call_id: str, where: str) -> ToolCall:
+    name = str(optional_at(function.get("name"), str, "a tool's name", f"{where}.name") or "")
+    arguments = optional_at(function.get("arguments"), str, "JSON text", f"{where}.arguments")
     return ToolCall(call_id, name, arguments or "")
 
 
-def _object(value: object, where: str) -> dict[str, Any]:
+def object_at(value: object, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidRequest(f"{where} is {quoted(value)}, expected an object", param=where)
     return value
 
 
-def _optional(value: Any, kind: type, expected: str, where: str) -> Any:
+def optional_at(value: Any, kind: type, expected: str, where: str) -> Any:
     if value is not None and not isinstance(value, kind):
         raise InvalidRequest(f"{where} is {quoted(value)}, expected {expected}", param=where)
     return value
 
 
-def delta_json(deltas: Sequence[Delta], *, has_reasoning: bool) -> str:
-    """The ``delta`` of a chunk."""
+def delta_json(deltas: Sequence[Delta], *, has_reasoning: bool, has_functions: bool = False) -> str:
+    """The ``delta`` of a chunk. ``has_functions``: the call is in the API's older form."""
     fields: dict[str, Any] = {}
     calls: list[dict[str, Any]] = []
     for delta in deltas:
@@ -97,6 +104,10 @@ def delta_json(deltas: Sequence[Delta], *, has_reasoning: bool) -> str:
             case ReasoningText(text) if has_reasoning:
                 # vLLM's newer name, and that of all others.
                 fields["reasoning"] = fields["reasoning_content"] = fields.get("reasoning", "") + text
+            case CallBegin(_, _, name) if has_functions:
+                fields["function_call"] = {"name": name, "arguments": ""}
+            case CallArguments(_, text) if has_functions:
+                fields.setdefault("function_call", {"arguments": ""})["arguments"] += text
             case CallBegin(index, call_id, name):
                 function = {"name": name, "arguments": ""}
                 calls.append({"index": index, "id": call_id, "type": "function", "function": function})
@@ -112,10 +123,11 @@ def delta_json(deltas: Sequence[Delta], *, has_reasoning: bool) -> str:
 class WholeReply:
     """Reasoning and calls of a whole message, as JSON that grows with the deltas."""
 
-    __slots__ = ("_calls", "_has_reasoning", "_reasoning")
+    __slots__ = ("_calls", "_has_functions", "_has_reasoning", "_reasoning")
 
-    def __init__(self, *, has_reasoning: bool) -> None:
+    def __init__(self, *, has_reasoning: bool, has_functions: bool) -> None:
         self._has_reasoning = has_reasoning
+        self._has_functions = has_functions
         self._reasoning = bytearray()
         # Each without the quote and braces at its end.
         self._calls: list[bytearray] = []
@@ -132,8 +144,9 @@ class WholeReply:
                 case ReasoningText(text) if self._has_reasoning:
                     num_bytes += _extend(self._reasoning, text)
                 case CallBegin(_, call_id, name):
-                    opening = f'{{"id":{json.dumps(call_id)},"type":"function","function":{{"name":{json.dumps(name)}'
-                    self._calls.append(bytearray(f'{opening},"arguments":"'.encode()))
+                    head = "" if self._has_functions else f'"id":{json.dumps(call_id)},"type":"function","function":{{'
+                    opening = f'{{{head}"name":{json.dumps(name)},"arguments":"'
+                    self._calls.append(bytearray(opening.encode()))
                     num_bytes += len(self._calls[-1])
                 case CallArguments(_, text):
                     num_bytes += _extend(self._calls[-1], text)
@@ -145,6 +158,9 @@ class WholeReply:
         if self._reasoning:
             for name in ("reasoning", "reasoning_content"):
                 found += [f',"{name}":"', self._reasoning, '"']
+        if self._has_functions:
+            # There is one at most.
+            return [*found, ',"function_call":', self._calls[0], '"}'] if self._calls else found
         for number, call in enumerate(self._calls):
             found += ["," if number else ',"tool_calls":[', call, '"}}']
         return [*found, "]"] if self._calls else found

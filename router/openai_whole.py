@@ -43,29 +43,31 @@ async def prompt_json(echo: str, token_ids: Sequence[int], turns: Turns) -> Prom
     return PromptJson(json.dumps(echo)[1:-1], ",".join(ids))
 
 
-def finish_name(ending: Ending) -> str:
+def finish_name(ending: Ending, *, has_functions: bool) -> str:
     """OpenAI's; an answer that was cut is that first."""
     is_calling = ending.has_tool_calls and ending.finish_reason is FinishReason.STOP
-    return "tool_calls" if is_calling else ending.finish_reason.value
+    calling = "function_call" if has_functions else "tool_calls"
+    return calling if is_calling else ending.finish_reason.value
 
 
 class WholeChoice:
     """One choice. Feed it all parts, then read its `json`."""
 
-    __slots__ = ("_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_reply", "_scored", "_text", "_token_ids",
-                 "_wants_ids")  # fmt: skip
+    __slots__ = ("_has_functions", "_index", "_is_chat", "_lists", "_logprobs", "_prompt", "_reply", "_scored", "_text",
+                 "_token_ids", "_wants_ids")  # fmt: skip
 
     def __init__(
         self, *, index: int, is_chat: bool, logprobs: LogprobWriter | None, wants_ids: bool, prompt: PromptJson,
-        has_reasoning: bool, scored: PromptLogprobWriter | None,
+        has_reasoning: bool, has_functions: bool, scored: PromptLogprobWriter | None,
     ) -> None:  # fmt: skip
+        self._has_functions = has_functions
         self._index = index
         self._prompt = prompt
         self._is_chat = is_chat
         self._logprobs = logprobs
         self._wants_ids = wants_ids
         self._text = bytearray()
-        self._reply = WholeReply(has_reasoning=has_reasoning)
+        self._reply = WholeReply(has_reasoning=has_reasoning, has_functions=has_functions)
         self._token_ids = bytearray()
         # Log-probabilities by field: the items of each list.
         self._lists: dict[str, bytearray] = {}
@@ -103,7 +105,8 @@ class WholeChoice:
             text = ['"text":', *quoted]
         pieces: Json = [f'{{"index":{self._index},', *text, ',"logprobs":']
         pieces += self._logprob_pieces()
-        pieces.append(f',"finish_reason":"{finish_name(ending)}","stop_reason":{json.dumps(ending.stop_reason)}')
+        reason = finish_name(ending, has_functions=self._has_functions)
+        pieces.append(f',"finish_reason":"{reason}","stop_reason":{json.dumps(ending.stop_reason)}')
         if self._wants_ids:
             pieces += [',"prompt_token_ids":[', self._prompt.token_ids, '],"token_ids":[', self._token_ids, "]"]
         if self._scored is not None and not self._is_chat:

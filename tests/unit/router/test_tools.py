@@ -191,6 +191,52 @@ async def test_marks_that_are_special_tokens_are_seen_and_not_shown(tmp_path: Pa
         assert "[TOOL_CALLS]" not in plain["message"]["content"]
 
 
+async def test_the_older_form_of_tools(tmp_path: Path) -> None:
+    functions = [WEATHER["function"], {"name": "now"}]
+    second = ["\n<tool_call>\n", '{"name": "now", "arguments": {}}', "\n</tool_call>"]
+    async with speaking(tmp_path / "m", [[OPENED, *CALL, *second]]) as model:
+        found = await model.choice(functions=functions, return_token_ids=True)
+        assert found["message"] == {
+            "role": "assistant", "content": "I look.", "refusal": None,
+            "function_call": {"name": "weather", "arguments": PARIS},
+        }  # fmt: skip
+        assert found["finish_reason"] == "function_call"
+        as_tools = await model.choice(tools=[WEATHER, NOW], parallel_tool_calls=False, return_token_ids=True)
+        assert found["prompt_token_ids"] == as_tools["prompt_token_ids"]
+        assert found["token_ids"] == as_tools["token_ids"]
+        stream = await model.client.chat.completions.create(
+            model="m", messages=[USER], functions=functions, stream=True, max_tokens=60  # type: ignore[call-overload]
+        )  # fmt: skip
+        choices = [chunk.choices[0] async for chunk in stream]
+        calls = [choice.delta.function_call for choice in choices if choice.delta.function_call is not None]
+        assert [call.name for call in calls if call.name] == ["weather"]
+        assert "".join(call.arguments or "" for call in calls) == PARIS
+        assert choices[-1].finish_reason == "function_call"
+        assert not any(choice.delta.tool_calls for choice in choices)
+        never = await model.choice(functions=functions, function_call="none")
+        assert "<tool_call>" in never["message"]["content"]
+
+
+async def test_calls_and_answers_of_the_older_form_in_the_history(tmp_path: Path) -> None:
+    call = {"name": "weather", "arguments": PARIS}
+    older = [
+        USER,
+        {"role": "assistant", "content": None, "function_call": call, "refusal": None, "tool_calls": None},
+        {"role": "function", "name": "weather", "content": "12"},
+    ]
+    newer = [
+        USER,
+        {"role": "assistant", "tool_calls": [{"id": "000000001", "type": "function", "function": call}]},
+        {"role": "tool", "name": "weather", "tool_call_id": "000000001", "content": "12"},
+    ]
+    for template in ("hermes", "mistral"):
+        way = ["[/INST]" if template == "mistral" else OPENED, "Yes."]
+        async with speaking(tmp_path / template, [way], template) as model:
+            ids = [(await model.choice(messages=turns, return_token_ids=True))["prompt_token_ids"] for turns in
+                   (older, newer)]  # fmt: skip
+            assert ids[0] == ids[1]
+
+
 DEEPSEEK = (
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁call▁begin｜>",
@@ -334,6 +380,12 @@ async def test_required_and_named_calls_are_guaranteed(tmp_path: Path, template:
                 assert 1 <= arguments["days"] <= 9
             streamed = await model.reassembled(**single)
             assert [c["function"] for c in streamed["tool_calls"]] == [call["function"]]
+        function = BOUNDED["function"]
+        named = {"functions": [function], "function_call": {"name": "pick"}, "max_tokens": 400, "seed": 1}
+        older = await model.choice(**named)
+        assert older["message"]["function_call"]["name"] == "pick"
+        assert json.loads(older["message"]["function_call"]["arguments"])["city"] in ("Paris", "Köln")
+        assert older["finish_reason"] == "function_call"
         # A form of the answer has no text to hold for.
         both = await model.choice(**asked, seed=1, response_format={"type": "json_object"})
         assert both["message"]["tool_calls"]
