@@ -138,7 +138,7 @@ Part = Accepted | Delta | Finished
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutput:
-    """The form that the answer is to have: exactly one of the fields, beside ``lenient``."""
+    """The form that the answer is to have: exactly one of the fields, beside ``lenient`` and ``compact``."""
 
     json_schema: Mapping[str, Any] | str | None = None
     json_object: bool = False
@@ -148,9 +148,11 @@ class StructuredOutput:
     grammar: str | None = None
     # Keywords of the schema that cannot be followed are ignored instead of refused.
     lenient: bool = False
+    # JSON on one line, with a space behind each comma and colon; else a model may break lines.
+    compact: bool = False
 
     def to_pb(self) -> router_pb2.StructuredOutput:
-        message = router_pb2.StructuredOutput(choice=self.choice, lenient=self.lenient)
+        message = router_pb2.StructuredOutput(choice=self.choice, lenient=self.lenient, compact=self.compact)
         if (schema := self.json_schema) is not None:
             message.json_schema = schema if isinstance(schema, str) else json.dumps(schema)
         if self.json_object:
@@ -182,12 +184,17 @@ class Options:
     structured_output: StructuredOutput | None = None
     bad_words: Sequence[str] = ()
     prompt_only: bool = False
+    # Tokens of the prompt that are kept: the last ones, or the first. -1: as many as leave room for the answer. 0: all.
+    truncate_prompt_tokens: int = 0
+    truncate_prompt_end: bool = False
     # Of a conversation.
     tools: Sequence[Tool] = ()
     tool_choice: ToolChoice | None = None
     reasoning_effort: str = ""
     # Of the model's chat template, such as enable_thinking.
     template_variables: Mapping[str, Any] = field(default_factory=dict)
+    # The answer continues the last message.
+    continue_final_message: bool = False
 
 
 _OPTION_NAMES = frozenset(f.name for f in fields(Options))
@@ -426,6 +433,8 @@ def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, obj
             structured_output=None if options.structured_output is None else options.structured_output.to_pb(),
             bad_words=options.bad_words,
             prompt_only=options.prompt_only,
+            truncate_prompt_tokens=options.truncate_prompt_tokens,
+            truncate_prompt_end=options.truncate_prompt_end,
         )
         _set_input(request, prompt, options)
     return request
@@ -469,13 +478,13 @@ def _merged(options: Options, settings: Mapping[str, object]) -> Options:
 
 
 def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt, options: Options) -> None:
-    has_chat_options = options.tools or options.tool_choice or options.reasoning_effort or options.template_variables
-    if has_chat_options and (
+    chat_options = (options.tools, options.tool_choice, options.reasoning_effort, options.template_variables)
+    if (any(chat_options) or options.continue_final_message) and (
         isinstance(prompt, str) or not all(isinstance(item, tuple | ChatMessage) for item in prompt)
     ):
         raise errors.InvalidRequest(
-            "tools, tool_choice, reasoning_effort and template_variables are for conversations, expected a prompt of "
-            "messages",
+            "tools, tool_choice, reasoning_effort, template_variables and continue_final_message are for "
+            "conversations, expected a prompt of messages",
             param="prompt",
         )
     if isinstance(prompt, str):
@@ -497,6 +506,7 @@ def _set_input(request: router_pb2.GenerateRequest, prompt: Prompt, options: Opt
         if options.tool_choice is not None:
             chat.tool_choice.CopyFrom(choice_to_pb(options.tool_choice))
         chat.reasoning_effort = options.reasoning_effort
+        chat.continue_final_message = options.continue_final_message
         chat.variables = json.dumps(dict(options.template_variables)) if options.template_variables else ""
     else:
         request.prompt_token_ids.token_ids.extend(ids)

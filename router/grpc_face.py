@@ -115,6 +115,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             grammar_param=grammar_param,
             bad_words=tuple(request.bad_words),
             is_prompt_only=request.prompt_only,
+            truncate_to=request.truncate_prompt_tokens or None,
+            truncates_end=request.truncate_prompt_end,
             unset_sampling=tuple(name for name in DEFAULTED_SAMPLING if not request.sampling.HasField(name)),
             model=request.model,
             request_id=request.request_id,
@@ -142,6 +144,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 tools=tools_from_pb(chat.tools),
                 tool_choice=choice_from_pb(chat.tool_choice),
                 reasoning_effort=chat.reasoning_effort or None,
+                add_generation_prompt=not chat.continue_final_message,
+                continues_final=chat.continue_final_message,
             )
 
         return work() if sum(map(len, texts)) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
@@ -155,8 +159,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
         """Runs before anything is copied out of the message: its lists may have millions of items."""
         sampling = request.sampling
+        # One that is cut is bounded by the message's size.
+        most = None if request.truncate_prompt_tokens else self._frontend.max_model_tokens
         for param, items, limit in (
-            ("prompt", request.prompt_token_ids.token_ids, self._frontend.max_model_tokens),
+            ("prompt", request.prompt_token_ids.token_ids, most),
             ("chat", request.chat.messages, self._config.limits.max_body_containers),
             ("tools", request.chat.tools, MAX_TOOLS),
             ("tool_choice", request.chat.tool_choice.names, MAX_TOOLS),
@@ -250,12 +256,16 @@ def _grammar(asked: router_pb2.StructuredOutput) -> tuple[str, str]:
     if kind is not None and asked.choice:
         message = f"structured_output has {kind} and choice, expected one of them"
         raise errors.InvalidRequest(message, param="structured_output")
+    if asked.compact and kind not in ("json_schema", "json_object"):
+        message = "structured_output.compact is true, expected json_schema or json_object beside it"
+        raise errors.InvalidRequest(message, param="structured_output.compact")
     param = f"structured_output.{kind or 'choice'}"
     match kind:
         case "json_schema":
-            return grammars.of_json_schema(asked.json_schema, not asked.lenient, param=param), param
+            schema, is_strict = asked.json_schema, not asked.lenient
+            return grammars.of_json_schema(schema, is_strict, param=param, is_compact=asked.compact), param
         case "json_object" if asked.json_object:
-            return grammars.of_json_object(param=param), param
+            return grammars.of_json_object(param=param, is_compact=asked.compact), param
         case "regex":
             return grammars.of_regex(asked.regex, param=param), param
         case "grammar":

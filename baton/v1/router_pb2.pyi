@@ -223,10 +223,13 @@ class Chat(_message.Message):
     TOOL_CHOICE_FIELD_NUMBER: _builtins.int
     REASONING_EFFORT_FIELD_NUMBER: _builtins.int
     VARIABLES_FIELD_NUMBER: _builtins.int
+    CONTINUE_FINAL_MESSAGE_FIELD_NUMBER: _builtins.int
     reasoning_effort: _builtins.str
     """How much the model is to reason: "none", or a level that its template knows. Empty: as the template does by itself."""
     variables: _builtins.str
     """JSON text of an object: further variables of the template, such as enable_thinking. Empty: none."""
+    continue_final_message: _builtins.bool
+    """The prompt ends inside the last message, an assistant's, and the answer continues it."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
         """Oldest first."""
@@ -247,10 +250,11 @@ class Chat(_message.Message):
         tool_choice: Global___ToolChoice | None = ...,
         reasoning_effort: _builtins.str = ...,
         variables: _builtins.str = ...,
+        continue_final_message: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tool_choice", b"tool_choice"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages", "reasoning_effort", b"reasoning_effort", "tool_choice", b"tool_choice", "tools", b"tools", "variables", b"variables"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["continue_final_message", b"continue_final_message", "messages", b"messages", "reasoning_effort", b"reasoning_effort", "tool_choice", b"tool_choice", "tools", b"tools", "variables", b"variables"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -277,6 +281,8 @@ class GenerateRequest(_message.Message):
     SLO_TTFT_S_FIELD_NUMBER: _builtins.int
     SLO_TBT_S_FIELD_NUMBER: _builtins.int
     PROMPT_ONLY_FIELD_NUMBER: _builtins.int
+    TRUNCATE_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    TRUNCATE_PROMPT_END_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
@@ -300,7 +306,15 @@ class GenerateRequest(_message.Message):
     slo_tbt_s: _builtins.float
     """Mean seconds between two tokens that the caller can accept. 0: the router's setting."""
     prompt_only: _builtins.bool
-    """Generate nothing: the answer is the prompt's log-probabilities or its embedding, which sampling has to ask for."""
+    """Generate nothing: the answer is the prompt's log-probabilities or its embedding, which sampling has to ask for. The
+    prompt may fill the model's context.
+    """
+    truncate_prompt_tokens: _builtins.int
+    """Tokens of the prompt that are kept, the last ones. -1: as many as leave room for the answer. 0: all; a prompt that
+    is too long is refused.
+    """
+    truncate_prompt_end: _builtins.bool
+    """The first tokens are kept instead of the last ones."""
     @_builtins.property
     def prompt_token_ids(self) -> Global___TokenIds:
         """Token ids to continue."""
@@ -343,12 +357,14 @@ class GenerateRequest(_message.Message):
         slo_ttft_s: _builtins.float = ...,
         slo_tbt_s: _builtins.float = ...,
         prompt_only: _builtins.bool = ...,
+        truncate_prompt_tokens: _builtins.int = ...,
+        truncate_prompt_end: _builtins.bool = ...,
         structured_output: Global___StructuredOutput | None = ...,
         bad_words: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "structured_output", b"structured_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_only", b"prompt_only", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_only", b"prompt_only", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s", "truncate_prompt_end", b"truncate_prompt_end", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
@@ -368,6 +384,7 @@ class StructuredOutput(_message.Message):
     GRAMMAR_FIELD_NUMBER: _builtins.int
     CHOICE_FIELD_NUMBER: _builtins.int
     LENIENT_FIELD_NUMBER: _builtins.int
+    COMPACT_FIELD_NUMBER: _builtins.int
     json_schema: _builtins.str
     """A JSON schema, as JSON; the answer is JSON that is valid by it."""
     json_object: _builtins.bool
@@ -378,6 +395,8 @@ class StructuredOutput(_message.Message):
     """The answer is a sentence of the grammar, in Lark's form or in GBNF."""
     lenient: _builtins.bool
     """Keywords of a JSON schema that cannot be followed are ignored instead of refused."""
+    compact: _builtins.bool
+    """JSON is on one line, with a space behind each comma and colon. Else a model may break lines."""
     @_builtins.property
     def choice(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """The answer is one of these texts."""
@@ -391,10 +410,11 @@ class StructuredOutput(_message.Message):
         grammar: _builtins.str = ...,
         choice: _abc.Iterable[_builtins.str] | None = ...,
         lenient: _builtins.bool = ...,
+        compact: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "regex", b"regex"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "lenient", b"lenient", "regex", b"regex"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choice", b"choice", "compact", b"compact", "form", b"form", "grammar", b"grammar", "json_object", b"json_object", "json_schema", b"json_schema", "lenient", b"lenient", "regex", b"regex"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_form: _TypeAlias = _typing.Literal["json_schema", "json_object", "regex", "grammar"]  # noqa: Y015
     _WhichOneofArgType_form: _TypeAlias = _typing.Literal["form", b"form"]  # noqa: Y015

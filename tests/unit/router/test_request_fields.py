@@ -9,7 +9,8 @@ import httpx
 import pytest
 
 from baton.chat import ChatMessage
-from baton.errors import InvalidRequest
+from baton.client import AsyncClient
+from baton.errors import InvalidRequest, PromptTooLong
 from router.chat import ChatTemplate, Conversation
 from router.serve import Router
 from router.tokenizer import Tokenizer
@@ -59,6 +60,38 @@ async def test_a_long_prompt_is_cut_on_the_side_that_was_asked_for(folder: Path)
         chat = {"messages": [{"role": "user", "content": TEXT}], "truncate_prompt_tokens": -1}
         answered = await posted(router, chat, path="chat/completions")
         assert len(answered.json()["prompt_token_ids"]) == 60
+
+
+async def test_prompts_are_cut_and_messages_continued_over_grpc(folder: Path) -> None:
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer is not None
+    ids = tokenizer.encode(TEXT, add_special_tokens=True)
+    async with (
+        FakeCluster(CONFIG, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        AsyncClient(str(router.grpc)) as client,
+    ):
+        asked: dict[str, Any] = {"max_tokens": 4, "seed": 1}
+        for prompt in (TEXT, list(ids)):
+            for fields, expected in (
+                ({"truncate_prompt_tokens": 7}, ids[-7:]),
+                ({"truncate_prompt_tokens": 7, "truncate_prompt_end": True}, ids[:7]),
+                ({"truncate_prompt_tokens": -1}, ids[-60:]),
+            ):
+                answer = await client.complete(prompt, **asked, **fields)
+                assert answer.prompt_token_ids == expected, fields
+        for count in (-2, 62):
+            with pytest.raises((InvalidRequest, PromptTooLong)) as refused:
+                await client.complete(list(ids), **asked, truncate_prompt_tokens=count)
+            assert isinstance(refused.value, PromptTooLong) is (count > 0)
+        with pytest.raises(PromptTooLong):
+            await client.complete(list(ids), **asked)
+        talk = [("user", "a"), ("assistant", "the quick ")]
+        continued = await client.complete(talk, **asked, continue_final_message=True)
+        expected = tokenizer.encode("<s><|user|>a</s><|assistant|>the quick ", add_special_tokens=False)
+        assert continued.prompt_token_ids == expected
+        with pytest.raises(InvalidRequest, match="for conversations"):
+            await client.complete("a", continue_final_message=True)
 
 
 @pytest.mark.parametrize("count", [0, -2, 2**40])

@@ -122,6 +122,7 @@ GRPC_FORMS: list[tuple[StructuredOutput, str]] = [
     (StructuredOutput(json_schema=SCHEMA), r'\{\s*"count".*\}'),
     (StructuredOutput(json_schema=json.dumps(SCHEMA)), r'\{\s*"count".*\}'),
     (StructuredOutput(json_schema={"const": 1, "not": {}}, lenient=True), "1"),
+    (StructuredOutput(json_schema={"enum": [[1, 2]]}, compact=True), r"\[1, 2\]"),
     (StructuredOutput(regex="[ab]{3}"), "[ab]{3}"),
     (StructuredOutput(choice=["left", "right"]), "left|right"),
     (StructuredOutput(grammar='start: "x"~3'), "xxx"),
@@ -146,6 +147,7 @@ async def test_every_form_over_grpc(folder: Path) -> None:
                 (StructuredOutput(regex="("), "structured_output.regex"),
                 (StructuredOutput(regex="a", choice=["b"]), "structured_output"),
                 (StructuredOutput(choice=["b"] * 5000), "structured_output.choice"),
+                (StructuredOutput(regex="a", compact=True), "structured_output.compact"),
             ):
                 with pytest.raises(InvalidRequest) as refused:
                     await client.complete("x", structured_output=form)
