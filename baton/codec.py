@@ -31,6 +31,11 @@ from baton.v1 import common_pb2 as pb
 from baton.v1 import node_pb2
 
 _MAX_BLAMED_CHARS = 255
+# Of what a node says of itself: addresses, versions, names of devices.
+_MAX_TEXT_CHARS = 255
+_MAX_TRANSPORTS = 16
+# Of a lease: more than any cache has.
+_MAX_LEASED_BLOCKS = 1 << 22
 # Of what a peer says that something took: longer than any request or stall lasts.
 _MAX_DURATION_S = 1e7
 
@@ -214,12 +219,31 @@ def layout_to_pb(layout: KvLayout) -> pb.KvLayout:
     )
 
 
+_NODE_TEXTS = ("address", "host_id", "device", "kernels", "software_version", "metrics_address")
+_MODEL_TEXTS = ("fingerprint", "dtype")
+
+
+def _check_text(name: str, text: str) -> None:
+    if len(text) > _MAX_TEXT_CHARS:
+        expected = f"at most {_MAX_TEXT_CHARS}"
+        raise errors.InvalidRequest(f"{name} has {len(text)} characters, expected {expected}", param=name)
+
+
 def node_from_pb(msg: pb.NodeDescription) -> NodeDescription:
-    """Raises BadConfig for names that logs and labels of metrics cannot carry."""
+    """Raises BadConfig for names that logs and labels of metrics cannot carry, InvalidRequest for what is too long."""
     m = msg.model
     check_node_id(msg.node_id)
     if m.name:
         check_model_name(m.name)
+    for name in _NODE_TEXTS:
+        _check_text(name, getattr(msg, name))
+    for name in _MODEL_TEXTS:
+        _check_text(f"model.{name}", getattr(m, name))
+    if len(msg.transports) > _MAX_TRANSPORTS:
+        expected = f"at most {_MAX_TRANSPORTS}"
+        raise errors.InvalidRequest(f"{len(msg.transports)} transports, expected {expected}", param="transports")
+    for transport in msg.transports:
+        _check_text("transports", transport)
     return NodeDescription(
         node_id=msg.node_id,
         incarnation=msg.incarnation,
@@ -336,6 +360,11 @@ def status_to_pb(status: NodeStatus) -> pb.NodeStatus:
 
 
 def lease_from_pb(msg: pb.Lease) -> Lease:
+    for name in ("node_id", "address"):
+        _check_text(name, getattr(msg, name))
+    if len(msg.block_ids) > _MAX_LEASED_BLOCKS:
+        expected = f"at most {_MAX_LEASED_BLOCKS}"
+        raise errors.InvalidRequest(f"a lease of {len(msg.block_ids)} blocks, expected {expected}", param="block_ids")
     return Lease(
         sequence_id=msg.sequence_id,
         epoch=msg.epoch,

@@ -24,6 +24,8 @@ MAX_ALLOWED_TOKEN_IDS = 16_384
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_TOKENS = 64
 MAX_REQUEST_ID_CHARS = 128
+# Of an attempt: the request's id, with the numbers of its choice and of the attempt.
+MAX_SEQUENCE_ID_CHARS = 255
 MAX_LEASE_S = 86_400.0
 # What tells tenants apart is a digest.
 MAX_CACHE_SALT_BYTES = 64
@@ -77,6 +79,13 @@ def _check_ids(name: str, ids: Collection[int], max_num: int) -> None:
     if set(map(type, ids)) != {int} or min(ids) < 0 or max(ids) > MAX_COUNT:
         bad = next(i for i in ids if type(i) is not int or not 0 <= i <= MAX_COUNT)
         raise InvalidRequest(f"{name} has {quoted(bad)}, expected token ids", param=name)
+
+
+def _check_sequence_id(sequence_id: str) -> None:
+    """It is kept in ledgers, logs and traces."""
+    size = len(sequence_id)
+    expected = f"1 to {MAX_SEQUENCE_ID_CHARS}"
+    _check(0 < size <= MAX_SEQUENCE_ID_CHARS, "sequence_id", f"{size} characters", expected)
 
 
 def _check_biases(biases: Collection[float]) -> None:
@@ -194,7 +203,7 @@ class SequenceSpec:
 
     def __post_init__(self) -> None:
         _check_int("priority", self.priority, MIN_PRIORITY, MAX_PRIORITY)
-        _check(bool(self.sequence_id), "sequence_id", self.sequence_id, "a non-empty string")
+        _check_sequence_id(self.sequence_id)
         _check(len(self.prompt_token_ids) > 0, "prompt", "empty", "at least one token")
         _check(self.sampling.max_tokens is not None, "max_tokens", None, "a resolved number")
         _check(self.sampling.seed is not None, "seed", None, "a resolved number")
@@ -481,6 +490,7 @@ class Lease:
     num_cached_blocks: int = 0
 
     def __post_init__(self) -> None:
+        _check_sequence_id(self.sequence_id)
         # A lease without an end would keep its blocks for ever.
         _check_number("ttl_s", self.ttl_s, 0, MAX_LEASE_S)
 

@@ -68,6 +68,8 @@ class TransferConfig:
     copy_threads: int = field(default_factory=lambda: _default_threads(2), metadata=setting(least=1, most=64))
     verify_threads: int = field(default_factory=lambda: _default_threads(2), metadata=setting(least=1, most=64))
     tcp_streams: int = field(default=2, metadata=setting(least=1, most=64))
+    # To a receiver; those that are lost count until their writer is known to be gone. A sender has one.
+    max_channels: int = field(default=1024, metadata=setting(least=1))
     # Interface the receiver's data sockets listen on; empty: the host of the node's address.
     tcp_listen_host: str = field(default="", metadata=computed())
     # By transport, in place of its own: transfers of at least this many bytes are pushed layer by layer, smaller ones

@@ -20,7 +20,7 @@ from baton.address import host_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.driver import Driver
-from baton.errors import BatonError, InvalidRequest, Unavailable
+from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
 from baton.machine import Tick
 from baton.patience import patient_timeout
 from baton.types import KvLayout, Lease, NodeDescription
@@ -310,7 +310,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise InvalidRequest("the first message of a transfer channel must be Hello")
         if self._is_closing:
             raise Unavailable(f"{self._node.node_id} is shutting down")
+        if len(self._writers) >= self._config.max_channels:
+            raise Overloaded(f"{len(self._writers)} channels to {self._node.node_id} are open, the limit")
         hello = request.hello
+        wire_codec.check_offers(hello)
         peer = codec.node_from_pb(hello.node)
         digest = DIGEST_NAME if self._config.digest else ""
         wire_codec.check_compatible(self._node, peer, digest, hello.digest)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from baton import codec
-from baton.errors import Incompatible, InvalidRequest, quoted
+from baton.errors import Incompatible, InvalidRequest, quoted, shortened
 from baton.types import NodeDescription
 from baton.v1 import transfer_pb2 as pb
 from kvtransfer.encoding import Encoding
@@ -14,6 +14,10 @@ from kvtransfer.transports.interface import Transport
 
 # A commit carries 16 bytes per layer and one token.
 MAX_MESSAGE_BYTES = 4 << 20
+# Of each list in a Hello; a process knows fewer of everything.
+_MAX_OFFERED = 64
+# Of what a peer says why it ends a transfer, which is kept until its blocks are free.
+_MAX_REASON_CHARS = 300
 
 # A channel is opened anew on every attempt: gRPC's own reconnection and its back-off would only hide what happened.
 CLIENT_OPTIONS: tuple[tuple[str, int], ...] = (
@@ -62,7 +66,7 @@ def request_from_pb(msg: pb.ChannelRequest) -> m.SenderMessage:
             digests = tuple(c.layer_digests)
             return m.Commit(c.sequence_id, c.epoch, c.attempt, c.num_blocks, digests, token, c.num_sent_bytes)
         case "abort":
-            return m.Abort(msg.abort.sequence_id, msg.abort.epoch, msg.abort.reason)
+            return m.Abort(msg.abort.sequence_id, msg.abort.epoch, shortened(msg.abort.reason, _MAX_REASON_CHARS))
         case "revoked":
             return m.Revoked(msg.revoked.sequence_id, msg.revoked.epoch)
         case "heartbeat":
@@ -109,11 +113,19 @@ def response_from_pb(msg: pb.ChannelResponse) -> m.ReceiverMessage:
             failure = codec.failure_from_pb(n.failure)
             return m.Nack(n.sequence_id, n.epoch, n.attempt, failure, tuple(n.retransmit_layers))
         case "revoke":
-            return m.Revoke(msg.revoke.sequence_id, msg.revoke.epoch, msg.revoke.reason)
+            return m.Revoke(msg.revoke.sequence_id, msg.revoke.epoch, shortened(msg.revoke.reason, _MAX_REASON_CHARS))
         case "heartbeat":
             return m.Heartbeat()
         case other:
             raise InvalidRequest(f"message {other!r} is not expected on a transfer channel after Welcome")
+
+
+def check_offers(hello: pb.ChannelRequest.Hello) -> None:
+    """Raise InvalidRequest for a Hello that lists more than any process has."""
+    for name in ("transports", "encodings", "reachable_memory"):
+        count = len(getattr(hello, name))
+        if count > _MAX_OFFERED:
+            raise InvalidRequest(f"a Hello lists {count} {name}, expected at most {_MAX_OFFERED}", param=name)
 
 
 def check_compatible(mine: NodeDescription, theirs: NodeDescription, my_digest: str, their_digest: str) -> None:

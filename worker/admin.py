@@ -17,6 +17,9 @@ from baton.timeline import Timeline
 from baton.v1 import node_pb2, node_pb2_grpc
 from worker.service import NodeService
 
+# As of the worker's own setting.
+_MAX_GRACE_S = 86_400.0
+
 
 class NodeServicer(node_pb2_grpc.NodeServicer):
     """``drain`` takes the grace time (0: the worker's own) and returns how long the worker stays at the most."""
@@ -44,8 +47,9 @@ class NodeServicer(node_pb2_grpc.NodeServicer):
         request: node_pb2.DrainRequest,
         context: grpc.aio.ServicerContext[node_pb2.DrainRequest, node_pb2.DrainResponse],
     ) -> node_pb2.DrainResponse:
-        if not 0 <= request.grace_s < float("inf"):
-            raise InvalidRequest(f"grace_s is {request.grace_s}, expected 0 or a number of seconds", param="grace_s")
+        if not 0 <= request.grace_s <= _MAX_GRACE_S:
+            expected = f"0 (the node's own) or a number of seconds up to {_MAX_GRACE_S:g}"
+            raise InvalidRequest(f"grace_s is {request.grace_s}, expected {expected}", param="grace_s")
         grace_s = self._drain(request.grace_s)
         return node_pb2.DrainResponse(
             node_id=self._node.node_id,

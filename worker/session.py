@@ -26,6 +26,7 @@ from worker import session_codec
 
 Requests = AsyncIterator[node_pb2.SessionRequest]
 Context = grpc.aio.ServicerContext[node_pb2.SessionRequest, node_pb2.SessionResponse]
+_MAX_ROUTER_ID_CHARS = 255
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class SessionConfig:
     max_message_items: int = 2_048
     # Blocks of the prefix cache that one message names; a router takes in so many in 4 ms.
     max_cache_keys: int = 2_048
+    # Of routers at once; one that opens a second session ends its first.
+    max_sessions: int = 256
 
 
 def _num_items(message: NodeMessage) -> int:
@@ -202,14 +205,18 @@ class SessionHost:
             raise Incompatible(
                 f"router {hello.router_id} speaks protocol {hello.protocol_version}, this node {PROTOCOL_VERSION}"
             )
-        if not hello.router_id:
-            raise InvalidRequest("router_id is empty, expected a name", param="router_id")
+        size = len(hello.router_id)
+        if not 0 < size <= _MAX_ROUTER_ID_CHARS:
+            expected = f"a name of 1 to {_MAX_ROUTER_ID_CHARS}"
+            raise InvalidRequest(f"router_id has {size} characters, expected {expected}", param="router_id")
         return hello
 
     def _open(self, hello: node_pb2.SessionHello) -> NodeSession:
         for old in list(self._sessions.values()):
             if old.router_id == hello.router_id:
                 old.outbox.close(Unavailable(f"router {hello.router_id} opened a new session"))
+        if len(self._sessions) >= self._config.max_sessions:
+            raise Overloaded(f"{len(self._sessions)} routers have a session with this node, the limit; try again later")
         self._num_opened += 1
         outbox = Outbox(self._config.max_outbox_items)
         session = NodeSession(self._num_opened, hello.router_id, outbox)

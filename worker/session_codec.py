@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton import codec
 from baton.defects import Defects
-from baton.errors import InvalidRequest, quoted
+from baton.errors import InvalidRequest, quoted, shortened
 from baton.node_messages import (
     CacheChanged,
     Cancel,
@@ -23,6 +23,9 @@ from baton.node_messages import (
 from baton.prefix import KEY_BYTES
 from baton.types import Embedding, Lease, PromptLogprobs, TokenChunk
 from baton.v1 import common_pb2, node_pb2
+
+# Of what a router says why it cancels, for logs.
+_MAX_REASON_CHARS = 300
 
 
 class Unreadable(Exception):
@@ -67,7 +70,7 @@ def message_from_pb(request: node_pb2.SessionRequest) -> RouterMessage:
             except Exception as error:
                 raise Unreadable(migrate.sequence_id, error, NotMigrated) from error
         case "cancel":
-            return Cancel(request.cancel.sequence_id, request.cancel.reason)
+            return Cancel(request.cancel.sequence_id, shortened(request.cancel.reason, _MAX_REASON_CHARS))
         case _:
             raise InvalidRequest(f"a session carries {kind} after its hello, expected run, reserve, migrate or cancel")
 

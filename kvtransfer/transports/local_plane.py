@@ -26,6 +26,8 @@ _HELLO_TIMEOUT_S = 5.0
 _MAX_PENDING = 64
 # A pause after an accept that failed.
 _ACCEPT_AGAIN_S = 0.1
+# Hints that are read at once, and layers of one: what a peer says holds the loop up for milliseconds.
+_MAX_HINTS = 16
 _MAX_HINTED_LAYERS = 1024
 
 
@@ -119,7 +121,7 @@ class LocalPlane(ABC):
 
     def _on_readable(self, channel: int, connection: socket.socket) -> None:
         try:
-            data = connection.recv(HINT.size * 256)
+            data = connection.recv(HINT.size * _MAX_HINTS)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:

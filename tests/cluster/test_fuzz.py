@@ -56,24 +56,45 @@ COMMON = (
 )
 COMPLETION = ("prompt", "echo", "suffix")
 CHAT = ("messages", "max_completion_tokens", "top_logprobs", "response_format", "tools", "tool_choice")
+RESPONSES = (
+    *("input", "instructions", "max_output_tokens", "previous_response_id", "tools", "tool_choice", "text"),
+    *("reasoning", "include", "truncation", "background", "conversation", "store", "parallel_tool_calls"),
+    "top_logprobs",
+)
+MESSAGES = ("messages", "system", "stop_sequences", "tools", "tool_choice", "thinking", "output_config")
+EMBEDDINGS = (
+    *("input", "dimensions", "encoding_format", "normalize", "add_special_tokens", "truncate_prompt_tokens"),
+    *("truncation_side", "request_id", "cache_salt", "priority", "pooling", "timeout", "user", "model"),
+)
+TEXT = '"Months from May to July:"'
+TURNS = f'[{{"role": "user", "content": {TEXT}}}]'
+SHORT = {"max_tokens": "2", "timeout": "20", "temperature": "0"}
+SHORT_RESPONSE = {"max_output_tokens": "2", "timeout": "20", "temperature": "0", "input": TEXT}
+# Path, a short request, and the names of what may be in it; those that most clients use, more than once.
+ENDPOINTS: tuple[tuple[str, dict[str, str], tuple[str, ...]], ...] = (
+    ("/v1/completions", {**SHORT, "prompt": TEXT}, COMMON + COMPLETION),
+    ("/v1/chat/completions", {**SHORT, "messages": TURNS}, COMMON + CHAT),
+    ("/v1/completions", {**SHORT, "prompt": TEXT}, COMMON + COMPLETION),
+    ("/v1/responses", SHORT_RESPONSE, COMMON + RESPONSES),
+    ("/v1/messages", {**SHORT, "messages": TURNS}, COMMON + MESSAGES),
+    ("/v1/embeddings", {"input": TEXT, "timeout": "20"}, EMBEDDINGS),
+    ("/v1/messages/count_tokens", {"messages": TURNS}, MESSAGES),
+    ("/tokenize", {"prompt": TEXT}, (*COMPLETION, "return_token_strs", "add_special_tokens", "model")),
+    ("/detokenize", {"tokens": "[5, 6]"}, ("tokens", "model")),
+)
 
 
 def bodies(rng: Random, count: int) -> Iterator[tuple[str, bytes]]:
     """Path and body; one to three fields have an extreme value, everything else is a short request."""
     for number in range(count):
-        is_chat = number % 3 == 0
-        fields = {"max_tokens": "2", "timeout": "20", "temperature": "0"}
-        if is_chat:
-            fields["messages"] = '[{"role": "user", "content": "Months from May to July:"}]'
-        else:
-            fields["prompt"] = '"Months from May to July:"'
-        names = COMMON + (CHAT if is_chat else COMPLETION)
+        turn, at = divmod(number, len(ENDPOINTS))
+        path, usual, names = ENDPOINTS[at]
         # Each field in turn with each value, so that none is left to chance; the others are drawn.
-        fields[names[number % len(names)]] = shaped(rng, names[number % len(names)])
-        for name in rng.sample(names, rng.choice((0, 0, 0, 1, 2))):
+        fields = usual | {names[turn % len(names)]: shaped(rng, names[turn % len(names)])}
+        for name in rng.sample(names, min(len(names), rng.choice((0, 0, 0, 1, 2)))):
             fields[name] = shaped(rng, name)
         text = "{" + ", ".join(f'"{name}": {value}' for name, value in fields.items()) + "}"
-        yield "/v1/chat/completions" if is_chat else "/v1/completions", text.encode()
+        yield path, text.encode()
 
 
 def shaped(rng: Random, name: str) -> str:
@@ -87,9 +108,12 @@ def shaped(rng: Random, name: str) -> str:
         case "logit_bias" | "metadata" | "stream_options" | "response_format":
             key = {"stream_options": "include_usage", "response_format": "type"}.get(name, "5")
             return f'{{"{key}": {value}}}'
-        case "stop_token_ids" | "stop" | "tools":
+        case "stop_token_ids" | "stop" | "stop_sequences" | "tools" | "include" | "tokens":
             return f"[{value}]"
-        case "prompt":
+        case "output_config" | "text" | "reasoning" | "thinking" | "tool_choice":
+            key = {"output_config": "format", "text": "format", "reasoning": "effort"}.get(name, "type")
+            return f'{{"{key}": {value}}}'
+        case "prompt" | "input":
             return rng.choice((f"[{value}]", f"[[{value}]]", f"[5, {value}]", f'["a", {value}]'))
         case "messages":
             inner = rng.choice(("content", "role", "name", "tool_calls", "weight"))
@@ -98,9 +122,9 @@ def shaped(rng: Random, name: str) -> str:
             return value
 
 
-async def send_all(url: str, rng: Random, count: int) -> tuple[Counter[int], list[tuple[bytes, str]]]:
-    """Status codes, and the bodies whose answer was 5xx or no JSON, with the answer."""
-    statuses: Counter[int] = Counter()
+async def send_all(url: str, rng: Random, count: int) -> tuple[Counter[tuple[str, int]], list[tuple[bytes, str]]]:
+    """Paths and status codes, and the bodies whose answer was 5xx or no JSON, with the answer."""
+    statuses: Counter[tuple[str, int]] = Counter()
     bad: list[tuple[bytes, str]] = []
     todo = bodies(rng, count)
     headers = {"content-type": "application/json"}
@@ -108,10 +132,10 @@ async def send_all(url: str, rng: Random, count: int) -> tuple[Counter[int], lis
     async def lane(client: httpx.AsyncClient) -> None:
         for path, body in todo:
             response = await client.post(path, content=body, headers=headers)
-            statuses[response.status_code] += 1
+            statuses[path, response.status_code] += 1
             is_events = response.headers["content-type"].startswith("text/event-stream")
             if response.status_code >= 500 or len(response.text) > 20_000:
-                bad.append((body[:300], response.text[:300]))
+                bad.append((path.encode() + b" " + body[:300], response.text[:300]))
             elif response.status_code != 200:
                 assert response.json()["error"]["message"], body
             elif is_events and '"InternalError"' in response.text:
@@ -217,8 +241,9 @@ async def fuzz(cluster: Cluster, count: int) -> dict[str, Any]:
     assert [n.state for n in status.nodes] == ["ready"] * 2
     frozen_node_is_noticed(cluster, "prefill-0")
     frozen_node_is_noticed(cluster, "decode-0")
-    assert statuses[200] > 0
-    assert statuses[400] > 0
+    for path, _, _ in ENDPOINTS:
+        assert statuses[path, 200] > 0, path
+        assert statuses[path, 400] > 0, path
     assert codes["OK"] > 0
     assert codes["INVALID_ARGUMENT"] > 0
     return {"statuses": dict(statuses), "codes": dict(codes), "rounds": rounds}

@@ -13,6 +13,7 @@ import pytest
 import baton
 from baton.client import Completion
 from tests.support.cluster import Cluster, StartCluster
+from tests.support.figures import figure
 from tests.support.moving_router import BY_HAND, MovingRouter, moving_router, same
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ async def move_many(router: MovingRouter, cluster: Cluster, num_moves: int, max_
             done = await asyncio.gather(*tasks)
             same(done, undisturbed)
             assert [x.relay.attempts for x in done] == [1] * CONCURRENCY
+    figure(31, "moves without a changed token", router.outcomes["balance", "moved"], "moves")
     # One that ends while it is to move does not; one whose node is far ahead of this router has outgrown its lease.
     assert set(router.outcomes) <= {("balance", "moved"), ("balance", "ended"), ("balance", "failed")}
     await asyncio.to_thread(cluster.wait_baseline)
@@ -139,3 +141,4 @@ def report(what: str, router: MovingRouter) -> None:
         for name, found, unit in (("pause", pauses, "s"), ("pause", steps, "times the mean gap")):
             p50, p99 = found[len(found) // 2], found[len(found) * 99 // 100]
             _log.info("%s p50 %.4f, p99 %.4f %s", name, p50, p99, unit)
+        figure(31, f"{what}, p99 of the pause", pauses[len(pauses) * 99 // 100])

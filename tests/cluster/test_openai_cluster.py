@@ -9,6 +9,7 @@ import pytest
 
 from demo.tasks import recall_prompts
 from tests.support.cluster import KEYS, WITH_KEYS, StartCluster
+from tests.support.figures import figure
 from tests.support.load import Job, run_all
 
 MODEL = "model"
@@ -88,7 +89,7 @@ def errors_are_proper(client: openai.OpenAI) -> None:
     assert malformed.json()["error"]["type"] == "invalid_request_error"
 
 
-async def test_logprobs_of_every_token_survive_the_handoff(shared_cluster: StartCluster, demo_model: Path) -> None:
+async def test_25_logprobs_of_every_token_survive_the_handoff(shared_cluster: StartCluster, demo_model: Path) -> None:
     tasks = recall_prompts(33, 6)
     jobs = [Job(t.prompt, 20, {"logprobs": 3, "temperature": 0.8, "seed": 4, "ignore_eos": True}) for t in tasks]
     found = []
@@ -101,6 +102,12 @@ async def test_logprobs_of_every_token_survive_the_handoff(shared_cluster: Start
     assert all(len(logprobs) == len(ids) == 20 for ids, logprobs in found[0])
     # Floats, compared for equality: split and colocated compute the same bits.
     assert found[0] == found[1]
+    figure(
+        25,
+        "log-probabilities equal to those of one node, first tokens' too",
+        sum(len(x) for _, x in found[0]),
+        "values",
+    )
 
 
 def test_a_cluster_with_api_keys_starts_and_asks_for_them(shared_cluster: StartCluster, demo_model: Path) -> None:

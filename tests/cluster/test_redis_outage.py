@@ -13,6 +13,7 @@ import pytest
 
 from baton.registry import Registry, RegistryConfig
 from tests.support.cluster import Cluster, starter
+from tests.support.figures import figure
 from tests.support.load import Answer, Job, mixed_jobs, run_all
 from tests.support.redis_server import RedisServer
 
@@ -68,7 +69,9 @@ async def outage(cluster: Cluster, server: RedisServer, seconds: float) -> int:
     assert {n.node.node_id: n.node.incarnation for n in cluster.status().nodes} == before
     await until_registered(server, len(before))
     await asyncio.to_thread(cluster.wait_baseline)
-    return len(rounds) * len(jobs)
+    num_requests = len(rounds) * len(jobs)
+    figure(17, f"whole at the first attempt beside {seconds:g} s without Redis", num_requests, "requests")
+    return num_requests
 
 
 async def until_registered(server: RedisServer, num_nodes: int) -> None:

@@ -156,15 +156,17 @@ class Node:
         has_prefix_cache: bool,
         role: Role,
         roles_config: RolesConfig | None,
+        max_model_tokens: int,
+        max_batch_tokens: int,
     ) -> None:
         clock = MonotonicClock()
         layout = KvLayout(LAYOUT.num_layers, num_blocks, 1, 1, LAYOUT.block_tokens, "float32")
         self.runner = FakeRunner(layout, vocab_size=VOCAB, step_delay_s=step_delay_s)
         config = SchedulerConfig(
             block_tokens=LAYOUT.block_tokens,
-            max_model_tokens=200,
+            max_model_tokens=max_model_tokens,
             vocab_size=VOCAB,
-            max_batch_tokens=16,
+            max_batch_tokens=max_batch_tokens,
             max_num_seqs=8,
             watermark=0.0,
         )
@@ -172,7 +174,7 @@ class Node:
         self.receiver = SteeredReceiver()
         self.server = GrpcServer()
         self.address = self.server.bind("127.0.0.1:0")
-        model = ModelDescription("fake", "f", "float32", 200, VOCAB)
+        model = ModelDescription("fake", "f", "float32", max_model_tokens, VOCAB)
         self.description = NodeDescription(
             "n0",
             5,
@@ -229,9 +231,20 @@ async def running_node(
     has_prefix_cache: bool = False,
     role: Role = Role.MIXED,
     roles_config: RolesConfig | None = None,
+    max_model_tokens: int = 200,
+    max_batch_tokens: int = 16,
 ) -> AsyncIterator[Node]:
     session_config = session_config or SessionConfig()
-    node = Node(step_delay_s, session_config, num_blocks, has_prefix_cache, role, roles_config)
+    node = Node(
+        step_delay_s,
+        session_config,
+        num_blocks,
+        has_prefix_cache,
+        role,
+        roles_config,
+        max_model_tokens,
+        max_batch_tokens,
+    )
     node.replica.start()
     await node.server.start()
     try:

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import grpc.aio
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton import codec
 from baton.types import KvLayout, Role, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc
 from engine.config import EngineConfig
-from engine.fake import FakeRunner
+from engine.fake import FakeRunner, expected_tokens
 from engine.scheduler_config import SchedulerConfig
 from kvtransfer.config import TransferConfig
-from tests.support.node import WAIT_S, Router, session
+from tests.support.node import WAIT_S, Router, session, spec
 from tests.support.root import ROOT
 from worker.config import WorkerConfig
 from worker.departure import DrainConfig
@@ -30,6 +33,12 @@ from worker.worker import serve
 # A worker with a fake model, as a module to run.
 CHILD = "tests.support.worker_child"
 LAYOUT = KvLayout(3, 48, 2, 8, 16, "float32")
+VOCAB = 1000
+
+
+def oracle(sequence: SequenceSpec) -> list[int]:
+    """The tokens of an undisturbed run."""
+    return expected_tokens(sequence, LAYOUT, VOCAB)
 
 
 def fake_load(step_delay_s: float = 0.0, num_blocks: int = LAYOUT.num_blocks) -> Any:
@@ -39,7 +48,7 @@ def fake_load(step_delay_s: float = 0.0, num_blocks: int = LAYOUT.num_blocks) ->
         return FakeRunner(
             layout,
             buffer=allocate(layout.total_bytes),
-            vocab_size=1000,
+            vocab_size=VOCAB,
             max_model_tokens=600,
             step_delay_s=step_delay_s,
         )
@@ -48,11 +57,11 @@ def fake_load(step_delay_s: float = 0.0, num_blocks: int = LAYOUT.num_blocks) ->
 
 
 @dataclass
-class Worker:
+class Serving:
+    """A worker, as others see it."""
+
     address: str
     node_id: str
-    task: asyncio.Task[bool]
-    stop: asyncio.Event
 
     async def ledger(self) -> dict[str, str]:
         """State by owner; cached blocks have none."""
@@ -66,6 +75,30 @@ class Worker:
             while (found := await self.ledger()) != expected:  # noqa: ASYNC110 - another machine's state
                 await asyncio.sleep(0.005)
         assert found == expected
+
+    async def until_healthy(self, timeout_s: float = WAIT_S) -> None:
+        async with grpc.aio.insecure_channel(self.address) as channel, asyncio.timeout(timeout_s):
+            health = health_pb2_grpc.HealthStub(channel)
+            request, serving = health_pb2.HealthCheckRequest(), health_pb2.HealthCheckResponse.SERVING
+            while (await health.Check(request)).status != serving:  # noqa: ASYNC110 - another machine's state
+                await asyncio.sleep(0.01)
+
+    async def serves(self) -> None:
+        """It is healthy, and computes a sequence that stays with it: the right tokens."""
+        await self.until_healthy()
+        async with session(self.address) as router:
+            await router.hello("probe")
+            sequence = spec("probe", 40, max_tokens=6)
+            await router.run(sequence)
+            assert await router.tokens() == oracle(sequence)
+
+
+@dataclass
+class Worker(Serving):
+    """One in this process."""
+
+    task: asyncio.Task[bool]
+    stop: asyncio.Event
 
 
 @asynccontextmanager
@@ -107,8 +140,8 @@ async def worker(tmp_path: Path, node_id: str, role: Role = Role.MIXED, **settin
 class Pair:
     """What a router has of one prefill and one decode node."""
 
-    prefill_worker: Worker
-    decode_worker: Worker
+    prefill_worker: Serving
+    decode_worker: Serving
     prefill: Router
     decode: Router
 
@@ -138,6 +171,9 @@ class Pair:
         await self.prefill_worker.until_ledger({}, timeout_s)
         await self.decode_worker.until_ledger({}, timeout_s)
 
+    async def unharmed(self, timeout_s: float = WAIT_S, *, moves: bool = True) -> None:
+        await unharmed(self.prefill_worker, self.decode_worker, timeout_s, moves=moves)
+
 
 @asynccontextmanager
 async def pair(tmp_path: Path, **settings: Any) -> AsyncIterator[Pair]:
@@ -158,13 +194,34 @@ async def pair(tmp_path: Path, **settings: Any) -> AsyncIterator[Pair]:
         yield Pair(p, d, to_prefill, to_decode)
 
 
+async def unharmed(prefill: Serving, decode: Serving, timeout_s: float = WAIT_S, *, moves: bool = True) -> None:
+    """Both have all blocks back and are healthy, and serve another router's sequence with the right tokens.
+
+    ``moves``: also one that is handed over, where no fault of the transport stands against it.
+    """
+    for node in (prefill, decode):
+        await node.until_ledger({}, timeout_s)
+        await node.serves()
+    if moves:
+        async with session(prefill.address) as to_prefill, session(decode.address) as to_decode:
+            await to_prefill.hello("probe")
+            await to_decode.hello("probe")
+            sequence = spec("probe moves", 50, max_tokens=6)
+            assert await Pair(prefill, decode, to_prefill, to_decode).relay(sequence) == oracle(sequence)
+    for node in (prefill, decode):
+        await node.until_ledger({}, timeout_s)
+
+
 class Load:
     """Many requests at once over one pair; what is refused is asked for again. Any failure fails the test."""
 
-    def __init__(self, relay: Pair, sequences: list[SequenceSpec], *, at_once: int) -> None:
+    def __init__(self, relay: Pair, sequences: list[SequenceSpec], *, at_once: int, limit_s: float = 60.0) -> None:
         self._relay = relay
+        self._limit_s = limit_s
         self._todo = list(sequences)
         self._by_id = {s.sequence_id: s for s in sequences}
+        # Not whole yet.
+        self._left = set(self._by_id)
         self._slots = asyncio.Semaphore(at_once)
         self._tokens: dict[str, dict[int, list[int]]] = {s.sequence_id: {} for s in sequences}
         # How many tokens there will be, once the last is known.
@@ -174,13 +231,13 @@ class Load:
 
     async def run(self) -> dict[str, list[int]]:
         """Every token of every request, in order."""
-        async with asyncio.timeout(60), asyncio.TaskGroup() as tasks:
+        async with asyncio.timeout(self._limit_s), asyncio.TaskGroup() as tasks:
             helpers = [
                 tasks.create_task(self._listen(self._relay.prefill, self._from_prefill)),
                 tasks.create_task(self._listen(self._relay.decode, self._from_decode)),
                 tasks.create_task(self._ask()),
             ]
-            while not all(self._is_whole(name) for name in self._by_id):
+            while self._left:
                 self._news.clear()
                 await self._news.wait()
             for helper in helpers:
@@ -212,7 +269,9 @@ class Load:
         if item.finish_reason:
             self._totals[item.sequence_id] = item.index + len(item.token_ids)
             self._slots.release()
-        self._news.set()
+        if self._is_whole(item.sequence_id):
+            self._left.discard(item.sequence_id)
+            self._news.set()
 
     async def _from_prefill(self, kind: str, item: Any) -> None:
         assert kind in ("prefills", "handed_off"), item
@@ -232,21 +291,25 @@ class Load:
 
 
 @dataclass
-class ProcessWorker:
-    """A worker in a process of its own, which can be killed and restarted."""
+class ProcessWorker(Serving):
+    """A worker in a process of its own, which can be stopped, killed and restarted."""
 
-    node_id: str
-    address: str
     process: asyncio.subprocess.Process
-    arguments: tuple[str, ...]
 
     @classmethod
     async def start(
-        cls, tmp_path: Path, node_id: str, role: str, *, listen: str = "127.0.0.1:0", step_delay_s: float = 0.0
+        cls,
+        tmp_path: Path,
+        node_id: str,
+        role: str,
+        *,
+        listen: str = "127.0.0.1:0",
+        step_delay_s: float = 0.0,
+        transports: tuple[str, ...] = (),
     ) -> ProcessWorker:
         ready = tmp_path / f"{node_id}.json"
         ready.unlink(missing_ok=True)
-        arguments = (node_id, role, listen, str(ready), str(step_delay_s))
+        arguments = (node_id, role, listen, str(ready), str(step_delay_s), *transports)
         process = await asyncio.create_subprocess_exec(sys.executable, "-m", CHILD, *arguments, cwd=ROOT)
         async with asyncio.timeout(30):
             while not ready.exists() and process.returncode is None:  # noqa: ASYNC110 - a file
@@ -254,11 +317,18 @@ class ProcessWorker:
         assert process.returncode is None, "the worker did not start"
         found = json.loads(ready.read_text())
         assert found["pid"] == process.pid
-        return cls(node_id, found["address"], process, arguments)
+        return cls(found["address"], node_id, process)
 
     async def describe(self) -> node_pb2.DescribeResponse:
         async with grpc.aio.insecure_channel(self.address) as channel:
             return await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
+
+    def stop(self) -> None:
+        """SIGSTOP: it lives, holds its connections and says nothing."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     async def kill(self) -> None:
         if self.process.returncode is None:
@@ -278,3 +348,22 @@ async def process_worker(tmp_path: Path, node_id: str, role: str, **settings: An
         yield started
     finally:
         await started.kill()
+
+
+@asynccontextmanager
+async def process_pair(
+    tmp_path: Path,
+    *,
+    prefill: Mapping[str, Any] = MappingProxyType({}),
+    decode: Mapping[str, Any] = MappingProxyType({}),
+) -> AsyncIterator[tuple[Pair, ProcessWorker, ProcessWorker]]:
+    """A prefill and a decode worker in processes of their own; each with its settings of ``ProcessWorker.start``."""
+    async with (
+        process_worker(tmp_path, "p0", "prefill", **prefill) as p,
+        process_worker(tmp_path, "d0", "decode", **decode) as d,
+        session(p.address) as to_prefill,
+        session(d.address) as to_decode,
+    ):
+        await to_prefill.hello()
+        await to_decode.hello()
+        yield Pair(p, d, to_prefill, to_decode), p, d

@@ -12,7 +12,7 @@ import fakeredis
 import pytest
 
 from baton.errors import BadConfig, Unavailable
-from baton.registry import NodeRecord, Registry, RegistryConfig
+from baton.registry import MAX_NODES, NodeRecord, Registry, RegistryConfig
 from baton.types import Role
 from tests.support.redis_server import RedisServer
 
@@ -167,3 +167,16 @@ async def test_bad_settings_are_refused_at_once(settings: dict[str, str], word: 
         Registry(RegistryConfig(**settings))  # type: ignore[arg-type]
     assert word in refused.value.message
     assert "secret" not in refused.value.message
+
+
+async def test_of_more_addresses_than_a_cluster_has_the_first_count_and_it_is_told(registry: Registry) -> None:
+    found = [f"10.0.{number // 250}.{number % 250}:1" for number in range(MAX_NODES + 1)]
+    pipeline = registry._redis.pipeline(transaction=False)
+    pipeline.sadd(registry._index, *found)
+    for address in found:
+        pipeline.hset(registry._record_prefix + address, "no", "record")
+    await pipeline.execute()
+    nodes, problems = await registry.nodes()
+    assert nodes == []
+    assert problems[0] == f"{MAX_NODES + 1} addresses are registered, only the first {MAX_NODES} count"
+    assert len(problems) == MAX_NODES + 1

@@ -56,16 +56,6 @@ def test_a_wrong_reference_is_found(tmp_path: Path) -> None:
     ]
 
 
-def test_the_tests_that_the_list_of_failures_names_exist() -> None:
-    text = (ROOT / "docs" / "failures.md").read_text(encoding="utf-8")
-    files = set(re.findall(r"[a-z_/]+/test_[a-z_]+", text))
-    assert len(files) > 10
-    assert [name for name in files if not (ROOT / "tests" / f"{name}.py").is_file()] == []
-    names = re.findall(r"([a-z_/]+/test_[a-z_]+) `(test_[0-9a-z_]+)\*`", text)
-    assert len(names) > 10
-    assert [n for n in names if f"def {n[1]}" not in (ROOT / "tests" / f"{n[0]}.py").read_text()] == []
-
-
 def test_lines_of_prose_are_at_most_120_columns() -> None:
     assert long_lines("x" * 121) == ["x" * 121]
     assert {path.name: lines for path in PAGES if (lines := long_lines(path.read_text(encoding="utf-8")))} == {}

@@ -21,6 +21,7 @@ from kvtransfer.protocol.lease import LeaseState
 from kvtransfer.protocol.receiver import ReceiverConfig
 from kvtransfer.protocol.receiver_events import Quarantined, Released
 from kvtransfer.sender import Push, Sender
+from tests.support.figures import figure
 from tests.support.root import ROOT
 from tests.support.transfer import LAYOUT, describe, make_memory, pair, token, until
 
@@ -128,7 +129,10 @@ async def test_a_stopped_writer_keeps_its_blocks_quarantined_until_it_is_gone(tr
         if transport != "tcp":
             assert p.inbox.of("r") == ["Quarantined"]
             await sender.kill()
+        gone_s = time.monotonic()
         await p.inbox.wait(Released, "r", within_s=WITHIN_S)
+        if transport != "tcp":
+            figure(11, "end of a writer that could not be asked to its blocks free", time.monotonic() - gone_s)
 
 
 @pytest.mark.parametrize(("transport", "where"), WAYS)

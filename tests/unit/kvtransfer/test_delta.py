@@ -27,6 +27,7 @@ from kvtransfer.protocol.receiver_events import Arrived, Released
 from kvtransfer.sender import Push
 from kvtransfer.transports import tcp_socket as tcp
 from kvtransfer.wire_codec import encoding_to_pb
+from tests.support.figures import figure
 from tests.support.transfer import LAYOUT, Pair, describe, pair, token, until
 
 # Two blocks are one segment of a digest: what is skipped shifts where segments begin.
@@ -141,6 +142,7 @@ async def test_23_exactly_the_missing_blocks_are_written_whatever_is_held(
             )
             is_layerwise = layerwise_from_bytes == 0 and num_blocks > at_decode
             assert report.layerwise == is_layerwise
+    figure(23, "pairs of prefix hits whose every byte was compared", 2 * len(HITS) ** 2, "pairs")
 
 
 @pytest.mark.parametrize("layerwise_from_bytes", [0, 1 << 40])

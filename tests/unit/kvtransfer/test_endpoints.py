@@ -300,6 +300,9 @@ async def test_a_refused_take_over_fails_the_commit_and_releases_the_blocks() ->
         ({"model": replace(describe("x", LAYOUT).model, fingerprint="other")}, "fingerprint is fingerprint-1 .* other"),
         ({"kv_layout": replace(LAYOUT, block_tokens=16)}, "block_tokens is 8 here and 16 there"),
         ({"kv_layout": replace(LAYOUT, dtype="float16")}, "dtype is float32 here and float16 there"),
+        # As shards of another tensor or pipeline parallelism have it.
+        ({"kv_layout": replace(LAYOUT, num_kv_heads=1)}, "num_kv_heads is 2 here and 1 there"),
+        ({"kv_layout": replace(LAYOUT, num_layers=6)}, "num_layers is 3 here and 6 there"),
         ({"host_id": "elsewhere"}, "none of them connects the two"),
     ],
 )

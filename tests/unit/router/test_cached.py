@@ -12,6 +12,7 @@ import pytest
 import baton
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig
+from tests.support.figures import figure
 from tests.support.router import VOCAB_SIZE, router_beside, until, write_model_folder
 
 CONFIG = FakeConfig(vocab_size=VOCAB_SIZE, num_cached_blocks=2)
@@ -41,11 +42,13 @@ async def test_26_cached_tokens_in_the_usage_of_every_kind_of_answer(tmp_path: P
             assert done == "data: [DONE]"
             return dict(json.loads(last.removeprefix("data: "))["usage"])
 
+        num_checked = 0
         messages = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 4}]
         for stream in ({}, {"stream": True, "stream_options": {"include_usage": True}}):
             for path, said in (("completions", {"prompt": PROMPT}), ("chat/completions", {"messages": messages})):
                 found = await usage(path, **said, **stream)
                 assert found["prompt_tokens_details"] == {"cached_tokens": 32}, path
+                num_checked += 1
                 assert found["total_tokens"] == found["prompt_tokens"] + 3
         several = await usage("completions", prompt=[PROMPT, PROMPT[:20]], n=2)
         assert several["prompt_tokens"] == 60
@@ -55,6 +58,7 @@ async def test_26_cached_tokens_in_the_usage_of_every_kind_of_answer(tmp_path: P
         assert answer.relay.num_cached_tokens == 32
         short = await grpc.complete(PROMPT[:16], max_tokens=3)
         assert short.usage.cached_tokens == 0, "the last token is computed"
+        figure(26, "kinds of answers whose cached tokens are not those of the prompt", num_checked + 3, "kinds")
         metrics = (await http.get("/metrics")).text
         model = 'model_name="tiny"'
         for name, value in (("queries", total(router, "queries")), ("hits", total(router, "hits"))):

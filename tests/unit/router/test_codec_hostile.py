@@ -70,6 +70,44 @@ def test_a_node_has_a_name_that_logs_and_labels_can_carry(name: str) -> None:
         codec.node_from_pb(node)
 
 
+def described_node() -> pb.NodeDescription:
+    node = pb.NodeDescription(node_id="d0", role=ROLE, home_role=ROLE, model=pb.ModelDescription(name="m"))
+    layout = pb.KvLayout(num_layers=1, num_blocks=1, num_kv_heads=1, head_dim=8, block_tokens=16, dtype="float32")
+    node.kv_layout.CopyFrom(layout)
+    return node
+
+
+@pytest.mark.parametrize("name", ["address", "host_id", "device", "kernels", "software_version", "metrics_address"])
+def test_what_a_node_says_of_itself_is_of_bounded_length(name: str) -> None:
+    node = described_node()
+    setattr(node, name, "x" * 255)
+    codec.node_from_pb(node)
+    setattr(node, name, "x" * 256)
+    with pytest.raises(InvalidRequest, match=f"{name} has 256 characters, expected at most 255"):
+        codec.node_from_pb(node)
+
+
+def test_lists_and_names_of_a_node_and_a_lease_are_bounded() -> None:
+    node = described_node()
+    node.transports.extend(["tcp"] * 17)
+    with pytest.raises(InvalidRequest, match="17 transports, expected at most 16"):
+        codec.node_from_pb(node)
+    del node.transports[:]
+    node.transports.append("t" * 256)
+    with pytest.raises(InvalidRequest, match="transports has 256 characters"):
+        codec.node_from_pb(node)
+    node = described_node()
+    node.model.fingerprint = "f" * 256
+    with pytest.raises(InvalidRequest, match=r"model\.fingerprint has 256 characters"):
+        codec.node_from_pb(node)
+    lease = pb.Lease(sequence_id="s", ttl_s=1.0, node_id="d0", address="a:1")
+    lease.block_ids.extend(range(1 << 22))
+    assert len(codec.lease_from_pb(lease).block_ids) == 1 << 22
+    lease.block_ids.append(0)
+    with pytest.raises(InvalidRequest, match="a lease of 4194305 blocks, expected at most 4194304"):
+        codec.lease_from_pb(lease)
+
+
 def test_a_salt_has_the_length_of_a_digest_at_most() -> None:
     sampling = pb.SamplingParams(max_tokens=1, seed=1)
     sequence = pb.Sequence(sequence_id="s", prompt_token_ids=[1], sampling=sampling, cache_salt=bytes(64))

@@ -15,13 +15,16 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 
 import baton
+from baton.client import Options
 from baton.clock import catch_up_s
+from baton.errors import DeadlineExceeded
 from baton.patience import patient_timeout
 from router.cluster.membership import MembershipConfig, State
 from router.config import RouterConfig
 from router.flow import FlowConfig
 from router.serve import Router, running
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
+from tests.support.figures import figure
 from tests.support.router import baseline, until
 
 pytestmark = pytest.mark.alone
@@ -81,6 +84,30 @@ async def test_a_router_that_stood_still_loses_no_node_and_repeats_no_attempt() 
             assert list(completion.token_ids) == expected_tokens([7, i], i, 300 if i < 8 else 20, VOCAB)
             assert completion.relay.attempts == 1, i
         assert State.LOST not in states
+
+
+async def test_21_an_answer_that_was_done_in_time_is_no_timeout_however_late_it_is_read() -> None:
+    """Known failure 21: the nodes are done before the deadline, the router reads it after."""
+    in_time = Options(timeout_s=3.0)
+    async with router_beside_processes(FlowConfig(), MembershipConfig()) as router:
+        assert router.grpc is not None
+        async with baton.AsyncClient(router.grpc) as client:
+            # 40 tokens take 0.4 s, and 5,000 would take 50 s.
+            calls = [
+                asyncio.create_task(client.complete([7, i], max_tokens=40, seed=i, options=in_time)) for i in range(8)
+            ]
+            endless = asyncio.create_task(client.complete([8], max_tokens=5000, seed=1, options=in_time))
+            await until(lambda: sum(bool(x.flow.tokens) for x in router.dispatcher.scheduler.in_flight) == 9, 20.0)
+            stand_still(3.5)
+            done = await asyncio.gather(*calls, return_exceptions=True)
+            num_false = sum(isinstance(x, DeadlineExceeded) for x in done)
+            figure(21, f"false time-outs of {len(calls)} answers that were read too late", num_false, "answers")
+            for i, completion in enumerate(done):
+                assert not isinstance(completion, BaseException), completion
+                assert list(completion.token_ids) == expected_tokens([7, i], i, 40, VOCAB)
+                assert completion.relay.attempts == 1
+            with pytest.raises(DeadlineExceeded):
+                await endless
 
 
 async def test_a_time_limit_does_not_strike_before_what_came_meanwhile_is_read() -> None:

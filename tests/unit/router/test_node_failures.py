@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from contextlib import aclosing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +23,8 @@ from router.config import LimitsConfig
 from router.openai_response import relay_json
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
-from tests.support.router import baseline, quick, router_beside, until
+from tests.support.figures import figure
+from tests.support.router import VOCAB_SIZE, baseline, quick, router_beside, until, write_model_folder
 
 VOCAB = FakeConfig().vocab_size
 SLOW = FakeConfig(step_s=0.01)
@@ -193,8 +196,10 @@ async def test_bounced_pool_recovers_by_itself() -> None:
             await cluster[node_id].die()
         for node_id in ("decode-0", "decode-1"):
             await cluster[node_id].start()
+        back_s = asyncio.get_running_loop().time()
         assert all(isinstance(x, Completion) for x in await running)
         await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members))
+        figure(16, "pool back to all requests served and all nodes ready", asyncio.get_running_loop().time() - back_s)
         done = await complete(router, [1], max_tokens=3, seed=1)
         assert done.relay.decode_node_id.startswith("decode")
         await baseline(cluster)
@@ -251,6 +256,7 @@ async def test_failed_transfer_is_run_again(code: str) -> None:
             done = await complete(router, [1, 2], max_tokens=8, seed=2)
         assert done.token_ids == expected([1, 2], 2, 8)
         assert done.relay.attempts == 2
+        figure(20, "a request whose transfer failed, all of it", done.relay.e2e_s)
         await baseline(cluster)
 
 
@@ -260,9 +266,13 @@ async def test_pair_heals_after_transient_failures() -> None:
         cluster["prefill-0"].fail("transfer", 4, code="TransferFailed")
         # While decode is avoided, prefill keeps the sequence; the next requests try the pair again.
         for _ in range(4):
-            assert (await complete(router, [1], max_tokens=4, seed=1)).relay.attempts == 2
+            done = await complete(router, [1], max_tokens=4, seed=1)
+            assert (done.relay.attempts, done.token_ids) == (2, expected([1], 1, 4))
         done = await complete(router, [1], max_tokens=4, seed=1)
         assert (done.relay.attempts, done.relay.decode_node_id) == (1, "decode-0")
+        assert done.token_ids == expected([1], 1, 4)
+        figure(14, "a request over the only pair after four failures in a row", done.relay.e2e_s)
+        await baseline(cluster)
 
 
 async def test_broken_pair_is_avoided_where_others_work() -> None:
@@ -356,7 +366,7 @@ async def test_many_cancels_leave_nothing() -> None:
         await baseline(cluster)
 
 
-async def test_end_at_the_first_token() -> None:
+async def test_24_end_at_the_first_token() -> None:
     """Known failure 24: max_tokens=1 and a stop id as the first token, split and colocated; no lease stays."""
     first = expected([9], 1, 1)[0]
     for pools in ({"prefill": 1, "decode": 1}, {"mixed": 1}):
@@ -367,6 +377,21 @@ async def test_end_at_the_first_token() -> None:
             assert (stopped.token_ids, stopped.finish_reason) == ((first,), FinishReason.STOP)
             assert stopped.stop_reason == str(first)
             await baseline(cluster)
+
+
+@pytest.mark.parametrize("pools", [{"prefill": 1, "decode": 1}, {"mixed": 1}], ids=["split", "whole"])
+async def test_24_the_models_own_end_at_the_first_token(tmp_path: Path, pools: dict[str, int]) -> None:
+    first = expected_tokens([9], 1, 1, VOCAB_SIZE)[0]
+    folder = write_model_folder(tmp_path / "tiny")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [first]}))
+    config = FakeConfig(vocab_size=VOCAB_SIZE)
+    async with FakeCluster(config, **pools) as cluster:
+        async with router_beside(cluster, timing=quick, model_folder=folder) as router:
+            ended = await complete(router, [9], max_tokens=50, seed=1)
+            assert (ended.token_ids, ended.finish_reason) == ((first,), FinishReason.STOP)
+            goes_on = await complete(router, [9], max_tokens=5, seed=1, ignore_eos=True)
+            assert list(goes_on.token_ids) == expected_tokens([9], 1, 5, VOCAB_SIZE)
+        await baseline(cluster)
 
 
 async def test_full_cluster_queues_then_refuses() -> None:
@@ -408,7 +433,17 @@ async def test_wedged_engine_makes_the_router_unready() -> None:
         for node in cluster.nodes.values():
             node.stall()
             node.script.stalled_since_s = 0.0
+        stalled_s = asyncio.get_running_loop().time()
         await until(lambda: not router.dispatcher.is_ready)
+        red_s = asyncio.get_running_loop().time() - stalled_s
+        figure(8, "engines that stand for too long to a router that is not ready", red_s)
+        # And it heals by itself.
+        for node in cluster.nodes.values():
+            node.resume()
+        await until(lambda: router.dispatcher.is_ready)
+        done = await complete(router, [1], max_tokens=4, seed=1)
+        assert done.token_ids == expected([1], 1, 4)
+        await baseline(cluster)
 
 
 async def test_different_model_is_refused_with_both_values(caplog: pytest.LogCaptureFixture) -> None:

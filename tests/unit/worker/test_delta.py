@@ -144,7 +144,7 @@ async def test_23_whatever_either_node_holds_the_kv_is_that_of_a_run_without_a_c
                 # At least the last token is computed: its logits are needed.
                 num_cached = min(at_prefill, (num_tokens - 1) // SIZE) * SIZE
                 assert (done.num_cached_tokens, done.num_computed_tokens) == (num_cached, num_tokens - num_cached)
-        await cached.relay.settled()
+        await cached.relay.unharmed()
 
 
 async def test_a_lease_that_ends_without_arrival_gives_shared_blocks_back_as_they_were(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """PrefillNode over a real stream and a real engine thread, with a push that the test steers."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -8,6 +9,8 @@ from baton.errors import Incompatible, NodeLost
 from baton.types import TokenChunk
 from baton.v1 import common_pb2, node_pb2
 from engine.fake import expected_tokens
+from prefill_node.machine import Phase
+from tests.support.figures import figure
 from tests.support.node import LAYOUT, VOCAB, WAIT_S, SteeredPush, lease_for, running_node, session, spec
 
 
@@ -135,7 +138,32 @@ async def test_leaving_in_every_phase(phase: str, leave: str) -> None:
         await node.until(lambda: node.num_used == 0 and node.service.num_sequences == 0)
 
 
-async def test_cancel_stops_a_long_prompt_within_one_chunk() -> None:
+async def test_7_a_prompt_of_32k_tokens_is_not_computed_on_for_a_client_that_left() -> None:
+    long = replace(spec("long"), prompt_token_ids=tuple(1 + i % 900 for i in range(32_768)))
+    num_chunks = 64
+    async with (
+        running_node(step_delay_s=0.02, num_blocks=9000, max_model_tokens=33_000, max_batch_tokens=512) as node,
+        session(node.address) as router,
+    ):
+        await router.hello()
+        await router.run(long, lease_for("long"))
+        await node.until(lambda: node.runner.num_steps >= 2)
+        left_s = asyncio.get_running_loop().time()
+        await router.cancel("long")
+        gone = (Phase.ABORTING, None)
+        await node.until(lambda: node.service._prefill_machine.phase_of("long") in gone)
+        num_steps = node.runner.num_steps
+        assert num_steps < num_chunks, "it was computed to its end: this test has shown nothing"
+        await node.until(lambda: node.num_used == 0)
+        figure(7, "cancel of a prompt of 32k tokens to all blocks free", asyncio.get_running_loop().time() - left_s)
+        assert node.runner.num_steps <= num_steps + 1, "the step that ran, and no other"
+        asked_s = asyncio.get_running_loop().time()
+        await router.run(spec("next", 5, max_tokens=1))
+        assert await router.tokens() == expected_tokens(spec("next", 5, max_tokens=1), LAYOUT, VOCAB)
+        figure(7, "the next request's first token", asyncio.get_running_loop().time() - asked_s)
+
+
+async def test_7_cancel_stops_a_long_prompt_within_one_chunk() -> None:
     async with running_node(step_delay_s=0.03) as node, session(node.address) as router:
         await router.hello()
         await router.run(spec("long", 190), lease_for("long"))

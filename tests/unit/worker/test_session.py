@@ -10,12 +10,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from baton import PROTOCOL_VERSION
 from baton.errors import BadConfig, NoBlocks, Overloaded, Unavailable
+from baton.node_messages import Cancel
 from baton.server import GrpcServer, rich_status
 from baton.types import FinishReason, PositionLogprobs, PromptLogprobs, TokenChunk, TokenLogprob
-from baton.v1 import node_pb2
+from baton.v1 import common_pb2, node_pb2
 from tests.support.node import WAIT_S, lease_for, running_node, session, spec
 from worker.session import Outbox, SessionConfig
-from worker.session_codec import Composer
+from worker.session_codec import Composer, message_from_pb
 
 
 async def test_hello_is_answered_with_who_and_how_busy() -> None:
@@ -57,10 +58,12 @@ async def test_a_session_that_opens_wrong_is_refused_with_details() -> None:
             code, details, _ = await router.ended()
             assert code is grpc.StatusCode.FAILED_PRECONDITION
             assert f"protocol 99, this node {PROTOCOL_VERSION}" in details
-        async with session(node.address) as router:
-            await router.hello(router_id="")
-            code, _, trailing = await router.ended()
-            assert (code, trailing["baton-error-param"]) == (grpc.StatusCode.INVALID_ARGUMENT, "router_id")
+        for name in ("", "x" * 256):
+            async with session(node.address) as router:
+                await router.hello(router_id=name)
+                code, details, trailing = await router.ended()
+                assert (code, trailing["baton-error-param"]) == (grpc.StatusCode.INVALID_ARGUMENT, "router_id")
+                assert f"router_id has {len(name)} characters, expected a name of 1 to 255" in details
         async with session(node.address) as router:
             await router.hello()
             await router.send(hello=node_pb2.SessionHello(router_id="r0", protocol_version=PROTOCOL_VERSION))
@@ -106,6 +109,56 @@ async def test_a_router_that_reconnects_ends_its_first_session_and_what_ran_in_i
         await other.next("tokens")
 
 
+async def test_so_many_routers_and_no_more_have_a_session() -> None:
+    async with (
+        running_node(session_config=SessionConfig(max_sessions=2)) as node,
+        session(node.address) as first,
+        session(node.address) as second,
+        session(node.address) as third,
+    ):
+        await first.hello("r0")
+        await second.hello("r1")
+        await third.hello("r2")
+        code, details, trailing = await third.ended()
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "2 routers have a session with this node, the limit" in details
+        assert trailing["baton-error-code"] == "Overloaded"
+        # The others go on, and one that leaves makes room.
+        await first.run(spec("a", max_tokens=3))
+        assert len(await first.tokens()) == 3
+        second.drop()
+        await node.until(lambda: len(node.service.sessions.numbers) == 1)
+        async with session(node.address) as again:
+            assert (await again.hello("r2")).HasField("welcome")
+
+
+async def test_what_a_router_says_is_bounded_before_it_is_kept() -> None:
+    async with running_node() as node, session(node.address) as router:
+        await router.hello()
+        long = spec("x" * 255)
+        await router.run(long)
+        assert (await router.until("tokens")).sequence_id == long.sequence_id
+        sampling = common_pb2.SamplingParams(max_tokens=1, seed=1)
+        sequence = common_pb2.Sequence(sequence_id="x" * 256, prompt_token_ids=[1], sampling=sampling)
+        lease = common_pb2.Lease(sequence_id="y" * 256, ttl_s=1.0)
+        await router.send(run=node_pb2.SessionRequest.Run(sequence=sequence))
+        failure = (await router.until("failed")).failure
+        assert failure.code == "InvalidRequest"
+        assert "sequence_id is '256 characters', expected 1 to 255" in failure.message
+        await router.send(reserve=node_pb2.SessionRequest.Reserve(sequence=sequence))
+        assert "256 characters" in (await router.until("refused")).failure.message
+        await router.send(migrate=node_pb2.Migrate(sequence_id="z", lease=lease))
+        assert "256 characters" in (await router.until("not_migrated")).failure.message
+        lease = common_pb2.Lease(sequence_id="z", ttl_s=1.0, address="a" * 256)
+        await router.send(migrate=node_pb2.Migrate(sequence_id="z", lease=lease))
+        failure = (await router.until("not_migrated")).failure
+        assert "address has 256 characters, expected at most 255" in failure.message
+        cancel = node_pb2.SessionRequest(cancel=node_pb2.Cancel(sequence_id="z", reason="r" * 5000))
+        heard = message_from_pb(cancel)
+        assert isinstance(heard, Cancel)
+        assert len(heard.reason) < 400
+
+
 async def test_goodbye_ends_the_session_in_good_order() -> None:
     async with running_node() as node, session(node.address) as router:
         await router.hello()
@@ -123,7 +176,9 @@ async def test_a_router_that_does_not_read_loses_its_session_not_the_node() -> N
         try:
             async with asyncio.timeout(5.0):
                 for number in range(3000):
-                    await router.run(spec(f"{'y' * 5000}{number}", max_tokens=500))
+                    # Refused, for its length, with its id.
+                    long = common_pb2.Sequence(sequence_id=f"{'y' * 5000}{number}")
+                    await router.send(run=node_pb2.SessionRequest.Run(sequence=long))
                     if number == 100:
                         await node.until(lambda: bool(node.service.sessions.numbers))
                     if number > 100 and not node.service.sessions.numbers:
