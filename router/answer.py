@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from baton import errors
-from router.frontend import Accepted, Ending, Frontend, Generation
+from router.frontend import Frontend
+from router.generation import Accepted, Ending, Generation
 from router.openai_whole import Json, WholeAnswer
 from router.text import Part
 from router.turns import Turns

@@ -9,7 +9,7 @@ from baton.observe import Relay
 from baton.v1 import router_pb2
 from router.cluster.membership import Member
 from router.deltas import CallArguments, CallBegin, ReasoningText
-from router.frontend import Ending
+from router.generation import Ending
 from router.openai_embeddings import embedding_of
 from router.text import Part
 

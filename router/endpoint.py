@@ -6,7 +6,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from router.answer import Form
-from router.frontend import Accepted, Caller, GenerationRequest
+from router.generation import Accepted
+from router.request import Caller, GenerationRequest
 
 
 @dataclass(frozen=True, slots=True)

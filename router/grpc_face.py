@@ -31,7 +31,9 @@ from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
 from router.clients import client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.frontend import Accepted, Caller, Ending, Frontend, GenerationRequest
+from router.frontend import Frontend
+from router.generation import Accepted, Ending
+from router.request import Caller, GenerationRequest
 from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard
@@ -137,7 +139,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
         def work() -> Conversation:
             for text in texts:
-                check_structure(text.encode(), self._config.limits, self._frontend.max_model_tokens)
+                check_structure(text.encode(), self._config.limits, self._frontend.model.max_tokens)
             return Conversation(
                 tuple(map(message_from_pb, chat.messages)),
                 variables=object_of(chat.variables, "variables") or {},
@@ -160,7 +162,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         """Runs before anything is copied out of the message: its lists may have millions of items."""
         sampling = request.sampling
         # One that is cut is bounded by the message's size.
-        most = None if request.truncate_prompt_tokens else self._frontend.max_model_tokens
+        most = None if request.truncate_prompt_tokens else self._frontend.model.max_tokens
         for param, items, limit in (
             ("prompt", request.prompt_token_ids.token_ids, most),
             ("chat", request.chat.messages, self._config.limits.max_body_containers),
@@ -198,10 +200,10 @@ class RouterService(router_pb2_grpc.RouterServicer):
         num_queued = self._dispatcher.scheduler.num_waiting
         return router_pb2.StatusResponse(
             router_id=self._config.router_id,
-            model=self._frontend.model_name,
+            model=self._frontend.model.name,
             num_queued=num_queued,
             num_running=self._dispatcher.scheduler.num_in_flight - num_queued,
-            chat_refusal=self._frontend.chat_refusal,
+            chat_refusal=self._frontend.prompts.chat_refusal,
             nodes=[member_to_pb(x) for x in self._dispatcher.nodes.members],
             http_port=self.http_port,
         )
@@ -314,7 +316,7 @@ class GrpcFace:
         keys = ApiKeys(config.client_keys)
         limits = ServerLimits(
             # Half of the limit for JSON: there are no escapes, and ids are short.
-            max_message_bytes=frontend.max_request_bytes // 2,
+            max_message_bytes=frontend.prompts.max_request_bytes // 2,
             keepalive_s=20.0,
             keepalive_timeout_s=20.0,
             least_ping_interval_s=5.0,

@@ -35,7 +35,8 @@ from router.clients import authorization_of, client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.endpoint import Computation, Endpoint
-from router.frontend import Caller, Frontend
+from router.frontend import Frontend
+from router.request import Caller
 from router.messages.response import count as messages_count
 from router.messages.response import endpoint as messages_endpoint
 from router.openai_neutral import UnknownFields
@@ -68,7 +69,7 @@ class HttpFace:
         self._frontend = frontend
         self._limits = config.limits
         self._has_keys = bool(config.api_keys)
-        self._bodies = BodyReader(config.limits, lambda: frontend.max_request_bytes)
+        self._bodies = BodyReader(config.limits, lambda: frontend.prompts.max_request_bytes)
         unknown = UnknownFields(ignores=config.ignore_unknown_fields)
         self._endpoints = {
             "/v1/completions": openai_response.endpoint(CompletionBody, frontend.tokenizer, unknown),
@@ -172,7 +173,7 @@ class HttpFace:
 
         def work() -> _Read:
             if len(content) > SMALL_BODY_BYTES:
-                check_structure(content, self._limits, self._frontend.max_model_tokens)
+                check_structure(content, self._limits, self._frontend.model.max_tokens)
             return read(content, caller)
 
         if len(content) > SMALL_BODY_BYTES:
@@ -312,10 +313,10 @@ class _Routes:
         return RedirectResponse("/status")
 
     async def models(self) -> Response:
-        return JSONResponse({"object": "list", "data": [self._model_card(n) for n in self._frontend.model_names]})
+        return JSONResponse({"object": "list", "data": [self._model_card(n) for n in self._frontend.model.names]})
 
     async def model(self, name: str) -> Response:
-        self._frontend.check_model(name)
+        self._frontend.model.check_name(name)
         return JSONResponse(self._model_card(name))
 
     def _model_card(self, name: str) -> dict[str, Any]:
@@ -324,9 +325,9 @@ class _Routes:
             "object": "model",
             "created": self._started_s,
             "owned_by": "baton",
-            "max_model_len": self._frontend.max_model_tokens,
+            "max_model_len": self._frontend.model.max_tokens,
             # Of requests that say nothing: what generation_config.json says, in the API's names.
-            "default_sampling_params": self._frontend.default_sampling,
+            "default_sampling_params": self._frontend.model.stated_sampling,
         }
 
     async def version(self) -> Response:

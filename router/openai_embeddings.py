@@ -15,7 +15,8 @@ from baton import errors
 from baton.errors import InvalidRequest, quoted
 from baton.types import MAX_COUNT, SamplingParams
 from router.endpoint import Asked, Endpoint
-from router.frontend import Accepted, Caller, Ending, GenerationRequest
+from router.generation import Accepted, Ending
+from router.request import Caller, GenerationRequest
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse, prompts_of
 from router.openai_whole import Json, WholeAnswer

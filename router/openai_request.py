@@ -27,9 +27,9 @@ from baton.types import (
     SamplingParams,
 )
 from router.chat import Conversation
-from router.frontend import Caller, GenerationRequest, Prompts
 from router.openai_functions import ROLE as FUNCTION_ROLE
 from router.openai_functions import call_of_turn, choice_of_function, tools_of_functions, with_tool_turns
+from router.request import Caller, GenerationRequest, PromptInput
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 from router.openai_structured import Asked as AskedForm
 from router.openai_structured import grammar_of
@@ -182,7 +182,8 @@ class CommonBody(Strict):
         return AskedForm()
 
     def _request(
-        self, prompts: Prompts, sampling: SamplingParams, caller: Caller, *, max_tokens_param: str = "max_tokens",
+        self, prompts: tuple[PromptInput, ...], sampling: SamplingParams, caller: Caller, *,
+        max_tokens_param: str = "max_tokens",
         is_chat: bool, echo: bool = False,
     ) -> GenerationRequest:  # fmt: skip
         if self.cache_salt == "":
@@ -446,7 +447,7 @@ def _part_text(part: object, where: str) -> str:
     raise InvalidRequest(f"{where} is of type {quoted(kind)}, expected 'text'", param=where)
 
 
-def prompts_of(prompt: object, param: str = "prompt") -> Prompts:
+def prompts_of(prompt: object, param: str = "prompt") -> tuple[PromptInput, ...]:
     """Text, texts, token ids, or lists of token ids."""
     if isinstance(prompt, str):
         return (prompt,)

@@ -14,7 +14,8 @@ from typing import Any
 from baton import errors
 from baton.observe import Relay
 from router.endpoint import Asked, Endpoint
-from router.frontend import Accepted, Caller, Ending, GenerationRequest
+from router.generation import Accepted, Ending
+from router.request import Caller, GenerationRequest
 from router.openai_logprobs import Echo, LogprobWriter, PromptLogprobWriter
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from baton.types import FinishReason
-from router.frontend import Ending
+from router.generation import Ending
 from router.openai_logprobs import LogprobWriter, PromptLogprobWriter
 from router.openai_tools import WholeReply
 from router.text import Part

@@ -86,7 +86,7 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if spans is None and config.otel:
         spans = Spans(config.router_id)
     tokenizer, facts = await asyncio.to_thread(_model_of, config)
-    metrics = Metrics({"cluster": config.registry.cluster, "model_name": lambda: frontend.model_name})
+    metrics = Metrics({"cluster": config.registry.cluster, "model_name": lambda: frontend.model.name})
     add_process(metrics, "router")
     counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
     clock = MonotonicClock()

@@ -115,7 +115,7 @@ class StatusPage:
             "at_s": round(self._wall(), 3),
             "router": {
                 "id": self._router_id,
-                "model": self._frontend.model_name,
+                "model": self._frontend.model.name,
                 "version": __version__,
                 "up_s": _round(now - self._started_s),
                 "is_ready": dispatcher.is_ready,

@@ -8,7 +8,8 @@ from typing import Any
 
 from baton.errors import InvalidRequest, quoted
 from router.endpoint import Computation
-from router.frontend import Caller, Frontend, GenerationRequest
+from router.frontend import Frontend
+from router.request import Caller, GenerationRequest
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, Strict, are_ids, fields_of, read
 from router.tokenizer import require
@@ -50,7 +51,7 @@ async def _ids(frontend: Frontend, request: GenerationRequest, *, with_pieces: b
     (token_ids,) = await frontend.token_ids(request)
 
     def work() -> bytes:
-        found = {"count": len(token_ids), "max_model_len": frontend.max_model_tokens, "tokens": token_ids}
+        found = {"count": len(token_ids), "max_model_len": frontend.model.max_tokens, "tokens": token_ids}
         return _dumped(found | {"token_strs": _pieces(frontend, token_ids) if with_pieces else None})
 
     return await _run(frontend, len(token_ids), work)
@@ -74,9 +75,9 @@ def detokenize(frontend: Frontend, unknown: UnknownFields) -> Computation:
 async def _text(frontend: Frontend, model: str, token_ids: Sequence[int]) -> bytes:
     tokenizer = require(frontend.tokenizer, "tokens")
     if model:
-        frontend.check_model(model)
+        frontend.model.check_name(model)
     if token_ids:
-        frontend.check_ids("tokens", (min(token_ids), max(token_ids)))
+        frontend.model.check_ids("tokens", (min(token_ids), max(token_ids)))
     return await _run(
         frontend, len(token_ids), lambda: _dumped({"prompt": tokenizer.decode(token_ids, skip_special_tokens=False)})
     )

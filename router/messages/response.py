@@ -11,7 +11,9 @@ from pydantic_core import from_json
 from baton.errors import BatonError
 from baton.types import FinishReason
 from router.endpoint import Asked, Computation, Endpoint
-from router.frontend import Accepted, Caller, Ending, Frontend
+from router.frontend import Frontend
+from router.generation import Accepted, Ending
+from router.request import Caller
 from router.items import Item, ItemKind, Items
 from router.messages.errors import error_body
 from router.messages.request import MessagesBody
@@ -51,7 +53,7 @@ def count(frontend: Frontend, unknown: UnknownFields) -> Computation:
         request = parse(MessagesBody, content, unknown).request(caller, needs_max_tokens=False)
 
         async def counted() -> bytes:
-            (token_ids,) = await frontend.token_ids(request, frontend.max_model_tokens)
+            (token_ids,) = await frontend.token_ids(request, frontend.model.max_tokens)
             return _dumped({"input_tokens": len(token_ids)}).encode()
 
         return counted

@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 
 from router.endpoint import Asked, Endpoint
-from router.frontend import Accepted, Caller, Frontend
+from router.frontend import Frontend
+from router.generation import Accepted
 from router.items import Item, joined, turn_of
+from router.request import Caller
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse
 from router.responses.request import ResponsesBody, echoed

@@ -14,7 +14,7 @@ from typing import Any
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
 from router.chat import Conversation
-from router.frontend import Caller, GenerationRequest
+from router.request import Caller, GenerationRequest
 from router.grammars import of_json_object
 from router.json_object import JsonObject
 from router.openai_neutral import refuse_unless

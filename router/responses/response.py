@@ -9,7 +9,7 @@ from typing import Any
 
 from baton.errors import BatonError, InvalidRequest, Overloaded
 from baton.types import FinishReason
-from router.frontend import Ending
+from router.generation import Ending
 from router.items import Item, ItemKind, Items
 from router.openai_whole import Json, WholeAnswer
 from router.responses.store import item_id

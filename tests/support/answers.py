@@ -10,7 +10,7 @@ from baton.observe import Relay
 from baton.types import FinishReason
 from router.answer import Form
 from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
-from router.frontend import Ending
+from router.generation import Ending
 from router.text import Part
 
 RELAY = Relay("prefill-0", "decode-0", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)

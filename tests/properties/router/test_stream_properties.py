@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from baton.types import FinishReason
 from router.answer import Form
 from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
-from router.frontend import Accepted, Caller, Ending
+from router.generation import Accepted, Ending
+from router.request import Caller
 from router.messages.response import MessageForm
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import Envelope

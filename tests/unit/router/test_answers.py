@@ -20,7 +20,7 @@ from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from cli.app import app
 from router.config import RouterConfig
 from router.flow import FlowConfig
-from router.frontend import GenerationRequest
+from router.request import GenerationRequest
 from router.model_files import load_facts
 from router.openai_logprobs import LogprobWriter
 from router.text import Part, TextStream

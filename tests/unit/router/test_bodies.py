@@ -134,7 +134,7 @@ async def _first(chunks: list[bytes], receive: Any) -> Any:
 async def test_a_body_may_have_what_the_context_can_need(folder: Path) -> None:
     limits = LimitsConfig(least_body_bytes=10_000, body_bytes_per_token=10)
     async with client_of(folder, limits=limits) as (client, router):
-        assert router.frontend.max_request_bytes == 20_480
+        assert router.frontend.prompts.max_request_bytes == 20_480
         assert (await client.post("/v1/completions", json={"prompt": "x" * 30_000})).status_code == 413
         assert (await client.post("/v1/completions", json={"prompt": "the " * 2500})).status_code == 400
 

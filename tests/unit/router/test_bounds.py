@@ -19,7 +19,7 @@ from grpc import aio
 from baton import codec, errors
 from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Lease, SamplingParams
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
-from router.frontend import Caller
+from router.request import Caller
 from router.openai_request import CompletionBody
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens

@@ -11,7 +11,7 @@ import pytest
 from baton.chat import ChatMessage, ToolCall
 from baton.errors import InvalidRequest
 from router.chat import ChatTemplate, Conversation
-from router.frontend import Caller
+from router.request import Caller
 from router.openai_request import ChatBody, parse
 from tests.support.tool_templates import TOOL_TEMPLATES
 

@@ -44,7 +44,7 @@ async def test_the_model_is_named_as_soon_as_a_node_has_named_it() -> None:
     """A router without a model folder learns the name from its nodes."""
     async with FakeCluster(prefill=1, decode=1) as cluster, router_beside(cluster) as router:
         found = samples((await scrape(router)).text)
-        assert {s.labels["model_name"] for s in found} == {router.frontend.model_name} != {""}
+        assert {s.labels["model_name"] for s in found} == {router.frontend.model.name} != {""}
 
 
 async def test_lengths_of_sequences_and_the_way_of_splitting_are_exported() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from baton.errors import InvalidRequest
-from router.frontend import Caller
+from router.request import Caller
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
 

@@ -10,7 +10,7 @@ import pytest
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, UnknownResponse
 from router.chat import Conversation
-from router.frontend import Caller, GenerationRequest
+from router.request import Caller, GenerationRequest
 from router.openai_request import parse
 from router.responses.request import ResponsesBody, echoed
 
