@@ -4,12 +4,15 @@
         for part in client.generate("Once upon a time", max_tokens=32):
             print(part.text, end="")
 
-A call that ends early (``close`` on the iterator, a break out of the loop) cancels the request in the cluster.
+A call that ends early (``close`` on the iterator, a break out of the loop) cancels the request in the cluster. A stream
+that has lost its router goes on at another one, or at the same one once it is back, with the next token.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -23,6 +26,7 @@ from baton import codec, errors
 from baton.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from baton.chat_codec import choice_to_pb, message_to_pb, tool_to_pb
 from baton.observe import FailedAttempt, Moved, Relay, Stamp
+from baton.resuming import Loss, ResumableStream
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -35,7 +39,13 @@ _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _OPTIONS = [
     ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+    # A router that is back is found soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
 ]
+# How long a stream without a router looks for one.
+PATIENCE_S = 30.0
 _CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
     grpc.StatusCode.NOT_FOUND: errors.UnknownModel,
@@ -204,23 +214,38 @@ _SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams))
 class Client:
     """Thread-safe. Every method raises an error of baton.errors."""
 
-    def __init__(self, address: str, *, api_key: str = "") -> None:
+    def __init__(self, address: str | Sequence[str], *, api_key: str = "", patience_s: float = PATIENCE_S) -> None:
+        """``address``: host:port of a router, or of several of one cluster, with a comma between them or as a sequence;
+        the first is asked first. ``patience_s``: how long a stream that has lost its router looks for one; 0: not."""
         self._metadata = _credentials(api_key)
-        self._channel = grpc.insecure_channel(address, options=_OPTIONS)
-        self._stub = router_pb2_grpc.RouterStub(self._channel)
+        self._patience_s = patience_s
+        self._channels = [grpc.insecure_channel(each, options=_OPTIONS) for each in _addresses(address)]
+        self._stubs = [router_pb2_grpc.RouterStub(channel) for channel in self._channels]
+        self._stub = self._stubs[0]
 
     def generate(
         self, prompt: Prompt, options: Options | None = None, **settings: object
     ) -> Generator[Part, None, None]:
         """Accepted, Deltas, Finished. ``settings`` are fields of Options or SamplingParams, for short calls."""
-        call = self._stub.Generate(_request(prompt, options, settings), metadata=self._metadata)
-        try:
-            for message in call:
-                yield _part(message)
-        except grpc.RpcError as error:
-            raise error_of(error) from error
-        finally:
-            call.cancel()
+        request, now = _request(prompt, options, settings), time.monotonic()
+        stream = ResumableStream(request, len(self._stubs), self._patience_s, now)
+        wait_s: float | None = 0.0
+        while wait_s is not None:
+            if wait_s:
+                time.sleep(wait_s)
+            stub = self._stubs[stream.router]
+            call = stub.Generate(stream.request(time.monotonic()), metadata=self._metadata)
+            try:
+                for message in call:
+                    if stream.take(message):
+                        yield _part(message)
+                return
+            except grpc.RpcError as error:
+                wait_s = stream.wait_s(_loss(error), time.monotonic())
+                if wait_s is None:
+                    raise error_of(error) from error
+            finally:
+                call.cancel()
 
     def complete(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Completion:
         """Wait for the whole answer."""
@@ -270,7 +295,8 @@ class Client:
             raise error_of(error) from error
 
     def close(self) -> None:
-        self._channel.close()
+        for channel in self._channels:
+            channel.close()
 
     def __enter__(self) -> Self:
         return self
@@ -284,21 +310,35 @@ class Client:
 class AsyncClient:
     """Create it and use it on one event loop."""
 
-    def __init__(self, address: str, *, api_key: str = "") -> None:
+    def __init__(self, address: str | Sequence[str], *, api_key: str = "", patience_s: float = PATIENCE_S) -> None:
+        """As `Client`."""
         self._metadata = _credentials(api_key)
-        self._channel = aio.insecure_channel(address, options=_OPTIONS)
-        self._stub = router_pb2_grpc.RouterStub(self._channel)
+        self._patience_s = patience_s
+        self._channels = [aio.insecure_channel(each, options=_OPTIONS) for each in _addresses(address)]
+        self._stubs = [router_pb2_grpc.RouterStub(channel) for channel in self._channels]
+        self._stub = self._stubs[0]
 
     async def generate(self, prompt: Prompt, options: Options | None = None, **settings: object) -> AsyncIterator[Part]:
         """As `Client.generate`. To cancel at once when leaving the loop early, use `contextlib.aclosing`."""
-        call = self._stub.Generate(_request(prompt, options, settings), metadata=self._metadata)
-        try:
-            async for message in call:
-                yield _part(message)
-        except aio.AioRpcError as error:
-            raise error_of(error) from error
-        finally:
-            call.cancel()
+        request, now = _request(prompt, options, settings), time.monotonic()
+        stream = ResumableStream(request, len(self._stubs), self._patience_s, now)
+        wait_s: float | None = 0.0
+        while wait_s is not None:
+            if wait_s:
+                await asyncio.sleep(wait_s)
+            stub = self._stubs[stream.router]
+            call = stub.Generate(stream.request(time.monotonic()), metadata=self._metadata)
+            try:
+                async for message in call:
+                    if stream.take(message):
+                        yield _part(message)
+                return
+            except aio.AioRpcError as error:
+                wait_s = stream.wait_s(_loss(error), time.monotonic())
+                if wait_s is None:
+                    raise error_of(error) from error
+            finally:
+                call.cancel()
 
     async def complete(self, prompt: Prompt, options: Options | None = None, **settings: object) -> Completion:
         return _collect([part async for part in self.generate(prompt, options, **settings)])
@@ -348,7 +388,8 @@ class AsyncClient:
             raise error_of(error) from error
 
     async def close(self) -> None:
-        await self._channel.close()
+        for channel in self._channels:
+            await channel.close()
 
     async def __aenter__(self) -> Self:
         return self
@@ -407,6 +448,25 @@ def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:
     if not (api_key.isascii() and api_key.isprintable()):
         raise errors.InvalidRequest("the API key has other characters than printable ASCII", param="api_key")
     return (("authorization", f"Bearer {api_key}"),) if api_key else ()
+
+
+def _addresses(address: str | Sequence[str]) -> list[str]:
+    found = address.split(",") if isinstance(address, str) else list(address)
+    found = [each.strip() for each in found]
+    if not found or not all(found):
+        raise errors.InvalidRequest("an address is empty, expected host:port of each router", param="address")
+    return found
+
+
+def _loss(error: grpc.RpcError) -> Loss:
+    """A status without a name of ours is of a connection that broke, or could not be made."""
+    is_unavailable = isinstance(error, grpc.Call | aio.AioRpcError) and error.code() is grpc.StatusCode.UNAVAILABLE
+    found = error_of(error)
+    is_named = isinstance(error, grpc.Call | aio.AioRpcError) and ERROR_CODE_KEY in dict(
+        error.trailing_metadata() or ()
+    )
+    is_connection = is_unavailable and (not is_named or isinstance(found, errors.Draining))
+    return Loss(is_connection, found.retryable)
 
 
 def _request(prompt: Prompt, options: Options | None, settings: Mapping[str, object]) -> router_pb2.GenerateRequest:

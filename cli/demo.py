@@ -10,7 +10,7 @@ import json
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,13 +115,13 @@ class _Performance:
         started = time.monotonic()
         with self._console.status(f"starting the router, {workers}") as spinner:
 
-            def on_ready(endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
+            def on_ready(routers: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> None:
                 if self._show is None:
                     spinner.stop()
                     self._console.print(
                         f"router, {workers}: ready in {time.monotonic() - started:.1f} s", highlight=False
                     )
-                    self._show = asyncio.create_task(self._ask_all(endpoints, stop))
+                    self._show = asyncio.create_task(self._ask_all(routers[0], stop))
 
             await cluster.up(options, lambda message: self._console.print(message, markup=False), on_ready)
         if self._show is not None:

@@ -49,11 +49,14 @@ def up(given: Mapping[str, Given]) -> None:
     has_keys = "api_keys" in options.router
     is_first = True
 
-    def on_ready(endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
+    def on_ready(routers: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> None:
         nonlocal is_first
         if is_first:
             is_first = False
+            endpoints, *others = routers
             console.print(f"ready: OpenAI API at {endpoints.http}/v1, gRPC at {endpoints.grpc}; Ctrl-C stops it")
+            for other in others:
+                console.print(f"another router: OpenAI API at {other.http}/v1, gRPC at {other.grpc}")
             console.print(f"status page: {endpoints.http}/status", highlight=False)
             key = "--api-key KEY " if has_keys else ""
             where = ", where KEY is one of those given with --api-key" if has_keys else ""
@@ -62,6 +65,7 @@ def up(given: Mapping[str, Given]) -> None:
 
     def on_start() -> None:
         workers = ", ".join(node_id for node_id, _ in options.worker_roles())
-        console.print(f"starting the router and {workers} with {options.model}", markup=False)
+        routers = "the router" if options.num_routers == 1 else f"{options.num_routers} routers"
+        console.print(f"starting {routers} and {workers} with {options.model}", markup=False)
 
     asyncio.run(cluster.up(options, lambda message: console.print(message, markup=False), on_ready, on_start))

@@ -73,22 +73,28 @@ class Choice:
     async def next(self) -> str:
         """The next chunks; `ending` is set with the last of them. Raises the error that ended the sequence."""
         text = ""
-        while not text:
+        while not text and self.ending is None:
             text = self._chunks(await self._generation.next())
         return text
 
     def _chunks(self, part: Part | Ending) -> str:
         text = ""
+        resume = self._generation.resume
         if not self._has_begun:
             self._has_begun = True
             text = self._writer.begin()
+            text = text if resume is None else ""
         if isinstance(part, Ending):
             self.ending = part
         else:
             if part.text or part.token_ids or part.scored:
-                text += self._writer.chunk(part)
+                # One that the client has is written for what the writer counts.
+                chunk = self._writer.chunk(part)
+                text += "" if part.is_known else chunk
             self.ending = self._generation.ending
-        return text if self.ending is None else text + self._writer.end(self.ending)
+        if self.ending is None or (resume is not None and resume.has_end):
+            return text
+        return text + self._writer.end(self.ending)
 
     async def whole(self, keep: Callable[[int], None]) -> Json:
         """``keep`` is called with the number of bytes that are kept until the end."""

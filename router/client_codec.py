@@ -11,6 +11,7 @@ from router.cluster.membership import Member
 from router.deltas import CallArguments, CallBegin, ReasoningText
 from router.generation import Ending
 from router.openai_embeddings import embedding_of
+from router.resume import Resume
 from router.text import Part
 
 
@@ -50,6 +51,7 @@ def delta_to_pb(part: Part) -> router_pb2.GenerateResponse:
         token_ids=part.token_ids,
         logprobs=map(codec.logprobs_to_pb, part.logprobs),
         prompt_logprobs=map(codec.logprobs_to_pb, part.scored),
+        has_whole_text=part.is_last,
     )
     for said in part.deltas:
         match said:
@@ -62,6 +64,11 @@ def delta_to_pb(part: Part) -> router_pb2.GenerateResponse:
                     delta.calls.add(index=index)
                 delta.calls[-1].arguments += text
     return router_pb2.GenerateResponse(delta=delta)
+
+
+def resume_from_pb(message: router_pb2.Resume) -> Resume:
+    ids = tuple(message.token_ids)
+    return Resume(message.seed, len(ids), ids, has_whole_text=message.has_whole_text)
 
 
 def finished_to_pb(ending: Ending, num_prompt_tokens: int) -> router_pb2.GenerateResponse:

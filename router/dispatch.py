@@ -97,7 +97,7 @@ class Dispatcher(Flows[Active]):
         except TimeoutError:
             _log.warning("%d sequences still ran at shutdown", self.scheduler.num_in_flight)
         for active in list(self.scheduler.in_flight):
-            self._feed(active, Abandon(errors.Unavailable("the router is shutting down")))
+            self._feed(active, Abandon(errors.Draining("the router is shutting down")))
         await self.nodes.close()
 
     @property
@@ -110,7 +110,7 @@ class Dispatcher(Flows[Active]):
     def check_capacity(self, num_sequences: int, client: str = "") -> None:
         """Raises the error that so many sequences would be refused with; nothing happens between this and submit."""
         if self._is_closing:
-            raise errors.Unavailable("the router is shutting down", retry_after_s=1.0)
+            raise errors.Draining("the router is shutting down", retry_after_s=1.0)
         self.scheduler.check_capacity(num_sequences, client, self.clock.now())
 
     def predict(self, prompts: Sequence[Demand], slo: Slo, client: str, arrived_s: float) -> Prediction | None:
@@ -134,12 +134,13 @@ class Dispatcher(Flows[Active]):
         priority: int = 0,
         slo: Slo = NO_SLO,
         prediction: Prediction | None = None,
+        tokens: Sequence[int] = (),
     ) -> Active:
         """Start one sequence; it waits until `place`. The caller has checked capacity and must end in `cancel` if it
-        stops reading."""
+        stops reading. ``tokens``: of its output, which are known."""
         flow = Flow(
             request_id, choice, prompt, sampling, arrived_s=arrived_s, deadline_s=deadline_s,
-            config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority, slo=slo,
+            config=self._flow_config, on_interval=self._metrics.tbt.observe, priority=priority, slo=slo, tokens=tokens,
         )  # fmt: skip
         active = Active(flow, TokenStream(self._pacer, self.backlog), origin, client, prediction)
         self._idle.clear()

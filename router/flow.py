@@ -127,7 +127,9 @@ class Flow:
         on_interval: Callable[[float, int], None] | None = None,
         priority: int = 0,
         slo: Slo = NO_SLO,
+        tokens: Sequence[int] = (),
     ) -> None:
+        """``tokens``: of its output, which are known and not delivered; fewer than a whole answer."""
         assert sampling.max_tokens is not None
         self.request_id = request_id
         self.choice = choice
@@ -136,7 +138,7 @@ class Flow:
         self.deadline_s = deadline_s
         self.priority = priority
         self.phase = Phase.QUEUED
-        self.tokens: list[int] = []
+        self.tokens = list(tokens)
         # Prompt tokens behind the first whose log-probabilities were delivered.
         self.num_scored = 0
         # Its embedding is not wanted, or was delivered.

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from baton import errors
 from baton.errors import quoted
-from baton.types import MAX_COUNT, MAX_PRIORITY, MAX_REQUEST_ID_CHARS, MIN_PRIORITY, NO_SLO, Slo
+from baton.types import MAX_COUNT, MAX_PRIORITY, MAX_REQUEST_ID_CHARS, MIN_PRIORITY, NO_SLO, SamplingParams, Slo
 from router.active import Active
 from router.chat import ChatTemplate, Conversation
 from router.clients import cache_salt
@@ -32,6 +32,7 @@ from router.records import Origin
 from router.reply.formats import AUTO, ReplyFormat
 from router.reply.replies import Replies
 from router.request import GenerationRequest
+from router.resume import Resume, prompt_digest
 from router.sampling import SamplingResolver, choice_sampling
 from router.served_model import ServedModel
 from router.stream import Backlog
@@ -70,7 +71,7 @@ class Frontend:
             template, tool_template = tokenizer.facts.chat_template, tokenizer.facts.tool_template
             self._chat = ChatTemplate(template, tokenizer.facts.special_tokens, tool_template)
             form = ReplyFormat.of(template + (tool_template or ""), tool_call_parser, reasoning_parser)
-            self._replies = Replies(form, tokenizer, rng)
+            self._replies = Replies(form, tokenizer)
         self.prompts = PromptEncoder(self.model, tokenizer, self._chat, self._replies, limits, self.offload)
         self._sampling = SamplingResolver(self.model, tokenizer, limits, seeds)
 
@@ -103,6 +104,7 @@ class Frontend:
         _check_truncation(request.truncate_to)
         salt = self._cache_salt(request)
         num_choices = self._num_choices(request)
+        _check_resume(request, num_choices)
         timeout_s = self._timeout_s(request.timeout_s)
         self._sampling.check(request)
         slo = request.slo.over(self._slo)
@@ -123,16 +125,20 @@ class Frontend:
         except TimeoutError:
             raise errors.DeadlineExceeded(f"the prompt was not tokenized within the timeout of {timeout_s} s") from None
         self._check_repeats(request, prompts, echoes)
+        _check_prompt(request.resume, prompts[0])
         resolved = [self._sampling.resolve(request, len(prompt)) for prompt in prompts]
         for token_ids in prompts:
             self.model.check_ids("prompt", (min(token_ids), max(token_ids)))
+        given = self._given(request, resolved[0])
         await self.turns.wait()
         # Checked again, since other requests came while this one was tokenized; there is no await between here and
         # submit.
         self._dispatcher.check_capacity(num_choices, request.caller.client)
         is_scored = request.sampling.prompt_logprobs is not None or request.sampling.pooling == "mean"
         shared = [Prompt(token_ids, salt, request.n, is_scored=is_scored) for token_ids in prompts]
-        demands = [Demand(len(p.token_ids), is_single, prompt=p, priority=request.priority) for p in shared]
+        demands = [
+            Demand(len(p.token_ids) + len(given), is_single, prompt=p, priority=request.priority) for p in shared
+        ]
         prediction = self._predict(request, slo, demands, arrived_s)
         caller = request.caller
         origin = Origin(self.model.name, request.is_chat, caller.traceparent, caller.tracestate)
@@ -145,7 +151,7 @@ class Frontend:
                             request_id, len(actives), prompt, choice_sampling(request, sampling, i),
                             arrived_s=arrived_s, deadline_s=arrived_s + timeout_s, origin=origin, client=caller.client,
                             priority=request.priority, slo=slo,
-                            prediction=None if actives or len(shared) > 1 else prediction,
+                            prediction=None if actives or len(shared) > 1 else prediction, tokens=given,
                         )
                     )  # fmt: skip
             self._dispatcher.place()
@@ -154,8 +160,13 @@ class Frontend:
         except BaseException:
             self._dispatcher.cancel(actives, "the client left")
             raise
-        generations = [self._generation(request, active, i // request.n) for i, active in enumerate(actives)]
-        return Accepted(request.request_id or request_id, self.model.name, arrived_s, echoes, generations)
+        generations = [
+            self._generation(request, active, i // request.n, len(given)) for i, active in enumerate(actives)
+        ]
+        answer_id = request.request_id or request_id
+        return Accepted(
+            answer_id, self.model.name, arrived_s, echoes, request.has_event_ids, request.resume, generations
+        )  # fmt: skip
 
     def _predict(
         self, request: GenerationRequest, slo: Slo, prompts: Sequence[Demand], arrived_s: float
@@ -179,12 +190,25 @@ class Frontend:
         """No effect for choices that are over."""
         self._dispatcher.cancel([generation.active for generation in accepted.generations], reason)
 
-    def _generation(self, request: GenerationRequest, active: Active, prompt_number: int) -> Generation:
+    def _given(self, request: GenerationRequest, sampling: SamplingParams) -> tuple[int, ...]:
+        """Tokens of the answer that nodes take from the client. The last one is generated again, which shows whether
+        they are this request's; all are where a grammar has to follow them."""
+        if request.resume is None or sampling.grammar or not request.resume.token_ids:
+            return ()
+        self.model.check_ids("resume.token_ids", request.resume.token_ids)
+        given = request.resume.token_ids[:-1]
+        if not sampling.ignore_eos and not set(sampling.stop_token_ids).isdisjoint(given):
+            raise errors.InvalidRequest("resume.token_ids go on behind a stop token", param="resume")
+        return given
+
+    def _generation(self, request: GenerationRequest, active: Active, prompt_number: int, num_given: int) -> Generation:
         prompt, sampling = active.flow.prompt.token_ids, active.flow.sampling
         asked = request.prompts[prompt_number]
         reader = None
         if self._replies is not None and isinstance(asked, Conversation):
-            reader = self._replies.reader(asked, prompt)
+            assert sampling.seed is not None
+            salt = f"{request.request_id or active.flow.request_id}/{active.flow.choice}/{sampling.seed}"
+            reader = self._replies.reader(asked, prompt, salt)
         text = TextStream(
             self.tokenizer,
             prompt_token_ids=prompt,
@@ -198,7 +222,7 @@ class Frontend:
         )
         return Generation(
             self._dispatcher, active, prompt, text, reader, self.model.eos_token_ids,
-            is_prompt_only=request.is_prompt_only,
+            is_prompt_only=request.is_prompt_only, resume=request.resume, num_given=num_given,
         )  # fmt: skip
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -307,4 +331,24 @@ def _check_truncation(count: int | None) -> None:
         raise errors.InvalidRequest(
             f"truncate_prompt_tokens is {quoted(count)}, expected 1 to {MAX_COUNT}, or -1 for what fits",
             param="truncate_prompt_tokens",
+        )
+
+
+def _check_resume(request: GenerationRequest, num_choices: int) -> None:
+    """Raises InvalidRequest for an answer that no client can go on with."""
+    if request.resume is None and not request.has_event_ids:
+        return
+    sampling = request.sampling
+    scores = sampling.prompt_logprobs is not None or bool(sampling.pooling) or request.echo
+    if num_choices > 1 or scores or request.is_prompt_only:
+        what = f"{num_choices} choices" if num_choices > 1 else "prompts that are repeated or scored"
+        raise errors.InvalidRequest(f"an answer with {what} cannot be resumed, expected one choice", param="resume")
+    if request.resume is not None:
+        request.resume.check("resume")
+
+
+def _check_prompt(resume: Resume | None, prompt: Sequence[int]) -> None:
+    if resume is not None and resume.prompt_digest is not None and resume.prompt_digest != prompt_digest(prompt):
+        raise errors.InvalidRequest(
+            "the prompt is not that of the lost answer, expected the same request again", param="last-event-id"
         )

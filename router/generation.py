@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from baton import errors
 from baton.observe import Relay
 from baton.types import FinishReason
 from router.active import Active
 from router.dispatch import Dispatcher
 from router.flow_messages import Outcome, OutcomeKind
 from router.reply.replies import ReplyReader
+from router.resume import Resume
 from router.stream import Batch
 from router.text import Part, TextStream
 
@@ -36,14 +38,15 @@ class Generation:
     """One choice: call `next` until it returns an Ending, or end it with `cancel`. `next` raises its errors."""
 
     __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_is_prompt_only", "_last_id", "_num_tokens",
-                 "_reader", "_text", "prompt_token_ids")  # fmt: skip
+                 "_reader", "_rest", "_resume", "_text", "prompt_token_ids")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
         reader: ReplyReader | None, eos_token_ids: tuple[int, ...], *, is_prompt_only: bool = False,
+        resume: Resume | None = None, num_given: int = 0,
     ) -> None:  # fmt: skip
         """``reader``: None where all output is content. One that ``is_prompt_only`` has no output: a node that has
-        computed the prompt draws a token in any case."""
+        computed the prompt draws a token in any case. ``num_given``: tokens of ``resume`` that nodes were told."""
         self.prompt_token_ids = prompt_token_ids
         self._dispatcher = dispatcher
         self._active = active
@@ -54,6 +57,11 @@ class Generation:
         self._num_tokens = 0
         self._last_id: int | None = None
         self._ending: Ending | None = None
+        self._resume = resume
+        # What is to be read before anything that comes.
+        self._rest: Batch | None = None
+        if resume is not None and num_given:
+            self._rest = Batch(list(resume.token_ids[:num_given]), [], [], None, has_more=True)
 
     @property
     def ending(self) -> Ending | None:
@@ -64,7 +72,12 @@ class Generation:
         """The next part, with all tokens that have arrived. Raises the error that ended the sequence."""
         if self._ending is not None:
             return self._ending
-        batch = await self._active.stream.next()
+        batch, self._rest = self._rest, None
+        if batch is None:
+            batch = await self._active.stream.next()
+        resume = self._resume
+        if resume is not None and self._num_tokens < resume.num_tokens:
+            batch = self._known(batch, resume)
         if batch.outcome is None:
             return self._part(batch)
         if batch.outcome.kind is not OutcomeKind.FINISHED and not (batch.token_ids or batch.scored):
@@ -78,9 +91,37 @@ class Generation:
             self._finish(batch.outcome)
         return part
 
+    def _known(self, batch: Batch, resume: Resume) -> Batch:
+        """The tokens that the client has; what comes behind them is read next. Raises InvalidRequest if the client's
+        are others."""
+        num_left = resume.num_tokens - self._num_tokens
+        ids, behind = batch.token_ids[:num_left], batch.token_ids[num_left:]
+        said = resume.token_ids[self._num_tokens : self._num_tokens + len(ids)]
+        is_short = batch.outcome is not None and batch.outcome.error is None and len(ids) < num_left
+        if is_short or (said and list(said) != ids):
+            raise errors.InvalidRequest(
+                f"the {resume.num_tokens} tokens that are said to be there are not how this request's answer begins",
+                param="resume",
+            )
+        if not behind and batch.outcome is None:
+            return replace(batch, has_more=True)
+        rest = replace(batch, token_ids=behind, logprobs=batch.logprobs[num_left:])
+        if not ids:
+            return rest
+        self._rest = rest
+        return Batch(ids, batch.logprobs[:num_left], [], None, has_more=True)
+
+    def _is_known(self, batch: Batch) -> bool:
+        """At the client, too."""
+        resume = self._resume
+        if resume is None or self._num_tokens > resume.num_tokens:
+            return False
+        return self._num_tokens < resume.num_tokens or (resume.has_whole_text and not batch.token_ids)
+
     def _part(self, batch: Batch) -> Part:
         if batch.scored or self._is_prompt_only:
             return Part("", scored=batch.scored)
+        is_known = self._is_known(batch)
         part = self._text.push(batch.token_ids, batch.logprobs)
         is_last = part.stop is not None
         # The outcome itself may wait for reports of nodes.
@@ -95,7 +136,19 @@ class Generation:
         if part.stop is not None:
             self._dispatcher.stop_text(self._active)
             self._end(FinishReason.STOP, part.stop)
-        return part
+        return replace(part, is_last=is_last, is_known=is_known) if is_last or is_known else part
+
+    @property
+    def seed(self) -> int:
+        """The one that its tokens are drawn with."""
+        seed = self._active.flow.sampling.seed
+        assert seed is not None, "sampling is resolved"
+        return seed
+
+    @property
+    def resume(self) -> Resume | None:
+        """What the client has of it."""
+        return self._resume
 
     def _finish(self, outcome: Outcome) -> None:
         assert outcome.finish_reason is not None
@@ -132,6 +185,10 @@ class Accepted:
     created_s: float
     # By prompt, if the request asks for an echo.
     echoes: Sequence[str] = ()
+    # As GenerationRequest.has_event_ids.
+    has_event_ids: bool = False
+    # What the client has of the only choice.
+    resume: Resume | None = None
     generations: list[Generation] = field(default_factory=list)
 
 

@@ -27,17 +27,17 @@ from baton.v1 import router_pb2, router_pb2_grpc
 from router import grammars
 from router.body import SMALL_BODY_BYTES, check_structure
 from router.chat import Conversation
-from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb
+from router.client_codec import delta_to_pb, finished_to_pb, member_to_pb, resume_from_pb
 from router.clients import client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
 from router.frontend import Frontend
 from router.generation import Accepted, Ending
-from router.request import Caller, GenerationRequest
 from router.grpc_messages import ParseInTurns
 from router.history import History
 from router.keys import ApiKeys, GrpcGuard
 from router.node_admin import NodeAdmin
+from router.request import Caller, GenerationRequest
 
 _log = logging.getLogger("baton.router")
 
@@ -129,6 +129,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             slo=Slo(request.slo_ttft_s or None, request.slo_tbt_s or None),
             add_special_tokens=not request.skip_special_tokens_in_prompt and kind != "chat",
             is_chat=kind == "chat",
+            resume=resume_from_pb(request.resume) if request.HasField("resume") else None,
             timeout_s=self._timeout_s(request, context),
             caller=Caller(self._client_of(context), trace.get("traceparent", ""), trace.get("tracestate", "")),
         )
@@ -175,6 +176,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
             ("bad_word_ids", sampling.bad_word_ids, 2 * MAX_BAD_WORDS),
             ("allowed_token_ids", sampling.allowed_token_ids, MAX_ALLOWED_TOKEN_IDS),
             ("structured_output.choice", request.structured_output.choice, grammars.MAX_CHOICES),
+            ("resume.token_ids", request.resume.token_ids, self._frontend.model.max_tokens),
         ):
             if limit is not None and len(items) > limit:
                 kind = errors.PromptTooLong if param == "prompt" else errors.InvalidRequest
@@ -292,7 +294,10 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
     await asyncio.sleep(0)
     yield router_pb2.GenerateResponse(
         accepted=router_pb2.GenerateResponse.Accepted(
-            request_id=accepted.request_id, model=accepted.model, prompt_token_ids=generation.prompt_token_ids
+            request_id=accepted.request_id,
+            model=accepted.model,
+            prompt_token_ids=generation.prompt_token_ids,
+            seed=generation.seed,
         )
     )
     while True:
@@ -300,7 +305,7 @@ async def _responses(accepted: Accepted) -> AsyncIterator[router_pb2.GenerateRes
         if isinstance(part, Ending):
             yield finished_to_pb(part, len(generation.prompt_token_ids))
             return
-        if part.text or part.token_ids or part.scored:
+        if (part.text or part.token_ids or part.scored) and not part.is_known:
             yield delta_to_pb(part)
 
 

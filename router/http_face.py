@@ -34,17 +34,18 @@ from router.body import SMALL_BODY_BYTES, BodyReader, check_structure
 from router.clients import authorization_of, client_of
 from router.config import RouterConfig
 from router.dispatch import Dispatcher
-from router.endpoint import Computation, Endpoint
+from router.endpoint import Asked, Computation, Endpoint
 from router.frontend import Frontend
-from router.request import Caller
 from router.messages.response import count as messages_count
 from router.messages.response import endpoint as messages_endpoint
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody
 from router.openai_whole import WholeAnswer
 from router.openapi import document
+from router.request import Caller
 from router.responses.endpoint import endpoint as responses_endpoint
 from router.responses.store import StoredResponses
+from router.resume import resume_of
 from router.status import StatusPage
 from router.tokenize import detokenize, tokenize
 
@@ -57,6 +58,8 @@ _TRACE_HEADERS = (b"traceparent", b"tracestate")
 _MAX_TRACE_BYTES = 512
 # Milliseconds, as inference gateways send them.
 _SLO_HEADERS = {b"x-slo-ttft-ms": "ttft_s", b"x-slo-tpot-ms": "tbt_s"}
+# Paths whose streams a client can go on with after it has lost its router.
+_RESUMABLE = ("/v1/chat/completions", "/v1/completions")
 _MILLISECONDS = re.compile(rb"\d{1,9}(\.\d{1,9})?")
 
 
@@ -112,13 +115,15 @@ class HttpFace:
         try:
             async with self._bodies.read(scope, receive) as raw:
                 asked = await self._parsed(endpoint, scope, raw)
+                request = replace(asked.request, slo=_slo_of(scope), **self._resume_of(scope, asked))
                 # As in vLLM, the header has priority over the body's.
-                request_id = _request_id_of(scope) or asked.request.request_id
-                accepted = await self._frontend.start(replace(asked.request, slo=_slo_of(scope), request_id=request_id))
+                request_id = "" if request.resume is None else request.resume.request_id
+                request_id = request_id or _header(scope, b"x-request-id") or request.request_id
+                accepted = await self._frontend.start(replace(request, request_id=request_id))
                 answer = Answer(self._frontend, asked.form(accepted), accepted)
             wants_stream = asked.wants_stream
             # Else they would live as long as the stream.
-            del raw, asked, accepted
+            del raw, asked, request, accepted
             leaver = asyncio.create_task(self._cancel_when_left(receive, answer))
             try:
                 if wants_stream:
@@ -135,6 +140,21 @@ class HttpFace:
             if stream is not None and stream.has_begun:
                 raise  # the server logs it and closes the connection, so that the client does not take this for the end
             await _defect_response(error, scope["path"])(scope, receive, send)
+
+    def _resume_of(self, scope: Scope, asked: Asked) -> dict[str, Any]:
+        """Whether the stream's events have ids, and what the client has of it. Raises InvalidRequest."""
+        last, wanted = _header(scope, b"last-event-id"), _header(scope, b"x-baton-resumable")
+        if wanted not in ("", "true", "false"):
+            raise errors.InvalidRequest(
+                f"the header x-baton-resumable is {quoted(wanted)}, expected true or false", param="x-baton-resumable"
+            )
+        if not last and wanted != "true":
+            return {}
+        if scope["path"] not in _RESUMABLE or not asked.wants_stream:
+            param = "last-event-id" if last else "x-baton-resumable"
+            expected = f"expected a stream of {' or '.join(_RESUMABLE)}"
+            raise errors.InvalidRequest(f"the header {param} is given, {expected}", param=param)
+        return {"resume": resume_of(last) if last else None, "has_event_ids": True}
 
     async def _compute(self, computation: Computation, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -190,8 +210,9 @@ def _trace_of(scope: Scope) -> dict[str, str]:
     return {name.decode(): value.decode("latin-1") for name, value in found.items()}
 
 
-def _request_id_of(scope: Scope) -> str:
-    return next((value.decode("latin-1") for name, value in scope["headers"] if name == b"x-request-id"), "")
+def _header(scope: Scope, wanted: bytes) -> str:
+    """The first of that name; empty if there is none."""
+    return next((value.decode("latin-1") for name, value in scope["headers"] if name == wanted), "")
 
 
 def _slo_of(scope: Scope) -> Slo:

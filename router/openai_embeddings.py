@@ -16,10 +16,10 @@ from baton.errors import InvalidRequest, quoted
 from baton.types import MAX_COUNT, SamplingParams
 from router.endpoint import Asked, Endpoint
 from router.generation import Accepted, Ending
-from router.request import Caller, GenerationRequest
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse, prompts_of
 from router.openai_whole import Json, WholeAnswer
+from router.request import Caller, GenerationRequest
 from router.text import Part
 from router.turns import Turns
 

@@ -29,11 +29,11 @@ from baton.types import (
 from router.chat import Conversation
 from router.openai_functions import ROLE as FUNCTION_ROLE
 from router.openai_functions import call_of_turn, choice_of_function, tools_of_functions, with_tool_turns
-from router.request import Caller, GenerationRequest, PromptInput
 from router.openai_neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
 from router.openai_structured import Asked as AskedForm
 from router.openai_structured import grammar_of
 from router.openai_tools import calls_of, choice_of, tools_of
+from router.request import Caller, GenerationRequest, PromptInput
 
 _Model = TypeVar("_Model", bound=BaseModel)
 # Maximum entries of a field, checked before each entry is validated: reporting an error for each entry of a megabyte of

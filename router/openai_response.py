@@ -15,12 +15,13 @@ from baton import errors
 from baton.observe import Relay
 from router.endpoint import Asked, Endpoint
 from router.generation import Accepted, Ending
-from router.request import Caller, GenerationRequest
 from router.openai_logprobs import Echo, LogprobWriter, PromptLogprobWriter
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_tools import delta_json
 from router.openai_whole import Json, PromptJson, WholeAnswer, WholeChoice, finish_name, prompt_json
+from router.request import Caller, GenerationRequest
+from router.resume import event_id, mark_of
 from router.text import Part
 from router.tokenizer import Tokenizer
 from router.turns import Turns
@@ -54,14 +55,16 @@ def endpoint(
 class ChoiceWriter:
     """The chunks, or the whole text, of one choice."""
 
-    __slots__ = ("_has_functions", "_has_reasoning", "_head", "_index", "_is_chat", "_logprobs", "_num_prompt_tokens",
-                 "_num_tokens", "_tail", "_wants_ids", "prompt", "scored")  # fmt: skip
+    __slots__ = ("_event_id", "_has_functions", "_has_reasoning", "_head", "_index", "_is_chat", "_logprobs",
+                 "_num_prompt_tokens", "_num_tokens", "_tail", "_wants_ids", "_wants_usage", "prompt",
+                 "scored")  # fmt: skip
 
     def __init__(
         self, *, envelope: Envelope, index: int, logprobs: LogprobWriter | None, token_ids: bool,
         num_prompt_tokens: int, running_usage: bool, has_reasoning: bool, has_functions: bool,
-        scored: PromptLogprobWriter | None,
+        scored: PromptLogprobWriter | None, event_id: str = "",
     ) -> None:  # fmt: skip
+        """``event_id``: what the ids of its events begin with; empty for events without ids."""
         self._has_reasoning = has_reasoning
         self._has_functions = has_functions
         self._logprobs = logprobs
@@ -73,8 +76,11 @@ class ChoiceWriter:
         self._index = index
         self._head = envelope.chunk_head + f'{{"index":{index},'
         self._tail = envelope.chunk_tail
-        # Tokens written; counted only if every chunk reports it.
-        self._num_tokens: int | None = 0 if running_usage else None
+        self._event_id = event_id
+        # Every chunk reports usage.
+        self._wants_usage = running_usage
+        # Written.
+        self._num_tokens = 0
         # The repeated prompt; dropped once it has been sent.
         self.prompt = PromptJson()
 
@@ -86,11 +92,11 @@ class ChoiceWriter:
             return ""
         ids = f',"prompt_token_ids":[{prompt.token_ids}],"token_ids":[]' if self._wants_ids else ""
         body = '"delta":{"role":"assistant","content":""}' if self._is_chat else f'"text":"{prompt.echo}"'
-        return f'{self._head}{body},"logprobs":{json.dumps(scores)},"finish_reason":null{ids}}}{self._close()}'
+        head = self._id() + self._head
+        return f'{head}{body},"logprobs":{json.dumps(scores)},"finish_reason":null{ids}}}{self._close()}'
 
     def chunk(self, part: Part) -> str:
-        if self._num_tokens is not None:
-            self._num_tokens += len(part.token_ids)
+        self._num_tokens += len(part.token_ids)
         if part.deltas:
             delta = delta_json(part.deltas, has_reasoning=self._has_reasoning, has_functions=self._has_functions)
             body = f'"delta":{delta}'
@@ -99,19 +105,24 @@ class ChoiceWriter:
             body = f'"delta":{{"content":{text}}}' if self._is_chat else f'"text":{text}'
         ids = f',"token_ids":{json.dumps(part.token_ids)}' if self._wants_ids else ""
         logprobs = "null" if self._logprobs is None else json.dumps(self._logprobs.part(part))
-        return f'{self._head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._close()}'
+        head = self._head if not self._event_id else self._id(mark_of(is_text_over=part.is_last)) + self._head
+        return f'{head}{body},"logprobs":{logprobs},"finish_reason":null{ids}}}{self._close()}'
 
     def end(self, ending: Ending) -> str:
         body = '"delta":{}' if self._is_chat else '"text":""'
         ids = ',"token_ids":[]' if self._wants_ids else ""
         reason = finish_name(ending, has_functions=self._has_functions)
+        head = self._id(mark_of(is_over=True)) + self._head
         return (
-            f'{self._head}{body},"logprobs":null,"finish_reason":"{reason}",'
+            f'{head}{body},"logprobs":null,"finish_reason":"{reason}",'
             f'"stop_reason":{json.dumps(ending.stop_reason)}{ids}}}{self._close()}'
         )
 
+    def _id(self, mark: str = "") -> str:
+        return f"id: {self._event_id}.{self._num_tokens}{mark}\n" if self._event_id else ""
+
     def _close(self) -> str:
-        if self._num_tokens is None:
+        if not self._wants_usage:
             return self._tail
         prompt, completion = self._num_prompt_tokens, self._num_tokens
         counts = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
@@ -141,7 +152,8 @@ class Envelope:
         self._accepted = accepted
         self._n = request.n
         self._answer_id = ("chatcmpl-" if is_chat else "cmpl-") + accepted.request_id
-        self._created = int(time.time())
+        resume = accepted.resume
+        self._created = int(time.time()) if resume is None else resume.created_s
         self._wants_ids = bool(body.return_token_ids)
         self._wants_relay = bool(body.return_relay)
         self._wants_usage = body.wants_usage
@@ -151,6 +163,10 @@ class Envelope:
         self.chunk_tail = _TAIL_WITH_USAGE if body.wants_usage else _TAIL
         self.writers: list[ChoiceWriter] = []
         as_ids = bool(body.return_tokens_as_token_ids)
+        events = ""
+        if accepted.has_event_ids:
+            only = accepted.generations[0]
+            events = event_id(accepted.request_id, self._created, only.seed, only.prompt_token_ids)
         for i, generation in enumerate(accepted.generations):
             logprobs, num_top = None, request.sampling.logprobs
             if num_top is not None:
@@ -162,7 +178,7 @@ class Envelope:
             writer = ChoiceWriter(
                 envelope=self, index=i, logprobs=logprobs, token_ids=self._wants_ids,
                 num_prompt_tokens=len(generation.prompt_token_ids), running_usage=body.wants_running_usage,
-                has_reasoning=body.wants_reasoning, has_functions=body.has_functions, scored=scored,
+                has_reasoning=body.wants_reasoning, has_functions=body.has_functions, scored=scored, event_id=events,
             )  # fmt: skip
             self.writers.append(writer)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from baton.types import NO_SLO, SamplingParams, Slo
 from router.chat import Conversation
+from router.resume import Resume
 
 # Text, token ids or a conversation.
 PromptInput = str | tuple[int, ...] | Conversation
@@ -60,6 +61,10 @@ class GenerationRequest:
     # The face's names for the bound on new tokens and for what ``sampling.grammar`` was made of, for messages.
     max_tokens_param: str = "max_tokens"
     grammar_param: str = "grammar"
+    # The client has a part of the answer, which is left out.
+    resume: Resume | None = None
+    # Events of the stream say what the client has.
+    has_event_ids: bool = False
     caller: Caller = Caller()
 
     @property

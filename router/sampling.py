@@ -94,13 +94,19 @@ class SamplingResolver:
             max_tokens = default if room is None else min(default, room)
             if sampling.min_tokens > max_tokens:
                 max_tokens, param = sampling.min_tokens, "min_tokens"
+        if request.resume is not None and request.resume.num_tokens > max_tokens:
+            raise errors.InvalidRequest(
+                f"{request.resume.num_tokens} tokens are said to be there, expected at most {param} ({max_tokens})",
+                param="resume",
+            )
         if room is not None and max_tokens > room and not request.is_prompt_only:
             raise errors.PromptTooLong(
                 f"this model's maximum context length is {limit} tokens, but {num_prompt_tokens + max_tokens} were "
                 f"asked for ({num_prompt_tokens} in the prompt and {max_tokens} to generate); shorten one of them",
                 param=param,
             )
-        seed = self._seeds.getrandbits(63) if sampling.seed is None else sampling.seed
+        seed = sampling.seed if request.resume is None else request.resume.seed
+        seed = self._seeds.getrandbits(63) if seed is None else seed
         vocab_size = self._model.vocab_size
         eos_ids = [i for i in self._model.eos_token_ids if vocab_size is None or i < vocab_size]
         stop_ids = resolve_stop_ids(sampling, eos_ids)

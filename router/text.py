@@ -171,6 +171,10 @@ class Part:
     scored: Sequence[PositionLogprobs] = ()
     # What the output says, if the request has tools or the model reasons: the text as content, reasoning, calls.
     deltas: Sequence[Delta] = ()
+    # No text follows.
+    is_last: bool = False
+    # The client has it from an answer that was lost.
+    is_known: bool = False
 
 
 class TextStream:

@@ -9,9 +9,9 @@ from typing import Any
 from baton.errors import InvalidRequest, quoted
 from router.endpoint import Computation
 from router.frontend import Frontend
-from router.request import Caller, GenerationRequest
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, Strict, are_ids, fields_of, read
+from router.request import Caller, GenerationRequest
 from router.tokenizer import require
 
 # More ids than that become text and JSON in a thread.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import sys
@@ -42,7 +43,7 @@ from engine.replica import Replica
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan
-from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released, WriterBegan
 from worker.admin import NodeServicer
 from worker.roles import RoleChanged, RolesConfig
 from worker.service import NodeService
@@ -197,6 +198,7 @@ class Sender:
         self._node = node
 
     def begin(self, lease: Lease, source_blocks: Sequence[int], *, num_known_tokens: int | None) -> Push:
+        self._node.tell_begun(lease)
         return Push(self._node, lease, source_blocks[lease.num_cached_blocks :])
 
 
@@ -237,6 +239,12 @@ class Receiver:
         """A lease that is over already is ignored."""
         if self._pop(lease):
             self._on_event(Released(lease.sequence_id, lease.epoch, reason, is_given_back))
+
+    def begun(self, lease: Lease) -> None:
+        """Its writer computes. A lease that is over already is ignored."""
+        found = self._leases.get(lease.sequence_id)
+        if found is not None and found[0].epoch == lease.epoch:
+            self._on_event(WriterBegan(lease.sequence_id, lease.epoch))
 
     def take(self, push: Push, first_token: TokenChunk) -> None:
         """Raises the error that the sender is to hear."""
@@ -324,6 +332,15 @@ class FakeNode:
 
     def new_servicer(self) -> NodeServicer:
         return self.servicer_type(self.service, self.drain, self.timeline, self.clock)
+
+    def tell_begun(self, lease: Lease) -> None:
+        """Later, as the node that leased its blocks may be in the middle of something."""
+
+        def tell() -> None:
+            with contextlib.suppress(TransferFailed):  # with its node the lease is gone
+                self._cluster.receiver_of(lease).begun(lease)
+
+        asyncio.get_running_loop().call_soon(tell)
 
     def deliver(self, push: Push, first_token: TokenChunk) -> None:
         """Hand a computed sequence over to the node that leased its blocks."""

@@ -285,6 +285,7 @@ class GenerateRequest(_message.Message):
     TRUNCATE_PROMPT_END_FIELD_NUMBER: _builtins.int
     STRUCTURED_OUTPUT_FIELD_NUMBER: _builtins.int
     BAD_WORDS_FIELD_NUMBER: _builtins.int
+    RESUME_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Chosen by the router if empty. Letters, digits, '.', '_', '-' and ':'; at most 128."""
     model: _builtins.str
@@ -339,6 +340,10 @@ class GenerateRequest(_message.Message):
     def bad_words(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Texts that the output does not have, with or without a space before them; at most 256."""
 
+    @_builtins.property
+    def resume(self) -> Global___Resume:
+        """The same request was accepted before, and its stream was lost. Absent: it is new."""
+
     def __init__(
         self,
         *,
@@ -361,16 +366,49 @@ class GenerateRequest(_message.Message):
         truncate_prompt_end: _builtins.bool = ...,
         structured_output: Global___StructuredOutput | None = ...,
         bad_words: _abc.Iterable[_builtins.str] | None = ...,
+        resume: Global___Resume | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "sampling", b"sampling", "structured_output", b"structured_output"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "input", b"input", "prompt", b"prompt", "prompt_token_ids", b"prompt_token_ids", "resume", b"resume", "sampling", b"sampling", "structured_output", b"structured_output"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_only", b"prompt_only", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s", "truncate_prompt_end", b"truncate_prompt_end", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bad_words", b"bad_words", "cache_salt", b"cache_salt", "chat", b"chat", "include_stop_in_output", b"include_stop_in_output", "input", b"input", "model", b"model", "priority", b"priority", "prompt", b"prompt", "prompt_only", b"prompt_only", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "resume", b"resume", "sampling", b"sampling", "skip_special_tokens_in_prompt", b"skip_special_tokens_in_prompt", "slo_tbt_s", b"slo_tbt_s", "slo_ttft_s", b"slo_ttft_s", "stop", b"stop", "structured_output", b"structured_output", "timeout_s", b"timeout_s", "truncate_prompt_end", b"truncate_prompt_end", "truncate_prompt_tokens", b"truncate_prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_input: _TypeAlias = _typing.Literal["prompt", "prompt_token_ids", "chat"]  # noqa: Y015
     _WhichOneofArgType_input: _TypeAlias = _typing.Literal["input", b"input"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_input) -> _WhichOneofReturnType_input | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class Resume(_message.Message):
+    """What the caller has of the answer. Any router of the model goes on behind it; request_id is that of Accepted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEED_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    HAS_WHOLE_TEXT_FIELD_NUMBER: _builtins.int
+    seed: _builtins.int
+    """Of Accepted."""
+    has_whole_text: _builtins.bool
+    """A delta had has_whole_text."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """All output tokens, in order. They are checked, counted, and not sent again."""
+
+    def __init__(
+        self,
+        *,
+        seed: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        has_whole_text: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["has_whole_text", b"has_whole_text", "seed", b"seed", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Resume: _TypeAlias = Resume  # noqa: Y015
 
 @_typing.final
 class StructuredOutput(_message.Message):
@@ -437,10 +475,13 @@ class GenerateResponse(_message.Message):
         REQUEST_ID_FIELD_NUMBER: _builtins.int
         MODEL_FIELD_NUMBER: _builtins.int
         PROMPT_TOKEN_IDS_FIELD_NUMBER: _builtins.int
+        SEED_FIELD_NUMBER: _builtins.int
         request_id: _builtins.str
         """The request's id in logs and metrics."""
         model: _builtins.str
         """Name of the model that answers."""
+        seed: _builtins.int
+        """The one that tokens are drawn with; for Resume."""
         @_builtins.property
         def prompt_token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """The prompt as the model sees it."""
@@ -451,10 +492,11 @@ class GenerateResponse(_message.Message):
             request_id: _builtins.str = ...,
             model: _builtins.str = ...,
             prompt_token_ids: _abc.Iterable[_builtins.int] | None = ...,
+            seed: _builtins.int = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "seed", b"seed"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -502,10 +544,13 @@ class GenerateResponse(_message.Message):
         REASONING_FIELD_NUMBER: _builtins.int
         CALLS_FIELD_NUMBER: _builtins.int
         PROMPT_LOGPROBS_FIELD_NUMBER: _builtins.int
+        HAS_WHOLE_TEXT_FIELD_NUMBER: _builtins.int
         text: _builtins.str
         """New text of the answer. Text that could still become part of a stop string or of a character is held back."""
         reasoning: _builtins.str
         """New text of what the model reasons before it answers."""
+        has_whole_text: _builtins.bool
+        """No further text follows; for Resume."""
         @_builtins.property
         def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
             """New tokens. All deltas' together are the whole output, a stop token included."""
@@ -531,10 +576,11 @@ class GenerateResponse(_message.Message):
             reasoning: _builtins.str = ...,
             calls: _abc.Iterable[Global___GenerateResponse.CallDelta] | None = ...,
             prompt_logprobs: _abc.Iterable[_common_pb2.PositionLogprobs] | None = ...,
+            has_whole_text: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["calls", b"calls", "has_whole_text", b"has_whole_text", "logprobs", b"logprobs", "prompt_logprobs", b"prompt_logprobs", "reasoning", b"reasoning", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -38,7 +38,10 @@ from worker.config import WorkerConfig
 _PROBE_INTERVAL_S = 0.05
 _CALL_TIMEOUT_S = 5.0
 _MAX_WORKERS = 256
+_MAX_ROUTERS = 16
 _API_KEY = "BATON_API_KEY"
+_ROUTER = "router"
+_MAX_PORT = 65535
 # A worker needs seconds to load; the defaults would have us look again only every 1.6, 2.6, ... seconds.
 _EAGER_RECONNECT = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -73,6 +76,15 @@ class ClusterOptions:
         metadata=setting("--grpc-port", "Port of the gRPC API; 0 = any free one.", least=0, most=65535),
     )
     host: str = field(default="127.0.0.1", metadata=setting("--host", "Address to listen on."))
+    num_routers: int = field(
+        default=1,
+        metadata=setting(
+            "--routers",
+            "Routers of the cluster, each on the next port: a client that has several loses no stream with one.",
+            least=1,
+            most=_MAX_ROUTERS,
+        ),
+    )
     ready_file: Path | None = field(
         default=None, metadata=setting("--ready-file", "Written as JSON when all is ready.")
     )
@@ -116,14 +128,24 @@ class ClusterOptions:
         check(self)
         if not self.host:
             raise BadConfig("--host is empty, expected an address of this machine or a name of it")
-        if self.http_port and self.http_port == self.grpc_port:
-            raise BadConfig(f"--http-port and --grpc-port are both {self.http_port}, expected two different ports")
+        self._check_ports()
         prefill, decode, mixed = self.counts
         if prefill + mixed < 1 or decode + mixed < 1:
             raise BadConfig(
                 f"{prefill} prefill, {decode} decode, {mixed} mixed workers cannot serve: "
                 "expected at least one for prompts (--prefill or --mixed) and one for tokens (--decode or --mixed)"
             )
+
+    def _check_ports(self) -> None:
+        """Those of several routers follow each other."""
+        http, grpc_, count = self.http_port, self.grpc_port, self.num_routers
+        if http and http == grpc_:
+            raise BadConfig(f"--http-port and --grpc-port are both {http}, expected two different ports")
+        if http and grpc_ and abs(http - grpc_) < count:
+            raise BadConfig(f"--http-port {http} and --grpc-port {grpc_} overlap, expected {count} ports for each")
+        for option, port in (("--http-port", http), ("--grpc-port", grpc_)):
+            if port > _MAX_PORT + 1 - count:
+                raise BadConfig(f"{option} is {port}, expected at most {_MAX_PORT + 1 - count} for {count} routers")
 
     @property
     def counts(self) -> tuple[int, int, int]:
@@ -162,6 +184,11 @@ class ClusterOptions:
     def _names(self) -> tuple[str, ...]:
         return self.model_names or (model_source.name_of(self.model),)
 
+    @property
+    def router_names(self) -> tuple[str, ...]:
+        """Of processes and their logs."""
+        return (_ROUTER,) if self.num_routers == 1 else tuple(f"{_ROUTER}-{i}" for i in range(self.num_routers))
+
     def worker_roles(self) -> Iterator[tuple[str, str]]:
         """(node id, role) of every worker."""
         for role, count in zip(("prefill", "decode", "mixed"), self.counts, strict=True):
@@ -187,13 +214,14 @@ class Endpoints:
 async def up(
     options: ClusterOptions,
     say: Callable[[str], None],
-    on_ready: Callable[[Endpoints, Callable[[], None]], None],
+    on_ready: Callable[[Sequence[Endpoints], Callable[[], None]], None],
     on_start: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs the cluster until SIGTERM or SIGINT; then nothing of it is left. Raises BadConfig before anything starts
     (``on_start`` is called then), ClusterFailed if it cannot go on.
 
-    ``on_ready`` is called whenever all is ready (again), with the addresses and a function that stops the cluster.
+    ``on_ready`` is called whenever all is ready (again), with each router's addresses and a function that stops the
+    cluster.
     """
     folder = model_source.resolve(options.model, options.revision)
     preflight.one_kv_size(options.worker)
@@ -216,8 +244,14 @@ async def up(
         def reserved(option: str, port: int = 0) -> int:
             return resources.enter_context(preflight.reserved_port(options.host, port, option))
 
-        http_port, grpc_port = reserved("--http-port", options.http_port), reserved("--grpc-port", options.grpc_port)
-        endpoints = Endpoints(f"http://{join_address(options.host, http_port)}", join_address(options.host, grpc_port))
+        def endpoints(number: int) -> Endpoints:
+            asked = {"--http-port": options.http_port, "--grpc-port": options.grpc_port}
+            http, grpc_ = (
+                join_address(options.host, reserved(option, port and port + number)) for option, port in asked.items()
+            )
+            return Endpoints(f"http://{http}", grpc_)
+
+        faces = [endpoints(number) for number in range(options.num_routers)]
         workers = [
             _worker(options, common, node_id, role, place, reserved("--host"), reserved("--host"))
             for (node_id, role), place in zip(options.worker_roles(), places, strict=True)
@@ -230,15 +264,19 @@ async def up(
         on_start()
         for fact in facts:
             say(fact)
-        router = _router(router_config, folder, endpoints, len(workers))
+        routers = [
+            _router(name, replace(router_config, router_id=_router_id(router_config, name)), folder, face, len(workers))
+            for name, face in zip(options.router_names, faces, strict=True)
+        ]
 
         def announce(pids: Mapping[str, int]) -> None:
             if options.ready_file is not None:
-                write_json_atomically(options.ready_file, _ready_content(endpoints, workers, pids))
-            on_ready(endpoints, launcher.stop)
+                content = _ready_content(dict(zip(options.router_names, faces, strict=True)), workers, pids)
+                write_json_atomically(options.ready_file, content)
+            on_ready(faces, launcher.stop)
 
         launcher = Launcher(
-            router,
+            routers,
             [worker.program for worker in workers],
             log_dir=log_dir,
             environment=_environment(options),
@@ -336,10 +374,15 @@ def _worker(
     return _Worker(node_id, role, address, join_address(options.host, metrics_port), program)
 
 
-def _router(config: RouterConfig, folder: Path, endpoints: Endpoints, num_workers: int) -> Program:
+def _router_id(config: RouterConfig, name: str) -> str:
+    """No two live routers may share one; one that is started again has the same."""
+    return config.router_id if name == _ROUTER else f"{config.router_id}-{name.rpartition('-')[2]}"
+
+
+def _router(name: str, config: RouterConfig, folder: Path, endpoints: Endpoints, num_workers: int) -> Program:
     faces = ("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc)
     return Program(
-        "router",
+        name,
         _command("router", config, "--model", str(folder), *faces),
         lambda pid: _router_sees(endpoints.grpc, num_workers, config.api_keys),
         environment={_API_KEY: " ".join(config.api_keys)},
@@ -367,11 +410,16 @@ async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...]) 
             status = await stub.Status(router_pb2.StatusRequest(), timeout=_CALL_TIMEOUT_S, metadata=metadata)
 
 
-def _ready_content(endpoints: Endpoints, workers: list[_Worker], pids: Mapping[str, int]) -> dict[str, object]:
+def _ready_content(
+    routers: Mapping[str, Endpoints], workers: list[_Worker], pids: Mapping[str, int]
+) -> dict[str, object]:
+    """The first router's addresses are also those of the cluster."""
+    listed = [{"http": at.http, "grpc": at.grpc, "pid": pids[name]} for name, at in routers.items()]
     return {
-        "http": endpoints.http,
-        "grpc": endpoints.grpc,
-        "router_pid": pids["router"],
+        "http": listed[0]["http"],
+        "grpc": listed[0]["grpc"],
+        "router_pid": listed[0]["pid"],
+        "routers": listed,
         "nodes": [
             {
                 "id": worker.node_id,

@@ -52,7 +52,7 @@ class Launcher:
 
     def __init__(
         self,
-        router: Program,
+        routers: Sequence[Program],
         workers: Sequence[Program],
         *,
         log_dir: Path,
@@ -62,8 +62,8 @@ class Launcher:
         say: Callable[[str], None],
         announce: Callable[[Mapping[str, int]], None],
     ) -> None:
-        self._programs = {program.name: program for program in (*workers, router)}
-        self._machine = Supervisor(router.name, [program.name for program in workers], config)
+        self._programs = {program.name: program for program in (*workers, *routers)}
+        self._machine = Supervisor([p.name for p in routers], [p.name for p in workers], config)
         self._log_dir = log_dir
         self._environment = environment
         self._clock = clock
@@ -80,7 +80,7 @@ class Launcher:
 
     def _on_signal(self) -> None:
         if self._machine.phase in (Phase.STARTING, Phase.RUNNING):
-            self._say("stopping: the router ends its streams, then the workers end; Ctrl-C again kills all at once")
+            self._say("stopping: routers end their streams, then the workers end; Ctrl-C again kills all at once")
         self.stop()
 
     async def run(self) -> None:

@@ -1,10 +1,10 @@
 """The life of a local cluster as a pure machine: what to start, stop and restart, and when.
 
-All children start together. Until every one of them is ready, the death of one ends everything. After that a worker
-that ended is started again (a drained one too: draining one after the other is a rolling restart), with a delay that
-grows if it dies young, and the death of the router ends everything. A router that was told to end (SIGTERM, exit code
-0) ends everything as well, in good order and without an error. Stopping begins with the router, so that no request is
-cut off by a worker that left before it.
+All children start together. Until every one of them is ready, the death of one ends everything. After that a child
+that ended is started again (a drained worker too: draining one after the other is a rolling restart), with a delay that
+grows if it dies young; workers go on without a router. The only router, if it is told to end (SIGTERM, exit code 0),
+ends everything, in good order and without an error; one of several is started again. Stopping begins with the routers,
+so that no request is cut off by a worker that left before them.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from enum import Enum
 @dataclass(frozen=True, slots=True)
 class SuperviseConfig:
     start_timeout_s: float = 300.0
-    # First the router gets this long to end its streams (it takes 5 s at most), then the workers as long, then SIGKILL.
+    # First the routers get this long to end their streams (5 s at most), then the workers as long, then SIGKILL.
     stop_grace_s: float = 10.0
     min_backoff_s: float = 0.25
     max_backoff_s: float = 15.0
-    # A worker that was ready this long before it died is started again without remembering earlier deaths.
+    # A child that was ready this long before it died is started again without remembering earlier deaths.
     stable_s: float = 30.0
 
 
@@ -117,10 +117,10 @@ class _Child:
 class Supervisor:
     """``handle(event, now)`` returns what to do; ``next_due_at`` is when it wants a Tick."""
 
-    def __init__(self, router: str, workers: Sequence[str], config: SuperviseConfig) -> None:
-        self._router = router
+    def __init__(self, routers: Sequence[str], workers: Sequence[str], config: SuperviseConfig) -> None:
         self._config = config
-        self._children = {name: _Child(name) for name in (*workers, router)}
+        self._children = {name: _Child(name) for name in (*workers, *routers)}
+        self._routers = [self._children[name] for name in routers]
         self._error: str | None = None
         # Stopping only: the deadline of the process that was told to stop.
         self._grace_ends_at: float | None = None
@@ -179,13 +179,12 @@ class Supervisor:
         child.due_at = None
         if self.phase is Phase.STOPPING:
             return self._stop_next(now)
-        if child.name == self._router and end.is_clean:
+        is_last_router = child in self._routers and not any(router.is_alive for router in self._routers)
+        if is_last_router and end.is_clean:
             # A clean end means that it was told to end: a planned end, and the workers are of no use without it.
             return [Say(f"{child.name} was told to end: the workers end too"), *self._stop(None, now)]
         if self.phase is Phase.STARTING:
             return self._stop(f"{child.name} did not start: {end.message}", now)
-        if child.name == self._router:
-            return self._stop(f"the router died: {end.message}", now)
         child.deaths = 0 if was_stable else child.deaths
         backoff_s = min(self._config.min_backoff_s * 2.0 ** min(child.deaths, 16), self._config.max_backoff_s)
         child.deaths += 1
@@ -203,7 +202,7 @@ class Supervisor:
             if self._grace_ends_at is None or now < self._grace_ends_at:
                 return []
             if not self._workers_told:
-                return [Kill(self._router), *self._tell_workers(now)]
+                return [*[Kill(router.name) for router in self._live_routers], *self._tell_workers(now)]
             if not self._all_killed:
                 self._all_killed = True
                 self._grace_ends_at = now + self._config.stop_grace_s
@@ -227,19 +226,24 @@ class Supervisor:
     def _stop(self, error: str | None, now: float) -> list[Action]:
         self.phase, self._error = Phase.STOPPING, error
         self._grace_ends_at = now + self._config.stop_grace_s
-        if self._children[self._router].is_alive:
-            return [Terminate(self._router)]
+        if self._live_routers:
+            return [Terminate(router.name) for router in self._live_routers]
         return self._stop_next(now)
 
     def _stop_next(self, now: float) -> list[Action]:
         if not self.alive:
             self.phase, self._grace_ends_at = Phase.DONE, None
             return [Finish(self._error)]
-        if not self._workers_told and not self._children[self._router].is_alive:
+        if not self._workers_told and not self._live_routers:
             return self._tell_workers(now)
         return []
 
     def _tell_workers(self, now: float) -> list[Action]:
         self._workers_told = True
         self._grace_ends_at = now + self._config.stop_grace_s
-        return [Terminate(name) for name in self.alive if name != self._router]
+        workers = [child for child in self._children.values() if child not in self._routers]
+        return [Terminate(child.name) for child in workers if child.is_alive]
+
+    @property
+    def _live_routers(self) -> list[_Child]:
+        return [router for router in self._routers if router.is_alive]

@@ -13,13 +13,13 @@ from baton.types import FinishReason
 from router.endpoint import Asked, Computation, Endpoint
 from router.frontend import Frontend
 from router.generation import Accepted, Ending
-from router.request import Caller
 from router.items import Item, ItemKind, Items
 from router.messages.errors import error_body
 from router.messages.request import MessagesBody
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse
 from router.openai_whole import Json, WholeAnswer
+from router.request import Caller
 from router.text import Part
 from router.turns import Turns
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import InvalidRequest, quoted
@@ -22,10 +22,9 @@ _PROMPT_END_TOKENS = 16
 class Replies:
     """Of the served model."""
 
-    def __init__(self, form: ReplyFormat, tokenizer: Tokenizer, rng: random.Random) -> None:
+    def __init__(self, form: ReplyFormat, tokenizer: Tokenizer) -> None:
         self.form = form
         self._tokenizer = tokenizer
-        self._rng = rng
         # Special tokens that readers need to see.
         self.shown_ids = tuple(i for mark in sorted(MARKS) if (i := tokenizer.token_id(mark)) in tokenizer.special_ids)
 
@@ -49,19 +48,19 @@ class Replies:
                 param="tools",
             )
 
-    def reader(self, conversation: Conversation, prompt_token_ids: Sequence[int]) -> ReplyReader | None:
-        """None where all output is content."""
+    def reader(self, conversation: Conversation, prompt_token_ids: Sequence[int], salt: str) -> ReplyReader | None:
+        """None where all output is content. ``salt``: of this choice alone; its calls have the same ids whenever it is
+        read."""
         calls = self.form.calls if conversation.has_tools else None
         if calls is None and self.form.reasoning is None:
             return None
-        is_mistral = calls is CallFormat.MISTRAL
         parser = ReplyParser(
             calls=calls,
             reasoning=self.form.reasoning,
             prompt_end=self._prompt_end(conversation, prompt_token_ids),
             tools=conversation.tools,
             max_calls=None if conversation.tool_choice.is_parallel else 1,
-            new_id=self._short_id if is_mistral else self._call_id,
+            new_id=_call_ids(f"{salt}/{len(conversation.messages)}", is_short=calls is CallFormat.MISTRAL),
         )
         return ReplyReader(parser, counts_reasoning=self.form.reasoning is not None)
 
@@ -76,13 +75,6 @@ class Replies:
             said = conversation.messages[-1].last_text
             return THINK_BEGIN if said.rfind(THINK_BEGIN) > said.rfind(THINK_END) else THINK_END
         return self._tokenizer.decode(token_ids[-_PROMPT_END_TOKENS:], skip_special_tokens=False).rstrip()
-
-    def _call_id(self) -> str:
-        return f"call_{self._rng.getrandbits(96):024x}"
-
-    def _short_id(self) -> str:
-        """Mistral's templates take ids of nine letters and digits."""
-        return f"{self._rng.getrandbits(36):09x}"
 
 
 class ReplyReader:
@@ -123,3 +115,16 @@ class ReplyReader:
                 self.counts_reasoning = False
                 return
             self._tail = self._tail[-len(THINK_END) :]
+
+
+def _call_ids(salt: str, *, is_short: bool) -> Callable[[], str]:
+    """Mistral's templates take ids of nine letters and digits."""
+    num_calls = 0
+
+    def new() -> str:
+        nonlocal num_calls
+        digest = hashlib.blake2b(f"{salt}/{num_calls}".encode(), digest_size=12).hexdigest()
+        num_calls += 1
+        return digest[:9] if is_short else f"call_{digest}"
+
+    return new

@@ -9,9 +9,9 @@ from router.endpoint import Asked, Endpoint
 from router.frontend import Frontend
 from router.generation import Accepted
 from router.items import Item, joined, turn_of
-from router.request import Caller
 from router.openai_neutral import UnknownFields
 from router.openai_request import parse
+from router.request import Caller
 from router.responses.request import ResponsesBody, echoed
 from router.responses.response import Heading, ResponseForm
 from router.responses.store import StoredResponses

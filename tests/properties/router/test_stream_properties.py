@@ -15,10 +15,10 @@ from baton.types import FinishReason
 from router.answer import Form
 from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.generation import Accepted, Ending
-from router.request import Caller
 from router.messages.response import MessageForm
 from router.openai_request import ChatBody, CompletionBody, parse
 from router.openai_response import Envelope
+from router.request import Caller
 from router.responses.response import Heading, ResponseForm
 from router.text import Part
 from tests.support.answers import ending, events, streamed, whole

@@ -264,7 +264,7 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
     )
     assert config.tokenizer == str(MODEL), "grammars are kept by the tokenizer that the router has"
     routed = options.router_config(MODEL, ["127.0.0.1:7001"])
-    line = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1).command
+    line = cluster._router("router", routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1).command
     told = given_to(router.OPTIONS, *line[4:])
     assert told["limits.max_queued"].value == 3
     assert (told["http"].value, told["model_names"].value, told["registry.cluster"].value) == (
@@ -282,7 +282,7 @@ def test_an_option_of_up_wins_over_a_variable_in_its_children_too(monkeypatch: p
     options = build(cluster.ClusterOptions, given)
     options = replace(options, router=under("router.", given))
     routed = options.router_config(MODEL, ["127.0.0.1:7001"])
-    program = cluster._router(routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1)
+    program = cluster._router("router", routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1)
     environment = cluster._environment(options)
     assert not {"BATON_OTEL", "BATON_API_KEY"} & set(environment)
     for name in ("BATON_OTEL", "BATON_API_KEY"):

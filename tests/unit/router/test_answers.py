@@ -20,9 +20,9 @@ from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from cli.app import app
 from router.config import RouterConfig
 from router.flow import FlowConfig
-from router.request import GenerationRequest
 from router.model_files import load_facts
 from router.openai_logprobs import LogprobWriter
+from router.request import GenerationRequest
 from router.text import Part, TextStream
 from router.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig

@@ -19,8 +19,8 @@ from grpc import aio
 from baton import codec, errors
 from baton.types import MAX_COUNT, MAX_LOGIT_BIASES, MAX_STOP_TOKEN_IDS, Lease, SamplingParams
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
-from router.request import Caller
 from router.openai_request import CompletionBody
+from router.request import Caller
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, until, write_model_folder

@@ -11,8 +11,8 @@ import pytest
 from baton.chat import ChatMessage, ToolCall
 from baton.errors import InvalidRequest
 from router.chat import ChatTemplate, Conversation
-from router.request import Caller
 from router.openai_request import ChatBody, parse
+from router.request import Caller
 from tests.support.tool_templates import TOOL_TEMPLATES
 
 PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from baton.errors import InvalidRequest
-from router.request import Caller
 from router.openai_neutral import UnknownFields
 from router.openai_request import ChatBody, CompletionBody, parse
+from router.request import Caller
 
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 

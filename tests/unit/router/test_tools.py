@@ -21,8 +21,8 @@ from baton.client import AsyncClient, Client, Delta, Finished, Options, error_of
 from baton.errors import InvalidRequest
 from baton.v1 import router_pb2, router_pb2_grpc
 from cli import ask
-from router.request import Caller
 from router.openai_request import ChatBody, parse
+from router.request import Caller
 from router.serve import Router
 from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.replies import write_speaking_folder

@@ -28,7 +28,7 @@ CONFIG = SuperviseConfig(start_timeout_s=100, stop_grace_s=5, min_backoff_s=1, m
 
 
 def running() -> Supervisor:
-    machine = Supervisor("router", ["a", "b"], CONFIG)
+    machine = Supervisor(["router"], ["a", "b"], CONFIG)
     machine.handle(Begin(), 0)
     for name in ("a", "b", "router"):
         machine.handle(Ready(name), 1)
@@ -37,7 +37,7 @@ def running() -> Supervisor:
 
 
 def test_all_start_together_and_are_announced_once_the_last_is_ready() -> None:
-    machine = Supervisor("router", ["a", "b"], CONFIG)
+    machine = Supervisor(["router"], ["a", "b"], CONFIG)
     assert machine.handle(Begin(), 0) == [Spawn("a"), Spawn("b"), Spawn("router")]
     assert machine.handle(Ready("router"), 1) == []
     assert machine.handle(Ready("b"), 1) == []
@@ -46,7 +46,7 @@ def test_all_start_together_and_are_announced_once_the_last_is_ready() -> None:
 
 
 def test_a_death_at_the_start_ends_everything_with_that_childs_words() -> None:
-    machine = Supervisor("router", ["a", "b"], CONFIG)
+    machine = Supervisor(["router"], ["a", "b"], CONFIG)
     machine.handle(Begin(), 0)
     assert machine.handle(Exited("a", "UnsupportedModel: gpt2"), 1) == [Terminate("router")]
     assert machine.handle(Exited("router", "exit code 0"), 1) == [Terminate("b")]
@@ -54,7 +54,7 @@ def test_a_death_at_the_start_ends_everything_with_that_childs_words() -> None:
 
 
 def test_a_child_that_is_never_ready_ends_everything() -> None:
-    machine = Supervisor("router", ["a"], CONFIG)
+    machine = Supervisor(["router"], ["a"], CONFIG)
     machine.handle(Begin(), 0)
     machine.handle(Ready("router"), 1)
     assert machine.handle(Tick(), 99) == []
@@ -95,15 +95,26 @@ def test_a_worker_that_hangs_while_it_comes_back_is_killed_and_tried_again() -> 
     assert machine.handle(Tick(), 105) == [Spawn("a")]
 
 
-def test_the_routers_death_ends_everything() -> None:
+def test_a_dead_router_comes_back_and_the_workers_stay() -> None:
     machine = running()
-    assert machine.handle(Exited("router", "exit code 1"), 2) == [Terminate("a"), Terminate("b")]
+    assert machine.handle(Exited("router", "exit code 1"), 2) == [
+        Say("router ended: exit code 1\nstarting it again in 1 s")
+    ]
+    assert machine.alive == ["a", "b"]
+    assert machine.handle(Tick(), 3) == [Spawn("router")]
+    assert machine.handle(Ready("router"), 5) == [Say("router is back"), Announce()]
+
+
+def test_a_stop_while_the_router_is_down_ends_the_workers() -> None:
+    machine = running()
+    machine.handle(Exited("router", "killed"), 2)
+    assert machine.handle(StopAsked(), 2.5) == [Terminate("a"), Terminate("b")]
     machine.handle(Exited("a", ""), 3)
-    assert machine.handle(Exited("b", ""), 3) == [Finish("the router died: exit code 1")]
+    assert machine.handle(Exited("b", ""), 3) == [Finish(None)]
 
 
 def test_a_router_that_was_told_to_end_ends_everything_without_error() -> None:
-    for machine in (running(), Supervisor("router", ["a", "b"], CONFIG)):
+    for machine in (running(), Supervisor(["router"], ["a", "b"], CONFIG)):
         if machine.phase is Phase.STARTING:
             machine.handle(Begin(), 0)
         said, *told = machine.handle(Exited("router", "exit code 0", is_clean=True), 2)
@@ -111,6 +122,19 @@ def test_a_router_that_was_told_to_end_ends_everything_without_error() -> None:
         assert told == [Terminate("a"), Terminate("b")]
         machine.handle(Exited("a", "exit code 0", is_clean=True), 3)
         assert machine.handle(Exited("b", "exit code 0", is_clean=True), 3) == [Finish(None)]
+
+
+def test_one_of_several_routers_that_is_told_to_end_is_started_again() -> None:
+    machine = Supervisor(["r", "s"], ["a"], CONFIG)
+    machine.handle(Begin(), 0)
+    for name in ("r", "s", "a"):
+        machine.handle(Ready(name), 1)
+    assert isinstance(machine.handle(Exited("r", "exit code 0", is_clean=True), 2)[0], Say)
+    assert machine.handle(Tick(), 3) == [Spawn("r")]
+    assert machine.handle(StopAsked(), 4) == [Terminate("r"), Terminate("s")]
+    assert machine.handle(Exited("s", "exit code 0", is_clean=True), 5) == []
+    assert machine.handle(Exited("r", "exit code 0", is_clean=True), 5) == [Terminate("a")]
+    assert machine.handle(Exited("a", "exit code 0", is_clean=True), 6) == [Finish(None)]
 
 
 def test_stop_tells_the_router_first_and_ends_without_error() -> None:
@@ -153,7 +177,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 0.0
-        self.machine = Supervisor("router", ["a", "b"], CONFIG)
+        self.machine = Supervisor(["router"], ["a", "b"], CONFIG)
         self.alive: set[str] = set()
         self.finished: Finish | None = None
         self.was_running = False

@@ -10,8 +10,8 @@ import pytest
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, UnknownResponse
 from router.chat import Conversation
-from router.request import Caller, GenerationRequest
 from router.openai_request import parse
+from router.request import Caller, GenerationRequest
 from router.responses.request import ResponsesBody, echoed
 
 
