@@ -165,7 +165,7 @@ class Frontend:
         ]
         answer_id = request.request_id or request_id
         return Accepted(
-            answer_id, self.model.name, arrived_s, echoes, request.has_event_ids, request.resume, generations
+            answer_id, self.model.name, arrived_s, echoes, generations, request.has_event_ids, request.resume
         )  # fmt: skip
 
     def _predict(

@@ -185,11 +185,11 @@ class Accepted:
     created_s: float
     # By prompt, if the request asks for an echo.
     echoes: Sequence[str] = ()
+    generations: list[Generation] = field(default_factory=list)
     # As GenerationRequest.has_event_ids.
     has_event_ids: bool = False
     # What the client has of the only choice.
     resume: Resume | None = None
-    generations: list[Generation] = field(default_factory=list)
 
 
 def _closed(part: Part, rest: Part) -> Part:
