@@ -77,9 +77,9 @@ class ResumableStream:
             return None
         self._num_losses += 1
         self.router = (self.router + 1) % self._num_routers
-        if self._accepted is None:
-            # Nothing is lost: every router is asked once.
-            return 0.0 if self._num_losses < self._num_routers else None
+        if self._accepted is None and self._num_routers == 1:
+            # Nothing is lost, and an address may be wrong.
+            return None
         if self._num_losses == 1:
             self._give_up_s = now + self._patience_s
         if now >= self._give_up_s or self._is_late(now):

@@ -73,7 +73,7 @@ def test_the_aim_is_beside_the_best_mixed_configuration(ttft_s, gap_s, wall_s, i
         comparison(
             run("1 mixed", "x", answer(ttft_s=1.0, gap_s=1.0), wall_s=2.0),
             run("2 mixed", "x", answer(ttft_s=2.0, gap_s=2.0), wall_s=1.0),
-            run(table.AIMED[0], "x", answer(ttft_s=ttft_s, gap_s=gap_s), wall_s=wall_s),
+            run(table.AIMED, "x", answer(ttft_s=ttft_s, gap_s=gap_s), wall_s=wall_s),
             run("2 mixed", "not of all", answer()),
         )
     )
