@@ -1,7 +1,7 @@
 """Runs the benchmarks: ``python -m bench [--quick] [NAME ...]`` prints tables and saves JSON. Without names it runs all
 of BENCHES.
 
-``python -m bench peers`` and ``python -m bench serve`` have options of their own.
+``python -m bench peers``, ``python -m bench serve`` and ``python -m bench clients`` have options of their own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BENCHES = (
     *("prefix", "prefix_placement", "policy", "overload", "interference", "planner"),
 )
 # They take gigabytes or most of an hour, so they are not part of "all".
-_WITH_OPTIONS = ("peers", "serve")
+_WITH_OPTIONS = ("peers", "serve", "clients")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 

@@ -2,8 +2,8 @@
 
     python -m bench.clients.lm_eval --python ENVIRONMENT/bin/python
 
-``--python`` has `lm-eval[api,hf]`. The cluster, 1 prefill and 1 decode node, is of this
-environment.
+``--python`` has `lm-eval[api,hf]`. The cluster, 1 prefill and 1 decode node, is of this environment. `python -m bench
+clients --only lm-eval` runs the same as cells of the table of clients.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from baton.errors import BatonError
 from bench.clients import lm_eval_tasks
 from bench.cluster import cluster
+from demo import MODEL_DIR
 
-MODEL = Path("demo/model").resolve()
+MODEL = MODEL_DIR
 # Of a document's log-likelihood.
 TOLERANCE = 1e-3
 _TIMEOUT_S = 900.0
@@ -34,7 +36,7 @@ async def run(python: str, num_documents: int, folder: Path) -> dict[str, Any]:
     reference = await _evaluated(
         python, "hf", {"pretrained": str(MODEL), "dtype": "float32"}, names, folder, ("--device", "cpu")
     )
-    found: dict[str, Any] = {"reference": reference[0]}
+    found: dict[str, Any] = {"documents": num_documents, "reference": reference[0]}
     options = ("--prefill", "1", "--decode", "1", "--dtype", "float32")
     run_dir = folder / "run"
     run_dir.mkdir()
@@ -95,6 +97,34 @@ def _difference(one: Any, other: Any) -> float:
         return abs(float(one) - float(other))
     except ValueError:
         return 0.0 if one == other else float("inf")
+
+
+def cells(python: str, num_documents: int, folder: Path) -> list[dict[str, Any]]:
+    """For the table of clients: both ways of sending prompts, log-likelihoods and generated answers apart."""
+    names = {"recall_choice": "logprobs", "recall_likelihood": "logprobs", "recall_answer": "plain"}
+    run_dir = Path(tempfile.mkdtemp(dir=folder))
+    try:
+        found = asyncio.run(run(python, num_documents, run_dir))
+    except (RuntimeError, TimeoutError, BatonError) as error:
+        said = f"{type(error).__name__}: {error}"
+        return [{"feature": "logprobs", "case": "all tasks", "state": "failed", "said": said}]
+    rows = []
+    for way in ("text", "token ids"):
+        for task, feature in names.items():
+            difference = found[way]["largest difference"][task]
+            ours, theirs = found[way][task], found["reference"][task]
+            is_right = difference <= TOLERANCE and _accuracies(ours) == _accuracies(theirs)
+            said = f"largest difference {difference:.2g}, {ours}, transformers {theirs}"
+            rows.append(
+                {"feature": feature, "case": f"{task}, prompts as {way}", "state": "ok" if is_right else "failed",
+                 "said": said}
+            )  # fmt: skip
+    return rows
+
+
+def _accuracies(scores: Mapping[str, float]) -> dict[str, float]:
+    """Those that count documents; a perplexity is as near as the log-likelihoods are."""
+    return {name: value for name, value in scores.items() if name.startswith(("acc", "exact_match"))}
 
 
 def main() -> None:
