@@ -1,18 +1,19 @@
-"""Many steps at once that do nothing but decode the same sequences: for simulators, which read tokens only when these
-matter.
+"""Many steps at once that do nothing but decode the same sequences, and those of a step with prompts at once: for
+simulators, which read tokens only when these matter.
 
-Pure. Equal to one step after the other in tokens, blocks and cached blocks (`tests/properties/engine/
-test_plain_steps_properties.py`), at a cost that hardly depends on the number of steps.
+Pure. Equal to one step after the other, and to one sequence after the other, in tokens, blocks and cached blocks
+(`tests/properties/engine/test_plain_steps_properties.py`), at a cost that hardly depends on the number of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from baton.types import blocks_for
+from engine import step
 from engine.blocks import BlockPool
-from engine.entry import Entry
+from engine.entry import Entry, Phase
 from engine.prefix_cache import PrefixCache
 from engine.step import StepShape
 
@@ -106,3 +107,68 @@ def advance(
         else:
             pool.grow(entry.sequence_id, 1)
     return full
+
+
+class PlainStep(NamedTuple):
+    """What decodes in the next step, with nothing to decide about it, and what else is active."""
+
+    decoding: tuple[Entry, ...]
+    others: list[Entry]
+    # Of the decoding alone.
+    shape: StepShape
+
+
+def next_step(entries: Sequence[Entry], pool: BlockPool, block_tokens: int) -> PlainStep | None:
+    """With blocks for it, if none is under way; None, and no block is taken, if a sequence may have to yield, to stop,
+    or to wait for the host."""
+    decoding: list[Entry] = []
+    others: list[Entry] = []
+    growing: list[step.Sequence] = []
+    num_kv_tokens = 0
+    for entry in entries:
+        sequence = entry.sequence
+        start = sequence.num_computed
+        if not entry.is_prefilled or len(sequence.token_ids) - start != 1:
+            others.append(entry)
+            continue
+        if entry.hands_off or entry.max_tokens is not None or sequence.token_mask is not None:
+            return None
+        decoding.append(entry)
+        num_kv_tokens += start + 1
+        if start >= len(sequence.block_ids) * block_tokens:
+            growing.append(sequence)
+    if len(growing) > pool.num_available:
+        return None
+    for sequence in growing:
+        pool.grow(sequence.sequence_id, 1)
+    return PlainStep(tuple(decoding), others, StepShape(0, 0, len(decoding), num_kv_tokens))
+
+
+def board(entries: Sequence[Entry]) -> tuple[step.Sequence, ...]:
+    """As `Entry.board` of a piece of one token that is drawn from."""
+    for entry in entries:
+        entry.num_flights += 1
+        entry.num_underway += 1
+        entry.num_unknown += 1
+    return tuple([entry.sequence for entry in entries])
+
+
+def land(entries: Sequence[Entry], cache: PrefixCache, token_id: int, last: Collection[str]) -> Iterator[Entry]:
+    """The step is over, and each that was not to end meanwhile has drawn ``token_id``. Those that there is something to
+    be done about, one by one: what is done about one comes before what the next one draws."""
+    is_on = cache.is_on
+    for entry in entries:
+        entry.num_flights -= 1
+        entry.num_underway -= 1
+        entry.num_unknown -= 1
+        if entry.phase is Phase.ACTIVE:
+            sequence = entry.sequence
+            sequence.token_ids.append(token_id)
+            sequence.num_computed += 1
+            entry.num_computed_total += 1
+            if is_on:
+                cache.store(entry)
+            is_whole = len(sequence.token_ids) >= sequence.max_total_tokens or sequence.spec.sequence_id in last
+            if not is_whole and not entry.hands_off:
+                continue
+        yield entry

@@ -113,6 +113,8 @@ class Scheduler:
         self._is_handed_to = False
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
+        # Those of the plan under way that have no piece in it.
+        self._in_bulk: tuple[Entry, ...] = ()
         self._gone: list[str] = []
         self._raised: list[tuple[str, Exception]] = []
         self.num_preempted = 0
@@ -143,7 +145,7 @@ class Scheduler:
         """
         check_spec(spec, self.config, self.pool.num_blocks)
         self._refuse_known(spec.sequence_id)
-        if self._num_residents() >= self._max_residents:
+        if not self._has_slot:
             raise Overloaded(f"{self._num_residents()} sequences decode on this node, the limit; try another node")
         sequence = self._sequence(spec)
         # That node scores the prompt and makes its embedding.
@@ -276,27 +278,38 @@ class Scheduler:
 
     # -- the step
 
-    def schedule(self, now: float) -> tuple[StepPlan | None, list[EngineEvent]]:
+    def schedule(self, now: float, *, in_bulk: bool = False) -> tuple[StepPlan | None, list[EngineEvent]]:
         """The next step, None if nothing can be computed; which sequences start with it and which stopped for ``hold``.
 
-        While a step is under way None also means that the next one has to know what becomes of it.
+        While a step is under way None also means that the next one has to know what becomes of it. ``in_bulk``, for
+        simulators, if none is under way: sequences that decode get no pieces where nothing but blocks is to be decided
+        about them; `apply_in_bulk` takes such a step in.
         """
-        assert len(self._plans) < 2, "a step ahead of two that are neither applied nor failed"
+        assert len(self._plans) < 2 - in_bulk, "a step ahead of two, or of one in bulk, that is neither applied nor failed"
         to_hold, self._to_hold = self._to_hold, []
         # One that is in a step, or has more to compute, is handed over when that step is applied.
         events: list[EngineEvent] = [self._hand_off(entry, now) for entry in to_hold if entry.can_hand_off]
         if self._plans and not self._can_plan_ahead():
             return None, events
         self._move_up_overdue(now)
-        pieces = self._decode_pieces(now)
-        decoding = StepShape(0, 0, len(pieces), len(pieces) + sum([p.start for p in pieces]))
+        if not self._active and not self._waiting:
+            self._sits_out = self._sits_out[1], False
+            return None, events
+        plain = plain_steps.next_step(self._active, self.pool, self.config.block_tokens) if in_bulk else None
+        if plain is None:
+            pieces = self._decode_pieces(now)
+            decoding = StepShape(0, 0, len(pieces), len(pieces) + sum([p.start for p in pieces]))
+            begun = [e for e in self._active if not e.is_decoding]
+        else:
+            pieces, decoding, begun, self._in_bulk = [], plain.shape, plain.others, plain.decoding
+            self._sits_out = self._sits_out[1], False
         budget = StepBudget(self.config, self.measured, decoding, self._limit_s(decoding))
-        pieces += self._prompt_pieces(budget, events, now)
-        if not pieces:
+        pieces += self._prompt_pieces(begun, budget, events, now)
+        if not pieces and not decoding.num_decoding:
             return None, events
         for piece in pieces:
             self._entries[piece.sequence.sequence_id].board(piece)
-        plan = StepPlan(tuple(pieces), budget.shape)
+        plan = StepPlan(tuple(pieces), budget.shape, plain_steps.board(self._in_bulk))
         self._plans.append(plan)
         return plan, events
 
@@ -314,6 +327,27 @@ class Scheduler:
             if entry.can_hand_off:
                 events.append(self._hand_off(entry, now))
         return events
+
+    def apply_in_bulk(
+        self, plan: StepPlan, result: StepResult, now: float, token_id: int, last: Collection[str] = (), last_id: int = 0
+    ) -> list[EngineEvent]:
+        """As `apply`, of a step that was scheduled ``in_bulk``: each sequence that has no piece in it draws
+        ``token_id``, which ends none, or ``last_id`` if it is one of ``last``.
+
+        Of these returns what became of those that ended or stopped; `Sequence.token_ids` has the tokens of the others.
+        """
+        entries, self._in_bulk = self._in_bulk, ()
+        events: list[EngineEvent] = []
+        for entry in plain_steps.land(entries, self.prefix_cache, token_id, last):
+            if entry.phase is Phase.ENDED:
+                self._retire(entry, now)
+                continue
+            sequence = entry.sequence
+            if sequence.sequence_id in last or len(sequence.token_ids) >= sequence.max_total_tokens:
+                events.append(self._drawn_plainly(entry, last, last_id, now))
+            if entry.can_hand_off:
+                events.append(self._hand_off(entry, now))
+        return events + self.apply(plan, result, now)
 
     def fail(self, plan: StepPlan, error: BatonError, now: float) -> list[EngineEvent]:
         """The step went wrong: every sequence in it fails, the others go on."""
@@ -369,21 +403,31 @@ class Scheduler:
         events: list[EngineEvent] = []
         named = [entry for name in last if (entry := self._entries.get(name)) and entry.phase is Phase.ACTIVE]
         for entry in sorted({*full, *named}, key=in_order):
-            sequence = entry.sequence
-            if sequence.sequence_id in last:
-                sequence.token_ids[-1] = last_id
-            index = sequence.num_generated - 1
-            reason = _finish_reason(sequence, sequence.token_ids[-1])
-            chunk = TokenChunk(sequence.sequence_id, index, (sequence.token_ids[-1],), finish_reason=reason)
-            events.append(Output(sequence.sequence_id, chunk))
-            if reason is not None:
-                self._retire(entry, now)
+            events.append(self._drawn_plainly(entry, last, last_id, now))
         return events
+
+    def _drawn_plainly(self, entry: Entry, last: Collection[str], last_id: int, now: float) -> Output:
+        """The newest token may be its last one."""
+        sequence = entry.sequence
+        if sequence.sequence_id in last:
+            sequence.token_ids[-1] = last_id
+        token_id, index = sequence.token_ids[-1], sequence.num_generated - 1
+        reason = _finish_reason(sequence, token_id)
+        if reason is not None:
+            self._retire(entry, now)
+        return Output(
+            sequence.sequence_id, TokenChunk(sequence.sequence_id, index, (token_id,), finish_reason=reason)
+        )  # fmt: skip
 
     @property
     def active_ids(self) -> list[str]:
         """Sequences that are computed now, prompts included."""
         return [entry.sequence.spec.sequence_id for entry in self._active]
+
+    def is_active(self, sequence_id: str) -> bool:
+        """It is computed now: it has blocks, and was not told to stop."""
+        entry = self._entries.get(sequence_id)
+        return entry is not None and entry.phase is Phase.ACTIVE
 
     def token_ids(self, sequence_id: str) -> Seq[int]:
         """All that are known of a sequence, of which the caller changes nothing; empty for one that is not here."""
@@ -421,13 +465,19 @@ class Scheduler:
         return raised
 
     def load(self) -> Load:
-        prompts = [e for e in (*self._waiting, *self._active) if not e.is_prefilled or e.phase is Phase.WAITING]
-        decoding = [e for e in self._active if e.is_prefilled]
+        # Often, of a hundred that decode.
+        prompts, num_running, running_tokens = [*self._waiting], 0, 0
+        for entry in self._active:
+            if entry.is_prefilled:
+                num_running += 1
+                running_tokens += entry.sequence.num_computed
+            else:
+                prompts.append(entry)
         return Load(
-            queued_prompt_tokens=sum(e.num_expected for e in prompts),
+            queued_prompt_tokens=sum([e.num_expected for e in prompts]),
             num_waiting=len(prompts),
-            num_running=len(decoding),
-            running_tokens=sum(e.sequence.num_computed for e in decoding),
+            num_running=num_running,
+            running_tokens=running_tokens,
         )
 
     def check(self) -> None:
@@ -439,7 +489,8 @@ class Scheduler:
             seq = entry.sequence
             assert 0 <= seq.num_computed <= len(seq.token_ids)
             assert len(seq.block_ids) * self.config.block_tokens >= entry.start
-            assert entry.num_flights == sum(seq is p.sequence for plan in self._plans for p in plan.pieces)
+            num_pieces = sum(seq is p.sequence for plan in self._plans for p in plan.pieces)
+            assert entry.num_flights == num_pieces + (entry in self._in_bulk)
             assert (entry.phase is Phase.WAITING) == (entry in self._waiting)
             assert (entry.phase is Phase.ACTIVE) == (entry in self._active)
             assert entry.phase is not Phase.HELD or (not entry.num_flights and not entry.is_released)
@@ -478,6 +529,13 @@ class Scheduler:
     def _num_residents(self) -> int:
         return len(self._leases) + sum(not e.hands_off for e in self._active)
 
+    @property
+    def _has_slot(self) -> bool:
+        """For one more that decodes."""
+        # The first question is the cheaper one, and nearly always enough.
+        most = self._max_residents
+        return len(self._leases) + len(self._active) < most or self._num_residents() < most
+
     def _blocks_to_start(self, entry: Entry) -> int:
         if entry.num_preemptions >= self.config.max_preemptions:
             # The last token's KV is never computed.
@@ -504,7 +562,7 @@ class Scheduler:
     def _can_start(self, entry: Entry, found: list[int]) -> bool:
         spare = self.pool.num_available
         if not entry.hands_off:
-            if self._num_residents() >= self._max_residents:
+            if not self._has_slot:
                 return False
             if self.pool.num_held and entry.num_preemptions < self.config.max_preemptions:
                 spare -= self._watermark_blocks
@@ -601,8 +659,10 @@ class Scheduler:
         progress_s = self.measured.step_s(decoding) / (1 - self.config.min_prompt_share)
         return max(progress_s, target_s / 2 if any(self._sits_out) else target_s)
 
-    def _prompt_pieces(self, budget: StepBudget, events: list[EngineEvent], now: float) -> Iterator[Piece]:
-        begun = [e for e in self._active if not e.is_decoding]
+    def _prompt_pieces(
+        self, begun: list[Entry], budget: StepBudget, events: list[EngineEvent], now: float
+    ) -> Iterator[Piece]:
+        """``begun``: prompts of which a part is computed."""
         for entry in list(self._waiting):
             if not entry.is_ready:
                 continue

@@ -147,6 +147,8 @@ class StepPlan:
     pieces: tuple[Piece, ...]
     # Empty for a plan that is not measured.
     shape: StepShape = NO_SHAPE
+    # Those that decode without a piece each; see `Scheduler.schedule`.
+    in_bulk: tuple[Sequence, ...] = ()
 
     @property
     def num_tokens(self) -> int:

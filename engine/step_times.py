@@ -62,10 +62,10 @@ class MeasuredSteps:
         if self._num_steps >= _MIN_STEPS:
             self._compare(shape, seconds / max(self.step_s(shape), 1e-9))
         kind = 0 if not shape.num_decoding else 1 if not shape.num_prompt_tokens else 2
-        row, keep = (1 / seconds, *[feature / seconds for feature in shape], 1.0), 1 - 1 / _MEMORY_STEPS
+        keep = 1 - 1 / _MEMORY_STEPS
         self._moments[kind] = [
-            keep * m + row[i] * row[j] for m, (i, j) in zip(self._moments[kind], _PAIRS, strict=True)
-        ]  # fmt: skip
+            keep * m + product for m, product in zip(self._moments[kind], _products(shape, seconds), strict=True)
+        ]
         self._most_prompt_tokens = max(self._most_prompt_tokens, shape.num_prompt_tokens)
         self._num_steps += 1
         if self._num_steps < _FIT_EVERY or self._num_steps % _FIT_EVERY == 0:
@@ -130,6 +130,16 @@ class MeasuredSteps:
             if num_tokens > 0:
                 prompt_token_s += pair_s * num_pairs / num_tokens
             self._told = StepTimes(base_s, prompt_token_s, sequence_s, kv_token_s)
+
+
+def _products(shape: StepShape, seconds: float) -> tuple[float, ...]:
+    """Of `_PAIRS`, written out: it is done in each step."""
+    a, b, c = 1 / seconds, shape.num_prompt_tokens / seconds, shape.num_prompt_pairs / seconds
+    d, e = shape.num_decoding / seconds, shape.num_kv_tokens / seconds
+    return (
+        a * a, a * b, a * c, a * d, a * e, a, b * b, b * c, b * d, b * e, b,
+        c * c, c * d, c * e, c, d * d, d * e, d, e * e, e, 1.0,
+    )  # fmt: skip
 
 
 def not_negative(products: Sequence[Sequence[float]], values: Sequence[float]) -> tuple[float, ...]:

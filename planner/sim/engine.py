@@ -1,8 +1,8 @@
 """The engine of a simulated node: the scheduler's own steps, each as long as the performance model says.
 
 Steps that only decode advance together, up to the next end of a sequence; what arrives meanwhile cuts them at the end
-of the step under way, whose tokens are then known a step early. The host takes no time beside the device, as in a
-replica whose steps overlap.
+of the step under way, whose tokens are then known a step early. Beside prompts, what decodes advances without a piece
+for each sequence.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from baton.types import TokenChunk
@@ -120,6 +119,8 @@ class Engine:
         self._long_s: list[float] = []
         # By sequence id, the number of the first step that it decoded in.
         self._since: dict[str, int] = {}
+        # Those that drew their first token here, until the next step that decodes.
+        self._begun: dict[str, None] = {}
         self.version = 0
 
     # ── What is here ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -179,6 +180,7 @@ class Engine:
     def _left(self, sequence_id: str) -> None:
         request = self._requests.pop(sequence_id, None)
         self._told.pop(sequence_id, None)
+        self._begun.pop(sequence_id, None)
         since = self._since.pop(sequence_id, None)
         if request is not None and since is not None and since < self._num_steps:
             longest_s = self._long_s[bisect_left(self._long_numbers, since)]
@@ -246,7 +248,7 @@ class Engine:
         while True:
             if self._begin_bulk(now):
                 return
-            plan, events = self.scheduler.schedule(now)
+            plan, events = self.scheduler.schedule(now, in_bulk=True)
             if plan is not None:
                 self._is_busy = True
                 self._tell(events)
@@ -323,22 +325,29 @@ class Engine:
         """So many of the plain steps."""
         scheduler, end_s = self.scheduler, bulk.end_s(num_steps)
         self._account_decode(bulk, num_steps, end_s)
-        last = set()
-        ends, number = self._ends, self._num_steps + num_steps
-        while ends and ends[0][0] <= number:
-            _, sequence_id = heapq.heappop(ends)
-            left = self._num_left(sequence_id)
-            if left == num_steps:
-                last.add(sequence_id)
-            elif left is not None:
-                heapq.heappush(ends, (self._num_steps + left, sequence_id))
-        self._num_steps = number
+        last = self._last_after(num_steps)
+        self._num_steps += num_steps
+        self._begun.clear()
         self._note_gaps(bulk.end_s(1), bulk.first_s, bulk.shape.num_decoding)
         if num_steps > 1:
             mean_s = (end_s - bulk.end_s(1)) / (num_steps - 1)
             self._gaps.add(mean_s, (num_steps - 1) * bulk.shape.num_decoding)
         ends_s = [bulk.end_s(count) for count in range(1, num_steps + 1)]
         return scheduler.decode(bulk.began_s, ends_s, TOKEN_ID, last, STOP_ID)
+
+    def _last_after(self, num_steps: int) -> set[str]:
+        """Those that end if they are in so many steps."""
+        last = set()
+        ends, number = self._ends, self._num_steps + num_steps
+        while ends and ends[0][0] <= number:
+            _, sequence_id = heapq.heappop(ends)
+            left = self._num_left(sequence_id)
+            if left == num_steps and self.scheduler.is_active(sequence_id):
+                last.add(sequence_id)
+            elif left is not None:
+                # One that waits has as many to go afterwards.
+                heapq.heappush(ends, (max(self._num_steps + left, number + 1), sequence_id))
+        return last
 
     def _note_gaps(self, now: float, seconds: float, num_decoding: int) -> None:
         """Of a step: those that have just joined have waited for longer."""
@@ -387,12 +396,23 @@ class Engine:
         self._account_plan(plan, seconds)
         sampled = {piece.sequence.sequence_id: self._drawn(piece.sequence) for piece in plan.pieces if piece.samples}
         now = self._events.now_s
+        last: set[str] = set()
+        if plan.in_bulk:
+            last = self._last_after(1)
+            self._note_second_tokens(now)
         if plan.shape.num_decoding:
             self._num_steps += 1
             self._note_gaps(now, seconds, plan.shape.num_decoding)
-        self._tell(self.scheduler.apply(plan, StepResult(sampled), now))
+        self._tell(self.scheduler.apply_in_bulk(plan, StepResult(sampled), now, TOKEN_ID, last, STOP_ID))
         self._is_busy = False
         self._go_on()
+
+    def _note_second_tokens(self, now: float) -> None:
+        for sequence_id in self._begun:
+            served = self._requests[sequence_id].served
+            if served.second_token_s is None and self.scheduler.is_active(sequence_id):
+                served.second_token_s = now
+        self._begun.clear()
 
     def _drawn(self, sequence: Sequence) -> TokenChunk:
         index = sequence.num_generated
@@ -428,9 +448,12 @@ class Engine:
         shape = plan.shape
         each_j = decode_j / max(1, shape.num_decoding)
         token_j = prompt_j / max(1, shape.num_prompt_tokens)
+        requests, num_pieces = self._requests, shape.num_decoding - len(plan.in_bulk)
+        for sequence in plan.in_bulk:
+            requests[sequence.spec.sequence_id].served.energy_j += each_j
         for place, piece in enumerate(plan.pieces):
-            request = self._requests[piece.sequence.sequence_id]
-            request.served.energy_j += each_j if place < shape.num_decoding else token_j * piece.num_tokens
+            request = requests[piece.sequence.sequence_id]
+            request.served.energy_j += each_j if place < num_pieces else token_j * piece.num_tokens
 
     # ── Events ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -467,6 +490,7 @@ class Engine:
                 self._gaps.add(request.went_on(now), 1)
             request.last_token_s = now
             self._decodes(sequence_id, request, chunk.index + 1)
+            self._begun[sequence_id] = None
             self._use.num_output_tokens += 1
         elif chunk.index == 1 and request.served.second_token_s is None:
             request.served.second_token_s = now
@@ -475,6 +499,7 @@ class Engine:
         first = self._told[sequence_id]
         self._told[sequence_id] = chunk.index + 1
         if first < chunk.index:
-            missing = (TOKEN_ID,) * (chunk.index - first)
-            event = replace(event, chunk=replace(chunk, index=first, token_ids=missing + chunk.token_ids))
+            token_ids = (TOKEN_ID,) * (chunk.index - first) + chunk.token_ids
+            chunk = TokenChunk(sequence_id, first, token_ids, finish_reason=chunk.finish_reason)
+            event = Output(sequence_id, chunk, event.prefill)
         return event

@@ -104,6 +104,8 @@ class Node:
             self.config.steps_at_once, self.gaps, self._network.host, self.config.wake,
         )  # fmt: skip
         self.roles = Roles(self.description.home_role, self.config.roles)
+        # What they were told last.
+        self._work = Work(has_prompts=False, has_decodes=False)
         self._prefill = prefill.PrefillMachine(self.node_id)
         self._decode = decode.DecodeMachine(self.node_id)
         self._pushes: dict[str, Push] = {}
@@ -219,9 +221,11 @@ class Node:
                     self._perform_decode(answer, now)
         self._is_handling = False
         if self.roles.home is not Role.MIXED:
-            prompts, decodes = self._prefill, self._decode
-            work = Work(prompts.has_prompts, decodes.num_sequences > 0 or prompts.has_decodes)
-            self._note_roles(self.roles.handle(work, now))
+            prompts, told = self._prefill, self._work
+            has_prompts, has_decodes = prompts.has_prompts, self._decode.num_sequences > 0 or prompts.has_decodes
+            if told.has_prompts is not has_prompts or told.has_decodes is not has_decodes:
+                self._work = Work(has_prompts, has_decodes)
+                self._note_roles(self.roles.handle(self._work, now))
         self.engine.settle()
         self._post()
         self.engine.wake()

@@ -1,7 +1,9 @@
-"""Many plain steps at once are the same as one after the other: tokens, events, blocks and cached blocks, whatever came
-before and between."""
+"""Many plain steps at once are the same as one after the other, and sequences that decode beside a prompt at once the
+same as one by one: tokens, events, blocks and cached blocks, whatever came before, between and during a step."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given, settings
@@ -38,6 +40,8 @@ class Node:
         self.drawn: dict[str, list[int]] = {}
         self.ended: list[tuple[str, FinishReason, float]] = []
         self.num_at_once = 0
+        # Steps whose decoding sequences had no pieces, and those where they had some.
+        self.num_in_bulk = self.num_in_pieces = 0
 
     def add(self, spec: SequenceSpec, length: int, *, hands_off: bool) -> None:
         self.lengths[spec.sequence_id] = length
@@ -51,12 +55,21 @@ class Node:
             done = self.run_plainly(num_steps) if self.is_in_bulk else 0
             num_steps -= done or self.step()
 
-    def step(self) -> int:
-        plan, _ = self.scheduler.schedule(self.now)
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> int:
+        """``meanwhile`` happens while it runs."""
+        plan, _ = self.scheduler.schedule(self.now, in_bulk=self.is_in_bulk)
+        meanwhile()
         if plan is None:
             return 1
+        self.scheduler.check()
         self.now += seconds(plan.shape)
-        self.hear(self.scheduler.apply(plan, self.result(plan), self.now))
+        if self.is_in_bulk:
+            last = {x.sequence_id for x in plan.in_bulk if x.num_generated + 1 == self.lengths[x.sequence_id]}
+            self.num_in_bulk += bool(plan.in_bulk)
+            self.num_in_pieces += len(plan.in_bulk) < plan.shape.num_decoding
+            self.hear(self.scheduler.apply_in_bulk(plan, self.result(plan), self.now, 0, last, STOP_ID))
+        else:
+            self.hear(self.scheduler.apply(plan, self.result(plan), self.now))
         return 1
 
     def result(self, plan: StepPlan) -> StepResult:
@@ -121,11 +134,12 @@ ADD = st.tuples(
 RUN = st.tuples(st.just("run"), st.integers(1, 40))
 # hold, release, resume, cancel, lend: one of the sequences.
 OTHER = st.tuples(st.sampled_from(["hold", "release", "resume", "cancel", "lend"]), st.integers(0, 9))
+DURING = st.tuples(st.just("during"), OTHER)
 
 
 @pytest.mark.parametrize("scheme", [None, SCHEME], ids=["without a cache", "with a cache"])
 @settings(max_examples=150)
-@given(ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER), min_size=2, max_size=25))
+@given(ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER, DURING), min_size=2, max_size=25))
 def test_many_at_once_are_one_after_the_other(scheme: PrefixScheme | None, ops: list[tuple[object, ...]]) -> None:
     nodes = [Node(scheme, is_in_bulk=is_in_bulk) for is_in_bulk in (False, True)]
     for number, op in enumerate((*ops, ("run", 60))):
@@ -146,6 +160,8 @@ def do(node: Node, number: int, op: tuple[object, ...]) -> None:
             node.add(spec, length, hands_off=hands_off)
         case ("run", int(num_steps)):
             node.run(num_steps)
+        case ("during", tuple(other)):
+            node.step(lambda: do(node, number, other))
         case (str(what), int(which)):
             names = sorted(name for name in node.lengths if name in scheduler.pool)
             if not names:
@@ -180,3 +196,36 @@ def test_what_only_decodes_is_one_piece() -> None:
     node.run(60)
     assert node.num_at_once >= 10
     assert len(node.ended) == 4
+
+
+def test_beside_a_prompt_what_decodes_has_no_pieces() -> None:
+    node = Node(None, is_in_bulk=True)
+    for number in range(3):
+        do(node, number, ("add", 4, 20, 30, 0, False))
+    node.run(2)
+    do(node, 3, ("add", 6, 20, 30, 0, False))
+    plan, _ = node.scheduler.schedule(node.now, in_bulk=True)
+    assert plan is not None
+    assert [len(x.token_ids) for x in plan.in_bulk] == [6, 6, 6]
+    assert [piece.num_tokens for piece in plan.pieces] == [6]
+    assert (plan.shape.num_prompt_tokens, plan.shape.num_decoding) == (6, 3)
+    before = {x.sequence_id: len(x.token_ids) for x in plan.in_bulk}
+    events = node.scheduler.apply_in_bulk(plan, node.result(plan), node.now, 0, {"s1-4"}, STOP_ID)
+    # Of those that go on nothing is told.
+    assert [(each.sequence_id, isinstance(each, Output)) for each in events] == [("s1-4", True), ("s3-6", True)]
+    assert not node.scheduler.token_ids("s1-4")
+    assert [len(node.scheduler.token_ids(name)) - before[name] for name in ("s0-4", "s2-4")] == [1, 1]
+
+
+def test_sequences_have_pieces_where_one_has_to_yield() -> None:
+    node = Node(None, is_in_bulk=True)
+    for number in range(4):
+        do(node, number, ("add", 15, 30, 30, 0, False))
+    for _ in range(6):
+        node.step()
+    assert (node.scheduler.num_preempted, node.num_in_pieces) == (0, 0)
+    assert node.num_in_bulk > 0
+    for _ in range(30):
+        node.step()
+    assert node.scheduler.num_preempted > 0
+    assert node.num_in_pieces > 0
