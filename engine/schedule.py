@@ -285,7 +285,7 @@ class Scheduler:
         simulators, if none is under way: sequences that decode get no pieces where nothing but blocks is to be decided
         about them; `apply_in_bulk` takes such a step in.
         """
-        assert len(self._plans) < 2 - in_bulk, "a step ahead of two, or of one in bulk, that is neither applied nor failed"
+        assert len(self._plans) < 2 - in_bulk, "a step ahead of those that are neither applied nor failed"
         to_hold, self._to_hold = self._to_hold, []
         # One that is in a step, or has more to compute, is handed over when that step is applied.
         events: list[EngineEvent] = [self._hand_off(entry, now) for entry in to_hold if entry.can_hand_off]
@@ -329,7 +329,13 @@ class Scheduler:
         return events
 
     def apply_in_bulk(
-        self, plan: StepPlan, result: StepResult, now: float, token_id: int, last: Collection[str] = (), last_id: int = 0
+        self,
+        plan: StepPlan,
+        result: StepResult,
+        now: float,
+        token_id: int,
+        last: Collection[str] = (),
+        last_id: int = 0,
     ) -> list[EngineEvent]:
         """As `apply`, of a step that was scheduled ``in_bulk``: each sequence that has no piece in it draws
         ``token_id``, which ends none, or ``last_id`` if it is one of ``last``.

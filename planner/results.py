@@ -35,8 +35,11 @@ class Served:
     request: Request
     prompt_machine: str = ""
     token_machine: str = ""
+    # At its client.
     first_token_s: float | None = None
-    # When decoding began, and when the second token came.
+    # Where it is computed: when the prompt ended, when the first step began that decodes it, and when its second token
+    # was drawn.
+    prompt_end_s: float | None = None
     decode_start_s: float | None = None
     second_token_s: float | None = None
     ended_s: float | None = None

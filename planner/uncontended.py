@@ -70,7 +70,9 @@ def measured(served: Served, profile: Profile) -> Measured:
     ttft_s, e2e_s = served.first_token_s - request.arrival_s, served.ended_s - request.arrival_s
     num_gaps = served.num_tokens if profile is Profile.COMPAT else served.num_tokens - 1
     tbt_s = (e2e_s - ttft_s) / num_gaps if num_gaps else None
-    gap_s = None if served.decode_start_s is None else served.decode_start_s - served.first_token_s
+    # Both where it is computed: its first token is on its way to the client meanwhile.
+    began_s, ended_s = served.decode_start_s, served.prompt_end_s
+    gap_s = None if began_s is None or ended_s is None else began_s - ended_s
     return Measured(ttft_s, tbt_s, e2e_s, gap_s)
 
 

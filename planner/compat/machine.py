@@ -265,7 +265,7 @@ class Machine:
     def _prompt_ended(self, task: Task) -> None:
         job = task.job
         self.expect(tokens=-task.step_tokens, num_bytes=0)
-        job.served.first_token_s = self._events.now
+        job.served.first_token_s = job.served.prompt_end_s = self._events.now
         if not job.is_split and not job.ends_with_prompt:
             insort(self._ready, job.decode, key=_by_request)
         self._on_prompt_end(job)

@@ -119,8 +119,9 @@ class Engine:
         self._long_s: list[float] = []
         # By sequence id, the number of the first step that it decoded in.
         self._since: dict[str, int] = {}
-        # Those that drew their first token here, until the next step that decodes.
-        self._begun: dict[str, None] = {}
+        # Those that are to decode and were in no step that does, and those whose first such step runs.
+        self._starting: dict[str, SimulatedRequest] = {}
+        self._started: list[SimulatedRequest] = []
         self.version = 0
 
     # ── What is here ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -142,8 +143,8 @@ class Engine:
 
     def _decodes(self, sequence_id: str, request: SimulatedRequest, num_generated: int) -> None:
         self._since[sequence_id] = self._num_steps
-        if request.served.decode_start_s is None:
-            request.served.decode_start_s = self._events.now_s
+        if request.served.decode_start_s is None or request.served.second_token_s is None:
+            self._starting[sequence_id] = request
         heapq.heappush(self._ends, (self._num_steps + request.num_output_tokens - num_generated, sequence_id))
 
     def num_untold(self, sequence_id: str) -> int:
@@ -180,7 +181,7 @@ class Engine:
     def _left(self, sequence_id: str) -> None:
         request = self._requests.pop(sequence_id, None)
         self._told.pop(sequence_id, None)
-        self._begun.pop(sequence_id, None)
+        self._starting.pop(sequence_id, None)
         since = self._since.pop(sequence_id, None)
         if request is not None and since is not None and since < self._num_steps:
             longest_s = self._long_s[bisect_left(self._long_numbers, since)]
@@ -253,6 +254,8 @@ class Engine:
                 self._is_busy = True
                 self._tell(events)
                 self._on_plan(plan)
+                if plan.shape.num_decoding:
+                    self._note_starts(now)
                 seconds = self._times.step_s(plan.shape)
                 if self._is_woken:
                     self._is_woken = False
@@ -290,6 +293,7 @@ class Engine:
         while bulk.num_steps > 1 and bulk.end_s(bulk.num_steps - 1) >= plain.until_s:
             bulk = bulk._replace(num_steps=bulk.num_steps - 1)
         self._bulk, self._is_busy = bulk, True
+        self._note_starts(now)
         self.version += 1
         self._events.at(bulk.end_s(bulk.num_steps), self._bulk_over, self.version)
         return True
@@ -327,7 +331,6 @@ class Engine:
         self._account_decode(bulk, num_steps, end_s)
         last = self._last_after(num_steps)
         self._num_steps += num_steps
-        self._begun.clear()
         self._note_gaps(bulk.end_s(1), bulk.first_s, bulk.shape.num_decoding)
         if num_steps > 1:
             mean_s = (end_s - bulk.end_s(1)) / (num_steps - 1)
@@ -349,8 +352,24 @@ class Engine:
                 heapq.heappush(ends, (max(self._num_steps + left, number + 1), sequence_id))
         return last
 
+    def _note_starts(self, now: float) -> None:
+        """A step that decodes begins."""
+        if not self._starting:
+            return
+        for sequence_id, request in list(self._starting.items()):
+            # Else it was handed over, or had to yield.
+            if self.scheduler.is_active(sequence_id):
+                if request.served.decode_start_s is None:
+                    request.served.decode_start_s = now
+                self._started.append(request)
+                del self._starting[sequence_id]
+
     def _note_gaps(self, now: float, seconds: float, num_decoding: int) -> None:
         """Of a step: those that have just joined have waited for longer."""
+        for request in self._started:
+            if request.served.second_token_s is None:
+                request.served.second_token_s = now
+        self._started.clear()
         for request in self._fresh:
             self._gaps.add(request.went_on(now), 1)
         self._gaps.add(seconds, max(0, num_decoding - len(self._fresh)))
@@ -399,20 +418,12 @@ class Engine:
         last: set[str] = set()
         if plan.in_bulk:
             last = self._last_after(1)
-            self._note_second_tokens(now)
         if plan.shape.num_decoding:
             self._num_steps += 1
             self._note_gaps(now, seconds, plan.shape.num_decoding)
         self._tell(self.scheduler.apply_in_bulk(plan, StepResult(sampled), now, TOKEN_ID, last, STOP_ID))
         self._is_busy = False
         self._go_on()
-
-    def _note_second_tokens(self, now: float) -> None:
-        for sequence_id in self._begun:
-            served = self._requests[sequence_id].served
-            if served.second_token_s is None and self.scheduler.is_active(sequence_id):
-                served.second_token_s = now
-        self._begun.clear()
 
     def _drawn(self, sequence: Sequence) -> TokenChunk:
         index = sequence.num_generated
@@ -489,8 +500,9 @@ class Engine:
             if chunk.index:
                 self._gaps.add(request.went_on(now), 1)
             request.last_token_s = now
+            if request.served.prompt_end_s is None:
+                request.served.prompt_end_s = now
             self._decodes(sequence_id, request, chunk.index + 1)
-            self._begun[sequence_id] = None
             self._use.num_output_tokens += 1
         elif chunk.index == 1 and request.served.second_token_s is None:
             request.served.second_token_s = now

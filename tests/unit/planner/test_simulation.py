@@ -11,6 +11,7 @@ from baton.errors import BadConfig
 from engine.scheduler_config import SchedulerConfig
 from planner.results import Ending, Profile
 from planner.sim.config import Outage, SimulationConfig
+from planner.uncontended import measured
 from planner.workload import Request
 from router.cluster.config import PolicyConfig
 from tests.support.simulated import ALWAYS, CONFIG, LINE, MACHINE, MODEL, design, run, traffic
@@ -27,6 +28,7 @@ def test_one_request_takes_its_messages_its_steps_and_its_transfer() -> None:
     # is left.
     ready_s = 1.0 + 3 * message_s + prompt_s
     joined_s = ready_s + 1024 * MODEL.kv_bytes_per_token / 10 / 1e9 + MACHINE.link_latency_s + CONFIG.commit_s
+    assert (one.prompt_end_s, one.decode_start_s) == (pytest.approx(ready_s), pytest.approx(joined_s))
     assert one.second_token_s == pytest.approx(joined_s + LINE.step_s(0, 1, 1001))
     steps_s = sum(LINE.step_s(0, 1, 1000 + count) for count in range(1, 5))
     assert one.ended_s == pytest.approx(joined_s + steps_s + message_s)
@@ -34,6 +36,35 @@ def test_one_request_takes_its_messages_its_steps_and_its_transfer() -> None:
     assert (one.prompt_machine, one.token_machine, one.num_tokens) == ("prefill-0", "decode-0", 5)
     assert one.energy_j == pytest.approx((prompt_s + steps_s) * MACHINE.power_w)
     assert found.counters["transferred_bytes"] == pytest.approx(1024 * MODEL.kv_bytes_per_token, abs=10)
+
+
+def test_decoding_begins_behind_the_prompt_where_both_are_computed() -> None:
+    """By one clock: the first token is on its way to the client meanwhile."""
+    (whole,) = run([Request(0, 1.0, 1000, 5)], design(0, 0, 1)).served
+    ready_s = 1.0 + CONFIG.message_s + LINE.step_s(1000, 0, 0)
+    assert whole.decode_start_s == whole.prompt_end_s == pytest.approx(ready_s)
+    assert whole.second_token_s == pytest.approx(ready_s + LINE.step_s(0, 1, 1001))
+    assert whole.first_token_s == pytest.approx(ready_s + CONFIG.message_s)
+    # One token needs no decoding.
+    (single,) = run([Request(0, 1.0, 1000, 1)], design(0, 0, 1)).served
+    assert (single.decode_start_s, measured(single, Profile.HONEST).second_token_gap_s) == (None, None)
+
+
+@pytest.mark.parametrize("pools", [(2, 2, 0), (0, 0, 3), (1, 1, 1)])
+@pytest.mark.parametrize("outages", [(), (Outage("mixed-0", 3.0, 4.0), Outage("decode-0", 2.0, 6.0))])
+def test_no_sequence_decodes_before_its_prompt_ends(pools: tuple[int, int, int], outages: tuple[Outage, ...]) -> None:
+    where = design(*pools)
+    there = {f"{group.role.value}-0" for group in where}
+    config = replace(CONFIG, policy=PolicyConfig(), outages=tuple(x for x in outages if x.machine in there))
+    found = run(traffic(rate=20, seconds=8), where, config)
+    gaps_s = [measured(each, found.profile).second_token_gap_s for each in found.served if each.num_tokens > 1]
+    assert len(gaps_s) > 100
+    assert all(gap_s is not None and gap_s >= 0 for gap_s in gaps_s)
+    for each in found.served:
+        if each.num_tokens > 1 and each.num_attempts == 1:
+            assert each.decode_start_s is not None
+            assert each.second_token_s is not None
+            assert each.decode_start_s < each.second_token_s
 
 
 def test_a_short_prompt_is_sent_when_it_is_computed() -> None:
