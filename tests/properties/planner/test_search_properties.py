@@ -1,4 +1,4 @@
-"""A run that ends early has the verdict that it would have had at its end."""
+"""A run that ends early has the verdict that it would have had at its end; no answer exceeds a budget."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.types import Role
 from planner.design import Design
 from planner.machines import catalogue
 from planner.models import BUILT_IN
 from planner.profiles import simulated, uncontended
 from planner.results import Ending, Profile, Run, Served
-from planner.search.question import Kind, Question
+from planner.search import report
+from planner.search.kind import KindSearch
+from planner.search.plan import Plan
+from planner.search.question import Goal, Kind, Limits, Question, Range
 from planner.search.slos import NINE_SLOS, Missed, Slo, Watch, missed
 from planner.search.source import Redrawn
 from planner.search.trial import Simulations
 from planner.summary import summarize
 from planner.uncontended import Ideal, measured, slowdown
 from planner.workload import Request, Workload
+from tests.support.designs import LENGTHS, Known
 
 KNOWN = catalogue()
 A, H = KNOWN["a100-80gb"], KNOWN["h100-80gb"]
@@ -145,3 +150,43 @@ def test_an_overloaded_run_ends_early() -> None:
         with pytest.raises(Missed):
             simulated(profile, work, design, model, 8, KNOWN, Counting(work, NINE_SLOS, profile, alone))
         assert len(told) < len(work.requests) / 4
+
+
+ranges = st.tuples(st.integers(1, 6), st.integers(0, 9)).map(lambda each: Range(each[0], sum(each)))
+budgets = st.builds(Limits, st.none() | st.floats(10, 700), st.none() | st.floats(20, 800), ranges, ranges, ranges)
+
+
+@settings(max_examples=60)
+@given(
+    budgets, st.lists(kinds, min_size=1, max_size=3, unique=True), st.sampled_from(Goal), st.floats(0.5, 9),
+    st.floats(0.5, 9),
+)  # fmt: skip
+def test_28_no_design_of_a_plan_exceeds_a_budget_or_a_number_of_machines(
+    limits: Limits, asked_kinds: list[Kind], goal: Goal, prompt_rate: float, token_rate: float
+) -> None:
+    """Whatever is in `plan.json`: answers, fronts, and the designs whose latencies are shown."""
+
+    def highest_rate(prompt: int, token: int) -> float:
+        return min(prompt * prompt_rate, token * token_rate) if token else prompt * min(prompt_rate, token_rate)
+
+    rate = None if goal is Goal.THROUGHPUT else 4.0
+    question = Question(
+        Redrawn(LENGTHS, 10.0, 1), Profile.COMPAT, BUILT_IN["bloom-176b"], 8, KNOWN, tuple(asked_kinds), goal, rate,
+        limits, max_rate=50.0, has_fronts=True,
+    )  # fmt: skip
+    plan = Plan(
+        question, tuple(KindSearch(question, kind, Known(highest_rate)).answer() for kind in question.kinds)
+    )  # fmt: skip
+    for answer in plan.answers:
+        best = () if answer.best is None else (answer.best,)
+        for trial in (*best, *answer.by_cost, *answer.by_power, *answer.latencies):
+            counts = {role: trial.design.count(role) for role in Role}
+            assert limits.machines.low <= trial.design.num_machines <= limits.machines.high
+            if not counts[Role.MIXED]:
+                assert limits.prompt.low <= counts[Role.PREFILL] <= limits.prompt.high
+                assert limits.token.low <= counts[Role.DECODE] <= limits.token.high
+    told = report.as_json(plan)["answers"]
+    assert isinstance(told, list)
+    for each in (x for of in told for x in (of["best"], *of["by_cost"], *of["by_power"], *of["latencies"]) if x):
+        assert limits.dollars_per_hour is None or each["dollars_per_hour"] <= limits.dollars_per_hour * (1 + 1e-9)
+        assert limits.power_units is None or each["power_units"] <= limits.power_units * (1 + 1e-9)

@@ -142,6 +142,7 @@ def test_what_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_that_nothing_pays_is_told() -> None:
+    """Failure 30: that a change of splitting would not help a running cluster either."""
     assert told(Setup(mixed=1), 2.0).splitlines()[-1].startswith("no change pays")
 
 

@@ -115,6 +115,7 @@ def test_whatever_is_asked_for_the_maxima_hold(
     counts: tuple[int, int], prompt: Range, token: Range, machines: Range, allowed: tuple[Range, Range],
     dollars: float | None, power: float | None,
 ) -> None:  # fmt: skip
+    """Failure 28: nor does an autoscaler that is at its maximum in both pools."""
     limits = Limits(dollars, power, machines, *allowed)
     design = Design((Group(Role.PREFILL, H, counts[0]), Group(Role.DECODE, A, counts[1])))
     try:

@@ -91,6 +91,8 @@ all_kinds = st.sampled_from((Kind(H, A), Kind(A, A), Kind(A, H), Kind(H, None), 
 def test_the_best_is_that_of_the_whole_grid_and_no_limit_is_passed(
     kind: Kind, limits: Limits, goal: Goal, prompt_rate: float, token_rate: float
 ) -> None:
+    """Failure 28: not even a design that is only tried exceeds a budget or a number of machines."""
+
     def highest_rate(prompt: int, token: int) -> float:
         if kind.token is None:
             return prompt * min(prompt_rate, token_rate)

@@ -52,6 +52,7 @@ def test_mixed_machines_are_always_among_the_kinds() -> None:
 
 
 def test_the_plan_says_whether_splitting_pays() -> None:
+    """Failure 30: users could not tell."""
     asked = question(limits=Limits(machines=Range(1, 8)), max_rate=50.0)
 
     def split(prompt: int, token: int) -> float:
