@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from baton.client import AsyncClient
 from baton.errors import Unavailable
 from cli.observe import Live, live
 from engine.step import StepShape
+from kvtransfer.host import host_id
 from loadgen import counters
 from loadgen.client import Answer, Asking, model_of
 from loadgen.job import headers_of
@@ -22,6 +24,7 @@ from loadgen.load import Load, Request, closed, same_size
 from loadgen.run import run
 from planner.measured import Measured, write
 from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
+from planner.overhead import Busy, Spent, busy_of, grown, overhead
 from planner.steps import found_in
 
 _IDLE_S = 2.0
@@ -37,6 +40,9 @@ class Shapes:
     # Requests at a time, and how long each one's prompt is: short and long ones tell the sequences' cost from that of
     # their KV, and many at a time make nodes compute beside each other and steps of both phases.
     batches: tuple[tuple[int, int], ...] = ((1, 16), (1, 1024), (4, 16), (4, 512), (16, 16), (16, 128), (32, 64))
+    # Requests at a time, prompt tokens of each, and how many of them in a row: all but the first come to nodes that
+    # compute.
+    in_a_row: tuple[int, int, int] = (8, 64, 3)
     # Of a prompt alone: enough that its KV is moved.
     num_alone_tokens: int = 4
     num_output_tokens: int = 64
@@ -56,6 +62,12 @@ class Shapes:
             if n + self.num_output_tokens <= max_model_tokens:
                 sizes = same_size(streams, n, self.num_output_tokens)
                 yield closed(f"{streams} at a time", sizes, streams, self.limit_s)
+
+    def overlapping(self, max_model_tokens: int) -> Load:
+        streams, n, count = self.in_a_row
+        half = max_model_tokens // 2
+        sizes = same_size(streams * count, min(n, half), min(self.num_output_tokens, half))
+        return closed(f"{streams} at a time, {count} in a row", sizes, streams, self.limit_s)
 
 
 def profile(address: str, api_key: str, out: Path, shapes: Shapes, console: Console) -> None:
@@ -77,20 +89,20 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
     if idle_j is not None:
         await asyncio.sleep(_IDLE_S)
     before_j, began_s = await _joules(cluster), time.monotonic()
-    parts: list[Observed] = []
+    meter = _Meter(cluster)
     max_model_tokens = cluster.nodes[0].model.max_model_tokens
-    ttfts_s: list[float] = []
+    single: list[Answer] = []
+    await meter.begin()
     for load in shapes.alone(max_model_tokens):
         # As in an open loop at a low rate: processes have gone to sleep.
         await asyncio.sleep(shapes.pause_s)
-        (answer,) = await _sent(cluster, asking, load)
-        ttfts_s.append(answer.stamps_s[0] - answer.sent_s)
-    parts.append(await cluster.since(began_s))
-    console.print(f"measured {len(ttfts_s)} single requests", highlight=False)
-    for load in shapes.together(max_model_tokens):
-        load_began_s = time.monotonic()
-        await _sent(cluster, asking, load)
-        parts.append(await cluster.since(load_began_s))
+        single += await _sent(cluster, asking, load)
+    parts = [await meter.end(single)]
+    ttfts_s = [answer.stamps_s[0] - answer.sent_s for answer in single]
+    console.print(f"measured {len(single)} single requests", highlight=False)
+    for load in (*shapes.together(max_model_tokens), shapes.overlapping(max_model_tokens)):
+        await meter.begin()
+        parts.append(await meter.end(await _sent(cluster, asking, load)))
         console.print(f"measured {load.name}", highlight=False)
     elapsed_s, after_j = time.monotonic() - began_s, await _joules(cluster)
     node, alone, everything = cluster.nodes[0], parts[0], Observed.joined(parts)
@@ -99,6 +111,8 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
     second_s = found.line.step_s(StepShape(num_decoding=1, num_kv_tokens=1)) + found.wake.decode_s
     idle_w = None if idle_j is None or before_j is None else (before_j - idle_j) / _IDLE_S / count
     drawn_j = None if before_j is None or after_j is None else after_j - before_j
+    requests = request_times(alone.relays, ttfts_s, second_s)
+    busy = busy_of(parts[-1].relays[shapes.in_a_row[0] :], parts[-1].steps, found.line)
     return Measured(
         model=node.model.name,
         device=node.device,
@@ -110,9 +124,41 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         sharing=found.sharing,
         transfers=transfers_of(alone.transfers, node.kv_layout.num_layers),
         layerwise_from_bytes=layerwise_from_bytes(everything.transfers),
-        requests=request_times(alone.relays, ttfts_s, second_s),
+        requests=requests,
+        overhead=overhead(meter.spent, busy, requests, _num_cores(cluster)),
         power=power_of(idle_w, drawn_j, elapsed_s, everything.steps, count),
     )
+
+
+class _Meter:
+    """Of one load after the other: what nodes recorded, and what it took of the processors, where processes say that."""
+
+    def __init__(self, cluster: Live) -> None:
+        self._cluster = cluster
+        self._began_s = 0.0
+        self._before: Mapping[str, float] | None = None
+        self.spent: list[Spent] = []
+
+    async def begin(self) -> None:
+        self._before = await counters.processor_s(self._cluster.server)
+        self._began_s = time.monotonic()
+
+    async def end(self, answers: Sequence[Answer]) -> Observed:
+        elapsed_s, before = time.monotonic() - self._began_s, self._before
+        after = await counters.processor_s(self._cluster.server)
+        found = await self._cluster.since(self._began_s)
+        if before is not None and after is not None:
+            router_s, nodes_s = (grown(before, after, is_router=is_router) for is_router in (True, False))
+            num_tokens = sum(len(answer.stamps_s) for answer in answers)
+            steps_s = sum(step.turn_s for step in found.steps)
+            self.spent.append(Spent(len(answers), num_tokens, elapsed_s, router_s, nodes_s, steps_s))
+        return found
+
+
+def _num_cores(cluster: Live) -> int | None:
+    """Of this host, if all nodes are here as well."""
+    is_here = all(node.host_id == host_id() for node in cluster.nodes)
+    return len(os.sched_getaffinity(0)) if is_here else None
 
 
 async def _sent(cluster: Live, asking: Asking, load: Load) -> tuple[Answer, ...]:
@@ -141,7 +187,7 @@ def show(console: Console, measured: Measured) -> None:
             f"{1e3 * point.seconds:.2f}", f"{1e3 * predicted_s:.2f}", f"{error:+.1%}",
         )  # fmt: skip
     console.print(table)
-    moved, requests, sharing = measured.transfers, measured.requests, measured.sharing
+    moved, requests, sharing, more = measured.transfers, measured.requests, measured.sharing, measured.overhead
     factors = [f"{kind} {' / '.join(f'{x:.2f}' for x in of) or '-'}"
                for kind, of in (("prompts", sharing.prompt), ("decodes", sharing.decode))]  # fmt: skip
     for line in (
@@ -154,6 +200,12 @@ def show(console: Console, measured: Measured) -> None:
         f"a step after idleness: {1e3 * measured.wake.prompt_s:.2f} ms more with prompts, "
         f"{1e3 * measured.wake.decode_s:.2f} ms without",
         f"a step beside 1 / 2 / ... nodes of its host: {', '.join(factors)} times as long",
+        f"a message of a node that computes: {1e3 * more.busy_message_s:.2f} ms more, a hand-over to it "
+        f"{1e3 * more.busy_join_s:.2f} ms more",
+        f"the router's processor: {1e3 * more.router_request_s:.2f} ms for a request, "
+        f"{1e6 * more.router_token_s:.0f} us for a token",
+        "processors: each process has its own" if not more.num_cores
+        else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f} of them",
         "power: no counter" if measured.power is None
         else f"power of a node: {measured.power.idle_w:.0f} W idle, {measured.power.busy_w:.0f} W busy",
     ):  # fmt: skip

@@ -456,6 +456,11 @@ class Scheduler:
         return len(self._entries) + len(self._leases)
 
     @property
+    def is_idle(self) -> bool:
+        """Nothing is computed, or waits for that."""
+        return not self._active and not self._waiting
+
+    @property
     def leased_tokens(self) -> int:
         """Known tokens of the leases whose bytes are to come."""
         return sum(seq.spec.num_known_tokens for seq in self._leases.values())

@@ -29,9 +29,10 @@ from planner.fitted import (
 )
 from planner.machines import Machine
 from planner.models import Model
+from planner.overhead import NO_OVERHEAD, Overhead
 from planner.sim.config import SimulationConfig
 
-FORMAT = 2
+FORMAT = 3
 # What designs call the machine of a profile.
 MACHINE = "measured"
 # No KV was moved: as if it took no time.
@@ -63,6 +64,7 @@ class Measured:
     # The least size that was sent layer by layer; None: none was.
     layerwise_from_bytes: int | None = None
     requests: RequestTimes = FREE_REQUESTS
+    overhead: Overhead = NO_OVERHEAD
     # None: no counter of energy was there.
     power: Power | None = None
 
@@ -106,7 +108,7 @@ class Measured:
         """A cluster of such nodes, which have served before."""
         return replace(
             config, memory_share=1.0, commit_s=self.requests.join_s, message_s=self.requests.message_s,
-            request_s=self.requests.fixed_s, wake=self.wake, sharing=self.sharing,
+            request_s=self.requests.fixed_s, wake=self.wake, sharing=self.sharing, overhead=self.overhead,
             seen_steps=tuple((point.shape, point.seconds) for point in self.points),
             scheduler=replace(config.scheduler, block_tokens=self.kv_layout.block_tokens),
         )  # fmt: skip
@@ -180,6 +182,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         else Transfers(_number(moved["latency_s"], 0), _number(moved["bytes_s"], 1e-12)),
         layerwise_from_bytes=None if least is None else int(_number(least, 0)),
         requests=RequestTimes(**_numbers(found["requests"])),
+        overhead=Overhead(**_numbers(found["overhead"])),
         power=None if power is None else Power(**_numbers(power)),
     )
 

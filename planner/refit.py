@@ -10,6 +10,7 @@ from loadgen.client import Answer
 from planner.fitted import Sharing, Transfers
 from planner.measured import Measured
 from planner.observed import Observed, transfers_of
+from planner.overhead import busy_of, busy_share, expected, waits
 from planner.steps import Found, found_in, predicted_s
 
 # A part is taken if it explains so much more of the time.
@@ -60,6 +61,8 @@ def refitted(
         changes.append(change)
         if change.is_taken:
             measured = replace(measured, transfers=transfers)
+    measured, found = _with_waits(measured, runs)
+    changes += found
     fixed_s = [seconds for run in runs for seconds in _fixed_s(*run)]
     if fixed_s:
         before_s, after_s = measured.requests.fixed_s, max(0.0, median(fixed_s))
@@ -70,6 +73,19 @@ def refitted(
         if change.is_taken:
             measured = replace(measured, requests=replace(measured.requests, fixed_s=after_s))
     return measured, tuple(changes)
+
+
+def _with_waits(
+    measured: Measured, runs: Sequence[tuple[Observed, Sequence[Answer]]]
+) -> tuple[Measured, list[Change]]:  # fmt: skip
+    """What messages and hand-overs wait for nodes that compute, by the run whose nodes did so for most of the time."""
+    busy = max((busy_of(of.relays, of.steps, measured.line) for of, _ in runs), key=lambda each: busy_share(each.steps))
+    if not busy.is_telling:
+        return measured, []
+    message_s, join_s = waits(busy, measured.requests)
+    new = replace(measured.overhead, busy_message_s=message_s, busy_join_s=join_s)
+    change = Change("messages", *(_missed(expected(of, measured.requests, busy)) for of in (measured.overhead, new)))
+    return replace(measured, overhead=new) if change.is_taken else measured, [change]
 
 
 def _missed(found: Sequence[tuple[float, float]]) -> float:

@@ -11,6 +11,7 @@ from engine.step import StepShape
 from planner.fitted import NO_SHARING, NO_WAKE, Sharing, Wake
 from planner.machines import Machine
 from planner.models import Model
+from planner.overhead import NO_OVERHEAD, Overhead
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
 from router.config import LimitsConfig
@@ -63,6 +64,8 @@ class SimulationConfig:
     wake: Wake = NO_WAKE
     # All machines are processes of one host, whose steps take so much longer together; none: each has its own.
     sharing: Sharing = NO_SHARING
+    # Of event loops, the router and shared processors, beside steps and single requests.
+    overhead: Overhead = NO_OVERHEAD
     outages: tuple[Outage, ...] = ()
 
     def __post_init__(self) -> None:

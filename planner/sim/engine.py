@@ -20,7 +20,7 @@ from planner.fitted import NO_WAKE, Wake
 from planner.results import MachineUse
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
-from planner.sim.host import Host
+from planner.sim.host import Host, Loop
 from planner.sim.requests import STOP_ID, TOKEN_ID, SimulatedRequest
 from planner.times import Times
 
@@ -82,6 +82,7 @@ class Engine:
         gaps: Gaps,
         host: Host | None = None,
         wake: Wake = NO_WAKE,
+        loop: Loop | None = None,
     ) -> None:
         self.scheduler = scheduler
         self._events = events
@@ -95,6 +96,9 @@ class Engine:
         # That other engines compute on as well.
         self._host = host
         self._wake = wake
+        # That its tokens pass through, and how many a second do.
+        self._loop = loop
+        self._tokens_s = 0.0
         # Nothing ran before the step that begins.
         self._is_woken = False
         # The step with prompts that runs on it.
@@ -172,6 +176,7 @@ class Engine:
         chunks = [self.untold(sequence_id) for sequence_id in list(self._told)]
         self.cut()
         self._is_dead = True
+        self._streams(0, 1.0)
         if self._host is not None:
             self._host.changed(self, is_busy=False)
         for sequence_id in list(self._requests):
@@ -231,8 +236,22 @@ class Engine:
         bulk = self._bulk
         return 0 if bulk is None else bulk.num_over(self._events.now_s) * bulk.shape.num_decoding
 
+    @property
+    def is_idle(self) -> bool:
+        """It computes nothing, and will not go on to."""
+        return self.scheduler.is_idle
+
+    def _streams(self, num_tokens: int, step_s: float) -> None:
+        """So many in each step from now on."""
+        if self._loop is not None:
+            tokens_s = num_tokens / step_s
+            self._loop.streams(tokens_s - self._tokens_s)
+            self._tokens_s = tokens_s
+
     def _go_on(self) -> None:
         self._begin()
+        if not self._is_busy:
+            self._streams(0, 1.0)
         if self._host is not None:
             self._host.changed(self, is_busy=self._is_busy)
 
@@ -260,6 +279,7 @@ class Engine:
                 if self._is_woken:
                     self._is_woken = False
                     seconds += self._wake.of(plan.shape)
+                self._streams(plan.shape.num_decoding, seconds)
                 if self._host is not None:
                     factor = self._factor(plan.shape)
                     self._run(_Running(plan, now, now + seconds * factor, factor))
@@ -294,6 +314,7 @@ class Engine:
             bulk = bulk._replace(num_steps=bulk.num_steps - 1)
         self._bulk, self._is_busy = bulk, True
         self._note_starts(now)
+        self._streams(shape.num_decoding, first_s)
         self.version += 1
         self._events.at(bulk.end_s(bulk.num_steps), self._bulk_over, self.version)
         return True

@@ -1,4 +1,5 @@
-"""A host whose processors several engines share: what they compute at the same time takes longer."""
+"""A host whose processors several processes share: engines that compute at the same time take longer, and so does the
+router's event loop, which all tokens pass through in one thread."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from typing import Protocol
 
 from engine.step import StepShape
 from planner.fitted import Sharing
+from planner.overhead import NO_OVERHEAD, Overhead
+from planner.sim.events import Events
 
 
 class Tenant(Protocol):
@@ -14,10 +17,16 @@ class Tenant(Protocol):
 
 
 class Host:
-    def __init__(self, sharing: Sharing) -> None:
+    def __init__(self, sharing: Sharing, overhead: Overhead = NO_OVERHEAD) -> None:
         self._sharing = sharing
+        self._overhead = overhead
         # Those that compute, in the order they began, for the order of events.
         self._busy: dict[Tenant, None] = {}
+
+    @property
+    def crowding(self) -> float:
+        """How many times as long a process takes that is none of these."""
+        return self._overhead.crowding(len(self._busy))
 
     def factor(self, tenant: Tenant, shape: StepShape) -> float:
         """How many times as long a step of it takes now."""
@@ -30,6 +39,45 @@ class Host:
             self._busy[tenant] = None
         else:
             del self._busy[tenant]
-        for other in list(self._busy):
+        for other in list(self._busy) if self._sharing else ():
             if other is not tenant:
                 other.disturbed()
+
+
+class Loop:
+    """The router's event loop. It takes up what comes in that order; tokens between the first and the last of a stream
+    are work at a rate, as nobody looks at each of them."""
+
+    def __init__(self, events: Events, overhead: Overhead, host: Host | None) -> None:
+        self._events = events
+        self._overhead = overhead
+        self._host = host
+        # Processor time that waits, as of a time, and tokens a second that come.
+        self._work_s = 0.0
+        self._at_s = 0.0
+        self._tokens_s = 0.0
+        # Nothing that comes later is done before.
+        self._done_s = 0.0
+
+    def streams(self, more_tokens_s: float) -> None:
+        """So many tokens a second come more from now on, or less."""
+        self._settle()
+        self._tokens_s = max(0.0, self._tokens_s + more_tokens_s)
+
+    def begins_s(self, num_requests: int = 0, num_tokens: int = 0) -> float:
+        """When it takes up what comes now: requests, or messages with so many tokens."""
+        self._settle()
+        self._done_s = max(self._done_s, self._events.now_s + self._work_s * self._crowding)
+        overhead = self._overhead
+        self._work_s += num_requests * overhead.router_request_s + num_tokens * overhead.router_token_s
+        return self._done_s
+
+    @property
+    def _crowding(self) -> float:
+        return 1.0 if self._host is None else self._host.crowding
+
+    def _settle(self) -> None:
+        now = self._events.now_s
+        more = self._tokens_s * self._overhead.router_token_s - 1 / self._crowding
+        self._work_s = max(0.0, self._work_s + (now - self._at_s) * more)
+        self._at_s = now

@@ -24,7 +24,7 @@ from planner.sim.config import SimulationConfig
 from planner.sim.engine import Engine, Power
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
-from planner.sim.host import Host
+from planner.sim.host import Host, Loop
 from planner.sim.links import Link
 from planner.sim.pushes import Push
 from planner.sim.requests import SimulatedRequest
@@ -46,12 +46,15 @@ class Network:
         request_of: Callable[[str], SimulatedRequest],
         node: Callable[[str], Node],
         host: Host | None,
+        loop: Loop | None,
     ) -> None:
         self.heard = heard
         self.request_of = request_of
         self.node = node
         # That all of them share, if they do.
         self.host = host
+        # The router's, if it takes time.
+        self.loop = loop
 
 
 class Node:
@@ -101,7 +104,7 @@ class Node:
             self.scheduler.measured.add(shape, seconds)
         self.engine = Engine(
             self.events, self.scheduler, self._times, self._power, self.use, self._heard, self._on_plan,
-            self.config.steps_at_once, self.gaps, self._network.host, self.config.wake,
+            self.config.steps_at_once, self.gaps, self._network.host, self.config.wake, self._network.loop,
         )  # fmt: skip
         self.roles = Roles(self.description.home_role, self.config.roles)
         # What they were told last.
@@ -115,6 +118,8 @@ class Node:
         self._num_leases = 0
         self._outbox: list[NodeMessage] = []
         self._inbox: deque[tuple[bool, prefill.Event | decode.Event]] = deque()
+        # When what was sent last arrives: messages of a session do not overtake each other.
+        self._arrives_s = self._arrived_s = 0.0
         self._is_handling = False
         self._is_rejected = False
         self._cache_feed: CacheFeed | None = None if self.description.prefix_cache is None else pool.known.follow()
@@ -142,6 +147,20 @@ class Node:
         use.idle_energy_j = max(0.0, self.up_s - busy_s) * self._power.idle_w
 
     # ── From the router ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def wait_s(self) -> float:
+        """Of what comes, for an event loop that shares its interpreter with an engine that computes."""
+        return 0.0 if self.engine.is_idle else self.config.overhead.busy_message_s
+
+    def _message_s(self) -> float:
+        host = self._network.host
+        return self.config.message_s * (1.0 if host is None else host.crowding) + self.wait_s
+
+    def send(self, message: RouterMessage) -> None:
+        """By the router: it arrives later."""
+        self._arrives_s = max(self._arrives_s, self.events.now_s + self._message_s())
+        self.events.at(self._arrives_s, self.received, self.incarnation, message)
 
     def received(self, incarnation: int, message: RouterMessage) -> None:
         if not self.is_up or incarnation != self.incarnation:
@@ -180,6 +199,11 @@ class Node:
         return None if untold is None else untold.message()
 
     # ── Events of the machines ──────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def join_s(self) -> float:
+        """Of a hand-over to it, when its bytes are there."""
+        return self.config.commit_s + (0.0 if self.engine.is_idle else self.config.overhead.busy_join_s)
 
     def tell_push(self, push: Push, event: prefill.Event) -> None:
         """What became of a push of this node."""
@@ -233,7 +257,8 @@ class Node:
     def _post(self) -> None:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
-            self.events.at(self.events.now_s + self.config.message_s, self._network.heard, self.node_id, outbox)
+            self._arrived_s = max(self._arrived_s, self.events.now_s + self._message_s())
+            self.events.at(self._arrived_s, self._network.heard, self.node_id, outbox)
 
     def _note_roles(self, changes: list[RoleChanged]) -> None:
         for change in changes:

@@ -78,7 +78,7 @@ class Push:
             if self._goes_on:
                 source.tell_push(self, machine.PushCaughtUp(self.sequence_id))
             return
-        latency_s = source.machine.link_latency_s + source.config.commit_s
+        latency_s = source.machine.link_latency_s + self._target.join_s
         source.events.at(source.events.now_s + latency_s, self._arrive)
 
     def _arrive(self) -> None:

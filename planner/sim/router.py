@@ -12,6 +12,7 @@ from baton.types import Embedding, PromptLogprobs, SamplingParams, TokenChunk
 from planner.results import Ending, Served, Told
 from planner.sim.config import Outage, SimulationConfig
 from planner.sim.events import Events
+from planner.sim.host import Loop
 from planner.sim.node import Node
 from planner.sim.requests import STOP_ID, SimulatedRequest, prompt_ids
 from planner.workload import Request
@@ -52,6 +53,7 @@ class SimulatedRouter(Flows[SimulatedRequest]):
         prefixes: dict[str, int],
         counters: defaultdict[str, float],
         told: Told,
+        loop: Loop | None = None,
     ) -> None:
         super().__init__(Scheduler(config.limits, config.policy, 0.0), events)
         self.ended_s = 0.0
@@ -60,6 +62,8 @@ class SimulatedRouter(Flows[SimulatedRequest]):
         self._prefixes = prefixes
         self._counters = counters
         self._told = told
+        # None: what comes takes no time.
+        self._loop = loop
         self._nodes: dict[str, Node] = {}
         # Of nodes that died, those that are not lost yet.
         self._silent: set[str] = set()
@@ -83,6 +87,14 @@ class SimulatedRouter(Flows[SimulatedRequest]):
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def arrive(self, request: Request, served: Served) -> None:
+        """It is at the router's door."""
+        begins_s = self._events.now_s if self._loop is None else self._loop.begins_s(num_requests=1)
+        if begins_s > self._events.now_s:
+            self._events.at(begins_s, self._take_up, request, served)
+        else:
+            self._take_up(request, served)
+
+    def _take_up(self, request: Request, served: Served) -> None:
         now = self._events.now_s
         try:
             self.scheduler.check_capacity(1, "", now)
@@ -136,6 +148,16 @@ class SimulatedRouter(Flows[SimulatedRequest]):
     # ── Nodes ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def heard(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
+        if self._loop is not None:
+            # Of tokens the newest: those before it were work at a rate.
+            num_tokens = sum(isinstance(message, TokenChunk) for message in messages)
+            begins_s = self._loop.begins_s(num_tokens=num_tokens)
+            if begins_s > self._events.now_s:
+                self._events.at(begins_s, self._hear, node_id, messages)
+                return
+        self._hear(node_id, messages)
+
+    def _hear(self, node_id: str, messages: Sequence[NodeMessage]) -> None:
         if self.scheduler.node(node_id) is not None:
             self.on_node_messages(node_id, messages)
             self.place()
@@ -210,10 +232,8 @@ class SimulatedRouter(Flows[SimulatedRequest]):
     # ── What flows ask for ──────────────────────────────────────────────────────────────────────────────────────────
 
     def _send(self, action: ToNode) -> None:
-        node = self._nodes[action.node_id]
         if self.scheduler.node(action.node_id) is not None:
-            at_s = self._events.now_s + self._config.message_s
-            self._events.at(at_s, node.received, node.incarnation, action.message)
+            self._nodes[action.node_id].send(action.message)
 
     def _deliver(self, item: SimulatedRequest, chunk: TokenChunk) -> None:
         served = item.served

@@ -19,7 +19,7 @@ from planner.sim.config import SimulationConfig
 from planner.sim.engine import Power
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
-from planner.sim.host import Host
+from planner.sim.host import Host, Loop
 from planner.sim.node import Network, Node
 from planner.sim.router import SimulatedRouter
 from planner.times import Times
@@ -75,10 +75,15 @@ class _Simulation:
         self._events = Events()
         names = dict.fromkeys(request.prefix for request in workload.requests if request.prefix)
         prefixes = {name: number for number, name in enumerate(names)}
-        self._router = SimulatedRouter(config, self._events, prefixes, self._counters, told)
+        overhead = config.overhead
+        host = Host(config.sharing, overhead) if config.sharing or overhead.num_cores else None
+        has_loop = overhead.router_request_s > 0 or overhead.router_token_s > 0
+        loop = Loop(self._events, overhead, host) if has_loop else None
+        self._router = SimulatedRouter(config, self._events, prefixes, self._counters, told, loop)
         self._nodes: dict[str, Node] = {}
-        host = Host(config.sharing) if config.sharing else None
-        network = Network(self._router.heard, self._router.request_of, lambda node_id: self._nodes[node_id], host)
+        network = Network(
+            self._router.heard, self._router.request_of, lambda node_id: self._nodes[node_id], host, loop
+        )  # fmt: skip
         for group in design:
             for _ in range(group.count):
                 number = sum(1 for node in self._nodes.values() if node.description.home_role is group.role)

@@ -6,6 +6,7 @@ The machine has other work: no time is asserted but that a profile of a cluster 
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from planner.measured import read, write
@@ -29,6 +30,11 @@ def test_a_cluster_is_measured_and_its_prediction_is_a_gate(
     assert measured.transfers is not None
     assert measured.requests.fixed_s > 0
     assert measured.requests.message_s > 0
+    # All processes are of this host, and say what they take of its processors.
+    overhead = measured.overhead
+    assert overhead.num_cores == len(os.sched_getaffinity(0))
+    assert 0 < overhead.node_cores <= overhead.num_cores
+    assert overhead.router_request_s + overhead.router_token_s > 0
 
     described = ("--router", cluster.grpc, "--cluster", "1+1 --disaggregation always --kv-mib 64")
     command = ("plan", "validate", *described, "--times", str(profile), *LOAD, "--requests", "12", "--rate", "6")

@@ -25,7 +25,8 @@ from tests.support.router import router_beside
 # Of the prompts that are sent.
 NODE = FakeConfig(transfer_s=0.002, vocab_size=2048, step_s=0.001, prefill_token_s=1e-5)
 SMALL = Shapes(
-    prompts=(4, 16, 64, 100_000), batches=((1, 4), (3, 32), (2, 100_000)), num_output_tokens=8, repeats=2
+    prompts=(4, 16, 64, 100_000), batches=((1, 4), (3, 32), (2, 100_000)), in_a_row=(3, 16, 3), num_output_tokens=8,
+    repeats=2,
 )  # fmt: skip
 ALWAYS: dict[str, Any] = {"policy": PolicyConfig(disaggregation="always")}
 
@@ -48,6 +49,8 @@ async def test_a_cluster_is_measured_and_its_profile_predicts(tmp_path: Path) ->
     assert measured.transfers is not None
     assert measured.requests.fixed_s > 0
     assert measured.requests.message_s > 0
+    # The nodes are of another host.
+    assert (measured.overhead.num_cores, measured.overhead.node_cores) == (0, 0)
     assert (measured.kv_layout, measured.device, measured.power) == (node.kv_layout, node.device, None)
     write(tmp_path / "p.json", measured)
     assert read(tmp_path / "p.json") == measured

@@ -10,7 +10,7 @@ from baton.errors import BadConfig, Unavailable
 from loadgen.client import Asking, Server
 from loadgen.clusters import Shape
 from loadgen.compare import Comparison, Measured, Schedule, Target, alone_load, compare
-from loadgen.counters import counted, during
+from loadgen.counters import counted, during, processor_s
 from loadgen.job import Job, extra_of, headers_of, named_servers
 from loadgen.load import Request, closed, same_size
 from loadgen.objectives import Limits
@@ -87,6 +87,7 @@ def test_single_requests_are_as_long_as_those_of_the_load():
 async def test_a_server_that_is_not_baton_has_no_counters():
     async with openai_stream() as fake:
         assert await counted(Server.parse(fake.url)) is None
+        assert await processor_s(Server.parse(fake.url)) is None
     assert during(None, {"a": 1.0}) == {}
     assert during({"a": 1.0, "b": 2.0}, {"a": 1.0, "b": 5.0, "c": 1.0}) == {"b": 3.0, "c": 1.0}
 

@@ -14,6 +14,7 @@ from engine.step import StepShape
 from planner.design import Design, Group
 from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers, Wake
 from planner.measured import Measured, Power, read, write
+from planner.overhead import NO_OVERHEAD, Overhead
 from planner.profiles import simulated_as
 from planner.sim.config import SimulationConfig
 from planner.workload import Request, Workload
@@ -29,6 +30,7 @@ MEASURED = Measured(
     points=tuple(Point(shape, LINE.step_s(shape) * (1.02 if i else 0.9), i + 1) for i, shape in enumerate(SHAPES)),
     sharing=Sharing((1.1,), (1.2, 1.4)), wake=Wake(0.003, 0.002), transfers=Transfers(1e-3, 1e9),
     requests=RequestTimes(0.02, 0.001, 0.004), power=Power(50, 300), layerwise_from_bytes=1 << 20,
+    overhead=Overhead(0.003, 0.005, 0.002, 1e-4, 2, 1.5),
 )  # fmt: skip
 SPLIT = SimulationConfig(policy=PolicyConfig(disaggregation="always"), max_output_tokens=1)
 
@@ -52,7 +54,7 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 1}, "no profile of format 2"),
+        ({"format": 1}, "no profile of format 3"),
         ({"points": []}, "damaged: 'no points'"),
         ({"points": None}, "damaged"),
         ({"line": {"base_s": 1}}, "damaged"),
@@ -64,6 +66,8 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
         ({"kv_layout": {**dict.fromkeys(KvLayout.__slots__, 1), "dtype": "int3"}}, "damaged"),
         ({"wake": {"decode_s": -1}}, "-1 is no number from 0 on"),
         ({"requests": {"fixed_s": True}}, "True is no number"),
+        ({"overhead": {"busy_message_s": -1}}, "-1 is no number from 0 on"),
+        ({"overhead": None}, "damaged"),
     ],
 )
 def test_a_file_that_is_no_profile_is_refused(change: dict[str, object], complaint: str, tmp_path: Path) -> None:
@@ -88,7 +92,8 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
     assert config.num_blocks(machine, model) == 100
     layout = MEASURED.kv_layout
     assert model.kv_bytes_per_token == layout.num_layers * layout.block_bytes / layout.block_tokens
-    alone = replace(MEASURED, sharing=Sharing())
+    assert config.overhead == MEASURED.overhead
+    alone = replace(MEASURED, sharing=Sharing(), overhead=NO_OVERHEAD)
     (one,) = simulated_as(alone, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run.served
     prompt_s = LINE.step_s(StepShape().with_prompt(0, 100))
     # The nodes had nothing to do before.
@@ -102,7 +107,8 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
 
 
 def test_a_run_has_what_each_transfer_took() -> None:
-    run = simulated_as(MEASURED, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run
+    alone = replace(MEASURED, overhead=NO_OVERHEAD)
+    run = simulated_as(alone, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run
     (report,) = run.transfers
     assert report.num_bytes == 128 * MEASURED.as_model().kv_bytes_per_token
     assert report.exposed_s == pytest.approx(1e-3 + 0.004 + report.num_bytes / 1e9)

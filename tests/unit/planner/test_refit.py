@@ -15,6 +15,7 @@ from loadgen.load import Request
 from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers
 from planner.measured import Measured
 from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
+from planner.overhead import Overhead
 from planner.refit import refitted
 from planner.steps import RecordedStep
 
@@ -79,13 +80,31 @@ def test_transfers_and_requests_are_taken_where_they_fit_better() -> None:
     relays = tuple(relay(ttft_s=0.2, tokenize_s=0.001) for _ in range(4))
     answers = tuple(answer(number, 0.25) for number in range(4))
     after, changes = refitted(measured(TRUE), [(Observed(steps(TRUE), moves, relays), answers)])
-    assert {change.part: change.is_taken for change in changes} == {"steps": False, "transfers": True, "requests": True}
+    assert {change.part: change.is_taken for change in changes} == {
+        "steps": False, "transfers": True, "messages": False, "requests": True,
+    }  # fmt: skip
     assert after.transfers is not None
     assert after.transfers.latency_s == pytest.approx(0.005, rel=0.01)
     assert after.requests.fixed_s == pytest.approx(0.051)
     # A router that forgot some says nothing of the others.
     short = Observed(steps(TRUE), (), relays[:-1])
     assert [change.part for change in refitted(measured(TRUE), [(short, answers)])[1]] == ["steps"]
+
+
+def test_messages_that_wait_for_nodes_that_compute_are_taken() -> None:
+    moved = TransferReport("shm", False, 10**6, 1, 0.1, 0.002)
+    relays = (replace(relay(reserve_s=0.012, second_token_s=0.08), transfer=moved),) * 8
+    before = measured(TRUE)
+    after, changes = refitted(before, [(Observed(steps(TRUE), (), relays), ()), (Observed(steps(TRUE)), ())])
+    (change,) = (each for each in changes if each.part == "messages")
+    assert (change.is_taken, change.after) == (True, pytest.approx(0))
+    assert change.before == pytest.approx(0.005 / 0.006)
+    # A reservation is two messages; a second token waits for half of a step, too.
+    steps_s = 1.5 * sum(TRUE.step_s(shape) for shape in SHAPES if shape.num_decoding) / 6
+    assert after.overhead == Overhead(
+        busy_message_s=pytest.approx(0.005), busy_join_s=pytest.approx(0.08 - 0.002 - steps_s)
+    )
+    assert refitted(after, [(Observed(steps(TRUE), (), relays), ())])[0] == after
 
 
 def test_what_requests_take_is_what_no_node_computed() -> None:
