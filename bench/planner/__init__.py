@@ -8,4 +8,4 @@ from bench.planner import reference, speed
 
 
 def run(quick: bool) -> dict[str, Any]:
-    return {"compat beside the public simulator": reference.table(quick), "speed": speed.table(quick)}
+    return {"compat beside the public simulator": reference.table(quick), "speed": list(speed.table(quick))}

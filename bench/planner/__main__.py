@@ -3,6 +3,7 @@
 ``python -m bench.planner headline`` runs the paper's headline comparison in one profile and saves it in bench/results,
 question by question; ``python -m bench.planner document FILE ...`` writes saved ones into docs/planning.md.
 
+``python -m bench.planner speed [--quick]`` measures what a simulated request costs in both profiles.
 ``python -m bench.planner pictures`` draws those of README.md and docs/planning.md anew.
 ``python -m bench.planner validate [--only WORDS] [--seconds S] [--minutes M]`` measures clusters and predicts them.
 """
@@ -18,7 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bench import measure
-from bench.planner import headline, pictures, reference, validate
+from bench.planner import headline, pictures, reference, speed, validate
 from loadgen import machine
 from planner.results import Profile
 
@@ -77,6 +78,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("reference")
     commands.add_parser("pictures")
+    commands.add_parser("speed").add_argument("--quick", action="store_true", help="few machines, a minute of trace")
     document = commands.add_parser("document")
     document.add_argument("files", nargs="+", type=Path)
     asked = commands.add_parser("headline")
@@ -88,15 +90,19 @@ def main() -> None:
     asked.add_argument("--seconds", type=float, help="of the drawn trace; the paper has 60")
     asked.add_argument("--rate-step", type=float, help="rates are multiples of it")
     asked.add_argument("--prompt-step", type=int, help="every so many prompt machines are tried")
-    asked.add_argument("--no-same-rate", action="store_true", help="only the highest rates")
+    asked.add_argument("--compared", nargs="+", choices=headline.Scale().compared, help="all, if nothing is said")
     given = parser.parse_args()
     if given.command == "headline":
-        own = {name: getattr(given, name) for name in ("traces", "seconds", "rate_step", "prompt_step")}
+        own = {name: getattr(given, name) for name in ("traces", "seconds", "rate_step", "prompt_step", "compared")}
         scale = replace(
-            _QUICK if given.quick else headline.Scale(), has_same_rate=not given.no_same_rate,
+            _QUICK if given.quick else headline.Scale(),
             **{name: value for name, value in own.items() if value is not None},
-        )  # fmt: skip
+        )
         _headline(Profile(given.profile), scale, given.workers, given.out)
+        return
+    if given.command == "speed":
+        for row in speed.table(given.quick):
+            print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
         return
     if given.command == "pictures":
         print("\n".join(map(str, pictures.write())))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planner import machines, models
@@ -30,6 +30,10 @@ _PAPER = {
 }  # fmt: skip
 _BASELINES = {"A100": "Baseline-A100", "H100": "Baseline-H100"}
 
+# What is asked for each trace: the highest rates for the power and for the cost of so many H100, and the least power
+# and cost for the rate of these as mixed machines.
+SAME, LEAST = ("same power", "same cost"), ("least power", "least cost")
+
 Row = dict[str, Any]
 
 
@@ -44,8 +48,7 @@ class Scale:
     rate_step: float = 1.0
     # Every so many prompt machines are tried.
     prompt_step: int = 1
-    # Whether the least power and cost for the same rate are searched as well.
-    has_same_rate: bool = True
+    compared: tuple[str, ...] = (*SAME, *LEAST)
 
 
 def kinds() -> dict[str, Kind]:
@@ -62,21 +65,26 @@ def table(profile: Profile, scale: Scale, workers: int) -> Iterator[list[Row]]:
     h100 = machines.catalogue()["h100-80gb"]
     num_h100, step = scale.num_h100, scale.prompt_step
     budgets = {
-        "power": Limits(power_units=num_h100 * h100.power_units, prompt_step=step),
-        "cost": Limits(dollars_per_hour=num_h100 * h100.machine_dollars_per_hour, prompt_step=step),
+        "same power": Limits(power_units=num_h100 * h100.power_units, prompt_step=step),
+        "same cost": Limits(dollars_per_hour=num_h100 * h100.machine_dollars_per_hour, prompt_step=step),
     }
     # For the same rate of the weakest machines.
     enough = Limits(machines=Range(1, 5 * num_h100), prompt_step=step)
     for trace in scale.traces:
-        found: dict[str, Answer] = {}
-        for budget, limits in budgets.items():
-            found = _answers(_question(profile, trace, scale, limits), workers)
-            yield _rows(profile, trace, f"same {budget}", found)
-        baseline = found[_BASELINES["H100"]].best
-        if baseline is not None and scale.has_same_rate:
-            for goal in (Goal.POWER, Goal.COST):
-                found = _answers(_question(profile, trace, scale, enough, goal, baseline.rate), workers)
-                yield _rows(profile, trace, f"least {goal.value}", found)
+        baseline: Answer | None = None
+        for compared in (each for each in SAME if each in scale.compared):
+            found = _answers(_question(profile, trace, scale, budgets[compared]), workers)
+            baseline = found[_BASELINES["H100"]]
+            yield _rows(profile, trace, compared, found)
+        goals = [Goal(compared.removeprefix("least ")) for compared in LEAST if compared in scale.compared]
+        if goals and baseline is None:
+            # Nothing else was asked for: these machines alone.
+            alone = replace(_question(profile, trace, scale, budgets[SAME[0]]), kinds=(kinds()[_BASELINES["H100"]],))
+            (baseline,) = search(alone).answers
+        rate = None if baseline is None or baseline.best is None else baseline.best.rate
+        for goal in () if rate is None else goals:
+            found = _answers(_question(profile, trace, scale, enough, goal, rate), workers)
+            yield _rows(profile, trace, f"least {goal.value}", found)
 
 
 def _question(

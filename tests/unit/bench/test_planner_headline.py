@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def test_every_kind_is_compared_within_the_budgets_and_at_the_same_rate(tmp_path
     assert "| conv | same power | HA | 25, 26 |" in text
     assert "cost, power over H100" in text
     assert len(text.splitlines()) == len(rows) + 2 * 2 + 1
+
+
+def test_one_comparison_has_the_rows_that_it_has_among_all() -> None:
+    scale = replace(SMALL, traces=("code",))
+    rows = [row for found in headline.table(Profile.COMPAT, scale, workers=1) for row in found]
+    (found,) = headline.table(Profile.COMPAT, replace(scale, compared=("least cost",)), workers=1)
+    assert found == [row for row in rows if row["compared"] == "least cost"]
 
 
 def test_a_table_is_written_between_its_marks() -> None:
