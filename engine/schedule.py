@@ -431,7 +431,7 @@ class Scheduler:
         return [entry.sequence.spec.sequence_id for entry in self._active]
 
     def is_active(self, sequence_id: str) -> bool:
-        """It is computed now: it has blocks, and was not told to stop."""
+        """It has blocks, and is computed to its end or to where it is to stop."""
         entry = self._entries.get(sequence_id)
         return entry is not None and entry.phase is Phase.ACTIVE
 

@@ -236,11 +236,6 @@ class Engine:
         bulk = self._bulk
         return 0 if bulk is None else bulk.num_over(self._events.now_s) * bulk.shape.num_decoding
 
-    @property
-    def is_idle(self) -> bool:
-        """It computes nothing, and will not go on to."""
-        return self.scheduler.is_idle
-
     def _streams(self, num_tokens: int, step_s: float) -> None:
         """So many in each step from now on."""
         if self._loop is not None:
@@ -359,18 +354,27 @@ class Engine:
         ends_s = [bulk.end_s(count) for count in range(1, num_steps + 1)]
         return scheduler.decode(bulk.began_s, ends_s, TOKEN_ID, last, STOP_ID)
 
-    def _last_after(self, num_steps: int) -> set[str]:
-        """Those that end if they are in so many steps."""
-        last = set()
+    def _last_after(self, num_steps: int, plan: StepPlan | None = None) -> set[str]:
+        """Those that end with the last of so many steps, of what ``plan`` decodes, or else of all that decode now."""
+        due: list[str] = []
         ends, number = self._ends, self._num_steps + num_steps
         while ends and ends[0][0] <= number:
             _, sequence_id = heapq.heappop(ends)
             left = self._num_left(sequence_id)
-            if left == num_steps and self.scheduler.is_active(sequence_id):
-                last.add(sequence_id)
+            if left == num_steps:
+                due.append(sequence_id)
             elif left is not None:
-                # One that waits has as many to go afterwards.
                 heapq.heappush(ends, (max(self._num_steps + left, number + 1), sequence_id))
+        if not due:
+            return set()
+        if plan is None:
+            last = set(filter(self.scheduler.is_active, due))
+        else:
+            last = {sequence.sequence_id for sequence in plan.in_bulk}.intersection(due)
+        for sequence_id in due:
+            if sequence_id not in last:
+                # It waits, or came meanwhile: it has as many to go.
+                heapq.heappush(ends, (number + 1, sequence_id))
         return last
 
     def _note_starts(self, now: float) -> None:
@@ -438,7 +442,7 @@ class Engine:
         now = self._events.now_s
         last: set[str] = set()
         if plan.in_bulk:
-            last = self._last_after(1)
+            last = self._last_after(1, plan)
         if plan.shape.num_decoding:
             self._num_steps += 1
             self._note_gaps(now, seconds, plan.shape.num_decoding)

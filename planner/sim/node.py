@@ -151,7 +151,7 @@ class Node:
     @property
     def wait_s(self) -> float:
         """Of what comes, for an event loop that shares its interpreter with an engine that computes."""
-        return 0.0 if self.engine.is_idle else self.config.overhead.busy_message_s
+        return 0.0 if self.scheduler.is_idle else self.config.overhead.busy_message_s
 
     def _message_s(self) -> float:
         host = self._network.host
@@ -203,7 +203,7 @@ class Node:
     @property
     def join_s(self) -> float:
         """Of a hand-over to it, when its bytes are there."""
-        return self.config.commit_s + (0.0 if self.engine.is_idle else self.config.overhead.busy_join_s)
+        return self.config.commit_s + (0.0 if self.scheduler.is_idle else self.config.overhead.busy_join_s)
 
     def tell_push(self, push: Push, event: prefill.Event) -> None:
         """What became of a push of this node."""
