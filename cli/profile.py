@@ -24,7 +24,7 @@ from loadgen.load import Load, Request, closed, same_size
 from loadgen.run import run
 from planner.measured import Measured, write
 from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
-from planner.overhead import Busy, Spent, busy_of, grown, overhead
+from planner.overhead import LoopTimes, Spent, busy_of, grown, overhead
 from planner.steps import found_in
 
 _IDLE_S = 2.0
@@ -135,23 +135,27 @@ class _Meter:
 
     def __init__(self, cluster: Live) -> None:
         self._cluster = cluster
-        self._began_s = 0.0
+        self._began_s = self._client_s = 0.0
         self._before: Mapping[str, float] | None = None
         self.spent: list[Spent] = []
 
     async def begin(self) -> None:
         self._before = await counters.processor_s(self._cluster.server)
-        self._began_s = time.monotonic()
+        self._began_s, self._client_s = time.monotonic(), time.process_time()
 
     async def end(self, answers: Sequence[Answer]) -> Observed:
-        elapsed_s, before = time.monotonic() - self._began_s, self._before
+        elapsed_s, client_s = time.monotonic() - self._began_s, time.process_time() - self._client_s
+        before = self._before
         after = await counters.processor_s(self._cluster.server)
         found = await self._cluster.since(self._began_s)
         if before is not None and after is not None:
             router_s, nodes_s = (grown(before, after, is_router=is_router) for is_router in (True, False))
+            num_steps = sum(step.shape.num_decoding > 0 for step in found.steps)
             num_tokens = sum(len(answer.stamps_s) for answer in answers)
             steps_s = sum(step.turn_s for step in found.steps)
-            self.spent.append(Spent(len(answers), num_tokens, elapsed_s, router_s, nodes_s, steps_s))
+            self.spent.append(
+                Spent(len(answers), num_steps, num_tokens, elapsed_s, router_s, client_s, nodes_s, steps_s)
+            )  # fmt: skip
         return found
 
 
@@ -169,6 +173,13 @@ async def _sent(cluster: Live, asking: Asking, load: Load) -> tuple[Answer, ...]
     if outcome.num_cut:
         raise Unavailable(f"{outcome.num_cut} requests took longer than {outcome.load.limit_s:g} s")
     return outcome.answers
+
+
+def _loop(times: LoopTimes) -> str:
+    return (
+        f"{1e3 * times.request_s:.2f} ms for a request, {1e6 * times.step_s:.0f} us for the tokens of a step and "
+        f"{1e6 * times.token_s:.0f} us for each"
+    )
 
 
 async def _joules(cluster: Live) -> float | None:
@@ -202,8 +213,7 @@ def show(console: Console, measured: Measured) -> None:
         f"a step beside 1 / 2 / ... nodes of its host: {', '.join(factors)} times as long",
         f"a message of a node that computes: {1e3 * more.busy_message_s:.2f} ms more, a hand-over to it "
         f"{1e3 * more.busy_join_s:.2f} ms more",
-        f"the router's processor: {1e3 * more.router_request_s:.2f} ms for a request, "
-        f"{1e6 * more.router_token_s:.0f} us for a token",
+        f"processor time of the router: {_loop(more.router)}; of this client: {_loop(more.client)}",
         "processors: each process has its own" if not more.num_cores
         else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f} of them",
         "power: no counter" if measured.power is None

@@ -29,7 +29,7 @@ from planner.fitted import (
 )
 from planner.machines import Machine
 from planner.models import Model
-from planner.overhead import NO_OVERHEAD, Overhead
+from planner.overhead import NO_OVERHEAD, LoopTimes, Overhead
 from planner.sim.config import SimulationConfig
 
 FORMAT = 3
@@ -182,9 +182,15 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         else Transfers(_number(moved["latency_s"], 0), _number(moved["bytes_s"], 1e-12)),
         layerwise_from_bytes=None if least is None else int(_number(least, 0)),
         requests=RequestTimes(**_numbers(found["requests"])),
-        overhead=Overhead(**_numbers(found["overhead"])),
+        overhead=_overhead(found["overhead"]),
         power=None if power is None else Power(**_numbers(power)),
     )
+
+
+def _overhead(found: Mapping[str, Any]) -> Overhead:
+    router, client = (LoopTimes(**_numbers(found[name])) for name in ("router", "client"))
+    numbers = {name: value for name, value in found.items() if name not in ("router", "client")}
+    return Overhead(router=router, client=client, **_numbers(numbers))
 
 
 def _layout(found: Mapping[str, Any]) -> KvLayout:

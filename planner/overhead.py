@@ -1,8 +1,9 @@
-"""What the processes of a cluster take beside steps: event loops that wait for an engine's Python, the router's work for
-each token, and processors that are fewer than the threads. Pure.
+"""What the processes of a cluster take beside steps: event loops that wait for an engine's Python, loops that all tokens
+pass, and processors that are fewer than the threads. Pure.
 
-A node's event loop and its engine share one interpreter: while the engine computes, a message waits for it. The router
-passes all tokens on in one thread. Processes of one host share its processors. None of it shows in requests one by one.
+A node's event loop and its engine share one interpreter: while the engine computes, a message waits for it. All tokens
+pass the one thread of the router and, where one generator sends all requests, that of the client. Processes of one host
+share its processors. None of it shows in requests one by one.
 """
 
 from __future__ import annotations
@@ -25,21 +26,38 @@ _RIDGE = 1 + 1e-9
 
 
 @dataclass(frozen=True, slots=True)
+class LoopTimes:
+    """Processor time of an event loop for each request, for the tokens that one step brings, and for each of them."""
+
+    request_s: float = 0.0
+    step_s: float = 0.0
+    token_s: float = 0.0
+
+    def __bool__(self) -> bool:
+        return self.request_s > 0 or self.step_s > 0 or self.token_s > 0
+
+
+FREE_LOOP = LoopTimes()
+
+
+@dataclass(frozen=True, slots=True)
 class Overhead:
     # A message to or from a node that computes is so much longer on its way.
     busy_message_s: float = 0.0
     # So is a hand-over to such a node, beside its transfer and the step under way.
     busy_join_s: float = 0.0
-    # Of the router's processor, for each request and each token.
-    router_request_s: float = 0.0
-    router_token_s: float = 0.0
+    # The loops that all tokens pass.
+    router: LoopTimes = FREE_LOOP
+    client: LoopTimes = FREE_LOOP
     # Processors of the host that all processes share, and those that a node uses while it computes; 0: each process has
     # its own.
     num_cores: float = 0.0
     node_cores: float = 0.0
 
-    def __bool__(self) -> bool:
-        return self != NO_OVERHEAD
+    @property
+    def slowest(self) -> LoopTimes:
+        """What comes waits for this one: what it lets pass the other one has time for."""
+        return max(self.router, self.client, key=lambda loop: (loop.step_s + loop.token_s, loop.request_s))
 
     def crowding(self, num_computing: int) -> float:
         """How many times as long the work of another process takes beside so many nodes that compute: each thread gets
@@ -53,12 +71,15 @@ NO_OVERHEAD = Overhead()
 
 
 class Spent(NamedTuple):
-    """What a load took of the processors. ``nodes_s``: all of them together; ``steps_s``: in their steps."""
+    """What a load took of the processors. ``num_steps``: those that decoded. ``nodes_s``: all of them together;
+    ``steps_s``: in their steps."""
 
     num_requests: int
+    num_steps: int
     num_tokens: int
     elapsed_s: float
     router_s: float
+    client_s: float
     nodes_s: float
     steps_s: float
 
@@ -78,27 +99,26 @@ class Busy(NamedTuple):
 
 def overhead(spent: Sequence[Spent], busy: Busy, requests: RequestTimes, num_cores: int | None) -> Overhead:
     """``requests``: one by one; ``num_cores``: of the host that all processes share, None: there is none."""
-    request_s, token_s = router_times(spent)
     message_s, join_s = waits(busy, requests)
     steps_s = sum(each.steps_s for each in spent)
     node_cores = sum(each.nodes_s for each in spent) / steps_s if steps_s else 0.0
     has_host = num_cores is not None and node_cores > 0
     return Overhead(
-        message_s, join_s, request_s, token_s, float(num_cores or 0) if has_host else 0.0,
+        message_s, join_s, loop_times(spent, [each.router_s for each in spent]),
+        loop_times(spent, [each.client_s for each in spent]), float(num_cores or 0) if has_host else 0.0,
         min(node_cores, float(num_cores or 0)) if has_host else 0.0,
     )  # fmt: skip
 
 
-def router_times(spent: Sequence[Spent]) -> tuple[float, float]:
-    """Of a request, and of a token: least squares over the loads, beside what the router takes all the time."""
-    rows = [(each.num_requests, each.num_tokens, each.elapsed_s) for each in spent]
-    size = 3
-    products = [[float(sum(row[i] * row[j] for row in rows)) for j in range(size)] for i in range(size)]
+def loop_times(spent: Sequence[Spent], took_s: Sequence[float]) -> LoopTimes:
+    """``took_s``: of the loop's process in each load. Least squares, beside what it takes all the time."""
+    rows = [(each.num_requests, each.num_steps, each.num_tokens, each.elapsed_s) for each in spent]
+    places = range(len(LoopTimes.__slots__) + 1)
+    products = [[float(sum(row[i] * row[j] for row in rows)) for j in places] for i in places]
     for i, row in enumerate(products):
         row[i] *= _RIDGE
-    values = [sum(row[i] * each.router_s for row, each in zip(rows, spent, strict=True)) for i in range(size)]
-    request_s, token_s, _ = not_negative(products, values)
-    return request_s, token_s
+    values = [sum(row[i] * seconds for row, seconds in zip(rows, took_s, strict=True)) for i in places]
+    return LoopTimes(*not_negative(products, values)[:-1])
 
 
 def waits(busy: Busy, requests: RequestTimes) -> tuple[float, float]:

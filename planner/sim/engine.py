@@ -96,9 +96,9 @@ class Engine:
         # That other engines compute on as well.
         self._host = host
         self._wake = wake
-        # That its tokens pass through, and how many a second do.
+        # That its tokens pass, and what load they are.
         self._loop = loop
-        self._tokens_s = 0.0
+        self._load = 0.0
         # Nothing ran before the step that begins.
         self._is_woken = False
         # The step with prompts that runs on it.
@@ -239,9 +239,9 @@ class Engine:
     def _streams(self, num_tokens: int, step_s: float) -> None:
         """So many in each step from now on."""
         if self._loop is not None:
-            tokens_s = num_tokens / step_s
-            self._loop.streams(tokens_s - self._tokens_s)
-            self._tokens_s = tokens_s
+            load = self._loop.load(num_tokens, step_s)
+            self._loop.streams(load - self._load)
+            self._load = load
 
     def _go_on(self) -> None:
         self._begin()

@@ -1,5 +1,5 @@
 """A host whose processors several processes share: engines that compute at the same time take longer, and so does the
-router's event loop, which all tokens pass through in one thread."""
+event loop that all tokens pass."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Protocol
 
 from engine.step import StepShape
 from planner.fitted import Sharing
-from planner.overhead import NO_OVERHEAD, Overhead
+from planner.overhead import NO_OVERHEAD, LoopTimes, Overhead
 from planner.sim.events import Events
 
 
@@ -45,31 +45,34 @@ class Host:
 
 
 class Loop:
-    """The router's event loop. It takes up what comes in that order; tokens between the first and the last of a stream
-    are work at a rate, as nobody looks at each of them."""
+    """The slowest event loop that all tokens pass, the router's or the client's. It takes up what comes in that order;
+    tokens between the first and the last of a stream are work at a rate, as nobody looks at each of them."""
 
-    def __init__(self, events: Events, overhead: Overhead, host: Host | None) -> None:
+    def __init__(self, events: Events, times: LoopTimes, host: Host | None) -> None:
         self._events = events
-        self._overhead = overhead
+        self._times = times
         self._host = host
-        # Processor time that waits, as of a time, and tokens a second that come.
+        # Processor time that waits, as of a time, and what comes of it in each second.
         self._work_s = 0.0
         self._at_s = 0.0
-        self._tokens_s = 0.0
+        self._load = 0.0
         # Nothing that comes later is done before.
         self._done_s = 0.0
 
-    def streams(self, more_tokens_s: float) -> None:
-        """So many tokens a second come more from now on, or less."""
+    def load(self, num_tokens: int, step_s: float) -> float:
+        """Work in each second of steps that bring so many tokens each."""
+        return (self._times.step_s + num_tokens * self._times.token_s) / step_s if num_tokens else 0.0
+
+    def streams(self, more: float) -> None:
+        """So much more load comes from now on, or less."""
         self._settle()
-        self._tokens_s = max(0.0, self._tokens_s + more_tokens_s)
+        self._load = max(0.0, self._load + more)
 
     def begins_s(self, num_requests: int = 0, num_tokens: int = 0) -> float:
         """When it takes up what comes now: requests, or messages with so many tokens."""
         self._settle()
         self._done_s = max(self._done_s, self._events.now_s + self._work_s * self._crowding)
-        overhead = self._overhead
-        self._work_s += num_requests * overhead.router_request_s + num_tokens * overhead.router_token_s
+        self._work_s += num_requests * self._times.request_s + self.load(num_tokens, 1.0)
         return self._done_s
 
     @property
@@ -78,6 +81,5 @@ class Loop:
 
     def _settle(self) -> None:
         now = self._events.now_s
-        more = self._tokens_s * self._overhead.router_token_s - 1 / self._crowding
-        self._work_s = max(0.0, self._work_s + (now - self._at_s) * more)
+        self._work_s = max(0.0, self._work_s + (now - self._at_s) * (self._load - 1 / self._crowding))
         self._at_s = now

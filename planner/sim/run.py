@@ -77,8 +77,7 @@ class _Simulation:
         prefixes = {name: number for number, name in enumerate(names)}
         overhead = config.overhead
         host = Host(config.sharing, overhead) if config.sharing or overhead.num_cores else None
-        has_loop = overhead.router_request_s > 0 or overhead.router_token_s > 0
-        loop = Loop(self._events, overhead, host) if has_loop else None
+        loop = Loop(self._events, overhead.slowest, host) if overhead.slowest else None
         self._router = SimulatedRouter(config, self._events, prefixes, self._counters, told, loop)
         self._nodes: dict[str, Node] = {}
         network = Network(

@@ -14,7 +14,7 @@ from engine.step import StepShape
 from planner.design import Design, Group
 from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers, Wake
 from planner.measured import Measured, Power, read, write
-from planner.overhead import NO_OVERHEAD, Overhead
+from planner.overhead import NO_OVERHEAD, LoopTimes, Overhead
 from planner.profiles import simulated_as
 from planner.sim.config import SimulationConfig
 from planner.workload import Request, Workload
@@ -30,7 +30,7 @@ MEASURED = Measured(
     points=tuple(Point(shape, LINE.step_s(shape) * (1.02 if i else 0.9), i + 1) for i, shape in enumerate(SHAPES)),
     sharing=Sharing((1.1,), (1.2, 1.4)), wake=Wake(0.003, 0.002), transfers=Transfers(1e-3, 1e9),
     requests=RequestTimes(0.02, 0.001, 0.004), power=Power(50, 300), layerwise_from_bytes=1 << 20,
-    overhead=Overhead(0.003, 0.005, 0.002, 1e-4, 2, 1.5),
+    overhead=Overhead(0.003, 0.005, LoopTimes(0.002, 1e-4, 2e-4), LoopTimes(0.001), 2, 1.5),
 )  # fmt: skip
 SPLIT = SimulationConfig(policy=PolicyConfig(disaggregation="always"), max_output_tokens=1)
 
@@ -66,7 +66,8 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
         ({"kv_layout": {**dict.fromkeys(KvLayout.__slots__, 1), "dtype": "int3"}}, "damaged"),
         ({"wake": {"decode_s": -1}}, "-1 is no number from 0 on"),
         ({"requests": {"fixed_s": True}}, "True is no number"),
-        ({"overhead": {"busy_message_s": -1}}, "-1 is no number from 0 on"),
+        ({"overhead": {"router": {"token_s": -1}, "client": {}}}, "-1 is no number from 0 on"),
+        ({"overhead": {"busy_message_s": 0}}, "damaged"),
         ({"overhead": None}, "damaged"),
     ],
 )

@@ -11,16 +11,18 @@ from baton.types import TransferReport
 from engine.step import StepShape
 from planner.fitted import Line, RequestTimes, Sharing
 from planner.overhead import (
+    FREE_LOOP,
     NO_OVERHEAD,
     Busy,
+    LoopTimes,
     Overhead,
     Spent,
     busy_of,
     busy_share,
     expected,
     grown,
+    loop_times,
     overhead,
-    router_times,
     waits,
 )
 from planner.sim.events import Events
@@ -46,19 +48,25 @@ def steps(share: float, node: str = "d", num_decoding: int = 4) -> list[Recorded
     return [RecordedStep(node, "h", shape, second + 1.0, share) for second in range(10)]
 
 
-def test_the_router_takes_so_much_for_a_request_and_a_token() -> None:
-    loads = [(30, 120, 9.0), (1, 64, 0.5), (4, 256, 0.6), (16, 1024, 1.0), (32, 2048, 1.5)]
-    spent = [Spent(n, t, s, 0.002 * n + 1e-4 * t + 0.01 * s, 0.0, 0.0) for n, t, s in loads]
-    assert router_times(spent) == (pytest.approx(0.002, rel=0.02), pytest.approx(1e-4, rel=0.02))
-    assert router_times([]) == (0.0, 0.0)
+def test_a_loop_takes_so_much_for_a_request_a_step_and_a_token() -> None:
+    loads = [(30, 90, 120, 9.0), (1, 63, 64, 0.5), (4, 66, 256, 0.6), (16, 80, 1024, 1.0), (32, 150, 2048, 2.5)]
+    took_s = [0.002 * n + 3e-4 * k + 1e-4 * t + 0.01 * s for n, k, t, s in loads]
+    spent = [Spent(*load, seconds, 2 * seconds, 0.0, 0.0) for load, seconds in zip(loads, took_s, strict=True)]
+    found = overhead(spent, Busy((), (), 0.0), ALONE, None)
+    for name, seconds in (("request_s", 0.002), ("step_s", 3e-4), ("token_s", 1e-4)):
+        assert getattr(found.router, name) == pytest.approx(seconds, rel=0.02)
+        assert getattr(found.client, name) == pytest.approx(2 * seconds, rel=0.02)
+    assert found.slowest == found.client
+    assert loop_times([], []) == FREE_LOOP
+    assert not NO_OVERHEAD.slowest
 
 
 def test_processors_count_where_all_processes_are_of_one_host() -> None:
-    spent = [Spent(10, 640, 2.0, 0.1, 3.0, 2.0)]
+    spent = [Spent(10, 64, 640, 2.0, 0.1, 0.1, 3.0, 2.0)]
     quiet = Busy((), (), 0.0)
     assert overhead(spent, quiet, ALONE, 2).node_cores == pytest.approx(1.5)
     # A node cannot use more than there are.
-    assert overhead([Spent(10, 640, 2.0, 0.1, 30.0, 2.0)], quiet, ALONE, 2).node_cores == 2
+    assert overhead([spent[0]._replace(nodes_s=30.0)], quiet, ALONE, 2).node_cores == 2
     assert overhead(spent, quiet, ALONE, None).num_cores == 0
     assert overhead([], quiet, ALONE, 2) == NO_OVERHEAD
     two = Overhead(num_cores=2, node_cores=1)
@@ -102,17 +110,18 @@ def test_a_hand_over_waits_beside_its_transfer_and_its_steps() -> None:
 
 def test_a_loop_takes_up_what_comes_in_order() -> None:
     events = Events()
-    loop = Loop(events, Overhead(router_request_s=0.1, router_token_s=0.01), None)
+    loop = Loop(events, LoopTimes(request_s=0.1, token_s=0.01), None)
     assert [loop.begins_s(num_requests=1) for _ in range(3)] == pytest.approx([0, 0.1, 0.2])
     events.now_s = 0.25
     assert loop.begins_s(num_tokens=5) == pytest.approx(0.3)
     events.now_s = 9.0
     assert loop.begins_s() == 9.0
     # 120 tokens a second are more than it can pass on.
-    loop.streams(120.0)
+    load = loop.load(12, 0.1)
+    loop.streams(load)
     events.now_s = 10.0
     assert loop.begins_s() == pytest.approx(10.2)
-    loop.streams(-120.0)
+    loop.streams(-load)
     events.now_s = 10.1
     assert loop.begins_s() == pytest.approx(10.2)
     events.now_s = 11.0
@@ -121,7 +130,7 @@ def test_a_loop_takes_up_what_comes_in_order() -> None:
 
 def test_a_loop_beside_nodes_that_compute_is_slower_and_keeps_the_order() -> None:
     events, host = Events(), Host(Sharing(), Overhead(num_cores=2, node_cores=1))
-    loop = Loop(events, Overhead(router_request_s=0.1), host)
+    loop = Loop(events, LoopTimes(request_s=0.1), host)
     nodes = [_Engine() for _ in range(3)]
     for node in nodes:
         host.changed(node, is_busy=True)
@@ -165,13 +174,13 @@ def test_tokens_wait_for_a_router_that_cannot_pass_them_on() -> None:
     plain = run(requests, design())
     # Eight tokens a step of about 18 ms: 0.1 ms each is little, 4 ms are more than there is time for.
     for token_s, least, most in ((1e-4, 0.99, 1.05), (4e-3, 1.5, 2.5)):
-        slow = run(requests, design(), replace(CONFIG, overhead=Overhead(router_token_s=token_s)))
+        slow = run(requests, design(), replace(CONFIG, overhead=Overhead(router=LoopTimes(0.0, token_s, token_s))))
         assert all(each.is_whole for each in slow.served)
         assert least <= slow.ended_s / plain.ended_s <= most
 
 
 def test_under_load_a_run_with_overheads_ends_and_is_repeated() -> None:
-    given = Overhead(0.004, 0.01, 0.002, 1e-4, 2, 1)
+    given = Overhead(0.004, 0.01, LoopTimes(0.002, 1e-4, 1e-4), LoopTimes(0.001), 2, 1)
     config = replace(CONFIG, overhead=given, sharing=Sharing((1.2,), (1.3,)))
     first, second = (run(traffic(10, 8), design(2, 2), config) for _ in range(2))
     assert repr(first) == repr(second)
