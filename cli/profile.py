@@ -131,7 +131,7 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
 
 
 class _Meter:
-    """Of one load after the other: what nodes recorded, and what it took of the processors, where processes say that."""
+    """Of one load after the other: what nodes recorded, and what it took of the processors, where processes say."""
 
     def __init__(self, cluster: Live) -> None:
         self._cluster = cluster
@@ -215,7 +215,7 @@ def show(console: Console, measured: Measured) -> None:
         f"{1e3 * more.busy_join_s:.2f} ms more",
         f"processor time of the router: {_loop(more.router)}; of this client: {_loop(more.client)}",
         "processors: each process has its own" if not more.num_cores
-        else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f} of them",
+        else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f}",
         "power: no counter" if measured.power is None
         else f"power of a node: {measured.power.idle_w:.0f} W idle, {measured.power.busy_w:.0f} W busy",
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the processes of a cluster take beside steps: event loops that wait for an engine's Python, loops that all tokens
+"""What processes of a cluster take beside steps: event loops that wait for an engine's Python, loops that all tokens
 pass, and processors that are fewer than the threads. Pure.
 
 A node's event loop and its engine share one interpreter: while the engine computes, a message waits for it. All tokens
