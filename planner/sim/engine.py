@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from baton.types import TokenChunk
 from engine.events import EngineEvent, Handoff, Output
@@ -22,6 +22,7 @@ from planner.sim.events import Events
 from planner.sim.gaps import Gaps
 from planner.sim.host import Host, Loop
 from planner.sim.requests import STOP_ID, TOKEN_ID, SimulatedRequest
+from planner.sim.under_way import Bulk, Running
 from planner.times import Times
 
 
@@ -33,37 +34,6 @@ class Power(Protocol):
 
     def step_w(self, shape: StepShape) -> float:
         """While it computes such a step."""
-
-
-class _Bulk(NamedTuple):
-    """Plain steps under way; each takes ``growth_s`` longer than the one before."""
-
-    began_s: float
-    first_s: float
-    growth_s: float
-    num_steps: int
-    shape: StepShape
-
-    def end_s(self, num_steps: int) -> float:
-        return self.began_s + num_steps * self.first_s + self.growth_s * (num_steps * (num_steps - 1) / 2)
-
-    def num_over(self, now: float) -> int:
-        """Steps that have ended."""
-        count = min(self.num_steps, int((now - self.began_s) / self.first_s))
-        while count and self.end_s(count) > now:
-            count -= 1
-        while count < self.num_steps and self.end_s(count + 1) <= now:
-            count += 1
-        return count
-
-
-class _Running(NamedTuple):
-    """A step that takes ``factor`` times as long as it would alone, as things are."""
-
-    plan: StepPlan
-    began_s: float
-    end_s: float
-    factor: float
 
 
 class Engine:
@@ -102,12 +72,12 @@ class Engine:
         # Nothing ran before the step that begins.
         self._is_woken = False
         # The step with prompts that runs on it.
-        self._running: _Running | None = None
+        self._running: Running | None = None
         # By sequence id, what is here.
         self._requests: dict[str, SimulatedRequest] = {}
         # Tokens that the router knows.
         self._told: dict[str, int] = {}
-        self._bulk: _Bulk | None = None
+        self._bulk: Bulk | None = None
         self._is_busy = False
         # Plain steps were cut, and what they led to is still to be told.
         self._is_landing = False
@@ -253,7 +223,7 @@ class Engine:
     def _factor(self, shape: StepShape) -> float:
         return 1.0 if self._host is None else self._host.factor(self, shape)
 
-    def _run(self, running: _Running) -> None:
+    def _run(self, running: Running) -> None:
         self._running = running
         self.version += 1
         self._events.at(running.end_s, self._applied, self.version, running.plan, running.end_s - running.began_s)
@@ -277,7 +247,7 @@ class Engine:
                 self._streams(plan.shape.num_decoding, seconds)
                 if self._host is not None:
                     factor = self._factor(plan.shape)
-                    self._run(_Running(plan, now, now + seconds * factor, factor))
+                    self._run(Running(plan, now, now + seconds * factor, factor))
                     return
                 self.version += 1
                 self._events.at(now + seconds, self._applied, self.version, plan, seconds)
@@ -304,7 +274,7 @@ class Engine:
         if num_steps > 1:
             grown = shape._replace(num_kv_tokens=shape.num_kv_tokens + (num_steps - 1) * shape.num_decoding)
             growth_s = (self._times.step_s(grown) * factor - first_s) / (num_steps - 1)
-        bulk = _Bulk(now, first_s, growth_s, num_steps, shape)
+        bulk = Bulk(now, first_s, growth_s, num_steps, shape)
         while bulk.num_steps > 1 and bulk.end_s(bulk.num_steps - 1) >= plain.until_s:
             bulk = bulk._replace(num_steps=bulk.num_steps - 1)
         self._bulk, self._is_busy = bulk, True
@@ -341,7 +311,7 @@ class Engine:
             self._bulk = None
             self._landed(version, self._decode(bulk, bulk.num_steps))
 
-    def _decode(self, bulk: _Bulk, num_steps: int) -> list[EngineEvent]:
+    def _decode(self, bulk: Bulk, num_steps: int) -> list[EngineEvent]:
         """So many of the plain steps."""
         scheduler, end_s = self.scheduler, bulk.end_s(num_steps)
         self._account_decode(bulk, num_steps, end_s)
@@ -400,7 +370,7 @@ class Engine:
         self._gaps.add(seconds, max(0, num_decoding - len(self._fresh)))
         self._fresh.clear()
 
-    def _account_decode(self, bulk: _Bulk, num_steps: int, end_s: float) -> None:
+    def _account_decode(self, bulk: Bulk, num_steps: int, end_s: float) -> None:
         use, seconds = self._use, end_s - bulk.began_s
         use.num_steps += num_steps
         use.num_output_tokens += num_steps * bulk.shape.num_decoding
