@@ -7,13 +7,14 @@ Pure. Equal to one step after the other, and to one sequence after the other, in
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from baton.types import blocks_for
 from engine import step
 from engine.blocks import BlockPool
-from engine.entry import Entry, Phase
+from engine.entry import Entry, Order, Phase
 from engine.prefix_cache import PrefixCache
 from engine.step import StepShape
 
@@ -107,6 +108,110 @@ def advance(
         else:
             pool.grow(entry.sequence_id, 1)
     return full
+
+
+class Stretch:
+    """Sequences that decode step after step and nothing else: how far they have come is kept once for all of them, and
+    written to each when somebody looks at it. So steps cost the same, however many sequences are in them.
+
+    Invariant: they are all that is active. None is to stop, lent to a reader outside, or has a mask; blocks are theirs
+    when a step needs them.
+    """
+
+    __slots__ = ("_block_tokens", "_ends", "_needs", "_pool", "_since", "num_kv_tokens", "num_steps", "token_id")
+
+    def __init__(self, entries: Sequence[Entry], pool: BlockPool, block_tokens: int, token_id: int) -> None:
+        self._pool = pool
+        self._block_tokens = block_tokens
+        self.token_id = token_id
+        # Steps so far, and the KV tokens that the next one reads.
+        self.num_steps = 0
+        self.num_kv_tokens = 0
+        # By sequence, the number of steps that are written to it.
+        self._since: dict[Entry, int] = {}
+        # The step before which a sequence needs a block, and the one with its last token; of those that left as well.
+        self._needs: list[tuple[int, Order, Entry]] = []
+        self._ends: list[tuple[int, Order, Entry]] = []
+        for entry in entries:
+            self.add(entry)
+
+    def __len__(self) -> int:
+        return len(self._since)
+
+    def add(self, entry: Entry) -> None:
+        sequence = entry.sequence
+        start = sequence.num_computed
+        self._since[entry] = self.num_steps
+        self.num_kv_tokens += start + 1
+        num_room = len(sequence.block_ids) * self._block_tokens - start
+        num_left = sequence.max_total_tokens - len(sequence.token_ids)
+        heapq.heappush(self._needs, (self.num_steps + num_room, entry.order, entry))
+        heapq.heappush(self._ends, (self.num_steps + num_left, entry.order, entry))
+
+    def limit(self, most: int) -> int:
+        """As `limit`."""
+        ends = self._ends
+        while ends and ends[0][2] not in self._since:
+            heapq.heappop(ends)
+        if ends:
+            most = min(most, ends[0][0] - self.num_steps)
+        num_available = self._pool.num_available
+        if most <= 0 or num_available >= len(self._since) * blocks_for(most, self._block_tokens):
+            return max(0, most)
+        self.settle()
+        return _with_blocks([*self._since], num_available, self._block_tokens, most)
+
+    def advance(self, num_steps: int) -> list[Entry]:
+        """As `advance`."""
+        since, needs, ends, number = self._since, self._needs, self._ends, self.num_steps + num_steps
+        while needs and needs[0][0] < number:
+            at, order, entry = heapq.heappop(needs)
+            if entry in since:
+                self._pool.grow(entry.sequence_id, 1)
+                heapq.heappush(needs, (at + self._block_tokens, order, entry))
+        self.num_steps = number
+        self.num_kv_tokens += num_steps * len(since)
+        full: list[Entry] = []
+        while ends and ends[0][0] <= number:
+            _, _, entry = heapq.heappop(ends)
+            if entry in since:
+                full.append(entry)
+        return full
+
+    def write(self, entry: Entry) -> None:
+        """What it has drawn by now; nothing for one that is not here."""
+        since = self._since.get(entry, self.num_steps)
+        num_new = self.num_steps - since
+        if num_new:
+            self._since[entry] = self.num_steps
+            entry.sequence.token_ids += [self.token_id] * num_new
+            entry.sequence.num_computed += num_new
+            entry.num_computed_total += num_new
+
+    def settle(self) -> None:
+        """Write to all of them."""
+        for entry in self._since:
+            self.write(entry)
+
+    def remove(self, entry: Entry) -> None:
+        """It is to be active no more."""
+        if entry in self._since:
+            self.write(entry)
+            del self._since[entry]
+            self.num_kv_tokens -= entry.sequence.num_computed + 1
+
+    def check(self, active: Collection[Entry]) -> None:
+        """Assert the invariant."""
+        self.settle()
+        assert self._since.keys() == set(active), "a stretch of others than are active"
+        assert self.num_kv_tokens == sum(entry.sequence.num_computed + 1 for entry in active)
+        assert not any(entry.hands_off or entry.num_flights or entry.max_tokens is not None for entry in active)
+        assert all(entry.is_prefilled and entry.num_remaining == 1 for entry in active)
+
+
+def can_stretch(entries: Sequence[Entry], cache: PrefixCache) -> bool:
+    """Of what decodes plainly now."""
+    return not cache.is_on and all(entry.max_tokens is None and entry.sequence.token_mask is None for entry in entries)
 
 
 class PlainStep(NamedTuple):

@@ -43,7 +43,7 @@ from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
 from engine.list_masks import ListMask
-from engine.plain_steps import PlainSteps
+from engine.plain_steps import PlainSteps, Stretch
 from engine.pooling import Pool
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
@@ -115,6 +115,8 @@ class Scheduler:
         self._plans: deque[StepPlan] = deque()
         # Those of the plan under way that have no piece in it.
         self._in_bulk: tuple[Entry, ...] = ()
+        # All that is active, while many plain steps follow each other.
+        self._stretch: Stretch | None = None
         self._gone: list[str] = []
         self._raised: list[tuple[str, Exception]] = []
         self.num_preempted = 0
@@ -207,6 +209,10 @@ class Scheduler:
         self._entries[sequence_id] = entry
         insort(self._active, entry, key=in_order)
         self.prefix_cache.store(entry)
+        if self._stretch is not None and seq.token_mask is None:
+            self._stretch.add(entry)
+        else:
+            self._settle()
 
     def cancel(self, sequence_id: str, now: float) -> None:
         """Compute the sequence no further. Its blocks go back unless it is to be released; unknown ids are ignored."""
@@ -222,6 +228,7 @@ class Scheduler:
         them at once. Until then it is not preempted, and waits when these are full. Raises Overloaded if it does not
         decode now, is lent already, or has filled ``num_blocks``.
         """
+        self._settle()
         entry = self._entries.get(sequence_id)
         if entry is None or not entry.can_lend:
             raise Overloaded(f"{sequence_id} does not decode on this node now; try again later")
@@ -244,6 +251,8 @@ class Scheduler:
         """
         entry = self._entries.get(sequence_id)
         if entry is not None and entry.phase in (Phase.WAITING, Phase.ACTIVE) and not entry.hands_off:
+            if entry.phase is Phase.ACTIVE:
+                self._settle()
             entry.hands_off = True
             entry.is_released = False
             self._to_hold.append(entry)
@@ -253,6 +262,7 @@ class Scheduler:
 
         Where all slots of decoding sequences are taken it gives its blocks back and is computed again in its turn.
         """
+        self._settle()
         entry = self._entries.get(sequence_id)
         if entry is not None:
             entry.max_tokens = None
@@ -286,6 +296,7 @@ class Scheduler:
         about them; `apply_in_bulk` takes such a step in.
         """
         assert len(self._plans) < 2 - in_bulk, "a step ahead of those that are neither applied nor failed"
+        self._settle()
         to_hold, self._to_hold = self._to_hold, []
         # One that is in a step, or has more to compute, is handed over when that step is applied.
         events: list[EngineEvent] = [self._hand_off(entry, now) for entry in to_hold if entry.can_hand_off]
@@ -382,8 +393,11 @@ class Scheduler:
             is_found = self.prefix_cache.is_on
             if now >= until_s or is_found or self._can_start(self._waiting[0], []):
                 return None
-        block_tokens = self.config.block_tokens
-        num_steps, num_kv_tokens = plain_steps.limit(self._active, self.pool, block_tokens, most)
+        stretch = self._stretch
+        if stretch is not None:
+            num_steps, num_kv_tokens = stretch.limit(most), stretch.num_kv_tokens
+        else:
+            num_steps, num_kv_tokens = plain_steps.limit(self._active, self.pool, self.config.block_tokens, most)
         if not num_steps:
             return None
         return PlainSteps(num_steps, StepShape(0, 0, len(self._active), num_kv_tokens), until_s)
@@ -404,13 +418,30 @@ class Scheduler:
         while self._next_overdue_s <= starts_s[-1]:
             first_s = starts_s[bisect_left(starts_s, self._next_overdue_s)]
             self._next_overdue_s = first_s + self.config.max_prompt_wait_s
-        active = self._active
-        full = plain_steps.advance(active, self.pool, self.prefix_cache, self.config.block_tokens, num_steps, token_id)
+        full = self._advance_plainly(num_steps, token_id)
         events: list[EngineEvent] = []
         named = [entry for name in last if (entry := self._entries.get(name)) and entry.phase is Phase.ACTIVE]
         for entry in sorted({*full, *named}, key=in_order):
+            if self._stretch is not None:
+                self._stretch.write(entry)
             events.append(self._drawn_plainly(entry, last, last_id, now))
         return events
+
+    def _advance_plainly(self, num_steps: int, token_id: int) -> list[Entry]:
+        """Returns those that may draw no more."""
+        active, block_tokens = self._active, self.config.block_tokens
+        if self._stretch is None or self._stretch.token_id != token_id:
+            self._settle()
+            if not plain_steps.can_stretch(active, self.prefix_cache):
+                return plain_steps.advance(active, self.pool, self.prefix_cache, block_tokens, num_steps, token_id)
+            self._stretch = Stretch(active, self.pool, block_tokens, token_id)
+        return self._stretch.advance(num_steps)
+
+    def _settle(self) -> None:
+        """Each sequence has what it has drawn, and more than decoding may follow."""
+        if self._stretch is not None:
+            self._stretch.settle()
+            self._stretch = None
 
     def _drawn_plainly(self, entry: Entry, last: Collection[str], last_id: int, now: float) -> Output:
         """The newest token may be its last one."""
@@ -438,7 +469,11 @@ class Scheduler:
     def token_ids(self, sequence_id: str) -> Seq[int]:
         """All that are known of a sequence, of which the caller changes nothing; empty for one that is not here."""
         entry = self._entries.get(sequence_id)
-        return () if entry is None else entry.sequence.token_ids
+        if entry is None:
+            return ()
+        if self._stretch is not None:
+            self._stretch.write(entry)
+        return entry.sequence.token_ids
 
     # -- questions
 
@@ -448,6 +483,8 @@ class Scheduler:
         # Pieces that will be dropped still write to its blocks.
         if entry is None or entry.is_overtaken:
             return 0
+        if self._stretch is not None:
+            self._stretch.write(entry)
         return entry.sequence.num_computed // self.config.block_tokens
 
     @property
@@ -476,9 +513,11 @@ class Scheduler:
         return raised
 
     def load(self) -> Load:
-        # Often, of a hundred that decode.
-        prompts, num_running, running_tokens = [*self._waiting], 0, 0
-        for entry in self._active:
+        prompts, num_running, running_tokens, active = [*self._waiting], 0, 0, self._active
+        if self._stretch is not None:
+            num_running, active = len(self._stretch), []
+            running_tokens = self._stretch.num_kv_tokens - num_running
+        for entry in active:
             if entry.is_prefilled:
                 num_running += 1
                 running_tokens += entry.sequence.num_computed
@@ -493,6 +532,8 @@ class Scheduler:
 
     def check(self) -> None:
         """Assert that scheduler and pool agree."""
+        if self._stretch is not None:
+            self._stretch.check(self._active)
         self.pool.check()
         holders = {e.sequence_id for e in self._entries.values() if e.sequence.block_ids} | set(self._leases)
         assert holders == self.pool.owners(), "pool and scheduler disagree on owners"
@@ -849,6 +890,8 @@ class Scheduler:
 
     def _retire(self, entry: Entry, now: float) -> None:
         """The sequence is over; its blocks go back once no step and no reader outside has them."""
+        if self._stretch is not None:
+            self._stretch.remove(entry)
         if entry.phase is Phase.WAITING:
             self._waiting.remove(entry)
         elif entry.phase is Phase.ACTIVE:

@@ -17,7 +17,7 @@ from engine.events import EngineEvent, Handoff, Output
 from engine.schedule import Scheduler
 from engine.step import Sequence, StepPlan, StepResult, StepShape
 from planner.fitted import NO_WAKE, Wake
-from planner.results import MachineUse
+from planner.results import MachineUse, Served
 from planner.sim.events import Events
 from planner.sim.gaps import Gaps
 from planner.sim.host import Host, Loop
@@ -91,8 +91,9 @@ class Engine:
         # Steps longer than all that came after them, by number: so the longest of a sequence's steps is found.
         self._long_numbers: list[int] = []
         self._long_s: list[float] = []
-        # By sequence id, the number of the first step that it decoded in.
+        # By sequence id, the number of the first step that it decoded in, and what it comes to.
         self._since: dict[str, int] = {}
+        self._served: dict[str, Served] = {}
         # Those that are to decode and were in no step that does, and those whose first such step runs.
         self._starting: dict[str, SimulatedRequest] = {}
         self._started: list[SimulatedRequest] = []
@@ -117,6 +118,7 @@ class Engine:
 
     def _decodes(self, sequence_id: str, request: SimulatedRequest, num_generated: int) -> None:
         self._since[sequence_id] = self._num_steps
+        self._served[sequence_id] = request.served
         if request.served.decode_start_s is None or request.served.second_token_s is None:
             self._starting[sequence_id] = request
         heapq.heappush(self._ends, (self._num_steps + request.num_output_tokens - num_generated, sequence_id))
@@ -157,6 +159,7 @@ class Engine:
         request = self._requests.pop(sequence_id, None)
         self._told.pop(sequence_id, None)
         self._starting.pop(sequence_id, None)
+        self._served.pop(sequence_id, None)
         since = self._since.pop(sequence_id, None)
         if request is not None and since is not None and since < self._num_steps:
             longest_s = self._long_s[bisect_left(self._long_numbers, since)]
@@ -378,15 +381,21 @@ class Engine:
         use.max_kv_tokens = max(use.max_kv_tokens, bulk.shape.num_kv_tokens)
         energy_j = seconds * self._power.step_w(bulk.shape)
         use.decode_energy_j += energy_j
-        self._share(energy_j, self.scheduler.active_ids)
+        self._share(energy_j, bulk.shape.num_decoding)
         last_s = bulk.first_s + bulk.growth_s * (num_steps - 1)
         self._note_step(self._num_steps + num_steps - 1, max(bulk.first_s, last_s))
         self.scheduler.measured.add(bulk.shape, bulk.first_s)
 
-    def _share(self, energy_j: float, sequence_ids: list[str]) -> None:
-        each_j, requests = energy_j / len(sequence_ids), self._requests
-        for sequence_id in sequence_ids:
-            requests[sequence_id].served.energy_j += each_j
+    def _share(self, energy_j: float, num_decoding: int) -> None:
+        """Among all that decode now."""
+        each_j, served = energy_j / num_decoding, self._served
+        if len(served) == num_decoding:
+            for each in served.values():
+                each.energy_j += each_j
+            return
+        # Others wait, or were handed over.
+        for sequence_id in self.scheduler.active_ids:
+            served[sequence_id].energy_j += each_j
 
     def _note_step(self, number: int, seconds: float) -> None:
         numbers, long_s = self._long_numbers, self._long_s

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from baton.errors import Overloaded
+from baton.errors import NoBlocks, Overloaded
 from baton.prefix import PrefixScheme
 from baton.types import FinishReason, KvLayout, PrefixCaching, SamplingParams, SequenceSpec, TokenChunk
 from engine.blocks import BlockPool
@@ -49,6 +49,14 @@ class Node:
             self.scheduler.add(spec, hands_off=hands_off, now=self.now)
         except Overloaded:
             del self.lengths[spec.sequence_id]
+
+    def join(self, spec: SequenceSpec, length: int) -> None:
+        try:
+            self.scheduler.reserve(spec, self.now)
+        except (NoBlocks, Overloaded):
+            return
+        self.lengths[spec.sequence_id] = length
+        self.scheduler.join(spec.sequence_id, TokenChunk(spec.sequence_id, 0, (0,)), self.now)
 
     def run(self, num_steps: int) -> None:
         while num_steps > 0:
@@ -134,19 +142,29 @@ ADD = st.tuples(
 RUN = st.tuples(st.just("run"), st.integers(1, 40))
 # hold, release, resume, cancel, lend: one of the sequences.
 OTHER = st.tuples(st.sampled_from(["hold", "release", "resume", "cancel", "lend"]), st.integers(0, 9))
+# A sequence whose prompt another node has computed.
+JOIN = st.tuples(st.just("join"), st.integers(1, 24), st.integers(2, 30), st.integers(3, 30))
 DURING = st.tuples(st.just("during"), OTHER)
 
 
 @pytest.mark.parametrize("scheme", [None, SCHEME], ids=["without a cache", "with a cache"])
 @settings(max_examples=150)
-@given(ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER, DURING), min_size=2, max_size=25))
-def test_many_at_once_are_one_after_the_other(scheme: PrefixScheme | None, ops: list[tuple[object, ...]]) -> None:
+@given(
+    ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER, DURING, JOIN), min_size=2, max_size=25), is_looked_at=st.booleans()
+)
+def test_many_at_once_are_one_after_the_other(
+    scheme: PrefixScheme | None, ops: list[tuple[object, ...]], is_looked_at: bool
+) -> None:
+    """Whether or not anybody looks meanwhile at what was drawn."""
     nodes = [Node(scheme, is_in_bulk=is_in_bulk) for is_in_bulk in (False, True)]
     for number, op in enumerate((*ops, ("run", 60))):
         for node in nodes:
             do(node, number, op)
-            node.scheduler.check()
-        assert nodes[0].state() == nodes[1].state()
+            if is_looked_at or number == len(ops):
+                node.scheduler.check()
+        if is_looked_at or number == len(ops):
+            assert nodes[0].state() == nodes[1].state()
+        assert nodes[0].scheduler.load() == nodes[1].scheduler.load()
 
 
 def do(node: Node, number: int, op: tuple[object, ...]) -> None:
@@ -158,6 +176,9 @@ def do(node: Node, number: int, op: tuple[object, ...]) -> None:
             prompt = (number % 2,) * num_prompt
             spec = SequenceSpec(f"s{number}-{num_prompt}", prompt, sampling, priority=priority)
             node.add(spec, length, hands_off=hands_off)
+        case ("join", int(num_prompt), int(length), int(most)):
+            sampling = SamplingParams(seed=0, max_tokens=most, stop_token_ids=(STOP_ID,))
+            node.join(SequenceSpec(f"s{number}-{num_prompt}", (number % 2,) * num_prompt, sampling), length)
         case ("run", int(num_steps)):
             node.run(num_steps)
         case ("during", tuple(other)):
@@ -229,3 +250,23 @@ def test_sequences_have_pieces_where_one_has_to_yield() -> None:
         node.step()
     assert node.scheduler.num_preempted > 0
     assert node.num_in_pieces > 0
+
+
+def test_what_was_drawn_is_written_when_somebody_looks() -> None:
+    node = Node(None, is_in_bulk=True)
+    for number in range(3):
+        do(node, number, ("add", 4, 20, 30, 0, False))
+    node.run(3)
+    scheduler, sequence = node.scheduler, node.scheduler._entries["s0-4"].sequence
+    num_written = len(scheduler.token_ids("s0-4"))
+    plain = scheduler.plain_steps(5, node.now)
+    assert plain is not None
+    assert scheduler.decode(node.now, [node.now + i for i in (1.0, 2.0, 3.0, 4.0, 5.0)], 0) == []
+    assert len(sequence.token_ids) == num_written
+    assert scheduler.load().running_tokens == plain.shape.num_kv_tokens - 3 + 15
+    assert len(scheduler.token_ids("s0-4")) == len(sequence.token_ids) == num_written + 5
+    node.join(SequenceSpec("s9-4", (1,) * 4, SamplingParams(seed=0, max_tokens=9, stop_token_ids=(STOP_ID,))), 9)
+    following = scheduler.plain_steps(1, node.now)
+    assert following is not None
+    assert following.shape == StepShape(0, 0, 4, plain.shape.num_kv_tokens + 15 + 5)
+    scheduler.check()
