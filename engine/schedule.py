@@ -52,6 +52,9 @@ from engine.step_budget import StepBudget
 from engine.step_times import MeasuredSteps
 
 
+_STRETCH_AFTER = 3
+
+
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """Blocks for a sequence that another node computes."""
@@ -115,7 +118,8 @@ class Scheduler:
         self._plans: deque[StepPlan] = deque()
         # Those of the plan under way that have no piece in it.
         self._in_bulk: tuple[Entry, ...] = ()
-        # All that is active, while many plain steps follow each other.
+        # How often plain steps came in a row, and all that is active if that was often.
+        self._num_in_a_row = 0
         self._stretch: Stretch | None = None
         self._gone: list[str] = []
         self._raised: list[tuple[str, Exception]] = []
@@ -211,7 +215,7 @@ class Scheduler:
         self.prefix_cache.store(entry)
         if self._stretch is not None and seq.token_mask is None:
             self._stretch.add(entry)
-        else:
+        elif self._stretch is not None:
             self._settle()
 
     def cancel(self, sequence_id: str, now: float) -> None:
@@ -430,15 +434,20 @@ class Scheduler:
     def _advance_plainly(self, num_steps: int, token_id: int) -> list[Entry]:
         """Returns those that may draw no more."""
         active, block_tokens = self._active, self.config.block_tokens
-        if self._stretch is None or self._stretch.token_id != token_id:
+        if self._stretch is not None and self._stretch.token_id != token_id:
             self._settle()
-            if not plain_steps.can_stretch(active, self.prefix_cache):
+        self._num_in_a_row += 1
+        if self._stretch is None:
+            # A stretch costs as much to begin as some steps.
+            is_begun = self._num_in_a_row > _STRETCH_AFTER and plain_steps.can_stretch(active, self.prefix_cache)
+            if not is_begun:
                 return plain_steps.advance(active, self.pool, self.prefix_cache, block_tokens, num_steps, token_id)
             self._stretch = Stretch(active, self.pool, block_tokens, token_id)
         return self._stretch.advance(num_steps)
 
     def _settle(self) -> None:
         """Each sequence has what it has drawn, and more than decoding may follow."""
+        self._num_in_a_row = 0
         if self._stretch is not None:
             self._stretch.settle()
             self._stretch = None

@@ -256,7 +256,8 @@ def test_what_was_drawn_is_written_when_somebody_looks() -> None:
     node = Node(None, is_in_bulk=True)
     for number in range(3):
         do(node, number, ("add", 4, 20, 30, 0, False))
-    node.run(3)
+    for _ in range(6):
+        node.run(1)
     scheduler, sequence = node.scheduler, node.scheduler._entries["s0-4"].sequence
     num_written = len(scheduler.token_ids("s0-4"))
     plain = scheduler.plain_steps(5, node.now)
