@@ -53,7 +53,7 @@ class Network:
         self.node = node
         # That all of them share, if they do.
         self.host = host
-        # The router's, if it takes time.
+        # That all tokens pass, if that takes time.
         self.loop = loop
 
 
@@ -118,8 +118,8 @@ class Node:
         self._num_leases = 0
         self._outbox: list[NodeMessage] = []
         self._inbox: deque[tuple[bool, prefill.Event | decode.Event]] = deque()
-        # When what was sent last arrives: messages of a session do not overtake each other.
-        self._arrives_s = self._arrived_s = 0.0
+        # When what was sent last arrives, here and there: messages of a session do not overtake each other.
+        self._inbound_s = self._outbound_s = 0.0
         self._is_handling = False
         self._is_rejected = False
         self._cache_feed: CacheFeed | None = None if self.description.prefix_cache is None else pool.known.follow()
@@ -159,8 +159,8 @@ class Node:
 
     def send(self, message: RouterMessage) -> None:
         """By the router: it arrives later."""
-        self._arrives_s = max(self._arrives_s, self.events.now_s + self._message_s())
-        self.events.at(self._arrives_s, self.received, self.incarnation, message)
+        self._inbound_s = max(self._inbound_s, self.events.now_s + self._message_s())
+        self.events.at(self._inbound_s, self.received, self.incarnation, message)
 
     def received(self, incarnation: int, message: RouterMessage) -> None:
         if not self.is_up or incarnation != self.incarnation:
@@ -257,8 +257,8 @@ class Node:
     def _post(self) -> None:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
-            self._arrived_s = max(self._arrived_s, self.events.now_s + self._message_s())
-            self.events.at(self._arrived_s, self._network.heard, self.node_id, outbox)
+            self._outbound_s = max(self._outbound_s, self.events.now_s + self._message_s())
+            self.events.at(self._outbound_s, self._network.heard, self.node_id, outbox)
 
     def _note_roles(self, changes: list[RoleChanged]) -> None:
         for change in changes:
