@@ -41,7 +41,7 @@ class Shapes:
     # their KV, and many at a time make nodes compute beside each other and steps of both phases.
     batches: tuple[tuple[int, int], ...] = ((1, 16), (1, 1024), (4, 16), (4, 512), (16, 16), (16, 128), (32, 64))
     # Requests at a time, prompt tokens of each, and how many of them in a row: all but the first come to nodes that
-    # compute.
+    # compute. One in a row: none is sent.
     in_a_row: tuple[int, int, int] = (8, 64, 3)
     # Of a prompt alone: enough that its KV is moved.
     num_alone_tokens: int = 4
@@ -63,11 +63,12 @@ class Shapes:
                 sizes = same_size(streams, n, self.num_output_tokens)
                 yield closed(f"{streams} at a time", sizes, streams, self.limit_s)
 
-    def overlapping(self, max_model_tokens: int) -> Load:
+    def overlapping(self, max_model_tokens: int) -> Iterator[Load]:
         streams, n, count = self.in_a_row
         half = max_model_tokens // 2
-        sizes = same_size(streams * count, min(n, half), min(self.num_output_tokens, half))
-        return closed(f"{streams} at a time, {count} in a row", sizes, streams, self.limit_s)
+        if count > 1:
+            sizes = same_size(streams * count, min(n, half), min(self.num_output_tokens, half))
+            yield closed(f"{streams} at a time, {count} in a row", sizes, streams, self.limit_s)
 
 
 def profile(address: str, api_key: str, out: Path, shapes: Shapes, console: Console) -> None:
@@ -100,9 +101,12 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
     parts = [await meter.end(single)]
     ttfts_s = [answer.stamps_s[0] - answer.sent_s for answer in single]
     console.print(f"measured {len(single)} single requests", highlight=False)
-    for load in (*shapes.together(max_model_tokens), shapes.overlapping(max_model_tokens)):
+    overlap = Observed()
+    for load in (*shapes.together(max_model_tokens), *shapes.overlapping(max_model_tokens)):
         await meter.begin()
         parts.append(await meter.end(await _sent(cluster, asking, load)))
+        if len(load.requests) > load.streams:
+            overlap = parts[-1]
         console.print(f"measured {load.name}", highlight=False)
     elapsed_s, after_j = time.monotonic() - began_s, await _joules(cluster)
     node, alone, everything = cluster.nodes[0], parts[0], Observed.joined(parts)
@@ -112,7 +116,7 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
     idle_w = None if idle_j is None or before_j is None else (before_j - idle_j) / _IDLE_S / count
     drawn_j = None if before_j is None or after_j is None else after_j - before_j
     requests = request_times(alone.relays, ttfts_s, second_s)
-    busy = busy_of(parts[-1].relays[shapes.in_a_row[0] :], parts[-1].steps, found.line)
+    busy = busy_of(overlap.relays[shapes.in_a_row[0] :], overlap.steps, found.line)
     return Measured(
         model=node.model.name,
         device=node.device,

@@ -63,7 +63,7 @@ async def test_steps_alone_take_what_the_runner_takes() -> None:
         router_beside(cluster, **ALWAYS) as router,
         AsyncClient(router.grpc or "") as client,
     ):
-        alone = replace(SMALL, batches=())
+        alone = replace(SMALL, batches=(), in_a_row=(1, 4, 1))
         measured = await measure(await live(client, router.grpc or ""), {}, alone, Console(quiet=True))
     assert not measured.sharing
     for point in measured.points:
