@@ -8,6 +8,7 @@ from baton.types import KvLayout
 from engine.step import StepShape
 from planner.fitted import Line, Point, RequestTimes, Transfers
 from planner.measured import Measured
+from planner.overhead import NO_OVERHEAD
 
 LINE = Line(0.01, 1e-4, 0.0, 1e-3, 1e-6)
 MEASURED = Measured(
@@ -29,5 +30,6 @@ def too_fast(measured: Measured) -> Measured:
         line=line,
         points=tuple(replace(point, seconds=point.seconds / _TIMES_AS_FAST) for point in measured.points),
         requests=RequestTimes(requests.fixed_s / _TIMES_AS_FAST, requests.message_s / _TIMES_AS_FAST),
+        overhead=NO_OVERHEAD,
         transfers=None if moved is None else Transfers(moved.latency_s / _TIMES_AS_FAST, moved.bytes_s),
     )

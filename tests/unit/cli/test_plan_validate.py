@@ -33,7 +33,7 @@ from tests.support.router import router_beside
 NODE = FakeConfig(transfer_s=0.002, vocab_size=2048, step_s=0.004, prefill_token_s=1e-4)
 ALWAYS: dict[str, Any] = {"policy": PolicyConfig(disaggregation="always")}
 PLAN = Plan(prompt_tokens=40, output_tokens=5, rates=(10.0, 20.0), num_requests=6)
-FEW = Shapes(prompts=(8, 64), batches=((3, 32),), num_output_tokens=8, repeats=2)
+FEW = Shapes(prompts=(8, 64), batches=((3, 32),), in_a_row=(3, 16, 2), num_output_tokens=8, repeats=2)
 WIDE = Limits(100.0, 100.0)
 
 
