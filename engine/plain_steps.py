@@ -98,11 +98,11 @@ def advance(
             fulls = range(start // block_tokens * block_tokens + block_tokens, end + 1, block_tokens)
             due += [(full - start - 1, True, place) for full in fulls]
         sequence.num_computed = end
-    for step, is_full, place in sorted(due):
+    for number, is_full, place in sorted(due):
         entry = entries[place]
         if is_full:
             sequence = entry.sequence
-            end, sequence.num_computed = sequence.num_computed, sequence.num_computed - num_steps + step + 1
+            end, sequence.num_computed = sequence.num_computed, sequence.num_computed - num_steps + number + 1
             cache.store(entry)
             sequence.num_computed = end
         else:

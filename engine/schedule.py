@@ -51,7 +51,7 @@ from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape, TokenM
 from engine.step_budget import StepBudget
 from engine.step_times import MeasuredSteps
 
-
+# Plain steps in a row, cuts included, after which they are followed as a stretch.
 _STRETCH_AFTER = 3
 
 

@@ -86,7 +86,8 @@ class Engine:
         # Steps that decoded, and by their number when sequences that decode end at the earliest.
         self._num_steps = 0
         self._ends: list[tuple[int, str]] = []
-        # Joined, and in no step yet.
+        # Joined, and in no step yet; and those whose first step runs.
+        self._joined: list[SimulatedRequest] = []
         self._fresh: list[SimulatedRequest] = []
         # Steps longer than all that came after them, by number: so the longest of a sequence's steps is found.
         self._long_numbers: list[int] = []
@@ -114,7 +115,7 @@ class Engine:
         request = self._requests[sequence_id]
         self._told[sequence_id] = num_told
         self._decodes(sequence_id, request, num_told)
-        self._fresh.append(request)
+        self._joined.append(request)
 
     def _decodes(self, sequence_id: str, request: SimulatedRequest, num_generated: int) -> None:
         self._since[sequence_id] = self._num_steps
@@ -352,6 +353,8 @@ class Engine:
 
     def _note_starts(self, now: float) -> None:
         """A step that decodes begins."""
+        if self._joined:
+            self._fresh, self._joined = self._joined, []
         if not self._starting:
             return
         for sequence_id, request in list(self._starting.items()):

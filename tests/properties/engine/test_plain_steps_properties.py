@@ -150,7 +150,8 @@ DURING = st.tuples(st.just("during"), OTHER)
 @pytest.mark.parametrize("scheme", [None, SCHEME], ids=["without a cache", "with a cache"])
 @settings(max_examples=150)
 @given(
-    ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER, DURING, JOIN), min_size=2, max_size=25), is_looked_at=st.booleans()
+    ops=st.lists(st.one_of(ADD, ADD, RUN, RUN, OTHER, DURING, JOIN), min_size=2, max_size=25),
+    is_looked_at=st.booleans(),
 )
 def test_many_at_once_are_one_after_the_other(
     scheme: PrefixScheme | None, ops: list[tuple[object, ...]], is_looked_at: bool
@@ -168,7 +169,6 @@ def test_many_at_once_are_one_after_the_other(
 
 
 def do(node: Node, number: int, op: tuple[object, ...]) -> None:
-    scheduler = node.scheduler
     match op:
         case ("add", int(num_prompt), int(length), int(most), int(priority), bool(hands_off)):
             sampling = SamplingParams(seed=0, max_tokens=most, stop_token_ids=(STOP_ID,))
@@ -184,21 +184,27 @@ def do(node: Node, number: int, op: tuple[object, ...]) -> None:
         case ("during", tuple(other)):
             node.step(lambda: do(node, number, other))
         case (str(what), int(which)):
-            names = sorted(name for name in node.lengths if name in scheduler.pool)
-            if not names:
-                return
-            name = names[which % len(names)]
-            phase = scheduler._entries[name].phase.name
-            if what == "lend" and scheduler._entries[name].can_lend:
-                scheduler.lend(name, len(scheduler.pool.block_ids(name)) + 1)
-            elif what == "resume" and (phase == "HELD" or scheduler._entries[name].is_lent):
-                scheduler.resume(name, node.now)
-            elif what == "hold":
-                scheduler.hold(name)
-            elif what == "cancel":
-                scheduler.cancel(name, node.now)
-            elif what == "release":
-                scheduler.release(name, node.now)
+            change(node, what, which)
+
+
+def change(node: Node, what: str, which: int) -> None:
+    """One of the sequences that have blocks."""
+    scheduler = node.scheduler
+    names = sorted(name for name in node.lengths if name in scheduler.pool)
+    if not names:
+        return
+    name = names[which % len(names)]
+    phase = scheduler._entries[name].phase.name
+    if what == "lend" and scheduler._entries[name].can_lend:
+        scheduler.lend(name, len(scheduler.pool.block_ids(name)) + 1)
+    elif what == "resume" and (phase == "HELD" or scheduler._entries[name].is_lent):
+        scheduler.resume(name, node.now)
+    elif what == "hold":
+        scheduler.hold(name)
+    elif what == "cancel":
+        scheduler.cancel(name, node.now)
+    elif what == "release":
+        scheduler.release(name, node.now)
 
 
 def test_what_only_decodes_is_one_piece() -> None:
