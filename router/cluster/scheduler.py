@@ -143,12 +143,14 @@ class Scheduler(Generic[ItemT]):
         node = self._loads.node(node_id)
         if node is None:
             return
-        before = node.role, node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens
+        roles = node.role, node.home_role
+        before = node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens
         self._loads.status(node_id, status)
-        if before != (node.role, node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens):
+        counts = node.pending_prompt_tokens, node.pending_decode_tokens, node.free_tokens
+        if before != counts or node.role is not roles[0]:
             self.has_news = True
-        if node_id in self._pools:
-            self._pools.put(node)  # it may act in another role now
+        if roles != (node.role, node.home_role) and node_id in self._pools:
+            self._pools.put(node)
 
     def cache_changed(self, node_id: str, change: CacheChanged) -> None:
         """What the node's prefix cache holds from now on."""
