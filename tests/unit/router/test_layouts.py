@@ -51,14 +51,16 @@ async def test_18_a_node_of_another_layout_is_refused_with_both_and_harms_no_req
         await cluster["odd"].die()
         async with router_beside(cluster, all_up=False) as router:
             members = router.dispatcher.nodes.members
-            await until(lambda: sum(m.state is State.READY for m in members) == 2)
+            await until(lambda: sum(m.state is State.READY for m in members) == 2, 20.0)
             began_s = time.monotonic()
             await cluster["odd"].start()
             async with baton.AsyncClient(router.grpc or "") as client:
-                calls = [client.complete([3, n], max_tokens=12, seed=n) for n in range(NUM_REQUESTS)]
-                done = await asyncio.gather(*calls)
-                await until(lambda: any(m.state is State.REFUSED for m in members))
+                calls = [
+                    asyncio.create_task(client.complete([3, n], max_tokens=12, seed=n)) for n in range(NUM_REQUESTS)
+                ]
+                await until(lambda: any(m.state is State.REFUSED for m in members), 20.0)
                 figure(18, "start of a node of another layout to its refusal", time.monotonic() - began_s)
+                done = await asyncio.gather(*calls)
                 told = [n.state for n in (await client.status()).nodes if n.state.startswith("refused")]
             vocab = FakeConfig().vocab_size
             for n, completion in enumerate(done):
