@@ -4,6 +4,7 @@ and shared links are simulated. Conservation is checked at the end of every run,
 from __future__ import annotations
 
 from dataclasses import replace
+from random import Random
 
 import pytest
 
@@ -159,6 +160,19 @@ def test_sequences_move_off_a_node_without_room() -> None:
     found = run(requests, design(1, 2, machine=small), config)
     assert all(one.is_whole for one in found.served)
     assert found.counters["moves_moved"] + found.counters["preemptions"] > 0
+
+
+@pytest.mark.parametrize("seed", [41, 44, 45, 47])
+def test_a_sequence_that_waits_for_blocks_while_others_decode_ends_where_it_is_to(seed: int) -> None:
+    """Others take as many steps at once as it has to go."""
+    rng = Random(seed)
+    small = replace(MACHINE, memory_bytes=rng.choice([6e6, 9e6, 1.3e7]))
+    requests = [Request(i, 0.05 * i, rng.randint(20, 120), rng.randint(60, 200)) for i in range(5)]
+    policy = PolicyConfig(disaggregation="never", migrates=False)
+    config = SimulationConfig(policy=policy, scheduler=SchedulerConfig(block_tokens=16), max_output_tokens=300)
+    found = run(requests, design(0, 0, 1, machine=small), config)
+    assert found.counters["preemptions"] > 0
+    assert [each.num_tokens for each in found.served] == [each.num_output_tokens for each in requests]
 
 
 def test_a_model_that_does_not_fit_is_refused() -> None:
