@@ -109,7 +109,7 @@ async def test_no_decode_node_has_a_part_in_it(folder: Path) -> None:
         ({"input": "x", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "x", "dimensions": 0}, "dimensions"),
         ({"input": "x", "stream": True}, "stream"),
-        ({"input": [7] * 2048}, "input"),
+        ({"input": [7] * 2049}, "input"),
         ({"input": [VOCAB_SIZE]}, "input"),
     ],
 )
