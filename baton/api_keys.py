@@ -1,4 +1,5 @@
-"""API keys as operators give them: KEY, or NAME:WEIGHT=KEY. No message shows a key."""
+"""API keys as operators give them: KEY, NAME:WEIGHT=KEY, or NAME:WEIGHT/REQUESTS/SEQUENCES=KEY with limits. No message
+shows a key."""
 
 from __future__ import annotations
 
@@ -9,7 +10,10 @@ from baton.errors import BadConfig
 
 # Beyond these is a slip: one client would have everything, or nothing.
 _MIN_WEIGHT, _MAX_WEIGHT = 0.001, 1000
-_NAMED = re.compile(r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<weight>[0-9]{1,9}(?:\.[0-9]{1,9})?)=(?P<secret>.+)")
+_NAMED = re.compile(
+    r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<weight>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
+    r"(?:/(?P<requests>[0-9]{1,9})(?:/(?P<sequences>[0-9]{1,9}))?)?=(?P<secret>.+)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +23,10 @@ class ApiKey:
     name: str = ""
     # Of the work that several clients have waiting, the client with this key gets this share.
     weight: float = 1.0
+    # 0: no limit.
+    requests_per_minute: int = 0
+    # That wait or run at once.
+    max_sequences: int = 0
 
     @classmethod
     def parse(cls, text: str) -> ApiKey:
@@ -30,7 +38,8 @@ class ApiKey:
         if not _MIN_WEIGHT <= weight <= _MAX_WEIGHT:
             expected = f"{_MIN_WEIGHT} to {_MAX_WEIGHT}"
             raise BadConfig(f"api_keys has weight {weight:g} for {name}, expected {expected}", param="api_keys")
-        return cls(secret, name, weight)
+        requests, sequences = (int(found[x] or 0) if found else 0 for x in ("requests", "sequences"))
+        return cls(secret, name, weight, requests, sequences)
 
 
 def secret_of(texts: str) -> str:

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +24,8 @@ import grpc
 from grpc import aio
 
 from baton import codec, errors
+from baton.access import AccessConfig
+from baton.channels import dial, dial_blocking
 from baton.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from baton.chat_codec import choice_to_pb, message_to_pb, tool_to_pb
 from baton.observe import FailedAttempt, Moved, Relay, Stamp
@@ -55,6 +58,7 @@ _CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
     grpc.StatusCode.CANCELLED: errors.Cancelled,
     grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: errors.Forbidden,
 }
 
 # What gRPC itself says, on either side, of messages and metadata over its limits: no later try fits better.
@@ -214,12 +218,23 @@ _SAMPLING_NAMES = frozenset(f.name for f in fields(SamplingParams))
 class Client:
     """Thread-safe. Every method raises an error of baton.errors."""
 
-    def __init__(self, address: str | Sequence[str], *, api_key: str = "", patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        api_key: str = "",
+        patience_s: float = PATIENCE_S,
+        tls_ca: str | Path | None = None,
+        tls_name: str = "",
+    ) -> None:
         """``address``: host:port of a router, or of several of one cluster, with a comma between them or as a sequence;
-        the first is asked first. ``patience_s``: how long a stream that has lost its router looks for one; 0: not."""
+        the first is asked first. ``patience_s``: how long a stream that has lost its router looks for one; 0: not.
+        ``tls_ca``: a file with the authority of the routers' certificates, in PEM; without it channels are plain.
+        ``tls_name``: the name in the certificates, if it is not the host of ``address``. Raises BadConfig."""
         self._metadata = _credentials(api_key)
         self._patience_s = patience_s
-        self._channels = [grpc.insecure_channel(each, options=_OPTIONS) for each in _addresses(address)]
+        access = _trusting(tls_ca, tls_name)
+        self._channels = [dial_blocking(each, access, _OPTIONS) for each in _addresses(address)]
         self._stubs = [router_pb2_grpc.RouterStub(channel) for channel in self._channels]
         self._stub = self._stubs[0]
 
@@ -310,11 +325,20 @@ class Client:
 class AsyncClient:
     """Create it and use it on one event loop."""
 
-    def __init__(self, address: str | Sequence[str], *, api_key: str = "", patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        api_key: str = "",
+        patience_s: float = PATIENCE_S,
+        tls_ca: str | Path | None = None,
+        tls_name: str = "",
+    ) -> None:
         """As `Client`."""
         self._metadata = _credentials(api_key)
         self._patience_s = patience_s
-        self._channels = [aio.insecure_channel(each, options=_OPTIONS) for each in _addresses(address)]
+        access = _trusting(tls_ca, tls_name)
+        self._channels = [dial(each, access, _OPTIONS) for each in _addresses(address)]
         self._stubs = [router_pb2_grpc.RouterStub(channel) for channel in self._channels]
         self._stub = self._stubs[0]
 
@@ -442,6 +466,10 @@ def _move_from_pb(message: router_pb2.Relay.Moved) -> Moved:
     return Moved(
         message.source_node_id, message.target_node_id, message.reason, message.at_s, message.pause_s, message.num_bytes
     )  # fmt: skip
+
+
+def _trusting(tls_ca: str | Path | None, tls_name: str) -> AccessConfig:
+    return AccessConfig(tls_ca=None if tls_ca is None else Path(tls_ca), tls_name=tls_name)
 
 
 def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:

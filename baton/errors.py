@@ -6,8 +6,10 @@ BatonError
 │   ├── UnknownModel      the name is not served here                         NOT_FOUND           404
 │   ├── UnknownNode       no such node is in the cluster                      NOT_FOUND           404
 │   └── UnknownResponse   no such response is kept here                       NOT_FOUND           404
-├── Unauthenticated       no API key, or not one of ours                      UNAUTHENTICATED     401
+├── Unauthenticated       no key, or not one of ours                          UNAUTHENTICATED     401
+├── Forbidden             a client's key where the admin's is needed          PERMISSION_DENIED   403
 ├── Overloaded            refused now, come back later                        RESOURCE_EXHAUSTED  429   retryable
+│   ├── RateLimited       more than its API key may have                      RESOURCE_EXHAUSTED  429   retryable
 │   ├── NoBlocks          the node's KV pool has no room                      RESOURCE_EXHAUSTED  429   retryable
 │   └── TooLate           it would miss its objectives                        RESOURCE_EXHAUSTED  429   retryable
 │       └── Shed          the same, refused before others for its priority    RESOURCE_EXHAUSTED  429   retryable
@@ -90,11 +92,21 @@ class Unauthenticated(BatonError):
     openai_type = "invalid_request_error"
 
 
+class Forbidden(BatonError):
+    grpc_status = "PERMISSION_DENIED"
+    http_status = 403
+    openai_type = "invalid_request_error"
+
+
 class Overloaded(BatonError):
     grpc_status = "RESOURCE_EXHAUSTED"
     http_status = 429
     openai_type = "rate_limit_error"
     retryable = True
+
+
+class RateLimited(Overloaded):
+    pass
 
 
 class NoBlocks(Overloaded):

@@ -88,11 +88,14 @@ class GrpcServer:
         *,
         guards: Sequence[grpc.aio.ServerInterceptor] = (),
         parsers: Sequence[grpc.aio.ServerInterceptor] = (),
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         """``on_malformed`` is called for every message that cannot be parsed.
 
         ``guards`` see a call first, before its message is parsed; ``parsers`` see it last, and their errors are mapped.
+        ``credentials`` come from `baton/channels.py`; None: ports are plain.
         """
+        self._credentials = credentials
         self._server = grpc.aio.server(
             options=(limits or ServerLimits()).options(),
             interceptors=[*guards, ErrorMappingInterceptor(on_malformed), *parsers],
@@ -115,7 +118,10 @@ class GrpcServer:
         if not colon or not port.isdigit():
             raise BadConfig(f"listen address is {listen!r}, expected host:port", param=param)
         try:
-            bound = self._server.add_insecure_port(listen)
+            if self._credentials is None:
+                bound = self._server.add_insecure_port(listen)
+            else:
+                bound = self._server.add_secure_port(listen, self._credentials)
         except RuntimeError as error:
             raise BadConfig(f"cannot listen on {listen}: {error}", param=param) from error
         if bound == 0:

@@ -20,7 +20,7 @@ from baton.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from baton.registry import RegistryConfig
 from baton.settings import keys
 from baton.types import MAX_PRIORITY, MIN_PRIORITY, Role
-from cli import ask, bench, plan, preflight
+from cli import ask, bench, environment, plan, preflight
 from cli.options import finite, path, plain
 from cli.router import router
 from cli.show import role_change, wide_console
@@ -70,6 +70,9 @@ Priority = Annotated[
     ),
 ]
 ApiKey = Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's, if any.")]
+AdminKey = Annotated[
+    str, typer.Option(envvar="BATON_ADMIN_KEY", show_envvar=True, help="The router's admin key, if it has keys.")
+]
 
 for command in (up, worker, router):
     app.command(cls=Serving)(command)
@@ -150,9 +153,10 @@ def status(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Show nodes, roles, queues and blocks of a running cluster."""
-    with _client(router, api_key) as client, contextlib.suppress(KeyboardInterrupt):
+    with _client(router, api_key, admin_key) as client, contextlib.suppress(KeyboardInterrupt):
         ask.show_status(client, wide_console(), with_ledger=ledger, as_json=as_json, watch_s=watch)
 
 
@@ -162,9 +166,10 @@ def prefix_caches(
     router: Router = _ROUTER,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Show the prefix cache of every node, or drop them; exit code 1 if a node did not answer."""
-    with _client(router, api_key) as client:
+    with _client(router, api_key, admin_key) as client:
         has_all = ask.show_caches(client, wide_console(), drop=drop, as_json=as_json)
     raise typer.Exit(0 if has_all else 1)
 
@@ -180,12 +185,13 @@ def trace(
     ] = 10.0,
     router: Router = _ROUTER,
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Write what router and nodes did in the last seconds as a Chrome trace: steps, transfers, writes, requests."""
     from cli.trace import write
 
     preflight.writable_file(output, "--output")
-    with _client(router, api_key) as client:
+    with _client(router, api_key, admin_key) as client:
         write(client, last, output, Console())
 
 
@@ -202,9 +208,16 @@ def drain_node(
             help="Seconds until what still runs is cut off. 0: the node's own --grace.",
         ),
     ] = 0.0,
-    direct: Annotated[bool, typer.Option("--direct", help="Ask the worker at host:port itself, not a router.")] = False,
+    direct: Annotated[
+        bool,
+        typer.Option(
+            "--direct",
+            help="Ask the worker at host:port itself, not a router; BATON_CLUSTER_KEY has the key of its cluster.",
+        ),
+    ] = False,
     wait: Annotated[bool, typer.Option(help="Return only when the node has left.")] = True,
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Let a worker finish what it has and leave; it gets nothing new, and no request fails."""
     from cli import draining
@@ -212,9 +225,9 @@ def drain_node(
     console = Console(soft_wrap=True)
     if direct:
         parse_address(node, "NODE", lowest_port=1)
-        draining.drain_directly(node, grace, console, waits=wait)
+        draining.drain_directly(node, grace, console, environment.access(), waits=wait)
         return
-    with _client(router, api_key) as client:
+    with _client(router, api_key, admin_key) as client:
         draining.drain(client, node, grace, console, waits=wait)
 
 
@@ -227,9 +240,10 @@ def set_role(
     ],
     router: Router = _ROUTER,
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Put a worker into another pool without a restart; what it has goes on, and no request fails."""
-    with _client(router, api_key) as client:
+    with _client(router, api_key, admin_key) as client:
         answer = client.set_role(node, None if role is AskedRole.AUTO else Role(role.value)).role
     Console(soft_wrap=True).print(role_change(answer), markup=False, highlight=False)
 
@@ -241,6 +255,7 @@ def profile(
         Path, typer.Option("--out", "-o", parser=path, metavar="FILE", help="The profile, for the planner.")
     ] = Path("profile.json"),
     api_key: ApiKey = "",
+    admin_key: AdminKey = "",
 ) -> None:
     """Measure steps and transfers of an idle cluster by requests of chosen shapes; write a profile for the planner."""
     from cli.profile import Shapes
@@ -248,7 +263,7 @@ def profile(
 
     preflight.writable_folder(out.resolve().parent, "--out")
     parse_address(router, "--router", lowest_port=1)
-    measure(router, api_key, out, Shapes(), wide_console())
+    measure(router, admin_key or api_key, out, Shapes(), wide_console())
 
 
 @app.command()
@@ -261,9 +276,32 @@ def health(
     from cli.draining import check_health
 
     parse_address(address, "ADDRESS", lowest_port=1)
-    answer = check_health(address, live=live, timeout_s=timeout)
+    answer = check_health(address, environment.access(), live=live, timeout_s=timeout)
     Console(soft_wrap=True).print(answer or "healthy", markup=False, highlight=False)
     raise typer.Exit(1 if answer else 0)
+
+
+@app.command()
+def certs(
+    folder: Annotated[
+        Path, typer.Argument(parser=path, metavar="DIR", help="Where they go; an authority in it signs.")
+    ],
+    host: Annotated[
+        list[str],
+        typer.Option(
+            help="Name or address of a process, or several joined by commas; once for each certificate.",
+            metavar="NAME[,NAME...]",
+        ),
+    ],
+    days: Annotated[int, typer.Option(min=1, max=36_500, help="How long they are valid.")] = 365,
+) -> None:
+    """Make an authority of your own and certificates for TLS between processes and towards clients."""
+    from cli.certs import CA_CERT, make
+
+    console = Console(soft_wrap=True)
+    for cert in make(folder, host, days):
+        own = f"--tls-cert {cert} --tls-key {cert.with_suffix('.key')} --tls-ca {folder / CA_CERT}"
+        console.print(own, markup=False, highlight=False)
 
 
 @app.command()
@@ -312,10 +350,10 @@ _NOTHING_THERE = ("failed to connect", "DNS resolution failed", "errors resolvin
 
 
 @contextlib.contextmanager
-def _client(address: str, api_keys: str) -> Iterator[Client]:
+def _client(address: str, api_keys: str, admin_key: str = "") -> Iterator[Client]:
     parse_address(address, "--router", lowest_port=1)
     # The variable may hold all the keys of a router that was started with it.
-    with Client(address, api_key=secret_of(api_keys)) as client:
+    with Client(address, api_key=admin_key or secret_of(api_keys), **environment.trust()) as client:
         try:
             yield client
         except Unavailable as error:

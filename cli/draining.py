@@ -9,8 +9,10 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from rich.console import Console
 
+from baton.access import AccessConfig
+from baton.channels import dial_blocking
 from baton.client import Client
-from baton.errors import DeadlineExceeded, Unavailable
+from baton.errors import DeadlineExceeded, Unauthenticated, Unavailable
 from baton.server import LIVENESS
 from baton.v1 import node_pb2, node_pb2_grpc
 
@@ -33,18 +35,21 @@ def drain(client: Client, node: str, grace_s: float, console: Console, *, waits:
     _report(answer, is_gone, console, waits=waits)
 
 
-def drain_directly(address: str, grace_s: float, console: Console, *, waits: bool) -> None:
-    """As `drain`, without a router: for who stands beside the worker."""
-    with grpc.insecure_channel(address) as channel:
+def drain_directly(address: str, grace_s: float, console: Console, access: AccessConfig, *, waits: bool) -> None:
+    """As `drain`, without a router: for who stands beside the worker and has the key of its cluster, if it has one."""
+    with dial_blocking(address, access) as channel:
         stub = node_pb2_grpc.NodeStub(channel)
+        metadata = access.metadata
         try:
-            answer = stub.Drain(node_pb2.DrainRequest(grace_s=grace_s), timeout=_CALL_TIMEOUT_S)
+            answer = stub.Drain(node_pb2.DrainRequest(grace_s=grace_s), timeout=_CALL_TIMEOUT_S, metadata=metadata)
         except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise Unauthenticated(f"{address}: {error.details()}") from error
             raise Unavailable(f"no worker answers at {address}: {error.code().name} {error.details()}") from error
 
         def is_gone() -> bool:
             try:
-                found = stub.Describe(node_pb2.DescribeRequest(), timeout=_CALL_TIMEOUT_S)
+                found = stub.Describe(node_pb2.DescribeRequest(), timeout=_CALL_TIMEOUT_S, metadata=metadata)
             except grpc.RpcError:
                 return True
             return found.node.incarnation != answer.incarnation
@@ -68,10 +73,10 @@ def _report(answer: node_pb2.DrainResponse, is_gone: Callable[[], bool], console
     say(f"{answer.node_id} has left after {time.monotonic() - started_s:.1f} s")
 
 
-def check_health(address: str, *, live: bool, timeout_s: float) -> str:
+def check_health(address: str, access: AccessConfig, *, live: bool, timeout_s: float) -> str:
     """What is wrong with the process, empty if nothing is."""
     request = health_pb2.HealthCheckRequest(service=LIVENESS if live else "")
-    with grpc.insecure_channel(address) as channel:
+    with dial_blocking(address, access) as channel:
         try:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
         except grpc.RpcError as error:

@@ -71,6 +71,9 @@ def validate(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     api_key: Annotated[str, typer.Option(envvar="BATON_API_KEY", show_envvar=True, help="A key of the router's.")] = "",
+    admin_key: Annotated[
+        str, typer.Option(envvar="BATON_ADMIN_KEY", show_envvar=True, help="Its admin key, if it has keys.")
+    ] = "",
 ) -> None:
     """Send a load to a cluster and simulate it; exit code 1 if they differ by more than the limits."""
     if out is not None:
@@ -94,7 +97,7 @@ def validate(
     limits = Limits(_share(max_error_p50, "--max-error-p50"), _share(max_error_p99, "--max-error-p99"))
     asked = Asked(
         shape=Shape.parse(cluster) if cluster else None, plan=plan, limits=limits, model=model, router=router,
-        api_key=api_key, measured=None if times is None else read(times),
+        api_key=admin_key or api_key, measured=None if times is None else read(times),
     )  # fmt: skip
     console = Console(quiet=True) if as_json else wide_console()
     began = datetime.now(UTC)

@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baton.access import AccessConfig
 from baton.address import join_address, why_not_listen
 from baton.errors import BadConfig, Unavailable, quoted
 from baton.registry import Registry, RegistryConfig
 from baton.settings import Given
+from baton.tls import dialling_context, face_files, peer_files
 from cli.launch.host import gpus, has_card
 from cli.launch.process import ReservedPort
 from cli.usage import program
@@ -46,6 +48,13 @@ def replaceable_file(path: Path, option: str) -> None:
         if path.exists() and not path.is_file():
             raise BadConfig(f"{option} is {quoted(str(path))}, which is no regular file; expected one", param=option)
         _try_beside(path)
+
+
+def certificates(access: AccessConfig) -> None:
+    """Files that a listener or a call would fail at, before a model is loaded."""
+    peer_files(access)
+    face_files(access)
+    dialling_context(access)
 
 
 def _in_a_folder(path: Path, option: str) -> None:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from baton.client import AsyncClient
 from baton.errors import Unavailable
+from cli.environment import trust
 from cli.observe import Live, live
 from engine.step import StepShape
 from kvtransfer.host import host_id
@@ -79,7 +80,7 @@ def profile(address: str, api_key: str, out: Path, shapes: Shapes, console: Cons
 
 
 async def _connected(address: str, api_key: str, shapes: Shapes, console: Console) -> Measured:
-    async with AsyncClient(address, api_key=api_key) as client:
+    async with AsyncClient(address, api_key=api_key, **trust()) as client:
         return await measure(await live(client, address), headers_of((), api_key), shapes, console)
 
 

@@ -54,6 +54,7 @@ def router(given: Mapping[str, Given]) -> None:
         grpc_port=grpc_port,
         model_folder=model_source.resolve(options.model, options.revision),
     )
+    preflight.certificates(config.access)
     if not config.model_names:
         config = replace(config, model_names=(model_source.name_of(options.model),))
 

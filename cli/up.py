@@ -61,7 +61,8 @@ def up(given: Mapping[str, Given]) -> None:
             key = "--api-key KEY " if has_keys else ""
             where = ", where KEY is one of those given with --api-key" if has_keys else ""
             command = f'{program()} generate --router {endpoints.grpc} {key}--relay "Once upon a time"'
-            console.print(f"try: {command}{where}", highlight=False, markup=False)
+            trusts = f"BATON_TLS_CA={options.access.tls_ca} " if options.access.tls_ca is not None else ""
+            console.print(f"try: {trusts}{command}{where}", highlight=False, markup=False)
 
     def on_start() -> None:
         workers = ", ".join(node_id for node_id, _ in options.worker_roles())

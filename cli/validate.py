@@ -16,6 +16,7 @@ from baton.client import AsyncClient
 from baton.errors import BadConfig, Unavailable
 from baton.types import Role
 from cli import profile, up
+from cli.environment import trust
 from cli.observe import Live, live
 from cli.planned import Planned, planned
 from loadgen.client import Asking, model_of
@@ -98,7 +99,7 @@ async def validated(asked: Asked, console: Console) -> Validated:
     """Raises BadConfig for a profile of other nodes or a cluster that is not as described, and Unavailable."""
     loads = asked.plan.loads()
     headers = headers_of((), asked.api_key)
-    async with _standing(asked) as address, AsyncClient(address, api_key=asked.api_key) as client:
+    async with _standing(asked) as address, AsyncClient(address, api_key=asked.api_key, **trust()) as client:
         cluster = await live(client, address)
         words = _words(asked.shape, cluster)
         measured = _of(asked.measured, cluster)

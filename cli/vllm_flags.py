@@ -20,7 +20,7 @@ _SAME: Mapping[str, tuple[str, ...]] = {
             "--async-scheduling", "--disable-fastapi-docs", "--disable-frontend-multiprocessing",
             "--disable-log-requests", "--disable-log-stats", "--disable-uvicorn-access-log",
             "--enable-auto-tool-choice", "--enable-chunked-prefill", "--enable-prompt-tokens-details",
-            "--enable-request-id-headers", "--no-enable-log-requests", "--no-trust-remote-code",
+            "--enable-request-id-headers", "--enable-ssl-refresh", "--no-enable-log-requests", "--no-trust-remote-code",
             # Nothing of a model's folder is run, with and without it.
             "--trust-remote-code", "--use-v2-block-manager",
         ),
@@ -119,8 +119,8 @@ _ABSENT: Mapping[str, str] = {
         "--middleware --tool-parser-plugin --reasoning-parser-plugin --logits-processors --logits-processor-pattern "
         "--worker-cls=auto --worker-extension-cls --scheduler-cls --io-processor-plugin --tool-server --model-class"
     ),
-    "no TLS: put a proxy with TLS in front": (
-        "--ssl-keyfile --ssl-certfile --ssl-ca-certs --ssl-cert-reqs --ssl-ciphers --enable-ssl-refresh"
+    "clients show no certificate, and OpenSSL's configuration chooses the ciphers": (
+        "--ssl-ca-certs --ssl-cert-reqs --ssl-ciphers"
     ),
     "paths begin at /: a proxy can take a prefix off": "--root-path",
     "no unix socket for clients: --host and --port say where it listens": "--uds",

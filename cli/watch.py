@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack
 
 from baton.client import AsyncClient
 from baton.errors import Unavailable, described
+from cli.environment import trust
 from cli.observe import Live, live
 from loadgen.client import Server, get
 from planner.advise.cluster import Watched
@@ -28,7 +29,9 @@ async def watch(
     """``addresses`` of routers over the same nodes. Raises Unavailable: a process does not answer, or the cluster is
     another one at the end."""
     async with AsyncExitStack() as stack:
-        clients = [await stack.enter_async_context(AsyncClient(address, api_key=api_key)) for address in addresses]
+        clients = [
+            await stack.enter_async_context(AsyncClient(address, api_key=api_key, **trust())) for address in addresses
+        ]
         pairs = list(zip(clients, addresses, strict=True))
         routers = [await live(client, address, is_idle=False) for client, address in pairs]
         began_s = time.monotonic()

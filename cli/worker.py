@@ -62,6 +62,7 @@ def worker(given: Mapping[str, Given]) -> None:
     config = replace(config, tokenizer=model_source.tokenizer_folder(config.tokenizer))
     if not config.model_name:
         config = replace(config, model_name=model_source.name_of(options.model))
+    preflight.certificates(config.access)
     preflight.hardware(config.engine.kernels, config.transfer)
     if config.engine.device == "cpu" or not preflight.has_gpu():
         preflight.host_cache(folder, config.engine, 1)

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from baton.access import OPEN, AccessConfig
 from baton.errors import BadConfig, quoted
 from baton.settings import check, computed, setting
 from kvtransfer.protocol.receiver import ReceiverConfig
@@ -72,6 +73,8 @@ class TransferConfig:
     max_channels: int = field(default=1024, metadata=setting(least=1))
     # Interface the receiver's data sockets listen on; empty: the host of the node's address.
     tcp_listen_host: str = field(default="", metadata=computed())
+    # The node's.
+    access: AccessConfig = field(default=OPEN, metadata=computed())
     # By transport, in place of its own: transfers of at least this many bytes are pushed layer by layer, smaller ones
     # in one go at commit.
     layerwise_from_bytes: Mapping[str, int] = field(

@@ -10,6 +10,7 @@ import grpc.aio
 
 from baton import codec
 from baton.address import as_dialled
+from baton.channels import dial
 from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed, quoted
 from baton.patience import patient_timeout
 from baton.types import KvLayout, NodeDescription
@@ -58,7 +59,7 @@ class Connection:
     ) -> Connection:
         """Handshake and data wire. Raises Incompatible if the two must not exchange KV, NodeLost or TransferFailed if
         the receiver cannot be reached within ``connect_timeout_s``."""
-        channel = grpc.aio.insecure_channel(address, options=wire_codec.CLIENT_OPTIONS)
+        channel = dial(address, config.access, wire_codec.CLIENT_OPTIONS)
         outbox: Outbox[pb.ChannelRequest] = Outbox()
         try:
             async with patient_timeout(config.connect_timeout_s):
@@ -66,7 +67,7 @@ class Connection:
                 theirs = codec.node_from_pb(welcome.node)
                 wire_codec.check_compatible(node, theirs, _digest_name(config), welcome.digest)
                 transport = _chosen(welcome, theirs, node, config)
-                dial = Dial(
+                offer = Dial(
                     endpoint=as_dialled(welcome.endpoint, address),
                     token=welcome.token,
                     num_target_bytes=theirs.kv_layout.total_bytes,
@@ -75,8 +76,9 @@ class Connection:
                     num_lanes=config.copy_threads,
                     num_streams=config.tcp_streams,
                     on_lost=outbox.lose,
+                    access=config.access,
                 )
-                wire = await transport.connect(dial)
+                wire = await transport.connect(offer)
         except TimeoutError:
             await channel.close()
             raise NodeLost(f"{address} did not answer a transfer handshake in {config.connect_timeout_s} s") from None
@@ -132,7 +134,7 @@ async def _greet(
     channel: grpc.aio.Channel, node: NodeDescription, config: TransferConfig, memory: Memory
 ) -> tuple[_Call, pb.ChannelResponse.Welcome]:
     stub = transfer_pb2_grpc.KvTransferStub(channel)
-    call: _Call = stub.Channel()
+    call: _Call = stub.Channel(metadata=config.access.metadata)
     hello = pb.ChannelRequest.Hello(
         node=codec.node_to_pb(node),
         transports=config.transport_names,
@@ -166,7 +168,7 @@ def _chosen(
 
 def _mapped(error: grpc.aio.AioRpcError, address: str) -> BatonError:
     details = f"{address}: {error.details()}"
-    if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+    if error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAUTHENTICATED):
         return Incompatible(details)
     if error.code() is grpc.StatusCode.INVALID_ARGUMENT:
         return InvalidRequest(details)

@@ -85,7 +85,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         )
         self._verifier = Verifier(self._memory, layout, self._config.verify_threads)
         self._transports = self._config.by_name
-        site = PlaneSite(memory, layout, host_of(node.address), self._config.tcp_listen_host, self._plane_events())
+        site = PlaneSite(
+            memory, layout, host_of(node.address), self._config.tcp_listen_host, self._plane_events(),
+            self._config.access,
+        )  # fmt: skip
         self._planes = {name: transport.plane(site) for name, transport in self._transports.items()}
         self._channels: dict[int, _Channel] = {}
         # Planes of channels whose writer is not known gone yet, lost ones included.

@@ -7,6 +7,7 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from baton.access import AccessConfig, is_loopback
 from baton.address import is_anywhere, parse_address
 from baton.api_keys import ApiKey
 from baton.errors import BadConfig, quoted
@@ -191,6 +192,8 @@ class RouterConfig:
     )
     # Where more workers are registered.
     registry: RegistryConfig = field(default_factory=RegistryConfig, metadata=setting(up_file=False))
+    # How workers and this router know each other, and its certificate for clients.
+    access: AccessConfig = field(default_factory=AccessConfig, metadata=setting(up_file=False))
     http_host: str = field(default="127.0.0.1", metadata=computed())
     # 0 asks for any free port; None turns the face off.
     http_port: int | None = field(default=0, metadata=setting(least=0, most=65535, is_key=False))
@@ -237,8 +240,22 @@ class RouterConfig:
         metadata=setting(
             "--api-key",
             "Clients must give one of these as `Authorization: Bearer KEY`; may be given more than once. "
-            "NAME:WEIGHT=KEY: beside others it gets so much more of the work than a key of weight 1.",
+            "NAME:WEIGHT=KEY: beside others it gets so much more of the work than a key of weight 1. "
+            "NAME:WEIGHT/REQUESTS/SEQUENCES=KEY: it may send so many requests a minute and have so many sequences at "
+            "once; 0: no limit.",
             variable="BATON_API_KEY",
+        ),
+    )
+    # Clients' keys do not open what is the operators' to do.
+    admin_key: str = field(
+        default="",
+        repr=False,
+        metadata=setting(
+            "--admin-key",
+            "A secret of the operators, as `Authorization: Bearer KEY`: it opens drain, roles, ledgers, prefix caches, "
+            "traces and the status page's data, which no client's key does. Without it they are closed where there are "
+            "API keys, else open.",
+            variable="BATON_ADMIN_KEY",
         ),
     )
     # A page in a browser may ask whatever answers it, so none may unless the operator says so.
@@ -344,6 +361,10 @@ class RouterConfig:
                 raise BadConfig(f"nodes has {address} {count} times, expected it once", param="nodes")
         secrets_given = [key.secret for key in self.client_keys]
         _expect(len(set(secrets_given)) == len(secrets_given), "api_keys", "(hidden)", "each key once")
+        if self.admin_key:
+            is_usable = self.admin_key.isascii() and self.admin_key.isprintable() and " " not in self.admin_key
+            _expect_hidden(is_usable, "admin_key", "printable ASCII without spaces")
+            _expect_hidden(self.admin_key not in secrets_given, "admin_key", "another key than those of clients")
         for origin in self.allowed_origins:
             expected = "* or an origin such as https://chat.example.com, without a path"
             _expect(_ORIGIN.fullmatch(origin) is not None, "allowed_origins", origin, expected)
@@ -351,11 +372,26 @@ class RouterConfig:
             _expect(
                 bool(self.api_keys), "prefix_cache_scope", "key", "API keys beside it (--api-key), else auto or all"
             )
+        self.access.check_certificate()
+        self._check_open()
         _expect(self.http_port is not None or self.grpc_port is not None, "http_port", None, "http or grpc, or both")
         if self.model_folder is not None:
             _expect(self.model_folder.is_dir(), "model_folder", str(self.model_folder), "a folder")
         _expect(self.membership.suspect_s < self.membership.lost_s, "membership.suspect_s", self.membership.suspect_s,
                 f"less than lost_s ({self.membership.lost_s})")  # fmt: skip
+
+    def _check_open(self) -> None:
+        """Raises BadConfig if clients on other machines could do what is the operators' to do."""
+        faces = {"http_host": (self.http_host, self.http_port), "grpc_host": (self.grpc_host, self.grpc_port)}
+        for name, (host, port) in faces.items():
+            is_reached = port is not None and not is_loopback(host)
+            if is_reached and not (self.admin_key or self.api_keys or self.access.allow_open):
+                raise BadConfig(
+                    f"{name} is {quoted(host)}, where other machines reach this router, and every client could drain "
+                    "its nodes: expected --admin-key (BATON_ADMIN_KEY), or --api-key (BATON_API_KEY) for clients as "
+                    "well; or --allow-open",
+                    param=name,
+                )
 
     @property
     def client_keys(self) -> tuple[ApiKey, ...]:
@@ -365,6 +401,11 @@ class RouterConfig:
     def shares_between_keys(self) -> bool:
         """Whether prompts of different API keys may share KV."""
         return self.prefix_cache_scope == "all" or not self.api_keys
+
+
+def _expect_hidden(ok: bool, name: str, expected: str) -> None:
+    if not ok:
+        raise BadConfig(f"{name} is '(hidden)', expected {expected}", param=name)
 
 
 def _expect(ok: bool, name: str, value: object, expected: str) -> None:

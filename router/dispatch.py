@@ -41,6 +41,7 @@ from router.flow_messages import (
 )
 from router.flow_move import MoveOutcome
 from router.flows import Flows
+from router.key_limits import KeyLimits
 from router.metrics import RouterMetrics
 from router.nodes import Nodes
 from router.records import Origin, Records
@@ -64,7 +65,9 @@ class Dispatcher(Flows[Active]):
         metrics: RouterMetrics,
     ) -> None:
         limits = config.limits
-        weights = {client_of_key(key.secret.encode()): key.weight for key in config.client_keys}
+        keys = {client_of_key(key.secret.encode()): key for key in config.client_keys}
+        weights = {client: key.weight for client, key in keys.items()}
+        self._key_limits = KeyLimits(keys, clock.now())
         super().__init__(Scheduler(limits, config.policy, clock.now(), weights), clock)
         self._flow_config = config.flow
         self._metrics = metrics
@@ -107,10 +110,15 @@ class Dispatcher(Flows[Active]):
 
     # ── Clients ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def take_request(self, client: str) -> None:
+        """Of the client's rate, once for each request. Raises RateLimited."""
+        self._key_limits.take(client, self.clock.now())
+
     def check_capacity(self, num_sequences: int, client: str = "") -> None:
         """Raises the error that so many sequences would be refused with; nothing happens between this and submit."""
         if self._is_closing:
             raise errors.Draining("the router is shutting down", retry_after_s=1.0)
+        self._key_limits.check_running(client, self.scheduler.num_in_flight_of(client), num_sequences)
         self.scheduler.check_capacity(num_sequences, client, self.clock.now())
 
     def predict(self, prompts: Sequence[Demand], slo: Slo, client: str, arrived_s: float) -> Prediction | None:

@@ -108,6 +108,7 @@ class Frontend:
         timeout_s = self._timeout_s(request.timeout_s)
         self._sampling.check(request)
         slo = request.slo.over(self._slo)
+        self._dispatcher.take_request(request.caller.client)
         self._dispatcher.check_capacity(num_choices, request.caller.client)
         is_single = request.sampling.max_tokens == 1
         if not all(isinstance(prompt, tuple) for prompt in request.prompts):

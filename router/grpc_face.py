@@ -7,13 +7,15 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from grpc import aio
 
 from baton import codec, errors
+from baton.channels import face_credentials
 from baton.chat import MAX_TOOLS
 from baton.chat_codec import choice_from_pb, message_from_pb, object_of, tools_from_pb
+from baton.guard import Guard, Refusals, host_of_peer
 from baton.server import GrpcServer, ServerLimits
 from baton.types import (
     DEFAULTED_SAMPLING,
@@ -35,7 +37,7 @@ from router.frontend import Frontend
 from router.generation import Accepted, Ending
 from router.grpc_messages import ParseInTurns
 from router.history import History
-from router.keys import ApiKeys, GrpcGuard
+from router.keys import Keys
 from router.node_admin import NodeAdmin
 from router.request import Caller, GenerationRequest
 
@@ -154,10 +156,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         return work() if sum(map(len, texts)) <= SMALL_BODY_BYTES else await self._frontend.offload.run(work)
 
     def _client_of(self, context: Context) -> str:
-        # ipv4:127.0.0.1:50000 or ipv6:[::1]:50000, with the brackets as %5B and %5D.
-        address = unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
         said = dict(context.invocation_metadata() or ()).get("authorization", "")
-        return client_of(address, str(said).encode(), has_keys=bool(self._config.api_keys))
+        return client_of(host_of_peer(context.peer()), str(said).encode(), has_keys=bool(self._config.api_keys))
 
     def _check_sizes(self, request: router_pb2.GenerateRequest) -> None:
         """Runs before anything is copied out of the message: its lists may have millions of items."""
@@ -314,11 +314,11 @@ class GrpcFace:
 
     def __init__(
         self, frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, history: History,
-        on_malformed: Callable[[], None],
+        on_malformed: Callable[[], None], refusals: Refusals,
     ) -> None:  # fmt: skip
         self._dispatcher = dispatcher
         self._config = config
-        keys = ApiKeys(config.client_keys)
+        keys = Keys(config.client_keys, config.admin_key)
         limits = ServerLimits(
             # Half of the limit for JSON: there are no escapes, and ids are short.
             max_message_bytes=frontend.prompts.max_request_bytes // 2,
@@ -330,9 +330,10 @@ class GrpcFace:
             limits,
             on_malformed,
             # A call without a key is refused as such, whatever its message.
-            guards=[GrpcGuard(SERVICE_NAME, keys)] if keys else [],
+            guards=[Guard(keys.check_call, refusals)] if keys else [],
             # Conversations are bounded as over HTTP; other parts are far smaller.
             parsers=[ParseInTurns(frontend.turns, 2 * config.limits.max_body_containers)],
+            credentials=face_credentials(config.access),
         )
         self._service = RouterService(frontend, dispatcher, config, history)
         self._server.add(router_pb2_grpc.add_RouterServicer_to_server, self._service, SERVICE_NAME)

@@ -1,4 +1,5 @@
-"""The HTTP listener of the router: uvicorn on this event loop, with limits on the memory and the time of a connection.
+"""The HTTP listener of the router: uvicorn on this event loop, with limits on the memory and the time of a connection,
+plain or with TLS.
 
 It closes connections that are silent, that do not finish a request's head, or that do not read their answer; it bounds
 heads and the number of connections. The application bounds the time of a body.
@@ -7,10 +8,12 @@ heads and the number of connections. The application bounds the time of a body.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import json
 import logging
 import socket
+import ssl
 import struct
 import termios
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from baton import errors
+from baton.tls import ListenerFiles
 
 _log = logging.getLogger("baton.router.http")
 
@@ -30,6 +34,10 @@ _log = logging.getLogger("baton.router.http")
 # listen backlog is another number.
 _ACCEPTS_AT_ONCE = 16
 _BACKLOG = 1024
+# Connections whose TLS handshake has begun. With more, the one that has been at it for longest is given up.
+_MAX_HANDSHAKES = 256
+# A pause after an accept that failed; out of descriptors it would fail again at once.
+_ACCEPT_AGAIN_S = 0.1
 # uvicorn's own idle time-out, which any byte resets; `look` handles idle connections here.
 _NEVER_S = 86_400
 # Bytes of an answer that the kernel accepts before the client has read any; far more than a second's tokens.
@@ -186,6 +194,10 @@ class Connection(HttpToolsProtocol):
         return "a client" if self.client is None else f"{self.client[0]}:{self.client[1]}"
 
     @property
+    def _has_tls(self) -> bool:
+        return self.scheme == "https"
+
+    @property
     def _is_answering(self) -> bool:
         return self.cycle is not None and not self.cycle.response_complete
 
@@ -311,8 +323,9 @@ class Connection(HttpToolsProtocol):
         return self._refusal
 
     def eof_received(self) -> bool | None:  # type: ignore[override]
-        """A client that closed its side after the request still gets the answer, unless it has disconnected."""
-        if not self._is_answering or self.cycle.more_body or self.transport.is_closing():
+        """A client that closed its side after the request still gets the answer, unless it has disconnected. Over TLS
+        both sides are closed at once."""
+        if self._has_tls or not self._is_answering or self.cycle.more_body or self.transport.is_closing():
             return None
         self.cycle.keep_alive = False
         self._probe(0)
@@ -357,7 +370,8 @@ class Connection(HttpToolsProtocol):
             return
         self._is_refused = True
         self._deadline_s = self.loop.time() + _LINGER_S
-        self.transport.write_eof()
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
 
 
 def _unacknowledged_bytes(sock: socket.socket) -> int:
@@ -464,18 +478,90 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 class _Uvicorn(uvicorn.Server):
+    """With certificates it accepts connections itself: uvicorn would keep the first certificate for ever, and asyncio
+    bounds neither the number of handshakes nor, below a minute, their time."""
+
+    def __init__(self, config: uvicorn.Config, certificates: ListenerFiles | None, handshake_timeout_s: float) -> None:
+        super().__init__(config)
+        self._certificates = certificates
+        self._handshake_timeout_s = handshake_timeout_s
+        self._accepting: list[asyncio.Task[None]] = []
+        # The oldest first.
+        self._handshakes: dict[asyncio.Task[None], None] = {}
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        certificates = self._certificates
+        if certificates is None:
+            await super().startup(sockets)
+            for listener in sockets or []:
+                listener.listen(_BACKLOG)
+            return
+        await self.lifespan.startup()
+        self.servers = []
         for listener in sockets or []:
+            listener.setblocking(False)
             listener.listen(_BACKLOG)
+            self._accepting.append(asyncio.create_task(self._accept(listener, certificates), name="https"))
+        self.started = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        tasks = (*self._accepting, *self._handshakes)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await super().shutdown(sockets)
+
+    async def _accept(self, listener: socket.socket, certificates: ListenerFiles) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(listener)
+            except ConnectionError:
+                continue
+            except OSError as error:
+                # In asyncio's words, which descriptors.say_less_of_accept knows.
+                context = {"message": "socket.accept() out of system resource", "exception": error}
+                loop.call_exception_handler(context)
+                await asyncio.sleep(_ACCEPT_AGAIN_S)
+                continue
+            if len(self._handshakes) >= _MAX_HANDSHAKES:
+                next(iter(self._handshakes)).cancel()
+            self._begin(connection, certificates.context())
+
+    def _begin(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        def ended(done: asyncio.Task[None]) -> None:
+            del self._handshakes[done]
+            if done.cancelled():
+                connection.close()
+
+        task = asyncio.get_running_loop().create_task(self._greet(connection, context), name="handshake")
+        self._handshakes[task] = None
+        task.add_done_callback(ended)
+
+    async def _greet(self, connection: socket.socket, context: ssl.SSLContext) -> None:
+        def protocol() -> asyncio.Protocol:
+            made: asyncio.Protocol = self.config.http_protocol_class(  # type: ignore[call-arg]
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        # A client that speaks no TLS, does not believe the certificate, or left: it knows why.
+        with contextlib.suppress(OSError):
+            await asyncio.get_running_loop().connect_accepted_socket(
+                protocol, connection, ssl=context, ssl_handshake_timeout=self._handshake_timeout_s,
+                ssl_shutdown_timeout=_LINGER_S,
+            )  # fmt: skip
 
 
 class HttpServer:
     """uvicorn on this event loop, on a socket bound here, without its signal handlers."""
 
     def __init__(
-        self, app: ASGIApp, host: str, port: int, limits: ConnectionLimits, count: Callable[[str], None]
-    ) -> None:
+        self, app: ASGIApp, host: str, port: int, limits: ConnectionLimits, count: Callable[[str], None],
+        certificates: ListenerFiles | None = None,
+    ) -> None:  # fmt: skip
+        """``certificates``: what it shows; None: it serves plain HTTP."""
+        self._scheme = "http" if certificates is None else "https"
         self._host = host
         self._port = port
         self._connections = Connections(limits, count)
@@ -488,7 +574,8 @@ class HttpServer:
                 app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2,
                 timeout_keep_alive=_NEVER_S, server_header=False, interface="asgi3", ws="none", proxy_headers=False,
                 backlog=_ACCEPTS_AT_ONCE, http=connect,  # type: ignore[arg-type]  # it calls what it is given
-            )
+            ),
+            certificates, limits.head_timeout_s,
         )  # fmt: skip
         self._task: asyncio.Task[None] | None = None
 
@@ -500,7 +587,7 @@ class HttpServer:
         # `_serve` is `serve` without its signal handling, which belongs to the process.
         self._task = asyncio.create_task(self._server._serve([listener]), name="http")  # noqa: SLF001
         host = f"[{self._host}]" if listener.family is socket.AF_INET6 else self._host
-        return f"http://{host}:{port}"
+        return f"{self._scheme}://{host}:{port}"
 
     async def stop(self) -> None:
         if self._task is not None:

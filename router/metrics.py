@@ -50,7 +50,7 @@ class RouterMetrics:
             "baton_refusals",
             "Requests refused at the door, by error code",
             "code",
-            preset=_each("Overloaded", "TooLate", "Shed", "Unavailable", "InvalidRequest"),
+            preset=_each("Overloaded", "RateLimited", "TooLate", "Shed", "Unavailable", "InvalidRequest"),
         )
         self.connections_closed = counters(
             "baton_http_connections_closed",
@@ -59,6 +59,7 @@ class RouterMetrics:
             preset=_each("displaced", "full", "idle", "large_head", "malformed", "slow_head", "stuck"),
         )
         self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
+        self.access_refusals = counter("baton_access_refusals", "Calls refused for want of a key that opens them")
         self.cancellations = counters(
             "baton_cancellations",
             "Sequences cancelled, by the phase they were in",

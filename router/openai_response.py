@@ -30,6 +30,7 @@ _OPENAI_CODES = {
     "Unauthenticated": "invalid_api_key",
     "UnknownModel": "model_not_found",
     "PromptTooLong": "context_length_exceeded",
+    "RateLimited": "rate_limit_exceeded",
 }
 _DONE = b"data: [DONE]\n\n"
 _TAIL = "]}\n\n"

@@ -22,9 +22,11 @@ from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BadConfig, quoted
 from baton.files import is_there
+from baton.guard import Refusals
 from baton.metrics import Metrics, add_process
 from baton.ready import write_json_atomically
 from baton.registry import Registry
+from baton.tls import face_files
 from baton.types import SamplingParams
 from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
@@ -35,7 +37,7 @@ from router.grpc_face import GrpcFace
 from router.history import History
 from router.http_face import HttpFace
 from router.http_server import ConnectionLimits, HttpServer
-from router.keys import ApiKeys, HttpGuard
+from router.keys import HttpGuard, Keys
 from router.metrics import RouterMetrics
 from router.model_files import ModelFacts, load_facts, stated
 from router.registry import RegistryWatch
@@ -95,7 +97,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     dispatcher = Dispatcher(
         config,
         clock,
-        lambda address, nodes: NodeLink(address, nodes, greeting, config.link, dispatcher.turns, defects),
+        lambda address, nodes: NodeLink(
+            address, nodes, greeting, config.link, dispatcher.turns, defects, config.access
+        ),
         counted,
     )
     counted.add_state(
@@ -119,13 +123,15 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     if spans is not None:
         dispatcher.records.watch(spans.on_ended)
     page = StatusPage(frontend, dispatcher, history, config.router_id)
+    # A client with an old key is nothing to wake an operator for.
+    refusals = Refusals(clock, counted.access_refusals.add, logging.INFO)
     grpc_face = None
     if config.grpc_port is not None:
-        grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add)
+        grpc_face = GrpcFace(frontend, dispatcher, config, history, counted.malformed.add, refusals)
     shares = descriptors.shares(descriptors.num_allowed())
     http_server = HttpServer(
-        _http_app(frontend, dispatcher, config, metrics, page), config.http_host, config.http_port or 0,
-        _connection_limits(config.limits, shares.http), counted.connections_closed.add,
+        _http_app(frontend, dispatcher, config, metrics, page, refusals), config.http_host, config.http_port or 0,
+        _connection_limits(config.limits, shares.http), counted.connections_closed.add, face_files(config.access),
     )  # fmt: skip
     watch = None
     if config.registry.is_used:
@@ -152,11 +158,12 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
 
 
 def _http_app(
-    frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics, page: StatusPage
-) -> ASGIApp:
+    frontend: Frontend, dispatcher: Dispatcher, config: RouterConfig, metrics: Metrics, page: StatusPage,
+    refusals: Refusals,
+) -> ASGIApp:  # fmt: skip
     app: ASGIApp = HttpFace(frontend, dispatcher, config, metrics, page)
-    if keys := ApiKeys(config.client_keys):
-        app = HttpGuard(app, keys)
+    if keys := Keys(config.client_keys, config.admin_key):
+        app = HttpGuard(app, keys, refusals)
     if config.allowed_origins:
         app = CORSMiddleware(
             app, config.allowed_origins, allow_methods=("*",), allow_headers=("*",), expose_headers=_EXPOSED_HEADERS

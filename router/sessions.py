@@ -17,7 +17,9 @@ import grpc
 from grpc import aio
 
 from baton import PROTOCOL_VERSION, codec, errors
+from baton.access import OPEN, AccessConfig
 from baton.address import as_dialled
+from baton.channels import dial
 from baton.client import ERROR_CODE_KEY, error_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
@@ -89,8 +91,10 @@ class NodeLink:
         config: LinkConfig,
         turns: Turns,
         defects: Defects | None = None,
+        access: AccessConfig = OPEN,
     ) -> None:
         self.address = address
+        self._access = access
         self._turns = turns
         self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
@@ -135,17 +139,25 @@ class NodeLink:
 
     async def ledger(self) -> node_pb2.LedgerResponse:
         with self._asking() as stub:
-            return await stub.Ledger(node_pb2.LedgerRequest(), timeout=self._config.ledger_timeout_s)
+            return await stub.Ledger(
+                node_pb2.LedgerRequest(), timeout=self._config.ledger_timeout_s, metadata=self._access.metadata
+            )
 
     async def cache(self, *, drop: bool) -> node_pb2.CacheResponse:
         """The node's prefix cache; ``drop``: it forgets its blocks first."""
         with self._asking() as stub:
-            return await stub.Cache(node_pb2.CacheRequest(drop=drop), timeout=self._config.ledger_timeout_s)
+            return await stub.Cache(
+                node_pb2.CacheRequest(drop=drop), timeout=self._config.ledger_timeout_s, metadata=self._access.metadata
+            )
 
     async def drain(self, grace_s: float) -> node_pb2.DrainResponse:
         """Ask the node to leave."""
         with self._asking() as stub:
-            return await stub.Drain(node_pb2.DrainRequest(grace_s=grace_s), timeout=self._config.ledger_timeout_s)
+            return await stub.Drain(
+                node_pb2.DrainRequest(grace_s=grace_s),
+                timeout=self._config.ledger_timeout_s,
+                metadata=self._access.metadata,
+            )
 
     async def set_role(self, role: Role | None, expected: Role | None = None) -> node_pb2.SetRoleResponse:
         """Put the node into another pool, None: the one that it started in. ``expected``: as in the proto."""
@@ -155,18 +167,18 @@ class NodeLink:
         if expected is not None:
             request.expected_role = codec.role_to_pb(expected)
         with self._asking() as stub:
-            return await stub.SetRole(request, timeout=self._config.ledger_timeout_s)
+            return await stub.SetRole(request, timeout=self._config.ledger_timeout_s, metadata=self._access.metadata)
 
     async def trace(self, last_s: float, clock: Clock) -> router_pb2.ClusterTraceResponse.NodeTrace:
         """What the node did lately, and how far its clock is from ours."""
-        timeout_s = self._config.ledger_timeout_s
+        timeout_s, metadata = self._config.ledger_timeout_s, self._access.metadata
         trips: list[RoundTrip] = []
         with self._asking() as stub:
             for _ in range(_CLOCK_TRIPS):
                 asked_s = clock.now()
-                there_s = (await stub.Clock(node_pb2.ClockRequest(), timeout=timeout_s)).now_s
+                there_s = (await stub.Clock(node_pb2.ClockRequest(), timeout=timeout_s, metadata=metadata)).now_s
                 trips.append(RoundTrip(asked_s, there_s, clock.now()))
-            found = await stub.Trace(node_pb2.TraceRequest(last_s=last_s), timeout=timeout_s)
+            found = await stub.Trace(node_pb2.TraceRequest(last_s=last_s), timeout=timeout_s, metadata=metadata)
         best = min(trips, key=lambda trip: trip.error_s)
         return router_pb2.ClusterTraceResponse.NodeTrace(
             clock_offset_s=best.offset_s, clock_error_s=best.error_s, trace=found
@@ -184,6 +196,9 @@ class NodeLink:
             # The channel was closed: to the caller of a call that looks as if it was itself cancelled.
             raise errors.Unavailable(f"{self.address}: the connection ended before the answer came") from None
         except aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                # It is this router that has no right there, not its client.
+                raise errors.Unavailable(f"{self.address} refuses this router: {error.details()}") from error
             if ERROR_CODE_KEY in (error.trailing_metadata() or ()):
                 # The node answers, with a refusal of its own.
                 raise error_of(error) from error
@@ -193,7 +208,7 @@ class NodeLink:
         reason, is_orderly = "the connection ended", False
         try:
             # A channel of its own for every connection: nothing of a former life of the address survives in it.
-            async with aio.insecure_channel(self.address, _channel_options(self._config)) as channel:
+            async with dial(self.address, self._access, _channel_options(self._config)) as channel:
                 await self._serve(channel)
         except* _Broken as group:
             reason, is_orderly = str(group.exceptions[0]), isinstance(group.exceptions[0], _Left)
@@ -219,7 +234,7 @@ class NodeLink:
         opened: aio.StreamStreamMultiCallable[bytes, node_pb2.SessionResponse] = channel.stream_stream(
             _SESSION, request_serializer=None, response_deserializer=node_pb2.SessionResponse.FromString
         )
-        session = opened()
+        session = opened(metadata=self._access.metadata)
         try:
             async with patient_timeout(self._config.connect_timeout_s):
                 welcome = await self._hello(channel, session)
@@ -253,7 +268,8 @@ class NodeLink:
         except (_Broken, aio.AioRpcError, asyncio.InvalidStateError):
             if await session.code() is not grpc.StatusCode.UNIMPLEMENTED:
                 raise
-            return await node_pb2_grpc.NodeStub(channel).Describe(node_pb2.DescribeRequest())
+            stub = node_pb2_grpc.NodeStub(channel)
+            return await stub.Describe(node_pb2.DescribeRequest(), metadata=self._access.metadata)
 
     async def _write(self, session: Session) -> None:
         while True:

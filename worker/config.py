@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from baton.access import AccessConfig, is_loopback
 from baton.address import host_of, is_anywhere, parse_address
 from baton.errors import BadConfig
 from baton.metrics_server import MetricsServerConfig
@@ -79,6 +80,8 @@ class WorkerConfig:
             up_file=False,
         ),
     )
+    # How peers and this worker know each other. One for all processes of a cluster, also of `up`.
+    access: AccessConfig = field(default_factory=AccessConfig, metadata=setting(up_file=False))
     engine: EngineConfig = field(default_factory=EngineConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
     lease: DecodeConfig = field(default_factory=DecodeConfig)
@@ -124,9 +127,20 @@ class WorkerConfig:
         if self.registry.is_used and is_anywhere(host_of(self.listen)) and not self.advertise_host:
             message = f"listen is {self.listen}, which cannot be dialled: give --advertise with a host to register"
             raise BadConfig(message, param="listen")
+        self.access.check_certificate()
+        if self.access.tls_cert is not None and not self.access.has_peer_tls:
+            expected = "expected --tls-ca beside --tls-cert: only processes of the cluster call a worker"
+            raise BadConfig(f"access.tls_ca is none, {expected}", param="access.tls_ca")
+        if self.access.is_open and not self.access.allow_open and not is_loopback(host_of(self.listen)):
+            raise BadConfig(
+                f"listen is {self.listen}, where other machines reach this worker, and peers have nothing to prove: "
+                "expected --cluster-key (BATON_CLUSTER_KEY), or --tls-cert, --tls-key and --tls-ca; or --allow-open to "
+                "serve every process that reaches it",
+                param="listen",
+            )
 
     def transfer_over(self, *, on_device: bool) -> TransferConfig:
         """What the transfer is told of a KV cache that lies on a device, or does not. Raises BadConfig."""
         # Others may reach this worker at a name that is not known here, or at an address that is not its own.
         listen_host = host_of(self.listen).strip("[]")
-        return replace(self.transfer, tcp_listen_host=listen_host).over(on_device=on_device)
+        return replace(self.transfer, tcp_listen_host=listen_host, access=self.access).over(on_device=on_device)

@@ -171,6 +171,7 @@ class WorkerMetrics:
             preset=[(where,) for where in _DEFECTS],
         )
         self.malformed = counter("baton_malformed_messages", "Messages over gRPC that could not be parsed")
+        self.access_refusals = counter("baton_access_refusals", "Calls refused for want of a key that opens them")
         self.leases = _LeaseMeter(self.metrics)
         self.roles = _RoleMeter(self.metrics)
         self._add_info(node)

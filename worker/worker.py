@@ -14,10 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton import descriptors
+from baton.access import PeerKey
+from baton.channels import peer_credentials
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import InternalError, UnsupportedModel, described
 from baton.files import is_there
+from baton.guard import Guard, Refusals
 from baton.metrics import exposition
 from baton.metrics_server import MetricsServer
 from baton.prefix import PrefixScheme
@@ -90,7 +93,13 @@ class _Worker:
         self._registration: Registration | None = None
         clock, timeline, layout = MonotonicClock(), Timeline(), model.layout
         transfer = config.transfer_over(on_device=memory.device is not None)
-        self._server = GrpcServer(on_malformed=lambda: self._metrics.malformed.add())
+        key = config.access.cluster_key
+        refusals = Refusals(clock, lambda: self._metrics.access_refusals.add())
+        self._server = GrpcServer(
+            on_malformed=lambda: self._metrics.malformed.add(),
+            guards=[Guard(PeerKey(key).check, refusals)] if key else [],
+            credentials=peer_credentials(config.access),
+        )
         address = self._server.bind(config.listen, advertise_host=config.advertise_host or None)
         self._metrics_server, metrics_address = self._bind_metrics(address)
         node = self.node = describe(config, model, address, metrics_address, transfer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -13,10 +14,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import grpc
-
+from baton.access import CLUSTER_KEY_VARIABLE, AccessConfig, is_loopback
 from baton.address import join_address
 from baton.api_keys import ApiKey
+from baton.channels import dial
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
 from baton.ready import write_json_atomically
@@ -42,6 +43,9 @@ _MAX_ROUTERS = 16
 _API_KEY = "BATON_API_KEY"
 _ROUTER = "router"
 _MAX_PORT = 65535
+_ADMIN_KEY = "BATON_ADMIN_KEY"
+# In the folder of the logs, while the cluster runs.
+CLUSTER_KEY_FILE, ADMIN_KEY_FILE = "cluster.key", "admin.key"
 # A worker needs seconds to load; the defaults would have us look again only every 1.6, 2.6, ... seconds.
 _EAGER_RECONNECT = (
     ("grpc.initial_reconnect_backoff_ms", 100),
@@ -120,6 +124,7 @@ class ClusterOptions:
     )
     # If it is used, workers register there and the router finds them there; else the router gets a list.
     registry: RegistryConfig = field(default_factory=RegistryConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
     worker: Mapping[str, Given] = field(default_factory=dict, metadata=computed())
     router: Mapping[str, Given] = field(default_factory=dict, repr=False, metadata=computed())
@@ -159,6 +164,7 @@ class ClusterOptions:
         own = {
             "model_name": Given(self._names()[0], "--model-name"),
             "registry": Given(self.registry, "--registry"),
+            "access": Given(self.access, "--cluster-key"),
             "model": Given(folder, "--model"),
             "role": Given(Role.MIXED, "--role"),
             "tokenizer": self._tokenizer(),
@@ -171,6 +177,7 @@ class ClusterOptions:
         own = {
             "model_names": Given(self._names(), "--model-name"),
             "registry": Given(self.registry, "--registry"),
+            "access": Given(self.access, "--cluster-key"),
             "model_folder": Given(folder, "--model"),
             "nodes": Given(listed, "--node"),
         }
@@ -223,9 +230,11 @@ async def up(
     ``on_ready`` is called whenever all is ready (again), with each router's addresses and a function that stops the
     cluster.
     """
+    options = with_keys(options)
     folder = model_source.resolve(options.model, options.revision)
     preflight.one_kv_size(options.worker)
     common = options.worker_config(folder)
+    preflight.certificates(common.access)
     preflight.hardware(common.engine.kernels, common.transfer)
     preflight.model_files(folder)
     names = [node_id for node_id, _ in options.worker_roles()]
@@ -249,7 +258,7 @@ async def up(
             http, grpc_ = (
                 join_address(options.host, reserved(option, port and port + number)) for option, port in asked.items()
             )
-            return Endpoints(f"http://{http}", grpc_)
+            return Endpoints(f"{'http' if options.access.tls_cert is None else 'https'}://{http}", grpc_)
 
         faces = [endpoints(number) for number in range(options.num_routers)]
         workers = [
@@ -259,9 +268,17 @@ async def up(
         router_config = options.router_config(folder, [worker.address for worker in workers])
         await _check_router(router_config, folder)
         log_dir = resources.enter_context(_run_directory(options.log_dir))
+        key_files = {
+            "cluster_key_file": resources.enter_context(
+                kept_secret(log_dir / CLUSTER_KEY_FILE, options.access.cluster_key)
+            ),
+            "admin_key_file": resources.enter_context(kept_secret(log_dir / ADMIN_KEY_FILE, router_config.admin_key)),
+        }
         if options.ready_file is not None:
             options.ready_file.unlink(missing_ok=True)
         on_start()
+        if key_files["admin_key_file"] is not None:
+            facts.append(f"admin key: {key_files['admin_key_file']}")
         for fact in facts:
             say(fact)
         routers = [
@@ -271,7 +288,7 @@ async def up(
 
         def announce(pids: Mapping[str, int]) -> None:
             if options.ready_file is not None:
-                content = _ready_content(dict(zip(options.router_names, faces, strict=True)), workers, pids)
+                content = _ready_content(dict(zip(options.router_names, faces, strict=True)), workers, pids, key_files)
                 write_json_atomically(options.ready_file, content)
             on_ready(faces, launcher.stop)
 
@@ -290,6 +307,35 @@ async def up(
         finally:
             if options.ready_file is not None:
                 options.ready_file.unlink(missing_ok=True)
+
+
+def with_keys(options: ClusterOptions) -> ClusterOptions:
+    """With a cluster key of its own, unless its processes know each other by what was given; and an admin key where
+    clients have keys or come from other machines, unless one was given."""
+    if options.access.is_open:
+        options = replace(options, access=replace(options.access, cluster_key=secrets.token_hex(32)))
+    has_strangers = "api_keys" in options.router or not is_loopback(options.host)
+    if has_strangers and "admin_key" not in options.router and not options.access.allow_open:
+        made = Given(secrets.token_hex(32), "--admin-key")
+        options = replace(options, router={**options.router, "admin_key": made})
+    return options
+
+
+@contextmanager
+def kept_secret(file: Path, secret: str) -> Iterator[Path | None]:
+    """The secret in a file that no other user can read, for the duration of the block; no file if there is none."""
+    if not secret:
+        yield None
+        return
+    # Not what lies there: it may be another user's, or a link.
+    file.unlink(missing_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(f"{secret}\n")
+    try:
+        yield file
+    finally:
+        file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -342,11 +388,15 @@ def placed(engine: EngineConfig, place: Place) -> EngineConfig:
 
 def _environment(options: ClusterOptions) -> dict[str, str]:
     """For every child: without the variables of settings, which hold what an option may have overruled here, and
-    without the API keys, which the router alone has a use for.
+    without the API keys, which the router alone has a use for. The key of the cluster is for all.
 
     What is secret or may hold a password goes this way too: every user of this machine can read arguments.
     """
-    told = {"BATON_REGISTRY": options.registry.url, "BATON_CLUSTER": options.registry.cluster}
+    told = {
+        "BATON_REGISTRY": options.registry.url,
+        "BATON_CLUSTER": options.registry.cluster,
+        CLUSTER_KEY_VARIABLE: options.access.cluster_key,
+    }
     decided = {key.about.variable for config in (WorkerConfig, RouterConfig) for key in keys(config)}
     ours = {name: value for name, value in os.environ.items() if name not in decided}
     return {**ours, **told, "PYTHONUNBUFFERED": "1"}
@@ -370,7 +420,7 @@ def _worker(
     command = _command("worker", config, "--model", str(config.model), *binding)
     # OpenMP reads it when torch is loaded, before any code of ours could tell it.
     environment = {"OMP_NUM_THREADS": str(engine.num_threads)}
-    program = Program(node_id, command, lambda pid: _worker_answers(address, pid), environment)
+    program = Program(node_id, command, lambda pid: _worker_answers(address, pid, config.access), environment)
     return _Worker(node_id, role, address, join_address(options.host, metrics_port), program)
 
 
@@ -380,28 +430,28 @@ def _router_id(config: RouterConfig, name: str) -> str:
 
 
 def _router(name: str, config: RouterConfig, folder: Path, endpoints: Endpoints, num_workers: int) -> Program:
-    faces = ("--http", endpoints.http.removeprefix("http://"), "--grpc", endpoints.grpc)
+    faces = ("--http", endpoints.http.partition("://")[2], "--grpc", endpoints.grpc)
     return Program(
         name,
         _command("router", config, "--model", str(folder), *faces),
-        lambda pid: _router_sees(endpoints.grpc, num_workers, config.api_keys),
-        environment={_API_KEY: " ".join(config.api_keys)},
+        lambda pid: _router_sees(endpoints.grpc, num_workers, config.api_keys, config.access),
+        environment={_API_KEY: " ".join(config.api_keys), _ADMIN_KEY: config.admin_key},
     )
 
 
-async def _worker_answers(address: str, pid: int) -> None:
+async def _worker_answers(address: str, pid: int, access: AccessConfig) -> None:
     """Returns when the worker describes itself, which it does once its model is loaded."""
-    async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
+    async with dial(address, access, _EAGER_RECONNECT) as channel:
         stub = node_pb2_grpc.NodeStub(channel)
-        found = await stub.Describe(node_pb2.DescribeRequest(), wait_for_ready=True)
+        found = await stub.Describe(node_pb2.DescribeRequest(), wait_for_ready=True, metadata=access.metadata)
     if found.node.pid != pid:
         raise BadConfig(f"process {found.node.pid} answers on {address}, expected process {pid}")
 
 
-async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...]) -> None:
+async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...], access: AccessConfig) -> None:
     """Returns when the router answers and every node is ready in its eyes."""
     metadata = (("authorization", f"Bearer {ApiKey.parse(api_keys[0]).secret}"),) if api_keys else ()
-    async with grpc.aio.insecure_channel(address, options=_EAGER_RECONNECT) as channel:
+    async with dial(address, access, _EAGER_RECONNECT) as channel:
         stub = router_pb2_grpc.RouterStub(channel)
         status = await stub.Status(router_pb2.StatusRequest(), wait_for_ready=True, metadata=metadata)
         while sum(node.state == "ready" for node in status.nodes) < num_nodes:
@@ -411,7 +461,10 @@ async def _router_sees(address: str, num_nodes: int, api_keys: tuple[str, ...]) 
 
 
 def _ready_content(
-    routers: Mapping[str, Endpoints], workers: list[_Worker], pids: Mapping[str, int]
+    routers: Mapping[str, Endpoints],
+    workers: list[_Worker],
+    pids: Mapping[str, int],
+    key_files: Mapping[str, Path | None],
 ) -> dict[str, object]:
     """The first router's addresses are also those of the cluster."""
     listed = [{"http": at.http, "grpc": at.grpc, "pid": pids[name]} for name, at in routers.items()]
@@ -420,6 +473,8 @@ def _ready_content(
         "grpc": listed[0]["grpc"],
         "router_pid": listed[0]["pid"],
         "routers": listed,
+        # None where certificates prove who a peer is, or where what is the operators' is open to all.
+        **{name: None if file is None else str(file) for name, file in key_files.items()},
         "nodes": [
             {
                 "id": worker.node_id,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from baton.access import OPEN, AccessConfig
 from baton.types import KvLayout, NodeDescription
 from kvtransfer.protocol.messages import WrittenRange
 
@@ -27,6 +28,8 @@ class Dial:
     num_lanes: int
     num_streams: int
     on_lost: Callable[[str], None]
+    # Bytes that leave the host are encrypted as it says.
+    access: AccessConfig = OPEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +60,7 @@ class PlaneSite:
     # Empty: the advertised one.
     listen_host: str
     events: PlaneEvents
+    access: AccessConfig = OPEN
 
 
 class DataPlane(Protocol):

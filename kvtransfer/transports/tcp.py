@@ -22,7 +22,7 @@ class Tcp:
         return True
 
     async def connect(self, dial: Dial) -> TcpWire:
-        return await TcpWire.connect(dial.endpoint, dial.token, dial.num_streams, dial.on_lost)
+        return await TcpWire.connect(dial.endpoint, dial.token, dial.num_streams, dial.on_lost, dial.access)
 
     def plane(self, site: PlaneSite) -> TcpPlane:
         return TcpPlane(site)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import hmac
 import logging
 import socket
 import threading
@@ -16,10 +17,12 @@ from dataclasses import dataclass, field
 
 from baton.errors import BatonError, TransferFailed
 from baton.patience import patient_timeout, patient_wait
+from baton.tls import peer_files
 from kvtransfer.host import keep_apart
 from kvtransfer.plan import Area, BlockList
 from kvtransfer.transports.interface import PlaneSite
 from kvtransfer.transports.tcp_socket import FRAME, MAGIC, PREAMBLE, READY, break_off, receive_all, tune
+from kvtransfer.transports.tcp_tls import receive, secured
 
 _MAX_FRAME_BYTES = 64 << 20
 _MAX_STREAMS = 64
@@ -61,8 +64,10 @@ class TcpPlane:
     """
 
     def __init__(self, site: PlaneSite, *, open_timeout_s: float = 10.0) -> None:
-        """A stream is given up if the event loop does not say in that time whether an epoch is open."""
+        """A stream is given up if the event loop does not say in that time whether an epoch is open. Raises BadConfig
+        for certificates that cannot be used."""
         self._open_timeout_s = open_timeout_s
+        self._certificates = peer_files(site.access)
         self._site = site
         self._events = site.events
         self._listen_host = site.listen_host or site.advertised_host.strip("[]")
@@ -114,12 +119,13 @@ class TcpPlane:
             task.add_done_callback(self._greetings.discard)
 
     async def _greet(self, connection: socket.socket) -> None:
-        loop = asyncio.get_running_loop()
         raw = bytearray()
         try:
             async with patient_timeout(_HELLO_TIMEOUT_S):
+                if self._certificates is not None:
+                    connection = await secured(connection, self._certificates.context(), is_server=True)
                 while len(raw) < PREAMBLE.size:
-                    part = await loop.sock_recv(connection, PREAMBLE.size - len(raw))
+                    part = await receive(connection, PREAMBLE.size - len(raw))
                     if not part:
                         raise ConnectionError("closed before its preamble")
                     raw += part
@@ -131,7 +137,8 @@ class TcpPlane:
             raise
         magic, token, number = PREAMBLE.unpack(raw)
         with self._lock:
-            channel = next((n for n, s in self._channels.items() if s.token == token and not s.is_dropped), None)
+            found = (n for n, s in self._channels.items() if hmac.compare_digest(s.token, token) and not s.is_dropped)
+            channel = next(found, None)
             is_welcome = magic == MAGIC and channel is not None
             is_welcome = is_welcome and len(self._channels[channel or 0].sockets) < _MAX_STREAMS
             if is_welcome and channel is not None:

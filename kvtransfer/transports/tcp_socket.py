@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import ssl
 import struct
 from collections.abc import Iterator
 
@@ -20,6 +21,8 @@ FRAME = struct.Struct("!QIIIIQ")
 READY = b"\1"
 # Below the kernel's IOV_MAX of 1024.
 _MAX_IOV = 512
+# Of TLS; each costs a call into OpenSSL, a header and a tag.
+_RECORD_BYTES = 16 << 10
 # Unacknowledged data on a path that went silent: the kernel gives the connection up after this long.
 _USER_TIMEOUT_MS = 10_000
 # Within a host: what is in flight then stays in a core's cache and the receiver's copy does not come from memory. Left
@@ -40,7 +43,20 @@ def tune(connection: socket.socket) -> None:
 def break_off(connection: socket.socket) -> None:
     """Wake every thread that is blocked in the socket."""
     with contextlib.suppress(OSError):
-        connection.shutdown(socket.SHUT_RDWR)
+        # Of the plain socket: that of TLS would let such a thread go on without encryption.
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
+
+
+def has_ended(connection: socket.socket) -> bool:
+    """Of a readable stream whose other end says nothing: whether it is not only interrupted."""
+    try:
+        # Of the plain socket, too: it is the end whatever comes, and another thread may be sending.
+        socket.socket.recv(connection, 1, socket.MSG_DONTWAIT | socket.MSG_PEEK)
+    except (BlockingIOError, InterruptedError):
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def _batches(views: list[memoryview]) -> Iterator[list[memoryview]]:
@@ -57,13 +73,42 @@ def _advance(views: list[memoryview], num_bytes: int) -> list[memoryview]:
     return []
 
 
+def _records(views: list[memoryview]) -> Iterator[bytes | memoryview]:
+    """The bytes of the views, small ones together."""
+    small: list[memoryview] = []
+    num_bytes = 0
+    for view in views:
+        if view.nbytes < _RECORD_BYTES:
+            small.append(view)
+            num_bytes += view.nbytes
+        if small and (num_bytes >= _RECORD_BYTES or view.nbytes >= _RECORD_BYTES):
+            yield b"".join(small)
+            small, num_bytes = [], 0
+        if view.nbytes >= _RECORD_BYTES:
+            yield view
+    if small:
+        yield b"".join(small)
+
+
 def send_all(connection: socket.socket, views: list[memoryview]) -> None:
+    if isinstance(connection, ssl.SSLSocket):
+        for part in _records(views):
+            connection.sendall(part)
+        return
     while views:
         views = _advance(views, connection.sendmsg(views[:_MAX_IOV]))
 
 
 def receive_all(connection: socket.socket, views: list[memoryview]) -> bool:
     """Fill the views; False if the stream ended before."""
+    if isinstance(connection, ssl.SSLSocket):
+        for view in views:
+            while view.nbytes:
+                num_bytes = connection.recv_into(view)
+                if num_bytes == 0:
+                    return False
+                view = view[num_bytes:]
+        return True
     for batch in _batches(views):
         left = batch
         while left:

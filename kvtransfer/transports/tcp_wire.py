@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable, Sequence
 
+from baton.access import OPEN, AccessConfig
 from baton.errors import TransferFailed
-from kvtransfer.transports.tcp_socket import FRAME, MAGIC, PREAMBLE, READY, break_off, send_all, tune
+from baton.tls import dialling_context
+from kvtransfer.transports.tcp_socket import FRAME, MAGIC, PREAMBLE, READY, break_off, has_ended, send_all, tune
+from kvtransfer.transports.tcp_tls import receive, secured, send
 from kvtransfer.writing import Lanes, Unit, write_unit
 
 
@@ -24,13 +28,22 @@ class TcpWire:
         self._lanes = Lanes("baton-kv-send", len(streams), write_unit)
 
     @classmethod
-    async def connect(cls, endpoint: str, token: bytes, num_streams: int, on_lost: Callable[[str], None]) -> TcpWire:
-        """Raises TransferFailed if the receiver does not accept every stream."""
+    async def connect(
+        cls,
+        endpoint: str,
+        token: bytes,
+        num_streams: int,
+        on_lost: Callable[[str], None],
+        access: AccessConfig = OPEN,
+    ) -> TcpWire:
+        """Raises TransferFailed if the receiver does not accept every stream, BadConfig for certificates that cannot
+        be read."""
         loop = asyncio.get_running_loop()
+        context = dialling_context(access)
         streams: list[socket.socket] = []
         try:
             for number in range(num_streams):
-                streams.append(await _open_stream(endpoint, token, number))
+                streams.append(await _open_stream(endpoint, token, number, context, access.tls_name))
         except OSError as error:
             _close_all(streams)
             raise TransferFailed(f"cannot open a data stream to {endpoint}: {error}") from error
@@ -67,12 +80,8 @@ class TcpWire:
 
     def _on_readable(self, stream: socket.socket) -> None:
         """The receiver says nothing on a stream: what is readable is its end."""
-        try:
-            stream.recv(1, socket.MSG_DONTWAIT)
-        except (BlockingIOError, InterruptedError):
+        if not has_ended(stream):
             return
-        except OSError:
-            pass
         asyncio.get_running_loop().remove_reader(stream)
         self._on_lost("the receiver closed a data stream")
 
@@ -89,18 +98,23 @@ class TcpWire:
         _close_all(self._streams)
 
 
-async def _open_stream(endpoint: str, token: bytes, number: int) -> socket.socket:
+async def _open_stream(
+    endpoint: str, token: bytes, number: int, context: ssl.SSLContext | None, tls_name: str
+) -> socket.socket:
     loop = asyncio.get_running_loop()
     host, _, port = endpoint.rpartition(":")
-    found = await loop.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    host = host.strip("[]")
+    found = await loop.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     family, kind, protocol, _, address = found[0]
     stream = socket.socket(family, kind, protocol)
     try:
         stream.setblocking(False)
         await loop.sock_connect(stream, address)
         tune(stream)
-        await loop.sock_sendall(stream, PREAMBLE.pack(MAGIC, token, number))
-        if await loop.sock_recv(stream, 1) != READY:
+        if context is not None:
+            stream = await secured(stream, context, name=tls_name or host)
+        await send(stream, PREAMBLE.pack(MAGIC, token, number))
+        if await receive(stream, 1) != READY:
             raise ConnectionError("the receiver refused it: token unknown or too many streams")
     except BaseException:
         stream.close()

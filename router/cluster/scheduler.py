@@ -506,6 +506,9 @@ class Scheduler(Generic[ItemT]):
     def num_waiting(self) -> int:
         return len(self._line) + len(self._siblings)
 
+    def num_in_flight_of(self, client: str) -> int:
+        return self._num_in_flight_of[client]
+
     def num_running_of(self, client: str) -> int:
         return self._line.num_running_of(client)
 

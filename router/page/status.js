@@ -360,7 +360,7 @@ async function ask() {
   try {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const answer = await fetch("status/data", { headers, cache: "no-store", signal: AbortSignal.timeout(TIMEOUT_MS) });
-    if (answer.status === 401) {
+    if (answer.status === 401 || answer.status === 403) {
       wantKey();
       return;
     }
@@ -376,7 +376,7 @@ async function ask() {
 }
 
 function wantKey() {
-  if (key) $("key-error").textContent = "That is not one of its keys.";
+  if (key) $("key-error").textContent = "That is not its admin key.";
   key = "";
   sessionStorage.removeItem("baton-key");
   $("connection").textContent = "locked";

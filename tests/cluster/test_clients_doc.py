@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from baton.client import Client
-from tests.support.cluster import KEYS, WITH_KEYS, Cluster, StartCluster
+from tests.support.cluster import ADMIN_KEY, WITH_KEYS, Cluster, StartCluster
 from tests.support.root import ROOT
 
 DOCUMENT = ROOT / "docs/clients.md"
@@ -74,7 +74,7 @@ def test_examples_do_what_the_document_says(shared_cluster: StartCluster, demo_m
         if example.language == "python" or has_curl:
             output = example.run(cluster)
             assert example.matches(output), f"line {example.line}: expected\n{example.output}\nfound\n{output}"
-    with Client(cluster.grpc, api_key=KEYS[0]) as client:
+    with Client(cluster.grpc, api_key=ADMIN_KEY) as client:
         cluster.wait_until(
             lambda: all(owner.state == "cached" for node in client.ledger().nodes for owner in node.owners),
             "baseline", deadline_s=10,

@@ -28,6 +28,8 @@ from tests.support.root import ROOT
 ARGUMENTS, STAGES = parse_dockerfile(DEPLOY / "Dockerfile")
 NAMES = [stage.name for stage in STAGES]
 FINAL = ("router", "worker")
+# Without defaults: what everybody can read in a file is no secret.
+SECRETS = {"BATON_CLUSTER_KEY": "c" * 32, "BATON_ADMIN_KEY": "operators"}
 KNOWN = {
     "FROM", "ARG", "ENV", "RUN", "COPY", "WORKDIR", "USER", "EXPOSE", "STOPSIGNAL", "HEALTHCHECK", "ENTRYPOINT", "CMD",
 }  # fmt: skip
@@ -143,13 +145,16 @@ def test_the_cluster_is_whole() -> None:
 def test_commands_are_taken_by_the_cli(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     service = COMPOSE["services"][name]
     for variable, value in service["environment"].items():
-        monkeypatch.setenv(variable, interpolate(str(value), {"BATON_API_KEY": "k1 k2"}))
+        monkeypatch.setenv(variable, interpolate(str(value), {"BATON_API_KEY": "k1 k2", **SECRETS}))
     settings = accept(command_of(service))
     assert settings["registry"] == "redis://:baton@redis:6379/0"
     assert settings["grace"] + 10 <= int(service["stop_grace_period"].removesuffix("s"))
+    assert settings["cluster_key"] == SECRETS["BATON_CLUSTER_KEY"]
     if name == "router":
         assert settings["api_key"] == ["k1", "k2"]
+        assert settings["admin_key"] == SECRETS["BATON_ADMIN_KEY"]
         return
+    assert "BATON_ADMIN_KEY" not in service["environment"], "it is the router's alone"
     assert settings["role"] == name.partition("-")[0]
     assert (settings["node_id"], settings["advertise"]) == (name, name), "others find it by its service's name"
     assert settings["listen"].endswith(":50052"), "where its image looks for its health"

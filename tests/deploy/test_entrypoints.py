@@ -79,6 +79,7 @@ class Containers:
             "TMPDIR": str(self._scratch),
             "OMP_NUM_THREADS": "1",
             "BATON_REGISTRY": self._registry,
+            "BATON_CLUSTER_KEY": "c" * 32,
         }
 
     def command(self, arguments: list[str]) -> list[str]:

@@ -354,7 +354,8 @@ def test_an_overlay_is_whole(overlay: str) -> None:
 def variables(deployment: dict[str, Any], found: Any) -> dict[str, str]:
     """What a container's environment holds; what is only known at run time gets an example."""
     values = {"POD_NAME": "prefill-7d4b9-x2x", "POD_IP": "10.1.2.3", "BATON_REGISTRY": "redis://:s3cret@redis:6379/0",
-              "BATON_API_KEY": "k1 k2", "REDISCLI_AUTH": "s3cret"}  # fmt: skip
+              "BATON_API_KEY": "k1 k2", "REDISCLI_AUTH": "s3cret", "BATON_CLUSTER_KEY": "c" * 32,
+              "BATON_ADMIN_KEY": "a"}  # fmt: skip
     for source in container(deployment).get("envFrom", []):
         values |= of_kind(found, "ConfigMap")[source["configMapRef"]["name"]]["data"]
     for variable in container(deployment)["env"]:
@@ -379,10 +380,11 @@ def test_commands_probes_and_hooks_are_taken_by_the_cli(
     arguments = [re.sub(r"\$\((\w+)\)", lambda m: values[m[1]], word) for word in only["args"]]
     settings = accept(arguments)
     assert settings["registry"] == values["BATON_REGISTRY"]
+    assert settings["cluster_key"] == values["BATON_CLUSTER_KEY"], "it listens where other pods reach it"
     patience_s = pod(deployment)["terminationGracePeriodSeconds"]
     ports = {p["containerPort"] for p in only["ports"]}
     if name == "router":
-        assert settings["api_key"] == ["k1", "k2"]
+        assert (settings["api_key"], settings["admin_key"]) == (["k1", "k2"], "a")
         assert {int(settings[face].rpartition(":")[2]) for face in ("http", "grpc")} == ports
         program, seconds = only["lifecycle"]["preStop"]["exec"]["command"]
         assert (program, int(seconds) + settings["grace"] + CLOSING_S <= patience_s) == ("sleep", True)

@@ -18,6 +18,8 @@ import grpc
 import psutil
 import pytest
 
+from baton.access import OPEN, AccessConfig
+from baton.channels import dial_blocking
 from baton.v1 import router_pb2, router_pb2_grpc
 from tests.support.models import ModelCase
 
@@ -30,7 +32,8 @@ LOOK_EVERY_S = 0.02
 BLOCK_TOKENS = 64
 # For clusters that ask for keys: the one of docs/clients.md, and another.
 KEYS = ("secret", "key-of-somebody")
-WITH_KEYS = ("--api-key", KEYS[0], "--api-key", KEYS[1])
+ADMIN_KEY = "key-of-the-operators"
+WITH_KEYS = ("--api-key", KEYS[0], "--api-key", KEYS[1], "--admin-key", ADMIN_KEY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,8 @@ class Cluster:
         self._sockets: set[str] = set()
         self._channel: grpc.Channel | None = None
         self._is_abandoned = False
+        # How a client knows the router, if that has a certificate.
+        self.trust = OPEN
 
     @property
     def ready(self) -> dict[str, object]:
@@ -80,9 +85,16 @@ class Cluster:
         assert isinstance(listed, list)
         return {node["id"]: Node(**node) for node in listed}
 
+    @property
+    def access(self) -> AccessConfig:
+        """For calls to workers: the key that `up` made for its cluster."""
+        file = Path(str(self.ready["cluster_key_file"]))
+        assert file.stat().st_mode & 0o777 == 0o600, "a secret of the user who started it"
+        return AccessConfig(cluster_key=file.read_text().strip())
+
     def stub(self) -> router_pb2_grpc.RouterStub:
         if self._channel is None:
-            self._channel = grpc.insecure_channel(self.grpc)
+            self._channel = dial_blocking(self.grpc, self.trust)
         return router_pb2_grpc.RouterStub(self._channel)
 
     def kill(self, node_id: str) -> Node:

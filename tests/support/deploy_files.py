@@ -49,7 +49,7 @@ def load_yaml(path: Path) -> Any:
 
 
 def interpolate(text: str, environment: dict[str, str]) -> str:
-    """Compose's ${NAME:-default}; a name without a default must be given."""
+    """Compose's ${NAME:-default} and ${NAME:?message}; a name without a default must be given."""
 
     def value(match: re.Match[str]) -> str:
         name, default = match["name"], match["default"]
@@ -57,7 +57,7 @@ def interpolate(text: str, environment: dict[str, str]) -> str:
         assert found is not None, f"{name} has no default"
         return str(found)
 
-    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*))?\}", value, text)
+    return re.sub(r"\$\{(?P<name>\w+)(?::-(?P<default>[^}]*)|:\?[^}]*)?\}", value, text)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import grpc.aio
 import numpy as np
 
 from baton import PROTOCOL_VERSION
+from baton.access import OPEN
+from baton.channels import peer_credentials
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
 from kvtransfer.config import TransferConfig
@@ -217,7 +219,11 @@ async def pair(
     target_layout = target_layout or replace(source_layout, num_blocks=source_layout.num_blocks + 11)
     inbox = Inbox()
     server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
-    port = server.add_insecure_port("127.0.0.1:0")
+    credentials = peer_credentials(OPEN if receiver_config is None else receiver_config.access)
+    if credentials is None:
+        port = server.add_insecure_port("127.0.0.1:0")
+    else:
+        port = server.add_secure_port("127.0.0.1:0", credentials)
     with (
         make_memory(source_layout.total_bytes, on_device=source_on_device, seed=1) as source,
         make_memory(target_layout.total_bytes, on_device=target_on_device, seed=2) as target,

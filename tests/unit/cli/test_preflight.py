@@ -118,7 +118,7 @@ def refused(said: Said, *parts: str) -> None:
         ([*WORKER, "--advertise", "0.0.0.0"], ["--advertise is 0.0.0.0, which cannot be dialled"]),
         ([*WORKER, "--advertise", "a b"], ["--advertise", "expected host:port"]),
         ([*WORKER, "--advertise", "x" * 300], ["--advertise", "up to 253 characters"]),
-        ([*WORKER, "--listen", "nobody.invalid:0"], ["--listen", "'nobody.invalid' does not resolve"]),
+        ([*WORKER, "--listen", "nobody.invalid:0", "--allow-open"], ["--listen", "'nobody.invalid' does not resolve"]),
         ([*WORKER, "--listen", "127.0.0.1"], ["--listen is '127.0.0.1', expected host:port"]),
         ([*WORKER, "--listen", "127.0.0.1:70000"], ["--listen", "a port from 0 to 65535"]),
         ([*WORKER, "--listen", "::1:7"], ["--listen", "in brackets: [::1]:7"]),

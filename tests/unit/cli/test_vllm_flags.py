@@ -70,7 +70,7 @@ def test_options_are_taken_under_the_names_that_people_know(words: str, expected
         ("--enable-lora", "--enable-lora: no LoRA adapters yet"),
         ("--speculative-config {}", "--speculative-config: no speculative decoding yet"),
         ("--kv-cache-dtype fp8", "--kv-cache-dtype: KV is kept in --dtype"),
-        ("--ssl-keyfile x", "--ssl-keyfile: no TLS"),
+        ("--ssl-ca-certs x", "--ssl-ca-certs: clients show no certificate"),
         ("--task embed", "--task: generation is the one task"),
         ("--tensor-parallel-size", "--tensor-parallel-size: no tensor parallelism yet"),
         # None of these is known: what it resembles is said.

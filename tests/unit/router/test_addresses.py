@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 import baton
+from baton.access import AccessConfig
 from baton.address import as_dialled, is_anywhere
 from baton.types import Role, SamplingParams, SequenceSpec
 from engine.fake import expected_tokens
@@ -59,7 +60,7 @@ async def test_data_is_listened_for_where_the_worker_listens_and_not_where_it_is
 
 
 async def test_kv_moves_between_nodes_that_listen_everywhere(tmp_path: Path) -> None:
-    everywhere = {"listen": "0.0.0.0:0", "transports": ("tcp",)}
+    everywhere = {"listen": "0.0.0.0:0", "transports": ("tcp",), "access": AccessConfig(allow_open=True)}
     async with (
         worker(tmp_path, "p0", Role.PREFILL, **everywhere) as prefill,
         worker(tmp_path, "d0", Role.DECODE, **everywhere) as decode,

@@ -113,7 +113,7 @@ async def test_what_is_kept_and_sent_is_bounded() -> None:
 async def test_the_data_needs_a_key_and_the_page_does_not() -> None:
     async with (
         FakeCluster(mixed=1) as cluster,
-        router_beside(cluster, api_keys=("right",)) as router,
+        router_beside(cluster, api_keys=("client",), admin_key="right") as router,
         httpx.AsyncClient(base_url=router.http or "") as client,
     ):
         for path in ("/status", "/status/status.css", "/status/status.js"):
@@ -123,6 +123,7 @@ async def test_the_data_needs_a_key_and_the_page_does_not() -> None:
             assert page.headers["content-security-policy"].startswith("default-src 'none'")
         assert (await client.get("/status/data")).status_code == 401
         assert (await client.get("/status/data", headers={"authorization": "Bearer wrong"})).status_code == 401
+        assert (await client.get("/status/data", headers={"authorization": "Bearer client"})).status_code == 403
         assert (await data_of(router, authorization="Bearer right"))["num_nodes"] == 1
 
 
@@ -285,13 +286,13 @@ async def test_browser_shows_names_as_text(browser: Browser) -> None:
 
 
 async def test_browser_asks_for_the_key(browser: Browser) -> None:
-    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, api_keys=("right",)) as router:
+    async with FakeCluster(mixed=1) as cluster, router_beside(cluster, admin_key="right") as router:
         await to_thread(browser.open, f"{router.http}/status")
         give = "document.querySelector('#key').value = '{}'; document.querySelector('#key-form').requestSubmit()"
         shown = "!document.querySelector('#key-form').hidden"
         await to_thread(browser.wait_until, shown)
         await to_thread(browser.evaluate, give.format("wrong"))
-        await to_thread(browser.wait_until, "/not one of/.test(document.querySelector('#key-error').innerText)")
+        await to_thread(browser.wait_until, "/not its admin/.test(document.querySelector('#key-error').innerText)")
         assert await to_thread(browser.evaluate, "document.querySelector('main').hidden")
         await to_thread(browser.evaluate, give.format("right"))
         await to_thread(browser.wait_until, "document.querySelectorAll('#nodes tr').length === 1")
