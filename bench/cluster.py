@@ -19,8 +19,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import grpc
-
+from baton.access import OPEN, AccessConfig
+from baton.channels import dial
 from baton.types import TransferReport
 from baton.v1 import common_pb2, router_pb2, router_pb2_grpc
 from bench import model as bench_model
@@ -60,11 +60,14 @@ class Cluster:
 
 
 @contextlib.asynccontextmanager
-async def cluster(name: str, options: Sequence[str], folder: Path, run_dir: Path) -> AsyncIterator[Cluster]:
-    """Starts ``baton up`` with these options, waits until it is ready, and stops all its processes at the end."""
+async def cluster(
+    name: str, options: Sequence[str], folder: Path, run_dir: Path, access: AccessConfig = OPEN
+) -> AsyncIterator[Cluster]:
+    """Starts ``baton up`` with these options, waits until it is ready, and stops all its processes at the end.
+    ``access``: how clients know its router."""
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     shape = Shape(name, ("--threads", str(threads), "--kv-mib", "1024", *options))
-    async with started(shape, str(folder), run_dir) as found, grpc.aio.insecure_channel(found.grpc) as channel:
+    async with started(shape, str(folder), run_dir) as found, dial(found.grpc, access) as channel:
         nodes = tuple(f"{node.id} ({node.role})" for node in found.nodes)
         metrics = tuple(node.metrics for node in found.nodes)
         yield Cluster(name, router_pb2_grpc.RouterStub(channel), nodes, found.http, metrics)

@@ -5,6 +5,7 @@
 Sender and receiver are two processes; a push is timed until the receiver has verified it and taken it over. Every round
 runs each contender once, next to a memcpy of the same bytes, next to the same copy with a digest of source and target
 by two threads without a protocol ("bound"), and (for tcp) next to a bare sendmsg/recv_into loop over as many streams.
+"tcp, TLS" is the same over encrypted streams.
 Figures are medians over the rounds and ratios are medians of the per-round ratios, because memory bandwidth drifts from
 minute to minute.
 """
@@ -18,18 +19,23 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import grpc.aio
 import numpy as np
 
 from baton import PROTOCOL_VERSION
+from baton.access import AccessConfig
+from baton.channels import peer_credentials
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, Lease, ModelDescription, NodeDescription, Role, TokenChunk, TransferReport
 from bench.transfer_trips import small
+from cli import certs
 from kvtransfer.config import TransferConfig
 from kvtransfer.digest import LayerDigests
 from kvtransfer.hashing import ByteArray
@@ -49,7 +55,7 @@ STREAMS = 2
 BARE_MESSAGE_BYTES = 2 << 20
 # The rate of the CPU engine on the bench model; sets the duration of a layer in the layer-wise runs.
 PREFILL_TOKENS_PER_S = 1500
-VARIANTS = {
+PLAIN = {
     "shm": TransferConfig(transports=("shm",), digest=True),
     "shm, no digest": TransferConfig(transports=("shm",), digest=False),
     "tcp": TransferConfig(transports=("tcp",), digest=True, tcp_streams=STREAMS),
@@ -57,6 +63,13 @@ VARIANTS = {
 }
 SERIALIZED = {"shm": 1 << 60, "tcp": 1 << 60}
 LAYERWISE = {"shm": 0, "tcp": 0}
+
+
+def variants(folder: Path) -> Mapping[str, TransferConfig]:
+    """With the encrypted one, by the certificates in the folder."""
+    cert = folder / "127.0.0.1.pem"
+    access = AccessConfig(tls_cert=cert, tls_key=cert.with_suffix(".key"), tls_ca=folder / certs.CA_CERT)
+    return {**PLAIN, "tcp, TLS": replace(PLAIN["tcp"], access=access)}
 
 
 def describe(name: str, address: str) -> NodeDescription:
@@ -100,7 +113,7 @@ def serve_bare(listener: socket.socket, target: memoryview) -> None:
         threading.Thread(target=fill, args=(connection, number), daemon=True).start()
 
 
-async def receive() -> None:
+async def receive(folder: Path) -> None:
     """A receiver for every variant over one memory; a line "variant num_tokens" on stdin grants a lease."""
     with (
         HostMemory.create(LAYOUT.total_bytes, prefault_pages=True) as memory,
@@ -113,9 +126,13 @@ async def receive() -> None:
         def on_event(notice: LeaseNotice) -> None:
             assert isinstance(notice, Arrived | Released), notice
 
-        for name, config in VARIANTS.items():
+        for name, config in variants(folder).items():
             server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
-            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            credentials = peer_credentials(config.access)
+            if credentials is None:
+                address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            else:
+                address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', credentials)}"
             receiver = Receiver(describe(name, address), LAYOUT, memory, on_event=on_event, config=config)
             receiver.add_to(server)
             await receiver.start()
@@ -141,9 +158,9 @@ async def receive() -> None:
 class Peer:
     """The receiving process as the sender sees it."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "bench.transfer", "--receive"],
+            [sys.executable, "-m", "bench.transfer", "--receive", str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -268,11 +285,11 @@ class Row:
 
 
 async def bulk(bench: Bench, rounds: int) -> tuple[list[Row], dict[str, float]]:
-    seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bound", "bare tcp", *VARIANTS)}
+    names = list(bench.senders["layerwise"])
+    seconds: dict[str, list[float]] = {name: [] for name in ("memcpy", "bound", "bare tcp", *names)}
     for index in range(rounds + 1):
         found = {"memcpy": bench.memcpy(), "bound": bench.bound()}
         found["bare tcp"] = await asyncio.to_thread(bench.peer.bare_send, bench.source.data)
-        names = list(VARIANTS)
         turn = index % len(names)
         for variant in names[turn:] + names[:turn]:  # The order rotates.
             found[variant], _ = await bench.push(variant, "layerwise", BULK_TOKENS)
@@ -344,13 +361,14 @@ async def layerwise(bench: Bench, rounds: int, sizes: list[int]) -> list[dict[st
     return rows
 
 
-async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
-    peer = Peer()
+async def measured(rounds: int, sizes: list[int], folder: Path) -> dict[str, object]:
+    certs.make(folder, ["127.0.0.1"], 1)
+    peer = Peer(folder)
     senders: dict[str, dict[str, Sender]] = {"layerwise": {}, "serialized": {}}
     with HostMemory.create(LAYOUT.total_bytes, prefault_pages=True) as memory:
         as_bytes(memory)[:] = np.random.default_rng(0).integers(0, 256, memory.num_bytes, dtype=np.uint8)
         for mode, table in (("layerwise", LAYERWISE), ("serialized", SERIALIZED)):
-            for name, config in VARIANTS.items():
+            for name, config in variants(folder).items():
                 node = describe(f"sender-{mode}-{name}", "")
                 sender = Sender(node, LAYOUT, memory, config=replace(config, layerwise_from_bytes=table))
                 await sender.start()
@@ -380,11 +398,13 @@ async def measured(rounds: int, sizes: list[int]) -> dict[str, object]:
 
 def run(quick: bool) -> dict[str, object]:
     """The entry for ``python -m bench transfer``."""
-    return asyncio.run(measured(3 if quick else 9, [64, 512] if quick else [64, 128, 256, 512, 1024, 2048]))
+    sizes = [64, 512] if quick else [64, 128, 256, 512, 1024, 2048]
+    with tempfile.TemporaryDirectory(prefix="baton-bench-") as folder:
+        return asyncio.run(measured(3 if quick else 9, sizes, Path(folder)))
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--receive"]:
-        asyncio.run(receive())
+    if sys.argv[1:2] == ["--receive"]:
+        asyncio.run(receive(Path(sys.argv[2])))
     else:
         print(json.dumps(run("--quick" in sys.argv), indent=1))

@@ -268,18 +268,11 @@ async def up(
         router_config = options.router_config(folder, [worker.address for worker in workers])
         await _check_router(router_config, folder)
         log_dir = resources.enter_context(_run_directory(options.log_dir))
-        key_files = {
-            "cluster_key_file": resources.enter_context(
-                kept_secret(log_dir / CLUSTER_KEY_FILE, options.access.cluster_key)
-            ),
-            "admin_key_file": resources.enter_context(kept_secret(log_dir / ADMIN_KEY_FILE, router_config.admin_key)),
-        }
+        key_files = resources.enter_context(_key_files(log_dir, router_config))
         if options.ready_file is not None:
             options.ready_file.unlink(missing_ok=True)
         on_start()
-        if key_files["admin_key_file"] is not None:
-            facts.append(f"admin key: {key_files['admin_key_file']}")
-        for fact in facts:
+        for fact in (*facts, *_about_keys(key_files)):
             say(fact)
         routers = [
             _router(name, replace(router_config, router_id=_router_id(router_config, name)), folder, face, len(workers))
@@ -336,6 +329,21 @@ def kept_secret(file: Path, secret: str) -> Iterator[Path | None]:
         yield file
     finally:
         file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _key_files(folder: Path, config: RouterConfig) -> Iterator[Mapping[str, Path | None]]:
+    """Where the cluster's and the operators' keys are while it runs, by their names in the ready file."""
+    with (
+        kept_secret(folder / CLUSTER_KEY_FILE, config.access.cluster_key) as cluster,
+        kept_secret(folder / ADMIN_KEY_FILE, config.admin_key) as admin,
+    ):
+        yield {"cluster_key_file": cluster, "admin_key_file": admin}
+
+
+def _about_keys(files: Mapping[str, Path | None]) -> list[str]:
+    admin = files["admin_key_file"]
+    return [] if admin is None else [f"admin key, for BATON_ADMIN_KEY: {admin}"]
 
 
 @contextmanager
