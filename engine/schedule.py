@@ -13,7 +13,8 @@ Order: every decoding sequence that has room for its next token is in every step
 first served, in chunks up to the token budget. A prompt that came ``max_prompt_wait_s`` ago goes before all that did
 not. With ``tbt_target_s`` a step has only so much of prompts as is predicted to fit into that time, by the steps that
 were measured (``engine/step_times.py``): one that decodes, or that a sequence may wait for whose prompt another node is
-computing; other steps of a node that is handed sequences may take a few times as long. A prompt starts when all blocks
+computing; other steps of a node that is handed sequences may take a few times as long. One that has joined and waited
+for the end of a step has the less time left for its first one. A prompt starts when all blocks
 of its known tokens are there; decoding grows block by block. When the pool is exhausted the youngest sequence of the
 worst priority is preempted: its blocks are dropped and its tokens computed again later. One that was preempted
 ``max_preemptions`` times starts again only with blocks for its whole life, and is then never a victim; nor is one whose
@@ -114,6 +115,10 @@ class Scheduler:
         self._expected: set[str] = set()
         # Other nodes compute sequences for this one, which may arrive in the middle of any step.
         self._is_handed_to = False
+        # When the first of the sequences joined that are in no step yet; None: there is none.
+        self._joined_s: float | None = None
+        # When the steps under way are predicted to be over.
+        self._over_s = 0.0
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         # Those of the plan under way that have no piece in it.
@@ -211,6 +216,7 @@ class Scheduler:
         # It was counted when its blocks were reserved: what it finds after a preemption is no hit.
         entry.started_s = now
         self._entries[sequence_id] = entry
+        self._joined_s = now if self._joined_s is None else self._joined_s
         insort(self._active, entry, key=in_order)
         self.prefix_cache.store(entry)
         if self._stretch is not None and seq.token_mask is None:
@@ -318,12 +324,16 @@ class Scheduler:
         else:
             pieces, decoding, begun, self._in_bulk = [], plain.shape, plain.others, plain.decoding
             self._sits_out = self._sits_out[1], False
-        budget = StepBudget(self.config, self.measured, decoding, self._limit_s(decoding))
+        begins_s = max(now, self._over_s) if self._plans else now
+        joined_s, self._joined_s = self._joined_s, None
+        limit_s = self._limit_s(decoding, 0.0 if joined_s is None else begins_s - joined_s)
+        budget = StepBudget(self.config, self.measured, decoding, limit_s)
         pieces += self._prompt_pieces(begun, budget, events, now)
         if not pieces and not decoding.num_decoding:
             return None, events
         for piece in pieces:
             self._entries[piece.sequence.sequence_id].board(piece)
+        self._over_s = begins_s + self.measured.step_s(budget.shape)
         plan = StepPlan(tuple(pieces), budget.shape, plain_steps.board(self._in_bulk))
         self._plans.append(plan)
         return plan, events
@@ -707,10 +717,11 @@ class Scheduler:
         # Not in every step: the bound is kept to a sixteenth.
         self._next_overdue_s = max(min(came_s) + max_wait_s, now + max_wait_s / 16)
 
-    def _limit_s(self, decoding: StepShape) -> float | None:
+    def _limit_s(self, decoding: StepShape, waited_s: float) -> float | None:
         """How long the step may take, None: no sequence waits for its next token, nor may come to.
 
-        One that waits for the host is in every second step only: its gap is two of them.
+        One that waits for the host is in every second step only: its gap is two of them. ``waited_s``: how long one
+        will have waited for this step, as it joined while another was under way.
         """
         target_s = self.config.tbt_target_s
         if target_s is None:
@@ -718,7 +729,7 @@ class Scheduler:
         if not (decoding.num_decoding or self._expected or self._sits_out[1]):
             return self.config.prompt_step_targets * target_s if self._is_handed_to else None
         progress_s = self.measured.step_s(decoding) / (1 - self.config.min_prompt_share)
-        return max(progress_s, target_s / 2 if any(self._sits_out) else target_s)
+        return max(progress_s, (target_s / 2 if any(self._sits_out) else target_s) - waited_s)
 
     def _prompt_pieces(
         self, begun: list[Entry], budget: StepBudget, events: list[EngineEvent], now: float

@@ -161,3 +161,37 @@ def test_one_that_is_in_every_second_step_gets_half_the_time() -> None:
         # Two of them make one of its gaps.
         assert step_s(ahead.shape) <= 0.055
         assert ahead.shape.num_prompt_tokens >= 16
+
+
+@pytest.mark.parametrize(("waited_s", "most_s"), [(0.0, 0.105), (0.03, 0.075), (0.09, 0.045)])
+def test_one_that_joined_during_a_step_has_less_time_left_for_its_first(waited_s: float, most_s: float) -> None:
+    s = scheduler()
+    sampling = SamplingParams(temperature=0.0, seed=0, max_tokens=100)
+    s.reserve(SequenceSpec("joins", (1,) * 10, sampling), now=0.0)
+    add(s, "p", 2000)
+    plan = launch(s)
+    s.join("joins", TokenChunk("joins", 0, (1,)), now=1.0 - waited_s)
+    land(s, plan)
+    plan, _ = s.schedule(1.0)
+    assert plan is not None
+    assert plan.shape.num_decoding == 1
+    assert 0 < step_s(plan.shape) <= most_s
+    land(s, plan)
+    plan, _ = s.schedule(1.1)
+    assert plan is not None
+    assert step_s(plan.shape) > 0.08, "from then on it waits for one step at a time"
+
+
+def test_a_step_that_is_planned_ahead_counts_the_one_before_it() -> None:
+    s = scheduler()
+    add(s, "a", 10)
+    step(s)
+    s.reserve(SequenceSpec("joins", (1,) * 10, SamplingParams(temperature=0.0, seed=0, max_tokens=100)), now=0.0)
+    add(s, "p", 400)
+    first, _ = s.schedule(1.0)
+    assert first is not None
+    s.join("joins", TokenChunk("joins", 0, (1,)), now=1.0)
+    second, _ = s.schedule(1.001)
+    assert second is not None
+    assert first.shape.num_prompt_tokens > 60
+    assert second.shape.num_prompt_tokens < first.shape.num_prompt_tokens / 2
