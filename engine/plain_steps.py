@@ -79,6 +79,7 @@ def advance(
     """Each of them draws ``token_id`` in each of so many steps, which `limit` has allowed; returns those that may draw
     no more."""
     full: list[Entry] = []
+    num_hashes = [len(entry.sequence.block_hashes) for entry in entries] if cache.is_on else []
     drawn = [token_id] * num_steps
     # By step and place in it: blocks are taken before the step, and found by hash after it.
     due: list[tuple[int, bool, int]] = []
@@ -107,6 +108,11 @@ def advance(
             sequence.num_computed = end
         else:
             pool.grow(entry.sequence_id, 1)
+    for entry, num_before in zip(entries, num_hashes, strict=False):
+        # Those of blocks that were full when the last one was stored, and not of all that are known by now.
+        hashes, num_known = entry.sequence.block_hashes, (entry.num_stored * block_tokens + 1) // block_tokens
+        if len(hashes) > max(num_before, num_known):
+            entry.sequence.block_hashes = hashes[: max(num_before, num_known)]
     return full
 
 

@@ -427,6 +427,7 @@ class Scheduler:
         """
         num_steps, now = len(ended_s), ended_s[-1]
         self._sits_out = (self._sits_out[1], False) if num_steps == 1 else (False, False)
+        self._joined_s = None
         # As `schedule` keeps it: nothing that waits becomes overdue in between.
         starts_s = (began_s, *ended_s[:-1])
         while self._next_overdue_s <= starts_s[-1]:
