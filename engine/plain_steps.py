@@ -118,7 +118,7 @@ def advance(
 
 class Stretch:
     """Sequences that decode step after step and nothing else: how far they have come is kept once for all of them, and
-    written to each when somebody looks at it. So steps cost the same, however many sequences are in them.
+    written to each when it is read. So steps cost the same, however many sequences are in them.
 
     Invariant: they are all that is active. None is to stop, lent to a reader outside, or has a mask; blocks are theirs
     when a step needs them.

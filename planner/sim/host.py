@@ -46,7 +46,7 @@ class Host:
 
 class Loop:
     """The slowest event loop that all tokens pass, the router's or the client's. It takes up what comes in that order;
-    tokens between the first and the last of a stream are work at a rate, as nobody looks at each of them."""
+    tokens between the first and the last of a stream are work at a rate, as no rule looks at each of them."""
 
     def __init__(self, events: Events, times: LoopTimes, host: Host | None) -> None:
         self._events = events
