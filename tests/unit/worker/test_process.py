@@ -170,6 +170,10 @@ async def test_10_a_decode_frozen_for_ten_seconds_fills_prefill_and_both_recover
                             done[item.sequence_id] |= chunk
                         if kind == "failed" or (kind == "tokens" and item.finish_reason):
                             ended.add(item.sequence_id)
+                        if kind == "failed":
+                            # As a router does, which runs it elsewhere.
+                            await relay.prefill.cancel(item.sequence_id)
+                            await relay.decode.cancel(item.sequence_id)
                 await asyncio.sleep(0.01)
         for sequence in sequences:
             tokens = done[sequence.sequence_id]
