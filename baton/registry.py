@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import redis.asyncio
@@ -29,6 +29,9 @@ from baton.errors import BadConfig, Unavailable, quoted
 from baton.names import check_cluster
 from baton.settings import check, setting
 from baton.types import Role
+
+if TYPE_CHECKING:
+    from baton.faults.faults import Faults
 
 _T = TypeVar("_T")
 
@@ -146,9 +149,12 @@ class RegistryConfig:
 class Registry:
     """One cluster's part of a Redis database. Calls raise Unavailable, or BadConfig if Redis does not let us in."""
 
-    def __init__(self, config: RegistryConfig, client: redis.asyncio.Redis | None = None) -> None:
+    def __init__(
+        self, config: RegistryConfig, client: redis.asyncio.Redis | None = None, faults: Faults | None = None
+    ) -> None:
         """``client`` decodes responses; a fake one in tests."""
         self._config = config
+        self._faults = faults
         prefix = f"baton:{{{config.cluster}}}"
         self._index = f"{prefix}:nodes"
         self._channel = f"{prefix}:changed"
@@ -228,6 +234,8 @@ class Registry:
 
     async def _call(self, call: Awaitable[_T], extra_s: float = 0.0) -> _T:
         where = self._config.shown_url
+        if self._faults is not None:
+            await self._struck(self._faults, call)
         try:
             # The socket's own timeout comes first; this one bounds name resolution and several round trips.
             async with asyncio.timeout(3 * self._config.timeout_s + extra_s):
@@ -236,6 +244,17 @@ class Registry:
             raise BadConfig(f"the registry at {where} does not let us in: {error}", param="registry") from error
         except (RedisError, OSError) as error:
             raise Unavailable(f"the registry at {where}: {type(error).__name__}: {error}") from error
+
+
+    @staticmethod
+    async def _struck(faults: Faults, call: Awaitable[object]) -> None:
+        """Raises Unavailable if the registry is gone by the schedule of faults; nothing is sent then."""
+        try:
+            await faults.reach_registry()
+        except BaseException:
+            if isinstance(call, Coroutine):
+                call.close()
+            raise
 
 
 def _connect(config: RegistryConfig) -> redis.asyncio.Redis:

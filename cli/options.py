@@ -47,7 +47,11 @@ class Options:
         own = [key for prefix, config in parts if not prefix for key in keys(config)]
         passed_on = [key for prefix, config in parts if prefix for key in keys(config, prefix) if key.about.up_file]
         self.keys = (*own, *passed_on)
-        self.options = {_name(key): key for key in (*own, *(k for k in passed_on if k.about.up_flag)) if key.about.flag}
+        self.options: dict[str, Key] = {}
+        for key in (*own, *(k for k in passed_on if k.about.up_flag)):
+            if key.about.flag:
+                # Of two options of one name the first counts; a file can still hold the other.
+                self.options.setdefault(_name(key), key)
 
     def taken(self, command: Callable[[Mapping[str, Given]], None]) -> Callable[..., None]:
         """Gives ``command`` the options and, by key, what was given."""

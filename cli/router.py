@@ -45,6 +45,7 @@ def router(given: Mapping[str, Given]) -> None:
     http_host, http_port = parse_address(options.http, "--http")
     grpc_host, grpc_port = parse_address(options.grpc, "--grpc")
     config = build(RouterConfig, given)
+    config.faults.plan()  # Read again when the router is built; one that is wrong is refused now.
     config = replace(
         config,
         tokenizer=model_source.tokenizer_folder(config.tokenizer),

@@ -59,6 +59,7 @@ def worker(given: Mapping[str, Given]) -> None:
     ready_fd = None if options.die_with_parent else os.dup(1)
     own = {"model": Given(folder, "--model"), "ready_fd": Given(ready_fd, "")}
     config = build(WorkerConfig, {**given, **own})
+    config.faults.plan()  # Read again when the node's name is known; one that is wrong is refused now.
     config = replace(config, tokenizer=model_source.tokenizer_folder(config.tokenizer))
     if not config.model_name:
         config = replace(config, model_name=model_source.name_of(options.model))

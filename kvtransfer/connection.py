@@ -12,6 +12,7 @@ from baton import codec
 from baton.address import as_dialled
 from baton.channels import dial
 from baton.errors import BatonError, Incompatible, InvalidRequest, NodeLost, TransferFailed, quoted
+from baton.faults.faults import Faults
 from baton.patience import patient_timeout
 from baton.types import KvLayout, NodeDescription
 from baton.v1 import transfer_pb2 as pb
@@ -21,6 +22,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.control import Outbox
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.encoding import ENCODINGS
+from kvtransfer.faulty import ControlLine, FaultyWire
 from kvtransfer.memory import Memory
 from kvtransfer.protocol import messages
 from kvtransfer.transports.interface import Dial, Transport
@@ -40,7 +42,9 @@ class Connection:
         outbox: Outbox[pb.ChannelRequest],
         transport: Transport,
         wire: Wire,
+        line: ControlLine[messages.SenderMessage] | None = None,
     ) -> None:
+        self._line = line
         self.node = node
         self.transport = transport
         self.wire = wire
@@ -56,6 +60,7 @@ class Connection:
         config: TransferConfig,
         lanes: Lanes | None,
         memory: Memory,
+        faults: Faults | None = None,
     ) -> Connection:
         """Handshake and data wire. Raises Incompatible if the two must not exchange KV, NodeLost or TransferFailed if
         the receiver cannot be reached within ``connect_timeout_s``."""
@@ -88,7 +93,13 @@ class Connection:
         except BaseException:
             await channel.close()
             raise
-        return cls(channel, call, theirs, outbox, transport, wire)
+        if faults is None:
+            return cls(channel, call, theirs, outbox, transport, wire)
+        peer = theirs.node_id
+        line = ControlLine[messages.SenderMessage](
+            faults, peer, lambda message: outbox.put(wire_codec.request_to_pb(message)), outbox.lose
+        )
+        return cls(channel, call, theirs, outbox, transport, FaultyWire(wire, faults, peer, outbox.lose), line)
 
     @property
     def target_layout(self) -> KvLayout:
@@ -96,7 +107,10 @@ class Connection:
 
     def send(self, message: messages.SenderMessage) -> None:
         """Queue a message. A full queue costs the connection."""
-        self._outbox.put(wire_codec.request_to_pb(message))
+        if self._line is None:
+            self._outbox.put(wire_codec.request_to_pb(message))
+        else:
+            self._line.send(message)
 
     def lose(self, reason: str) -> None:
         self._outbox.lose(reason)
@@ -121,6 +135,8 @@ class Connection:
 
     async def close(self) -> None:
         """Wait for writes under way, let go of the peer's memory, close the channel."""
+        if self._line is not None:
+            self._line.close()
         await self.wire.close()
         self._call.cancel()
         await self._channel.close()

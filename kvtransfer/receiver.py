@@ -21,6 +21,7 @@ from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import BatonError, InvalidRequest, Overloaded, Unavailable
+from baton.faults.faults import Faults
 from baton.machine import Tick
 from baton.patience import patient_timeout
 from baton.types import KvLayout, Lease, NodeDescription
@@ -31,6 +32,7 @@ from kvtransfer.config import TransferConfig
 from kvtransfer.control import Outbox
 from kvtransfer.digest import DIGEST_NAME
 from kvtransfer.encoding import choose_encoding
+from kvtransfer.faulty import ControlLine
 from kvtransfer.hashing import segment_blocks
 from kvtransfer.memory import Memory
 from kvtransfer.plan import check_block_ids
@@ -48,10 +50,26 @@ _NUM_RANDOM_BITS = 32
 
 
 class _Channel:
-    def __init__(self, number: int, peer: NodeDescription) -> None:
+    def __init__(self, number: int, peer: NodeDescription, faults: Faults | None) -> None:
         self.number = number
         self.peer = peer
         self.outbox: Outbox[pb.ChannelResponse] = Outbox()
+        self._line: ControlLine[messages.ReceiverMessage] | None = None
+        if faults is not None:
+            self._line = ControlLine(faults, peer.node_id, self._put, self.outbox.lose)
+
+    def send(self, message: messages.ReceiverMessage) -> None:
+        if self._line is None:
+            self._put(message)
+        else:
+            self._line.send(message)
+
+    def _put(self, message: messages.ReceiverMessage) -> None:
+        self.outbox.put(wire_codec.response_to_pb(message))
+
+    def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
 
 
 class Receiver(transfer_pb2_grpc.KvTransferServicer):
@@ -70,8 +88,10 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
         config: TransferConfig | None = None,
         clock: Clock | None = None,
         defects: Defects | None = None,
+        faults: Faults | None = None,
     ) -> None:
         assert memory.num_bytes >= layout.total_bytes, "the memory must hold the cache"
+        self._faults = faults
         self._node = node
         self._layout = layout
         self._memory = memory
@@ -236,7 +256,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
     def _send(self, channel: int, message: messages.ReceiverMessage) -> None:
         found = self._channels.get(channel)
         if found is not None:  # Else lost in this very moment; ChannelLost is on its way to the machine.
-            found.outbox.put(wire_codec.response_to_pb(message))
+            found.send(message)
 
     async def _verify(self, action: events.Verify) -> None:
         epoch, commit = action.epoch, action.commit
@@ -297,6 +317,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             raise
         finally:
             del self._channels[channel.number]
+            channel.close()
             self._has_changed.set()
             self._driver.feed(events.ChannelLost(channel.number, reason))
             plane = self._writers.get(channel.number)
@@ -331,7 +352,7 @@ class Receiver(transfer_pb2_grpc.KvTransferServicer):
             if other.peer.node_id == peer.node_id and other.peer.incarnation != peer.incarnation:
                 other.outbox.lose(f"{peer.node_id} was started anew")
         plane = self._planes[transport.name]
-        channel = _Channel(self._next_channel, peer)
+        channel = _Channel(self._next_channel, peer, self._faults)
         self._next_channel += 1
         token = secrets.token_bytes(TOKEN_BYTES)
         plane.offer(channel.number, token)

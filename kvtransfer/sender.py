@@ -14,6 +14,7 @@ from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import BatonError, Cancelled, InternalError, InvalidRequest, Unavailable
+from baton.faults.faults import Faults
 from baton.machine import Tick
 from baton.timeline import Timeline, Transfer
 from baton.types import KvLayout, Lease, NodeDescription, TokenChunk, TransferReport
@@ -323,8 +324,10 @@ class Sender:
         timeline: Timeline | None = None,
         observer: SenderObserver | None = None,
         defects: Defects | None = None,
+        faults: Faults | None = None,
     ) -> None:
         assert memory.num_bytes >= layout.total_bytes, "the memory must hold the cache"
+        self._faults = faults
         self._observer = observer or SenderObserver()
         self._node = node
         self._layout = layout
@@ -410,7 +413,7 @@ class Sender:
         return TransferPlan.of(End.of(self._layout, source_blocks, "source"), End.of(target, leased, "target"))
 
     async def open_connection(self, address: str) -> Connection:
-        return await Connection.open(address, self._node, self._config, self._lanes, self._source)
+        return await Connection.open(address, self._node, self._config, self._lanes, self._source, self._faults)
 
     async def close(self, deadline_s: float = 5.0) -> None:
         """Abort what is under way, close every channel and let go of every receiver's memory. Once."""

@@ -145,7 +145,7 @@ class WriteJob:
         sequence_id: str = "",
         timeline: Timeline | None = None,
     ) -> None:
-        self._sequence_id = sequence_id
+        self.sequence_id = sequence_id
         self._timeline = timeline
         self.epoch = epoch
         self.num_blocks = len(block_ids)
@@ -226,7 +226,7 @@ class WriteJob:
         with self._lock:
             if num_blocks > self.num_blocks:
                 raise InvalidRequest(
-                    f"{self._sequence_id} has {num_blocks} blocks to push, expected at most the {self.num_blocks} that "
+                    f"{self.sequence_id} has {num_blocks} blocks to push, expected at most the {self.num_blocks} that "
                     "were there, or leased, when its push began"
                 )
             self.num_blocks = num_blocks
@@ -330,7 +330,7 @@ class WriteJob:
         if self._timeline is not None:
             area = unit.area
             self._timeline.write(
-                Write(self._sequence_id, lane, area.layer, area.num_layers, self.num_bytes(area), started_s, ended_s)
+                Write(self.sequence_id, lane, area.layer, area.num_layers, self.num_bytes(area), started_s, ended_s)
             )
 
     def num_bytes(self, area: Area) -> int:

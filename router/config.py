@@ -11,6 +11,7 @@ from baton.access import AccessConfig, is_loopback
 from baton.address import is_anywhere, parse_address
 from baton.api_keys import ApiKey
 from baton.errors import BadConfig, quoted
+from baton.faults.config import FaultsConfig
 from baton.names import check_model_name
 from baton.registry import RegistryConfig
 from baton.settings import check, computed, setting
@@ -344,6 +345,7 @@ class RouterConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
     slo: SloConfig = field(default_factory=SloConfig)
     grammar: GrammarConfig = field(default_factory=GrammarConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=setting(up_file=False))
 
     def __post_init__(self) -> None:
         check(self)

@@ -21,6 +21,7 @@ from baton import descriptors
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import BadConfig, quoted
+from baton.faults.faults import Faults
 from baton.files import is_there
 from baton.guard import Refusals
 from baton.metrics import Metrics, add_process
@@ -93,12 +94,13 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     counted = RouterMetrics(metrics, has_vllm_names=config.vllm_metrics)
     clock = MonotonicClock()
     defects = Defects(_log, clock, counted.defects.add)
+    faults = Faults.of(config.faults, config.router_id, "router", clock)
     greeting = hello(config.router_id, time.time_ns())
     dispatcher = Dispatcher(
         config,
         clock,
         lambda address, nodes: NodeLink(
-            address, nodes, greeting, config.link, dispatcher.turns, defects, config.access
+            address, nodes, greeting, config.link, dispatcher.turns, defects, config.access, faults
         ),
         counted,
     )
@@ -135,7 +137,8 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     )  # fmt: skip
     watch = None
     if config.registry.is_used:
-        watch = RegistryWatch(Registry(config.registry), dispatcher.nodes.on_listing, config.watch, clock, defects)
+        watch = RegistryWatch(Registry(config.registry, faults=faults), dispatcher.nodes.on_listing, config.watch, clock, defects)
+    faults_by_time = None if faults is None else asyncio.create_task(faults.run(), name="faults")
     try:
         dispatcher.nodes.start()
         if watch is not None:
@@ -145,6 +148,8 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
         _log.info("router %s serves http %s grpc %s", config.router_id, http_address, grpc_address)
         yield Router(http_address, grpc_address, dispatcher, frontend, page, counted)
     finally:
+        if faults_by_time is not None:
+            faults_by_time.cancel()
         if watch is not None:
             await watch.close()
         # Streams end first, so that the faces have no request to wait for.

@@ -23,6 +23,9 @@ from baton.channels import dial
 from baton.client import ERROR_CODE_KEY, error_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
+from baton.faults.faults import Faults
+from baton.faults.kinds import Layer, kind_of
+from baton.faults.line import Line
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus, Role
@@ -92,9 +95,13 @@ class NodeLink:
         turns: Turns,
         defects: Defects | None = None,
         access: AccessConfig = OPEN,
+        faults: Faults | None = None,
     ) -> None:
         self.address = address
         self._access = access
+        self._faults = faults
+        # Of the session, in a router that was started with a schedule of faults.
+        self._line: Line[bytes] | None = None
         self._turns = turns
         self._defects = defects or Defects(_log, MonotonicClock())
         self._events = events
@@ -106,11 +113,13 @@ class NodeLink:
 
     def dial(self) -> None:
         assert self._task is None or self._task.done(), "one connection at a time"
-        self._out = asyncio.Queue(self._config.max_unsent)
+        self._out, self._line = asyncio.Queue(self._config.max_unsent), None
         self._task = asyncio.create_task(self._run(), name=f"link {self.address}")
 
     def hang_up(self) -> None:
         """End the connection; nothing more is reported."""
+        if self._line is not None:
+            self._line.close()
         if self._task is not None:
             self._task.cancel()
             self._task = None
@@ -130,6 +139,12 @@ class NodeLink:
                 f"the request takes {len(encoded)} bytes, expected at most {self._config.max_sent_bytes}; shorten the "
                 "prompt, stop_token_ids or logit_bias"
             )
+        if self._line is None:
+            self._put(encoded)
+        else:
+            self._line.put(encoded, kind_of(message), message.sequence_id)
+
+    def _put(self, encoded: bytes) -> None:
         try:
             self._out.put_nowait(encoded)
         except asyncio.QueueFull:
@@ -230,6 +245,7 @@ class NodeLink:
 
     async def _serve(self, channel: aio.Channel) -> None:
         self._channel = channel
+        line: Line[bytes] | None = None
         # As a stub opens it, but for what is written.
         opened: aio.StreamStreamMultiCallable[bytes, node_pb2.SessionResponse] = channel.stream_stream(
             _SESSION, request_serializer=None, response_deserializer=node_pb2.SessionResponse.FromString
@@ -239,6 +255,8 @@ class NodeLink:
             async with patient_timeout(self._config.connect_timeout_s):
                 welcome = await self._hello(channel, session)
             node, status = codec.node_from_pb(welcome.node), codec.status_from_pb(welcome.status)
+            if self._faults is not None:
+                self._line = line = Line(self._faults, Layer.SESSION, node.node_id, self._put)
             # A node that listens on every interface does not know its address. The one that was dialled is handed on.
             self._events.on_welcome(
                 self.address,
@@ -253,9 +271,15 @@ class NodeLink:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._read_all(session, reader))
                 tasks.create_task(self._write(session))
+                if line is not None:
+                    tasks.create_task(_until_cut(line))
         finally:
             if self._channel is channel:  # a hung-up connection may end after its successor began
                 self._channel = None
+            if line is not None:
+                line.close()
+            if self._line is line:
+                self._line = None
             session.cancel()
 
     async def _hello(
@@ -282,6 +306,10 @@ class NodeLink:
             # for a later one, and the next response with it.
             await self._turns.wait()
             self._events.on_messages(self.address, reader.messages(response), reader.status(response))
+
+
+async def _until_cut(line: Line[bytes]) -> None:
+    raise _Broken(await line.cut)
 
 
 async def _read(session: Session) -> node_pb2.SessionResponse:

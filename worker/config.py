@@ -8,6 +8,7 @@ from pathlib import Path
 from baton.access import AccessConfig, is_loopback
 from baton.address import host_of, is_anywhere, parse_address
 from baton.errors import BadConfig
+from baton.faults.config import FaultsConfig
 from baton.metrics_server import MetricsServerConfig
 from baton.names import check_model_name, check_node_id
 from baton.registry import RegistryConfig
@@ -107,6 +108,7 @@ class WorkerConfig:
     )
     metrics_server: MetricsServerConfig = field(default_factory=MetricsServerConfig)
     peaks: Peaks = field(default_factory=Peaks)
+    faults: FaultsConfig = field(default_factory=FaultsConfig, metadata=setting(up_file=False))
     # Gets {node_id, role, pid, address, metrics} once all is served.
     ready_file: Path | None = field(default=None, metadata=setting(up_file=False))
     ready_fd: int | None = field(default=None, metadata=computed())

@@ -15,6 +15,7 @@ from baton.clock import Clock
 from baton.defects import Defects
 from baton.driver import Driver
 from baton.errors import quoted
+from baton.faults.faults import Faults
 from baton.machine import Machine, Tick
 from baton.node_messages import CacheChanged, Defect, FromRouter, Joined, NodeMessage, Send, SequenceFailed, SessionLost
 from baton.types import Failure, Lease, NodeDescription, NodeStatus, Role
@@ -144,11 +145,12 @@ class NodeService:
         observer: LeaseObserver | None = None,
         roles_config: roles.RolesConfig | None = None,
         on_role: Callable[[roles.RoleChanged], None] = lambda change: None,
+        faults: Faults | None = None,
     ) -> None:
         """``on_role`` is called after every change of a role."""
         self.node = node
         self.replica = replica
-        self.sessions = SessionHost(self, clock=clock, config=session_config, defects=defects)
+        self.sessions = SessionHost(self, clock=clock, config=session_config, defects=defects, faults=faults)
         self._defects = defects
         self._observer = observer or LeaseObserver()
         self._on_role = on_role

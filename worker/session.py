@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +18,9 @@ from baton.clock import Clock
 from baton.codec import node_to_pb, status_to_pb
 from baton.defects import Defects
 from baton.errors import BatonError, DeadlineExceeded, Incompatible, InvalidRequest, Overloaded, Unavailable, leaves_of
+from baton.faults.faults import Faults
+from baton.faults.kinds import Layer, kind_of
+from baton.faults.line import Line
 from baton.node_messages import CacheChanged, FromRouter, NodeMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus, PromptLogprobs
@@ -109,6 +112,10 @@ class Outbox:
         return taken
 
 
+def _closing(outbox: Outbox) -> Callable[[str], None]:
+    return lambda reason: outbox.close(Unavailable(reason))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class NodeSession:
     """One living session. ``number`` is unique in this process: a router that reconnects is a new session."""
@@ -116,6 +123,8 @@ class NodeSession:
     number: int
     router_id: str
     outbox: Outbox
+    # Towards the outbox, in a node that was started with a schedule of faults.
+    line: Line[NodeMessage] | None = None
 
 
 class SessionOwner(Protocol):
@@ -143,8 +152,15 @@ class SessionHost:
     """All sessions of one node. A router that opens a second session ends its first."""
 
     def __init__(
-        self, owner: SessionOwner, *, clock: Clock, defects: Defects, config: SessionConfig | None = None
+        self,
+        owner: SessionOwner,
+        *,
+        clock: Clock,
+        defects: Defects,
+        config: SessionConfig | None = None,
+        faults: Faults | None = None,
     ) -> None:
+        self._faults = faults
         self._defects = defects
         self._owner = owner
         self._clock = clock
@@ -160,8 +176,12 @@ class SessionHost:
     def put(self, session_number: int, message: NodeMessage) -> None:
         """Send, batched with what else is under way; dropped if the session is over."""
         session = self._sessions.get(session_number)
-        if session is not None:
+        if session is None:
+            return
+        if session.line is None:
             session.outbox.put(message)
+        else:
+            session.line.put(message, kind_of(message), message.sequence_id)
 
     def tell_status(self) -> None:
         """Send every router the status now instead of when it is due."""
@@ -188,6 +208,8 @@ class SessionHost:
         finally:
             self._sessions.pop(session.number, None)
             session.outbox.close()
+            if session.line is not None:
+                session.line.close()
             self._owner.closed(session.number)
 
     async def _hello(self, requests: Requests) -> node_pb2.SessionHello:
@@ -219,7 +241,10 @@ class SessionHost:
             raise Overloaded(f"{len(self._sessions)} routers have a session with this node, the limit; try again later")
         self._num_opened += 1
         outbox = Outbox(self._config.max_outbox_items)
-        session = NodeSession(self._num_opened, hello.router_id, outbox)
+        line: Line[NodeMessage] | None = None
+        if self._faults is not None:
+            line = Line(self._faults, Layer.SESSION, hello.router_id, outbox.put, on_cut=_closing(outbox))
+        session = NodeSession(self._num_opened, hello.router_id, outbox, line)
         self._sessions[session.number] = session
         return session
 
@@ -260,6 +285,8 @@ class SessionHost:
             if not messages or self._clock.now() - told_s >= config.status_interval_s / 2:
                 told_s = self._clock.now()
                 response.status.CopyFrom(status_to_pb(self._owner.status()))
+            if session.line is not None:
+                await session.line.open()
             await self._write(context, response)
 
     def _composed(self, session: NodeSession, messages: list[NodeMessage]) -> node_pb2.SessionResponse:

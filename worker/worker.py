@@ -19,6 +19,8 @@ from baton.channels import peer_credentials
 from baton.clock import MonotonicClock
 from baton.defects import Defects
 from baton.errors import InternalError, UnsupportedModel, described
+from baton.faults.faults import Faults
+from baton.faults.kinds import Layer
 from baton.files import is_there
 from baton.guard import Guard, Refusals
 from baton.metrics import exposition
@@ -33,6 +35,7 @@ from engine.blocks import BlockPool
 from engine.grammars import Grammars, load_tokenizer
 from engine.replica import Replica
 from engine.schedule import Scheduler
+from engine.step import StepPlan
 from kvtransfer.devices.interface import Device
 from kvtransfer.digest import block_digest
 from kvtransfer.memory import Memory
@@ -108,6 +111,7 @@ class _Worker:
         )
         count = metrics.defects.add
         defects = self._defects = Defects(_log, clock, count)
+        faults = self._faults = Faults.of(config.faults, node.node_id, node.home_role.value, clock)
         grammars = self._grammars = _grammars(config, model, lambda: self._replica.wake())
         replica = self._replica = Replica(
             model,
@@ -116,7 +120,7 @@ class _Worker:
             clock=clock,
             on_fatal=self._from_dying_engine,
             meter=metrics.engine,
-            prepare=None if grammars is None else grammars.prepare,
+            prepare=_before_steps(grammars, faults),
             timeline=timeline,
             # Of its own: it is written in the engine thread.
             defects=Defects(_log, clock, count),
@@ -130,6 +134,7 @@ class _Worker:
             observer=metrics.transfers,
             timeline=timeline,
             defects=defects,
+            faults=faults,
         )
         self._receiver = Receiver(
             node,
@@ -139,6 +144,7 @@ class _Worker:
             config=transfer,
             clock=clock,
             defects=defects,
+            faults=faults,
         )
         self._service = NodeService(
             node,
@@ -152,6 +158,7 @@ class _Worker:
             observer=metrics.leases,
             roles_config=config.roles,
             on_role=self._role_changed,
+            faults=faults,
         )
         self._health = Health(self._server, replica, lambda: leaving.is_draining, config.stall_limit_s, defects)
         metrics.watch(replica, self._receiver, self._service.status, lambda: leaving.is_draining)
@@ -197,7 +204,7 @@ class _Worker:
         node = self.node
         record = NodeRecord(node.node_id, node.address, node.incarnation, node.home_role, node.model.fingerprint)
         self._registration = Registration(
-            Registry(self._config.registry), record, self._config.registration, MonotonicClock(), self._defects
+            Registry(self._config.registry, faults=self._faults), record, self._config.registration, MonotonicClock(), self._defects
         )
         await self._registration.start()
 
@@ -205,6 +212,8 @@ class _Worker:
         async with asyncio.TaskGroup() as tasks:
             self._leaving.on_refuse_new = lambda: self._helpers.append(tasks.create_task(self._drain()))
             self._helpers.append(tasks.create_task(self._health.watch()))
+            if self._faults is not None:
+                self._helpers.append(tasks.create_task(self._faults.run()))
             closed = await self._leaving.closing()
             for helper in self._helpers:
                 helper.cancel()
@@ -274,6 +283,20 @@ def _grammars(config: WorkerConfig, model: LoadedModel, on_ready: Callable[[], N
     return Grammars(
         tokenizer, vocab_size, num_threads=config.engine.num_threads or os.cpu_count() or 1, on_ready=on_ready
     )
+
+
+def _before_steps(grammars: Grammars | None, faults: Faults | None) -> Callable[[StepPlan], None] | None:
+    """What the engine thread does before each step."""
+    prepare = None if grammars is None else grammars.prepare
+    if faults is None:
+        return prepare
+
+    def strike_and_prepare(plan: StepPlan) -> None:
+        faults.pause(Layer.ENGINE, "step")
+        if prepare is not None:
+            prepare(plan)
+
+    return strike_and_prepare
 
 
 def _scheduler(

@@ -20,6 +20,7 @@ from baton.api_keys import ApiKey
 from baton.channels import dial
 from baton.clock import MonotonicClock
 from baton.errors import BadConfig
+from baton.faults.config import FaultsConfig
 from baton.ready import write_json_atomically
 from baton.registry import RegistryConfig
 from baton.settings import Given, build, check, computed, difference, keys, setting
@@ -126,6 +127,7 @@ class ClusterOptions:
     registry: RegistryConfig = field(default_factory=RegistryConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     supervise: SuperviseConfig = field(default_factory=SuperviseConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     worker: Mapping[str, Given] = field(default_factory=dict, metadata=computed())
     router: Mapping[str, Given] = field(default_factory=dict, repr=False, metadata=computed())
 
@@ -167,6 +169,7 @@ class ClusterOptions:
             "access": Given(self.access, "--cluster-key"),
             "model": Given(folder, "--model"),
             "role": Given(Role.MIXED, "--role"),
+            "faults": Given(self.faults, "--faults"),
             "tokenizer": self._tokenizer(),
         }
         return build(WorkerConfig, {**self.worker, **own})
@@ -180,7 +183,11 @@ class ClusterOptions:
             "access": Given(self.access, "--cluster-key"),
             "model_folder": Given(folder, "--model"),
             "nodes": Given(listed, "--node"),
+            "faults": Given(self.faults, "--faults"),
         }
+        if self.faults.file is not None:
+            # Rules name it, and the same rules have to name it in the next run.
+            own["router_id"] = Given("router", "--faults")
         return build(RouterConfig, {**self.router, **own, "tokenizer": self._tokenizer()})
 
     def _tokenizer(self) -> Given:
@@ -232,6 +239,9 @@ async def up(
     """
     options = with_keys(options)
     folder = model_source.resolve(options.model, options.revision)
+    # The clock is another's if one was named: then it says when faults begin.
+    begins_faults = options.faults.file is not None and options.faults.clock is None
+    options = replace(options, faults=options.faults.of_run())
     preflight.one_kv_size(options.worker)
     common = options.worker_config(folder)
     preflight.certificates(common.access)
@@ -246,6 +256,8 @@ async def up(
         facts = [f"each worker: {shown(layout)}"]
     else:
         facts = list(placement.described(names, places, common.engine.gpu_memory_utilization))
+    if options.faults.file is not None:
+        facts.append(f"faults strike as {options.faults.file} says; they are written to {options.faults.folder}")
     if options.ready_file is not None:
         preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:
@@ -280,17 +292,22 @@ async def up(
         ]
 
         def announce(pids: Mapping[str, int]) -> None:
+            nonlocal begins_faults
+            if begins_faults:
+                begins_faults = False
+                options.faults.begin(clock.now())
             if options.ready_file is not None:
                 content = _ready_content(dict(zip(options.router_names, faces, strict=True)), workers, pids, key_files)
                 write_json_atomically(options.ready_file, content)
             on_ready(faces, launcher.stop)
 
+        clock = MonotonicClock()
         launcher = Launcher(
             routers,
             [worker.program for worker in workers],
             log_dir=log_dir,
             environment=_environment(options),
-            clock=MonotonicClock(),
+            clock=clock,
             config=options.supervise,
             say=say,
             announce=announce,

@@ -83,7 +83,7 @@ def _damage(kind: str, run: ByteArray, position: int) -> None:
             run[start : start + _TORN_BYTES] = 0
 
 
-class _DamagedJob:
+class DamagedJob:
     """Stands in for a job while one unit is written: the first run of bytes is damaged."""
 
     def __init__(self, job: WriteJob, kind: str, position: int) -> None:
@@ -198,7 +198,7 @@ class FakeWire:
                 unit.job.hash(layer, area.first, area.num_blocks)
             return 0
         if kind:
-            unit = unit._replace(job=cast("WriteJob", _DamagedJob(unit.job, kind, position)))
+            unit = unit._replace(job=cast("WriteJob", DamagedJob(unit.job, kind, position)))
         return self._inner.write(lane, unit)
 
     async def close(self) -> None:

@@ -13,6 +13,7 @@ import grpc.aio
 from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
+from baton.faults.faults import Faults
 from baton.errors import BatonError, TransferFailed
 from baton.prefix import PrefixScheme
 from baton.server import GrpcServer
@@ -158,6 +159,7 @@ class Node:
         roles_config: RolesConfig | None,
         max_model_tokens: int,
         max_batch_tokens: int,
+        faults: Faults | None,
     ) -> None:
         clock = MonotonicClock()
         layout = KvLayout(LAYOUT.num_layers, num_blocks, 1, 1, LAYOUT.block_tokens, "float32")
@@ -202,6 +204,7 @@ class Node:
             defects=Defects(logging.getLogger("test"), clock),
             session_config=session_config,
             roles_config=roles_config,
+            faults=faults,
         )
         admin = NodeServicer(self.service, lambda grace_s: grace_s, Timeline(), clock)
         self.server.add(node_pb2_grpc.add_NodeServicer_to_server, admin, "baton.v1.Node")
@@ -233,6 +236,7 @@ async def running_node(
     roles_config: RolesConfig | None = None,
     max_model_tokens: int = 200,
     max_batch_tokens: int = 16,
+    faults: Faults | None = None,
 ) -> AsyncIterator[Node]:
     session_config = session_config or SessionConfig()
     node = Node(
@@ -244,6 +248,7 @@ async def running_node(
         roles_config,
         max_model_tokens,
         max_batch_tokens,
+        faults,
     )
     node.replica.start()
     await node.server.start()

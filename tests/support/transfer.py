@@ -14,6 +14,7 @@ import numpy as np
 from baton import PROTOCOL_VERSION
 from baton.access import OPEN
 from baton.channels import peer_credentials
+from baton.faults.faults import Faults
 from baton.server import ErrorMappingInterceptor
 from baton.types import KvLayout, ModelDescription, NodeDescription, Role, TokenChunk
 from kvtransfer.config import TransferConfig
@@ -203,6 +204,7 @@ class Pair:
 @contextlib.asynccontextmanager
 async def pair(
     *,
+    faults: Faults | None = None,
     sender_config: TransferConfig | None = None,
     receiver_config: TransferConfig | None = None,
     source_layout: KvLayout = LAYOUT,
@@ -211,7 +213,7 @@ async def pair(
     source_on_device: bool | None = None,
     target_on_device: bool | None = None,
 ) -> AsyncIterator[Pair]:
-    """Memory lies on fake devices if told so, or if a side can do nothing but cuda_ipc."""
+    """Memory lies on fake devices if told so, or if a side can do nothing but cuda_ipc. ``faults``: of both ends."""
     if source_on_device is None:
         source_on_device = needs_device(sender_config) or needs_device(receiver_config)
     if target_on_device is None:
@@ -236,9 +238,10 @@ async def pair(
             target,
             on_event=inbox,
             config=receiver_config,
+            faults=faults,
         )
         node = replace(describe("prefill-0", source_layout), **(alter_sender or {}))
-        sender = Sender(node, source_layout, source, config=sender_config)
+        sender = Sender(node, source_layout, source, faults=faults, config=sender_config)
         receiver.add_to(server)
         await receiver.start()
         await server.start()
