@@ -21,6 +21,7 @@ from baton.registry import RegistryConfig
 from baton.settings import keys
 from baton.types import MAX_PRIORITY, MIN_PRIORITY, Role
 from cli import ask, bench, environment, plan, preflight
+from cli.chaos.command import chaos
 from cli.options import finite, path, plain
 from cli.router import router
 from cli.show import role_change, wide_console
@@ -74,7 +75,7 @@ AdminKey = Annotated[
     str, typer.Option(envvar="BATON_ADMIN_KEY", show_envvar=True, help="The router's admin key, if it has keys.")
 ]
 
-for command in (up, worker, router):
+for command in (up, worker, router, chaos):
     app.command(cls=Serving)(command)
 app.command("serve", cls=Serving, help="As up: run a cluster on this machine, also with the options of `vllm serve`.")(
     up
