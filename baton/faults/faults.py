@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TextIO
 
 from baton.clock import Clock
 from baton.errors import BadConfig, Unavailable
@@ -71,27 +70,29 @@ class Record:
         self._node, self._role = node, role
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.life, self._file = _opened(folder, re.sub(r"[^\w.-]", "_", node))
+            self.life, self.path = _made(folder, re.sub(r"[^\w.-]", "_", node))
         except OSError as error:
             message = f"{OPTION}: cannot write what is drawn into {folder}: {error.strerror}; give --faults-record"
             raise BadConfig(message, param="record") from error
-        self.path = Path(self._file.name)
 
     def add(self, strike: Strike, elapsed_s: float | None) -> None:
         """Raises OSError."""
         rule = replaying(strike, self._node, self._role, self.life, elapsed_s)
         when = "" if elapsed_s is None else f"# {elapsed_s:.3f} s\n"
-        self._file.write(f"{when}{rule.as_toml()}\n")
-        self._file.flush()
+        # Closed each time: what a process wrote must be there when it is killed.
+        with self.path.open("a") as file:
+            file.write(f"{when}{rule.as_toml()}\n")
 
 
-def _opened(folder: Path, name: str) -> tuple[int, TextIO]:
-    """A file for the next life of this node."""
+def _made(folder: Path, name: str) -> tuple[int, Path]:
+    """The next life of this node, and an empty file for it."""
     for life in range(1, _MAX_LIVES):
+        path = folder / f"{name}.{life}.toml"
         try:
-            return life, (folder / f"{name}.{life}.toml").open("x")
+            path.touch(exist_ok=False)
         except FileExistsError:
             continue
+        return life, path
     raise BadConfig(f"{OPTION}: {folder} has {_MAX_LIVES} lives of {name}, expected a new folder", param="record")
 
 

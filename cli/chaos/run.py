@@ -36,7 +36,7 @@ from loadgen.client import Server, model_of
 _LAST_S = 150.0
 # For nodes to come back, and for blocks.
 _BACK_S = 120.0
-_SETTLE_S = 30.0
+_SETTLE_S = 90.0
 _MAX_RUNS = 10_000
 
 

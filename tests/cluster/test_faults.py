@@ -39,7 +39,7 @@ fault = "disconnect"
 layer = "process"
 node = "decode-0"
 life = 1
-at_s = 1.5
+at_s = 3
 fault = "die"
 """
 NUM_REQUESTS = 10
@@ -50,7 +50,7 @@ async def test_a_cluster_under_a_schedule_answers_right_and_says_what_struck(
 ) -> None:
     file = tmp_path / "faults.toml"
     file.write_text(SCHEDULE)
-    cluster = start_cluster(demo_model, prefill=1, decode=1, arguments=("--faults", str(file)))
+    cluster = start_cluster(demo_model, prefill=1, decode=2, arguments=("--faults", str(file)))
     first = cluster.nodes["decode-0"]
     tasks = recall(91, NUM_REQUESTS)
     jobs = [Job(t.prompt, t.num_output_tokens + 4, {"request_id": f"r{i}"}) for i, t in enumerate(tasks)]
