@@ -9,6 +9,8 @@ from random import Random
 from baton.faults.kinds import FaultKind, Layer, has_length
 from baton.faults.plan import Plan, Rule
 
+# The router's name among the processes.
+ROUTER = "router"
 # A message that meets a rule may be long in coming; a rule that met none by then is over.
 _OPEN_S = 8.0
 # Deaths and freezes in one pool are so far apart that a node is back before the next one leaves.

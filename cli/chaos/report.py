@@ -15,6 +15,7 @@ from rich.table import Table
 from baton.faults.plan import Plan
 from cli.chaos.verdict import Ledger, Outcome, Verdict
 from cli.chaos.watch import Look, absences
+from cli.chaos.draw import ROUTER
 from loadgen import chart
 from loadgen.chart import Line, Panel, Point
 from loadgen.samples import Percentiles
@@ -35,6 +36,8 @@ class Asked:
     ended_s: float
     num_tokens: int
     num_refused: int
+    # At another router, or at the same one when it was back.
+    num_resumed: int
     longest_gap_s: float
     # Why it is not whole.
     detail: str = ""
@@ -97,6 +100,7 @@ class Report:
             "requests_by_kind": dict(Counter(each.kind for each in self.asked)),
             "outcomes": {outcome.value: self.outcomes[outcome] for outcome in Outcome},
             "asked_again_after_a_refusal": sum(each.num_refused for each in self.asked),
+            "resumed_at_a_router": sum(each.num_resumed for each in self.asked),
             "faults_planned": self.num_planned,
             "faults_struck": self.struck.total,
             "faults": dict(self.struck.counts),
@@ -123,7 +127,7 @@ class Report:
     def processes(self) -> dict[str, dict[str, float]]:
         """Of the last life of each: memory and descriptors when it was first and last seen, and at most."""
         found: dict[str, dict[str, float]] = {}
-        for name in ("router", *self.nodes):
+        for name in (ROUTER, *self.nodes):
             seen = [look.processes[name] for look in self.looks if name in look.processes]
             last = [each for each in seen if each.pid == seen[-1].pid]
             if last:
@@ -188,7 +192,7 @@ def picture(report: Report) -> str:
         for layer, times in report.struck.times_s.items()
     ]
     ready = [Point(look.at_s, float(len(look.ready))) for look in report.looks if look.ready is not None]
-    memory = [Line(name, _memory(report.looks, name)) for name in ("router", *report.nodes)]
+    memory = [Line(name, _memory(report.looks, name)) for name in (ROUTER, *report.nodes)]
     across = "seconds since the first fault could strike"
     panels = [
         Panel("tokens", across, "tokens/s", (Line("all streams", tuple(tokens)),)),

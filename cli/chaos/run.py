@@ -20,9 +20,9 @@ from baton.errors import BadConfig, Unavailable
 from baton.faults.config import FaultsConfig
 from baton.faults.plan import Plan
 from cli import demo, preflight
-from cli.chaos import client, report
-from cli.chaos.client import Stream
-from cli.chaos.draw import drawn
+from cli.chaos import report
+from cli.chaos.client import Caller, Stream
+from cli.chaos.draw import ROUTER, drawn
 from cli.chaos.load import Behaviour, Question, behaviour, demo_questions, own_questions
 from cli.chaos.options import ChaosOptions
 from cli.chaos.report import Asked, Report, Struck
@@ -53,7 +53,7 @@ def folder_of(options: ChaosOptions) -> Path:
 
 def run(chaos: ChaosOptions, asked: cluster.ClusterOptions, folder: Path, console: Console) -> bool:
     """Whether the run passed. Raises BadConfig, ClusterFailed, and Unavailable if the cluster fails undisturbed."""
-    nodes = {**dict(asked.worker_roles()), cluster.ROUTER: "router"}
+    nodes = {**dict(asked.worker_roles()), ROUTER: "router"}
     schedule = asked.faults.file
     if schedule is None:
         schedule = folder / "schedule.toml"
@@ -126,26 +126,27 @@ class _Experiment:
     async def _follow(self, endpoints: cluster.Endpoints, stop: Callable[[], None]) -> Report:
         try:
             async with AsyncClient(endpoints.grpc, api_key=self._api_key) as grpc:
-                return await self._experiment(Server.parse(endpoints.http), grpc)
+                return await self._experiment((Server.parse(endpoints.http),), (grpc,))
         finally:
             stop()
 
     def _now(self) -> float:
         return time.monotonic() - self._began_s
 
-    async def _experiment(self, server: Server, grpc: AsyncClient) -> Report:
-        model = await model_of(server, self._headers)
-        right = await self._undisturbed(server, model)
+    async def _experiment(self, servers: Sequence[Server], routers: Sequence[AsyncClient]) -> Report:
+        model = await model_of(servers[0], self._headers)
+        caller = Caller(servers, self._headers, self._now)
+        right = await self._undisturbed(caller, model)
         known = [(q, heard) for q, heard in zip(self._questions, right, strict=True) if q.expected is not None]
         assert self._options.ready_file is not None
-        watch = Watch(self._options.ready_file, grpc, self._now)
+        watch = Watch(self._options.ready_file, routers, self._now)
         seconds = self._chaos.minutes * 60
         self._say(f"{len(right)} requests were answered undisturbed; now faults strike for {seconds:.0f} s")
         self._began_s = time.monotonic()
         self._options.faults.begin(self._began_s)
         watching = asyncio.create_task(watch.run())
         try:
-            await self._disturbed(server, model, right, seconds)
+            await self._disturbed(caller, model, right, seconds)
             await watch.until_ready(len(self._nodes), _BACK_S)
             ledger = await watch.ledger(len(self._nodes), _SETTLE_S)
         finally:
@@ -160,7 +161,7 @@ class _Experiment:
             verdict=verdict(outcomes, ledger, struck.total),
         )  # fmt: skip
 
-    async def _undisturbed(self, server: Server, model: str) -> list[Heard]:
+    async def _undisturbed(self, caller: Caller, model: str) -> list[Heard]:
         """The only right answers. Raises Unavailable if one is missing."""
         waiting = enumerate(self._questions)
         found: dict[int, Stream] = {}
@@ -168,9 +169,7 @@ class _Experiment:
         async def stream() -> None:
             for number, question in waiting:
                 body = question.bytes_of(model, f"quiet-{number}")
-                found[number] = await client.ask(
-                    server, question.path, body, self._headers, Behaviour(), time.monotonic
-                )  # fmt: skip
+                found[number] = await caller.ask(number, question.path, body, Behaviour())
 
         async with asyncio.TaskGroup() as group:
             for _ in range(self._chaos.streams):
@@ -181,12 +180,12 @@ class _Experiment:
                 raise Unavailable(f"undisturbed, request {number} has no answer: {each.error or 'it did not end'}")
         return heard
 
-    async def _disturbed(self, server: Server, model: str, right: Sequence[Heard], seconds: float) -> None:
+    async def _disturbed(self, caller: Caller, model: str, right: Sequence[Heard], seconds: float) -> None:
         numbers = itertools.count()
 
         async def stream() -> None:
             while self._now() < seconds:
-                await self._ask(server, model, next(numbers), right)
+                await self._ask(caller, model, next(numbers), right)
 
         try:
             async with asyncio.timeout(seconds + _LAST_S), asyncio.TaskGroup() as group:
@@ -196,13 +195,13 @@ class _Experiment:
             # What was cut off has no outcome: see _ask.
             pass
 
-    async def _ask(self, server: Server, model: str, number: int, right: Sequence[Heard]) -> None:
+    async def _ask(self, caller: Caller, model: str, number: int, right: Sequence[Heard]) -> None:
         which = number % len(self._questions)
         question, took = self._questions[which], behaviour(self._chaos.chaos_seed, number)
         body = question.bytes_of(model, f"chaos-{number}")
         began_s, stream = self._now(), Stream()
         try:
-            stream = await client.ask(server, question.path, body, self._headers, took, self._now)
+            stream = await caller.ask(number, question.path, body, took)
         finally:
             heard = stream.heard
             outcome = judged(heard, right[which])
@@ -210,7 +209,7 @@ class _Experiment:
             self._asked.append(
                 Asked(
                     number, question.kind, outcome, began_s, self._now(), len(stream.token_ids), stream.num_refused,
-                    stream.longest_gap_s, _detail(outcome, heard, right[which]),
+                    stream.num_resumed, stream.longest_gap_s, _detail(outcome, heard, right[which]),
                 )
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from baton.client import AsyncClient
 from baton.errors import BatonError
 from cli.chaos.verdict import Ledger
+from cli.chaos.draw import ROUTER
 
 _LOOK_EVERY_S = 0.5
 _CALL_S = 2.0
@@ -40,9 +41,10 @@ class Look:
 class Watch:
     """``run`` looks until it is cancelled."""
 
-    def __init__(self, ready_file: Path, client: AsyncClient, now: Callable[[], float]) -> None:
+    def __init__(self, ready_file: Path, routers: Sequence[AsyncClient], now: Callable[[], float]) -> None:
+        """``routers``: the first that answers is asked."""
         self._ready_file = ready_file
-        self._client = client
+        self._routers = routers
         self._now = now
         self.looks: list[Look] = []
 
@@ -54,11 +56,11 @@ class Watch:
     async def _look(self) -> Look:
         processes = await asyncio.to_thread(self._processes)
         at_s = self._now()
-        try:
-            status = await self._client.status(timeout_s=_CALL_S)
-        except BatonError:
-            return Look(at_s, processes, None)
-        return Look(at_s, processes, frozenset(n.node.node_id for n in status.nodes if n.state == "ready"))
+        for router in self._routers:
+            with contextlib.suppress(BatonError):
+                status = await router.status(timeout_s=_CALL_S)
+                return Look(at_s, processes, frozenset(n.node.node_id for n in status.nodes if n.state == "ready"))
+        return Look(at_s, processes, None)
 
     def _processes(self) -> dict[str, Process]:
         """Those that run now; one that died is missing until `up` has said that another is ready."""
@@ -66,7 +68,7 @@ class Watch:
             said = json.loads(self._ready_file.read_text())
         except OSError:
             return {}
-        pids = {"router": said["router_pid"], **{node["id"]: node["pid"] for node in said["nodes"]}}
+        pids = {ROUTER: said["router_pid"], **{node["id"]: node["pid"] for node in said["nodes"]}}
         found = {}
         for name, pid in pids.items():
             with contextlib.suppress(OSError):
@@ -91,9 +93,12 @@ class Watch:
         return (await self._ledger(num_nodes)).is_right
 
     async def _ledger(self, num_nodes: int) -> Ledger:
-        try:
-            found = await self._client.ledger()
-        except BatonError:
+        found = None
+        for router in self._routers:
+            with contextlib.suppress(BatonError):
+                found = await router.ledger()
+                break
+        if found is None:
             return Ledger(0, num_nodes, 0, 0)
         held = sum(o.num_blocks for node in found.nodes for o in node.owners if o.state != _CACHED)
         off = sum(abs(n.total_blocks - n.free_blocks - sum(o.num_blocks for o in n.owners)) for n in found.nodes)

@@ -28,7 +28,7 @@ LOOKS = (look(0.0, "a b"), look(1.0, "a"), look(2.0, None), look(4.5, "a b", 8),
 
 
 def asked(number: int, outcome: Outcome, detail: str = "") -> Asked:
-    return Asked(number, "recall", outcome, 0.0, 1.0, 5, 0, 0.25 * number, detail)
+    return Asked(number, "recall", outcome, 0.0, 1.0, 5, 0, 0, 0.25 * number, detail)
 
 
 def made(folder: Path, *outcomes: Outcome) -> Report:

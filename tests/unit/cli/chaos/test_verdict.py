@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from cli.chaos.client import Stream
 from cli.chaos.verdict import Heard, Ledger, Outcome, judged, verdict
 
 RIGHT = Heard(tuple(range(10, 20)), "abc", "stop")
@@ -61,18 +60,3 @@ def test_a_run_passes_if_nothing_is_wrong(
 ) -> None:
     found = verdict(outcomes, ledger, num_struck)
     assert (found.reasons, found.passed) == (reasons, not reasons)
-
-
-def test_a_stream_keeps_ids_text_calls_and_times() -> None:
-    stream = Stream()
-    stream.take({"choices": [{"text": "a", "token_ids": [1, 2], "finish_reason": None}]}, 1.0)
-    stream.take({"choices": [{"text": "b", "token_ids": [3], "finish_reason": "stop"}]}, 3.5)
-    stream.take({"choices": []}, 4.0)
-    assert stream.heard == Heard((1, 2, 3), "ab", "stop")
-    assert stream.longest_gap_s == 2.5
-    call = {"index": 0, "id": "drawn anew", "function": {"name": "facts", "arguments": '{"a"'}}
-    chat = Stream()
-    chat.take({"choices": [{"delta": {"role": "assistant", "content": ""}, "token_ids": []}]}, 0.0)
-    chat.take({"choices": [{"delta": {"tool_calls": [call]}, "token_ids": [5]}]}, 0.0)
-    chat.take({"error": {"message": "gone"}}, 0.0)
-    assert chat.heard == Heard((5,), 'facts{"a"', None, "{'message': 'gone'}")
