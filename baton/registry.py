@@ -245,7 +245,6 @@ class Registry:
         except (RedisError, OSError) as error:
             raise Unavailable(f"the registry at {where}: {type(error).__name__}: {error}") from error
 
-
     @staticmethod
     async def _struck(faults: Faults, call: Awaitable[object]) -> None:
         """Raises Unavailable if the registry is gone by the schedule of faults; nothing is sent then."""

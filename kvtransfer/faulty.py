@@ -16,7 +16,7 @@ from kvtransfer.protocol import messages
 from kvtransfer.transports.fake import DamagedJob
 from kvtransfer.writing import Unit, Wire, WriteJob
 
-M = TypeVar("M", messages.SenderMessage, messages.ReceiverMessage)
+M = TypeVar("M", bound=messages.SenderMessage | messages.ReceiverMessage)
 
 
 class ControlLine(Generic[M]):
@@ -39,7 +39,7 @@ def _corrupted(message: M, position: int) -> M:
     digests = list(message.layer_digests)
     layer = position % len(digests)
     digests[layer] = bytes([digests[layer][0] ^ 0xFF]) + digests[layer][1:]
-    return replace(message, layer_digests=tuple(digests))
+    return cast("M", replace(message, layer_digests=tuple(digests)))
 
 
 class FaultyWire:

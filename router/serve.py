@@ -137,7 +137,9 @@ async def running(config: RouterConfig, spans: Spans | None = None) -> AsyncIter
     )  # fmt: skip
     watch = None
     if config.registry.is_used:
-        watch = RegistryWatch(Registry(config.registry, faults=faults), dispatcher.nodes.on_listing, config.watch, clock, defects)
+        watch = RegistryWatch(
+            Registry(config.registry, faults=faults), dispatcher.nodes.on_listing, config.watch, clock, defects
+        )
     faults_by_time = None if faults is None else asyncio.create_task(faults.run(), name="faults")
     try:
         dispatcher.nodes.start()

@@ -204,7 +204,11 @@ class _Worker:
         node = self.node
         record = NodeRecord(node.node_id, node.address, node.incarnation, node.home_role, node.model.fingerprint)
         self._registration = Registration(
-            Registry(self._config.registry, faults=self._faults), record, self._config.registration, MonotonicClock(), self._defects
+            Registry(self._config.registry, faults=self._faults),
+            record,
+            self._config.registration,
+            MonotonicClock(),
+            self._defects,
         )
         await self._registration.start()
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from baton.errors import BadConfig, quoted
 from baton.faults.kinds import DEFAULT_S, KINDS, TAKES, FaultKind, Layer, has_length
@@ -246,7 +246,7 @@ def _within(value: object, most: float, bad: Callable[[object], BadConfig]) -> f
 
 def _nth(table: Mapping[str, object], where: str) -> tuple[int, ...]:
     value = table.get("nth", [])
-    numbers = value if isinstance(value, list) else [value]
+    numbers: list[Any] = value if isinstance(value, list) else [value]
     if ("nth" in table and not numbers) or not all(_is_count(n) and n > 0 for n in numbers):
         raise _bad(where, "nth", value, "a whole number from 1 on, or a list of them")
     return tuple(numbers)

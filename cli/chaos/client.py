@@ -88,7 +88,7 @@ def _text(choice: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What all requests have in common. ``servers``: routers of one cluster. ``again_s``: before the next try at one."""
+    """What all requests have in common. ``servers``: routers of one cluster. ``again_s``: between tries at one."""
 
     servers: Sequence[Server]
     headers: Mapping[str, str]

@@ -1,4 +1,4 @@
-"""What is asked: requests of which an undisturbed run gives the only right tokens, and clients that behave badly. Pure."""
+"""What is asked: requests whose only right tokens an undisturbed run gives, and clients that behave badly. Pure."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.faults.plan import Plan
+from cli.chaos.draw import ROUTER
 from cli.chaos.verdict import Ledger, Outcome, Verdict
 from cli.chaos.watch import Look, absences
-from cli.chaos.draw import ROUTER
 from loadgen import chart
 from loadgen.chart import Line, Panel, Point
 from loadgen.samples import Percentiles

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from baton.client import AsyncClient
 from baton.errors import BatonError
-from cli.chaos.verdict import Ledger
 from cli.chaos.draw import ROUTER
+from cli.chaos.verdict import Ledger
 
 _LOOK_EVERY_S = 0.5
 _CALL_S = 2.0
@@ -109,7 +109,7 @@ async def _within(limit_s: float, condition: Callable[[], Awaitable[bool]]) -> b
     """Whether it holds in time; looked at from outside, as nothing tells of it."""
     try:
         async with asyncio.timeout(limit_s):
-            while not await condition():
+            while not await condition():  # noqa: ASYNC110 - other processes set no event here
                 await asyncio.sleep(_LOOK_EVERY_S)
     except TimeoutError:
         return False

@@ -225,7 +225,7 @@ class Endpoints:
     grpc: str
 
 
-async def up(
+async def up(  # noqa: C901 - what a cluster is made of, in order
     options: ClusterOptions,
     say: Callable[[str], None],
     on_ready: Callable[[Sequence[Endpoints], Callable[[], None]], None],

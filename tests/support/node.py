@@ -13,8 +13,8 @@ import grpc.aio
 from baton import PROTOCOL_VERSION, codec
 from baton.clock import MonotonicClock
 from baton.defects import Defects
-from baton.faults.faults import Faults
 from baton.errors import BatonError, TransferFailed
+from baton.faults.faults import Faults
 from baton.prefix import PrefixScheme
 from baton.server import GrpcServer
 from baton.timeline import Timeline

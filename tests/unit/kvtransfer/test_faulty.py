@@ -1,4 +1,4 @@
-"""Transfers under a schedule of faults: damage is found, what is lost is noticed, and bytes arrive whole or not at all."""
+"""Transfers under a schedule of faults: damage is found, loss is noticed, and bytes arrive whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from kvtransfer.protocol.receiver_events import Arrived, Released
 from kvtransfer.protocol.sender import SenderConfig
 from kvtransfer.sender import Push
 from tests.support.faults import Striking
-from tests.support.transfer import LAYOUT, Pair, pair, token
+from tests.support.transfer import LAYOUT, Pair, pair, token, until
 
 SOURCE = [4, 2, 0]
 # A lost message is noticed by a deadline: short ones, of which the test waits for one.
@@ -123,9 +123,7 @@ async def test_a_transfer_that_is_cut_fails_in_time_and_the_next_one_arrives(
 
 async def ended(p: Pair, name: str) -> None:
     """The lease is over: given back, or taken over before its acknowledgement was lost."""
-    async with asyncio.timeout(10):
-        while not {"Arrived", "Released"} & set(p.inbox.of(name)):
-            await asyncio.sleep(0.005)
+    await until(lambda: bool({"Arrived", "Released"} & set(p.inbox.of(name))))
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
