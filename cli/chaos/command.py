@@ -36,6 +36,8 @@ def chaos(given: Mapping[str, Given]) -> None:
     default: dict[str, object] = {"http_port": 0, "grpc_port": 0}
     if not any(name in given for name in _WORKERS):
         default |= {"num_prefill": 2, "num_decode": 2}
+    if "num_routers" not in given:
+        default["num_routers"] = 2
     if not options.model:
         default["model"] = str(demo.default_model())
         if "worker.engine.num_blocks" not in given:

@@ -9,8 +9,6 @@ from random import Random
 from baton.faults.kinds import FaultKind, Layer, has_length
 from baton.faults.plan import Plan, Rule
 
-# The router's name among the processes.
-ROUTER = "router"
 # A message that meets a rule may be long in coming; a rule that met none by then is over.
 _OPEN_S = 8.0
 # Deaths and freezes in one pool are so far apart that a node is back before the next one leaves.
@@ -43,6 +41,7 @@ _F, _L = FaultKind, Layer
 _CHOICES = (
     _Choice(8, _L.PROCESS, _F.DIE, _NODES),
     _Choice(8, _L.PROCESS, _F.FREEZE, _NODES, seconds=(0.2, 4.0)),
+    _Choice(3, _L.PROCESS, _F.DIE, ("router",)),
     _Choice(3, _L.PROCESS, _F.FREEZE, ("router",), seconds=(0.1, 1.0)),
     _Choice(4, _L.ENGINE, _F.STALL, _NODES, seconds=(0.2, 2.0)),
     _Choice(3, _L.ENGINE, _F.SLOW, _NODES, seconds=(0.01, 0.05), times=20),
@@ -75,7 +74,7 @@ _OF_REGISTRY = (
 
 
 def drawn(seed: int, nodes: Mapping[str, str], seconds: float, *, rate: float = 1.0, has_registry: bool) -> Plan:
-    """``nodes``: role by node id, the router's among them. ``rate``: faults a second, with deviations by chance."""
+    """``nodes``: role by node id, routers among them. ``rate``: faults a second, with deviations by chance."""
     rng = Random(f"chaos {seed}")
     roles = set(nodes.values())
     choices = [c for c in (*_CHOICES, *(_OF_REGISTRY if has_registry else ())) if roles & set(c.roles)]
@@ -102,9 +101,9 @@ def _rule(
     length = round(rng.uniform(least, most), 3) if has_length(choice.layer, choice.fault) else 0.0
     at_s, seconds = round(at_s, 3), (length, length)
     if choice.layer is Layer.PROCESS:
-        # Of the last node of a pool requests could do nothing but wait.
-        others = sum(other == role for other in nodes.values())
-        if role != "router" and (at_s < free_at.get(role, 0.0) or others < 2):
+        # Without the last node of a pool requests could do nothing but wait; a router's clients wait for it anyway.
+        count = sum(other == role for other in nodes.values())
+        if at_s < free_at.get(role, 0.0) or (role != "router" and count < 2):
             return None
         free_at[role] = at_s + _SPACING_S
         return Rule(choice.layer, choice.fault, node=node, at_s=at_s, seconds=seconds)

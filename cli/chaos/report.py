@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.faults.plan import Plan
-from cli.chaos.draw import ROUTER
 from cli.chaos.verdict import Ledger, Outcome, Verdict
 from cli.chaos.watch import Look, absences
 from loadgen import chart
@@ -83,6 +82,7 @@ class Report:
     ledger: Ledger
     looks: tuple[Look, ...]
     nodes: tuple[str, ...]
+    routers: tuple[str, ...]
     # By second, tokens that came.
     tokens: Mapping[int, int]
     verdict: Verdict
@@ -127,7 +127,7 @@ class Report:
     def processes(self) -> dict[str, dict[str, float]]:
         """Of the last life of each: memory and descriptors when it was first and last seen, and at most."""
         found: dict[str, dict[str, float]] = {}
-        for name in (ROUTER, *self.nodes):
+        for name in (*self.routers, *self.nodes):
             seen = [look.processes[name] for look in self.looks if name in look.processes]
             last = [each for each in seen if each.pid == seen[-1].pid]
             if last:
@@ -192,7 +192,7 @@ def picture(report: Report) -> str:
         for layer, times in report.struck.times_s.items()
     ]
     ready = [Point(look.at_s, float(len(look.ready))) for look in report.looks if look.ready is not None]
-    memory = [Line(name, _memory(report.looks, name)) for name in (ROUTER, *report.nodes)]
+    memory = [Line(name, _memory(report.looks, name)) for name in (*report.routers, *report.nodes)]
     across = "seconds since the first fault could strike"
     panels = [
         Panel("tokens", across, "tokens/s", (Line("all streams", tuple(tokens)),)),

@@ -8,6 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +23,7 @@ from baton.faults.plan import Plan
 from cli import demo, preflight
 from cli.chaos import report
 from cli.chaos.client import Caller, Stream
-from cli.chaos.draw import ROUTER, drawn
+from cli.chaos.draw import drawn
 from cli.chaos.load import Behaviour, Question, behaviour, demo_questions, own_questions
 from cli.chaos.options import ChaosOptions
 from cli.chaos.report import Asked, Report, Struck
@@ -53,7 +54,7 @@ def folder_of(options: ChaosOptions) -> Path:
 
 def run(chaos: ChaosOptions, asked: cluster.ClusterOptions, folder: Path, console: Console) -> bool:
     """Whether the run passed. Raises BadConfig, ClusterFailed, and Unavailable if the cluster fails undisturbed."""
-    nodes = {**dict(asked.worker_roles()), ROUTER: "router"}
+    nodes = {**dict(asked.worker_roles()), **dict.fromkeys(asked.router_names, "router")}
     schedule = asked.faults.file
     if schedule is None:
         schedule = folder / "schedule.toml"
@@ -119,14 +120,16 @@ class _Experiment:
     def _say(self, message: str) -> None:
         self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    def _on_ready(self, endpoints: cluster.Endpoints, stop: Callable[[], None]) -> None:
+    def _on_ready(self, faces: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> None:
         if self._course is None:
-            self._course = asyncio.create_task(self._follow(endpoints, stop))
+            self._course = asyncio.create_task(self._follow(faces, stop))
 
-    async def _follow(self, endpoints: cluster.Endpoints, stop: Callable[[], None]) -> Report:
+    async def _follow(self, faces: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> Report:
         try:
-            async with AsyncClient(endpoints.grpc, api_key=self._api_key) as grpc:
-                return await self._experiment((Server.parse(endpoints.http),), (grpc,))
+            async with AsyncExitStack() as stack:
+                clients = [AsyncClient(face.grpc, api_key=self._api_key) for face in faces]
+                routers = [await stack.enter_async_context(client) for client in clients]
+                return await self._experiment([Server.parse(face.http) for face in faces], routers)
         finally:
             stop()
 
@@ -157,7 +160,7 @@ class _Experiment:
             seconds=seconds, num_planned=len(self._plan.rules), struck=struck, asked=tuple(self._asked),
             num_questions=len(right), num_known=len(known),
             num_known_right=sum(heard.text.strip() == q.expected for q, heard in known), ledger=ledger,
-            looks=tuple(watch.looks), nodes=self._nodes, tokens=dict(self._tokens),
+            looks=tuple(watch.looks), nodes=self._nodes, routers=self._options.router_names, tokens=dict(self._tokens),
             verdict=verdict(outcomes, ledger, struck.total),
         )  # fmt: skip
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from baton.client import AsyncClient
 from baton.errors import BatonError
-from cli.chaos.draw import ROUTER
 from cli.chaos.verdict import Ledger
 
 _LOOK_EVERY_S = 0.5
@@ -68,7 +67,7 @@ class Watch:
             said = json.loads(self._ready_file.read_text())
         except OSError:
             return {}
-        pids = {ROUTER: said["router_pid"], **{node["id"]: node["pid"] for node in said["nodes"]}}
+        pids = {process["id"]: process["pid"] for process in (*said["routers"], *said["nodes"])}
         found = {}
         for name, pid in pids.items():
             with contextlib.suppress(OSError):

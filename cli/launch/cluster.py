@@ -492,7 +492,7 @@ def _ready_content(
     key_files: Mapping[str, Path | None],
 ) -> dict[str, object]:
     """The first router's addresses are also those of the cluster."""
-    listed = [{"http": at.http, "grpc": at.grpc, "pid": pids[name]} for name, at in routers.items()]
+    listed = [{"id": name, "http": at.http, "grpc": at.grpc, "pid": pids[name]} for name, at in routers.items()]
     return {
         "http": listed[0]["http"],
         "grpc": listed[0]["grpc"],

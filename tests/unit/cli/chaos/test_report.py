@@ -41,7 +41,7 @@ def made(folder: Path, *outcomes: Outcome) -> Report:
     counts = {outcome: outcomes.count(outcome) for outcome in Outcome}
     return Report(
         seconds=6.0, num_planned=9, struck=Struck.of(folder), asked=told, num_questions=3, num_known=2,
-        num_known_right=2, ledger=ledger, looks=LOOKS, nodes=("a", "b"), tokens={0: 5, 1: 7},
+        num_known_right=2, ledger=ledger, looks=LOOKS, nodes=("a", "b"), routers=("r",), tokens={0: 5, 1: 7},
         verdict=verdict(counts, ledger, 4),
     )  # fmt: skip
 
