@@ -152,6 +152,7 @@ class _Experiment:
             await self._disturbed(caller, model, right, seconds)
             await watch.until_ready(len(self._nodes), _BACK_S)
             ledger = await watch.ledger(len(self._nodes), _SETTLE_S)
+            await watch.look()
         finally:
             watching.cancel()
         struck = Struck.of(self._options.faults.folder)

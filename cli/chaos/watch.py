@@ -49,8 +49,12 @@ class Watch:
 
     async def run(self) -> None:
         while True:
-            self.looks.append(await self._look())
+            await self.look()
             await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def look(self) -> None:
+        """Once more: a node that has come back since the last look is no longer absent."""
+        self.looks.append(await self._look())
 
     async def _look(self) -> Look:
         processes = await asyncio.to_thread(self._processes)
