@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -42,20 +42,26 @@ def main(arguments: Sequence[str], results: Path) -> None:
     rows = [_prepared(client, args.envs, log_dir) for client in CLIENTS if client.key in args.only]
     if args.prepare:
         return
-    _try_out(rows, args, log_dir)
     record: dict[str, Any] = {
         "date": begun.isoformat(timespec="seconds"),
         "commit": measure.commit(),
         "machine": measure.machine(),
         "versions": machine.versions(),
-        "clients": _joined(rows, args.onto),
     }
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"clients-{begun.strftime('%Y-%m-%dT%H%M%SZ')}.json"
+
+    def save() -> None:
+        """After each client, so that a run that is cut is worth something."""
+        done = [row for row in rows if row["cells"] or row["not_installed"]]
+        record["clients"] = _joined(done, args.onto)
+        path.write_text(json.dumps(record, indent=1) + "\n")
+
+    _try_out(rows, args, log_dir, save)
+    save()
     print(table.table(record["clients"]))
     for failure in table.failures(record["clients"]):
         print("- " + ": ".join(failure))
-    args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"clients-{begun.strftime('%Y-%m-%dT%H%M%SZ')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"saved {path}")
 
 
@@ -94,12 +100,12 @@ def _prepared(client: Client, envs: Path, log_dir: Path) -> dict[str, Any]:
     return row
 
 
-def _try_out(rows: Sequence[dict[str, Any]], args: argparse.Namespace, log_dir: Path) -> None:
+def _try_out(rows: Sequence[dict[str, Any]], args: argparse.Namespace, log_dir: Path, save: Callable[[], None]) -> None:
     clients = {client.key: client for client in CLIENTS}
     ready = [(clients[row["key"]], row) for row in rows if not row["not_installed"]]
     if any(client.script for client, _ in ready):
         model = agent_model()
-        asyncio.run(_scripts([pair for pair in ready if pair[0].script], model, args.envs, log_dir))
+        asyncio.run(_scripts([pair for pair in ready if pair[0].script], model, args.envs, log_dir, save))
     for client, row in ready:
         if not client.script:
             print(f"{client.name} ...", flush=True)
@@ -107,11 +113,12 @@ def _try_out(rows: Sequence[dict[str, Any]], args: argparse.Namespace, log_dir: 
             python = Environment(environments.made(client, args.envs, log_dir)).python
             row["cells"] = lm_eval.cells(str(python), args.documents, log_dir)
             row["took_s"] = round(time.monotonic() - begun_s, 1)
+            save()
 
 
 async def _scripts(
-    ready: Sequence[tuple[Client, dict[str, Any]]], model: Path, envs: Path, log_dir: Path
-) -> None:  # fmt: skip
+    ready: Sequence[tuple[Client, dict[str, Any]]], model: Path, envs: Path, log_dir: Path, save: Callable[[], None]
+) -> None:
     shape = Shape("clients", ("--prefill", "1", "--decode", "1", "--threads", "1", "--kv-mib", "256"))
     async with started(shape, str(model), log_dir) as cluster:
         served = await asyncio.to_thread(_served_name, cluster.http)
@@ -123,6 +130,7 @@ async def _scripts(
                 environments.cells, client, folder, cluster.http, served, log_dir
             )  # fmt: skip
             row["took_s"] = round(time.monotonic() - begun_s, 1)
+            save()
 
 
 def _served_name(http: str) -> str:
