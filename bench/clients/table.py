@@ -85,7 +85,10 @@ def section(record: Mapping[str, Any]) -> str:
     )
     parts = [textwrap.fill(about, _COLUMNS), "", table(clients), ""]
     if also:
-        parts += [textwrap.fill(f"Also installed: {', '.join(dict.fromkeys(also))}.", _COLUMNS), ""]
+        parts += [
+            textwrap.fill(f"Also installed: {', '.join(dict.fromkeys(also))}.", _COLUMNS, break_on_hyphens=False),
+            "",
+        ]
     parts += [_rows("| feature | what is tried |", FEATURES.items()), ""]
     if failed := failures(clients):
         parts += [_rows("| failed | case | |", failed), ""]

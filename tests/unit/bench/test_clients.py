@@ -111,6 +111,13 @@ def test_the_table_counts_cases() -> None:
     assert table.not_offered(ROWS) == [("one", "agent", "none")]
 
 
+def test_the_document_has_the_newest_result() -> None:
+    path = table.newest()
+    assert path is not None
+    text = table.DOCUMENT.read_text()
+    assert table.filled(text, json.loads(path.read_text())) == text, "run `python -m bench.clients.table`"
+
+
 def test_a_document_without_a_place_for_it_is_named() -> None:
     with pytest.raises(SystemExit, match="no place"):
         table.filled("nothing", {"date": "2026-01-01", "clients": []})
