@@ -44,7 +44,6 @@ _OPTIONS = [
     ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
     # A router that is back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
 ]
 # How long a stream without a router looks for one.

@@ -258,7 +258,7 @@ def test_sequences_have_pieces_where_one_has_to_yield() -> None:
     assert node.num_in_pieces > 0
 
 
-def test_what_was_drawn_is_written_when_somebody_looks() -> None:
+def test_what_was_drawn_is_written_when_it_is_looked_at() -> None:
     node = Node(None, is_in_bulk=True)
     for number in range(3):
         do(node, number, ("add", 4, 20, 30, 0, False))

@@ -88,13 +88,15 @@ def costs_of(hits: dict[str, int], num_tokens: int) -> Costs:
 class Every:
     """What every placement would take, of nodes that can do it."""
 
-    def __init__(self, found: Sequence[NodeLoad], costs: Costs, num_tokens: int) -> None:
+    def __init__(
+        self, found: Sequence[NodeLoad], costs: Costs, num_tokens: int, *, is_single: bool = False
+    ) -> None:  # fmt: skip
+        # The only token of an answer needs no room.
+        room = num_tokens + (not is_single)
         hit = {x.node_id: costs.num_hit(x.node_id) for x in found}
         able = [x for x in found if x.prompt_wait_s < CONFIG.max_prompt_wait_s]
         # Sure: whichever blocks other sequences use.
-        roomy = [
-            x for x in found if x.free_tokens >= num_tokens + 1 or x.surely_has_room(num_tokens + 1, hit[x.node_id])
-        ]
+        roomy = [x for x in found if x.free_tokens >= room or x.surely_has_room(room, hit[x.node_id])]
         self.whole_s = {x.node_id: costs.whole(hit[x.node_id]).seconds(x) for x in able if x in roomy}
         self.pairs_s = {
             (p.node_id, d.node_id): costs.prompt(hit[p.node_id]).seconds(p)
@@ -145,7 +147,7 @@ def test_the_pools_are_left_for_what_saves_much_and_for_nothing_else(
 def test_what_a_mode_says_holds_in_every_state(found: list[NodeLoad], num_tokens: int, is_single: bool) -> None:
     demand, costs = Demand(num_tokens, is_single_token=is_single), costs_of({}, num_tokens)
     never = decide(found, demand, costs, replace(CONFIG, disaggregation="never"))
-    able = Every(found, costs, num_tokens).whole_s
+    able = Every(found, costs, num_tokens, is_single=is_single).whole_s
     assert isinstance(never, Obstacle) is not bool(able)
     assert isinstance(never, Obstacle) or able[never.placement.prefill_id] == min(able.values())
     always = decide(found, demand, costs, replace(CONFIG, disaggregation="always"))
