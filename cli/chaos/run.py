@@ -127,11 +127,17 @@ class _Experiment:
     async def _follow(self, faces: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> Report:
         try:
             async with AsyncExitStack() as stack:
-                clients = [AsyncClient(face.grpc, api_key=self._api_key) for face in faces]
+                clients = [AsyncClient(face.grpc, api_key=self._operators_key()) for face in faces]
                 routers = [await stack.enter_async_context(client) for client in clients]
                 return await self._experiment([Server.parse(face.http) for face in faces], routers)
         finally:
             stop()
+
+    def _operators_key(self) -> str:
+        """Where clients have keys, ledgers are for operators."""
+        assert self._options.ready_file is not None
+        file = json.loads(self._options.ready_file.read_text())["admin_key_file"]
+        return self._api_key if file is None else Path(file).read_text().strip()
 
     def _now(self) -> float:
         return time.monotonic() - self._began_s
