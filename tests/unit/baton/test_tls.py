@@ -38,7 +38,7 @@ async def listening(credentials: grpc.ServerCredentials | None) -> AsyncIterator
         await server.stop(0)
 
 
-async def gets_in(address: str, access: AccessConfig, timeout_s: float = 1.0) -> bool:
+async def gets_in(address: str, access: AccessConfig, timeout_s: float = 20.0) -> bool:
     async with dial(address, access, ALONE) as channel:
         try:
             call = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
