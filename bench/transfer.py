@@ -42,7 +42,7 @@ from kvtransfer.hashing import ByteArray
 from kvtransfer.host import host_id, keep_apart
 from kvtransfer.memory import HostMemory
 from kvtransfer.plan import Copy
-from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released
+from kvtransfer.protocol.receiver_events import Arrived, LeaseNotice, Released, WriterBegan
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transports.tcp_socket import receive_all, send_all
@@ -124,7 +124,7 @@ async def receive(folder: Path) -> None:
         servers = []
 
         def on_event(notice: LeaseNotice) -> None:
-            assert isinstance(notice, Arrived | Released), notice
+            assert isinstance(notice, WriterBegan | Arrived | Released), notice
 
         for name, config in variants(folder).items():
             server = grpc.aio.server(interceptors=[ErrorMappingInterceptor()])
