@@ -66,6 +66,9 @@ class Row:
     def verdict(self) -> Verdict:
         if self.predicted is None and self.measured is None:
             return Verdict.NOT_MEASURED
+        if self.unit == "s" and self.measured == 0.0:
+            # Both ends came together: no clock tells them apart.
+            return Verdict.NOT_MEASURED
         if self.limit is None:
             return Verdict.SHOWN
         # What only one of the two has is no agreement.

@@ -52,9 +52,11 @@ async def test_10_the_only_decode_node_frozen_under_load_is_used_again(
     """Sequences that it had run on elsewhere, new ones do not wait for it, and it comes back by itself."""
     cluster = shared_cluster(demo_model, prefill=1, decode=1)
     jobs = [Job([5, 6, 7, i], 120, {"ignore_eos": True}) for i in range(24)]
+    began_s = time.monotonic()
     undisturbed = await run_all(cluster.http, jobs, 12)
+    took_s = time.monotonic() - began_s
     running = asyncio.create_task(run_all(cluster.http, jobs, 12))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(min(0.5, 0.3 * took_s))
     pid = cluster.nodes["decode-0"].pid
     os.kill(pid, signal.SIGSTOP)
     stopped_s = time.monotonic()

@@ -101,7 +101,8 @@ async def moving_router(
 ) -> AsyncIterator[MovingRouter]:
     """Its books balance at the end."""
     nodes = cluster.nodes
-    config = RouterConfig(nodes=tuple(node.address for node in nodes.values()), policy=policy, **settings)
+    addresses = tuple(node.address for node in nodes.values())
+    config = RouterConfig(nodes=addresses, policy=policy, access=cluster.access, **settings)
     async with running(config) as router:
         await until(lambda: all(m.state is State.READY for m in router.dispatcher.nodes.members), 20.0)
         yield MovingRouter(router, [node.id for node in nodes.values() if node.role == "decode"], seed)

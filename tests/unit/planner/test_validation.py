@@ -133,3 +133,9 @@ def test_transfers_without_a_run_that_has_any_are_not_measured() -> None:
         "c", run, replayed(load, run), Observed(transfers=(TransferReport("shm", False, 1, 1, 1, 1),)), {}, LIMITS
     )
     assert [row.error for row in other.rows if row.name.startswith("transfer p")] == [None] * 3
+
+
+def test_a_time_of_which_the_clock_shows_nothing_is_not_judged() -> None:
+    assert Row("TBT p50", "s", 0.001, 0.0, limit=0.1).verdict is Verdict.NOT_MEASURED
+    assert Row("TBT p50", "s", 0.001, 0.002, limit=0.1).verdict is Verdict.MISSED
+    assert Row("transfers", "", 1.0, 0.0, limit=0.1).verdict is Verdict.MISSED
