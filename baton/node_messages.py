@@ -1,6 +1,6 @@
 """The messages of a session, and the events and actions that both machines of a node share.
 
-Router and node use the same types: `router/session_bytes.py` and `worker/session_codec.py` convert them.
+Router and node use the same types: `router/nodes/session_bytes.py` and `worker/session_codec.py` convert them.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
 from engine.step import StepPlan, StepResult
 from loadgen.samples import Samples
-from router.flow_messages import Outcome, OutcomeKind
+from router.flow.messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 _MODEL = Path(__file__).resolve().parents[1] / "demo" / "model"

@@ -37,8 +37,8 @@ from baton.types import SamplingParams, SequenceSpec
 from baton.v1 import node_pb2, node_pb2_grpc, router_pb2, router_pb2_grpc
 from bench import placement
 from router.config import LimitsConfig, RouterConfig
+from router.nodes.sessions import hello
 from router.serve import serve
-from router.sessions import hello
 
 _VOCAB_SIZE = 512
 _PROMPT = list(range(100, 228))

@@ -30,7 +30,7 @@ from baton import codec
 from baton.types import KvLayout, Role, SamplingParams, SequenceSpec
 from baton.v1 import node_pb2
 from engine.fake import FakeRunner
-from router.sessions import hello
+from router.nodes.sessions import hello
 from worker.config import WorkerConfig
 from worker.loading import Allocate, LoadedModel
 from worker.worker import serve

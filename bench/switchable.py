@@ -76,7 +76,7 @@ class Switch:
 
     def gate_spans(self) -> None:
         """Wraps the bound method that the dispatcher holds, which a replaced class method does not affect."""
-        from router.spans import Spans
+        from router.observe.spans import Spans
 
         on_ended = Spans.on_ended
 

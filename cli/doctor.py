@@ -199,7 +199,7 @@ def _resources() -> Iterator[Finding]:
 def _model(model: str) -> Iterator[Finding]:
     advice = "see the README for the models that are served"
     from engine.model_config import ModelConfig
-    from router.model_files import load_facts, load_tokenizer_facts, stated
+    from router.text.model_files import load_facts, load_tokenizer_facts, stated
 
     try:
         folder = model_source.resolve(model)

@@ -156,9 +156,9 @@ def model_files(folder: Path) -> None:
 
 def tokenizer_files(folder: Path, config: RouterConfig) -> None:
     """What a router reads of the folder can be read. Raises UnsupportedModel, BadConfig."""
-    from router.chat import ChatTemplate
-    from router.model_files import load_facts
     from router.serve import tokenizer_of
+    from router.text.chat import ChatTemplate
+    from router.text.model_files import load_facts
 
     load_facts(folder, sampling_defaults=config.generation_config == "auto")
     tokenizer = tokenizer_of(config, folder)

@@ -18,7 +18,8 @@ from baton.settings import check, computed, setting
 from baton.types import MAX_SLO_S, Slo
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
-from router.flow import FlowConfig
+from router.flow.machine import FlowConfig
+from router.grammar.check import GrammarConfig
 from router.reply.formats import AUTO, NONE, CallFormat, ReasoningFormat
 
 # Of the commands. A router in another program takes any free port.
@@ -106,22 +107,6 @@ class LimitsConfig:
             up_flag=False,
         ),
     )
-
-
-@dataclass(frozen=True, slots=True)
-class GrammarConfig:
-    """Of the process that checks grammars of structured output before a node gets one."""
-
-    # For one grammar: common schemas take milliseconds, so what takes longer than this is not sent to nodes.
-    limit_s: float = field(default=2.0, metadata=setting(least=0.1))
-    # For the process, the tokenizer of 150,000 tokens included.
-    max_bytes: int = field(default=2 << 30, metadata=setting(least=256 << 20))
-    # It reads the tokenizer first.
-    start_limit_s: float = 60.0
-    # Grammars that are being checked or wait for it; one more is refused with Overloaded.
-    max_waiting: int = 32
-    # Whose outcome is remembered.
-    max_known: int = 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ from router.cluster.membership import Member, State
 from router.cluster.policy import Reason
 from router.cluster.prefix_index import PrefixIndex
 from router.cluster.rebalance import MoveReason
-from router.flow_messages import Outcome, OutcomeKind, Phase
-from router.flow_move import MoveOutcome
+from router.flow.messages import Outcome, OutcomeKind, Phase
+from router.flow.move import MoveOutcome
 
 # Finer in the range of decode steps.
 _TBT_BUCKETS_S = (

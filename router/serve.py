@@ -31,21 +31,21 @@ from baton.tls import face_files
 from baton.types import SamplingParams
 from router.cluster.membership import State
 from router.config import LimitsConfig, RouterConfig
-from router.dispatch import Dispatcher
-from router.frontend import Frontend
-from router.grammar_check import GrammarCheck
-from router.grpc_face import GrpcFace
-from router.history import History
-from router.http_face import HttpFace
-from router.http_server import ConnectionLimits, HttpServer
-from router.keys import HttpGuard, Keys
+from router.dispatch.dispatcher import Dispatcher
+from router.face.grpc import GrpcFace
+from router.face.http import HttpFace
+from router.face.http_server import ConnectionLimits, HttpServer
+from router.face.keys import HttpGuard, Keys
+from router.frontend.frontend import Frontend
+from router.grammar.check import GrammarCheck
 from router.metrics import RouterMetrics
-from router.model_files import ModelFacts, load_facts, stated
-from router.registry import RegistryWatch
-from router.sessions import NodeLink, hello
-from router.spans import Spans
-from router.status import StatusPage
-from router.tokenizer import TOKENIZER_FILE, Tokenizer
+from router.nodes.registry import RegistryWatch
+from router.nodes.sessions import NodeLink, hello
+from router.observe.history import History
+from router.observe.spans import Spans
+from router.observe.status import StatusPage
+from router.text.model_files import ModelFacts, load_facts, stated
+from router.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 _log = logging.getLogger("baton.router")
 # Full garbage collections run a twentieth as often as by default: with 8,192 sequences in flight one takes 80 ms. A

@@ -23,7 +23,7 @@ from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from bench.model import cache_folder
 from demo import MODEL_DIR
 from demo import tokenizer as demo_tokenizer
-from router.chat import ChatTemplate, Conversation
+from router.text.chat import ChatTemplate, Conversation
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

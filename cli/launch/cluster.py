@@ -386,7 +386,7 @@ async def _check_router(config: RouterConfig, folder: Path) -> None:
     """Files that the router would refuse, and a Redis that it would wait for, before anything starts."""
     preflight.tokenizer_files(folder, config)
     if config.otel:
-        from router import spans  # with the tokenizer
+        from router.observe import spans  # with the tokenizer
 
         spans.check_installed()
     if config.registry.is_used:

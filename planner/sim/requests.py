@@ -8,7 +8,7 @@ from functools import lru_cache
 from planner.results import Served
 from planner.workload import Request
 from router.cluster.policy import Demand
-from router.flow import Flow
+from router.flow.machine import Flow
 
 # What a sequence draws, and what ends it.
 TOKEN_ID, STOP_ID = 0, 1

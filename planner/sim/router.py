@@ -19,8 +19,9 @@ from planner.workload import Request
 from router.cluster.policy import Decision, Obstacle
 from router.cluster.rebalance import Planned
 from router.cluster.scheduler import Scheduler
-from router.flow import Flow
-from router.flow_messages import (
+from router.flow.flows import Flows
+from router.flow.machine import Flow
+from router.flow.messages import (
     AttemptFailed,
     Begin,
     ClientCancelled,
@@ -33,8 +34,7 @@ from router.flow_messages import (
     Tick,
     ToNode,
 )
-from router.flow_move import MoveOutcome
-from router.flows import Flows
+from router.flow.move import MoveOutcome
 from worker.roles import SetRole
 
 # Of the wire: what still arrives of a request that is over is late by less.

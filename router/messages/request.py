@@ -11,13 +11,13 @@ from typing import Any
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
-from router.chat import THINKING, Conversation
-from router.grammars import of_json_schema
-from router.json_object import JsonObject
-from router.openai_neutral import refuse_unless
-from router.openai_request import CommonBody
-from router.openai_structured import Asked as AskedForm
-from router.request import Caller, GenerationRequest
+from router.api.json_object import JsonObject
+from router.frontend.request import Caller, GenerationRequest
+from router.grammar.grammars import of_json_schema
+from router.openai.neutral import refuse_unless
+from router.openai.request import CommonBody
+from router.openai.structured import Asked as AskedForm
+from router.text.chat import THINKING, Conversation
 
 # Fields that are known and have no effect with null or with these values.
 _NEUTRAL: tuple[tuple[str, tuple[object, ...], str], ...] = (

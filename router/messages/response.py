@@ -10,17 +10,17 @@ from pydantic_core import from_json
 
 from baton.errors import BatonError
 from baton.types import FinishReason
-from router.endpoint import Asked, Computation, Endpoint
-from router.frontend import Frontend
-from router.generation import Accepted, Ending
-from router.items import Item, ItemKind, Items
+from router.api.endpoint import Asked, Computation, Endpoint
+from router.api.items import Item, ItemKind, Items
+from router.api.whole import Json, WholeAnswer
+from router.frontend.frontend import Frontend
+from router.frontend.generation import Accepted, Ending
+from router.frontend.request import Caller
 from router.messages.errors import error_body
 from router.messages.request import MessagesBody
-from router.openai_neutral import UnknownFields
-from router.openai_request import parse
-from router.openai_whole import Json, WholeAnswer
-from router.request import Caller
-from router.text import Part
+from router.openai.neutral import UnknownFields
+from router.openai.request import parse
+from router.text.detokenizer import Part
 from router.turns import Turns
 
 _PING = 'event: ping\ndata: {"type":"ping"}\n\n'

@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from baton.chat import Tool
-from router.chat import Conversation
-from router.grammars import of_json_text, of_lark
+from router.grammar.grammars import of_json_text, of_lark
 from router.reply.arguments import Parameters
 from router.reply.formats import (
     CALL_BEGIN,
@@ -25,7 +24,8 @@ from router.reply.formats import (
     ReasoningFormat,
     ReplyFormat,
 )
-from router.tokenizer import Tokenizer
+from router.text.chat import Conversation
+from router.text.tokenizer import Tokenizer
 
 # A model that cannot end would call for ever.
 _MAX_CALLS = 64

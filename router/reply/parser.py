@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Collection
 
 from baton.chat import Tool
-from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.reply.arguments import Parameters
 from router.reply.feed import Feed, Malformed, Reading
 from router.reply.formats import (
@@ -27,6 +26,7 @@ from router.reply.formats import (
     CallFormat,
     ReasoningFormat,
 )
+from router.text.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 
 _SPACES = " \t\r\n"
 _NEWLINES = re.compile(r"\n*")

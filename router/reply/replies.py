@@ -7,13 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from baton.errors import InvalidRequest, quoted
-from router.chat import Conversation
-from router.deltas import ContentText
 from router.reply.forced import reply_grammar
 from router.reply.formats import MARKS, THINK_BEGIN, THINK_END, CallFormat, ReplyFormat
 from router.reply.parser import ReplyParser
-from router.text import Part
-from router.tokenizer import Tokenizer
+from router.text.chat import Conversation
+from router.text.deltas import ContentText
+from router.text.detokenizer import Part
+from router.text.tokenizer import Tokenizer
 
 # Tokens at the end of a prompt that show whether it has opened the reasoning.
 _PROMPT_END_TOKENS = 16

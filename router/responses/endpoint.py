@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
-from router.endpoint import Asked, Endpoint
-from router.frontend import Frontend
-from router.generation import Accepted
-from router.items import Item, joined, turn_of
-from router.openai_neutral import UnknownFields
-from router.openai_request import parse
-from router.request import Caller
+from router.api.endpoint import Asked, Endpoint
+from router.api.items import Item, joined, turn_of
+from router.frontend.frontend import Frontend
+from router.frontend.generation import Accepted
+from router.frontend.request import Caller
+from router.openai.neutral import UnknownFields
+from router.openai.request import parse
 from router.responses.request import ResponsesBody, echoed
 from router.responses.response import Heading, ResponseForm
 from router.responses.store import StoredResponses

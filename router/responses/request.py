@@ -13,14 +13,14 @@ from typing import Any
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
-from router.chat import Conversation
-from router.grammars import of_json_object
-from router.json_object import JsonObject
-from router.openai_neutral import refuse_unless
-from router.openai_request import CommonBody
-from router.openai_structured import Asked as AskedForm
-from router.openai_structured import of_schema_fields
-from router.request import Caller, GenerationRequest
+from router.api.json_object import JsonObject
+from router.frontend.request import Caller, GenerationRequest
+from router.grammar.grammars import of_json_object
+from router.openai.neutral import refuse_unless
+from router.openai.request import CommonBody
+from router.openai.structured import Asked as AskedForm
+from router.openai.structured import of_schema_fields
+from router.text.chat import Conversation
 
 _MODES = {mode.value: mode for mode in CallMode}
 # Fields that are known and have no effect with null or with these values.

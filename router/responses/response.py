@@ -9,11 +9,11 @@ from typing import Any
 
 from baton.errors import BatonError, InvalidRequest, Overloaded
 from baton.types import FinishReason
-from router.generation import Ending
-from router.items import Item, ItemKind, Items
-from router.openai_whole import Json, WholeAnswer
+from router.api.items import Item, ItemKind, Items
+from router.api.whole import Json, WholeAnswer
+from router.frontend.generation import Ending
 from router.responses.store import item_id
-from router.text import Part
+from router.text.detokenizer import Part
 from router.turns import Turns
 
 _ID_PREFIXES = {ItemKind.TEXT: "msg", ItemKind.REASONING: "rs", ItemKind.CALL: "fc"}

@@ -179,7 +179,7 @@ def test_the_router_starts_where_there_is_no_torch() -> None:
     absent = ("torch", "transformers", "numpy", "safetensors", "triton", "xxhash", "llvmlite")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r})); "
-        "import router.serve, router.registry, cli.draining, cli.ask; from cli.main import main; "
+        "import router.serve, router.nodes.registry, cli.draining, cli.ask; from cli.main import main; "
         "sys.argv = ['baton', 'router', '--help']; main()"
     )
     done = subprocess.run(

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, models
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest
-from router.chat import ChatTemplate, Conversation
-from router.model_files import load_tokenizer_facts
+from router.text.chat import ChatTemplate, Conversation
+from router.text.model_files import load_tokenizer_facts
 from tests.support.chat_templates import TEMPLATES
 from tests.support.tool_templates import TOOL_TEMPLATES
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from baton.observe import Relay
 from baton.types import FinishReason
-from router.answer import Form
-from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
-from router.generation import Ending
-from router.text import Part
+from router.api.answer import Form
+from router.frontend.generation import Ending
+from router.text.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
+from router.text.detokenizer import Part
 
 RELAY = Relay("prefill-0", "decode-0", 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1)
 # A model that thinks, speaks and calls twice.

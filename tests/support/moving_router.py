@@ -11,12 +11,12 @@ from typing import Any
 import baton
 from baton.client import Completion
 from baton.observe import Moved
-from router.active import Active
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import State
 from router.cluster.rebalance import MoveReason, Planned
 from router.config import RouterConfig
-from router.records import Ended
+from router.dispatch.active import Active
+from router.dispatch.records import Ended
 from router.serve import Router, running
 from tests.support.cluster import Cluster
 from tests.support.router import until

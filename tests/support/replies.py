@@ -11,9 +11,9 @@ import tokenizers
 from tokenizers import AddedToken
 
 from baton.chat import Tool
-from router.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from router.reply.formats import CallFormat, ReasoningFormat
 from router.reply.parser import ReplyParser
+from router.text.deltas import CallArguments, CallBegin, ContentText, Delta, ReasoningText
 from tests.support.router import write_model_folder
 
 TOOLS = (

@@ -23,7 +23,7 @@ from planner.steps import RecordedStep
 from planner.uncontended import measured
 from planner.workload import Workload
 from router.cluster.config import PolicyConfig
-from router.flow_messages import Outcome, OutcomeKind
+from router.flow.messages import Outcome, OutcomeKind
 from router.metrics import RouterMetrics
 
 LAYOUT = KvLayout(2, 4096, 2, 64, 16, "float32")

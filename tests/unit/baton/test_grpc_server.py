@@ -19,7 +19,7 @@ from baton.server import GrpcServer, ServerLimits
 from baton.v1 import router_pb2, router_pb2_grpc, transfer_pb2, transfer_pb2_grpc
 from kvtransfer.encoding import IDENTITY
 from kvtransfer.wire_codec import encoding_to_pb
-from router.grpc_face import SERVICE_NAME
+from router.face.grpc import SERVICE_NAME
 from tests.support.fake_nodes import FakeCluster, FakeConfig
 from tests.support.router import VOCAB_SIZE, router_beside, write_model_folder
 from tests.support.transfer import LAYOUT, describe, pair

@@ -14,9 +14,9 @@ from baton.chat import Tool
 from bench.clients import environments, lm_eval, table
 from bench.clients.model import CHAT_TEMPLATE, THINKS, TOOL, Examples
 from bench.clients.recipes import CLIENTS, FEATURES, Client
-from router.deltas import CallArguments, CallBegin, ContentText
 from router.reply.formats import CallFormat, ReasoningFormat, ReplyFormat
 from router.reply.parser import ReplyParser
+from router.text.deltas import CallArguments, CallBegin, ContentText
 
 SCRIPT = """
 from cells import case, equal, lacks, main, streamed, told

@@ -22,7 +22,7 @@ from engine.fake import FakeRunner, expected_tokens
 from engine.grammars import GrammarMask, Grammars, load_tokenizer
 from engine.schedule import Scheduler
 from engine.scheduler_config import SchedulerConfig
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from tests.support.root import ROOT
 from tests.support.text_tokenizers import KINDS
 

@@ -22,10 +22,10 @@ from baton.observe import Lifeline
 from baton.server import LIVENESS
 from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
-from router.flow import FlowConfig
-from router.flow_messages import Outcome, OutcomeKind
-from router.http_server import listen
-from router.stream import Backlog, Pacer, TokenStream
+from router.dispatch.stream import Backlog, Pacer, TokenStream
+from router.face.http_server import listen
+from router.flow.machine import FlowConfig
+from router.flow.messages import Outcome, OutcomeKind
 from router.turns import Turns
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.figures import figure

@@ -14,7 +14,7 @@ from baton.node_messages import CacheChanged, PrefillDone
 from baton.prefix import PrefixScheme, key_of
 from baton.types import SequenceSpec
 from router.cluster.prefix_index import PrefixIndex
-from router.session_bytes import Reader
+from router.nodes.session_bytes import Reader
 from tests.support.node import WAIT_S, Node, Router, running_node, session, spec
 from worker.session import SessionConfig
 

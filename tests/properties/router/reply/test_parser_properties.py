@@ -8,8 +8,8 @@ from typing import Any
 from hypothesis import given
 from hypothesis import strategies as st
 
-from router.deltas import CallArguments, CallBegin, ContentText
 from router.reply.formats import MARKS, CallFormat, ReasoningFormat
+from router.text.deltas import CallArguments, CallBegin, ContentText
 from tests.support.replies import TOOLS, parser, read
 
 WORDS = [

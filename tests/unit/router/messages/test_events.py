@@ -6,9 +6,9 @@ from pathlib import Path
 
 from baton.errors import NodeLost, Overloaded
 from baton.types import FinishReason
-from router.deltas import CallArguments, CallBegin, ContentText
 from router.messages.response import MessageForm
-from router.text import Part
+from router.text.deltas import CallArguments, CallBegin, ContentText
+from router.text.detokenizer import Part
 from tests.support.answers import AGENT, ending, events, part, streamed, whole
 
 

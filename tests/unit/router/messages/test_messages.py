@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from tests.support.answers import events
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, write_model_folder

@@ -9,10 +9,10 @@ import pytest
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest
-from router.chat import Conversation
+from router.frontend.request import Caller, GenerationRequest
 from router.messages.request import MessagesBody
-from router.openai_request import parse
-from router.request import Caller, GenerationRequest
+from router.openai.request import parse
+from router.text.chat import Conversation
 
 
 def request(**body: Any) -> GenerationRequest:

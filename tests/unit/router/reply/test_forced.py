@@ -15,12 +15,12 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolChoice
 from baton.errors import InvalidRequest
-from router.chat import Conversation
-from router.deltas import CallArguments, CallBegin, ContentText
-from router.grammars import of_json_schema
+from router.grammar.grammars import of_json_schema
 from router.reply.forced import reply_grammar
 from router.reply.formats import CallFormat, ReasoningFormat, ReplyFormat
-from router.tokenizer import Tokenizer
+from router.text.chat import Conversation
+from router.text.deltas import CallArguments, CallBegin, ContentText
+from router.text.tokenizer import Tokenizer
 from tests.support.replies import parser, read
 from tests.support.tool_templates import TOOL_TEMPLATES
 

@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from router.deltas import CallArguments, CallBegin, ContentText, ReasoningText
 from router.reply.feed import MAX_KEPT_CHARS
 from router.reply.formats import CallFormat, ReasoningFormat
+from router.text.deltas import CallArguments, CallBegin, ContentText, ReasoningText
 from tests.support.replies import parser, read, shown
 
 PARIS = '{"city": "Paris"}'

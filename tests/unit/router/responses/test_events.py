@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from baton.errors import InvalidRequest, NodeLost, Overloaded
 from baton.types import FinishReason
 from router.responses.response import Heading, ResponseForm
-from router.text import Part
+from router.text.detokenizer import Part
 from tests.support.answers import AGENT, ending, events, part, streamed, whole
 
 ECHO = ',"instructions":null,"store":true,"parallel_tool_calls":true,"tool_choice":"auto","tools":[]'

@@ -9,10 +9,10 @@ import pytest
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, UnknownResponse
-from router.chat import Conversation
-from router.openai_request import parse
-from router.request import Caller, GenerationRequest
+from router.frontend.request import Caller, GenerationRequest
+from router.openai.request import parse
 from router.responses.request import ResponsesBody, echoed
+from router.text.chat import Conversation
 
 
 def body_of(**body: Any) -> ResponsesBody:

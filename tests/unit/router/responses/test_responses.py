@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from router.config import StoreConfig
-from router.tokenizer import Tokenizer
+from router.text.tokenizer import Tokenizer
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.router import VOCAB_SIZE, baseline, router_beside, write_model_folder
 

@@ -1,0 +1,270 @@
+"""Makes the grammars of structured output: what a request asks for becomes one text (`SamplingParams.grammar`).
+
+The text is a grammar in llguidance's format. What is refused here is refused by its form and size alone, in a time that
+grows with the text; whether nodes can follow a grammar is what `router/grammar/check.py` finds out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llguidance import regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+
+from baton.errors import InvalidRequest, quoted, shortened
+from baton.types import MAX_GRAMMAR_CHARS
+
+# Between two parts of JSON: a space, or a line break and its indentation. Models have learned both, and one that is not
+# allowed to end would write more for ever.
+_WHITESPACE = r" |\n[ \t]{0,20}"
+_BOUNDED = {"whitespace_pattern": _WHITESPACE}
+# As `json.dumps` writes it on one line.
+_COMPACT = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+# Levels of JSON in a schema. The library parses 128.
+_MAX_DEPTH = 100
+# The library counts these out state by state, whatever its limits: 10,000 states take 0.1 s, 1,000,000 minutes.
+_MAX_MULTIPLE = 10_000
+_MAX_COUNT = 10_000
+# Of one choice's texts.
+MAX_CHOICES = 4096
+# GBNF is translated in Python, at 1 MB/s.
+_MAX_GBNF_CHARS = 32_768
+_MAX_REFERENCES = 8
+# Keywords whose values are no schemas.
+_DATA = ("const", "enum", "default", "examples")
+_COUNTED = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
+# What tells how often a part of a regular expression, or of a rule, is repeated: escapes, groups and classes, {n},
+# {n,m}, and Lark's ~n and ~n..m. Nothing is tried twice: the text may be long.
+_REPETITION = re.compile(
+    r"\\.|(?P<bracket>[()\[\]])"
+    r"|(?P<times>\{\s*+(\d*+)\s*+,?+\s*+(\d*+)\s*+\}|~\s*+(\d++)(?:\s*+\.\.\s*+(\d++))?+)|.",
+    re.DOTALL,
+)
+
+
+def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str, is_compact: bool = False) -> str:
+    """JSON that is valid by the schema. ``is_strict`` false: as far as the schema's keywords can be followed; else one
+    that cannot be followed is refused by the check. ``is_compact``: on one line, with a space behind each comma and
+    colon; else a model may break lines. Raises InvalidRequest for ``param``."""
+    if isinstance(schema, str):
+        schema = _parsed(schema, param)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(f"{param} is {quoted(schema)}, expected a JSON schema (an object)", param=param)
+    _check_keywords(schema, param)
+    rewritten: dict[str, Any] = _told_apart(schema, schema)
+    is_lenient = is_strict is False
+    options = {**(_COMPACT if is_compact else _BOUNDED), "lenient": is_lenient, "coerce_one_of": is_lenient}
+    return _grammar({"json_schema": {**rewritten, "x-guidance": options}}, param)
+
+
+def of_json_object(*, param: str, is_compact: bool = False) -> str:
+    """Any JSON object."""
+    return of_json_schema({"type": "object"}, param=param, is_compact=is_compact)
+
+
+def of_regex(regex: object, *, param: str) -> str:
+    """The whole text matches the expression."""
+    text = _text(regex, param)
+    _check_repetitions(text, param)
+    # Anchors at both ends say what holds anyway; others the library refuses.
+    text = text.removeprefix("^")
+    if text.endswith("$") and not _is_escaped(text):
+        text = text[:-1]
+    return of_lark(f"start: /{regex_to_lark(text)}/" if text else 'start: ""', param=param)
+
+
+def of_choice(choices: object, *, param: str) -> str:
+    """One of these texts."""
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or not choices:
+        raise InvalidRequest(f"{param} is {quoted(choices)}, expected a list of texts", param=param)
+    if len(choices) > MAX_CHOICES:
+        raise InvalidRequest(f"{param} has {len(choices)} entries, expected at most {MAX_CHOICES}", param=param)
+    texts = [json.dumps(_text(choice, param)) for choice in choices]
+    return _grammar({"lark_grammar": "start: " + " | ".join(texts)}, param)
+
+
+def of_grammar(text: object, *, param: str) -> str:
+    """A client's grammar, in Lark's form or llama.cpp's GBNF."""
+    text = _text(text, param)
+    if "::=" in text:
+        if len(text) > _MAX_GBNF_CHARS:
+            raise InvalidRequest(f"{param} has {len(text)} characters, expected at most {_MAX_GBNF_CHARS}", param=param)
+        try:
+            text = any_to_lark(text)
+        except Exception as error:  # The translator raises its own kinds, IndexError and RecursionError.
+            message = f"{param} is not a grammar in GBNF: {shortened(str(error), 200)}"
+            raise InvalidRequest(message, param=param) from error
+    if "%json" in text:
+        raise InvalidRequest(f"{param} has %json, expected rules alone; send the schema as json", param=param)
+    _check_repetitions(text, param, is_lark=True)
+    return of_lark(text, param=param)
+
+
+def of_lark(lark: str, *, param: str) -> str:
+    """Lark's form with llguidance's extensions: rules that Baton wrote, around schemas that `check_schema` let pass."""
+    return _grammar({"lark_grammar": lark}, param)
+
+
+def of_json_text(
+    schema: Mapping[str, Any], is_strict: bool | None = None, *, param: str, is_compact: bool = False
+) -> str:  # fmt: skip
+    """A checked schema as JSON text for Lark's ``%json``; the rest as for `of_json_schema`."""
+    grammar = json.loads(of_json_schema(schema, is_strict, param=param, is_compact=is_compact))
+    return json.dumps(grammar["grammars"][0]["json_schema"])
+
+
+def _grammar(grammar: Mapping[str, Any], param: str) -> str:
+    try:
+        text = json.dumps({"grammars": [grammar]}, allow_nan=False)
+    except ValueError:
+        raise InvalidRequest(f"{param} has a number that is not finite, expected JSON", param=param) from None
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(
+            f"{param} has {len(text)} characters of JSON, expected at most {MAX_GRAMMAR_CHARS}", param=param
+        )
+    return text
+
+
+def _text(value: object, param: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidRequest(f"{param} is {quoted(value)}, expected a text that is not empty", param=param)
+    if len(value) > MAX_GRAMMAR_CHARS:
+        raise InvalidRequest(f"{param} has {len(value)} characters, expected at most {MAX_GRAMMAR_CHARS}", param=param)
+    return value
+
+
+def _parsed(text: str, param: str) -> object:
+    try:
+        return json.loads(_text(text, param))
+    except (ValueError, RecursionError):
+        raise InvalidRequest(f"{param} is {quoted(text)}, expected a JSON schema", param=param) from None
+
+
+def _check_keywords(schema: object, param: str) -> None:
+    """Of every object in it."""
+    pending = [(schema, 1)]
+    while pending:
+        value, depth = pending.pop()
+        if depth > _MAX_DEPTH:
+            raise InvalidRequest(f"{param} has more than {_MAX_DEPTH} levels, expected fewer", param=param)
+        if isinstance(value, Mapping):
+            for name, member in value.items():
+                _check_keyword(name, member, param)
+            _check_interval(value, param)
+            pending += [(member, depth + 1) for member in value.values()]
+        elif isinstance(value, list):
+            pending += [(item, depth + 1) for item in value]
+
+
+def _check_interval(schema: Mapping[str, Any], param: str) -> None:
+    """The library takes an exclusive bound for an inclusive one where the other bound is near."""
+    exclusive = [schema.get(name) for name in ("exclusiveMinimum", "exclusiveMaximum")]
+    least = [n for n in (schema.get("minimum"), exclusive[0]) if isinstance(n, int | float)]
+    most = [n for n in (schema.get("maximum"), exclusive[1]) if isinstance(n, int | float)]
+    is_near = least and most and max(least) < min(most) < max(least) + 1
+    if is_near and exclusive != [None, None] and schema.get("type") != "integer":
+        raise InvalidRequest(
+            f"{param} has an exclusive bound less than 1 from the other one, expected minimum and maximum", param=param
+        )
+
+
+def _told_apart(part: Any, whole: Mapping[str, Any]) -> Any:
+    """With ``anyOf`` for each ``oneOf`` of objects that one property tells apart: the library sees that two branches
+    are disjoint, but not through references."""
+    if isinstance(part, list):
+        return [_told_apart(item, whole) for item in part]
+    if not isinstance(part, Mapping):
+        return part
+    part = {name: value if name in _DATA else _told_apart(value, whole) for name, value in part.items()}
+    branches = part.get("oneOf")
+    if isinstance(branches, list) and "anyOf" not in part and _are_told_apart(branches, whole):
+        # OpenAPI's `discriminator` names the property.
+        return {"anyOf" if name == "oneOf" else name: part[name] for name in part if name != "discriminator"}
+    return part
+
+
+def _are_told_apart(branches: list[Any], whole: Mapping[str, Any]) -> bool:
+    told = [_tags(_resolved(branch, whole), whole) for branch in branches]
+    names = set.intersection(*map(set, told)) if told else set()
+    return any(sum(len(t[name]) for t in told) == len(set().union(*(t[name] for t in told))) for name in names)
+
+
+def _tags(branch: Any, whole: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Of an object's required properties with constant values: these, as JSON."""
+    if not isinstance(branch, Mapping) or branch.get("type") != "object":
+        return {}
+    properties, required = branch.get("properties"), branch.get("required")
+    if not isinstance(properties, Mapping) or not isinstance(required, list):
+        return {}
+    found = {}
+    for name in required:
+        value = _resolved(properties.get(name), whole) if isinstance(name, str) else None
+        if isinstance(value, Mapping) and "const" in value:
+            found[name] = {json.dumps(value["const"])}
+        elif isinstance(value, Mapping) and isinstance(value.get("enum"), list):
+            found[name] = {json.dumps(constant) for constant in value["enum"]}
+    return found
+
+
+def _resolved(part: Any, whole: Any) -> Any:
+    """What a local reference points to, a few steps far."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
+            return part
+        path, part = part["$ref"], whole
+        for name in path.removeprefix("#/").split("/") if path.startswith("#/") else ("",):
+            name = name.replace("~1", "/").replace("~0", "~")
+            part = part.get(name) if isinstance(part, Mapping) else None
+    return None
+
+
+def _check_keyword(name: str, value: object, param: str) -> None:
+    if isinstance(value, str) and name == "pattern":
+        _check_repetitions(value, param)
+    elif isinstance(value, Mapping) and name == "patternProperties":
+        for pattern in value:
+            _check_repetitions(pattern, param)
+    elif isinstance(value, int | float):
+        bound = _MAX_MULTIPLE if name == "multipleOf" else _MAX_COUNT if name in _COUNTED else None
+        if bound is not None and value > bound:
+            raise InvalidRequest(f"{param} has {name} {quoted(value)}, expected at most {bound}", param=param)
+
+
+def _check_repetitions(text: str, param: str, *, is_lark: bool = False) -> None:
+    """Those of groups within groups multiply. The library counts them out as well, in the middle of an answer: 10**12
+    take it a second, whatever its limits. In Lark's form brackets are no classes of characters."""
+    # Of each open group and of the part before: how often the most repeated of its characters is repeated.
+    open_groups, part, is_in_class = [1], 1, False
+    for found in _REPETITION.finditer(text):
+        bracket, times = found["bracket"], found["times"]
+        if bracket and not is_lark and bracket in ("[", "]"):
+            is_in_class, part = bracket == "[", 1
+        elif is_in_class:
+            continue
+        elif bracket == "(":
+            open_groups.append(1)
+        elif bracket == ")":
+            part = open_groups.pop() if len(open_groups) > 1 else 1
+        elif times:
+            part *= max([1, *(_small(number) for number in found.groups()[2:] if number)])
+        else:
+            part = 1
+        open_groups[-1] = max(open_groups[-1], part)
+        if part > _MAX_COUNT:
+            message = f"{param} repeats a part {part} times or more, expected at most {_MAX_COUNT}"
+            raise InvalidRequest(message, param=param)
+
+
+def _small(digits: str) -> int:
+    """The number, or one that is too large as well."""
+    return int(digits) if len(digits) < 10 else 10**9
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether the last character is."""
+    return (len(text) - 1 - len(text[:-1].rstrip("\\"))) % 2 == 1

@@ -1,0 +1,1 @@
+"""Text to token ids and back: chat template, tokenizer, and what a model's output says piece by piece."""
