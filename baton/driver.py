@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from baton.clock import Clock
@@ -46,10 +46,6 @@ class Driver(Generic[Event, Action]):
             # Whatever was raised: other deadlines of the machine go on.
             if self._tick is not None:
                 self._arm()
-
-    def feed_all(self, events: Sequence[Event]) -> None:
-        for event in events:
-            self.feed(event)
 
     def close(self) -> None:
         """No Tick comes any more."""

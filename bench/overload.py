@@ -25,7 +25,7 @@ import httpx
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import State
 from router.config import RouterConfig
-from router.serve import Router, running
+from router.serve import running
 from worker.fake import FakeCluster, FakeConfig
 
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 1000, 16
@@ -129,18 +129,6 @@ async def _served(*, admits: bool) -> AsyncIterator[httpx.AsyncClient]:
             async with httpx.AsyncClient(base_url=router.http, headers=headers, timeout=600, limits=limits) as http:
                 await _load(http, [(_CAPACITY / 2, 5.0)])  # rates are learned
                 yield http
-
-
-async def _all_up(router: Router) -> None:
-    is_up = asyncio.Event()
-
-    def look() -> None:
-        if all(member.state is State.READY for member in router.dispatcher.nodes.members):
-            is_up.set()
-
-    router.dispatcher.nodes.watch(look)
-    look()
-    await is_up.wait()
 
 
 async def _load(http: httpx.AsyncClient, phases: Sequence[tuple[float, float]]) -> list[_Answer]:

@@ -24,6 +24,7 @@ from baton.client import Client, Options
 from baton.types import SamplingParams
 from cli import ask
 from cli.launch import cluster
+from cli.launch.options import ClusterOptions
 from cli.show import seconds
 from cli.usage import program
 from demo import tasks
@@ -67,7 +68,7 @@ def default_model() -> Path:
 def run(model: str, console: Console) -> int:
     """Returns the exit code: 0 if every prompt was answered, and as many of them right as the demo's model promises."""
     prompts = own_prompts() if model else demo_prompts()
-    options = cluster.ClusterOptions(
+    options = ClusterOptions(
         model=model or str(default_model()), num_prefill=_NUM_PREFILL, num_decode=_NUM_DECODE, grpc_port=0, http_port=0
     )
     performance = _Performance(prompts, console, has_answers=not model)
@@ -110,7 +111,7 @@ class _Performance:
         self.num_asked = 0
         self.num_wrong = 0
 
-    async def play(self, options: cluster.ClusterOptions) -> None:
+    async def play(self, options: ClusterOptions) -> None:
         workers = ", ".join(node_id for node_id, _ in options.worker_roles())
         started = time.monotonic()
         with self._console.status(f"starting the router, {workers}") as spinner:

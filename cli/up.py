@@ -13,22 +13,21 @@ from baton.errors import BadConfig
 from baton.settings import Given, build
 from cli import preflight
 from cli.launch import cluster
+from cli.launch.options import ClusterOptions
 from cli.options import Options, under
 from cli.usage import UsageError, explain, program
 from router.config import RouterConfig
 from worker.config import WorkerConfig
 
-OPTIONS = Options(
-    ("", cluster.ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig), positional="model"
-)
+OPTIONS = Options(("", ClusterOptions), ("worker.", WorkerConfig), ("router.", RouterConfig), positional="model")
 
 
-def options_of(given: Mapping[str, Given]) -> cluster.ClusterOptions:
-    options = build(cluster.ClusterOptions, given)
+def options_of(given: Mapping[str, Given]) -> ClusterOptions:
+    options = build(ClusterOptions, given)
     return replace(options, worker=under("worker.", given), router=under("router.", given))
 
 
-def parsed(words: Sequence[str]) -> cluster.ClusterOptions:
+def parsed(words: Sequence[str]) -> ClusterOptions:
     """What `baton up` takes these options for; nothing is started. Raises BadConfig."""
     found: list[Mapping[str, Given]] = []
     app = typer.Typer(add_completion=False)

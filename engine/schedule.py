@@ -50,6 +50,7 @@ from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
 from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape, TokenMask
 from engine.step_budget import StepBudget
+from engine.step_limit import StepLimit
 from engine.step_times import MeasuredSteps
 
 # Plain steps in a row, cuts included, after which they are followed as a stretch.
@@ -109,16 +110,7 @@ class Scheduler:
         self._num_ordered = 0
         # No prompt becomes overdue before.
         self._next_overdue_s = -math.inf
-        # Whether a sequence that decodes was not in the two newest plans, because it waited for the host.
-        self._sits_out = False, False
-        # Of these, those that will join soon.
-        self._expected: set[str] = set()
-        # Other nodes compute sequences for this one, which may arrive in the middle of any step.
-        self._is_handed_to = False
-        # When the first of the sequences joined that are in no step yet; None: there is none.
-        self._joined_s: float | None = None
-        # When the steps under way are predicted to be over.
-        self._over_s = 0.0
+        self._limit = StepLimit(config, self.measured)
         # Plans under way, oldest first.
         self._plans: deque[StepPlan] = deque()
         # Those of the plan under way that have no piece in it.
@@ -173,25 +165,25 @@ class Scheduler:
         sequence.num_computed = len(found) * self.config.block_tokens
         self.prefix_cache.count(spec.num_known_tokens, len(found))
         self._leases[spec.sequence_id] = sequence
-        self._is_handed_to = True
+        self._limit.handed_to()
         num_known = blocks_for(spec.num_known_tokens, self.config.block_tokens)
         return Reserved(len(found), tuple(sequence.block_ids[len(found) :]), num_known - len(found))
 
     def expect(self, sequence_id: str) -> None:
         """Its prompt is being computed: it will join soon, and is not to wait for a long step then."""
         if sequence_id in self._leases:
-            self._expected.add(sequence_id)
+            self._limit.expect(sequence_id)
 
     def quarantine(self, sequence_id: str, now: float) -> None:
         """The lease is over but a writer may still reach its blocks: hold them until ``return_lease``."""
         if sequence_id in self._leases:
-            self._expected.discard(sequence_id)
+            self._limit.expect_no_more(sequence_id)
             self.pool.move(sequence_id, BlockState.QUARANTINED, now)
 
     def return_lease(self, sequence_id: str) -> None:
         """No writer can reach the leased blocks any more and none is expected."""
         if self._leases.pop(sequence_id, None) is not None:
-            self._expected.discard(sequence_id)
+            self._limit.expect_no_more(sequence_id)
             self.pool.free(sequence_id)
 
     def join(self, sequence_id: str, tokens: TokenChunk, now: float) -> None:
@@ -205,7 +197,7 @@ class Scheduler:
             raise InternalError(f"{sequence_id} arrived without a lease")
         token_ids = joined_ids(seq.spec, tokens, self.config, len(seq.block_ids))
         del self._leases[sequence_id]
-        self._expected.discard(sequence_id)
+        self._limit.joined(sequence_id, now)
         self.pool.move(sequence_id, BlockState.RUNNING, now)
         entry = Entry(seq, order=self._next_order(seq.spec), now=now)
         entry.num_stored = seq.num_computed // self.config.block_tokens
@@ -216,7 +208,6 @@ class Scheduler:
         # It was counted when its blocks were reserved: what it finds after a preemption is no hit.
         entry.started_s = now
         self._entries[sequence_id] = entry
-        self._joined_s = now if self._joined_s is None else self._joined_s
         insort(self._active, entry, key=in_order)
         self.prefix_cache.store(entry)
         if self._stretch is not None and seq.token_mask is None:
@@ -314,7 +305,7 @@ class Scheduler:
             return None, events
         self._move_up_overdue(now)
         if not self._active and not self._waiting:
-            self._sits_out = self._sits_out[1], False
+            self._limit.planned(sits_out=False)
             return None, events
         plain = plain_steps.next_step(self._active, self.pool, self.config.block_tokens) if in_bulk else None
         if plain is None:
@@ -323,17 +314,15 @@ class Scheduler:
             begun = [e for e in self._active if not e.is_decoding]
         else:
             pieces, decoding, begun, self._in_bulk = [], plain.shape, plain.others, plain.decoding
-            self._sits_out = self._sits_out[1], False
-        begins_s = max(now, self._over_s) if self._plans else now
-        joined_s, self._joined_s = self._joined_s, None
-        limit_s = self._limit_s(decoding, 0.0 if joined_s is None else begins_s - joined_s)
-        budget = StepBudget(self.config, self.measured, decoding, limit_s)
+            self._limit.planned(sits_out=False)
+        begins_s = self._limit.begins_s(now, is_ahead=bool(self._plans))
+        budget = StepBudget(self.config, self.measured, decoding, self._limit.next_s(decoding, begins_s))
         pieces += self._prompt_pieces(begun, budget, events, now)
         if not pieces and not decoding.num_decoding:
             return None, events
         for piece in pieces:
             self._entries[piece.sequence.sequence_id].board(piece)
-        self._over_s = begins_s + self.measured.step_s(budget.shape)
+        self._limit.began(budget.shape, begins_s)
         plan = StepPlan(tuple(pieces), budget.shape, plain_steps.board(self._in_bulk))
         self._plans.append(plan)
         return plan, events
@@ -426,8 +415,7 @@ class Scheduler:
         Returns what became of those that ended; `Sequence.token_ids` has the tokens of the others.
         """
         num_steps, now = len(ended_s), ended_s[-1]
-        self._sits_out = (self._sits_out[1], False) if num_steps == 1 else (False, False)
-        self._joined_s = None
+        self._limit.decoded(num_steps)
         # As `schedule` keeps it: nothing that waits becomes overdue in between.
         starts_s = (began_s, *ended_s[:-1])
         while self._next_overdue_s <= starts_s[-1]:
@@ -657,7 +645,7 @@ class Scheduler:
                     pieces.append(Piece(entry.sequence, entry.start, 1, samples=True))
             elif entry.is_decoding and _waits_for_host(entry):
                 sits_out = True
-        self._sits_out = self._sits_out[1], sits_out
+        self._limit.planned(sits_out=sits_out)
         return pieces
 
     def _blocks_to_grow(self, entry: Entry) -> int:
@@ -717,20 +705,6 @@ class Scheduler:
                     came_s.append(entry.came_s)
         # Not in every step: the bound is kept to a sixteenth.
         self._next_overdue_s = max(min(came_s) + max_wait_s, now + max_wait_s / 16)
-
-    def _limit_s(self, decoding: StepShape, waited_s: float) -> float | None:
-        """How long the step may take, None: no sequence waits for its next token, nor may come to.
-
-        One that waits for the host is in every second step only: its gap is two of them. ``waited_s``: how long one
-        will have waited for this step, as it joined while another was under way.
-        """
-        target_s = self.config.tbt_target_s
-        if target_s is None:
-            return None
-        if not (decoding.num_decoding or self._expected or self._sits_out[1]):
-            return self.config.prompt_step_targets * target_s if self._is_handed_to else None
-        progress_s = self.measured.step_s(decoding) / (1 - self.config.min_prompt_share)
-        return max(progress_s, (target_s / 2 if any(self._sits_out) else target_s) - waited_s)
 
     def _prompt_pieces(
         self, begun: list[Entry], budget: StepBudget, events: list[EngineEvent], now: float

@@ -51,9 +51,6 @@ class StepPower:
         idle_w = self._machine.idle_power_w
         return self._num_gpus * max(drawn_w, idle_w) + (self._machine.num_gpus - self._num_gpus) * idle_w
 
-    def step_j(self, shape: StepShape) -> float:
-        return self.step_w(shape) * self._times.step_s(shape)
-
 
 # Figures of a bill, by the names of `summary.json`.
 _ENERGY = (

@@ -18,7 +18,7 @@ from baton.settings import check, computed, setting
 from baton.types import MAX_SLO_S, Slo
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
-from router.flow.machine import FlowConfig
+from router.flow.config import FlowConfig
 from router.grammar.check import GrammarConfig
 from router.reply.formats import AUTO, NONE, CallFormat, ReasoningFormat
 

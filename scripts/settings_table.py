@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from baton.settings import Key  # noqa: E402
 from cli import router, up, worker  # noqa: E402
-from cli.launch.cluster import ClusterOptions  # noqa: E402
+from cli.launch.options import ClusterOptions  # noqa: E402
 from cli.options import Options, default_shown  # noqa: E402
 from router.config import RouterConfig  # noqa: E402
 from worker.config import WorkerConfig  # noqa: E402

@@ -9,7 +9,7 @@ import typer
 from baton.settings import Given, build
 from cli import preflight, up
 from cli.chaos.options import ChaosOptions
-from cli.launch.cluster import ClusterOptions
+from cli.launch.options import ClusterOptions
 from cli.options import Options
 from cli.show import wide_console
 from router.config import RouterConfig

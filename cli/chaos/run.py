@@ -30,6 +30,7 @@ from cli.chaos.report import Asked, Report, Struck
 from cli.chaos.verdict import Heard, Outcome, judged, verdict
 from cli.chaos.watch import Watch
 from cli.launch import cluster
+from cli.launch.options import ClusterOptions
 from loadgen import machine
 from loadgen.client import Server, model_of
 
@@ -52,7 +53,7 @@ def folder_of(options: ChaosOptions) -> Path:
     return folder
 
 
-def run(chaos: ChaosOptions, asked: cluster.ClusterOptions, folder: Path, console: Console) -> bool:
+def run(chaos: ChaosOptions, asked: ClusterOptions, folder: Path, console: Console) -> bool:
     """Whether the run passed. Raises BadConfig, ClusterFailed, and Unavailable if the cluster fails undisturbed."""
     nodes = {**dict(asked.worker_roles()), **dict.fromkeys(asked.router_names, "router")}
     schedule = asked.faults.file
@@ -88,7 +89,7 @@ def run(chaos: ChaosOptions, asked: cluster.ClusterOptions, folder: Path, consol
 class _Experiment:
     """One run. Times are seconds since faults began."""
 
-    def __init__(self, chaos: ChaosOptions, options: cluster.ClusterOptions, plan: Plan, console: Console) -> None:
+    def __init__(self, chaos: ChaosOptions, options: ClusterOptions, plan: Plan, console: Console) -> None:
         self._chaos = chaos
         self._options = options
         self._plan = plan

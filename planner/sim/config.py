@@ -15,7 +15,7 @@ from planner.overhead import NO_OVERHEAD, Overhead
 from router.cluster.config import PolicyConfig
 from router.cluster.membership import MembershipConfig
 from router.config import LimitsConfig
-from router.flow.machine import FlowConfig
+from router.flow.config import FlowConfig
 from worker.roles import RolesConfig
 
 

@@ -13,7 +13,6 @@ that decodes may move to another node meanwhile (`router/flow/move.py`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from baton import errors
 from baton.node_messages import (
@@ -36,7 +35,6 @@ from baton.types import (
     Embedding,
     FinishReason,
     Lease,
-    PositionLogprobs,
     PromptLogprobs,
     SamplingParams,
     SequenceSpec,
@@ -45,6 +43,7 @@ from baton.types import (
 )
 from router.cluster.load import Placement
 from router.cluster.policy import Demand
+from router.flow.config import FlowConfig
 from router.flow.messages import (
     Abandon,
     Action,
@@ -75,31 +74,7 @@ from router.flow.messages import (
     ToNode,
 )
 from router.flow.move import Move, MoveOutcome, MovePhase
-
-
-@dataclass(frozen=True, slots=True)
-class FlowConfig:
-    # How often a request may run; beyond, the last failure is its outcome.
-    max_attempts: int = 20
-    # Nodes' own defects are not worth as many runs: the request itself may be the cause.
-    max_internal_errors: int = 3
-    backoff_base_s: float = 0.05
-    backoff_max_s: float = 1.0
-    # How long a blamed node is avoided by this request.
-    avoid_s: float = 5.0
-    reserve_timeout_s: float = 5.0
-    lease_ttl_s: float = 60.0
-    # Tokens after a hole wait this long for the hole to be filled by the other session.
-    gap_timeout_s: float = 2.0
-    # How long a complete answer waits to hear from prefill how its transfer went.
-    report_timeout_s: float = 0.2
-    # How long after its lease has expired the source of a move may take to say what became of it: a node waits 30 s for
-    # an acknowledgement, and a few more for writes to end.
-    move_answer_s: float = 45.0
-    # A decoding sequence that brings no token for so long is run again elsewhere.
-    token_timeout_s: float = 60.0
-    # A sequence waits this long for any node to be available.
-    no_node_timeout_s: float = 30.0
+from router.flow.token_order import DifferentTokens, TokenOrder
 
 
 class Flow:
@@ -109,10 +84,10 @@ class Flow:
     its tokens is delivered exactly once and in order, and End is the last action.
     """
 
-    __slots__ = ("_attempt", "_avoid", "_config", "_early", "_end", "_end_node_id", "_has_joined", "_internal_errors",
-                 "_is_backing_off", "_is_embedded", "_last_error", "_move", "_refusals", "_spec", "_timer_s", "choice",
-                 "deadline_s", "lifeline", "max_tokens", "num_scored", "outcome", "phase", "placement", "priority",
-                 "prompt", "request_id", "sampling", "sequence_id", "tokens")  # fmt: skip
+    __slots__ = ("_attempt", "_avoid", "_config", "_end", "_end_node_id", "_has_joined", "_internal_errors",
+                 "_is_backing_off", "_is_embedded", "_last_error", "_move", "_order", "_refusals", "_spec", "_timer_s",
+                 "choice", "deadline_s", "lifeline", "max_tokens", "num_scored", "outcome", "phase", "placement",
+                 "priority", "prompt", "request_id", "sampling", "sequence_id", "tokens")  # fmt: skip
 
     def __init__(
         self,
@@ -138,7 +113,9 @@ class Flow:
         self.deadline_s = deadline_s
         self.priority = priority
         self.phase = Phase.QUEUED
-        self.tokens = list(tokens)
+        # What waits behind a hole is bounded by max_tokens.
+        self._order = TokenOrder(tokens)
+        self.tokens = self._order.tokens
         # Prompt tokens behind the first whose log-probabilities were delivered.
         self.num_scored = 0
         # Its embedding is not wanted, or was delivered.
@@ -155,8 +132,6 @@ class Flow:
         self._attempt = 0
         self._refusals = 0
         self._internal_errors = 0
-        # Chunks behind a hole, by index. Bounded by max_tokens.
-        self._early: dict[int, TokenChunk] = {}
         # Number of tokens at the end, and why, once a node has said so.
         self._end: tuple[int, FinishReason] | None = None
         self._end_node_id = ""
@@ -190,7 +165,7 @@ class Flow:
     @property
     def can_move(self) -> bool:
         """It decodes where it is to stay, nothing waits behind a hole, and more than one token is to come."""
-        is_whole = self.phase is Phase.DECODING and self._is_settled and not self._early and self._end is None
+        is_whole = self.phase is Phase.DECODING and self._is_settled and not self._order.early and self._end is None
         return is_whole and self._move is None and self.max_tokens - len(self.tokens) > 1
 
     @property
@@ -361,7 +336,7 @@ class Flow:
         self.phase = Phase.QUEUED
         self.placement = None
         self._timer_s = None
-        self._early.clear()
+        self._order.early.clear()
         self._end = None
         self._end_node_id = ""
         self._attempt += 1
@@ -423,44 +398,20 @@ class Flow:
         if chunk.finish_reason is not None:
             self._end = (chunk.index + len(chunk.token_ids), chunk.finish_reason)
             self._end_node_id = node_id
-        if chunk.index > len(self.tokens):
-            if not self._early:
-                self._timer_s = now + self._config.gap_timeout_s
-            self._early[chunk.index] = chunk
-            return self._defect("tokens beyond max_tokens", now) if len(self._early) > self.max_tokens else []
-        if chunk.index == len(self.tokens) and not self._early:  # nearly always
+        order = self._order
+        had_hole = bool(order.early)
+        if chunk.index == len(self.tokens) and not had_hole:  # nearly always
             self.tokens += chunk.token_ids
             return self._after_tokens(chunk, now)
-        num_before = len(self.tokens)
-        new_ids: list[int] = []
-        logprobs: list[PositionLogprobs] = []
-        next_chunk: TokenChunk | None = chunk
-        while next_chunk is not None:
-            if not self._take(next_chunk, new_ids, logprobs):
-                return self._defect(f"token at {next_chunk.index} came twice with different values", now)
-            next_chunk = self._next_early()
-        return self._after_tokens(TokenChunk(self.sequence_id, num_before, tuple(new_ids), tuple(logprobs)), now)
-
-    def _take(self, chunk: TokenChunk, new_ids: list[int], logprobs: list[PositionLogprobs]) -> bool:
-        """Append what is new in a chunk that leaves no hole; False if what is old differs."""
-        have = len(self.tokens)
-        known = have - chunk.index
-        ids = chunk.token_ids
-        if known > 0:
-            overlap = min(known, len(ids))
-            if tuple(self.tokens[chunk.index : chunk.index + overlap]) != ids[:overlap]:
-                return False
-            ids = ids[overlap:]
-        self.tokens += ids
-        new_ids += ids
-        logprobs += chunk.logprobs[max(known, 0) :]
-        return True
-
-    def _next_early(self) -> TokenChunk | None:
-        if not self._early:
-            return None
-        index = min(self._early)
-        return self._early.pop(index) if index <= len(self.tokens) else None
+        try:
+            new = order.take(chunk)
+        except DifferentTokens as different:
+            return self._defect(str(different), now)
+        if new is not None:
+            return self._after_tokens(new, now)
+        if not had_hole:
+            self._timer_s = now + self._config.gap_timeout_s
+        return self._defect("tokens beyond max_tokens", now) if len(order.early) > self.max_tokens else []
 
     def _after_tokens(self, new: TokenChunk, now: float) -> list[Action]:
         num_tokens = len(self.tokens)
@@ -477,7 +428,7 @@ class Flow:
                 self._refusals = 0
             self.lifeline.tokens(len(new.token_ids), now)
             actions.append(new)
-        if self._early:
+        if self._order.early:
             self._timer_s = now + self._config.gap_timeout_s
         elif self._is_settled:
             self._timer_s = now + self._config.token_timeout_s
@@ -562,7 +513,7 @@ class Flow:
             actions.append(self._to(prefill_id, Cancel(self.sequence_id, "it has moved on")))
         self.placement = Placement(move.target_id, move.target_id)
         self.lifeline.moved(move.source_id, move.target_id, move.reason.value, now)
-        if not self._early:
+        if not self._order.early:
             self._timer_s = now + self._config.token_timeout_s
         return actions
 
@@ -628,7 +579,7 @@ class Flow:
     @property
     def _has_first_token(self) -> bool:
         """This attempt's first token has arrived (nothing waits behind a hole)."""
-        return self.phase is Phase.DECODING and not self._early
+        return self.phase is Phase.DECODING and not self._order.early
 
     def _on_node_lost(self, event: NodeLost, now: float) -> list[Action]:
         if self._move is not None:
@@ -714,7 +665,7 @@ class Flow:
                 what, blamed = "did not answer a reservation", placement.decode_id
             case Phase.PREFILLING:
                 what, blamed = "did not finish the prompt in time", placement.prefill_id
-            case _ if self._early or not self._is_settled:
+            case _ if self._order.early or not self._is_settled:
                 what, blamed = "left a hole in the tokens or did not hand over", placement.prefill_id
             case _:
                 what, blamed = "brought no token", placement.decode_id
@@ -730,7 +681,7 @@ class Flow:
         """The one way out, if need be by way of settling."""
         actions: list[Action] = []
         self.outcome = outcome
-        self._early.clear()
+        self._order.early.clear()
         self.lifeline.ended(now)
         if may_settle and outcome.kind is OutcomeKind.FINISHED and self._awaits_report:
             self.phase = Phase.SETTLING
@@ -748,7 +699,7 @@ class Flow:
             kind = OutcomeKind.REJECTED if isinstance(error, errors.InvalidRequest) else OutcomeKind.FAILED
             self.outcome = Outcome(kind, error=error)
             self.lifeline.ended(now)
-        self._early.clear()
+        self._order.early.clear()
         self.phase = Phase.ENDED
         self._timer_s = None
         return self.outcome

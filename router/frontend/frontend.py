@@ -164,9 +164,7 @@ class Frontend:
             self._generation(request, active, i // request.n, len(given)) for i, active in enumerate(actives)
         ]
         answer_id = request.request_id or request_id
-        return Accepted(
-            answer_id, self.model.name, arrived_s, echoes, generations, request.has_event_ids, request.resume
-        )  # fmt: skip
+        return Accepted(answer_id, self.model.name, echoes, generations, request.has_event_ids, request.resume)
 
     def _predict(
         self, request: GenerationRequest, slo: Slo, prompts: Sequence[Demand], arrived_s: float

@@ -182,7 +182,6 @@ class Accepted:
     # As the client gave it, if it did.
     request_id: str
     model: str
-    created_s: float
     # By prompt, if the request asks for an echo.
     echoes: Sequence[str] = ()
     generations: list[Generation] = field(default_factory=list)

@@ -49,7 +49,8 @@ async def test_actions_come_in_order_and_what_they_feed_is_handled_at_once() -> 
             driven.feed("b")
 
     driven = driver(machine, perform, [])
-    driven.feed_all(["a", "c"])
+    driven.feed("a")
+    driven.feed("c")
     assert done == ["1", "again", "3", "2"]
     assert machine.heard == ["a", "b", "c"]
 
@@ -63,7 +64,8 @@ async def test_an_error_costs_its_event_or_action_and_nothing_else() -> None:
         done.append(action)
 
     driven = driver(machine, perform, errors)
-    driven.feed_all(["bad", "a"])
+    driven.feed("bad")
+    driven.feed("a")
     assert done == ["1", "2"]
     with pytest.raises(ValueError, match="escapes"):
         driven.feed("b")

@@ -11,7 +11,7 @@ import pytest
 
 from baton.errors import BadConfig
 from cli.launch import model_source
-from cli.launch.cluster import ClusterOptions
+from cli.launch.options import ClusterOptions
 
 
 def baton(*arguments: str) -> subprocess.CompletedProcess[str]:

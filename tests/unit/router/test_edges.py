@@ -24,7 +24,7 @@ from baton.types import FinishReason, TransferReport
 from router.config import LimitsConfig, RouterConfig
 from router.dispatch.stream import Backlog, Pacer, TokenStream
 from router.face.http_server import listen
-from router.flow.machine import FlowConfig
+from router.flow.config import FlowConfig
 from router.flow.messages import Outcome, OutcomeKind
 from router.turns import Turns
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens

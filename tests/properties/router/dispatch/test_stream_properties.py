@@ -68,7 +68,7 @@ def openai_form(kind: type[ChatBody] | type[CompletionBody]) -> Form:
     asked = {"messages": [{"role": "user", "content": "a"}]} if kind is ChatBody else {"prompt": "a"}
     body = parse(kind, json.dumps(asked).encode())
     generation = cast(Any, SimpleNamespace(prompt_token_ids=(1, 2)))
-    return Envelope(body, body.request(Caller()), Accepted("1", "tiny", 0.0, (), [generation]), None)
+    return Envelope(body, body.request(Caller()), Accepted("1", "tiny", (), [generation]), None)
 
 
 def openai_events(text: str) -> list[dict[str, Any]]:

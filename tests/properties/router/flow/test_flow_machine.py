@@ -26,7 +26,8 @@ from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSp
 from router.cluster.load import Placement
 from router.cluster.rebalance import MoveReason
 from router.flow import messages as f
-from router.flow.machine import Flow, FlowConfig
+from router.flow.config import FlowConfig
+from router.flow.machine import Flow
 from router.flow.move import MoveOutcome
 
 NODES = ("p0", "p1", "d0", "d1")

@@ -13,7 +13,8 @@ from baton.settings import Given, build
 from baton.types import Role
 from cli import preflight
 from cli.launch import cluster
-from cli.launch.cluster import ClusterOptions, kept_secret, with_keys
+from cli.launch.cluster import kept_secret, with_keys
+from cli.launch.options import ClusterOptions
 from cli.launch.placement import Place
 from router.config import RouterConfig
 from tests.support.certificates import make_certificates

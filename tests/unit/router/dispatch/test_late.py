@@ -21,7 +21,7 @@ from baton.errors import DeadlineExceeded
 from baton.patience import patient_timeout
 from router.cluster.membership import MembershipConfig, State
 from router.config import RouterConfig
-from router.flow.machine import FlowConfig
+from router.flow.config import FlowConfig
 from router.serve import Router, running
 from tests.support.fake_nodes import FakeCluster, FakeConfig, expected_tokens
 from tests.support.figures import figure

@@ -34,7 +34,8 @@ from baton.types import (
 )
 from router.cluster.load import Placement
 from router.flow import messages as f
-from router.flow.machine import Flow, FlowConfig
+from router.flow.config import FlowConfig
+from router.flow.machine import Flow
 
 SAMPLING = SamplingParams(max_tokens=4, seed=1, stop_token_ids=(99,))
 SPLIT = Placement("p", "d")

@@ -19,7 +19,8 @@ from baton.types import Failure, FinishReason, Lease, SamplingParams, SequenceSp
 from router.cluster.load import Placement
 from router.cluster.rebalance import MoveReason
 from router.flow import messages as f
-from router.flow.machine import Flow, FlowConfig
+from router.flow.config import FlowConfig
+from router.flow.machine import Flow
 from router.flow.move import MoveOutcome
 
 SAMPLING = SamplingParams(max_tokens=9, seed=1, stop_token_ids=(99,))

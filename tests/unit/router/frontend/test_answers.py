@@ -19,7 +19,7 @@ from baton.errors import BadConfig
 from baton.types import PositionLogprobs, SamplingParams, TokenLogprob
 from cli.app import app
 from router.config import RouterConfig
-from router.flow.machine import FlowConfig
+from router.flow.config import FlowConfig
 from router.frontend.request import GenerationRequest
 from router.openai.logprobs import LogprobWriter
 from router.text.detokenizer import Part, TextStream
