@@ -19,6 +19,7 @@ from baton.settings import Given, build, difference, flatten, keys, read_file
 from baton.types import Role
 from cli import router, up, worker
 from cli.launch import cluster
+from cli.launch.options import ClusterOptions
 from cli.launch.placement import Place
 from cli.main import main
 from cli.options import Options, under
@@ -250,7 +251,7 @@ def test_what_up_is_told_reaches_its_workers_and_its_router(tmp_path: Path) -> N
         max_queued = 3
     """
     given = given_to(up.OPTIONS, "--config", file_with(tmp_path, text), "--max-num-seqs", "9", "--api-key", "hush")
-    options = build(cluster.ClusterOptions, given)
+    options = build(ClusterOptions, given)
     options = replace(options, worker=under("worker.", given), router=under("router.", given))
     common = options.worker_config(MODEL)
     started = cluster._worker(options, common, "decode-0", "decode", Place("cuda:1", gpu_workers=2), 7001, 7002)
@@ -279,7 +280,7 @@ def test_an_option_of_up_wins_over_a_variable_in_its_children_too(monkeypatch: p
     monkeypatch.setenv("BATON_OTEL", "0")
     monkeypatch.setenv("BATON_API_KEY", "variable")
     given = given_to(up.OPTIONS, "--model", str(MODEL), "--otel", "--api-key", "option")
-    options = build(cluster.ClusterOptions, given)
+    options = build(ClusterOptions, given)
     options = replace(options, router=under("router.", given))
     routed = options.router_config(MODEL, ["127.0.0.1:7001"])
     program = cluster._router("router", routed, MODEL, cluster.Endpoints("http://127.0.0.1:1", "127.0.0.1:2"), 1)
