@@ -65,9 +65,9 @@ class Elapsed:
 class Record:
     """What one life of a process drew, as a schedule. Each entry is in the file before its fault strikes."""
 
-    def __init__(self, folder: Path, node: str, role: str) -> None:
+    def __init__(self, folder: Path, node: str) -> None:
         """Raises BadConfig if it cannot be written."""
-        self._node, self._role = node, role
+        self._node = node
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.life, self.path = _made(folder, re.sub(r"[^\w.-]", "_", node))
@@ -77,7 +77,7 @@ class Record:
 
     def add(self, strike: Strike, elapsed_s: float | None) -> None:
         """Raises OSError."""
-        rule = replaying(strike, self._node, self._role, self.life, elapsed_s)
+        rule = replaying(strike, self._node, self.life, elapsed_s)
         when = "" if elapsed_s is None else f"# {elapsed_s:.3f} s\n"
         # Closed each time: what a process wrote must be there when it is killed.
         with self.path.open("a") as file:
@@ -96,15 +96,15 @@ def _made(folder: Path, name: str) -> tuple[int, Path]:
     raise BadConfig(f"{OPTION}: {folder} has {_MAX_LIVES} lives of {name}, expected a new folder", param="record")
 
 
-def replaying(strike: Strike, node: str, role: str, life: int, elapsed_s: float | None) -> Rule:
-    """The rule that makes this fault strike again: by its request wherever that runs then, else by node and count or
-    time."""
+def replaying(strike: Strike, node: str, life: int, elapsed_s: float | None) -> Rule:
+    """The rule that makes this fault strike again: by its request wherever that runs then, on a node of another role
+    too, else by node and count or time."""
     point, fault = strike.point, strike.fault
     seconds = (strike.seconds, strike.seconds)
     position = strike.position if fault is FaultKind.CORRUPT else None
     if point.request:
         return Rule(
-            point.layer, fault, kind=point.kind, role=role, request=_literal(point.request), nth=(strike.number,),
+            point.layer, fault, kind=point.kind, request=_literal(point.request), nth=(strike.number,),
             times=1, seconds=seconds, position=position,
         )  # fmt: skip
     is_timed = point.layer in (Layer.PROCESS, Layer.REGISTRY) and elapsed_s is not None
@@ -152,7 +152,7 @@ class Faults:
         """None, unless there is a schedule. Raises BadConfig."""
         if config.file is None:
             return None
-        record = Record(config.folder, node, role)
+        record = Record(config.folder, node)
         _log.warning("faults strike as %s says (%s); they are written to %s", config.file, OPTION, record.path)
         return cls(config.plan(), node, role, clock, elapsed=Elapsed(clock, config.clock), record=record)
 

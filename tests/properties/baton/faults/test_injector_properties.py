@@ -70,7 +70,7 @@ def test_the_same_faults_in_any_interleaving(plan: Plan, asked: list[Point], rng
 @given(plans, st.lists(points(), max_size=40))
 def test_what_was_drawn_strikes_again_in_the_same_order(plan: Plan, asked: list[Point]) -> None:
     drawn = decided(plan, asked)
-    text = Plan(0, tuple(replaying(strike, NODE, ROLE, 1, None) for strike in drawn)).as_toml()
+    text = Plan(0, tuple(replaying(strike, NODE, 1, None) for strike in drawn)).as_toml()
     again = decided(Plan.parse(text, "drawn"), asked)
     assert list(map(address, again)) == list(map(address, drawn))
     assert [strike.seconds for strike in again] == [strike.seconds for strike in drawn]

@@ -30,10 +30,10 @@ def test_no_schedule_no_faults() -> None:
     assert Faults.of(FaultsConfig(), "n0", "mixed", MonotonicClock()) is None
 
 
-def of(folder: Path, text: str, node: str = "decode-0", *, clock: Path | None = None) -> Faults:
+def of(folder: Path, text: str, node: str = "decode-0", *, role: str = "decode", clock: Path | None = None) -> Faults:
     file = folder / "faults.toml"
     file.write_text(text)
-    faults = Faults.of(FaultsConfig(file, record=folder / "drawn", clock=clock), node, "decode", MonotonicClock())
+    faults = Faults.of(FaultsConfig(file, record=folder / "drawn", clock=clock), node, role, MonotonicClock())
     assert faults is not None
     return faults
 
@@ -46,15 +46,16 @@ def test_what_strikes_is_written_as_a_schedule(tmp_path: Path) -> None:
     faults.pause(Layer.ENGINE, "step")
     drawn = Plan.load(tmp_path / "drawn")
     assert [(r.layer, r.fault, r.kind, r.role, r.request, r.node, r.life, r.nth) for r in drawn.rules] == [
-        (Layer.SESSION, FaultKind.DROP, "tokens", "decode", "a/0/1", "*", 0, (1,)),
+        (Layer.SESSION, FaultKind.DROP, "tokens", "*", "a/0/1", "*", 0, (1,)),
         (Layer.ENGINE, FaultKind.SLOW, "step", "*", "*", "decode-0", 1, (2,)),
     ]
-    again = of(tmp_path / "drawn", drawn.as_toml())
+    # A prefill node may generate it this time.
+    again = of(tmp_path / "drawn", drawn.as_toml(), "prefill-0", role="prefill")
     assert again.at(Layer.SESSION, "tokens", "router", "a~ffffffff/0/1") is not None
 
 
 def test_each_life_of_a_node_writes_its_own(tmp_path: Path) -> None:
-    lives = [Record(tmp_path / "drawn", "[::1]:7", "mixed") for _ in range(3)]
+    lives = [Record(tmp_path / "drawn", "[::1]:7") for _ in range(3)]
     assert [record.life for record in lives] == [1, 2, 3]
     assert len({record.path for record in lives}) == 3
     assert all(record.path.parent == tmp_path / "drawn" for record in lives)
@@ -72,14 +73,14 @@ def test_a_fault_that_cannot_be_written_does_not_strike(tmp_path: Path) -> None:
             raise OSError(28, "No space left on device")
 
     plan = Plan.parse(DROP.replace("nth = 1", "probability = 1"), "x")
-    faults = Faults(plan, "n0", "mixed", HandClock(), record=FullDisk(tmp_path, "n0", "mixed"))
+    faults = Faults(plan, "n0", "mixed", HandClock(), record=FullDisk(tmp_path, "n0"))
     assert faults.at(Layer.SESSION, "tokens") is None
     assert faults.at(Layer.SESSION, "tokens") is None
 
 
 def test_death_is_written_before_it_comes(tmp_path: Path) -> None:
     seen: list[tuple[int, int, str]] = []
-    record = Record(tmp_path, "n0", "mixed")
+    record = Record(tmp_path, "n0")
 
     def kill(pid: int, number: int) -> None:
         seen.append((pid, number, record.path.read_text()))

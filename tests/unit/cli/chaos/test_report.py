@@ -33,7 +33,7 @@ def asked(number: int, outcome: Outcome, detail: str = "") -> Asked:
 
 def made(folder: Path, *outcomes: Outcome) -> Report:
     for node in ("a", "b"):
-        record = Record(folder, node, "decode")
+        record = Record(folder, node)
         record.add(Strike(FaultKind.DIE, 0.0, 0, 0, Point(Layer.PROCESS, "tick"), 9), 3.25)
         record.add(Strike(FaultKind.DROP, 0.0, 0, 1, Point(Layer.DATA, "unit", "b", "r/0/1"), 1), 4.5)
     ledger = Ledger(2, 0, 0, 0)
