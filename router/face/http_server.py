@@ -335,7 +335,8 @@ class Connection(HttpToolsProtocol):
         """Tests whether the client is still connected: only a byte sent to it tells a half-closed connection from a
         closed one.
 
-        So the answer is begun: its first bytes are the same in all cases. A client that has left answers with a reset.
+        So the answer is begun: its first bytes are the same in all cases. Between two chunks of an answer the byte is a
+        leading zero of the next chunk's size. A client that has left answers with a reset.
         """
         cycle = self.cycle
         if self.transport.is_closing() or cycle.response_complete:
@@ -346,6 +347,8 @@ class Connection(HttpToolsProtocol):
             return
         if number == 0 and not cycle.response_started and not self.pipeline:
             cycle.transport = cast(asyncio.Transport, _Begun(self.transport))
+        elif number == 0 and cycle.chunked_encoding and not isinstance(cycle.transport, _HeadHeld):
+            self.transport.write(b"0")
         self.loop.call_later(_PROBES_S[min(number, len(_PROBES_S) - 1)], self._probe, number + 1)
 
     # Output

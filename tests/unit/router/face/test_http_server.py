@@ -6,8 +6,10 @@ import asyncio
 import gc
 import json
 import logging
+import re
 from pathlib import Path
 
+import httptools
 import pytest
 
 from router.face.http_server import Connection
@@ -321,6 +323,52 @@ async def test_a_client_that_left_is_not_taken_for_a_half_closed_one(folder: Pat
         wire.writer.close()
         # The sequence would run for 30 s.
         await until(lambda: router.dispatcher.scheduler.num_in_flight == 0 and cluster.used_blocks == 0, timeout_s=10)
+
+
+async def test_a_client_that_closes_its_side_in_mid_stream_gets_the_rest(folder: Path) -> None:
+    async with served(folder, SLOW) as (router, _):
+        wire = await Wire.open(router)
+        wire.send(post({"prompt": [5, 6, 7], "max_tokens": 20, "min_tokens": 20, "stream": True}))
+        got = await wire.reader.readuntil(b"data: ")
+        wire.writer.write_eof()
+        got += await wire.rest()
+        # It was asked whether it is there, and its parser sees nothing of that.
+        assert re.search(rb"\r\n0[0-9a-f]+\r\n", got)
+        body = Body()
+        httptools.HttpResponseParser(body).feed_data(got)
+        assert body.is_complete
+        assert b'"finish_reason":"length"' in body.content
+        assert body.content.endswith(b"data: [DONE]\n\n")
+        wire.close()
+
+
+class Body:
+    """What a client's parser makes of an answer."""
+
+    def __init__(self) -> None:
+        self.content = b""
+        self.is_complete = False
+
+    def on_body(self, part: bytes) -> None:
+        self.content += part
+
+    def on_message_complete(self) -> None:
+        self.is_complete = True
+
+
+async def test_a_client_that_leaves_while_no_token_comes_is_noticed(folder: Path) -> None:
+    async with served(folder, SLOW) as (router, cluster):
+        wire = await Wire.open(router)
+        wire.send(post({**ENDLESS, "stream": True}))
+        await wire.reader.readuntil(b"data: ")
+        for node in cluster.nodes.values():
+            node.mute()
+        # Nothing unread: with that the kernel would send a reset at once.
+        await asyncio.sleep(0.1)
+        wire.writer.close()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
+        for node in cluster.nodes.values():
+            node.resume()
 
 
 async def test_http_1_0_gets_no_chunks(folder: Path) -> None:
