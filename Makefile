@@ -1,5 +1,5 @@
 # The same verbs by hand and in CI. Everything lives in .venv; PYTHON= and CUDA= are explained in scripts/setup.sh.
-.PHONY: setup check test test-long test-bounds demo bench tune proto proto-check
+.PHONY: setup check test test-long test-bounds demo bench tune proto proto-check sbom audit
 .NOTPARALLEL:
 BIN := .venv/bin
 # A Hugging Face folder or hub id for `make demo`; empty means the model in demo/model.
@@ -24,7 +24,7 @@ check: setup
 test: setup
 ifeq ($(strip $(ARGS)),)
 	$(PYTEST) -m "not long and not alone" -n $(PROCESSES) --maxprocesses 8 --dist worksteal -q
-	$(PYTEST) -m "not long and alone"
+	$(PYTEST) -m "not long and alone" --durations=25 --durations-min=5
 else
 	$(PYTEST) -m "not long" $(ARGS)
 endif
@@ -53,3 +53,10 @@ proto: setup
 
 proto-check:
 	bash scripts/proto_check.sh
+
+# What is installed in .venv: its list as CycloneDX JSON, and its known weaknesses, where the index knows them.
+sbom: setup
+	$(BIN)/python scripts/supply.py sbom $(ARGS)
+
+audit: setup
+	$(BIN)/python scripts/supply.py audit $(ARGS)
