@@ -75,6 +75,9 @@ def object_of(text: str, where: str) -> Mapping[str, Any] | None:
         return None
     try:
         found = json.loads(text)
+        if "\\u" in text:
+            # Raises ValueError for half of a surrogate pair, which no prompt can have.
+            json.dumps(found, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"{where} is no valid JSON: {error}", param=where) from None
     if not isinstance(found, dict):

@@ -177,6 +177,7 @@ class Frontend:
     async def token_ids(self, request: GenerationRequest, limit: int | None = None) -> list[tuple[int, ...]]:
         """Of every prompt, which is not served. Raises PromptTooLong for one of more than ``limit`` tokens."""
         self._check_model(request.model)
+        _check_truncation(request.truncate_to)
         try:
             async with asyncio.timeout(self._limits.default_timeout_s):
                 prompts, _ = await self.prompts.encode(request, limit)

@@ -58,8 +58,10 @@ class GenerationRequest:
     returns_prompt_ids: bool = False
     # The prompt is scored or repeated, and nothing is generated; max_tokens is 1, and the prompt may fill the context.
     is_prompt_only: bool = False
-    # The face's names for the bound on new tokens and for what ``sampling.grammar`` was made of, for messages.
+    # The face's names for the bound on new tokens, for ``stops`` and for what ``sampling.grammar`` was made of, for
+    # messages.
     max_tokens_param: str = "max_tokens"
+    stops_param: str = "stop"
     grammar_param: str = "grammar"
     # The client has a part of the answer, which is left out.
     resume: Resume | None = None

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from baton import errors
 from baton.errors import quoted
-from baton.types import MAX_BAD_WORDS, MAX_SEED, SamplingParams
+from baton.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_SEED, SamplingParams
 from router.config import LimitsConfig
 from router.flow.machine import resolve_stop_ids
 from router.frontend.request import GenerationRequest
@@ -41,16 +41,18 @@ class SamplingResolver:
     def _check_stops(self, request: GenerationRequest) -> None:
         if not request.stops:
             return
-        require(self._tokenizer, "stop")
+        param = request.stops_param
+        require(self._tokenizer, param)
         if len(request.stops) > self._limits.max_stop_strings:
             raise errors.InvalidRequest(
-                f"{len(request.stops)} stop strings, expected at most {self._limits.max_stop_strings}", param="stop"
+                f"{param} has {len(request.stops)} stop strings, expected at most {self._limits.max_stop_strings}",
+                param=param,
             )
         for stop in request.stops:
             if not 0 < len(stop) <= self._limits.max_stop_chars:
                 raise errors.InvalidRequest(
-                    f"a stop string has {len(stop)} characters, expected 1 to {self._limits.max_stop_chars}",
-                    param="stop",
+                    f"{param} has a stop string of {len(stop)} characters, expected 1 to {self._limits.max_stop_chars}",
+                    param=param,
                 )
 
     def without_words(self, request: GenerationRequest) -> SamplingParams:
@@ -70,9 +72,14 @@ class SamplingResolver:
             bare, spaced = (
                 tokenizer.encode(f"{space}{word.lstrip()}", add_special_tokens=False) for space in ("", " ")
             )
+            if not bare or len(bare) > MAX_BAD_WORD_TOKENS:
+                raise errors.InvalidRequest(
+                    f"bad_words has {quoted(word)}, which is {len(bare)} tokens, expected 1 to {MAX_BAD_WORD_TOKENS}",
+                    param="bad_words",
+                )
             runs.append(bare)
             # As in vLLM: a space that is a token of its own is no part of the word.
-            if spaced[0] != bare[0] and len(spaced) == len(bare):
+            if len(spaced) == len(bare) and spaced[0] != bare[0]:
                 runs.append(spaced)
         return replace(request.sampling, bad_word_ids=(*request.sampling.bad_word_ids, *runs))
 

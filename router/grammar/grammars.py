@@ -32,7 +32,10 @@ _MAX_COUNT = 10_000
 MAX_CHOICES = 4096
 # GBNF is translated in Python, at 1 MB/s.
 _MAX_GBNF_CHARS = 32_768
-_MAX_REFERENCES = 8
+# Steps from reference to reference, and characters of one.
+_MAX_REFERENCES, MAX_REFERENCE_CHARS = 8, 1024
+# What is looked at to tell branches apart: an object's first properties, and constants of one of them.
+_MAX_TAGS, _MAX_CONSTANTS = 32, 256
 # Keywords whose values are no schemas.
 _DATA = ("const", "enum", "default", "examples")
 _COUNTED = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
@@ -56,7 +59,7 @@ def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str,
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"{param} is {quoted(schema)}, expected a JSON schema (an object)", param=param)
     _check_keywords(schema, param)
-    rewritten: dict[str, Any] = _told_apart(schema, schema)
+    rewritten: dict[str, Any] = _Branches(schema).told_apart(schema)
     is_lenient = is_strict is False
     options = {**(_COMPACT if is_compact else _BOUNDED), "lenient": is_lenient, "coerce_one_of": is_lenient}
     return _grammar({"json_schema": {**rewritten, "x-guidance": options}}, param)
@@ -173,54 +176,96 @@ def _check_interval(schema: Mapping[str, Any], param: str) -> None:
         )
 
 
-def _told_apart(part: Any, whole: Mapping[str, Any]) -> Any:
-    """With ``anyOf`` for each ``oneOf`` of objects that one property tells apart: the library sees that two branches
-    are disjoint, but not through references."""
-    if isinstance(part, list):
-        return [_told_apart(item, whole) for item in part]
-    if not isinstance(part, Mapping):
-        return part
-    part = {name: value if name in _DATA else _told_apart(value, whole) for name, value in part.items()}
-    branches = part.get("oneOf")
-    if isinstance(branches, list) and "anyOf" not in part and _are_told_apart(branches, whole):
-        # OpenAPI's `discriminator` names the property.
-        return {"anyOf" if name == "oneOf" else name: part[name] for name in part if name != "discriminator"}
-    return part
+class _Branches:
+    """Of one schema. Each part of it is looked at once, however many references lead there."""
 
+    def __init__(self, whole: Mapping[str, Any]) -> None:
+        self._whole = whole
+        # By reference, and by the id of a part of ``whole``.
+        self._pointed: dict[str, Any] = {}
+        self._tags: dict[int, dict[str, frozenset[str]]] = {}
 
-def _are_told_apart(branches: list[Any], whole: Mapping[str, Any]) -> bool:
-    told = [_tags(_resolved(branch, whole), whole) for branch in branches]
-    names = set.intersection(*map(set, told)) if told else set()
-    return any(sum(len(t[name]) for t in told) == len(set().union(*(t[name] for t in told))) for name in names)
-
-
-def _tags(branch: Any, whole: Mapping[str, Any]) -> dict[str, set[str]]:
-    """Of an object's required properties with constant values: these, as JSON."""
-    if not isinstance(branch, Mapping) or branch.get("type") != "object":
-        return {}
-    properties, required = branch.get("properties"), branch.get("required")
-    if not isinstance(properties, Mapping) or not isinstance(required, list):
-        return {}
-    found = {}
-    for name in required:
-        value = _resolved(properties.get(name), whole) if isinstance(name, str) else None
-        if isinstance(value, Mapping) and "const" in value:
-            found[name] = {json.dumps(value["const"])}
-        elif isinstance(value, Mapping) and isinstance(value.get("enum"), list):
-            found[name] = {json.dumps(constant) for constant in value["enum"]}
-    return found
-
-
-def _resolved(part: Any, whole: Any) -> Any:
-    """What a local reference points to, a few steps far."""
-    for _ in range(_MAX_REFERENCES):
-        if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
+    def told_apart(self, part: Any) -> Any:
+        """With ``anyOf`` for each ``oneOf`` of objects that one property tells apart: the library sees that two
+        branches are disjoint, but not through references."""
+        if isinstance(part, list):
+            return [self.told_apart(item) for item in part]
+        if not isinstance(part, Mapping):
             return part
-        path, part = part["$ref"], whole
-        for name in path.removeprefix("#/").split("/") if path.startswith("#/") else ("",):
+        found = {name: value if name in _DATA else self.told_apart(value) for name, value in part.items()}
+        branches = part.get("oneOf")
+        if isinstance(branches, list) and "anyOf" not in part and self._are_told_apart(branches):
+            # OpenAPI's `discriminator` names the property.
+            return {"anyOf" if name == "oneOf" else name: found[name] for name in found if name != "discriminator"}
+        return found
+
+    def _are_told_apart(self, branches: list[Any]) -> bool:
+        objects = [self._resolved(branch) for branch in branches]
+        # Twice the same object is valid twice.
+        if not objects or len(set(map(id, objects))) < len(objects):
+            return False
+        told = [self._tags_of(found) for found in objects]
+        names = set.intersection(*(set(tags) for tags in told))
+        return any(_are_disjoint([tags[name] for tags in told]) for name in names)
+
+    def _tags_of(self, branch: Any) -> dict[str, frozenset[str]]:
+        """Of an object's required properties with constant values: these, as JSON."""
+        if not isinstance(branch, Mapping) or branch.get("type") != "object":
+            return {}
+        if id(branch) not in self._tags:
+            self._tags[id(branch)] = self._constants(branch)
+        return self._tags[id(branch)]
+
+    def _constants(self, branch: Mapping[str, Any]) -> dict[str, frozenset[str]]:
+        properties, required = branch.get("properties"), branch.get("required")
+        if not isinstance(properties, Mapping) or not isinstance(required, list):
+            return {}
+        found = {}
+        for name in required:
+            value = self._resolved(properties.get(name)) if isinstance(name, str) else None
+            constants = _constants_of(value)
+            if constants and len(constants) <= _MAX_CONSTANTS:
+                found[name] = frozenset(map(json.dumps, constants))
+            if len(found) == _MAX_TAGS:
+                break
+        return found
+
+    def _resolved(self, part: Any) -> Any:
+        """What a local reference points to, a few steps far."""
+        for _ in range(_MAX_REFERENCES):
+            if not isinstance(part, Mapping) or not isinstance(part.get("$ref"), str):
+                return part
+            path = part["$ref"]
+            if path not in self._pointed:
+                self._pointed[path] = self._at(path)
+            part = self._pointed[path]
+        return None
+
+    def _at(self, path: str) -> Any:
+        if not path.startswith("#/") or len(path) > MAX_REFERENCE_CHARS:
+            return None
+        part: Any = self._whole
+        for name in path.removeprefix("#/").split("/"):
             name = name.replace("~1", "/").replace("~0", "~")
             part = part.get(name) if isinstance(part, Mapping) else None
-    return None
+        return part
+
+
+def _constants_of(value: Any) -> Sequence[Any]:
+    if isinstance(value, Mapping) and "const" in value:
+        return (value["const"],)
+    if isinstance(value, Mapping) and isinstance(value.get("enum"), list):
+        return list(value["enum"])
+    return ()
+
+
+def _are_disjoint(sets: Sequence[frozenset[str]]) -> bool:
+    seen: set[str] = set()
+    for values in sets:
+        if not seen.isdisjoint(values):
+            return False
+        seen |= values
+    return True
 
 
 def _check_keyword(name: str, value: object, param: str) -> None:

@@ -59,6 +59,10 @@ class MessagesBody(CommonBody):
     speed: Any = None
 
     @property
+    def stops_param(self) -> str:
+        return "stop_sequences" if self.stop_sequences else "stop"
+
+    @property
     def stops(self) -> tuple[str, ...]:
         return super().stops + tuple(self.stop_sequences or ())
 

@@ -42,6 +42,9 @@ _MAX_ENTRIES = {
     "logit_bias": MAX_LOGIT_BIASES,
     "stop_token_ids": MAX_STOP_TOKEN_IDS,
     "stop": 1024,
+    "stop_sequences": 1024,
+    "stream_options": 64,
+    "include": 64,
     "modalities": 16,
     "tools": MAX_TOOLS,
     "functions": MAX_TOOLS,
@@ -140,6 +143,10 @@ class CommonBody(Strict):
         return False
 
     @property
+    def stops_param(self) -> str:
+        return "stop"
+
+    @property
     def stops(self) -> tuple[str, ...]:
         if self.stop is None:
             return ()
@@ -208,6 +215,7 @@ class CommonBody(Strict):
             request_id=self.request_id or "",
             n=1 if self.n is None else self.n,
             stops=self.stops,
+            stops_param=self.stops_param,
             include_stop=bool(self.include_stop_str_in_output),
             cache_salt=self.cache_salt or "",
             priority=self.priority or 0,

@@ -6,9 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from router.grammar.grammars import MAX_REFERENCE_CHARS
+
 _TYPES: Mapping[type, str] = {
     str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object", type(None): "null",
 }  # fmt: skip
+# Schemas that are looked at for one argument; a reference may lead to any number of them.
+_MAX_SCHEMAS = 256
 # How models that think in Python write JSON's words.
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null"}
 
@@ -48,7 +52,7 @@ class Parameters:
         waiting = [properties.get(key)] if isinstance(properties, Mapping) else []
         found: set[str] = set()
         seen: set[int] = set()
-        while waiting:
+        while waiting and len(seen) < _MAX_SCHEMAS:
             schema = waiting.pop()
             if isinstance(schema, Mapping) and id(schema) not in seen:
                 seen.add(id(schema))
@@ -60,6 +64,8 @@ class Parameters:
         return found
 
     def _referred(self, reference: str) -> object:
+        if len(reference) > MAX_REFERENCE_CHARS:
+            return None
         found: object = self._schema
         for name in reference.removeprefix("#/").split("/"):
             found = found.get(name) if isinstance(found, Mapping) else None

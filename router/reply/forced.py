@@ -46,7 +46,8 @@ def reply_grammar(
     writer = _Writer(tokenizer, is_compact=is_required)
     ways = ["@answer"] if answer and not is_required else []
     if conversation.has_tools and form.calls is not None:
-        tools = [tool for tool in conversation.tools if tool.name in choice.names or not choice.names]
+        names = set(choice.names)
+        tools = [tool for tool in conversation.tools if tool.name in names or not names]
         max_calls = _MAX_CALLS if choice.is_parallel else 1
         calls = writer.calls(form.calls, tools, max_calls)
         if not answer and not is_required:

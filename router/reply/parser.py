@@ -11,6 +11,8 @@ import json
 import re
 from collections.abc import Callable, Collection
 
+from pydantic_core import from_json
+
 from baton.chat import Tool
 from router.reply.arguments import Parameters
 from router.reply.feed import Feed, Malformed, Reading
@@ -366,7 +368,8 @@ def _quoted(text: str) -> str:
 
 def _text_of(written: str) -> str:
     try:
-        return str(json.loads(written))
+        # Refuses half of a surrogate pair, which no message can have.
+        return str(from_json(written))
     except ValueError:
         raise Malformed from None
 

@@ -33,12 +33,13 @@ class Replies:
         choice, names = conversation.tool_choice, [tool.name for tool in conversation.tools]
         if conversation.requires_calls and not names:
             raise InvalidRequest("tool_choice requires a call, but there are no tools", param="tool_choice")
+        known = set(names)
         for name in choice.names:
-            if name not in names:
+            if name not in known:
                 raise InvalidRequest(
                     f"tool_choice names {quoted(name)}, expected one of the tools", param="tool_choice"
                 )
-        if len(set(names)) < len(names):
+        if len(known) < len(names):
             twice = next(name for i, name in enumerate(names) if name in names[:i])
             raise InvalidRequest(f"tools has {quoted(twice)} twice, expected each name once", param="tools")
         if conversation.has_tools and self.form.calls is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
+from baton.chat import MAX_TOOLS, CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import InvalidRequest, quoted
 from router.api.json_object import JsonObject
 from router.frontend.request import Caller, GenerationRequest
@@ -167,8 +167,8 @@ def _choice(choice: object, *, is_parallel: bool) -> ToolChoice:
     mode, tools = found.required("mode", str), found.required("tools", list)
     if mode not in ("auto", "required"):
         raise found.fault("mode", "'auto' or 'required'")
-    if not tools:
-        raise found.fault("tools", "one tool at least")
+    if not 0 < len(tools) <= MAX_TOOLS:
+        raise found.fault("tools", f"1 to {MAX_TOOLS} tools")
     allowed = [JsonObject(tool, f"tool_choice.tools.{i}") for i, tool in enumerate(tools)]
     return ToolChoice(_MODES[mode], tuple(tool.required("name", str) for tool in allowed), is_parallel)
 

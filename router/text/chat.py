@@ -17,6 +17,7 @@ from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pydantic_core import from_json
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
 from baton.errors import BadConfig, BatonError, InvalidRequest, PromptTooLong, quoted, shortened
@@ -180,8 +181,9 @@ class _Template:
             text = _joined(self._template.generate(context), max_chars)
             return _up_to_mark(text, conversation.messages[-1].last_text) if conversation.continues_final else text
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+            with_variables = " with these chat_template_kwargs" if conversation.variables else ""
             raise InvalidRequest(
-                f"the model's chat template does not take these messages: {shortened(str(error), 200)}",
+                f"the model's chat template does not take these messages{with_variables}: {shortened(str(error), 200)}",
                 param="messages",
             ) from error
 
@@ -279,8 +281,9 @@ def _parsed(arguments: str) -> Any:
     if arguments.count("{") + arguments.count("[") > _MAX_CONTAINERS:
         return arguments
     try:
-        found = json.loads(arguments)
-    except (ValueError, RecursionError):
+        # Refuses half of a surrogate pair, which no prompt can have.
+        found = from_json(arguments)
+    except ValueError:
         return arguments
     return found if isinstance(found, dict) else arguments
 

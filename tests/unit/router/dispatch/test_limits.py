@@ -31,6 +31,8 @@ REFUSED: list[tuple[str, Any, Any, str]] = [
     ("cache_salt", "s" * 256, "s" * 257, "257 characters, expected at most 256"),
     ("allowed_token_ids", [5] * 16_384, [5] * 16_385, "16384"),
     ("bad_words", ["fox"] * 256, ["fox"] * 257, "256"),
+    ("bad_words", None, ["fox jumps " * 90], "expected 1 to 64"),
+    ("stream_options", None, {f"a{i}": 1 for i in range(65)}, "at most 64"),
     ("tools", None, [tool(f"t{i}") for i in range(1025)], "1024"),
     ("tools", None, [tool("t" * 257)], "1 to 256 letters"),
     ("tools", None, [tool("a b")], "1 to 256 letters"),

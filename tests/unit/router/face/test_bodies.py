@@ -8,16 +8,22 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 import httpx
 import pytest
+from pydantic import BaseModel
 
 from baton import errors
 from baton.chat import ChatMessage
 from router.config import LimitsConfig
 from router.face.body import BodyReader, TooLarge, check_structure
 from router.frontend.offload import Offload
+from router.messages.request import MessagesBody
+from router.openai.embeddings import EmbeddingBody
+from router.openai.request import ChatBody, CompletionBody
+from router.openai.request import read as read_fields
+from router.responses.request import ResponsesBody
 from router.serve import Router
 from router.text.chat import ChatTemplate, Conversation
 from router.text.tokenizer import Tokenizer
@@ -55,6 +61,23 @@ STRUCTURES: list[tuple[str, Any]] = [
     ("escapes", {"prompt": "é" * 500_000}),
     ("escapes", {"prompt": '"' * 500_000}),
 ]
+
+
+@pytest.mark.parametrize("kind", [ChatBody, CompletionBody, ResponsesBody, MessagesBody, EmbeddingBody])
+def test_no_field_reports_an_error_for_each_of_many_entries(kind: type[BaseModel]) -> None:
+    """Which would hold every stream up: a field's entries are checked by one call of a library."""
+    num_tried = 0
+    many = dict.fromkeys(map(str, range(20_000)))
+    for name, field in kind.model_fields.items():
+        parts = [field.annotation, *get_args(field.annotation)]
+        lists = [part for part in parts if get_origin(part) in (list, dict) and get_args(part)[-1] is not Any]
+        objects = [part for part in parts if isinstance(part, type) and issubclass(part, BaseModel)]
+        wrong = [list(many) if get_origin(part) is list else many for part in (*lists, *objects)]
+        for value in wrong:
+            num_tried += 1
+            with pytest.raises(errors.InvalidRequest, match=f"{name} has 20000 entries, expected at most"):
+                read_fields(kind, {name: value}, None)
+    assert num_tried > 0 or kind is EmbeddingBody
 
 
 @pytest.mark.parametrize(("what", "body"), STRUCTURES)

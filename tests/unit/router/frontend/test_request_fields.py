@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.chat import ChatMessage
+from baton.chat import ChatMessage, Tool
 from baton.client import AsyncClient
 from baton.errors import InvalidRequest, PromptTooLong
 from router.serve import Router
@@ -148,3 +148,27 @@ def test_a_template_that_leaves_the_last_message_out_cannot_continue_it() -> Non
     with pytest.raises(InvalidRequest) as refused:
         template.render(conversation)
     assert refused.value.param == "continue_final_message"
+
+
+async def test_half_of_a_surrogate_pair_is_the_clients_fault(tmp_path: Path) -> None:
+    """JSON can write one, and no text can have it; a model that was cut off in a tool call writes it, too."""
+    template = (
+        "{% for m in messages %}{{ m.content or '' }}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    )
+    folder = write_model_folder(tmp_path / "tiny", chat_template=template)
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": "\\ud83d"}'}}
+    async with (
+        FakeCluster(CONFIG, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        AsyncClient(str(router.grpc)) as client,
+    ):
+        body = {"messages": [{"role": "assistant", "tool_calls": [call]}]}
+        assert (await posted(router, body, path="chat/completions")).status_code == 200
+        schema = {"properties": {"\ud83d": {}}}
+        for param, options in (
+            ("variables", {"template_variables": {"a": "\udc00"}}),
+            ("tools.0.parameters", {"tools": [Tool("f", "", schema)]}),
+        ):
+            with pytest.raises(InvalidRequest, match="surrogates not allowed") as refused:
+                await client.complete([("user", "x")], max_tokens=2, **options)
+            assert refused.value.param == param

@@ -239,6 +239,41 @@ def test_long_texts_are_looked_through_once() -> None:
     assert time.monotonic() - begun_s < 60
 
 
+class Counted(dict[str, Any]):
+    """Counts how often a member is looked for."""
+
+    num_looks = 0
+
+    def get(self, name: str, default: Any = None) -> Any:
+        Counted.num_looks += 1
+        return super().get(name, default)
+
+
+def test_what_references_lead_to_is_looked_at_once() -> None:
+    names = [f"p{i}" for i in range(200)]
+    told = {"type": "object", "properties": Counted({n: {"const": 1} for n in names}), "required": names}
+    values = {"enum": list(range(250))}
+    by_value = {"type": "object", "properties": {"k": {"$ref": "#/$defs/values"}}, "required": ["k"]}
+    nowhere = {"$ref": "#/" + "/".join(["x"] * 10_000)}
+    Counted.num_looks = 0
+    for schema in (
+        {"$defs": {"a": told}, "oneOf": [{"$ref": "#/$defs/a"}] * 300},
+        {"$defs": {"a": told, "b": {**told}}, "allOf": [{"oneOf": [{"$ref": f"#/$defs/{x}"} for x in "ab"]}] * 300},
+        Counted({"x": nowhere, "oneOf": [{"$ref": "#/x"} for _ in range(300)]}),
+        {"$defs": Counted({"values": values}), "oneOf": [{**by_value} for _ in range(300)]},
+    ):
+        grammars.of_json_schema(schema, param="s")
+    assert Counted.num_looks < 2000
+
+
+def test_branches_that_a_property_tells_apart_are_alternatives() -> None:
+    tags = [{"type": "object", "properties": {"k": {"enum": [i, f"{i}"]}}, "required": ["k"]} for i in range(3)]
+    branches = {"$defs": dict(zip("abc", tags, strict=True)), "oneOf": [{"$ref": f"#/$defs/{x}"} for x in "abc"]}
+    assert '\\"anyOf\\"' in json.dumps(grammars.of_json_schema(branches, param="s"))
+    branches["oneOf"].append({"$ref": "#/$defs/a"})
+    assert '\\"oneOf\\"' in json.dumps(grammars.of_json_schema(branches, param="s"))
+
+
 def test_other_grammars_without_measure_are_refused_at_once() -> None:
     for make, value in (
         (grammars.of_regex, "(ab){100000}"),

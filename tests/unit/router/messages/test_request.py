@@ -72,6 +72,11 @@ def test_sampling() -> None:
     assert "min_p" in found.unset_sampling
 
 
+def test_stop_sequences_are_named_as_the_client_named_them() -> None:
+    assert request(stop_sequences=["#"]).stops_param == "stop_sequences"
+    assert request(stop=["#"]).stops_param == "stop"
+
+
 def test_tools() -> None:
     tool = {"name": "f", "description": "d", "input_schema": {"type": "object"}, "cache_control": {"type": "ephemeral"}}
     (found,) = request(tools=[tool, tool | {"name": "g", "strict": True, "type": "custom"}]).prompts

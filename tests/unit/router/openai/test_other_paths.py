@@ -74,6 +74,8 @@ async def test_ids_of_a_prompt_and_of_a_conversation(folder: Path, tokenizer: To
         ("/tokenize", {"prompt": "a", "model": "none"}, "model"),
         ("/tokenize", {"prompt": "a", "frobnicate": 1}, "frobnicate"),
         ("/tokenize", {"messages": []}, "messages"),
+        ("/tokenize", {"prompt": "a b c", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ("/tokenize", {"prompt": "a b c", "truncate_prompt_tokens": -5}, "truncate_prompt_tokens"),
         ("/detokenize", {"tokens": "a"}, "tokens"),
         ("/detokenize", {"tokens": [1, -1]}, "tokens"),
         ("/detokenize", {"tokens": [True]}, "tokens"),

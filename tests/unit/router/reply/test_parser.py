@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from router.reply.arguments import Parameters
 from router.reply.feed import MAX_KEPT_CHARS
 from router.reply.formats import CallFormat, ReasoningFormat
 from router.text.deltas import CallArguments, CallBegin, ContentText, ReasoningText
@@ -48,6 +49,13 @@ CASES: list[tuple[CallFormat, str, list[str]]] = [
     (CallFormat.HERMES, "a \n<tool_call>\n[1]</tool_call>", ["a \n<tool_call>\n[1]</tool_call>"]),
     (CallFormat.HERMES, '<tool_call>{"name": 7, "arguments": {}}', ['<tool_call>{"name": 7, "arguments": {}}']),
     (CallFormat.HERMES, '<tool_call>{"name": "f", "arguments": 7}', ['<tool_call>{"name": "f", "arguments": 7}']),
+    # Half of a surrogate pair in a name, or in arguments as text.
+    (CallFormat.HERMES, '<tool_call>{"name": "\\ud83d", "arg', ['<tool_call>{"name": "\\ud83d", "arg']),
+    (
+        CallFormat.HERMES,
+        '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\udc00\\"}"}',
+        ['<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"\\udc00\\"}"}'],
+    ),
     (CallFormat.HERMES, '<tool_call>{"arguments": {}}', ['<tool_call>{"arguments": {}}']),
     (CallFormat.HERMES, '<tool_call>{"name": "f", "argum', ['<tool_call>{"name": "f", "argum']),
     (CallFormat.HERMES, "<tool_call>", ["<tool_call>"]),
@@ -198,6 +206,14 @@ def test_reasoning_before_the_answer(
 def test_without_calls_marks_of_calls_are_text() -> None:
     assert shown(read(parser(None, QWEN, ""), [f"<think>a</think>{HERMES} "])) == ["(a)", f"{HERMES} "]
     assert read(parser(None, QWEN, "<think>"), ["a"]) == [ReasoningText("a")]
+
+
+def test_types_of_an_argument_are_looked_for_in_a_bounded_part_of_the_schema() -> None:
+    many = [{"type": "integer"}] * 100 + [{"$ref": f"#/x/{'a' * 2000}"}] * 100
+    wide = {"anyOf": [{"type": "string"}, *({**schema} for schema in many * 3)]}
+    assert not Parameters({"properties": {"a": wide}}).may_be_text("a")
+    wide["anyOf"] = wide["anyOf"][-200:] + wide["anyOf"][:1]
+    assert Parameters({"properties": {"a": wide}}).may_be_text("a")
 
 
 def test_arguments_of_plain_text_are_json() -> None:

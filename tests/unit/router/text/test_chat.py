@@ -99,8 +99,8 @@ def test_arguments_of_calls_are_what_the_template_takes() -> None:
     # They go through tojson.
     hermes = ChatTemplate(TOOL_TEMPLATES["hermes"], {})
     assert '"arguments": {"city": "Paris"}}' in hermes.render(Conversation(talk))
-    # A model's own mistakes, and what takes long to read, stay text.
-    for wrong in ('{"city": ', "[1]", "[" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000):
+    # A model's own mistakes, half of a surrogate pair among them, and what takes long to read stay text.
+    for wrong in ('{"city": ', '{"city": "\\ud83d"}', "[1]", "[" * 100_000, '{"a":' * 2000 + "1" + "}" * 2000):
         broken = replace(talk[1], tool_calls=(ToolCall("call_1", "weather", wrong),))
         assert f'"arguments": {json.dumps(wrong)}' in hermes.render(Conversation((talk[0], broken)))
     empty = replace(talk[1], tool_calls=(ToolCall("call_1", "weather", " "),))
