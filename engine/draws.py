@@ -198,7 +198,7 @@ def drawn_results(
             logprobs = _reported(reports[row], token_id) if row in reports else None
             result.sampled[sequence.sequence_id] = drawn_chunk(sequence, token_id, logprobs)
         elif token_id in _WORST:
-            result.failed[sequence.sequence_id] = no_finite_best(_WORST[token_id])
+            result.failed[sequence.sequence_id] = no_finite_best(_WORST[token_id], sequence.spec.sampling)
         else:
             result.failed[sequence.sequence_id] = bad_logits(len(sequence.token_ids))
     return result

@@ -26,6 +26,19 @@ _U32 = 0xFFFFFFFF
 # Candidates looked at first for top_p; the whole vocabulary is sorted only if they do not hold enough mass.
 _NUCLEUS = 512
 
+# Fields that change what may be drawn, and what requests call them.
+_CHANGES = {
+    "grammar": "grammar",
+    "allowed_token_ids": "allowed_token_ids",
+    "bad_word_ids": "bad_words",
+    "logit_bias": "logit_bias",
+    "min_tokens": "min_tokens",
+    "repetition_penalty": "repetition_penalty",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+}
+_UNCHANGED = SamplingParams()
+
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) with 53 random bits: Philox4x32-10 of counter ``position`` under key ``seed``."""
@@ -100,7 +113,7 @@ class Sampler:
         params = sequence.spec.sampling
         changed = self._change(logits, sequence)
         if changed is not None and not math.isfinite(best := float(changed.max())):
-            raise no_finite_best(best)
+            raise no_finite_best(best, params)
         if params.is_greedy:
             token_id = best_id if changed is None else int(changed.argmax())
         else:
@@ -168,11 +181,13 @@ def _peaks(logits: Tensor) -> Peaks:
     return Peaks(values.argmax(-1).tolist(), are_finite.tolist())
 
 
-def no_finite_best(best: float) -> InvalidRequest:
-    """For a sequence whose own changes leave no token to draw."""
+def no_finite_best(best: float, params: SamplingParams) -> InvalidRequest:
+    """For a sequence whose own changes leave no token to draw. It names all of them."""
+    names = [shown for name, shown in _CHANGES.items() if getattr(params, name) != getattr(_UNCHANGED, name)]
     return InvalidRequest(
-        f"logit_bias, penalties and banned tokens make {best} of the best logit, expected a finite number: ban fewer "
-        "tokens, or set the penalties closer to their neutral values"
+        f"{' and '.join(names)} leave no token to draw: the best logit is {best}, expected a finite number; ban fewer "
+        "tokens, or set the penalties closer to their neutral values",
+        param=next(iter(names), None),
     )
 
 

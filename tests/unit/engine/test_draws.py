@@ -135,7 +135,7 @@ def test_a_mask_lies_in_its_row_and_one_that_cannot_be_made_fails_its_sequence()
 
 
 @pytest.mark.parametrize(
-    ("drawn", "error", "words"), [(-1, BadLogits, "NaN"), (-2, InvalidRequest, "-inf of the best")]
+    ("drawn", "error", "words"), [(-1, BadLogits, "NaN"), (-2, InvalidRequest, "the best logit is -inf")]
 )
 def test_what_was_not_drawn_fails_alone(drawn: int, error: type[Exception], words: str) -> None:
     result = drawn_results([sequence("a"), sequence("b")], [drawn, 5], {})

@@ -196,21 +196,23 @@ def test_logits_that_are_not_finite_fail_their_row_alone(kind: dict[str, object]
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "names"),
     [
-        {"min_tokens": 1, "stop_token_ids": tuple(range(VOCAB))},
-        {"repetition_penalty": 0.01},
+        ({"min_tokens": 1, "stop_token_ids": tuple(range(VOCAB))}, "min_tokens"),
+        ({"repetition_penalty": 0.01, "logit_bias": {1: 1.0}}, "logit_bias and repetition_penalty"),
     ],
     ids=["all banned", "overflow"],
 )
 def test_parameters_that_leave_no_finite_logit_are_the_callers_mistake(
-    temperature: float, options: dict[str, object]
+    temperature: float, options: dict[str, object], names: str
 ) -> None:
     logits = torch.full((1, VOCAB), 3e37)  # a hundred times that is infinite in float32
     found = Sampler(VOCAB).sample(logits, [sequence(temperature=temperature, **options)])
     assert found.sampled == {}
     assert isinstance(found.failed["a"], InvalidRequest)
+    assert found.failed["a"].message.startswith(f"{names} leave no token to draw")
     assert "expected a finite number" in found.failed["a"].message
+    assert found.failed["a"].param == names.split()[0]
 
 
 def test_a_row_that_raises_fails_alone() -> None:
