@@ -360,7 +360,7 @@ def _client(address: str, api_keys: str, admin_key: str = "") -> Iterator[Client
         except Unavailable as error:
             if not any(reason in error.message for reason in _NOTHING_THERE):
                 raise
-            hint = f"no answer from a router at {address} ({error.message}); `{program()} up` starts one"
+            hint = f"no answer from a router at {address} ({error.message}); `{program()} up --model MODEL` starts one"
             raise Unavailable(hint) from error
         except DeadlineExceeded as error:
             if error.message != _NO_ANSWER_IN_TIME:
