@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +15,8 @@ from baton.client import AsyncClient
 from baton.errors import Unavailable
 from cli.environment import trust
 from cli.observe import Live, live
+from cli.processors import Processors, Taken, num_cores
 from engine.step import StepShape
-from kvtransfer.host import host_id
 from loadgen import counters
 from loadgen.client import Answer, Asking, model_of
 from loadgen.job import headers_of
@@ -25,10 +24,12 @@ from loadgen.load import Load, Request, closed, same_size
 from loadgen.run import run
 from planner.measured import Measured, write
 from planner.observed import Observed, layerwise_from_bytes, power_of, request_times, transfers_of
-from planner.overhead import LoopTimes, Spent, busy_of, grown, overhead
+from planner.overhead import LoopTimes, Spent, busy_of, overhead
 from planner.steps import found_in
 
 _IDLE_S = 2.0
+# Lengths of answers in a row: eighths of the longest, in an order in which neighbours differ.
+_LENGTHS, _STRIDE = 8, 3
 # Of the energy that GPUs count, each by its own node; processors count that of all nodes of their host.
 _ENERGY, _OF_GPU = "baton_energy_joules_total", "source=nvml"
 
@@ -42,8 +43,9 @@ class Shapes:
     # their KV, and many at a time make nodes compute beside each other and steps of both phases.
     batches: tuple[tuple[int, int], ...] = ((1, 16), (1, 1024), (4, 16), (4, 512), (16, 16), (16, 128), (32, 64))
     # Requests at a time, prompt tokens of each, and how many of them in a row: all but the first come to nodes that
-    # compute. One in a row: none is sent.
-    in_a_row: tuple[int, int, int] = (8, 64, 3)
+    # compute. One in a row: none is sent. Two at a time: a request waits for a node that computes, and not for others
+    # that came with it.
+    in_a_row: tuple[int, int, int] = (2, 64, 12)
     # Of a prompt alone: enough that its KV is moved.
     num_alone_tokens: int = 4
     num_output_tokens: int = 64
@@ -68,7 +70,12 @@ class Shapes:
         streams, n, count = self.in_a_row
         half = max_model_tokens // 2
         if count > 1:
-            sizes = same_size(streams * count, min(n, half), min(self.num_output_tokens, half))
+            most = min(self.num_output_tokens, half)
+            # Of many lengths, so that they do not come and go together.
+            sizes = tuple(
+                replace(each, output_tokens=max(2, most * (_STRIDE * number % _LENGTHS + 1) // _LENGTHS))
+                for number, each in enumerate(same_size(streams * count, min(n, half), most))
+            )
             yield closed(f"{streams} at a time, {count} in a row", sizes, streams, self.limit_s)
 
 
@@ -92,6 +99,7 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         await asyncio.sleep(_IDLE_S)
     before_j, began_s = await _joules(cluster), time.monotonic()
     meter = _Meter(cluster)
+    processors = num_cores(cluster)
     max_model_tokens = cluster.nodes[0].model.max_model_tokens
     single: list[Answer] = []
     await meter.begin()
@@ -113,6 +121,12 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
     node, alone, everything = cluster.nodes[0], parts[0], Observed.joined(parts)
     count = len(cluster.nodes)
     found = found_in(everything.steps)
+    spent = [
+        Spent(
+            each.num_requests, each.num_steps, each.num_tokens, each.took.elapsed_s, each.took.router_s,
+            each.took.client_s, each.took.nodes_s, sum(found.line.step_s(shape) for shape in each.shapes),
+        ) for each in meter.loads
+    ]  # fmt: skip
     second_s = found.line.step_s(StepShape(num_decoding=1, num_kv_tokens=1)) + found.wake.decode_s
     idle_w = None if idle_j is None or before_j is None else (before_j - idle_j) / _IDLE_S / count
     drawn_j = None if before_j is None or after_j is None else after_j - before_j
@@ -126,13 +140,27 @@ async def measure(cluster: Live, headers: Mapping[str, str], shapes: Shapes, con
         line=found.line,
         points=found.points,
         wake=found.wake,
+        pace=found.pace,
         sharing=found.sharing,
         transfers=transfers_of(alone.transfers, node.kv_layout.num_layers),
         layerwise_from_bytes=layerwise_from_bytes(everything.transfers),
         requests=requests,
-        overhead=overhead(meter.spent, busy, requests, _num_cores(cluster)),
+        overhead=overhead(spent, busy, requests, processors),
+        other_cores=sum(each.took.other_s or 0.0 for each in meter.loads)
+        / max(1e-9, sum(each.took.elapsed_s for each in meter.loads)),
         power=power_of(idle_w, drawn_j, elapsed_s, everything.steps, count),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Of one load. ``num_steps``: those that decoded; ``shapes``: of all."""
+
+    took: Taken
+    num_requests: int
+    num_steps: int
+    num_tokens: int
+    shapes: tuple[StepShape, ...]
 
 
 class _Meter:
@@ -140,34 +168,21 @@ class _Meter:
 
     def __init__(self, cluster: Live) -> None:
         self._cluster = cluster
-        self._began_s = self._client_s = 0.0
-        self._before: Mapping[str, float] | None = None
-        self.spent: list[Spent] = []
+        self._processors = Processors(cluster)
+        self.loads: list[_Measured] = []
 
     async def begin(self) -> None:
-        self._before = await counters.processor_s(self._cluster.server)
-        self._began_s, self._client_s = time.monotonic(), time.process_time()
+        await self._processors.begin()
 
     async def end(self, answers: Sequence[Answer]) -> Observed:
-        elapsed_s, client_s = time.monotonic() - self._began_s, time.process_time() - self._client_s
-        before = self._before
-        after = await counters.processor_s(self._cluster.server)
-        found = await self._cluster.since(self._began_s)
-        if before is not None and after is not None:
-            router_s, nodes_s = (grown(before, after, is_router=is_router) for is_router in (True, False))
-            num_steps = sum(step.shape.num_decoding > 0 for step in found.steps)
+        took = await self._processors.end()
+        found = await self._cluster.since(self._processors.began_s)
+        if took is not None:
+            shapes = tuple(step.shape for step in found.steps)
             num_tokens = sum(len(answer.stamps_s) for answer in answers)
-            steps_s = sum(step.turn_s for step in found.steps)
-            self.spent.append(
-                Spent(len(answers), num_steps, num_tokens, elapsed_s, router_s, client_s, nodes_s, steps_s)
-            )  # fmt: skip
+            num_steps = sum(shape.num_decoding > 0 for shape in shapes)
+            self.loads.append(_Measured(took, len(answers), num_steps, num_tokens, shapes))
         return found
-
-
-def _num_cores(cluster: Live) -> int | None:
-    """Of this host, if all nodes are here as well."""
-    is_here = all(node.host_id == host_id() for node in cluster.nodes)
-    return len(os.sched_getaffinity(0)) if is_here else None
 
 
 async def _sent(cluster: Live, asking: Asking, load: Load) -> tuple[Answer, ...]:
@@ -215,12 +230,15 @@ def show(console: Console, measured: Measured) -> None:
         f"{1e3 * requests.join_s:.2f} ms for its hand-over",
         f"a step after idleness: {1e3 * measured.wake.prompt_s:.2f} ms more with prompts, "
         f"{1e3 * measured.wake.decode_s:.2f} ms without",
+        f"all steps with what interrupts them: {measured.pace.prompt:.2f} times as long with prompts, "
+        f"{measured.pace.decode:.2f} times without",
         f"a step beside 1 / 2 / ... nodes of its host: {', '.join(factors)} times as long",
         f"a message of a node that computes: {1e3 * more.busy_message_s:.2f} ms more, a hand-over to it "
         f"{1e3 * more.busy_join_s:.2f} ms more",
         f"processor time of the router: {_loop(more.router)}; of this client: {_loop(more.client)}",
         "processors: each process has its own" if not more.num_cores
-        else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f}",
+        else f"processors: {more.num_cores:g} for all processes; a node that computes uses {more.node_cores:.1f}; "
+        f"other work took {measured.other_cores:.2f} meanwhile",
         "power: no counter" if measured.power is None
         else f"power of a node: {measured.power.idle_w:.0f} W idle, {measured.power.busy_w:.0f} W busy",
     ):  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from cli import profile, up
 from cli.environment import trust
 from cli.observe import Live, live
 from cli.planned import Planned, planned
+from cli.processors import Processors, Taken
 from loadgen.client import Asking, model_of
 from loadgen.clusters import Shape, started
 from loadgen.compare import Measured as Replayed
@@ -39,6 +40,8 @@ from planner.validation import Limits, Report, compared, workload_of
 _WARM_REQUESTS, _WARM_TOKENS, _WARM_STREAMS, _WARM_LIMIT_S = 16, 256, 4, 300.0
 # From the warm-up's last record to the load's first: what is asked for begins a little earlier than the load.
 _QUIET_S = 0.3
+# Of a host's processors: other work that takes more of them disturbs what is measured.
+_QUIET_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,8 @@ class Sent:
     load: Load
     replayed: Replayed
     observed: Observed
+    # None: a process does not say.
+    took: Taken | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,8 +127,20 @@ def predicted(
         ours = simulated_as(measured, workload_of(each.replayed.outcome), twin.design, twin.config).run
         theirs = each.replayed
         name = theirs.target
-        found.append(compared(name, ours, theirs.outcome, each.observed, theirs.counted, limits))
+        report = compared(name, ours, theirs.outcome, each.observed, theirs.counted, limits)
+        found.append(replace(report, warnings=(*report.warnings, *_disturbed(measured, each.took))))
     return tuple(found)
+
+
+def _disturbed(measured: Measured, took: Taken | None) -> Iterator[str]:
+    """Other work on the processors is no part of the model: what it took is told, of the profile and of the load."""
+    cores = measured.overhead.num_cores
+    now = took.other_cores if took is not None else 0.0
+    if cores and max(now, measured.other_cores) > _QUIET_SHARE * cores:
+        yield (
+            f"other work took {now:.2f} of {cores:g} processors during this load, and {measured.other_cores:.2f} while "
+            "the profile was measured: the errors are not those of the model"
+        )
 
 
 def improved(before: Validated, limits: Limits) -> tuple[Validated, tuple[Change, ...]]:
@@ -205,9 +222,11 @@ async def _send(
     if len(warm.whole) < _WARM_REQUESTS:
         reasons = [answer.error for answer in warm.answers if answer.error]
         raise Unavailable(f"the first requests failed: {reasons[0] if reasons else 'no answer in time'}")
+    processors = Processors(cluster)
     with Shown(console) as shown:
         for load in loads:
             await asyncio.sleep(_QUIET_S)
-            began_s = time.monotonic()
+            await processors.begin()
             replayed = await replay(target, load, 0, asked.plan.seed, shown.watching(target, load))
-            yield Sent(load, replayed, await cluster.since(began_s))
+            took = await processors.end()
+            yield Sent(load, replayed, await cluster.since(processors.began_s), took)

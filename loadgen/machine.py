@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 
 _PACKAGES = ("baton-serve", "torch", "transformers", "grpcio", "protobuf", "numpy")
+# Kinds of time in a line of /proc/stat, up to that of other guests.
+_NUM_TICKS = 8
 
 
 def machine() -> dict[str, object]:
@@ -18,6 +20,21 @@ def machine() -> dict[str, object]:
         "platform": platform.platform(),
         "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def processor_s(stat: str | None = None) -> float | None:
+    """Seconds that this host's processors have worked, for all processes and for other guests of its hardware, by
+    ``stat`` or /proc/stat; None where there is none."""
+    try:
+        text = Path("/proc/stat").read_text() if stat is None else stat
+    except OSError:
+        return None
+    # cpu user nice system idle iowait irq softirq steal ...
+    words = text.partition("\n")[0].split()
+    if len(words) <= _NUM_TICKS or words[0] != "cpu":
+        return None
+    user, nice, system, _, _, irq, softirq, steal = map(int, words[1 : _NUM_TICKS + 1])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def versions() -> dict[str, str]:

@@ -71,6 +71,10 @@ class Sharing:
     def __bool__(self) -> bool:
         return any(factor != 1 for factor in (*self.prompt, *self.decode))
 
+    def num_known(self, shape: StepShape) -> int:
+        """Beside so many it was measured."""
+        return len(self.prompt if shape.num_prompt_tokens else self.decode)
+
     def factor(self, shape: StepShape, num_beside: float) -> float:
         """Between two numbers of nodes, which are there for a part of the time, on a straight line."""
         known = (1.0, *(self.prompt if shape.num_prompt_tokens else self.decode))
@@ -95,6 +99,21 @@ class Wake:
 
 
 NO_WAKE = Wake()
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many times as long steps took, all together, as by the line. That is of steps which nothing interrupted;
+    other threads and processes do interrupt them, and what a stream waits for is the mean."""
+
+    prompt: float = 1.0
+    decode: float = 1.0
+
+    def of(self, shape: StepShape) -> float:
+        return self.prompt if shape.num_prompt_tokens else self.decode
+
+
+NO_PACE = Pace()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +189,12 @@ def fitted_transfers(moved: Sequence[tuple[float, float]]) -> Transfers | None:
 
 
 class FittedTimes:
-    """Times of steps by a line. Warns of steps larger than any that was measured."""
+    """Times of steps by a line and a pace. Warns of steps larger than any that was measured."""
 
-    def __init__(self, name: str, line: Line, points: Sequence[Point]) -> None:
+    def __init__(self, name: str, line: Line, points: Sequence[Point], pace: Pace = NO_PACE) -> None:
         self._name = name
         self._line = line
+        self._pace = pace
         self._median_error = median(abs(line.error(point)) for point in points)
         self._num_points = len(points)
         self._most = StepShape(*(max(values) for values in zip(*(p.shape for p in points), strict=True)))
@@ -187,7 +207,7 @@ class FittedTimes:
     def step_s(self, shape: StepShape) -> float:
         if any(asked > most for asked, most in zip(shape, self._asked, strict=True)):
             self._asked = StepShape(*map(max, shape, self._asked))
-        return self._line.step_s(shape)
+        return self._line.step_s(shape) * self._pace.of(shape)
 
     @property
     def warnings(self) -> tuple[str, ...]:

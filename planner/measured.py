@@ -17,10 +17,12 @@ from baton.types import DTYPE_BYTES, KvLayout
 from engine.step import StepShape
 from planner.fitted import (
     FREE_REQUESTS,
+    NO_PACE,
     NO_SHARING,
     NO_WAKE,
     FittedTimes,
     Line,
+    Pace,
     Point,
     RequestTimes,
     Sharing,
@@ -32,7 +34,7 @@ from planner.models import Model
 from planner.overhead import NO_OVERHEAD, LoopTimes, Overhead
 from planner.sim.config import SimulationConfig
 
-FORMAT = 3
+FORMAT = 4
 # What designs call the machine of a profile.
 MACHINE = "measured"
 # No KV was moved: as if it took no time.
@@ -58,6 +60,7 @@ class Measured:
     line: Line
     points: tuple[Point, ...]
     wake: Wake = NO_WAKE
+    pace: Pace = NO_PACE
     sharing: Sharing = NO_SHARING
     # None: no KV was moved.
     transfers: Transfers | None = None
@@ -65,6 +68,8 @@ class Measured:
     layerwise_from_bytes: int | None = None
     requests: RequestTimes = FREE_REQUESTS
     overhead: Overhead = NO_OVERHEAD
+    # Processors of the host that other work took meanwhile: then it is a profile of a busy machine.
+    other_cores: float = 0.0
     # None: no counter of energy was there.
     power: Power | None = None
 
@@ -82,7 +87,7 @@ class Measured:
         return max(self.errors, key=abs)
 
     def times(self) -> FittedTimes:
-        return FittedTimes(f"{self.model} on {self.device}", self.line, self.points)
+        return FittedTimes(f"{self.model} on {self.device}", self.line, self.points, self.pace)
 
     def as_model(self) -> Model:
         """Its KV alone: what the weights take is not in the KV cache that was measured."""
@@ -109,7 +114,7 @@ class Measured:
         return replace(
             config, memory_share=1.0, commit_s=self.requests.join_s, message_s=self.requests.message_s,
             request_s=self.requests.fixed_s, wake=self.wake, sharing=self.sharing, overhead=self.overhead,
-            seen_steps=tuple((point.shape, point.seconds) for point in self.points),
+            seen_steps=tuple((point.shape, point.seconds * self.pace.of(point.shape)) for point in self.points),
             scheduler=replace(config.scheduler, block_tokens=self.kv_layout.block_tokens),
         )  # fmt: skip
 
@@ -176,6 +181,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         line=Line(**_numbers(found["line"])),
         points=points,
         wake=Wake(**_numbers(found["wake"])),
+        pace=Pace(**{kind: _number(factor, 1e-12) for kind, factor in found["pace"].items()}),
         sharing=Sharing(**sharing),
         transfers=None
         if moved is None
@@ -183,6 +189,7 @@ def _measured(found: Mapping[str, Any]) -> Measured:
         layerwise_from_bytes=None if least is None else int(_number(least, 0)),
         requests=RequestTimes(**_numbers(found["requests"])),
         overhead=_overhead(found["overhead"]),
+        other_cores=_number(found["other_cores"], 0),
         power=None if power is None else Power(**_numbers(power)),
     )
 

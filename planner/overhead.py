@@ -59,12 +59,17 @@ class Overhead:
         """What comes waits for this one: what it lets pass the other one has time for."""
         return max(self.router, self.client, key=lambda loop: (loop.step_s + loop.token_s, loop.request_s))
 
-    def crowding(self, num_computing: int) -> float:
+    def crowding(self, num_computing: float) -> float:
         """How many times as long the work of another process takes beside so many nodes that compute: each thread gets
         as much of the processors as any other."""
         if not self.num_cores:
             return 1.0
         return max(1.0, (num_computing * self.node_cores + 1) / self.num_cores)
+
+    def more_crowded(self, num_computing: float, num_known: float) -> float:
+        """How many times as long a step takes while so many nodes compute, itself included, as while so many do whose
+        steps were measured: those of the loops run beside both."""
+        return self.crowding(num_computing) / self.crowding(num_known) if num_computing > num_known else 1.0
 
 
 NO_OVERHEAD = Overhead()
@@ -72,7 +77,7 @@ NO_OVERHEAD = Overhead()
 
 class Spent(NamedTuple):
     """What a load took of the processors. ``num_steps``: those that decoded. ``nodes_s``: all of them together;
-    ``steps_s``: in their steps."""
+    ``steps_s``: what all of their steps take with nothing that interrupts them."""
 
     num_requests: int
     num_steps: int
@@ -100,8 +105,7 @@ class Busy(NamedTuple):
 def overhead(spent: Sequence[Spent], busy: Busy, requests: RequestTimes, num_cores: int | None) -> Overhead:
     """``requests``: one by one; ``num_cores``: of the host that all processes share, None: there is none."""
     message_s, join_s = waits(busy, requests)
-    steps_s = sum(each.steps_s for each in spent)
-    node_cores = sum(each.nodes_s for each in spent) / steps_s if steps_s else 0.0
+    node_cores = cores_of_step(spent)
     has_host = num_cores is not None and node_cores > 0
     return Overhead(
         message_s, join_s, loop_times(spent, [each.router_s for each in spent]),
@@ -113,12 +117,27 @@ def overhead(spent: Sequence[Spent], busy: Busy, requests: RequestTimes, num_cor
 def loop_times(spent: Sequence[Spent], took_s: Sequence[float]) -> LoopTimes:
     """``took_s``: of the loop's process in each load. Least squares, beside what it takes all the time."""
     rows = [(each.num_requests, each.num_steps, each.num_tokens, each.elapsed_s) for each in spent]
-    places = range(len(LoopTimes.__slots__) + 1)
+    return LoopTimes(*_parts(rows, took_s)[:-1]) if rows else FREE_LOOP
+
+
+def cores_of_step(spent: Sequence[Spent]) -> float:
+    """Processors that a node uses while it computes: processor time for each second of its steps, beside what a request
+    takes of its event loop, and what it takes all the time. How long a step waits for a processor changes nothing."""
+    rows = [(each.steps_s, each.num_requests, each.elapsed_s) for each in spent]
+    steps_s, took_s = sum(each.steps_s for each in spent), [each.nodes_s for each in spent]
+    if not steps_s:
+        return 0.0
+    # Loads that are all alike do not tell the parts apart.
+    return _parts(rows, took_s)[0] or sum(took_s) / steps_s
+
+
+def _parts(rows: Sequence[Sequence[float]], values: Sequence[float]) -> list[float]:
+    """Least squares with no part below 0."""
+    places = range(len(rows[0]))
     products = [[float(sum(row[i] * row[j] for row in rows)) for j in places] for i in places]
     for i, row in enumerate(products):
         row[i] *= _RIDGE
-    values = [sum(row[i] * seconds for row, seconds in zip(rows, took_s, strict=True)) for i in places]
-    return LoopTimes(*not_negative(products, values)[:-1])
+    return list(not_negative(products, [sum(row[i] * x for row, x in zip(rows, values, strict=True)) for i in places]))
 
 
 def waits(busy: Busy, requests: RequestTimes) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from loadgen.client import Answer
-from planner.fitted import Sharing, Transfers
+from planner.fitted import NO_PACE, Sharing, Transfers
 from planner.measured import Measured
 from planner.observed import Observed, transfers_of
 from planner.overhead import busy_of, busy_share, expected, waits
@@ -38,9 +38,10 @@ def refitted(
     changes: list[Change] = []
     observed = Observed.joined([of for of, _ in runs])
     # All steps may have become slower or faster: what was measured before then says how shapes compare.
-    old = Found(measured.line, measured.points, measured.wake, measured.sharing)
-    pace = median(took_s / said_s for said_s, took_s in predicted_s(old, observed.steps))
-    new = found_in(observed.steps, [replace(point, seconds=point.seconds * pace) for point in measured.points])
+    old = Found(measured.line, measured.points, measured.wake, measured.sharing, measured.pace)
+    calm = old._replace(pace=NO_PACE)
+    slower = median(took_s / said_s for said_s, took_s in predicted_s(calm, observed.steps))
+    new = found_in(observed.steps, [replace(point, seconds=point.seconds * slower) for point in measured.points])
     # Beside more nodes than this run had, what was measured before holds.
     sharing = Sharing(*(
         (*ours, *theirs[len(ours):]) for ours, theirs in
@@ -50,7 +51,7 @@ def refitted(
     steps = Change("steps", *(_missed(predicted_s(found, observed.steps)) for found in (old, new)))
     changes.append(steps)
     if steps.is_taken:
-        measured = replace(measured, line=new.line, points=new.points, wake=new.wake, sharing=sharing)
+        measured = replace(measured, line=new.line, points=new.points, wake=new.wake, sharing=sharing, pace=new.pace)
     transfers = transfers_of(observed.transfers, measured.kv_layout.num_layers)
     if transfers is not None:
         num_layers = measured.kv_layout.num_layers

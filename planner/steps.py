@@ -11,7 +11,7 @@ from statistics import fmean, median
 from typing import NamedTuple
 
 from engine.step import StepShape
-from planner.fitted import NO_SHARING, NO_WAKE, Line, Point, Sharing, Wake, fitted
+from planner.fitted import NO_PACE, NO_SHARING, NO_WAKE, Line, Pace, Point, Sharing, Wake, fitted
 
 # KV tokens of one cell differ by less than a fifth.
 _KV_CELLS = 4.0
@@ -45,6 +45,7 @@ class Found(NamedTuple):
     points: tuple[Point, ...]
     wake: Wake
     sharing: Sharing
+    pace: Pace = NO_PACE
 
 
 class _Busy:
@@ -117,19 +118,26 @@ def found_in(steps: Sequence[RecordedStep], known: Sequence[Point] = ()) -> Foun
         sharing = _sharing(rows, line, wake)
         points = (*_points(rows, wake, sharing), *known)
         line = fitted(points)
-    return Found(line, points, wake, sharing)
+    found = Found(line, points, wake, sharing)
+    return found._replace(pace=Pace(*(_pace(found, rows, is_prompt=is_prompt) for is_prompt in (True, False))))
 
 
 def predicted_s(found: Found, steps: Sequence[RecordedStep]) -> list[tuple[float, float]]:
     """Of each step: the time that it is said to take, and what it took."""
-    return [
-        (
-            (found.line.step_s(row.shape) + (found.wake.of(row.shape) if row.is_woken else 0.0))
-            * found.sharing.factor(row.shape, row.num_beside),
-            row.turn_s,
-        )
-        for row in _rows(steps)
-    ]
+    return [(_said_s(found, row), row.turn_s) for row in _rows(steps)]
+
+
+def _said_s(found: Found, row: _Row) -> float:
+    alone_s = found.line.step_s(row.shape) * found.pace.of(row.shape)
+    woken_s = found.wake.of(row.shape) if row.is_woken else 0.0
+    return (alone_s + woken_s) * found.sharing.factor(row.shape, row.num_beside)
+
+
+def _pace(found: Found, rows: Sequence[_Row], *, is_prompt: bool) -> float:
+    """Of all that such steps took: a single one that was interrupted says nothing, and how often they are does."""
+    of_kind = [row for row in rows if (row.shape.num_prompt_tokens > 0) is is_prompt]
+    said_s = sum(_said_s(found, row) for row in of_kind)
+    return sum(row.turn_s for row in of_kind) / said_s if len(of_kind) >= _MIN_SHARED and said_s > 0 else 1.0
 
 
 def _wake(rows: Sequence[_Row], line: Line, sharing: Sharing, *, is_prompt: bool) -> float:

@@ -140,6 +140,7 @@ def measured_of(watched: Watched) -> Measured:
         kv_layout=node.kv_layout,
         line=found.line,
         points=found.points,
+        pace=found.pace,
         # Of one host: simulated machines are all on it, or none is.
         sharing=found.sharing if len(watched.hosts) == 1 else NO_SHARING,
         transfers=transfers_of(observed.transfers, node.kv_layout.num_layers),

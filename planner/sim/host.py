@@ -1,5 +1,9 @@
 """A host whose processors several processes share: engines that compute at the same time take longer, and so does the
-event loop that all tokens pass."""
+event loop that all tokens pass.
+
+Beside as many nodes as were measured a step takes as long as it did there. Beside more, and where none were, threads
+get equal parts of the processors, and a node needs as much of them as it was measured to use.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +34,9 @@ class Host:
 
     def factor(self, tenant: Tenant, shape: StepShape) -> float:
         """How many times as long a step of it takes now."""
-        return self._sharing.factor(shape, len(self._busy) - (tenant in self._busy))
+        beside = len(self._busy) - (tenant in self._busy)
+        known = min(beside, self._sharing.num_known(shape))
+        return self._sharing.factor(shape, beside) * self._overhead.more_crowded(beside + 1, known + 1)
 
     def changed(self, tenant: Tenant, *, is_busy: bool) -> None:
         if (tenant in self._busy) is is_busy:
@@ -39,7 +45,7 @@ class Host:
             self._busy[tenant] = None
         else:
             del self._busy[tenant]
-        for other in list(self._busy) if self._sharing else ():
+        for other in list(self._busy) if self._sharing or self._overhead.num_cores else ():
             if other is not tenant:
                 other.disturbed()
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from baton.types import KvLayout
 from engine.step import StepShape
-from planner.fitted import Line, Point, RequestTimes, Transfers
+from planner.fitted import NO_PACE, Line, Point, RequestTimes, Transfers
 from planner.measured import Measured
 from planner.overhead import NO_OVERHEAD
 
@@ -28,6 +28,7 @@ def too_fast(measured: Measured) -> Measured:
     return replace(
         measured,
         line=line,
+        pace=NO_PACE,
         points=tuple(replace(point, seconds=point.seconds / _TIMES_AS_FAST) for point in measured.points),
         requests=RequestTimes(requests.fixed_s / _TIMES_AS_FAST, requests.message_s / _TIMES_AS_FAST),
         overhead=NO_OVERHEAD,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from bench.planner.validate import row, turns
+import time
+
+from rich.console import Console
+
+from bench.planner.validate import Record, Time, row, run, summary, turns
 from cli.planned import planned
 from planner.validation import Report, Row
 from tests.support.profiles import MEASURED
@@ -24,6 +28,34 @@ def test_parts_are_chosen_by_words() -> None:
     assert [turn.name for turn in turns(["demo 1+1"])] == ["demo 1+1 code", "demo 1+1 conv"]
     assert len(list(turns(["demo 1+1", "bench aggregated code"]))) == 3
     assert {turn.subject.name for turn in turns(["bench"])} == {"bench"}
+
+
+async def test_what_would_end_too_late_is_left_out_and_nothing_is_started() -> None:
+    record = Record(Console(quiet=True))
+    async for _ in run(["demo 1+1", "bench conv"], Time(20.0, time.monotonic() + 60.0), record):
+        raise AssertionError("60 s of loads alone, and the cluster's start")
+    assert record.left_out == ["demo 1+1 code", "demo 1+1 conv", *(
+        f"bench {cluster} conv" for cluster in ("2+1", "1+1", "1+2", "aggregated"))]  # fmt: skip
+    assert record.as_json() == {
+        "profiles": {}, "left out": record.left_out, "summary": [], "table": [], "reports": [],
+    }  # fmt: skip
+
+
+def test_the_bench_model_has_fewer_requests_and_longer_loads() -> None:
+    demo, bench = (next(turns([name])) for name in ("demo", "bench"))
+    assert bench.lasts_s(20.0) - demo.lasts_s(20.0) == 3 * 20
+    assert all(len(load.requests) >= 8 for load in bench.plan(20.0).loads())
+
+
+def test_errors_are_summed_up_by_model_and_figure() -> None:
+    reports = [
+        (next(turns([name])), Report("c", "l", (Row("TBT p50", "s", predicted, 1.0, 0.1),), (), ()))
+        for name, predicted in (("demo", 1.05), ("demo", 0.8), ("demo", 1.11), ("bench", 1.0))
+    ]
+    assert list(summary(reports)) == [
+        {"model": "demo", "figure": "TBT p50", "loads": 3, "within": 1, "median error": "11%", "worst error": "-20%"},
+        {"model": "bench", "figure": "TBT p50", "loads": 1, "within": 1, "median error": "0%", "worst error": "+0%"},
+    ]
 
 
 def test_a_row_has_both_and_the_error() -> None:

@@ -18,12 +18,14 @@ from cli.app import app
 from cli.observe import live
 from cli.plan_validate import _share
 from cli.planned import planned
+from cli.processors import Taken
 from cli.profile import Shapes, measure
-from cli.validate import Asked, improved, validated
+from cli.validate import Asked, _disturbed, improved, validated
 from engine.step import StepShape
 from loadgen.clusters import Shape
 from loadgen.plan import Plan
 from planner.measured import write
+from planner.overhead import NO_OVERHEAD, Overhead
 from planner.validation import Limits, Verdict
 from router.cluster.config import PolicyConfig
 from tests.support.fake_nodes import FakeCluster, FakeConfig
@@ -128,6 +130,20 @@ async def test_a_run_and_its_prediction_are_of_the_same_requests() -> None:
     assert next(change.part for change in changes if change.is_taken) == "steps"
     # What the run fits already is left.
     assert improved(better, Limits())[0].mean_error <= better.mean_error
+
+
+def test_other_work_on_the_host_is_told() -> None:
+    measured = replace(MEASURED, overhead=Overhead(num_cores=2, node_cores=1), other_cores=0.02)
+    quiet, busy = (Taken(10.0, 1.0, 1.0, 4.0, other_s) for other_s in (0.5, 6.0))
+    assert not list(_disturbed(measured, quiet))
+    (text,) = _disturbed(measured, busy)
+    assert text.startswith("other work took 0.60 of 2 processors during this load, and 0.02 while the profile was")
+    # While the profile was measured, too.
+    assert list(_disturbed(replace(measured, other_cores=1.5), quiet))
+    # Nothing is known of processes that are elsewhere, or do not say.
+    assert not list(_disturbed(replace(measured, overhead=NO_OVERHEAD), busy))
+    assert not list(_disturbed(measured, None))
+    assert not list(_disturbed(measured, replace(busy, other_s=None)))
 
 
 def simulate(*arguments: str) -> Any:

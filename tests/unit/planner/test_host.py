@@ -8,6 +8,7 @@ import pytest
 
 from engine.step import StepShape
 from planner.fitted import Sharing, Wake
+from planner.overhead import Overhead
 from planner.sim.host import Host
 from planner.sim.run import _Simulation
 from planner.times import LinearTimes
@@ -37,6 +38,27 @@ def test_an_engine_counts_others_and_is_told_of_them() -> None:
     host.changed(one, is_busy=True)
     host.changed(one, is_busy=True)
     assert (one.num_disturbed, two.num_disturbed) == (0, 1)
+
+
+def test_beside_more_nodes_than_were_measured_threads_share_processors() -> None:
+    # A node needs one and a half of two processors: with a loop all takes 1.25 times as long, with two nodes twice.
+    host = Host(Sharing(decode=(1.5,)), Overhead(num_cores=2, node_cores=1.5))
+    one, two, three = _Engine(), _Engine(), _Engine()
+    decode, prompt = StepShape(num_decoding=1), StepShape().with_prompt(0, 10)
+    for engine in (one, two):
+        host.changed(engine, is_busy=True)
+    assert host.factor(one, decode) == 1.5
+    # Prompts beside others were not measured at all.
+    assert host.factor(one, prompt) == pytest.approx(2 / 1.25)
+    host.changed(three, is_busy=True)
+    assert host.factor(one, decode) == pytest.approx(1.5 * 2.75 / 2)
+    assert host.factor(one, prompt) == pytest.approx(2.75 / 1.25)
+    assert (one.num_disturbed, two.num_disturbed, three.num_disturbed) == (2, 1, 0)
+    # Enough processors for all.
+    wide = Host(Sharing(), Overhead(num_cores=8, node_cores=1.5))
+    for engine in (one, two, three):
+        wide.changed(engine, is_busy=True)
+    assert wide.factor(one, decode) == 1
 
 
 def test_one_engine_at_a_time_takes_what_it_takes_alone() -> None:

@@ -12,7 +12,7 @@ from baton.errors import BadConfig
 from baton.types import KvLayout, Role
 from engine.step import StepShape
 from planner.design import Design, Group
-from planner.fitted import Line, Point, RequestTimes, Sharing, Transfers, Wake
+from planner.fitted import Line, Pace, Point, RequestTimes, Sharing, Transfers, Wake
 from planner.measured import Measured, Power, read, write
 from planner.overhead import NO_OVERHEAD, LoopTimes, Overhead
 from planner.profiles import simulated_as
@@ -28,7 +28,8 @@ SHAPES = (
 MEASURED = Measured(
     model="m", device="cpu", software_version="1.0", kv_layout=KvLayout(4, 100, 2, 16, 64, "float32"), line=LINE,
     points=tuple(Point(shape, LINE.step_s(shape) * (1.02 if i else 0.9), i + 1) for i, shape in enumerate(SHAPES)),
-    sharing=Sharing((1.1,), (1.2, 1.4)), wake=Wake(0.003, 0.002), transfers=Transfers(1e-3, 1e9),
+    sharing=Sharing((1.1,), (1.2, 1.4)), wake=Wake(0.003, 0.002), pace=Pace(1.5, 2.0), other_cores=0.25,
+    transfers=Transfers(1e-3, 1e9),
     requests=RequestTimes(0.02, 0.001, 0.004), power=Power(50, 300), layerwise_from_bytes=1 << 20,
     overhead=Overhead(0.003, 0.005, LoopTimes(0.002, 1e-4, 2e-4), LoopTimes(0.001), 2, 1.5),
 )  # fmt: skip
@@ -54,7 +55,7 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        ({"format": 1}, "no profile of format 3"),
+        ({"format": 1}, "no profile of format 4"),
         ({"points": []}, "damaged: 'no points'"),
         ({"points": None}, "damaged"),
         ({"line": {"base_s": 1}}, "damaged"),
@@ -65,6 +66,8 @@ def test_the_file_has_the_error_of_each_step(tmp_path: Path) -> None:
         ({"kv_layout": {"num_layers": 0}}, "damaged"),
         ({"kv_layout": {**dict.fromkeys(KvLayout.__slots__, 1), "dtype": "int3"}}, "damaged"),
         ({"wake": {"decode_s": -1}}, "-1 is no number from 0 on"),
+        ({"pace": {"decode": 0}}, "0 is no number from 1e-12 on"),
+        ({"other_cores": None}, "damaged"),
         ({"requests": {"fixed_s": True}}, "True is no number"),
         ({"overhead": {"router": {"token_s": -1}, "client": {}}}, "-1 is no number from 0 on"),
         ({"overhead": {"busy_message_s": 0}}, "damaged"),
@@ -96,10 +99,11 @@ def test_a_cluster_of_measured_nodes_has_their_blocks_times_and_links() -> None:
     assert config.overhead == MEASURED.overhead
     alone = replace(MEASURED, sharing=Sharing(), overhead=NO_OVERHEAD)
     (one,) = simulated_as(alone, Workload("w", (Request(0, 1.0, 100, 3),)), _design(1, 1), SPLIT).run.served
-    prompt_s = LINE.step_s(StepShape().with_prompt(0, 100))
+    # With what interrupts steps.
+    prompt_s = 1.5 * LINE.step_s(StepShape().with_prompt(0, 100))
     # The nodes had nothing to do before.
     assert one.first_token_s == pytest.approx(1.0 + 0.02 + 4 * 0.001 + prompt_s + 0.003)
-    decodes_s = sum(LINE.step_s(StepShape(0, 0, 1, kv)) for kv in (101, 102))
+    decodes_s = 2.0 * sum(LINE.step_s(StepShape(0, 0, 1, kv)) for kv in (101, 102))
     # Two blocks.
     moved_s = 1e-3 + 128 * model.kv_bytes_per_token / 1e9
     joined_s = one.first_token_s + moved_s + 0.004

@@ -20,6 +20,7 @@ from planner.overhead import (
     Spent,
     busy_of,
     busy_share,
+    cores_of_step,
     expected,
     grown,
     loop_times,
@@ -64,9 +65,16 @@ def test_a_loop_takes_so_much_for_a_request_a_step_and_a_token() -> None:
 
 
 def test_processors_count_where_all_processes_are_of_one_host() -> None:
-    spent = [Spent(10, 64, 640, 2.0, 0.1, 0.1, 3.0, 2.0)]
+    # Half as much again as they compute, 8 ms for each request and 10 ms a second for nothing.
+    loads = [(30, 90, 120, 9.0, 0.5), (1, 63, 64, 0.5, 0.4), (4, 66, 256, 0.6, 0.5), (16, 80, 1024, 1.0, 1.7)]
+    spent = [
+        Spent(n, k, t, elapsed_s, 0.1, 0.1, 1.5 * steps_s + 0.008 * n + 0.01 * elapsed_s, steps_s)
+        for n, k, t, elapsed_s, steps_s in loads
+    ]
     quiet = Busy((), (), 0.0)
-    assert overhead(spent, quiet, ALONE, 2).node_cores == pytest.approx(1.5)
+    assert overhead(spent, quiet, ALONE, 2).node_cores == pytest.approx(1.5, rel=0.01)
+    # Of loads that are all alike all of it counts as their steps'.
+    assert cores_of_step([Spent(10, 64, 640, 2.0, 0.1, 0.1, 0.0, 2.0)]) == 0
     # A node cannot use more than there are.
     assert overhead([spent[0]._replace(nodes_s=30.0)], quiet, ALONE, 2).node_cores == 2
     assert overhead(spent, quiet, ALONE, None).num_cores == 0
@@ -142,8 +150,8 @@ def test_a_loop_beside_nodes_that_compute_is_slower_and_keeps_the_order() -> Non
         host.changed(node, is_busy=False)
     events.now_s = 0.01
     assert loop.begins_s() == pytest.approx(0.2)
-    # Without sharing factors steps go on as they were.
-    assert [node.num_disturbed for node in nodes] == [0, 0, 0]
+    # Each is told of those that come and go while it computes.
+    assert [node.num_disturbed for node in nodes] == [2, 2, 2]
 
 
 class _Engine:

@@ -73,6 +73,26 @@ def test_what_was_interrupted_does_not_count() -> None:
     assert steady([2.0]) == 2.0
 
 
+def test_the_line_is_of_steps_that_nothing_interrupted_and_the_pace_of_all() -> None:
+    """Every tenth decode takes 25 times as long: the line stays, and what a stream waits for is 3.4 times as much."""
+    steps, now = [], 0.0
+    for number in range(400):
+        shape = (*(StepShape().with_prompt(0, n) for n in (16, 256)), StepShape(num_decoding=1, num_kv_tokens=100),
+                 StepShape(num_decoding=4, num_kv_tokens=900), DECODE)[number % 5]  # fmt: skip
+        is_interrupted = number % 50 in (2, 13, 24) and shape.num_decoding > 0
+        seconds = LINE.step_s(shape) * (25 if is_interrupted else 1)
+        now += seconds
+        steps.append(step("n", now, seconds, shape=shape))
+    found = found_in(steps)
+    assert found.line.step_s(DECODE) == pytest.approx(LINE.step_s(DECODE), rel=0.02)
+    assert found.pace.prompt == pytest.approx(1.0, rel=0.01)
+    assert found.pace.decode == pytest.approx(1 + 24 / 10, rel=0.05)
+    said_s, took_s = map(sum, zip(*predicted_s(found, steps), strict=True))
+    assert said_s == pytest.approx(took_s, rel=0.02)
+    # Of a few steps nothing is said.
+    assert found_in(steps[:10]).pace.decode == 1.0
+
+
 def test_a_step_after_idleness_takes_more_and_its_like_in_a_row_does_not() -> None:
     steps, now = [], 0.0
     for number in range(80):
