@@ -11,7 +11,7 @@ from planner.fitted import NO_PACE, Sharing, Transfers
 from planner.measured import Measured
 from planner.observed import Observed, transfers_of
 from planner.overhead import busy_of, busy_share, expected, waits
-from planner.steps import Found, found_in, predicted_s
+from planner.steps import Found, found_in, paced, predicted_s
 
 # A part is taken if it explains so much more of the time.
 _LEAST_GAIN = 0.01
@@ -47,11 +47,19 @@ def refitted(
         (*ours, *theirs[len(ours):]) for ours, theirs in
         ((new.sharing.prompt, old.sharing.prompt), (new.sharing.decode, old.sharing.decode))
     ))  # fmt: skip
-    new = new._replace(sharing=sharing)
-    steps = Change("steps", *(_missed(predicted_s(found, observed.steps)) for found in (old, new)))
+    # Step by step, without what interrupts some of them.
+    new = new._replace(sharing=sharing, pace=NO_PACE)
+    steps = Change("steps", *(_missed(predicted_s(found, observed.steps)) for found in (calm, new)))
     changes.append(steps)
     if steps.is_taken:
-        measured = replace(measured, line=new.line, points=new.points, wake=new.wake, sharing=sharing, pace=new.pace)
+        measured = replace(measured, line=new.line, points=new.points, wake=new.wake, sharing=sharing)
+    # What interrupts them is known in all alone.
+    kept = new if steps.is_taken else old
+    with_pace = paced(kept, observed.steps)
+    pace = Change("interruptions", *(_missed_in_all(predicted_s(found, observed.steps)) for found in (kept, with_pace)))
+    changes.append(pace)
+    if pace.is_taken or steps.is_taken:
+        measured = replace(measured, pace=with_pace.pace)
     transfers = transfers_of(observed.transfers, measured.kv_layout.num_layers)
     if transfers is not None:
         num_layers = measured.kv_layout.num_layers
@@ -93,6 +101,11 @@ def _missed(found: Sequence[tuple[float, float]]) -> float:
     """Of (predicted, measured)."""
     total_s = sum(abs(took_s) for _, took_s in found)
     return sum(abs(said_s - took_s) for said_s, took_s in found) / total_s if total_s else 0.0
+
+
+def _missed_in_all(found: Sequence[tuple[float, float]]) -> float:
+    total_s = sum(took_s for _, took_s in found)
+    return abs(sum(said_s for said_s, _ in found) - total_s) / total_s if total_s else 0.0
 
 
 def _missed_moves(observed: Observed, transfers: Transfers | None, num_layers: int) -> float:

@@ -118,8 +118,12 @@ def found_in(steps: Sequence[RecordedStep], known: Sequence[Point] = ()) -> Foun
         sharing = _sharing(rows, line, wake)
         points = (*_points(rows, wake, sharing), *known)
         line = fitted(points)
-    found = Found(line, points, wake, sharing)
-    return found._replace(pace=Pace(*(_pace(found, rows, is_prompt=is_prompt) for is_prompt in (True, False))))
+    return _paced(Found(line, points, wake, sharing), rows)
+
+
+def paced(found: Found, steps: Sequence[RecordedStep]) -> Found:
+    """With the pace of these steps; as before where they are too few."""
+    return _paced(found, _rows(steps))
 
 
 def predicted_s(found: Found, steps: Sequence[RecordedStep]) -> list[tuple[float, float]]:
@@ -133,11 +137,17 @@ def _said_s(found: Found, row: _Row) -> float:
     return (alone_s + woken_s) * found.sharing.factor(row.shape, row.num_beside)
 
 
-def _pace(found: Found, rows: Sequence[_Row], *, is_prompt: bool) -> float:
+def _paced(found: Found, rows: Sequence[_Row]) -> Found:
+    calm, before = found._replace(pace=NO_PACE), found.pace
+    prompt = _pace(calm, rows, before.prompt, is_prompt=True)
+    return calm._replace(pace=Pace(prompt, _pace(calm, rows, before.decode, is_prompt=False)))
+
+
+def _pace(found: Found, rows: Sequence[_Row], before: float, *, is_prompt: bool) -> float:
     """Of all that such steps took: a single one that was interrupted says nothing, and how often they are does."""
     of_kind = [row for row in rows if (row.shape.num_prompt_tokens > 0) is is_prompt]
     said_s = sum(_said_s(found, row) for row in of_kind)
-    return sum(row.turn_s for row in of_kind) / said_s if len(of_kind) >= _MIN_SHARED and said_s > 0 else 1.0
+    return sum(row.turn_s for row in of_kind) / said_s if len(of_kind) >= _MIN_SHARED and said_s > 0 else before
 
 
 def _wake(rows: Sequence[_Row], line: Line, sharing: Sharing, *, is_prompt: bool) -> float:

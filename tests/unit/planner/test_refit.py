@@ -56,15 +56,36 @@ def test_steps_that_fit_are_left_as_they_are() -> None:
     before = measured(TRUE, Sharing((1.5,), (1.5,)))
     after, changes = refitted(before, [(Observed(steps(TRUE)), ())])
     assert after == before
-    (change,) = changes
-    assert (change.part, change.is_taken) == ("steps", False)
-    assert change.before < 0.01
+    assert [(change.part, change.is_taken) for change in changes] == [("steps", False), ("interruptions", False)]
+    assert all(change.before < 0.01 for change in changes)
+
+
+def test_what_interrupts_steps_is_taken_and_the_line_stays() -> None:
+    """One decode in six takes 13 times as long."""
+    found = tuple(
+        each._replace(turn_s=13 * each.turn_s) if number % 9 == 3 else each for number, each in enumerate(steps(TRUE))
+    )
+    # One after the other, as late as it makes them.
+    at_s = 0.0
+    recorded = []
+    for each in found:
+        at_s += each.turn_s
+        recorded.append(each._replace(ended_s=at_s))
+    before = measured(TRUE)
+    after, (change, pace) = refitted(before, [(Observed(tuple(recorded)), ())])
+    assert (change.is_taken, pace.is_taken, pace.after) == (False, True, pytest.approx(0, abs=1e-9))
+    assert after.line == before.line
+    assert after.pace.prompt == pytest.approx(1.0)
+    decodes = [(each.turn_s, TRUE.step_s(each.shape)) for each in recorded if each.shape.num_decoding]
+    assert after.pace.decode == pytest.approx(sum(took for took, _ in decodes) / sum(alone for _, alone in decodes))
+    # The run's own prediction is then left as it is.
+    assert refitted(after, [(Observed(tuple(recorded)), ())])[0] == after
 
 
 def test_steps_of_a_slower_node_are_taken_and_sharing_that_the_run_does_not_show_stays() -> None:
     slower = Line(*(2 * getattr(TRUE, name) for name in Line.__slots__))
     before = measured(TRUE, Sharing((1.5,), (1.5,)))
-    after, (change,) = refitted(before, [(Observed(steps(slower)), ())])
+    after, (change, _) = refitted(before, [(Observed(steps(slower)), ())])
     assert change.is_taken
     assert change.before == pytest.approx(0.5, abs=0.01)
     assert change.after < change.before
@@ -81,14 +102,14 @@ def test_transfers_and_requests_are_taken_where_they_fit_better() -> None:
     answers = tuple(answer(number, 0.25) for number in range(4))
     after, changes = refitted(measured(TRUE), [(Observed(steps(TRUE), moves, relays), answers)])
     assert {change.part: change.is_taken for change in changes} == {
-        "steps": False, "transfers": True, "messages": False, "requests": True,
+        "steps": False, "interruptions": False, "transfers": True, "messages": False, "requests": True,
     }  # fmt: skip
     assert after.transfers is not None
     assert after.transfers.latency_s == pytest.approx(0.005, rel=0.01)
     assert after.requests.fixed_s == pytest.approx(0.051)
     # A router that forgot some says nothing of the others.
     short = Observed(steps(TRUE), (), relays[:-1])
-    assert [change.part for change in refitted(measured(TRUE), [(short, answers)])[1]] == ["steps"]
+    assert [change.part for change in refitted(measured(TRUE), [(short, answers)])[1]] == ["steps", "interruptions"]
 
 
 def test_messages_that_wait_for_nodes_that_compute_are_taken() -> None:
