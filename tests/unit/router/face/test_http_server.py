@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import httptools
@@ -369,6 +370,49 @@ async def test_a_client_that_leaves_while_no_token_comes_is_noticed(folder: Path
         await until(lambda: router.dispatcher.scheduler.num_in_flight == 0)
         for node in cluster.nodes.values():
             node.resume()
+
+
+LONG_PROMPT = {"prompt": [5] * 1500, "max_tokens": 500, "min_tokens": 500}
+# A long prompt takes half a minute, in steps of 0.16 s.
+SLOW_PROMPTS = replace(SLOW, prefill_token_s=0.02, max_batch_tokens=8)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_while_its_prompt_is_computed_takes_it_along(folder: Path, stream: bool) -> None:
+    async with served(folder, SLOW_PROMPTS) as (router, cluster):
+        wire = await Wire.open(router)
+        wire.send(post({**LONG_PROMPT, "stream": stream}))
+        await until(lambda: cluster.nodes["prefill-0"].used_blocks > 0)
+        wire.writer.close()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0 and cluster.used_blocks == 0, timeout_s=10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_in_mid_transfer_takes_it_along(folder: Path, stream: bool) -> None:
+    async with served(folder, replace(SLOW, transfer_s=30.0)) as (router, cluster):
+        wire = await Wire.open(router)
+        wire.send(post({**ENDLESS, "stream": stream}))
+        await until(lambda: cluster.nodes["prefill-0"].script.seen["prefill_done"] == 1)
+        if stream:
+            await wire.reader.readuntil(b"\n\n")
+        wire.writer.close()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0 and cluster.used_blocks == 0, timeout_s=10)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_leaves_the_queue_is_not_served(folder: Path, stream: bool) -> None:
+    # Blocks for one of them.
+    async with served(folder, replace(SLOW_PROMPTS, num_blocks=130)) as (router, cluster):
+        first, second = [await Wire.open(router) for _ in range(2)]
+        first.send(post({**LONG_PROMPT, "stream": True}))
+        await until(lambda: cluster.nodes["prefill-0"].used_blocks > 0)
+        second.send(post({**LONG_PROMPT, "stream": stream}))
+        await until(lambda: router.dispatcher.scheduler.num_waiting == 1)
+        second.writer.close()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 1, timeout_s=10)
+        assert router.dispatcher.scheduler.num_waiting == 0
+        first.writer.close()
+        await until(lambda: router.dispatcher.scheduler.num_in_flight == 0 and cluster.used_blocks == 0, timeout_s=10)
 
 
 async def test_http_1_0_gets_no_chunks(folder: Path) -> None:
