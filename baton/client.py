@@ -28,15 +28,11 @@ from baton.access import AccessConfig
 from baton.channels import dial, dial_blocking
 from baton.chat import ChatMessage, Tool, ToolCall, ToolChoice
 from baton.chat_codec import choice_to_pb, message_to_pb, tool_to_pb
+from baton.grpc_errors import ERROR_CODE_KEY, error_of
 from baton.observe import FailedAttempt, Moved, Relay, Stamp
 from baton.resuming import Loss, ResumableStream
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
-
-# Trailing metadata: which error of baton.errors ended a call.
-ERROR_CODE_KEY = "baton-error-code"
-ERROR_PARAM_KEY = "baton-error-param"
-RETRY_AFTER_KEY = "baton-retry-after-s"
 
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 _OPTIONS = [
@@ -48,20 +44,6 @@ _OPTIONS = [
 ]
 # How long a stream without a router looks for one.
 PATIENCE_S = 30.0
-_CODE_TO_ERROR: Mapping[grpc.StatusCode, type[errors.BatonError]] = {
-    grpc.StatusCode.INVALID_ARGUMENT: errors.InvalidRequest,
-    grpc.StatusCode.NOT_FOUND: errors.UnknownModel,
-    grpc.StatusCode.RESOURCE_EXHAUSTED: errors.Overloaded,
-    grpc.StatusCode.UNAVAILABLE: errors.Unavailable,
-    grpc.StatusCode.FAILED_PRECONDITION: errors.Incompatible,
-    grpc.StatusCode.DEADLINE_EXCEEDED: errors.DeadlineExceeded,
-    grpc.StatusCode.CANCELLED: errors.Cancelled,
-    grpc.StatusCode.UNAUTHENTICATED: errors.Unauthenticated,
-    grpc.StatusCode.PERMISSION_DENIED: errors.Forbidden,
-}
-
-# What gRPC itself says, on either side, of messages and metadata over its limits: no later try fits better.
-_SIZE_REFUSALS = ("message larger than max", "metadata size exceeds")
 
 # Text, token ids, or chat messages; one of them may be (role, content).
 Prompt = str | Sequence[int] | Sequence[tuple[str, str] | ChatMessage]
@@ -654,22 +636,3 @@ def _calls(deltas: Sequence[CallDelta]) -> tuple[ToolCall, ...]:
         call = found.get(delta.index) or ToolCall(delta.call_id, delta.name, "")
         found[delta.index] = replace(call, arguments=call.arguments + delta.arguments)
     return tuple(found.values())
-
-
-def error_of(error: grpc.RpcError) -> errors.BatonError:
-    """The error that the other process raised; for a status from elsewhere the nearest one."""
-    if not isinstance(error, grpc.Call | aio.AioRpcError):
-        return errors.Unavailable(str(error))
-    trailing = error.trailing_metadata() or ()
-    metadata = {key: value for key, value in trailing if isinstance(value, str)}
-    message = error.details() or error.code().name
-    if ERROR_CODE_KEY in metadata:
-        found = errors.from_code(metadata[ERROR_CODE_KEY], message)
-    elif error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and any(words in message for words in _SIZE_REFUSALS):
-        found = errors.InvalidRequest(message)
-    else:
-        found = _CODE_TO_ERROR.get(error.code(), errors.InternalError)(message)
-    found.param = metadata.get(ERROR_PARAM_KEY)
-    if RETRY_AFTER_KEY in metadata:
-        found.retry_after_s = float(metadata[RETRY_AFTER_KEY])
-    return found

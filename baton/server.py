@@ -20,9 +20,9 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from baton import reflection
-from baton.client import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
 from baton.descriptors import num_allowed, shares
 from baton.errors import BadConfig, BatonError, InternalError, InvalidRequest, described
+from baton.grpc_errors import ERROR_CODE_KEY, ERROR_PARAM_KEY, RETRY_AFTER_KEY
 
 ERROR_DOMAIN = "baton"
 # A health name that stays SERVING while the process is well, also while it drains: for liveness probes.

@@ -16,7 +16,7 @@ from router.frontend.request import Caller, GenerationRequest
 from router.grammar.grammars import of_json_schema
 from router.openai.neutral import refuse_unless
 from router.openai.request import CommonBody
-from router.openai.structured import Asked as AskedForm
+from router.openai.structured import AskedForm
 from router.text.chat import THINKING, Conversation
 
 # Fields that are known and have no effect with null or with these values.

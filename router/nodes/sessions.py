@@ -20,12 +20,12 @@ from baton import PROTOCOL_VERSION, codec, errors
 from baton.access import OPEN, AccessConfig
 from baton.address import as_dialled
 from baton.channels import dial
-from baton.client import ERROR_CODE_KEY, error_of
 from baton.clock import Clock, MonotonicClock
 from baton.defects import Defects
 from baton.faults.faults import Faults
 from baton.faults.kinds import Layer, kind_of
 from baton.faults.line import Line
+from baton.grpc_errors import ERROR_CODE_KEY, error_of
 from baton.node_messages import NodeMessage, RouterMessage
 from baton.patience import patient_timeout
 from baton.types import NodeDescription, NodeStatus, Role

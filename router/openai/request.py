@@ -30,8 +30,7 @@ from router.frontend.request import Caller, GenerationRequest, PromptInput
 from router.openai.functions import ROLE as FUNCTION_ROLE
 from router.openai.functions import call_of_turn, choice_of_function, tools_of_functions, with_tool_turns
 from router.openai.neutral import UnknownFields, refuse_unless, take_neutral, unrecognized
-from router.openai.structured import Asked as AskedForm
-from router.openai.structured import grammar_of
+from router.openai.structured import AskedForm, grammar_of
 from router.openai.tools import calls_of, choice_of, tools_of
 from router.text.chat import Conversation
 

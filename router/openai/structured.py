@@ -10,7 +10,7 @@ from baton.errors import InvalidRequest, quoted
 from router.grammar import grammars
 
 
-class Asked(NamedTuple):
+class AskedForm(NamedTuple):
     """A grammar, and the field that it was made of; without one it is empty."""
 
     grammar: str = ""
@@ -34,8 +34,8 @@ _SCHEMA_FIELDS = ("name", "description", "schema", "strict")
 
 
 def grammar_of(
-    response_format: object, structured_outputs: object, guided: Mapping[str, object], *others: Asked
-) -> Asked:
+    response_format: object, structured_outputs: object, guided: Mapping[str, object], *others: AskedForm
+) -> AskedForm:
     """``guided``: vLLM's older fields by their names; ``others``: of an API's own fields. Raises InvalidRequest for
     what cannot be a grammar, and for two of them."""
     found = [*_of_format(response_format), *_of_structured(structured_outputs), *_of_guided(guided)]
@@ -45,10 +45,10 @@ def grammar_of(
             f"{found[0].param} and {found[1].param} both say what the answer is to be, expected one of them",
             param=found[1].param,
         )
-    return found[0] if found else Asked()
+    return found[0] if found else AskedForm()
 
 
-def of_schema_fields(fields: object, where: str) -> Asked:
+def of_schema_fields(fields: object, where: str) -> AskedForm:
     """OpenAI's {name, schema, strict, description}."""
     if not isinstance(fields, Mapping):
         raise InvalidRequest(f"{where} is {quoted(fields)}, expected an object with name and schema", param=where)
@@ -64,17 +64,17 @@ def of_schema_fields(fields: object, where: str) -> Asked:
     schema = fields.get("schema")
     if schema is None:
         raise InvalidRequest(f"{param} is missing, expected a JSON schema", param=param)
-    return Asked(grammars.of_json_schema(schema, is_strict, param=param), param)
+    return AskedForm(grammars.of_json_schema(schema, is_strict, param=param), param)
 
 
-def _of_format(wanted: object) -> list[Asked]:
+def _of_format(wanted: object) -> list[AskedForm]:
     if wanted is None:
         return []
     kind = wanted.get("type", "missing") if isinstance(wanted, Mapping) else wanted
     if kind == "text":
         return []
     if kind == "json_object":
-        return [Asked(grammars.of_json_object(param="response_format"), "response_format")]
+        return [AskedForm(grammars.of_json_object(param="response_format"), "response_format")]
     if kind == "json_schema" and isinstance(wanted, Mapping):
         return [of_schema_fields(wanted.get("json_schema"), "response_format.json_schema")]
     raise InvalidRequest(
@@ -83,7 +83,7 @@ def _of_format(wanted: object) -> list[Asked]:
     )
 
 
-def _of_structured(wanted: object) -> list[Asked]:
+def _of_structured(wanted: object) -> list[AskedForm]:
     if wanted is None:
         return []
     if not isinstance(wanted, Mapping):
@@ -97,9 +97,9 @@ def _of_structured(wanted: object) -> list[Asked]:
         param = f"structured_outputs.{name}"
         if name in _MAKERS:
             options = {"is_compact": is_compact} if name in _JSON else {}
-            found += [] if value is None else [Asked(_MAKERS[name](value, param=param, **options), param)]
+            found += [] if value is None else [AskedForm(_MAKERS[name](value, param=param, **options), param)]
         elif name == "json_object" and value is True:
-            found.append(Asked(grammars.of_json_object(param=param, is_compact=is_compact), param))
+            found.append(AskedForm(grammars.of_json_object(param=param, is_compact=is_compact), param))
         elif name == _COMPACT and value is True:
             _check_json(wanted)
         elif name not in _NEUTRAL or value not in (None, False):
@@ -117,9 +117,9 @@ def _check_json(wanted: Mapping[str, object]) -> None:
         raise InvalidRequest(f"{param} is true, expected {' or '.join(_JSON)} beside it", param=param)
 
 
-def _of_guided(wanted: Mapping[str, object]) -> list[Asked]:
+def _of_guided(wanted: Mapping[str, object]) -> list[AskedForm]:
     return [
-        Asked(_MAKERS[name.removeprefix("guided_")](value, param=name), name)
+        AskedForm(_MAKERS[name.removeprefix("guided_")](value, param=name), name)
         for name, value in wanted.items()
         if value is not None
     ]

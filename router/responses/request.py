@@ -18,8 +18,7 @@ from router.frontend.request import Caller, GenerationRequest
 from router.grammar.grammars import of_json_object
 from router.openai.neutral import refuse_unless
 from router.openai.request import CommonBody
-from router.openai.structured import Asked as AskedForm
-from router.openai.structured import of_schema_fields
+from router.openai.structured import AskedForm, of_schema_fields
 from router.text.chat import Conversation
 
 _MODES = {mode.value: mode for mode in CallMode}

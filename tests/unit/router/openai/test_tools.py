@@ -17,8 +17,9 @@ import pytest
 from rich.console import Console
 
 from baton.chat import CallMode, ChatMessage, Tool, ToolCall, ToolChoice
-from baton.client import AsyncClient, Client, Delta, Finished, Options, error_of
+from baton.client import AsyncClient, Client, Delta, Finished, Options
 from baton.errors import InvalidRequest
+from baton.grpc_errors import error_of
 from baton.v1 import router_pb2, router_pb2_grpc
 from cli import ask
 from router.frontend.request import Caller
