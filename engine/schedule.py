@@ -33,19 +33,18 @@ from bisect import bisect_left, insort
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from baton.errors import BadLogits, BatonError, InternalError, InvalidRequest, NoBlocks, Overloaded, described
 from baton.prefix import PrefixScheme
-from baton.types import Embedding, Failure, FinishReason, PromptLogprobs, SequenceSpec, TokenChunk, blocks_for
-from engine import plain_steps
+from baton.types import Failure, SequenceSpec, TokenChunk, blocks_for
+from engine import plain_steps, results
 from engine.admission import check_spec, joined_ids
 from engine.blocks import BlockPool, BlockState
 from engine.entry import Entry, Order, Phase, in_order
 from engine.events import EngineEvent, Failed, Handoff, Output, PrefillTimes, Started
 from engine.list_masks import ListMask
 from engine.plain_steps import PlainSteps, Stretch
-from engine.pooling import Pool
 from engine.prefix_cache import PrefixCache
 from engine.scheduler_config import SchedulerConfig
 from engine.step import Piece, Sequence, StepPlan, StepResult, StepShape, TokenMask
@@ -457,7 +456,7 @@ class Scheduler:
         if sequence.sequence_id in last:
             sequence.token_ids[-1] = last_id
         token_id, index = sequence.token_ids[-1], sequence.num_generated - 1
-        reason = _finish_reason(sequence, token_id)
+        reason = results.finish_reason(sequence, token_id)
         if reason is not None:
             self._retire(entry, now)
         return Output(
@@ -771,54 +770,30 @@ class Scheduler:
     def _take_in(self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float) -> None:
         entry.sequence.num_computed += piece.num_tokens
         entry.num_computed_total += piece.num_tokens
-        if entry.sequence.pool is not None:
-            self._take_hidden(entry, entry.sequence.pool, piece, result, events, now)
-        elif piece.scored:
-            self._take_scores(entry, piece, result, events, now)
-        if entry.phase is Phase.ENDED:
+        # What the runner computed for one sequence, or failed to compute, changes no other.
+        try:
+            self._take_results(entry, piece, result, events, now)
+        except Exception as error:
+            events.append(self._failed(entry, self._known(entry, error), now))
             return
         if not piece.samples:
             self.prefix_cache.store(entry)
-            return
-        # What the runner drew for one sequence, or failed to draw, changes no other.
-        try:
-            drawn = result.sampled.get(entry.sequence_id)
-            if drawn is None:
-                raise result.failed.get(entry.sequence_id) or InternalError("the runner returned no token")
-            events.append(self._advance(entry, drawn, now))
-        except Exception as error:
-            events.append(self._failed(entry, self._known(entry, error), now))
 
-    def _take_hidden(
-        self, entry: Entry, pool: Pool, piece: Piece, result: StepResult, events: list[EngineEvent], now: float
-    ) -> None:
-        sequence, rows = entry.sequence, result.hidden.get(entry.sequence_id)
-        try:
-            expected, found = len(piece.scored) + piece.samples, 0 if rows is None else len(rows)
-            if expected != found:
-                raise InternalError(f"the runner returned {found} hidden states, expected {expected}")
-            if rows is not None:
-                pool.add(rows)
-            if piece.samples:
-                events.append(Embedding(entry.sequence_id, pool.values()))
-                sequence.pool = None
-        except Exception as error:
-            events.append(self._failed(entry, self._known(entry, error), now))
-            return
-        _note_scored(sequence, piece)
-
-    def _take_scores(
+    def _take_results(
         self, entry: Entry, piece: Piece, result: StepResult, events: list[EngineEvent], now: float
     ) -> None:
-        sequence, reports = entry.sequence, result.scored.get(entry.sequence_id, ())
-        if len(reports) != len(piece.scored):
-            error = result.failed.get(entry.sequence_id) or InternalError(
-                f"the runner scored {len(reports)} positions, expected {len(piece.scored)}"
-            )
-            events.append(self._failed(entry, self._known(entry, error), now))
-            return
-        events.append(PromptLogprobs(entry.sequence_id, piece.scored.start + 1, reports))
-        _note_scored(sequence, piece)
+        sequence, name = entry.sequence, entry.sequence_id
+        if sequence.pool is not None:
+            embedding = results.take_hidden(sequence, sequence.pool, piece, result.hidden.get(name))
+            if embedding is not None:
+                events.append(embedding)
+        elif piece.scored:
+            events.append(results.take_scores(sequence, piece, result.scored.get(name, ()), result.failed.get(name)))
+        if piece.samples:
+            drawn = result.sampled.get(name)
+            if drawn is None:
+                raise result.failed.get(name) or InternalError("the runner returned no token")
+            events.append(self._advance(entry, drawn, now))
 
     def _known(self, entry: Entry, error: Exception) -> BatonError:
         if isinstance(error, BatonError):
@@ -827,7 +802,7 @@ class Scheduler:
         return InternalError(f"drawing or taking in a token: {described(error)}")
 
     def _advance(self, entry: Entry, drawn: TokenChunk, now: float) -> Output:
-        chunk = self._append(entry.sequence, drawn)
+        chunk = results.take_drawn(entry.sequence, drawn, self.config.block_tokens)
         if len(chunk.token_ids) > 1:
             entry.overtake()
         self.prefix_cache.store(entry)
@@ -844,27 +819,6 @@ class Scheduler:
         elif not entry.hands_off:
             self.pool.move(entry.sequence_id, BlockState.RUNNING, now)
         return Output(entry.sequence_id, chunk, times)
-
-    def _append(self, sequence: Sequence, drawn: TokenChunk) -> TokenChunk:
-        """Add the drawn tokens up to the first that ends the sequence; returns those, with how it ended."""
-        if drawn.index != sequence.num_generated or not drawn.token_ids:
-            raise InternalError(
-                f"the runner drew {len(drawn.token_ids)} tokens at index {drawn.index}, expected at least one at "
-                f"{sequence.num_generated}"
-            )
-        room = len(sequence.block_ids) * self.config.block_tokens
-        if sequence.num_computed + len(drawn.token_ids) - 1 > room:
-            raise InternalError(f"the runner drew {len(drawn.token_ids)} tokens, more than the KV blocks have room for")
-        for count, token_id in enumerate(drawn.token_ids, start=1):
-            sequence.token_ids.append(token_id)
-            finish = _finish_reason(sequence, token_id)
-            if finish is not None:
-                drawn = replace(
-                    drawn, token_ids=drawn.token_ids[:count], logprobs=drawn.logprobs[:count], finish_reason=finish
-                )
-                break
-        sequence.num_computed = len(sequence.token_ids) - 1
-        return drawn
 
     def _hand_off(self, entry: Entry, now: float) -> Handoff:
         self._active.remove(entry)
@@ -904,12 +858,6 @@ class Scheduler:
         self._gone.append(entry.sequence_id)
 
 
-def _note_scored(sequence: Sequence, piece: Piece) -> None:
-    if piece.scored:
-        end = piece.scored.stop
-        sequence.first_scored = end if end < len(sequence.spec.prompt_token_ids) - 1 else sys.maxsize
-
-
 def _decodes_next(entry: Entry) -> bool:
     """One whose mask waits for the host, or whose pieces under way will be dropped, sits out the step that is planned
     ahead: the others need not wait with it."""
@@ -925,15 +873,3 @@ def final_blocks(sequence: Sequence, num_computed: int, block_tokens: int) -> in
     if num_computed >= sequence.spec.num_known_tokens:
         return blocks_for(sequence.spec.num_known_tokens, block_tokens)
     return num_computed // block_tokens
-
-
-def _finish_reason(sequence: Sequence, token_id: int) -> FinishReason | None:
-    """``token_id`` was just appended to ``sequence``."""
-    sampling = sequence.spec.sampling
-    if token_id in sampling.stop_token_ids and sequence.num_generated > sampling.min_tokens:
-        return FinishReason.STOP
-    if sequence.token_mask is not None and sequence.token_mask.is_over(sequence.token_ids):
-        return FinishReason.STOP
-    if sequence.num_generated == sampling.max_tokens:
-        return FinishReason.LENGTH
-    return None
