@@ -34,7 +34,8 @@ from router.config import LimitsConfig, RouterConfig
 from router.dispatch.dispatcher import Dispatcher
 from router.face.grpc import GrpcFace
 from router.face.http import HttpFace
-from router.face.http_server import ConnectionLimits, HttpServer
+from router.face.http_connection import ConnectionLimits
+from router.face.http_server import HttpServer
 from router.face.keys import HttpGuard, Keys
 from router.frontend.frontend import Frontend
 from router.grammar.check import GrammarCheck

@@ -13,7 +13,7 @@ from pathlib import Path
 import httptools
 import pytest
 
-from router.face.http_server import Connection
+from router.face.http_connection import Connection
 from router.serve import Router
 from tests.support.fake_nodes import FakeConfig
 from tests.support.http_wire import Wire, asked, get, parsed, post, served
