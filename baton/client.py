@@ -31,6 +31,7 @@ from baton.chat_codec import choice_to_pb, message_to_pb, tool_to_pb
 from baton.grpc_errors import ERROR_CODE_KEY, error_of
 from baton.observe import FailedAttempt, Moved, Relay, Stamp
 from baton.resuming import Loss, ResumableStream
+from baton.tls import dialling_context
 from baton.types import DEFAULTED_SAMPLING, FinishReason, PositionLogprobs, Role, SamplingParams, Slo
 from baton.v1 import router_pb2, router_pb2_grpc
 
@@ -41,6 +42,12 @@ _OPTIONS = [
     # A router that is back is found soon.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # A router's machine may end or vanish without a word: without an answer to a ping its calls end. Routers allow a
+    # ping each 5 s.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    # Else gRPC stops after two, as a stream's client sends nothing.
+    ("grpc.http2.max_pings_without_data", 0),
 ]
 # How long a stream without a router looks for one.
 PATIENCE_S = 30.0
@@ -450,7 +457,10 @@ def _move_from_pb(message: router_pb2.Relay.Moved) -> Moved:
 
 
 def _trusting(tls_ca: str | Path | None, tls_name: str) -> AccessConfig:
-    return AccessConfig(tls_ca=None if tls_ca is None else Path(tls_ca), tls_name=tls_name)
+    access = AccessConfig(tls_ca=None if tls_ca is None else Path(tls_ca), tls_name=tls_name)
+    # gRPC would say that the router cannot be reached.
+    dialling_context(access)
+    return access
 
 
 def _credentials(api_key: str) -> tuple[tuple[str, str], ...]:

@@ -350,6 +350,27 @@ _NO_ANSWER_IN_TIME = "Deadline Exceeded"
 _NOTHING_THERE = ("failed to connect", "DNS resolution failed", "errors resolving")
 
 
+# What gRPC says of a port that answers and does not talk of TLS as we do.
+_UNTRUSTED = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification Check failed")
+_NO_TLS = "WRONG_VERSION_NUMBER"
+_OTHER_PROTOCOL = ("Socket closed", "missing selected ALPN")
+
+
+def _hint(address: str, message: str) -> str:
+    ca = environment.trust()["tls_ca"]
+    if any(reason in message for reason in _UNTRUSTED):
+        return (
+            f"the certificate of {address} is not one that BATON_TLS_CA ({ca}) vouches for, or names another host "
+            f"(BATON_TLS_NAME): {message}"
+        )
+    if _NO_TLS in message:
+        return f"{address} speaks no TLS, which BATON_TLS_CA ({ca}) asks for: unset it, or look at the port ({message})"
+    if any(reason in message for reason in _OTHER_PROTOCOL):
+        tls = " with TLS?" if ca else "? One with TLS needs BATON_TLS_CA, the file of its authority"
+        return f"{address} takes connections and speaks otherwise; is it the gRPC port of a router{tls} ({message})"
+    return f"no answer from a router at {address} ({message}); `{program()} up --model MODEL` starts one"
+
+
 @contextlib.contextmanager
 def _client(address: str, api_keys: str, admin_key: str = "") -> Iterator[Client]:
     parse_address(address, "--router", lowest_port=1)
@@ -360,8 +381,7 @@ def _client(address: str, api_keys: str, admin_key: str = "") -> Iterator[Client
         except Unavailable as error:
             if not any(reason in error.message for reason in _NOTHING_THERE):
                 raise
-            hint = f"no answer from a router at {address} ({error.message}); `{program()} up --model MODEL` starts one"
-            raise Unavailable(hint) from error
+            raise Unavailable(_hint(address, error.message)) from error
         except DeadlineExceeded as error:
             if error.message != _NO_ANSWER_IN_TIME:
                 raise

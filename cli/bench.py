@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cli import loads, preflight
+from cli.environment import trust
 from cli.options import finite, path
 from cli.show import wide_console
 from cli.usage import Commands
@@ -106,6 +107,6 @@ def serve(
     job = Job(
         urls=tuple(url or ()), shapes=tuple(map(Shape.parse, cluster or ())), plan=plan, model=model,
         headers=headers_of(header or (), api_key), extra=extra_of(extra), rounds=rounds, minutes=minutes,
-        limits=limits, has_alone=alone,
+        limits=limits, has_alone=alone, **trust(),
     )  # fmt: skip
     perform(job, wide_console(), output, csv, picture)

@@ -50,6 +50,7 @@ def make(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
     NAME.pem is in NAME.key. An authority that is in the folder already signs them, else one is made. A certificate that
     is there is replaced. Raises BadConfig."""
     names = [_checked(host) for host in hosts]
+    _check_files(folder, names)
     program = shutil.which("openssl")
     if program is None:
         raise NoProgram("there is no program openssl, which makes certificates: install it (package openssl)")
@@ -57,7 +58,7 @@ def make(folder: Path, hosts: Sequence[str], days: int) -> list[Path]:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as scratch:
             maker = _Maker(program, folder, Path(scratch), days)
-            if not ((folder / CA_CERT).exists() and (folder / CA_KEY).exists()):
+            if not (folder / CA_CERT).exists():
                 maker.make_authority()
             return [maker.make_certificate(each) for each in names]
     except OSError as error:
@@ -71,6 +72,29 @@ def _checked(host: str) -> list[str]:
             expected = "names of hosts or their addresses, joined by commas"
             raise BadConfig(f"--host is {quoted(host)}, expected {expected}", param="--host")
     return names
+
+
+def _check_files(folder: Path, names: Sequence[Sequence[str]]) -> None:
+    """No file may be written over another one. Raises BadConfig."""
+    stems = [_stem(each) for each in names]
+    for stem in stems:
+        if f"{stem}.pem" == CA_CERT:
+            expected = f"another name before it: the file {CA_CERT} is the authority's"
+            raise BadConfig(f"--host is {quoted(stem)}, expected {expected}", param="--host")
+        if stems.count(stem) > 1:
+            expected = "another name first in each, as files are called by it"
+            raise BadConfig(f"--host begins with {quoted(stem)} more than once, expected {expected}", param="--host")
+    found = [name for name in (CA_CERT, CA_KEY) if (folder / name).exists()]
+    if len(found) == 1:
+        missing = CA_KEY if found == [CA_CERT] else CA_CERT
+        raise BadConfig(
+            f"{folder} has {found[0]} and no {missing}, expected both of an authority or neither: nothing is replaced",
+            param="DIR",
+        )
+
+
+def _stem(names: Sequence[str]) -> str:
+    return names[0].replace("*", "_")
 
 
 def _is_address(name: str) -> bool:
@@ -96,7 +120,7 @@ class _Maker:
         self._keep(key, cert)
 
     def make_certificate(self, names: list[str]) -> Path:
-        stem = names[0].replace("*", "_")
+        stem = _stem(names)
         config = self._config(names[0][:_MAX_COMMON_NAME_CHARS], names)
         key, request, cert = (self._scratch / f"{stem}{end}" for end in (".key", ".csr", ".pem"))
         self._run("req", "-new", *_NEW_KEY, "-config", config, "-keyout", key, "-out", request)

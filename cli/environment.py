@@ -9,17 +9,21 @@ from pathlib import Path
 from typing import TypedDict
 
 from baton.access import CLUSTER_KEY_VARIABLE, AccessConfig
+from baton.tls import dialling_context
 
 
 def access(variables: Mapping[str, str] = os.environ) -> AccessConfig:
     """To call workers, and the health of any process. Raises BadConfig."""
-    return AccessConfig(
+    found = AccessConfig(
         cluster_key=variables.get(CLUSTER_KEY_VARIABLE, ""),
         tls_cert=_path(variables, "BATON_TLS_CERT"),
         tls_key=_path(variables, "BATON_TLS_KEY"),
         tls_ca=_path(variables, "BATON_TLS_CA"),
         tls_name=variables.get("BATON_TLS_NAME", ""),
     )
+    # gRPC would say that the process cannot be reached.
+    dialling_context(found)
+    return found
 
 
 class Trust(TypedDict):

@@ -11,6 +11,7 @@ from baton.client import AsyncClient, relay_from_pb
 from baton.errors import BadConfig, Unavailable
 from baton.types import NodeDescription, NodeStatus, TransferReport
 from baton.v1 import node_pb2, router_pb2
+from cli.environment import trust
 from engine.step import StepShape
 from loadgen.client import Server
 from planner.observed import Observed
@@ -52,8 +53,8 @@ class Live:
 
 
 async def live(client: AsyncClient, address: str, *, is_idle: bool = True) -> Live:
-    """``address``: of the router; ``is_idle``: it has to be. Raises Unavailable if no node is ready or others use the
-    cluster, BadConfig if its nodes differ, or it has no HTTP."""
+    """``address``: of the router, which has TLS on both faces or on none; ``is_idle``: it has to be. Raises Unavailable
+    if no node is ready or others use the cluster, BadConfig if its nodes differ, or it has no HTTP."""
     status = await client.status()
     ready = [state for state in status.nodes if state.state.startswith("ready")]
     if not ready:
@@ -75,7 +76,10 @@ async def live(client: AsyncClient, address: str, *, is_idle: bool = True) -> Li
             "with --http-port",
             param="router",
         )
-    server = Server.parse(f"http://{join_address(host_of(address).strip('[]'), status.http_port)}")
+    trusts = trust()
+    scheme = "http" if trusts["tls_ca"] is None else "https"
+    http = f"{scheme}://{join_address(host_of(address).strip('[]'), status.http_port)}"
+    server = Server.parse(http, **trusts)
     return Live(client, server, nodes, tuple(codec.status_from_pb(state.status) for state in ready))
 
 

@@ -13,12 +13,15 @@ import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httptools
 
 from baton.errors import BadConfig, quoted
+from baton.tls import load_authority
 from loadgen.load import Request
 
 _READ_BYTES = 1 << 16
@@ -34,9 +37,12 @@ class Server:
     port: int
     path: str = ""
     is_tls: bool = False
+    # With TLS: an authority to believe beside the system's, and the name in the certificate if it is not ``host``.
+    tls_ca: Path | None = None
+    tls_name: str = ""
 
     @classmethod
-    def parse(cls, url: str) -> Server:
+    def parse(cls, url: str, tls_ca: Path | None = None, tls_name: str = "") -> Server:
         """Raises BadConfig."""
         try:
             parts = urlsplit(url)
@@ -47,7 +53,19 @@ class Server:
             raise BadConfig(f"the URL is {quoted(url)}, expected http://HOST:PORT or https://HOST:PORT", param="url")
         is_tls = parts.scheme == "https"
         path = parts.path.rstrip("/").removesuffix("/v1")
-        return cls(parts.hostname, port or (443 if is_tls else 80), path, is_tls)
+        found = cls(parts.hostname, port or (443 if is_tls else 80), path, is_tls, tls_ca, tls_name)
+        if is_tls:
+            _context(tls_ca)
+        return found
+
+
+@lru_cache(maxsize=16)
+def _context(ca: Path | None) -> ssl.SSLContext:
+    """Once for all requests: reading the system's authorities takes tens of milliseconds. Raises BadConfig."""
+    context = ssl.create_default_context()
+    if ca is not None:
+        load_authority(context, ca)
+    return context
 
 
 class Reply:
@@ -113,8 +131,10 @@ async def exchange(
     server: Server, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> AsyncIterator[Reply]:
     """One request on a connection of its own. Raises OSError."""
-    context = ssl.create_default_context() if server.is_tls else None
-    reader, writer = await asyncio.open_connection(server.host, server.port, ssl=context, limit=_READ_BYTES)
+    trust: dict[str, Any] = {}
+    if server.is_tls:
+        trust = {"ssl": _context(server.tls_ca), "server_hostname": server.tls_name or server.host}
+    reader, writer = await asyncio.open_connection(server.host, server.port, limit=_READ_BYTES, **trust)
     try:
         lines = {
             "Host": f"{server.host}:{server.port}", "Connection": "close", "Content-Type": "application/json",

@@ -49,6 +49,9 @@ class Job:
     minutes: float | None = None
     # Whether single requests are measured first, for the nine objectives.
     has_alone: bool = True
+    # Of https:// servers, as in Server.
+    tls_ca: Path | None = None
+    tls_name: str = ""
 
     def __post_init__(self) -> None:
         if not self.urls and not self.shapes:
@@ -62,7 +65,7 @@ class Job:
     async def run(self, console: Console) -> Comparison:
         """Raises BadConfig for what cannot be sent, before anything is, and Unavailable."""
         self.plan.loads()
-        named = named_servers(self.urls)
+        named = named_servers(self.urls, self.tls_ca, self.tls_name)
         async with AsyncExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="baton-bench-")))
             for shape in self.shapes:
@@ -71,7 +74,8 @@ class Job:
             targets = [await self._target(name, server, {}) for name, server in named.items()]
             for cluster in clusters:
                 about = {"options": shlex.join(cluster.shape.options)}
-                targets.append(await self._target(cluster.shape.name, Server.parse(cluster.http), about))
+                server = Server.parse(cluster.http, self.tls_ca, self.tls_name)
+                targets.append(await self._target(cluster.shape.name, server, about))
             return await self.measure(tuple(targets), console)
 
     async def measure(self, targets: tuple[Target, ...], console: Console) -> Comparison:
@@ -100,7 +104,7 @@ class Job:
         return Target(name, server, Asking(model, self.headers, self.extra), about)
 
 
-def named_servers(urls: Sequence[str]) -> dict[str, Server]:
+def named_servers(urls: Sequence[str], tls_ca: Path | None = None, tls_name: str = "") -> dict[str, Server]:
     """Raises BadConfig."""
     named: dict[str, Server] = {}
     for text in urls:
@@ -110,7 +114,7 @@ def named_servers(urls: Sequence[str]) -> dict[str, Server]:
         name = found[1] or found[2]
         if name in named:
             raise BadConfig(f"--url: two servers are called {quoted(name)}, expected different names", param="--url")
-        named[name] = Server.parse(found[2])
+        named[name] = Server.parse(found[2], tls_ca, tls_name)
     return named
 
 

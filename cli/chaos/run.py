@@ -29,6 +29,7 @@ from cli.chaos.options import ChaosOptions
 from cli.chaos.report import Asked, Report, Struck
 from cli.chaos.verdict import Heard, Outcome, judged, verdict
 from cli.chaos.watch import Watch
+from cli.environment import Trust
 from cli.launch import cluster
 from cli.launch.options import ClusterOptions
 from loadgen import machine
@@ -128,9 +129,11 @@ class _Experiment:
     async def _follow(self, faces: Sequence[cluster.Endpoints], stop: Callable[[], None]) -> Report:
         try:
             async with AsyncExitStack() as stack:
-                clients = [AsyncClient(face.grpc, api_key=self._operators_key()) for face in faces]
+                access = self._options.access
+                trusts = Trust(tls_ca=access.tls_ca, tls_name=access.tls_name)
+                clients = [AsyncClient(face.grpc, api_key=self._operators_key(), **trusts) for face in faces]
                 routers = [await stack.enter_async_context(client) for client in clients]
-                return await self._experiment([Server.parse(face.http) for face in faces], routers)
+                return await self._experiment([Server.parse(face.http, **trusts) for face in faces], routers)
         finally:
             stop()
 

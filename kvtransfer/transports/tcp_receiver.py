@@ -26,6 +26,8 @@ from kvtransfer.transports.tcp_tls import receive, secured
 
 _MAX_FRAME_BYTES = 64 << 20
 _MAX_STREAMS = 64
+# Connections that have not shown their token. With more, the one that has been at it for longest is given up.
+_MAX_GREETINGS = 256
 _SCRATCH_BYTES = 256 << 10
 _HELLO_TIMEOUT_S = 5.0
 # A pause after an accept that failed; out of descriptors it would fail again at once.
@@ -73,7 +75,8 @@ class TcpPlane:
         self._listen_host = site.listen_host or site.advertised_host.strip("[]")
         self._listener: socket.socket | None = None
         self._accepting: asyncio.Task[None] | None = None
-        self._greetings: set[asyncio.Task[None]] = set()
+        # The oldest first.
+        self._greetings: dict[asyncio.Task[None], None] = {}
         self._threads: set[threading.Thread] = set()
         # Shared with the stream threads.
         self._lock = threading.Lock()
@@ -111,12 +114,16 @@ class TcpPlane:
                 logging.getLogger(__name__).debug("a data stream was not accepted: %s", error)
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
-            if len(self._greetings) >= _MAX_STREAMS:
-                connection.close()
-                continue
+            while len(self._greetings) >= _MAX_GREETINGS:
+                # Connections without a token, silent as long as they may be, keep none out that has one.
+                oldest = next(iter(self._greetings))
+                del self._greetings[oldest]
+                oldest.cancel()
             task = loop.create_task(self._greet(connection))
-            self._greetings.add(task)
-            task.add_done_callback(self._greetings.discard)
+            self._greetings[task] = None
+            task.add_done_callback(lambda done: self._greetings.pop(done, None))
+            # Those that wait are accepted without a turn of the loop; and a greeting that has begun closes its socket.
+            await asyncio.sleep(0)
 
     async def _greet(self, connection: socket.socket) -> None:
         raw = bytearray()

@@ -94,13 +94,18 @@ class _Uvicorn(uvicorn.Server):
                 loop.call_exception_handler(context)
                 await asyncio.sleep(_ACCEPT_AGAIN_S)
                 continue
-            if len(self._handshakes) >= _MAX_HANDSHAKES:
-                next(iter(self._handshakes)).cancel()
+            while len(self._handshakes) >= _MAX_HANDSHAKES:
+                oldest = next(iter(self._handshakes))
+                # Not counted any more, though it ends in the loop's next turn.
+                del self._handshakes[oldest]
+                oldest.cancel()
             self._begin(connection, certificates.context())
+            # Those that wait are accepted without a turn of the loop: a thousand would hold up all that runs on it.
+            await asyncio.sleep(0)
 
     def _begin(self, connection: socket.socket, context: ssl.SSLContext) -> None:
         def ended(done: asyncio.Task[None]) -> None:
-            del self._handshakes[done]
+            self._handshakes.pop(done, None)
             if done.cancelled():
                 connection.close()
 

@@ -58,3 +58,31 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BadConfig, match=f"{tmp_path}/file"):
         certs.make(tmp_path / "file" / "pki", ["a"], 1)
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["fine", "ca"], r"^--host is 'ca', expected another name before it: the file ca.pem is the authority's"),
+        (["ca,fine"], r"^--host is 'ca'"),
+        (["a,b", "a,c"], r"^--host begins with 'a' more than once"),
+        (["*.a", "_.a"], r"^--host begins with '_.a' more than once"),
+    ],
+)
+def test_no_file_is_written_over_another_one(tmp_path: Path, hosts: list[str], expected: str) -> None:
+    make_certificates(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(BadConfig, match=expected):
+        certs.make(tmp_path, hosts, 1)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert certs.make(tmp_path, ["b,ca"], 1) == [tmp_path / "b.pem"]
+
+
+@pytest.mark.parametrize("missing", [certs.CA_CERT, certs.CA_KEY])
+def test_half_an_authority_is_not_replaced(tmp_path: Path, missing: str) -> None:
+    make_certificates(tmp_path)
+    (tmp_path / missing).unlink()
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(BadConfig, match=f"no {missing}, expected both of an authority or neither"):
+        certs.make(tmp_path, ["b"], 1)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before

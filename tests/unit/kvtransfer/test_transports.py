@@ -123,6 +123,21 @@ async def test_tcp_fills_the_lease_and_refuses_every_frame_outside_of_it() -> No
         assert s.gone == [1]
 
 
+async def test_silent_streams_without_a_token_keep_none_out_that_has_one() -> None:
+    async with streams() as s:
+        host, port = s.endpoint.split(":")
+        # Without a turn of the loop in between: all of them wait when the listener is next asked.
+        silent = [socket.create_connection((host, int(port)), 5) for _ in range(200)]
+        silent += [await asyncio.to_thread(socket.create_connection, (host, int(port)), 5) for _ in range(200)]
+        with await s.connect() as stream:
+            assert await asyncio.to_thread(stream.recv, 1) == b"\1"
+            s.plane.open_epoch(1, 9, (0, 1))
+            await s.settled(stream)
+        assert await asyncio.to_thread(silent[0].recv, 1) == b"", "the oldest made room"
+        for each in silent:
+            each.close()
+
+
 async def test_tcp_is_not_quiet_while_a_frame_is_half_received() -> None:
     async with streams() as s:
         with await s.connect() as stream:

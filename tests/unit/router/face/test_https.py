@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import socket
 import ssl
@@ -20,6 +21,7 @@ import pytest
 import baton
 from baton import errors
 from baton.access import AccessConfig
+from router.http_server import _MAX_HANDSHAKES
 from router.serve import Router
 from tests.support.certificates import make_certificates
 from tests.support.fake_nodes import FakeCluster
@@ -97,6 +99,29 @@ async def connected(router: Router) -> socket.socket:
     found.setblocking(False)
     await asyncio.get_running_loop().sock_connect(found, (url.hostname, url.port))
     return found
+
+
+async def test_a_thousand_connections_at_once_hold_up_nothing(access: AccessConfig) -> None:
+    def handshakes() -> int:
+        return sum(task.get_name() == "handshake" for task in asyncio.all_tasks())
+
+    async with serving(access) as (router, client):
+        url = urlsplit(router.http or "")
+        # Without a turn of the loop in between: all of them wait when the listener is next asked.
+        waiting = [socket.create_connection((url.hostname, url.port), 10) for _ in range(1000)]
+        counts = [handshakes()]
+        async with asyncio.timeout(60):
+            while counts[-1] < _MAX_HANDSHAKES:
+                await asyncio.sleep(0)
+                counts.append(handshakes())
+            assert max(b - a for a, b in itertools.pairwise(counts)) <= 1, "a turn of the loop accepts one"
+            for _ in range(1000):
+                await asyncio.sleep(0)
+                # One more has been told to end.
+                assert handshakes() <= _MAX_HANDSHAKES + 1
+            assert (await client.get("/health")).status_code == 200
+        for each in waiting:
+            each.close()
 
 
 async def test_silent_and_plain_connections_keep_no_client_out(
