@@ -21,7 +21,7 @@ import pytest
 import baton
 from baton import errors
 from baton.access import AccessConfig
-from router.http_server import _MAX_HANDSHAKES
+from router.face.http_server import _MAX_HANDSHAKES
 from router.serve import Router
 from tests.support.certificates import make_certificates
 from tests.support.fake_nodes import FakeCluster
