@@ -392,8 +392,9 @@ def lease_to_pb(lease: Lease) -> pb.Lease:
 
 def failure_from_pb(msg: pb.Failure) -> Failure:
     """A code outside the error tree is an InternalError: codes are labels of metrics, which no peer may make."""
-    error = errors.from_code(msg.code, msg.message)
-    return Failure(error.code, error.message, msg.retryable, errors.shortened(msg.blamed_node_id, _MAX_BLAMED_CHARS))
+    error = errors.from_code(msg.code, msg.message, msg.param)
+    blamed = errors.shortened(msg.blamed_node_id, _MAX_BLAMED_CHARS)
+    return Failure(error.code, error.message, msg.retryable, blamed, error.param or "")
 
 
 def failure_to_pb(failure: Failure) -> pb.Failure:
@@ -402,6 +403,7 @@ def failure_to_pb(failure: Failure) -> pb.Failure:
         message=failure.message,
         retryable=failure.retryable,
         blamed_node_id=failure.blamed_node_id,
+        param=failure.param,
     )
 
 

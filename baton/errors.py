@@ -265,7 +265,7 @@ def _leaves(root: type[BatonError]) -> dict[str, type[BatonError]]:
     return found
 
 
-def from_code(code: str, message: str) -> BatonError:
+def from_code(code: str, message: str, param: str = "") -> BatonError:
     """Rebuild an error from the ``code`` it had on the other side of a wire; unknown codes become InternalError."""
     error = _leaves(BatonError).get(code)
-    return InternalError(f"{code}: {message}") if error is None else error(message)
+    return InternalError(f"{code}: {message}") if error is None else error(message, param=param or None)

@@ -8,7 +8,7 @@ from enum import Enum
 from math import isnan
 from typing import Literal, get_args
 
-from baton.errors import BatonError, InvalidRequest, quoted
+from baton.errors import BatonError, InvalidRequest, from_code, quoted
 
 MAX_TOP_LOGPROBS = 20
 MAX_SEED = 2**64 - 1
@@ -503,10 +503,15 @@ class Failure:
     message: str
     retryable: bool
     blamed_node_id: str = ""
+    # The request's field at fault; empty: none is.
+    param: str = ""
 
     @classmethod
     def of(cls, error: BatonError, blamed_node_id: str = "") -> Failure:
-        return cls(error.code, error.message, error.retryable, blamed_node_id)
+        return cls(error.code, error.message, error.retryable, blamed_node_id, error.param or "")
+
+    def error(self) -> BatonError:
+        return from_code(self.code, self.message, self.param)
 
 
 @dataclass(frozen=True, slots=True)

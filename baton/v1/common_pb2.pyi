@@ -852,6 +852,7 @@ class Failure(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     RETRYABLE_FIELD_NUMBER: _builtins.int
     BLAMED_NODE_ID_FIELD_NUMBER: _builtins.int
+    PARAM_FIELD_NUMBER: _builtins.int
     code: _builtins.str
     """For example "NoBlocks" or "TransferFailed"."""
     message: _builtins.str
@@ -860,6 +861,8 @@ class Failure(_message.Message):
     """The same request may succeed later or elsewhere."""
     blamed_node_id: _builtins.str
     """The node the reporter holds responsible, if it is not the reporter itself."""
+    param: _builtins.str
+    """The request's field at fault, such as "grammar" or "bad_words"; empty: none is."""
     def __init__(
         self,
         *,
@@ -867,10 +870,11 @@ class Failure(_message.Message):
         message: _builtins.str = ...,
         retryable: _builtins.bool = ...,
         blamed_node_id: _builtins.str = ...,
+        param: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blamed_node_id", b"blamed_node_id", "code", b"code", "message", b"message", "retryable", b"retryable"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blamed_node_id", b"blamed_node_id", "code", b"code", "message", b"message", "param", b"param", "retryable", b"retryable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -314,7 +314,7 @@ class Flow:
     def _on_refused(self, message: Refused, placement: Placement, now: float) -> list[Action]:
         if self.phase is not Phase.RESERVING:
             return []
-        error = errors.from_code(message.failure.code, message.failure.message)
+        error = message.failure.error()
         if isinstance(error, errors.InvalidRequest):
             return self._finish(Outcome(OutcomeKind.REJECTED, error=error), now, "refused")
         return self._look_elsewhere(placement.decode_id, error, now)
@@ -559,7 +559,7 @@ class Flow:
         self, node_id: str, message: SequenceFailed, placement: Placement, now: float
     ) -> list[Action]:  # fmt: skip
         failure = message.failure
-        error = errors.from_code(failure.code, failure.message)
+        error = failure.error()
         is_past_prefill = self._has_joined and node_id == placement.prefill_id != placement.decode_id
         if is_past_prefill and self._has_first_token:
             return []  # Decode has the sequence; what prefill has to say about it is history.

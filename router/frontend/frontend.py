@@ -222,6 +222,7 @@ class Frontend:
         return Generation(
             self._dispatcher, active, prompt, text, reader, self.model.eos_token_ids,
             is_prompt_only=request.is_prompt_only, resume=request.resume, num_given=num_given,
+            grammar_param=request.grammar_param,
         )  # fmt: skip
 
     # ── Checks ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,16 +37,17 @@ class Ending:
 class Generation:
     """One choice: call `next` until it returns an Ending, or end it with `cancel`. `next` raises its errors."""
 
-    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_is_prompt_only", "_last_id", "_num_tokens",
-                 "_reader", "_rest", "_resume", "_text", "prompt_token_ids")  # fmt: skip
+    __slots__ = ("_active", "_dispatcher", "_ending", "_eos_token_ids", "_grammar_param", "_is_prompt_only", "_last_id",
+                 "_num_tokens", "_reader", "_rest", "_resume", "_text", "prompt_token_ids")  # fmt: skip
 
     def __init__(
         self, dispatcher: Dispatcher, active: Active, prompt_token_ids: tuple[int, ...], text: TextStream,
         reader: ReplyReader | None, eos_token_ids: tuple[int, ...], *, is_prompt_only: bool = False,
-        resume: Resume | None = None, num_given: int = 0,
+        resume: Resume | None = None, num_given: int = 0, grammar_param: str = "grammar",
     ) -> None:  # fmt: skip
         """``reader``: None where all output is content. One that ``is_prompt_only`` has no output: a node that has
-        computed the prompt draws a token in any case. ``num_given``: tokens of ``resume`` that nodes were told."""
+        computed the prompt draws a token in any case. ``num_given``: tokens of ``resume`` that nodes were told.
+        ``grammar_param``: what the client calls the grammar."""
         self.prompt_token_ids = prompt_token_ids
         self._dispatcher = dispatcher
         self._active = active
@@ -58,6 +59,7 @@ class Generation:
         self._last_id: int | None = None
         self._ending: Ending | None = None
         self._resume = resume
+        self._grammar_param = grammar_param
         # What is to be read before anything that comes.
         self._rest: Batch | None = None
         if resume is not None and num_given:
@@ -82,7 +84,7 @@ class Generation:
             return self._part(batch)
         if batch.outcome.kind is not OutcomeKind.FINISHED and not (batch.token_ids or batch.scored):
             assert batch.outcome.error is not None
-            raise batch.outcome.error
+            raise self._named(batch.outcome.error)
         part = self._part(batch)
         if batch.outcome.error is not None:
             # Tokens first; the next call raises the error.
@@ -90,6 +92,12 @@ class Generation:
         if self._ending is None:
             self._finish(batch.outcome)
         return part
+
+    def _named(self, error: errors.BatonError) -> errors.BatonError:
+        """With the client's name of the field at fault."""
+        if error.param == "grammar":
+            error.param = self._grammar_param
+        return error
 
     def _known(self, batch: Batch, resume: Resume) -> Batch:
         """The tokens that the client has; what comes behind them is read next. Raises InvalidRequest if the client's

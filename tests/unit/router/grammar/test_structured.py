@@ -264,6 +264,22 @@ async def test_without_a_tokenizer_grammars_are_refused(folder: Path) -> None:
         assert got.json()["error"]["param"] == "response_format.json_schema.schema"
 
 
+async def test_what_a_node_refuses_has_the_clients_name_of_the_field(folder: Path) -> None:
+    """Of nodes that cannot follow grammars, unlike the router."""
+    config = FakeConfig(vocab_size=VOCAB_SIZE, max_model_tokens=2048)
+    async with (
+        FakeCluster(config, prefill=1, decode=1) as cluster,
+        router_beside(cluster, model_folder=folder) as router,
+        http(router) as client,
+        AsyncClient(str(router.grpc)) as typed,
+    ):
+        got = await client.post("/v1/completions", json={"prompt": "x", "guided_regex": "a"})
+        assert (got.status_code, got.json()["error"]["param"]) == (400, "guided_regex")
+        with pytest.raises(InvalidRequest, match=r"tokenizer\.json") as refused:
+            await typed.complete("x", structured_output=StructuredOutput(regex="a"))
+        assert refused.value.param == "structured_output.regex"
+
+
 async def test_hostile_grammars_are_refused_in_bounded_time_and_hold_nothing_up(folder: Path) -> None:
     def exponential(depth: int) -> dict[str, Any]:
         defs: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -49,6 +50,12 @@ def test_a_logprob_is_a_number() -> None:
 
 def test_an_unknown_code_is_an_internal_error_of_bounded_length() -> None:
     failure = codec.failure_from_pb(pb.Failure(code="x" * 3000, message="y" * 3000, blamed_node_id="z" * 3000))
+    named = codec.failure_from_pb(pb.Failure(code="InvalidRequest", message="no", param="p" * 3000))
+    assert named.param.startswith("ppp")
+    assert len(named.param) < 200
+    short = replace(named, param="grammar")
+    assert codec.failure_from_pb(codec.failure_to_pb(short)) == short
+    assert short.error().param == "grammar"
     assert failure.code == "InternalError"
     assert failure.message.startswith("xxx")
     assert len(failure.message) < 1100
