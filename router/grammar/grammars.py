@@ -16,6 +16,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from baton.errors import InvalidRequest, quoted, shortened
 from baton.types import MAX_GRAMMAR_CHARS
+from router.grammar.exact_schema import COUNTED, DATA, exact
+from router.grammar.near_bounds import has_near_bounds
 
 # Between two parts of JSON: a space, or a line break and its indentation. Models have learned both, and one that is not
 # allowed to end would write more for ever.
@@ -36,9 +38,6 @@ _MAX_GBNF_CHARS = 32_768
 _MAX_REFERENCES, MAX_REFERENCE_CHARS = 8, 1024
 # What is looked at to tell branches apart: an object's first properties, and constants of one of them.
 _MAX_TAGS, _MAX_CONSTANTS = 32, 256
-# Keywords whose values are no schemas.
-_DATA = ("const", "enum", "default", "examples")
-_COUNTED = ("minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties")
 # What tells how often a part of a regular expression, or of a rule, is repeated: escapes, groups and classes, {n},
 # {n,m}, and Lark's ~n and ~n..m. Nothing is tried twice: the text may be long.
 _REPETITION = re.compile(
@@ -59,7 +58,12 @@ def of_json_schema(schema: object, is_strict: bool | None = None, *, param: str,
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"{param} is {quoted(schema)}, expected a JSON schema (an object)", param=param)
     _check_keywords(schema, param)
-    rewritten: dict[str, Any] = _Branches(schema).told_apart(schema)
+    if has_near_bounds(schema):
+        raise InvalidRequest(
+            f"{param} has an exclusive bound less than 1 from the other one, expected minimum and maximum", param=param
+        )
+    followed = exact(schema)
+    rewritten: dict[str, Any] = _Branches(followed).told_apart(followed)
     is_lenient = is_strict is False
     options = {**(_COMPACT if is_compact else _BOUNDED), "lenient": is_lenient, "coerce_one_of": is_lenient}
     return _grammar({"json_schema": {**rewritten, "x-guidance": options}}, param)
@@ -158,22 +162,9 @@ def _check_keywords(schema: object, param: str) -> None:
         if isinstance(value, Mapping):
             for name, member in value.items():
                 _check_keyword(name, member, param)
-            _check_interval(value, param)
             pending += [(member, depth + 1) for member in value.values()]
         elif isinstance(value, list):
             pending += [(item, depth + 1) for item in value]
-
-
-def _check_interval(schema: Mapping[str, Any], param: str) -> None:
-    """The library takes an exclusive bound for an inclusive one where the other bound is near."""
-    exclusive = [schema.get(name) for name in ("exclusiveMinimum", "exclusiveMaximum")]
-    least = [n for n in (schema.get("minimum"), exclusive[0]) if isinstance(n, int | float)]
-    most = [n for n in (schema.get("maximum"), exclusive[1]) if isinstance(n, int | float)]
-    is_near = least and most and max(least) < min(most) < max(least) + 1
-    if is_near and exclusive != [None, None] and schema.get("type") != "integer":
-        raise InvalidRequest(
-            f"{param} has an exclusive bound less than 1 from the other one, expected minimum and maximum", param=param
-        )
 
 
 class _Branches:
@@ -192,7 +183,7 @@ class _Branches:
             return [self.told_apart(item) for item in part]
         if not isinstance(part, Mapping):
             return part
-        found = {name: value if name in _DATA else self.told_apart(value) for name, value in part.items()}
+        found = {name: value if name in DATA else self.told_apart(value) for name, value in part.items()}
         branches = part.get("oneOf")
         if isinstance(branches, list) and "anyOf" not in part and self._are_told_apart(branches):
             # OpenAPI's `discriminator` names the property.
@@ -275,7 +266,7 @@ def _check_keyword(name: str, value: object, param: str) -> None:
         for pattern in value:
             _check_repetitions(pattern, param)
     elif isinstance(value, int | float):
-        bound = _MAX_MULTIPLE if name == "multipleOf" else _MAX_COUNT if name in _COUNTED else None
+        bound = _MAX_MULTIPLE if name == "multipleOf" else _MAX_COUNT if name in COUNTED else None
         if bound is not None and value > bound:
             raise InvalidRequest(f"{param} has {name} {quoted(value)}, expected at most {bound}", param=param)
 

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 import tokenizers
 
+from tests.support import schema_suite
 from tests.support.cluster import Cluster, StartCluster
 from tests.support.schemas import FOLLOWED, REFUSED
 
@@ -113,6 +114,21 @@ async def test_two_hundred_schemas_greedy_and_sampled(start_cluster: StartCluste
         assert got.status_code == 400, (schema, got.text)
         assert got.json()["error"]["param"] == "response_format.json_schema.schema"
         assert why in got.json()["error"]["message"], got.text
+
+
+@pytest.mark.long
+async def test_schemas_of_the_json_schema_test_suite_greedy_and_sampled(
+    start_cluster: StartCluster, demo_model: Path
+) -> None:
+    schemas = schema_suite.checkable()
+    assert len(schemas) >= 190
+    cluster = start_cluster(demo_model, prefill=1, decode=2)
+    bodies = [body(schema, demo_model, n) for schema in schemas for n in (0, 1)]
+    answers = await ask_all(cluster, bodies)
+    # Many of these bound nothing: an answer may go on until it is cut.
+    ended = [pair for pair in zip(bodies, answers, strict=True) if pair[1]["choices"][0]["finish_reason"] == "stop"]
+    assert len(ended) >= 0.9 * len(bodies)
+    check([asked for asked, _ in ended], [answer for _, answer in ended])
 
 
 @pytest.mark.long

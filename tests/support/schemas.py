@@ -71,6 +71,10 @@ NUMBERS: list[Schema] = [
     {"type": "number", "minimum": 0, "maximum": 1},
     {"type": "number", "minimum": -2.5, "maximum": 2.5},
     {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 5},
+    {"type": "number", "exclusiveMinimum": 0.5, "exclusiveMaximum": 1},
+    closed(
+        a={"type": "number", "exclusiveMinimum": 0, "maximum": 9}, b={"anyOf": [{"type": "number", "maximum": 0.5}]}
+    ),
     {"type": "number", "minimum": 1000},
     {"type": "number", "maximum": 0},
     {"type": "number", "multipleOf": 0.5},
@@ -249,6 +253,8 @@ REFUSED: list[tuple[Schema, str]] = [
     ({"enum": []}, "nsatisfiable"),
     ({"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 0.5}, "exclusive"),
     ({"minimum": -0.5, "exclusiveMaximum": 0}, "exclusive"),
+    ({"exclusiveMinimum": 2, "allOf": [{"maximum": 2.5}]}, "exclusive"),
+    ({"exclusiveMinimum": 0, "$ref": "#/$defs/n", "$defs": {"n": {"anyOf": [{"maximum": 0.5}]}}}, "exclusive"),
     ({"oneOf": [closed(a={"const": 1}), closed(a={"enum": [1, 2]})]}, "oneOf"),
     ({"oneOf": [closed((), a={"const": 1}), closed((), a={"const": 2})]}, "oneOf"),
 ]
