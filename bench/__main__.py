@@ -27,7 +27,7 @@ from loadgen import machine
 # as a section, anything else as a line. Keys that start with "samples" are saved but not printed.
 BENCHES = (
     *("engine", "quantization", "transfer", "router", "cluster", "observability", "hostile", "session"),
-    *("prefix", "prefix_placement", "policy", "overload", "interference", "access", "planner"),
+    *("prefix", "prefix_placement", "policy", "overload", "interference", "access", "masks", "planner"),
 )
 # They take gigabytes or most of an hour, so they are not part of "all".
 _WITH_OPTIONS = ("peers", "serve", "clients")

@@ -51,7 +51,7 @@ _NOISE = (
     *('{"', '": "', '", "', '"}', "}, {", "[", "]", "\n", "\n\n", ":", ", ", ".", "(", ")", "_", "#", "-"),
 )
 _NUM_STEPS, _BATCH_TOKENS, _LEARNING_RATE, _WARM_UP = 700, 1536, 2e-3, 15
-_GOOD_SHARE, _NUM_CHECKED = 0.6, 240
+_GOOD_SHARE, _NUM_CHECKED = 0.75, 240
 
 
 @dataclass(frozen=True, slots=True)
