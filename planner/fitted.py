@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite
 from statistics import median
 
@@ -218,7 +218,3 @@ class FittedTimes:
             )
             if asked > most
         )
-
-
-def coefficients(line: Line) -> dict[str, float]:
-    return {field.name: getattr(line, field.name) for field in fields(line)}
