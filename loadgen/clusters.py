@@ -67,12 +67,13 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """One that is ready. ``http`` is a URL, ``grpc`` host:port."""
+    """One that is ready. ``http`` is a URL, ``grpc`` host:port; the key, if any, is what its workers ask of routers."""
 
     shape: Shape
     http: str
     grpc: str
     nodes: tuple[Node, ...]
+    cluster_key_file: Path | None
 
 
 @contextlib.asynccontextmanager
@@ -84,7 +85,8 @@ async def started(shape: Shape, model: str, folder: Path) -> AsyncIterator[Clust
     command = (*up, "--model", model, "--ready-file", str(ready), *shape.options)
     async with running(f"the cluster {shape.name}", command, ready, folder / f"{stem}.log") as said:
         nodes = tuple(Node(**node) for node in said["nodes"])
-        yield Cluster(shape, str(said["http"]), str(said["grpc"]), nodes)
+        key = said.get("cluster_key_file")
+        yield Cluster(shape, str(said["http"]), str(said["grpc"]), nodes, Path(key) if key else None)
 
 
 @contextlib.asynccontextmanager

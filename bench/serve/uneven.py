@@ -49,7 +49,12 @@ async def _routers(setting: Setting) -> AsyncIterator[tuple[tuple[Target, ...], 
             for name, module in ROUTERS.items():
                 stem = Path(folder) / module
                 config, ready = stem.with_suffix(".toml"), stem.with_suffix(".json")
-                config.write_text(f"ready_file = {json.dumps(str(ready))}\nready_needs_nodes = true\n")
+                assert cluster.cluster_key_file is not None, "the shape has no TLS"
+                key = cluster.cluster_key_file.read_text().strip()
+                config.write_text(
+                    f"ready_file = {json.dumps(str(ready))}\nready_needs_nodes = true\n"
+                    f"[access]\ncluster_key = {json.dumps(key)}\n"
+                )
                 command = [sys.executable, "-m", module, "router", "--model", setting.model, "--config", str(config)]
                 command += ["--http", "127.0.0.1:0", "--grpc", "127.0.0.1:0"]
                 command += [word for node in cluster.nodes for word in ("--node", node.address)]
