@@ -5,7 +5,8 @@ question by question; ``python -m bench.planner document FILE ...`` writes saved
 
 ``python -m bench.planner speed [--quick]`` measures what a simulated request costs in both profiles.
 ``python -m bench.planner pictures`` draws those of README.md and docs/planning.md anew.
-``python -m bench.planner validate [--only WORDS] [--seconds S] [--minutes M]`` measures clusters and predicts them.
+``python -m bench.planner validate [--only WORDS] [--seconds S] [--minutes M]`` measures clusters and predicts them;
+``python -m bench.planner accuracy FILE`` writes what that saved into docs/planning.md.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bench import measure
 from bench.planner import headline, pictures, reference, speed, validate
@@ -52,6 +54,19 @@ def headline_text(files: Iterable[Path]) -> str:
     return "\n".join(markdown(table) for table in headline.documented(rows) if table)
 
 
+def accuracy_text(record: Mapping[str, Any]) -> str:
+    """What was measured when, the errors of all loads, and each load."""
+    found, parts = record["results"], []
+    about = [record["date"], f"{record['machine']['num_cpus']} processors", f"{record['seconds']:g} s a load"]
+    about += [f"other work took {of['other_cores']:.2f} of them while {name} was profiled"
+              for name, of in found["profiles"].items()]  # fmt: skip
+    if found["left out"]:
+        about.append(f"left out: {', '.join(found['left out'])}")
+    parts.append("; ".join((*about, *filter(None, [record["note"]]))) + ".\n")
+    parts += [markdown(table) for table in (found["summary"], found["table"]) if table]
+    return "\n".join(parts)
+
+
 def _headline(profile: Profile, scale: headline.Scale, workers: int, folder: Path) -> None:
     started = datetime.now(UTC)
     path = folder / f"planner-headline-{profile.value}-{started.strftime('%Y-%m-%dT%H%M%SZ')}.json"
@@ -81,6 +96,7 @@ def main() -> None:
     commands.add_parser("speed").add_argument("--quick", action="store_true", help="few machines, a minute of trace")
     document = commands.add_parser("document")
     document.add_argument("files", nargs="+", type=Path)
+    commands.add_parser("accuracy").add_argument("file", type=Path)
     asked = commands.add_parser("headline")
     asked.add_argument("--quick", action="store_true", help="a tenth of the machines")
     asked.add_argument("--profile", choices=[each.value for each in Profile], default=Profile.COMPAT.value)
@@ -109,6 +125,8 @@ def main() -> None:
         return
     if given.command == "document":
         name, text = "document", headline_text(given.files)
+    elif given.command == "accuracy":
+        name, text = "accuracy", accuracy_text(json.loads(given.file.read_text()))
     else:
         name, text = "reference", markdown(reference.table(quick=False))
     DOCUMENT.write_text(written(DOCUMENT.read_text(encoding="utf-8"), name, text), encoding="utf-8")

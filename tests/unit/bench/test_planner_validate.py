@@ -6,6 +6,7 @@ import time
 
 from rich.console import Console
 
+from bench.planner.__main__ import DOCUMENT, accuracy_text, written
 from bench.planner.validate import Record, Time, row, run, summary, turns
 from cli.planned import planned
 from planner.validation import Report, Row
@@ -56,6 +57,21 @@ def test_errors_are_summed_up_by_model_and_figure() -> None:
         {"model": "demo", "figure": "TBT p50", "loads": 3, "within": 1, "median error": "11%", "worst error": "-20%"},
         {"model": "bench", "figure": "TBT p50", "loads": 1, "within": 1, "median error": "0%", "worst error": "+0%"},
     ]
+
+
+def test_the_document_has_what_was_measured_and_when() -> None:
+    results = {
+        "profiles": {"demo": {"other_cores": 0.031}}, "left out": ["bench 2+1 code"],
+        "summary": [{"model": "demo", "figure": "TBT p50", "within": 3}], "table": [{"model": "demo", "load": "x"}],
+    }  # fmt: skip
+    record = {"date": "2026-01-02", "machine": {"num_cpus": 2}, "seconds": 20.0, "note": "quiet", "results": results}
+    text = accuracy_text(record)
+    assert text.startswith(
+        "2026-01-02; 2 processors; 20 s a load; other work took 0.03 of them while demo was profiled; left out: bench "
+        "2+1 code; quiet.\n\n| model | figure | within |\n"
+    )
+    assert text.endswith("| model | load |\n|---|---|\n| demo | x |\n")
+    assert text in written(DOCUMENT.read_text(encoding="utf-8"), "accuracy", text)
 
 
 def test_a_row_has_both_and_the_error() -> None:
