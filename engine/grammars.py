@@ -170,7 +170,8 @@ class GrammarMask:
 
     def _raise_for(self, matcher: LLMatcher) -> None:
         if matcher.is_error():
-            self._error = _refusal(shortened(matcher.get_error(), _MAX_MESSAGE_CHARS))
+            told = matcher.get_error().removesuffix("\n<non-verbose/>")
+            self._error = _refusal(shortened(told, _MAX_MESSAGE_CHARS))
             raise self._error
 
 

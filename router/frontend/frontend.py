@@ -281,7 +281,8 @@ class Frontend:
                 "text",
                 param=request.grammar_param,
             )
-        await self._grammar_check.check(request.sampling.grammar, param=request.grammar_param)
+        grammar, param = request.sampling.grammar, request.grammar_param
+        await self._grammar_check.check(grammar, param=param, client=request.caller.client)
 
     def _check_repeats(self, request: GenerationRequest, prompts: Sequence[Sized], echoes: Sequence[str]) -> None:
         """Bounds the answer's size: each of many choices may repeat the prompt."""

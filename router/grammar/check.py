@@ -10,7 +10,9 @@ import json
 import logging
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,30 +54,30 @@ class GrammarCheck:
         self._config = config
         self._tokenizer_file = tokenizer_file
         self._process: Process | None = None
-        self._turn = asyncio.Lock()
+        self._turn = _Turn()
         # By digest, those that are being checked or wait for it.
         self._underway: dict[bytes, asyncio.Task[str | None]] = {}
         self.num_built = 0
         # By digest, why a grammar is refused; None: it is not. The one that was asked for longest ago comes first.
         self._known: OrderedDict[bytes, str | None] = OrderedDict()
 
-    async def check(self, grammar: str, *, param: str) -> None:
-        """Raises InvalidRequest for ``param``, and Overloaded if too many others wait."""
+    async def check(self, grammar: str, *, param: str, client: str = "") -> None:
+        """Raises InvalidRequest for ``param``, and Overloaded if too many others wait. Clients take turns."""
         key = hashlib.blake2b(grammar.encode(), digest_size=16).digest()
         if key in self._known:
             self._known.move_to_end(key)
             why = self._known[key]
         else:
             # The one who asked may leave: the process goes on, for others too.
-            why = await asyncio.shield(self._underway.get(key) or self._begun(key, grammar))
+            why = await asyncio.shield(self._underway.get(key) or self._begun(key, grammar, client))
         if why is not None:
             raise InvalidRequest(f"{param} cannot be followed: {why}", param=param)
 
-    def _begun(self, key: bytes, grammar: str) -> asyncio.Task[str | None]:
+    def _begun(self, key: bytes, grammar: str, client: str) -> asyncio.Task[str | None]:
         if len(self._underway) >= self._config.max_waiting:
             message = f"{len(self._underway)} grammars wait to be checked, the limit; try again"
             raise Overloaded(message, retry_after_s=1.0)
-        task = self._underway[key] = asyncio.create_task(self._why_not(key, grammar))
+        task = self._underway[key] = asyncio.create_task(self._why_not(key, grammar, client))
         task.add_done_callback(lambda done: self._over(key, done))
         return task
 
@@ -85,8 +87,8 @@ class GrammarCheck:
             # Those who asked may have left.
             _log.warning("a grammar could not be checked: %s", described(error))
 
-    async def _why_not(self, key: bytes, grammar: str) -> str | None:
-        async with self._turn:
+    async def _why_not(self, key: bytes, grammar: str, client: str) -> str | None:
+        async with self._turn.of(client):
             if self._process is None:
                 self._process = await self._started()
             try:
@@ -155,6 +157,43 @@ class GrammarCheck:
         if self._underway:
             await asyncio.wait(list(self._underway.values()))
         await self._end()
+
+
+class _Turn:
+    """One at a time; of those that wait, one of each client before the second of any."""
+
+    def __init__(self) -> None:
+        self._is_taken = False
+        # By client, the one whose turn is next first.
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+
+    @asynccontextmanager
+    async def of(self, client: str) -> AsyncIterator[None]:
+        if self._is_taken:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(client, deque()).append(turn)
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._pass_on()
+                raise
+        self._is_taken = True
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            client, turns = self._waiting.popitem(last=False)
+            turn = turns.popleft()
+            if turns:
+                self._waiting[client] = turns
+            if not turn.done():
+                turn.set_result(None)
+                return
+        self._is_taken = False
 
 
 def _plain(told: str) -> str:

@@ -17,6 +17,7 @@ from baton.errors import InvalidRequest
 from baton.grammar_limits import LIMITS
 from baton.types import MAX_GRAMMAR_CHARS
 from router.grammar import grammars
+from router.grammar.child import refusal
 from tests.support.root import ROOT
 from tests.support.schemas import FOLLOWED, REFUSED
 
@@ -129,6 +130,12 @@ def test_a_choice_is_one_of_its_texts_letter_by_letter(tokenizer: LLTokenizer) -
     grammar = grammars.of_choice(choices, param="c")
     assert all(matches(tokenizer, grammar, choice) for choice in choices)
     assert not matches(tokenizer, grammar, "a")
+    # One may begin as another does; there may be so many, under the limits of nodes.
+    begins = grammars.of_choice(["a", "ab", "abc"], param="c")
+    assert [matches(tokenizer, begins, text) for text in ("a", "ab", "abc", "b")] == [True, True, True, False]
+    many = grammars.of_choice([f"c{i}" for i in range(grammars.MAX_CHOICES)], param="c")
+    matcher = LLMatcher(tokenizer, many, log_level=0, limits=LLParserLimits(**LIMITS))
+    assert refusal(matcher, 16) is None
 
 
 def test_grammars_in_lark_and_in_gbnf(tokenizer: LLTokenizer) -> None:

@@ -350,6 +350,26 @@ async def test_checks_are_bounded_and_their_outcome_is_known(folder: Path) -> No
         await check.close()
 
 
+async def test_clients_take_turns_with_their_grammars(folder: Path) -> None:
+    check = GrammarCheck(GrammarConfig(), folder / "tokenizer.json")
+    over: list[str] = []
+
+    async def checked(client: str, number: int) -> None:
+        await check.check(grammars.of_choice([f"{client}{number}"], param="p"), param="p", client=client)
+        over.append(f"{client}{number}")
+
+    asked = [("greedy", number) for number in range(5)] + [("polite", 0), ("other", 0), ("polite", 1)]
+    try:
+        async with asyncio.timeout(20), asyncio.TaskGroup() as group:
+            for client, number in asked:
+                group.create_task(checked(client, number))
+                await asyncio.sleep(0)
+        turns = ["greedy0", "greedy1", "polite0", "other0", "greedy2", "polite1", "greedy3", "greedy4"]
+        assert over == turns
+    finally:
+        await check.close()
+
+
 async def test_a_check_that_cannot_start_says_so(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     check = GrammarCheck(GrammarConfig(), tmp_path / "tokenizer.json")
