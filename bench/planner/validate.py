@@ -231,14 +231,19 @@ def main(arguments: Sequence[str]) -> None:
     path = given.out / f"planner-validate-{began.strftime('%Y-%m-%dT%H%M%SZ')}.json"
     record = Record(console)
 
+    def save() -> None:
+        path.write_text(json.dumps({**facts, "results": record.as_json()}, indent=1) + "\n")
+
     async def saved() -> None:
         until_s = time.monotonic() + 60 * given.minutes
         async with aclosing(run(given.only, Time(given.seconds, until_s), record)) as turns_over:
             async for _ in turns_over:
                 # A run that is stopped is not lost.
-                path.write_text(json.dumps({**facts, "results": record.as_json()}, indent=1) + "\n")
+                save()
 
     asyncio.run(saved())
+    # With what was left out since.
+    save()
     for each in summary(record.reports):
         console.print("  ".join(f"{name} {value}" for name, value in each.items()), highlight=False)
     if record.left_out:
