@@ -14,6 +14,8 @@ _NAMED = re.compile(
     r"(?P<name>[A-Za-z0-9_.-]{1,64}):(?P<weight>[0-9]{1,9}(?:\.[0-9]{1,9})?)"
     r"(?:/(?P<requests>[0-9]{1,9})(?:/(?P<sequences>[0-9]{1,9}))?)?=(?P<secret>.+)"
 )
+# A slip in what is before the key would else be a part of the key: no limit, and a key that opens nothing.
+_MISSPELT = re.compile(r"[^:=]+:[-+./0-9][^=]*=.*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,12 @@ class ApiKey:
     def parse(cls, text: str) -> ApiKey:
         """Raises BadConfig."""
         found = _NAMED.fullmatch(text)
+        if found is None and _MISSPELT.fullmatch(text):
+            raise BadConfig(
+                "api_keys is '(hidden)', expected NAME:WEIGHT=KEY or NAME:WEIGHT/REQUESTS/SEQUENCES=KEY, each a number "
+                "of at most 9 digits; a key that only looks like that is given as NAME:1=KEY",
+                param="api_keys",
+            )
         name, weight, secret = (found["name"], float(found["weight"]), found["secret"]) if found else ("", 1.0, text)
         if not secret.isascii() or not secret or any(c.isspace() for c in secret):
             raise BadConfig("api_keys is '(hidden)', expected ASCII without spaces, and not empty", param="api_keys")

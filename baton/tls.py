@@ -42,7 +42,7 @@ class ListenerFiles:
         the former ones stay in use."""
         with self._lock:
             try:
-                signature = self._sign()
+                signature = self._signature_now()
                 if signature == self._signature:
                     return None
                 # Whatever they are worth: they are looked at again when they change again.
@@ -59,6 +59,13 @@ class ListenerFiles:
         """Of the files as they are now."""
         self.newer()
         return self._context
+
+    def _signature_now(self) -> tuple[tuple[int, int, int], ...]:
+        """Empty while a file is missing, so that this is said once, not at every connection."""
+        try:
+            return self._sign()
+        except BadConfig:
+            return ()
 
     def _sign(self) -> tuple[tuple[int, int, int], ...]:
         try:

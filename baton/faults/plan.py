@@ -27,6 +27,8 @@ _MAX_COUNT = 2**53
 _HEADER = re.compile(r"^[ \t]*\[\[[ \t]*fault[ \t]*\]\]", re.MULTILINE)
 # Layers whose points are about requests, and are on a connection.
 _OF_REQUESTS = (Layer.SESSION, Layer.CONTROL, Layer.DATA)
+# Of processes.
+_ROLES = ("prefill", "decode", "mixed", "router")
 # Layers whose points come by the clock, so that a time names one.
 _OF_TIME = (Layer.PROCESS, Layer.REGISTRY)
 
@@ -97,6 +99,11 @@ class Plan:
 
     def as_toml(self) -> str:
         return "\n".join([f"seed = {self.seed}\n", *(rule.as_toml() for rule in self.rules)])
+
+    def strangers(self, nodes: Sequence[str]) -> tuple[str, ...]:
+        """Patterns of rules that none of these nodes and routers matches."""
+        patterns = dict.fromkeys(rule.node for rule in self.rules)
+        return tuple(each for each in patterns if not any(fnmatchcase(node, each) for node in nodes))
 
     @classmethod
     def load(cls, path: Path, option: str = OPTION) -> Plan:
@@ -175,6 +182,8 @@ def _check_address(rule: Rule, table: Mapping[str, object], where: str) -> None:
     layer = rule.layer
     if not any(fnmatchcase(kind, rule.kind) for kind in KINDS[layer]):
         raise _bad(where, "kind", rule.kind, f"{', '.join(KINDS[layer])}, or a pattern of those, at the layer {layer}")
+    if not any(fnmatchcase(role, rule.role) for role in _ROLES):
+        raise _bad(where, "role", rule.role, f"{', '.join(_ROLES)}, or a pattern of those")
     for name in ("peer", "request"):
         if name in table and layer not in _OF_REQUESTS:
             raise _bad(where, name, table[name], f"none: only {_listed(_OF_REQUESTS)} have one")

@@ -37,6 +37,7 @@ from worker.config import WorkerConfig
 
 _PROBE_INTERVAL_S = 0.05
 _CALL_TIMEOUT_S = 5.0
+_MAX_NAMED = 5
 _API_KEY = "BATON_API_KEY"
 _ADMIN_KEY = "BATON_ADMIN_KEY"
 # In the folder of the logs, while the cluster runs.
@@ -97,6 +98,8 @@ async def up(  # noqa: C901 - what a cluster is made of, in order
         facts = list(placement.described(names, places, common.engine.gpu_memory_utilization))
     if options.faults.file is not None:
         facts.append(f"faults strike as {options.faults.file} says; they are written to {options.faults.folder}")
+        if strangers := options.faults.plan().strangers((*names, *options.router_names)):
+            facts.append(f"no process here is called {', '.join(strangers[:_MAX_NAMED])}: such faults strike nothing")
     if options.ready_file is not None:
         preflight.replaceable_file(options.ready_file, "--ready-file")
     with ExitStack() as resources:

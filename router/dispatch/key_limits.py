@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from baton.api_keys import ApiKey
-from baton.errors import RateLimited
+from baton.errors import InvalidRequest, RateLimited
 
 # When a sequence of the key ends is not known.
 _SEQUENCE_S = 1.0
@@ -39,9 +39,18 @@ class KeyLimits:
         self._buckets[client] = (left - 1.0, now)
 
     def check_running(self, client: str, num_running: int, num_more: int) -> None:
-        """Raises RateLimited if so many more sequences beside those that it has are too many for the key."""
+        """Raises RateLimited if so many more sequences beside those that it has are too many for the key, and
+        InvalidRequest if they always are."""
         key = self._keys.get(client)
-        if key is not None and key.max_sequences and num_running + num_more > key.max_sequences:
+        if key is None or not key.max_sequences:
+            return
+        if num_more > key.max_sequences:
+            raise InvalidRequest(
+                f"the API key{_named(key)} may have {key.max_sequences} sequences at once, and {num_more} were asked "
+                "for in one request; ask for fewer (n times the number of prompts)",
+                param="n",
+            )
+        if num_running + num_more > key.max_sequences:
             raise RateLimited(
                 f"the API key{_named(key)} may have {key.max_sequences} sequences at once, {num_running} are there and "
                 f"{num_more} more were asked for; try again later",

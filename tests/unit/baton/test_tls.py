@@ -148,6 +148,20 @@ def test_files_that_cannot_be_used_stop_the_start_with_their_names(tmp_path: Pat
         dialling_context(ours)
 
 
+def test_a_file_that_is_missing_is_said_once_and_found_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    ours = make_certificates(tmp_path)
+    assert ours.tls_cert is not None
+    files = peer_files(ours)
+    assert files is not None
+    content = ours.tls_cert.read_bytes()
+    ours.tls_cert.unlink()
+    assert [files.newer() for _ in range(10)] == [None] * 10
+    assert caplog.text.count("stays in use") == 1
+    ours.tls_cert.write_bytes(content)
+    assert files.newer() == files.first
+    assert files.newer() is None
+
+
 def test_a_key_is_not_in_what_is_printed(tmp_path: Path) -> None:
     ours = make_certificates(tmp_path)
     assert ours.tls_cert is not None

@@ -101,6 +101,7 @@ GOOD = 'layer = "session"\nfault = "delay"\nnth = 1\n'
         ('layer = "sessions"', "layer is 'sessions', expected one of session, control, data"),
         ('fault = "drop"\nnth = 1', "layer is None, expected one of"),
         ('layer = "data"\nfault = "boom"', "fault is 'boom', expected one of drop, delay"),
+        (GOOD + 'role = "queen"', "role is 'queen', expected prefill, decode, mixed, router, or a pattern"),
         (GOOD + 'kind = "commit"', "kind is 'commit', expected run, reserve.* at the layer session"),
         (GOOD + "node = 3", "node is 3, expected a text"),
         (GOOD + 'node = ""', "node is '', expected a text"),
@@ -195,3 +196,10 @@ def test_a_time_without_end_has_none_in_a_file() -> None:
     rule = Rule(Layer.SESSION, FaultKind.DROP, nth=(1,), after_s=2.0)
     assert rule.until_s == math.inf
     assert "until_s" not in rule.as_toml()
+
+
+def test_rules_for_processes_that_are_not_there_are_named() -> None:
+    entry = '[[fault]]\nlayer = "process"\nfault = "die"\nat_s = 1\nnode = "{}"\n'
+    plan = Plan.parse("".join(map(entry.format, ("decode-*", "decode_0", "router-1", "*", "decode_0"))), "x")
+    assert plan.strangers(("prefill-0", "decode-0", "router-0")) == ("decode_0", "router-1")
+    assert Plan.parse(entry.format("rou[st]er-?"), "x").strangers(("router-0",)) == ()

@@ -9,7 +9,7 @@ import pytest
 
 import baton
 from baton.api_keys import ApiKey
-from baton.errors import Overloaded, RateLimited, from_code
+from baton.errors import InvalidRequest, Overloaded, RateLimited, from_code
 from router.dispatch.key_limits import KeyLimits
 from tests.support.fake_nodes import FakeCluster
 from tests.support.router import router_beside, until
@@ -62,9 +62,11 @@ def test_sequences_at_once() -> None:
     limits = limits_of("a:1/0/8=k")
     limits.check_running("c", 0, 8)
     limits.check_running("c", 7, 1)
-    for running, more in ((0, 9), (8, 1)):
+    for running, more in ((1, 8), (8, 1)):
         with pytest.raises(RateLimited, match="may have 8 sequences at once"):
             limits.check_running("c", running, more)
+    with pytest.raises(InvalidRequest, match="may have 8 sequences at once, and 9 were asked for in one request"):
+        limits.check_running("c", 0, 9)
     assert taken(limits, 100.0) == 1000, "0: no limit of the rate"
     limits.take("another", 100.0)
     limits.check_running("another", 10**6, 10**6)
@@ -105,7 +107,8 @@ async def test_choices_count_as_the_sequences_that_they_are_and_ended_ones_make_
         router_beside(cluster, api_keys=("few:1/0/3=few",)) as router,
         httpx.AsyncClient(base_url=router.http or "", headers={"authorization": "Bearer few"}) as http,
     ):
-        assert (await http.post("/v1/completions", json={**BODY, "n": 4})).status_code == 429
+        never = await http.post("/v1/completions", json={**BODY, "n": 4})
+        assert (never.status_code, never.json()["error"]["param"]) == (400, "n"), "no later try fits better"
         cluster["mixed-0"].runner.hold()
         held = [asyncio.create_task(http.post("/v1/completions", json=BODY)) for _ in range(3)]
         await until(lambda: router.dispatcher.scheduler.num_in_flight == 3)
