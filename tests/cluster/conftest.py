@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -43,7 +44,10 @@ def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCl
         running: dict[str, Cluster] = {}
 
         def shared(model: Path, *, arguments: tuple[str, ...] = (), **settings: Any) -> Cluster:
-            asked = repr((model, arguments, sorted(settings.items())))
+            # A default that is written out asks for the same.
+            bound = inspect.signature(start).bind(model, arguments=arguments, **settings)
+            bound.apply_defaults()
+            asked = repr(bound.arguments)
             if asked not in running:
                 # Several of them are there at once, and tests on them are small.
                 running[asked] = start(model, arguments=("--kv-mib", "64", *arguments), **settings)
