@@ -46,6 +46,8 @@ _OPTIONS = [
     # ping each 5 s.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 10_000),
+    # Pings by which gRPC measures the bandwidth hold back others until they are answered, by default for a minute.
+    ("grpc.http2.ping_timeout_ms", 10_000),
     # Else gRPC stops after two, as a stream's client sends nothing.
     ("grpc.http2.max_pings_without_data", 0),
 ]
