@@ -110,31 +110,29 @@ class Sampler:
         return result
 
     def _sample_row(self, logits: Tensor, sequence: Sequence, best_id: int) -> TokenChunk:
-        params = sequence.spec.sampling
-        changed = self._change(logits, sequence)
-        if changed is not None and not math.isfinite(best := float(changed.max())):
-            raise no_finite_best(best, params)
-        if params.is_greedy:
-            token_id = best_id if changed is None else int(changed.argmax())
+        params, mask = sequence.spec.sampling, sequence.token_mask
+        values: NDArray[np.float32] = logits.numpy()
+        is_changed = changes_logits(params, sequence.num_generated)
+        if is_changed:
+            values = self._changed(values.copy(), sequence)
+        bits = None if mask is None else np.frombuffer(mask.bits(sequence.token_ids), dtype=np.uint8)
+        if params.is_greedy and not is_changed and (bits is None or _allows(bits, best_id)):
+            token_id = best_id
         else:
-            number = uniform(params.seed or 0, len(sequence.token_ids))
-            token_id = draw(logits.numpy() if changed is None else changed, params, number)
+            # What `values` are of; None is all tokens.
+            kept = None
+            if bits is not None:
+                values, kept = _masked(values, bits)
+            if (is_changed or bits is not None) and not math.isfinite(best := float(values.max(initial=-np.inf))):
+                raise no_finite_best(best, params)
+            if params.is_greedy:
+                token_id = int(values.argmax())
+            else:
+                token_id = draw(values, params, uniform(params.seed or 0, len(sequence.token_ids)))
+            if kept is not None:
+                token_id = int(kept[token_id])
         report = None if params.logprobs is None else logprobs(logits, token_id, params.logprobs)
         return drawn_chunk(sequence, token_id, report)
-
-    def _change(self, logits: Tensor, sequence: Sequence) -> NDArray[np.float32] | None:
-        """Logits after bias, ban, penalties and mask; None if there is none of them."""
-        params, mask = sequence.spec.sampling, sequence.token_mask
-        if mask is None and not changes_logits(params, sequence.num_generated):
-            return None
-        values: NDArray[np.float32] = logits.numpy()
-        if changes_logits(params, sequence.num_generated):
-            values = self._changed(values.copy(), sequence)
-        if mask is not None:
-            bits = np.frombuffer(mask.bits(sequence.token_ids), dtype=np.uint8)
-            allowed = np.unpackbits(bits, count=len(values), bitorder="little").view(bool)
-            values = np.where(allowed, values, np.float32(-np.inf))
-        return values
 
     def _changed(self, values: NDArray[np.float32], sequence: Sequence) -> NDArray[np.float32]:
         params = sequence.spec.sampling
@@ -160,6 +158,24 @@ class Sampler:
                 values[seen.present] = np.where(present > 0, present / factor, present * factor)
         values -= np.float32(params.frequency_penalty) * seen.counts
         values -= np.float32(params.presence_penalty) * (seen.counts > 0)
+
+
+def _allows(bits: NDArray[np.uint8], token_id: int) -> bool:
+    return bool(bits[token_id // 8] >> token_id % 8 & 1)
+
+
+def _masked(
+    values: NDArray[np.float32], bits: NDArray[np.uint8]
+) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
+    """The values that the mask allows and their ids, rising; or all with -inf for the others, and None, where that is
+    less to copy. A token is drawn from both alike, for what is -inf has no mass."""
+    allowed = np.unpackbits(bits, count=len(values), bitorder="little").view(bool)
+    if 2 * np.count_nonzero(allowed) < len(values):
+        kept = np.flatnonzero(allowed)
+        return values[kept], kept
+    values = values.copy()
+    values[np.flatnonzero(~allowed)] = -np.inf
+    return values, None
 
 
 def _score(logits: Tensor, piece: Piece, are_finite: Seq[bool]) -> tuple[PositionLogprobs, ...]:

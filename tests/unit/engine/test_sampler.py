@@ -73,6 +73,57 @@ def test_filters_match_their_definition(
     assert token in allowed
 
 
+class Allowing:
+    is_ready = follows_tokens = True
+
+    def __init__(self, flags: np.ndarray) -> None:
+        self._bits = np.packbits(flags, bitorder="little").tobytes()
+
+    def is_over(self, token_ids: object) -> bool:
+        return False
+
+    def bits(self, token_ids: object) -> bytes:
+        return self._bits
+
+
+@given(
+    st.integers(0, 2**32),
+    st.sampled_from([0.0, 0.02, 0.4, 0.6, 0.98, 1.0]),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "temperature": st.sampled_from([0.0, 0.7, 3.0]),
+            "top_k": st.integers(0, 9),
+            "top_p": st.sampled_from([0.3, 0.9, 1.0]),
+            "min_p": st.sampled_from([0.0, 0.2]),
+            "frequency_penalty": st.just(1.5),
+            "logit_bias": st.just({3: 2.0, 5: -9.0}),
+        },
+    ),
+)
+def test_a_mask_draws_what_minus_infinity_for_the_others_draws(
+    seed: int, share: float, options: dict[str, object]
+) -> None:
+    rng = np.random.default_rng(seed)
+    flags = rng.random(VOCAB) < share
+    logits = rng.normal(size=VOCAB).astype(np.float32).round(1)
+    live = sequence(generated=(4, 4, 9), **options)
+    live.token_mask = Allowing(flags)
+    found = Sampler(VOCAB).sample(torch.from_numpy(logits)[None], [live])
+    if not flags.any():
+        assert isinstance(found.failed["a"], InvalidRequest)
+        return
+    params = live.spec.sampling
+    changed = logits.copy()
+    for token_id, bias in params.logit_bias.items():
+        changed[token_id] += np.float32(bias)
+    changed[[4, 9]] -= np.float32(params.frequency_penalty) * np.array([2, 1], dtype=np.float32)
+    changed[~flags] = -np.inf
+    number = uniform(7, len(live.token_ids))
+    wanted = int(changed.argmax()) if params.is_greedy else draw(changed, params, number)
+    assert found.sampled["a"].token_ids == (wanted,)
+
+
 def test_top_p_looks_beyond_the_first_candidates() -> None:
     logits = np.zeros(3000, dtype=np.float32)
     assert draw(logits, SamplingParams(top_p=0.9), 0.9999) == 2699
