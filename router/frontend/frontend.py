@@ -343,9 +343,11 @@ def _check_resume(request: GenerationRequest, num_choices: int) -> None:
     scores = sampling.prompt_logprobs is not None or bool(sampling.pooling) or request.echo
     if num_choices > 1 or scores or request.is_prompt_only:
         what = f"{num_choices} choices" if num_choices > 1 else "prompts that are repeated or scored"
-        raise errors.InvalidRequest(f"an answer with {what} cannot be resumed, expected one choice", param="resume")
+        # Only HTTP clients ask for ids of events.
+        param = "x-baton-resumable" if request.resume is None else request.resume.param
+        raise errors.InvalidRequest(f"an answer with {what} cannot be resumed, expected one choice", param=param)
     if request.resume is not None:
-        request.resume.check("resume")
+        request.resume.check()
 
 
 def _check_prompt(resume: Resume | None, prompt: Sequence[int]) -> None:

@@ -108,8 +108,8 @@ class Generation:
         is_short = batch.outcome is not None and batch.outcome.error is None and len(ids) < num_left
         if is_short or (said and list(said) != ids):
             raise errors.InvalidRequest(
-                f"the {resume.num_tokens} tokens that are said to be there are not how this request's answer begins",
-                param="resume",
+                f"the tokens that are said to be there ({resume.num_tokens}) are not how this request's answer begins",
+                param=resume.param,
             )
         if not behind and batch.outcome is None:
             return replace(batch, has_more=True)

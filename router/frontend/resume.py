@@ -42,13 +42,18 @@ class Resume:
     created_s: int = 0
     prompt_digest: int | None = None
 
-    def check(self, request_name: str) -> None:
+    @property
+    def param(self) -> str:
+        """What the client said it with: a header over HTTP, a field over gRPC."""
+        return "last-event-id" if self.request_id else "resume"
+
+    def check(self) -> None:
         """Raises InvalidRequest for numbers that no router has given out."""
         if not (0 <= self.seed <= MAX_SEED and 0 <= self.num_tokens <= MAX_COUNT):
             raise errors.InvalidRequest(
-                f"{request_name} has seed {quoted(self.seed)} and {quoted(self.num_tokens)} tokens, expected those of "
+                f"{self.param} has seed {quoted(self.seed)} and {quoted(self.num_tokens)} tokens, expected those of "
                 "an answer of this model",
-                param=request_name,
+                param=self.param,
             )
 
 
@@ -84,5 +89,5 @@ def resume_of(text: str) -> Resume:
         created_s=int(found["created"]),
         prompt_digest=int(found["prompt"], 16),
     )
-    made.check("last-event-id")
+    made.check()
     return made

@@ -104,7 +104,7 @@ class SamplingResolver:
         if request.resume is not None and request.resume.num_tokens > max_tokens:
             raise errors.InvalidRequest(
                 f"{request.resume.num_tokens} tokens are said to be there, expected at most {param} ({max_tokens})",
-                param="resume",
+                param=request.resume.param,
             )
         if room is not None and max_tokens > room and not request.is_prompt_only:
             raise errors.PromptTooLong(

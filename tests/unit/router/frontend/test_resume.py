@@ -155,7 +155,15 @@ async def test_what_cannot_be_resumed_is_refused(
         last = next(name for name, _ in whole if int(name.rpartition(".")[2].rstrip("+!")) > 3)
         answer = await client.post(path, json=BODY | change, headers={"last-event-id": last} | headers)
         assert answer.status_code == 400
-        assert expected in answer.json()["error"]["message"]
+        error = answer.json()["error"]
+        assert expected in error["message"]
+        assert error["param"] in ("last-event-id", "x-baton-resumable")
+
+
+async def test_ids_of_events_are_refused_by_their_header(folder: Path) -> None:
+    async with served(folder) as (router, _), httpx.AsyncClient(base_url=router.http or "", timeout=10) as client:
+        answer = await client.post("/v1/completions", json=BODY | {"n": 2}, headers={"x-baton-resumable": "true"})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "x-baton-resumable")
 
 
 async def test_other_apis_refuse_to_resume(folder: Path) -> None:
@@ -286,4 +294,4 @@ async def _alone(router: Router) -> tuple[tuple[int, ...], str]:
 def test_numbers_that_no_router_gives_are_refused() -> None:
     for resume in (Resume(-1, 0), Resume(2**64, 0), Resume(0, 2**40)):
         with pytest.raises(errors.InvalidRequest):
-            resume.check("resume")
+            resume.check()
