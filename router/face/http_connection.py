@@ -260,7 +260,7 @@ class Connection(HttpToolsProtocol):
             self.app, unchunked.cycle = app, self.cycle
         else:
             super().on_headers_complete()
-        held = _HeadHeld(self.transport, self.cycle, self.loop)
+        held = _HeadHeld(self.transport, self.cycle, self.loop, self._close)
         self.cycle.transport = cast(asyncio.Transport, held)
 
     def on_body(self, body: bytes) -> None:
@@ -330,7 +330,7 @@ class Connection(HttpToolsProtocol):
             return
         if number == 0 and not cycle.response_started and not self.pipeline:
             cycle.transport = cast(asyncio.Transport, _Begun(self.transport))
-        elif number == 0 and cycle.chunked_encoding and not isinstance(cycle.transport, _HeadHeld):
+        elif number == 0 and cycle.chunked_encoding and not getattr(cycle.transport, "is_holding", False):
             self.transport.write(b"0")
         self.loop.call_later(_PROBES_S[min(number, len(_PROBES_S) - 1)], self._probe, number + 1)
 
@@ -338,23 +338,35 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if not self._is_answering:
+        if not self._is_answering and not self._is_refused:
             self._deadline_s = self.loop.time() + self._limits.keep_alive_s
             self._mates.is_idle(self)
         if self._held and not self.transport.is_closing():
             self.data_received(b"")
 
     def _refuse(self, status: int, message: str, *, lingers: bool = True) -> None:
-        """Answer without the application, and close. Pending input is read meanwhile: closing at once would reset
-        the connection, and a client that is still sending would not read the answer."""
+        """Answer without the application, and close."""
         kind = "server_error" if status >= 500 else "invalid_request_error"
         body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": None}}).encode()
         head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
         self.transport.write(STATUS_LINE[status] + head + body)
         if not lingers or self._is_answering:
             self.transport.close()
-            return
+        else:
+            self._linger()
+
+    def _close(self) -> None:
+        """After the answer to a client that keeps no connection. It may still be sending what is not read."""
+        if self._is_in_message and not self.transport.is_closing():
+            self._linger()
+        else:
+            self.transport.close()
+
+    def _linger(self) -> None:
+        """Close, but read pending input meanwhile: closing at once would reset the connection, and a client that is
+        still sending would not read the answer."""
         self._is_refused = True
+        self.flow.resume_reading()
         self._deadline_s = self.loop.time() + LINGER_S
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -371,15 +383,23 @@ class _HeadHeld:
     both together. A send costs about a tenth of the router's work until the first token."""
 
     def __init__(
-        self, transport: asyncio.Transport, cycle: RequestResponseCycle, loop: asyncio.AbstractEventLoop
+        self,
+        transport: asyncio.Transport,
+        cycle: RequestResponseCycle,
+        loop: asyncio.AbstractEventLoop,
+        close: Callable[[], None],
     ) -> None:
         self._transport = transport
         self._cycle = cycle
         self._loop = loop
+        self._close = close
         self._head: bytes | None = None
+        self.is_holding = True
 
     def write(self, data: bytes) -> None:
-        if self._head is None:
+        if not self.is_holding:
+            self._transport.write(data)
+        elif self._head is None:
             self._head = data
             self._loop.call_soon(self._release)
         else:
@@ -387,12 +407,15 @@ class _HeadHeld:
 
     def close(self) -> None:
         self._release()
-        self._transport.close()
+        self._close()
 
     def _release(self, body: bytes = b"") -> None:
         if self._head is not None:
             head, self._head = self._head, None
-            self._cycle.transport = self._transport
+            self.is_holding = False
+            # It has to close a connection that is not kept.
+            if self._cycle.keep_alive:
+                self._cycle.transport = self._transport
             self._transport.write(head + body)
 
     def __getattr__(self, name: str) -> Any:

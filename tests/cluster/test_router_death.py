@@ -52,6 +52,30 @@ def test_streams_outlive_their_router(start_cluster: StartCluster, demo_model: P
 
 
 @pytest.mark.long
+def test_a_stream_goes_on_elsewhere_when_its_router_is_frozen(start_cluster: StartCluster, demo_model: Path) -> None:
+    """A stopped process keeps its connections: only its silence tells."""
+    cluster = start_cluster(demo_model, arguments=("--routers", "2"))
+    first, second = _routers(cluster.ready)
+    settings = SETTINGS | {"max_tokens": 1000}
+    with baton.Client(second["grpc"]) as client:
+        alone = client.complete(PROMPTS[0], seed=0, **settings)
+    ids: list[int] = []
+    text = ""
+    with baton.Client([first["grpc"], second["grpc"]], patience_s=60) as client:
+        try:
+            for part in client.generate(PROMPTS[0], seed=0, **settings):
+                text += part.text
+                if isinstance(part, Delta):
+                    if not ids:
+                        os.kill(first["pid"], signal.SIGSTOP)
+                    ids += part.token_ids
+        finally:
+            os.kill(first["pid"], signal.SIGCONT)
+    assert (tuple(ids), text) == _seen(alone)
+    cluster.wait_baseline()
+
+
+@pytest.mark.long
 def test_a_rolling_restart_of_everything_fails_nothing(start_cluster: StartCluster, demo_model: Path) -> None:
     cluster = start_cluster(demo_model, arguments=("--routers", "2"))
     routers = _routers(cluster.ready)

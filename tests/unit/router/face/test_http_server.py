@@ -7,8 +7,10 @@ import gc
 import json
 import logging
 import re
+import socket
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 import httptools
 import pytest
@@ -98,6 +100,20 @@ async def test_malformed_requests_are_refused_by_status_and_not_logged(
         assert closed(router, "large_head") == 3
         assert (await asked(router, get("/health", "Connection: close"))).startswith(b"HTTP/1.1 200 ")
         no_errors(caplog)
+
+
+@pytest.mark.parametrize("headers", ["", "Connection: close\r\n"])
+async def test_a_client_that_is_still_sending_hears_why_its_body_is_refused(folder: Path, headers: str) -> None:
+    def sent_whole(url: SplitResult) -> bytes:
+        with socket.create_connection((url.hostname, url.port), timeout=10) as sock:
+            sock.sendall(POST + f"{headers}Content-Length: 30000000\r\n\r\n".encode())
+            sock.sendall(b"x" * 30_000_000)
+            return sock.recv(65536)
+
+    async with served(folder) as (router, _):
+        got = await asyncio.to_thread(sent_whole, urlsplit(router.http or ""))
+        assert got.startswith(b"HTTP/1.1 413 ")
+        assert b"larger than" in got
 
 
 async def test_a_head_without_an_end_is_cut_off(folder: Path) -> None:
