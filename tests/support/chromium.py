@@ -98,6 +98,9 @@ class Browser:
 
     def open(self, url: str) -> None:
         """Returns when the document is whole; what it fetches later may still be missing. Complaints start anew."""
+        # The page before may still ask a server that is gone.
+        self._call("Page.navigate", url="about:blank")
+        self.wait_until("location.href === 'about:blank'")
         self.complaints.clear()
         self._call("Page.navigate", url=url)
         self.wait_until("document.readyState === 'complete'")
