@@ -137,7 +137,11 @@ class Record:
             "summary": list(summary(self.reports)),
             "table": [row(turn, report) for turn, report in self.reports],
             "reports": [
-                {"model": turn.subject.name, "options": " ".join(turn.shape.options), **report.as_json()}
+                {
+                    "model": turn.subject.name,
+                    "options": " ".join(turn.shape.options),
+                    **report.as_json(has_requests=False),
+                }
                 for turn, report in self.reports
             ],
         }
